@@ -1,0 +1,142 @@
+"""The command line: ``rtp-llm COMMAND ...``. A command is one entry in ``COMMANDS``."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+import rtp_llm
+from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+SAMPLING_FLAGS = (
+    "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
+    "presence_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its flags, and what runs it and returns the exit status."""
+
+    name: str
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: this process's); returns the exit status.
+
+    0: done; 2: an error, told in one line on stderr (with a traceback if ``--log-level debug``); 130: interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.command.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it exits
+        return EXIT_ERROR
+    except Exception as error:  # the outermost boundary: what a person reads
+        if args.log_level == "debug":
+            raise
+        print(f"rtp-llm: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="rtp-llm", description="An inference engine for language models.")
+    parser.add_argument("--version", action="version", version=f"rtp-llm {rtp_llm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = commands.add_parser(command.name, help=command.help, description=command.help)
+        command.add_flags(subparser)
+        subparser.set_defaults(command=command)
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) if lines else type(error).__name__
+
+
+# rtp-llm generate
+
+
+def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
+    sampling = parser.add_argument_group("sampling (where not given: as the checkpoint advises)")
+    add_field_flags(sampling, SamplingParams, SAMPLING_FLAGS, unset=True)
+    ServerArgs.add_cli_args(parser.add_argument_group("engine"))
+    parser.set_defaults(log_level="warning")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    server_args = ServerArgs.from_cli_args(args)
+    if server_args.skip_tokenizer_init:
+        raise InvalidRequest("generate works on text: it cannot run with --skip-tokenizer-init")
+    given = {name: value for name in SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
+    SamplingParams.from_dict(given)  # a wrong flag is told before a model is loaded
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    with _loading_bar() as on_progress:
+        engine = rtp_llm.Engine(server_args=server_args, on_progress=on_progress)
+    with engine:
+        params = SamplingParams.from_dict(engine.model_config.generation_defaults | given)
+        _print_stream(engine, prompt, params)
+    return 0
+
+
+def _print_stream(engine: Any, prompt: str, params: SamplingParams) -> None:
+    """Writes the text to stdout as it comes, then a line of statistics to stderr."""
+    start_s = time.perf_counter()
+    first_s = None
+    num_printed = 0
+    for result in engine.generate(prompt, params, stream=True):
+        if first_s is None and result["output_ids"]:
+            first_s = time.perf_counter()
+        print(result["text"][num_printed:], end="", flush=True)
+        num_printed = len(result["text"])
+    print(flush=True)
+    end_s = time.perf_counter()
+    meta = result["meta_info"]
+    if meta["finish_reason"]["type"] == "abort":
+        raise RuntimeError(f"the request was ended: {meta['finish_reason']['message']}")
+    print(_statistics(meta, start_s, first_s or end_s, end_s), file=sys.stderr)
+
+
+def _statistics(meta: dict[str, Any], start_s: float, first_s: float, end_s: float) -> str:
+    """Tokens per second are those of the tokens after the first, or of all if the first is the only one."""
+    num_new = meta["completion_tokens"]
+    per_second = (num_new - 1) / max(end_s - first_s, 1e-9) if num_new > 1 else num_new / max(end_s - start_s, 1e-9)
+    return (
+        f"prompt: {meta['prompt_tokens']} tokens ({meta['cached_tokens']} cached) | new: {num_new} tokens | "
+        f"first token: {first_s - start_s:.3f} s | {per_second:.1f} tokens/s"
+    )
+
+
+@contextmanager
+def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr, if that is a terminal; gives the function to be called with (done, total) bytes."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = TextColumn("Loading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Loading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+COMMANDS = (Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),)

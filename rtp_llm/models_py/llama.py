@@ -1,0 +1,258 @@
+"""Llama (Touvron et al., 2023; Llama 3, 2024), and the blocks that models of its form share."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.activation import get_act_and_mul_fn
+from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from rtp_llm.srt.layers.norm import RMSNorm
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
+from rtp_llm.srt.utils import add_prefix, make_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+
+class LlamaMLP(nn.Module):
+    """Gated feed-forward block: ``down(act(gate(x)) * up(x))``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size] * 2,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=add_prefix("gate_up_proj", prefix),
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=add_prefix("down_proj", prefix),
+        )
+        self.act_fn = get_act_and_mul_fn(hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(x)
+        x, _ = self.down_proj(self.act_fn(gate_up))
+        return x
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention with rotary positions; several query heads share a key/value head (Ainslie et al., 2023).
+
+    Args:
+        sliding_window: tokens that a token sees, itself included; None: all before it.
+    """
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        qkv_bias: bool,
+        o_bias: bool,
+        sliding_window: int | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=qkv_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("qkv_proj", prefix),
+        )
+        self.q_size, self.kv_size = self.qkv_proj.q_size, self.qkv_proj.kv_size
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            bias=o_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("o_proj", prefix),
+        )
+        # These models rotate whole heads: a partial_rotary_factor in their configuration has no effect.
+        rope_theta, rope_scaling, _ = get_rope_config(config)
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            base=rope_theta,
+            rope_scaling=rope_scaling,
+        )
+        self.attn = RadixAttention(
+            self.qkv_proj.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            layer_id=layer_id,
+            sliding_window_size=-1 if sliding_window is None else sliding_window - 1,
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+        )
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
+    ) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
+        return output
+
+
+class LlamaAttention(GroupedQueryAttention):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(
+            config,
+            layer_id,
+            qkv_bias=config.attention_bias,
+            o_bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=prefix,
+        )
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and feed-forward, each after a norm, each added to the residual, which is handed on apart."""
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        attention_type: type[nn.Module] = LlamaAttention,
+    ) -> None:
+        super().__init__()
+        self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
+        self.mlp = LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("mlp", prefix),
+            bias=getattr(config, "mlp_bias", False),
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class LlamaModel(nn.Module):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        attention_type: type[nn.Module] = LlamaAttention,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=quant_config,
+            prefix=add_prefix("embed_tokens", prefix),
+        )
+        self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda idx, prefix: LlamaDecoderLayer(config, idx, quant_config, prefix, attention_type),
+            prefix=add_prefix("layers", prefix),
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        input_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T] ids, or [T, hidden_size] embeddings in their place -> [T, hidden_size] after the last norm."""
+        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, forward_batch, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class LlamaForCausalLM(nn.Module):
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    attention_type: type[nn.Module] = LlamaAttention
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.model = LlamaModel(config, quant_config, add_prefix("model", prefix), self.attention_type)
+        if config.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=quant_config,
+                prefix=add_prefix("lm_head", prefix),
+            )
+        self.logits_processor = LogitsProcessor(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        input_embeds: torch.Tensor | None = None,
+    ) -> LogitsProcessorOutput:
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+
+EntryClass = LlamaForCausalLM

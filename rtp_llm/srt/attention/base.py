@@ -1,0 +1,43 @@
+"""The port that attention back ends fill."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rtp_llm.srt.forward_batch import ForwardBatch
+    from rtp_llm.srt.layers.radix_attention import RadixAttention
+
+
+class AttentionBackend(ABC):
+    """Plans a step once for all layers, then runs each layer's attention over the paged cache.
+
+    Invariants: ``plan`` is called once per step before any ``forward``; ``forward`` first writes the step's keys and
+    values to ``batch.out_cache_locs``, then attends over everything the request has in the cache, so that a token sees
+    itself. Only pages of tokens that a query can see are read: others may already belong to someone else.
+    """
+
+    @abstractmethod
+    def plan(self, batch: "ForwardBatch") -> None:
+        """Builds the step's metadata. Host lists of ``batch`` may be used; device tensors need no synchronisation."""
+
+    @abstractmethod
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: "RadixAttention",
+        batch: "ForwardBatch",
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Attention of one layer.
+
+        Args:
+            q: [T, num_heads, head_dim]; k: [T, num_kv_heads, head_dim]; v: [T, num_kv_heads, v_head_dim].
+                ``k`` and ``v`` are None where the layer reads another layer's cache.
+
+        Returns:
+            [T, num_heads * v_head_dim].
+        """

@@ -1,0 +1,178 @@
+"""Attention in plain torch, on any device. Slow beside a kernel, and the one that kernels are compared with."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kv_pool import slots_of
+
+if TYPE_CHECKING:
+    from rtp_llm.srt.layers.radix_attention import RadixAttention
+
+
+@dataclass(slots=True)
+class DecodeBucket:
+    """Rows of one token each with similarly long histories, gathered together and padded to the longest."""
+
+    token_rows: torch.Tensor  # [B] where their tokens are in the batch
+    slots: torch.Tensor  # [B, L] cache slots, padded with the dummy page
+    visible: torch.Tensor  # [B, 1, 1, L] bool
+
+
+@dataclass(slots=True)
+class ExtendRow:
+    """One row of several tokens."""
+
+    start: int  # its tokens are [start, end) of the batch
+    end: int
+    slots: torch.Tensor  # [L] cache slots of every key that some query sees
+    visible: torch.Tensor | None  # [n, L] bool; None: plain causal, no history
+    q_offset: int  # position of the first query among the L keys
+
+
+@dataclass(slots=True)
+class StepLayout:
+    """What a layer with a given cache group and window reads in this step."""
+
+    decode: list[DecodeBucket]
+    extend: list[ExtendRow]
+
+
+class TorchAttention(AttentionBackend):
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[int, int | None], StepLayout] = {}
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self._layouts = {}
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: "RadixAttention",
+        batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        group = batch.kv_pool.group_of(layer.layer_id)
+        if save_kv_cache and k is not None and v is not None:
+            batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[group], k, v)
+        keys, values = batch.kv_pool.read(layer.layer_id)
+        window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
+        layout = self._layout(batch, group, window)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        for bucket in layout.decode:
+            out[bucket.token_rows] = _decode(q[bucket.token_rows], keys, values, bucket, layer)
+        for row in layout.extend:
+            out[row.start : row.end] = _extend(q[row.start : row.end], keys, values, row, layer, window)
+        return out.flatten(1)
+
+    def _layout(self, batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
+        """Built by the first layer of each kind, then shared by the others."""
+        layout = self._layouts.get((group, window))
+        if layout is None:
+            layout = self._layouts[group, window] = _layout(batch, group, window)
+        return layout
+
+
+def _layout(batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
+    """Rows of one token are bucketed by the length of what they see, within a factor of two."""
+    table, page_size = batch.page_tables[group], batch.kv_pool.groups[group].page_size
+    device = table.device
+    buckets: dict[int, list[tuple[int, int, int, int]]] = {}
+    extend: list[ExtendRow] = []
+    token = 0
+    rows = batch.req_pool_indices
+    for b, num_tokens in enumerate(batch.extend_seq_lens_cpu):
+        seq_len, prefix_len = batch.seq_lens_cpu[b], batch.extend_prefix_lens_cpu[b]
+        first = 0 if window is None else max(0, prefix_len - window + 1)
+        if num_tokens == 1:
+            buckets.setdefault((seq_len - first).bit_length(), []).append((b, token, first, seq_len))
+        else:
+            positions = torch.arange(first, seq_len, device=device)
+            slots = slots_of(table, rows[b].expand(len(positions)), positions, page_size)
+            visible = _visible(prefix_len, seq_len, first, window, device)
+            extend.append(ExtendRow(token, token + num_tokens, slots, visible, prefix_len - first))
+        token += num_tokens
+    decode = [_bucket(members, table, rows, page_size) for members in buckets.values()]
+    return StepLayout(decode, extend)
+
+
+def _bucket(
+    members: list[tuple[int, int, int, int]], table: torch.Tensor, rows: torch.Tensor, page_size: int
+) -> DecodeBucket:
+    device = table.device
+    indices, tokens, first, end = torch.tensor(members, device=device).unbind(1)
+    longest = max(m[3] - m[2] for m in members)
+    positions = first[:, None] + torch.arange(longest, device=device)
+    visible = positions < end[:, None]
+    positions = torch.where(visible, positions, first[:, None])
+    slots = slots_of(table, rows[indices][:, None].expand_as(positions), positions, page_size)
+    return DecodeBucket(tokens, torch.where(visible, slots, 0), visible[:, None, None, :])
+
+
+def _visible(
+    prefix_len: int, seq_len: int, first: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """[n, L]: which of the keys ``[first, seq_len)`` each query of ``[prefix_len, seq_len)`` sees; None: causal."""
+    if prefix_len == 0 and (window is None or window >= seq_len):
+        return None
+    queries = torch.arange(prefix_len, seq_len, device=device)[:, None]
+    keys = torch.arange(first, seq_len, device=device)[None, :]
+    visible = keys <= queries
+    if window is not None:
+        visible &= keys > queries - window
+    return visible
+
+
+def _decode(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: DecodeBucket, layer: "RadixAttention"
+) -> torch.Tensor:
+    """q [B, Hq, D] -> [B, Hq, Dv]. The query heads of a group are the 'sequence' of one matrix product."""
+    num_rows, num_kv_heads = q.shape[0], layer.tp_k_head_num
+    grouped = q.view(num_rows, num_kv_heads, -1, q.shape[-1])
+    k = keys[bucket.slots].transpose(1, 2).to(q.dtype)
+    v = values[bucket.slots].transpose(1, 2).to(q.dtype)
+    if layer.logit_cap > 0:
+        out = _capped(grouped, k, v, bucket.visible, layer)
+    else:
+        out = scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.visible, scale=layer.scaling)
+    return out.reshape(num_rows, layer.tp_q_head_num, layer.v_head_dim)
+
+
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, layer: "RadixAttention"
+) -> torch.Tensor:
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * layer.scaling
+    scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return torch.matmul(weights, v.float()).to(q.dtype)
+
+
+def _extend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    row: ExtendRow,
+    layer: "RadixAttention",
+    window: int | None,
+) -> torch.Tensor:
+    """q [n, Hq, D] -> [n, Hq, Dv]."""
+    k, v = keys[row.slots].to(q.dtype), values[row.slots].to(q.dtype)
+    if layer.logit_cap > 0:
+        return reference.attention(q, k, v, layer.scaling, row.q_offset, window=window, logit_cap=layer.logit_cap)
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=row.visible,
+        is_causal=row.visible is None,
+        scale=layer.scaling,
+        enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+    )
+    return out[0].transpose(0, 1)

@@ -1,0 +1,130 @@
+"""The port for prefix caches: where computed pages are kept and found again by their tokens. Host only, no torch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Match:
+    """The longest cached prefix that every cache group can resume from.
+
+    ``pages[g]`` covers tokens ``[0, num_tokens)``; 0 stands where a window group no longer has the page (nothing that
+    is still to be computed can see it).
+    """
+
+    num_tokens: int
+    pages: list[list[int]]
+    node: Any = None  # the implementation's own
+
+
+@dataclass(slots=True)
+class Lock:
+    """A request's hold on the cached prefix ``[0, num_tokens)``: none of it that the request may read is evicted."""
+
+    num_tokens: int
+    node: Any = None
+    held_from: list[int] = field(default_factory=list)  # per group: tokens before this are no longer held
+
+
+@dataclass(slots=True)
+class Exchange:
+    """The request's pages ``[start, start + len(page_ids))`` of a group were duplicates: use these instead."""
+
+    group: int
+    start: int
+    page_ids: list[int]
+
+
+@dataclass(slots=True)
+class Insertion:
+    lock: Lock
+    exchanges: list[Exchange] = field(default_factory=list)
+    duplicates: list[list[int]] = field(default_factory=list)  # per group: the request's own pages that it must free
+
+
+class PrefixCache(ABC):
+    """Maps token ids, within a namespace, to pages of every cache group.
+
+    Invariants:
+    - A page is owned by the cache or by one request, never by both. Tokens ``[0, lock.num_tokens)`` of a request lie in
+      the cache's pages; what follows is its own.
+    - What a lock holds is never evicted: of full groups the whole prefix, of window groups what is within reach.
+    - ``match`` changes neither capacity nor structure; locks alone move pages between evictable and held.
+    - ``insert`` takes over the request's pages, except those that are cached already: they are returned as duplicates.
+    """
+
+    @abstractmethod
+    def match(self, namespace: Hashable, ids: Sequence[int], limit: int) -> Match:
+        """The longest usable cached prefix of ``ids[:limit]``."""
+
+    @abstractmethod
+    def lock(self, match: Match) -> Lock:
+        """Holds a match. Nothing may be evicted or inserted between ``match`` and ``lock``."""
+
+    @abstractmethod
+    def advance(self, lock: Lock, num_tokens: int) -> None:
+        """The request will compute nothing before ``num_tokens`` again: window pages out of reach are let go."""
+
+    @abstractmethod
+    def unlock(self, lock: Lock) -> None: ...
+
+    @abstractmethod
+    def insert(self, namespace: Hashable, ids: Sequence[int], pages: list[list[int]], lock: Lock) -> Insertion:
+        """Enters a request's computed tokens and moves its lock to their end.
+
+        Args:
+            ids: the tokens whose pages are complete; the rest of an incomplete last page stays the request's.
+            pages: per group, the request's page table (0 where a window page was freed already).
+            lock: the request's lock, which is used up: the returned one replaces it.
+        """
+
+    @abstractmethod
+    def evict(self, group: int, num_pages: int) -> None:
+        """Frees at least ``num_pages`` of a group, least recently used first, or all that can be."""
+
+    @abstractmethod
+    def evictable_pages(self, group: int) -> int: ...
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Frees everything. A broken invariant if anything is held."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raises AssertionError if an invariant does not hold. For tests."""
+
+
+class NoPrefixCache(PrefixCache):
+    """Caches nothing: requests own all their pages (``--disable-radix-cache``)."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._num_groups = num_groups
+
+    def match(self, namespace: Hashable, ids: Sequence[int], limit: int) -> Match:
+        return Match(0, [[] for _ in range(self._num_groups)])
+
+    def lock(self, match: Match) -> Lock:
+        return Lock(0)
+
+    def advance(self, lock: Lock, num_tokens: int) -> None:
+        return None
+
+    def unlock(self, lock: Lock) -> None:
+        return None
+
+    def insert(self, namespace: Hashable, ids: Sequence[int], pages: list[list[int]], lock: Lock) -> Insertion:
+        return Insertion(lock, [], [[] for _ in range(self._num_groups)])
+
+    def evict(self, group: int, num_pages: int) -> None:
+        return None
+
+    def evictable_pages(self, group: int) -> int:
+        return 0
+
+    def reset(self) -> None:
+        return None
+
+    def check_integrity(self) -> None:
+        return None

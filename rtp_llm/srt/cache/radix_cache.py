@@ -1,0 +1,441 @@
+"""A radix tree over token ids that owns the pages of finished and shared prefixes.
+
+After RadixAttention (Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024), extended
+to several cache groups: a node may have lost its pages in a window group and still serve the others.
+"""
+
+import heapq
+from collections.abc import Hashable, Iterator, Sequence
+
+from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.prefix_cache import Exchange, Insertion, Lock, Match, PrefixCache
+from rtp_llm.srt.cache.spec import CacheGroup
+
+
+class TreeNode:
+    """The tokens ``[start, end)`` of every sequence through it, and per group their pages, or None."""
+
+    __slots__ = ("children", "end", "holders", "ids", "last_access", "locks", "pages", "parent", "queued")
+
+    def __init__(self, parent: "TreeNode | None", ids: list[int], end: int, pages: list[list[int] | None]) -> None:
+        self.parent = parent
+        self.ids = ids
+        self.end = end
+        self.pages = pages
+        self.children: dict[Hashable, TreeNode] = {}
+        self.locks = [0] * len(pages)
+        self.queued = [False] * len(pages)
+        self.holders = 0  # locks that end here: they keep the node, even where they let go of all its pages
+        self.last_access = 0
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.ids)
+
+    @property
+    def is_free_leaf(self) -> bool:
+        return not self.children and not self.holders and not any(self.locks)
+
+    def path(self) -> "Iterator[TreeNode]":
+        """From this node up to, without, the root."""
+        node = self
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+class RadixCache(PrefixCache):
+    """See PrefixCache for the invariants; these are the tree's own.
+
+    - Node boundaries are multiples of the page size, which all groups share.
+    - In a full group every node has pages. In a window group a node has all of its pages or None (a tombstone).
+    - A lock counts on every node from its end up to the root in full groups, and up to ``held_from`` in window groups;
+      ``held_from`` is always a node boundary, so that splitting a node keeps every count right.
+    - Evictable is a node's share of a group with pages and no lock. In full groups descendants go first, and a node
+      goes as a whole; in window groups any node may lose its pages. An unlocked leaf that nothing can resume from goes.
+    """
+
+    def __init__(self, groups: Sequence[CacheGroup], allocators: Sequence[PageAllocator]) -> None:
+        page_sizes = {group.page_size for group in groups}
+        if len(page_sizes) != 1:
+            raise ValueError(f"the radix cache needs one page size for all cache groups, got {sorted(page_sizes)}")
+        self._page_size = page_sizes.pop()
+        self._groups = list(groups)
+        self._allocators = list(allocators)
+        # Tokens before a position that its query can see: None for all of them.
+        self._reach = [None if group.window is None else group.window - 1 for group in groups]
+        self._roots: dict[Hashable, TreeNode] = {}
+        self._namespaces: dict[TreeNode, Hashable] = {}
+        self._evictable = [0] * len(groups)
+        self._queues: list[list[tuple[int, int, int, TreeNode]]] = [[] for _ in groups]
+        self._clock = 0
+        self._ticket = 0
+
+    # Matching and locking
+
+    def match(self, namespace: Hashable, ids: Sequence[int], limit: int) -> Match:
+        best = Match(0, [[] for _ in self._groups], None)
+        node = self._roots.get(namespace)
+        if node is None:
+            return best
+        best.node = node
+        limit -= limit % self._page_size
+        live_from = [0] * len(self._groups)  # per group: where the unbroken run of pages up to here begins
+        path: list[tuple[TreeNode, int]] = []
+        best_depth = 0
+        position = 0
+        while position < limit:
+            child = node.children.get(self._key(ids, position))
+            if child is None:
+                break
+            length = min(len(child.ids), limit - position)
+            common = common_length(child.ids, 0, ids, position, length)
+            common -= common % self._page_size
+            position += common
+            path.append((child, common))
+            for g, pages in enumerate(child.pages):
+                if pages is None:
+                    live_from[g] = position
+            if self._can_resume(position, live_from):
+                best.num_tokens, best.node, best_depth = position, child, len(path)
+            if common < len(child.ids):
+                break
+            node = child
+        for child, common in path[:best_depth]:
+            for g, pages in enumerate(child.pages):
+                count = common // self._page_size
+                best.pages[g].extend([0] * count if pages is None else pages[:count])
+        return best
+
+    def _can_resume(self, position: int, live_from: list[int]) -> bool:
+        return all(
+            live <= (0 if reach is None else max(0, position - reach))
+            for live, reach in zip(live_from, self._reach, strict=True)
+        )
+
+    def lock(self, match: Match) -> Lock:
+        if match.num_tokens == 0:
+            return Lock(0, None, [0] * len(self._groups))
+        node: TreeNode = match.node
+        if node.end > match.num_tokens:
+            node = self._split(node, match.num_tokens)
+        self._touch(node)
+        return self._lock_node(node)
+
+    def _lock_node(self, node: TreeNode) -> Lock:
+        lock = Lock(node.end, node, [0] * len(self._groups))
+        node.holders += 1
+        for g, reach in enumerate(self._reach):
+            if reach is not None:
+                lock.held_from[g] = self._boundary(node, self._align(max(0, node.end - reach)))
+            self._count_locks(lock, g, +1)
+        return lock
+
+    def _boundary(self, node: TreeNode, position: int) -> int:
+        """Makes ``position`` a node boundary on the path to ``node``."""
+        for step in node.path():
+            if step.start < position < step.end:
+                self._split(step, position)
+            if step.start <= position:
+                break
+        return position
+
+    def _count_locks(self, lock: Lock, group: int, change: int, up_to: int | None = None) -> None:
+        """Adds ``change`` to the group's lock counts of the nodes in ``[held_from, up_to)``."""
+        for node in lock.node.path():
+            if node.end <= lock.held_from[group]:
+                break
+            if up_to is not None and node.end > up_to:
+                continue
+            was_locked = node.locks[group] > 0
+            node.locks[group] += change
+            is_locked = node.locks[group] > 0
+            if was_locked != is_locked:
+                pages = node.pages[group]
+                self._evictable[group] += (-1 if is_locked else 1) * (0 if pages is None else len(pages))
+                self._queue(node, group)
+
+    def advance(self, lock: Lock, num_tokens: int) -> None:
+        if lock.node is None:
+            return
+        for g, reach in enumerate(self._reach):
+            if reach is None or lock.held_from[g] >= lock.num_tokens:
+                continue
+            keep_from = min(num_tokens - reach, lock.num_tokens)
+            if keep_from <= lock.held_from[g]:
+                continue
+            passed = [n.end for n in lock.node.path() if lock.held_from[g] < n.end <= keep_from]
+            if passed:
+                self._count_locks(lock, g, -1, up_to=max(passed))
+                lock.held_from[g] = max(passed)
+
+    def unlock(self, lock: Lock) -> None:
+        if lock.node is None:
+            return
+        for g in range(len(self._groups)):
+            self._count_locks(lock, g, -1)
+        lock.node.holders -= 1
+        self._prune(lock.node)
+        lock.node = None
+
+    # Inserting
+
+    def insert(self, namespace: Hashable, ids: Sequence[int], pages: list[list[int]], lock: Lock) -> Insertion:
+        num_tokens = self._align(len(ids))
+        result = Insertion(lock, [], [[] for _ in self._groups])
+        if num_tokens <= lock.num_tokens:
+            return result
+        node: TreeNode = lock.node if lock.node is not None else self._root(namespace)
+        position = lock.num_tokens
+        while position < num_tokens:
+            child = node.children.get(self._key(ids, position))
+            if child is None:
+                node = self._append(node, ids, pages, position, num_tokens)
+                break
+            length = min(len(child.ids), num_tokens - position)
+            common = common_length(child.ids, 0, ids, position, length)
+            common -= common % self._page_size
+            if common < len(child.ids):
+                child = self._split(child, position + common)
+            self._merge(child, pages, result)
+            node, position = child, position + common
+        self._touch(node)
+        result.lock = self._lock_node(node)
+        self.unlock(lock)
+        return result
+
+    def _append(self, node: TreeNode, ids: Sequence[int], pages: list[list[int]], start: int, end: int) -> TreeNode:
+        """New nodes for ``[start, end)``, cut where a window group's pages begin (before it they are freed already)."""
+        cuts = {end}
+        for g in range(len(self._groups)):
+            first_live = self._first_live(pages[g], start, end)
+            if start < first_live < end:
+                cuts.add(first_live)
+        for cut in sorted(cuts):
+            first, last = start // self._page_size, cut // self._page_size
+            shares: list[list[int] | None] = []
+            for group_pages in pages:
+                share = group_pages[first:last]
+                shares.append(share if all(share) else None)
+            node = self._add_child(node, list(ids[start:cut]), cut, shares)
+            start = cut
+        return node
+
+    def _add_child(self, parent: TreeNode, ids: list[int], end: int, pages: list[list[int] | None]) -> TreeNode:
+        node = TreeNode(parent, ids, end, pages)
+        parent.children[self._key(ids, 0)] = node
+        for g, share in enumerate(pages):
+            if share is not None:
+                self._evictable[g] += len(share)
+        return node
+
+    def _merge(self, node: TreeNode, pages: list[list[int]], result: Insertion) -> None:
+        """A request's pages meet a node that has its tokens already: fill tombstones, hand back duplicates."""
+        cuts = {
+            self._first_live(pages[g], node.start, node.end) for g in range(len(self._groups)) if node.pages[g] is None
+        }
+        segments = [self._split(node, cut) for cut in sorted(cuts) if node.start < cut < node.end]
+        for segment in [*segments, node]:
+            for g in range(len(self._groups)):
+                self._merge_group(segment, g, pages[g], result)
+
+    def _merge_group(self, node: TreeNode, g: int, group_pages: list[int], result: Insertion) -> None:
+        first, last = node.start // self._page_size, node.end // self._page_size
+        own = [page for page in group_pages[first:last] if page]
+        if not own:
+            return
+        held = node.pages[g]
+        if held is not None:
+            result.duplicates[g].extend(own)
+            result.exchanges.append(Exchange(g, first, list(held)))
+            return
+        node.pages[g] = own
+        if node.locks[g] == 0:
+            self._evictable[g] += len(own)
+        self._queue(node, g)
+
+    def _first_live(self, group_pages: list[int], start: int, end: int) -> int:
+        """The first token of ``[start, end)`` whose page the request still has; ``end`` if none."""
+        first, last = start // self._page_size, end // self._page_size
+        for index in range(first, last):
+            if group_pages[index]:
+                return index * self._page_size
+        return end
+
+    # Evicting
+
+    def evict(self, group: int, num_pages: int) -> None:
+        allocator = self._allocators[group]
+        target = allocator.num_free + num_pages
+        queue = self._queues[group]
+        while allocator.num_free < target and queue:
+            access, _, _, node = heapq.heappop(queue)
+            node.queued[group] = False
+            if node.parent is None or not self._is_evictable(node, group):
+                continue  # removed, or held again: it is queued anew when that changes
+            if access != node.last_access:
+                self._queue(node, group)
+                continue
+            if self._reach[group] is None:
+                self._remove(node)
+            else:
+                self._drop_pages(node, group)
+                self._prune(node)
+
+    def _is_evictable(self, node: TreeNode, group: int) -> bool:
+        if node.pages[group] is None or node.locks[group] or node.parent is None:
+            return False
+        return self._reach[group] is not None or not node.children
+
+    def _queue(self, node: TreeNode, group: int) -> None:
+        """Queues a node for eviction if it has become evictable and is not queued yet."""
+        if not node.queued[group] and self._is_evictable(node, group):
+            node.queued[group] = True
+            self._ticket += 1
+            # Of equal age the earlier tokens go first: a conversation goes on from its end.
+            heapq.heappush(self._queues[group], (node.last_access, node.end, self._ticket, node))
+
+    def _drop_pages(self, node: TreeNode, group: int) -> None:
+        pages = node.pages[group]
+        if pages is not None:
+            node.pages[group] = None
+            self._evictable[group] -= len(pages)
+            self._allocators[group].free(pages)
+
+    def _remove(self, node: TreeNode) -> None:
+        """Takes an unlocked leaf out of the tree, and ancestors that are of no use without it."""
+        parent = node.parent
+        assert parent is not None and node.is_free_leaf
+        for g in range(len(self._groups)):
+            self._drop_pages(node, g)
+        del parent.children[self._key(node.ids, 0)]
+        node.parent = None
+        if parent.parent is not None:
+            for g in range(len(self._groups)):
+                self._queue(parent, g)
+            self._prune(parent)
+        elif not parent.children:
+            del self._roots[self._namespaces.pop(parent)]
+
+    def _prune(self, node: TreeNode) -> None:
+        """Removes a leaf that nobody holds and nothing can resume from."""
+        useless = any(p is None and reach != 0 for p, reach in zip(node.pages, self._reach, strict=True))
+        if useless and node.is_free_leaf:
+            self._remove(node)
+
+    def evictable_pages(self, group: int) -> int:
+        return self._evictable[group]
+
+    def reset(self) -> None:
+        for root in self._roots.values():
+            for node in list(_descendants(root)):
+                if any(node.locks):
+                    raise RuntimeError("the prefix cache was reset while a request holds a part of it")
+                for g in range(len(self._groups)):
+                    self._drop_pages(node, g)
+                node.parent = None
+        self._roots.clear()
+        self._namespaces.clear()
+        self._queues = [[] for _ in self._groups]
+
+    # The tree
+
+    def _align(self, num_tokens: int) -> int:
+        return num_tokens - num_tokens % self._page_size
+
+    def _key(self, ids: Sequence[int], position: int) -> Hashable:
+        if self._page_size == 1:
+            return ids[position]
+        return tuple(ids[position : position + self._page_size])
+
+    def _root(self, namespace: Hashable) -> TreeNode:
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = TreeNode(None, [], 0, [[] for _ in self._groups])
+            self._namespaces[root] = namespace
+        return root
+
+    def _touch(self, node: TreeNode) -> None:
+        self._clock += 1
+        for step in node.path():
+            step.last_access = self._clock
+            for g in range(len(self._groups)):
+                self._queue(step, g)
+
+    def _split(self, node: TreeNode, position: int) -> TreeNode:
+        """Cuts a node at ``position``; it keeps the lower part, a new parent gets the upper and is returned."""
+        parent = node.parent
+        assert parent is not None and node.start < position < node.end
+        cut = position - node.start
+        page_cut = cut // self._page_size
+        upper = TreeNode(
+            parent, node.ids[:cut], position, [None if pages is None else pages[:page_cut] for pages in node.pages]
+        )
+        upper.locks = list(node.locks)
+        upper.last_access = node.last_access
+        parent.children[self._key(upper.ids, 0)] = upper
+        node.ids = node.ids[cut:]
+        node.pages = [None if pages is None else pages[page_cut:] for pages in node.pages]
+        node.parent = upper
+        upper.children[self._key(node.ids, 0)] = node
+        for g in range(len(self._groups)):
+            self._queue(upper, g)
+        return upper
+
+    def check_integrity(self) -> None:
+        evictable = [0] * len(self._groups)
+        seen: list[set[int]] = [set() for _ in self._groups]
+        for root in self._roots.values():
+            for node in _descendants(root):
+                self._check_node(node)
+                for g, pages in enumerate(node.pages):
+                    for page in pages or []:
+                        assert page not in seen[g], f"page {page} of group {g} is in two nodes"
+                        seen[g].add(page)
+                    if pages is not None and node.locks[g] == 0:
+                        evictable[g] += len(pages)
+        assert evictable == self._evictable, f"evictable {self._evictable}, counted {evictable}"
+        for g, allocator in enumerate(self._allocators):
+            assert seen[g] <= allocator.used_pages(), f"group {g}: the tree holds pages that are free"
+
+    def _check_node(self, node: TreeNode) -> None:
+        parent = node.parent
+        assert parent is not None and parent.end == node.start and node.ids
+        assert len(node.ids) % self._page_size == 0
+        assert parent.children[self._key(node.ids, 0)] is node
+        for g, pages in enumerate(node.pages):
+            assert pages is None or len(pages) * self._page_size == len(node.ids)
+            assert node.locks[g] >= 0
+            assert not (node.locks[g] and pages is None), "a held node has lost its pages"
+            if self._reach[g] is None:
+                assert pages is not None, "a node without pages in a full group"
+                assert parent.parent is None or parent.locks[g] >= node.locks[g], "held below what is not"
+            assert node.queued[g] or not self._is_evictable(node, g), "evictable, but not queued"
+        if node.is_free_leaf:
+            assert all(p is not None or r == 0 for p, r in zip(node.pages, self._reach, strict=True)), "a useless leaf"
+
+    def num_pages(self, group: int) -> int:
+        """Pages of a group that the tree owns."""
+        return sum(len(node.pages[group] or []) for root in self._roots.values() for node in _descendants(root))
+
+
+def _descendants(root: TreeNode) -> Iterator[TreeNode]:
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
+
+
+def common_length(a: Sequence[int], a_start: int, b: Sequence[int], b_start: int, limit: int) -> int:
+    """How many of the first ``limit`` items from ``a[a_start]`` and ``b[b_start]`` on are equal."""
+    if a[a_start : a_start + limit] == b[b_start : b_start + limit]:
+        return limit
+    low, high = 0, limit  # the first `low` items are equal, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[a_start + low : a_start + middle] == b[b_start + low : b_start + middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,78 @@
+"""What a layer keeps between steps, and how layers that keep the same are grouped. Host only, no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What one attention layer keeps per token on one rank. Layers with equal specs form a cache group.
+
+    ``window`` counts visible tokens, the query's own included, as Hugging Face configurations do:
+    key j is visible to query i iff ``i - window < j <= i``. None: all of them.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str  # a torch dtype's name: "float32", "bfloat16", "float16"
+    window: int | None = None
+
+    @property
+    def kind(self) -> Literal["full", "window"]:
+        return "full" if self.window is None else "window"
+
+    @property
+    def bytes_per_token(self) -> int:
+        item_size = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * item_size
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers (by ``layer_id``) that share page ids: one allocator, one page table, one pool of tensors."""
+
+    spec: CacheSpec
+    layer_ids: tuple[int, ...]
+    page_size: int = 1
+
+    @property
+    def window(self) -> int | None:
+        return self.spec.window
+
+    @property
+    def bytes_per_page(self) -> int:
+        return self.spec.bytes_per_token * len(self.layer_ids) * self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class LengthScaling:
+    """Keys that depend on the length of the sequence they were computed in (dynamic NTK and LongRoPE rotations).
+
+    As in transformers, prompt tokens are rotated for the prompt's length, each later token for its own. Up to
+    ``original_len`` tokens all lengths give the same keys. Beyond, with ``per_length`` each length gives others
+    (dynamic NTK), without it all longer ones give the same (LongRoPE). The prefix cache must not mix them.
+    """
+
+    original_len: int
+    per_length: bool
+
+    def key_class(self, prompt_len: int) -> int:
+        """Requests may share cached prefixes only if this number is the same for their prompts."""
+        if prompt_len <= self.original_len:
+            return 0
+        return prompt_len if self.per_length else self.original_len + 1
+
+    def reusable_len(self, prompt_len: int) -> int | None:
+        """How many leading tokens of a request belong to its prompt's class; None: all, however long it grows."""
+        if prompt_len <= self.original_len:
+            return self.original_len
+        return prompt_len if self.per_length else None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What the worker tells the core after loading: the groups, and whether keys depend on the sequence length."""
+
+    groups: tuple[CacheGroup, ...]
+    length_scaling: LengthScaling | None = None

@@ -1,0 +1,362 @@
+"""What the engine needs to know of a checkpoint before its weights are read: where it lies, and its configuration."""
+
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
+DEFAULT_CONTEXT_LENGTH = 2048  # where a configuration names no length at all
+
+multimodal_model_archs: set[str] = set()
+"""Architectures that take media. Model files with a processor are added when the processor registry is filled."""
+
+_CONTEXT_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+)
+_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+_WEIGHT_PATTERNS = {
+    "auto": ("*.safetensors", "*.bin"),
+    "safetensors": ("*.safetensors",),
+    "pt": ("*.bin", "*.pt"),
+    "dummy": (),
+}
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class ModelNotFoundError(FileNotFoundError):
+    """The model path is neither a usable directory nor a hub id that can be had."""
+
+
+class ModelConfigError(ValueError):
+    """A checkpoint's configuration, or what the user asked of it, makes no sense."""
+
+
+def is_multimodal_model(architectures: str | Iterable[str]) -> bool:
+    """Whether any of these architecture names stands in ``multimodal_model_archs``."""
+    names = {architectures} if isinstance(architectures, str) else set(architectures)
+    return not names.isdisjoint(multimodal_model_archs)
+
+
+def resolve_model_path(
+    model_path: str, revision: str | None = None, download_dir: str | None = None, load_format: str = "auto"
+) -> str:
+    """The local directory of a checkpoint: ``model_path`` itself, or the snapshot of a hub id.
+
+    A hub id is fetched by huggingface_hub (its progress bars, its cache or ``download_dir``, its ``HF_HUB_OFFLINE``):
+    small files, then weights of one format, safetensors if there are any. ``load_format="dummy"`` fetches no weights.
+
+    Raises:
+        ModelNotFoundError: no such directory, and no such hub id or no way to reach it.
+    """
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelNotFoundError(f"model path {model_path!r} is a file; give the directory that holds {CONFIG_FILE}")
+    if model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or not model_path.strip():
+        raise ModelNotFoundError(f"model path {model_path!r} does not exist (and cannot be a hub id like 'owner/name')")
+    try:
+        return _download(model_path, revision, download_dir, load_format)
+    except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError) as error:
+        wanted = model_path if revision is None else f"{model_path} at revision {revision!r}"
+        raise ModelNotFoundError(
+            f"there is no directory {model_path!r}, and the hub gave no model {wanted}: {_first_line(error)}. Check "
+            "the spelling; if this machine is offline, give a local directory or download the model beforehand"
+        ) from error
+
+
+def _download(repo_id: str, revision: str | None, download_dir: str | None, load_format: str) -> str:
+    def fetch(patterns: list[str], **kwargs: Any) -> str:
+        return snapshot_download(repo_id, revision=revision, cache_dir=download_dir, allow_patterns=patterns, **kwargs)
+
+    directory = fetch(_SMALL_FILES)
+    for pattern in _WEIGHT_PATTERNS[load_format]:
+        # weights in subdirectories are the same model for other programs
+        directory = fetch([pattern], ignore_patterns=["*/*", "consolidated*"])
+        if any(Path(directory).glob(pattern)):
+            break
+    return directory
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A checkpoint's configuration, resolved. ``hf_config`` is what a model's constructor is given."""
+
+    model_path: str  # the local directory
+    hf_config: PreTrainedConfig
+    hf_text_config: PreTrainedConfig  # the language model's part; hf_config itself for a text model
+    architectures: list[str]
+    dtype: str  # one of DTYPES
+    context_length: int  # tokens, prompt and output together
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int  # 0 where an architecture has no attention
+    eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
+    bos_token_id: int | None
+    generation_defaults: dict[str, float | int] = field(
+        default_factory=dict
+    )  # SamplingParams fields the authors advise
+
+    @property
+    def is_multimodal(self) -> bool:
+        return is_multimodal_model(self.architectures)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        dtype: str = "auto",
+        context_length: int | None = None,
+        json_model_override_args: str | Mapping[str, Any] = "{}",
+        download_dir: str | None = None,
+        load_format: str = "auto",
+    ) -> Self:
+        """Reads a checkpoint's configuration.
+
+        Args:
+            model_path: a directory, or a hub id (see ``resolve_model_path``).
+            dtype: one of DTYPES, or ``auto``: what config.json says, else what the weights are stored in, else float32.
+                float32 stays float32 (other engines make it float16).
+            context_length: instead of the model's own; a longer one is allowed, with a warning.
+            json_model_override_args: a JSON object whose values take effect as if they stood in config.json: a key
+                replaces what was there, but an object under a key ``*_config`` is merged into the one there.
+
+        Raises:
+            ModelNotFoundError: no such model, or no config.json in it.
+            ModelConfigError: a configuration that cannot be used, with the reason.
+        """
+        directory = resolve_model_path(model_path, revision, download_dir, load_format)
+        overrides = _parse_overrides(json_model_override_args)
+        hf_config = _load_hf_config(directory, overrides, trust_remote_code)
+        text_config = hf_config.get_text_config()
+        if not hf_config.architectures:
+            raise ModelConfigError(f"{directory}/{CONFIG_FILE} names no `architectures`, so its model class is unknown")
+        bos = _attribute("bos_token_id", hf_config, text_config)
+        generation = _load_json(Path(directory) / GENERATION_CONFIG_FILE, required=False)
+        return cls(
+            model_path=directory,
+            hf_config=hf_config,
+            hf_text_config=text_config,
+            architectures=list(hf_config.architectures),
+            dtype=_resolve_dtype(dtype, hf_config, directory),
+            context_length=_resolve_context_length(context_length, text_config),
+            vocab_size=_size(text_config, "vocab_size"),
+            hidden_size=_size(text_config, "hidden_size"),
+            num_layers=_size(text_config, "num_hidden_layers"),
+            num_heads=getattr(text_config, "num_attention_heads", None) or 0,
+            eos_token_ids=_union_of_ids(
+                _attribute("eos_token_id", hf_config, text_config), generation.get("eos_token_id")
+            ),
+            bos_token_id=generation.get("bos_token_id") if bos is None else bos,
+            generation_defaults=_generation_defaults(generation, directory),
+        )
+
+
+def _load_json(path: Path, required: bool = True) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if the file is absent and not required."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise ModelNotFoundError(
+            f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint directory"
+        ) from None
+    except ValueError as error:
+        raise ModelConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelConfigError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _parse_overrides(overrides: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides)
+        except ValueError as error:
+            raise ModelConfigError(f"json_model_override_args is not JSON: {error}; got {overrides!r}") from error
+    if not isinstance(overrides, Mapping):
+        raise ModelConfigError(f"json_model_override_args must be a JSON object, not {overrides!r}")
+    return dict(overrides)
+
+
+def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's content with ``overrides`` in it. An object under a key ``*_config`` merges; all else replaces.
+
+    ``rope_scaling`` means the older spelling throughout, so a base and a partial factor that the file keeps in
+    ``rope_parameters`` move to where that spelling has them; otherwise naming a scaling would forget the base.
+    """
+    merged = dict(config)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        if key.endswith("_config") and isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = apply_overrides(old, value)
+        merged[key] = value
+    if "rope_scaling" in overrides and "rope_parameters" not in overrides:
+        parameters = merged.pop("rope_parameters", None) or {}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in parameters:
+                merged.setdefault(key, parameters[key])
+    return merged
+
+
+def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    config = _load_json(Path(directory) / CONFIG_FILE)
+    try:
+        if not overrides:
+            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return _load_overridden(directory, apply_overrides(config, overrides), trust_remote_code)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, StrictDataclassError) as error:
+        hint = ""
+        if "auto_map" in config and not trust_remote_code:
+            hint = ". It brings its own code, which runs only with --trust-remote-code"
+        raise ModelConfigError(f"transformers cannot use {directory}/{CONFIG_FILE}: {error}{hint}") from error
+
+
+def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    """AutoConfig reads directories only, so it gets one: the same files by link, with another config.json."""
+    with tempfile.TemporaryDirectory() as scratch:
+        twin = Path(scratch) / Path(directory).resolve().name
+        twin.mkdir()
+        for entry in Path(directory).iterdir():
+            if entry.name != CONFIG_FILE:
+                (twin / entry.name).symlink_to(entry.resolve())
+        (twin / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        hf_config = AutoConfig.from_pretrained(twin, trust_remote_code=trust_remote_code)
+    hf_config._name_or_path = directory
+    return hf_config
+
+
+def _attribute(name: str, hf_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Any:
+    value = getattr(text_config, name, None)
+    return getattr(hf_config, name, None) if value is None else value
+
+
+def _size(config: PreTrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ModelConfigError(f"the model's configuration must give `{name}` as a positive integer, not {value!r}")
+    return value
+
+
+def _union_of_ids(*values: int | list[int] | None) -> tuple[int, ...]:
+    ids: dict[int, None] = {}
+    for value in values:
+        for token_id in value if isinstance(value, (list, tuple)) else [value]:
+            if token_id is None:
+                continue
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise ModelConfigError(f"`eos_token_id` must be an integer or a list of them, not {value!r}")
+            ids[token_id] = None
+    return tuple(ids)
+
+
+def _generation_defaults(generation: Mapping[str, Any], directory: str) -> dict[str, float | int]:
+    """Sampling parameters of generation_config.json. ``do_sample: false`` means greedy, whatever else it says."""
+    defaults = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
+    for key, value in defaults.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ModelConfigError(f"`{key}` in {directory}/{GENERATION_CONFIG_FILE} must be a number, not {value!r}")
+    if generation.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _resolve_dtype(asked: str, hf_config: PreTrainedConfig, directory: str) -> str:
+    if asked != "auto":
+        return _dtype_name(asked, f"dtype {asked!r} is unknown")
+    found = _attribute("dtype", hf_config, hf_config.get_text_config())
+    if found is None:
+        return _stored_dtype(directory) or "float32"
+    name = str(found).removeprefix("torch.")
+    return _dtype_name(name, f"{directory}/{CONFIG_FILE} asks for dtype {name!r}, which the engine does not compute in")
+
+
+def _dtype_name(name: str, complaint: str) -> str:
+    name = DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise ModelConfigError(f"{complaint}; have {', '.join(DTYPES)} (or auto)")
+    return name
+
+
+def _stored_dtype(directory: str) -> str | None:
+    """The dtype most weights of the first safetensors file are stored in; None if that cannot be read or is another.
+
+    A safetensors file begins with the length of its JSON header (8 bytes, little endian), then the header.
+    """
+    for path in sorted(Path(directory).glob("*.safetensors"))[:1]:
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (ValueError, OverflowError, MemoryError):
+            return None  # the loader says what is wrong with this file
+        sizes: Counter[str] = Counter()
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                sizes[tensor["dtype"]] += prod(tensor["shape"])
+        return _SAFETENSORS_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
+    return None
+
+
+def _resolve_context_length(asked: int | None, config: PreTrainedConfig) -> int:
+    own = derived_context_length(config)
+    if asked is None:
+        if own is None:
+            logger.warning("the model's configuration names no context length; using %d", DEFAULT_CONTEXT_LENGTH)
+        return own or DEFAULT_CONTEXT_LENGTH
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked <= 0:
+        raise ModelConfigError(f"context_length must be a positive number of tokens, not {asked!r}")
+    if own is not None and asked > own:
+        logger.warning("context length %d is longer than the model's own %d; answers may be poor", asked, own)
+    return asked
+
+
+def derived_context_length(config: PreTrainedConfig) -> int | None:
+    """The longest sequence a (text) configuration is made for, RoPE scaling included; None if it names none.
+
+    ``max_position_embeddings`` already includes the scaling where ``original_max_position_embeddings`` stands beside
+    it, except for YaRN, whose checkpoints are written both ways. Per-layer RoPE parameters never extend it.
+    """
+    named = [getattr(config, key, None) for key in _CONTEXT_LENGTH_KEYS]
+    lengths = [length for length in named if isinstance(length, int) and length > 0]
+    if not lengths:
+        return None
+    length = min(lengths)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    factor = rope.get("factor") or 1.0
+    original = rope.get("original_max_position_embeddings")
+    if kind == "yarn":
+        return max(length, int((original or length) * factor))
+    if kind in ("linear", "dynamic") and original is None:
+        return int(length * factor)
+    return length
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,0 +1,236 @@
+"""The engine's options: each declared once, with its help text; flags, checks and documentation follow from that."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Self, get_args, get_type_hints
+
+from rtp_llm.srt.utils.logging import LOG_LEVELS
+
+
+class ServerArgsError(ValueError):
+    """An option that does not exist, or a value that it cannot have."""
+
+
+def _arg(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: Sequence[Any] = (),
+    aliases: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``."""
+    metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases), "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """All options of an engine. Construction checks them and raises ServerArgsError."""
+
+    model_path: str = _arg(help="checkpoint directory, or Hugging Face hub id", aliases=("--model",))
+    tokenizer_path: str | None = _arg(None, help="directory or hub id of the tokenizer; unset: the model's")
+    skip_tokenizer_init: bool = _arg(False, help="load no tokenizer: prompts and results are token ids")
+    load_format: str = _arg(
+        "auto",
+        help="which weight files to read; auto: safetensors, else pt; dummy: random weights, no files",
+        choices=("auto", "safetensors", "pt", "dummy"),
+    )
+    trust_remote_code: bool = _arg(False, help="run Python code that comes with the checkpoint")
+    context_length: int | None = _arg(None, help="most tokens of a request; unset: the model's", low=1)
+    revision: str | None = _arg(None, help="branch, tag or commit on the hub")
+    download_dir: str | None = _arg(None, help="where hub downloads are kept; unset: the hub's cache")
+    dtype: str = _arg(
+        "auto",
+        help="type of weights and activations; auto: the checkpoint's; half is float16, float is float32",
+        choices=("auto", "float32", "bfloat16", "float16", "half", "float"),
+    )
+    json_model_override_args: str = _arg("{}", help="JSON object that overrides entries of the model's config.json")
+    device: str | None = _arg(None, help="unset: cuda where there is a GPU, else cpu", choices=("cpu", "cuda"))
+    tp_size: int = _arg(
+        1,
+        help="tensor parallelism: number of workers that share each layer",
+        choices=(1, 2),
+        aliases=("--tensor-parallel-size",),
+    )
+    mem_fraction_static: float | None = _arg(
+        None, help="fraction of the memory for weights and cache; unset: chosen by device", low=0.01, high=1
+    )
+    max_total_tokens: int | None = _arg(None, help="tokens in the cache; unset: what memory allows", low=1)
+    max_running_requests: int | None = _arg(None, help="most requests running at once; unset: automatic", low=1)
+    chunked_prefill_size: int | None = _arg(
+        None,
+        help="prompt tokens per step; longer prompts are cut; unset: 2048 on CPU, 8192 on GPU; -1: never cut",
+        low=-1,
+    )
+    max_prefill_tokens: int = _arg(16384, help="prompt tokens of all requests in one step", low=1)
+    schedule_policy: str = _arg(
+        "fcfs", help="who is admitted next: first come, or longest cached prefix", choices=("fcfs", "lpm")
+    )
+    page_size: int = _arg(1, help="tokens per cache page", low=1)
+    swa_full_tokens_ratio: float = _arg(
+        0.8, help="tokens in the cache of sliding-window layers, relative to full-attention layers", low=0.01, high=1
+    )
+    disable_radix_cache: bool = _arg(False, help="do not reuse cached prefixes")
+    attention_backend: str | None = _arg(None, help="unset: the fastest that works here", choices=("torch_native",))
+    disable_overlap_schedule: bool = _arg(False, help="plan a step only after the one before has ended")
+    random_seed: int | None = _arg(
+        None, help="makes the seeds of requests without one reproducible", low=0, high=2**63 - 1
+    )
+    log_level: str = _arg("info", help="least severe messages to log", choices=LOG_LEVELS)
+    dist_timeout: float | None = _arg(None, help="seconds until a silent worker is an error; unset: 600", low=1)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, _types(type(self))[field.name], getattr(self, field.name))
+        if not self.model_path.strip():
+            raise ServerArgsError("model_path is empty; give a checkpoint directory or a hub id")
+        if self.chunked_prefill_size == 0:
+            raise ServerArgsError("chunked_prefill_size must be positive, or -1 to never cut prompts; not 0")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From keyword arguments. Unknown ones are an error that names the nearest option."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ServerArgsError(f"unknown engine argument {name!r}{_nearest(name, names)}")
+        if "model_path" not in values:
+            raise ServerArgsError("model_path is missing; give a checkpoint directory or a hub id")
+        return cls(**values)
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """From what a parser with ``add_cli_args`` has parsed; attributes of other flags are left alone."""
+        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        add_field_flags(parser, ServerArgs)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaint about an unknown flag names the nearest known one, and with one line for errors."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for parser in self._family() for flag in parser._option_string_actions]
+            self.error(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].split('=')[0], flags)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _family(self) -> Iterable[argparse.ArgumentParser]:
+        yield self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.values()
+
+
+def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
+    """ServerArgs from a command line; exits with a message if it is wrong."""
+    parser = ArgumentParser(prog="rtp-llm")
+    ServerArgs.add_cli_args(parser)
+    try:
+        return ServerArgs.from_cli_args(parser.parse_args(argv))
+    except ServerArgsError as error:
+        parser.error(str(error))
+
+
+def add_field_flags(parser: Any, cls: type, names: Sequence[str] | None = None, unset: bool = False) -> None:
+    """A flag ``--a-name`` for each field ``a_name`` of a dataclass, or for ``names`` only.
+
+    Fields of type bool become switches, lists take several values. Help, choices and aliases stand in the metadata.
+    With ``unset`` flags that are not given parse to None instead of the field's default.
+    """
+    for field in dataclasses.fields(cls):
+        if names is None or field.name in names:
+            default = None if unset else field.default
+            _add_flag(parser, field, _types(cls)[field.name], default, is_list=field.default_factory is not MISSING)
+
+
+def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], default: Any, is_list: bool) -> None:
+    flags = [_flag(field), *field.metadata.get("aliases", ())]
+    options: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"].replace("%", "%%")}
+    if default is MISSING:
+        options["required"] = True
+    else:
+        options["default"] = default
+        options["help"] += "" if default is None or default is False else " (default: %(default)s)"
+    if kinds[0] is bool:
+        parser.add_argument(*flags, action="store_true", **options)
+        return
+    choices = field.metadata.get("choices")
+    options |= {"choices": choices} if choices else {"metavar": {int: "N", float: "X", str: "TEXT"}[kinds[0]]}
+    options |= {"nargs": "+", "action": "extend"} if is_list else {}
+    parser.add_argument(*flags, type=kinds[0], **options)
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _types(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types each field may have: that of its values first, NoneType last if it may be unset."""
+    types = {}
+    for name, hint in get_type_hints(cls).items():
+        kinds = list(get_args(hint)) if isinstance(hint, UnionType) else [hint]
+        kinds = [get_args(kind)[0] if get_args(kind) else kind for kind in kinds]  # list[str]: several str
+        types[name] = tuple(sorted(kinds, key=lambda kind: kind is NoneType))
+    return types
+
+
+def _check(field: dataclasses.Field, kinds: tuple[type, ...], value: Any) -> None:
+    kind, optional = kinds[0], NoneType in kinds
+    if value is None and optional:
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        unset = " or None" if optional else ""
+        raise ServerArgsError(f"{field.name} must be {kind.__name__}{unset}, not {type(value).__name__} {value!r}")
+    choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise ServerArgsError(f"{field.name} cannot be {value!r}; have {', '.join(map(str, choices))}")
+    # written so that NaN, which compares false with everything, is refused
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ServerArgsError(f"{field.name} must be {wanted}, not {value}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def markdown() -> str:
+    """The page on the engine's options (docs/server_arguments.md)."""
+    rows = [_markdown_row(field, _types(ServerArgs)[field.name]) for field in dataclasses.fields(ServerArgs)]
+    head = [
+        "# Engine and server arguments",
+        "",
+        "Written by `python -m rtp_llm.srt.configs.server_args`; do not edit by hand. Every flag of the command line",
+        "is an argument of `Engine(...)` and a field of `ServerArgs`, with underscores for dashes. Flags may be",
+        "shortened as long as they stay unambiguous.",
+        "",
+        "| flag | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join(head + rows) + "\n"
+
+
+def _markdown_row(field: dataclasses.Field, kinds: tuple[type, ...]) -> str:
+    flags = ", ".join(f"`{flag}`" for flag in (_flag(field), *field.metadata["aliases"]))
+    choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
+    default = "required" if field.default is MISSING else "unset" if field.default is None else f"`{field.default}`"
+    return f"| {flags} | {choices or kinds[0].__name__} | {default} | {field.metadata['help']} |"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

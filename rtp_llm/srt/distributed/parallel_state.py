@@ -1,0 +1,110 @@
+"""Tensor parallelism: who this rank is, and the two exchanges that layers need.
+
+Layers ask ``get_tp_group()`` when they are built and keep the answer. Until ``init_tensor_parallel`` is called there is
+one rank, and the exchanges are the identity.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class TPGroup:
+    """The ranks that share one model. Both exchanges are collective: every rank calls them, in the same order."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"tensor-parallel rank must be in [0, {world_size}), got {rank}")
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` over the ranks, same shape and dtype. May write to ``x``."""
+        if self.world_size == 1:
+            return x
+        x = x.contiguous()
+        dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The ranks' ``x``, all of one shape, side by side along ``dim`` in rank order."""
+        if self.world_size == 1:
+            return x
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, dim=dim)
+
+
+_tp_group = TPGroup(rank=0, world_size=1)
+
+
+def init_tensor_parallel(rank: int, world_size: int, backend: str, init_method: str, timeout_s: float) -> TPGroup:
+    """Joins the group; returns when every rank has.
+
+    Args:
+        backend: ``gloo`` (CPU) or ``nccl`` (the CUDA device numbered ``rank``).
+        init_method: where the ranks meet, as ``torch.distributed`` spells it (``tcp://host:port``, ``file:///path``).
+        timeout_s: how long joining, and any later exchange, may wait for the other ranks.
+
+    Raises:
+        RuntimeError: a group was already joined in this process.
+        ValueError: unknown back end, or ``rank`` outside ``[0, world_size)``.
+    """
+    global _tp_group
+    if dist.is_initialized():
+        raise RuntimeError("tensor parallelism is already initialised: call destroy_tensor_parallel() first")
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"unknown distributed backend {backend!r}; have ['gloo', 'nccl']")
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    group = TPGroup(rank, world_size, device)
+    if world_size > 1:
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+    _tp_group = group
+    return group
+
+
+def destroy_tensor_parallel() -> None:
+    """Leaves the group. Layers built before keep their old group and must not be used any more."""
+    global _tp_group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _tp_group = TPGroup(rank=0, world_size=1)
+
+
+def get_tp_group() -> TPGroup:
+    return _tp_group
+
+
+def get_tensor_model_parallel_rank() -> int:
+    return _tp_group.rank
+
+
+def get_tensor_model_parallel_world_size() -> int:
+    return _tp_group.world_size
+
+
+def tensor_model_parallel_all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """See ``TPGroup.all_reduce``."""
+    return _tp_group.all_reduce(x)
+
+
+def tensor_model_parallel_all_gather(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """See ``TPGroup.all_gather``."""
+    return _tp_group.all_gather(x, dim)
+
+
+def divide(numerator: int, denominator: int, what: str = "size") -> int:
+    """``numerator / denominator`` where that is a whole number; ``what`` names the numerator in the error."""
+    if numerator % denominator != 0:
+        raise ValueError(f"{what} {numerator} is not divisible by {denominator}")
+    return numerator // denominator

@@ -1,0 +1,109 @@
+"""How many pages each cache group gets."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rtp_llm.srt.cache.spec import CacheGroup
+
+# Fraction of the memory that is free before loading which weights and cache may take together.
+DEFAULT_MEM_FRACTION = {"cpu": 0.6, "cuda": 0.88}
+# Without a limit given, no more tokens than this are reserved: small models would fill the memory for nothing.
+MAX_AUTO_TOKENS = 1 << 22
+MIN_AUTO_TOKENS = 1 << 18
+
+
+class NotEnoughMemory(RuntimeError):
+    """The cache that fits beside the weights is too small to serve a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Pages per cache group, and what follows from them."""
+
+    num_pages: tuple[int, ...]
+    max_total_tokens: int  # of full groups, or of window groups where there are no others
+    max_req_len: int  # tokens of the longest request that fits
+    cache_bytes: int  # per rank
+
+
+def auto_max_tokens(context_length: int, max_running_requests: int) -> int:
+    """All that running requests could use, within bounds."""
+    return min(max(context_length * max_running_requests, MIN_AUTO_TOKENS), MAX_AUTO_TOKENS)
+
+
+def plan_capacity(
+    groups: Sequence[CacheGroup],
+    context_length: int,
+    max_chunk: int,
+    budget_bytes: int,
+    max_total_tokens: int | None,
+    auto_tokens: int,
+    window_ratio: float,
+) -> Capacity:
+    """Shares ``budget_bytes`` (per rank) among the groups.
+
+    A window group gets ``window_ratio`` of the tokens of a full one, but no less than one request needs for its window
+    and a chunk. ``max_total_tokens`` is taken as it is, and refused where memory does not allow it.
+    """
+
+    def tokens_of(group: CacheGroup, total: int) -> int:
+        if group.window is None or not has_full:
+            return total
+        return max(int(total * window_ratio), min(total, group.window + max_chunk + 2 * group.page_size))
+
+    def pages_for(total: int) -> list[int]:
+        return [max(1, tokens_of(group, total) // group.page_size) for group in groups]
+
+    def bytes_for(total: int) -> int:
+        return sum(pages * group.bytes_per_page for pages, group in zip(pages_for(total), groups, strict=True))
+
+    has_full = any(group.window is None for group in groups)
+    page_size = max(group.page_size for group in groups)
+    if max_total_tokens is not None:
+        total = max_total_tokens
+        if bytes_for(total) > budget_bytes:
+            raise NotEnoughMemory(
+                f"max_total_tokens={total} needs {_gib(bytes_for(total))} of cache, but {_gib(budget_bytes)} are left "
+                f"beside the weights: lower it, or raise mem_fraction_static"
+            )
+    else:
+        total = _largest(bytes_for, budget_bytes, auto_tokens)
+    if total < page_size:
+        raise NotEnoughMemory(
+            f"there is no room for a page of {page_size} tokens: {_gib(budget_bytes)} are left for the cache beside "
+            f"the weights. Free memory, raise mem_fraction_static, or choose a smaller model or dtype"
+            if max_total_tokens is None
+            else f"max_total_tokens={total} is less than a page of {page_size} tokens"
+        )
+    num_pages = pages_for(total)
+    return Capacity(
+        tuple(num_pages),
+        total // page_size * page_size,
+        min([context_length, *(_longest(group, pages) for group, pages in zip(groups, num_pages, strict=True))]),
+        bytes_for(total),
+    )
+
+
+def _longest(group: CacheGroup, num_pages: int) -> int:
+    """The longest request that a group of ``num_pages`` can serve alone."""
+    num_tokens = num_pages * group.page_size
+    # A window slides: its reach, the token being computed, and the broken pages at both ends.
+    if group.window is not None and num_tokens >= group.window + 2 * group.page_size:
+        return 1 << 62
+    return num_tokens
+
+
+def _largest(bytes_for: Callable[[int], int], budget_bytes: int, limit: int) -> int:
+    """The largest number up to ``limit`` whose bytes stay within the budget."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if bytes_for(middle) <= budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,152 @@
+"""The core: one loop that receives, plans, executes and commits."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
+from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
+from rtp_llm.srt.messages import Shutdown
+from rtp_llm.srt.platform import default_device, memory_bytes
+from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.srt.utils.ipc import CoreEnd
+from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_RUNNING_REQUESTS = 256
+DEFAULT_CHUNK = {"cpu": 2048, "cuda": 8192}
+DEFAULT_DIST_TIMEOUT_S = 600.0
+
+
+class EngineCore:
+    """Executor and scheduler behind one end of a link. Everything here runs on the thread that calls it."""
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        model_config: ModelConfig,
+        link: CoreEnd,
+        on_progress: Callable[[int, int], None] | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        """Loads the model and reserves the cache.
+
+        Args:
+            on_progress: called with (bytes loaded, bytes in all) while weights are read.
+            executor: instead of the one that ``server_args`` asks for.
+        """
+        self._args = server_args
+        self._link = link
+        self._in_flight: deque[StepHandle] = deque()
+        self.device = server_args.device or default_device()
+        free_bytes, _ = memory_bytes(self.device)
+        self._executor = executor or make_executor(
+            worker_config(server_args, model_config, self.device),
+            depth=0 if self.device == "cpu" or server_args.disable_overlap_schedule else 1,
+            dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
+        )
+        try:
+            loaded = self._executor.load(on_progress)
+            self.capacity = self._plan_capacity(loaded, model_config, free_bytes)
+            self.scheduler = self._make_scheduler(loaded, model_config)
+            self._executor.init_cache(
+                list(self.capacity.num_pages), self.scheduler.config.max_running_requests, self.max_req_len
+            )
+        except BaseException:
+            self._executor.shutdown()
+            raise
+        self._log_start(loaded, model_config)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self.capacity.max_total_tokens
+
+    @property
+    def max_req_len(self) -> int:
+        """Tokens, prompt and output, of the longest request that can be served."""
+        return self.capacity.max_req_len
+
+    @property
+    def chunked_prefill_size(self) -> int:
+        return self._args.chunked_prefill_size or DEFAULT_CHUNK[self.device]
+
+    @property
+    def max_running_requests(self) -> int:
+        return self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
+
+    def _plan_capacity(self, loaded: LoadedModel, model_config: ModelConfig, free_bytes: int) -> Capacity:
+        fraction = self._args.mem_fraction_static or DEFAULT_MEM_FRACTION[self.device]
+        ranks_sharing = self._args.tp_size if self.device == "cpu" else 1
+        chunk = self.chunked_prefill_size if self.chunked_prefill_size > 0 else model_config.context_length
+        return plan_capacity(
+            loaded.layout.groups,
+            model_config.context_length,
+            chunk,
+            max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes),
+            self._args.max_total_tokens,
+            auto_max_tokens(model_config.context_length, self.max_running_requests),
+            self._args.swa_full_tokens_ratio,
+        )
+
+    def _make_scheduler(self, loaded: LoadedModel, model_config: ModelConfig) -> Scheduler:
+        config = SchedulerConfig(
+            max_req_len=self.max_req_len,
+            max_running_requests=self.max_running_requests,
+            chunked_prefill_size=self.chunked_prefill_size,
+            max_prefill_tokens=self._args.max_prefill_tokens,
+            schedule_policy=self._args.schedule_policy,
+            disable_radix_cache=self._args.disable_radix_cache,
+            eos_ids=model_config.eos_token_ids,
+        )
+        return Scheduler(config, loaded.layout, self.capacity.num_pages)
+
+    def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
+        logger.info(
+            "%s on %s, %s, %.2f GiB of weights, %.2f GiB of cache for %d tokens, longest request %d tokens",
+            model_config.architectures[0],
+            self.device if self._args.tp_size == 1 else f"{self._args.tp_size} x {self.device}",
+            model_config.dtype,
+            loaded.weight_bytes / 2**30,
+            self.capacity.cache_bytes / 2**30,
+            self.max_total_tokens,
+            self.max_req_len,
+        )
+
+    def run(self) -> None:
+        """Loops until a Shutdown message."""
+        while self.step(block=True):
+            pass
+
+    def step(self, block: bool) -> bool:
+        """One turn of the loop; False after a Shutdown message. ``block``: wait while there is nothing to do."""
+        messages = self._link.drain(block=block and self.scheduler.idle)
+        if any(isinstance(message, Shutdown) for message in messages):
+            return False
+        self._link.send(self.scheduler.receive(messages))
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._in_flight.append(self._executor.submit(plan))
+        while self._in_flight and (plan is None or len(self._in_flight) > self._executor.depth):
+            self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
+        return True
+
+    def shutdown(self) -> None:
+        """Ends the workers. Requests that still run get no answer from here."""
+        self._in_flight.clear()
+        self._executor.shutdown()
+
+
+def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: str) -> WorkerConfig:
+    return WorkerConfig(
+        model_config=model_config,
+        model_path=model_config.model_path,
+        load_format=server_args.load_format,
+        device=device,
+        page_size=server_args.page_size,
+        attention_backend=server_args.attention_backend,
+        world_size=server_args.tp_size,
+    )

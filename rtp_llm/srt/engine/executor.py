@@ -1,0 +1,247 @@
+"""How the core reaches its workers: in its own process, or one process per rank."""
+
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.worker.worker import LoadedModel, Masks, PendingLogits, PendingResult, Worker, WorkerConfig
+
+Progress = Callable[[int, int], None]
+
+
+class StepHandle(Protocol):
+    """A submitted step. ``result()`` waits for it; steps are asked for in the order of their submission."""
+
+    def result(self) -> StepResult: ...
+
+
+class Executor(ABC):
+    """The port between core and workers.
+
+    At most ``depth`` steps are in flight when the host plans the next one: 0 where the worker computes in ``submit``,
+    1 where a device computes on its own. Steps are executed in the order of submission. A step with ``masked_rows``
+    draws its tokens only when ``sample`` brings the masks; that may be after the step before has been committed.
+    """
+
+    depth: int
+
+    @abstractmethod
+    def load(self, progress: Progress | None = None) -> LoadedModel: ...
+
+    @abstractmethod
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None: ...
+
+    @abstractmethod
+    def submit(self, plan: StepPlan) -> StepHandle: ...
+
+    @abstractmethod
+    def sample(self, masks: Masks) -> None:
+        """Masks for the ``masked_rows`` of the step that was submitted last."""
+
+    @abstractmethod
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Calls a method of every rank's worker; one answer per rank. No step is in flight."""
+
+    @abstractmethod
+    def shutdown(self) -> None: ...
+
+
+class _Step:
+    """A step of an in-process worker: waiting for its turn, for its masks, or launched."""
+
+    def __init__(self, plan: StepPlan, worker: Worker) -> None:
+        self.plan = plan
+        self._worker = worker
+        self._logits: PendingLogits | None = None
+        self._masks: Masks | None = None
+        self._launched: PendingResult | None = None
+
+    def launch(self) -> None:
+        if self._logits is None:
+            self._logits = self._worker.forward(self.plan)
+        if self._launched is None and (self._masks is not None or not self.plan.masked_rows):
+            self._launched = self._worker.sample(self._logits, self._masks)
+
+    def give_masks(self, masks: Masks) -> None:
+        missing = set(self.plan.masked_rows) - set(masks)
+        if missing:
+            raise ValueError(f"step {self.plan.step_id} needs a mask for rows {sorted(missing)} too")
+        self._masks = masks
+
+    def result(self) -> StepResult:
+        self.launch()
+        if self._launched is None:
+            raise RuntimeError(f"step {self.plan.step_id} waits for the masks of rows {self.plan.masked_rows}")
+        return self._launched.result()
+
+
+class InProcessExecutor(Executor):
+    """One worker in the core's process.
+
+    ``delayed`` puts a step off until its result is asked for, as if a device were busy with it: at depth 1 the host
+    then plans each step without knowing the tokens of the one before.
+    """
+
+    def __init__(self, config: WorkerConfig, depth: int = 0, delayed: bool = False) -> None:
+        self.depth = depth
+        self._config = config
+        self._delayed = delayed
+        self._last: _Step | None = None
+
+    def load(self, progress: Progress | None = None) -> LoadedModel:
+        self.worker = Worker(self._config, progress)
+        return self.worker.loaded()
+
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
+        self.worker.init_cache(num_pages, max_rows, max_len)
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        self._last = _Step(plan, self.worker)
+        if not self._delayed:
+            self._last.launch()
+        return self._last
+
+    def sample(self, masks: Masks) -> None:
+        if self._last is None:
+            raise RuntimeError("masks came before any step was submitted")
+        self._last.give_masks(masks)
+        if not self._delayed:
+            self._last.launch()
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        return [getattr(self.worker, method)(*args)]
+
+    def shutdown(self) -> None:
+        self._last = None
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed or died. The message carries the worker's own error."""
+
+
+class MultiProcessExecutor(Executor):
+    """One worker process per rank of tensor parallelism, all fed the same plans.
+
+    The processes are this interpreter running ``rtp_llm.srt.worker.process`` with this process's ``sys.path``; each is
+    reached over an inherited socket pair, which no other process can open. Rank 0 answers for all. They end when the
+    pair closes, and so when this process does.
+    """
+
+    depth = 0
+
+    def __init__(self, config: WorkerConfig, dist_timeout_s: float) -> None:
+        self._config = config
+        self._dist_timeout_s = dist_timeout_s
+        self._processes: list[subprocess.Popen] = []
+        self._pipes: list[Connection] = []
+        self._waiting: deque[_RemoteStep] = deque()
+        self._rendezvous = tempfile.TemporaryDirectory(prefix="rtp-llm-")
+
+    def load(self, progress: Progress | None = None) -> LoadedModel:
+        init_method = f"file://{self._rendezvous.name}/store"
+        try:
+            models = pickle.dumps(dict(ModelRegistry.models))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise WorkerError(f"a class in ModelRegistry.models cannot be sent to worker processes: {error}") from error
+        for rank in range(self._config.world_size):
+            config = replace(self._config, rank=rank)
+            self._start(rank)
+            self._pipes[rank].send((config, init_method, self._dist_timeout_s, models))
+        return self._gather(progress)[0]
+
+    def _start(self, rank: int) -> None:
+
+        ours, theirs = socket.socketpair()
+        main = f"from rtp_llm.srt.worker.process import main; main({theirs.fileno()})"
+        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {main}"]
+        with theirs:
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._processes.append(process)
+        self._pipes.append(Connection(ours.detach()))
+
+    def _receive(self, rank: int, progress: Progress | None = None) -> Any:
+        while True:
+            try:
+                kind, value = self._pipes[rank].recv()
+            except (EOFError, ConnectionResetError) as error:
+                code = self._processes[rank].wait()
+                raise WorkerError(f"the worker process of rank {rank} died with exit code {code}") from error
+            if kind == "error":
+                raise WorkerError(f"the worker of rank {rank} failed:\n{value}")
+            if kind == "result":
+                return value
+            if progress is not None and rank == 0:
+                progress(*value)
+
+    def _gather(self, progress: Progress | None = None) -> list[Any]:
+        return [self._receive(rank, progress) for rank in range(len(self._pipes))]
+
+    def _send(self, method: str, *args: Any) -> None:
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((method, args))
+            except (BrokenPipeError, ConnectionResetError):
+                self._receive(rank)  # raises what the rank has to say
+                raise
+
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
+        self.rpc("init_cache", num_pages, max_rows, max_len)
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        self._send(method, *args)
+        return self._gather()
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        self._send("submit", plan)
+        step = _RemoteStep(self, bool(plan.masked_rows))
+        self._waiting.append(step)
+        return step
+
+    def sample(self, masks: Masks) -> None:
+        self._waiting[-1].needs_masks = False
+        self._send("sample_masked", masks)
+
+    def _finish(self, step: "_RemoteStep") -> StepResult:
+        if not self._waiting or self._waiting[0] is not step:
+            raise RuntimeError("results must be asked for in the order of submission")
+        if step.needs_masks:
+            raise RuntimeError("the step waits for its masks")
+        self._waiting.popleft()
+        return self._gather()[0]
+
+    def shutdown(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._pipes, self._processes = [], []
+        self._rendezvous.cleanup()
+
+
+class _RemoteStep:
+    def __init__(self, executor: MultiProcessExecutor, needs_masks: bool) -> None:
+        self._executor = executor
+        self.needs_masks = needs_masks
+
+    def result(self) -> StepResult:
+        return self._executor._finish(self)
+
+
+def make_executor(config: WorkerConfig, depth: int, dist_timeout_s: float) -> Executor:
+    if config.world_size > 1:
+        return MultiProcessExecutor(config, dist_timeout_s)
+    return InProcessExecutor(config, depth)

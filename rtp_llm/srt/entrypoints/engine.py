@@ -1,0 +1,461 @@
+"""The offline API: the engine within the caller's process, without sockets."""
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Self
+
+from rtp_llm import __version__
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.engine.core import EngineCore
+from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, load_tokenizer
+from rtp_llm.srt.messages import Shutdown, TokenOutput
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.srt.utils.ipc import QueueLink
+from rtp_llm.srt.utils.logging import configure_logging
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+Results = Result | list[Result]
+Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, what came for it)
+OnProgress = Callable[[int, int], None]
+
+
+class Engine:
+    """A model, ready to generate. Use it from any number of threads and event loops at once.
+
+    Args:
+        model_path: checkpoint directory or hub id.
+        server_args: all options at once, instead of ``model_path`` and ``kwargs``.
+        inline: step the core in the calling thread instead of on a thread of its own, for a debugger.
+        on_progress: called with (bytes loaded, bytes in all) while the weights are loaded, in the loading thread.
+        kwargs: fields of ServerArgs. ``log_level`` is "error" unless given.
+
+    Raises:
+        ValueError, OSError, RuntimeError: what is wrong with the options, the checkpoint or the machine.
+
+    Example:
+        >>> with Engine(model_path="Qwen/Qwen3-0.6B") as engine:
+        ...     print(engine.generate("The capital of France is", {"temperature": 0})["text"])
+    """
+
+    def __init__(
+        self,
+        model_path: str | None = None,
+        *,
+        server_args: ServerArgs | None = None,
+        inline: bool = False,
+        on_progress: OnProgress | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.server_args = args = _server_args(model_path, server_args, kwargs)
+        configure_logging(args.log_level)
+        self.model_config = ModelConfig.from_pretrained(
+            args.model_path,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            dtype=args.dtype,
+            context_length=args.context_length,
+            json_model_override_args=args.json_model_override_args,
+            download_dir=args.download_dir,
+            load_format=args.load_format,
+        )
+        tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, self.model_config)
+        link = QueueLink()
+        self._client = EngineClient(link.client)
+        build = partial(EngineCore, args, self.model_config, link.core, on_progress=on_progress)
+        self._runner = (InlineRunner if inline else ThreadRunner)(build, self._client, link)
+        self._finalizer = weakref.finalize(self, self._runner.stop)  # at the latest when the interpreter ends
+        core = self._runner.core
+        self.max_total_tokens: int = core.max_total_tokens
+        self.tokenizer_manager = TokenizerManager(
+            tokenizer,
+            self.model_config.vocab_size,
+            self.model_config.context_length,
+            core.max_req_len,
+            args.random_seed,
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer; None with ``skip_tokenizer_init``."""
+        return self.tokenizer_manager.tokenizer
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What this engine is: its options, and what was derived from model and machine."""
+        return {
+            **asdict(self.server_args),
+            "version": __version__,
+            "architectures": list(self.model_config.architectures),
+            "dtype": self.model_config.dtype,
+            "context_length": self.model_config.context_length,
+            "vocab_size": self.model_config.vocab_size,
+            "max_total_num_tokens": self.max_total_tokens,
+            "max_req_len": self.tokenizer_manager.max_req_len,
+        }
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: dict[str, Any] | SamplingParams | Sequence[dict[str, Any] | SamplingParams] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        stream: bool = False,
+        return_logprob: bool | Sequence[bool] = False,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_text_in_logprobs: bool = False,
+        rid: str | Sequence[str] | None = None,
+        cache_salt: str | Sequence[str] | None = None,
+    ) -> Results | Iterator[Result]:
+        """Continues one prompt, or a list of them: texts in ``prompt``, or ids in ``input_ids``.
+
+        For a list, each option is one for all or a list of as many. All are checked before any is started.
+
+        Args:
+            sampling_params: fields of SamplingParams.
+            stream: return an iterator of results so far instead; closing it ends the requests. Several completions
+                come interleaved, told apart by ``index``.
+            return_logprob: put log-probabilities of the output tokens into ``meta_info``.
+            logprob_start_len: and those of the prompt's tokens from this position on; -1 or unset: none of them.
+            top_logprobs_num: alternatives per position, best first.
+            token_ids_logprob: ids whose log-probability is wanted at every position.
+            return_text_in_logprobs: entries carry their token's text.
+            rid: the request's name, unique among the running ones.
+            cache_salt: prompts share cached prefixes only with those of the same salt.
+
+        Returns:
+            For one prompt and ``n=1`` a dict, else a list in order of prompts, then of completions:
+            ``{"text", "output_ids", "meta_info": {"id", "finish_reason", "prompt_tokens", "completion_tokens",
+            "cached_tokens", ...}}``. A request that fails by itself ends with the finish reason ``abort`` and a
+            message.
+
+        Raises:
+            InvalidRequest: a prompt or an option is wrong.
+            EngineStopped: the engine was shut down, or failed: then with the cause.
+        """
+        call = self._call(
+            prompt, input_ids, sampling_params=sampling_params, return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
+            return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
+        )  # fmt: skip
+        if not stream:
+            return self._collect(call)
+        iterator = self._stream(call)
+        next(iterator)  # submits, and makes sure that dropping the iterator ends the requests
+        return iterator
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: dict[str, Any] | SamplingParams | Sequence[dict[str, Any] | SamplingParams] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        stream: bool = False,
+        return_logprob: bool | Sequence[bool] = False,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        return_text_in_logprobs: bool = False,
+        rid: str | Sequence[str] | None = None,
+        cache_salt: str | Sequence[str] | None = None,
+    ) -> Results | AsyncIterator[Result]:
+        """As ``generate``, without blocking the event loop; cancelling it ends the requests.
+
+        With ``stream`` the awaited value is an asynchronous iterator:
+        ``async for result in await engine.async_generate(prompt, stream=True)``.
+        """
+        call = self._call(
+            prompt, input_ids, sampling_params=sampling_params, return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
+            return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
+        )  # fmt: skip
+        if not stream:
+            return await self._collect_async(call)
+        iterator = self._stream_async(call)
+        await anext(iterator)
+        return iterator
+
+    def abort(self, rid: str | None = None) -> None:
+        """Ends a running request, or all of them. Its caller gets what was generated, with finish reason ``abort``."""
+        self._client.abort(rid)
+
+    def flush_cache(self) -> FlushResult:
+        """Empties the prefix cache, if no request runs."""
+        return self._runner.wait_for(self._client.start_flush())
+
+    def shutdown(self) -> None:
+        """Ends the core and every pending call, and frees the memory. Further calls are refused. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    def _call(self, prompt: Any, input_ids: Any, **options: Any) -> "Call":
+        prompts, batched = _prompts(prompt, input_ids, options)
+        completions = []
+        for i, item in enumerate(prompts):
+            try:
+                requests = self.tokenizer_manager.requests(item)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"prompt {i}: {error}", error.param) if batched else error from None
+            text_in_logprobs = item.return_text_in_logprobs
+            completions += [self.tokenizer_manager.completion(request, text_in_logprobs) for request in requests]
+        return Call(self._client, completions, batched or len(completions) > 1)
+
+    def _collect(self, call: "Call") -> Results:
+        queue: SimpleQueue[Item] = SimpleQueue()
+        with call:
+            call.submit(queue.put)
+            while call.num_running:
+                call.take(self._runner.next_item(queue))
+        return call.results()
+
+    def _stream(self, call: "Call") -> Generator[Result, None, None]:
+        queue: SimpleQueue[Item] = SimpleQueue()
+        with call:
+            call.submit(queue.put)
+            yield {}
+            while call.num_running:
+                if call.take(item := self._runner.next_item(queue)):
+                    yield call.result(item[0])
+
+    async def _collect_async(self, call: "Call") -> Results:
+        queue: asyncio.Queue[Item] = asyncio.Queue()
+        with call:
+            call.submit(call.threadsafe_put(queue))
+            while call.num_running:
+                call.take(await self._runner.next_item_async(queue))
+        return call.results()
+
+    async def _stream_async(self, call: "Call") -> AsyncIterator[Result]:
+        queue: asyncio.Queue[Item] = asyncio.Queue()
+        with call:
+            call.submit(call.threadsafe_put(queue))
+            yield {}
+            while call.num_running:
+                if call.take(item := await self._runner.next_item_async(queue)):
+                    yield call.result(item[0])
+
+
+class Call:
+    """The completions of one ``generate``. As a context it ends in the core whatever still runs when it is left."""
+
+    def __init__(self, client: EngineClient, completions: list[Completion], many: bool) -> None:
+        self._client = client
+        self._completions = completions
+        self._many = many
+        self._submitted = False
+        self.num_running = len(completions)
+
+    def submit(self, put: Callable[[Item], None]) -> None:
+        """Starts all requests; ``put`` gets their outputs in the core's thread."""
+        self._submitted = True
+        try:
+            self._client.submit_all(
+                [(item.request, partial(_put_item, put, i)) for i, item in enumerate(self._completions)]
+            )
+        except (InvalidRequest, EngineStopped):
+            self._submitted = False  # the rids may be those of another call
+            raise
+
+    def threadsafe_put(self, queue: "asyncio.Queue[Item]") -> Callable[[Item], None]:
+        """A ``put`` into the running event loop's ``queue``. If the loop is gone, nobody waits: the request ends."""
+        loop = asyncio.get_running_loop()
+        client, rids = self._client, [item.request.rid for item in self._completions]
+
+        def put(item: Item) -> None:
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+            except RuntimeError:  # the event loop is closed
+                client.abort(rids[item[0]])
+
+        return put
+
+    def take(self, item: Item) -> bool:
+        """Adds to the completion that ``item`` is for; false if that has ended already."""
+        i, output = item
+        if isinstance(output, EngineStopped):
+            raise output
+        completion = self._completions[i]
+        if completion.finished:
+            return False
+        completion.add(output)
+        if completion.finished:
+            self.num_running -= 1
+            if output.finish_reason is None:  # by a stop string, of which the core knows nothing
+                self._client.abort(completion.request.rid)
+        return True
+
+    def result(self, i: int) -> Result:
+        """Completion ``i`` so far, for a stream."""
+        result = self._completions[i].result()
+        return {**result, "index": i} if self._many else result
+
+    def results(self) -> Results:
+        results = [completion.result() for completion in self._completions]
+        return results if self._many else results[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._submitted:
+            for completion in self._completions:
+                if not completion.finished:
+                    self._client.abort(completion.request.rid)
+
+
+def _put_item(put: Callable[[Item], None], i: int, output: TokenOutput | EngineStopped) -> None:
+    put((i, output))
+
+
+class ThreadRunner:
+    """Builds and runs the core on a thread of its own. What the constructor raises is what building the core raised."""
+
+    def __init__(self, build: Callable[[], EngineCore], client: EngineClient, link: QueueLink) -> None:
+        self._link = link
+        ready: Future[EngineCore] = Future()
+        self._thread = threading.Thread(target=_run_core, args=(build, ready, client), name="rtp-llm-core", daemon=True)
+        self._thread.start()
+        try:
+            self.core = ready.result()
+        except BaseException:
+            link.client.send(Shutdown())  # if it is this thread that was interrupted, the core ends once it is built
+            if ready.done():
+                self._thread.join()
+            raise
+
+    def next_item(self, queue: "SimpleQueue[Item]") -> Item:
+        return queue.get()
+
+    async def next_item_async(self, queue: "asyncio.Queue[Item]") -> Item:
+        return await queue.get()
+
+    def wait_for(self, future: "Future[FlushResult]") -> FlushResult:
+        return future.result()
+
+    def stop(self) -> None:
+        self._link.client.send(Shutdown())
+        if threading.current_thread() is not self._thread:  # which may happen to collect the garbage that an engine is
+            self._thread.join()
+        del self.core
+
+
+def _run_core(build: Callable[[], EngineCore], ready: "Future[EngineCore]", client: EngineClient) -> None:
+    try:
+        core = build()
+    except BaseException as error:  # raised again in the thread that waits
+        ready.set_exception(error)
+        return
+    ready.set_result(core)
+    try:
+        core.run()
+        client.fail_all(None, "the engine has been shut down")
+    except BaseException as error:  # raised again in every thread that waits
+        logger.error("the engine core failed: %r", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        client.fail_all(error)
+    finally:
+        core.shutdown()
+
+
+class InlineRunner:
+    """Steps the core in whichever thread waits for a result."""
+
+    def __init__(self, build: Callable[[], EngineCore], client: EngineClient, link: QueueLink) -> None:
+        self._client = client
+        self._lock = threading.RLock()
+        self.core = build()
+
+    def next_item(self, queue: "SimpleQueue[Item]") -> Item:
+        while queue.empty():
+            self._step()
+        return queue.get()
+
+    async def next_item_async(self, queue: "asyncio.Queue[Item]") -> Item:
+        while queue.empty():
+            self._step()
+            await asyncio.sleep(0)
+        return queue.get_nowait()
+
+    def wait_for(self, future: "Future[FlushResult]") -> FlushResult:
+        while not future.done():
+            self._step()
+        return future.result()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._client.fail_all(None, "the engine has been shut down")
+            self.core.shutdown()
+            del self.core
+
+    def _step(self) -> None:
+        with self._lock:
+            try:
+                self.core.step(block=False)
+            except BaseException as error:  # even an interrupt: a step that was left halfway cannot be taken up again
+                self._client.fail_all(error)
+                raise
+
+
+def _server_args(model_path: str | None, server_args: ServerArgs | None, kwargs: dict[str, Any]) -> ServerArgs:
+    if server_args is not None:
+        if model_path is not None or kwargs:
+            raise TypeError("Engine takes either server_args or single arguments, not both")
+        return server_args
+    given = {"log_level": "error"} | kwargs
+    return ServerArgs.from_dict(given if model_path is None else given | {"model_path": model_path})
+
+
+def _load_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
+    if args.tokenizer_path is None:
+        return load_tokenizer(config.model_path, args.trust_remote_code)
+    return load_tokenizer(args.tokenizer_path, args.trust_remote_code, args.revision)
+
+
+def _prompts(prompt: Any, input_ids: Any, options: dict[str, Any]) -> tuple[list[Prompt], bool]:
+    """The single prompts of a call, and whether it gave a list of them. ``options`` are fields of Prompt."""
+    if (prompt is None) == (input_ids is None):
+        given = "neither" if prompt is None else "both"
+        raise InvalidRequest(f"give either prompt or input_ids; {given} is given", "prompt")
+    name, value = ("prompt", prompt) if input_ids is None else ("input_ids", input_ids)
+    field_name = "text" if name == "prompt" else "input_ids"
+    if not _is_batch(name, value):
+        return [Prompt(**{field_name: value}, **options)], False
+    if not value:
+        raise InvalidRequest(f"{name} is an empty list", name)
+    columns = {key: _per_prompt(key, option, len(value)) for key, option in options.items()}
+    rows = [{key: column[i] for key, column in columns.items()} for i in range(len(value))]
+    return [Prompt(**{field_name: item}, **row) for item, row in zip(value, rows, strict=True)], True
+
+
+def _is_batch(name: str, value: Any) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return False
+    return name == "prompt" or (len(value) > 0 and isinstance(value[0], (list, tuple)))
+
+
+def _per_prompt(name: str, option: Any, num_prompts: int) -> Sequence[Any]:
+    """The option's value for each prompt of a batch: given as a list of as many, or one for all."""
+    if not isinstance(option, (list, tuple)) or (
+        name == "token_ids_logprob" and not any(item is None or isinstance(item, (list, tuple)) for item in option)
+    ):
+        if name == "rid" and option is not None:
+            raise InvalidRequest(f"rid must be a list of {num_prompts} names for {num_prompts} prompts", "rid")
+        return [option] * num_prompts
+    if len(option) != num_prompts:
+        raise InvalidRequest(f"{name} is a list of {len(option)} values for {num_prompts} prompts", name)
+    return option

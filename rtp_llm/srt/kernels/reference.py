@@ -1,0 +1,90 @@
+"""Plain torch: the documentation of what each kernel computes, the oracle of its tests, and the fallback."""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    q_start: int,
+    window: int | None = None,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of one sequence: a softmax in float32 whatever the input dtype.
+
+    Query i stands at position ``q_start + i`` and sees keys ``j <= q_start + i``; with a window only those with
+    ``j > q_start + i - window``, so ``window`` counts visible tokens, the query's own included.
+
+    Args:
+        q: [n, num_heads, head_dim].
+        k: [L, num_kv_heads, head_dim], keys of positions 0 .. L-1; num_kv_heads divides num_heads, and query head h
+            reads key head ``h // (num_heads // num_kv_heads)``.
+        v: [L, num_kv_heads, v_head_dim].
+        logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)`` (Gemma 2, 2024).
+        sinks: [num_heads]: a score that takes part in the softmax and carries no value (GPT-OSS, 2025).
+
+    Returns:
+        [n, num_heads, v_head_dim] in q's dtype.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads, v_head_dim = v.shape
+    grouped_q = q.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = torch.einsum("nkgd,lkd->kgnl", grouped_q, k.float()) * scaling
+    if logit_cap > 0:
+        scores = logit_cap * torch.tanh(scores / logit_cap)
+    scores = scores.masked_fill(~_visible(num_queries, num_keys, q_start, window, q.device), float("-inf"))
+    if sinks is not None:
+        sink_scores = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, 1)
+        scores = torch.cat([scores, sink_scores], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :num_keys]
+    output = torch.einsum("kgnl,lkd->nkgd", weights, v.float())
+    return output.reshape(num_queries, num_heads, v_head_dim).to(q.dtype)
+
+
+def _visible(num_queries: int, num_keys: int, q_start: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[n, L] bool: whether the key may be seen by the query."""
+    query_positions = torch.arange(q_start, q_start + num_queries, device=device)[:, None]
+    key_positions = torch.arange(num_keys, device=device)[None, :]
+    visible = key_positions <= query_positions
+    return visible if window is None else visible & (key_positions > query_positions - window)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension (Zhang and Sennrich, 2019).
+
+    The normalisation is done in float32, the product with ``weight`` in x's dtype, as in transformers' Llama.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """[..., 2 * size] -> [..., size]: ``silu(first half) * second half`` (SwiGLU; Shazeer, 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
+    """Rotates pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
+
+    Pair i is components ``(i, i + half)`` in NeoX style, ``(2i, 2i + 1)`` in interleaved style.
+
+    Args:
+        x: [T, num_heads, head_size], with ``2 * half <= head_size``.
+        cos, sin: [T, half], in x's dtype.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    if is_neox_style:
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, passed), dim=-1) if passed.shape[-1] else rotated

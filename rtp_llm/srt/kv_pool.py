@@ -1,0 +1,52 @@
+"""The tensors behind page ids: per cache group and layer, pages of keys and values."""
+
+from collections.abc import Sequence
+
+import torch
+
+from rtp_llm.srt.cache.spec import CacheGroup
+
+
+class KVPool:
+    """Keys and values of all layers. A token's *slot* is ``page_id * page_size + offset``.
+
+    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written. Page 0 is zeroed,
+    since padded page tables point to it.
+    """
+
+    def __init__(self, groups: Sequence[CacheGroup], num_pages: Sequence[int], device: str) -> None:
+        self.groups = list(groups)
+        self.num_pages = list(num_pages)
+        self._group_of: dict[int, int] = {}
+        self._keys: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        for g, (group, count) in enumerate(zip(groups, num_pages, strict=True)):
+            spec, dtype = group.spec, getattr(torch, group.spec.dtype)
+            num_slots = (count + 1) * group.page_size
+            for layer_id in group.layer_ids:
+                self._group_of[layer_id] = g
+                keys = torch.empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
+                values = torch.empty(num_slots, spec.num_kv_heads, spec.v_head_dim, dtype=dtype, device=device)
+                keys[: group.page_size].zero_()
+                values[: group.page_size].zero_()
+                self._keys[layer_id], self._values[layer_id] = keys, values
+
+    def group_of(self, layer_id: int) -> int:
+        return self._group_of[layer_id]
+
+    def write(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores k [T, num_kv_heads, head_dim] and v [T, num_kv_heads, v_head_dim] at slots [T]."""
+        self._keys[layer_id].index_copy_(0, slots, k.to(self._keys[layer_id].dtype))
+        self._values[layer_id].index_copy_(0, slots, v.to(self._values[layer_id].dtype))
+
+    def read(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots of a layer: keys [slots, num_kv_heads, head_dim], values [slots, num_kv_heads, v_head_dim]."""
+        return self._keys[layer_id], self._values[layer_id]
+
+
+def slots_of(page_table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Slots [...] of tokens at ``positions`` [...] of the page table's ``rows`` [...] (broadcast together)."""
+    if page_size == 1:
+        return page_table[rows, positions].long()
+    pages = page_table[rows, positions // page_size].long()
+    return pages * page_size + positions % page_size

@@ -1,0 +1,94 @@
+"""Vocabulary tables, split by rows over tensor-parallel ranks."""
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.distributed.parallel_state import TPGroup, get_tp_group
+from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod
+from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter, refuse_shard
+
+
+class VocabParallelEmbedding(nn.Module):
+    """[T] token ids -> [T, embedding_dim].
+
+    Rank r holds rows ``[r * n, (r + 1) * n)`` of the table with ``n = ceil(num_embeddings / ranks)``; rows past the
+    vocabulary are zero. A model with tied embeddings uses this same object as its head.
+    """
+
+    quant_method: EmbeddingMethodBase
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        params_dtype: torch.dtype | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        tp_group: TPGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.params_dtype = params_dtype or torch.get_default_dtype()
+        self.prefix = prefix
+        self.name = prefix or type(self).__name__
+        self.tp_group = tp_group or get_tp_group()
+        self.num_embeddings_per_partition = -(-num_embeddings // self.tp_group.world_size)
+        self.start_id = min(self.tp_group.rank * self.num_embeddings_per_partition, num_embeddings)
+        self.end_id = min(self.start_id + self.num_embeddings_per_partition, num_embeddings)
+        self.quant_method = _embedding_method(self, quant_config, prefix)
+        self.quant_method.create_weights(
+            self, self.num_embeddings_per_partition, embedding_dim, self.params_dtype, self.weight_loader
+        )
+        self.register_parameter("bias", None)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.tp_group.world_size == 1:
+            return self.quant_method.embedding(self, input_ids)
+        is_here = (input_ids >= self.start_id) & (input_ids < self.end_id)
+        row_ids = torch.where(is_here, input_ids - self.start_id, 0)
+        rows = self.quant_method.embedding(self, row_ids)
+        return self.tp_group.all_reduce(rows.masked_fill(~is_here[..., None], 0))
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copies this rank's rows of the whole table (or bias) ``tensor``, which is cut before it is copied."""
+        refuse_shard(shard_id, self.name)
+        check_shape(tensor, (self.num_embeddings, *param.shape[1:]), self.name)
+        num_rows = self.end_id - self.start_id
+        param.data[:num_rows].copy_(tensor[self.start_id : self.end_id])
+        param.data[num_rows:].zero_()
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """The output head of a model whose embeddings are not tied. ``LogitsProcessor`` multiplies with it."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        tp_group: TPGroup | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, params_dtype, quant_config, prefix, tp_group)
+        if bias:
+            data = torch.empty(self.num_embeddings_per_partition, dtype=self.params_dtype)
+            self.bias = make_parameter(data, self.weight_loader, output_dim=0)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"{self.name} is an output head: pass it to LogitsProcessor instead of calling it")
+
+
+def _embedding_method(
+    layer: VocabParallelEmbedding, quant_config: QuantizationConfig | None, prefix: str
+) -> EmbeddingMethodBase:
+    method = quant_config.get_quant_method(layer, prefix) if quant_config else None
+    if method is None:
+        return UnquantizedEmbeddingMethod()
+    if not isinstance(method, EmbeddingMethodBase):
+        raise TypeError(f"{layer.name}: a vocabulary table needs an EmbeddingMethodBase, got {type(method).__name__}")
+    return method

@@ -1,0 +1,311 @@
+"""Linear layers, split over tensor-parallel ranks.
+
+Names and call shapes are the field's; every layer returns ``(output, bias or None)``, the bias only where
+``skip_bias_add`` leaves its addition to the caller. The split is Megatron's (Shoeybi et al., 2019): a column-parallel
+layer keeps some outputs, a row-parallel layer some inputs and sums over ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
+from rtp_llm.srt.layers.quantization.base import LinearMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
+from rtp_llm.srt.layers.weights import ShardId, check_shape, load_part, make_parameter, refuse_shard
+
+LinearOutput = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One checkpoint tensor's share of a layer's outputs: this rank holds part ``part`` of ``num_parts`` equal ones."""
+
+    id: str | int
+    size: int  # outputs on this rank
+    part: int
+    num_parts: int
+
+    @property
+    def full_size(self) -> int:
+        return self.size * self.num_parts
+
+
+class LinearBase(nn.Module):
+    """Holds a weight of [sum(output_partition_sizes), input_size_per_partition], made by the quantization method."""
+
+    quant_method: LinearMethodBase
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        skip_bias_add: bool,
+        params_dtype: torch.dtype | None,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        tp_group: TPGroup | None,
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.output_size = output_size
+        self.skip_bias_add = skip_bias_add
+        self.params_dtype = params_dtype or torch.get_default_dtype()
+        self.prefix = prefix
+        self.name = prefix or type(self).__name__
+        self.tp_group = tp_group or get_tp_group()
+        self.quant_method = _linear_method(self, quant_config, prefix)
+
+    def _create_parameters(self, input_size: int, output_sizes: list[int], bias: bool) -> None:
+        self.quant_method.create_weights(
+            self,
+            input_size_per_partition=input_size,
+            output_partition_sizes=output_sizes,
+            input_size=self.input_size,
+            output_size=self.output_size,
+            params_dtype=self.params_dtype,
+            weight_loader=self.weight_loader,
+        )
+        if bias:
+            data = torch.empty(sum(output_sizes), dtype=self.params_dtype)
+            self.bias = make_parameter(data, self.weight_loader, output_dim=0)
+        else:
+            self.register_parameter("bias", None)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_method.apply(self, x, None if self.skip_bias_add else self.bias)
+
+    def _skipped_bias(self) -> torch.Tensor | None:
+        return self.bias if self.skip_bias_add else None
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copies this rank's part of a checkpoint tensor into ``param``.
+
+        Args:
+            tensor: the whole checkpoint tensor; it is cut before it is copied.
+            shard_id: which of the fused tensors this is; None where the layer fuses none or the checkpoint already did.
+
+        Raises:
+            ValueError: the tensor's shape or the shard id does not fit.
+        """
+        raise NotImplementedError
+
+
+class ReplicatedLinear(LinearBase):
+    """``x @ W.T + b``, the same on every rank."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        skip_bias_add: bool = False,
+        params_dtype: torch.dtype | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, TPGroup(0, 1))
+        self._create_parameters(input_size, [output_size], bias)
+
+    def forward(self, x: torch.Tensor) -> LinearOutput:
+        return self._multiply(x), self._skipped_bias()
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        refuse_shard(shard_id, self.name)
+        load_part(param.data, tensor, None, 0, 1, self.name)
+
+
+class ColumnParallelLinear(LinearBase):
+    """Outputs are split: [..., input_size] -> [..., output_size / ranks], or all of them with ``gather_output``."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        gather_output: bool = False,
+        skip_bias_add: bool = False,
+        params_dtype: torch.dtype | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        tp_group: TPGroup | None = None,
+    ) -> None:
+        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, tp_group)
+        self.gather_output = gather_output
+        self._create_shards([self._even_shard(0, output_size)], bias)
+
+    def _even_shard(self, shard_id: str | int, output_size: int) -> OutputShard:
+        ranks = self.tp_group.world_size
+        return OutputShard(shard_id, divide(output_size, ranks, f"{self.name}: output size"), self.tp_group.rank, ranks)
+
+    def _create_shards(self, shards: list[OutputShard], bias: bool) -> None:
+        self.shards = shards
+        self._create_parameters(self.input_size, [shard.size for shard in shards], bias)
+
+    def forward(self, x: torch.Tensor) -> LinearOutput:
+        output = self._multiply(x)
+        if self.gather_output:
+            output = self._gather(output)
+        return output, self._skipped_bias()
+
+    def _gather(self, output: torch.Tensor) -> torch.Tensor:
+        parts = output.split([shard.size for shard in self.shards], dim=-1)
+        return torch.cat([self.tp_group.all_gather(part) for part in parts], dim=-1)
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        dim: int | None = param.output_dim  # type: ignore[attr-defined]
+        if dim is None:
+            load_part(param.data, tensor, None, 0, 1, self.name)
+        elif shard_id is None:
+            self._load_fused(param.data, tensor, dim)
+        else:
+            self._load_shard(param.data, tensor, dim, shard_id)
+
+    def _load_fused(self, target: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
+        expected = list(target.shape)
+        expected[dim] = sum(shard.full_size for shard in self.shards)
+        check_shape(tensor, expected, self.name)
+        start = 0
+        for shard in self.shards:
+            self._load_shard(target, tensor.narrow(dim, start, shard.full_size), dim, shard.id)
+            start += shard.full_size
+
+    def _load_shard(self, target: torch.Tensor, tensor: torch.Tensor, dim: int, shard_id: str | int) -> None:
+        start = 0
+        for shard in self.shards:
+            if shard.id == shard_id:
+                name = f"{self.name} (shard {shard_id!r})" if len(self.shards) > 1 else self.name
+                load_part(target.narrow(dim, start, shard.size), tensor, dim, shard.part, shard.num_parts, name)
+                return
+            start += shard.size
+        raise ValueError(f"{self.name}: unknown shard_id {shard_id!r}; have {[shard.id for shard in self.shards]}")
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel layers of one input as one product; outputs side by side. Shard ids: 0, 1, ..."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: list[int],
+        bias: bool = True,
+        gather_output: bool = False,
+        skip_bias_add: bool = False,
+        params_dtype: torch.dtype | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        tp_group: TPGroup | None = None,
+    ) -> None:
+        LinearBase.__init__(
+            self, input_size, sum(output_sizes), skip_bias_add, params_dtype, quant_config, prefix, tp_group
+        )
+        self.output_sizes = output_sizes
+        self.gather_output = gather_output
+        self._create_shards([self._even_shard(i, size) for i, size in enumerate(output_sizes)], bias)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Queries, keys and values of attention in one product. Shard ids: ``"q"``, ``"k"``, ``"v"``.
+
+    Query heads are split over ranks; key/value heads too, or, where there are fewer than ranks, each is held by
+    ``num_kv_head_replicas`` neighbouring ranks. Output: [..., q_size + 2 * kv_size] of this rank.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_size: int,
+        total_num_heads: int,
+        total_num_kv_heads: int | None = None,
+        bias: bool = True,
+        skip_bias_add: bool = False,
+        params_dtype: torch.dtype | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        tp_group: TPGroup | None = None,
+    ) -> None:
+        total_num_kv_heads = total_num_kv_heads or total_num_heads
+        output_size = (total_num_heads + 2 * total_num_kv_heads) * head_size
+        LinearBase.__init__(self, hidden_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, tp_group)
+        self.gather_output = False
+        self.hidden_size = hidden_size
+        self.head_size = head_size
+        self.total_num_heads = total_num_heads
+        self.total_num_kv_heads = total_num_kv_heads
+        self._split_heads()
+        self._create_shards(self._qkv_shards(), bias)
+
+    def _split_heads(self) -> None:
+        ranks = self.tp_group.world_size
+        self.num_heads = divide(self.total_num_heads, ranks, f"{self.name}: number of attention heads")
+        if self.total_num_kv_heads >= ranks:
+            self.num_kv_heads = divide(self.total_num_kv_heads, ranks, f"{self.name}: number of key/value heads")
+            self.num_kv_head_replicas = 1
+        else:
+            self.num_kv_heads = 1
+            self.num_kv_head_replicas = divide(ranks, self.total_num_kv_heads, f"{self.name}: tensor-parallel size")
+        self.q_size = self.num_heads * self.head_size
+        self.kv_size = self.num_kv_heads * self.head_size
+
+    def _qkv_shards(self) -> list[OutputShard]:
+        rank, ranks, replicas = self.tp_group.rank, self.tp_group.world_size, self.num_kv_head_replicas
+        return [
+            OutputShard("q", self.q_size, rank, ranks),
+            OutputShard("k", self.kv_size, rank // replicas, ranks // replicas),
+            OutputShard("v", self.kv_size, rank // replicas, ranks // replicas),
+        ]
+
+
+class RowParallelLinear(LinearBase):
+    """Inputs are split: [..., input_size / ranks] -> [..., output_size], summed over ranks.
+
+    With ``input_is_parallel=False`` the input is whole and cut here. With ``reduce_results=False`` each rank returns
+    its summand; exactly one of them contains the bias.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        skip_bias_add: bool = False,
+        params_dtype: torch.dtype | None = None,
+        reduce_results: bool = True,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        tp_group: TPGroup | None = None,
+    ) -> None:
+        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, tp_group)
+        self.input_is_parallel = input_is_parallel
+        self.reduce_results = reduce_results
+        ranks = self.tp_group.world_size
+        self.input_size_per_partition = divide(input_size, ranks, f"{self.name}: input size")
+        self._create_parameters(self.input_size_per_partition, [output_size], bias)
+
+    def forward(self, x: torch.Tensor) -> LinearOutput:
+        rank, size = self.tp_group.rank, self.input_size_per_partition
+        if not self.input_is_parallel:
+            x = x.narrow(-1, rank * size, size)
+        # One rank adds the bias, inside its product, so that a single rank computes exactly an ordinary linear layer.
+        bias = None if self.skip_bias_add or rank > 0 else self.bias
+        output = self.quant_method.apply(self, x, bias)
+        if self.reduce_results:
+            output = self.tp_group.all_reduce(output)
+        return output, self._skipped_bias()
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        refuse_shard(shard_id, self.name)
+        dim: int | None = param.input_dim  # type: ignore[attr-defined]
+        load_part(param.data, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
+
+
+def _linear_method(layer: LinearBase, quant_config: QuantizationConfig | None, prefix: str) -> LinearMethodBase:
+    method = quant_config.get_quant_method(layer, prefix) if quant_config else None
+    if method is None:
+        return UnquantizedLinearMethod()
+    if not isinstance(method, LinearMethodBase):
+        raise TypeError(f"{layer.name}: a linear layer needs a LinearMethodBase, got {type(method).__name__}")
+    return method

@@ -1,0 +1,98 @@
+"""The attention layer of model files: it holds shapes, the back end on the ForwardBatch computes."""
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.cache.spec import CacheSpec
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+
+if TYPE_CHECKING:
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+
+class AttentionType(Enum):
+    DECODER = "decoder"
+    DECODER_BIDIRECTIONAL = "decoder_bidirectional"
+    ENCODER_ONLY = "encoder_only"
+
+
+class RadixAttention(nn.Module):
+    """Causal attention over the paged cache.
+
+    Args:
+        num_heads, num_kv_heads: of this rank.
+        scaling: factor of the scores, usually ``head_dim ** -0.5``.
+        layer_id: the layer whose cache is written and read.
+        logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
+        v_head_dim: -1: head_dim.
+        sliding_window_size: keys visible besides the query's own, that is one less than a Hugging Face
+            configuration's ``sliding_window``; -1 or None: all of them.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        num_kv_heads: int,
+        layer_id: int,
+        logit_cap: float = 0.0,
+        v_head_dim: int = -1,
+        sliding_window_size: int | None = -1,
+        attn_type: AttentionType = AttentionType.DECODER,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(
+                f"{prefix or 'RadixAttention'}: attention type {attn_type} is not supported; have [DECODER]"
+            )
+        self.tp_q_head_num = num_heads
+        self.tp_k_head_num = num_kv_heads
+        self.tp_v_head_num = num_kv_heads
+        self.head_dim = head_dim
+        self.qk_head_dim = head_dim
+        self.v_head_dim = head_dim if v_head_dim == -1 else v_head_dim
+        self.scaling = scaling
+        self.layer_id = layer_id
+        self.logit_cap = logit_cap
+        self.sliding_window_size = -1 if sliding_window_size is None else sliding_window_size
+        self.attn_type = attn_type
+        self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+        if quant_config is not None and quant_config.get_quant_method(self, prefix) is not None:
+            raise ValueError(f"{prefix or 'RadixAttention'}: {quant_config.get_name()} cannot quantize attention yet")
+
+    def cache_spec(self) -> CacheSpec:
+        """What this layer keeps per token; layers with equal specs share pages."""
+        window = None if self.sliding_window_size < 0 else self.sliding_window_size + 1
+        return CacheSpec(self.tp_k_head_num, self.qk_head_dim, self.v_head_dim, self.cache_dtype, window)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        forward_batch: "ForwardBatch",
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Attention of the step's tokens over everything their sequences have in the cache.
+
+        Args:
+            q: [T, num_heads * head_dim] or [T, num_heads, head_dim]; k and v likewise with key/value heads, or both
+                None where another layer's cache is read.
+            save_kv_cache: False writes nothing and only reads.
+
+        Returns:
+            [T, num_heads * v_head_dim].
+        """
+        q = q.view(-1, self.tp_q_head_num, self.qk_head_dim)
+        if k is not None and v is not None:
+            k = k.view(-1, self.tp_k_head_num, self.qk_head_dim)
+            v = v.view(-1, self.tp_v_head_num, self.v_head_dim)
+        elif k is not None or v is not None:
+            raise ValueError("RadixAttention needs both k and v, or neither")
+        return forward_batch.attn_backend.forward(q, k, v, self, forward_batch, save_kv_cache)

@@ -1,0 +1,380 @@
+"""Rotary position embeddings (RoFormer; Su et al., 2021) and the ways of stretching them over longer contexts.
+
+The frequencies of each kind are those that Hugging Face's ``ROPE_INIT_FUNCTIONS`` compute, in float32. Angles are
+computed from positions, so no position is too far.
+
+A step's cosines and sines are computed once: the runner calls ``prepare_for_forward(forward_batch)`` on every module
+that has it, and all layers that share the module read the result.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.cache.spec import LengthScaling
+from rtp_llm.srt.kernels import reference
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """What ``get_rope`` was asked for."""
+
+    head_size: int
+    rotary_dim: int
+    max_position: int
+    base: float
+    is_neox_style: bool
+    scaling: dict[str, Any]  # empty: the default kind
+    dtype: torch.dtype  # of cosines and sines
+
+    def __post_init__(self) -> None:
+        num_rotated = self.rotary_dim + self.rotary_dim % 2  # pairs: an odd number is rounded up
+        if not 0 < num_rotated <= self.head_size:
+            raise ValueError(f"cannot rotate {self.rotary_dim} components of heads of size {self.head_size}")
+
+    @property
+    def kind(self) -> str:
+        return rope_kind(self.scaling)
+
+    @property
+    def original_len(self) -> int:
+        """The length that frequencies were trained for."""
+        return self.scaling.get("original_max_position_embeddings") or self.max_position
+
+    def needed(self, name: str) -> Any:
+        if self.scaling.get(name) is None:
+            raise ValueError(f"rope kind {self.kind!r} needs {name!r} in rope_scaling; it has {sorted(self.scaling)}")
+        return self.scaling[name]
+
+    @property
+    def exponents(self) -> torch.Tensor:
+        """[rotary_dim / 2]: ``2i / rotary_dim``."""
+        # On the CPU always: other devices' powers differ in the last bit, and positions multiply that.
+        return torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """[rotary_dim / 2] float32, radians per position, unscaled."""
+        return 1.0 / self.base**self.exponents
+
+
+def rope_kind(scaling: dict[str, Any]) -> str:
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return "longrope" if kind == "su" else kind  # the name that Phi-3's first checkpoints used
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries and keys by their positions, with the same frequencies for all sequences.
+
+    Attributes:
+        length_scaling: how keys depend on the length of their sequence; None: they do not.
+    """
+
+    length_scaling: LengthScaling | None = None
+    inv_freq: torch.Tensor
+
+    def __init__(self, spec: RopeSpec, inv_freq: torch.Tensor, attention_factor: float = 1.0) -> None:
+        """``inv_freq``: [rotary_dim / 2] float32, radians per position. ``attention_factor`` scales cosine and sine."""
+        super().__init__()
+        self.head_size = spec.head_size
+        self.is_neox_style = spec.is_neox_style
+        self.dtype = spec.dtype
+        self.attention_factor = attention_factor
+        self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()), persistent=False)
+        self._step_positions: torch.Tensor | None = None
+        self._step_cos_sin: torch.Tensor | None = None
+
+    def prepare_for_forward(self, forward_batch: "ForwardBatch") -> None:
+        """Computes this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
+        positions = forward_batch.positions
+        cos_sin = self._cos_sin(positions, self._inv_freq_of(forward_batch))
+        kept, num_tokens = self._step_cos_sin, len(positions)
+        # Written in place, so that a captured graph that read them once finds the next step's at the same address.
+        if kept is None or kept.shape[1] < num_tokens or kept.device != cos_sin.device:
+            with torch.inference_mode(False):  # so that later steps may write to it in any mode
+                kept = self._step_cos_sin = torch.empty_like(cos_sin)
+        kept[:, :num_tokens] = cos_sin
+        self._step_positions = positions
+
+    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated q and k, in the shapes they came in.
+
+        Args:
+            positions: [T] int64.
+            q, k: [T, heads * head_size] or [T, heads, head_size]; their numbers of heads may differ.
+        """
+        cos, sin = self._cos_sin_at(positions).to(q.dtype).unbind(0)
+        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+
+    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x
+        return reference.rotary(heads, cos, sin, self.is_neox_style).view(x.shape)
+
+    def _cos_sin_at(self, positions: torch.Tensor) -> torch.Tensor:
+        if positions is self._step_positions and self._step_cos_sin is not None:
+            return self._step_cos_sin[:, : len(positions)]
+        return self._cos_sin(positions, self.inv_freq)
+
+    def _cos_sin(self, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+        """[2, T, rotary_dim / 2] in ``dtype``; ``inv_freq`` is [rotary_dim / 2], or [T, rotary_dim / 2] per token."""
+        angles = positions[:, None].float() * inv_freq
+        return (torch.stack((angles.cos(), angles.sin())) * self.attention_factor).to(self.dtype)
+
+    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+        return self.inv_freq
+
+
+class LengthScaledRotaryEmbedding(RotaryEmbedding):
+    """Frequencies that depend on the length of the sequence a token was computed in.
+
+    As in transformers: all tokens of a prompt are rotated for the prompt's length, each later token for its own, so
+    token t of a request has length ``max(prompt_len, t + 1)``, however the prompt was cut into chunks.
+    """
+
+    length_scaling: LengthScaling
+
+    def _cos_sin_at(self, positions: torch.Tensor) -> torch.Tensor:
+        if positions is not self._step_positions or self._step_cos_sin is None:
+            raise RuntimeError(
+                f"{type(self).__name__} depends on sequence lengths: call prepare_for_forward(forward_batch) before "
+                f"the model's forward, and rotate with that batch's positions"
+            )
+        return super()._cos_sin_at(positions)
+
+    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+        raise NotImplementedError
+
+
+class DynamicNTKRotaryEmbedding(LengthScaledRotaryEmbedding):
+    """The base grows with the length, beyond the original one (dynamic NTK scaling; emozilla, 2023)."""
+
+    def __init__(self, spec: RopeSpec) -> None:
+        if spec.rotary_dim <= 2:
+            raise ValueError(f"rope kind 'dynamic' needs more than 2 rotated components, got {spec.rotary_dim}")
+        super().__init__(spec, spec.inv_freq)
+        self.spec = spec
+        self.factor = spec.needed("factor")
+        self.length_scaling = LengthScaling(spec.max_position, per_length=True)
+
+    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+        # One length at a time, on the host: vectorised powers depend in the last bit on a token's place in the batch,
+        # which positions multiply. A prompt is one length, a decoding row another.
+        lens, token_to_len = rope_lens(forward_batch).unique(return_inverse=True)
+        table = torch.stack([self._inv_freq_for(num_tokens) for num_tokens in lens.tolist()] or [self.spec.inv_freq])
+        device = self.inv_freq.device
+        return table.to(device)[token_to_len.to(device)]
+
+    def _inv_freq_for(self, num_tokens: int) -> torch.Tensor:
+        """[rotary_dim / 2] on the host, for a sequence of ``num_tokens``."""
+        if num_tokens <= self.spec.max_position:
+            return self.spec.inv_freq
+        length = torch.tensor(num_tokens, dtype=torch.float32, device="cpu")
+        stretch = self.factor * length / self.spec.max_position - (self.factor - 1)
+        base = self.spec.base * stretch ** (self.spec.rotary_dim / (self.spec.rotary_dim - 2))
+        return 1.0 / base**self.spec.exponents
+
+
+class LongRopeRotaryEmbedding(LengthScaledRotaryEmbedding):
+    """One set of frequencies up to the original length, another beyond (LongRoPE; Ding et al., 2024)."""
+
+    long_inv_freq: torch.Tensor
+
+    def __init__(self, spec: RopeSpec) -> None:
+        super().__init__(spec, _longrope_inv_freq(spec, "short_factor"), _longrope_attention_factor(spec))
+        self.length_scaling = LengthScaling(spec.original_len, per_length=False)
+        long_inv_freq = _longrope_inv_freq(spec, "long_factor")
+        self.register_buffer("long_inv_freq", long_inv_freq.to(torch.get_default_device()), persistent=False)
+
+    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+        is_long = rope_lens(forward_batch) > self.length_scaling.original_len
+        return torch.where(is_long.to(self.inv_freq.device)[:, None], self.long_inv_freq, self.inv_freq)
+
+
+def rope_lens(forward_batch: "ForwardBatch") -> torch.Tensor:
+    """[T] int64 on the host: the sequence length that each token of the step is rotated for."""
+    rows = zip(
+        forward_batch.prompt_lens_cpu,
+        forward_batch.extend_prefix_lens_cpu,
+        forward_batch.extend_seq_lens_cpu,
+        strict=True,
+    )
+    lens = [
+        torch.arange(prefix_len + 1, prefix_len + num_tokens + 1, device="cpu").clamp(min=prompt_len)
+        for prompt_len, prefix_len, num_tokens in rows
+    ]
+    return torch.cat(lens) if lens else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+_ropes_of_build: ContextVar[dict[str, RotaryEmbedding] | None] = ContextVar("_ropes_of_build", default=None)
+
+
+@contextmanager
+def share_ropes() -> Iterator[None]:
+    """While a model is built inside this context, equal ``get_rope`` calls give one module: its step is computed once.
+
+    Never longer than one build: the module holds a step's state, which two models must not share.
+    """
+    token = _ropes_of_build.set({})
+    try:
+        yield
+    finally:
+        _ropes_of_build.reset(token)
+
+
+def get_rope(
+    head_size: int,
+    rotary_dim: int | None = None,
+    max_position: int = 2048,
+    base: float = 10000.0,
+    is_neox_style: bool = True,
+    rope_scaling: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    partial_rotary_factor: float = 1.0,
+) -> RotaryEmbedding:
+    """The rotary embedding of an attention layer, called as ``q, k = rotary_emb(positions, q, k)``.
+
+    Args:
+        rotary_dim: how many leading components of a head are rotated (None: all), before ``partial_rotary_factor``.
+        max_position: the configuration's ``max_position_embeddings``: the length from which ``dynamic`` stretches, and
+            the default where a kind needs an original length or a factor and ``rope_scaling`` does not give it.
+        is_neox_style: pairs are (i, i + half); False: (2i, 2i + 1).
+        rope_scaling: the kind under ``rope_type`` or ``type``, and its parameters; None: the default kind.
+        dtype: of cosines and sines; None: torch's default.
+
+    Raises:
+        ValueError: unknown kind, or a parameter is missing or does not fit.
+    """
+    spec = RopeSpec(
+        head_size=head_size,
+        rotary_dim=int((rotary_dim or head_size) * partial_rotary_factor),
+        max_position=max_position,
+        base=base,
+        is_neox_style=is_neox_style,
+        scaling=rope_scaling or {},
+        dtype=dtype or torch.get_default_dtype(),
+    )
+    if spec.kind not in _BUILDERS:
+        raise ValueError(f"unknown rope kind {spec.kind!r}; have {sorted(_BUILDERS)}")
+    built = _ropes_of_build.get()
+    if built is None:
+        return _BUILDERS[spec.kind](spec)
+    key = repr(spec)
+    if key not in built:
+        built[key] = _BUILDERS[spec.kind](spec)
+    return built[key]
+
+
+def get_rope_config(config: "PretrainedConfig") -> tuple[float, dict[str, Any] | None, float]:
+    """``(base, rope_scaling or None, partial_rotary_factor)`` of a configuration, for ``get_rope``.
+
+    Reads ``rope_parameters`` (transformers 5) or ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
+    if nested:
+        raise ValueError(f"rope_parameters differ by layer type ({nested}): the model must pick one set per layer")
+    scaling = dict(parameters)
+    base = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
+    partial = scaling.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
+    if rope_kind(scaling) == "default":
+        return base, None, partial
+    if rope_kind(scaling) in ("llama3", "yarn", "longrope"):
+        # A configuration's own field wins over the scaling's, as in transformers (Phi-3 keeps it there).
+        original_len = getattr(config, "original_max_position_embeddings", None)
+        if original_len is not None:
+            scaling["original_max_position_embeddings"] = original_len
+    return base, scaling, partial
+
+
+def _default_rope(spec: RopeSpec) -> RotaryEmbedding:
+    return RotaryEmbedding(spec, spec.inv_freq)
+
+
+def _linear_rope(spec: RopeSpec) -> RotaryEmbedding:
+    """Position interpolation (Chen et al., 2023; kaiokendev, 2023)."""
+    return RotaryEmbedding(spec, spec.inv_freq / spec.needed("factor"))
+
+
+def _llama3_rope(spec: RopeSpec) -> RotaryEmbedding:
+    """Long wavelengths are divided, short ones kept, those between interpolated (Llama 3.1, 2024)."""
+    inv_freq, factor = spec.inv_freq, spec.needed("factor")
+    low, high = spec.needed("low_freq_factor"), spec.needed("high_freq_factor")
+    wavelengths = 2 * math.pi / inv_freq
+    keep = (spec.original_len / wavelengths - low) / (high - low)
+    between = (1 - keep) * inv_freq / factor + keep * inv_freq
+    is_long = wavelengths > spec.original_len / low
+    is_short = wavelengths < spec.original_len / high
+    return RotaryEmbedding(spec, torch.where(is_long, inv_freq / factor, torch.where(is_short, inv_freq, between)))
+
+
+def _yarn_rope(spec: RopeSpec) -> RotaryEmbedding:
+    """YaRN (Peng et al., 2023): interpolates the frequencies that turn seldom within the original length."""
+    factor = spec.scaling.get("factor") or spec.max_position / spec.original_len
+    frequencies = spec.base**spec.exponents
+    keep = 1 - _yarn_ramp(spec)
+    inv_freq = 1.0 / (factor * frequencies) * (1 - keep) + 1.0 / frequencies * keep
+    return RotaryEmbedding(spec, inv_freq, _yarn_attention_factor(factor, spec.scaling))
+
+
+def _yarn_ramp(spec: RopeSpec) -> torch.Tensor:
+    """[rotary_dim / 2] from 0 to 1: 0 for pairs that turn more than beta_fast times, 1 for less than beta_slow."""
+
+    def pair_that_turns(num_turns: float) -> float:
+        return spec.rotary_dim * math.log(spec.original_len / (num_turns * 2 * math.pi)) / (2 * math.log(spec.base))
+
+    low = pair_that_turns(spec.scaling.get("beta_fast") or 32)
+    high = pair_that_turns(spec.scaling.get("beta_slow") or 1)
+    if spec.scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a division by zero
+    pairs = torch.arange(len(spec.exponents), dtype=torch.float32, device="cpu")
+    return ((pairs - low) / (high - low)).clamp(0, 1)
+
+
+def _yarn_attention_factor(factor: float, scaling: dict[str, Any]) -> float:
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def _longrope_inv_freq(spec: RopeSpec, name: str) -> torch.Tensor:
+    factors = torch.tensor(spec.needed(name), dtype=torch.float32, device="cpu")
+    if factors.shape != spec.exponents.shape:
+        raise ValueError(f"rope kind 'longrope' needs {len(spec.exponents)} numbers in {name!r}, got {len(factors)}")
+    return 1.0 / (factors * spec.base**spec.exponents)
+
+
+def _longrope_attention_factor(spec: RopeSpec) -> float:
+    if spec.scaling.get("attention_factor") is not None:
+        return spec.scaling["attention_factor"]
+    factor = spec.scaling.get("factor") or spec.max_position / spec.original_len
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(spec.original_len))
+
+
+_BUILDERS: dict[str, Callable[[RopeSpec], RotaryEmbedding]] = {
+    "default": _default_rope,
+    "linear": _linear_rope,
+    "dynamic": DynamicNTKRotaryEmbedding,
+    "llama3": _llama3_rope,
+    "yarn": _yarn_rope,
+    "longrope": LongRopeRotaryEmbedding,
+}

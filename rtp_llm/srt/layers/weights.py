@@ -1,0 +1,58 @@
+"""How parameters take their values from a checkpoint.
+
+Every parameter carries ``weight_loader(param, tensor, shard_id=None)``. ``tensor`` may be a view of a memory-mapped
+file: a loader checks shapes, cuts this rank's part, and only then copies, converting to the parameter's dtype.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+ShardId = str | int | None
+WeightLoader = Callable[[nn.Parameter, torch.Tensor, ShardId], None]
+
+
+def make_parameter(
+    data: torch.Tensor, weight_loader: WeightLoader, input_dim: int | None = None, output_dim: int | None = None
+) -> nn.Parameter:
+    """A parameter without gradient. ``input_dim`` and ``output_dim`` are the dimensions that ranks split."""
+    param = nn.Parameter(data, requires_grad=False)
+    param.weight_loader = weight_loader  # type: ignore[attr-defined]
+    param.input_dim = input_dim  # type: ignore[attr-defined]
+    param.output_dim = output_dim  # type: ignore[attr-defined]
+    return param
+
+
+def default_weight_loader(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+    """Loads the whole tensor; every rank has the same."""
+    refuse_shard(shard_id, "parameter")
+    check_shape(tensor, param.shape, "parameter")
+    param.data.copy_(tensor)
+
+
+def load_part(
+    target: torch.Tensor, tensor: torch.Tensor, dim: int | None, part: int, num_parts: int, name: str
+) -> None:
+    """Copies part ``part`` of ``num_parts`` equal parts of ``tensor`` along ``dim`` (None: all of it) to ``target``."""
+    expected = list(target.shape)
+    if dim is not None:
+        expected[dim] *= num_parts
+    check_shape(tensor, expected, name)
+    if dim is not None:
+        size = target.shape[dim]
+        tensor = tensor.narrow(dim, part * size, size)
+    target.copy_(tensor)
+
+
+def check_shape(tensor: torch.Tensor, expected: Sequence[int], name: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: the configuration expects a tensor of shape {tuple(expected)}, "
+            f"the checkpoint has {tuple(tensor.shape)}"
+        )
+
+
+def refuse_shard(shard_id: ShardId, name: str) -> None:
+    if shard_id is not None:
+        raise ValueError(f"{name} is not fused from several checkpoint tensors, got shard_id {shard_id!r}")

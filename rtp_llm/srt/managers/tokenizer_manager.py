@@ -1,0 +1,235 @@
+"""From a caller's prompt and options to checked requests for the core."""
+
+import random
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import uuid4
+
+from transformers import AutoTokenizer
+
+from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
+from rtp_llm.srt.messages import GenerateRequest
+from rtp_llm.srt.sampling_params import (
+    DEFAULT_MAX_NEW_TOKENS,
+    InvalidRequest,
+    SamplingParams,
+    check_vocabulary,
+    token_ids,
+)
+
+
+class TokenizerError(ValueError):
+    """No tokenizer can be had from where it should be."""
+
+
+def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The transformers tokenizer of a directory or hub id.
+
+    Raises:
+        TokenizerError: there is none, or it is broken.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_path, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+    except Exception as error:  # of many kinds, from files of many kinds and from remote code
+        raise TokenizerError(
+            f"cannot load a tokenizer from {tokenizer_path}: {_first_line(error)}. Name another place with "
+            "tokenizer_path, or use skip_tokenizer_init=True to give and get token ids"
+        ) from error
+    if tokenizer.vocab_size == 0:
+        raise TokenizerError(f"the tokenizer in {tokenizer_path} has an empty vocabulary: are its files there?")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One prompt as the caller gave it, not checked yet. Exactly one of ``text`` and ``input_ids`` is set."""
+
+    text: Any = None
+    input_ids: Any = None
+    sampling_params: Any = None
+    return_logprob: Any = False
+    logprob_start_len: Any = None
+    top_logprobs_num: Any = None
+    token_ids_logprob: Any = None
+    return_text_in_logprobs: Any = False
+    rid: Any = None
+    cache_salt: Any = None
+
+
+class TokenizerManager:
+    """Encodes and checks prompts; makes one request per completion. Thread-safe.
+
+    Args:
+        tokenizer: a transformers tokenizer, or None: prompts and results are ids only.
+        vocab_size: the model's; ids lie below it.
+        context_length: tokens the model can handle, prompt and output together.
+        max_req_len: tokens of the longest request that can be served: the context, or what the cache holds if less.
+        random_seed: makes the seeds of requests that bring none reproducible.
+    """
+
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, context_length: int, max_req_len: int, random_seed: int | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.max_req_len = max_req_len
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._seeds = random.Random(random_seed)
+        self._encode_lock = threading.Lock()
+
+    def requests(self, prompt: Prompt) -> list[GenerateRequest]:
+        """The requests of one prompt: as many as ``n``, with seeds ``seed``, ``seed + 1``, ...
+
+        Raises:
+            InvalidRequest: the prompt or an option is wrong.
+        """
+        params = _sampling_params(prompt.sampling_params)
+        params.validate(self.vocab_size)
+        if self.tokenizer is None and params.stop:
+            raise InvalidRequest(
+                "stop strings need a tokenizer, and the engine runs without (skip_tokenizer_init)", "stop"
+            )
+        ids = self._prompt_ids(prompt)
+        params = replace(params, max_new_tokens=self._max_new_tokens(params, len(ids)))
+        logprobs = self._logprob_options(prompt, len(ids))
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        salt = _string("cache_salt", prompt.cache_salt) or ""
+        return [
+            GenerateRequest(rid, ids, params, (seed + i) % 2**64, cache_salt=salt, **logprobs)
+            for i, rid in enumerate(_rids(prompt.rid, params.n))
+        ]
+
+    def completion(self, request: GenerateRequest, text_in_logprobs: bool = False) -> Completion:
+        """What collects the outputs of ``request`` and makes its result."""
+        return Completion(request, self._detokenizer, text_in_logprobs)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the tokenizer's special tokens around, as transformers gives them."""
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                "a text prompt needs a tokenizer (skip_tokenizer_init is set); give input_ids", "prompt"
+            )
+        _check_text("prompt", text)
+        with self._encode_lock:  # transformers sets the tokenizer's state before each call
+            return self.tokenizer(text, add_special_tokens=True, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        name = "input_ids" if prompt.text is None else "prompt"
+        ids = token_ids(name, prompt.input_ids) if prompt.text is None else self.encode(prompt.text)
+        if not ids:
+            raise InvalidRequest(f"{name} is empty: there must be at least one token to continue", name)
+        check_vocabulary(name, ids, self.vocab_size)
+        if len(ids) > self.context_length:
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens, more than the context length of {self.context_length}", name
+            )
+        if len(ids) >= self.max_req_len:
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens and leaves no room for a new one: {self._limit()}", name
+            )
+        return ids
+
+    def _max_new_tokens(self, params: SamplingParams, prompt_len: int) -> int:
+        room = self.max_req_len - prompt_len
+        name, asked = "max_new_tokens", params.max_new_tokens
+        if asked is None:
+            name, asked = "min_new_tokens", max(params.min_new_tokens, min(DEFAULT_MAX_NEW_TOKENS, room))
+        if asked > room:
+            raise InvalidRequest(
+                f"{name} is {asked}, but the prompt of {prompt_len} tokens leaves room for {room}: {self._limit()}",
+                name,
+            )
+        return asked
+
+    def _limit(self) -> str:
+        if self.max_req_len < self.context_length:
+            return (
+                f"a request may have {self.max_req_len} tokens, which is what the cache holds "
+                f"(the context length is {self.context_length})"
+            )
+        return f"a request may have {self.max_req_len} tokens, the context length"
+
+    def _logprob_options(self, prompt: Prompt, prompt_len: int) -> dict[str, Any]:
+        start = prompt.logprob_start_len
+        options = {
+            "return_logprob": _flag("return_logprob", prompt.return_logprob),
+            "logprob_start_len": -1 if start is None else _in_range("logprob_start_len", start, -1, prompt_len),
+            "top_logprobs_num": _in_range("top_logprobs_num", prompt.top_logprobs_num or 0, 0, self.vocab_size),
+            "token_ids_logprob": token_ids("token_ids_logprob", prompt.token_ids_logprob or []),
+        }
+        check_vocabulary("token_ids_logprob", options["token_ids_logprob"], self.vocab_size)
+        text = _flag("return_text_in_logprobs", prompt.return_text_in_logprobs)
+        if text and self.tokenizer is None:
+            raise InvalidRequest("texts of logprobs need a tokenizer (skip_tokenizer_init)", "return_text_in_logprobs")
+        if not options["return_logprob"]:
+            asked = {
+                **options,
+                "logprob_start_len": options["logprob_start_len"] != -1,
+                "return_text_in_logprobs": text,
+            }
+            for name, value in asked.items():
+                if value:
+                    raise InvalidRequest(f"{name} is given, but no logprobs are asked for: set return_logprob", name)
+        return options
+
+
+def _sampling_params(value: Any) -> SamplingParams:
+    if value is None:
+        return SamplingParams()
+    if isinstance(value, SamplingParams):
+        return replace(value)  # checked again, and safe from the caller's later changes
+    if isinstance(value, Mapping):
+        return SamplingParams.from_dict(value)
+    raise InvalidRequest(
+        f"sampling_params must be a dict or SamplingParams, not {type(value).__name__}", "sampling_params"
+    )
+
+
+def _rids(rid: Any, n: int) -> list[str]:
+    if rid is None:
+        return [uuid4().hex for _ in range(n)]
+    if not _string("rid", rid):
+        raise InvalidRequest("rid must not be empty", "rid")
+    return [rid] if n == 1 else [f"{rid}-{i}" for i in range(n)]
+
+
+def _string(name: str, value: Any) -> str | None:
+    if value is not None:
+        _check_text(name, value)
+    return value
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a string, not {type(value).__name__}", name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} is not valid Unicode: character {error.start} is the lone surrogate {value[error.start]!a}", name
+        ) from None
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, not {value!r}", name)
+    return value
+
+
+def _in_range(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} must be an integer, not {value!r}", name)
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}", name)
+    return value

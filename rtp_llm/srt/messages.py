@@ -1,0 +1,91 @@
+"""The contract between the client side (HTTP or offline API) and the core. Plain data, no torch, no sockets."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class FinishReason:
+    """Why a request ended: ``stop`` (an id or a string matched), ``length``, or ``abort`` (with a message)."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None  # the HTTP status of an abort
+
+    def to_dict(self) -> dict:
+        """The reference's shape: ``{"type": "stop", "matched": 2}``, ``{"type": "length", "length": 16}``."""
+        if self.type == "stop":
+            return {"type": "stop", "matched": self.matched}
+        if self.type == "length":
+            return {"type": "length", "length": self.length}
+        return {"type": "abort", "message": self.message, "status_code": self.status_code}
+
+
+@dataclass(slots=True)
+class GenerateRequest:
+    """One sequence to generate. ``n > 1`` is several requests with seeds ``seed + i``.
+
+    ``output_ids`` is what was generated before (a resubmission after the core died): the core goes on from there, with
+    penalties, lengths and random positions counted from ``prompt_ids`` on. ``logprob_start_len`` is in
+    ``[0, len(prompt_ids)]``; -1 asks for no prompt logprobs.
+    """
+
+    rid: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    output_ids: list[int] = field(default_factory=list)
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] = field(default_factory=list)
+    cache_salt: str = ""  # requests share cached prefixes only with equal salts
+
+
+@dataclass(slots=True)
+class AbortRequest:
+    """End ``rid`` and free what it holds; every live request if ``rid`` is None."""
+
+    rid: str | None
+
+
+@dataclass(slots=True)
+class FlushCache:
+    call_id: str
+
+
+@dataclass(slots=True)
+class Shutdown:
+    pass
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """News of one request: new ids since the last news, and, once, how it ended.
+
+    ``prompt_logprobs`` are those of prompt tokens ``logprob_start_len + 1 ...`` in order, possibly in several parts.
+    """
+
+    rid: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached_tokens: int = 0  # prompt tokens taken from the prefix cache when the request was first admitted
+    num_retractions: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class FlushCacheDone:
+    call_id: str
+    success: bool
+    message: str = ""
+
+
+ToCore = GenerateRequest | AbortRequest | FlushCache | Shutdown
+FromCore = TokenOutput | FlushCacheDone

@@ -1,0 +1,326 @@
+"""From a checkpoint directory to a model ready to run."""
+
+import logging
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.models.weight_files import Progress, find_weight_files, read_weights
+
+logger = logging.getLogger(__name__)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+ShardId = str | int | None  # which source of a packed parameter; None: all of it
+
+BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
+COMMON_IGNORE = (
+    r"(^|\.)rotary_emb\.(original_)?inv_freq$",
+    r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
+    r"(^|\.)(self_)?(attn|attention)\.(bias|masked_bias)$",  # causal masks kept as buffers
+    r"^(model\.)?mtp(_layers|_block)?\.",  # multi-token prediction
+)
+_LAYER_NUMBER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
+
+
+class WeightLoadError(ValueError):
+    """Checkpoint and model do not fit; the message names every tensor and parameter concerned."""
+
+
+def load_model(
+    model_config: ModelConfig,
+    model_path: str,
+    load_format: str = "auto",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Builds the model of ``model_config`` on ``device``, in its dtype, and loads its weights from a local directory.
+
+    ``load_format="dummy"`` needs no weight file: parameters get small random values, the same at every call.
+
+    Raises:
+        UnknownArchitectureError, ModelImportError: no model class (see registry.py).
+        WeightsNotFoundError, WeightFileError: no usable weight files (see weight_files.py).
+        WeightLoadError: they do not fit the model.
+    """
+    _refuse_quantized(model_config)
+    model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
+    files = [] if load_format == "dummy" else find_weight_files(model_path, load_format)
+    with _built_as(model_config.dtype, device), torch.no_grad():
+        model = model_class(config=model_config.hf_config, quant_config=None)
+        if load_format == "dummy":
+            fill_with_dummy_weights(model)
+        else:
+            load_weights(model, read_weights(files, progress), model_config.num_layers)
+        _finish(model)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_quantized(model_config: ModelConfig) -> None:
+    scheme = getattr(model_config.hf_config, "quantization_config", None)
+    if scheme:
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else type(scheme).__name__
+        raise ValueError(
+            f"{model_config.model_path} is quantized ({method}), which is not supported yet; use a checkpoint in "
+            "float32, bfloat16 or float16"
+        )
+
+
+@contextmanager
+def _built_as(dtype: str, device: str) -> Iterator[None]:
+    """New tensors are of this dtype and on this device; the default dtype of before comes back."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _finish(model: nn.Module) -> None:
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        process = getattr(method, "process_weights_after_loading", None)
+        if process:
+            process(module)
+    for module in model.modules():
+        finish_load: Any = getattr(module, "finish_load", None)
+        if finish_load:
+            finish_load()
+
+
+def fill_with_dummy_weights(model: nn.Module) -> None:
+    """Uniform values in [-0.05, 0.05) for every parameter and persistent buffer, integer ones zero.
+
+    The values depend on the name only, so that replicas on other ranks are equal.
+    """
+    for name, target in model.state_dict(keep_vars=True).items():
+        if not target.is_floating_point():
+            target.zero_()
+            continue
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+        values = torch.rand(target.shape, generator=generator, dtype=torch.float32, device="cpu")
+        target.copy_(values.mul_(0.1).sub_(0.05))
+
+
+def load_weights(model: nn.Module, weights: Weights, num_layers: int | None = None) -> None:
+    """Loads by the model's own ``load_weights(weights)`` if it has one, else declaratively.
+
+    Where such a method returns the set of the parameter names it loaded, a parameter that is not in it is an error.
+    """
+    own_method: Any = getattr(model, "load_weights", None)
+    if own_method is None:
+        load_weights_declaratively(model, weights, num_layers)
+        return
+    loaded = own_method(weights)
+    if isinstance(loaded, set):
+        unset = {name: parameter for name, parameter in model.named_parameters() if name not in loaded}
+        if unset:
+            lines = [f"{name} {_shape(parameter)}" for name, parameter in unset.items()]
+            raise _error(model, {"parameters were not set by its load_weights": lines})
+
+
+def load_weights_declaratively(model: nn.Module, weights: Weights, num_layers: int | None = None) -> None:
+    """Puts every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
+
+    A tensor's name is first rewritten by ``rename``, ``[(regex, replacement), ...]``, each applied in turn. It then is
+    a parameter's or persistent buffer's own name, or becomes one through ``packed_modules_mapping``, ``{packed module:
+    [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is supplied. What has no place may
+    match ``ignore`` (a list of regular expressions), COMMON_IGNORE, or belong to a layer from ``num_layers`` on.
+
+    A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``, or copied to where it has none.
+
+    A head tied to the embedding may be stored beside it, alone, or not at all; stored with other values it is an error.
+
+    Raises:
+        WeightLoadError: tensors without a place, parameters not (wholly) set, shapes that do not fit: all of them.
+    """
+    load = _DeclarativeLoad(model, num_layers)
+    for name, tensor in weights:
+        load.add(name, tensor)
+    load.finish()
+
+
+class _Place(NamedTuple):
+    name: str  # of the parameter or buffer
+    shard_id: ShardId
+
+
+class _DeclarativeLoad:
+    """One run of ``load_weights_declaratively``: where each tensor goes, and what went wrong so far."""
+
+    def __init__(self, model: nn.Module, num_layers: int | None) -> None:
+        self.model = model
+        self.num_layers = num_layers
+        self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        self.names_of = _names_by_tensor(self.targets)
+        self.packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
+        self.rename: list[tuple[str, str]] = list(getattr(model, "rename", []))
+        self.ignore = [*getattr(model, "ignore", []), *COMMON_IGNORE]
+        self.loaded: dict[str, set[ShardId]] = {name: set() for name in self.targets}
+        self.tied: dict[str, tuple[str, torch.Tensor]] = {}  # what a parameter of several names was given, and as what
+        self.num_direct = 0
+        self.prefixed: list[str] = []  # tensors that have a place only with the prefix
+        self.ignored: Counter[str] = Counter()  # by reason
+        self.problems: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        place = self._find(name)
+        if place:
+            self.num_direct += 1
+        else:
+            place = self._find(BASE_MODEL_PREFIX + name)
+            if place:
+                self.prefixed.append(f"{name} {_shape(tensor)}")
+        if place:
+            self._load(name, place, tensor)
+        else:
+            self._leave(name, tensor)
+
+    def _find(self, name: str) -> _Place | None:
+        if name in self.targets:
+            return _Place(name, None)
+        for packed, sources in self.packed.items():
+            for i, source in enumerate(sources):
+                candidate = _swap(name, source, packed)
+                if candidate and candidate in self.targets:
+                    return _Place(candidate, self._shard_ids(candidate, packed)[i])
+        return None
+
+    def _shard_ids(self, name: str, packed: str) -> tuple[ShardId, ...]:
+        """The ids that the layer's weight_loader knows the sources by, in the order of ``packed_modules_mapping``."""
+        layer = self.model.get_submodule(name.rpartition(".")[0])
+        sources = self.packed[packed]
+        default = ("q", "k", "v") if packed.endswith("qkv_proj") and len(sources) == 3 else tuple(range(len(sources)))
+        return tuple(getattr(layer, "shard_ids", default))
+
+    def _load(self, name: str, place: _Place, tensor: torch.Tensor) -> None:
+        shards = self.loaded[place.name]
+        if place.name in self.tied:
+            self._compare_tied(name, place.name, tensor)
+        elif place.shard_id in shards or None in shards or (place.shard_id is None and shards):
+            self.problems["tensors came twice"].append(f"{name} {_shape(tensor)}")
+        else:
+            self._fill(name, place, tensor)
+            self._mark(name, place, tensor)
+
+    def _fill(self, name: str, place: _Place, tensor: torch.Tensor) -> None:
+        target = self.targets[place.name]
+        try:
+            _fill(target, tensor, place.shard_id)
+        except ValueError as error:
+            self.problems["tensors do not fit"].append(f"{name} {_shape(tensor)} into {place.name}: {error}")
+        except Exception as error:
+            error.add_note(f"while loading {name} {_shape(tensor)} into {place.name} {_shape(target)}")
+            raise
+
+    def _mark(self, name: str, place: _Place, tensor: torch.Tensor) -> None:
+        names = self.names_of[id(self.targets[place.name])]
+        for alias in names:
+            self.loaded[alias].add(place.shard_id)
+            if len(names) > 1:
+                self.tied[alias] = (name, tensor)
+
+    def _compare_tied(self, name: str, target_name: str, tensor: torch.Tensor) -> None:
+        first_name, first = self.tied[target_name]
+        if first.shape == tensor.shape and torch.equal(first, tensor):
+            self.ignored["tied to another tensor, and equal"] += 1
+            return
+        self.problems["tensors differ though the model ties them"].append(
+            f"{name} {_shape(tensor)} and {first_name} {_shape(first)}: to use both, set tie_word_embeddings to false "
+            "in config.json"
+        )
+
+    def _leave(self, name: str, tensor: torch.Tensor) -> None:
+        layer = _LAYER_NUMBER.match(name)
+        pattern = next((pattern for pattern in self.ignore if re.search(pattern, name)), None)
+        if pattern:
+            self.ignored[pattern] += 1
+        elif layer and self.num_layers is not None and int(layer[1]) >= self.num_layers:
+            self.ignored[f"layers from number {self.num_layers} on"] += 1
+        else:
+            self.problems["tensors have no place in the model"].append(f"{name} {_shape(tensor)}")
+
+    def finish(self) -> None:
+        """Raises WeightLoadError if anything was wrong; else logs what was ignored."""
+        if self.prefixed and self.num_direct:  # a mixture is not a checkpoint of the base model
+            self.problems["tensors have no place in the model"] += self.prefixed
+        unset = [line for names in self.names_of.values() for line in self._missing(names[0])]
+        self.problems["parameters were not set"] += unset
+        if any(self.problems.values()):
+            raise _error(self.model, self.problems)
+        if self.prefixed:
+            logger.info("the checkpoint was saved from the base model: its names were read as %s*", BASE_MODEL_PREFIX)
+        if self.ignored:
+            reasons = "; ".join(f"{count} by {reason}" for reason, count in self.ignored.items())
+            logger.info("ignored %d tensors of the checkpoint: %s", self.ignored.total(), reasons)
+
+    def _missing(self, name: str) -> list[str]:
+        """Lines about what the parameter still lacks."""
+        shards, shape = self.loaded[name], _shape(self.targets[name])
+        if None in shards:
+            return []
+        for packed, sources in self.packed.items():
+            names = [_swap(name, packed, source) for source in sources]
+            if all(names):
+                ids = self._shard_ids(name, packed)
+                missing = [str(source) for source, shard_id in zip(names, ids, strict=True) if shard_id not in shards]
+                return [f"{name} {shape}, made of {', '.join(missing)}"] if missing else []
+        return [] if shards else [f"{name} {shape}"]
+
+
+def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None:
+    """Raises ValueError if the tensor does not fit."""
+    if target.is_floating_point() != tensor.is_floating_point():
+        raise ValueError(f"expected dtype {target.dtype}, got {tensor.dtype}")
+    weight_loader = getattr(target, "weight_loader", None)
+    if weight_loader:
+        weight_loader(target, tensor) if shard_id is None else weight_loader(target, tensor, shard_id)
+    elif shard_id is not None:
+        raise TypeError("a packed parameter needs a weight_loader that takes a shard id")
+    elif target.shape != tensor.shape:
+        raise ValueError(f"expected shape {_shape(target)}, got {_shape(tensor)}")
+    else:
+        target.data.copy_(tensor)
+
+
+def _names_by_tensor(targets: dict[str, torch.Tensor]) -> dict[int, list[str]]:
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, target in targets.items():
+        names[id(target)].append(name)
+    return dict(names)
+
+
+def _swap(name: str, part: str, other: str) -> str | None:
+    """``name`` with the dotted part replaced, or None if it has no such part."""
+    dotted = f".{name}."
+    if f".{part}." not in dotted:
+        return None
+    return dotted.replace(f".{part}.", f".{other}.", 1)[1:-1]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _error(model: nn.Module, problems: Mapping[str, list[str]]) -> WeightLoadError:
+    parts = [f"the checkpoint does not fit {type(model).__name__}:"]
+    for problem, lines in problems.items():
+        if lines:
+            parts.append(f"{len(lines)} {problem}:\n  " + "\n  ".join(sorted(lines)))
+    if any(line.startswith("lm_head.weight ") for line in problems.get("parameters were not set", [])):
+        parts.append(
+            "If the head is meant to share the embedding's weights, set tie_word_embeddings: "
+            "--json-model-override-args '{\"tie_word_embeddings\": true}'"
+        )
+    return WeightLoadError("\n".join(parts))

@@ -1,0 +1,100 @@
+"""The contract between core and worker: a StepPlan goes down, a StepResult comes back. Host values only.
+
+A plan is a delta. A worker keeps, per *row* (a slot for one running request), everything that an admission told it and
+every page it was given; a step then names rows and token counts only. Every tensor-parallel rank gets the same plan.
+
+Order within one plan: ``releases``, ``admissions``, ``page_writes``, then ``work``.
+"""
+
+from dataclasses import dataclass, field
+
+from rtp_llm.srt.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Log-probability (natural log, of the model's own distribution, before any sampling parameter) of one token."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[float, int]] = field(default_factory=list)  # (logprob, token id), best first
+    chosen: list[tuple[float, int]] = field(default_factory=list)  # for token_ids_logprob, in the asked order
+
+
+@dataclass(slots=True)
+class Admission:
+    """A request enters row ``row``. ``output_ids`` is not empty when it resumes (retraction, core restart)."""
+
+    row: int
+    rid: str
+    prompt_ids: list[int]
+    output_ids: list[int]
+    params: SamplingParams
+    stop_ids: list[int]  # ids that end the request; banned while fewer than min_new_tokens are generated
+    seed: int
+    logprob_from: int | None = None  # prompt logprobs are wanted from the logits of this position on; None: none
+    return_logprob: bool = False
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PageWrite:
+    """Entries ``[start, start + len(page_ids))`` of a row's page table in cache group ``group``.
+
+    Page i of a row holds tokens ``[i * page_size, (i + 1) * page_size)``. Admission, growth, and the exchange of a
+    duplicate for the prefix cache's own page are all this one operation. Page 0 is the dummy: never read, never owned.
+    """
+
+    row: int
+    group: int
+    start: int
+    page_ids: list[int]
+
+
+@dataclass(slots=True)
+class RowWork:
+    """Compute tokens ``[start, start + num_tokens)`` of a row.
+
+    Ids come from the admission; the id just past what the host knew then is in the worker's last-token buffer.
+    """
+
+    row: int
+    start: int
+    num_tokens: int
+    sample: bool  # the last of these tokens is the request's last: draw the next one
+
+
+@dataclass(slots=True)
+class SharedPrefix:
+    """The first ``num_tokens`` tokens of these rows lie in the same pages: attention may read them once."""
+
+    num_tokens: int
+    rows: list[int]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    step_id: int
+    releases: list[int] = field(default_factory=list)  # rows whose request has ended or was retracted
+    admissions: list[Admission] = field(default_factory=list)
+    page_writes: list[PageWrite] = field(default_factory=list)
+    work: list[RowWork] = field(default_factory=list)
+    masked_rows: list[int] = field(default_factory=list)  # rows whose token mask arrives with executor.sample()
+    shared_prefixes: list[SharedPrefix] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What one RowWork gave. ``token_ids`` holds 0 (a chunk), 1, or more (accepted drafts) new tokens."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if asked
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the chunk's following tokens, if asked
+    error: str | None = None  # this row alone failed (its logits are not numbers)
+
+
+@dataclass(slots=True)
+class StepResult:
+    step_id: int
+    rows: list[RowResult]  # parallel to StepPlan.work

@@ -1,0 +1,193 @@
+"""Validated sampling parameters of one request. Host only, no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any, Self
+
+MAX_STOP_STRINGS = 32
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+class InvalidRequest(ValueError):
+    """A request that cannot be served as it stands. ``param`` names the field that is to blame, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def _param(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How one request is continued and when it ends. Construction checks types and ranges, and raises InvalidRequest.
+
+    ``stop`` may be given as one string and ``logit_bias`` with numeric strings as keys; afterwards ``stop`` is a list
+    and the keys are ints. Ids are checked against the vocabulary by ``validate``, which needs to know its size.
+    """
+
+    max_new_tokens: int | None = _param(
+        None, f"most tokens to generate; unset: {DEFAULT_MAX_NEW_TOKENS}, or what the context has room for if less"
+    )
+    min_new_tokens: int = _param(0, "no stop condition holds before this many tokens")
+    temperature: float = _param(1.0, "0 is greedy; higher is more random")
+    top_p: float = _param(1.0, "sample from the smallest set of tokens with this total probability, in (0, 1]")
+    top_k: int = _param(-1, "sample from the k most probable tokens; -1 or 0: all")
+    min_p: float = _param(0.0, "drop tokens less probable than this times the most probable one, in [0, 1]")
+    frequency_penalty: float = _param(0.0, "subtracted from a logit per earlier occurrence in the output, in [-2, 2]")
+    presence_penalty: float = _param(0.0, "subtracted from a logit that occurs in the output, in [-2, 2]")
+    repetition_penalty: float = _param(1.0, "divides the logits of tokens seen in prompt or output; > 1 discourages")
+    logit_bias: dict[int, float] = field(
+        default_factory=dict, metadata={"help": "added to the logits of these token ids"}
+    )
+    stop: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"strings that end the text and are not part of it, at most {MAX_STOP_STRINGS}"},
+    )
+    stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "token ids that end the generation"})
+    ignore_eos: bool = _param(False, "go on after an end-of-sequence token")
+    skip_special_tokens: bool = _param(True, "leave special tokens out of the text")
+    seed: int | None = _param(None, "makes the draws reproducible; unset: another one for each request")
+    n: int = _param(1, "completions per prompt, drawn with seeds seed, seed + 1, ...")
+
+    def __post_init__(self) -> None:
+        self.max_new_tokens = None if self.max_new_tokens is None else _int("max_new_tokens", self.max_new_tokens, 0)
+        self.min_new_tokens = _int("min_new_tokens", self.min_new_tokens, 0)
+        self.top_k = _int("top_k", self.top_k, -1)
+        self.n = _int("n", self.n, 1)
+        self.seed = None if self.seed is None else _int("seed", self.seed, -(2**63), 2**64 - 1)
+        self.temperature = _float("temperature", self.temperature, 0)
+        self.top_p = _float("top_p", self.top_p, 0, 1, exclude_low=True)
+        self.min_p = _float("min_p", self.min_p, 0, 1)
+        self.frequency_penalty = _float("frequency_penalty", self.frequency_penalty, -2, 2)
+        self.presence_penalty = _float("presence_penalty", self.presence_penalty, -2, 2)
+        self.repetition_penalty = _float("repetition_penalty", self.repetition_penalty, 0, exclude_low=True)
+        self.logit_bias = _logit_bias(self.logit_bias)
+        self.stop = _stop_strings(self.stop)
+        self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
+        self.ignore_eos = _bool("ignore_eos", self.ignore_eos)
+        self.skip_special_tokens = _bool("skip_special_tokens", self.skip_special_tokens)
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise InvalidRequest(
+                f"min_new_tokens ({self.min_new_tokens}) is larger than max_new_tokens ({self.max_new_tokens})",
+                "min_new_tokens",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From a request's JSON object. An unknown field is an error that names the known ones, the nearest first."""
+        if not isinstance(values, Mapping):
+            raise InvalidRequest(
+                f"sampling_params must be an object of named values, not {_show(values)}", "sampling_params"
+            )
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+                raise InvalidRequest(
+                    f"unknown sampling parameter {name!r}; {hint}Known are: {', '.join(sorted(known))}", str(name)
+                )
+        return cls(**values)
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidRequest if a token id lies outside ``[0, vocab_size)``."""
+        check_vocabulary("logit_bias", self.logit_bias, vocab_size)
+        check_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-6 or self.top_k == 1
+
+
+def token_ids(name: str, values: Any) -> list[int]:
+    """``values`` as a list of ints; raises InvalidRequest for anything but a list or tuple of integers (no bools)."""
+    if not isinstance(values, (list, tuple)):
+        raise InvalidRequest(f"{name} must be a list of token ids, not {_show(values)}", name)
+    if all(type(value) is int for value in values):
+        return list(values)
+    return [_int(f"{name}[{i}]", value, param=name) for i, value in enumerate(values)]
+
+
+def check_vocabulary(name: str, ids: Any, vocab_size: int) -> None:
+    """Raises InvalidRequest naming the first of ``ids`` (a collection of ints) that the vocabulary does not have."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(
+            f"{name} has token id {bad}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})",
+            name,
+        )
+
+
+def _int(name: str, value: Any, low: int | None = None, high: int | None = None, param: str | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidRequest(f"{name} must be an integer, not {_show(value)}", param or name)
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidRequest(f"{name} must be {wanted}, not {_show(number)}", param or name)
+    return number
+
+
+def _float(name: str, value: Any, low: float, high: float = math.inf, exclude_low: bool = False) -> float:
+    number = _finite(name, value)
+    if number < low or number > high or (exclude_low and number == low):
+        least = f"greater than {low}" if exclude_low else f"at least {low}"
+        most = "" if high == math.inf else f" and at most {high}"
+        raise InvalidRequest(f"{name} must be {least}{most}, not {value}", name)
+    return number
+
+
+def _finite(name: str, value: Any, param: str | None = None) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidRequest(f"{name} must be a number, not {_show(value)}", param or name)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidRequest(f"{name} must be a finite number, not {_show(value)}", param or name)
+    return number
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, not {_show(value)}", name)
+    return value
+
+
+def _stop_strings(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(strings, (list, tuple)):
+        raise InvalidRequest(f"stop must be a string or a list of strings, not {_show(value)}", "stop")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+    for i, string in enumerate(strings):
+        if not isinstance(string, str) or not string:
+            raise InvalidRequest(f"stop[{i}] must be a non-empty string, not {_show(string)}", "stop")
+    return list(strings)
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, not {_show(value)}", "logit_bias")
+    return {_bias_key(key): _finite(f"logit_bias[{key!r}]", bias, "logit_bias") for key, bias in value.items()}
+
+
+def _bias_key(key: Any) -> int:
+    if isinstance(key, str) and key.isascii() and key.isdigit():
+        return int(key)
+    return _int(f"the key {key!r} of logit_bias", key, param="logit_bias")
+
+
+def _show(value: Any) -> str:
+    """A short rendering of a wrong value for an error message: its type, and as much of it as one line bears."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:40] + '...'}"

@@ -1,0 +1,166 @@
+"""Who owns which page: allocators, prefix cache and page tables of running requests. Host only, no torch."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.prefix_cache import Lock, Match, NoPrefixCache, PrefixCache
+from rtp_llm.srt.cache.radix_cache import RadixCache
+from rtp_llm.srt.cache.spec import CacheGroup
+from rtp_llm.srt.plan import PageWrite
+from rtp_llm.srt.scheduler.request import Request
+
+
+class CacheMemory:
+    """Pages of every cache group, as requests take and return them.
+
+    ``available`` pages are free or can be made free by evicting: a promise that ``grow`` keeps.
+    """
+
+    def __init__(
+        self, groups: Sequence[CacheGroup], num_pages: Sequence[int], max_chunk: int, disable_prefix_cache: bool
+    ) -> None:
+        self.groups = list(groups)
+        self.page_size = groups[0].page_size
+        self.allocators = [PageAllocator(count) for count in num_pages]
+        self.cache: PrefixCache = (
+            NoPrefixCache(len(groups)) if disable_prefix_cache else RadixCache(groups, self.allocators)
+        )
+        # Pages that a request can hold at once in a window group: its reach, a chunk, and two broken pages.
+        self._resident = [
+            None if group.window is None else self._num_pages(group.window + max_chunk) + 2 for group in groups
+        ]
+        # Duplicates that steps in flight still name: (last such step, group, pages).
+        self._limbo: deque[tuple[int, int, list[int]]] = deque()
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def available(self, group: int) -> int:
+        return self.allocators[group].num_free + self.cache.evictable_pages(group)
+
+    def available_everywhere(self) -> list[int]:
+        return [self.available(g) for g in range(len(self.groups))]
+
+    # Looking ahead
+
+    def pages_to_grow(self, request: Request, num_tokens: int) -> list[int]:
+        """Pages per group that the next ``num_tokens`` tokens take."""
+        wanted = self._num_pages(request.num_computed + num_tokens)
+        return [wanted - len(table) for table in request.pages]
+
+    def pages_to_hold(self, request: Request, num_tokens: int) -> list[int]:
+        """Pages per group that the request will take at most until it has ``num_tokens`` tokens."""
+        wanted = self._num_pages(num_tokens)
+        pages = []
+        for table, first, resident in zip(request.pages, request.first_page, self._resident, strict=True):
+            growth = max(0, wanted - len(table))
+            pages.append(growth if resident is None else min(growth, max(0, resident - (len(table) - first))))
+        return pages
+
+    def room(self, request: Request) -> int:
+        """How many tokens the request can grow by now."""
+        return min(
+            (len(table) + self.available(g)) * self.page_size - request.num_computed
+            for g, table in enumerate(request.pages)
+        )
+
+    # A request's life
+
+    def match(self, request: Request) -> Match:
+        return self.cache.match(request.namespace, request.ids, request.match_limit)
+
+    def enter(self, request: Request, match: Match) -> None:
+        """The request holds its cached prefix."""
+        request.lock = self.cache.lock(match)
+        request.pages = match.pages
+        request.first_page = [0] * len(self.groups)
+        request.num_computed = request.num_committed = match.num_tokens
+        self._pass_by(request)
+
+    def grow(self, request: Request, num_tokens: int) -> list[PageWrite]:
+        """Pages for the next ``num_tokens`` tokens. The caller has made sure that they are available."""
+        writes = []
+        for g, count in enumerate(self.pages_to_grow(request, num_tokens)):
+            if count > 0:
+                table = request.pages[g]
+                pages = self._allocate(g, count)
+                writes.append(PageWrite(request.row, g, len(table), pages))
+                table.extend(pages)
+        return writes
+
+    def _allocate(self, group: int, count: int) -> list[int]:
+        allocator = self.allocators[group]
+        if allocator.num_free < count:
+            self.cache.evict(group, count - allocator.num_free)
+        return allocator.allocate(count)
+
+    def share(self, request: Request, last_step: int) -> list[PageWrite]:
+        """Enters the request's computed tokens into the prefix cache.
+
+        Returns the writes that exchange its duplicates for the cache's pages. Steps up to ``last_step`` may still name
+        the duplicates: they are freed by ``settle``.
+        """
+        ids = request.ids[: request.insertable_len]
+        insertion = self.cache.insert(request.namespace, ids, request.pages, request.lock)
+        request.lock = insertion.lock
+        writes = []
+        for exchange in insertion.exchanges:
+            end = exchange.start + len(exchange.page_ids)
+            request.pages[exchange.group][exchange.start : end] = exchange.page_ids
+            writes.append(PageWrite(request.row, exchange.group, exchange.start, exchange.page_ids))
+        for g, pages in enumerate(insertion.duplicates):
+            if pages and request.in_flight:
+                self._limbo.append((last_step, g, pages))
+            else:
+                self.allocators[g].free(pages)
+        return writes
+
+    def advance(self, request: Request) -> None:
+        """Window pages that the request cannot reach any more are freed, or let go if the cache owns them."""
+        self.cache.advance(request.lock, request.num_committed)
+        self._pass_by(request)
+
+    def _pass_by(self, request: Request) -> None:
+        own_from = request.cached_len // self.page_size
+        for g, group in enumerate(self.groups):
+            if group.window is None:
+                continue
+            table = request.pages[g]
+            reachable = max(0, request.num_committed - (group.window - 1)) // self.page_size
+            reachable = min(reachable, len(table))
+            passed = table[max(own_from, request.first_page[g]) : reachable]
+            self.allocators[g].free([page for page in passed if page])
+            if reachable > request.first_page[g]:
+                table[request.first_page[g] : reachable] = [0] * (reachable - request.first_page[g])
+                request.first_page[g] = reachable
+
+    def release(self, request: Request) -> None:
+        """The request gives back everything; what it computed stays cached. No step in flight names it."""
+        if request.insertable_len > request.cached_len:
+            self.share(request, last_step=-1)
+        own_from = request.cached_len // self.page_size
+        self.cache.unlock(request.lock)
+        for g, table in enumerate(request.pages):
+            self.allocators[g].free([page for page in table[own_from:] if page])
+        request.pages, request.first_page, request.lock = [], [], Lock(0)
+        request.num_computed = request.num_committed = 0
+
+    def settle(self, committed_step: int) -> None:
+        """Frees the duplicates that only steps up to ``committed_step`` name."""
+        while self._limbo and self._limbo[0][0] <= committed_step:
+            _, group, pages = self._limbo.popleft()
+            self.allocators[group].free(pages)
+
+    def check_integrity(self, requests: Sequence[Request]) -> None:
+        """Every page is free, the cache's, exactly one request's, or in limbo. For tests."""
+        self.cache.check_integrity()
+        for g, allocator in enumerate(self.allocators):
+            owned: list[int] = []
+            for request in requests:
+                if request.pages:
+                    owned.extend(page for page in request.pages[g][request.cached_len // self.page_size :] if page)
+            owned.extend(page for _, group, pages in self._limbo if group == g for page in pages)
+            assert len(owned) == len(set(owned)), f"group {g}: a page has two owners"
+            in_cache = self.cache.num_pages(g) if isinstance(self.cache, RadixCache) else 0
+            assert allocator.num_used == len(owned) + in_cache, f"group {g}: {allocator.num_used} pages are in use"

@@ -1,0 +1,52 @@
+"""In which order waiting requests are tried. Host only, no torch."""
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+
+from rtp_llm.srt.scheduler.request import Request
+
+POLICIES = ("fcfs", "lpm")
+
+# Longest-prefix matching looks at every waiting request; beyond this many it would cost more than it gains.
+LPM_QUEUE_LIMIT = 128
+# A request that so many later ones have overtaken goes first, whatever the policy.
+OVERTAKEN_LIMIT = 64
+
+
+class WaitingQueue:
+    """Requests that hold nothing. ``fcfs``: by arrival. ``lpm``: longest cached prefix first, without starvation."""
+
+    def __init__(self, policy: str, matched_len: Callable[[Request], int]) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"unknown schedule policy {policy!r}; have {list(POLICIES)}")
+        self._policy = policy
+        self._matched_len = matched_len
+        self._requests: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Also a retracted request: it gets its place by arrival back."""
+        insort(self._requests, request, key=lambda r: r.order)
+
+    def remove(self, request: Request) -> None:
+        self._requests.remove(request)
+
+    def admitted(self, request: Request) -> None:
+        """Takes a request out, and notes whom it overtook."""
+        self.remove(request)
+        for other in self._requests:
+            if other.order > request.order:
+                break
+            other.overtaken += 1
+
+    def candidates(self) -> list[Request]:
+        if self._policy == "fcfs" or len(self._requests) > LPM_QUEUE_LIMIT:
+            return list(self._requests)
+        overdue = [r for r in self._requests if r.overtaken >= OVERTAKEN_LIMIT]
+        others = [r for r in self._requests if r.overtaken < OVERTAKEN_LIMIT]
+        return overdue + sorted(others, key=self._matched_len, reverse=True)

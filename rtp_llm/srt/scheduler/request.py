@@ -1,0 +1,152 @@
+"""A request as the scheduler sees it: numbers only. Host only, no torch."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from rtp_llm.srt.cache.prefix_cache import Lock
+from rtp_llm.srt.messages import FinishReason, GenerateRequest
+from rtp_llm.srt.plan import Admission
+from rtp_llm.srt.sampling_params import SamplingParams
+
+# A request's tokens, from left to right:
+#
+#   [0, cached_len)             in the prefix cache's pages, held by `lock`
+#   [cached_len, num_committed) computed, in pages of its own
+#   [num_committed, num_computed)  being computed by steps in flight
+#   [num_computed, num_tokens)  known, or certain to be known (`num_pending`), and still to be computed
+#
+# `ids` holds the known ones: the prompt, then what was generated.
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    rid: str
+    order: int  # of arrival
+    ids: list[int]
+    prompt_len: int
+    params: SamplingParams
+    max_new_tokens: int
+    seed: int
+    stop_ids: list[int]
+    namespace: Hashable
+    reusable_len: int | None  # tokens that may enter the prefix cache; None: all
+    return_logprob: bool = False
+    logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] = field(default_factory=list)
+
+    row: int = -1
+    pages: list[list[int]] = field(default_factory=list)  # per cache group, its page table; 0: freed, out of reach
+    first_page: list[int] = field(default_factory=list)  # per cache group, pages before this are out of reach
+    lock: Lock = field(default_factory=lambda: Lock(0))
+    prefill_len: int = 0  # len(ids) when it was last admitted
+    num_computed: int = 0
+    num_committed: int = 0
+    num_pending: int = 0  # tokens that steps in flight are drawing
+    in_flight: int = 0  # steps in flight that name it
+    finished: bool = False
+
+    cached_tokens: int | None = None  # of the prompt, found in the cache when first admitted
+    num_retractions: int = 0
+    overtaken: int = 0  # how many later arrivals were admitted while it waited
+
+    @classmethod
+    def from_message(
+        cls,
+        message: GenerateRequest,
+        order: int,
+        eos_ids: list[int],
+        default_max_new_tokens: int,
+        namespace: Hashable,
+        reusable_len: int | None,
+    ) -> "Request":
+        params = message.params
+        stop_ids = list(params.stop_token_ids) if params.ignore_eos else [*eos_ids, *params.stop_token_ids]
+        logprob_from = message.logprob_start_len if message.return_logprob and message.logprob_start_len >= 0 else None
+        request = cls(
+            rid=message.rid,
+            order=order,
+            ids=[*message.prompt_ids, *message.output_ids],
+            prompt_len=len(message.prompt_ids),
+            params=params,
+            max_new_tokens=default_max_new_tokens if params.max_new_tokens is None else params.max_new_tokens,
+            seed=message.seed,
+            stop_ids=list(dict.fromkeys(stop_ids)),
+            namespace=namespace,
+            reusable_len=reusable_len,
+            return_logprob=message.return_logprob,
+            logprob_from=logprob_from,
+            top_logprobs_num=message.top_logprobs_num,
+            token_ids_logprob=list(message.token_ids_logprob),
+        )
+        request.take_prompt_logprobs(0)
+        return request
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) + self.num_pending
+
+    @property
+    def uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.ids) - self.prompt_len
+
+    @property
+    def remaining_new_tokens(self) -> int:
+        """Tokens that may still be drawn, beyond those in flight."""
+        return self.max_new_tokens - self.num_generated - self.num_pending
+
+    @property
+    def cached_len(self) -> int:
+        return self.lock.num_tokens
+
+    @property
+    def match_limit(self) -> int:
+        """How much of it the prefix cache may supply: logits are needed of the last token, and for prompt logprobs."""
+        limit = len(self.ids) - 1
+        return limit if self.logprob_from is None else min(limit, self.logprob_from)
+
+    @property
+    def insertable_len(self) -> int:
+        """Leading tokens that are computed, known, and reusable by others."""
+        known = min(self.num_committed, len(self.ids))
+        return known if self.reusable_len is None else min(known, self.reusable_len)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether tokens that others may be waiting for are still to enter the prefix cache."""
+        target = self.prefill_len if self.reusable_len is None else min(self.prefill_len, self.reusable_len)
+        return self.cached_len < target
+
+    def take_prompt_logprobs(self, count: int) -> None:
+        """``count`` prompt logprobs have arrived; the last token's logits are no prompt logprob."""
+        if self.logprob_from is not None:
+            self.logprob_from += count
+            if self.logprob_from >= self.prompt_len - 1:
+                self.logprob_from = None
+
+    def admission(self) -> Admission:
+        return Admission(
+            row=self.row,
+            rid=self.rid,
+            prompt_ids=self.ids[: self.prompt_len],
+            output_ids=self.ids[self.prompt_len :],
+            params=self.params,
+            stop_ids=self.stop_ids,
+            seed=self.seed,
+            logprob_from=self.logprob_from,
+            return_logprob=self.return_logprob,
+            top_logprobs_num=self.top_logprobs_num,
+            token_ids_logprob=self.token_ids_logprob,
+        )
+
+    def finish_reason_after(self, token_id: int) -> FinishReason | None:
+        """Whether ``token_id``, just appended to ``ids``, ends the request."""
+        if token_id in self.stop_ids and self.num_generated > self.params.min_new_tokens:
+            return FinishReason("stop", matched=token_id)
+        if self.num_generated >= self.max_new_tokens:
+            return FinishReason("length", length=self.num_generated)
+        return None

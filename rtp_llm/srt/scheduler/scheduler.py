@@ -1,0 +1,468 @@
+"""Decides what each step computes. It counts tokens, not phases. Host only, no torch."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rtp_llm.srt.cache.radix_cache import common_length
+from rtp_llm.srt.cache.spec import CacheLayout
+from rtp_llm.srt.messages import (
+    AbortRequest,
+    FinishReason,
+    FlushCache,
+    FlushCacheDone,
+    FromCore,
+    GenerateRequest,
+    ToCore,
+    TokenOutput,
+)
+from rtp_llm.srt.plan import PageWrite, RowResult, RowWork, SharedPrefix, StepPlan, StepResult
+from rtp_llm.srt.scheduler.memory import CacheMemory
+from rtp_llm.srt.scheduler.policy import WaitingQueue
+from rtp_llm.srt.scheduler.request import Request
+
+# A request waits for another that is computing the same prefix only if at least so many tokens are saved.
+MIN_SHARED_TOKENS = 8
+# Decode tokens kept free per running request when another is admitted. Grows with every retraction, then decays.
+MIN_RESERVE_TOKENS = 4.0
+MAX_RESERVE_TOKENS = 512.0
+# Waiting requests looked at per step.
+MAX_CANDIDATES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_req_len: int  # tokens of the longest request: what the context and the cache have room for
+    max_running_requests: int = 256
+    chunked_prefill_size: int = 2048  # prompt tokens per step; -1: prompts are not cut
+    max_prefill_tokens: int = (
+        16384  # prompt tokens per step, also where prompts are not cut (but for a longer one alone)
+    )
+    schedule_policy: str = "fcfs"
+    disable_radix_cache: bool = False
+    share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
+    default_max_new_tokens: int = 128
+    eos_ids: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Totals since the start, in tokens and requests."""
+
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished_requests: int = 0
+    retractions: int = 0
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    plan: StepPlan
+    requests: list[Request]
+
+
+@dataclass(slots=True)
+class Budget:
+    """Prompt tokens that a step may still compute."""
+
+    tokens: int
+    cut: bool  # prompts may be cut
+    untouched: bool = True
+
+    def share_of(self, uncomputed: int, room: int) -> int:
+        """How many of its tokens a request computes in this step."""
+        if uncomputed == 1:
+            return min(1, room)
+        if self.cut:
+            return max(0, min(uncomputed, self.tokens, room))
+        fits = uncomputed <= room and (uncomputed <= self.tokens or self.untouched)
+        return uncomputed if fits else 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.tokens <= 0
+
+    def spend(self, num_tokens: int) -> None:
+        if num_tokens > 1:
+            self.tokens -= num_tokens
+            self.untouched = False
+
+
+@dataclass(slots=True)
+class PendingPlan:
+    """What the next plan must carry besides its work."""
+
+    releases: list[int] = field(default_factory=list)
+    page_writes: list[PageWrite] = field(default_factory=list)
+
+
+class Scheduler:
+    """``receive`` messages, ``plan`` a step, ``commit`` its result.
+
+    Steps are committed in the order in which they were planned; several may be in flight. A running request has a row
+    in the workers; it gives up row and pages when it ends, or when memory runs out (retraction: it waits again and
+    resumes from its tokens; nothing is lost). The oldest request is never retracted while another runs, and a request
+    that fits into the cache alone is guaranteed to end.
+    """
+
+    def __init__(self, config: SchedulerConfig, layout: CacheLayout, num_pages: Sequence[int]) -> None:
+        self.config = config
+        self._length_scaling = layout.length_scaling
+        self._cut_prompts = config.chunked_prefill_size > 0
+        self._prefill_budget = (
+            min(config.chunked_prefill_size, config.max_prefill_tokens)
+            if self._cut_prompts
+            else config.max_prefill_tokens
+        )
+        max_chunk = self._prefill_budget if self._cut_prompts else config.max_req_len
+        self.memory = CacheMemory(layout.groups, num_pages, max_chunk, config.disable_radix_cache)
+        self.waiting = WaitingQueue(config.schedule_policy, lambda r: self.memory.match(r).num_tokens)
+        self.running: list[Request] = []  # in order of admission
+        self.stats = SchedulerStats()
+        self._live: dict[str, Request] = {}
+        self._ending: set[Request] = set()  # finished, but named by a step in flight
+        self._in_flight: deque[StepInFlight] = deque()
+        self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
+        self._pending = PendingPlan()
+        self._reserve = MIN_RESERVE_TOKENS
+        self._num_arrivals = 0
+        self._num_steps = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting and not self._in_flight
+
+    # Receiving
+
+    def receive(self, messages: Sequence[ToCore]) -> list[FromCore]:
+        """Takes in messages; returns what can be answered at once."""
+        outputs: list[FromCore] = []
+        for message in messages:
+            if isinstance(message, GenerateRequest):
+                outputs.extend(self._arrive(message))
+            elif isinstance(message, AbortRequest):
+                outputs.extend(self._abort(message.rid))
+            elif isinstance(message, FlushCache):
+                outputs.append(self._flush(message))
+            else:
+                raise TypeError(f"the scheduler takes no {type(message).__name__}")
+        return outputs
+
+    def _arrive(self, message: GenerateRequest) -> list[FromCore]:
+        problem = self._refusal(message)
+        if problem:
+            return [TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))]
+        prompt_len = len(message.prompt_ids)
+        scaling = self._length_scaling
+        request = Request.from_message(
+            message,
+            order=self._num_arrivals,
+            eos_ids=list(self.config.eos_ids),
+            default_max_new_tokens=min(self.config.default_max_new_tokens, self.config.max_req_len - prompt_len),
+            namespace=(message.cache_salt, 0 if scaling is None else scaling.key_class(prompt_len)),
+            reusable_len=None if scaling is None else scaling.reusable_len(prompt_len),
+        )
+        self._num_arrivals += 1
+        if message.output_ids:
+            reason = request.finish_reason_after(request.ids[-1])
+            if reason is not None:
+                return [TokenOutput(message.rid, finish_reason=reason)]
+        self._live[request.rid] = request
+        self.waiting.add(request)
+        return []
+
+    def _refusal(self, message: GenerateRequest) -> str | None:
+        """Why a request can never be served, for clients that do not check themselves."""
+        if message.rid in self._live:
+            return f"a request with the id {message.rid!r} is running already"
+        if not message.prompt_ids:
+            return "the prompt is empty: it needs at least one token"
+        total = len(message.prompt_ids) + max(message.params.max_new_tokens or 1, len(message.output_ids))
+        if total > self.config.max_req_len:
+            return (
+                f"the request needs {total} tokens ({len(message.prompt_ids)} of the prompt), "
+                f"but at most {self.config.max_req_len} can be served"
+            )
+        return None
+
+    def _abort(self, rid: str | None) -> list[FromCore]:
+        requests = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []
+        reason = FinishReason("abort", message="the request was aborted", status_code=499)
+        return [self._finish(request, reason) for request in requests]
+
+    def _flush(self, message: FlushCache) -> FlushCacheDone:
+        if not self.idle:
+            text = f"{len(self.running)} requests run and {len(self.waiting)} wait: the cache was not flushed"
+            return FlushCacheDone(message.call_id, False, text)
+        self.memory.cache.reset()
+        return FlushCacheDone(message.call_id, True)
+
+    # Planning
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None: nothing to do, or nothing that can be done before a step in flight is committed."""
+        while True:
+            if not self._make_room():
+                return None
+            plan = StepPlan(self._num_steps)
+            requests: list[Request] = []
+            budget = Budget(self._prefill_budget, self._cut_prompts)
+            self._plan_running(plan, requests, budget)
+            self._plan_waiting(plan, requests, budget)
+            if plan.work:
+                return self._submit(plan, requests)
+            if self._in_flight or self.idle:
+                return None
+            if not self.running:
+                raise RuntimeError(f"{len(self.waiting)} requests wait, none runs, and none can be admitted")
+            self._retract()
+
+    def _make_room(self) -> bool:
+        """Sees to it that every request that is decoding gets its next page; False if steps in flight come first."""
+        while True:
+            needed = [0] * len(self.memory.groups)
+            for request in self.running:
+                if request.uncomputed == 1 and self._may_draw(request):
+                    for g, count in enumerate(self.memory.pages_to_grow(request, 1)):
+                        needed[g] += max(0, count)
+            available = self.memory.available_everywhere()
+            if all(n <= a for n, a in zip(needed, available, strict=True)):
+                return True
+            if self._in_flight:
+                return False
+            self._retract()
+
+    def _may_draw(self, request: Request) -> bool:
+        """Whether computing the request's last token is of use: not if the draws in flight end it anyway."""
+        return request.remaining_new_tokens > 0 or request.num_computed < request.prompt_len
+
+    def _plan_running(self, plan: StepPlan, requests: list[Request], budget: Budget) -> None:
+        decoding = [r for r in self.running if r.uncomputed == 1]
+        for request in [*decoding, *(r for r in self.running if r.uncomputed > 1)]:
+            if not self._may_draw(request):
+                continue
+            num_tokens = budget.share_of(request.uncomputed, self.memory.room(request))
+            if num_tokens > 0:
+                self._add_work(plan, requests, request, num_tokens, budget)
+
+    def _plan_waiting(self, plan: StepPlan, requests: list[Request], budget: Budget) -> None:
+        if not len(self.waiting) or not self._free_rows:
+            return
+        promised = self._promised()
+        for request in self.waiting.candidates()[:MAX_CANDIDATES]:
+            if not self._free_rows or budget.is_spent:
+                return
+            match = self.memory.match(request)
+            if self._is_being_computed(request, match.num_tokens):
+                continue
+            self.memory.enter(request, match)
+            if not self._fits(request, promised):
+                self.memory.release(request)
+                return
+            num_tokens = budget.share_of(request.uncomputed, self.memory.room(request))
+            if num_tokens <= 0:
+                self.memory.release(request)
+                return
+            self._admit(plan, request, match.num_tokens)
+            for g, count in enumerate(self._to_hold(request)):
+                promised[g] += count
+            grown = self.memory.pages_to_grow(request, num_tokens)
+            self._add_work(plan, requests, request, num_tokens, budget)
+            for g, count in enumerate(grown):
+                promised[g] -= min(promised[g], max(0, count))
+
+    def _to_hold(self, request: Request) -> list[int]:
+        reserve = min(max(0, request.remaining_new_tokens), int(self._reserve))
+        return self.memory.pages_to_hold(request, request.num_tokens + reserve)
+
+    def _promised(self) -> list[int]:
+        """Pages per group that running requests are expected to take yet."""
+        promised = [0] * len(self.memory.groups)
+        for request in self.running:
+            for g, count in enumerate(self._to_hold(request)):
+                promised[g] += count
+        return promised
+
+    def _fits(self, request: Request, promised: list[int]) -> bool:
+        """Whether there is room for it beside those that run. Alone, it fits: it was refused otherwise."""
+        if not self.running and not self._ending:
+            return True
+        wanted = self._to_hold(request)
+        available = self.memory.available_everywhere()
+        return all(w + p <= a for w, p, a in zip(wanted, promised, available, strict=True))
+
+    def _is_being_computed(self, request: Request, matched: int) -> bool:
+        """Whether a running request is computing tokens that this one shares and the cache does not have yet."""
+        if self.config.disable_radix_cache:
+            return False
+        for other in self.running:
+            if other.namespace != request.namespace or not other.is_prefilling:
+                continue
+            limit = min(request.match_limit, other.prefill_len)
+            if other.reusable_len is not None:
+                limit = min(limit, other.reusable_len)
+            if limit - matched < MIN_SHARED_TOKENS or request.ids[matched] != other.ids[matched]:
+                continue
+            common = common_length(request.ids, 0, other.ids, 0, limit)
+            if common - common % self.memory.page_size - matched >= MIN_SHARED_TOKENS:
+                return True
+        return False
+
+    def _admit(self, plan: StepPlan, request: Request, matched: int) -> None:
+        self.waiting.admitted(request)
+        self.running.append(request)
+        request.row = self._free_rows.pop()
+        request.prefill_len = len(request.ids)
+        if request.cached_tokens is None:
+            request.cached_tokens = min(matched, request.prompt_len)
+        self.stats.cached_tokens += matched
+        plan.admissions.append(request.admission())
+        for g, table in enumerate(request.pages):
+            if table:
+                plan.page_writes.append(PageWrite(request.row, g, 0, list(table)))
+
+    def _add_work(
+        self, plan: StepPlan, requests: list[Request], request: Request, num_tokens: int, budget: Budget
+    ) -> None:
+        plan.page_writes.extend(self.memory.grow(request, num_tokens))
+        reaches_end = num_tokens == request.uncomputed
+        sample = reaches_end and request.remaining_new_tokens > 0
+        plan.work.append(RowWork(request.row, request.num_computed, num_tokens, sample))
+        requests.append(request)
+        request.num_computed += num_tokens
+        request.num_pending += sample
+        request.in_flight += 1
+        budget.spend(num_tokens)
+        self.stats.computed_tokens += num_tokens
+
+    def _submit(self, plan: StepPlan, requests: list[Request]) -> StepPlan:
+        plan.releases = self._pending.releases
+        plan.page_writes = self._pending.page_writes + plan.page_writes
+        self._pending = PendingPlan()
+        if self.config.share_prefixes:
+            plan.shared_prefixes = shared_prefixes(requests)
+        self._in_flight.append(StepInFlight(plan, requests))
+        self._num_steps += 1
+        self._reserve = max(MIN_RESERVE_TOKENS, self._reserve * 0.99)
+        return plan
+
+    def _retract(self) -> None:
+        """Takes memory and row from the running request that arrived last. Nothing is in flight."""
+        if len(self.running) < 2:
+            raise RuntimeError("a single request does not fit into the cache, though its length was checked")
+        request = max(self.running, key=lambda r: r.order)
+        self._leave(request)
+        request.num_retractions += 1
+        self.waiting.add(request)
+        self.stats.retractions += 1
+        self._reserve = min(MAX_RESERVE_TOKENS, self._reserve * 2)
+
+    def _leave(self, request: Request) -> None:
+        """A request gives up its row and its pages. No step in flight names it."""
+        self.memory.release(request)
+        if request in self.running:
+            self.running.remove(request)
+        self._pending.page_writes = [w for w in self._pending.page_writes if w.row != request.row]
+        self._pending.releases.append(request.row)
+        self._free_rows.append(request.row)
+        request.row = -1
+
+    # Committing
+
+    def commit(self, result: StepResult) -> list[FromCore]:
+        """Takes in the result of the oldest step in flight; returns news for clients."""
+        step = self._in_flight.popleft()
+        if step.plan.step_id != result.step_id:
+            raise RuntimeError(f"step {step.plan.step_id} is due, but the result of step {result.step_id} came")
+        self.memory.settle(result.step_id)
+        outputs: list[FromCore] = []
+        for request, work, row in zip(step.requests, step.plan.work, result.rows, strict=True):
+            request.in_flight -= 1
+            request.num_pending -= work.sample
+            request.num_committed = work.start + work.num_tokens
+            if request.finished:
+                if not request.in_flight:
+                    self._ending.discard(request)
+                    self._leave(request)
+                continue
+            output = self._commit_row(request, work, row)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _commit_row(self, request: Request, work: RowWork, row: RowResult) -> TokenOutput | None:
+        if row.error is not None:
+            return self._finish(request, FinishReason("abort", message=row.error, status_code=500))
+        request.take_prompt_logprobs(len(row.prompt_logprobs))
+        reason, token_ids = None, []
+        for token_id in row.token_ids:
+            request.ids.append(token_id)
+            token_ids.append(token_id)
+            reason = request.finish_reason_after(token_id)
+            if reason is not None:
+                break
+        if reason is None and request.max_new_tokens == 0 and request.num_committed >= request.prompt_len:
+            reason = FinishReason("length", length=0)
+        self.stats.generated_tokens += len(token_ids)
+        if reason is None:
+            if request.is_prefilling and request.insertable_len > request.cached_len:
+                self._pending.page_writes.extend(self.memory.share(request, self._num_steps - 1))
+            self.memory.advance(request)
+            output = self._news(request, None)
+        else:
+            output = self._finish(request, reason)
+        output.token_ids = token_ids
+        output.logprobs = row.logprobs[: len(token_ids)]
+        output.prompt_logprobs = row.prompt_logprobs
+        return output if token_ids or row.prompt_logprobs or reason else None
+
+    def _news(self, request: Request, reason: FinishReason | None) -> TokenOutput:
+        return TokenOutput(
+            request.rid,
+            cached_tokens=request.cached_tokens or 0,
+            num_retractions=request.num_retractions,
+            finish_reason=reason,
+        )
+
+    def _finish(self, request: Request, reason: FinishReason) -> TokenOutput:
+        """Ends a request, whatever it was doing. Its pages go back when no step in flight names it."""
+        request.finished = True
+        del self._live[request.rid]
+        self.stats.finished_requests += 1
+        if request.row < 0:
+            self.waiting.remove(request)
+        elif request.in_flight:
+            self.running.remove(request)
+            self._ending.add(request)
+        else:
+            self._leave(request)
+        return self._news(request, reason)
+
+    def check_integrity(self) -> None:
+        """For tests: see CacheMemory.check_integrity."""
+        self.memory.check_integrity([*self.running, *self._ending])
+        rows = [r.row for r in [*self.running, *self._ending]]
+        assert sorted([*rows, *self._free_rows]) == list(range(self.config.max_running_requests)), "a row is lost"
+        assert all(not r.pages and r.row < 0 for r in self.waiting), "a waiting request holds something"
+
+
+def shared_prefixes(requests: Sequence[Request]) -> list[SharedPrefix]:
+    """The prefixes that several of these running requests hold in the same pages, each at its full length.
+
+    Prefixes may nest: 32 requests may share 1,000 tokens, and two of them 200 more.
+    """
+    rows_of: dict[object, list[int]] = {}
+    nodes: dict[object, int] = {}
+    deepest: dict[tuple[int, ...], tuple[int, object]] = {}
+    for request in requests:
+        node = request.lock.node
+        while node is not None and node.parent is not None:
+            rows_of.setdefault(node, []).append(request.row)
+            nodes[node] = node.end
+            node = node.parent
+    for node, rows in rows_of.items():
+        key = tuple(rows)
+        if len(rows) > 1 and nodes[node] > deepest.get(key, (0, None))[0]:
+            deepest[key] = (nodes[node], node)
+    return [SharedPrefix(num_tokens, list(rows)) for rows, (num_tokens, _) in sorted(deepest.items())]

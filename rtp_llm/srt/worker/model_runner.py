@@ -1,0 +1,216 @@
+"""Runs the model for one rank: from a StepPlan to a ForwardBatch to logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
+from rtp_llm.srt.kv_pool import KVPool, slots_of
+from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.models.loader import load_model
+from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+
+
+@dataclass(slots=True)
+class RowState:
+    """What a row's admission said. ``ids`` are the tokens that the host knew then."""
+
+    admission: Admission
+    ids: list[int]
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.admission.prompt_ids)
+
+
+class ModelRunner:
+    """Holds model, cache tensors, page tables and last tokens; applies plans to them.
+
+    ``last_tokens[row]`` is the token that was drawn last: a step may compute it before the host has seen it.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        model_path: str,
+        load_format: str,
+        device: str,
+        page_size: int,
+        attn_backend: AttentionBackend,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.device = device
+        self.model = load_model(model_config, model_path, load_format=load_format, device=device, progress=progress)
+        self.layout = cache_layout(self.model, page_size)
+        self._attn_backend = attn_backend
+        self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
+        self._forward = self._entry_point()
+        self._rows: dict[int, RowState] = {}
+
+    def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
+        """``forward_batch(batch)`` where the model has it, else ``forward(input_ids, positions, batch)``."""
+        own: Any = getattr(self.model, "forward_batch", None)
+        if callable(own):
+            return own
+        return lambda batch: self.model(batch.input_ids, batch.positions, batch)
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
+        return sum(tensors.values())
+
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
+        """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens."""
+        self.kv_pool = KVPool(self.layout.groups, num_pages, self.device)
+        self._page_tables = [
+            torch.zeros(max_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self.device)
+            for group in self.layout.groups
+        ]
+        self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+
+    def row(self, row: int) -> RowState:
+        return self._rows[row]
+
+    def apply(self, plan: StepPlan) -> None:
+        """Takes in everything of a plan but its work."""
+        for row in plan.releases:
+            del self._rows[row]
+        for admission in plan.admissions:
+            self._rows[admission.row] = RowState(admission, [*admission.prompt_ids, *admission.output_ids])
+        for group, table in enumerate(self._page_tables):
+            self._write_pages(table, [write for write in plan.page_writes if write.group == group])
+
+    def _write_pages(self, table: torch.Tensor, writes: list[PageWrite]) -> None:
+        """One scatter for all writes of a group; a later write to the same entry wins."""
+        entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
+        if entries:
+            where = torch.tensor(list(entries), device=self.device)
+            pages = torch.tensor(list(entries.values()), dtype=torch.int32, device=self.device)
+            table[where[:, 0], where[:, 1]] = pages
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
+        """Computes the plan's tokens. Logits come for work with ``sample``, in the order of ``plan.work``."""
+        self.apply(plan)
+        batch = self._batch(plan.work)
+        for module in self._step_modules:
+            module.prepare_for_forward(batch)
+        self._attn_backend.plan(batch)
+        return batch, self._forward(batch)
+
+    def _batch(self, work: list[RowWork]) -> ForwardBatch:
+        counts = [w.num_tokens for w in work]
+        starts = [w.start for w in work]
+        ends = [w.start + w.num_tokens for w in work]
+        offsets = [0]
+        for count in counts:
+            offsets.append(offsets[-1] + count)
+        rows = self._tensor([w.row for w in work])
+        repeats = self._tensor(counts)
+        token_rows = rows.repeat_interleave(repeats, output_size=offsets[-1])
+        positions = self._tensor([p for w in work for p in range(w.start, w.start + w.num_tokens)])
+        return ForwardBatch(
+            forward_mode=_mode(counts),
+            batch_size=len(work),
+            input_ids=self._input_ids(work, offsets),
+            positions=positions,
+            req_pool_indices=rows,
+            seq_lens=self._tensor(ends),
+            extend_prefix_lens=self._tensor(starts),
+            extend_seq_lens=repeats,
+            extend_start_loc=self._tensor(offsets[:-1]),
+            seq_lens_cpu=ends,
+            extend_prefix_lens_cpu=starts,
+            extend_seq_lens_cpu=counts,
+            prompt_lens_cpu=[self._rows[w.row].prompt_len for w in work],
+            page_tables=self._page_tables,
+            out_cache_locs=[
+                slots_of(table, token_rows, positions, group.page_size)
+                for table, group in zip(self._page_tables, self.layout.groups, strict=True)
+            ],
+            kv_pool=self.kv_pool,
+            attn_backend=self._attn_backend,
+            sample_rows=self._tensor([end - 1 for w, end in zip(work, offsets[1:], strict=True) if w.sample]),
+            prompt_logprobs=[
+                row for b, w in enumerate(work) if (row := self._logprob_row(b, w, offsets[b])) is not None
+            ],
+        )
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _input_ids(self, work: list[RowWork], offsets: list[int]) -> torch.Tensor:
+        """Known ids from the admissions; past them, the last drawn token of the row."""
+        ids: list[int] = []
+        drawn: list[tuple[int, int]] = []  # (place in the batch, row)
+        for w, offset in zip(work, offsets, strict=False):
+            known = self._rows[w.row].ids[w.start : w.start + w.num_tokens]
+            if len(known) < w.num_tokens:
+                if known or w.num_tokens > 1:
+                    raise RuntimeError(f"row {w.row}: tokens from {w.start} on are not known to the worker")
+                drawn.append((offset, w.row))
+                known = [0]
+            ids.extend(known)
+        input_ids = self._tensor(ids)
+        if drawn:
+            where = self._tensor([place for place, _ in drawn])
+            input_ids[where] = self.last_tokens[self._tensor([row for _, row in drawn])]
+        return input_ids
+
+    def _logprob_row(self, batch_index: int, work: RowWork, offset: int) -> LogprobRow | None:
+        """Prompt logprobs wanted from this work: of the tokens that follow ``[start, end)`` within the prompt."""
+        state = self._rows[work.row]
+        admission = state.admission
+        if admission.logprob_from is None:
+            return None
+        first = max(work.start, admission.logprob_from)
+        last = min(work.start + work.num_tokens, state.prompt_len - 1)
+        if first >= last:
+            return None
+        return LogprobRow(
+            batch_index,
+            token_rows=list(range(offset + first - work.start, offset + last - work.start)),
+            targets=admission.prompt_ids[first + 1 : last + 1],
+            top_num=admission.top_logprobs_num,
+            token_ids=admission.token_ids_logprob,
+        )
+
+
+def _mode(counts: list[int]) -> ForwardMode:
+    if not counts:
+        return ForwardMode.IDLE
+    single = [count == 1 for count in counts]
+    if all(single):
+        return ForwardMode.DECODE
+    return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND
+
+
+def cache_layout(model: nn.Module, page_size: int) -> CacheLayout:
+    """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree."""
+    specs: dict[int, CacheSpec] = {}
+    length_scaling: LengthScaling | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, RadixAttention):
+            spec = module.cache_spec()
+            if specs.setdefault(module.layer_id, spec) != spec:
+                raise ValueError(f"{name}: layer {module.layer_id} is used twice with different caches")
+        scaling: Any = getattr(module, "length_scaling", None)
+        if scaling is not None:
+            if length_scaling not in (None, scaling):
+                raise ValueError(f"{name}: the model mixes rotations that depend on the sequence length differently")
+            length_scaling = scaling
+    if not specs:
+        raise ValueError("the model has no RadixAttention layer: there is nothing to cache")
+    groups: dict[CacheSpec, list[int]] = {}
+    for layer_id, spec in sorted(specs.items()):
+        groups.setdefault(spec, []).append(layer_id)
+    return CacheLayout(
+        tuple(CacheGroup(spec, tuple(layer_ids), page_size) for spec, layer_ids in groups.items()), length_scaling
+    )

@@ -1,0 +1,79 @@
+"""A worker in a process of its own: ``main`` serves one rank over an inherited socket until it closes."""
+
+import os
+import pickle
+import signal
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from rtp_llm.srt.distributed.parallel_state import destroy_tensor_parallel, init_tensor_parallel
+from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.platform import num_cpus
+from rtp_llm.srt.worker.worker import Masks, PendingLogits, Worker, WorkerConfig
+
+
+class RankServer:
+    """Serves the executor's calls with one rank's worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._pending: PendingLogits | None = None
+
+    def submit(self, plan: StepPlan) -> StepResult | None:
+        """The step's result; None if it waits for masks."""
+        if plan.masked_rows:
+            self._pending = self._worker.forward(plan)
+            return None
+        return self._worker.step(plan).result()
+
+    def sample_masked(self, masks: Masks) -> StepResult:
+        if self._pending is None:
+            raise RuntimeError("masks came, but no step waits for any")
+        pending, self._pending = self._pending, None
+        return self._worker.sample(pending, masks).result()
+
+    def call(self, method: str, args: tuple) -> Any:
+        own = getattr(self, method, None) if not method.startswith("_") else None
+        return (own or getattr(self._worker, method))(*args)
+
+
+def main(fd: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    pipe = Connection(fd)
+    try:
+        _serve(pipe)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent closed the pipe or is gone: this is how a worker ends
+    except Exception:
+        pipe.send(("error", traceback.format_exc()))
+    finally:
+        destroy_tensor_parallel()
+
+
+def _serve(pipe: Connection) -> None:
+    config, init_method, timeout_s, models = pipe.recv()
+    ModelRegistry.models.update(pickle.loads(models))
+    _join(config, init_method, timeout_s)
+    worker = Worker(config, lambda done, total: pipe.send(("progress", (done, total))))
+    pipe.send(("result", worker.loaded()))
+    server = RankServer(worker)
+    while True:
+        method, args = pipe.recv()
+        answer = server.call(method, args)
+        if method != "submit" or answer is not None:
+            pipe.send(("result", answer))
+
+
+def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
+    if torch.device(config.device).type == "cuda":
+        torch.cuda.set_device(config.rank)
+        backend = "nccl"
+    else:
+        torch.set_num_threads(max(1, num_cpus() // config.world_size))
+        backend = "gloo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    init_tensor_parallel(config.rank, config.world_size, backend, init_method, timeout_s)

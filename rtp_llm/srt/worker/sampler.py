@@ -1,0 +1,387 @@
+"""From logits to token ids: penalties, masks, filters, and one counter-based draw per row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rtp_llm.srt.layers.logits_processor import token_logprobs
+from rtp_llm.srt.plan import Admission, TokenLogprob
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.worker.philox import as_int64, uniform
+
+_DRAWN_AT_ONCE = 64  # rows; a draw keeps a few float64 copies of its logits
+_OFTEN_ENOUGH = 1024  # tokens that usually hold the mass that top_p asks for
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(slots=True)
+class _Row:
+    """What the sampler knows of the request in a row."""
+
+    params: SamplingParams
+    prompt_len: int
+    stop_ids: list[int]
+    seed: int  # as int64
+    bias_ids: list[int]
+    bias_values: list[float]
+    return_logprob: bool
+    top_logprobs_num: int
+    token_ids_logprob: list[int]
+    counted: bool  # its penalties need counts of its tokens
+
+    def bans_stops_at(self, position: int) -> bool:
+        return position - self.prompt_len < self.params.min_new_tokens
+
+
+class Sampler:
+    """Draws tokens for the rows of a step. Keeps, per admitted row, its parameters and, if penalised, token counts.
+
+    A row's token depends on its own logits, parameters, seed and position only. Nothing here waits for the device,
+    except ``logprobs``.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: str | torch.device) -> None:
+        self._rows: list[_Row | None] = [None] * max_rows
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._counts = _TokenCounts(vocab_size, self._device)
+
+    def admit(self, admission: Admission) -> None:
+        """Takes a request in; what it generated before (``output_ids``) counts as generated."""
+        params = admission.params
+        penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
+        self.release(admission.row)
+        self._rows[admission.row] = _Row(
+            params=params,
+            prompt_len=len(admission.prompt_ids),
+            stop_ids=[i for i in admission.stop_ids if 0 <= i < self._vocab_size],  # others cannot be drawn anyway
+            seed=as_int64(admission.seed),
+            bias_ids=list(params.logit_bias),
+            # a larger value than float32 has would make NaN of a logit that is -inf
+            bias_values=[min(max(value, -_LARGEST), _LARGEST) for value in params.logit_bias.values()],
+            return_logprob=admission.return_logprob,
+            top_logprobs_num=admission.top_logprobs_num,
+            token_ids_logprob=admission.token_ids_logprob,
+            counted=bool(penalised),
+        )
+        if penalised:
+            self._counts.add(admission.row, admission.prompt_ids, admission.output_ids)
+
+    def release(self, row: int) -> None:
+        """Forgets a row; harmless if it is empty."""
+        self._rows[row] = None
+        self._counts.remove(row)
+
+    def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
+        """Counts ``token_ids[i]`` ([S] int64, on the device) as generated in ``rows[i]``."""
+        counted = [i for i, row in enumerate(rows) if self._row(row).counted]
+        if len(counted) < len(rows):
+            token_ids = token_ids[self._tensor(counted)] if counted else token_ids[:0]
+        self._counts.count([rows[i] for i in counted], token_ids)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """One token per row.
+
+        In order: frequency and presence penalties (over generated tokens), repetition penalty (over all), mask,
+        logit_bias, ban of the ids that would end the request too early. A ban that would leave nothing is lifted. Then
+        the largest logit for a greedy row, a draw for any other (see ``draw``).
+
+        Args:
+            logits: [S, vocab_size] float32, left as they are.
+            rows: the row of each line of logits.
+            positions: index in its sequence of the token that is drawn: how many tokens stand before it.
+            masks: per row, [vocab_size] bool, False for tokens that must not be drawn; at least one is True.
+
+        Returns:
+            [S] int64 on the device.
+        """
+        self._check_shape(logits, rows, positions)
+        states = [self._row(row) for row in rows]
+        logits = self._adjust(logits, states, rows, positions, masks or {})
+        drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
+        if not drawn:
+            return logits.argmax(dim=-1)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if len(drawn) < len(rows):
+            torch.argmax(logits, dim=-1, out=tokens)
+        for start in range(0, len(drawn), _DRAWN_AT_ONCE):
+            part = drawn[start : start + _DRAWN_AT_ONCE]
+            index = self._tensor(part)
+            u = uniform(self._tensor([states[i].seed for i in part]), self._tensor([positions[i] for i in part]))
+            chosen = logits if len(part) == len(rows) else logits[index]
+            tokens[index] = draw(chosen, [states[i].params for i in part], u)
+        return tokens
+
+    def logprobs(
+        self, raw_logits: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[int]
+    ) -> list[list[TokenLogprob] | None]:
+        """Per line, the log-probability of its token in a list, or None where the request did not ask. Waits.
+
+        Args:
+            raw_logits: [S, vocab_size], as the model gave them; token_ids: [S], what was drawn.
+        """
+        states = [self._row(row) for row in rows]
+        asked = [i for i, state in enumerate(states) if state.return_logprob]
+        results: list[list[TokenLogprob] | None] = [None] * len(rows)
+        if not asked:
+            return results
+        index = self._tensor(asked)
+        found = token_logprobs(
+            raw_logits[index],
+            token_ids[index],
+            [states[i].top_logprobs_num for i in asked],
+            [states[i].token_ids_logprob for i in asked],
+        )
+        for i, logprob in zip(asked, found, strict=True):
+            results[i] = [logprob]
+        return results
+
+    @staticmethod
+    def bad_rows(logits: torch.Tensor) -> torch.Tensor:
+        """[S] bool: lines of [S, vocab_size] that nothing can be drawn from: a NaN, a +inf, or nothing but -inf."""
+        return ~torch.isfinite(logits.amax(dim=-1))
+
+    def _row(self, row: int) -> _Row:
+        state = self._rows[row]
+        if state is None:
+            raise ValueError(f"row {row} was not admitted to the sampler")
+        return state
+
+    def _check_shape(self, logits: torch.Tensor, rows: Sequence[int], positions: Sequence[int]) -> None:
+        if tuple(logits.shape) != (len(rows), self._vocab_size) or len(positions) != len(rows):
+            raise ValueError(
+                f"logits must be [rows, vocab_size] = {[len(rows), self._vocab_size]} with a position per row, not "
+                f"{list(logits.shape)} with {len(positions)} positions"
+            )
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return to_device(values, torch.int64, self._device)
+
+    def _adjust(
+        self,
+        logits: torch.Tensor,
+        states: list[_Row],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """The logits after penalties, masks, biases and bans: a copy, or the same tensor where there are none."""
+        counted = [i for i, state in enumerate(states) if state.counted]
+        masked = [i for i, row in enumerate(rows) if row in masks]
+        if len(masks) > len({rows[i] for i in masked}):
+            raise ValueError(f"masks for rows {sorted(masks.keys() - set(rows))}, which are not sampled in this step")
+        biased, banned = _Cells(), _Cells()
+        for i, state in enumerate(states):
+            biased.add(i, state.bias_ids, state.bias_values)
+            if state.bans_stops_at(positions[i]):
+                banned.add(i, state.stop_ids)
+        if not (counted or masked or biased.lines or banned.lines):
+            return logits
+        logits = logits.clone()
+        if counted:
+            self._penalise(logits, counted, [rows[i] for i in counted], [states[i].params for i in counted])
+        if masked:
+            self._mask(logits, masked, [masks[rows[i]] for i in masked])
+        if biased.lines:
+            cells = (self._tensor(biased.lines), self._tensor(biased.ids))
+            logits.index_put_(cells, to_device(biased.values, torch.float32, self._device), accumulate=True)
+        logits.clamp_(max=_LARGEST)  # a penalty or a bias may have left the range; a draw could not weigh +inf
+        if banned.lines:
+            _ban(logits, self._tensor(banned.lines), self._tensor(banned.ids))
+        return logits
+
+    def _penalise(self, logits: torch.Tensor, lines: list[int], rows: list[int], params: list[SamplingParams]) -> None:
+        index = self._tensor(lines)
+        scores = logits[index]
+        counts, seen = self._counts.of(rows)
+        table = [[p.frequency_penalty, p.presence_penalty, p.repetition_penalty] for p in params]
+        frequency, presence, repetition = to_device(table, torch.float32, self._device).split(1, dim=1)
+        scores -= counts * frequency
+        scores -= (counts > 0) * presence
+        scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
+        logits[index] = scores
+
+    def _mask(self, logits: torch.Tensor, lines: list[int], masks: list[torch.Tensor]) -> None:
+        for mask in masks:
+            if tuple(mask.shape) != (self._vocab_size,) or mask.dtype != torch.bool:
+                raise ValueError(f"a mask must be bool [{self._vocab_size}], not {mask.dtype} {list(mask.shape)}")
+        index = self._tensor(lines)
+        allowed = torch.stack([mask.to(self._device, non_blocking=True) for mask in masks])
+        logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
+
+
+@dataclass(slots=True)
+class _Cells:
+    """Places in a [S, vocab_size] tensor, as parallel lists."""
+
+    lines: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, line: int, ids: list[int], values: Sequence[float] = ()) -> None:
+        self.lines += [line] * len(ids)
+        self.ids += ids
+        self.values += values
+
+
+class _TokenCounts:
+    """How often each token was generated, and whether it stands in the prompt, for rows that were added."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._slots: dict[int, int] = {}  # row -> line of the tensors, which grow with the number of rows that need it
+        self._free: list[int] = []
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+
+    def add(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        if not self._free:
+            self._grow()
+        slot = self._slots[row] = self._free.pop()
+        self._counts[slot] = 0
+        self._in_prompt[slot] = False
+        # ids that stand for media lie outside the vocabulary
+        prompt = self._tensor([i for i in prompt_ids if 0 <= i < self._vocab_size])
+        self._in_prompt[slot].index_fill_(0, prompt, True)
+        self.count([row] * len(output_ids), self._tensor(list(output_ids)))
+
+    def remove(self, row: int) -> None:
+        if row in self._slots:
+            self._free.append(self._slots.pop(row))
+
+    def count(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
+        """Adds one occurrence of ``token_ids[i]`` in ``rows[i]``."""
+        if rows:
+            slots = self._tensor([self._slots[row] for row in rows])
+            ones = torch.ones(len(rows), dtype=torch.int32, device=self._device)
+            self._counts.index_put_((slots, token_ids), ones, accumulate=True)
+
+    def of(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R, vocab_size]: counts of generated tokens (int32), and whether a token occurs at all (bool)."""
+        slots = self._tensor([self._slots[row] for row in rows])
+        counts = self._counts[slots]
+        return counts, self._in_prompt[slots] | (counts > 0)
+
+    def _grow(self) -> None:
+        old = len(self._counts)
+        new = max(4, 2 * old)
+        self._free = list(range(new - 1, old - 1, -1))
+        self._counts = torch.cat([self._counts, self._counts.new_zeros(new - old, self._vocab_size)])
+        self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(new - old, self._vocab_size)])
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return to_device(values, torch.int64, self._device)
+
+
+def draw(logits: torch.Tensor, params: Sequence[SamplingParams], u: torch.Tensor) -> torch.Tensor:
+    """One token per row from softmax(logits / temperature), cut to the tokens that ``kept`` leaves.
+
+    The token is the first, in vocabulary order, at which the cumulative probability exceeds ``u``: inverse transform
+    sampling, in float64. A token of probability zero is never drawn.
+
+    Args:
+        logits: [D, vocab_size] float32; each row has a finite maximum.
+        params: of each row, not greedy; u: [D] float64 in [0, 1).
+
+    Returns:
+        [D] int64.
+    """
+    weights = kept_weights(logits, params)
+    cumulative = weights.cumsum(dim=-1)
+    possible = weights > 0
+    # Parallel scans round differently from element to element, so the sums need not ascend exactly: the total is the
+    # largest sum at a possible token, and a step upwards counts only at one.
+    total = cumulative.masked_fill(~possible, 0).amax(dim=-1)
+    threshold = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return ((cumulative > threshold[:, None]) & possible).to(torch.uint8).argmax(dim=-1)
+
+
+def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """exp((logit - largest) / temperature) of every token, zero for those that top_k, top_p and min_p drop.
+
+    As transformers does it: top_k keeps the k largest and all that equal the k-th; top_p keeps, of what top_k left and
+    with its probabilities scaled to one, the fewest tokens that reach p (of equal ones the lowest ids), at least one;
+    min_p drops what is less probable than min_p times the most probable token.
+
+    Args:
+        logits: [D, vocab_size] float32.
+
+    Returns:
+        [D, vocab_size] float64, not normalised.
+    """
+    vocab_size, device = logits.shape[-1], logits.device
+    table = [[p.temperature, p.min_p] for p in params]
+    temperature, min_p = to_device(table, torch.float64, device).split(1, dim=1)
+    weights = logits.double().sub_(logits.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
+    by_top_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
+    by_top_p = [i for i, p in enumerate(params) if p.top_p < 1 and not 0 < p.top_k < vocab_size]
+    for lines in (by_top_k, by_top_p):
+        if lines:
+            index = to_device(lines, torch.int64, device)
+            chosen = [params[i] for i in lines]
+            weights[index] = _cut(weights[index], chosen)
+    if any(p.min_p for p in params):
+        weights.masked_fill_(weights < min_p, 0)
+    return weights
+
+
+def _cut(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Applies top_k and top_p, to rows that all have a top_k or all have none: only the latter may be sorted whole.
+
+    What is kept is "all weights above a cutoff, and the first so many that equal it": found on the largest weights,
+    it needs no way back from sorted to vocabulary order.
+    """
+    vocab_size, device = weights.shape[-1], weights.device
+    top_ks = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+    top_k = to_device([[k] for k in top_ks], torch.int64, device)
+    top_p = to_device([[p.top_p if p.top_p < 1 else torch.inf] for p in params], torch.float64, device)
+    if max(top_ks) < vocab_size:
+        largest = weights.topk(max(top_ks), dim=-1).values
+        weights = weights.masked_fill(weights < largest.gather(1, top_k - 1), 0)
+        largest = largest.masked_fill(torch.arange(largest.shape[1], device=device) >= top_k, 0)
+    if all(p.top_p >= 1 for p in params):
+        return weights
+    total = weights.cumsum(dim=-1)[:, -1:]  # a sum whose rounding does not depend on the number of rows
+    if max(top_ks) == vocab_size:
+        largest = _largest(weights, top_p * total)
+    before = (largest.cumsum(dim=-1) - largest) / total
+    num_kept = ((before < top_p) & (largest > 0)).sum(dim=-1, keepdim=True).clamp_(min=1)
+    cutoff = largest.gather(1, num_kept - 1)
+    first_equal = (largest > cutoff).sum(dim=-1, keepdim=True)
+    num_equal = ((top_p - before.gather(1, first_equal)) * total / cutoff).ceil().clamp_(min=1)
+    equal = weights == cutoff
+    keep = (weights > cutoff) | (equal & (equal.cumsum(dim=-1) <= num_equal))
+    return weights.masked_fill(~keep, 0)
+
+
+def _largest(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Each row's weights in descending order, at least as many as sum to more than ``mass`` ([rows, 1])."""
+    if weights.is_cpu and weights.shape[-1] > _OFTEN_ENOUGH:  # sorting is slow there, and looking costs nothing
+        largest = weights.topk(_OFTEN_ENOUGH, dim=-1).values
+        if bool((largest.sum(dim=-1, keepdim=True) > mass * (1 + 1e-9)).all()):
+            return largest
+    return weights.sort(dim=-1, descending=True).values
+
+
+def _ban(logits: torch.Tensor, lines: torch.Tensor, ids: torch.Tensor) -> None:
+    """Sets the cells to -inf, but not in a row that would be left with nothing else."""
+    values = logits[lines, ids]
+    logits[lines, ids] = -torch.inf
+    empty = logits.amax(dim=-1) == -torch.inf
+    logits[lines, ids] = torch.where(empty[lines], values, -torch.inf)
+
+
+def to_device(values: list[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of host values; on a GPU it is copied from pinned memory, so that the host does not wait for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

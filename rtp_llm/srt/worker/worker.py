@@ -1,0 +1,145 @@
+"""One rank's worker: it executes StepPlans. It knows neither requests' texts nor clients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rtp_llm.srt.attention.backends import make_backend
+from rtp_llm.srt.cache.spec import CacheLayout
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.srt.worker.sampler import Sampler
+
+Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may come next
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What a rank needs to know. It travels to worker processes."""
+
+    model_config: ModelConfig
+    model_path: str
+    load_format: str = "auto"
+    device: str = "cpu"
+    page_size: int = 1
+    attention_backend: str | None = None
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What the core learns from a worker that has loaded its model."""
+
+    layout: CacheLayout
+    weight_bytes: int
+
+
+@dataclass(slots=True)
+class PendingLogits:
+    """A step whose forward pass is launched and whose tokens are not drawn yet."""
+
+    plan: StepPlan
+    logits: torch.Tensor  # [S, vocab_size] float32, one row per work with ``sample``
+    prompt_logprobs: dict[int, list[TokenLogprob]]  # by index into ``plan.work``
+
+
+class PendingResult:
+    """A step that is launched. ``result()`` waits for the device and brings it to the host."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        token_ids: torch.Tensor,
+        bad_rows: torch.Tensor,
+        logprobs: list[list[TokenLogprob] | None],
+        prompt_logprobs: dict[int, list[TokenLogprob]],
+    ) -> None:
+        self._plan = plan
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+        self._token_ids = token_ids.to("cpu", non_blocking=True)
+        self._bad_rows = bad_rows.to("cpu", non_blocking=True)
+        self._ready = None
+        if token_ids.is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def result(self) -> StepResult:
+        if self._ready is not None:
+            self._ready.synchronize()
+        drawn = iter(zip(self._token_ids.tolist(), self._bad_rows.tolist(), self._logprobs, strict=True))
+        rows = []
+        for index, work in enumerate(self._plan.work):
+            row = RowResult(prompt_logprobs=self._prompt_logprobs.get(index, []))
+            if work.sample:
+                token_id, bad, logprobs = next(drawn)
+                row.token_ids = [token_id]
+                row.logprobs = logprobs or []
+                if bad:
+                    row = RowResult(error="the model's logits are not finite numbers for this request")
+            rows.append(row)
+        return StepResult(self._plan.step_id, rows)
+
+
+class Worker:
+    """``step(plan)`` is all that the plain case needs; with token masks, ``forward`` and ``sample`` are two calls."""
+
+    def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        self.runner = ModelRunner(
+            config.model_config,
+            config.model_path,
+            config.load_format,
+            config.device,
+            config.page_size,
+            make_backend(config.attention_backend),
+            progress,
+        )
+        self._vocab_size = config.model_config.vocab_size
+        self._device = config.device
+
+    def loaded(self) -> LoadedModel:
+        return LoadedModel(self.runner.layout, self.runner.weight_bytes)
+
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
+        self.runner.init_cache(num_pages, max_rows, max_len)
+        self.sampler = Sampler(max_rows, self._vocab_size, self._device)
+
+    def step(self, plan: StepPlan) -> PendingResult:
+        return self.sample(self.forward(plan))
+
+    def forward(self, plan: StepPlan) -> PendingLogits:
+        for row in plan.releases:
+            self.sampler.release(row)
+        for admission in plan.admissions:
+            self.sampler.admit(admission)
+        batch, output = self.runner.forward(plan)
+        indices = [row.batch_index for row in batch.prompt_logprobs]
+        prompt_logprobs = dict(zip(indices, output.prompt_logprobs, strict=True))
+        return PendingLogits(plan, output.next_token_logits, prompt_logprobs)
+
+    @torch.inference_mode()
+    def sample(self, pending: PendingLogits, masks: Masks | None = None) -> PendingResult:
+        """Draws the step's tokens, under ``masks`` for ``plan.masked_rows``."""
+        work = [w for w in pending.plan.work if w.sample]
+        logits = pending.logits
+        rows = [w.row for w in work]
+        token_ids = self._draw(logits, rows, work, masks)
+        return PendingResult(
+            pending.plan,
+            token_ids,
+            self.sampler.bad_rows(logits),
+            self.sampler.logprobs(logits, token_ids, rows),
+            pending.prompt_logprobs,
+        )
+
+    def _draw(self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: Masks | None) -> torch.Tensor:
+        if not rows:
+            return torch.empty(0, dtype=torch.int64, device=logits.device)
+        positions = [w.start + w.num_tokens for w in work]
+        token_ids = self.sampler.sample(logits, rows, positions, masks)
+        self.sampler.observe(rows, token_ids)
+        self.runner.last_tokens[torch.tensor(rows, device=logits.device)] = token_ids
+        return token_ids

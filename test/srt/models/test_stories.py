@@ -1,0 +1,57 @@
+"""A trained model end to end: stories260K tells the story that an independent program tells."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtp_llm import Engine
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir: Path) -> Path:
+    folder = data_dir / "models" / "stories260K-hf"
+    if not folder.is_dir():
+        pytest.skip(f"no trained model: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden(stories: Path) -> dict[str, Any]:
+    """``greedy_ids`` begins with ``prompt_ids``; ``text`` is that of the whole."""
+    return json.loads((stories / "golden_greedy.json").read_text())
+
+
+@pytest.mark.parametrize("chunked_prefill_size", [-1, 16])
+def test_the_golden_story(stories: Path, golden: dict[str, Any], chunked_prefill_size: int) -> None:
+    prompt, story = golden["prompt_ids"], golden["greedy_ids"][len(golden["prompt_ids"]) :]
+    params = {"temperature": 0, "max_new_tokens": len(story), "ignore_eos": True}
+    with Engine(
+        model_path=str(stories), dtype="float32", max_total_tokens=1024, chunked_prefill_size=chunked_prefill_size
+    ) as engine:
+        told = engine.generate(input_ids=prompt, sampling_params=params)
+        # The same story told from its middle on, so that most of it is a prompt (and comes from the cache).
+        rest = engine.generate(
+            input_ids=golden["greedy_ids"][:100], sampling_params=params | {"max_new_tokens": len(story) - 99}
+        )
+    assert told["output_ids"] == story
+    assert told["text"] == golden["text"]
+    assert rest["output_ids"] == golden["greedy_ids"][100:]
+
+
+def test_the_command_line_tells_a_story(stories: Path, golden: dict[str, Any]) -> None:
+    prompt = "Once upon a time"
+    command = [sys.executable, "-m", "rtp_llm", "generate", "--model-path", str(stories), "--prompt", prompt]
+    command += ["--max-new-tokens", "60", "--max-total-tokens", "1024"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert golden["text"].removeprefix(prompt)[:100] in done.stdout
+    assert "tokens" in done.stderr.splitlines()[-1]  # the line of statistics

@@ -1,0 +1,195 @@
+"""Imports run one way: the table "Who may import whom" of docs/architecture.md, read from the code."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = ROOT / "rtp_llm"
+
+
+def rows_of_the_table() -> list[tuple[str, ...]]:
+    """The rooms of each line of the table, lowest first: names in backquotes, paths below ``rtp_llm/``.
+
+    A room may import only from lines above its own; rooms on one line do not see each other.
+    """
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.split("## Who may import whom", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if re.match(r"\| \d", line)]
+    rows = [tuple(f"rtp_llm.{name.replace('/', '.')}" for name in re.findall(r"`([\w/]+)`", line)) for line in lines]
+    assert len(rows) > 10, "docs/architecture.md: the table under 'Who may import whom' is gone"
+    return [("rtp_llm",), *rows]  # the package's own __init__ (its version) lies below everything
+
+
+ROWS = rows_of_the_table()
+ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+# Rooms that stand side by side although one is on a later line.
+STRANGERS = {("rtp_llm.srt.layers", "rtp_llm.srt.scheduler"), ("rtp_llm.srt.layers", "rtp_llm.srt.managers")}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    """The room of ROWS that a module lies in. A package without a room of its own is an empty corridor."""
+    if module == "rtp_llm":
+        return module
+    candidates = [room for room in ROW_OF if room != "rtp_llm" and (module == room or module.startswith(room + "."))]
+    return max(candidates, key=len, default="")
+
+
+class ImportReader(ast.NodeVisitor):
+    """Collects (line, module) of every import of this package in a file, those inside functions too."""
+
+    def __init__(self, module: str, is_package: bool) -> None:
+        self.package = module if is_package else module.rpartition(".")[0]
+        self.found: list[tuple[int, str]] = []
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for statement in node.orelse:
+                self.visit(statement)
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self.add(node.lineno, alias.name)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = node.module or ""
+        if node.level:
+            parents = self.package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1] + ([base] if base else []))
+        for alias in node.names:
+            self.add(node.lineno, home_of(base, alias.name))
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """``import_module("rtp_llm.x")`` and ``__import__("rtp_llm.x")`` are imports as well."""
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+            self.add(node.lineno, str(node.args[0].value))
+        self.generic_visit(node)
+
+    def add(self, line: int, module: str) -> None:
+        if module == "rtp_llm" or module.startswith("rtp_llm."):
+            self.found.append((line, module))
+
+
+def home_of(base: str, name: str) -> str:
+    """Where ``from base import name`` comes from: a module, a lazy name of a package's ``_HOMES``, or base itself."""
+    if f"{base}.{name}" in MODULES:
+        return f"{base}.{name}"
+    return lazy_homes(base).get(name, base)
+
+
+def lazy_homes(package: str) -> dict[str, str]:
+    if package not in MODULES:
+        return {}
+    for statement in ast.parse(MODULES[package].read_text()).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_HOMES":
+            return ast.literal_eval(statement.value)
+    return {}
+
+
+def imports_of(module: str) -> list[tuple[int, str]]:
+    file = MODULES[module]
+    reader = ImportReader(module, file.name == "__init__.py")
+    reader.visit(ast.parse(file.read_text(), str(file)))
+    return reader.found
+
+
+def is_allowed(importer: str, imported: str) -> bool:
+    if importer == imported:
+        return True
+    return ROW_OF[imported] < ROW_OF[importer] and (importer, imported) not in STRANGERS
+
+
+def test_every_module_has_a_room() -> None:
+    homeless = [
+        module for module, file in MODULES.items() if not room_of(module) and file.read_text().strip()
+    ]  # empty __init__.py files need none
+    assert not homeless, f"no row of the import table in docs/architecture.md holds {homeless}"
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for module in MODULES:
+        for line, imported in imports_of(module):
+            importer_room, imported_room = room_of(module), room_of(imported)
+            assert imported_room, f"{MODULES[module]}:{line} imports {imported}, which no row of the table holds"
+            if not is_allowed(importer_room, imported_room):
+                wrong.append(
+                    f"{MODULES[module].relative_to(ROOT)}:{line}: {importer_room} (row {ROW_OF[importer_room]}) "
+                    f"must not import {imported} (row {ROW_OF[imported_room]})"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_reader_sees_every_kind_of_import() -> None:
+    source = """
+from typing import TYPE_CHECKING
+import rtp_llm.srt.plan
+from rtp_llm import Engine
+from rtp_llm.srt import messages
+from ..cache.spec import CacheSpec
+if TYPE_CHECKING:
+    from rtp_llm.srt.layers.linear import LinearBase
+def later():
+    from rtp_llm.srt.utils import add_prefix
+    import_module("rtp_llm.srt.engine.core")
+"""
+    reader = ImportReader("rtp_llm.srt.scheduler.scheduler", is_package=False)
+    reader.visit(ast.parse(source))
+    assert [module for _, module in reader.found] == [
+        "rtp_llm.srt.plan",
+        "rtp_llm.srt.entrypoints.engine",
+        "rtp_llm.srt.messages",
+        "rtp_llm.srt.cache.spec",
+        "rtp_llm.srt.utils.modules",
+        "rtp_llm.srt.engine.core",
+    ]
+
+
+def test_init_files_are_empty_but_for_the_lazy_ones() -> None:
+    full = {module for module, file in MODULES.items() if file.name == "__init__.py" and file.read_text().strip()}
+    assert full <= {"rtp_llm", "rtp_llm.srt.utils"}
+
+
+def loaded_after(statement: str, suspects: tuple[str, ...]) -> list[str]:
+    """Which of ``suspects`` a fresh process has loaded after ``statement``."""
+    code = f"{statement}\nimport sys\nprint(*[name for name in {suspects!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{statement} fails in a fresh process:\n{done.stderr}"
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "rtp_llm.srt.scheduler.scheduler",
+        "rtp_llm.srt.cache.radix_cache",
+        "rtp_llm.srt.messages",
+        "rtp_llm.srt.plan",
+        "rtp_llm.srt.sampling_params",
+    ],
+)
+def test_host_side_needs_no_torch(module: str) -> None:
+    assert loaded_after(f"import {module}", ("torch", "transformers", "numpy")) == []
+
+
+def test_the_offline_engine_needs_no_web_framework_and_no_sockets() -> None:
+    assert loaded_after("import rtp_llm.srt.entrypoints.engine", ("fastapi", "starlette", "uvicorn", "zmq")) == []
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    assert loaded_after("import rtp_llm", ("torch", "transformers", "numpy", "rich")) == []

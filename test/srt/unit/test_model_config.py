@@ -1,0 +1,374 @@
+"""Reading a checkpoint's configuration."""
+
+import json
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from transformers import AutoConfig, LlamaConfig
+
+from rtp_llm.srt.configs import model_config as module
+from rtp_llm.srt.configs.model_config import (
+    ModelConfig,
+    ModelConfigError,
+    ModelNotFoundError,
+    is_multimodal_model,
+    resolve_model_path,
+)
+
+TEST_DATA = Path(os.environ.get("RTP_LLM_TEST_DATA", Path(__file__).parents[4] / "shared/data"))
+STORIES = TEST_DATA / "models/stories260K-hf"
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path):
+    def make(without=(), generation=None, **changes) -> str:
+        config = {key: value for key, value in {**CONFIG, **changes}.items() if key not in without}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return str(tmp_path)
+
+    return make
+
+
+def load(path: str, **kwargs) -> ModelConfig:
+    return ModelConfig.from_pretrained(path, **kwargs)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason=f"no test data at {STORIES}")
+def test_a_real_checkpoint():
+    config = load(str(STORIES))
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert (config.dtype, config.context_length, config.vocab_size) == ("float32", 512, 512)
+    assert (config.hidden_size, config.num_layers, config.num_heads) == (64, 5, 8)
+    assert (config.eos_token_ids, config.bos_token_id) == ((2, 1), 1)
+    assert config.generation_defaults == {"temperature": 0.0}
+    assert config.hf_text_config is config.hf_config and isinstance(config.hf_config, LlamaConfig)
+    assert not config.is_multimodal
+
+
+def test_is_multimodal_model_is_extensible(monkeypatch):
+    monkeypatch.setattr(module, "multimodal_model_archs", {"SeeingForCausalLM"})
+    assert is_multimodal_model(["SeeingForCausalLM"]) and is_multimodal_model("SeeingForCausalLM")
+    assert not is_multimodal_model(["LlamaForCausalLM"])
+
+
+# Token ids and sampling defaults
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        (None, None, ()),
+        ([5, 2], {"eos_token_id": 2}, (5, 2)),
+        (2, {"eos_token_id": [7, 2, 8]}, (2, 7, 8)),
+        (None, {"eos_token_id": 0}, (0,)),
+    ],
+)
+def test_eos_ids_are_a_union(make_checkpoint, config_eos, generation, expected):
+    assert load(make_checkpoint(eos_token_id=config_eos, generation=generation)).eos_token_ids == expected
+
+
+def test_bos_zero_is_a_bos(make_checkpoint):
+    assert load(make_checkpoint(bos_token_id=0, generation={"bos_token_id": 3})).bos_token_id == 0
+    assert load(make_checkpoint(bos_token_id=None, generation={"bos_token_id": 3})).bos_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_length": 9, "min_p": None},
+         {"temperature": 0.6, "top_k": 20, "top_p": 0.95}),
+        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1},
+         {"temperature": 0.0, "repetition_penalty": 1.1}),
+    ],
+)  # fmt: skip
+def test_generation_defaults(make_checkpoint, generation, expected):
+    assert load(make_checkpoint(generation=generation)).generation_defaults == expected
+
+
+def test_generation_defaults_must_be_numbers(make_checkpoint):
+    with pytest.raises(ModelConfigError, match=r"`temperature` in .* must be a number, not 'hot'"):
+        load(make_checkpoint(generation={"temperature": "hot"}))
+
+
+# Dtype
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"dtype": "float16"}, "auto", "float16"),
+        ({"dtype": "float32"}, "auto", "float32"),
+        ({"dtype": "float32"}, "half", "float16"),
+        ({"dtype": "float16"}, "float", "float32"),
+        ({"dtype": "float16"}, "bfloat16", "bfloat16"),
+        ({}, "auto", "float32"),
+    ],
+)
+def test_dtype(make_checkpoint, stored, asked, expected):
+    assert load(make_checkpoint(**stored), dtype=asked).dtype == expected
+
+
+def test_dtype_of_the_weights_where_the_config_has_none(make_checkpoint, tmp_path):
+    path = make_checkpoint()
+    tensors = {"a": torch.zeros(50, dtype=torch.bfloat16), "b": torch.zeros(9), "c": torch.zeros(9, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load(path).dtype == "bfloat16"
+    (tmp_path / "model.safetensors").write_bytes(b"\x05")  # the loader's matter
+    assert load(path).dtype == "float32"
+
+
+def test_unknown_dtypes_are_refused_by_name(make_checkpoint):
+    with pytest.raises(ModelConfigError, match="dtype 'float8' is unknown; have float32, bfloat16, float16"):
+        load(make_checkpoint(), dtype="float8")
+    with pytest.raises(ModelConfigError, match=r"config.json asks for dtype 'float64'.*have float32"):
+        load(make_checkpoint(dtype="float64"))
+
+
+# Context length
+
+
+def yarn(factor: float, original: int | None = None) -> dict:
+    rope = {"rope_type": "yarn", "factor": factor}
+    return rope if original is None else {**rope, "original_max_position_embeddings": original}
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.5}}, 160),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, 256),
+        ({"rope_scaling": yarn(4.0)}, 256),
+        ({"rope_scaling": yarn(4.0, 64)}, 256),
+        ({"rope_scaling": yarn(4.0, 16), "max_position_embeddings": 64}, 64),
+        ({"rope_scaling": yarn(40.0, 8), "max_position_embeddings": 300}, 320),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8}}, 64),
+        ({"rope_parameters": {**yarn(2.0, 64), "rope_theta": 5000.0}}, 128),
+        ({"seq_length": 48}, 48),
+        ({"model_max_length": 32, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 64),
+    ],
+)
+def test_context_length_is_derived(make_checkpoint, changes, expected):
+    assert load(make_checkpoint(**changes)).context_length == expected
+
+
+def test_context_length_of_longrope(make_checkpoint):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, **factors}
+    assert load(make_checkpoint(rope_scaling=rope)).context_length == 64
+
+
+def test_context_length_under_another_name(make_checkpoint):
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": 40, "n_embd": 32, "n_layer": 3}
+    config = load(make_checkpoint(without=("max_position_embeddings", "num_hidden_layers", "hidden_size"), **gpt2))
+    assert (config.context_length, config.num_layers, config.hidden_size) == (40, 3, 32)
+
+
+def test_the_users_context_length(make_checkpoint, caplog):
+    path = make_checkpoint()
+    assert load(path, context_length=10).context_length == 10
+    assert not caplog.records
+    assert load(path, context_length=100).context_length == 100
+    assert "100 is longer than the model's own 64" in caplog.text
+    for wrong in (0, -5, True, 1.5):
+        with pytest.raises(ModelConfigError, match="context_length must be a positive number"):
+            load(path, context_length=wrong)
+
+
+# Overrides
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_an_overriding_rope_scaling_is_as_if_it_stood_in_the_file(make_checkpoint, spelling):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    if spelling == "rope_parameters":
+        rope["rope_theta"] = 777.0
+    expected = load(make_checkpoint(rope_theta=777.0, **{spelling: rope}))
+    got = load(make_checkpoint(rope_theta=777.0), json_model_override_args=json.dumps({spelling: rope}))
+    assert got.hf_config.rope_parameters == expected.hf_config.rope_parameters
+    assert got.hf_config.rope_parameters["rope_theta"] == 777.0
+    assert got.context_length == expected.context_length == 256
+
+
+def test_rope_scaling_over_a_file_with_rope_parameters_keeps_the_base(make_checkpoint):
+    path = make_checkpoint(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    linear = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    config = load(path, json_model_override_args=linear)
+    assert config.hf_config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert load(path, json_model_override_args='{"rope_scaling": null}').hf_config.rope_parameters["rope_theta"] == 5e5
+
+
+def test_overrides_replace_but_merge_into_configs(make_checkpoint):
+    config = load(make_checkpoint(), json_model_override_args={"num_hidden_layers": 1, "architectures": ["Other"]})
+    assert (config.num_layers, config.architectures) == (1, ["Other"])
+    assert config.hf_config.name_or_path == config.model_path
+    before = {"text_config": {"a": 1, "b": {"c": 1}}, "rope": {"x": 1}}
+    changes = {"text_config": {"b": {"d": 2}}, "rope": {"y": 2}, "vision_config": {"e": 3}}
+    assert module.apply_overrides(before, changes) == {
+        "text_config": {"a": 1, "b": {"d": 2}}, "rope": {"y": 2}, "vision_config": {"e": 3}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '"a"'])
+def test_overrides_must_be_a_json_object(make_checkpoint, text):
+    with pytest.raises(ModelConfigError, match="json_model_override_args"):
+        load(make_checkpoint(), json_model_override_args=text)
+
+
+def test_without_overrides_the_config_is_transformers_own(make_checkpoint):
+    path = make_checkpoint(rope_scaling=yarn(2.0))
+    assert load(path).hf_config.to_dict() == AutoConfig.from_pretrained(path).to_dict()
+
+
+# What can be wrong
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
+        load(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load("./nowhere")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelNotFoundError, match="is a file; give the directory"):
+        load(str(tmp_path / "model.safetensors"))
+
+
+def test_a_directory_without_config(tmp_path):
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{not json", "config.json is not JSON"),
+        ("[]", "must hold a JSON object, not list"),
+        ("{}", "model_type"),
+        ('{"model_type": "no_such_type"}', "no_such_type"),
+    ],
+)
+def test_a_broken_config(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelConfigError, match=message):
+        load(str(tmp_path))
+
+
+def test_config_values_of_wrong_kinds(make_checkpoint):
+    with pytest.raises(ModelConfigError, match="hidden_size"):
+        load(make_checkpoint(hidden_size="large"))
+    with pytest.raises(ModelConfigError, match=r"`vocab_size` as a positive integer, not 0"):
+        load(make_checkpoint(vocab_size=0))
+    with pytest.raises(ModelConfigError, match="names no `architectures`"):
+        load(make_checkpoint(without=("architectures",)))
+    with pytest.raises(ModelConfigError, match="`eos_token_id` must be an integer"):
+        load(make_checkpoint(generation={"eos_token_id": ["</s>"]}))
+
+
+REMOTE_CODE = """
+from transformers import PreTrainedConfig
+
+class OddConfig(PreTrainedConfig):
+    model_type = "odd_for_test"
+    num_hidden_layers: int = 3
+    hidden_size: int = 8
+    vocab_size: int = 5
+"""
+
+
+def test_remote_code_only_when_trusted(make_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "odd.py").write_text(REMOTE_CODE)
+    path = make_checkpoint(model_type="odd_for_test", auto_map={"AutoConfig": "odd.OddConfig"})
+    with pytest.raises(ModelConfigError, match="--trust-remote-code"):
+        load(path)
+    assert type(load(path, trust_remote_code=True).hf_config).__name__ == "OddConfig"
+    overridden = load(path, trust_remote_code=True, json_model_override_args={"num_hidden_layers": 7})
+    assert (type(overridden.hf_config).__name__, overridden.num_layers) == ("OddConfig", 7)
+
+
+# The hub
+
+
+class FakeHub:
+    """Stands for huggingface_hub.snapshot_download: a repository is a list of file names."""
+
+    def __init__(self, directory: Path, files: list[str]) -> None:
+        self.directory, self.files = directory, files
+        self.calls: list[dict] = []
+
+    def __call__(self, repo_id, *, allow_patterns, ignore_patterns=None, **kwargs) -> str:
+        self.calls.append({"repo_id": repo_id, **kwargs})
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        for name in wanted:
+            path = self.directory / name
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        return str(self.directory)
+
+
+SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize(
+    ("files", "load_format", "weights"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "original/model.safetensors"], "auto", ["model.safetensors"]),
+        (["model.safetensors", "consolidated.safetensors", "tf_model.h5"], "auto", ["model.safetensors"]),
+        (["pytorch_model.bin", "flax_model.msgpack"], "auto", ["pytorch_model.bin"]),
+        (["model.safetensors", "pytorch_model.bin"], "pt", ["pytorch_model.bin"]),
+        (["pytorch_model.bin"], "safetensors", []),
+        (["model.safetensors"], "dummy", []),
+    ],
+)  # fmt: skip
+def test_weights_of_one_format_are_fetched(tmp_path, monkeypatch, files, load_format, weights):
+    hub = FakeHub(tmp_path, SMALL + files)
+    monkeypatch.setattr(module, "snapshot_download", hub)
+    assert resolve_model_path("owner/name", "v2", "/downloads", load_format) == str(tmp_path)
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert fetched == {*SMALL, *weights}
+    assert all(call == {"repo_id": "owner/name", "revision": "v2", "cache_dir": "/downloads"} for call in hub.calls)
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_message(monkeypatch):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore.")
+
+    monkeypatch.setattr(module, "snapshot_download", offline)
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model_path("owner/name", revision="v2")
+    message = str(caught.value)
+    assert "owner/name at revision 'v2'" in message and "Cannot find an appropriate cached snapshot folder" in message
+    assert "offline" in message and "\n" not in message
+
+
+def test_offline_mode_is_respected(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match="no directory 'owner/not-in-the-cache'"):
+        resolve_model_path("owner/not-in-the-cache", download_dir=str(tmp_path))

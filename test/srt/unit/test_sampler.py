@@ -1,0 +1,411 @@
+"""The sampler: random numbers against known answers, filters against transformers, draws against statistics."""
+
+import math
+import random
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rtp_llm.srt.plan import Admission
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.worker.philox import as_int64, philox4x32, uniform
+from rtp_llm.srt.worker.sampler import Sampler, draw, kept_weights
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+INF = math.inf
+
+
+def admit(sampler: Sampler, row: int, prompt_ids=(0,), output_ids=(), stop_ids=(), seed=0, **kwargs) -> None:
+    logprob = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(("logprob", "logprobs_num"))}
+    params = SamplingParams(**kwargs)
+    sampler.admit(
+        Admission(row, f"r{row}", list(prompt_ids), list(output_ids), params, list(stop_ids), seed, **logprob)
+    )
+
+
+def one_row_sampler(vocab_size: int, device: str = "cpu", **kwargs) -> Sampler:
+    sampler = Sampler(1, vocab_size, device)
+    admit(sampler, 0, **kwargs)
+    return sampler
+
+
+# Random numbers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the known answers that the Random123 library ships for philox4x32-10
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(device, counter, key, expected):
+    words = philox4x32(torch.tensor(counter, device=device), torch.tensor(key, device=device))
+    assert [int(word) for word in words] == expected
+
+
+def test_uniform_is_a_function_of_seed_and_position():
+    seeds = [0, 1, -1, 2**63, 2**64 - 2, -(2**63) + 1]
+    tensor = torch.tensor([as_int64(seed) for seed in seeds])
+    many = uniform(tensor, torch.arange(len(seeds)))
+    for i, seed in enumerate(seeds):
+        assert uniform(torch.tensor([as_int64(seed)]), torch.tensor([i])).item() == many[i].item()
+    assert len(set(uniform(tensor, torch.zeros(6, dtype=torch.int64)).tolist())) == 6
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match="seed must be in"):
+        as_int64(seed)
+
+
+def test_uniform_is_uniform_over_positions_and_over_seeds():
+    n = 20000
+    for u in (
+        uniform(torch.full((n,), 7), torch.arange(n)),
+        uniform(torch.arange(n), torch.full((n,), 7)),
+    ):
+        assert u.min() >= 0 and u.max() < 1
+        assert chi_square(torch.bincount((u * 50).long(), minlength=50), torch.full((50,), 1 / 50)) < 95  # p ~ 1e-4
+        assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.03
+
+
+# Filters
+
+
+def transformers_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers(torch.zeros(len(logits), 1, dtype=torch.int64), logits).softmax(dim=-1)
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 5.0},
+    {"top_k": 7},
+    {"top_k": 500},
+    {"top_p": 0.3},
+    {"top_p": 0.95},
+    {"top_p": 1e-9},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 3, "top_p": 0.999},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.5, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_filters_keep_what_transformers_keeps(device):
+    torch.manual_seed(0)
+    params = [SamplingParams(**setting) for setting in SETTINGS]
+    logits = torch.randn(len(params), 300) * 3
+    weights = kept_weights(logits.to(device), params).cpu()
+    probs = weights / weights.sum(dim=-1, keepdim=True)
+    for i, setting in enumerate(SETTINGS):
+        expected = transformers_probs(logits[i : i + 1].double(), params[i])[0]
+        assert torch.equal(probs[i] > 0, expected > 0), setting
+        assert torch.allclose(probs[i], expected, atol=1e-9), setting
+
+
+def test_a_row_is_filtered_as_if_it_were_alone():
+    torch.manual_seed(1)
+    params = [SamplingParams(**setting) for setting in SETTINGS]
+    logits = torch.randn(len(params), 1000).bfloat16().float() * 2
+    together = kept_weights(logits, params)
+    for i in range(len(params)):
+        assert torch.equal(together[i], kept_weights(logits[i : i + 1], params[i : i + 1])[0])
+
+
+def test_large_vocabularies_flat_and_peaked():
+    """Where the most probable thousand tokens are enough for top_p, and where they are not."""
+    torch.manual_seed(8)
+    logits = torch.randn(4, 5000) * torch.tensor([[0.1], [1.0], [4.0], [9.0]])
+    params = [SamplingParams(top_p=0.9)] * 4
+    weights = kept_weights(logits, params)
+    expected = transformers_probs(logits.double(), params[0])
+    assert torch.equal(weights > 0, expected > 0)
+    assert (weights > 0).sum(dim=-1)[0] > 1024 > (weights > 0).sum(dim=-1)[3]
+    for i in range(4):
+        assert torch.equal(kept_weights(logits[[i]], params[:1])[0], weights[i])
+
+
+def kept_ids(values: list[float], **kwargs) -> list[int]:
+    weights = kept_weights(torch.tensor([values]), [SamplingParams(**kwargs)])[0]
+    return weights.nonzero()[:, 0].tolist()
+
+
+def test_equal_logits_at_the_border():
+    half = [0.0, 0.0, 0.0, 0.0, -INF]
+    assert kept_ids([1.0, 0.0, 1.0, 1.0, 0.5], top_k=2) == [0, 2, 3]  # all that equal the second
+    assert kept_ids(half, top_p=0.5) == [0, 1]  # as many equal ones as reach p
+    assert kept_ids(half, top_p=0.51) == [0, 1, 2]
+    assert kept_ids(half, top_k=2, top_p=0.7) == [0, 1, 2]  # top_k leaves four of a quarter each
+    assert kept_ids([2.0, *half], top_k=2, top_p=0.999) == [0, 1, 2, 3, 4]
+    assert kept_ids([5.0, 4.0, -INF, -INF], top_k=3) == [0, 1]
+    assert kept_ids([5.0, 4.0, 3.0], top_k=3, top_p=1.0) == [0, 1, 2]
+
+
+# Draws
+
+
+def chi_square(observed: torch.Tensor, probs: torch.Tensor) -> float:
+    expected = probs.double() * observed.sum()
+    possible = expected > 0
+    assert observed[~possible].sum() == 0
+    return float(((observed - expected)[possible] ** 2 / expected[possible]).sum())
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_draws_follow_the_distribution(setting):
+    """Chi-square with the quantile of p = 1e-4 (Wilson and Hilferty 1931), at a fixed seed."""
+    torch.manual_seed(2)
+    logits = torch.randn(1, 12) * 1.5
+    params = SamplingParams(**setting)
+    n = 4000
+    sampler = one_row_sampler(12, seed=123, **setting)
+    tokens = torch.cat([sampler.sample(logits.expand(100, 12), [0] * 100, range(p, p + 100)) for p in range(0, n, 100)])
+    probs = transformers_probs(logits.double(), params)[0]
+    degrees = max(int((probs > 0).sum()) - 1, 1)
+    quantile = degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
+    assert chi_square(torch.bincount(tokens, minlength=12), probs) < quantile
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(device):
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64, device=device)
+    tokens = draw(probs.log().expand(6, 6).to(device), [SamplingParams()] * 6, u)
+    assert tokens.tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_edge_of_u_gives_an_impossible_token(device):
+    torch.manual_seed(3)
+    logits = torch.full((64, 5000), -INF)
+    possible = torch.randint(0, 5000, (64, 3))
+    logits.scatter_(1, possible, torch.randn(64, 3) * 30)
+    for value in (0.0, 2**-53, 0.5, 1 - 2**-53):
+        u = torch.full((64,), value, dtype=torch.float64, device=device)
+        tokens = draw(logits.to(device), [SamplingParams()] * 64, u).cpu()
+        assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_token_does_not_depend_on_the_batch(device):
+    torch.manual_seed(4)
+    rng = random.Random(4)
+    vocab_size, num_rows = 500, 150
+    sampler = Sampler(num_rows, vocab_size, device)
+    for row in range(num_rows):
+        setting = rng.choice([*SETTINGS, {"temperature": 0.0}, {"top_k": 1}])
+        penalty = rng.choice([{}, {"frequency_penalty": 0.7}, {"repetition_penalty": 1.3, "presence_penalty": -0.5}])
+        admit(sampler, row, range(row % 7), range(row % 5), seed=row - 3, min_new_tokens=row % 3, **setting, **penalty)
+    logits = (torch.randn(num_rows, vocab_size) * 2).bfloat16().float().to(device)
+    positions = [row * 3 for row in range(num_rows)]
+    together = sampler.sample(logits, range(num_rows), positions).tolist()
+    order = rng.sample(range(num_rows), 40)
+    some = sampler.sample(logits[order], order, [positions[row] for row in order]).tolist()
+    assert some == [together[row] for row in order]
+    for row in order[:20]:
+        assert sampler.sample(logits[[row]], [row], [positions[row]]).tolist() == [together[row]]
+
+
+def test_greedy_is_argmax_and_leaves_the_logits_alone():
+    torch.manual_seed(5)
+    logits = torch.randn(3, 50)
+    logits[1, [4, 9]] = 99.0  # the lowest id of equal ones
+    before = logits.clone()
+    sampler = Sampler(3, 50, "cpu")
+    for row, setting in enumerate([{"temperature": 0.0}, {"temperature": 0.0}, {"top_k": 1}]):
+        admit(sampler, row, **setting)
+    tokens = sampler.sample(logits, [0, 1, 2], [1, 1, 1])
+    assert torch.equal(tokens, before.argmax(dim=-1)) and tokens[1] == 4
+    admit(sampler, 0, temperature=0.0, frequency_penalty=1.0, output_ids=[3], logit_bias={2: 1.0})
+    sampler.sample(logits, [0, 1, 2], [1, 1, 1], {1: torch.arange(50) < 3})
+    assert torch.equal(logits, before)
+    assert sampler.sample(logits[:0], [], []).shape == (0,)
+
+
+# Penalties, masks, biases, bans
+
+
+def adjusted(sampler: Sampler, logits: torch.Tensor, position: int = 1, masks=None) -> torch.Tensor:
+    return sampler._adjust(logits, [sampler._row(0)], [0], [position], masks or {})
+
+
+def test_frequency_and_presence_count_generated_tokens_only():
+    sampler = one_row_sampler(6, prompt_ids=[0, 1, 1], output_ids=[2, 2], frequency_penalty=0.5, presence_penalty=0.25)
+    for token in (2, 3):
+        sampler.observe([0], torch.tensor([token]))
+    assert adjusted(sampler, torch.zeros(1, 6)).tolist() == [[0, 0, -1.75, -0.75, 0, 0]]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_that_of_transformers(penalty):
+    torch.manual_seed(6)
+    logits = torch.randn(1, 40)
+    sampler = one_row_sampler(40, prompt_ids=[1, 2, 3, 10**9], output_ids=[4, 4], repetition_penalty=penalty)
+    sampler.observe([0], torch.tensor([5]))
+    ids = torch.tensor([[1, 2, 3, 4, 4, 5]])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    assert torch.equal(adjusted(sampler, logits), expected)
+
+
+def test_a_row_that_is_taken_again_starts_afresh():
+    sampler = Sampler(4, 8, "cpu")
+    for row in range(4):
+        admit(sampler, row, prompt_ids=[0], output_ids=[row], frequency_penalty=1.0)
+    sampler.release(2)
+    admit(sampler, 2, frequency_penalty=1.0)
+    admit(sampler, 3)
+    sampler.observe([1, 3, 2], torch.tensor([7, 7, 6]))
+    logits = sampler._adjust(torch.zeros(4, 8), [sampler._row(i) for i in range(4)], range(4), [9] * 4, {})
+    expected = torch.zeros(4, 8)
+    for row, token in ((0, 0), (1, 1), (1, 7), (2, 6)):
+        expected[row, token] = -1
+    assert torch.equal(logits, expected)
+    with pytest.raises(ValueError, match="row 2 was not admitted"):
+        sampler.release(2)
+        sampler.sample(torch.zeros(1, 8), [2], [0])
+
+
+def test_stop_ids_are_banned_until_enough_is_generated():
+    sampler = one_row_sampler(
+        5, prompt_ids=[0, 0], min_new_tokens=2, temperature=0.0, stop_ids=[4, 3, 77], logit_bias={3: 100}
+    )
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]])
+    assert [sampler.sample(logits, [0], [position]).item() for position in (2, 3, 4)] == [2, 2, 3]
+
+
+def test_a_ban_that_would_leave_nothing_is_lifted():
+    sampler = one_row_sampler(4, min_new_tokens=5, stop_ids=[3], temperature=1.0)
+    only_stop = torch.tensor([False, False, False, True])
+    assert sampler.sample(torch.zeros(1, 4), [0], [1], {0: only_stop}).item() == 3
+    also_two = torch.tensor([False, False, True, True])
+    assert {sampler.sample(torch.zeros(1, 4), [0], [p], {0: also_two}).item() for p in range(1, 5)} == {2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_nothing_that_a_mask_forbids_is_drawn(temperature):
+    sampler = one_row_sampler(6, temperature=temperature, logit_bias={0: 1e300, 5: 50.0}, repetition_penalty=1e-40)
+    mask = torch.tensor([False, True, False, True, False, False])
+    logits = torch.tensor([[9.0, 1.0, 9.0, 2.0, 9.0, 9.0]])
+    drawn = {sampler.sample(logits, [0], [position], {0: mask}).item() for position in range(1, 40)}
+    assert drawn == ({3} if temperature == 0 else {1, 3})
+
+
+def test_penalties_and_biases_beyond_float32_still_give_a_token():
+    sampler = one_row_sampler(3, prompt_ids=[1], repetition_penalty=1e-45, logit_bias={2: -1e300})
+    assert sampler.sample(torch.tensor([[1.0, 9.0, 50.0]]), [0], [1]).item() == 1
+    sampler = one_row_sampler(3, logit_bias={2: 1e300})
+    assert sampler.sample(torch.tensor([[1.0, 9.0, -50.0]]), [0], [1]).item() == 2
+
+
+def test_steps_come_in_order():
+    """Additive penalties, then repetition, then bias."""
+    sampler = one_row_sampler(
+        2, output_ids=[0], frequency_penalty=1.0, presence_penalty=1.0, repetition_penalty=2.0, logit_bias={0: 10.0}
+    )
+    assert adjusted(sampler, torch.tensor([[1.0, 0.0]]))[0, 0] == (1.0 - 2.0) * 2.0 + 10.0
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({0: torch.ones(3, dtype=torch.bool)}, r"bool \[4\]"),
+        ({0: torch.ones(4)}, r"bool \[4\]"),
+        ({1: torch.ones(4, dtype=torch.bool)}, r"masks for rows \[1\]"),
+    ],
+)
+def test_wrong_masks_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        one_row_sampler(4).sample(torch.zeros(1, 4), [0], [1], mask)
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match="vocab_size"):
+        one_row_sampler(4).sample(torch.zeros(1, 5), [0], [1])
+
+
+# Beside the token
+
+
+def test_bad_rows():
+    logits = torch.zeros(6, 4)
+    logits[1, 2] = math.nan
+    logits[2, 0] = INF
+    logits[3] = -INF
+    logits[4, :3] = -INF
+    logits[5, 1] = math.nan
+    logits[5, 0] = -INF
+    bad = Sampler.bad_rows(logits)
+    assert bad.tolist() == [False, True, True, True, False, True]
+    assert not bad[:0].any()
+    sampler = Sampler(6, 4, "cpu")
+    for row in range(6):
+        admit(sampler, row, top_p=0.9, top_k=row - 1)
+    tokens = sampler.sample(logits, range(6), [1] * 6)
+    assert ((tokens >= 0) & (tokens < 4)).all()  # harmless, whatever they are
+    assert tokens[4] == 3
+
+
+def test_logprobs_are_the_models_own():
+    torch.manual_seed(7)
+    logits = torch.randn(3, 9)
+    sampler = Sampler(3, 9, "cpu")
+    admit(sampler, 0, temperature=0.1, return_logprob=True, top_logprobs_num=2)
+    admit(sampler, 1)
+    admit(sampler, 2, logit_bias={1: 50.0}, return_logprob=True, token_ids_logprob=[8, 0])
+    tokens = sampler.sample(logits, [0, 1, 2], [1, 1, 1])
+    first, second, third = sampler.logprobs(logits, tokens, [0, 1, 2])
+    expected = logits.log_softmax(dim=-1)
+    assert second is None
+    assert first[0].token_id == tokens[0] and third[0].token_id == 1
+    assert first[0].logprob == pytest.approx(expected[0, tokens[0]].item(), abs=1e-6)
+    assert third[0].logprob == pytest.approx(expected[2, 1].item(), abs=1e-6)
+    assert [token for _, token in first[0].top] == expected[0].topk(2).indices.tolist()
+    assert [token for _, token in third[0].chosen] == [8, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sampling_does_not_wait_for_the_gpu():
+    sampler = Sampler(8, 1000, "cuda")
+    logits = torch.randn(8, 1000, device="cuda")
+    masks = {0: (torch.arange(1000) % 2 == 0).pin_memory()}
+
+    def step() -> None:
+        tokens = sampler.sample(logits, range(8), [9] * 8, masks)
+        sampler.observe(range(8), tokens)
+        Sampler.bad_rows(logits)
+
+    for row in range(8):
+        setting = SETTINGS[-1 - row]
+        admit(sampler, row, min_new_tokens=20, stop_ids=[3], frequency_penalty=0.5, logit_bias={5: 1.0}, **setting)
+    step()  # first uses of kernels may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

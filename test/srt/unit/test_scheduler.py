@@ -1,0 +1,423 @@
+"""The scheduler against a stub of the model: examples, then random traffic with invariants checked at every step."""
+
+import random
+from collections import Counter, deque
+
+import pytest
+
+from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
+from rtp_llm.srt.messages import AbortRequest, FlushCache, FlushCacheDone, GenerateRequest, TokenOutput
+from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
+
+EOS = 0
+
+
+def layout(windows: list[int | None], page_size: int = 1, scaling: LengthScaling | None = None) -> CacheLayout:
+    groups = tuple(
+        CacheGroup(CacheSpec(1, 8, 8, "float32", window=window), (layer,), page_size)
+        for layer, window in enumerate(windows)
+    )
+    return CacheLayout(groups, scaling)
+
+
+class StubWorker:
+    """Keeps page tables and page contents as a worker would, and draws tokens that depend on all tokens before.
+
+    Every cached token is stored with its whole history: a wrong, stale or overwritten page shows at once.
+    """
+
+    def __init__(self, cache_layout: CacheLayout, vocab_size: int = 50, eos_rate: int = 11) -> None:
+        self.groups = cache_layout.groups
+        self.vocab_size = vocab_size
+        self.eos_rate = eos_rate
+        self.rows: dict[int, tuple] = {}  # row -> (admission, ids)
+        self.tables: list[dict[tuple[int, int], int]] = [{} for _ in self.groups]
+        self.slots: list[dict[int, tuple]] = [{} for _ in self.groups]
+        self.computed_tokens = 0
+
+    def next_token(self, history: tuple, stop_ids: list[int], banned: bool) -> int:
+        value = hash(history) % 1_000_003
+        if not banned and value % self.eos_rate == 0 and stop_ids:
+            return stop_ids[0]
+        return 1 + value % (self.vocab_size - 1)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for row in plan.releases:
+            del self.rows[row]
+        for admission in plan.admissions:
+            assert admission.row not in self.rows, "a row was given twice"
+            self.rows[admission.row] = (admission, [*admission.prompt_ids, *admission.output_ids])
+        for write in plan.page_writes:
+            for i, page in enumerate(write.page_ids):
+                self.tables[write.group][write.row, write.start + i] = page
+        return StepResult(plan.step_id, [self.compute(work) for work in plan.work])
+
+    def compute(self, work) -> RowResult:
+        admission, ids = self.rows[work.row]
+        result = RowResult()
+        for position in range(work.start, work.start + work.num_tokens):
+            assert position < len(ids), "a token was to be computed that nobody has drawn"
+            self.computed_tokens += 1
+            for g, group in enumerate(self.groups):
+                self.store(g, work.row, position, tuple(ids[: position + 1]))
+                low = 0 if group.window is None else max(0, position - group.window + 1)
+                for seen in range(low, position):
+                    assert self.load(g, work.row, seen) == tuple(ids[: seen + 1]), f"wrong page for token {seen}"
+            if (
+                admission.logprob_from is not None
+                and admission.logprob_from <= position < len(admission.prompt_ids) - 1
+            ):
+                result.prompt_logprobs.append(TokenLogprob(admission.prompt_ids[position + 1], -1.0 * position))
+        if work.sample:
+            assert work.start + work.num_tokens == len(ids)
+            banned = len(ids) - len(admission.prompt_ids) < admission.params.min_new_tokens
+            token = self.next_token(tuple(ids), admission.stop_ids, banned)
+            ids.append(token)
+            result.token_ids = [token]
+        return result
+
+    def slot(self, g: int, row: int, position: int) -> int:
+        page_size = self.groups[g].page_size
+        page = self.tables[g][row, position // page_size]
+        assert page > 0, "the dummy page was used"
+        return page * page_size + position % page_size
+
+    def store(self, g: int, row: int, position: int, history: tuple) -> None:
+        self.slots[g][self.slot(g, row, position)] = history
+
+    def load(self, g: int, row: int, position: int) -> tuple | None:
+        return self.slots[g].get(self.slot(g, row, position))
+
+    def expected(self, request: GenerateRequest) -> list[int]:
+        """What a lone request must give."""
+        ids, params = [*request.prompt_ids], request.params
+        stop_ids = [*([] if params.ignore_eos else [EOS]), *params.stop_token_ids]
+        output: list[int] = []
+        while len(output) < params.max_new_tokens:
+            token = self.next_token(tuple(ids), stop_ids, len(output) < params.min_new_tokens)
+            ids.append(token)
+            output.append(token)
+            if token in stop_ids and len(output) > params.min_new_tokens:
+                break
+        return output
+
+
+class Loop:
+    """The core's loop over a stub worker; ``depth`` 1 executes each step only when its result is asked for."""
+
+    def __init__(
+        self, config: SchedulerConfig, cache_layout: CacheLayout, num_pages: list[int], depth: int = 0
+    ) -> None:
+        self.scheduler = Scheduler(config, cache_layout, num_pages)
+        self.worker = StubWorker(cache_layout)
+        self.depth = depth
+        self.in_flight: deque = deque()
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.plans: list[StepPlan] = []
+
+    def take(self, outputs: list) -> None:
+        for output in outputs:
+            if isinstance(output, TokenOutput):
+                seen = self.outputs.setdefault(output.rid, [])
+                assert not (seen and seen[-1].finish_reason), f"{output.rid} was heard of after its end"
+                seen.append(output)
+
+    def turn(self, messages: list = ()) -> None:
+        self.take(self.scheduler.receive(list(messages)))
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.plans.append(plan)
+            self.in_flight.append(plan)
+        while self.in_flight and (plan is None or len(self.in_flight) > self.depth):
+            self.take(self.scheduler.commit(self.worker.execute(self.in_flight.popleft())))
+
+    def run(self, messages: list = (), limit: int = 10_000) -> None:
+        self.turn(messages)
+        for _ in range(limit):
+            if self.scheduler.idle:
+                return
+            self.turn()
+        raise AssertionError("requests starve")
+
+    def ids(self, rid: str) -> list[int]:
+        return [token for output in self.outputs[rid] for token in output.token_ids]
+
+    def check_empty(self) -> None:
+        self.scheduler.check_integrity()
+        assert not self.scheduler.running and not len(self.scheduler.waiting)
+        self.scheduler.memory.cache.reset()
+        assert all(allocator.num_used == 0 for allocator in self.scheduler.memory.allocators), "a page leaked"
+
+
+def request(rid: str, prompt: list[int], max_new_tokens: int = 8, **kwargs) -> GenerateRequest:
+    params = SamplingParams(max_new_tokens=max_new_tokens, **kwargs.pop("params", {}))
+    return GenerateRequest(rid, prompt, params, seed=0, **kwargs)
+
+
+def config(**kwargs) -> SchedulerConfig:
+    return SchedulerConfig(**{"max_req_len": 100, "max_running_requests": 64, "eos_ids": [EOS], **kwargs})
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_common_prefix_is_computed_once(depth):
+    prefix = list(range(100, 140))
+    requests = [request(f"r{i}", [*prefix, 200 + i, 300 + i], 4, params={"ignore_eos": True}) for i in range(32)]
+    loop = Loop(config(), layout([None]), [2000], depth)
+    loop.run(requests)
+    own = sum(len(r.prompt_ids) - len(prefix) for r in requests)
+    prompt_tokens = loop.scheduler.stats.computed_tokens - sum(len(loop.ids(r.rid)) - 1 for r in requests)
+    wasted = sum(1 for plan in loop.plans for w in plan.work if w.sample) - sum(len(loop.ids(r.rid)) for r in requests)
+    assert prompt_tokens - wasted == len(prefix) + own
+    assert sum(loop.outputs[r.rid][-1].cached_tokens for r in requests) == 31 * len(prefix)
+    loop.check_empty()
+
+
+def test_equal_prompts_compute_all_but_the_last_token_once():
+    prompt = list(range(1, 31))
+    loop = Loop(config(), layout([None]), [500])
+    loop.run([request(f"r{i}", prompt, 1) for i in range(5)])
+    assert loop.scheduler.stats.computed_tokens == 30 + 4
+    assert [loop.outputs[f"r{i}"][-1].cached_tokens for i in range(5)] == [0, 29, 29, 29, 29]
+
+
+def test_unrelated_prompts_do_not_wait_for_each_other():
+    loop = Loop(config(), layout([None]), [500])
+    loop.turn([request(f"r{i}", [1, 2, *([10 + i] * 20)]) for i in range(5)])
+    assert len(loop.plans[0].work) == 5
+
+
+def test_prompts_are_cut_into_chunks_beside_decoding():
+    loop = Loop(config(chunked_prefill_size=16), layout([None]), [500])
+    loop.turn([request("short", [1, 2, 3], 30, params={"ignore_eos": True})])
+    loop.run([request("long", list(range(10, 60)), 2)])
+    chunks = [w.num_tokens for plan in loop.plans for w in plan.work if w.num_tokens > 1]
+    assert chunks == [3, 16, 16, 16, 2]
+    assert all(any(w.num_tokens == 1 for w in plan.work) for plan in loop.plans[1:5]), "decoding goes on meanwhile"
+    loop.check_empty()
+
+
+def test_without_cutting_a_prompt_longer_than_the_budget_runs_alone():
+    loop = Loop(config(chunked_prefill_size=-1, max_prefill_tokens=20), layout([None]), [500])
+    loop.run([request("a", [5] * 50, 1), request("b", [6] * 9, 1), request("c", [7] * 9, 1)])
+    assert [[w.num_tokens for w in plan.work] for plan in loop.plans] == [[50], [9, 9]]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("windows", [[None], [None, 7], [7]], ids=str)
+def test_fifty_requests_with_memory_for_three(windows, depth):
+    requests = [request(f"r{i}", [1 + i % 40, 3, 1 + i // 7], 40, params={"ignore_eos": True}) for i in range(50)]
+    roomy = Loop(config(), layout(windows), [5000] * len(windows), depth)
+    roomy.run(requests)
+    tight = Loop(config(chunked_prefill_size=16), layout(windows), [3 * 43] * len(windows), depth)
+    tight.run(requests)
+    assert all(tight.ids(r.rid) == roomy.ids(r.rid) == tight.worker.expected(r) for r in requests)
+    if None in windows:
+        assert tight.scheduler.stats.retractions > 0 and roomy.scheduler.stats.retractions == 0
+    tight.check_empty()
+    roomy.check_empty()
+
+
+def test_window_pages_are_freed_once_out_of_reach():
+    loop = Loop(config(max_req_len=500), layout([None, 8]), [600, 600])
+    loop.turn([request("r", [1, 2, 3], 300, params={"ignore_eos": True})])
+    for _ in range(200):
+        loop.turn()
+        # Its reach, and the prompt's node of three tokens while a part of it is within reach.
+        memory = loop.scheduler.memory
+        assert memory.allocators[1].num_used - memory.cache.evictable_pages(1) <= 7 + 3
+    loop.run()
+    assert loop.ids("r") == loop.worker.expected(request("r", [1, 2, 3], 300, params={"ignore_eos": True}))
+    loop.check_empty()
+
+
+def test_prompt_logprobs_cap_the_match_and_come_in_order():
+    prompt = list(range(1, 41))
+    loop = Loop(config(chunked_prefill_size=16), layout([None]), [500])
+    loop.run([request("warm", prompt, 2)])
+    loop.run([request("r", prompt, 2, return_logprob=True, logprob_start_len=10)])
+    logprobs = [entry for output in loop.outputs["r"] for entry in output.prompt_logprobs]
+    assert [entry.token_id for entry in logprobs] == prompt[11:]
+    assert loop.outputs["r"][-1].cached_tokens == 10
+
+
+def test_abort_and_flush():
+    loop = Loop(config(max_running_requests=1), layout([None]), [500], depth=1)
+    loop.turn([request("a", [1, 2], 50, params={"ignore_eos": True}), request("b", [3, 4], 50)])
+    (answer,) = loop.scheduler.receive([FlushCache("f")])
+    assert isinstance(answer, FlushCacheDone) and not answer.success and "1 requests run and 1 wait" in answer.message
+    loop.turn([AbortRequest("a"), AbortRequest("unknown")])
+    loop.turn([AbortRequest("b")])
+    loop.run()
+    for rid in "ab":
+        assert loop.outputs[rid][-1].finish_reason.type == "abort"
+    loop.check_empty()
+    (answer,) = loop.scheduler.receive([FlushCache("f")])
+    assert answer.success
+
+
+def test_what_can_never_be_served_is_refused_at_once():
+    loop = Loop(config(max_req_len=20), layout([None]), [20])
+    loop.run([request("long", [1] * 15, 6), request("empty", []), request("fits", [1] * 15, 5)])
+    assert loop.outputs["long"][-1].finish_reason.status_code == 400
+    assert "21 tokens" in loop.outputs["long"][-1].finish_reason.message
+    assert "empty" in loop.outputs["empty"][-1].finish_reason.message
+    assert loop.outputs["fits"][-1].finish_reason.type in ("stop", "length")
+
+
+def test_a_resubmitted_request_goes_on_where_it_was():
+    whole = request("r", [4, 5, 6], 12, params={"ignore_eos": True})
+    loop = Loop(config(), layout([None]), [500])
+    loop.run([whole])
+    for done in (1, 5, 11, 12):
+        again = request(f"again{done}", [4, 5, 6], 12, params={"ignore_eos": True}, output_ids=loop.ids("r")[:done])
+        loop.run([again])
+        assert loop.ids("r")[:done] + loop.ids(again.rid) == loop.ids("r")
+        assert loop.outputs[again.rid][-1].finish_reason.length == 12
+
+
+def test_no_tokens_wanted_computes_the_prompt_only():
+    loop = Loop(config(), layout([None]), [500])
+    loop.run([request("r", [1, 2, 3], 0, return_logprob=True, logprob_start_len=0)])
+    assert loop.ids("r") == [] and loop.outputs["r"][-1].finish_reason.length == 0
+    assert sum(len(output.prompt_logprobs) for output in loop.outputs["r"]) == 2
+    loop.check_empty()
+
+
+def test_longest_prefix_first_without_starvation():
+    loop = Loop(config(max_running_requests=1, schedule_policy="lpm"), layout([None]), [2000])
+    cached = list(range(1, 31))
+    loop.run([request("warm", cached, 1)])
+    loop.turn([request("running", [90, 91], 3, params={"ignore_eos": True})])
+    loop.turn([request("cold", [70, 71, 72], 1), request("hot", [*cached, 5], 1)])
+    loop.run()
+    assert list(loop.outputs) == ["warm", "running", "hot", "cold"]
+    # A stream of hot requests does not keep the cold one waiting for ever.
+    loop.turn([request("victim", [60, 61, 62], 1)] + [request(f"h{i}", [*cached, 6 + i], 1) for i in range(100)])
+    loop.run()
+    assert list(loop.outputs).index("victim") < list(loop.outputs).index("h99")
+
+
+def test_length_dependent_keys_are_not_mixed():
+    scaling = LengthScaling(original_len=20, per_length=True)
+    loop = Loop(config(), layout([None], scaling=scaling), [2000])
+    short, long_a = list(range(1, 16)), list(range(1, 31))
+    loop.run([request("short", short, 10, params={"ignore_eos": True})])
+    loop.run([request("long", long_a, 2), request("same", long_a, 2)])
+    loop.run([request("longer", [*long_a, 7], 2)])
+    loop.run([request("short2", [*short, *loop.ids("short")][:20], 1)])
+    cached = {rid: outputs[-1].cached_tokens for rid, outputs in loop.outputs.items()}
+    assert cached == {"short": 0, "long": 0, "same": 29, "longer": 0, "short2": 19}
+
+
+def test_shared_prefixes_are_told_to_back_ends_that_use_them():
+    prefix = list(range(1, 31))
+    loop = Loop(config(share_prefixes=True), layout([None]), [2000])
+    requests = [request(f"r{i}", [*prefix, 40 + i, 50, 60], 9, params={"ignore_eos": True}) for i in range(4)]
+    loop.run(requests)
+    shared = [(s.num_tokens, len(s.rows)) for s in loop.plans[-2].shared_prefixes]
+    assert shared == [(30, 4)] or (30, 3) in shared
+
+
+def test_without_prefix_cache_nothing_is_reused():
+    loop = Loop(config(disable_radix_cache=True), layout([None]), [500])
+    loop.run([request("a", [1, 2, 3, 4], 3), request("b", [1, 2, 3, 4], 3)])
+    assert loop.ids("a") == loop.ids("b") and loop.outputs["b"][-1].cached_tokens == 0
+    loop.check_empty()
+
+
+def test_a_failed_row_ends_alone():
+    loop = Loop(config(), layout([None]), [500])
+    loop.take(loop.scheduler.receive([request("bad", [1, 2], 5), request("good", [3, 4], 5)]))
+    plan = loop.scheduler.plan()
+    result = loop.worker.execute(plan)
+    result.rows[0] = RowResult(error="not finite")
+    loop.take(loop.scheduler.commit(result))
+    loop.run()
+    assert loop.outputs["bad"][-1].finish_reason.to_dict() == {
+        "type": "abort",
+        "message": "not finite",
+        "status_code": 500,
+    }
+    assert loop.ids("good") == loop.worker.expected(request("good", [3, 4], 5))
+    loop.check_empty()
+
+
+def random_request(rng: random.Random, rid: str, max_len: int) -> GenerateRequest:
+    base = (
+        [rng.randrange(1, 4)] * rng.randrange(1, 10)
+        if rng.random() < 0.5
+        else list(range(10, 10 + rng.randrange(1, 30)))
+    )
+    prompt = (base + [rng.randrange(1, 50) for _ in range(rng.randrange(0, 12))])[: max_len - 1]
+    max_new = rng.randrange(0, max_len - len(prompt) + 1) if rng.random() < 0.9 else 1
+    return request(
+        rid,
+        prompt,
+        max_new,
+        params={"ignore_eos": rng.random() < 0.5, "min_new_tokens": min(max_new, rng.choice([0, 0, 3]))},
+        return_logprob=rng.random() < 0.2,
+        logprob_start_len=rng.randrange(0, len(prompt) + 1),
+        cache_salt=rng.choice(["", "", "other"]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(
+    ("windows", "page_size", "options"),
+    [
+        ([None], 1, {}),
+        ([None], 4, {"chunked_prefill_size": 7}),
+        ([None, 6], 1, {"chunked_prefill_size": 16, "schedule_policy": "lpm"}),
+        ([9, None, 5], 1, {"chunked_prefill_size": 5}),
+        ([6], 2, {"chunked_prefill_size": -1, "max_prefill_tokens": 30}),
+        ([None], 1, {"disable_radix_cache": True, "chunked_prefill_size": 16}),
+        ([None, 1], 1, {"max_running_requests": 3}),
+        ([None], 1, {"chunked_prefill_size": 8, "scaling": LengthScaling(12, per_length=True)}),
+        ([None, 6], 1, {"chunked_prefill_size": 8, "scaling": LengthScaling(12, per_length=False)}),
+    ],
+    ids=str,
+)
+def test_random_traffic(windows, page_size, options, depth, seed):
+    """Random arrivals, aborts, lengths and budgets: every request ends exactly once, with its own tokens."""
+    rng = random.Random(seed)
+    options = dict(options)
+    cache_layout = layout(windows, page_size, options.pop("scaling", None))
+    max_len = 60
+    num_pages = [-(-rng.choice([70, 90, 200]) // page_size) for _ in windows]
+    loop = Loop(config(max_req_len=max_len, **{"max_running_requests": 12, **options}), cache_layout, num_pages, depth)
+    sent: dict[str, GenerateRequest] = {}
+    aborted: set[str] = set()
+    for step in range(400):
+        messages: list = []
+        for _ in range(rng.choice([0, 0, 0, 1, 1, 4])):
+            new = random_request(rng, f"r{len(sent)}", max_len)
+            sent[new.rid] = new
+            messages.append(new)
+        if sent and rng.random() < 0.1:
+            rid = rng.choice(list(sent))
+            aborted.add(rid)
+            messages.append(AbortRequest(rid))
+        loop.turn(messages)
+        if step % 5 == 0:
+            loop.scheduler.check_integrity()
+    loop.run()
+    endings = Counter(rid for rid, outputs in loop.outputs.items() for o in outputs if o.finish_reason)
+    assert endings == Counter(dict.fromkeys(sent, 1))
+    for rid, message in sent.items():
+        reason, expected = loop.outputs[rid][-1].finish_reason, loop.worker.expected(message)
+        if reason.type == "abort":
+            assert rid in aborted and loop.ids(rid) == expected[: len(loop.ids(rid))]
+        else:
+            assert loop.ids(rid) == expected
+            check_logprobs(message, loop.outputs[rid])
+    assert loop.scheduler.stats.finished_requests == len(sent)
+    loop.check_empty()
+
+
+def check_logprobs(message: GenerateRequest, outputs: list[TokenOutput]) -> None:
+    got = [entry.token_id for output in outputs for entry in output.prompt_logprobs]
+    wanted = message.prompt_ids[message.logprob_start_len + 1 :] if message.return_logprob else []
+    assert got == wanted

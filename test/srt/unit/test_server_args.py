@@ -1,0 +1,97 @@
+"""ServerArgs: declared once; keyword arguments, flags and documentation follow."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError, markdown, prepare_server_args
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+
+
+def test_flags_and_keywords_agree() -> None:
+    argv = "--model m --tensor-parallel-size 2 --dtype half --chunked-prefill-size -1 --disable-radix --mem-frac 0.5"
+    keywords = ServerArgs.from_dict(
+        {
+            "model_path": "m",
+            "tp_size": 2,
+            "dtype": "half",
+            "chunked_prefill_size": -1,
+            "disable_radix_cache": True,
+            "mem_fraction_static": 0.5,
+        }
+    )
+    assert prepare_server_args(argv.split()) == keywords
+    assert prepare_server_args(["--model-path", "m"]) == ServerArgs(model_path="m")
+
+
+def test_flags_beside_others() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int)
+    ServerArgs.add_cli_args(parser)
+    assert ServerArgs.from_cli_args(parser.parse_args(["--model", "m", "--port", "1"])) == ServerArgs(model_path="m")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model_path", ""),
+        ("model_path", 5),
+        ("model_path", None),
+        ("skip_tokenizer_init", 1),
+        ("load_format", "gguf"),
+        ("context_length", 0),
+        ("context_length", True),
+        ("context_length", "8"),
+        ("dtype", "int8"),
+        ("device", "tpu"),
+        ("tp_size", 3),
+        ("tp_size", 0),
+        ("mem_fraction_static", 0),
+        ("mem_fraction_static", 1.5),
+        ("mem_fraction_static", math.nan),
+        ("max_total_tokens", -5),
+        ("max_running_requests", 0),
+        ("chunked_prefill_size", 0),
+        ("chunked_prefill_size", -2),
+        ("schedule_policy", "random"),
+        ("page_size", 0),
+        ("random_seed", -1),
+        ("log_level", "loud"),
+        ("dist_timeout", 0),
+    ],
+)
+def test_wrong_values_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ServerArgsError, match=name):
+        ServerArgs.from_dict({"model_path": "m"} | {name: value})
+
+
+def test_unknown_arguments_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ServerArgsError, match="'modle_path'; did you mean 'model_path'"):
+        ServerArgs.from_dict({"modle_path": "m"})
+    with pytest.raises(SystemExit) as caught:
+        prepare_server_args(["--model", "m", "--tpsize=2"])
+    assert caught.value.code == 2
+    assert "did you mean '--tp-size'?" in capsys.readouterr().err
+
+
+def test_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ServerArgsError, match="model_path is missing"):
+        ServerArgs.from_dict({})
+    with pytest.raises(SystemExit):
+        prepare_server_args([])
+    assert "--model-path" in capsys.readouterr().err
+
+
+def test_other_tp_sizes_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prepare_server_args(["--model", "m", "--tp-size", "4"])
+    assert "--tp-size" in capsys.readouterr().err
+
+
+def test_documentation_is_up_to_date() -> None:
+    """If this fails: ``python -m rtp_llm.srt.configs.server_args > docs/server_arguments.md``."""
+    assert (DOCS / "server_arguments.md").read_text() == markdown()

@@ -1,0 +1,162 @@
+"""Prompts and options become requests, or errors that name what is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerError, TokenizerManager, load_tokenizer
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+
+
+class CharTokenizer:
+    """One id per character."""
+
+    all_special_ids: list[int] = []
+    added_tokens_decoder: dict[int, Any] = {}
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+def manager(**kwargs: Any) -> TokenizerManager:
+    options = {"vocab_size": 1000, "context_length": 20, "max_req_len": 20, "random_seed": 1} | kwargs
+    return TokenizerManager(CharTokenizer(), **options)
+
+
+def test_a_request() -> None:
+    (request,) = manager().requests(
+        Prompt("abc", sampling_params={"max_new_tokens": 5, "seed": 9}, rid="r", cache_salt="s")
+    )
+    assert (request.rid, request.prompt_ids, request.seed, request.cache_salt) == ("r", [97, 98, 99], 9, "s")
+    assert (request.return_logprob, request.logprob_start_len) == (False, -1)
+    assert request.params.max_new_tokens == 5
+
+
+def test_ids_pass_as_they_are() -> None:
+    (request,) = manager().requests(Prompt(input_ids=(5, 999)))
+    assert request.prompt_ids == [5, 999]
+    assert len(request.rid) == 32
+
+
+def test_several_completions_have_consecutive_seeds() -> None:
+    requests = manager().requests(Prompt("a", sampling_params={"n": 3, "seed": 2**64 - 2}, rid="r"))
+    assert [request.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
+    assert [request.rid for request in requests] == ["r-0", "r-1", "r-2"]
+    (negative,) = manager().requests(Prompt("a", sampling_params={"seed": -1}))
+    assert negative.seed == 2**64 - 1
+
+
+def test_random_seeds_are_reproducible() -> None:
+    def seeds(random_seed: int | None) -> list[int]:
+        tokenizer_manager = manager(random_seed=random_seed)
+        return [tokenizer_manager.requests(Prompt("a"))[0].seed for _ in range(3)]
+
+    assert seeds(4) == seeds(4)
+    assert len({*seeds(4), *seeds(5), *seeds(None), *seeds(None)}) == 12
+
+
+@pytest.mark.parametrize(
+    "prompt_len, params, expected",
+    [(1, {}, 128), (150, {}, 50), (100, {"min_new_tokens": 99}, 100), (9, {"max_new_tokens": 0}, 0)],
+)
+def test_default_length(prompt_len: int, params: dict[str, int], expected: int) -> None:
+    tokenizer_manager = manager(context_length=200, max_req_len=200)
+    (request,) = tokenizer_manager.requests(Prompt("a" * prompt_len, sampling_params=params))
+    assert request.params.max_new_tokens == expected
+
+
+def test_the_callers_params_stay_as_they_are() -> None:
+    params = SamplingParams()
+    manager().requests(Prompt("a", sampling_params=params))
+    assert params.max_new_tokens is None
+
+
+@pytest.mark.parametrize(
+    "prompt, param, words",
+    [
+        (Prompt(""), "prompt", "empty"),
+        (Prompt(input_ids=[]), "input_ids", "empty"),
+        (Prompt(5), "prompt", "must be a string, not int"),
+        (Prompt("a\ud800"), "prompt", "character 1 is the lone surrogate"),
+        (Prompt("中"), "prompt", "20013.*vocabulary of 1000"),
+        (Prompt(input_ids="abc"), "input_ids", "list of token ids"),
+        (Prompt(input_ids=[1, True]), "input_ids", r"input_ids\[1\] must be an integer, not bool"),
+        (Prompt(input_ids=[1.0]), "input_ids", "not float"),
+        (Prompt(input_ids=[1, 1000]), "input_ids", "1000, outside the vocabulary of 1000"),
+        (Prompt(input_ids=[-1]), "input_ids", "-1, outside"),
+        (Prompt("a" * 21), "prompt", "21 tokens, more than the context length of 20"),
+        (Prompt("a" * 20), "prompt", "20 tokens and leaves no room.*20 tokens, the context length"),
+        (Prompt("a" * 15, sampling_params={"max_new_tokens": 6}), "max_new_tokens", "is 6, but.*15 tokens.*room for 5"),
+        (Prompt("a" * 15, sampling_params={"min_new_tokens": 6}), "min_new_tokens", "is 6, but.*room for 5"),
+        (Prompt("a", sampling_params=[{}]), "sampling_params", "must be a dict"),
+        (Prompt("a", sampling_params={"temp": 1}), "temp", "unknown"),
+        (Prompt("a", sampling_params={"stop_token_ids": [1000]}), "stop_token_ids", "1000"),
+        (Prompt("a", rid=""), "rid", "empty"),
+        (Prompt("a", rid=5), "rid", "string"),
+        (Prompt("a", cache_salt=5), "cache_salt", "string"),
+        (Prompt("a", return_logprob=1), "return_logprob", "true or false"),
+        (Prompt("a", return_logprob=True, logprob_start_len=-2), "logprob_start_len", "between -1 and 1"),
+        (Prompt("a", return_logprob=True, logprob_start_len=2), "logprob_start_len", "between -1 and 1"),
+        (Prompt("a", return_logprob=True, logprob_start_len=True), "logprob_start_len", "integer"),
+        (Prompt("a", return_logprob=True, top_logprobs_num=1001), "top_logprobs_num", "between 0 and 1000"),
+        (Prompt("a", return_logprob=True, top_logprobs_num=-1), "top_logprobs_num", "between 0 and 1000"),
+        (Prompt("a", return_logprob=True, token_ids_logprob=[1000]), "token_ids_logprob", "1000"),
+        (Prompt("a", return_logprob=True, token_ids_logprob=3), "token_ids_logprob", "list"),
+        (Prompt("a", top_logprobs_num=1), "top_logprobs_num", "set return_logprob"),
+        (Prompt("a", logprob_start_len=0), "logprob_start_len", "set return_logprob"),
+        (Prompt("a", token_ids_logprob=[1]), "token_ids_logprob", "set return_logprob"),
+        (Prompt("a", return_text_in_logprobs=True), "return_text_in_logprobs", "set return_logprob"),
+    ],
+)  # fmt: skip
+def test_wrong_prompts_are_refused_by_name(prompt: Prompt, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        manager().requests(prompt)
+    assert caught.value.param == param
+
+
+def test_a_small_cache_is_named_as_the_limit() -> None:
+    with pytest.raises(InvalidRequest, match=r"12 tokens.*may have 10 tokens, which is what the cache holds.*is 20"):
+        manager(max_req_len=10).requests(Prompt("a" * 12))
+
+
+def test_logprob_options() -> None:
+    (request,) = manager().requests(
+        Prompt("abc", return_logprob=True, logprob_start_len=3, top_logprobs_num=1000, token_ids_logprob=(1, 2))
+    )
+    assert (request.logprob_start_len, request.top_logprobs_num, request.token_ids_logprob) == (3, 1000, [1, 2])
+    (request,) = manager().requests(Prompt("abc", logprob_start_len=-1, top_logprobs_num=0))
+    assert not request.return_logprob
+
+
+def test_without_a_tokenizer() -> None:
+    bare = TokenizerManager(None, vocab_size=10, context_length=20, max_req_len=20)
+    (request,) = bare.requests(Prompt(input_ids=[1]))
+    assert bare.completion(request).result()["text"] == ""
+    with pytest.raises(InvalidRequest, match="give input_ids"):
+        bare.requests(Prompt("a"))
+    with pytest.raises(InvalidRequest, match="stop strings need a tokenizer"):
+        bare.requests(Prompt(input_ids=[1], sampling_params={"stop": "a"}))
+
+
+def test_special_tokens_are_added_as_transformers_does(data_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(data_dir / "models/stories260K-hf"))
+    stories = TokenizerManager(tokenizer, vocab_size=512, context_length=512, max_req_len=512)
+    assert stories.encode("Once upon") == tokenizer.encode("Once upon") == [1, 403, 407]
+    assert stories.requests(Prompt(""))[0].prompt_ids == [1]
+
+
+def test_no_tokenizer_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 8}')
+    with pytest.raises(TokenizerError, match=r"cannot load a tokenizer.*tokenizer_path.*skip_tokenizer_init=True"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_no_tokenizer_files_of_any_family(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}", "vocab_size": 8}}')
+    with pytest.raises(TokenizerError):
+        load_tokenizer(str(tmp_path))
