@@ -93,6 +93,8 @@ def _generate(args: argparse.Namespace) -> int:
     with _loading_bar() as on_progress:
         engine = rtp_llm.Engine(server_args=server_args, on_progress=on_progress)
     with engine:
+        if engine.tokenizer is None:
+            raise InvalidRequest(f"{server_args.model_path} has no tokenizer; name one with --tokenizer-path")
         params = SamplingParams.from_dict(engine.model_config.generation_defaults | given)
         _print_stream(engine, prompt, params)
     return 0

@@ -110,7 +110,7 @@ class ServerArgs:
         return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
     @staticmethod
-    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    def add_cli_args(parser: argparse._ActionsContainer) -> None:
         add_field_flags(parser, ServerArgs)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.worker.worker import LoadedModel, Masks, PendingLogits, PendingResult, Worker, WorkerConfig
 
 Progress = Callable[[int, int], None]
@@ -156,7 +157,7 @@ class MultiProcessExecutor(Executor):
         for rank in range(self._config.world_size):
             config = replace(self._config, rank=rank)
             self._start(rank)
-            self._pipes[rank].send((config, init_method, self._dist_timeout_s, models))
+            send(self._pipes[rank], (config, init_method, self._dist_timeout_s, models))
         return self._gather(progress)[0]
 
     def _start(self, rank: int) -> None:
@@ -172,7 +173,7 @@ class MultiProcessExecutor(Executor):
     def _receive(self, rank: int, progress: Progress | None = None) -> Any:
         while True:
             try:
-                kind, value = self._pipes[rank].recv()
+                kind, value = receive(self._pipes[rank])
             except (EOFError, ConnectionResetError) as error:
                 code = self._processes[rank].wait()
                 raise WorkerError(f"the worker process of rank {rank} died with exit code {code}") from error
@@ -189,7 +190,7 @@ class MultiProcessExecutor(Executor):
     def _send(self, method: str, *args: Any) -> None:
         for rank, pipe in enumerate(self._pipes):
             try:
-                pipe.send((method, args))
+                send(pipe, (method, args))
             except (BrokenPipeError, ConnectionResetError):
                 self._receive(rank)  # raises what the rank has to say
                 raise

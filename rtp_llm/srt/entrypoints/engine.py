@@ -17,7 +17,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
-from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, load_tokenizer
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
 from rtp_llm.srt.messages import Shutdown, TokenOutput
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink
@@ -421,6 +421,10 @@ def _server_args(model_path: str | None, server_args: ServerArgs | None, kwargs:
 
 
 def _load_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
+    """None, with a warning, where the checkpoint brings no tokenizer and none is named: ids still work."""
+    if args.tokenizer_path is None and not has_tokenizer(config.model_path):
+        logger.warning("%s has no tokenizer: only token ids are taken and given", config.model_path)
+        return None
     if args.tokenizer_path is None:
         return load_tokenizer(config.model_path, args.trust_remote_code)
     return load_tokenizer(args.tokenizer_path, args.trust_remote_code, args.revision)

@@ -255,7 +255,7 @@ class Completion:
     stopped must come in the same message as the reason.
 
     Args:
-        detokenizer: None gives no text at all (``skip_tokenizer_init``).
+        detokenizer: None gives no text at all.
         text_in_logprobs: logprob entries carry their token's text.
     """
 

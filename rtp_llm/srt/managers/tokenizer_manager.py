@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -19,9 +20,16 @@ from rtp_llm.srt.sampling_params import (
     token_ids,
 )
 
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
+
 
 class TokenizerError(ValueError):
     """No tokenizer can be had from where it should be."""
+
+
+def has_tokenizer(directory: str) -> bool:
+    """Whether a checkpoint directory holds files of a tokenizer. Random test models, for one, have none."""
+    return any(path for pattern in TOKENIZER_FILES for path in Path(directory).glob(pattern))
 
 
 def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -39,8 +47,11 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
             f"cannot load a tokenizer from {tokenizer_path}: {_first_line(error)}. Name another place with "
             "tokenizer_path, or use skip_tokenizer_init=True to give and get token ids"
         ) from error
-    if tokenizer.vocab_size == 0:
-        raise TokenizerError(f"the tokenizer in {tokenizer_path} has an empty vocabulary: are its files there?")
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # some classes come up empty where there are no files
+        raise TokenizerError(
+            f"there is no vocabulary in {tokenizer_path} (tokenizer.json is missing?). Name another place with "
+            "tokenizer_path, or use skip_tokenizer_init=True to give and get token ids"
+        )
     return tokenizer
 
 
@@ -95,9 +106,7 @@ class TokenizerManager:
         params = _sampling_params(prompt.sampling_params)
         params.validate(self.vocab_size)
         if self.tokenizer is None and params.stop:
-            raise InvalidRequest(
-                "stop strings need a tokenizer, and the engine runs without (skip_tokenizer_init)", "stop"
-            )
+            raise InvalidRequest("stop strings need a tokenizer, and the engine runs without one", "stop")
         ids = self._prompt_ids(prompt)
         params = replace(params, max_new_tokens=self._max_new_tokens(params, len(ids)))
         logprobs = self._logprob_options(prompt, len(ids))
@@ -116,7 +125,7 @@ class TokenizerManager:
         """Token ids with the tokenizer's special tokens around, as transformers gives them."""
         if self.tokenizer is None:
             raise InvalidRequest(
-                "a text prompt needs a tokenizer (skip_tokenizer_init is set); give input_ids", "prompt"
+                "a text prompt needs a tokenizer, and the engine runs without one; give input_ids", "prompt"
             )
         _check_text("prompt", text)
         with self._encode_lock:  # transformers sets the tokenizer's state before each call
@@ -171,7 +180,9 @@ class TokenizerManager:
         check_vocabulary("token_ids_logprob", options["token_ids_logprob"], self.vocab_size)
         text = _flag("return_text_in_logprobs", prompt.return_text_in_logprobs)
         if text and self.tokenizer is None:
-            raise InvalidRequest("texts of logprobs need a tokenizer (skip_tokenizer_init)", "return_text_in_logprobs")
+            raise InvalidRequest(
+                "texts of logprobs need a tokenizer, and the engine runs without one", "return_text_in_logprobs"
+            )
         if not options["return_logprob"]:
             asked = {
                 **options,

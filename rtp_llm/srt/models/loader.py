@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.models.weight_files import Progress, find_weight_files, read_weights
 
@@ -53,7 +54,7 @@ def load_model(
     _refuse_quantized(model_config)
     model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
     files = [] if load_format == "dummy" else find_weight_files(model_path, load_format)
-    with _built_as(model_config.dtype, device), torch.no_grad():
+    with _built_as(model_config.dtype, device), share_ropes(), torch.no_grad():
         model = model_class(config=model_config.hf_config, quant_config=None)
         if load_format == "dummy":
             fill_with_dummy_weights(model)

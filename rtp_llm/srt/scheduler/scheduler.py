@@ -393,6 +393,7 @@ class Scheduler:
 
     def _commit_row(self, request: Request, work: RowWork, row: RowResult) -> TokenOutput | None:
         if row.error is not None:
+            request.reusable_len = 0  # what it computed is not to be trusted
             return self._finish(request, FinishReason("abort", message=row.error, status_code=500))
         request.take_prompt_logprobs(len(row.prompt_logprobs))
         reason, token_ids = None, []

@@ -10,7 +10,9 @@ The port, which a link between processes fills alike:
 Messages are those of ``rtp_llm.srt.messages``; the link does not look into them.
 """
 
+import pickle
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -75,3 +77,13 @@ class QueueCoreEnd:
     def send(self, messages: list[Any]) -> None:
         if messages:
             self._client.deliver(messages)
+
+
+def send(pipe: Connection, message: Any) -> None:
+    """A message to a process of our own. By value: ``Connection.send`` would pass tensors through shared memory."""
+    pipe.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def receive(pipe: Connection) -> Any:
+    """The next message that ``send`` put into the pipe. EOFError once the other end is closed."""
+    return pickle.loads(pipe.recv_bytes())

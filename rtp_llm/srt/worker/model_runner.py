@@ -16,6 +16,7 @@ from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.worker.device import to_device
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class ModelRunner:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.device = device
+        self._torch_device = torch.device(device)
         self.model = load_model(model_config, model_path, load_format=load_format, device=device, progress=progress)
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
@@ -91,9 +93,9 @@ class ModelRunner:
         """One scatter for all writes of a group; a later write to the same entry wins."""
         entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
         if entries:
-            where = torch.tensor(list(entries), device=self.device)
-            pages = torch.tensor(list(entries.values()), dtype=torch.int32, device=self.device)
-            table[where[:, 0], where[:, 1]] = pages
+            rows, places = zip(*entries, strict=True)
+            pages = to_device(list(entries.values()), torch.int32, self._torch_device)
+            table[self._tensor(list(rows)), self._tensor(list(places))] = pages
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
@@ -144,7 +146,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(values, torch.int64, self._torch_device)
 
     def _input_ids(self, work: list[RowWork], offsets: list[int]) -> torch.Tensor:
         """Known ids from the admissions; past them, the last drawn token of the row."""

@@ -13,6 +13,7 @@ from rtp_llm.srt.distributed.parallel_state import destroy_tensor_parallel, init
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.platform import num_cpus
+from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.worker.worker import Masks, PendingLogits, Worker, WorkerConfig
 
 
@@ -49,23 +50,23 @@ def main(fd: int) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the pipe or is gone: this is how a worker ends
     except Exception:
-        pipe.send(("error", traceback.format_exc()))
+        send(pipe, ("error", traceback.format_exc()))
     finally:
         destroy_tensor_parallel()
 
 
 def _serve(pipe: Connection) -> None:
-    config, init_method, timeout_s, models = pipe.recv()
+    config, init_method, timeout_s, models = receive(pipe)
     ModelRegistry.models.update(pickle.loads(models))
     _join(config, init_method, timeout_s)
-    worker = Worker(config, lambda done, total: pipe.send(("progress", (done, total))))
-    pipe.send(("result", worker.loaded()))
+    worker = Worker(config, lambda done, total: send(pipe, ("progress", (done, total))))
+    send(pipe, ("result", worker.loaded()))
     server = RankServer(worker)
     while True:
-        method, args = pipe.recv()
+        method, args = receive(pipe)
         answer = server.call(method, args)
         if method != "submit" or answer is not None:
-            pipe.send(("result", answer))
+            send(pipe, ("result", answer))
 
 
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:

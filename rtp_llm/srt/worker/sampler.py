@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from rtp_llm.srt.layers.logits_processor import token_logprobs
 from rtp_llm.srt.plan import Admission, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.philox import as_int64, uniform
 
 _DRAWN_AT_ONCE = 64  # rows; a draw keeps a few float64 copies of its logits
@@ -378,10 +378,3 @@ def _ban(logits: torch.Tensor, lines: torch.Tensor, ids: torch.Tensor) -> None:
     logits[lines, ids] = -torch.inf
     empty = logits.amax(dim=-1) == -torch.inf
     logits[lines, ids] = torch.where(empty[lines], values, -torch.inf)
-
-
-def to_device(values: list[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of host values; on a GPU it is copied from pinned memory, so that the host does not wait for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

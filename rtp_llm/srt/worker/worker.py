@@ -9,6 +9,7 @@ from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.sampler import Sampler
 
@@ -141,5 +142,5 @@ class Worker:
         positions = [w.start + w.num_tokens for w in work]
         token_ids = self.sampler.sample(logits, rows, positions, masks)
         self.sampler.observe(rows, token_ids)
-        self.runner.last_tokens[torch.tensor(rows, device=logits.device)] = token_ids
+        self.runner.last_tokens[to_device(rows, torch.int64, logits.device)] = token_ids
         return token_ids

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rtp_llm import Engine
+from tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -55,3 +56,11 @@ def test_the_command_line_tells_a_story(stories: Path, golden: dict[str, Any]) -
     assert done.returncode == 0, done.stderr
     assert golden["text"].removeprefix(prompt)[:100] in done.stdout
     assert "tokens" in done.stderr.splitlines()[-1]  # the line of statistics
+
+
+def test_a_checkpoint_without_tokenizer_takes_ids_only(caplog: pytest.LogCaptureFixture) -> None:
+    with Engine(model_path=tiny_model("llama-default"), max_total_tokens=100, log_level="warning") as engine:
+        result = engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 2, "temperature": 0})
+        assert len(result["output_ids"]) == 2 and result["text"] == ""
+        with pytest.raises(ValueError, match="a text prompt needs a tokenizer"):
+            engine.generate("Once")

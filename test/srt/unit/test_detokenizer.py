@@ -15,6 +15,7 @@ from rtp_llm.srt.managers.detokenizer import (
     Decoder,
     Detokenizer,
     IncrementalText,
+    common_prefix,
     find_stop,
     held_len,
 )
@@ -43,7 +44,7 @@ WORDS = [
 ]
 
 texts = st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=12).map("".join)
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class CharTokenizer:
@@ -115,7 +116,8 @@ def test_pieces_are_what_the_ids_add(path: Path, prompt: str, text: str) -> None
         pieces = [incremental.push(token_id) for token_id in ids[cut:]] + [incremental.flush()]
         assert not any(piece.endswith(INCOMPLETE) for piece in pieces)
         readable = next(end for end in range(cut, -1, -1) if INCOMPLETE not in decode(ids[:end]))
-        assert "".join(pieces) == whole[len(decode(ids[:readable])) :]
+        known = max(len(common_prefix(decode(ids[:end]), whole)) for end in (cut, readable))
+        assert "".join(pieces) == whole[known:]
 
 
 @few

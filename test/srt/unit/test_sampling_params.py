@@ -115,7 +115,7 @@ def test_unknown_field_names_the_nearest() -> None:
 def test_ids_lie_in_the_vocabulary() -> None:
     SamplingParams(stop_token_ids=[0, 99], logit_bias={99: 1.0}).validate(100)
     for params in (SamplingParams(stop_token_ids=[3, 100]), SamplingParams(logit_bias={100: 1.0})):
-        with pytest.raises(InvalidRequest, match="100.*vocabulary of 100 tokens"):
+        with pytest.raises(InvalidRequest, match=r"100.*vocabulary of 100 tokens"):
             params.validate(100)
     with pytest.raises(InvalidRequest, match="-1"):
         SamplingParams(stop_token_ids=[-1]).validate(100)

@@ -363,7 +363,7 @@ def random_request(rng: random.Random, rid: str, max_len: int) -> GenerateReques
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize(
     ("windows", "page_size", "options"),
@@ -373,7 +373,7 @@ def random_request(rng: random.Random, rid: str, max_len: int) -> GenerateReques
         ([None, 6], 1, {"chunked_prefill_size": 16, "schedule_policy": "lpm"}),
         ([9, None, 5], 1, {"chunked_prefill_size": 5}),
         ([6], 2, {"chunked_prefill_size": -1, "max_prefill_tokens": 30}),
-        ([None], 1, {"disable_radix_cache": True, "chunked_prefill_size": 16}),
+        ([None, 7], 1, {"disable_radix_cache": True, "chunked_prefill_size": 16}),
         ([None, 1], 1, {"max_running_requests": 3}),
         ([None], 1, {"chunked_prefill_size": 8, "scaling": LengthScaling(12, per_length=True)}),
         ([None, 6], 1, {"chunked_prefill_size": 8, "scaling": LengthScaling(12, per_length=False)}),

@@ -1,0 +1,66 @@
+"""How memory becomes pages."""
+
+import pytest
+
+from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
+from rtp_llm.srt.engine.capacity import Capacity, NotEnoughMemory, auto_max_tokens, plan_capacity
+
+FULL = CacheGroup(CacheSpec(2, 16, 16, "float32"), (0, 2))  # 2 * 32 * 4 bytes in two layers: 512 a token
+WINDOW = CacheGroup(CacheSpec(2, 16, 16, "float32", window=10), (1,))  # 256 a token
+
+
+def plan(groups: list[CacheGroup], **kwargs) -> Capacity:
+    defaults = dict(
+        context_length=1000,
+        max_chunk=20,
+        budget_bytes=512 * 300,
+        max_total_tokens=None,
+        auto_tokens=100_000,
+        window_ratio=0.5,
+    )
+    return plan_capacity(groups, **(defaults | kwargs))
+
+
+def test_memory_is_used_up_but_not_exceeded():
+    capacity = plan([FULL])
+    assert capacity.num_pages == (300,) and capacity.max_total_tokens == capacity.max_req_len == 300
+    capacity = plan([FULL, WINDOW])
+    assert capacity.cache_bytes <= 512 * 300 < capacity.cache_bytes + 512 + 256
+    assert capacity.num_pages[1] == int(capacity.num_pages[0] * 0.5)
+
+
+def test_small_models_do_not_fill_the_memory_for_nothing():
+    assert plan([FULL], budget_bytes=1 << 40, auto_tokens=5000).num_pages == (5000,)
+    assert auto_max_tokens(512, 256) == 1 << 18
+    assert auto_max_tokens(131_072, 256) == 1 << 22
+
+
+def test_a_given_number_of_tokens_is_kept_or_refused():
+    assert plan([FULL], max_total_tokens=77).max_total_tokens == 77
+    with pytest.raises(NotEnoughMemory, match="max_total_tokens=301 needs"):
+        plan([FULL], max_total_tokens=301)
+
+
+def test_too_little_memory_says_what_to_do():
+    with pytest.raises(NotEnoughMemory, match="raise mem_fraction_static"):
+        plan([FULL], budget_bytes=100)
+    group = CacheGroup(FULL.spec, (0,), page_size=16)
+    with pytest.raises(NotEnoughMemory, match="less than a page of 16 tokens"):
+        plan([group], max_total_tokens=5)
+
+
+def test_a_window_group_holds_at_least_a_window_and_a_chunk():
+    capacity = plan([FULL, WINDOW], max_total_tokens=40)
+    assert capacity.num_pages == (40, 32)
+    assert capacity.max_req_len == 40
+
+
+def test_only_windows_serve_any_length():
+    assert plan([WINDOW], max_total_tokens=50).max_req_len == 1000
+    assert plan([WINDOW], max_total_tokens=8).max_req_len == 8, "less than its window: it does not slide"
+
+
+def test_whole_pages():
+    group = CacheGroup(FULL.spec, FULL.layer_ids, page_size=16)
+    capacity = plan([group])
+    assert capacity.num_pages == (18,) and capacity.max_req_len == 18 * 16

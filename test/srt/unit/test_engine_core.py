@@ -1,0 +1,186 @@
+"""The loop over a real model: any depth gives the same tokens, and a failure reaches whoever waits."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from rtp_llm.srt.attention.backends import make_backend
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.engine.core import EngineCore, worker_config
+from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
+from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
+from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.utils.ipc import QueueLink
+from tiny_models import TINY_MODELS, random_prompts, tiny_model
+
+MODELS = ["llama-default", "qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias"]
+
+
+class Core:
+    """A core that is stepped by hand."""
+
+    def __init__(self, name: str, depth: int = 0, delayed: bool = False, **options: Any) -> None:
+        args = ServerArgs(
+            **{"model_path": tiny_model(name), "device": "cpu", "dtype": "float32", "context_length": 300}
+            | {"max_total_tokens": 2000, "chunked_prefill_size": 16, "max_running_requests": 32}
+            | options
+        )
+        model_config = ModelConfig.from_pretrained(
+            args.model_path, dtype=args.dtype, context_length=args.context_length
+        )
+        executor = InProcessExecutor(worker_config(args, model_config, "cpu"), depth, delayed)
+        self.link = QueueLink()
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.link.client.on_messages(self.take)
+        self.core = EngineCore(args, model_config, self.link.core, executor=executor)
+
+    def take(self, messages: list) -> None:
+        for message in messages:
+            self.outputs.setdefault(message.rid, []).append(message)
+
+    def run(self, requests: list[GenerateRequest]) -> dict[str, list[int]]:
+        for request in requests:
+            self.link.client.send(request)
+        self.core.step(block=False)
+        while not self.core.scheduler.idle:
+            self.core.step(block=False)
+        self.core.scheduler.check_integrity()
+        return {rid: [t for o in outputs for t in o.token_ids] for rid, outputs in self.outputs.items()}
+
+
+def mixed_requests(vocab_size: int) -> list[GenerateRequest]:
+    """Greedy and sampled, with penalties, biases, minimum lengths and logprobs, over shared and own prompts."""
+    prompts = random_prompts(vocab_size, (3, 40, 70, 21, 21, 1, 90, 33))
+    prompts[4] = [*prompts[3][:15], 5, 6]
+    variants: list[dict] = [
+        {"temperature": 0.0, "ignore_eos": True},
+        {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.7},
+        {"temperature": 1.3, "top_k": 9, "repetition_penalty": 1.4},
+        {"temperature": 0.0, "presence_penalty": 1.5, "min_new_tokens": 10},
+        {"temperature": 1.0, "min_p": 0.1, "logit_bias": {3: 4.0}, "stop_token_ids": [3]},
+    ]
+    requests = []
+    for i, prompt in enumerate(prompts * 2):
+        params = SamplingParams(max_new_tokens=12 + i, **variants[i % len(variants)])
+        logprob = i % 3 == 0
+        requests.append(
+            GenerateRequest(
+                f"r{i}", prompt, params, seed=1000 + i, return_logprob=logprob, logprob_start_len=0 if logprob else -1
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_depth_gives_the_same_tokens(name):
+    requests = mixed_requests(TINY_MODELS[name].vocab_size)
+    expected = Core(name).run(requests)
+    assert len(expected) == len(requests) and all(expected.values())
+    for depth, delayed, tokens in [(1, True, 2000), (1, False, 2000), (0, True, 2000), (1, True, 125)]:
+        core = Core(name, depth, delayed, max_total_tokens=tokens)
+        assert core.run(requests) == expected, f"depth {depth}, delayed {delayed}, {tokens} tokens of cache"
+        if tokens == 125:
+            assert core.core.scheduler.stats.retractions > 0
+        for rid, outputs in core.outputs.items():
+            logprobs = [entry.token_id for output in outputs for entry in output.logprobs]
+            assert logprobs == ([] if int(rid[1:]) % 3 else expected[rid])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_abort_ends_one_request_and_no_other(depth):
+    name = "llama-default"
+    requests = [
+        GenerateRequest(f"r{i}", prompt, SamplingParams(max_new_tokens=30, temperature=0, ignore_eos=True), seed=0)
+        for i, prompt in enumerate(random_prompts(131, (9, 8, 7)))
+    ]
+    expected = Core(name).run(requests)
+    core = Core(name, depth, delayed=True)
+    for request in requests:
+        core.link.client.send(request)
+    for _ in range(6):
+        core.core.step(block=False)
+    core.link.client.send(AbortRequest("r1"))
+    ids = core.run([])
+    assert ids["r0"] == expected["r0"] and ids["r2"] == expected["r2"]
+    assert core.outputs["r1"][-1].finish_reason.type == "abort"
+    assert ids["r1"] == expected["r1"][: len(ids["r1"])] and len(ids["r1"]) < 30
+
+
+def test_shutdown_ends_the_loop():
+    core = Core("llama-default")
+    core.link.client.send(Shutdown())
+    core.core.run()
+    core.core.shutdown()
+
+
+def make_executor(name: str, kind: str) -> Any:
+    args = ServerArgs(model_path=tiny_model(name), device="cpu", dtype="float32", tp_size=1)
+    config = worker_config(args, ModelConfig.from_pretrained(args.model_path), "cpu")
+    executor = MultiProcessExecutor(config, 60.0) if kind == "process" else InProcessExecutor(config, 1, kind == "late")
+    loaded = executor.load()
+    assert loaded.weight_bytes > 0 and len(loaded.layout.groups) == 1
+    executor.init_cache([64], 4, 64)
+    return executor
+
+
+def first_plan(**kwargs: Any) -> StepPlan:
+    params = SamplingParams(temperature=0, max_new_tokens=4)
+    admission = Admission(2, "r", [5, 6, 7], [], params, stop_ids=[], seed=0)
+    return StepPlan(0, [], [admission], [PageWrite(2, 0, 0, [9, 3, 7, 11])], [RowWork(2, 0, 3, True)], **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["at once", "late", "process"])
+def test_masks_come_between_forward_and_draw(kind):
+    executor = make_executor("llama-default", kind)
+    try:
+        free = executor.submit(first_plan()).result().rows[0].token_ids[0]
+        again = StepPlan(1, releases=[2])
+        again.admissions, again.work, again.masked_rows = first_plan().admissions, first_plan().work, [2]
+        step = executor.submit(again)
+        with pytest.raises(RuntimeError, match="masks"):
+            step.result()
+        mask = torch.zeros(131, dtype=torch.bool)
+        mask[17] = True
+        executor.sample({2: mask})
+        assert step.result().rows[0].token_ids == [17] != [free]
+        # The drawn token is where the next step takes it from.
+        later = executor.submit(StepPlan(2, work=[RowWork(2, 3, 1, True)])).result()
+        assert len(later.rows[0].token_ids) == 1
+    finally:
+        executor.shutdown()
+
+
+def test_a_worker_process_that_fails_says_why():
+    executor = make_executor("llama-default", "process")
+    with pytest.raises(WorkerError, match=r"rank 0 failed(.|\n)*no_such_method"):
+        executor.rpc("no_such_method")
+    executor.shutdown()
+
+
+def test_a_worker_process_that_dies_is_noticed():
+    executor = make_executor("llama-default", "process")
+    executor._processes[0].kill()
+    executor._processes[0].wait()
+    with pytest.raises(WorkerError, match="rank 0 died with exit code -9"):
+        executor.submit(first_plan()).result()
+    executor.shutdown()
+    assert not executor._processes
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone():
+    core = Core("llama-default")
+    weights = core.core._executor.worker.runner.model.model.embed_tokens.weight
+    weights.data[77] = float("nan")
+    params = SamplingParams(max_new_tokens=3, temperature=0.7, ignore_eos=True)
+    core.run([GenerateRequest("bad", [1, 77], params, 0), GenerateRequest("good", [1, 2, 3], params, 0)])
+    assert core.outputs["bad"][-1].finish_reason.status_code == 500
+    assert "not finite" in core.outputs["bad"][-1].finish_reason.message
+    assert core.outputs["good"][-1].finish_reason.type == "length"
+
+
+def test_unknown_attention_backend_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown attention backend 'x'; have \['torch_native'\]"):
+        make_backend("x")
