@@ -1,6 +1,8 @@
 """What all tests share: one thread per test process, no network, and the folder of real data."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported, which read these once.
@@ -11,6 +13,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging() -> Iterator[None]:
+    """An Engine sets the package's log level for the whole process; the next test must not inherit it."""
+    logger = logging.getLogger("rtp_llm")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -149,4 +149,5 @@ def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: st
         page_size=server_args.page_size,
         attention_backend=server_args.attention_backend,
         world_size=server_args.tp_size,
+        log_level=server_args.log_level,
     )

@@ -14,6 +14,7 @@ from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.platform import num_cpus
 from rtp_llm.srt.utils.ipc import receive, send
+from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.worker import Masks, PendingLogits, Worker, WorkerConfig
 
 
@@ -57,6 +58,7 @@ def main(fd: int) -> None:
 
 def _serve(pipe: Connection) -> None:
     config, init_method, timeout_s, models = receive(pipe)
+    configure_logging(config.log_level)
     ModelRegistry.models.update(pickle.loads(models))
     _join(config, init_method, timeout_s)
     worker = Worker(config, lambda done, total: send(pipe, ("progress", (done, total))))

@@ -28,6 +28,7 @@ class WorkerConfig:
     attention_backend: str | None = None
     rank: int = 0
     world_size: int = 1
+    log_level: str = "info"
 
 
 @dataclass(frozen=True, slots=True)
