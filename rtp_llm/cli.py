@@ -79,7 +79,7 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
     sampling = parser.add_argument_group("sampling (where not given: as the checkpoint advises)")
     add_field_flags(sampling, SamplingParams, SAMPLING_FLAGS, unset=True)
-    ServerArgs.add_cli_args(parser.add_argument_group("engine"))
+    ServerArgs.add_cli_args(parser.add_argument_group("engine"), server=False)
     parser.set_defaults(log_level="warning")
 
 

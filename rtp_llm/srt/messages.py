@@ -87,5 +87,40 @@ class FlushCacheDone:
     message: str = ""
 
 
-ToCore = GenerateRequest | AbortRequest | FlushCache | Shutdown
-FromCore = TokenOutput | FlushCacheDone
+@dataclass(slots=True)
+class Ping:
+    """Asks for CoreStats: a core that does not answer in time is dead."""
+
+
+@dataclass(slots=True)
+class CoreStats:
+    """How the core is doing: now, and in all since it started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_tokens: int = 0  # of the cache group that is fullest: held by requests, not just cached
+    max_total_tokens: int = 0
+    token_usage: float = 0.0  # num_used_tokens / max_total_tokens
+    cache_hit_rate: float = 0.0  # of the prompt tokens admitted since the last report
+    gen_throughput: float = 0.0  # tokens per second since the last report
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    retractions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CoreInfo:
+    """What a core tells when it is ready."""
+
+    max_total_tokens: int
+    max_req_len: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    weight_bytes: int  # per rank, as is cache_bytes
+    cache_bytes: int
+    device: str
+
+
+ToCore = GenerateRequest | AbortRequest | FlushCache | Ping | Shutdown
+FromCore = TokenOutput | FlushCacheDone | CoreStats

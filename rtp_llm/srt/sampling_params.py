@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Self
 
 MAX_STOP_STRINGS = 32
+MAX_COMPLETIONS = 4096  # of one prompt: each is a request of its own, made before the first one runs
 DEFAULT_MAX_NEW_TOKENS = 128
 
 
@@ -53,13 +54,13 @@ class SamplingParams:
     ignore_eos: bool = _param(False, "go on after an end-of-sequence token")
     skip_special_tokens: bool = _param(True, "leave special tokens out of the text")
     seed: int | None = _param(None, "makes the draws reproducible; unset: another one for each request")
-    n: int = _param(1, "completions per prompt, drawn with seeds seed, seed + 1, ...")
+    n: int = _param(1, f"completions per prompt, at most {MAX_COMPLETIONS}, drawn with seeds seed, seed + 1, ...")
 
     def __post_init__(self) -> None:
         self.max_new_tokens = None if self.max_new_tokens is None else _int("max_new_tokens", self.max_new_tokens, 0)
         self.min_new_tokens = _int("min_new_tokens", self.min_new_tokens, 0)
         self.top_k = _int("top_k", self.top_k, -1)
-        self.n = _int("n", self.n, 1)
+        self.n = _int("n", self.n, 1, MAX_COMPLETIONS)
         self.seed = None if self.seed is None else _int("seed", self.seed, -(2**63), 2**64 - 1)
         self.temperature = _float("temperature", self.temperature, 0)
         self.top_p = _float("top_p", self.top_p, 0, 1, exclude_low=True)

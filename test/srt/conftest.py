@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported, which read these once.
@@ -16,13 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def fresh_logging() -> Iterator[None]:
-    """An Engine sets the package's log level for the whole process; the next test must not inherit it."""
+def fresh_logging() -> None:
+    """An Engine sets the package's log level for the whole process; no test inherits it.
+
+    Undone before each test, not after: a fixture of wider scope may have made an Engine between two tests.
+    """
     logger = logging.getLogger("rtp_llm")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             "LlamaForCausalLM",
             dict(hidden_size=72, num_attention_heads=3, num_key_value_heads=3, vocab_size=173)
             | dict(tie_word_embeddings=True, max_position_embeddings=512),
-            LLAMA3,
+            LLAMA3 | {"rope_theta": 5e5},
             seed=1,
         ),
         TinyModel(
@@ -134,6 +134,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             "mistral-window7",
             "MistralForCausalLM",
             dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, vocab_size=307, sliding_window=7),
+            {"rope_theta": 1e6},
         ),
         TinyModel(
             "mistral-window16-yarn",
@@ -148,6 +149,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             "Qwen2ForCausalLM",
             dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=1, vocab_size=331)
             | dict(tie_word_embeddings=True, rms_norm_eps=1e-5),
+            {"rope_theta": 1e6},
         ),
         TinyModel(
             "qwen2-mixed-window16",
@@ -166,6 +168,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             "qwen3-default",
             "Qwen3ForCausalLM",
             dict(hidden_size=52, num_attention_heads=6, num_key_value_heads=2, head_dim=16, vocab_size=281),
+            {"rope_theta": 5e6},
         ),
         TinyModel(
             "qwen3-mixed-window7-tied",

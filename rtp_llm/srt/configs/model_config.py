@@ -42,6 +42,10 @@ _WEIGHT_PATTERNS = {
     "dummy": (),
 }
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# what transformers raises over a config.json it cannot use
+_CONFIG_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError, StrictDataclassError
+)  # fmt: skip
 
 
 class ModelNotFoundError(FileNotFoundError):
@@ -154,15 +158,13 @@ class ModelConfig:
         overrides = _parse_overrides(json_model_override_args)
         hf_config = _load_hf_config(directory, overrides, trust_remote_code)
         text_config = hf_config.get_text_config()
-        if not hf_config.architectures:
-            raise ModelConfigError(f"{directory}/{CONFIG_FILE} names no `architectures`, so its model class is unknown")
         bos = _attribute("bos_token_id", hf_config, text_config)
         generation = _load_json(Path(directory) / GENERATION_CONFIG_FILE, required=False)
         return cls(
             model_path=directory,
             hf_config=hf_config,
             hf_text_config=text_config,
-            architectures=list(hf_config.architectures),
+            architectures=_architectures(hf_config, directory),
             dtype=_resolve_dtype(dtype, hf_config, directory),
             context_length=_resolve_context_length(context_length, text_config),
             vocab_size=_size(text_config, "vocab_size"),
@@ -231,7 +233,7 @@ def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code
         if not overrides:
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         return _load_overridden(directory, apply_overrides(config, overrides), trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, StrictDataclassError) as error:
+    except _CONFIG_ERRORS as error:
         hint = ""
         if "auto_map" in config and not trust_remote_code:
             hint = ". It brings its own code, which runs only with --trust-remote-code"
@@ -250,6 +252,15 @@ def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: 
         hf_config = AutoConfig.from_pretrained(twin, trust_remote_code=trust_remote_code)
     hf_config._name_or_path = directory
     return hf_config
+
+
+def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
+    names = hf_config.architectures
+    if not names:
+        raise ModelConfigError(f"{directory}/{CONFIG_FILE} names no `architectures`, so its model class is unknown")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelConfigError(f"`architectures` in {directory}/{CONFIG_FILE} must be a list of names, not {names!r}")
+    return names
 
 
 def _attribute(name: str, hf_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Any:

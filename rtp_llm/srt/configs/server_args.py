@@ -23,9 +23,11 @@ def _arg(
     aliases: Sequence[str] = (),
     low: float | None = None,
     high: float | None = None,
+    server: bool = False,
 ) -> Any:
-    """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``."""
+    """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``; ``server``: of the HTTP server alone."""
     metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases), "low": low, "high": high}
+    metadata["server"] = server
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -83,7 +85,50 @@ class ServerArgs:
         None, help="makes the seeds of requests without one reproducible", low=0, high=2**63 - 1
     )
     log_level: str = _arg("info", help="least severe messages to log", choices=LOG_LEVELS)
+    decode_log_interval: int = _arg(40, help="steps between two status lines of a busy core", low=1)
+    watchdog_timeout: float = _arg(
+        300.0, help="seconds of silence after which the core counts as dead and is restarted", low=1
+    )
     dist_timeout: float | None = _arg(None, help="seconds until a silent worker is an error; unset: 600", low=1)
+    host: str = _arg("127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's", server=True)
+    port: int = _arg(30000, help="port to listen on; 0: any free one", low=0, high=65535, server=True)
+    api_key: str | None = _arg(
+        None, help="key that clients must show (Authorization: Bearer KEY), /health excepted", server=True
+    )
+    served_model_name: str | None = _arg(None, help="the model's name in the API; unset: the model path", server=True)
+    chat_template: str | None = _arg(
+        None,
+        help="Jinja file, or name of one of the tokenizer's templates, for chat; unset: the tokenizer's own",
+        server=True,
+    )
+    sampling_defaults: str = _arg(
+        "model",
+        help="sampling parameters that a /v1 request does not give; model: as generation_config.json advises; "
+        "openai: as OpenAI documents them",
+        choices=("model", "openai"),
+        server=True,
+    )
+    max_queued_requests: int | None = _arg(
+        None,
+        help="most requests beyond those that may run at once, before new ones get a 503; unset: no limit",
+        low=0,
+        server=True,
+    )
+    max_body_size: int = _arg(32 * 2**20, help="bytes of the largest request body", low=1024, server=True)
+    shutdown_timeout: float = _arg(
+        60.0, help="seconds that running requests have to finish after SIGTERM or Ctrl-C", low=0, server=True
+    )
+    log_requests: bool = _arg(False, help="log every request when it comes and when it ends", server=True)
+    log_requests_level: int = _arg(
+        2,
+        help="what is logged of a request; 0: ids and counts; 1: and sampling parameters; 2: and the beginnings of "
+        "prompt and output; 3: and all of both",
+        choices=(0, 1, 2, 3),
+        server=True,
+    )
+    log_level_http: str | None = _arg(
+        None, help="least severe messages of the HTTP layer to log; unset: --log-level", choices=LOG_LEVELS, server=True
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -107,11 +152,14 @@ class ServerArgs:
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
         """From what a parser with ``add_cli_args`` has parsed; attributes of other flags are left alone."""
-        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+        names = [field.name for field in dataclasses.fields(cls) if hasattr(args, field.name)]
+        return cls(**{name: getattr(args, name) for name in names})
 
     @staticmethod
-    def add_cli_args(parser: argparse._ActionsContainer) -> None:
-        add_field_flags(parser, ServerArgs)
+    def add_cli_args(parser: argparse._ActionsContainer, server: bool = True) -> None:
+        """All flags, or without ``server`` those only that an engine without HTTP has a use for."""
+        fields = dataclasses.fields(ServerArgs)
+        add_field_flags(parser, ServerArgs, [field.name for field in fields if server or not field.metadata["server"]])
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -106,5 +106,5 @@ def tensor_model_parallel_all_gather(x: torch.Tensor, dim: int = -1) -> torch.Te
 def divide(numerator: int, denominator: int, what: str = "size") -> int:
     """``numerator / denominator`` where that is a whole number; ``what`` names the numerator in the error."""
     if numerator % denominator != 0:
-        raise ValueError(f"{what} {numerator} is not divisible by {denominator}")
+        raise ValueError(f"{what} {numerator} is not divisible by {denominator}; choose another tp_size")
     return numerator // denominator

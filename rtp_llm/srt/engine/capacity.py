@@ -34,7 +34,7 @@ def auto_max_tokens(context_length: int, max_running_requests: int) -> int:
 def plan_capacity(
     groups: Sequence[CacheGroup],
     context_length: int,
-    max_chunk: int,
+    max_chunk: int | None,
     budget_bytes: int,
     max_total_tokens: int | None,
     auto_tokens: int,
@@ -43,16 +43,19 @@ def plan_capacity(
     """Shares ``budget_bytes`` (per rank) among the groups.
 
     A window group gets ``window_ratio`` of the tokens of a full one, but no less than one request needs for its window
-    and a chunk. ``max_total_tokens`` is taken as it is, and refused where memory does not allow it.
+    and a chunk of ``max_chunk`` tokens (None: prompts are not cut, and a whole one lies in the cache at once).
+    ``max_total_tokens`` is taken as it is, and refused where memory does not allow it.
     """
 
-    def tokens_of(group: CacheGroup, total: int) -> int:
+    def pages_of(group: CacheGroup, total: int) -> int:
+        pages = total // group.page_size
         if group.window is None or not has_full:
-            return total
-        return max(int(total * window_ratio), min(total, group.window + max_chunk + 2 * group.page_size))
+            return pages
+        alone = -(-(group.window + (max_chunk or context_length)) // group.page_size) + 2
+        return max(int(total * window_ratio) // group.page_size, min(pages, alone))
 
     def pages_for(total: int) -> list[int]:
-        return [max(1, tokens_of(group, total) // group.page_size) for group in groups]
+        return [max(1, pages_of(group, total)) for group in groups]
 
     def bytes_for(total: int) -> int:
         return sum(pages * group.bytes_per_page for pages, group in zip(pages_for(total), groups, strict=True))
@@ -76,19 +79,23 @@ def plan_capacity(
             else f"max_total_tokens={total} is less than a page of {page_size} tokens"
         )
     num_pages = pages_for(total)
+    slides = max_chunk is not None
+    longest = [_longest(group, pages, slides) for group, pages in zip(groups, num_pages, strict=True)]
+    if min(longest) < 2:
+        raise NotEnoughMemory(
+            f"the cache holds {total} token, but a request needs two at least: one of the prompt and a new one. "
+            "Raise max_total_tokens or mem_fraction_static"
+        )
     return Capacity(
-        tuple(num_pages),
-        total // page_size * page_size,
-        min([context_length, *(_longest(group, pages) for group, pages in zip(groups, num_pages, strict=True))]),
-        bytes_for(total),
+        tuple(num_pages), total // page_size * page_size, min([context_length, *longest]), bytes_for(total)
     )
 
 
-def _longest(group: CacheGroup, num_pages: int) -> int:
-    """The longest request that a group of ``num_pages`` can serve alone."""
+def _longest(group: CacheGroup, num_pages: int, slides: bool) -> int:
+    """The longest request that a group of ``num_pages`` can serve alone. ``slides``: a window, even within a prompt."""
     num_tokens = num_pages * group.page_size
     # A window slides: its reach, the token being computed, and the broken pages at both ends.
-    if group.window is not None and num_tokens >= group.window + 2 * group.page_size:
+    if slides and group.window is not None and num_tokens >= group.window + 2 * group.page_size:
         return 1 << 62
     return num_tokens
 

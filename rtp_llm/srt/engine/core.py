@@ -8,7 +8,8 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
-from rtp_llm.srt.messages import Shutdown
+from rtp_llm.srt.engine.meter import Meter
+from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
 from rtp_llm.srt.platform import default_device, memory_bytes
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
@@ -30,16 +31,19 @@ class EngineCore:
         model_config: ModelConfig,
         link: CoreEnd,
         on_progress: Callable[[int, int], None] | None = None,
+        on_admission: Callable[[list[str]], None] | None = None,
         executor: Executor | None = None,
     ) -> None:
         """Loads the model and reserves the cache.
 
         Args:
             on_progress: called with (bytes loaded, bytes in all) while weights are read.
+            on_admission: called with the rids of requests that the next step is the first to compute.
             executor: instead of the one that ``server_args`` asks for.
         """
         self._args = server_args
         self._link = link
+        self._on_admission = on_admission
         self._in_flight: deque[StepHandle] = deque()
         self.device = server_args.device or default_device()
         free_bytes, _ = memory_bytes(self.device)
@@ -58,7 +62,21 @@ class EngineCore:
         except BaseException:
             self._executor.shutdown()
             raise
+        self._meter = Meter(self.scheduler, self.max_total_tokens, server_args.decode_log_interval)
+        self._weight_bytes = loaded.weight_bytes
         self._log_start(loaded, model_config)
+
+    @property
+    def info(self) -> CoreInfo:
+        return CoreInfo(
+            max_total_tokens=self.max_total_tokens,
+            max_req_len=self.max_req_len,
+            max_running_requests=self.max_running_requests,
+            chunked_prefill_size=self.chunked_prefill_size,
+            weight_bytes=self._weight_bytes,
+            cache_bytes=self.capacity.cache_bytes,
+            device=self.device,
+        )
 
     @property
     def max_total_tokens(self) -> int:
@@ -81,11 +99,10 @@ class EngineCore:
     def _plan_capacity(self, loaded: LoadedModel, model_config: ModelConfig, free_bytes: int) -> Capacity:
         fraction = self._args.mem_fraction_static or DEFAULT_MEM_FRACTION[self.device]
         ranks_sharing = self._args.tp_size if self.device == "cpu" else 1
-        chunk = self.chunked_prefill_size if self.chunked_prefill_size > 0 else model_config.context_length
         return plan_capacity(
             loaded.layout.groups,
             model_config.context_length,
-            chunk,
+            self.chunked_prefill_size if self.chunked_prefill_size > 0 else None,
             max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes),
             self._args.max_total_tokens,
             auto_max_tokens(model_config.context_length, self.max_running_requests),
@@ -126,12 +143,19 @@ class EngineCore:
         messages = self._link.drain(block=block and self.scheduler.idle)
         if any(isinstance(message, Shutdown) for message in messages):
             return False
-        self._link.send(self.scheduler.receive(messages))
+        if any(isinstance(message, Ping) for message in messages):
+            self._link.send([self._meter.report()])
+        self._link.send(self.scheduler.receive([m for m in messages if not isinstance(m, Ping)]))
         plan = self.scheduler.plan()
         if plan is not None:
+            if plan.admissions and self._on_admission is not None:
+                self._on_admission([admission.rid for admission in plan.admissions])
             self._in_flight.append(self._executor.submit(plan))
         while self._in_flight and (plan is None or len(self._in_flight) > self._executor.depth):
             self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
+        stats = self._meter.step()
+        if stats is not None:
+            self._link.send([stats])
         return True
 
     def shutdown(self) -> None:

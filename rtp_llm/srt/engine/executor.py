@@ -1,20 +1,18 @@
 """How the core reaches its workers: in its own process, or one process per rank."""
 
-import pickle
-import socket
 import subprocess
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.models.registrations import pack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.utils.ipc import receive, send
+from rtp_llm.srt.utils.process import start_python
 from rtp_llm.srt.worker.worker import LoadedModel, Masks, PendingLogits, PendingResult, Worker, WorkerConfig
 
 Progress = Callable[[int, int], None]
@@ -127,7 +125,7 @@ class InProcessExecutor(Executor):
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed or died. The message carries the worker's own error."""
+    """A worker process failed or died. The message carries the worker's own error, a note its traceback."""
 
 
 class MultiProcessExecutor(Executor):
@@ -150,42 +148,49 @@ class MultiProcessExecutor(Executor):
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
         init_method = f"file://{self._rendezvous.name}/store"
-        try:
-            models = pickle.dumps(dict(ModelRegistry.models))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise WorkerError(f"a class in ModelRegistry.models cannot be sent to worker processes: {error}") from error
+        registrations = pack_registrations()
         for rank in range(self._config.world_size):
             config = replace(self._config, rank=rank)
-            self._start(rank)
-            send(self._pipes[rank], (config, init_method, self._dist_timeout_s, models))
+            process, pipe = start_python("rtp_llm.srt.worker.process")
+            self._processes.append(process)
+            self._pipes.append(pipe)
+            send(self._pipes[rank], (config, init_method, self._dist_timeout_s, registrations))
         return self._gather(progress)[0]
 
-    def _start(self, rank: int) -> None:
+    def _receive(self, rank: int) -> tuple[str, Any]:
+        """The rank's next message: ``("result", answer)`` or ``("progress", (bytes done, bytes in all))``."""
+        try:
+            kind, value = receive(self._pipes[rank])
+        except (EOFError, ConnectionResetError) as error:
+            raise self._died(rank) from error
+        if kind == "error":
+            raise self._failed(rank, *value)
+        return kind, value
 
-        ours, theirs = socket.socketpair()
-        main = f"from rtp_llm.srt.worker.process import main; main({theirs.fileno()})"
-        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {main}"]
-        with theirs:
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        self._processes.append(process)
-        self._pipes.append(Connection(ours.detach()))
+    def _died(self, rank: int) -> WorkerError:
+        return WorkerError(f"the worker process of rank {rank} died with exit code {self._processes[rank].wait()}")
 
-    def _receive(self, rank: int, progress: Progress | None = None) -> Any:
-        while True:
-            try:
-                kind, value = receive(self._pipes[rank])
-            except (EOFError, ConnectionResetError) as error:
-                code = self._processes[rank].wait()
-                raise WorkerError(f"the worker process of rank {rank} died with exit code {code}") from error
-            if kind == "error":
-                raise WorkerError(f"the worker of rank {rank} failed:\n{value}")
-            if kind == "result":
-                return value
-            if progress is not None and rank == 0:
-                progress(*value)
+    def _failed(self, rank: int, summary: str, details: str) -> WorkerError:
+        """The error that a rank told; but if a rank has died, that is why the others fail in their next exchange."""
+        for other, process in enumerate(self._processes):
+            if process.poll():
+                return self._died(other)
+        error = WorkerError(f"the worker of rank {rank} failed: {summary}")
+        error.add_note(details)
+        return error
 
     def _gather(self, progress: Progress | None = None) -> list[Any]:
-        return [self._receive(rank, progress) for rank in range(len(self._pipes))]
+        """One answer per rank. They are taken as they come: the first failure is the cause of those after it."""
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._pipes):
+            ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answers])
+            for rank in (rank for rank, pipe in enumerate(self._pipes) if pipe in ready):
+                kind, value = self._receive(rank)
+                if kind == "result":
+                    answers[rank] = value
+                elif progress is not None and rank == 0:
+                    progress(*value)
+        return [answers[rank] for rank in range(len(self._pipes))]
 
     def _send(self, method: str, *args: Any) -> None:
         for rank, pipe in enumerate(self._pipes):

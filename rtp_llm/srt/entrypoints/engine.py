@@ -12,22 +12,26 @@ from queue import SimpleQueue
 from typing import Any, Self
 
 from rtp_llm import __version__
-from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
-from rtp_llm.srt.managers.detokenizer import Completion
-from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
-from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
-from rtp_llm.srt.messages import Shutdown, TokenOutput
-from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.srt.entrypoints.frontend import (
+    Call,
+    Item,
+    Result,
+    Results,
+    completions_of,
+    read_model_config,
+    read_tokenizer,
+)
+from rtp_llm.srt.managers.engine_client import EngineClient, FlushResult
+from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.messages import Shutdown
+from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink
 from rtp_llm.srt.utils.logging import configure_logging
 
 logger = logging.getLogger(__name__)
 
-Result = dict[str, Any]
-Results = Result | list[Result]
-Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, what came for it)
 OnProgress = Callable[[int, int], None]
 
 
@@ -60,17 +64,8 @@ class Engine:
     ) -> None:
         self.server_args = args = _server_args(model_path, server_args, kwargs)
         configure_logging(args.log_level)
-        self.model_config = ModelConfig.from_pretrained(
-            args.model_path,
-            revision=args.revision,
-            trust_remote_code=args.trust_remote_code,
-            dtype=args.dtype,
-            context_length=args.context_length,
-            json_model_override_args=args.json_model_override_args,
-            download_dir=args.download_dir,
-            load_format=args.load_format,
-        )
-        tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, self.model_config)
+        self.model_config = read_model_config(args)
+        tokenizer = read_tokenizer(args, self.model_config)
         link = QueueLink()
         self._client = EngineClient(link.client)
         build = partial(EngineCore, args, self.model_config, link.core, on_progress=on_progress)
@@ -204,19 +199,11 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
 
-    def _call(self, prompt: Any, input_ids: Any, **options: Any) -> "Call":
-        prompts, batched = _prompts(prompt, input_ids, options)
-        completions = []
-        for i, item in enumerate(prompts):
-            try:
-                requests = self.tokenizer_manager.requests(item)
-            except InvalidRequest as error:
-                raise InvalidRequest(f"prompt {i}: {error}", error.param) if batched else error from None
-            text_in_logprobs = item.return_text_in_logprobs
-            completions += [self.tokenizer_manager.completion(request, text_in_logprobs) for request in requests]
-        return Call(self._client, completions, batched or len(completions) > 1)
+    def _call(self, prompt: Any, input_ids: Any, **options: Any) -> Call:
+        completions, many = completions_of(self.tokenizer_manager, prompt, input_ids, options)
+        return Call(self._client, completions, many)
 
-    def _collect(self, call: "Call") -> Results:
+    def _collect(self, call: Call) -> Results:
         queue: SimpleQueue[Item] = SimpleQueue()
         with call:
             call.submit(queue.put)
@@ -224,7 +211,7 @@ class Engine:
                 call.take(self._runner.next_item(queue))
         return call.results()
 
-    def _stream(self, call: "Call") -> Generator[Result, None, None]:
+    def _stream(self, call: Call) -> Generator[Result, None, None]:
         queue: SimpleQueue[Item] = SimpleQueue()
         with call:
             call.submit(queue.put)
@@ -233,7 +220,7 @@ class Engine:
                 if call.take(item := self._runner.next_item(queue)):
                     yield call.result(item[0])
 
-    async def _collect_async(self, call: "Call") -> Results:
+    async def _collect_async(self, call: Call) -> Results:
         queue: asyncio.Queue[Item] = asyncio.Queue()
         with call:
             call.submit(call.threadsafe_put(queue))
@@ -241,7 +228,7 @@ class Engine:
                 call.take(await self._runner.next_item_async(queue))
         return call.results()
 
-    async def _stream_async(self, call: "Call") -> AsyncIterator[Result]:
+    async def _stream_async(self, call: Call) -> AsyncIterator[Result]:
         queue: asyncio.Queue[Item] = asyncio.Queue()
         with call:
             call.submit(call.threadsafe_put(queue))
@@ -249,78 +236,6 @@ class Engine:
             while call.num_running:
                 if call.take(item := await self._runner.next_item_async(queue)):
                     yield call.result(item[0])
-
-
-class Call:
-    """The completions of one ``generate``. As a context it ends in the core whatever still runs when it is left."""
-
-    def __init__(self, client: EngineClient, completions: list[Completion], many: bool) -> None:
-        self._client = client
-        self._completions = completions
-        self._many = many
-        self._submitted = False
-        self.num_running = len(completions)
-
-    def submit(self, put: Callable[[Item], None]) -> None:
-        """Starts all requests; ``put`` gets their outputs in the core's thread."""
-        self._submitted = True
-        try:
-            self._client.submit_all(
-                [(item.request, partial(_put_item, put, i)) for i, item in enumerate(self._completions)]
-            )
-        except (InvalidRequest, EngineStopped):
-            self._submitted = False  # the rids may be those of another call
-            raise
-
-    def threadsafe_put(self, queue: "asyncio.Queue[Item]") -> Callable[[Item], None]:
-        """A ``put`` into the running event loop's ``queue``. If the loop is gone, nobody waits: the request ends."""
-        loop = asyncio.get_running_loop()
-        client, rids = self._client, [item.request.rid for item in self._completions]
-
-        def put(item: Item) -> None:
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, item)
-            except RuntimeError:  # the event loop is closed
-                client.abort(rids[item[0]])
-
-        return put
-
-    def take(self, item: Item) -> bool:
-        """Adds to the completion that ``item`` is for; false if that has ended already."""
-        i, output = item
-        if isinstance(output, EngineStopped):
-            raise output
-        completion = self._completions[i]
-        if completion.finished:
-            return False
-        completion.add(output)
-        if completion.finished:
-            self.num_running -= 1
-            if output.finish_reason is None:  # by a stop string, of which the core knows nothing
-                self._client.abort(completion.request.rid)
-        return True
-
-    def result(self, i: int) -> Result:
-        """Completion ``i`` so far, for a stream."""
-        result = self._completions[i].result()
-        return {**result, "index": i} if self._many else result
-
-    def results(self) -> Results:
-        results = [completion.result() for completion in self._completions]
-        return results if self._many else results[0]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._submitted:
-            for completion in self._completions:
-                if not completion.finished:
-                    self._client.abort(completion.request.rid)
-
-
-def _put_item(put: Callable[[Item], None], i: int, output: TokenOutput | EngineStopped) -> None:
-    put((i, output))
 
 
 class ThreadRunner:
@@ -418,48 +333,3 @@ def _server_args(model_path: str | None, server_args: ServerArgs | None, kwargs:
         return server_args
     given = {"log_level": "error"} | kwargs
     return ServerArgs.from_dict(given if model_path is None else given | {"model_path": model_path})
-
-
-def _load_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
-    """None, with a warning, where the checkpoint brings no tokenizer and none is named: ids still work."""
-    if args.tokenizer_path is None and not has_tokenizer(config.model_path):
-        logger.warning("%s has no tokenizer: only token ids are taken and given", config.model_path)
-        return None
-    if args.tokenizer_path is None:
-        return load_tokenizer(config.model_path, args.trust_remote_code)
-    return load_tokenizer(args.tokenizer_path, args.trust_remote_code, args.revision)
-
-
-def _prompts(prompt: Any, input_ids: Any, options: dict[str, Any]) -> tuple[list[Prompt], bool]:
-    """The single prompts of a call, and whether it gave a list of them. ``options`` are fields of Prompt."""
-    if (prompt is None) == (input_ids is None):
-        given = "neither" if prompt is None else "both"
-        raise InvalidRequest(f"give either prompt or input_ids; {given} is given", "prompt")
-    name, value = ("prompt", prompt) if input_ids is None else ("input_ids", input_ids)
-    field_name = "text" if name == "prompt" else "input_ids"
-    if not _is_batch(name, value):
-        return [Prompt(**{field_name: value}, **options)], False
-    if not value:
-        raise InvalidRequest(f"{name} is an empty list", name)
-    columns = {key: _per_prompt(key, option, len(value)) for key, option in options.items()}
-    rows = [{key: column[i] for key, column in columns.items()} for i in range(len(value))]
-    return [Prompt(**{field_name: item}, **row) for item, row in zip(value, rows, strict=True)], True
-
-
-def _is_batch(name: str, value: Any) -> bool:
-    if not isinstance(value, (list, tuple)):
-        return False
-    return name == "prompt" or (len(value) > 0 and isinstance(value[0], (list, tuple)))
-
-
-def _per_prompt(name: str, option: Any, num_prompts: int) -> Sequence[Any]:
-    """The option's value for each prompt of a batch: given as a list of as many, or one for all."""
-    if not isinstance(option, (list, tuple)) or (
-        name == "token_ids_logprob" and not any(item is None or isinstance(item, (list, tuple)) for item in option)
-    ):
-        if name == "rid" and option is not None:
-            raise InvalidRequest(f"rid must be a list of {num_prompts} names for {num_prompts} prompts", "rid")
-        return [option] * num_prompts
-    if len(option) != num_prompts:
-        raise InvalidRequest(f"{name} is a list of {len(option)} values for {num_prompts} prompts", name)
-    return option

@@ -7,6 +7,7 @@ alone.
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rtp_llm.srt.messages import FinishReason, GenerateRequest, TokenOutput
@@ -217,6 +218,11 @@ class CompletionText:
         """The text without an end that may turn out to be the beginning of a stop string."""
         return self.text[: len(self.text) - held_len(self.text[self._search_from :], self._stop)]
 
+    @property
+    def num_certain_tokens(self) -> int:
+        """How many of the ids no stop string can cut any more: those that begin within the certain text."""
+        return bisect_left(self._starts, len(self.certain())) if self._stop else len(self._starts)
+
     def _extend(self, piece: str) -> None:
         start = max(self._search_from, len(self.text) - self._longest_stop + 1)
         self.text += piece
@@ -247,6 +253,15 @@ def held_len(text: str, stop: Sequence[str]) -> int:
     return longest
 
 
+@dataclass(slots=True)
+class Delta:
+    """What is new and certain of a completion since its last delta. All deltas together are the whole."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+
+
 class Completion:
     """What came back for one request, and the result made of it.
 
@@ -274,10 +289,46 @@ class Completion:
         self._num_retractions = 0
         self._start_s = time.perf_counter()
         self._latency_s = 0.0
+        self._num_taken_chars = 0
+        self._num_taken_tokens = 0
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        """The text so far, without what may turn out to be the beginning of a stop string."""
+        text = self._text
+        return "" if text is None else text.text if self.finished else text.certain()
+
+    @property
+    def output_ids(self) -> Sequence[int]:
+        return self._output_ids
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]:
+        """One per output id, if logprobs were asked for."""
+        return self._logprobs
+
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob]:
+        """Those of the prompt's tokens from ``logprob_start_len + 1`` on, as far as they came."""
+        return self._prompt_logprobs
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._cached_tokens
+
+    def take_delta(self) -> Delta:
+        """What the last call did not give yet. What a stop string may still cut is held back, ids and logprobs too."""
+        chars, tokens = self._num_taken_chars, self._num_taken_tokens
+        text = self.text
+        end = len(self._output_ids)
+        if not self.finished and self._text is not None:
+            end = self._text.num_certain_tokens
+        self._num_taken_chars, self._num_taken_tokens = len(text), end
+        return Delta(text[chars:], self._output_ids[tokens:end], self._logprobs[tokens:end])
 
     def add(self, output: TokenOutput) -> None:
         if self.finished:
@@ -319,9 +370,8 @@ class Completion:
         Texts of successive calls extend each other. Logprob entries are tuples ``(logprob, token id, text or None)``,
         present only if asked for; the first prompt entry has no logprob, and None in place of its alternatives.
         """
-        text = self._text
         return {
-            "text": "" if text is None else text.text if self.finished else text.certain(),
+            "text": self.text,
             "output_ids": list(self._output_ids),
             "meta_info": self._meta_info(),
         }
@@ -378,6 +428,9 @@ class Detokenizer:
     def completion_text(self, request: GenerateRequest) -> CompletionText:
         decode = self._plain if request.params.skip_special_tokens else self._with_special
         return CompletionText(decode, request.prompt_ids, request.params)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return (self._plain if skip_special_tokens else self._with_special)(ids)
 
     def token_text(self, token_id: int) -> str:
         """One token alone, as logprob entries show it."""

@@ -1,13 +1,23 @@
 """Keeps every live request on the client side of the link, and gives each what the core says about it."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from uuid import uuid4
 
-from rtp_llm.srt.messages import AbortRequest, FlushCache, FlushCacheDone, FromCore, GenerateRequest, TokenOutput
+from rtp_llm.srt.messages import (
+    AbortRequest,
+    CoreStats,
+    FinishReason,
+    FlushCache,
+    FlushCacheDone,
+    FromCore,
+    GenerateRequest,
+    TokenOutput,
+)
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils.ipc import ClientEnd
 
@@ -26,31 +36,112 @@ class FlushResult(NamedTuple):
         return self.success
 
 
+ABORTED = FinishReason("abort", message="the request was aborted", status_code=499)
+KILLER = FinishReason(
+    "abort", message="the engine core died twice while it was computing this request", status_code=500
+)
+
 Deliver = Callable[[TokenOutput | EngineStopped], None]
 
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request that the core has not ended, with the ids that came back: all that a resubmission needs."""
+    """A request that the core has not ended, with what came back: all that a resubmission needs."""
 
     request: GenerateRequest
     deliver: Deliver
     output_ids: list[int] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
+    cached_tokens: int | None = None  # as first told: what a restarted core finds cached is no news to the client
+    num_retractions: int = 0
+    earlier_retractions: int = 0  # in cores that died
+    deaths: int = 0  # of cores that were running it, since it last made progress
+    aborted: bool = False
+
+    def take(self, output: TokenOutput) -> TokenOutput:
+        """Notes what came, and returns it, made what it would be from a core that never died."""
+        self.output_ids += output.token_ids
+        self.num_prompt_logprobs += len(output.prompt_logprobs)
+        if self.cached_tokens is None:
+            self.cached_tokens = output.cached_tokens
+        self.num_retractions = self.earlier_retractions + output.num_retractions
+        output.cached_tokens, output.num_retractions = self.cached_tokens, self.num_retractions
+        return output
+
+    def resubmission(self) -> GenerateRequest:
+        """The rest of the request. Prompt logprobs that came already are not asked for again."""
+        request = self.request
+        self.earlier_retractions = self.num_retractions
+        start = request.logprob_start_len
+        if start >= 0:
+            start += self.num_prompt_logprobs
+            if start >= len(request.prompt_ids) - 1:
+                start = -1
+        return replace(request, output_ids=request.output_ids + self.output_ids, logprob_start_len=start)
+
+
+# Requests that a core was running when it died, so many times without progress in between, are what killed it.
+MAX_DEATHS = 2
 
 
 class EngineClient:
     """Thread-safe. ``deliver`` callables run in the thread that receives from the core: quick, and never raising.
 
     Every submitted request ends exactly once: by a TokenOutput with a finish reason, or by EngineStopped.
+
+    A core may die and another take its place: ``detach`` and ``attach``. Meanwhile nothing is lost, only late. One of
+    the requests that the dead core was running may have killed it: the next core gets these suspects one after the
+    other, each when the one before has made progress, so that the one that kills again is told from the rest.
     """
 
-    def __init__(self, link: ClientEnd) -> None:
-        self._link = link
+    def __init__(self, link: ClientEnd | None = None) -> None:
+        self.stats = CoreStats()  # the newest
+        self._link: ClientEnd | None = None
         self._lock = threading.Lock()
         self._live: dict[str, LiveRequest] = {}
         self._flushes: dict[str, Future[FlushResult]] = {}
+        self._suspects: deque[str] = deque()  # not sent yet
+        self._probe: str | None = None  # the suspect that was sent last, and has made no progress yet
         self._stopped: EngineStopped | None = None
-        link.on_messages(self._receive)
+        if link is not None:
+            self.attach(link)
+
+    def attach(self, link: ClientEnd) -> None:
+        """A core is ready behind ``link``: it gets every live request."""
+        with self._lock:
+            self._link = link
+            link.on_messages(self._receive)
+            self._suspects = deque(rid for rid, entry in self._live.items() if entry.deaths)
+            self._probe = None
+            for entry in self._live.values():
+                if not entry.deaths:
+                    link.send(entry.resubmission())
+            self._send_next_suspect()
+
+    def detach(self, running: Set[str]) -> None:
+        """The core died while it was running these requests, and its link is closed: nothing more comes from it."""
+        with self._lock:
+            self._link = None
+            flushes, self._flushes = self._flushes, {}
+            ended: list[tuple[LiveRequest, FinishReason]] = []
+            for rid in list(self._live):
+                entry = self._live[rid]
+                entry.deaths += rid in running
+                if entry.aborted:
+                    ended.append((self._live.pop(rid), ABORTED))
+                elif entry.deaths >= MAX_DEATHS:
+                    ended.append((self._live.pop(rid), KILLER))
+        for entry, reason in ended:
+            entry.deliver(entry.take(TokenOutput(entry.request.rid, finish_reason=reason)))
+        for future in flushes.values():
+            future.set_result(FlushResult(False, "the engine core was restarted"))
+
+    def _send_next_suspect(self) -> None:
+        while self._suspects and self._probe is None and self._link is not None:
+            rid = self._suspects.popleft()
+            if rid in self._live:
+                self._probe = rid
+                self._link.send(self._live[rid].resubmission())
 
     @property
     def num_live(self) -> int:
@@ -75,14 +166,23 @@ class EngineClient:
                     raise InvalidRequest(f"another running request has the rid {request.rid!r}; choose another", "rid")
                 new[request.rid] = LiveRequest(request, deliver)
             self._live |= new
-            for request, _ in entries:
-                self._link.send(request)
+            if self._link is not None:
+                for request, _ in entries:
+                    self._link.send(request)
 
     def abort(self, rid: str | None) -> None:
         """Ends one request, or all if ``rid`` is None. Whoever waits for it gets its end from the core."""
         with self._lock:
-            if self._stopped is None and (rid in self._live if rid is not None else self._live):
+            entries = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []
+            for entry in entries:
+                entry.aborted = True
+            unsent = [entry for entry in entries if self._link is None or entry.request.rid in self._suspects]
+            for entry in unsent:
+                del self._live[entry.request.rid]
+            if self._link is not None and len(unsent) < len(entries):
                 self._link.send(AbortRequest(rid))
+        for entry in unsent:
+            entry.deliver(entry.take(TokenOutput(entry.request.rid, finish_reason=ABORTED)))
 
     def start_flush(self) -> Future[FlushResult]:
         """Asks the core to empty the prefix cache. See FlushResult."""
@@ -91,8 +191,11 @@ class EngineClient:
         call_id = uuid4().hex
         with self._lock:
             self._check_running()
-            self._flushes[call_id] = future
-            self._link.send(FlushCache(call_id))
+            if self._link is None:
+                future.set_result(FlushResult(False, "the engine core is being restarted"))
+            else:
+                self._flushes[call_id] = future
+                self._link.send(FlushCache(call_id))
         return future
 
     def flush_cache(self) -> FlushResult:
@@ -119,6 +222,8 @@ class EngineClient:
         for message in messages:
             if isinstance(message, FlushCacheDone):
                 self._finish_flush(message)
+            elif isinstance(message, CoreStats):
+                self.stats = message
             else:
                 self._deliver(message)
 
@@ -127,9 +232,14 @@ class EngineClient:
             entry = self._live.get(output.rid)
             if entry is None:
                 return  # ended here while the core's last words were under way
-            entry.output_ids += output.token_ids
+            output = entry.take(output)
             if output.finish_reason is not None:
                 del self._live[output.rid]
+            if output.token_ids or output.finish_reason is not None:
+                entry.deaths = 0
+                if output.rid == self._probe:
+                    self._probe = None
+                    self._send_next_suspect()
         entry.deliver(output)
 
     def _finish_flush(self, message: FlushCacheDone) -> None:

@@ -107,7 +107,7 @@ class TokenizerManager:
         params.validate(self.vocab_size)
         if self.tokenizer is None and params.stop:
             raise InvalidRequest("stop strings need a tokenizer, and the engine runs without one", "stop")
-        ids = self._prompt_ids(prompt)
+        ids = self._prompt_ids(prompt, wants_new=params.max_new_tokens != 0)
         params = replace(params, max_new_tokens=self._max_new_tokens(params, len(ids)))
         logprobs = self._logprob_options(prompt, len(ids))
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
@@ -121,19 +121,28 @@ class TokenizerManager:
         """What collects the outputs of ``request`` and makes its result."""
         return Completion(request, self._detokenizer, text_in_logprobs)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the tokenizer's special tokens around, as transformers gives them."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the tokenizer's special tokens around unless told otherwise, as transformers gives them."""
         if self.tokenizer is None:
             raise InvalidRequest(
                 "a text prompt needs a tokenizer, and the engine runs without one; give input_ids", "prompt"
             )
         _check_text("prompt", text)
         with self._encode_lock:  # transformers sets the tokenizer's state before each call
-            return self.tokenizer(text, add_special_tokens=True, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
+            encoding = self.tokenizer(
+                text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+            )
+        return encoding["input_ids"]
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Raises InvalidRequest for what is no id of this model, and without a tokenizer."""
+        if self._detokenizer is None:
+            raise InvalidRequest("text needs a tokenizer, and the engine runs without one", "tokens")
+        checked = token_ids("tokens", ids)
+        check_vocabulary("tokens", checked, self.vocab_size)
+        return self._detokenizer.decode(checked, skip_special_tokens)
+
+    def _prompt_ids(self, prompt: Prompt, wants_new: bool) -> list[int]:
         name = "input_ids" if prompt.text is None else "prompt"
         ids = token_ids(name, prompt.input_ids) if prompt.text is None else self.encode(prompt.text)
         if not ids:
@@ -143,9 +152,9 @@ class TokenizerManager:
             raise InvalidRequest(
                 f"the prompt has {len(ids)} tokens, more than the context length of {self.context_length}", name
             )
-        if len(ids) >= self.max_req_len:
+        if len(ids) + wants_new > self.max_req_len:
             raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens and leaves no room for a new one: {self._limit()}", name
+                f"the prompt has {len(ids)} tokens and leaves no room{' for a new one' * wants_new}: {self._limit()}", name
             )
         return ids
 

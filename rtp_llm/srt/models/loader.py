@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.model_config import CONFIG_FILE, ModelConfig
 from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.models.weight_files import Progress, find_weight_files, read_weights
@@ -31,6 +31,10 @@ COMMON_IGNORE = (
 _LAYER_NUMBER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
 
 
+class ModelBuildError(ValueError):
+    """The model class cannot be constructed from the checkpoint's configuration; the cause is chained."""
+
+
 class WeightLoadError(ValueError):
     """Checkpoint and model do not fit; the message names every tensor and parameter concerned."""
 
@@ -48,6 +52,7 @@ def load_model(
 
     Raises:
         UnknownArchitectureError, ModelImportError: no model class (see registry.py).
+        ModelBuildError: the model class does not get on with the configuration.
         WeightsNotFoundError, WeightFileError: no usable weight files (see weight_files.py).
         WeightLoadError: they do not fit the model.
     """
@@ -55,13 +60,23 @@ def load_model(
     model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
     files = [] if load_format == "dummy" else find_weight_files(model_path, load_format)
     with _built_as(model_config.dtype, device), share_ropes(), torch.no_grad():
-        model = model_class(config=model_config.hf_config, quant_config=None)
+        model = _build(model_class, model_config)
         if load_format == "dummy":
             fill_with_dummy_weights(model)
         else:
             load_weights(model, read_weights(files, progress), model_config.num_layers)
         _finish(model)
     return model.eval().requires_grad_(False)
+
+
+def _build(model_class: type[nn.Module], model_config: ModelConfig) -> nn.Module:
+    try:
+        return model_class(config=model_config.hf_config, quant_config=None)
+    except Exception as error:  # whatever a model's constructor may raise; the cause is chained
+        raise ModelBuildError(
+            f"{model_class.__name__} cannot be built from {model_config.model_path}/{CONFIG_FILE}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _refuse_quantized(model_config: ModelConfig) -> None:

@@ -69,7 +69,7 @@ def _find_kind(directory: Path, single: str, pattern: str) -> list[Path]:
     if one.exists() and one not in indexed:
         return [one]  # as transformers prefers it
     if indexed:
-        missing = [path.name for path in indexed if not path.exists()]
+        missing = [path.name for path in indexed if not path.is_file()]
         if missing:
             raise WeightsNotFoundError(
                 f"{len(missing)} of the {len(indexed)} files that {index} names are missing: {', '.join(missing)}. "
@@ -142,8 +142,8 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise WeightFileError(f"{path} must hold a dictionary of tensors, not {type(content).__name__}")
     for name in list(content):
         tensor = content.pop(name)
-        if not isinstance(tensor, torch.Tensor):
-            raise WeightFileError(f"{path} must hold a flat dictionary of tensors, but {name!r} is {type(tensor)}")
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise WeightFileError(f"{path} must hold a flat dictionary of named tensors, but {name!r} is {type(tensor)}")
         yield name, tensor
 
 

@@ -42,6 +42,10 @@ class CacheMemory:
     def available_everywhere(self) -> list[int]:
         return [self.available(g) for g in range(len(self.groups))]
 
+    def usage(self) -> float:
+        """The part of the fullest group's pages that requests hold, 0 to 1; what is only cached is free."""
+        return max(1 - self.available(g) / allocator.num_pages for g, allocator in enumerate(self.allocators))
+
     # Looking ahead
 
     def pages_to_grow(self, request: Request, num_tokens: int) -> list[int]:

@@ -50,7 +50,8 @@ class SchedulerStats:
     """Totals since the start, in tokens and requests."""
 
     computed_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: int = 0  # of requests when first admitted
+    cached_tokens: int = 0  # and of these, found in the prefix cache
     generated_tokens: int = 0
     finished_requests: int = 0
     retractions: int = 0
@@ -178,7 +179,8 @@ class Scheduler:
             return f"a request with the id {message.rid!r} is running already"
         if not message.prompt_ids:
             return "the prompt is empty: it needs at least one token"
-        total = len(message.prompt_ids) + max(message.params.max_new_tokens or 1, len(message.output_ids))
+        num_new = 1 if message.params.max_new_tokens is None else message.params.max_new_tokens
+        total = len(message.prompt_ids) + max(num_new, len(message.output_ids))
         if total > self.config.max_req_len:
             return (
                 f"the request needs {total} tokens ({len(message.prompt_ids)} of the prompt), "
@@ -316,7 +318,8 @@ class Scheduler:
         request.prefill_len = len(request.ids)
         if request.cached_tokens is None:
             request.cached_tokens = min(matched, request.prompt_len)
-        self.stats.cached_tokens += matched
+            self.stats.prompt_tokens += request.prompt_len
+            self.stats.cached_tokens += request.cached_tokens
         plan.admissions.append(request.admission())
         for g, table in enumerate(request.pages):
             if table:

@@ -1,16 +1,17 @@
 """A worker in a process of its own: ``main`` serves one rank over an inherited socket until it closes."""
 
 import os
-import pickle
 import signal
+import sys
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from rtp_llm.srt.distributed.parallel_state import destroy_tensor_parallel, init_tensor_parallel
-from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.platform import num_cpus
 from rtp_llm.srt.utils.ipc import receive, send
@@ -50,16 +51,22 @@ def main(fd: int) -> None:
         _serve(pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the pipe or is gone: this is how a worker ends
-    except Exception:
-        send(pipe, ("error", traceback.format_exc()))
+    except Exception as error:
+        _tell(pipe, error)
     finally:
         destroy_tensor_parallel()
 
 
+def _tell(pipe: Connection, error: Exception) -> None:
+    """Sends what went wrong: a line, and the traceback."""
+    with suppress(BrokenPipeError, ConnectionResetError):  # the parent has given up already
+        send(pipe, ("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
+
+
 def _serve(pipe: Connection) -> None:
-    config, init_method, timeout_s, models = receive(pipe)
+    config, init_method, timeout_s, registrations = receive(pipe)
     configure_logging(config.log_level)
-    ModelRegistry.models.update(pickle.loads(models))
+    unpack_registrations(registrations)
     _join(config, init_method, timeout_s)
     worker = Worker(config, lambda done, total: send(pipe, ("progress", (done, total))))
     send(pipe, ("result", worker.loaded()))
@@ -80,3 +87,7 @@ def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
         backend = "gloo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     init_tensor_parallel(config.rank, config.world_size, backend, init_method, timeout_s)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -60,6 +60,23 @@ def test_only_windows_serve_any_length():
     assert plan([WINDOW], max_total_tokens=8).max_req_len == 8, "less than its window: it does not slide"
 
 
+def test_a_prompt_that_is_not_cut_needs_room_for_all_of_it_in_a_window_group_too():
+    assert plan([WINDOW], max_total_tokens=50, max_chunk=None).max_req_len == 50
+    assert plan([FULL, WINDOW], max_total_tokens=90, max_chunk=None).num_pages == (90, 90)
+
+
+def test_a_window_and_a_chunk_are_rounded_up_to_pages():
+    groups = [CacheGroup(group.spec, group.layer_ids, page_size=16) for group in (FULL, WINDOW)]
+    capacity = plan(groups, max_total_tokens=256, max_chunk=7, window_ratio=0.01)
+    assert capacity.num_pages == (16, 4)  # 10 + 7 tokens in two pages, and two broken ones
+    assert capacity.max_req_len == 256
+
+
+def test_a_cache_in_which_no_request_fits_is_refused():
+    with pytest.raises(NotEnoughMemory, match="holds 1 token, but a request needs two"):
+        plan([FULL], max_total_tokens=1)
+
+
 def test_whole_pages():
     group = CacheGroup(FULL.spec, FULL.layer_ids, page_size=16)
     capacity = plan([group])

@@ -14,6 +14,7 @@ import pytest
 
 from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
 from rtp_llm.srt.entrypoints import engine as engine_module
+from rtp_llm.srt.entrypoints import frontend as frontend_module
 from rtp_llm.srt.entrypoints.engine import Engine
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
 from rtp_llm.srt.messages import (
@@ -112,9 +113,9 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
         model_path="m", vocab_size=1000, context_length=600, architectures=["Scripted"], dtype="float32"
     )
     monkeypatch.setattr(engine_module, "EngineCore", ScriptedCore)
-    monkeypatch.setattr(engine_module, "has_tokenizer", lambda _: True)
-    monkeypatch.setattr(engine_module, "load_tokenizer", lambda *_: CharTokenizer())
-    monkeypatch.setattr(engine_module.ModelConfig, "from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr(frontend_module, "has_tokenizer", lambda _: True)
+    monkeypatch.setattr(frontend_module, "load_tokenizer", lambda *_: CharTokenizer())
+    monkeypatch.setattr(frontend_module.ModelConfig, "from_pretrained", lambda *_, **__: config)
     engines: list[Engine] = []
 
     def make(**kwargs: Any) -> Engine:

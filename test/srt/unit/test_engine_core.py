@@ -1,5 +1,9 @@
 """The loop over a real model: any depth gives the same tokens, and a failure reaches whoever waits."""
 
+import subprocess
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor,
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.utils.ipc import QueueLink
+from rtp_llm.srt.utils.ipc import QueueLink, send
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias"]
@@ -155,8 +159,9 @@ def test_masks_come_between_forward_and_draw(kind):
 
 def test_a_worker_process_that_fails_says_why():
     executor = make_executor("llama-default", "process")
-    with pytest.raises(WorkerError, match=r"rank 0 failed(.|\n)*no_such_method"):
+    with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: AttributeError: .*no_such_method") as failure:
         executor.rpc("no_such_method")
+    assert "\n" not in str(failure.value) and "Traceback" in failure.value.__notes__[0]
     executor.shutdown()
 
 
@@ -168,6 +173,37 @@ def test_a_worker_process_that_dies_is_noticed():
         executor.submit(first_plan()).result()
     executor.shutdown()
     assert not executor._processes
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[tuple[MultiProcessExecutor, list[Connection]]]:
+    """An executor whose ranks do nothing, and the ends of the pipes that they would answer by."""
+    args = ServerArgs(model_path=tiny_model("llama-tp"), device="cpu", tp_size=2)
+    executor = MultiProcessExecutor(worker_config(args, ModelConfig.from_pretrained(args.model_path), "cpu"), 60.0)
+    pairs = [Pipe() for _ in range(2)]
+    executor._pipes = [ours for ours, _ in pairs]
+    executor._processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE) for _ in range(2)]
+    yield executor, [theirs for _, theirs in pairs]
+    for process in executor._processes:
+        process.kill()
+    executor.shutdown()
+
+
+def test_the_rank_that_fails_first_is_blamed(two_ranks):
+    """Rank 0 waits for rank 1 in an exchange, and would fail only later."""
+    executor, pipes = two_ranks
+    send(pipes[1], ("error", ("KeyError: 'x'", "Traceback ...")))
+    with pytest.raises(WorkerError, match="^the worker of rank 1 failed: KeyError: 'x'$"):
+        executor.rpc("init_cache")
+
+
+def test_a_rank_that_died_is_blamed_and_not_its_neighbour(two_ranks):
+    executor, pipes = two_ranks
+    executor._processes[1].kill()
+    executor._processes[1].wait()
+    send(pipes[0], ("error", ("RuntimeError: Connection reset by peer", "Traceback ...")))
+    with pytest.raises(WorkerError, match="^the worker process of rank 1 died with exit code -9$"):
+        executor.rpc("init_cache")
 
 
 def test_logits_that_are_no_numbers_end_their_request_alone():

@@ -14,7 +14,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.models.loader import WeightLoadError, load_model, load_weights, load_weights_declaratively
+from rtp_llm.srt.models.loader import (
+    ModelBuildError,
+    WeightLoadError,
+    load_model,
+    load_weights,
+    load_weights_declaratively,
+)
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.models.weight_files import WeightFileError, WeightsNotFoundError, find_weight_files, read_weights
 
@@ -108,6 +114,12 @@ def test_a_broken_index(tmp_path, text):
         read(tmp_path)
 
 
+def test_an_index_that_names_a_directory(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": ""}}')
+    with pytest.raises(WeightsNotFoundError, match="1 of the 1 files that .* names are missing"):
+        read(tmp_path)
+
+
 def test_no_weights(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(WeightsNotFoundError) as caught:
@@ -152,10 +164,10 @@ def test_a_bin_file_with_other_objects_is_refused(tmp_path, new_format):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.zeros(1)}}, [torch.zeros(1)]])
+@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.zeros(1)}}, [torch.zeros(1)], {3: torch.zeros(1)}])
 def test_a_bin_file_must_be_a_flat_dictionary(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightFileError, match=r"must hold a (flat )?dictionary of tensors"):
+    with pytest.raises(WeightFileError, match=r"must hold a (flat )?dictionary of (named )?tensors"):
         read(tmp_path)
 
 
@@ -534,6 +546,22 @@ def test_the_default_dtype_comes_back_after_an_error(tiny_directory):
     with pytest.raises(WeightLoadError):
         load_directory(tiny_directory)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["Qwen3ForCausalLM"]}, "AttributeError: 'LlamaConfig' object has no attribute"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 0}, "null for none; not 0"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_act": "no_such"}, "unknown gated activation 'no_such'"),
+    ],
+)
+def test_a_model_that_the_configuration_cannot_build_names_both(tiny_directory, changes, message):
+    config_file = tiny_directory / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | changes))
+    [architecture] = changes["architectures"]
+    with pytest.raises(ModelBuildError, match=f"^{architecture} cannot be built from .*config.json: .*{message}"):
+        load_directory(tiny_directory)
 
 
 def test_hooks_run_once_after_loading(tiny_directory, monkeypatch):

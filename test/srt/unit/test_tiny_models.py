@@ -46,6 +46,9 @@ def test_the_checkpoints_cover_what_the_engine_promises() -> None:
     }
     kinds = {config["rope_parameters"]["rope_type"] for config in configs}
     assert kinds == {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+    # each family with another base than the usual one, or nobody would notice that a model file forgets to hand it on
+    unusual = {config["architectures"][0] for config in configs if config["rope_parameters"]["rope_theta"] != 1e4}
+    assert len(unusual) == 4
     assert {config["tie_word_embeddings"] for config in configs} == {True, False}
     assert {config.get("sliding_window") for config in configs} == {None, 7, 16}
     assert {config.get("attention_bias", False) for config in configs} == {True, False}

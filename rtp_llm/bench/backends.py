@@ -1,0 +1,144 @@
+"""What the servers' three ways to generate want to be asked, and what their events say."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtp_llm.bench.http_client import BrokenResponse, RequestFailed, error_message
+
+END_OF_STREAM = "[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request as a backend is to put it: a prompt of ids or of text, and how much to generate."""
+
+    prompt: list[int] | str
+    output_len: int
+    model: str
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one event says. Counts are totals so far, and None where the event has none.
+
+    ``text`` is what came with this event, or the whole text so far if ``cumulative``. ``has_tokens`` tells events
+    that carry generated tokens from those about roles, usage and endings.
+    """
+
+    text: str = ""
+    cumulative: bool = False
+    has_tokens: bool = False
+    finished: bool = False
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A way to generate: where it is, whether it takes ids, the body of a request, and the reading of an event."""
+
+    name: str
+    path: str
+    takes_ids: bool
+    body: Callable[[Ask], dict[str, Any]]
+    read: Callable[[dict[str, Any]], Chunk]
+    aliases: tuple[str, ...] = field(default=())
+
+
+def read_event(backend: Backend, data: str) -> Chunk:
+    """The meaning of an event's data. Raises RequestFailed if it tells an error, or makes no sense."""
+    try:
+        event = json.loads(data)
+    except ValueError:
+        raise BrokenResponse(f"an event is not JSON: {data[:200]!r}") from None
+    if not isinstance(event, dict):
+        raise BrokenResponse(f"an event must be a JSON object, not {data[:200]!r}")
+    if event.get("error"):
+        raise RequestFailed(f"the server ended the stream with an error: {error_message(event)}")
+    try:
+        return backend.read(event)
+    except (AttributeError, LookupError, TypeError):
+        raise BrokenResponse(f"an event is not one of {backend.path}: {data[:200]!r}") from None
+
+
+def _native_body(ask: Ask) -> dict[str, Any]:
+    params: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": ask.output_len}
+    if ask.ignore_eos:
+        params["ignore_eos"] = True
+    prompt = {"text" if isinstance(ask.prompt, str) else "input_ids": ask.prompt}
+    return prompt | {"sampling_params": params, "stream": True}
+
+
+def _read_native(event: dict[str, Any]) -> Chunk:
+    meta = event["meta_info"]
+    finish = meta.get("finish_reason")
+    if finish and finish["type"] == "abort":
+        raise RequestFailed(f"the server ended the request: {finish.get('message') or 'without saying why'}")
+    return Chunk(
+        text=event.get("text") or "",
+        cumulative=True,
+        has_tokens=meta["completion_tokens"] > 0,
+        finished=bool(finish),
+        prompt_tokens=meta.get("prompt_tokens"),
+        cached_tokens=meta.get("cached_tokens"),
+        completion_tokens=meta["completion_tokens"],
+    )
+
+
+def _openai_body(ask: Ask) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": ask.model, "max_tokens": ask.output_len, "temperature": 0.0}
+    if ask.ignore_eos:
+        body["ignore_eos"] = True
+    return body | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _completions_body(ask: Ask) -> dict[str, Any]:
+    return _openai_body(ask) | {"prompt": ask.prompt}
+
+
+def _chat_body(ask: Ask) -> dict[str, Any]:
+    return _openai_body(ask) | {"messages": [{"role": "user", "content": ask.prompt}]}
+
+
+def _read_completion(event: dict[str, Any]) -> Chunk:
+    """An event with an empty text has a token without text (half a character, a special token), unless it is the end."""
+    choices = event.get("choices") or []
+    finished = any(choice.get("finish_reason") for choice in choices)
+    text = "".join(choice.get("text") or "" for choice in choices)
+    has_tokens = bool(text) or (bool(choices) and not finished)
+    return Chunk(text=text, has_tokens=has_tokens, finished=finished, **_usage(event))
+
+
+def _read_chat(event: dict[str, Any]) -> Chunk:
+    choices = event.get("choices") or []
+    deltas = [choice.get("delta") or {} for choice in choices]
+    text = "".join((delta.get("reasoning_content") or "") + (delta.get("content") or "") for delta in deltas)
+    return Chunk(
+        text=text,
+        has_tokens=bool(text) or any(delta.get("tool_calls") or delta.get("reasoning") for delta in deltas),
+        finished=any(choice.get("finish_reason") for choice in choices),
+        **_usage(event),
+    )
+
+
+def _usage(event: dict[str, Any]) -> dict[str, int | None]:
+    usage = event.get("usage") or {}
+    return {
+        "prompt_tokens": usage.get("prompt_tokens"),
+        "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+        "completion_tokens": usage.get("completion_tokens"),
+    }
+
+
+NATIVE = Backend("rtp-llm", "/generate", True, _native_body, _read_native, ("sglang", "sglang-native"))
+COMPLETIONS = Backend(
+    "openai", "/v1/completions", True, _completions_body, _read_completion, ("sglang-oai", "vllm", "llama-server")
+)
+CHAT = Backend(
+    "openai-chat", "/v1/chat/completions", False, _chat_body, _read_chat, ("sglang-oai-chat", "vllm-chat")
+)
+BACKENDS = {name: backend for backend in (NATIVE, COMPLETIONS, CHAT) for name in (backend.name, *backend.aliases)}

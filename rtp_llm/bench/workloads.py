@@ -1,0 +1,264 @@
+"""What is asked of a server, and when: sizes first, tokens later.
+
+A workload says of each request how long its prompt is, which pieces of it it shares with others, how much is to be
+generated, and when it arrives. ``Vocabulary`` turns the pieces into ids or text: equal pieces become equal tokens, in
+every run with the same seed.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Self
+
+import numpy
+from tokenizers import Tokenizer
+
+BLOCK_TOKENS = 512  # the unit that a Mooncake trace hashes
+PLAIN_WORD = re.compile(r"[ Ġ▁]([a-z]{2,})")  # a space (GPT-2 and SentencePiece write it so) and a word
+
+
+class WorkloadError(ValueError):
+    """A data set, or a tokenizer, from which no requests can be made."""
+
+
+class Source(IntEnum):
+    """What a piece of a prompt is: with its number, what decides the piece's tokens."""
+
+    OWN = 0  # of one request
+    SYSTEM = 1  # of a group
+    BLOCK = 2  # of a trace
+    WARMUP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    source: Source
+    number: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """A request: its prompt's pieces, tokens to generate, seconds from the start to its arrival (None: any time)."""
+
+    pieces: tuple[Piece, ...]
+    output_len: int
+    arrival_s: float | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        return sum(piece.num_tokens for piece in self.pieces)
+
+
+class Vocabulary:
+    """Draws prompts. ``ids`` are those to draw from for prompts of ids, ``words`` those for text, a token each."""
+
+    def __init__(self, ids: Sequence[int], words: Sequence[str] = ()) -> None:
+        self._ids = numpy.array(ids, dtype=numpy.int64)
+        self._words = list(words)
+
+    @classmethod
+    def from_size(cls, vocab_size: int) -> Self:
+        """All ids below ``vocab_size``, special ones included, and no text."""
+        return cls(range(vocab_size))
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> Self:
+        """All ids but the added and special ones; as words those tokens that are a space and lower-case letters.
+
+        Tokenizers split text before spaces, so that a text of n such words is n tokens.
+        """
+        added = tokenizer.get_added_tokens_decoder()
+        tokens = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
+        ids = [index for index in sorted(tokens) if index not in added]
+        words = [match[1] for index in ids if (match := PLAIN_WORD.fullmatch(tokens[index]))]
+        return cls(ids, words)
+
+    def ids(self, pieces: Iterable[Piece], seed: int) -> list[int]:
+        return [index for piece in pieces for index in self._ids[_draw(piece, seed, len(self._ids))].tolist()]
+
+    def text(self, pieces: Iterable[Piece], seed: int) -> str:
+        """A text of about as many tokens as the pieces. Raises WorkloadError if the tokenizer has no plain words."""
+        if not self._words:
+            raise WorkloadError("a prompt of text needs a tokenizer that has words of plain letters; name one")
+        size = len(self._words)
+        return " ".join(self._words[i] for piece in pieces for i in _draw(piece, seed, size).tolist())
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a directory or a hub id, without transformers, which takes seconds to load.
+
+    Raises:
+        WorkloadError: there is none.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return Tokenizer.from_file(str(path / "tokenizer.json"))
+        return Tokenizer.from_file(name) if path.is_file() else Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises nothing narrower
+        raise WorkloadError(
+            f"cannot load a tokenizer.json from {name!r}: {error}. Name a place that has one with --tokenizer, or, "
+            "for prompts of ids, give --vocab-size"
+        ) from None
+
+
+def random_requests(
+    num_prompts: int, input_len: int, output_len: int, range_ratio: float, seed: int
+) -> list[BenchRequest]:
+    """Lengths are uniform in ``[range_ratio * length, length]``, and at least 1; no two prompts share anything."""
+    draw = numpy.random.default_rng([seed, 0])
+    input_lens = _lengths(draw, num_prompts, input_len, range_ratio)
+    output_lens = _lengths(draw, num_prompts, output_len, range_ratio)
+    return [
+        BenchRequest((Piece(Source.OWN, i, prompt),), output)
+        for i, (prompt, output) in enumerate(zip(input_lens, output_lens, strict=True))
+    ]
+
+
+def shared_prefix_requests(
+    num_groups: int, prompts_per_group: int, system_prompt_len: int, question_len: int, output_len: int, seed: int
+) -> list[BenchRequest]:
+    """Each group's prompts begin with the same system prompt and go on with a question of their own; shuffled."""
+    requests = [
+        BenchRequest(
+            (
+                Piece(Source.SYSTEM, group, system_prompt_len),
+                Piece(Source.OWN, group * prompts_per_group + i, question_len),
+            ),
+            output_len,
+        )
+        for group in range(num_groups)
+        for i in range(prompts_per_group)
+    ]
+    order = numpy.random.default_rng([seed, 0]).permutation(len(requests))
+    return [requests[i] for i in order]
+
+
+def azure_requests(path: Path, scale: float, speed: float) -> list[BenchRequest]:
+    """An Azure LLM inference trace: ``TIMESTAMP,ContextTokens,GeneratedTokens``, one row per arrival.
+
+    Lengths are divided by ``scale`` and rounded up; the times between arrivals are divided by ``speed``.
+
+    Raises:
+        WorkloadError: the file is not such a trace; with the line.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [
+            _row(path, line, lambda row=row: (_seconds(row), int(row["ContextTokens"]), int(row["GeneratedTokens"])))
+            for line, row in enumerate(csv.DictReader(file), start=2)
+        ]
+    return _from_trace(
+        path,
+        [
+            (time_s, (Piece(Source.OWN, i, _scaled(path, prompt, scale)),), _scaled(path, output, scale))
+            for i, (time_s, prompt, output) in enumerate(rows)
+        ],
+        speed,
+    )
+
+
+def mooncake_requests(path: Path, scale: float, speed: float) -> list[BenchRequest]:
+    """A Mooncake trace: JSON lines with ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``.
+
+    A hash stands for a block of 512 prompt tokens and all before it, so equal hashes become equal tokens. Lengths,
+    blocks included, are divided by ``scale``, and lengths are rounded up; the times between arrivals are divided by
+    ``speed``.
+
+    Raises:
+        WorkloadError: the file is not such a trace; with the line.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                rows.append(_row(path, line, lambda text=text: _mooncake_row(json.loads(text), scale)))
+    return _from_trace(path, rows, speed)
+
+
+def within_context(requests: list[BenchRequest], context_len: int | None) -> list[BenchRequest]:
+    """Those whose prompt and output together have at most ``context_len`` tokens."""
+    return [
+        request for request in requests if context_len is None or request.prompt_len + request.output_len <= context_len
+    ]
+
+
+def with_arrivals(requests: list[BenchRequest], request_rate: float, seed: int) -> list[BenchRequest]:
+    """Poisson arrivals at ``request_rate`` per second instead of the requests' own; all at once if it is infinite."""
+    if math.isinf(request_rate):
+        return [replace(request, arrival_s=0.0) for request in requests]
+    gaps = numpy.random.default_rng([seed, 1]).exponential(1 / request_rate, len(requests))
+    times = (numpy.cumsum(gaps) - gaps[:1]).tolist()  # the first comes at once
+    return [replace(request, arrival_s=time_s) for request, time_s in zip(requests, times, strict=True)]
+
+
+def warmup_requests(requests: Sequence[BenchRequest], num_requests: int) -> list[BenchRequest]:
+    """As long as the first requests, but of other tokens (or the cache would know the first prompts already)."""
+    models = [requests[i % len(requests)] for i in range(num_requests)]
+    return [
+        BenchRequest((Piece(Source.WARMUP, i, model.prompt_len),), min(model.output_len, 32))
+        for i, model in enumerate(models)
+    ]
+
+
+def _draw(piece: Piece, seed: int, size: int) -> Any:
+    """Numbers below ``size``, one for each of the piece's tokens: an array."""
+    return numpy.random.default_rng([seed, 2, piece.source, piece.number]).integers(size, size=piece.num_tokens)
+
+
+def _lengths(draw: numpy.random.Generator, count: int, length: int, range_ratio: float) -> list[int]:
+    return draw.integers(max(1, int(length * range_ratio)), length, count, endpoint=True).tolist()
+
+
+def _row(path: Path, line: int, read: Any) -> Any:
+    try:
+        return read()
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise WorkloadError(f"{path}, line {line}: {reason}") from None
+
+
+def _seconds(row: dict[str, str]) -> float:
+    return datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
+
+
+def _mooncake_row(row: dict[str, Any], scale: float) -> tuple[float, tuple[Piece, ...], int]:
+    num_tokens, hashes = int(row["input_length"]), row["hash_ids"]
+    if num_tokens < 1 or len(hashes) != math.ceil(num_tokens / BLOCK_TOKENS):
+        raise ValueError(f"{len(hashes)} hash_ids do not cover {num_tokens} tokens in blocks of {BLOCK_TOKENS}")
+    pieces = tuple(_blocks(hashes, _divided(num_tokens, scale), scale))
+    return float(row["timestamp"]) / 1000, pieces, _divided(int(row["output_length"]), scale)
+
+
+def _blocks(hashes: Sequence[int], num_tokens: int, scale: float) -> Iterator[Piece]:
+    """The pieces of a prompt of ``num_tokens``. Block i ends at the i-th multiple of the scaled block, rounded up."""
+    start = 0
+    for i, number in enumerate(hashes, start=1):
+        end = min(num_tokens, _divided(i * BLOCK_TOKENS, scale))
+        if end > start:
+            yield Piece(Source.BLOCK, int(number), end - start)
+        start = end
+
+
+def _scaled(path: Path, num_tokens: int, scale: float) -> int:
+    if num_tokens < 1:
+        raise WorkloadError(f"{path} has a request of {num_tokens} tokens; there must be at least one")
+    return _divided(num_tokens, scale)
+
+
+def _divided(num_tokens: int, scale: float) -> int:
+    return max(1, math.ceil(num_tokens / scale))
+
+
+def _from_trace(path: Path, rows: list[tuple[float, tuple[Piece, ...], int]], speed: float) -> list[BenchRequest]:
+    if not rows:
+        raise WorkloadError(f"{path} has no requests")
+    rows = sorted(rows, key=lambda row: row[0])
+    start_s = rows[0][0]
+    return [BenchRequest(pieces, output_len, (time_s - start_s) / speed) for time_s, pieces, output_len in rows]

@@ -1,0 +1,86 @@
+"""The core in a process of its own: ``python -m rtp_llm.srt.engine FD``, started by the supervisor.
+
+FD is one end of a socket pair. Down it come, once, the process's orders; up it go events: progress of loading, that the
+core is ready, which requests it begins to compute (told before it does), and the error that ends it. The process ends
+when the other end closes, which is also what happens when the parent dies.
+"""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import get_args
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.engine.core import EngineCore
+from rtp_llm.srt.engine.orders import Orders
+from rtp_llm.srt.messages import FromCore, ToCore
+from rtp_llm.srt.models.registrations import unpack_registrations
+from rtp_llm.srt.utils.ipc import receive, send
+from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.srt.utils.zmq_link import ZmqCoreEnd
+
+
+def main(fd: int) -> None:
+    # Ctrl-C, and a SIGTERM to the whole process group, are the parent's to decide on: it lets running requests end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe = Connection(fd)
+    try:
+        orders: Orders = receive(pipe)
+    except EOFError:
+        return  # the parent is gone already
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    try:
+        _run(orders, pipe)
+    except BrokenPipeError:
+        os._exit(1)  # the parent is gone
+    except BaseException as error:
+        send(pipe, ("error", (_first_line(error), traceback.format_exc())))
+        raise SystemExit(1) from None
+
+
+def _run(orders: Orders, pipe: Connection) -> None:
+    args = orders.server_args
+    configure_logging(args.log_level)
+    unpack_registrations(orders.registrations)
+    model_config = ModelConfig.from_pretrained(
+        orders.model_path,
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
+        context_length=args.context_length,
+        json_model_override_args=args.json_model_override_args,
+        load_format=args.load_format,
+    )
+    link = ZmqCoreEnd(orders.socket_dir, get_args(ToCore), get_args(FromCore))
+    core = EngineCore(
+        args,
+        model_config,
+        link,
+        on_progress=lambda done, total: send(pipe, ("progress", (done, total))),
+        on_admission=lambda rids: send(pipe, ("running", rids)),
+    )
+    try:
+        send(pipe, ("ready", core.info))
+        core.run()
+    finally:
+        core.shutdown()
+        link.close()
+
+
+def _end_with_parent(pipe: Connection) -> None:
+    """Nothing comes down the pipe after the orders: whatever ends this wait is the other end closing."""
+    with suppress(EOFError, OSError):
+        receive(pipe)
+    os._exit(0)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""How the core is doing: the figures for metrics, and the status line."""
+
+import logging
+import time
+
+from rtp_llm.srt.messages import CoreStats
+from rtp_llm.srt.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 1.0
+
+
+class Meter:
+    """Watches a scheduler. Rates are taken since the report before; a pause without work does not lower them."""
+
+    def __init__(self, scheduler: Scheduler, max_total_tokens: int, log_interval: int) -> None:
+        self._scheduler = scheduler
+        self._max_total_tokens = max_total_tokens
+        self._log_interval = log_interval
+        self._steps = 0
+        self._was_idle = True
+        self._reported = self._logged = CoreStats(max_total_tokens=max_total_tokens)
+        self._reported_at = self._logged_at = time.monotonic()
+
+    def step(self) -> CoreStats | None:
+        """After every turn of the loop: a report if one is due, that is every second and when the work is done."""
+        now = time.monotonic()
+        idle = self._scheduler.idle
+        if self._was_idle and not idle:
+            self._reported_at = self._logged_at = now
+        if not idle:
+            self._count_step(now)
+        due = (idle and not self._was_idle) or (not idle and now - self._reported_at >= REPORT_INTERVAL_S)
+        self._was_idle = idle
+        return self.report() if due else None
+
+    def report(self) -> CoreStats:
+        now = time.monotonic()
+        self._reported, self._reported_at = self._stats(self._reported, now - self._reported_at), now
+        return self._reported
+
+    def _count_step(self, now: float) -> None:
+        self._steps += 1
+        if self._steps % self._log_interval:
+            return
+        stats = self._stats(self._logged, now - self._logged_at)
+        self._logged, self._logged_at = stats, now
+        logger.info(
+            "running %d, waiting %d, %.1f tokens/s, cache %.0f %% used, prefix hits %.0f %%",
+            stats.num_running,
+            stats.num_waiting,
+            stats.gen_throughput,
+            100 * stats.token_usage,
+            100 * stats.cache_hit_rate,
+        )
+
+    def _stats(self, before: CoreStats, elapsed_s: float) -> CoreStats:
+        totals = self._scheduler.stats
+        usage = self._scheduler.memory.usage()
+        prompt_tokens = totals.prompt_tokens - before.prompt_tokens
+        cached_tokens = totals.cached_tokens - before.cached_tokens
+        generated_tokens = totals.generated_tokens - before.generated_tokens
+        return CoreStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_used_tokens=round(usage * self._max_total_tokens),
+            max_total_tokens=self._max_total_tokens,
+            token_usage=usage,
+            cache_hit_rate=cached_tokens / prompt_tokens if prompt_tokens else before.cache_hit_rate,
+            gen_throughput=generated_tokens / elapsed_s if elapsed_s > 0 else 0.0,
+            prompt_tokens=totals.prompt_tokens,
+            cached_tokens=totals.cached_tokens,
+            generated_tokens=totals.generated_tokens,
+            retractions=totals.retractions,
+        )

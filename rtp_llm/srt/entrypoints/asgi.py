@@ -1,0 +1,195 @@
+"""The layer between uvicorn and the routes: who may pass, what a body may be, and what a hang-up means."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rtp_llm.srt.entrypoints.errors import ApiError, unavailable
+
+T = TypeVar("T")
+
+OPEN_PATHS = ("/health",)
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but logs show it
+DONE = b"data: [DONE]\n\n"
+
+
+class Gate:
+    """The outermost application: answers by itself while there is no other, checks keys, and counts who is inside.
+
+    Attributes:
+        app: the application behind it; None while the model is being loaded.
+        draining: only requests that are inside may finish.
+    """
+
+    def __init__(self, api_key: str | None) -> None:
+        self.app: ASGIApp | None = None
+        self.draining = False
+        self._api_key = api_key
+        self._num_inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"only HTTP is spoken here, not {scope['type']}")
+        self._num_inside += 1
+        self._empty.clear()
+        try:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await refusal.response()(scope, receive, send)
+            elif self.app is not None:
+                await self.app(scope, receive, send)
+        finally:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._empty.set()
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if scope["path"] not in OPEN_PATHS and not self._may_pass(scope):
+            return ApiError(401, "wrong or missing API key: send Authorization: Bearer KEY", code="invalid_api_key")
+        if self.draining:
+            return unavailable("the server is shutting down", "shutting_down")
+        if self.app is None:
+            return unavailable("the model is being loaded", "not_ready")
+        return None
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if self._api_key is None:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key.encode())
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """Whether all requests have ended within the time."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+class StrictRequest(Request):
+    """A request whose body is JSON in UTF-8 by the letter of RFC 8259, and not too large."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            limit: int = self.app.state.max_body_size
+            length = self.headers.get("content-length", "")
+            if length.isdecimal() and int(length) > limit:
+                raise _too_large(limit)
+            chunks, size = [], 0
+            async for chunk in self.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise _too_large(limit)
+                chunks.append(chunk)
+            self._body = b"".join(chunks)
+        return self._body
+
+    async def json(self) -> Any:
+        try:
+            return json.loads((await self.body()).decode(), parse_constant=_no_constant)
+        except UnicodeDecodeError as error:
+            raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        except ValueError as error:
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+        except RecursionError:
+            raise ApiError(400, "the body is not acceptable JSON: it is nested too deeply") from None
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than the {limit} bytes that this server takes", code="body_too_large")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+class StrictRoute(APIRoute):
+    """A route that reads its body through StrictRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        takes_body = self.body_field is not None
+
+        async def handle_strictly(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if takes_body and kind != "application/json":
+                raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {ascii(kind)}")
+            try:
+                return await handle(StrictRequest(request.scope, request.receive))
+            except ClientDisconnect:  # before the body was complete
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+        return handle_strictly
+
+
+class JSON(Response):
+    """Any value that msgspec can encode."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events, ``[DONE]`` at the end. Hanging up closes the generator at once, wherever it is."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_disconnected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for part in events:
+                await send(_part(part, more=True))
+        await send(_part(DONE, more=False))
+
+
+def _part(body: bytes, more: bool) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """What ``work`` gives. If the client hangs up before, ``work`` is cancelled, and there is None."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnection(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            return None
+        return worker.result()
+    finally:
+        watcher.cancel()
+        worker.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def _disconnection(receive: Receive) -> None:
+    """Returns when the client is gone; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,144 @@
+"""Errors as clients see them: ``{"error": {"message", "type", "param", "code"}}``, whatever went wrong where."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from rtp_llm.srt.managers.engine_client import EngineStopped
+from rtp_llm.srt.sampling_params import InvalidRequest
+
+RETRY_AFTER_S = 5
+MAX_MESSAGE_CHARS = 2000
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
+
+
+class ErrorBody(TypedDict):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than success. ``code`` is for programs; ``param`` names the field that is to blame, if one is."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> ErrorBody:
+        message = self.message[:MAX_MESSAGE_CHARS]
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code or self.status}}
+
+    @property
+    def type(self) -> str:
+        fallback = "invalid_request_error" if self.status < 500 else "internal_server_error"
+        return TYPES.get(self.status, fallback)
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        extra = dict(headers or {})
+        if self.status == 503:
+            extra["Retry-After"] = str(RETRY_AFTER_S)
+        if self.status == 401:
+            extra["WWW-Authenticate"] = "Bearer"
+        content = json.dumps(self.body)  # in ASCII: what is quoted from a request may be no valid Unicode
+        return Response(content, self.status, media_type="application/json", headers=extra)
+
+
+def invalid(error: InvalidRequest, names: Mapping[str, str] | None = None) -> ApiError:
+    """A 400. ``names`` are the fields' names in the request, where they are others than the engine's."""
+    message, param = str(error), error.param
+    for ours, theirs in (names or {}).items():
+        message = re.sub(rf"\b{ours}\b", theirs, message)
+        param = theirs if param == ours else param
+    past_context = "leaves room for" in message or "leaves no room" in message or "context length of" in message
+    return ApiError(400, message, param, "context_length_exceeded" if past_context else None)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    return ApiError(503, message, code=code)
+
+
+def stopped(error: EngineStopped) -> ApiError:
+    return ApiError(500, str(error), code="engine_failed")
+
+
+def of_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request's fields, and where."""
+    problems: Sequence[Any] = error.errors()
+    first = min(problems, key=lambda problem: (problem["type"] != "extra_forbidden", problem["loc"]))
+    place = [part for part in first["loc"][1:] if not (isinstance(part, str) and "[" in part)]
+    path = ".".join(map(str, place))
+    param = str(place[0]) if place else None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {path!r}: this server does not know it", param, "unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{path or 'the request body'} is missing", param)
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if "input" not in first or first["type"] == "value_error" else f", not {_show(first['input'])}"
+    return ApiError(400, f"{path or 'the request'}: {message}{given}" if place else message + given, param)
+
+
+def _show(value: Any) -> str:
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Makes every error of an application take this shape."""
+
+    async def on_api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, InvalidRequest)
+        return invalid(error).response()
+
+    async def on_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return of_validation(error).response()
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = error.detail
+        if error.status_code == 404:
+            message = f"there is no {ascii(request.url.path)} here; GET /openapi.json lists what there is"
+        elif error.status_code == 405:
+            message = f"{request.method} does not work on {ascii(request.url.path)}"
+        return ApiError(error.status_code, str(message), code=_http_code(error.status_code)).response(error.headers)
+
+    async def on_stopped(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EngineStopped)
+        return stopped(error).response()
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        """uvicorn logs the traceback; the client need not know it."""
+        return ApiError(500, "internal error; the server's log says more", code="internal_error").response()
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(InvalidRequest, on_invalid)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(EngineStopped, on_stopped)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def _http_code(status: int) -> str:
+    return HTTPStatus(status).phrase.lower().replace(" ", "_")

@@ -1,0 +1,332 @@
+"""What the offline API and the server share: from a call's arguments to its completions and back.
+
+A call is checked and turned into completions (``completions_of``), which a ``Call`` submits, feeds and, when left,
+ends. ``Frontend`` runs calls for one event loop: outputs are decoded as they come, however slowly they are read, so
+that a reader that lags behind finds one longer delta, and costs the others nothing.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, Self
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.managers.detokenizer import Completion, Delta
+from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
+from rtp_llm.srt.messages import TokenOutput
+from rtp_llm.srt.sampling_params import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+Results = Result | list[Result]
+Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, what came for it)
+
+
+def read_model_config(args: ServerArgs) -> ModelConfig:
+    return ModelConfig.from_pretrained(
+        args.model_path,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
+        context_length=args.context_length,
+        json_model_override_args=args.json_model_override_args,
+        download_dir=args.download_dir,
+        load_format=args.load_format,
+    )
+
+
+def read_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
+    """None with ``skip_tokenizer_init`` and, with a warning, where the checkpoint brings none: ids still work."""
+    if args.skip_tokenizer_init:
+        return None
+    if args.tokenizer_path is None and not has_tokenizer(config.model_path):
+        logger.warning("%s has no tokenizer: only token ids are taken and given", config.model_path)
+        return None
+    if args.tokenizer_path is None:
+        return load_tokenizer(config.model_path, args.trust_remote_code)
+    return load_tokenizer(args.tokenizer_path, args.trust_remote_code, args.revision)
+
+
+def completions_of(
+    manager: TokenizerManager, prompt: Any, input_ids: Any, options: dict[str, Any]
+) -> tuple[list[Completion], bool]:
+    """The completions that a call asks for, in order of prompts, and whether its answer is a list.
+
+    Args:
+        prompt: one text, or a list of them.
+        input_ids: instead, one prompt's token ids, or a list of them.
+        options: fields of Prompt; for a list of prompts each is one for all, or a list of as many.
+
+    Raises:
+        InvalidRequest: names the prompt, if it is one of a list.
+    """
+    prompts, batched = _prompts(prompt, input_ids, options)
+    completions = []
+    for i, item in enumerate(prompts):
+        try:
+            requests = manager.requests(item)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"prompt {i}: {error}", error.param) if batched else error from None
+        completions += [manager.completion(request, item.return_text_in_logprobs) for request in requests]
+    return completions, batched or len(completions) > 1
+
+
+class Call:
+    """The completions of one ``generate``. As a context it ends in the core whatever still runs when it is left."""
+
+    def __init__(self, client: EngineClient, completions: list[Completion], many: bool) -> None:
+        self._client = client
+        self._completions = completions
+        self._many = many
+        self._submitted = False
+        self.num_running = len(completions)
+
+    def submit(self, put: Callable[[Item], None]) -> None:
+        """Starts all requests; ``put`` gets their outputs in the core's thread."""
+        self._submitted = True
+        try:
+            self._client.submit_all(
+                [(item.request, partial(_put_item, put, i)) for i, item in enumerate(self._completions)]
+            )
+        except (InvalidRequest, EngineStopped):
+            self._submitted = False  # the rids may be those of another call
+            raise
+
+    def threadsafe_put(self, queue: "asyncio.Queue[Item]") -> Callable[[Item], None]:
+        """A ``put`` into the running event loop's ``queue``. If the loop is gone, nobody waits: the request ends."""
+        loop = asyncio.get_running_loop()
+        client, rids = self._client, [item.request.rid for item in self._completions]
+
+        def put(item: Item) -> None:
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+            except RuntimeError:  # the event loop is closed
+                client.abort(rids[item[0]])
+
+        return put
+
+    def take(self, item: Item) -> bool:
+        """Adds to the completion that ``item`` is for; false if that has ended already."""
+        i, output = item
+        if isinstance(output, EngineStopped):
+            raise output
+        completion = self._completions[i]
+        if completion.finished:
+            return False
+        completion.add(output)
+        if completion.finished:
+            self.num_running -= 1
+            if output.finish_reason is None:  # by a stop string, of which the core knows nothing
+                self._client.abort(completion.request.rid)
+        return True
+
+    def result(self, i: int) -> Result:
+        """Completion ``i`` so far, for a stream."""
+        result = self._completions[i].result()
+        return {**result, "index": i} if self._many else result
+
+    def results(self) -> Results:
+        results = [completion.result() for completion in self._completions]
+        return results if self._many else results[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._submitted:
+            for completion in self._completions:
+                if not completion.finished:
+                    self._client.abort(completion.request.rid)
+
+
+def _put_item(put: Callable[[Item], None], i: int, output: TokenOutput | EngineStopped) -> None:
+    put((i, output))
+
+
+class Observer(Protocol):
+    """Is told, in the event loop, how the requests of a Frontend fare."""
+
+    def started(self, completion: Completion) -> None: ...
+
+    def progressed(self, completion: Completion, num_new: int, elapsed_s: float, is_first: bool) -> None:
+        """``num_new`` tokens came ``elapsed_s`` after the ones before, or after the start if they are the first."""
+        ...
+
+    def ended(self, completion: Completion, elapsed_s: float) -> None:
+        """It finished, or its caller gave it up: then ``completion.finished`` is false."""
+        ...
+
+
+class Frontend:
+    """Starts calls from one event loop. Every method but the constructor runs in that loop."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        manager: TokenizerManager,
+        loop: asyncio.AbstractEventLoop,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.client = client
+        self.manager = manager
+        self._post = Post(loop)
+        self._observers = observers
+
+    def start(self, completions: list[Completion], many: bool = True) -> "LiveCall":
+        """Submits. The call that is returned must be left (``with``), which ends what still runs of it.
+
+        Raises:
+            EngineStopped, InvalidRequest: see EngineClient.submit_all.
+        """
+        call = LiveCall(self.client, completions, many, self._observers)
+        call.submit(partial(self._post.put, call.deliver))
+        return call
+
+
+class Post:
+    """Takes items from any thread into the event loop, which is woken once for as many as have come by then."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._items: list[tuple[Callable[[Item], None], Item]] = []
+
+    def put(self, deliver: Callable[[Item], None], item: Item) -> None:
+        with self._lock:
+            self._items.append((deliver, item))
+            if len(self._items) > 1:
+                return  # a wake-up is under way
+        try:
+            self._loop.call_soon_threadsafe(self._hand_out)
+        except RuntimeError:  # the loop is closed, and with it every call that could wait for this
+            logger.debug("an output came after the event loop was closed")
+
+    def _hand_out(self) -> None:
+        with self._lock:
+            items, self._items = self._items, []
+        for deliver, item in items:
+            deliver(item)
+
+
+class LiveCall(Call):
+    """A submitted call of a Frontend. Read it with one of ``changes``, ``deltas`` and ``wait``."""
+
+    def __init__(
+        self, client: EngineClient, completions: list[Completion], many: bool, observers: Sequence[Observer]
+    ) -> None:
+        super().__init__(client, completions, many)
+        self._observers = observers
+        self._changed: dict[int, None] = {}
+        self._wake = asyncio.Event()
+        self._error: Exception | None = None
+        self._start_s = time.perf_counter()
+        self._last_s: list[float | None] = [None] * len(completions)  # when tokens came last
+
+    @property
+    def completions(self) -> Sequence[Completion]:
+        return self._completions
+
+    def submit(self, put: Callable[[Item], None]) -> None:
+        super().submit(put)
+        for completion in self._completions:
+            for observer in self._observers:
+                observer.started(completion)
+
+    def deliver(self, item: Item) -> None:
+        """Takes what came, in the event loop. Never raises: what goes wrong is raised where the call is read."""
+        try:
+            num_before = len(self._completions[item[0]].output_ids)
+            if not self.take(item):
+                return
+            self._observe(item[0], num_before)
+            self._changed[item[0]] = None
+        except Exception as error:
+            self._error = error
+        self._wake.set()
+
+    def _observe(self, i: int, num_before: int) -> None:
+        completion, last_s, now_s = self._completions[i], self._last_s[i], time.perf_counter()
+        if (num_new := len(completion.output_ids) - num_before) > 0:
+            since_s = self._start_s if last_s is None else last_s
+            for observer in self._observers:
+                observer.progressed(completion, num_new, now_s - since_s, last_s is None)
+            self._last_s[i] = now_s
+        if completion.finished:
+            for observer in self._observers:
+                observer.ended(completion, now_s - self._start_s)
+
+    async def changes(self) -> AsyncIterator[list[int]]:
+        """Which completions have news, each time there are any, until all have ended."""
+        num_left = len(self._completions)
+        while num_left:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._error is not None:
+                raise self._error
+            changed, self._changed = list(self._changed), {}
+            num_left -= sum(self._completions[i].finished for i in changed)
+            if changed:
+                yield changed
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(completion, what is new of it). The one with which a completion ends comes even if it is empty."""
+        async for changed in self.changes():
+            for i in changed:
+                finished = self._completions[i].finished
+                delta = self._completions[i].take_delta()
+                if delta.text or delta.token_ids or finished:
+                    yield i, delta
+
+    async def wait(self) -> None:
+        """Returns when all completions have ended."""
+        async for _ in self.changes():
+            pass
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        elapsed_s = time.perf_counter() - self._start_s
+        for completion in self._completions:
+            if not completion.finished:
+                for observer in self._observers:
+                    observer.ended(completion, elapsed_s)
+
+
+def _prompts(prompt: Any, input_ids: Any, options: dict[str, Any]) -> tuple[list[Prompt], bool]:
+    """The single prompts of a call, and whether it gave a list of them. ``options`` are fields of Prompt."""
+    if (prompt is None) == (input_ids is None):
+        given = "neither" if prompt is None else "both"
+        raise InvalidRequest(f"give either prompt or input_ids; {given} is given", "prompt")
+    name, value = ("prompt", prompt) if input_ids is None else ("input_ids", input_ids)
+    field_name = "text" if name == "prompt" else "input_ids"
+    if not _is_batch(name, value):
+        return [Prompt(**{field_name: value}, **options)], False
+    if not value:
+        raise InvalidRequest(f"{name} is an empty list", name)
+    columns = {key: _per_prompt(key, option, len(value)) for key, option in options.items()}
+    rows = [{key: column[i] for key, column in columns.items()} for i in range(len(value))]
+    return [Prompt(**{field_name: item}, **row) for item, row in zip(value, rows, strict=True)], True
+
+
+def _is_batch(name: str, value: Any) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return False
+    return name == "prompt" or (len(value) > 0 and isinstance(value[0], (list, tuple)))
+
+
+def _per_prompt(name: str, option: Any, num_prompts: int) -> Sequence[Any]:
+    """The option's value for each prompt of a batch: given as a list of as many, or one for all."""
+    if not isinstance(option, (list, tuple)) or (
+        name == "token_ids_logprob" and not any(item is None or isinstance(item, (list, tuple)) for item in option)
+    ):
+        if name == "rid" and option is not None:
+            raise InvalidRequest(f"rid must be a list of {num_prompts} names for {num_prompts} prompts", "rid")
+        return [option] * num_prompts
+    if len(option) != num_prompts:
+        raise InvalidRequest(f"{name} is a list of {len(option)} values for {num_prompts} prompts", name)
+    return option
