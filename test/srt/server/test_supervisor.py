@@ -201,7 +201,7 @@ def test_a_core_that_cannot_start_says_why(tmp_path):
     shutil.copytree(tiny_model(MODEL), folder)
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CoreFailed, match="model.safetensors"):
+    with pytest.raises(CoreFailed, match=r"model\.safetensors"):
         start(str(folder))
 
 

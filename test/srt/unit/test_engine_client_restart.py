@@ -1,0 +1,93 @@
+"""What the client side does when a core dies: what is resubmitted, in which order, and who is to blame."""
+
+from typing import Any
+
+from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.messages import AbortRequest, FinishReason, GenerateRequest, TokenOutput
+from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.sampling_params import SamplingParams
+
+
+class Link:
+    """A link without a core behind it."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def on_messages(self, receive: Any) -> None:
+        self.say = lambda *outputs: receive(list(outputs))
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    @property
+    def rids(self) -> list[str]:
+        return [message.rid for message in self.sent]
+
+
+def submit(client: EngineClient, *rids: str, **options: Any) -> dict[str, list[TokenOutput]]:
+    came: dict[str, list[TokenOutput]] = {rid: [] for rid in rids}
+    for rid in rids:
+        params = SamplingParams(max_new_tokens=50)
+        client.submit(GenerateRequest(rid, [1, 2, 3, 4, 5], params, seed=9, **options), came[rid].append)
+    return came
+
+
+def test_what_came_is_kept_apart_from_the_prompt():
+    client, first, second = EngineClient(), Link(), Link()
+    client.attach(first)
+    came = submit(client, "r", return_logprob=True, logprob_start_len=1)
+    half = [TokenLogprob(3, -1.0), TokenLogprob(4, -1.0)]
+    first.say(TokenOutput("r", prompt_logprobs=half, cached_tokens=1))
+    client.detach({"r"})
+    client.attach(second)
+    (again,) = second.sent
+    assert (again.prompt_ids, again.output_ids, again.logprob_start_len, again.seed) == ([1, 2, 3, 4, 5], [], 3, 9)
+    second.say(TokenOutput("r", [7, 8], prompt_logprobs=[TokenLogprob(5, -1.0)], cached_tokens=3, num_retractions=2))
+    client.detach({"r"})
+    third = Link()
+    client.attach(third)
+    (again,) = third.sent
+    assert (again.output_ids, again.logprob_start_len) == ([7, 8], -1)
+    third.say(TokenOutput("r", [9], num_retractions=1, finish_reason=FinishReason("stop", matched=9)))
+    assert [output.cached_tokens for output in came["r"]] == [1, 1, 1], "usage is that of the first admission"
+    assert came["r"][-1].num_retractions == 3
+    assert client.num_live == 0
+
+
+def test_suspects_come_one_by_one_after_the_others():
+    client, first, second = EngineClient(), Link(), Link()
+    client.attach(first)
+    came = submit(client, "a", "b", "waiting", "c")
+    client.detach({"a", "b", "c"})
+    client.attach(second)
+    assert second.rids == ["waiting", "a"]
+    second.say(TokenOutput("waiting", [1]))
+    assert second.rids == ["waiting", "a"], "only the suspect's own progress lets the next one in"
+    second.say(TokenOutput("a", [1]))
+    assert second.rids == ["waiting", "a", "b"]
+    client.detach({"waiting", "a", "b"})
+    assert came["b"][-1].finish_reason.status_code == 500, "it was running in both deaths, and got nowhere in between"
+    assert not any(output.finish_reason for rid in ("a", "c", "waiting") for output in came[rid])
+    third = Link()
+    client.attach(third)
+    third.say(TokenOutput(third.rids[-1], finish_reason=FinishReason("length", length=50)))
+    assert third.rids[:2] == ["a", "waiting"] and "b" not in third.rids
+
+
+def test_aborts_reach_what_was_not_sent_yet():
+    client, first, second = EngineClient(), Link(), Link()
+    client.attach(first)
+    came = submit(client, "a", "b", "c")
+    client.abort("a")
+    assert first.sent[-1] == AbortRequest("a")
+    client.detach({"a", "b", "c"})
+    assert came["a"][-1].finish_reason.type == "abort", "the dead core did not answer"
+    client.abort("b")
+    assert came["b"][-1].finish_reason.type == "abort"
+    late = submit(client, "late")
+    client.attach(second)
+    assert second.rids == ["late", "c"]
+    client.detach({"late", "c"})
+    client.abort(None)
+    assert client.num_live == 0 and late["late"][-1].finish_reason.type == "abort"
