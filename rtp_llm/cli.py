@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import rtp_llm
+from rtp_llm import bench_serving
+from rtp_llm.cli_chat import run_chat
+from rtp_llm.cli_models import run_models
 from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
+EXIT_ADDRESS = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -38,7 +42,8 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (default: this process's); returns the exit status.
 
-    0: done; 2: an error, told in one line on stderr (with a traceback if ``--log-level debug``); 130: interrupted.
+    0: done; 2: an error, told in one line on stderr (with a traceback if ``--log-level debug``); 1: the error is that
+    the server's address is in use; 130: interrupted.
     """
     args = _parser().parse_args(argv)
     try:
@@ -87,7 +92,7 @@ def _generate(args: argparse.Namespace) -> int:
     server_args = ServerArgs.from_cli_args(args)
     if server_args.skip_tokenizer_init:
         raise InvalidRequest("generate works on text: it cannot run with --skip-tokenizer-init")
-    given = {name: value for name in SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
+    given = _given_sampling(args)
     SamplingParams.from_dict(given)  # a wrong flag is told before a model is loaded
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     with _loading_bar() as on_progress:
@@ -98,6 +103,10 @@ def _generate(args: argparse.Namespace) -> int:
         params = SamplingParams.from_dict(engine.model_config.generation_defaults | given)
         _print_stream(engine, prompt, params)
     return 0
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in SAMPLING_FLAGS if (value := getattr(args, name)) is not None}
 
 
 def _print_stream(engine: Any, prompt: str, params: SamplingParams) -> None:
@@ -141,4 +150,62 @@ def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-COMMANDS = (Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),)
+# rtp-llm serve
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    ServerArgs.add_cli_args(parser)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from rtp_llm.srt.entrypoints.http_server import AddressError, launch_server  # a web framework, only needed here
+
+    server_args = ServerArgs.from_cli_args(args)
+    with ExitStack() as stack:
+        try:
+            launch_server(server_args, on_progress=stack.enter_context(_loading_bar()), launch_callback=stack.close)
+        except AddressError as error:
+            print(f"rtp-llm: error: {error}", file=sys.stderr)
+            return EXIT_ADDRESS
+    return 0
+
+
+# rtp-llm chat, rtp-llm models
+
+
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    _add_server_flags(parser, "talk to this OpenAI-compatible server instead; --model then names one of its models")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    sampling = parser.add_argument_group("sampling (where not given: as the checkpoint or the server advises)")
+    add_field_flags(sampling, SamplingParams, SAMPLING_FLAGS, unset=True)
+    engine = parser.add_argument_group("engine")
+    ServerArgs.add_cli_args(engine, server=False)
+    add_field_flags(engine, ServerArgs, ["chat_template"])
+    for action in parser._actions:
+        if action.dest == "model_path":
+            action.required = False  # a server needs none
+    parser.set_defaults(log_level="warning")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    return run_chat(args, _given_sampling(args), _loading_bar)
+
+
+def _add_models_flags(parser: argparse.ArgumentParser) -> None:
+    _add_server_flags(parser, "list what this server serves instead")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(log_level="warning")
+
+
+def _add_server_flags(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--url", metavar="URL", help=f"{help} (http://HOST:PORT)")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key")
+
+
+COMMANDS = (
+    Command("serve", "Serve a model over HTTP: the APIs of OpenAI and SGLang.", _add_serve_flags, _serve),
+    Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
+    Command("chat", "Talk to a model in the terminal.", _add_chat_flags, _chat),
+    Command("models", "List the supported model architectures.", _add_models_flags, run_models),
+    Command("bench", "Put load on a server, and print its figures.", bench_serving.add_cli_args, bench_serving.run),
+)

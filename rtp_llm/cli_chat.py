@@ -1,7 +1,7 @@
-"""``rtp-llm chat``: a conversation in the terminal, with an engine in this process or with any OpenAI-compatible server.
+"""``rtp-llm chat``: a conversation in the terminal, with an engine in this process or an OpenAI-compatible server.
 
-Answers go to stdout, everything else (statistics, notices, errors) to stderr. ``Chat`` knows neither engine nor server:
-it speaks through a ``Voice``.
+Answers go to stdout, everything else (thoughts, statistics, notices, errors) to stderr. ``Chat`` knows neither engine
+nor server: it speaks through a ``Voice``.
 """
 
 import argparse
@@ -9,8 +9,9 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +21,6 @@ from rtp_llm.http_client import ServerError, api_url, served_models, stream_json
 from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
-SERVER_ONLY = ("host", "port", "api_key", "served_model_name")  # options that an engine in this process has no use for
 SERVER_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # OpenAI's names of sampling parameters
 CONTEXT_WORDS = ("context_length", "context length", "maximum context")  # in a server's error, code or message
 MIN_ROOM = 64  # tokens that an answer should have, or the oldest turns are dropped
@@ -72,11 +72,6 @@ def run_chat(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: Lo
         return Terminal(Chat(voice, args.system)).run()
 
 
-def engine_fields() -> list[str]:
-    """The fields of ServerArgs that an engine in this process has a use for."""
-    return [field.name for field in fields(ServerArgs) if field.name not in SERVER_ONLY]
-
-
 # Voices
 
 
@@ -88,7 +83,7 @@ def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_ba
         raise ServerArgsError("give --model-path for a model, or --url for a running server")
     if args.api_key is not None:
         raise ServerArgsError("--api-key is for a server; give its --url too")
-    server_args = ServerArgs.from_dict({name: getattr(args, name) for name in engine_fields()})
+    server_args = ServerArgs.from_cli_args(args)
     if server_args.skip_tokenizer_init:
         raise InvalidRequest("chat works on text: it cannot run with --skip-tokenizer-init")
     with loading_bar() as on_progress:
@@ -96,7 +91,7 @@ def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_ba
     with engine:
         if engine.tokenizer is None:
             raise InvalidRequest(f"{server_args.model_path} has no tokenizer; name one with --tokenizer-path")
-        template = load_chat_template(engine.tokenizer, getattr(server_args, "chat_template", None))
+        template = load_chat_template(engine.tokenizer, server_args.chat_template)
         if template is None:
             raise InvalidRequest(NO_CHAT_TEMPLATE)
         yield EngineVoice(engine, template, engine.model_config.generation_defaults | sampling)
@@ -147,10 +142,10 @@ def _server_voice(args: argparse.Namespace, sampling: dict[str, Any]) -> Iterato
 def _refuse_engine_flags(args: argparse.Namespace) -> None:
     """With ``--url`` nothing of this process's engine can be chosen; ``--model`` names one of the server's models."""
     for field in fields(ServerArgs):
-        if field.name in engine_fields() and field.name not in ("model_path", "log_level"):
-            if getattr(args, field.name) != field.default:
-                flag = "--" + field.name.replace("_", "-")
-                raise ServerArgsError(f"{flag} is for an engine in this process; with --url the server has its own")
+        default = "warning" if field.name == "log_level" else field.default
+        if field.name not in ("model_path", "api_key") and getattr(args, field.name, default) != default:
+            flag = "--" + field.name.replace("_", "-")
+            raise ServerArgsError(f"{flag} is for an engine in this process; with --url the server has its own")
 
 
 def _first_model(base_url: str, api_key: str | None) -> str:
@@ -326,6 +321,7 @@ class Terminal:
         """Writes an answer as it comes; Ctrl-C stops it."""
         start_s = time.perf_counter()
         first_s = None
+        is_thinking = False
         items = self._chat.ask(text, self._tell_dropped)
         try:
             for item in items:
@@ -335,7 +331,10 @@ class Terminal:
                     self._notice(statistics(item, start_s, first_s or end_s, end_s))
                 elif item.text:
                     first_s = first_s or time.perf_counter()
-                    self._write(item.text)
+                    if is_thinking and not item.is_thought:
+                        self._notice("")
+                    is_thinking = item.is_thought
+                    self._think(item.text) if is_thinking else self._write(item.text)
         except KeyboardInterrupt:
             items.close()
             if not self._interactive:
@@ -350,6 +349,10 @@ class Terminal:
     def _write(self, text: str) -> None:
         sys.stdout.write(without_controls(text) if self._clean else text)
         sys.stdout.flush()
+
+    def _think(self, text: str) -> None:
+        text = without_controls(text) if self._notices.is_terminal else text
+        self._notices.print(text, style="dim", end="", markup=False, emoji=False)
 
     def _tell_dropped(self, num_turns: int, why: str) -> None:
         turns = "the oldest turn was" if num_turns == 1 else f"the {num_turns} oldest turns were"
@@ -393,10 +396,8 @@ class Terminal:
 
 
 def _enable_line_editing() -> None:
-    try:
-        import readline  # noqa: F401  (importing it is what gives input() its editing and history)
-    except ImportError:  # Python was built without it
-        pass
+    with suppress(ImportError):  # Python was built without it
+        import_module("readline")  # gives input() its editing and history
 
 
 def without_controls(text: str) -> str:

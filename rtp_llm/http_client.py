@@ -1,7 +1,6 @@
 """A small client of OpenAI-compatible servers, on the standard library alone: JSON back, or a stream of it."""
 
 import json
-import socket
 from collections.abc import Generator
 from contextlib import closing
 from http.client import HTTPException
@@ -34,7 +33,9 @@ def served_models(url: str, api_key: str | None = None) -> list[dict[str, Any]]:
     answer = get_json(f"{url}/models", api_key)
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
-        raise ServerError(f"{url}/models does not answer as an OpenAI-compatible server does: there is no list of models")
+        raise ServerError(
+            f"{url}/models does not answer as an OpenAI-compatible server does: there is no list of models"
+        )
     return models
 
 
@@ -86,7 +87,7 @@ def _open(url: str, body: dict[str, Any] | None, api_key: str | None) -> Any:
 def _read(response: Any, lines: bool = False) -> bytes:
     try:
         return response.readline() if lines else response.read()
-    except socket.timeout:
+    except TimeoutError:
         raise ServerError(f"the server has been silent for {TIMEOUT_S} s") from None
     except (OSError, HTTPException) as error:
         raise ServerError(f"the connection broke: {error or type(error).__name__}") from error

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtp_llm.bench.http_client import BrokenResponse, RequestFailed, error_message
+from rtp_llm.bench.async_http import BrokenResponse, RequestFailed, error_message
 
 END_OF_STREAM = "[DONE]"
 
@@ -83,9 +83,9 @@ def _read_native(event: dict[str, Any]) -> Chunk:
         cumulative=True,
         has_tokens=meta["completion_tokens"] > 0,
         finished=bool(finish),
-        prompt_tokens=meta.get("prompt_tokens"),
-        cached_tokens=meta.get("cached_tokens"),
-        completion_tokens=meta["completion_tokens"],
+        prompt_tokens=_count(meta.get("prompt_tokens")),
+        cached_tokens=_count(meta.get("cached_tokens")),
+        completion_tokens=_count(meta["completion_tokens"]),
     )
 
 
@@ -105,40 +105,39 @@ def _chat_body(ask: Ask) -> dict[str, Any]:
 
 
 def _read_completion(event: dict[str, Any]) -> Chunk:
-    """An event with an empty text has a token without text (half a character, a special token), unless it is the end."""
+    """An event with an empty text carries a token that has none yet (half a character, say), unless it is the end."""
     choices = event.get("choices") or []
     finished = any(choice.get("finish_reason") for choice in choices)
     text = "".join(choice.get("text") or "" for choice in choices)
     has_tokens = bool(text) or (bool(choices) and not finished)
-    return Chunk(text=text, has_tokens=has_tokens, finished=finished, **_usage(event))
+    return Chunk(text, False, has_tokens, finished, *_usage(event))
 
 
 def _read_chat(event: dict[str, Any]) -> Chunk:
     choices = event.get("choices") or []
     deltas = [choice.get("delta") or {} for choice in choices]
     text = "".join((delta.get("reasoning_content") or "") + (delta.get("content") or "") for delta in deltas)
-    return Chunk(
-        text=text,
-        has_tokens=bool(text) or any(delta.get("tool_calls") or delta.get("reasoning") for delta in deltas),
-        finished=any(choice.get("finish_reason") for choice in choices),
-        **_usage(event),
-    )
+    has_tokens = bool(text) or any(delta.get("tool_calls") or delta.get("reasoning") for delta in deltas)
+    finished = any(choice.get("finish_reason") for choice in choices)
+    return Chunk(text, False, has_tokens, finished, *_usage(event))
 
 
-def _usage(event: dict[str, Any]) -> dict[str, int | None]:
+def _usage(event: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Tokens of the prompt, those of them that were cached, and generated ones; the last fields of a Chunk."""
     usage = event.get("usage") or {}
-    return {
-        "prompt_tokens": usage.get("prompt_tokens"),
-        "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        "completion_tokens": usage.get("completion_tokens"),
-    }
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return _count(usage.get("prompt_tokens")), _count(cached), _count(usage.get("completion_tokens"))
+
+
+def _count(value: Any) -> int | None:
+    if value is None or (isinstance(value, int) and value >= 0):
+        return value
+    raise TypeError(f"{value!r} is not a number of tokens")
 
 
 NATIVE = Backend("rtp-llm", "/generate", True, _native_body, _read_native, ("sglang", "sglang-native"))
 COMPLETIONS = Backend(
     "openai", "/v1/completions", True, _completions_body, _read_completion, ("sglang-oai", "vllm", "llama-server")
 )
-CHAT = Backend(
-    "openai-chat", "/v1/chat/completions", False, _chat_body, _read_chat, ("sglang-oai-chat", "vllm-chat")
-)
+CHAT = Backend("openai-chat", "/v1/chat/completions", False, _chat_body, _read_chat, ("sglang-oai-chat", "vllm-chat"))
 BACKENDS = {name: backend for backend in (NATIVE, COMPLETIONS, CHAT) for name in (backend.name, *backend.aliases)}

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import IntEnum
@@ -150,18 +150,7 @@ def azure_requests(path: Path, scale: float, speed: float) -> list[BenchRequest]
         WorkloadError: the file is not such a trace; with the line.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [
-            _row(path, line, lambda row=row: (_seconds(row), int(row["ContextTokens"]), int(row["GeneratedTokens"])))
-            for line, row in enumerate(csv.DictReader(file), start=2)
-        ]
-    return _from_trace(
-        path,
-        [
-            (time_s, (Piece(Source.OWN, i, _scaled(path, prompt, scale)),), _scaled(path, output, scale))
-            for i, (time_s, prompt, output) in enumerate(rows)
-        ],
-        speed,
-    )
+        return _from_trace(path, enumerate(csv.DictReader(file), start=2), _azure_row, scale, speed)
 
 
 def mooncake_requests(path: Path, scale: float, speed: float) -> list[BenchRequest]:
@@ -174,12 +163,9 @@ def mooncake_requests(path: Path, scale: float, speed: float) -> list[BenchReque
     Raises:
         WorkloadError: the file is not such a trace; with the line.
     """
-    rows = []
     with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                rows.append(_row(path, line, lambda text=text: _mooncake_row(json.loads(text), scale)))
-    return _from_trace(path, rows, speed)
+        lines = ((line, text) for line, text in enumerate(file, start=1) if text.strip())
+        return _from_trace(path, lines, _mooncake_row, scale, speed)
 
 
 def within_context(requests: list[BenchRequest], context_len: int | None) -> list[BenchRequest]:
@@ -216,24 +202,41 @@ def _lengths(draw: numpy.random.Generator, count: int, length: int, range_ratio:
     return draw.integers(max(1, int(length * range_ratio)), length, count, endpoint=True).tolist()
 
 
-def _row(path: Path, line: int, read: Any) -> Any:
-    try:
-        return read()
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise WorkloadError(f"{path}, line {line}: {reason}") from None
+def _from_trace(
+    path: Path,
+    lines: Iterable[tuple[int, Any]],
+    read: Callable[[int, Any, float], BenchRequest],
+    scale: float,
+    speed: float,
+) -> list[BenchRequest]:
+    """Requests of a file's (line number, line), in order of arrival, the first at 0."""
+    requests = []
+    for number, line in lines:
+        try:
+            requests.append(read(number, line, scale))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise WorkloadError(f"{path}, line {number}: {reason}") from None
+    if not requests:
+        raise WorkloadError(f"{path} has no requests")
+    requests.sort(key=lambda request: request.arrival_s or 0.0)
+    start_s = requests[0].arrival_s or 0.0
+    return [replace(request, arrival_s=((request.arrival_s or 0.0) - start_s) / speed) for request in requests]
 
 
-def _seconds(row: dict[str, str]) -> float:
-    return datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
+def _azure_row(number: int, row: dict[str, str], scale: float) -> BenchRequest:
+    prompt = Piece(Source.OWN, number, _divided(int(row["ContextTokens"]), scale))
+    arrival_s = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
+    return BenchRequest((prompt,), _divided(int(row["GeneratedTokens"]), scale), arrival_s)
 
 
-def _mooncake_row(row: dict[str, Any], scale: float) -> tuple[float, tuple[Piece, ...], int]:
+def _mooncake_row(number: int, line: str, scale: float) -> BenchRequest:
+    row = json.loads(line)
     num_tokens, hashes = int(row["input_length"]), row["hash_ids"]
-    if num_tokens < 1 or len(hashes) != math.ceil(num_tokens / BLOCK_TOKENS):
+    if len(hashes) != math.ceil(num_tokens / BLOCK_TOKENS):
         raise ValueError(f"{len(hashes)} hash_ids do not cover {num_tokens} tokens in blocks of {BLOCK_TOKENS}")
     pieces = tuple(_blocks(hashes, _divided(num_tokens, scale), scale))
-    return float(row["timestamp"]) / 1000, pieces, _divided(int(row["output_length"]), scale)
+    return BenchRequest(pieces, _divided(int(row["output_length"]), scale), float(row["timestamp"]) / 1000)
 
 
 def _blocks(hashes: Sequence[int], num_tokens: int, scale: float) -> Iterator[Piece]:
@@ -246,19 +249,7 @@ def _blocks(hashes: Sequence[int], num_tokens: int, scale: float) -> Iterator[Pi
         start = end
 
 
-def _scaled(path: Path, num_tokens: int, scale: float) -> int:
-    if num_tokens < 1:
-        raise WorkloadError(f"{path} has a request of {num_tokens} tokens; there must be at least one")
-    return _divided(num_tokens, scale)
-
-
 def _divided(num_tokens: int, scale: float) -> int:
-    return max(1, math.ceil(num_tokens / scale))
-
-
-def _from_trace(path: Path, rows: list[tuple[float, tuple[Piece, ...], int]], speed: float) -> list[BenchRequest]:
-    if not rows:
-        raise WorkloadError(f"{path} has no requests")
-    rows = sorted(rows, key=lambda row: row[0])
-    start_s = rows[0][0]
-    return [BenchRequest(pieces, output_len, (time_s - start_s) / speed) for time_s, pieces, output_len in rows]
+    if num_tokens < 1:
+        raise ValueError(f"a length of {num_tokens} tokens; there must be at least one")
+    return math.ceil(num_tokens / scale)

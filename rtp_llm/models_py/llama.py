@@ -75,7 +75,9 @@ class GroupedQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         if sliding_window is not None and sliding_window < 1:
-            raise ValueError(f"sliding_window must be a positive number of tokens, or null for none; not {sliding_window}")
+            raise ValueError(
+                f"sliding_window must be a positive number of tokens, or null for none; not {sliding_window}"
+            )
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,

@@ -76,6 +76,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> str:
         """The prompt, to be encoded without further special tokens. What transformers makes of the same messages.
 
@@ -86,7 +87,9 @@ class ChatTemplate:
             add_generation_prompt: end with what makes the assistant speak.
             continue_final_message: leave the last message open, to be continued. Excludes ``add_generation_prompt``.
             tools: JSON schemas of functions.
-            chat_template_kwargs: further variables of the template, such as ``enable_thinking``; it must use them.
+            chat_template_kwargs: further variables of the template, such as ``enable_thinking``; it must use them. What
+                comes from a request belongs here, where any name is safe.
+            variables: the same, one by one.
 
         Raises:
             ChatTemplateError: says which message is wrong, or what the template said.
@@ -100,11 +103,12 @@ class ChatTemplate:
         source = self.tool_use if tools and self.tool_use else self.source
         if tools and not _mentions(source, "tools"):
             raise ChatTemplateError("the model's chat template has no place for tools", "tools")
-        _check_kwargs(source, chat_template_kwargs or {})
+        variables = {**(chat_template_kwargs or {}), **variables}
+        _check_kwargs(source, variables)
         fitted = [self._fit(source, i, message) for i, message in enumerate(_checked(messages))]
         if continue_final_message:
             _check_continuable(fitted)
-        options = dict(chat_template_kwargs or {}) | {
+        options = variables | {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
@@ -168,7 +172,7 @@ class ChatTemplate:
             text = self._run(source, _trial(role, content), add_generation_prompt=False)
         except ChatTemplateError:
             return None
-        return WORD in text and not WORD_IN_A_LIST.search(text)
+        return WORD in text.lower() and not WORD_IN_A_LIST.search(text)
 
     def _run(self, source: str, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
@@ -182,7 +186,7 @@ class ChatTemplate:
 CALLED = ("tool", "function")
 MAX_KNOWN_ROLES = 64  # role names come from requests
 ANY_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": NO_PARAMETERS}}
-WORD = "Xylophone7q"
+WORD = "xylophone7q"
 WORD_IN_A_LIST = re.compile(rf"""["']:\s*["']{WORD}""")  # the list itself was printed
 
 

@@ -10,6 +10,14 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def choose_device(asked: str | None) -> str:
+    """The device that was asked for, if it is there, else the default one. Raises RuntimeError."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        reason = "has no CUDA support" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) sees no GPU"
+        raise RuntimeError(f"device is 'cuda', but torch {torch.__version__} {reason}; choose device 'cpu'")
+    return asked or default_device()
+
+
 def num_cpus() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -51,7 +51,8 @@ class LengthScaling:
 
     As in transformers, prompt tokens are rotated for the prompt's length, each later token for its own. Up to
     ``original_len`` tokens all lengths give the same keys. Beyond, with ``per_length`` each length gives others
-    (dynamic NTK), without it all longer ones give the same (LongRoPE). The prefix cache must not mix them.
+    (dynamic NTK), without it all longer ones give the same (LongRoPE). The prefix cache must not mix them: it keeps
+    the classes of ``key_class`` apart, and within a class a token's key depends on nothing but the tokens up to it.
     """
 
     original_len: int
@@ -62,12 +63,6 @@ class LengthScaling:
         if prompt_len <= self.original_len:
             return 0
         return prompt_len if self.per_length else self.original_len + 1
-
-    def reusable_len(self, prompt_len: int) -> int | None:
-        """How many leading tokens of a request belong to its prompt's class; None: all, however long it grows."""
-        if prompt_len <= self.original_len:
-            return self.original_len
-        return prompt_len if self.per_length else None
 
 
 @dataclass(frozen=True, slots=True)

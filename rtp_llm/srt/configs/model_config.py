@@ -119,9 +119,7 @@ class ModelConfig:
     num_heads: int  # 0 where an architecture has no attention
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
     bos_token_id: int | None
-    generation_defaults: dict[str, float | int] = field(
-        default_factory=dict
-    )  # SamplingParams fields the authors advise
+    generation_defaults: dict[str, float | int] = field(default_factory=dict)  # SamplingParams fields, as advised
 
     @property
     def is_multimodal(self) -> bool:

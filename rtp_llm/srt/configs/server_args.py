@@ -61,10 +61,10 @@ class ServerArgs:
         aliases=("--tensor-parallel-size",),
     )
     mem_fraction_static: float | None = _arg(
-        None, help="fraction of the memory for weights and cache; unset: chosen by device", low=0.01, high=1
+        None, help="fraction of the free memory for weights and cache; unset: 0.6 on CPU, 0.88 on GPU", low=0.01, high=1
     )
     max_total_tokens: int | None = _arg(None, help="tokens in the cache; unset: what memory allows", low=1)
-    max_running_requests: int | None = _arg(None, help="most requests running at once; unset: automatic", low=1)
+    max_running_requests: int | None = _arg(None, help="most requests running at once; unset: 256", low=1)
     chunked_prefill_size: int | None = _arg(
         None,
         help="prompt tokens per step; longer prompts are cut; unset: 2048 on CPU, 8192 on GPU; -1: never cut",

@@ -86,9 +86,7 @@ def plan_capacity(
             f"the cache holds {total} token, but a request needs two at least: one of the prompt and a new one. "
             "Raise max_total_tokens or mem_fraction_static"
         )
-    return Capacity(
-        tuple(num_pages), total // page_size * page_size, min([context_length, *longest]), bytes_for(total)
-    )
+    return Capacity(tuple(num_pages), total // page_size * page_size, min([context_length, *longest]), bytes_for(total))
 
 
 def _longest(group: CacheGroup, num_pages: int, slides: bool) -> int:

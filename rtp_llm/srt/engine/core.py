@@ -10,7 +10,7 @@ from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
 from rtp_llm.srt.engine.meter import Meter
 from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
-from rtp_llm.srt.platform import default_device, memory_bytes
+from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
@@ -45,7 +45,7 @@ class EngineCore:
         self._link = link
         self._on_admission = on_admission
         self._in_flight: deque[StepHandle] = deque()
-        self.device = server_args.device or default_device()
+        self.device = choose_device(server_args.device)
         free_bytes, _ = memory_bytes(self.device)
         self._executor = executor or make_executor(
             worker_config(server_args, model_config, self.device),

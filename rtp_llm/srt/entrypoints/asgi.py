@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rtp_llm.srt.entrypoints.errors import ApiError, unavailable
+from rtp_llm.srt.entrypoints.frontend import LiveCall
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ class StrictRoute(APIRoute):
         async def handle_strictly(request: Request) -> Response:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if takes_body and kind != "application/json":
-                raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {ascii(kind)}")
+                raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {kind!a}")
             try:
                 return await handle(StrictRequest(request.scope, request.receive))
             except ClientDisconnect:  # before the body was complete
@@ -150,17 +151,19 @@ def event(value: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events, ``[DONE]`` at the end. Hanging up closes the generator at once, wherever it is."""
+    """A call's server-sent events, ``[DONE]`` at the end. Hanging up ends the call at once, wherever it is."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+    def __init__(self, call: LiveCall, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
+        self._call = call
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_disconnected(receive, self._send(send))
+        with self._call:
+            await unless_disconnected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._events) as events:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -23,7 +24,7 @@ from rtp_llm.srt.entrypoints.frontend import (
     read_model_config,
     read_tokenizer,
 )
-from rtp_llm.srt.managers.engine_client import EngineClient, FlushResult
+from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.messages import Shutdown
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -36,7 +37,8 @@ OnProgress = Callable[[int, int], None]
 
 
 class Engine:
-    """A model, ready to generate. Use it from any number of threads and event loops at once.
+    """A model, ready to generate. Use it from any number of threads and event loops at once, but not from a process
+    that was forked after it was made: the engine's threads are not in there, and calls are refused.
 
     Args:
         model_path: checkpoint directory or hub id.
@@ -70,6 +72,7 @@ class Engine:
         self._client = EngineClient(link.client)
         build = partial(EngineCore, args, self.model_config, link.core, on_progress=on_progress)
         self._runner = (InlineRunner if inline else ThreadRunner)(build, self._client, link)
+        self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, self._runner.stop)  # at the latest when the interpreter ends
         core = self._runner.core
         self.max_total_tokens: int = core.max_total_tokens
@@ -187,6 +190,7 @@ class Engine:
 
     def flush_cache(self) -> FlushResult:
         """Empties the prefix cache, if no request runs."""
+        self._check_process()
         return self._runner.wait_for(self._client.start_flush())
 
     def shutdown(self) -> None:
@@ -199,7 +203,12 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineStopped("this process was forked from the engine's, without its threads: make an engine here")
+
     def _call(self, prompt: Any, input_ids: Any, **options: Any) -> Call:
+        self._check_process()
         completions, many = completions_of(self.tokenizer_manager, prompt, input_ids, options)
         return Call(self._client, completions, many)
 

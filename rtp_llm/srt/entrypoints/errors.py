@@ -1,19 +1,24 @@
 """Errors as clients see them: ``{"error": {"message", "type", "param", "code"}}``, whatever went wrong where."""
 
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from rtp_llm.srt.managers.engine_client import EngineStopped
 from rtp_llm.srt.sampling_params import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
 MAX_MESSAGE_CHARS = 2000
@@ -24,18 +29,21 @@ class ErrorDetail(TypedDict):
     message: str
     type: str
     param: str | None
-    code: str | int | None
+    code: str | None
 
 
 class ErrorBody(TypedDict):
     error: ErrorDetail
 
 
-class ApiError(Exception):
-    """An answer other than success. ``code`` is for programs; ``param`` names the field that is to blame, if one is."""
+class ApiError(HTTPException):
+    """An answer other than success. ``code`` is for programs; ``param`` names the field that is to blame, if one is.
+
+    An HTTPException, since FastAPI hides every other exception that comes up while a body is read.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(status, message)
         self.status = status
         self.message = message
         self.param = param
@@ -44,7 +52,7 @@ class ApiError(Exception):
     @property
     def body(self) -> ErrorBody:
         message = self.message[:MAX_MESSAGE_CHARS]
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code or self.status}}
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
     @property
     def type(self) -> str:
@@ -100,6 +108,30 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+@dataclass(slots=True)
+class Failure:
+    body: ErrorBody | None = None
+
+
+@asynccontextmanager
+async def error_event() -> AsyncIterator[Failure]:
+    """For a stream under way, where the status has been sent: keeps what went wrong as the body of a last event."""
+    failure = Failure()
+    try:
+        yield failure
+    except ApiError as error:
+        failure.body = error.body
+    except EngineStopped as error:
+        failure.body = stopped(error).body
+    except Exception:
+        logger.exception("a stream broke off")
+        failure.body = internal().body
+
+
+def internal() -> ApiError:
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
 def add_handlers(app: FastAPI) -> None:
     """Makes every error of an application take this shape."""
 
@@ -116,12 +148,12 @@ def add_handlers(app: FastAPI) -> None:
         return of_validation(error).response()
 
     async def on_http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+        assert isinstance(error, AnyHTTPException)
         message = error.detail
         if error.status_code == 404:
-            message = f"there is no {ascii(request.url.path)} here; GET /openapi.json lists what there is"
+            message = f"there is no {request.url.path!a} here; GET /openapi.json lists what there is"
         elif error.status_code == 405:
-            message = f"{request.method} does not work on {ascii(request.url.path)}"
+            message = f"{request.method} does not work on {request.url.path!a}"
         return ApiError(error.status_code, str(message), code=_http_code(error.status_code)).response(error.headers)
 
     async def on_stopped(request: Request, error: Exception) -> Response:
@@ -130,12 +162,12 @@ def add_handlers(app: FastAPI) -> None:
 
     async def on_bug(request: Request, error: Exception) -> Response:
         """uvicorn logs the traceback; the client need not know it."""
-        return ApiError(500, "internal error; the server's log says more", code="internal_error").response()
+        return internal().response()
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(InvalidRequest, on_invalid)
     app.add_exception_handler(RequestValidationError, on_validation)
-    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(AnyHTTPException, on_http)
     app.add_exception_handler(EngineStopped, on_stopped)
     app.add_exception_handler(Exception, on_bug)
 

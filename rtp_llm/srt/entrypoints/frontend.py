@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -283,10 +283,11 @@ class LiveCall(Call):
                 if delta.text or delta.token_ids or finished:
                     yield i, delta
 
-    async def wait(self) -> None:
+    async def wait(self) -> Literal[True]:
         """Returns when all completions have ended."""
         async for _ in self.changes():
             pass
+        return True
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)

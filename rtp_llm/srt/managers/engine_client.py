@@ -57,6 +57,7 @@ class LiveRequest:
     earlier_retractions: int = 0  # in cores that died
     deaths: int = 0  # of cores that were running it, since it last made progress
     aborted: bool = False
+    predecessors: int = 0  # aborted requests of the same rid whose end the core has not told yet
 
     def take(self, output: TokenOutput) -> TokenOutput:
         """Notes what came, and returns it, made what it would be from a core that never died."""
@@ -127,6 +128,7 @@ class EngineClient:
             for rid in list(self._live):
                 entry = self._live[rid]
                 entry.deaths += rid in running
+                entry.predecessors = 0
                 if entry.aborted:
                     ended.append((self._live.pop(rid), ABORTED))
                 elif entry.deaths >= MAX_DEATHS:
@@ -158,17 +160,24 @@ class EngineClient:
             EngineStopped: the core is gone.
             InvalidRequest: two of them, or one and a live request, have the same ``rid``.
         """
+        replaced: list[LiveRequest] = []
         with self._lock:
             self._check_running()
             new: dict[str, LiveRequest] = {}
             for request, deliver in entries:
-                if request.rid in self._live or request.rid in new:
+                old = self._live.get(request.rid)
+                if request.rid in new or (old is not None and not old.aborted):
                     raise InvalidRequest(f"another running request has the rid {request.rid!r}; choose another", "rid")
                 new[request.rid] = LiveRequest(request, deliver)
+                if old is not None:
+                    new[request.rid].predecessors = old.predecessors + 1
+                    replaced.append(old)
             self._live |= new
             if self._link is not None:
                 for request, _ in entries:
                     self._link.send(request)
+        for old in replaced:
+            old.deliver(old.take(TokenOutput(old.request.rid, finish_reason=ABORTED)))
 
     def abort(self, rid: str | None) -> None:
         """Ends one request, or all if ``rid`` is None. Whoever waits for it gets its end from the core."""
@@ -232,6 +241,9 @@ class EngineClient:
             entry = self._live.get(output.rid)
             if entry is None:
                 return  # ended here while the core's last words were under way
+            if entry.predecessors:  # in the order of submission, each with one end
+                entry.predecessors -= output.finish_reason is not None
+                return
             output = entry.take(output)
             if output.finish_reason is not None:
                 del self._live[output.rid]

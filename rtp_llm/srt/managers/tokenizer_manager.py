@@ -153,9 +153,8 @@ class TokenizerManager:
                 f"the prompt has {len(ids)} tokens, more than the context length of {self.context_length}", name
             )
         if len(ids) + wants_new > self.max_req_len:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens and leaves no room{' for a new one' * wants_new}: {self._limit()}", name
-            )
+            room = "room for a new one" if wants_new else "room"
+            raise InvalidRequest(f"the prompt has {len(ids)} tokens and leaves no {room}: {self._limit()}", name)
         return ids
 
     def _max_new_tokens(self, params: SamplingParams, prompt_len: int) -> int:

@@ -143,7 +143,9 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for name in list(content):
         tensor = content.pop(name)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise WeightFileError(f"{path} must hold a flat dictionary of named tensors, but {name!r} is {type(tensor)}")
+            raise WeightFileError(
+                f"{path} must hold a flat dictionary of named tensors, but {name!r} is {type(tensor)}"
+            )
         yield name, tensor
 
 

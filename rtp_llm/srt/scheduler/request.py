@@ -29,7 +29,6 @@ class Request:
     seed: int
     stop_ids: list[int]
     namespace: Hashable
-    reusable_len: int | None  # tokens that may enter the prefix cache; None: all
     return_logprob: bool = False
     logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
     top_logprobs_num: int = 0
@@ -45,6 +44,7 @@ class Request:
     num_pending: int = 0  # tokens that steps in flight are drawing
     in_flight: int = 0  # steps in flight that name it
     finished: bool = False
+    is_broken: bool = False  # its logits were no numbers: what it computed is not to be shared
 
     cached_tokens: int | None = None  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
@@ -58,7 +58,6 @@ class Request:
         eos_ids: list[int],
         default_max_new_tokens: int,
         namespace: Hashable,
-        reusable_len: int | None,
     ) -> "Request":
         params = message.params
         stop_ids = list(params.stop_token_ids) if params.ignore_eos else [*eos_ids, *params.stop_token_ids]
@@ -73,7 +72,6 @@ class Request:
             seed=message.seed,
             stop_ids=list(dict.fromkeys(stop_ids)),
             namespace=namespace,
-            reusable_len=reusable_len,
             return_logprob=message.return_logprob,
             logprob_from=logprob_from,
             top_logprobs_num=message.top_logprobs_num,
@@ -112,14 +110,12 @@ class Request:
     @property
     def insertable_len(self) -> int:
         """Leading tokens that are computed, known, and reusable by others."""
-        known = min(self.num_committed, len(self.ids))
-        return known if self.reusable_len is None else min(known, self.reusable_len)
+        return 0 if self.is_broken else min(self.num_committed, len(self.ids))
 
     @property
     def is_prefilling(self) -> bool:
         """Whether tokens that others may be waiting for are still to enter the prefix cache."""
-        target = self.prefill_len if self.reusable_len is None else min(self.prefill_len, self.reusable_len)
-        return self.cached_len < target
+        return self.cached_len < self.prefill_len
 
     def take_prompt_logprobs(self, count: int) -> None:
         """``count`` prompt logprobs have arrived; the last token's logits are no prompt logprob."""

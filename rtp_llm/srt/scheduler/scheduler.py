@@ -35,9 +35,7 @@ class SchedulerConfig:
     max_req_len: int  # tokens of the longest request: what the context and the cache have room for
     max_running_requests: int = 256
     chunked_prefill_size: int = 2048  # prompt tokens per step; -1: prompts are not cut
-    max_prefill_tokens: int = (
-        16384  # prompt tokens per step, also where prompts are not cut (but for a longer one alone)
-    )
+    max_prefill_tokens: int = 16384  # also where prompts are not cut (but for a longer one alone)
     schedule_policy: str = "fcfs"
     disable_radix_cache: bool = False
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
@@ -162,7 +160,6 @@ class Scheduler:
             eos_ids=list(self.config.eos_ids),
             default_max_new_tokens=min(self.config.default_max_new_tokens, self.config.max_req_len - prompt_len),
             namespace=(message.cache_salt, 0 if scaling is None else scaling.key_class(prompt_len)),
-            reusable_len=None if scaling is None else scaling.reusable_len(prompt_len),
         )
         self._num_arrivals += 1
         if message.output_ids:
@@ -240,10 +237,13 @@ class Scheduler:
         return request.remaining_new_tokens > 0 or request.num_computed < request.prompt_len
 
     def _plan_running(self, plan: StepPlan, requests: list[Request], budget: Budget) -> None:
-        decoding = [r for r in self.running if r.uncomputed == 1]
-        for request in [*decoding, *(r for r in self.running if r.uncomputed > 1)]:
-            if not self._may_draw(request):
-                continue
+        prefilling: list[Request] = []
+        for request in self.running:
+            if request.uncomputed > 1:
+                prefilling.append(request)
+            elif request.uncomputed == 1 and self._may_draw(request):
+                self._add_work(plan, requests, request, 1, budget)  # _make_room has seen to its page
+        for request in prefilling:
             num_tokens = budget.share_of(request.uncomputed, self.memory.room(request))
             if num_tokens > 0:
                 self._add_work(plan, requests, request, num_tokens, budget)
@@ -252,11 +252,12 @@ class Scheduler:
         if not len(self.waiting) or not self._free_rows:
             return
         promised = self._promised()
+        prefilling = [r for r in self.running if r.is_prefilling]
         for request in self.waiting.candidates()[:MAX_CANDIDATES]:
             if not self._free_rows or budget.is_spent:
                 return
             match = self.memory.match(request)
-            if self._is_being_computed(request, match.num_tokens):
+            if self._is_being_computed(request, match.num_tokens, prefilling):
                 continue
             self.memory.enter(request, match)
             if not self._fits(request, promised):
@@ -267,6 +268,7 @@ class Scheduler:
                 self.memory.release(request)
                 return
             self._admit(plan, request, match.num_tokens)
+            prefilling.append(request)
             for g, count in enumerate(self._to_hold(request)):
                 promised[g] += count
             grown = self.memory.pages_to_grow(request, num_tokens)
@@ -294,16 +296,14 @@ class Scheduler:
         available = self.memory.available_everywhere()
         return all(w + p <= a for w, p, a in zip(wanted, promised, available, strict=True))
 
-    def _is_being_computed(self, request: Request, matched: int) -> bool:
-        """Whether a running request is computing tokens that this one shares and the cache does not have yet."""
+    def _is_being_computed(self, request: Request, matched: int, prefilling: Sequence[Request]) -> bool:
+        """Whether one of these is computing tokens that ``request`` shares and the cache does not have yet."""
         if self.config.disable_radix_cache:
             return False
-        for other in self.running:
-            if other.namespace != request.namespace or not other.is_prefilling:
+        for other in prefilling:
+            if other.namespace != request.namespace:
                 continue
             limit = min(request.match_limit, other.prefill_len)
-            if other.reusable_len is not None:
-                limit = min(limit, other.reusable_len)
             if limit - matched < MIN_SHARED_TOKENS or request.ids[matched] != other.ids[matched]:
                 continue
             common = common_length(request.ids, 0, other.ids, 0, limit)
@@ -396,7 +396,7 @@ class Scheduler:
 
     def _commit_row(self, request: Request, work: RowWork, row: RowResult) -> TokenOutput | None:
         if row.error is not None:
-            request.reusable_len = 0  # what it computed is not to be trusted
+            request.is_broken = True
             return self._finish(request, FinishReason("abort", message=row.error, status_code=500))
         request.take_prompt_logprobs(len(row.prompt_logprobs))
         reason, token_ids = None, []

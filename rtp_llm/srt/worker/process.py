@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rtp_llm.srt.distributed.parallel_state import destroy_tensor_parallel, init_tensor_parallel
+from rtp_llm.srt.distributed.parallel_state import init_tensor_parallel
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.platform import num_cpus
@@ -44,38 +44,57 @@ class RankServer:
         return (own or getattr(self._worker, method))(*args)
 
 
+class ParentGone(Exception):
+    """The other end of the pipe is closed: this is how a worker is told to end."""
+
+
+class Parent:
+    """The other end of the pipe."""
+
+    def __init__(self, fd: int) -> None:
+        self._pipe = Connection(fd)
+
+    def hear(self) -> Any:
+        try:
+            return receive(self._pipe)
+        except (EOFError, ConnectionResetError):
+            raise ParentGone from None
+
+    def tell(self, kind: str, value: Any) -> None:
+        try:
+            send(self._pipe, (kind, value))
+        except (BrokenPipeError, ConnectionResetError):
+            raise ParentGone from None
+
+
 def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    pipe = Connection(fd)
+    parent = Parent(fd)
     try:
-        _serve(pipe)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the pipe or is gone: this is how a worker ends
+        _serve(parent)
+    except ParentGone:
+        pass
     except Exception as error:
-        _tell(pipe, error)
-    finally:
-        destroy_tensor_parallel()
+        with suppress(ParentGone):
+            parent.tell("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking the interpreter apart takes seconds, and nobody needs it
 
 
-def _tell(pipe: Connection, error: Exception) -> None:
-    """Sends what went wrong: a line, and the traceback."""
-    with suppress(BrokenPipeError, ConnectionResetError):  # the parent has given up already
-        send(pipe, ("error", (f"{type(error).__name__}: {error}", traceback.format_exc())))
-
-
-def _serve(pipe: Connection) -> None:
-    config, init_method, timeout_s, registrations = receive(pipe)
+def _serve(parent: Parent) -> None:
+    config, init_method, timeout_s, registrations = parent.hear()
     configure_logging(config.log_level)
     unpack_registrations(registrations)
     _join(config, init_method, timeout_s)
-    worker = Worker(config, lambda done, total: send(pipe, ("progress", (done, total))))
-    send(pipe, ("result", worker.loaded()))
+    worker = Worker(config, lambda done, total: parent.tell("progress", (done, total)))
+    parent.tell("result", worker.loaded())
     server = RankServer(worker)
     while True:
-        method, args = receive(pipe)
+        method, args = parent.hear()
         answer = server.call(method, args)
         if method != "submit" or answer is not None:
-            send(pipe, ("result", answer))
+            parent.tell("result", answer)
 
 
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:

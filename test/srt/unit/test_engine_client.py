@@ -235,6 +235,14 @@ def test_lists_give_lists_in_order(engine: Engine) -> None:
     assert len(engine.generate(input_ids=[[5], [6, 7]], sampling_params=params())) == 2
 
 
+def test_the_random_seed_makes_unseeded_requests_reproducible(make_engine: Callable[..., Engine]) -> None:
+    def texts(random_seed: int) -> list[str]:
+        engine = make_engine(random_seed=random_seed)
+        return [result["text"] for result in engine.generate(["a", "b", "c"], {"max_new_tokens": 5})]
+
+    assert texts(1) == texts(1) != texts(2)
+
+
 def test_options_per_prompt(engine: Engine) -> None:
     results = engine.generate(
         ["x", "y"], params(), return_logprob=[True, False], token_ids_logprob=[[1, 2], None], top_logprobs_num=[1, 0]
@@ -458,6 +466,13 @@ def test_a_forgotten_engine_ends_its_thread(make_engine: Callable[..., Engine]) 
     del engine
     gc.collect()
     eventually(lambda: core.is_shut_down)
+
+
+def test_a_forked_process_is_refused_instead_of_waiting_forever(engine: Engine) -> None:
+    engine._pid += 1  # as a forked process sees it
+    for call in (lambda: engine.generate("x"), engine.flush_cache):
+        with pytest.raises(EngineStopped, match="forked from the engine's"):
+            call()
 
 
 def test_arguments(make_engine: Callable[..., Engine]) -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
+
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import AbortRequest, FinishReason, GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
-from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 
 class Link:
@@ -91,3 +93,19 @@ def test_aborts_reach_what_was_not_sent_yet():
     client.detach({"late", "c"})
     client.abort(None)
     assert client.num_live == 0 and late["late"][-1].finish_reason.type == "abort"
+
+
+def test_the_rid_of_an_aborted_request_can_be_used_again_at_once():
+    client, link = EngineClient(), Link()
+    client.attach(link)
+    first = submit(client, "r")
+    client.abort("r")
+    second = submit(client, "r")
+    assert first["r"][-1].finish_reason.type == "abort", "whoever waited for it is told"
+    link.say(TokenOutput("r", [1]), TokenOutput("r", [2], finish_reason=FinishReason("length", length=2)))
+    assert second["r"] == [], "these were the last words about the first"
+    link.say(TokenOutput("r", [3], finish_reason=FinishReason("stop", matched=3)))
+    assert [output.token_ids for output in second["r"]] == [[3]] and client.num_live == 0
+    client.abort("r")
+    with pytest.raises(InvalidRequest, match="choose another"):
+        submit(client, "x", "x")

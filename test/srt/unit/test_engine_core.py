@@ -16,8 +16,11 @@ from rtp_llm.srt.engine.core import EngineCore, worker_config
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink, send
+from rtp_llm.srt.worker.philox import uniform
+from rtp_llm.srt.worker.sampler import draw
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias"]
@@ -43,7 +46,8 @@ class Core:
 
     def take(self, messages: list) -> None:
         for message in messages:
-            self.outputs.setdefault(message.rid, []).append(message)
+            if isinstance(message, TokenOutput):
+                self.outputs.setdefault(message.rid, []).append(message)
 
     def run(self, requests: list[GenerateRequest]) -> dict[str, list[int]]:
         for request in requests:
@@ -91,6 +95,31 @@ def test_every_depth_gives_the_same_tokens(name):
         for rid, outputs in core.outputs.items():
             logprobs = [entry.token_id for output in outputs for entry in output.logprobs]
             assert logprobs == ([] if int(rid[1:]) % 3 else expected[rid])
+
+
+def test_options_reach_the_part_that_they_are_for():
+    options = {"max_prefill_tokens": 33, "schedule_policy": "lpm", "disable_radix_cache": True}
+    core = Core("qwen3-mixed-window7-tied", **options, swa_full_tokens_ratio=0.5).core
+    assert {name: getattr(core.scheduler.config, name) for name in options} == options
+    assert core.scheduler.config.max_running_requests == 32
+    assert core.scheduler.config.chunked_prefill_size == 16
+    assert tuple(core.scheduler.config.eos_ids) == (TINY_MODELS["qwen3-mixed-window7-tied"].vocab_size - 1,)
+    assert sorted(core.capacity.num_pages) == [1000, 2000]
+
+
+def test_a_draw_is_keyed_by_the_seed_and_the_place_in_the_sequence():
+    params = SamplingParams(max_new_tokens=16, temperature=1.0, ignore_eos=True)
+    prompt, vocab_size = [5, 9, 2, 40], TINY_MODELS["llama-default"].vocab_size
+    core = Core("llama-default")
+    core.run([GenerateRequest("r", prompt, params, seed=77, return_logprob=True, top_logprobs_num=vocab_size)])
+    entries = [entry for output in core.outputs["r"] for entry in output.logprobs]
+    assert len(entries) == 16
+    for place, entry in enumerate(entries, start=len(prompt)):
+        logits = torch.empty(1, vocab_size)
+        for logprob, token_id in entry.top:
+            logits[0, token_id] = logprob
+        u = uniform(torch.tensor([77]), torch.tensor([place]))
+        assert draw(logits, [params], u).tolist() == [entry.token_id]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -182,7 +211,7 @@ def two_ranks() -> Iterator[tuple[MultiProcessExecutor, list[Connection]]]:
     executor = MultiProcessExecutor(worker_config(args, ModelConfig.from_pretrained(args.model_path), "cpu"), 60.0)
     pairs = [Pipe() for _ in range(2)]
     executor._pipes = [ours for ours, _ in pairs]
-    executor._processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE) for _ in range(2)]
+    executor._processes = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
     yield executor, [theirs for _, theirs in pairs]
     for process in executor._processes:
         process.kill()
@@ -193,7 +222,7 @@ def test_the_rank_that_fails_first_is_blamed(two_ranks):
     """Rank 0 waits for rank 1 in an exchange, and would fail only later."""
     executor, pipes = two_ranks
     send(pipes[1], ("error", ("KeyError: 'x'", "Traceback ...")))
-    with pytest.raises(WorkerError, match="^the worker of rank 1 failed: KeyError: 'x'$"):
+    with pytest.raises(WorkerError, match=r"^the worker of rank 1 failed: KeyError: 'x'"):
         executor.rpc("init_cache")
 
 
@@ -202,7 +231,7 @@ def test_a_rank_that_died_is_blamed_and_not_its_neighbour(two_ranks):
     executor._processes[1].kill()
     executor._processes[1].wait()
     send(pipes[0], ("error", ("RuntimeError: Connection reset by peer", "Traceback ...")))
-    with pytest.raises(WorkerError, match="^the worker process of rank 1 died with exit code -9$"):
+    with pytest.raises(WorkerError, match=r"^the worker process of rank 1 died with exit code -9$"):
         executor.rpc("init_cache")
 
 
@@ -215,6 +244,21 @@ def test_logits_that_are_no_numbers_end_their_request_alone():
     assert core.outputs["bad"][-1].finish_reason.status_code == 500
     assert "not finite" in core.outputs["bad"][-1].finish_reason.message
     assert core.outputs["good"][-1].finish_reason.type == "length"
+
+
+def test_a_missing_gpu_is_told_in_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"device is 'cuda', but torch .*choose device 'cpu'"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("max_total_tokens", [18, 40])
+def test_prompts_that_are_not_cut_fit_a_window_model_or_are_refused(max_total_tokens):
+    core = Core("mistral-window16-yarn", max_total_tokens=max_total_tokens, chunked_prefill_size=-1)
+    assert core.core.max_req_len == max_total_tokens
+    (prompt,) = random_prompts(127, (max_total_tokens - 2,))
+    core.run([GenerateRequest("r", prompt, SamplingParams(max_new_tokens=2, ignore_eos=True), 0)])
+    assert core.outputs["r"][-1].finish_reason.type == "length"
 
 
 def test_unknown_attention_backend_names_the_known_ones():

@@ -116,7 +116,7 @@ def test_a_broken_index(tmp_path, text):
 
 def test_an_index_that_names_a_directory(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": ""}}')
-    with pytest.raises(WeightsNotFoundError, match="1 of the 1 files that .* names are missing"):
+    with pytest.raises(WeightsNotFoundError, match=r"1 of the 1 files that .* names are missing"):
         read(tmp_path)
 
 
@@ -552,7 +552,10 @@ def test_the_default_dtype_comes_back_after_an_error(tiny_directory):
     ("changes", "message"),
     [
         ({"architectures": ["Qwen3ForCausalLM"]}, "AttributeError: 'LlamaConfig' object has no attribute"),
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 0}, "null for none; not 0"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 0},
+            "null for none; not 0",
+        ),
         ({"architectures": ["LlamaForCausalLM"], "hidden_act": "no_such"}, "unknown gated activation 'no_such'"),
     ],
 )

@@ -286,7 +286,7 @@ def test_config_values_of_wrong_kinds(make_checkpoint):
     with pytest.raises(ModelConfigError, match="names no `architectures`"):
         load(make_checkpoint(without=("architectures",)))
     for architectures in ("LlamaForCausalLM", [1]):
-        with pytest.raises(ModelConfigError, match="`architectures` in .* must be a list of names, not"):
+        with pytest.raises(ModelConfigError, match=r"`architectures` in .* must be a list of names, not"):
             load(make_checkpoint(architectures=architectures))
     with pytest.raises(ModelConfigError, match=r"transformers cannot use .*config.json"):
         load(make_checkpoint(num_attention_heads=0))

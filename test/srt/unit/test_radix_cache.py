@@ -185,8 +185,6 @@ def test_length_scaling_separates_keys():
     dynamic, longrope = LengthScaling(64, per_length=True), LengthScaling(64, per_length=False)
     assert dynamic.key_class(10) == dynamic.key_class(64) == longrope.key_class(64) == 0
     assert dynamic.key_class(65) != dynamic.key_class(66) and longrope.key_class(65) == longrope.key_class(66) != 0
-    assert (dynamic.reusable_len(10), dynamic.reusable_len(70)) == (64, 70)
-    assert (longrope.reusable_len(10), longrope.reusable_len(70)) == (64, None)
 
 
 class Simulation:

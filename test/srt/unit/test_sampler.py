@@ -289,6 +289,10 @@ def test_a_row_that_is_taken_again_starts_afresh():
     with pytest.raises(ValueError, match="row 2 was not admitted"):
         sampler.release(2)
         sampler.sample(torch.zeros(1, 8), [2], [0])
+    admit(sampler, 2, prompt_ids=[5], repetition_penalty=2.0)  # in the place of a row whose prompt was [0]
+    expected = torch.ones(1, 8)
+    expected[0, 5] = 0.5
+    assert torch.equal(sampler._adjust(torch.ones(1, 8), [sampler._row(2)], [2], [1], {}), expected)
 
 
 def test_stop_ids_are_banned_until_enough_is_generated():

@@ -71,6 +71,7 @@ def test_pickles() -> None:
         ("seed", -(2**63) - 1),
         ("seed", 1.5),
         ("n", 0),
+        ("n", 10**9),
         ("n", True),
     ],
 )

@@ -9,6 +9,8 @@ from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthSca
 from rtp_llm.srt.messages import AbortRequest, FlushCache, FlushCacheDone, GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.scheduler.policy import WaitingQueue
+from rtp_llm.srt.scheduler.request import Request
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 
 EOS = 0
@@ -129,9 +131,22 @@ class Loop:
         plan = self.scheduler.plan()
         if plan is not None:
             self.plans.append(plan)
-            self.in_flight.append(plan)
+            self.in_flight.append((plan, self.read_pages(plan)))
         while self.in_flight and (plan is None or len(self.in_flight) > self.depth):
-            self.take(self.scheduler.commit(self.worker.execute(self.in_flight.popleft())))
+            due, read = self.in_flight.popleft()
+            for pages, allocator in zip(read, self.scheduler.memory.allocators, strict=True):
+                assert pages <= allocator.used_pages(), "a page was freed that a step in flight reads"
+            self.take(self.scheduler.commit(self.worker.execute(due)))
+
+    def read_pages(self, plan: StepPlan) -> list[set[int]]:
+        """Per group, the pages that a plan's tokens can see."""
+        requests = {r.row: r for r in self.scheduler.running}
+        read: list[set[int]] = [set() for _ in self.worker.groups]
+        for work in plan.work:
+            for g, group in enumerate(self.worker.groups):
+                low = 0 if group.window is None else max(0, work.start - group.window + 1)
+                read[g].update(requests[work.row].pages[g][low // group.page_size :])
+        return read
 
     def run(self, messages: list = (), limit: int = 10_000) -> None:
         self.turn(messages)
@@ -266,6 +281,14 @@ def test_what_can_never_be_served_is_refused_at_once():
     assert loop.outputs["fits"][-1].finish_reason.type in ("stop", "length")
 
 
+def test_a_prompt_may_fill_everything_if_nothing_new_is_wanted():
+    loop = Loop(config(max_req_len=20), layout([None]), [20])
+    loop.run([request("r", [1, 2] * 10, 0, return_logprob=True, logprob_start_len=0)])
+    assert loop.outputs["r"][-1].finish_reason.type == "length" and loop.ids("r") == []
+    assert sum(len(output.prompt_logprobs) for output in loop.outputs["r"]) == 19
+    loop.check_empty()
+
+
 def test_a_resubmitted_request_goes_on_where_it_was():
     whole = request("r", [4, 5, 6], 12, params={"ignore_eos": True})
     loop = Loop(config(), layout([None]), [500])
@@ -277,12 +300,65 @@ def test_a_resubmitted_request_goes_on_where_it_was():
         assert loop.outputs[again.rid][-1].finish_reason.length == 12
 
 
+def test_a_stop_id_within_the_minimum_does_not_end_a_request():
+    """Nothing bans it there if no other token is left to draw, or if another core drew it."""
+    loop = Loop(config(), layout([None]), [500])
+    loop.run([request("r", [4, 5, 6], 3, params={"min_new_tokens": 2}, output_ids=[9, EOS])])
+    assert loop.ids("r") and loop.outputs["r"][-1].finish_reason.type in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("params", "last_id", "ends"),
+    [
+        ({}, EOS, True),
+        ({}, 7, True),
+        ({}, 9, False),
+        ({"stop_token_ids": [9]}, 9, True),
+        ({"ignore_eos": True}, 7, False),
+        ({"ignore_eos": True, "stop_token_ids": [9]}, 9, True),
+    ],
+)
+def test_what_ends_a_request(params, last_id, ends):
+    loop = Loop(config(eos_ids=[EOS, 7]), layout([None]), [500])
+    loop.run([request("r", [4, 5, 6], 3, params=params, output_ids=[last_id])])
+    assert (loop.outputs["r"][-1].finish_reason.matched == last_id and not loop.ids("r")) == ends
+
+
+def test_prefixes_are_shared_within_one_salt_only():
+    loop = Loop(config(), layout([None]), [500])
+    prompt = list(range(1, 31))
+    cached = []
+    for rid, salt in enumerate(["", "mine", "", "mine", "yours"]):
+        loop.run([request(str(rid), prompt, 1, cache_salt=salt)])
+        cached.append(loop.outputs[str(rid)][-1].cached_tokens)
+    assert cached == [0, 0, 29, 29, 0]
+    loop.check_empty()
+
+
 def test_no_tokens_wanted_computes_the_prompt_only():
     loop = Loop(config(), layout([None]), [500])
     loop.run([request("r", [1, 2, 3], 0, return_logprob=True, logprob_start_len=0)])
     assert loop.ids("r") == [] and loop.outputs["r"][-1].finish_reason.length == 0
     assert sum(len(output.prompt_logprobs) for output in loop.outputs["r"]) == 2
     loop.check_empty()
+
+
+def test_the_oldest_request_is_never_retracted():
+    loop = Loop(config(), layout([None]), [60])
+    loop.run([request(f"r{i}", [i + 1] * 4, 40, params={"ignore_eos": True}) for i in range(5)])
+    assert loop.scheduler.stats.retractions > 0
+    assert loop.outputs["r0"][-1].num_retractions == 0
+    loop.check_empty()
+
+
+def test_a_retracted_request_gets_its_place_by_arrival_back():
+    queue = WaitingQueue("fcfs", lambda r: 0)
+    early, middle, late = (
+        Request.from_message(request(rid, [1], 1), order, [], 1, "") for order, rid in enumerate("abc")
+    )
+    for waiting in (middle, late, early):
+        queue.add(waiting)
+    assert queue.candidates() == [early, middle, late]
 
 
 def test_longest_prefix_first_without_starvation():

@@ -30,9 +30,9 @@ def test_flags_and_keywords_agree() -> None:
 
 def test_flags_beside_others() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int)
+    parser.add_argument("--colour", type=int)
     ServerArgs.add_cli_args(parser)
-    assert ServerArgs.from_cli_args(parser.parse_args(["--model", "m", "--port", "1"])) == ServerArgs(model_path="m")
+    assert ServerArgs.from_cli_args(parser.parse_args(["--model", "m", "--colour", "1"])) == ServerArgs(model_path="m")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,13 @@ def test_wrong_prompts_are_refused_by_name(prompt: Prompt, param: str, words: st
     assert caught.value.param == param
 
 
+def test_a_prompt_may_fill_the_context_if_nothing_new_is_wanted() -> None:
+    (request,) = manager().requests(Prompt("a" * 20, sampling_params={"max_new_tokens": 0}))
+    assert request.params.max_new_tokens == 0
+    with pytest.raises(InvalidRequest, match="12 tokens and leaves no room: a request may have 10"):
+        manager(max_req_len=10).requests(Prompt("a" * 12, sampling_params={"max_new_tokens": 0}))
+
+
 def test_a_small_cache_is_named_as_the_limit() -> None:
     with pytest.raises(InvalidRequest, match=r"12 tokens.*may have 10 tokens, which is what the cache holds.*is 20"):
         manager(max_req_len=10).requests(Prompt("a" * 12))

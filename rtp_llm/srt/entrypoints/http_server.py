@@ -1,0 +1,322 @@
+"""The HTTP server: from options to a running server, and to its end.
+
+    launch_server(ServerArgs(model_path="Qwen/Qwen3-0.6B"))   # blocks until the server is told to end
+
+The socket is opened first, so that a port in use is told at once and a probe gets an answer (503) while the model is
+being loaded. The core runs in a child process, which ends with this one, whatever happens to it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from starlette.datastructures import State
+
+from rtp_llm import __version__
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.conversation import load_chat_template
+from rtp_llm.srt.engine.supervisor import Supervisor
+from rtp_llm.srt.entrypoints.asgi import Gate, StrictRoute
+from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
+from rtp_llm.srt.entrypoints.frontend import Frontend, Observer, read_model_config, read_tokenizer
+from rtp_llm.srt.entrypoints.native import NativeEndpoints, Outcome, Text, Tokens
+from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
+from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
+from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
+from rtp_llm.srt.entrypoints.request_log import RequestLog
+from rtp_llm.srt.entrypoints.serving import Core, Serving
+from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
+from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.utils.logging import LOG_FORMAT, configure_logging
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OnProgress = Callable[[int, int], None]
+
+BACKLOG = 2048
+ABORT_GRACE_S = 2.0  # for requests that were told to end, to say so
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class AddressError(OSError):
+    """The address cannot be listened on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A second Ctrl-C: running requests were not waited for."""
+
+
+def launch_server(
+    server_args: ServerArgs,
+    *,
+    on_progress: OnProgress | None = None,
+    launch_callback: Callable[[], None] | None = None,
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, then lets running requests finish within ``shutdown_timeout``.
+
+    Works at a script's module level, without an ``if __name__ == "__main__"`` guard.
+
+    Args:
+        on_progress: called with (bytes loaded, bytes in all) while the weights are read, on another thread.
+        launch_callback: called once requests are taken.
+
+    Raises:
+        AddressError: the address is in use, or not one of this machine's.
+        KeyboardInterrupt: Ctrl-C came twice.
+        ValueError, OSError, RuntimeError: what is wrong with the options, the checkpoint or the machine; or how the
+            core died, if it died for good.
+    """
+    configure_logging(server_args.log_level)
+    _configure_http_logging(server_args.log_level_http or server_args.log_level)
+    listener = open_listener(server_args.host, server_args.port)
+    with listener:
+        asyncio.run(HTTPServer(server_args, listener, on_progress, launch_callback).run())
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises AddressError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise AddressError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+class HTTPServer:
+    """One run of the server, within one event loop."""
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        listener: socket.socket,
+        on_progress: OnProgress | None,
+        launch_callback: Callable[[], None] | None,
+    ) -> None:
+        self._args = server_args
+        self._listener = listener
+        self._on_progress = on_progress
+        self._launch_callback = launch_callback
+        self._gate = Gate(server_args.api_key)
+        config = uvicorn.Config(
+            self._gate, log_config=None, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=1
+        )
+        self._uvicorn = Uvicorn(config)
+        self._supervisor: Supervisor | None = None
+        self._error: BaseException | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
+        with self._signals():
+            try:
+                loading = asyncio.create_task(self._load())
+                await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+                if loading.done() and loading.exception() is not None:
+                    self._stop(loading.exception())
+                loading.cancel()
+                await serving
+            finally:
+                if self._supervisor is not None:
+                    await asyncio.to_thread(self._supervisor.stop)
+        if self._error is not None:
+            raise self._error
+
+    async def _load(self) -> None:
+        """Opens the gate once the core is ready."""
+        start_s = time.perf_counter()
+        config, tokenizer, supervisor = await on_daemon_thread(self._start_core)
+        self._supervisor = supervisor
+        self._gate.app = make_app(self._args, config, tokenizer, supervisor, self._loop)
+        if self._launch_callback is not None:
+            self._launch_callback()
+        print(_summary(self._args, config, supervisor, self._address(), time.perf_counter() - start_s), file=sys.stderr)
+
+    def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
+        config = read_model_config(self._args)
+        tokenizer = read_tokenizer(self._args, config)
+        load_chat_template(tokenizer, self._args.chat_template)  # a wrong one is told before the weights are loaded
+        supervisor = Supervisor(self._args, config, self._on_progress)
+        supervisor.on_dead = self._on_core_dead
+        supervisor.start()
+        return config, tokenizer, supervisor
+
+    def _on_core_dead(self, error: BaseException) -> None:
+        """From the supervisor's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended already
+            self._loop.call_soon_threadsafe(self._stop, error)
+
+    def _address(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Signals come to ``_on_signal``, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in SIGNALS:
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                self._loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._drain())
+        elif number == signal.SIGINT:
+            self._uvicorn.force_exit = True
+            self._stop(Interrupted())
+
+    async def _drain(self) -> None:
+        self._gate.draining = True
+        if self._supervisor is not None and (num_live := self._supervisor.client.num_live):
+            logger.warning(
+                "ending: %d requests have %.0f s to finish (Ctrl-C ends at once)", num_live, self._args.shutdown_timeout
+            )
+        if not await self._gate.wait_empty(self._args.shutdown_timeout) and self._supervisor is not None:
+            logger.warning("%d requests have not finished, and are aborted", self._supervisor.client.num_live)
+            self._supervisor.client.abort(None)
+            await self._gate.wait_empty(ABORT_GRACE_S)
+        self._stop(None)
+
+    def _stop(self, error: BaseException | None) -> None:
+        """Ends the server; ``run`` raises the first error."""
+        self._error = self._error or error
+        self._gate.draining = True
+        self._uvicorn.should_exit = True
+
+
+class Uvicorn(uvicorn.Server):
+    """uvicorn without its own ideas on signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        yield
+
+
+async def on_daemon_thread(function: Callable[[], T]) -> T:
+    """``function()`` on a thread that nobody waits for when the program ends."""
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()  # a waiter that gives up must not make set_result() raise
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:  # raised again where it is awaited
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="rtp-llm-load", daemon=True).start()
+    return await asyncio.wrap_future(done)
+
+
+def make_app(
+    args: ServerArgs, config: ModelConfig, tokenizer: object, core: Core, loop: asyncio.AbstractEventLoop
+) -> FastAPI:
+    """The application for a core that is ready. Its requests must be handled in ``loop``."""
+    info = core.info
+    registry = CollectorRegistry()
+    name = args.served_model_name or args.model_path
+    constants: dict[str, float] = {"context_len": config.context_length, "page_size": args.page_size}
+    registry.register(CoreMetrics(lambda: core.stats, name, constants))
+    observers: list[Observer] = [RequestMetrics(registry, name)]
+    if args.log_requests:
+        observers.append(RequestLog(args.log_requests_level))
+    manager = TokenizerManager(tokenizer, config.vocab_size, config.context_length, info.max_req_len, args.random_seed)
+    frontend = Frontend(core.client, manager, loop, observers)
+    serving = Serving(args, config, core, frontend, load_chat_template(tokenizer, args.chat_template))
+    app = FastAPI(
+        title="RTP-LLM",
+        version=__version__,
+        description="An inference engine for language models, by the APIs of OpenAI and SGLang.",
+        redirect_slashes=False,
+        responses={status: {"model": ErrorBody} for status in (400, 401, 413, 415, 500, 503)},
+    )
+    app.router.route_class = StrictRoute
+    app.state = State({"max_body_size": args.max_body_size})
+    add_handlers(app)
+    _add_routes(app, serving, registry)
+    return app
+
+
+def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> None:
+    native = NativeEndpoints(serving, registry)
+    for path, methods, handler, answer, tag in (
+        ("/v1/chat/completions", ["POST"], ChatEndpoint(serving).create, ChatCompletion, "OpenAI"),
+        ("/v1/completions", ["POST"], CompletionEndpoint(serving).create, TextCompletion, "OpenAI"),
+        ("/v1/models", ["GET"], native.models, ModelList, "OpenAI"),
+        ("/v1/models/{model:path}", ["GET"], native.model, Model, "OpenAI"),
+        ("/generate", ["POST", "PUT"], native.generate, None, "native"),
+        ("/tokenize", ["POST"], native.tokenize, Tokens, "native"),
+        ("/detokenize", ["POST"], native.detokenize, Text, "native"),
+        ("/health", ["GET"], native.health, None, "control"),
+        ("/health_generate", ["GET"], native.health_generate, None, "control"),
+        ("/model_info", ["GET"], native.model_info, None, "control"),
+        ("/server_info", ["GET"], native.server_info, None, "control"),
+        ("/flush_cache", ["GET", "POST"], native.flush_cache, Outcome, "control"),
+        ("/abort_request", ["POST"], native.abort_request, Outcome, "control"),
+        ("/metrics", ["GET"], native.metrics, None, "control"),
+    ):
+        for method in methods:
+            app.add_api_route(
+                path,
+                handler,
+                methods=[method],
+                response_model=None,
+                responses={200: {"model": answer}} if answer is not None else None,
+                operation_id=re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
+                tags=[tag],
+            )
+
+
+def _summary(args: ServerArgs, config: ModelConfig, core: Core, address: str, seconds: float) -> str:
+    info = core.info
+    name = args.served_model_name or args.model_path
+    lines = [
+        f"RTP-LLM {__version__} serves {name} at {address} (ready after {seconds:.1f} s)",
+        f"  model     {config.architectures[0]}, {config.dtype} on {info.device}",
+        f"  weights   {_size(info.weight_bytes)}",
+        f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens",
+        f"  capacity  {info.max_running_requests} requests at once, each of at most {info.max_req_len} tokens",
+    ]
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _configure_http_logging(level: str) -> None:
+    logger = logging.getLogger("uvicorn")
+    logger.setLevel(level.upper())
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logger.addHandler(handler)

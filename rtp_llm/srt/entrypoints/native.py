@@ -1,0 +1,237 @@
+"""The server's own endpoints: /generate in the shape of SGLang, tokens, health, information, control."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any, Self
+
+from fastapi import Request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import Field, model_validator
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from rtp_llm import __version__
+from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
+from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
+from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of
+from rtp_llm.srt.entrypoints.openai.base import hung_up
+from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, TokenIds
+from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, off_loop, request_names
+
+PROBE_TIMEOUT_S = 20.0
+PROMPT_FIELDS = (
+    "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
+    "return_text_in_logprobs", "rid", "cache_salt",
+)  # fmt: skip
+
+
+class GenerateBody(Body):
+    """For a list of prompts, each option is one for all or a list of as many."""
+
+    text: str | list[str] | None = Field(None, description="the prompt, or a list of prompts")
+    input_ids: TokenIds | list[TokenIds] | None = Field(None, description="instead of text: ids, or lists of them")
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="max_new_tokens (128), temperature (1.0), top_p, top_k, min_p, stop, n, seed, ..."
+    )
+    stream: bool = Field(False, description="server-sent events, each with all of a completion so far")
+    rid: str | list[str] | None = Field(None, description="the request's name, for /abort_request")
+    return_logprob: bool | list[bool] = Field(False, description="log-probabilities, in meta_info")
+    logprob_start_len: int | list[int] | None = Field(None, description="prompt position to begin with; -1: none")
+    top_logprobs_num: int | list[int] | None = Field(None, description="alternatives per position")
+    token_ids_logprob: TokenIds | list[TokenIds] | None = Field(None, description="ids wanted at every position")
+    return_text_in_logprobs: bool = Field(False, description="logprob entries carry their token's text")
+    cache_salt: str | list[str] | None = Field(None, description="share cached prefixes only with equal salts")
+
+
+class TokenizeBody(Body):
+    """One of ``prompt``, ``text`` (the same) and ``messages``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    text: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = Field(None, description="unset: true for a text, false for messages")
+    add_generation_prompt: bool = Field(True, description="with messages: begin the assistant's turn")
+    continue_final_message: bool = Field(False, description="with messages: go on with the last one")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="with messages: variables of the template")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("prompt", "text", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of prompt, text and messages, not {' and '.join(given) or 'none'}")
+        return self
+
+
+class Tokens(TypedDict):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: TokenIds
+    skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
+
+
+class Text(TypedDict):
+    text: str
+    prompt: str
+
+
+class AbortBody(Body):
+    rid: str | None = Field(None, min_length=1, description="the request to end")
+    abort_all: bool = Field(False, description="end all requests")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.rid is None) != self.abort_all:
+            raise ValueError("give either rid or abort_all=true")
+        return self
+
+
+class Outcome(TypedDict):
+    success: bool
+    message: str
+
+
+class NativeEndpoints:
+    def __init__(self, serving: Serving, registry: CollectorRegistry) -> None:
+        self._serving = serving
+        self._registry = registry
+
+    async def generate(self, body: GenerateBody, request: Request) -> Response:
+        """Continues a prompt, or each of a list of them. The answer is ``{text, output_ids, meta_info}``, or a list."""
+        options = {name: getattr(body, name) for name in PROMPT_FIELDS}
+        manager = self._serving.manager
+        num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
+        with request_names({"prompt": "text"} if body.input_ids is None else {}):
+            completions, many = await off_loop(
+                num_chars, lambda: completions_of(manager, body.text, body.input_ids, options)
+            )
+        call = self._serving.start(completions, many)
+        if body.stream:
+            return EventStream(call, self._events(call))
+        with call:
+            if not await unless_disconnected(request.receive, call.wait()):
+                return hung_up()
+        if not many:
+            check_not_failed(completions)
+        return JSON(call.results())
+
+    async def _events(self, call: LiveCall) -> AsyncGenerator[bytes, None]:
+        async with error_event() as failure:
+            async for changed in call.changes():
+                for i in changed:
+                    yield event(call.result(i))
+        if failure.body is not None:
+            yield event(failure.body)
+
+    async def tokenize(self, body: TokenizeBody) -> Response:
+        """Token ids of a text, or of a conversation as the chat template writes it."""
+        serving = self._serving
+        serving.check_model(body.model)
+        serving.check_tokenizer()
+        if body.messages is None:
+            text = body.prompt if body.text is None else body.text
+            special = body.add_special_tokens is not False
+        else:
+            text = serving.render(
+                [message.model_dump(exclude_none=True) for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+                continue_final_message=body.continue_final_message,
+                variables=body.chat_template_kwargs,
+            )
+            special = bool(body.add_special_tokens)
+        ids = await serving.encode(text or "", special)
+        return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
+
+    async def detokenize(self, body: DetokenizeBody) -> Response:
+        """The text of token ids."""
+        self._serving.check_model(body.model)
+        self._serving.check_tokenizer()
+        manager = self._serving.manager
+        text = await off_loop(4 * len(body.tokens), lambda: manager.decode(body.tokens, body.skip_special_tokens))
+        return JSON(Text(text=text, prompt=text))
+
+    async def models(self) -> Response:
+        """The model that is served."""
+        return JSON(ModelList(object="list", data=[self._model()]))
+
+    async def model(self, model: str) -> Response:
+        """The model, by its name."""
+        self._serving.check_model(model)
+        return JSON(self._model())
+
+    def _model(self) -> Model:
+        serving = self._serving
+        return {
+            "id": serving.model_name,
+            "object": "model",
+            "created": serving.created,
+            "owned_by": "rtp-llm",
+            "root": serving.args.model_path,
+            "max_model_len": serving.manager.context_length,
+        }
+
+    async def health(self) -> Response:
+        """200 while requests are taken, 503 while the core is starting or the server is ending."""
+        if not self._serving.core.is_ready:
+            raise unavailable("the engine core is starting", "not_ready")
+        return JSON({"status": "ok"})
+
+    async def health_generate(self) -> Response:
+        """As /health, after one token has been generated."""
+        prompt_ids = [self._serving.model_config.bos_token_id or 0]
+        params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        completions, _ = completions_of(self._serving.manager, None, prompt_ids, {"sampling_params": params})
+        with self._serving.start(completions) as call:
+            try:
+                await asyncio.wait_for(call.wait(), PROBE_TIMEOUT_S)
+            except TimeoutError:
+                raise unavailable(f"no token came within {PROBE_TIMEOUT_S:.0f} s", "not_healthy") from None
+        check_not_failed(completions)
+        return JSON({"status": "ok"})
+
+    async def model_info(self) -> Response:
+        """The model's architecture and limits."""
+        args, config = self._serving.args, self._serving.model_config
+        return JSON(
+            {
+                "model_path": args.model_path,
+                "tokenizer_path": args.tokenizer_path or args.model_path,
+                "served_model_name": self._serving.model_name,
+                "is_generation": True,
+                "architectures": config.architectures,
+                "dtype": config.dtype,
+                "context_length": config.context_length,
+                "vocab_size": config.vocab_size,
+                "has_chat_template": self._serving.template is not None,
+                "sampling_defaults": self._serving.sampling_defaults,
+            }
+        )
+
+    async def server_info(self) -> Response:
+        """The server's options, what was derived from model and machine, and how it is doing now."""
+        core = self._serving.core
+        options = asdict(self._serving.args)
+        options["api_key"] = None if options["api_key"] is None else "***"
+        return JSON({**options, "version": __version__, **asdict(core.info), "stats": asdict(core.stats)})
+
+    async def flush_cache(self) -> Response:
+        """Empties the prefix cache, if no request runs: 400 otherwise."""
+        result = await asyncio.wrap_future(self._serving.core.client.start_flush())
+        if not result:
+            raise ApiError(400, result.message, code="not_flushed")
+        return JSON(Outcome(success=True, message="the prefix cache is empty"))
+
+    async def abort_request(self, body: AbortBody) -> Response:
+        """Ends a running request, or all. Their callers get what was generated, with the finish reason ``abort``."""
+        self._serving.core.client.abort(body.rid)
+        return JSON(Outcome(success=True, message="aborted, if it was running"))
+
+    async def metrics(self) -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,93 @@
+"""What chat and text completions share."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+from uuid import uuid4
+
+from starlette.responses import Response
+
+from rtp_llm.srt.entrypoints.asgi import CLIENT_CLOSED_REQUEST
+from rtp_llm.srt.entrypoints.openai.logprobs import TokenTexts
+from rtp_llm.srt.entrypoints.openai.protocol import FinishReason, GenerationBody, Usage
+from rtp_llm.srt.entrypoints.serving import Serving
+from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.sampling_params import SamplingParams
+
+SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "logit_bias", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens",
+)  # fmt: skip
+
+
+class OpenAIEndpoint:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._token_texts: TokenTexts | None = None
+
+    @property
+    def token_texts(self) -> TokenTexts:
+        if self._token_texts is None:
+            self._token_texts = TokenTexts(self._serving.manager.tokenizer)
+        return self._token_texts
+
+    def _sampling_params(
+        self, body: GenerationBody, max_tokens: int | None, prompt_ids: list[int], default_max_tokens: int
+    ) -> SamplingParams:
+        """``default_max_tokens`` holds where ``max_tokens`` is None, as far as there is room."""
+        given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        min_tokens = body.min_tokens or 0
+        room = self._serving.room(prompt_ids)
+        if max_tokens is None and room > 0:  # otherwise the prompt is refused, with the reason
+            max_tokens = max(min_tokens, min(default_max_tokens, room))
+        lengths = {"max_new_tokens": max_tokens, "min_new_tokens": min_tokens}
+        return SamplingParams.from_dict(self._serving.sampling_defaults | given | lengths)
+
+    def _head(self, body: GenerationBody, prefix: str, kind: str) -> dict[str, Any]:
+        """What an answer and each of its chunks begin with."""
+        return {
+            "id": f"{prefix}-{body.rid or uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._serving.model_name,
+        }
+
+
+class StreamUsage:
+    """When a stream tells its usage, and how."""
+
+    def __init__(self, body: GenerationBody, completions: Iterable[Completion], num_choices: int) -> None:
+        options = body.stream_options
+        self.at_end = options is not None and options.include_usage
+        self.continuous = options is not None and options.continuous_usage_stats
+        self._completions = list(completions)
+        self._num_choices = num_choices
+
+    def of_chunk(self) -> dict[str, Usage | None]:
+        if self.continuous:
+            return {"usage": self.now()}
+        return {"usage": None} if self.at_end else {}
+
+    def now(self) -> Usage:
+        return usage(self._completions, self._num_choices)
+
+
+def usage(completions: list[Completion], num_choices: int) -> Usage:
+    """Of a whole request: ``num_choices`` completions in turn have one prompt, which counts once."""
+    firsts = completions[::num_choices]
+    prompt_tokens = sum(len(completion.request.prompt_ids) for completion in firsts)
+    completion_tokens = sum(len(completion.output_ids) for completion in completions)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in firsts)},
+    }
+
+
+def finish_reason(completion: Completion) -> FinishReason | None:
+    return None if completion.finish_reason is None else completion.finish_reason.type
+
+
+def hung_up() -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,127 @@
+"""Log-probabilities in OpenAI's two formats."""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from rtp_llm.srt.entrypoints.openai.protocol import ChatLogprobs, CompletionLogprobs, TopLogprob
+from rtp_llm.srt.plan import TokenLogprob
+
+LOWEST = -9999.0  # what OpenAI writes for minus infinity, which JSON does not have
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+PROBE = "a"  # a text before a token, so that the token keeps its space
+
+
+class TokenTexts:
+    """Each token's own text and bytes, as they occur within a text. Remembers what it was asked."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._probe: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        self._probe_text = self._decode([])
+        self._cache: dict[int, tuple[str, list[int]]] = {}
+
+    def text(self, token_id: int) -> str:
+        return self._entry(token_id)[0]
+
+    def utf8(self, token_id: int) -> list[int]:
+        """UTF-8, or the few bytes that the token adds to a character."""
+        return self._entry(token_id)[1]
+
+    def name(self, token_id: int) -> str:
+        r"""Its text, or ``bytes:\xe6\x9d`` for a part of a character: so that different tokens have different names."""
+        text = self.text(token_id)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.utf8(token_id)) if "\ufffd" in text else text
+
+    def _entry(self, token_id: int) -> tuple[str, list[int]]:
+        entry = self._cache.get(token_id)
+        if entry is None:
+            text = self._decode([token_id]).removeprefix(self._probe_text)
+            entry = self._cache[token_id] = text, list(self._raw_bytes(token_id, text))
+        return entry
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            [*self._probe, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _raw_bytes(self, token_id: int, text: str) -> bytes:
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if match := BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(match[1])
+        table = byte_characters()
+        if all(character in table for character in piece):
+            return bytes(table[character] for character in piece)
+        return text.encode()
+
+
+@cache
+def byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in the vocabularies of byte-level BPE (Radford et al. 2019).
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def chat_logprobs(texts: TokenTexts, items: Sequence[TokenLogprob], num_top: int) -> ChatLogprobs:
+    def entry(token_id: int, logprob: float) -> TopLogprob:
+        return {"token": texts.text(token_id), "logprob": max(logprob, LOWEST), "bytes": texts.utf8(token_id)}
+
+    return {
+        "content": [
+            {
+                **entry(item.token_id, item.logprob),
+                "top_logprobs": [entry(token_id, logprob) for logprob, token_id in item.top[:num_top]],
+            }
+            for item in items
+        ]
+    }
+
+
+def completion_logprobs(
+    texts: TokenTexts, items: Sequence[TokenLogprob], text: str, offset: int, first_id: int | None = None
+) -> CompletionLogprobs:
+    """Of the part ``text`` of a choice, which begins at character ``offset`` there.
+
+    ``first_id`` is the prompt's first token, of which nothing is known, where the part begins with the prompt.
+    ``top_logprobs`` hold the token itself too. Of tokens with equal texts the most probable stays.
+    """
+    result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    end = 0
+
+    def add(token_id: int, logprob: float | None, top: dict[str, float] | None) -> None:
+        nonlocal end
+        start, end = find_token(text, end, texts.text(token_id))
+        result["tokens"].append(texts.name(token_id))
+        result["token_logprobs"].append(logprob)
+        result["top_logprobs"].append(top)
+        result["text_offset"].append(offset + start)
+
+    if first_id is not None:
+        add(first_id, None, None)
+    for item in items:
+        top: dict[str, float] = {}
+        for logprob, token_id in item.top:
+            top.setdefault(texts.name(token_id), max(logprob, LOWEST))
+        top.setdefault(texts.name(item.token_id), max(item.logprob, LOWEST))
+        add(item.token_id, max(item.logprob, LOWEST), top)
+    return result
+
+
+def find_token(text: str, start: int, token: str) -> tuple[int, int]:
+    """Where a token stands in ``text``, at ``start`` or, after a character of several tokens, one further.
+
+    A text's first token may have lost its space. A special token, or a part of a character, stands nowhere: it takes
+    no room at ``start``.
+    """
+    for candidate in filter(None, (token, token.removeprefix(" "))):
+        found = text.find(candidate, start, start + len(candidate) + 1)
+        if found >= 0:
+            return found, found + len(candidate)
+    return start, start

@@ -1,0 +1,251 @@
+"""OpenAI's objects: what requests may hold, checked to the letter, and what answers hold.
+
+Types are strict (no "1" for 1), and unknown fields are errors. ``None`` is the same as leaving a field out. Fields that
+OpenAI knows and this server does not support are errors that say so, unless their value asks for nothing (``NEUTRAL``).
+"""
+
+from typing import Annotated, Any, Literal, NotRequired, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
+
+from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS
+
+MAX_LOGPROBS = 20  # alternatives per token
+MAX_CHOICES = 128  # n
+MAX_PROMPTS = 2048
+
+# Values that ask for nothing, of fields that are not supported otherwise. None is always one.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+TokenIds = list[Annotated[int, Field(ge=0)]]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="a last chunk with the usage of the whole request")
+    continuous_usage_stats: bool = Field(False, description="the usage so far in every chunk")
+
+
+class GenerationBody(Body):
+    """What chat and text completions have in common."""
+
+    model: str | None = Field(None, description="one of /v1/models; may be left out")
+    temperature: Finite | None = Field(None, ge=0, description="0 is greedy; higher is more random")
+    top_p: Finite | None = Field(None, gt=0, le=1, description="sample from the smallest set with this probability")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices per prompt")
+    max_tokens: int | None = Field(None, ge=0, description="most tokens to generate")
+    stop: str | list[str] | None = Field(None, description=f"at most {MAX_STOP_STRINGS} strings that end the text")
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1, description="makes the draws reproducible")
+    frequency_penalty: Finite | None = Field(None, ge=-2, le=2)
+    presence_penalty: Finite | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Finite] | None = Field(None, description="token id to what is added to its logit")
+    stream: bool | None = Field(None, description="server-sent events as the text comes")
+    stream_options: StreamOptions | None = None
+
+    top_k: int | None = Field(None, ge=-1, description="extension: sample from the k most probable; -1, 0: all")
+    min_p: Finite | None = Field(None, ge=0, le=1, description="extension: least probability relative to the best")
+    repetition_penalty: Finite | None = Field(None, gt=0, description="extension: > 1 discourages what was said")
+    min_tokens: int | None = Field(None, ge=0, description="extension: no stop condition holds before so many tokens")
+    stop_token_ids: TokenIds | None = Field(None, description="extension: ids that end the text")
+    ignore_eos: bool | None = Field(None, description="extension: go on after an end-of-sequence token")
+    skip_special_tokens: bool | None = Field(None, description="extension: leave special tokens out of the text")
+    cache_salt: str | None = Field(None, description="extension: share cached prefixes only with equal salts")
+    rid: str | None = Field(None, min_length=1, max_length=256, description="extension: for /abort_request")
+
+    user: str | None = Field(None, description="accepted; not used")
+    metadata: dict[str, str] | None = Field(None, description="accepted; not used")
+    safety_identifier: str | None = Field(None, description="accepted; not used")
+    prompt_cache_key: str | None = Field(None, description="accepted; the prefix cache needs no key")
+    prompt_cache_retention: str | None = Field(None, description="accepted; not used")
+    parallel_tool_calls: bool | None = Field(None, description="accepted; there are no tools")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {name: value for name, value in values.items() if value is not None}
+        for name in NEUTRAL.keys() & kept.keys():
+            if kept.pop(name) not in NEUTRAL[name]:
+                raise ValueError(f"{name} is not supported with this value")
+        return kept
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream=true")
+        return self
+
+
+class Message(BaseModel):
+    """A message of a conversation; what else a chat template understands may stand beside."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str = Field(description="system, developer, user, assistant, or what the chat template knows")
+    content: str | list[dict[str, Any]] | None = Field(None, description='text, or parts {"type": "text", "text"}')
+
+
+class ChatCompletionRequest(GenerationBody):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=0, description="most tokens to generate; unset: the room left")
+    logprobs: bool | None = Field(None, description="log-probabilities of the answer's tokens")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="extension: variables of the chat template")
+    add_generation_prompt: bool | None = Field(None, description="extension: false: do not begin an assistant turn")
+    continue_final_message: bool | None = Field(None, description="extension: go on with the last message")
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs=true")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise ValueError(f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one")
+        return self
+
+
+class CompletionRequest(GenerationBody):
+    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="a text, token ids, or a list of either")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
+    echo: bool | None = Field(None, description="the prompt comes first, its logprobs too")
+    best_of: int | None = Field(None, description="only the value of n")
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of is not supported but as the same number as n ({self.n or 1})")
+        if isinstance(self.prompt, list) and len(self.prompt) > MAX_PROMPTS and not isinstance(self.prompt[0], int):
+            raise ValueError(f"prompt is a list of {len(self.prompt)}; at most {MAX_PROMPTS} are taken at once")
+        return self
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatTokenLogprob]
+
+
+class CompletionLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletion(TypedDict):
+    """A text completion, or a chunk of one: then ``usage`` is there only if asked for."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]

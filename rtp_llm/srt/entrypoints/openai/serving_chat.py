@@ -1,0 +1,115 @@
+"""POST /v1/chat/completions."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
+from rtp_llm.srt.entrypoints.errors import error_event
+from rtp_llm.srt.entrypoints.frontend import LiveCall
+from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, finish_reason, hung_up, usage
+from rtp_llm.srt.entrypoints.openai.logprobs import chat_logprobs
+from rtp_llm.srt.entrypoints.openai.protocol import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+)
+from rtp_llm.srt.entrypoints.serving import check_not_failed, request_names
+from rtp_llm.srt.managers.detokenizer import Completion, Delta
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.plan import TokenLogprob
+
+
+class ChatEndpoint(OpenAIEndpoint):
+    async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """Answers a conversation. Without ``max_completion_tokens`` the answer may fill the context."""
+        serving = self._serving
+        serving.check_model(body.model)
+        serving.check_tokenizer()
+        completions = await self._completions(body)
+        call = serving.start(completions)
+        head = self._head(body, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
+        if body.stream:
+            return EventStream(call, self._events(call, body, head))
+        with call:
+            if not await unless_disconnected(request.receive, call.wait()):
+                return hung_up()
+        check_not_failed(completions)
+        choices = [self._choice(body, i, completion) for i, completion in enumerate(completions)]
+        return JSON({**head, "choices": choices, "usage": usage(completions, len(completions))})
+
+    async def _completions(self, body: ChatCompletionRequest) -> list[Completion]:
+        manager = self._serving.manager
+        asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+        names = {"input_ids": "messages", "max_new_tokens": asked, "min_new_tokens": "min_tokens"}
+        with request_names(names):
+            text = self._serving.render(
+                [message.model_dump(exclude_none=True) for message in body.messages],
+                add_generation_prompt=_begins_turn(body),
+                continue_final_message=bool(body.continue_final_message),
+                variables=body.chat_template_kwargs,
+            )
+            ids = await self._serving.encode(text, add_special_tokens=False)
+            max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+            prompt = Prompt(
+                input_ids=ids,
+                sampling_params=self._sampling_params(body, max_tokens, ids, self._serving.room(ids)),
+                return_logprob=bool(body.logprobs),
+                top_logprobs_num=body.top_logprobs or 0,
+                rid=body.rid,
+                cache_salt=body.cache_salt,
+            )
+            return [manager.completion(item) for item in manager.requests(prompt)]
+
+    def _logprobs(self, body: ChatCompletionRequest, items: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        return chat_logprobs(self.token_texts, items, body.top_logprobs or 0) if body.logprobs else None
+
+    def _choice(self, body: ChatCompletionRequest, i: int, completion: Completion) -> ChatChoice:
+        return {
+            "index": i,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": self._logprobs(body, completion.logprobs),
+            "finish_reason": finish_reason(completion) or "stop",
+        }
+
+    async def _events(
+        self, call: LiveCall, body: ChatCompletionRequest, head: dict[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
+        """A choice's first chunk has the role, its last one the finish reason; either may have text."""
+        tells = StreamUsage(body, call.completions, len(call.completions))
+        begun: set[int] = set()
+        async with error_event() as failure:
+            async for i, delta in call.deltas():
+                completion = call.completions[i]
+                check_not_failed([completion])
+                if delta.text or body.logprobs or completion.finished:
+                    choice = self._chunk_choice(body, i, completion, delta, is_first=i not in begun)
+                    begun.add(i)
+                    yield event({**head, "choices": [choice], **tells.of_chunk()})
+            if tells.at_end:
+                yield event({**head, "choices": [], "usage": tells.now()})
+        if failure.body is not None:
+            yield event(failure.body)
+
+    def _chunk_choice(
+        self, body: ChatCompletionRequest, i: int, completion: Completion, delta: Delta, is_first: bool
+    ) -> ChatChunkChoice:
+        content: ChatDelta = {"role": "assistant", "content": ""} if is_first else {}
+        if delta.text:
+            content["content"] = delta.text
+        return {
+            "index": i,
+            "delta": content,
+            "logprobs": self._logprobs(body, delta.logprobs),
+            "finish_reason": finish_reason(completion),
+        }
+
+
+def _begins_turn(body: ChatCompletionRequest) -> bool:
+    if body.add_generation_prompt is None:
+        return not body.continue_final_message
+    return body.add_generation_prompt

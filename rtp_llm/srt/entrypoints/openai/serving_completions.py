@@ -1,0 +1,143 @@
+"""POST /v1/completions."""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
+from rtp_llm.srt.entrypoints.errors import error_event
+from rtp_llm.srt.entrypoints.frontend import LiveCall
+from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, finish_reason, hung_up, usage
+from rtp_llm.srt.entrypoints.openai.logprobs import completion_logprobs
+from rtp_llm.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest
+from rtp_llm.srt.entrypoints.serving import check_not_failed, request_names
+from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.sampling_params import InvalidRequest
+
+DEFAULT_MAX_TOKENS = 16
+NAMES = {"input_ids": "prompt", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+
+
+@dataclass(slots=True)
+class ChoiceSoFar:
+    """A choice of a stream: what its chunks have told."""
+
+    echo: str | None  # the prompt, if that is still to come
+    num_chars: int = 0
+
+
+class CompletionEndpoint(OpenAIEndpoint):
+    async def create(self, body: CompletionRequest, request: Request) -> Response:
+        """Continues a text, or each of a list of them. Choices are in order of prompts, ``n`` of each in turn."""
+        serving = self._serving
+        serving.check_model(body.model)
+        serving.check_tokenizer()
+        completions = await self._completions(body)
+        echoes = self._echoes(body, completions)
+        call = serving.start(completions)
+        head = self._head(body, "cmpl", "text_completion")
+        if body.stream:
+            return EventStream(call, self._events(call, body, head, echoes))
+        with call:
+            if not await unless_disconnected(request.receive, call.wait()):
+                return hung_up()
+        check_not_failed(completions)
+        choices = [
+            self._choice(body, i, item, ChoiceSoFar(echoes[i]), item.text, item.logprobs)
+            for i, item in enumerate(completions)
+        ]
+        return JSON({**head, "choices": choices, "usage": usage(completions, body.n or 1)})
+
+    async def _completions(self, body: CompletionRequest) -> list[Completion]:
+        prompts = _prompts(body)
+        completions: list[Completion] = []
+        for i, prompt in enumerate(prompts):
+            with request_names(NAMES):
+                try:
+                    completions += await self._of_prompt(body, prompt, _rid(body, i, len(prompts)))
+                except InvalidRequest as error:
+                    if len(prompts) == 1:
+                        raise
+                    raise InvalidRequest(f"prompt {i}: {error}", error.param) from None
+        return completions
+
+    async def _of_prompt(self, body: CompletionRequest, prompt: str | list[int], rid: str | None) -> list[Completion]:
+        manager = self._serving.manager
+        ids = await self._serving.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        wants_logprobs = body.logprobs is not None
+        item = Prompt(
+            input_ids=ids,
+            sampling_params=self._sampling_params(body, body.max_tokens, ids, DEFAULT_MAX_TOKENS),
+            return_logprob=wants_logprobs,
+            logprob_start_len=0 if wants_logprobs and body.echo else None,
+            top_logprobs_num=body.logprobs or 0,
+            rid=rid,
+            cache_salt=body.cache_salt,
+        )
+        return [manager.completion(request) for request in manager.requests(item)]
+
+    def _echoes(self, body: CompletionRequest, completions: list[Completion]) -> list[str | None]:
+        """Per choice the text to put before it."""
+        if not body.echo:
+            return [None] * len(completions)
+        n = body.n or 1
+        prompts = _prompts(body)
+        texts = [p if isinstance(p, str) else self._serving.manager.decode(p) for p in prompts]
+        return [text for text in texts for _ in range(n)]
+
+    def _choice(
+        self,
+        body: CompletionRequest,
+        i: int,
+        completion: Completion,
+        so_far: ChoiceSoFar,
+        text: str,
+        logprobs: Sequence[TokenLogprob],
+    ) -> CompletionChoice:
+        """The choice with what is new: ``text`` and its ``logprobs``, after the prompt if that is still to come."""
+        is_first, text = so_far.echo is not None, (so_far.echo or "") + text
+        told = None
+        if body.logprobs is not None:
+            items = [*completion.prompt_logprobs, *logprobs] if is_first else logprobs
+            first_id = completion.request.prompt_ids[0] if is_first else None
+            told = completion_logprobs(self.token_texts, items, text, so_far.num_chars, first_id)
+        so_far.echo = None
+        so_far.num_chars += len(text)
+        return {"index": i, "text": text, "logprobs": told, "finish_reason": finish_reason(completion)}
+
+    async def _events(
+        self, call: LiveCall, body: CompletionRequest, head: dict[str, Any], echoes: list[str | None]
+    ) -> AsyncGenerator[bytes, None]:
+        tells = StreamUsage(body, call.completions, body.n or 1)
+        told = [ChoiceSoFar(echo) for echo in echoes]
+        async with error_event() as failure:
+            async for i, delta in call.deltas():
+                completion = call.completions[i]
+                check_not_failed([completion])
+                if delta.text or body.logprobs is not None or completion.finished:
+                    choice = self._choice(body, i, completion, told[i], delta.text, delta.logprobs)
+                    yield event({**head, "choices": [choice], **tells.of_chunk()})
+            if tells.at_end:
+                yield event({**head, "choices": [], "usage": tells.now()})
+        if failure.body is not None:
+            yield event(failure.body)
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequest("prompt is empty: there must be at least one token to continue", "prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt)  # type: ignore[arg-type]
+
+
+def _rid(body: CompletionRequest, i: int, num_prompts: int) -> str | None:
+    return body.rid if body.rid is None or num_prompts == 1 else f"{body.rid}-{i}"

@@ -1,0 +1,133 @@
+"""What all endpoints share: the model and its core, and the steps between a request's body and a running call."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, ChatTemplate
+from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
+from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
+from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.messages import CoreInfo, CoreStats
+from rtp_llm.srt.sampling_params import InvalidRequest
+
+T = TypeVar("T")
+
+LONG_TEXT = 20_000  # characters from which on a text is encoded on another thread, so that streams go on meanwhile
+ABORTED_BY_CALLER = 499
+TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message", "tools")
+
+
+class Core(Protocol):
+    """The core as the server sees it: engine.supervisor.Supervisor, or a test's own."""
+
+    @property
+    def client(self) -> EngineClient: ...
+    @property
+    def info(self) -> CoreInfo: ...
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def stats(self) -> CoreStats: ...
+
+
+@dataclass(slots=True)
+class Serving:
+    args: ServerArgs
+    model_config: ModelConfig
+    core: Core
+    frontend: Frontend
+    template: ChatTemplate | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_name(self) -> str:
+        return self.args.served_model_name or self.args.model_path
+
+    @property
+    def manager(self) -> TokenizerManager:
+        return self.frontend.manager
+
+    @property
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """Of requests to /v1."""
+        return self.model_config.generation_defaults if self.args.sampling_defaults == "model" else {}
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            message = f"there is no model {name!a} here; this server has {self.model_name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def check_tokenizer(self) -> None:
+        if self.manager.tokenizer is None:
+            raise ApiError(400, "the server runs without a tokenizer: use /generate with input_ids")
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Any] | None,
+    ) -> str:
+        """The prompt that the chat template, with these further variables, makes of messages."""
+        if self.template is None:
+            raise InvalidRequest(NO_CHAT_TEMPLATE, "messages")
+        for name in variables or {}:
+            if name in TEMPLATE_ARGUMENTS:
+                raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
+        return self.template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(variables or {}),
+        )
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return await off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens))
+
+    def room(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens that can follow a prompt."""
+        return self.manager.max_req_len - len(prompt_ids)
+
+    def start(self, completions: list[Completion], many: bool = True) -> LiveCall:
+        """Submits. Raises a 503 where it is not the time for it."""
+        if not self.core.is_ready:
+            raise unavailable("the engine core is starting", "not_ready")
+        limit = self.args.max_queued_requests
+        if limit is not None:
+            most = self.core.info.max_running_requests + limit
+            if self.core.client.num_live + len(completions) > most:
+                raise unavailable(
+                    f"the queue is full: {self.core.client.num_live} requests run or wait, and at most {most} may",
+                    "queue_full",
+                )
+        return self.frontend.start(completions, many)
+
+
+async def off_loop(num_chars: int, function: Callable[[], T]) -> T:
+    """``function()``, on another thread if there is much text to encode in it."""
+    return await asyncio.to_thread(function) if num_chars > LONG_TEXT else function()
+
+
+@contextmanager
+def request_names(names: Mapping[str, str]) -> Iterator[None]:
+    """What is wrong with a request is told in the request's own names: ``names`` maps the engine's to those."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise invalid(error, names) from None
+
+
+def check_not_failed(completions: Iterable[Completion]) -> None:
+    """Raises the error of a request that failed by itself. One that was aborted has not."""
+    for completion in completions:
+        reason = completion.finish_reason
+        if reason is not None and reason.type == "abort" and reason.status_code != ABORTED_BY_CALLER:
+            raise ApiError(reason.status_code or 500, reason.message or "the request failed", code="request_failed")

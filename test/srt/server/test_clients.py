@@ -1,0 +1,74 @@
+"""Programs that others wrote, unmodified. ``pip install 'rtp-llm[test-all]'`` brings them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_server import Process
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server-process")]
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: DATA}
+test_split: train
+output_type: OUTPUT
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+METRICS
+"""
+SCRIPT = """
+import lm_eval
+from lm_eval.tasks import TaskManager
+results = lm_eval.simple_evaluate(
+    model="local-completions",
+    model_args="model=tiny,base_url=URL/v1/completions,tokenizer=TOKENIZER,num_concurrent=2,max_length=512",
+    tasks=["tiny"], task_manager=TaskManager(include_path="FOLDER"), bootstrap_iters=0,
+)
+import json
+print("RESULT", json.dumps(results["results"]["tiny"], default=str))
+"""
+
+
+def test_langchain(server_process: Process) -> None:
+    langchain_openai = pytest.importorskip("langchain_openai")
+    model = langchain_openai.ChatOpenAI(
+        base_url=f"{server_process.url}/v1", api_key="none", model="tiny", temperature=0, max_tokens=8, seed=1
+    )
+    answer = model.invoke([("system", "a dog"), ("human", "the cat")])
+    assert answer.content and answer.usage_metadata["output_tokens"] <= 8
+    assert (
+        "".join(str(part.content) for part in model.stream([("system", "a dog"), ("human", "the cat")]))
+        == answer.content
+    )
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "generate_until"])
+def test_lm_eval(server_process: Process, tiny_checkpoint: str, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"the {x} sat", "answer": " on"}) + "\n" for x in ("cat", "dog")))
+    metrics = "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    metrics += "generation_kwargs: {until: ['\\n'], max_gen_toks: 8}"
+    if kind == "multiple_choice":
+        metrics = (
+            "doc_to_choice: [' on', ' off']\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"
+        )
+    task = TASK.replace("DATA", str(data)).replace("OUTPUT", kind).replace("METRICS", metrics)
+    (tmp_path / "tiny.yaml").write_text(task)
+    script = SCRIPT.replace("URL", server_process.url).replace("TOKENIZER", tiny_checkpoint)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("FOLDER", str(tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "RESULT" in done.stdout

@@ -1,0 +1,206 @@
+"""Servers for tests, in this process or in one of their own, and a tiny checkpoint with a tokenizer for them."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import transformers
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.engine.core import EngineCore
+from rtp_llm.srt.entrypoints.asgi import Gate
+from rtp_llm.srt.entrypoints.engine import ThreadRunner
+from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
+from rtp_llm.srt.entrypoints.http_server import Uvicorn, make_app, open_listener
+from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.messages import CoreInfo, CoreStats
+from rtp_llm.srt.utils.ipc import QueueLink
+
+ROOT = Path(__file__).resolve().parents[3]
+CONTEXT_LENGTH = 512
+START_TIMEOUT_S = 120.0
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' + suffix|default('') }}{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+CORPUS = ["the cat sat on the mat", "a dog is not a cat", "größer als 東京 und 🙂", "hello hello world"] * 8
+
+
+def make_checkpoint(folder: Path) -> str:
+    """A two-layer llama whose greedy answers are of some variety, and a byte-level tokenizer with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=SPECIAL)
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=SPECIAL[1:]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(fast),
+        max_position_embeddings=CONTEXT_LENGTH,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@dataclass
+class ThreadCore:
+    """A core on a thread of this process, as the server sees a core."""
+
+    client: EngineClient
+    info: CoreInfo
+    core: EngineCore
+    is_ready: bool = True
+
+    @property
+    def stats(self) -> CoreStats:
+        return self.client.stats
+
+
+@contextmanager
+def thread_core(args: ServerArgs) -> Iterator[ThreadCore]:
+    link = QueueLink()
+    client = EngineClient(link.client)
+    runner = ThreadRunner(partial(EngineCore, args, read_model_config(args), link.core), client, link)
+    try:
+        yield ThreadCore(client, runner.core.info, runner.core)
+    finally:
+        runner.stop()
+
+
+@dataclass
+class InProcess:
+    """A server in this process: where it listens, and its insides."""
+
+    url: str
+    core: ThreadCore
+    gate: Gate
+    app: Any
+
+
+@contextmanager
+def in_process(model_path: str, **options: Any) -> Iterator[InProcess]:
+    """The application behind uvicorn, on a thread of this process."""
+    defaults = {"served_model_name": "tiny", "device": "cpu", "max_total_tokens": 4096, "log_level": "error", "port": 0}
+    args = ServerArgs(model_path=model_path, **(defaults | options))
+    config = read_model_config(args)
+    started = threading.Event()
+    with thread_core(args) as core, open_listener(args.host, args.port) as listener:
+        parts: list[Any] = []
+
+        async def serve() -> None:
+            gate = Gate(args.api_key)
+            server = Uvicorn(
+                uvicorn.Config(gate, log_config=None, lifespan="off", access_log=False, timeout_graceful_shutdown=1)
+            )
+            gate.app = make_app(args, config, read_tokenizer(args, config), core, asyncio.get_running_loop())
+            parts.extend((gate, server))
+            started.set()
+            await server.serve([listener])
+
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        thread.start()
+        assert started.wait(START_TIMEOUT_S)
+        try:
+            yield InProcess(url, core, parts[0], parts[0].app)
+        finally:
+            parts[1].should_exit = True
+            thread.join()
+
+
+@dataclass
+class Process:
+    """A server in a process of its own. ``log`` holds what it writes to stderr."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"not ready after {START_TIMEOUT_S} s: {self.log.read_text()}")
+
+    def children(self) -> list[int]:
+        """Process ids of what it started."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def stats(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/server_info", timeout=10).json()["stats"]
+
+
+@contextmanager
+def own_process(folder: Path, model_path: str, *flags: str) -> Iterator[Process]:
+    """``python -m rtp_llm.launch_server``, killed at the end if it still runs."""
+    port = free_port()
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "rtp_llm.launch_server", "--model-path", model_path, "--port", str(port)]
+    command += ["--device", "cpu", "--max-total-tokens", "4096", "--served-model-name", "tiny", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=folder)
+    try:
+        yield Process(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+@cache
+def words(count: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(["the", "cat", "dog", "mat", "world", "hello"]) for _ in range(count))
