@@ -22,6 +22,13 @@ CONFIGURATIONS: dict[str, dict[str, int]] = {
     "page4-chunk16": {"page_size": 4, "chunked_prefill_size": 16},
 }
 PARITY_MODELS = [name for name in TINY_MODELS if not name.endswith("-tp")]
+# Large pages are the cache's matter, not the model's: these kinds of cache stand for all in the quick run.
+QUICK_WITH_LARGE_PAGES = ("llama-default", "llama-dynamic-mlp-bias", "mistral-window7", "qwen3-mixed-window7-tied")
+
+
+def marks(name: str, configuration: str) -> list[pytest.MarkDecorator]:
+    slow = configuration.startswith("page4") and name not in QUICK_WITH_LARGE_PAGES
+    return [pytest.mark.xdist_group(name), *([pytest.mark.slow] if slow else [])]
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Served:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((name, configuration), id=f"{name}-{configuration}", marks=pytest.mark.xdist_group(name))
+        pytest.param((name, configuration), id=f"{name}-{configuration}", marks=marks(name, configuration))
         for name in PARITY_MODELS
         for configuration in CONFIGURATIONS
     ],

@@ -62,6 +62,7 @@ def test_sigterm_lets_streams_finish(tiny_checkpoint: str, tmp_path: Path) -> No
         assert "serves tiny at http://127.0.0.1:" in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_what_does_not_finish_in_time_is_aborted(tiny_checkpoint: str, tmp_path: Path) -> None:
     with own_process(tmp_path, tiny_checkpoint, "--shutdown-timeout", "0") as server:
         server.wait_ready()
@@ -120,6 +121,7 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("rtp-llm: error: model path")
 
 
+@pytest.mark.slow
 def test_a_killed_core_breaks_no_stream(tiny_checkpoint: str, tmp_path: Path) -> None:
     with own_process(tmp_path, tiny_checkpoint) as server:
         server.wait_ready()
@@ -156,6 +158,7 @@ def test_a_script_without_a_guard(tiny_checkpoint: str, tmp_path: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_story(data_dir: Path, tmp_path: Path) -> None:
     model = data_dir / "models/stories260K-hf"
     golden = json.loads((model / "golden_greedy.json").read_text())["text"]

@@ -147,6 +147,7 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
+@pytest.mark.slow
 def test_a_killed_core_breaks_no_stream(supervise):
     supervisor = supervise()
     undisturbed = [stream.answer() for stream in [Stream(supervisor, r) for r in requests()]]
@@ -177,6 +178,7 @@ def test_the_request_that_kills_is_found_and_the_others_finish(supervise, killer
     assert supervisor.is_ready
 
 
+@pytest.mark.slow
 def test_three_deaths_end_it_with_the_cores_own_error(supervise, killer_checkpoint):
     supervisor = supervise(killer_checkpoint(killer_model.FailingForCausalLM))
     dead: queue.SimpleQueue = queue.SimpleQueue()
@@ -205,6 +207,7 @@ def test_a_core_that_cannot_start_says_why(tmp_path):
         start(str(folder))
 
 
+@pytest.mark.slow
 def test_a_silent_core_is_replaced(supervise):
     supervisor = supervise(watchdog_timeout=2.0)
     first = core_pid(supervisor)
@@ -214,6 +217,7 @@ def test_a_silent_core_is_replaced(supervise):
     assert not is_alive(first)
 
 
+@pytest.mark.slow
 def test_aborts_and_flushes_while_no_core_is_there(supervise):
     supervisor = supervise()
     streams = [Stream(supervisor, request) for request in requests(3)]
@@ -230,6 +234,7 @@ def test_aborts_and_flushes_while_no_core_is_there(supervise):
     assert len(streams[0].answer()["ids"]) == len(streams[2].answer()["ids"]) == 120
 
 
+@pytest.mark.slow
 def test_stop_leaves_nothing_behind(supervise):
     supervisor = supervise(tp_size=2)
     pid = core_pid(supervisor)

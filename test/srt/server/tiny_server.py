@@ -173,12 +173,19 @@ class Process:
 def own_process(folder: Path, model_path: str, *flags: str) -> Iterator[Process]:
     """``python -m rtp_llm.launch_server``, killed at the end if it still runs."""
     port = free_port()
-    log = folder / "server.log"
-    command = [sys.executable, "-m", "rtp_llm.launch_server", "--model-path", model_path, "--port", str(port)]
+    command = ["-m", "rtp_llm.launch_server", "--model-path", model_path, "--port", str(port)]
     command += ["--device", "cpu", "--max-total-tokens", "4096", "--served-model-name", "tiny", *flags]
+    with python_process(folder, command, port) as running:
+        yield running
+
+
+@contextmanager
+def python_process(folder: Path, command: list[str], port: int) -> Iterator[Process]:
+    """``python COMMAND`` in ``folder``, which is to serve at ``port``; killed at the end if it still runs."""
+    log = folder / "server.log"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=folder)
+        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder)
     try:
         yield Process(process, f"http://127.0.0.1:{port}", log)
     finally:

@@ -483,7 +483,9 @@ def test_at_a_terminal() -> None:
     person.type("/foo\r")
     person.wait_for("error: unknown command /foo")
     person.wait_for("> ")
-    person.type("half a li\x03")  # forgets the line
+    person.type("half a li")
+    person.wait_for("half a li")
+    person.type("\x03")  # forgets the line
     person.wait_for("(Ctrl-D or /exit ends)")
     person.wait_for("> ")
     person.type('"""two\r')

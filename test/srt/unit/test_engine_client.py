@@ -107,6 +107,10 @@ class ScriptedCore:
         self.is_shut_down = True
 
 
+def core_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "rtp-llm-core"}
+
+
 @pytest.fixture
 def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     config = SimpleNamespace(
@@ -117,6 +121,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
     monkeypatch.setattr(frontend_module, "load_tokenizer", lambda *_: CharTokenizer())
     monkeypatch.setattr(frontend_module.ModelConfig, "from_pretrained", lambda *_, **__: config)
     engines: list[Engine] = []
+    before = core_threads()
 
     def make(**kwargs: Any) -> Engine:
         engines.append(Engine(model_path="m", **kwargs))
@@ -125,7 +130,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
     yield make
     for engine in engines:
         engine.shutdown()
-    assert not any(thread.name == "rtp-llm-core" for thread in threading.enumerate())
+    assert core_threads() <= before
 
 
 @pytest.fixture(params=["thread", "inline"])
@@ -441,10 +446,11 @@ def test_a_core_that_fails_fails_all_who_wait(make_engine: Callable[..., Engine]
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_a_core_that_cannot_be_built(make_engine: Callable[..., Engine], inline: bool) -> None:
+    before = core_threads()
     with pytest.raises(OSError, match="no weights") as caught:
         make_engine(inline=inline, revision="broken")
     assert isinstance(caught.value.__cause__, ValueError)
-    assert not any(thread.name == "rtp-llm-core" for thread in threading.enumerate())
+    assert core_threads() <= before
 
 
 def test_shutdown(engine: Engine) -> None:
