@@ -1,0 +1,258 @@
+"""The death of the core as clients of the server see it: their streams pause and go on, and errors are errors."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import killer_model
+import pytest
+
+from tiny_server import Process, free_port, own_process, python_process, wait_for, words
+
+pytestmark = pytest.mark.xdist_group("server-process")
+
+Ask = tuple[str, dict[str, Any]]  # path and body
+KillerServer = Callable[..., AbstractContextManager[Process]]
+
+LENGTH = 300  # tokens per answer
+FLOWING = 6  # events after which a stream is in its middle
+TIMEOUT_S = 120.0
+TOLERANCE = 1e-4  # of log-probabilities
+SAMPLED = {"temperature": 0.9, "frequency_penalty": 0.3, "presence_penalty": 0.2, "repetition_penalty": 1.1}
+NEVER_DEADLY = {"logit_bias": {str(killer_model.DEADLY_ID): -100.0}}
+DEADLY_PROMPT = [5, killer_model.DEADLY_ID]
+
+
+class Stream:
+    """A streamed request, read on a thread of its own."""
+
+    def __init__(self, url: str, ask: Ask) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.is_flowing = threading.Event()
+        self.is_done = False
+        self.is_broken = False
+        path, body = ask
+        self._thread = threading.Thread(target=self._read, args=(url + path, body | {"stream": True}))
+        self._thread.start()
+
+    def _read(self, url: str, body: dict[str, Any]) -> None:
+        try:
+            with httpx.stream("POST", url, json=body, timeout=TIMEOUT_S) as response:
+                for line in response.iter_lines():
+                    self._take(line)
+        except httpx.TransportError:
+            self.is_broken = True
+
+    def _take(self, line: str) -> None:
+        if line == "data: [DONE]":
+            self.is_done = True
+        elif line:
+            self.events.append(json.loads(line.removeprefix("data: ")))
+        if len(self.events) >= FLOWING:
+            self.is_flowing.set()
+
+    def wait(self) -> None:
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive(), "no end came"
+
+    def answer(self) -> dict[str, Any]:
+        """The whole of what was told in pieces, without what differs from run to run."""
+        self.wait()
+        assert self.is_done and not self.is_broken
+        last = self.events[-1]
+        assert "error" not in last, last
+        if "meta_info" in last:
+            meta = {key: value for key, value in last["meta_info"].items() if key not in ("id", "e2e_latency")}
+            return last | {"meta_info": meta}
+        choices = [choice for event in self.events for choice in event["choices"]]
+        logprobs: dict[str, list[Any]] = {}  # but not where tokens stand, which is told chunk by chunk in broken UTF-8
+        for choice in choices:
+            for key, values in (choice["logprobs"] or {}).items():
+                if key != "text_offset":
+                    logprobs.setdefault(key, []).extend(values)
+        return {
+            "text": "".join(
+                choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices
+            ),
+            "finish_reasons": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+            "logprobs": logprobs,
+            "usage": last["usage"],
+        }
+
+
+def an_ask(i: int, stop: str | None = None, **sampling: Any) -> Ask:
+    """Request ``i``: /generate with the prompt's logprobs, a chat, a completion in turn; half of these with logprobs.
+
+    The salt keeps one from finding another's prompt cached, or its usage would depend on which came first.
+    """
+    prompt = words(10, seed=i)
+    options = {"ignore_eos": True, **sampling} | ({} if stop is None else {"stop": [stop, "never there"]})
+    told = i % 2 == 0
+    if i % 3 == 0:
+        params = options | {"max_new_tokens": LENGTH}
+        logprobs: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2 * told}
+        return "/generate", {"text": prompt, "sampling_params": params, "cache_salt": f"{i}", **logprobs}
+    body = options | {"max_tokens": LENGTH, "cache_salt": f"{i}", "stream_options": {"include_usage": True}}
+    if i % 3 == 1:
+        logprobs = {"logprobs": True, "top_logprobs": 2} if told else {}
+        return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}], **logprobs}
+    return "/v1/completions", body | {"prompt": prompt} | ({"logprobs": 2, "echo": True} if told else {})
+
+
+def greedy_asks(**options: Any) -> list[Ask]:
+    return [an_ask(i, temperature=0.0, **options) for i in range(8)]
+
+
+def sampled_asks(stops: Sequence[str | None]) -> list[Ask]:
+    return [an_ask(8 + i, stop, seed=50 + i, **SAMPLED) for i, stop in enumerate(stops)]
+
+
+def begin(server: Process, asks: Sequence[Ask]) -> list[Stream]:
+    flushed = httpx.post(f"{server.url}/flush_cache", timeout=TIMEOUT_S)
+    assert flushed.status_code == 200, flushed.text
+    return [Stream(server.url, ask) for ask in asks]
+
+
+def begin_and_wait_for_tokens(server: Process, asks: Sequence[Ask]) -> list[Stream]:
+    streams = begin(server, asks)
+    for stream in streams:
+        assert stream.is_flowing.wait(TIMEOUT_S), stream.events
+    return streams
+
+
+def answers_of(streams: Sequence[Stream]) -> list[dict[str, Any]]:
+    return [stream.answer() for stream in streams]
+
+
+def late_piece(text: str) -> str:
+    """A piece of text that comes for the first time in its third quarter."""
+    for start in range(len(text) // 2, len(text)):
+        piece = text[start : start + 2]
+        if piece.isascii() and piece.isprintable() and text.index(piece) == start:
+            return piece
+    raise AssertionError(f"nothing new comes in the later half of {text!r}")
+
+
+def assert_same(ours: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, float):
+        assert ours == pytest.approx(expected, abs=TOLERANCE), where
+    elif isinstance(expected, dict):
+        assert ours.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(ours[key], value, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(ours) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_same(ours[i], value, f"{where}[{i}]")
+    else:
+        assert ours == expected, where
+
+
+def running_in(folder: Path) -> list[int]:
+    """Ids of the processes whose working directory is ``folder``: a server, and all that it started."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdecimal() and (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
+
+
+@pytest.fixture
+def killer_server(tiny_checkpoint: str, tmp_path: Path) -> KillerServer:
+    """A script that registers a model class of killer_model.py, and serves a checkpoint of that architecture."""
+
+    @contextmanager
+    def serve(class_name: str, *preparations: str) -> Iterator[Process]:
+        checkpoint, port = tmp_path / "checkpoint", free_port()
+        shutil.copytree(tiny_checkpoint, checkpoint)
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": [class_name]}))
+        lines = [
+            "import sys",
+            f"sys.path.insert(0, {str(Path(killer_model.__file__).parent)!r})",
+            "import killer_model",
+            "from rtp_llm.srt.configs.server_args import ServerArgs",
+            "from rtp_llm.srt.engine import supervisor",
+            "from rtp_llm.srt.entrypoints.http_server import launch_server",
+            "from rtp_llm.srt.models.registry import ModelRegistry",
+            f"ModelRegistry.models[{class_name!r}] = killer_model.{class_name}",
+            *preparations,
+            f"args = ServerArgs(model_path={str(checkpoint)!r}, device='cpu', max_total_tokens=4096, port={port})",
+            "launch_server(args)",
+        ]
+        script = tmp_path / "script.py"
+        script.write_text("\n".join(lines) + "\n")
+        with python_process(tmp_path, [str(script)], port) as running:
+            running.wait_ready()
+            yield running
+
+    return serve
+
+
+def test_a_killed_core_changes_no_answer(tiny_checkpoint: str, tmp_path: Path) -> None:
+    with own_process(tmp_path, tiny_checkpoint, "--dtype", "float32", "--max-total-tokens", "8192") as server:
+        server.wait_ready()
+        texts = [answer["text"] for answer in answers_of(begin(server, sampled_asks([None] * 8)))]
+        asks = [*greedy_asks(), *sampled_asks([late_piece(text) for text in texts])]
+        undisturbed = answers_of(begin(server, asks))
+        for text, answer in zip(texts, undisturbed[8:], strict=True):
+            assert text.startswith(answer["text"]) and len(text) / 3 < len(answer["text"]) < len(text)
+        streams = begin_and_wait_for_tokens(server, asks)
+        [core] = server.children()
+        os.kill(core, signal.SIGKILL)
+        answers = answers_of(streams)
+        assert server.children() != [core]
+        assert "was killed by signal 9 while 16 requests were live" in server.log.read_text()
+        assert_same(answers, undisturbed)
+
+
+def test_the_request_that_kills_gets_the_error(killer_server: KillerServer) -> None:
+    """First in the midst of others, then again as a stream: four deaths in all, which this server does not count."""
+    with killer_server("KillerForCausalLM", "supervisor.DEATHS_WINDOW_S = 0.0") as server:
+        asks = greedy_asks(**NEVER_DEADLY)
+        undisturbed = answers_of(begin(server, asks))
+        streams = begin_and_wait_for_tokens(server, asks)
+        body = {"prompt": DEADLY_PROMPT, "max_tokens": 5}
+        refused = httpx.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["type"]) == (500, "internal_server_error"), error
+        assert (error["param"], error["code"]) == (None, "request_failed") and "died twice" in error["message"]
+        assert_same(answers_of(streams), undisturbed)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        streamed = Stream(server.url, ("/v1/completions", body))
+        streamed.wait()
+        assert streamed.is_done and streamed.events == [{"error": error}]
+        assert server.log.read_text().count("was killed by signal 9") == 4
+
+
+def test_three_deaths_end_the_server(killer_server: KillerServer, tmp_path: Path) -> None:
+    with killer_server("FailingForCausalLM") as server, ThreadPoolExecutor() as pool:
+        sound = {"prompt": words(10), "max_tokens": 480, "ignore_eos": True, **NEVER_DEADLY}
+        [stream] = begin_and_wait_for_tokens(server, [("/v1/completions", sound)])
+        deadly = {"prompt": [[*DEADLY_PROMPT, i] for i in range(4)], "max_tokens": 5}
+        pending = pool.submit(httpx.post, f"{server.url}/v1/completions", json=deadly, timeout=TIMEOUT_S)
+        assert server.process.wait(TIMEOUT_S) == 1
+        last_line = server.log.read_text().splitlines()[-1]
+        assert "the engine core died 3 times within 60 s" in last_line
+        assert last_line.endswith("RuntimeError: seventy-seven is too much")
+        stream.wait()
+        assert stream.is_broken or is_core_error(stream.events[-1])
+        assert isinstance(pending.exception(), httpx.TransportError) or (
+            pending.result().status_code == 500 and is_core_error(pending.result().json())
+        )
+        wait_for(lambda: not running_in(tmp_path))
+
+
+def is_core_error(body: dict[str, Any]) -> bool:
+    return body["error"]["code"] == "engine_failed" and "seventy-seven" in body["error"]["message"]
