@@ -77,6 +77,7 @@ class TokenOutput:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache when the request was first admitted
     num_retractions: int = 0
+    queue_time_s: float = 0.0  # from its arrival in the core until it was first admitted
     finish_reason: FinishReason | None = None
 
 

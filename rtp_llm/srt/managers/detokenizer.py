@@ -287,6 +287,7 @@ class Completion:
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
         self._num_retractions = 0
+        self._queue_time_s = 0.0
         self._start_s = time.perf_counter()
         self._latency_s = 0.0
         self._num_taken_chars = 0
@@ -317,6 +318,11 @@ class Completion:
         return self._prompt_logprobs
 
     @property
+    def queue_time_s(self) -> float:
+        """Seconds from arrival in the core to first admission."""
+        return self._queue_time_s
+
+    @property
     def cached_tokens(self) -> int:
         return self._cached_tokens
 
@@ -335,6 +341,7 @@ class Completion:
             return
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
         self._num_retractions = max(self._num_retractions, output.num_retractions)
+        self._queue_time_s = output.queue_time_s
         self._prompt_logprobs += output.prompt_logprobs
         self._output_ids += output.token_ids
         self._logprobs += output.logprobs

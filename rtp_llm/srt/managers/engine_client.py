@@ -53,6 +53,7 @@ class LiveRequest:
     output_ids: list[int] = field(default_factory=list)
     num_prompt_logprobs: int = 0
     cached_tokens: int | None = None  # as first told: what a restarted core finds cached is no news to the client
+    queue_time_s: float = 0.0  # likewise
     num_retractions: int = 0
     earlier_retractions: int = 0  # in cores that died
     deaths: int = 0  # of cores that were running it, since it last made progress
@@ -64,9 +65,10 @@ class LiveRequest:
         self.output_ids += output.token_ids
         self.num_prompt_logprobs += len(output.prompt_logprobs)
         if self.cached_tokens is None:
-            self.cached_tokens = output.cached_tokens
+            self.cached_tokens, self.queue_time_s = output.cached_tokens, output.queue_time_s
         self.num_retractions = self.earlier_retractions + output.num_retractions
-        output.cached_tokens, output.num_retractions = self.cached_tokens, self.num_retractions
+        output.cached_tokens, output.queue_time_s = self.cached_tokens, self.queue_time_s
+        output.num_retractions = self.num_retractions
         return output
 
     def resubmission(self) -> GenerateRequest:

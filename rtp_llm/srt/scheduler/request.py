@@ -1,5 +1,6 @@
 """A request as the scheduler sees it: numbers only. Host only, no torch."""
 
+import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -47,6 +48,8 @@ class Request:
     is_broken: bool = False  # its logits were no numbers: what it computed is not to be shared
 
     cached_tokens: int | None = None  # of the prompt, found in the cache when first admitted
+    arrived_at: float = field(default_factory=time.monotonic)
+    queue_time_s: float = 0.0  # until it was first admitted
     num_retractions: int = 0
     overtaken: int = 0  # how many later arrivals were admitted while it waited
 

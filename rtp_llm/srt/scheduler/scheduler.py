@@ -1,5 +1,6 @@
 """Decides what each step computes. It counts tokens, not phases. Host only, no torch."""
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -318,6 +319,7 @@ class Scheduler:
         request.prefill_len = len(request.ids)
         if request.cached_tokens is None:
             request.cached_tokens = min(matched, request.prompt_len)
+            request.queue_time_s = time.monotonic() - request.arrived_at
             self.stats.prompt_tokens += request.prompt_len
             self.stats.cached_tokens += request.cached_tokens
         plan.admissions.append(request.admission())
@@ -426,6 +428,7 @@ class Scheduler:
             request.rid,
             cached_tokens=request.cached_tokens or 0,
             num_retractions=request.num_retractions,
+            queue_time_s=request.queue_time_s,
             finish_reason=reason,
         )
 

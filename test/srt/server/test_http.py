@@ -258,6 +258,7 @@ def test_metrics(server: InProcess) -> None:
         assert value(gauge) >= 0
     assert value("max_total_num_tokens") == 4096
     assert value("time_to_first_token_seconds_count") > 0
+    assert value("queue_time_seconds_count") == value("num_requests_total") and value("queue_time_seconds_sum") > 0
 
 
 # Streams on the wire
