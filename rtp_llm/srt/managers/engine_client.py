@@ -94,7 +94,8 @@ class EngineClient:
 
     A core may die and another take its place: ``detach`` and ``attach``. Meanwhile nothing is lost, only late. One of
     the requests that the dead core was running may have killed it: the next core gets these suspects one after the
-    other, each when the one before has made progress, so that the one that kills again is told from the rest.
+    other, each when the one before has made progress, and all others after them, so that the one that kills again is
+    told from the rest.
     """
 
     def __init__(self, link: ClientEnd | None = None) -> None:
@@ -103,8 +104,8 @@ class EngineClient:
         self._lock = threading.Lock()
         self._live: dict[str, LiveRequest] = {}
         self._flushes: dict[str, Future[FlushResult]] = {}
-        self._suspects: deque[str] = deque()  # not sent yet
         self._probe: str | None = None  # the suspect that was sent last, and has made no progress yet
+        self._unsent: deque[str] = deque()  # what waits for its progress, suspects first
         self._stopped: EngineStopped | None = None
         if link is not None:
             self.attach(link)
@@ -114,12 +115,9 @@ class EngineClient:
         with self._lock:
             self._link = link
             link.on_messages(self._receive)
-            self._suspects = deque(rid for rid, entry in self._live.items() if entry.deaths)
+            self._unsent = deque(sorted(self._live, key=lambda rid: not self._live[rid].deaths))
             self._probe = None
-            for entry in self._live.values():
-                if not entry.deaths:
-                    link.send(entry.resubmission())
-            self._send_next_suspect()
+            self._send_unsent()
 
     def detach(self, running: Set[str]) -> None:
         """The core died while it was running these requests, and its link is closed: nothing more comes from it."""
@@ -140,12 +138,13 @@ class EngineClient:
         for future in flushes.values():
             future.set_result(FlushResult(False, "the engine core was restarted"))
 
-    def _send_next_suspect(self) -> None:
-        while self._suspects and self._probe is None and self._link is not None:
-            rid = self._suspects.popleft()
-            if rid in self._live:
-                self._probe = rid
-                self._link.send(self._live[rid].resubmission())
+    def _send_unsent(self) -> None:
+        """Up to the next suspect, with which nothing new may run: it would be blamed for what that does."""
+        while self._unsent and self._probe is None and self._link is not None:
+            entry = self._live[self._unsent.popleft()]
+            if entry.deaths:
+                self._probe = entry.request.rid
+            self._link.send(entry.resubmission())
 
     @property
     def num_live(self) -> int:
@@ -176,8 +175,11 @@ class EngineClient:
                     replaced.append(old)
             self._live |= new
             if self._link is not None:
-                for request, _ in entries:
-                    self._link.send(request)
+                for entry in new.values():
+                    if self._probe is None or entry.predecessors:  # whose end the core will tell by the same rid
+                        self._link.send(entry.request)
+                    else:
+                        self._unsent.append(entry.request.rid)
         for old in replaced:
             old.deliver(old.take(TokenOutput(old.request.rid, finish_reason=ABORTED)))
 
@@ -187,9 +189,10 @@ class EngineClient:
             entries = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []
             for entry in entries:
                 entry.aborted = True
-            unsent = [entry for entry in entries if self._link is None or entry.request.rid in self._suspects]
+            unsent = [entry for entry in entries if self._link is None or entry.request.rid in self._unsent]
             for entry in unsent:
                 del self._live[entry.request.rid]
+            self._unsent = deque(rid for rid in self._unsent if rid in self._live)
             if self._link is not None and len(unsent) < len(entries):
                 self._link.send(AbortRequest(rid))
         for entry in unsent:
@@ -219,6 +222,7 @@ class EngineClient:
             if self._stopped is None:
                 self._stopped = _stopped(message, cause)
             live, self._live = self._live, {}
+            self._unsent.clear()
             flushes, self._flushes = self._flushes, {}
         for entry in live.values():
             entry.deliver(_stopped(message, cause))
@@ -240,6 +244,9 @@ class EngineClient:
 
     def _deliver(self, output: TokenOutput) -> None:
         with self._lock:
+            if output.rid == self._probe and (output.token_ids or output.finish_reason is not None):
+                self._probe = None
+                self._send_unsent()
             entry = self._live.get(output.rid)
             if entry is None:
                 return  # ended here while the core's last words were under way
@@ -251,9 +258,6 @@ class EngineClient:
                 del self._live[output.rid]
             if output.token_ids or output.finish_reason is not None:
                 entry.deaths = 0
-                if output.rid == self._probe:
-                    self._probe = None
-                    self._send_next_suspect()
         entry.deliver(output)
 
     def _finish_flush(self, message: FlushCacheDone) -> None:

@@ -57,24 +57,43 @@ def test_what_came_is_kept_apart_from_the_prompt():
     assert client.num_live == 0
 
 
-def test_suspects_come_one_by_one_after_the_others():
+def test_suspects_come_one_by_one_before_the_others():
     client, first, second = EngineClient(), Link(), Link()
     client.attach(first)
     came = submit(client, "a", "b", "waiting", "c")
     client.detach({"a", "b", "c"})
     client.attach(second)
-    assert second.rids == ["waiting", "a"]
-    second.say(TokenOutput("waiting", [1]))
-    assert second.rids == ["waiting", "a"], "only the suspect's own progress lets the next one in"
+    assert second.rids == ["a"]
+    came |= submit(client, "late")
+    assert second.rids == ["a"], "whatever else came with it could kill the core, and a would be blamed"
     second.say(TokenOutput("a", [1]))
-    assert second.rids == ["waiting", "a", "b"]
-    client.detach({"waiting", "a", "b"})
+    assert second.rids == ["a", "b"]
+    client.detach({"a", "b"})
     assert came["b"][-1].finish_reason.status_code == 500, "it was running in both deaths, and got nowhere in between"
-    assert not any(output.finish_reason for rid in ("a", "c", "waiting") for output in came[rid])
+    assert not any(output.finish_reason for rid in ("a", "c", "waiting", "late") for output in came[rid])
     third = Link()
     client.attach(third)
-    third.say(TokenOutput(third.rids[-1], finish_reason=FinishReason("length", length=50)))
-    assert third.rids[:2] == ["a", "waiting"] and "b" not in third.rids
+    third.say(TokenOutput("a", [2]))
+    third.say(TokenOutput("c", finish_reason=FinishReason("length", length=50)))
+    assert third.rids == ["a", "c", "waiting", "late"]
+    came |= submit(client, "later")
+    assert third.rids[-1] == "later", "nobody is suspected any more"
+
+
+def test_a_killer_that_had_not_run_is_not_mistaken_for_one_that_had():
+    client, link = EngineClient(), Link()
+    client.attach(link)
+    came = submit(client, "sound", "killer", "killer too")
+    client.detach({"sound", "killer"})
+    for token in range(3):  # until both killers are out
+        link = Link()
+        client.attach(link)
+        if link.rids == ["sound"]:  # computes alone before a killer comes
+            link.say(TokenOutput("sound", [token]))
+        if client.num_live > 1:
+            client.detach(set(link.rids))
+    assert all(came[rid][-1].finish_reason.status_code == 500 for rid in ("killer", "killer too"))
+    assert [output.token_ids for output in came["sound"]] == [[0], [1], [2]]
 
 
 def test_aborts_reach_what_was_not_sent_yet():
@@ -89,7 +108,9 @@ def test_aborts_reach_what_was_not_sent_yet():
     assert came["b"][-1].finish_reason.type == "abort"
     late = submit(client, "late")
     client.attach(second)
-    assert second.rids == ["late", "c"]
+    assert second.rids == ["c"]
+    second.say(TokenOutput("c", [1]))
+    assert second.rids == ["c", "late"]
     client.detach({"late", "c"})
     client.abort(None)
     assert client.num_live == 0 and late["late"][-1].finish_reason.type == "abort"
@@ -109,3 +130,30 @@ def test_the_rid_of_an_aborted_request_can_be_used_again_at_once():
     client.abort("r")
     with pytest.raises(InvalidRequest, match="choose another"):
         submit(client, "x", "x")
+
+
+def test_the_rid_of_an_aborted_suspect_can_be_used_again_at_once():
+    client, first, second = EngineClient(), Link(), Link()
+    client.attach(first)
+    submit(client, "a", "b")
+    client.detach({"a", "b"})
+    client.attach(second)
+    client.abort("a")  # it has been sent
+    client.abort("b")  # it has not
+    again = submit(client, "a", "b")
+    assert second.rids == ["a", "a", "a"] and second.sent[1] == AbortRequest("a")
+    second.say(TokenOutput("a", finish_reason=FinishReason("abort")))
+    assert second.rids == ["a", "a", "a", "b"] and not again["a"]
+    second.say(*[TokenOutput(rid, finish_reason=FinishReason("length", length=50)) for rid in "ab"])
+    assert client.num_live == 0 and all(len(outputs) == 1 for outputs in again.values())
+
+
+def test_nothing_is_sent_after_the_end():
+    client, first, second = EngineClient(), Link(), Link()
+    client.attach(first)
+    submit(client, "a", "b")
+    client.detach({"a", "b"})
+    client.attach(second)
+    client.fail_all(None, "the engine has been shut down")
+    second.say(TokenOutput("a", [1]))
+    assert second.rids == ["a"]
