@@ -80,7 +80,7 @@ def check_command(command: str) -> None:
         known = help_of(arguments[0])
         assert not {flag for flag in flags_of(arguments) if flag not in known}
     elif program == "pip":
-        assert arguments == ["install", "-e", "."]
+        assert arguments == ["install", "-e", ".", "-c", "constraints.txt"]
     else:
         raise AssertionError(f"no way to check the command {command!r}; mark its block or teach this test")
 
