@@ -243,7 +243,7 @@ def make_app(
     """The application for a core that is ready. Its requests must be handled in ``loop``."""
     info = core.info
     registry = CollectorRegistry()
-    name = args.served_model_name or args.model_path
+    name = args.model_name
     constants: dict[str, float] = {"context_len": config.context_length, "page_size": args.page_size}
     registry.register(CoreMetrics(lambda: core.stats, name, constants))
     observers: list[Observer] = [RequestMetrics(registry, name)]
@@ -298,7 +298,7 @@ def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> 
 
 def _summary(args: ServerArgs, config: ModelConfig, core: Core, address: str, seconds: float) -> str:
     info = core.info
-    name = args.served_model_name or args.model_path
+    name = args.model_name
     lines = [
         f"RTP-LLM {__version__} serves {name} at {address} (ready after {seconds:.1f} s)",
         f"  model     {config.architectures[0]}, {config.dtype} on {info.device}",

@@ -49,7 +49,7 @@ class Serving:
 
     @property
     def model_name(self) -> str:
-        return self.args.served_model_name or self.args.model_path
+        return self.args.model_name
 
     @property
     def manager(self) -> TokenizerManager:

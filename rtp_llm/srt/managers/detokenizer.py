@@ -29,7 +29,7 @@ class Decoder:
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self.skipped = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self.skipped = special_ids(tokenizer) if skip_special_tokens else frozenset()
 
     def __call__(self, ids: Sequence[int]) -> str:
         kept = [token_id for token_id in ids if token_id not in self.skipped]
@@ -38,7 +38,7 @@ class Decoder:
         )
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Any) -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added if token.special}
 

@@ -1,11 +1,13 @@
 """Log-probabilities in OpenAI's two formats."""
 
+import codecs
 import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from rtp_llm.srt.entrypoints.openai.protocol import ChatLogprobs, CompletionLogprobs, TopLogprob
+from rtp_llm.srt.managers.detokenizer import special_ids
 from rtp_llm.srt.plan import TokenLogprob
 
 LOWEST = -9999.0  # what OpenAI writes for minus infinity, which JSON does not have
@@ -18,6 +20,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.special_ids = special_ids(tokenizer)
         self._probe: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         self._probe_text = self._decode([])
         self._cache: dict[int, tuple[str, list[int]]] = {}
@@ -84,24 +87,55 @@ def chat_logprobs(texts: TokenTexts, items: Sequence[TokenLogprob], num_top: int
     }
 
 
-def completion_logprobs(
-    texts: TokenTexts, items: Sequence[TokenLogprob], text: str, offset: int, first_id: int | None = None
-) -> CompletionLogprobs:
-    """Of the part ``text`` of a choice, which begins at character ``offset`` there.
+class TextOffsets:
+    """Where the tokens of a completion begin in its text, token by token: it does not matter how they come in chunks.
 
-    ``first_id`` is the prompt's first token, of which nothing is known, where the part begins with the prompt.
-    ``top_logprobs`` hold the token itself too. Of tokens with equal texts the most probable stays.
+    A token begins after the characters that those before it complete. Tokens that share a character begin where it
+    does; bytes that are no UTF-8 count as the replacement characters that the text has for them; a token that is left
+    out of the text takes no room.
     """
-    result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    end = 0
+
+    def __init__(self, texts: TokenTexts, skip_special_tokens: bool) -> None:
+        self._texts = texts
+        self._skipped = texts.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = 0
+
+    def add_text(self, text: str) -> None:
+        """Text that is not of these tokens: the echoed prompt."""
+        self._num_chars += len(text)
+
+    def add(self, token_id: int) -> int:
+        """The offset of the next token."""
+        start = self._num_chars
+        if token_id not in self._skipped:
+            self._num_chars += len(self._utf8.decode(bytes(self._texts.utf8(token_id))))
+        return start
+
+
+def prompt_offsets(texts: TokenTexts, ids: Sequence[int], text: str) -> list[int]:
+    """Where a prompt's tokens stand in its text, in which special tokens may be missing."""
+    offsets, end = [], 0
+    for token_id in ids:
+        start, end = find_token(text, end, texts.text(token_id))
+        offsets.append(start)
+    return offsets
+
+
+def completion_logprobs(
+    texts: TokenTexts, items: Sequence[TokenLogprob], offsets: Sequence[int], first_id: int | None = None
+) -> CompletionLogprobs:
+    """Of the tokens ``items``, which begin at ``offsets`` in the choice's text.
+
+    ``first_id`` is the prompt's first token, of which nothing is known, where they begin with the prompt; it stands at
+    ``offsets[0]``. ``top_logprobs`` hold the token itself too. Of tokens with equal texts the most probable stays.
+    """
+    result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(offsets)}
 
     def add(token_id: int, logprob: float | None, top: dict[str, float] | None) -> None:
-        nonlocal end
-        start, end = find_token(text, end, texts.text(token_id))
         result["tokens"].append(texts.name(token_id))
         result["token_logprobs"].append(logprob)
         result["top_logprobs"].append(top)
-        result["text_offset"].append(offset + start)
 
     if first_id is not None:
         add(first_id, None, None)

@@ -11,7 +11,7 @@ from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_discon
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
 from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, finish_reason, hung_up, usage
-from rtp_llm.srt.entrypoints.openai.logprobs import completion_logprobs
+from rtp_llm.srt.entrypoints.openai.logprobs import TextOffsets, completion_logprobs, prompt_offsets
 from rtp_llm.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest
 from rtp_llm.srt.entrypoints.serving import check_not_failed, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
@@ -28,7 +28,7 @@ class ChoiceSoFar:
     """A choice of a stream: what its chunks have told."""
 
     echo: str | None  # the prompt, if that is still to come
-    num_chars: int = 0
+    offsets: TextOffsets
 
 
 class CompletionEndpoint(OpenAIEndpoint):
@@ -48,7 +48,7 @@ class CompletionEndpoint(OpenAIEndpoint):
                 return hung_up()
         check_not_failed(completions)
         choices = [
-            self._choice(body, i, item, ChoiceSoFar(echoes[i]), item.text, item.logprobs)
+            self._choice(body, i, item, self._nothing_told(item, echoes[i]), item.text, item.logprobs)
             for i, item in enumerate(completions)
         ]
         return JSON({**head, "choices": choices, "usage": usage(completions, body.n or 1)})
@@ -100,21 +100,29 @@ class CompletionEndpoint(OpenAIEndpoint):
         logprobs: Sequence[TokenLogprob],
     ) -> CompletionChoice:
         """The choice with what is new: ``text`` and its ``logprobs``, after the prompt if that is still to come."""
-        is_first, text = so_far.echo is not None, (so_far.echo or "") + text
+        echo, so_far.echo = so_far.echo, None
         told = None
         if body.logprobs is not None:
-            items = [*completion.prompt_logprobs, *logprobs] if is_first else logprobs
-            first_id = completion.request.prompt_ids[0] if is_first else None
-            told = completion_logprobs(self.token_texts, items, text, so_far.num_chars, first_id)
-        so_far.echo = None
-        so_far.num_chars += len(text)
+            items, offsets, first_id = list(logprobs), [], None
+            if echo is not None:
+                first_id = completion.request.prompt_ids[0]
+                items = [*completion.prompt_logprobs, *logprobs]
+                offsets = prompt_offsets(self.token_texts, completion.request.prompt_ids, echo)
+                so_far.offsets.add_text(echo)
+            offsets += [so_far.offsets.add(item.token_id) for item in logprobs]
+            told = completion_logprobs(self.token_texts, items, offsets, first_id)
+        text = (echo or "") + text
         return {"index": i, "text": text, "logprobs": told, "finish_reason": finish_reason(completion)}
+
+    def _nothing_told(self, completion: Completion, echo: str | None) -> ChoiceSoFar:
+        skips = completion.request.params.skip_special_tokens
+        return ChoiceSoFar(echo, TextOffsets(self.token_texts, skips))
 
     async def _events(
         self, call: LiveCall, body: CompletionRequest, head: dict[str, Any], echoes: list[str | None]
     ) -> AsyncGenerator[bytes, None]:
         tells = StreamUsage(body, call.completions, body.n or 1)
-        told = [ChoiceSoFar(echo) for echo in echoes]
+        told = [self._nothing_told(item, echo) for item, echo in zip(call.completions, echoes, strict=True)]
         async with error_event() as failure:
             async for i, delta in call.deltas():
                 completion = call.completions[i]
