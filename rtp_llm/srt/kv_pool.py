@@ -10,6 +10,8 @@ from rtp_llm.srt.cache.spec import CacheGroup
 class KVPool:
     """Keys and values of all layers. A token's *slot* is ``page_id * page_size + offset``.
 
+    The values of a latent layer are a view of its keys.
+
     Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written. Page 0 is zeroed,
     since padded page tables point to it.
     """
@@ -26,7 +28,10 @@ class KVPool:
             for layer_id in group.layer_ids:
                 self._group_of[layer_id] = g
                 keys = torch.empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
-                values = torch.empty(num_slots, spec.num_kv_heads, spec.v_head_dim, dtype=dtype, device=device)
+                if spec.latent:
+                    values = keys[..., : spec.v_head_dim]
+                else:
+                    values = torch.empty(num_slots, spec.num_kv_heads, spec.v_head_dim, dtype=dtype, device=device)
                 keys[: group.page_size].zero_()
                 values[: group.page_size].zero_()
                 self._keys[layer_id], self._values[layer_id] = keys, values
@@ -34,10 +39,16 @@ class KVPool:
     def group_of(self, layer_id: int) -> int:
         return self._group_of[layer_id]
 
-    def write(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores k [T, num_kv_heads, head_dim] and v [T, num_kv_heads, v_head_dim] at slots [T]."""
+    def write(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
+        """Stores k [T, num_kv_heads, head_dim] and v [T, num_kv_heads, v_head_dim] at slots [T].
+
+        ``v`` is None for latent layers, and for them alone.
+        """
+        if (v is None) != self.groups[self._group_of[layer_id]].spec.latent:
+            raise ValueError(f"layer {layer_id}: a latent cache is written without values, any other with them")
         self._keys[layer_id].index_copy_(0, slots, k.to(self._keys[layer_id].dtype))
-        self._values[layer_id].index_copy_(0, slots, v.to(self._values[layer_id].dtype))
+        if v is not None:
+            self._values[layer_id].index_copy_(0, slots, v.to(self._values[layer_id].dtype))
 
     def read(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All slots of a layer: keys [slots, num_kv_heads, head_dim], values [slots, num_kv_heads, v_head_dim]."""

@@ -31,12 +31,14 @@ class AttentionBackend(ABC):
         layer: "RadixAttention",
         batch: "ForwardBatch",
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
             q: [T, num_heads, head_dim]; k: [T, num_kv_heads, head_dim]; v: [T, num_kv_heads, v_head_dim].
-                ``k`` and ``v`` are None where the layer reads another layer's cache.
+                ``k`` and ``v`` are None where the layer reads another layer's cache, ``v`` alone where it is latent.
+            sinks: [num_heads], see ``RadixAttention``; None: no sinks.
 
         Returns:
             [T, num_heads * v_head_dim].

@@ -43,6 +43,10 @@ class StepLayout:
     extend: list[ExtendRow]
 
 
+# Scores that are computed explicitly (capped, or with sinks) are made for so many query-key pairs at a time: 64 MiB.
+SCORES_PER_PIECE = 1 << 24
+
+
 class TorchAttention(AttentionBackend):
     def __init__(self) -> None:
         self._layouts: dict[tuple[int, int | None], StepLayout] = {}
@@ -58,18 +62,19 @@ class TorchAttention(AttentionBackend):
         layer: "RadixAttention",
         batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         group = batch.kv_pool.group_of(layer.layer_id)
-        if save_kv_cache and k is not None and v is not None:
+        if save_kv_cache and k is not None:
             batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[group], k, v)
         keys, values = batch.kv_pool.read(layer.layer_id)
         window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
         layout = self._layout(batch, group, window)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         for bucket in layout.decode:
-            out[bucket.token_rows] = _decode(q[bucket.token_rows], keys, values, bucket, layer)
+            out[bucket.token_rows] = _decode(q[bucket.token_rows], keys, values, bucket, layer, sinks)
         for row in layout.extend:
-            out[row.start : row.end] = _extend(q[row.start : row.end], keys, values, row, layer, window)
+            out[row.start : row.end] = _extend(q[row.start : row.end], keys, values, row, layer, window, sinks)
         return out.flatten(1)
 
     def _layout(self, batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
@@ -131,26 +136,51 @@ def _visible(
 
 
 def _decode(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: DecodeBucket, layer: "RadixAttention"
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bucket: DecodeBucket,
+    layer: "RadixAttention",
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [B, Hq, D] -> [B, Hq, Dv]. The query heads of a group are the 'sequence' of one matrix product."""
     num_rows, num_kv_heads = q.shape[0], layer.tp_k_head_num
-    grouped = q.view(num_rows, num_kv_heads, -1, q.shape[-1])
-    k = keys[bucket.slots].transpose(1, 2).to(q.dtype)
-    v = values[bucket.slots].transpose(1, 2).to(q.dtype)
-    if layer.logit_cap > 0:
-        out = _capped(grouped, k, v, bucket.visible, layer)
+    grouped = q.reshape(num_rows, num_kv_heads, -1, q.shape[-1])
+    k, v = _gather(keys, values, bucket.slots, layer, q.dtype)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if layer.logit_cap > 0 or sinks is not None:
+        out = _explicit(grouped, k, v, bucket.visible, layer, sinks)
     else:
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.visible, scale=layer.scaling)
     return out.reshape(num_rows, layer.tp_q_head_num, layer.v_head_dim)
 
 
-def _capped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, layer: "RadixAttention"
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, layer: "RadixAttention", dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [..., Hkv, D] and values [..., Hkv, Dv] at slots [...]; what a latent layer keeps is gathered once."""
+    k = keys[slots].to(dtype)
+    return k, k[..., : layer.v_head_dim] if layer.latent else values[slots].to(dtype)
+
+
+def _explicit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    layer: "RadixAttention",
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    """q [B, Hkv, G, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hkv, G, Dv], by scores capped or with sinks."""
+    num_rows, num_kv_heads, group_size, _ = q.shape
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * layer.scaling
-    scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    if layer.logit_cap > 0:
+        scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink_scores = sinks.float().view(1, num_kv_heads, group_size, 1).expand(num_rows, -1, -1, -1)
+        scores = torch.cat((scores, sink_scores), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
     return torch.matmul(weights, v.float()).to(q.dtype)
 
 
@@ -161,11 +191,12 @@ def _extend(
     row: ExtendRow,
     layer: "RadixAttention",
     window: int | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [n, Hq, D] -> [n, Hq, Dv]."""
-    k, v = keys[row.slots].to(q.dtype), values[row.slots].to(q.dtype)
-    if layer.logit_cap > 0:
-        return reference.attention(q, k, v, layer.scaling, row.q_offset, window=window, logit_cap=layer.logit_cap)
+    k, v = _gather(keys, values, row.slots, layer, q.dtype)
+    if layer.logit_cap > 0 or sinks is not None:
+        return _extend_explicit(q, k, v, row, layer, window, sinks)
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -176,3 +207,25 @@ def _extend(
         enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
     )
     return out[0].transpose(0, 1)
+
+
+def _extend_explicit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row: ExtendRow,
+    layer: "RadixAttention",
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Some queries at a time, with the keys that they see, so that a long prompt's scores never exist all at once."""
+    pieces, start = [], 0
+    for piece in q.split(max(1, SCORES_PER_PIECE // (q.shape[1] * len(k)))):
+        q_start = row.q_offset + start
+        first = 0 if window is None else max(0, q_start - window + 1)
+        seen = slice(first, q_start + len(piece))
+        pieces.append(
+            reference.attention(piece, k[seen], v[seen], layer.scaling, q_start - first, window, layer.logit_cap, sinks)
+        )
+        start += len(piece)
+    return torch.cat(pieces)

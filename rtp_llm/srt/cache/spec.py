@@ -10,6 +10,9 @@ class CacheSpec:
 
     ``window`` counts visible tokens, the query's own included, as Hugging Face configurations do:
     key j is visible to query i iff ``i - window < j <= i``. None: all of them.
+
+    ``latent``: a token's value is the first ``v_head_dim`` components of its key, which alone is stored (multi-head
+    latent attention; DeepSeek-V2, 2024).
     """
 
     num_kv_heads: int
@@ -17,15 +20,26 @@ class CacheSpec:
     v_head_dim: int
     dtype: str  # a torch dtype's name: "float32", "bfloat16", "float16"
     window: int | None = None
+    latent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.latent and self.v_head_dim > self.head_dim:
+            raise ValueError(
+                f"a latent cache holds values within keys: v_head_dim must be at most head_dim={self.head_dim}, "
+                f"got {self.v_head_dim}"
+            )
 
     @property
-    def kind(self) -> Literal["full", "window"]:
+    def kind(self) -> Literal["full", "window", "latent"]:
+        if self.latent:
+            return "latent"
         return "full" if self.window is None else "window"
 
     @property
     def bytes_per_token(self) -> int:
         item_size = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * item_size
+        per_head = self.head_dim if self.latent else self.head_dim + self.v_head_dim
+        return self.num_kv_heads * per_head * item_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,28 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, rows_per_group: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Consecutive rows of x, each group of them through a linear layer of its own.
+
+    Args:
+        x: [N, inputs], sorted by group.
+        weight: [groups, outputs, inputs]; bias: [groups, outputs].
+        rows_per_group: [groups] int64, summing to N; some may be 0.
+
+    Returns:
+        [N, outputs].
+    """
+    output = x.new_empty(x.shape[0], weight.shape[1])
+    end = 0
+    for group, num_rows in enumerate(rows_per_group.tolist()):
+        if num_rows:
+            start, end = end, end + num_rows
+            output[start:end] = F.linear(x[start:end], weight[group], None if bias is None else bias[group])
+    return output
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
     """Rotates pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
 

@@ -1,4 +1,8 @@
-"""Gated activations (Shazeer, 2020): [..., 2 * size] -> [..., size], a function of the first half times the second."""
+"""Activations of feed-forward blocks.
+
+Gated ones (Shazeer, 2020) are modules, [..., 2 * size] -> [..., size]: a function of the first half times the second.
+Plain ones are functions, element by element.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +43,24 @@ class GeluAndMul(ActAndMul):
         super().__init__(partial(F.gelu, approximate=approximate))
 
 
+class SwigluOAIAndMul(nn.Module):
+    """The gate of GPT-OSS (2025): ``(up + 1) * gate * sigmoid(alpha * gate)``, where ``gate`` is cut at ``limit`` from
+    above and ``up`` at ``limit`` from both sides.
+
+    Layout, unlike all others: gate and up take turns as in the checkpoint, gate at even places and up at odd ones.
+    """
+
+    def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.limit = limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = x[..., 0::2].clamp(max=self.limit)
+        up = x[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """A sigmoid in place of the normal distribution (Hendrycks and Gimpel, 2016)."""
     return x * torch.sigmoid(1.702 * x)
@@ -49,29 +71,36 @@ def _squared_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
-_ACT_AND_MUL: dict[str, Callable[[], nn.Module]] = {
-    "silu": SiluAndMul,
-    "swish": SiluAndMul,
-    "gelu": partial(GeluAndMul, "none"),
-    "gelu_python": partial(GeluAndMul, "none"),
-    "gelu_pytorch_tanh": partial(GeluAndMul, "tanh"),
-    "gelu_python_tanh": partial(GeluAndMul, "tanh"),
-    "gelu_new": partial(GeluAndMul, "tanh"),
-    "gelu_fast": partial(GeluAndMul, "tanh"),
-    "gelu_accurate": partial(GeluAndMul, "tanh"),
-    "quick_gelu": partial(ActAndMul, _quick_gelu),
-    "relu": partial(ActAndMul, F.relu),
-    "relu2": partial(ActAndMul, _squared_relu),
-    "relu6": partial(ActAndMul, F.relu6),
-    "leaky_relu": partial(ActAndMul, F.leaky_relu),
-    "mish": partial(ActAndMul, F.mish),
-    "sigmoid": partial(ActAndMul, torch.sigmoid),
-    "tanh": partial(ActAndMul, torch.tanh),
+_ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_python_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_accurate": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": _squared_relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
+
+
+def get_act_fn(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation for a configuration's ``hidden_act``, elementwise, where the feed-forward block is not gated."""
+    if name not in _ACT:
+        raise ValueError(f"unknown activation {name!r}; have {sorted(_ACT)}")
+    return _ACT[name]
 
 
 def get_act_and_mul_fn(name: str) -> nn.Module:
     """The gated activation for a configuration's ``hidden_act``."""
-    if name not in _ACT_AND_MUL:
-        raise ValueError(f"unknown gated activation {name!r}; have {sorted(_ACT_AND_MUL)}")
-    return _ACT_AND_MUL[name]()
+    if name not in _ACT:
+        raise ValueError(f"unknown gated activation {name!r}; have {sorted(_ACT)}")
+    return SiluAndMul() if _ACT[name] is F.silu else ActAndMul(_ACT[name])

@@ -172,7 +172,7 @@ class ColumnParallelLinear(LinearBase):
             self._load_shard(target, tensor.narrow(dim, start, shard.full_size), dim, shard.id)
             start += shard.full_size
 
-    def _load_shard(self, target: torch.Tensor, tensor: torch.Tensor, dim: int, shard_id: str | int) -> None:
+    def _load_shard(self, target: torch.Tensor, tensor: torch.Tensor, dim: int, shard_id: ShardId) -> None:
         start = 0
         for shard in self.shards:
             if shard.id == shard_id:

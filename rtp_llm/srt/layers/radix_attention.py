@@ -30,6 +30,8 @@ class RadixAttention(nn.Module):
         v_head_dim: -1: head_dim.
         sliding_window_size: keys visible besides the query's own, that is one less than a Hugging Face
             configuration's ``sliding_window``; -1 or None: all of them.
+        latent: a token's value is the first ``v_head_dim`` components of its key, stored once and never passed
+            (multi-head latent attention; DeepSeek-V2, 2024).
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class RadixAttention(nn.Module):
         attn_type: AttentionType = AttentionType.DECODER,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        latent: bool = False,
     ) -> None:
         super().__init__()
         if attn_type != AttentionType.DECODER:
@@ -62,6 +65,7 @@ class RadixAttention(nn.Module):
         self.logit_cap = logit_cap
         self.sliding_window_size = -1 if sliding_window_size is None else sliding_window_size
         self.attn_type = attn_type
+        self.latent = latent
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         if quant_config is not None and quant_config.get_quant_method(self, prefix) is not None:
             raise ValueError(f"{prefix or 'RadixAttention'}: {quant_config.get_name()} cannot quantize attention yet")
@@ -69,7 +73,7 @@ class RadixAttention(nn.Module):
     def cache_spec(self) -> CacheSpec:
         """What this layer keeps per token; layers with equal specs share pages."""
         window = None if self.sliding_window_size < 0 else self.sliding_window_size + 1
-        return CacheSpec(self.tp_k_head_num, self.qk_head_dim, self.v_head_dim, self.cache_dtype, window)
+        return CacheSpec(self.tp_k_head_num, self.qk_head_dim, self.v_head_dim, self.cache_dtype, window, self.latent)
 
     def forward(
         self,
@@ -78,21 +82,29 @@ class RadixAttention(nn.Module):
         v: torch.Tensor | None,
         forward_batch: "ForwardBatch",
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the step's tokens over everything their sequences have in the cache.
 
         Args:
             q: [T, num_heads * head_dim] or [T, num_heads, head_dim]; k and v likewise with key/value heads, or both
-                None where another layer's cache is read.
+                None where another layer's cache is read. A latent layer takes k and no v.
             save_kv_cache: False writes nothing and only reads.
+            sinks: [num_heads], of this rank: a score per head that takes part in the softmax and carries no value
+                (GPT-OSS, 2025).
 
         Returns:
             [T, num_heads * v_head_dim].
         """
         q = q.view(-1, self.tp_q_head_num, self.qk_head_dim)
-        if k is not None and v is not None:
-            k = k.view(-1, self.tp_k_head_num, self.qk_head_dim)
-            v = v.view(-1, self.tp_v_head_num, self.v_head_dim)
-        elif k is not None or v is not None:
+        if self.latent and v is not None:
+            raise ValueError("a latent RadixAttention takes its values from the keys: pass None for v")
+        if not self.latent and (k is None) != (v is None):
             raise ValueError("RadixAttention needs both k and v, or neither")
-        return forward_batch.attn_backend.forward(q, k, v, self, forward_batch, save_kv_cache)
+        if sinks is not None and sinks.shape != (self.tp_q_head_num,):
+            raise ValueError(f"sinks must be of shape ({self.tp_q_head_num},), one per head, got {tuple(sinks.shape)}")
+        if k is not None:
+            k = k.view(-1, self.tp_k_head_num, self.qk_head_dim)
+        if v is not None:
+            v = v.view(-1, self.tp_v_head_num, self.v_head_dim)
+        return forward_batch.attn_backend.forward(q, k, v, self, forward_batch, save_kv_cache, sinks)

@@ -275,15 +275,28 @@ def get_rope(
     return built[key]
 
 
-def get_rope_config(config: "PretrainedConfig") -> tuple[float, dict[str, Any] | None, float]:
+def get_rope_config(
+    config: "PretrainedConfig", layer_type: str | None = None
+) -> tuple[float, dict[str, Any] | None, float]:
     """``(base, rope_scaling or None, partial_rotary_factor)`` of a configuration, for ``get_rope``.
 
     Reads ``rope_parameters`` (transformers 5) or ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
+
+    Args:
+        layer_type: which set to take where ``rope_parameters`` has one for each type of ``config.layer_types``
+            (``"full_attention"``, ``"sliding_attention"``); where all layers share one it makes no difference.
+
+    Raises:
+        ValueError: there are sets by layer type, and none for ``layer_type``.
     """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
     if nested:
-        raise ValueError(f"rope_parameters differ by layer type ({nested}): the model must pick one set per layer")
+        if layer_type not in nested:
+            raise ValueError(
+                f"rope_parameters differ by layer type: the model must pick one of {nested} per layer, not {layer_type}"
+            )
+        parameters = parameters[layer_type]
     scaling = dict(parameters)
     base = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
     partial = scaling.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
@@ -348,12 +361,17 @@ def _yarn_attention_factor(factor: float, scaling: dict[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
 
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)
+        return yarn_get_mscale(factor, scaling["mscale"]) / yarn_get_mscale(factor, scaling["mscale_all_dim"])
+    return yarn_get_mscale(factor)
+
+
+def yarn_get_mscale(scale: float, mscale: float = 1.0) -> float:
+    """YaRN's factor of queries and keys for a context ``scale`` times the original one.
+
+    DeepSeek's models multiply scores by ``yarn_get_mscale(factor, mscale_all_dim) ** 2`` beside what ``get_rope`` does.
+    """
+    return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
 
 def _longrope_inv_freq(spec: RopeSpec, name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-ShardId = str | int | None
+ShardId = str | int | tuple[int, str] | None  # (expert, "w1" | "w2" | "w3") for experts
 WeightLoader = Callable[[nn.Parameter, torch.Tensor, ShardId], None]
 
 

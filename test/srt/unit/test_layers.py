@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from dense_forward import make_batch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.forward_batch import LogprobRow
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.layers.activation import _ACT_AND_MUL, GeluAndMul, get_act_and_mul_fn
+from rtp_llm.srt.layers.activation import _ACT, GeluAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import (
     ColumnParallelLinear,
@@ -25,7 +27,7 @@ from rtp_llm.srt.layers.linear import (
     RowParallelLinear,
 )
 from rtp_llm.srt.layers.logits_processor import ROWS_PER_PIECE, LogitsProcessor, token_logprobs
-from rtp_llm.srt.layers.norm import RMSNorm
+from rtp_llm.srt.layers.norm import GemmaRMSNorm, LayerNorm, RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizeMethodBase
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -231,15 +233,40 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(added, x + residual) and torch.equal(normed, norm(x + residual))
 
 
-@pytest.mark.parametrize("name", sorted(_ACT_AND_MUL))
+@pytest.mark.parametrize("shape", [(5, 7), (5, 3, 7), (0, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (GemmaRMSNorm(7, eps=1e-3), Gemma2RMSNorm(7, eps=1e-3)),
+        (LayerNorm(7, eps=1e-3), nn.LayerNorm(7, eps=1e-3)),
+        (LayerNorm(7, eps=1e-3, bias=False), Cohere2LayerNorm(7, eps=1e-3)),
+    ],
+)
+def test_norms_as_transformers(ours: Any, theirs: nn.Module, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    for name, param in theirs.named_parameters():
+        param.data.normal_()
+        load(ours, name, param.data)
+    assert {name for name, _ in ours.named_parameters()} == {name for name, _ in theirs.named_parameters()}
+    x, residual = 3 * torch.randn(shape, dtype=dtype) + 1, torch.randn(shape, dtype=dtype)
+    torch.testing.assert_close(ours(x), theirs(x))
+    normed, added = ours(x, residual)
+    assert torch.equal(added, x + residual) and torch.equal(normed, ours(x + residual))
+
+
+@pytest.mark.parametrize("name", sorted(_ACT))
 def test_activations_as_transformers(name: str) -> None:
     gate, up = torch.randn(4, 6) * 3, torch.randn(4, 6)
     torch.testing.assert_close(get_act_and_mul_fn(name)(torch.cat((gate, up), dim=-1)), ACT2FN[name](gate) * up)
+    torch.testing.assert_close(get_act_fn(name)(gate), ACT2FN[name](gate))
 
 
 def test_unknown_activation() -> None:
     with pytest.raises(ValueError, match=r"unknown gated activation 'selu2'; have \['gelu'"):
         get_act_and_mul_fn("selu2")
+    with pytest.raises(ValueError, match=r"unknown activation 'selu2'; have \['gelu'"):
+        get_act_fn("selu2")
     with pytest.raises(ValueError, match="unknown gelu approximation"):
         GeluAndMul("sigmoid")  # type: ignore[arg-type]
 
@@ -285,7 +312,8 @@ def test_reference_attention_sinks_and_dtype() -> None:
 def test_radix_attention_reshapes_and_delegates() -> None:
     seen: dict[str, Any] = {}
 
-    def forward(q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool) -> torch.Tensor:
+    def forward(q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool, sinks: Any) -> torch.Tensor:
+        assert sinks is None
         seen.update(q=q.shape, k=None if k is None else k.shape, v=None if v is None else v.shape, save=save_kv_cache)
         return q.new_zeros(q.shape[0], 20)
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 import torch
 import transformers
 from dense_forward import make_batch
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb as apply_complex
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave as apply_deepseek
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_interleaved
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -18,7 +24,14 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
 
 from rtp_llm.srt.cache.spec import LengthScaling
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config, rope_lens, share_ropes
+from rtp_llm.srt.layers.rotary import (
+    RotaryEmbedding,
+    get_rope,
+    get_rope_config,
+    rope_lens,
+    share_ropes,
+    yarn_get_mscale,
+)
 
 MAX_POSITION = 96  # what the length-dependent kinds take as original length, unless they name another
 ORIGINAL_LEN = 40
@@ -61,14 +74,14 @@ def llama_config(head_dim: int, rope: dict[str, Any]) -> transformers.LlamaConfi
     )
 
 
-def our_rope(config: Any, head_dim: int, is_neox_style: bool = True) -> RotaryEmbedding:
-    base, scaling, partial = get_rope_config(config)
+def our_rope(config: Any, head_dim: int, is_neox_style: bool = True, layer_type: str | None = None) -> RotaryEmbedding:
+    base, scaling, partial_factor = get_rope_config(config, layer_type)
     return get_rope(
         head_dim,
         max_position=config.max_position_embeddings,
         base=base,
         rope_scaling=scaling,
-        partial_rotary_factor=partial,
+        partial_rotary_factor=partial_factor,
         is_neox_style=is_neox_style,
     )
 
@@ -153,6 +166,53 @@ def test_partial_longrope_as_phi3() -> None:
     compare(our_rope(config, 16), Phi3RotaryEmbedding(config), apply_partial, 16, steps)
 
 
+def test_two_bases_as_gemma3() -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = transformers.Gemma3TextConfig(head_dim=12, num_hidden_layers=6, rope_parameters=rope)
+    theirs = Gemma3RotaryEmbedding(config)
+    for layer_type in rope:
+        ours = our_rope(config, 12, layer_type=layer_type)
+        compare(ours, partial(theirs, layer_type=layer_type), apply_neox, 12, [(0, 33), (33, 34)])
+
+
+def deepseek_rope() -> dict[str, Any]:
+    scaling = {"factor": 7.0, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 32, "beta_slow": 1}
+    return scaling | {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL_LEN}
+
+
+def test_yarn_as_deepseek_v2() -> None:
+    sizes = dict(hidden_size=48, num_attention_heads=3, qk_rope_head_dim=16, head_dim=16)
+    config = transformers.DeepseekV2Config(**sizes, max_position_embeddings=448, rope_parameters=deepseek_rope())
+    theirs = DeepseekV2RotaryEmbedding(config)
+
+    def rotation(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return theirs(x, positions), None
+
+    def apply(q: torch.Tensor, k: torch.Tensor, rotation: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
+        return apply_complex(q, k, rotation)
+
+    compare(our_rope(config, 16, is_neox_style=False), rotation, apply, 16, [(0, 400), (400, 401)])
+
+
+def test_yarn_as_deepseek_v3() -> None:
+    """Its rotated components come in another order, the same for queries and keys: scores are what must be equal."""
+    sizes = dict(hidden_size=48, num_attention_heads=3, qk_rope_head_dim=16, head_dim=16)
+    config = transformers.DeepseekV3Config(**sizes, max_position_embeddings=448, rope_parameters=deepseek_rope())
+    ours, theirs = our_rope(config, 16, is_neox_style=False), DeepseekV3RotaryEmbedding(config)
+    q, k, positions = torch.randn(90, 3, 16), torch.randn(90, 1, 16), torch.arange(0, 450, 5)
+    our_q, our_k = ours(positions, q, k)
+    rotated = apply_deepseek(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *theirs(q, positions[None]))
+    their_q, their_k = (x[0].transpose(0, 1) for x in rotated)
+    scores, expected = (torch.einsum("qhd,kgd->hqk", *x) for x in ((our_q, our_k), (their_q, their_k)))
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+    model = DeepseekV3Attention(config, 0)
+    assert yarn_get_mscale(7.0, 1.3) ** 2 * config.qk_head_dim**-0.5 == pytest.approx(model.scaling)
+    assert yarn_get_mscale(1.0, 1.3) == yarn_get_mscale(0.5) == 1.0
+
+
 def test_chunks_are_rotated_for_the_whole_prompt() -> None:
     ours = our_rope(llama_config(16, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), 16)
     q = torch.randn(300, 2, 16)
@@ -234,8 +294,12 @@ def test_rope_config_in_all_spellings() -> None:
     assert get_rope_config(new) == (7.0, None, 0.25)
     su = config(rope_scaling={"type": "su"}, original_max_position_embeddings=8)
     assert get_rope_config(su)[1] == {"type": "su", "original_max_position_embeddings": 8}
-    with pytest.raises(ValueError, match="full_attention"):
-        get_rope_config(config(rope_parameters={"full_attention": {"rope_theta": 1.0}}))
+    assert get_rope_config(new, "full_attention") == (7.0, None, 0.25)
+    nested = config(rope_parameters={"full_attention": {"rope_theta": 3.0, "rope_type": "linear", "factor": 2.0}})
+    assert get_rope_config(nested, "full_attention") == (3.0, {"rope_type": "linear", "factor": 2.0}, 1.0)
+    for layer_type in (None, "sliding_attention"):
+        with pytest.raises(ValueError, match=rf"must pick one of \['full_attention'\] per layer, not {layer_type}"):
+            get_rope_config(nested, layer_type)
 
 
 def test_errors_name_what_is_wrong() -> None:

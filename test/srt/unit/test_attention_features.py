@@ -1,0 +1,158 @@
+"""The torch back end over pages: caps, sinks, windows, values of another size, latents; all kinds of rows in a step."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+from rtp_llm.srt.attention import torch as torch_backend
+from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
+from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kv_pool import KVPool, slots_of
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+
+ROWS = [(0, 9), (5, 1), (11, 6), (30, 1), (0, 1), (14, 1)]  # (tokens in the cache, tokens of the step)
+
+
+@dataclass
+class Case:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    page_size: int = 1
+    window: int | None = None
+    has_sinks: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # more of the layer's
+
+
+CASES = {
+    "plain": Case(6, 2, 5, 5, page_size=4),
+    "values of another size": Case(4, 2, 7, 3),
+    "one key head, wider values": Case(5, 1, 3, 8, page_size=2),
+    "cap": Case(6, 2, 5, 5, options={"logit_cap": 1.5}),
+    "cap, window": Case(4, 4, 6, 6, page_size=4, window=7, options={"logit_cap": 1.5}),
+    "sinks": Case(6, 2, 5, 5, has_sinks=True),
+    "sinks, window, one key head": Case(4, 1, 6, 6, page_size=4, window=7, has_sinks=True),
+    "sinks, cap, values of another size": Case(4, 2, 6, 3, has_sinks=True, options={"logit_cap": 2.0}),
+    "window of one": Case(3, 3, 4, 4, window=1),
+    "latent": Case(6, 1, 10, 7, options={"latent": True}),
+    "latent, pages, window": Case(3, 1, 9, 4, page_size=4, window=7, options={"latent": True}),
+    "latent, cap": Case(3, 1, 9, 4, options={"latent": True, "logit_cap": 2.0}),
+    "latent, two key heads": Case(4, 2, 6, 6, options={"latent": True}),
+}
+
+
+def make_layer(case: Case) -> RadixAttention:
+    size = -1 if case.window is None else case.window - 1
+    return RadixAttention(
+        case.num_heads,
+        case.head_dim,
+        0.37,
+        case.num_kv_heads,
+        layer_id=0,
+        v_head_dim=case.v_head_dim,
+        sliding_window_size=size,
+        **case.options,
+    )
+
+
+def make_batch(case: Case, pool: KVPool, table: torch.Tensor) -> ForwardBatch:
+    cached, new = [list(lens) for lens in zip(*ROWS, strict=True)]
+    seq_lens = [a + b for a, b in ROWS]
+    rows = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(new))
+    positions = torch.cat([torch.arange(a, a + b) for a, b in ROWS])
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.MIXED,
+        batch_size=len(ROWS),
+        input_ids=torch.zeros_like(positions),
+        positions=positions,
+        req_pool_indices=torch.arange(len(ROWS)),
+        seq_lens=torch.tensor(seq_lens),
+        extend_prefix_lens=torch.tensor(cached),
+        extend_seq_lens=torch.tensor(new),
+        extend_start_loc=torch.tensor([sum(new[:row]) for row in range(len(new))]),
+        seq_lens_cpu=seq_lens,
+        extend_prefix_lens_cpu=cached,
+        extend_seq_lens_cpu=new,
+        prompt_lens_cpu=seq_lens,
+        page_tables=[table],
+        out_cache_locs=[slots_of(table, rows, positions, case.page_size)],
+        kv_pool=pool,
+        attn_backend=torch_backend.TorchAttention(),
+        sample_rows=torch.tensor([]),
+    )
+    batch.attn_backend.plan(batch)
+    return batch
+
+
+def page_table(pages: list[int]) -> torch.Tensor:
+    """Each page used once, in random order; 0 where a row has no more."""
+    table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+    for row, page_ids in enumerate((torch.randperm(sum(pages)) + 1).split(pages)):
+        table[row, : len(page_ids)] = page_ids
+    return table
+
+
+@pytest.mark.parametrize("scores_per_piece", [1 << 24, 200, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_every_row_of_a_step(name: str, scores_per_piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_backend, "SCORES_PER_PIECE", scores_per_piece)
+    case, layer = CASES[name], make_layer(CASES[name])
+    pages = [-(-(a + b) // case.page_size) for a, b in ROWS]
+    pool, table = KVPool([CacheGroup(layer.cache_spec(), (0,), case.page_size)], [sum(pages)], "cpu"), page_table(pages)
+    sinks = torch.randn(case.num_heads) if case.has_sinks else None
+    qs, ks, vs, expected = [], [], [], []
+    for row, (cached, new) in enumerate(ROWS):
+        q = 2 * torch.randn(new, case.num_heads, case.head_dim)
+        k = 2 * torch.randn(cached + new, case.num_kv_heads, case.head_dim)
+        v = k[..., : case.v_head_dim] if layer.latent else torch.randn(cached + new, case.num_kv_heads, case.v_head_dim)
+        slots = slots_of(table, torch.tensor(row), torch.arange(cached), case.page_size)
+        pool.write(0, slots, k[:cached], None if layer.latent else v[:cached])
+        expected.append(reference.attention(q, k, v, 0.37, cached, case.window, layer.logit_cap, sinks))
+        qs.append(q)
+        ks.append(k[cached:])
+        vs.append(v[cached:])
+    batch = make_batch(case, pool, table)
+    output = layer(torch.cat(qs), torch.cat(ks), None if layer.latent else torch.cat(vs), batch, sinks=sinks)
+    torch.testing.assert_close(output, torch.cat(expected).flatten(1), atol=1e-5, rtol=1e-5)
+    again = layer(torch.cat(qs), None, None, batch, sinks=sinks)  # as a layer that reads another's cache
+    assert torch.equal(again, output)
+
+
+def test_reference_sinks_as_gpt_oss() -> None:
+    q, k, v, sinks = torch.randn(5, 6, 4), torch.randn(5, 2, 4), torch.randn(5, 2, 4), torch.randn(6)
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups, module.sinks = 3, sinks
+    mask = torch.full((5, 5), float("-inf")).triu(1)[None, None]
+    heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+    expected = eager_attention_forward(module, *heads, mask, scaling=0.6)[0][0]
+    torch.testing.assert_close(reference.attention(q, k, v, 0.6, 0, sinks=sinks), expected)
+
+
+def test_a_latent_is_stored_once() -> None:
+    spec = make_layer(CASES["latent"]).cache_spec()
+    assert spec == CacheSpec(1, 10, 7, "float32", None, latent=True)
+    assert (spec.kind, spec.bytes_per_token) == ("latent", 10 * 4)
+    pool = KVPool([CacheGroup(spec, (0, 1))], [3], "cpu")
+    k = torch.randn(2, 1, 10)
+    pool.write(1, torch.tensor([3, 1]), k, None)
+    keys, values = pool.read(1)
+    assert torch.equal(values[[3, 1]], k[..., :7]) and values.data_ptr() == keys.data_ptr()
+
+
+def test_errors() -> None:
+    layer, batch = make_layer(CASES["latent"]), object()
+    q, k = torch.zeros(2, 60), torch.zeros(2, 10)
+    with pytest.raises(ValueError, match="pass None for v"):
+        layer(q, k, k, batch)
+    with pytest.raises(ValueError, match=r"sinks must be of shape \(6,\), one per head, got \(2,\)"):
+        layer(q, k, None, batch, sinks=torch.zeros(2))
+    with pytest.raises(ValueError, match="v_head_dim must be at most head_dim=4, got 5"):
+        CacheSpec(1, 4, 5, "float32", latent=True)
+    pool = KVPool([CacheGroup(CacheSpec(1, 4, 4, "float32"), (0,))], [1], "cpu")
+    with pytest.raises(ValueError, match="layer 0: a latent cache is written without values"):
+        pool.write(0, torch.tensor([1]), torch.zeros(1, 1, 4), None)
