@@ -28,7 +28,7 @@ def run_models(args: argparse.Namespace) -> int:
 
 
 def supported_models() -> list[dict[str, Any]]:
-    """``{"architecture", "file", "registered", "error"}`` of each. ``registered``: set in ``ModelRegistry.models``.
+    """``{"architecture", "file", "registered", "error"}`` of each. ``registered``: not one of the project's own.
 
     ``file`` is None where there is no source; ``error`` says why a model file cannot be imported.
     """
@@ -37,7 +37,12 @@ def supported_models() -> list[dict[str, Any]]:
 
 
 def _supported(registry: Any, arch: str) -> dict[str, Any]:
-    model: dict[str, Any] = {"architecture": arch, "file": None, "registered": arch in registry.models, "error": None}
+    model: dict[str, Any] = {
+        "architecture": arch,
+        "file": None,
+        "registered": registry.is_external(arch),
+        "error": None,
+    }
     try:
         model["file"] = _file_of(registry.resolve_model_cls(arch)[0])
     except (ImportError, ValueError) as error:

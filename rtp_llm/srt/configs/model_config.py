@@ -116,7 +116,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int  # 0 where an architecture has no attention
+    num_heads: int  # 0 where an architecture has no attention, or not the same number in all layers
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
     bos_token_id: int | None
     generation_defaults: dict[str, float | int] = field(default_factory=dict)  # SamplingParams fields, as advised
@@ -168,7 +168,7 @@ class ModelConfig:
             vocab_size=_size(text_config, "vocab_size"),
             hidden_size=_size(text_config, "hidden_size"),
             num_layers=_size(text_config, "num_hidden_layers"),
-            num_heads=getattr(text_config, "num_attention_heads", None) or 0,
+            num_heads=_num_heads(text_config),
             eos_token_ids=_union_of_ids(
                 _attribute("eos_token_id", hf_config, text_config), generation.get("eos_token_id")
             ),
@@ -273,6 +273,13 @@ def _size(config: PreTrainedConfig, name: str) -> int:
     return value
 
 
+def _num_heads(config: PreTrainedConfig) -> int:
+    try:
+        return getattr(config, "num_attention_heads", None) or 0
+    except RuntimeError:  # how transformers answers where layers have numbers of their own
+        return 0
+
+
 def _union_of_ids(*values: int | list[int] | None) -> tuple[int, ...]:
     ids: dict[int, None] = {}
     for value in values:
@@ -314,7 +321,8 @@ def _dtype_name(name: str, complaint: str) -> str:
 
 
 def _stored_dtype(directory: str) -> str | None:
-    """The dtype most weights of the first safetensors file are stored in; None if that cannot be read or is another.
+    """The one of DTYPES that most weights of the first safetensors file are stored in; None if none is, or that cannot
+    be read. Quantized weights, packed into other types, do not count.
 
     A safetensors file begins with the length of its JSON header (8 bytes, little endian), then the header.
     """
@@ -326,9 +334,9 @@ def _stored_dtype(directory: str) -> str | None:
             return None  # the loader says what is wrong with this file
         sizes: Counter[str] = Counter()
         for name, tensor in header.items():
-            if name != "__metadata__":
+            if name != "__metadata__" and tensor["dtype"] in _SAFETENSORS_DTYPES:
                 sizes[tensor["dtype"]] += prod(tensor["shape"])
-        return _SAFETENSORS_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
+        return _SAFETENSORS_DTYPES[sizes.most_common(1)[0][0]] if sizes else None
     return None
 
 

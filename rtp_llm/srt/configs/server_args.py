@@ -5,10 +5,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Self, get_args, get_type_hints
 
 from rtp_llm.srt.utils.logging import LOG_LEVELS
+
+DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
+DEMO_NAME = "rtp-llm-demo"
 
 
 class ServerArgsError(ValueError):
@@ -16,7 +20,7 @@ class ServerArgsError(ValueError):
 
 
 def _arg(
-    default: Any = MISSING,
+    default: Any,
     *,
     help: str,
     choices: Sequence[Any] = (),
@@ -24,10 +28,12 @@ def _arg(
     low: float | None = None,
     high: float | None = None,
     server: bool = False,
+    default_text: str | None = None,
 ) -> Any:
-    """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``; ``server``: of the HTTP server alone."""
+    """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``; ``server``: of the HTTP server alone;
+    ``default_text`` is shown for the default."""
     metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases), "low": low, "high": high}
-    metadata["server"] = server
+    metadata |= {"server": server, "default_text": default_text}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -35,13 +41,24 @@ def _arg(
 class ServerArgs:
     """All options of an engine. Construction checks them and raises ServerArgsError."""
 
-    model_path: str = _arg(help="checkpoint directory, or Hugging Face hub id", aliases=("--model",))
+    model_path: str = _arg(
+        DEMO_MODEL,
+        help="checkpoint directory, or Hugging Face hub id",
+        aliases=("--model",),
+        default_text="the embedded demo model",
+    )
     tokenizer_path: str | None = _arg(None, help="directory or hub id of the tokenizer; unset: the model's")
     skip_tokenizer_init: bool = _arg(False, help="load no tokenizer: prompts and results are token ids")
     load_format: str = _arg(
         "auto",
         help="which weight files to read; auto: safetensors, else pt; dummy: random weights, no files",
         choices=("auto", "safetensors", "pt", "dummy"),
+    )
+    model_impl: str = _arg(
+        "auto",
+        help="whose code the model runs by; rtp_llm: a model file of ours; transformers: the library's, with our cache "
+        "and batching; auto: ours where there is one, else the library's",
+        choices=("auto", "rtp_llm", "transformers"),
     )
     trust_remote_code: bool = _arg(False, help="run Python code that comes with the checkpoint")
     context_length: int | None = _arg(None, help="most tokens of a request; unset: the model's", low=1)
@@ -95,7 +112,11 @@ class ServerArgs:
     api_key: str | None = _arg(
         None, help="key that clients must show (Authorization: Bearer KEY), /health excepted", server=True
     )
-    served_model_name: str | None = _arg(None, help="the model's name in the API; unset: the model path", server=True)
+    served_model_name: str | None = _arg(
+        None,
+        help=f"the model's name in the API; unset: the model path, or {DEMO_NAME} for the embedded one",
+        server=True,
+    )
     chat_template: str | None = _arg(
         None,
         help="Jinja file, or name of one of the tokenizer's templates, for chat; unset: the tokenizer's own",
@@ -138,6 +159,16 @@ class ServerArgs:
         if self.chunked_prefill_size == 0:
             raise ServerArgsError("chunked_prefill_size must be positive, or -1 to never cut prompts; not 0")
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether the model is the embedded one, which is served when none is named."""
+        return self.model_path == DEMO_MODEL
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or (DEMO_NAME if self.is_demo else self.model_path)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From keyword arguments. Unknown ones are an error that names the nearest option."""
@@ -145,8 +176,6 @@ class ServerArgs:
         for name in values:
             if name not in names:
                 raise ServerArgsError(f"unknown engine argument {name!r}{_nearest(name, names)}")
-        if "model_path" not in values:
-            raise ServerArgsError("model_path is missing; give a checkpoint directory or a hub id")
         return cls(**values)
 
     @classmethod
@@ -207,11 +236,9 @@ def add_field_flags(parser: Any, cls: type, names: Sequence[str] | None = None, 
 def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], default: Any, is_list: bool) -> None:
     flags = [_flag(field), *field.metadata.get("aliases", ())]
     options: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"].replace("%", "%%")}
-    if default is MISSING:
-        options["required"] = True
-    else:
-        options["default"] = default
-        options["help"] += "" if default is None or default is False else " (default: %(default)s)"
+    options["default"] = default
+    shown = field.metadata.get("default_text") or "%(default)s"
+    options["help"] += "" if default is None or default is False else f" (default: {shown})"
     if kinds[0] is bool:
         parser.add_argument(*flags, action="store_true", **options)
         return
@@ -276,7 +303,7 @@ def markdown() -> str:
 def _markdown_row(field: dataclasses.Field, kinds: tuple[type, ...]) -> str:
     flags = ", ".join(f"`{flag}`" for flag in (_flag(field), *field.metadata["aliases"]))
     choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
-    default = "required" if field.default is MISSING else "unset" if field.default is None else f"`{field.default}`"
+    default = field.metadata["default_text"] or ("unset" if field.default is None else f"`{field.default}`")
     return f"| {flags} | {choices or kinds[0].__name__} | {default} | {field.metadata['help']} |"
 
 

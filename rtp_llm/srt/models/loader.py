@@ -1,5 +1,6 @@
 """From a checkpoint directory to a model ready to run."""
 
+import inspect
 import logging
 import re
 import zlib
@@ -12,15 +13,17 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import CONFIG_FILE, ModelConfig
+from rtp_llm.srt.layers.quantization import mxfp4
 from rtp_llm.srt.layers.rotary import share_ropes
-from rtp_llm.srt.models.registry import ModelRegistry
-from rtp_llm.srt.models.weight_files import Progress, find_weight_files, read_weights
+from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
+from rtp_llm.srt.models.weight_files import Progress, WeightFileError, find_weight_files, read_weights
 
 logger = logging.getLogger(__name__)
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-ShardId = str | int | None  # which source of a packed parameter; None: all of it
+ShardId = str | int | tuple[int, str] | None  # which source of a packed parameter; None: all of it
 
+FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no file here
 BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
 COMMON_IGNORE = (
     r"(^|\.)rotary_emb\.(original_)?inv_freq$",
@@ -45,48 +48,102 @@ def load_model(
     load_format: str = "auto",
     device: str = "cpu",
     progress: Progress | None = None,
+    model_impl: str = "auto",
 ) -> nn.Module:
     """Builds the model of ``model_config`` on ``device``, in its dtype, and loads its weights from a local directory.
 
     ``load_format="dummy"`` needs no weight file: parameters get small random values, the same at every call.
+    ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter where
+    there is no other.
 
     Raises:
-        UnknownArchitectureError, ModelImportError: no model class (see registry.py).
+        UnknownArchitectureError, ModelImportError: no model class (see registry.py), nor one of transformers that can
+            be served.
         ModelBuildError: the model class does not get on with the configuration.
         WeightsNotFoundError, WeightFileError: no usable weight files (see weight_files.py).
         WeightLoadError: they do not fit the model.
     """
-    _refuse_quantized(model_config)
-    model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
+    _check_quantization(model_config)
+    if model_impl == "transformers":
+        return _load(ModelRegistry.models[FALLBACK], model_config, model_path, load_format, device, progress)
+    try:
+        model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
+    except UnknownArchitectureError as unknown:
+        if model_impl == "rtp_llm":
+            raise
+        return _load_fallback(unknown, model_config, model_path, load_format, device, progress)
+    return _load(model_class, model_config, model_path, load_format, device, progress)
+
+
+def _load_fallback(unknown: UnknownArchitectureError, model_config: ModelConfig, *where: Any) -> nn.Module:
+    """Raises ``unknown``, extended, if transformers cannot step in either."""
+    logger.info("no model file for %s: it runs through transformers", ", ".join(model_config.architectures))
+    try:
+        return _load(ModelRegistry.models[FALLBACK], model_config, *where)
+    except ModelBuildError as error:
+        raise UnknownArchitectureError(f"{unknown}\nNor can it run through transformers: {error}") from error
+
+
+def _load(
+    model_class: type[nn.Module],
+    model_config: ModelConfig,
+    model_path: str,
+    load_format: str,
+    device: str,
+    progress: Progress | None,
+) -> nn.Module:
     files = [] if load_format == "dummy" else find_weight_files(model_path, load_format)
     with _built_as(model_config.dtype, device), share_ropes(), torch.no_grad():
         model = _build(model_class, model_config)
         if load_format == "dummy":
             fill_with_dummy_weights(model)
         else:
-            load_weights(model, read_weights(files, progress), model_config.num_layers)
-        _finish(model)
+            weights = read_weights(files, progress)
+            if _quant_method(model_config) == mxfp4.QUANT_METHOD:
+                weights = mxfp4.dequantize_experts(weights, torch.get_default_dtype(), device)
+            load_weights(model, weights, model_config.num_layers)
+        _finish(model, model_config)
     return model.eval().requires_grad_(False)
 
 
 def _build(model_class: type[nn.Module], model_config: ModelConfig) -> nn.Module:
+    _check_model_class(model_class)
     try:
         return model_class(config=model_config.hf_config, quant_config=None)
     except Exception as error:  # whatever a model's constructor may raise; the cause is chained
         raise ModelBuildError(
-            f"{model_class.__name__} cannot be built from {model_config.model_path}/{CONFIG_FILE}: "
-            f"{type(error).__name__}: {error}"
+            f"{model_class.__name__} cannot be built from {model_config.model_path}/{CONFIG_FILE}: {reason(error)}"
         ) from error
 
 
-def _refuse_quantized(model_config: ModelConfig) -> None:
-    scheme = getattr(model_config.hf_config, "quantization_config", None)
-    if scheme:
-        method = scheme.get("quant_method") if isinstance(scheme, dict) else type(scheme).__name__
+def _check_model_class(model_class: type[nn.Module]) -> None:
+    if not issubclass(model_class, nn.Module):
+        raise ModelBuildError(f"{model_class.__name__} is not a torch.nn.Module, which a model class must be")
+    signature = inspect.signature(model_class)
+    try:
+        signature.bind(config=None, quant_config=None)
+    except TypeError as error:
+        raise ModelBuildError(
+            f"{model_class.__name__} is built with the keyword arguments config and quant_config, but its constructor "
+            f"takes {signature}: {error}. Write it as __init__(self, config, quant_config=None, prefix='')"
+        ) from error
+
+
+def _check_quantization(model_config: ModelConfig) -> None:
+    method = _quant_method(model_config)
+    if method not in (None, mxfp4.QUANT_METHOD):
         raise ValueError(
             f"{model_config.model_path} is quantized ({method}), which is not supported yet; use a checkpoint in "
-            "float32, bfloat16 or float16"
+            f"float32, bfloat16 or float16, or one whose experts are in {mxfp4.QUANT_METHOD}"
         )
+
+
+def _quant_method(model_config: ModelConfig) -> str | None:
+    """The scheme that the checkpoint is quantized by, whether or not it is supported; None: it is not."""
+    scheme = getattr(model_config.hf_config, "quantization_config", None)
+    if not scheme:
+        return None
+    return str(scheme.get("quant_method")) if isinstance(scheme, dict) else type(scheme).__name__
 
 
 @contextmanager
@@ -101,7 +158,7 @@ def _built_as(dtype: str, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _finish(model: nn.Module) -> None:
+def _finish(model: nn.Module, model_config: ModelConfig) -> None:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         process = getattr(method, "process_weights_after_loading", None)
@@ -110,7 +167,12 @@ def _finish(model: nn.Module) -> None:
     for module in model.modules():
         finish_load: Any = getattr(module, "finish_load", None)
         if finish_load:
-            finish_load()
+            try:
+                finish_load()
+            except Exception as error:  # whatever a model's method may raise; the cause is chained
+                raise ModelBuildError(
+                    f"{type(module).__name__} of {model_config.model_path} cannot be used: {reason(error)}"
+                ) from error
 
 
 def fill_with_dummy_weights(model: nn.Module) -> None:
@@ -136,7 +198,12 @@ def load_weights(model: nn.Module, weights: Weights, num_layers: int | None = No
     if own_method is None:
         load_weights_declaratively(model, weights, num_layers)
         return
-    loaded = own_method(weights)
+    try:
+        loaded = own_method(weights)
+    except (WeightFileError, WeightLoadError):  # of the files, or of a helper that it calls: they speak for themselves
+        raise
+    except Exception as error:  # whatever a model's method may raise; the cause is chained
+        raise WeightLoadError(f"{type(model).__name__}.load_weights failed: {reason(error)}") from error
     if isinstance(loaded, set):
         unset = {name: parameter for name, parameter in model.named_parameters() if name not in loaded}
         if unset:
@@ -148,7 +215,8 @@ def load_weights_declaratively(model: nn.Module, weights: Weights, num_layers: i
     """Puts every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
 
     A tensor's name is first rewritten by ``rename``, ``[(regex, replacement), ...]``, each applied in turn. It then is
-    a parameter's or persistent buffer's own name, or becomes one through ``packed_modules_mapping``, ``{packed module:
+    a parameter's or persistent buffer's own name, or becomes one through a module's ``weight_sources``, ``{checkpoint
+    name: (parameter, shard id)}`` relative to the module, or through ``packed_modules_mapping``, ``{packed module:
     [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is supplied. What has no place may
     match ``ignore`` (a list of regular expressions), COMMON_IGNORE, or belong to a layer from ``num_layers`` on.
 
@@ -178,6 +246,8 @@ class _DeclarativeLoad:
         self.num_layers = num_layers
         self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self.names_of = _names_by_tensor(self.targets)
+        self.sources = _declared_sources(model)
+        self.sources_of = _by_target(self.sources)
         self.packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
         self.rename: list[tuple[str, str]] = list(getattr(model, "rename", []))
         self.ignore = [*getattr(model, "ignore", []), *COMMON_IGNORE]
@@ -206,6 +276,8 @@ class _DeclarativeLoad:
     def _find(self, name: str) -> _Place | None:
         if name in self.targets:
             return _Place(name, None)
+        if name in self.sources:
+            return self.sources[name]
         for packed, sources in self.packed.items():
             for i, source in enumerate(sources):
                 candidate = _swap(name, source, packed)
@@ -286,6 +358,9 @@ class _DeclarativeLoad:
         shards, shape = self.loaded[name], _shape(self.targets[name])
         if None in shards:
             return []
+        if name in self.sources_of:
+            missing = [source for source, shard_id in self.sources_of[name] if shard_id not in shards]
+            return [f"{name} {shape}, made of {', '.join(missing)}"] if missing else []
         for packed, sources in self.packed.items():
             names = [_swap(name, packed, source) for source in sources]
             if all(names):
@@ -308,6 +383,24 @@ def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None
         raise ValueError(f"expected shape {_shape(target)}, got {_shape(tensor)}")
     else:
         target.data.copy_(tensor)
+
+
+def _declared_sources(model: nn.Module) -> dict[str, _Place]:
+    """Full checkpoint names -> places, as modules declare them in ``weight_sources``."""
+    return {
+        f"{path}.{source}": _Place(f"{path}.{parameter}", shard_id)
+        for path, module in model.named_modules()
+        for source, (parameter, shard_id) in getattr(module, "weight_sources", {}).items()
+    }
+
+
+def _by_target(sources: Mapping[str, _Place]) -> dict[str, list[tuple[str, ShardId]]]:
+    """Parameters -> the sources that fill them together, with their shard ids; not those that fill them alone."""
+    by_target: defaultdict[str, list[tuple[str, ShardId]]] = defaultdict(list)
+    for source, place in sources.items():
+        if place.shard_id is not None:
+            by_target[place.name].append((source, place.shard_id))
+    return dict(by_target)
 
 
 def _names_by_tensor(targets: dict[str, torch.Tensor]) -> dict[int, list[str]]:

@@ -2,36 +2,53 @@
 
 import pickle
 
-from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.models.registry import Entry, ModelRegistry
 
 
 class RegistrationError(TypeError):
-    """A registered class cannot be sent to other processes."""
+    """A registered class cannot be sent to other processes, or does not arrive there."""
 
 
 def pack_registrations() -> bytes:
-    """The user's entries in ``ModelRegistry.models``: by name where a class can be imported, by value otherwise.
+    """What was set in ``ModelRegistry.models``: by name where a class can be imported, by value otherwise.
+
+    The environment and installed packages need not travel: other processes find them as this one does.
 
     Raises:
         RegistrationError: a class refers to something that cannot be sent; the message names both.
     """
-    if not ModelRegistry.models:
-        return b""
+    overrides = ModelRegistry.models.overrides
+    return pickle.dumps({name: _pack(name, entry) for name, entry in overrides.items()}) if overrides else b""
+
+
+def _pack(name: str, entry: Entry) -> bytes:
     import cloudpickle
 
-    packed = {}
-    for name, model_class in ModelRegistry.models.items():
-        try:
-            packed[name] = cloudpickle.dumps(model_class)
-        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
-            raise RegistrationError(
-                f"{model_class!r}, registered as {name!r}, cannot be sent to the engine's processes: {error}. Move it "
-                "into a module of its own, or keep what cannot be sent out of its globals"
-            ) from error
-    return pickle.dumps(packed)
+    try:
+        return cloudpickle.dumps(entry)
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
+        raise RegistrationError(
+            f"{entry!r}, registered as {name!r}, cannot be sent to the engine's processes: {error}. Move it "
+            "into a module of its own, or keep what cannot be sent out of its globals"
+        ) from error
 
 
 def unpack_registrations(packed: bytes) -> None:
-    """Enters what ``pack_registrations`` gave into this process's registry."""
+    """Enters what ``pack_registrations`` gave into this process's registry.
+
+    Raises:
+        RegistrationError: a class cannot be imported here.
+    """
     if packed:
-        ModelRegistry.models.update({name: pickle.loads(data) for name, data in pickle.loads(packed).items()})
+        entries = {name: _unpack(name, data) for name, data in pickle.loads(packed).items()}
+        ModelRegistry.models.overrides.update(entries)
+
+
+def _unpack(name: str, data: bytes) -> Entry:
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # whatever importing the class's module may raise; the cause is chained
+        raise RegistrationError(
+            f"the class registered as {name!r} cannot be imported in an engine process: {type(error).__name__}: "
+            f"{error}. Its module must be one that Python finds on sys.path"
+        ) from error

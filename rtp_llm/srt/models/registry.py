@@ -1,14 +1,31 @@
 """Architecture names to model classes. Model files are found by reading them, and imported only when asked for."""
 
 import ast
-from collections.abc import Iterable
+import logging
+import os
+import re
+import traceback
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
+logger = logging.getLogger(__name__)
+
 ADDING_A_MODEL = "docs/supported_models/support_new_models.md"
+PACKAGE_VARIABLE = "RTP_LLM_EXTERNAL_MODEL_PACKAGE"
+ENTRY_POINT_GROUP = "rtp_llm.models"
+
+_NOT_MODEL_FILES = ("rtp_llm.srt.", "torch.", "transformers.", "importlib.")
+_ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", re.MULTILINE)
 
 
 class UnknownArchitectureError(ValueError):
@@ -19,71 +36,167 @@ class ModelImportError(ImportError):
     """A model file was found for the architecture, but importing it failed; the cause is chained."""
 
 
+class DuplicateModelError(AssertionError, ValueError):
+    """Two classes claim one architecture. (An AssertionError as well, which is what SGLang's registry raises.)"""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A class that has not been imported. ``places`` are those, as ``module:Class``, that claim the architecture."""
+
+    arch: str
+    places: tuple[str, ...]
+
+    def load(self) -> type[nn.Module]:
+        """Raises ModelImportError or DuplicateModelError."""
+        if len(self.places) > 1:
+            raise DuplicateModelError(
+                f"architecture {self.arch} is claimed by several files: {', '.join(self.places)}; keep one"
+            )
+        module, _, name = self.places[0].partition(":")
+        try:
+            model_class = attrgetter(name)(import_module(module))
+            _check_is_class(f"{module}:{name}", model_class)
+        except Exception as error:  # whatever a model file may raise; the cause is chained
+            raise ModelImportError(
+                f"the file of architecture {self.arch}, {module}, cannot be imported: {reason(error)}"
+            ) from error
+        return model_class
+
+
+Entry = type[nn.Module] | ModelFile
+
+
 @dataclass
-class _Discovery:
-    """What reading the files of a package gave."""
+class _Found:
+    """What a package or a group of entry points holds."""
 
-    modules: dict[str, list[str]] = field(default_factory=dict)  # architecture -> modules whose EntryClass names it
-    unreadable: dict[str, Exception] = field(default_factory=dict)  # path -> why its EntryClass could not be read
+    entries: dict[str, Entry] = field(default_factory=dict)  # by architecture
+    unreadable: dict[str, Exception] = field(default_factory=dict)  # file -> why its architectures are not known
+
+    def claim(self, arch: str, place: str) -> None:
+        before = self.entries.get(arch)
+        places = before.places if isinstance(before, ModelFile) else ()
+        self.entries[arch] = ModelFile(arch, tuple(dict.fromkeys((*places, place))))
 
 
-class _ModelRegistry:
-    """Model classes by architecture name.
+class ModelMap(MutableMapping[str, type[nn.Module]]):
+    """Every architecture that can be asked for, and its class.
 
-    ``models`` holds what was set by hand: ``ModelRegistry.models["MyForCausalLM"] = MyForCausalLM``; such an entry wins
-    over a file. Every other architecture comes from the module-level ``EntryClass`` of a file of ``package``: a class,
-    or a list or tuple of classes, known by their names. A file that cannot be imported harms nobody who does not ask
-    for it.
+    Names come from four places, each of which wins over those after it: ``overrides``, which is what was set here;
+    the packages that the environment variable RTP_LLM_EXTERNAL_MODEL_PACKAGE names; the entry points of the group
+    ``rtp_llm.models``; the files of ``package``. Looking at names imports no file of the last two, looking at a class
+    imports that class's. What was set can be deleted, which shows again what it hid; nothing else can.
     """
 
     def __init__(self, package: str) -> None:
-        self.models: dict[str, type[nn.Module]] = {}
+        self.overrides: dict[str, Entry] = {}
+        self.unreadable: dict[str, Exception] = {}
         self._package = package
-        self._discovered: _Discovery | None = None
+
+    @cached_property
+    def _entries(self) -> ChainMap[str, Entry]:
+        named = _import_named_packages()
+        installed, built_in = _read_entry_points(), _read_package(self._package)
+        self.unreadable |= installed.unreadable | built_in.unreadable
+        return ChainMap(self.overrides, named, installed.entries, built_in.entries)
+
+    @property
+    def layers(self) -> list[MutableMapping[str, Entry]]:
+        """The four places, in the order in which they win."""
+        return self._entries.maps
+
+    def __getitem__(self, arch: str) -> type[nn.Module]:
+        entry = self._entries[arch]
+        return entry.load() if isinstance(entry, ModelFile) else entry
+
+    def __setitem__(self, arch: str, model_class: type[nn.Module]) -> None:
+        _check_is_class(f"ModelRegistry.models[{arch!r}]", model_class)
+        self.overrides[arch] = model_class
+
+    def __delitem__(self, arch: str) -> None:
+        del self.overrides[arch]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, arch: object) -> bool:
+        return arch in self._entries
+
+    def __repr__(self) -> str:
+        return f"<models: {', '.join(sorted(self))}>"
+
+    def clear(self) -> None:
+        """Deletes what was set."""
+        self.overrides.clear()
+
+
+class _ModelRegistry:
+    """Model classes by architecture name, in ``models``.
+
+    A model file says which classes are for others to use in its module-level ``EntryClass``: a class, or a list or
+    tuple of classes, known by their names. A file that cannot be imported harms nobody who does not ask for it.
+
+    Example:
+        >>> ModelRegistry.models["MyForCausalLM"] = MyForCausalLM
+    """
+
+    def __init__(self, package: str) -> None:
+        self.models = ModelMap(package)
+
+    def register(self, package_name: str, overwrite: bool = False, strict: bool = False) -> None:
+        """Imports the modules of a package and sets the classes that they name in ``EntryClass``.
+
+        A module that cannot be imported is logged, and its error is raised when its architecture is asked for, or, if
+        ``strict``, at once. Nothing is set if anything is raised.
+
+        Raises:
+            ValueError: an architecture is known already, and not to be overwritten.
+            DuplicateModelError: two modules name different classes of one name.
+            ImportError: there is no such package, or it cannot be imported.
+        """
+        found = _import_package(package_name, strict)
+        taken = sorted(arch for arch in found.entries if arch in self.models)
+        if taken and not overwrite:
+            raise ValueError(
+                f"{package_name}: model architecture {', '.join(taken)} already registered; "
+                "set overwrite=True to replace it"
+            )
+        self.models.overrides.update(found.entries)
+        self.models.unreadable |= found.unreadable
 
     def get_supported_archs(self) -> set[str]:
         """Every architecture name that can be asked for."""
-        return self.models.keys() | self._discover().modules.keys()
+        return set(self.models)
 
     def is_arch_supported(self, arch: str) -> bool:
-        return arch in self.get_supported_archs()
+        return arch in self.models
+
+    def is_external(self, arch: str) -> bool:
+        """Whether its class is not one of the project's own: it was set here, or comes from an installed package."""
+        return any(arch in layer for layer in self.models.layers[:-1])
 
     def resolve_model_cls(self, architectures: str | Iterable[str]) -> tuple[type[nn.Module], str]:
-        """The class for the first supported name, and that name. Names set in ``models`` are looked for first.
+        """The class for the first supported name, and that name. External classes are looked for first.
 
         Raises:
             UnknownArchitectureError: none is supported.
             ModelImportError: its file cannot be imported.
-            ValueError: two files claim it.
+            DuplicateModelError: two files claim it.
         """
         names = [architectures] if isinstance(architectures, str) else list(architectures)
-        for name in names:
-            if name in self.models:
-                return self.models[name], name
-        modules = self._discover().modules
-        for name in names:
-            if name in modules:
-                return self._import(name, modules[name]), name
+        for layer in self.models.layers:
+            for name in names:
+                if name in layer:
+                    return self.models[name], name
         raise self._unknown(names)
 
-    def _discover(self) -> _Discovery:
-        if self._discovered is None:
-            self._discovered = _read_package(self._package)
-        return self._discovered
-
-    def _import(self, arch: str, modules: list[str]) -> type[nn.Module]:
-        if len(modules) > 1:
-            raise ValueError(f"architecture {arch} is the EntryClass of several files: {', '.join(modules)}; keep one")
-        try:
-            return getattr(import_module(modules[0]), arch)
-        except Exception as error:  # whatever a model file may raise; the cause is chained
-            raise ModelImportError(
-                f"the file of architecture {arch}, {modules[0]}, cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-
     def _unknown(self, names: list[str]) -> UnknownArchitectureError:
-        supported = "".join(f"\n  {name}" for name in sorted(self.get_supported_archs()))
-        unreadable = self._discover().unreadable
+        supported = "".join(f"\n  {name}" for name in sorted(self.models))
+        unreadable = self.models.unreadable
         notes = "".join(f"\nThe EntryClass of {path} cannot be read: {error}" for path, error in unreadable.items())
         error = UnknownArchitectureError(
             f"no model for the architecture {', '.join(names) or '(none named)'}. Supported are:{supported or ' none'}"
@@ -93,30 +206,140 @@ class _ModelRegistry:
         return error
 
 
-def _read_package(package: str) -> _Discovery:
-    """Reads the ``EntryClass`` of every module of ``package`` (not of its subpackages) without importing them."""
-    found = _Discovery()
-    for directory in import_module(package).__path__:
-        for path in sorted(Path(directory).glob("*.py")):
-            try:
-                names = entry_class_names(path.read_text(encoding="utf-8"), str(path))
-            except (SyntaxError, ValueError) as error:
-                found.unreadable[str(path)] = error
-                continue
-            for name in names:
-                found.modules.setdefault(name, []).append(f"{package}.{path.stem}")
+def import_model_classes(package_name: str, strict: bool = False) -> dict[str, type[nn.Module]]:
+    """The classes that a module, or a package and its modules (not its subpackages), name in ``EntryClass``, by name.
+
+    A module that cannot be imported is logged and left out, or, if ``strict``, raised as a ModelImportError.
+
+    Raises:
+        DuplicateModelError: two modules name different classes of one name.
+        ImportError: there is no such package, or it cannot be imported.
+    """
+    entries = _import_package(package_name, strict).entries
+    return {arch: entry for arch, entry in entries.items() if not isinstance(entry, ModelFile)}
+
+
+def _import_package(package: str, strict: bool) -> _Found:
+    """Classes of the modules that can be imported; of the others, the names that their sources claim."""
+    import_module(package)
+    found = _Found()
+    for module, path in _files_of(package):
+        try:
+            classes = _entry_classes(import_module(module))
+        except Exception as error:  # whatever a model file may raise; it is chained, or raised when asked for
+            if strict:
+                raise ModelImportError(f"{module} cannot be imported: {reason(error)}") from error
+            logger.warning("%s cannot be imported, and its models are left out: %s", module, reason(error))
+            _claim_by_source(found, module, path)
+            continue
+        for model_class in classes:
+            before = found.entries.setdefault(model_class.__name__, model_class)
+            if before is not model_class:
+                raise DuplicateModelError(
+                    f"{package}: duplicated model implementation for {model_class.__name__}; one is in {module}"
+                )
     return found
+
+
+def _entry_classes(module: ModuleType) -> list[type[nn.Module]]:
+    value = getattr(module, "EntryClass", [])
+    classes = list(value) if isinstance(value, (list, tuple)) else [value]
+    for model_class in classes:
+        _check_is_class(f"{module.__name__}.EntryClass", model_class)
+    return classes
+
+
+def _check_is_class(what: str, value: object) -> None:
+    if not isinstance(value, type):
+        raise TypeError(f"{what} must be a model class, not {value!r}")
+
+
+def _import_named_packages() -> dict[str, Entry]:
+    """The classes of the packages that the environment names, separated by commas. They must all be sound."""
+    entries: dict[str, Entry] = {}
+    for package in filter(None, (name.strip() for name in os.environ.get(PACKAGE_VARIABLE, "").split(","))):
+        try:
+            found = _import_package(package, strict=True).entries
+        except Exception as error:  # whatever a package may raise; the cause is chained
+            raise ModelImportError(f"{PACKAGE_VARIABLE} names {package}: {reason(error)}") from error
+        if not found:
+            raise ModelImportError(f"{PACKAGE_VARIABLE} names {package}, but no module of it defines EntryClass")
+        if twice := sorted(found.keys() & entries.keys()):
+            raise DuplicateModelError(f"{PACKAGE_VARIABLE} names several packages with {', '.join(twice)}; keep one")
+        entries |= found
+    return entries
+
+
+def _read_entry_points() -> _Found:
+    """What installed packages offer: ``Architecture = module:Class``, or ``any name = package`` of model files."""
+    found = _Found()
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        if ":" in entry_point.value:
+            found.claim(entry_point.name, entry_point.value)
+            continue
+        try:
+            package = _read_package(entry_point.value)
+        except Exception as error:  # looking for a package imports those around it; told when no model is found
+            found.unreadable[f"entry point {entry_point.name} = {entry_point.value}"] = error
+            continue
+        found.unreadable |= package.unreadable
+        for arch, entry in package.entries.items():
+            for place in entry.places if isinstance(entry, ModelFile) else ():
+                found.claim(arch, place)
+    return found
+
+
+def _read_package(package: str) -> _Found:
+    """Reads the ``EntryClass`` of a module, or of a package and its modules, without importing them."""
+    found = _Found()
+    for module, path in _files_of(package):
+        _claim_by_source(found, module, path)
+    return found
+
+
+def _files_of(package: str) -> list[tuple[str, Path]]:
+    """(module name, file) of a module, or of a package and its modules, not of its subpackages."""
+    spec = find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    if spec.submodule_search_locations is None:
+        return [(package, Path(str(spec.origin)))]
+    files = [path for directory in spec.submodule_search_locations for path in sorted(Path(directory).glob("*.py"))]
+    return [
+        (package if path.stem == "__init__" else f"{package}.{path.stem}", path)
+        for path in files
+        if path.stem != "__main__"
+    ]
+
+
+def _claim_by_source(found: _Found, module: str, path: Path) -> None:
+    try:
+        names = entry_class_names(path.read_text(encoding="utf-8"), str(path))
+    except (SyntaxError, ValueError, OSError) as error:
+        found.unreadable[str(path)] = error
+        return
+    for name in names:
+        found.claim(name, f"{module}:{name}")
 
 
 def entry_class_names(source: str, filename: str) -> list[str]:
     """The class names that a module's source assigns to ``EntryClass``; none if it does not assign it.
 
+    Where the source is not Python, they are looked for in its text: asking for one then tells what is wrong with it.
+
     Raises:
-        SyntaxError: the source is not Python.
+        SyntaxError: the source is not Python, and no names can be made out.
         ValueError: ``EntryClass`` is not written as a name or a list or tuple of names.
     """
+    try:
+        statements = ast.parse(source, filename).body
+    except SyntaxError:
+        matches = _ENTRY_CLASS_TEXT.findall(source)
+        if not matches:
+            raise
+        return re.findall(r"\w+", matches[-1])
     names: list[str] = []
-    for statement in ast.parse(source, filename).body:
+    for statement in statements:
         value = _entry_class_value(statement)
         if value is None:
             continue
@@ -138,6 +361,18 @@ def _entry_class_value(statement: ast.stmt) -> ast.expr | None:
     if any(isinstance(target, ast.Name) and target.id == "EntryClass" for target in targets):
         return statement.value  # type: ignore[attr-defined]
     return None
+
+
+def reason(error: Exception) -> str:
+    """Its kind and message, and the line of a model file that led to it; a ModelImportError says all that already."""
+    if isinstance(error, ModelImportError):
+        return str(error)
+    lines = [
+        f" ({frame.f_code.co_filename}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not f"{frame.f_globals.get('__name__')}.".startswith(_NOT_MODEL_FILES)
+    ]
+    return f"{type(error).__name__}: {error}{lines[-1] if lines else ''}"
 
 
 ModelRegistry = _ModelRegistry("rtp_llm.models_py")

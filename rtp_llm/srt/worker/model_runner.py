@@ -46,10 +46,11 @@ class ModelRunner:
         page_size: int,
         attn_backend: AttentionBackend,
         progress: Callable[[int, int], None] | None = None,
+        model_impl: str = "auto",
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
-        self.model = load_model(model_config, model_path, load_format=load_format, device=device, progress=progress)
+        self.model = load_model(model_config, model_path, load_format, device, progress, model_impl)
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
@@ -69,7 +70,17 @@ class ModelRunner:
         return sum(tensors.values())
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
-        """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens."""
+        """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
+
+        Raises:
+            ValueError: the model has learned positions, and fewer (``max_positions``).
+        """
+        max_positions = getattr(self.model, "max_positions", None)
+        if max_positions is not None and max_len > max_positions:
+            raise ValueError(
+                f"the model has learned positions for {max_positions} tokens only, but requests may be of {max_len}; "
+                f"set --context-length to {max_positions} or less"
+            )
         self.kv_pool = KVPool(self.layout.groups, num_pages, self.device)
         self._page_tables = [
             torch.zeros(max_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self.device)
@@ -105,7 +116,9 @@ class ModelRunner:
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
-        return batch, self._forward(batch)
+        output = self._forward(batch)
+        _check_output(output, self.model, batch)
+        return batch, output
 
     def _batch(self, work: list[RowWork]) -> ForwardBatch:
         counts = [w.num_tokens for w in work]
@@ -182,6 +195,23 @@ class ModelRunner:
             targets=admission.prompt_ids[first + 1 : last + 1],
             top_num=admission.top_logprobs_num,
             token_ids=admission.token_ids_logprob,
+        )
+
+
+def _check_output(output: object, model: nn.Module, batch: ForwardBatch) -> None:
+    """A model may return anything; what is wrong with it must not show up only when tokens are drawn."""
+    name = type(model).__name__
+    if not isinstance(output, LogitsProcessorOutput):
+        method = "forward_batch" if callable(getattr(model, "forward_batch", None)) else "forward"
+        raise TypeError(
+            f"{name}.{method} must return a LogitsProcessorOutput, which LogitsProcessor makes, not "
+            f"{type(output).__name__}"
+        )
+    num_rows, expected = output.next_token_logits.shape[0], batch.sample_rows.shape[0]
+    if num_rows != expected:
+        raise ValueError(
+            f"{name} returned {num_rows} rows of next_token_logits, not {expected}: there must be one for each of "
+            "forward_batch.sample_rows, which LogitsProcessor picks out"
         )
 
 

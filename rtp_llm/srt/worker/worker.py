@@ -11,6 +11,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult, TokenLogprob
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
 
 Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may come next
@@ -23,6 +24,7 @@ class WorkerConfig:
     model_config: ModelConfig
     model_path: str
     load_format: str = "auto"
+    model_impl: str = "auto"
     device: str = "cpu"
     page_size: int = 1
     attention_backend: str | None = None
@@ -98,9 +100,11 @@ class Worker:
             config.page_size,
             make_backend(config.attention_backend),
             progress,
+            config.model_impl,
         )
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device
+        self._profiler = Profiler(config.rank)
 
     def loaded(self) -> LoadedModel:
         return LoadedModel(self.runner.layout, self.runner.weight_bytes)
@@ -111,6 +115,17 @@ class Worker:
 
     def step(self, plan: StepPlan) -> PendingResult:
         return self.sample(self.forward(plan))
+
+    def step_with_logits(self, plan: StepPlan) -> tuple[StepResult, torch.Tensor]:
+        """As ``step``, but waits; and the logits that tokens were drawn from, [S, vocab_size] float32 on the host."""
+        pending = self.forward(plan)
+        return self.sample(pending).result(), pending.logits.cpu()
+
+    def start_profile(self, activities: list[str], record_shapes: bool) -> None:
+        self._profiler.start(activities, record_shapes)
+
+    def stop_profile(self, path_prefix: str) -> str:
+        return self._profiler.stop(path_prefix)
 
     def forward(self, plan: StepPlan) -> PendingLogits:
         for row in plan.releases:

@@ -314,6 +314,39 @@ def test_a_separate_module_of_a_source_name_is_not_packed():
     assert load(weights, Mixed).visual["q_proj"].weight.sum() == 6
 
 
+class Experts(nn.Module):
+    """Two sources, or one in their place."""
+
+    weight_sources = {"all": ("weight", None)} | {f"{i}.up.weight": ("weight", (i, "w1")) for i in range(2)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, HIDDEN))
+        self.weight.weight_loader = lambda param, tensor, shard_id=None: param.data[
+            slice(None) if shard_id is None else shard_id[0]
+        ].copy_(tensor)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([nn.Module()])
+        self.model.layers[0].experts = Experts()
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_sources_that_a_module_declares(prefix):
+    weight, path = torch.randn(2, HIDDEN), f"{prefix}layers.0.experts"
+    apart = {f"{path}.{i}.up.weight": weight[i] for i in range(2)}
+    for weights in ({f"{path}.all": weight}, apart):
+        assert torch.equal(load(weights, Mixture).model.layers[0].experts.weight, weight)
+    message = failure({f"{path}.1.up.weight": weight[1]}, Mixture)
+    assert f"model.layers.0.experts.weight [2, {HIDDEN}], made of model.layers.0.experts.0.up.weight" in message
+    assert "came twice" in failure({f"{path}.all": weight} | apart, Mixture)
+    assert f"{path}.2.up.weight [{HIDDEN}]" in failure(apart | {f"{path}.2.up.weight": weight[0]}, Mixture)
+
+
 def test_rename_comes_first():
     class Renamed(Tiny):
         rename = [(r"^transformer\.", "model."), (r"\.wq\.", ".q_proj."), (r"^model\.skip", "mtp")]

@@ -78,12 +78,14 @@ def test_unknown_arguments_name_the_nearest(capsys: pytest.CaptureFixture[str]) 
     assert "did you mean '--tp-size'?" in capsys.readouterr().err
 
 
-def test_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ServerArgsError, match="model_path is missing"):
-        ServerArgs.from_dict({})
-    with pytest.raises(SystemExit):
-        prepare_server_args([])
-    assert "--model-path" in capsys.readouterr().err
+def test_the_embedded_model_is_the_default() -> None:
+    for args in (ServerArgs(), ServerArgs.from_dict({}), prepare_server_args([])):
+        assert args.is_demo
+        assert (Path(args.model_path) / "config.json").is_file()
+        assert args.model_name == "rtp-llm-demo"
+    assert ServerArgs(served_model_name="mine").model_name == "mine"
+    assert not ServerArgs(model_path="m").is_demo
+    assert ServerArgs(model_path="m").model_name == "m"
 
 
 def test_other_tp_sizes_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
