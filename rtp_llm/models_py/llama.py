@@ -12,7 +12,7 @@ from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessor
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class GroupedQueryAttention(nn.Module):
 
     Args:
         sliding_window: tokens that a token sees, itself included; None: all before it.
+        scaling: factor of the scores; None: ``head_dim ** -0.5``.
+        logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class GroupedQueryAttention(nn.Module):
         sliding_window: int | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        scaling: float | None = None,
+        logit_cap: float = 0.0,
     ) -> None:
         super().__init__()
         if sliding_window is not None and sliding_window < 1:
@@ -96,23 +100,27 @@ class GroupedQueryAttention(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("o_proj", prefix),
         )
-        # These models rotate whole heads: a partial_rotary_factor in their configuration has no effect.
+        self.rotary_emb = self.make_rope(config, layer_id)
+        self.attn = RadixAttention(
+            self.qkv_proj.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5 if scaling is None else scaling,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            layer_id=layer_id,
+            logit_cap=logit_cap,
+            sliding_window_size=-1 if sliding_window is None else sliding_window - 1,
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+        )
+
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
+        """Of whole heads: where a model does not override this, a ``partial_rotary_factor`` has no effect."""
         rope_theta, rope_scaling, _ = get_rope_config(config)
-        self.rotary_emb = get_rope(
+        return get_rope(
             self.head_dim,
             max_position=config.max_position_embeddings,
             base=rope_theta,
             rope_scaling=rope_scaling,
-        )
-        self.attn = RadixAttention(
-            self.qkv_proj.num_heads,
-            self.head_dim,
-            self.head_dim**-0.5,
-            num_kv_heads=self.qkv_proj.num_kv_heads,
-            layer_id=layer_id,
-            sliding_window_size=-1 if sliding_window is None else sliding_window - 1,
-            quant_config=quant_config,
-            prefix=add_prefix("attn", prefix),
         )
 
     def forward(
@@ -120,9 +128,15 @@ class GroupedQueryAttention(nn.Module):
     ) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
+        q, k = self.prepare_queries_and_keys(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
         return output
+
+    def prepare_queries_and_keys(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is done to queries [T, q_size] and keys [T, kv_size] between projection and attention."""
+        return self.rotary_emb(positions, q, k)
 
 
 class LlamaAttention(GroupedQueryAttention):
@@ -156,16 +170,22 @@ class LlamaDecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
-        self.mlp = LlamaMLP(
+        self.mlp = self.make_mlp(config, layer_id, quant_config, add_prefix("mlp", prefix))
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def make_mlp(
+        self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> nn.Module:
+        """Dense: a model with experts overrides this."""
+        return LlamaMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,
             quant_config=quant_config,
-            prefix=add_prefix("mlp", prefix),
+            prefix=prefix,
             bias=getattr(config, "mlp_bias", False),
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -191,20 +211,25 @@ class LlamaModel(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         attention_type: type[nn.Module] = LlamaAttention,
+        layer_type: type[nn.Module] = LlamaDecoderLayer,
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=quant_config,
-            prefix=add_prefix("embed_tokens", prefix),
-        )
+        self.embed_tokens = self.make_embedding(config, quant_config, add_prefix("embed_tokens", prefix))
         self.layers = make_layers(
             config.num_hidden_layers,
-            lambda idx, prefix: LlamaDecoderLayer(config, idx, quant_config, prefix, attention_type),
+            lambda idx, prefix: layer_type(config, idx, quant_config, prefix, attention_type),
             prefix=add_prefix("layers", prefix),
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = self.make_norm(config)
+
+    def make_embedding(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
+    ) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=prefix)
+
+    def make_norm(self, config: "PretrainedConfig") -> nn.Module:
+        """The last norm."""
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -228,12 +253,16 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     attention_type: type[nn.Module] = LlamaAttention
+    layer_type: type[nn.Module] = LlamaDecoderLayer
+    base_model_type: type[nn.Module] = LlamaModel
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self.model = LlamaModel(config, quant_config, add_prefix("model", prefix), self.attention_type)
+        self.model = self.base_model_type(
+            config, quant_config, add_prefix("model", prefix), self.attention_type, self.layer_type
+        )
         if config.tie_word_embeddings:
             self.lm_head = self.model.embed_tokens
         else:
@@ -246,7 +275,7 @@ class LlamaForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
+        return self.model.get_submodule("embed_tokens")
 
     def forward(
         self,

@@ -29,8 +29,14 @@ class Qwen2Attention(GroupedQueryAttention):
 
 
 def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
-    """The window of a layer, itself included; None where it sees everything or ``use_sliding_window`` is off."""
-    is_sliding = config.use_sliding_window and config.layer_types[layer_id] == "sliding_attention"
+    """The window of a layer, itself included; None where it sees everything or ``use_sliding_window`` is off.
+
+    A configuration without ``layer_types`` (Qwen3 MoE's) means all layers.
+    """
+    if not config.use_sliding_window:
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    is_sliding = layer_types is None or layer_types[layer_id] == "sliding_attention"
     return config.sliding_window if is_sliding else None
 
 

@@ -12,8 +12,6 @@ from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from rtp_llm.srt.forward_batch import ForwardBatch
-
 
 class Qwen3Attention(GroupedQueryAttention):
     def __init__(
@@ -35,16 +33,12 @@ class Qwen3Attention(GroupedQueryAttention):
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
-    ) -> torch.Tensor:
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+    def prepare_queries_and_keys(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
-        q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
-        return output
+        return self.rotary_emb(positions, q, k)
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):

@@ -39,14 +39,17 @@ class DenseAttention(AttentionBackend):
         layer: RadixAttention,
         batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert k is not None and v is not None and save_kv_cache
+        assert k is not None and save_kv_cache
+        v = k[..., : layer.v_head_dim] if layer.latent else v
+        assert v is not None
         if layer.layer_id in self.kept:
             old_k, old_v = self.kept[layer.layer_id]
             k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
         self.kept[layer.layer_id] = k, v
         start, window = batch.extend_prefix_lens_cpu[0], layer.cache_spec().window
-        return reference.attention(q, k, v, layer.scaling, start, window, layer.logit_cap).flatten(1)
+        return reference.attention(q, k, v, layer.scaling, start, window, layer.logit_cap, sinks).flatten(1)
 
 
 def make_batch(ids: list[int], start: int, prompt_len: int, backend: AttentionBackend | None = None) -> ForwardBatch:

@@ -23,6 +23,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 import torch
 import transformers
 
@@ -231,6 +232,106 @@ def tiny_model(name: str) -> str:
     return str(home)
 
 
+# What makes a configuration of any architecture tiny: set where the architecture has such a field. Heads and experts
+# divide by two, the vocabulary does not.
+_TINY_SIZES: dict[str, Any] = dict(
+    hidden_size=64,
+    word_embed_proj_dim=64,
+    intermediate_size=96,
+    ffn_dim=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    max_position_embeddings=512,
+    sliding_window=24,
+    # mixtures of experts
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=48,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    # multi-head latent attention
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+_TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]]  # as bytes are written: space, newline
+
+
+def make_tiny(architecture: str, directory: str | Path, **overrides: Any) -> str:
+    """Writes a tiny random float32 checkpoint, tokenizer included, of any causal language model of transformers.
+
+    Each id stands for one character, so texts differ where ids do. ``overrides`` are fields of its configuration.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(f"transformers {transformers.__version__} has no model class {architecture!r}")
+    tokenizer = _character_tokenizer()
+    config = _tiny_config(model_class.config_class, {"vocab_size": len(tokenizer)} | overrides)
+    model = model_class(config).to(torch.float32)
+    _disturb(model)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def _character_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Bytes, but ASCII's printable ones only, and no merges.
+
+    For some model types transformers keeps only vocabulary and merges of a tokenizer; for this kind that is all.
+    """
+    vocabulary = ["<s>", "<|endoftext|>", "<unk>", *_TWIN_CHARACTERS]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>"
+    )
+
+
+def _tiny_config(config_class: Any, overrides: dict[str, Any]) -> transformers.PretrainedConfig:
+    usual, names = config_class(), config_class.attribute_map
+    sizes = {
+        name: value
+        for name, value in _TINY_SIZES.items()
+        if hasattr(usual, name) and not isinstance(getattr(config_class, name, None), property)
+    }
+    if "kv_lora_rank" in sizes:  # each head has keys of its own, and the rotated part is what head_dim means
+        sizes |= {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": sizes["qk_rope_head_dim"]}
+    return config_class(**{names.get(name, name): value for name, value in (sizes | overrides).items()})
+
+
+def _disturb(model: torch.nn.Module) -> None:
+    """Weights that make the answers depend on everything. Vectors (norms, biases) stay near what they begin with."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() < 2:
+            parameter.data.add_(0.2 * noise)
+        elif parameter is model.get_input_embeddings().weight:
+            parameter.data.copy_(0.1 * noise)
+        elif parameter is getattr(model.get_output_embeddings(), "weight", None):
+            parameter.data.copy_(0.4 * noise)
+        else:
+            parameter.data.copy_(1.2 * noise / math.sqrt(parameter.shape[-1]))
+
+
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """One prompt of random ids per length; no id is the end-of-sequence id, which is the vocabulary's last."""
     draw = random.Random(seed)
@@ -349,5 +450,6 @@ def _reference_model(model_dir: str) -> Any:
 
 def _forget_lengths(model: Any) -> None:
     """A new rotary module: dynamic NTK keeps the longest length it has seen, and so would mix prompts up."""
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config)
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is not None:  # GPT-2 has none
+        model.base_model.rotary_emb = type(rotary)(model.config)

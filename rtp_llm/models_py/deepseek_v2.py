@@ -1,0 +1,295 @@
+"""DeepSeek-V2 (DeepSeek-AI, 2024): multi-head latent attention, and experts of which some serve every token."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rtp_llm.models_py.llama import LlamaForCausalLM, LlamaMLP
+from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
+from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from rtp_llm.srt.layers.moe import FusedMoE, Routing, softmax_grouped_topk, softmax_topk
+from rtp_llm.srt.layers.norm import RMSNorm
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config, yarn_get_mscale
+from rtp_llm.srt.utils import add_prefix
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+
+class DeepseekV2Attention(nn.Module):
+    """Multi-head latent attention.
+
+    Each token has one latent c [kv_lora_rank] and one rotated key r [qk_rope_head_dim] for all heads; a head's key is
+    ``(W_UK c, r)`` and its value ``W_UV c``. Only c and r are cached. Keys and values are never made: W_UK is applied
+    to the query instead, since ``q . W_UK c = (W_UK^T q) . c``, and W_UV to the weighted sum of the latents.
+    """
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        self.num_heads = divide(num_heads, get_tp_group().world_size, "number of attention heads")
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.latent_dim, self.v_head_dim = config.kv_lora_rank, config.v_head_dim
+        self.qk_head_dim = self.nope_dim + self.rope_dim
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = ColumnParallelLinear(
+                hidden_size,
+                num_heads * self.qk_head_dim,
+                bias=False,
+                quant_config=quant_config,
+                prefix=add_prefix("q_proj", prefix),
+            )
+        else:
+            self.q_a_proj = ReplicatedLinear(
+                hidden_size,
+                self.q_lora_rank,
+                bias=config.attention_bias,
+                quant_config=quant_config,
+                prefix=add_prefix("q_a_proj", prefix),
+            )
+            self.q_a_layernorm = RMSNorm(self.q_lora_rank, eps=1e-6)
+            self.q_b_proj = ColumnParallelLinear(
+                self.q_lora_rank,
+                num_heads * self.qk_head_dim,
+                bias=False,
+                quant_config=quant_config,
+                prefix=add_prefix("q_b_proj", prefix),
+            )
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            hidden_size,
+            self.latent_dim + self.rope_dim,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("kv_a_proj_with_mqa", prefix),
+        )
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=1e-6)  # whatever config.rms_norm_eps says
+        self.kv_b_proj = ColumnParallelLinear(
+            self.latent_dim,
+            num_heads * (self.nope_dim + self.v_head_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=add_prefix("kv_b_proj", prefix),
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * self.v_head_dim,
+            hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("o_proj", prefix),
+        )
+        self.rotary_emb = self.make_rope(config)
+        self.attn = RadixAttention(
+            self.num_heads,
+            self.latent_dim + self.rope_dim,
+            self.qk_head_dim**-0.5 * score_factor(config),
+            num_kv_heads=1,
+            layer_id=layer_id,
+            v_head_dim=self.latent_dim,
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+            latent=True,
+        )
+
+    def make_rope(self, config: "PretrainedConfig", is_interleaved: bool = True) -> RotaryEmbedding:
+        rope_theta, rope_scaling, _ = get_rope_config(config)
+        return get_rope(
+            self.rope_dim,
+            max_position=config.max_position_embeddings,
+            base=rope_theta,
+            is_neox_style=not is_interleaved,
+            rope_scaling=rope_scaling,
+        )
+
+    def finish_load(self) -> None:
+        """Views of kv_b_proj: w_uk [heads, qk_nope_head_dim, kv_lora_rank], w_uv [heads, kv_lora_rank, v_head_dim]."""
+        by_head = self.kv_b_proj.get_parameter("weight").unflatten(0, (self.num_heads, self.nope_dim + self.v_head_dim))
+        self.w_uk, w_uv = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
+        self.w_uv = w_uv.transpose(1, 2)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
+    ) -> torch.Tensor:
+        q_nope, q_rope = self._queries(hidden_states).split([self.nope_dim, self.rope_dim], dim=-1)
+        latent_and_key, _ = self.kv_a_proj_with_mqa(hidden_states)
+        latent, k_rope = latent_and_key[:, None].split([self.latent_dim, self.rope_dim], dim=-1)
+        q_rope, k_rope = self.rotary_emb(positions, q_rope, k_rope)
+        q = torch.cat((apply_by_head(q_nope, self.w_uk), q_rope), dim=-1)
+        k = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)
+        attended = self.attn(q, k, None, forward_batch).unflatten(-1, (self.num_heads, self.latent_dim))
+        output, _ = self.o_proj(apply_by_head(attended, self.w_uv).flatten(1))
+        return output
+
+    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> [T, heads, qk_head_dim]."""
+        if self.q_lora_rank is None:
+            q, _ = self.q_proj(hidden_states)
+        else:
+            low_rank, _ = self.q_a_proj(hidden_states)
+            q, _ = self.q_b_proj(self.q_a_layernorm(low_rank))
+        return q.unflatten(-1, (self.num_heads, self.qk_head_dim))
+
+
+def apply_by_head(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[T, heads, n] and one matrix per head [heads, n, m] -> [T, heads, m]."""
+    return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
+
+
+def score_factor(config: "PretrainedConfig") -> float:
+    """What scores are multiplied by for a stretched context, beside what YaRN does to queries and keys."""
+    _, rope_scaling, _ = get_rope_config(config)
+    if not rope_scaling or not rope_scaling.get("mscale_all_dim"):
+        return 1.0
+    return yarn_get_mscale(rope_scaling["factor"], rope_scaling["mscale_all_dim"]) ** 2
+
+
+class DeepseekV2MoE(nn.Module):
+    """Routed experts, and shared ones that every token passes through."""
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.check_routing(config)
+        self.topk_method = getattr(config, "topk_method", None)
+        self.top_k = config.num_experts_per_tok
+        self.num_groups = config.n_group
+        self.num_top_groups = config.topk_group
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.gate = ReplicatedLinear(
+            config.hidden_size,
+            config.n_routed_experts,
+            bias=False,
+            params_dtype=torch.float32,
+            prefix=add_prefix("gate", prefix),
+        )
+        self.experts = FusedMoE(
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            activation=config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("experts", prefix),
+        )
+        self.shared_experts = LlamaMLP(
+            config.hidden_size,
+            config.moe_intermediate_size * config.n_shared_experts,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("shared_experts", prefix),
+            bias=getattr(config, "mlp_bias", False),
+        )
+
+    def check_routing(self, config: "PretrainedConfig") -> None:
+        """Raises ValueError for a routing that this class does not compute."""
+        require(config, "topk_method", ("greedy", "group_limited_greedy"))
+        require(config, "scoring_func", ("softmax",))
+        require(config, "norm_topk_prob", (False,))  # implementations differ in whether such weights are scaled
+        if config.topk_method == "group_limited_greedy":
+            check_groups(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        router_logits, _ = self.gate(hidden_states.float())
+        topk_weights, topk_ids = self.route(router_logits)
+        return self.experts(hidden_states, topk_weights, topk_ids) + self.shared_experts(hidden_states)
+
+    def route(self, router_logits: torch.Tensor) -> Routing:
+        """[T, n_routed_experts] float32 -> weights and ids of the experts, [T, num_experts_per_tok] each."""
+        if self.topk_method == "group_limited_greedy":
+            return softmax_grouped_topk(
+                router_logits,
+                self.top_k,
+                self.num_groups,
+                self.num_top_groups,
+                routed_scaling_factor=self.routed_scaling_factor,
+            )
+        topk_weights, topk_ids = softmax_topk(router_logits, self.top_k, renormalize=False)
+        return topk_weights * self.routed_scaling_factor, topk_ids
+
+
+def require(config: "PretrainedConfig", name: str, supported: tuple[object, ...]) -> None:
+    """Raises ValueError if the configuration has the field with another value."""
+    value = getattr(config, name, supported[0])
+    if value not in supported:
+        raise ValueError(f"{name}={value!r} is not supported for {config.model_type}; have {list(supported)}")
+
+
+def check_groups(config: "PretrainedConfig") -> None:
+    """Raises ValueError if experts cannot be grouped as the configuration says."""
+    num_experts, num_groups, num_top = config.n_routed_experts, config.n_group, config.topk_group
+    if not num_groups or not num_top or num_experts % num_groups or num_top > num_groups:
+        raise ValueError(
+            f"n_group={num_groups} must divide n_routed_experts={num_experts}, and topk_group={num_top} must be from 1 "
+            "to n_group"
+        )
+
+
+class DeepseekV2DecoderLayer(nn.Module):
+    """Attention and feed-forward, each after a norm, each added to the residual, which is handed on apart."""
+
+    moe_type: type[nn.Module] = DeepseekV2MoE
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        attention_type: type[nn.Module] = DeepseekV2Attention,
+    ) -> None:
+        super().__init__()
+        self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
+        self.mlp = self._make_mlp(config, layer_id, quant_config, add_prefix("mlp", prefix))
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def _make_mlp(
+        self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> nn.Module:
+        """The first layers are dense, of the others every ``moe_layer_freq``-th (counted from 0) has experts."""
+        if layer_id >= config.first_k_dense_replace and layer_id % getattr(config, "moe_layer_freq", 1) == 0:
+            return self.moe_type(config, quant_config, prefix)
+        return LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=prefix,
+            bias=getattr(config, "mlp_bias", False),
+        )
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class DeepseekV2ForCausalLM(LlamaForCausalLM):
+    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    attention_type = DeepseekV2Attention
+    layer_type = DeepseekV2DecoderLayer
+
+
+EntryClass = DeepseekV2ForCausalLM

@@ -1,0 +1,202 @@
+"""GPT-NeoX and Pythia (Black et al., 2022; Biderman et al., 2023): attention and feed-forward side by side."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.activation import get_act_fn
+from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from rtp_llm.srt.layers.norm import LayerNorm
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
+from rtp_llm.srt.layers.weights import ShardId, check_shape
+from rtp_llm.srt.utils import add_prefix, make_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+
+class QKVByHeadLinear(QKVParallelLinear):
+    """The checkpoint's outputs go head by head: query, key and value of the first, then of the second, and so on."""
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        check_shape(tensor, (self.output_size, *param.shape[1:]), self.name)
+        by_head = tensor.unflatten(0, (self.total_num_heads, 3, self.head_size))
+        super().weight_loader(param, by_head.transpose(0, 1).flatten(0, 2), shard_id)
+
+
+class GPTNeoXAttention(nn.Module):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        head_dim = hidden_size // num_heads
+        self.query_key_value = QKVByHeadLinear(
+            hidden_size,
+            head_dim,
+            num_heads,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("query_key_value", prefix),
+        )
+        self.dense = RowParallelLinear(
+            hidden_size,
+            hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("dense", prefix),
+        )
+        rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
+        self.rotary_emb = get_rope(
+            head_dim,
+            max_position=config.max_position_embeddings,
+            base=rope_theta,
+            rope_scaling=rope_scaling,
+            partial_rotary_factor=partial_rotary_factor,
+        )
+        self.attn = RadixAttention(
+            self.query_key_value.num_heads,
+            head_dim,
+            head_dim**-0.5,
+            num_kv_heads=self.query_key_value.num_kv_heads,
+            layer_id=layer_id,
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+        )
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
+    ) -> torch.Tensor:
+        qkv, _ = self.query_key_value(hidden_states)
+        q, k, v = qkv.chunk(3, dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.dense(self.attn(q, k, v, forward_batch))
+        return output
+
+
+class GPTNeoXMLP(nn.Module):
+    """``dense_4h_to_h(act(dense_h_to_4h(x)))``."""
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.dense_h_to_4h = ColumnParallelLinear(
+            config.hidden_size,
+            config.intermediate_size,
+            quant_config=quant_config,
+            prefix=add_prefix("dense_h_to_4h", prefix),
+        )
+        self.dense_4h_to_h = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            quant_config=quant_config,
+            prefix=add_prefix("dense_4h_to_h", prefix),
+        )
+        self.act_fn = get_act_fn(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.dense_h_to_4h(x)
+        x, _ = self.dense_4h_to_h(self.act_fn(x))
+        return x
+
+
+class GPTNeoXLayer(nn.Module):
+    """With ``use_parallel_residual`` both blocks read the layer's input, else the second reads what the first made."""
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        self.use_parallel_residual = config.use_parallel_residual
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = GPTNeoXAttention(config, layer_id, quant_config, add_prefix("attention", prefix))
+        self.mlp = GPTNeoXMLP(config, quant_config, add_prefix("mlp", prefix))
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
+    ) -> torch.Tensor:
+        attended = hidden_states + self.attention(positions, self.input_layernorm(hidden_states), forward_batch)
+        mlp_input = hidden_states if self.use_parallel_residual else attended
+        return attended + self.mlp(self.post_attention_layernorm(mlp_input))
+
+
+class GPTNeoXModel(nn.Module):
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.embed_in = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=add_prefix("embed_in", prefix)
+        )
+        self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda idx, prefix: GPTNeoXLayer(config, idx, quant_config, prefix),
+            prefix=add_prefix("layers", prefix),
+        )
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        input_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T] ids, or [T, hidden_size] embeddings in their place -> [T, hidden_size] after the last norm."""
+        hidden_states = self.embed_in(input_ids) if input_embeds is None else input_embeds
+        for layer in self.layers:
+            hidden_states = layer(positions, hidden_states, forward_batch)
+        return self.final_layer_norm(hidden_states)
+
+
+class GPTNeoXForCausalLM(nn.Module):
+    rename = [
+        (r"^(embed_in|layers|final_layer_norm)\.", r"gpt_neox.\1."),  # saved from the base model
+        (r"^lm_head\.", "embed_out."),
+    ]
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.gpt_neox = GPTNeoXModel(config, quant_config, add_prefix("gpt_neox", prefix))
+        if config.tie_word_embeddings:
+            self.embed_out = self.gpt_neox.embed_in
+        else:
+            self.embed_out = ParallelLMHead(
+                config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=add_prefix("embed_out", prefix)
+            )
+        self.logits_processor = LogitsProcessor(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.gpt_neox.embed_in
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        input_embeds: torch.Tensor | None = None,
+    ) -> LogitsProcessorOutput:
+        hidden_states = self.gpt_neox(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.embed_out, forward_batch)
+
+
+EntryClass = GPTNeoXForCausalLM

@@ -1,0 +1,149 @@
+"""OLMo 2 (OLMo Team, 2024): Llama with norms after the blocks instead of before, and normed queries and keys."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaMLP, LlamaModel
+from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.layers.linear import OutputShard
+from rtp_llm.srt.layers.norm import Norm
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.weights import ShardId, load_part, make_parameter, refuse_shard
+from rtp_llm.srt.utils import add_prefix
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+
+class Olmo2RMSNorm(Norm):
+    """Root-mean-square norm, all in float32 and rounded once."""
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        return scale_by_rms(x32, x32.square().mean(dim=-1, keepdim=True), self.weight, self.variance_epsilon).to(
+            x.dtype
+        )
+
+
+class Olmo2HeadsNorm(nn.Module):
+    """Root-mean-square norm over the heads of all ranks together.
+
+    Args:
+        shard: the rank's part of the projection that is normed. Ranks may hold the same key heads.
+    """
+
+    def __init__(self, shard: OutputShard, tp_group: TPGroup, eps: float) -> None:
+        super().__init__()
+        self.shard = shard
+        self.tp_group = tp_group
+        self.variance_epsilon = eps
+        self.weight = make_parameter(torch.ones(shard.size), self.weight_loader)
+
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        refuse_shard(shard_id, "norm of heads")
+        load_part(param.data, tensor, 0, self.shard.part, self.shard.num_parts, "norm of heads")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, shard.size] -> [T, shard.size]."""
+        x32 = x.float()
+        # All heads are on equally many ranks, so their mean is that of all ranks.
+        mean_square = self.tp_group.all_reduce(x32.square().mean(dim=-1, keepdim=True)) / self.tp_group.world_size
+        return scale_by_rms(x32, mean_square, self.weight, self.variance_epsilon).to(x.dtype)
+
+
+def scale_by_rms(x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight.float() * (x * torch.rsqrt(mean_square + eps))
+
+
+class Olmo2Attention(GroupedQueryAttention):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(
+            config,
+            layer_id,
+            qkv_bias=config.attention_bias,
+            o_bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=prefix,
+        )
+        q_shard, k_shard, _ = self.qkv_proj.shards
+        self.q_norm = Olmo2HeadsNorm(q_shard, self.qkv_proj.tp_group, config.rms_norm_eps)
+        self.k_norm = Olmo2HeadsNorm(k_shard, self.qkv_proj.tp_group, config.rms_norm_eps)
+
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
+        rope_theta, rope_scaling, _ = get_rope_config(config)
+        return get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            base=rope_theta,
+            rope_scaling=rope_scaling,
+            dtype=torch.float32,
+        )
+
+    def prepare_queries_and_keys(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotates in float32."""
+        rotated_q, rotated_k = self.rotary_emb(positions, self.q_norm(q).float(), self.k_norm(k).float())
+        return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+
+
+class Olmo2DecoderLayer(nn.Module):
+    """Attention and feed-forward, each before a norm, each added to the residual, which is handed on apart."""
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        attention_type: type[nn.Module] = Olmo2Attention,
+    ) -> None:
+        super().__init__()
+        self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
+        self.mlp = LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("mlp", prefix),
+        )
+        self.post_attention_layernorm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        forward_batch: "ForwardBatch",
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is not None:
+            hidden_states = residual + hidden_states
+        attended = self.self_attn(positions, hidden_states, forward_batch)
+        residual = hidden_states + self.post_attention_layernorm(attended)
+        return self.post_feedforward_layernorm(self.mlp(residual)), residual
+
+
+class Olmo2Model(LlamaModel):
+    def make_norm(self, config: "PretrainedConfig") -> nn.Module:
+        return Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Olmo2ForCausalLM(LlamaForCausalLM):
+    attention_type = Olmo2Attention
+    layer_type = Olmo2DecoderLayer
+    base_model_type = Olmo2Model
+
+
+EntryClass = Olmo2ForCausalLM

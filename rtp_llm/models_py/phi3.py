@@ -1,0 +1,47 @@
+"""Phi-3 and Phi-4 (Microsoft, 2024): Llama with projections that the checkpoint fuses, and partly rotated heads."""
+
+from typing import TYPE_CHECKING
+
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Phi3Attention(GroupedQueryAttention):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(
+            config,
+            layer_id,
+            qkv_bias=False,
+            o_bias=False,
+            sliding_window=config.sliding_window,
+            quant_config=quant_config,
+            prefix=prefix,
+        )
+
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
+        rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
+        return get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            base=rope_theta,
+            rope_scaling=rope_scaling,
+            partial_rotary_factor=partial_rotary_factor,
+        )
+
+
+class Phi3ForCausalLM(LlamaForCausalLM):
+    packed_modules_mapping: dict[str, list[str]] = {}  # the checkpoint has qkv_proj and gate_up_proj themselves
+    attention_type = Phi3Attention
+
+
+EntryClass = Phi3ForCausalLM

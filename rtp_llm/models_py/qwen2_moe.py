@@ -1,0 +1,115 @@
+"""Qwen1.5-MoE and Qwen2-MoE (Qwen Team, 2024): Qwen2 with experts, one of which every token passes, on most layers."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from rtp_llm.models_py.qwen2 import layer_window
+from rtp_llm.srt.layers.linear import ReplicatedLinear
+from rtp_llm.srt.layers.moe import FusedMoE, softmax_topk
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.utils import add_prefix
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Qwen2MoeAttention(GroupedQueryAttention):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(
+            config,
+            layer_id,
+            qkv_bias=config.qkv_bias,
+            o_bias=False,
+            sliding_window=layer_window(config, layer_id),
+            quant_config=quant_config,
+            prefix=prefix,
+        )
+
+
+class QwenSparseMoeBlock(nn.Module):
+    """Each token's ``num_experts_per_tok`` likeliest experts; with ``norm_topk_prob`` their weights sum to one."""
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.renormalize = config.norm_topk_prob
+        self.gate = ReplicatedLinear(
+            config.hidden_size, config.num_experts, bias=False, prefix=add_prefix("gate", prefix)
+        )
+        self.experts = FusedMoE(
+            config.num_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            activation=config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("experts", prefix),
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        router_logits, _ = self.gate(hidden_states)
+        topk_weights, topk_ids = softmax_topk(router_logits, self.top_k, self.renormalize)
+        return self.experts(hidden_states, topk_weights, topk_ids)
+
+
+class Qwen2MoeSparseMoeBlock(QwenSparseMoeBlock):
+    """With a shared expert, which all tokens pass, times a gate of its own."""
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__(config, quant_config, prefix)
+        self.shared_expert = LlamaMLP(
+            config.hidden_size,
+            config.shared_expert_intermediate_size,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("shared_expert", prefix),
+        )
+        self.shared_expert_gate = ReplicatedLinear(
+            config.hidden_size, 1, bias=False, prefix=add_prefix("shared_expert_gate", prefix)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, _ = self.shared_expert_gate(hidden_states)
+        return super().forward(hidden_states) + gate.sigmoid() * self.shared_expert(hidden_states)
+
+
+class QwenMoeDecoderLayer(LlamaDecoderLayer):
+    """Experts on each ``decoder_sparse_step``-th layer that is not one of ``mlp_only_layers``; dense on the others."""
+
+    moe_type: type[QwenSparseMoeBlock] = QwenSparseMoeBlock
+
+    def make_mlp(
+        self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> nn.Module:
+        if has_experts(config, layer_id):
+            return self.moe_type(config, quant_config, prefix)
+        return super().make_mlp(config, layer_id, quant_config, prefix)
+
+
+def has_experts(config: "PretrainedConfig", layer_id: int) -> bool:
+    is_its_turn = (layer_id + 1) % config.decoder_sparse_step == 0
+    return config.num_experts > 0 and is_its_turn and layer_id not in config.mlp_only_layers
+
+
+class Qwen2MoeDecoderLayer(QwenMoeDecoderLayer):
+    moe_type = Qwen2MoeSparseMoeBlock
+
+
+class Qwen2MoeForCausalLM(LlamaForCausalLM):
+    attention_type = Qwen2MoeAttention
+    layer_type = Qwen2MoeDecoderLayer
+
+
+EntryClass = Qwen2MoeForCausalLM

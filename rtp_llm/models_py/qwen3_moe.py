@@ -1,0 +1,13 @@
+"""Qwen3-MoE (Qwen Team, 2025): Qwen3 with experts on most layers."""
+
+from rtp_llm.models_py.llama import LlamaForCausalLM
+from rtp_llm.models_py.qwen2_moe import QwenMoeDecoderLayer
+from rtp_llm.models_py.qwen3 import Qwen3Attention
+
+
+class Qwen3MoeForCausalLM(LlamaForCausalLM):
+    attention_type = Qwen3Attention
+    layer_type = QwenMoeDecoderLayer
+
+
+EntryClass = Qwen3MoeForCausalLM
