@@ -14,10 +14,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import rtp_llm
 from rtp_llm import bench_serving
-from rtp_llm.cli_chat import run_chat
+from rtp_llm.cli_chat import run_chat, tell_of_demo
 from rtp_llm.cli_models import run_models
 from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.verify import options as verify_options
 
 EXIT_ADDRESS = 1
 EXIT_ERROR = 2
@@ -95,6 +96,7 @@ def _generate(args: argparse.Namespace) -> int:
     given = _given_sampling(args)
     SamplingParams.from_dict(given)  # a wrong flag is told before a model is loaded
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    tell_of_demo(server_args)
     with _loading_bar() as on_progress:
         engine = rtp_llm.Engine(server_args=server_args, on_progress=on_progress)
     with engine:
@@ -161,6 +163,7 @@ def _serve(args: argparse.Namespace) -> int:
     from rtp_llm.srt.entrypoints.http_server import AddressError, launch_server  # a web framework, only needed here
 
     server_args = ServerArgs.from_cli_args(args)
+    tell_of_demo(server_args)
     with ExitStack() as stack:
         try:
             launch_server(server_args, on_progress=stack.enter_context(_loading_bar()), launch_callback=stack.close)
@@ -181,10 +184,7 @@ def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     ServerArgs.add_cli_args(engine, server=False)
     add_field_flags(engine, ServerArgs, ["chat_template"])
-    for action in parser._actions:
-        if action.dest == "model_path":
-            action.required = False  # a server needs none
-    parser.set_defaults(log_level="warning")
+    parser.set_defaults(log_level="warning", model_path=None)  # a server's first model, or the embedded one
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -202,10 +202,22 @@ def _add_server_flags(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--api-key", metavar="KEY", help="the server's key")
 
 
+# rtp-llm verify
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rtp_llm.verify.command import run_verify  # torch and transformers, only needed here
+
+    return run_verify(args)
+
+
 COMMANDS = (
     Command("serve", "Serve a model over HTTP: the APIs of OpenAI and SGLang.", _add_serve_flags, _serve),
     Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
     Command("chat", "Talk to a model in the terminal.", _add_chat_flags, _chat),
     Command("models", "List the supported model architectures.", _add_models_flags, run_models),
     Command("bench", "Put load on a server, and print its figures.", bench_serving.add_cli_args, bench_serving.run),
+    Command(
+        "verify", "Compare our model with transformers', and say where they part.", verify_options.add_cli_args, _verify
+    ),
 )

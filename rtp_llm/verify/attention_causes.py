@@ -1,0 +1,99 @@
+"""How a layer attends, if not as the reference does: found by attending anew with the reference's tensors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, product
+from typing import Any
+
+import torch
+
+from rtp_llm.srt.kernels import reference
+from rtp_llm.verify.locate import relative_error
+from rtp_llm.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
+
+MAX_CHANGES = 2
+
+
+@dataclass(frozen=True)
+class Attending:
+    """A way of attending. ``is_tiled``: query head h reads key head ``h % num_kv_heads``, not its neighbours' one."""
+
+    scaling: float
+    window: int | None
+    logit_cap: float
+    has_sinks: bool
+    is_tiled: bool = False
+
+
+class AttentionTrials:
+    def __init__(self, name: str, ours: Trace, theirs: Trace, config: Any) -> None:
+        self._states = [theirs.tensors[Place(name, part)] for part in (QUERIES, KEYS, VALUES)]
+        self._first = theirs.first_position(Place(name, QUERIES))
+        self._ours, self._theirs = ours.tensors[Place(name, ATTENDED)], theirs.tensors[Place(name, ATTENDED)]
+        self._call, self._own_call, self._config = theirs.calls[name], ours.calls[name], config
+
+    def explain(self, tolerance: float) -> str | None:
+        """Why our attention's output is not the reference's; None: no trial explains it."""
+        right = _of(self._call)
+        if not self._is(right, self._theirs, tolerance):
+            return None
+        found = next((trial for trial in self._trials(right) if self._is(trial, self._ours, tolerance)), None)
+        if found is None:
+            return None
+        return "; ".join(
+            _change(field.name, getattr(found, field.name), getattr(right, field.name))
+            for field in fields(found)
+            if getattr(found, field.name) != getattr(right, field.name)
+        )
+
+    def _trials(self, right: Attending) -> Iterator[Attending]:
+        """One change of the reference's way, then two. What our layer says of itself comes first."""
+        own, window, head_dim = _of(self._own_call), right.window, self._states[0].shape[-1] // self._call.num_heads
+        windows = [own.window, None] + ([] if window is None else [window - 1, window + 1])
+        other: dict[str, list[Any]] = {
+            "scaling": [own.scaling, head_dim**-0.5, 1 / head_dim, 1.0, self._config.hidden_size**-0.5],
+            "window": windows,
+            "logit_cap": [own.logit_cap, 0.0],
+            "has_sinks": [own.has_sinks, False],
+            "is_tiled": [True],
+        }
+        for num_changes in range(1, MAX_CHANGES + 1):
+            for names in combinations(other, num_changes):
+                for values in product(*(other[name] for name in names)):
+                    yield replace(right, **dict(zip(names, values, strict=True)))
+
+    def _is(self, trial: Attending, expected: torch.Tensor, tolerance: float) -> bool:
+        return relative_error(self._attend(trial), expected) <= tolerance
+
+    def _attend(self, trial: Attending) -> torch.Tensor:
+        q, k, v = (
+            tensor.unflatten(-1, (heads, -1))
+            for tensor, heads in zip(self._states, (self._call.num_heads, *[self._call.num_kv_heads] * 2), strict=True)
+        )
+        if trial.is_tiled:
+            k, v = (x.repeat(1, self._call.num_heads // self._call.num_kv_heads, 1) for x in (k, v))
+        sinks = self._call.sinks if trial.has_sinks else None
+        return reference.attention(q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks).flatten(1)
+
+
+def _of(call: AttentionCall) -> Attending:
+    return Attending(call.scaling, call.window, call.logit_cap, call.sinks is not None)
+
+
+def _change(name: str, ours: Any, theirs: Any) -> str:
+    match name:
+        case "scaling":
+            return f"attention scaling: ours {ours:.6g}, the reference's {theirs:.6g}"
+        case "window":
+            off = "" if None in (ours, theirs) or abs(ours - theirs) != 1 else " (off by one)"
+            return f"attention window, own token included: ours {_window(ours)}, the reference's {_window(theirs)}{off}"
+        case "logit_cap":
+            return f"soft cap of the scores: ours {ours or 'none'}, the reference's {theirs or 'none'}"
+        case "has_sinks":
+            return "attention sinks: " + ("ours has them, the reference not" if ours else "missing in ours")
+        case _:
+            return "key/value heads are repeated in another order: query head h reads head h % num_kv_heads"
+
+
+def _window(window: int | None) -> str:
+    return "none" if window is None else f"{window} tokens"

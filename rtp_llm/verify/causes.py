@@ -1,0 +1,290 @@
+"""Why a place differs: experiments on what the reference recorded, until one gives what ours computed.
+
+Each cause is a computation that was carried out on the reference's tensors and reproduced ours, never a guess from
+names. Where none does, the finding names the place alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rtp_llm.srt.layers.activation import get_act_fn
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.verify.attention_causes import AttentionTrials
+from rtp_llm.verify.locate import Difference, layer_of, relative_error
+from rtp_llm.verify.rope_causes import Rotated, RotationTrials
+from rtp_llm.verify.trace import ATTENDED, INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place, Trace
+from rtp_llm.verify.weight_causes import explain_linear, explain_norm, weight_of
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
+NEARBY = 24  # places of the reference before and after one that are looked through
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first thing that is wrong. ``causes`` is empty where no experiment gave what ours computed."""
+
+    module: str
+    part: str
+    error: float
+    causes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Both sides' models and what they recorded of one prompt."""
+
+    config: Any
+    our_model: nn.Module
+    their_model: nn.Module
+    ours: Trace
+    theirs: Trace
+    tolerance: float
+
+    def same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        return ours.shape == theirs.shape and relative_error(ours, theirs) <= self.tolerance
+
+
+def explain(evidence: Evidence, place: Place, error: float) -> Finding:
+    """What is wrong at the first place that differs."""
+    uncalled = _uncalled(evidence, place)
+    if uncalled:
+        return Finding(uncalled[0], OUTPUT, error, [f"{', '.join(uncalled)}: never called by our model file"])
+    explanations: dict[str, Callable[[Evidence, Place, float], Finding]] = {
+        QUERIES: _explain_rotation,
+        KEYS: _explain_rotation,
+        ATTENDED: _explain_attention,
+        INPUT: _explain_given,
+        OUTPUT: _explain_output,
+    }
+    return explanations.get(place.part, _explain_given)(evidence, place, error)
+
+
+def pass_over_layout(evidence: Evidence, differences: list[Difference], index: int) -> int:
+    """Index of the first rotated queries or keys of the attention block that the place at ``index`` lies in, if they
+    differ by their rotation alone: then what comes before is right, and only written otherwise (a fused projection
+    whose rows ours has in another order). Else ``index`` itself."""
+    place = differences[index].place
+    attention = next((name for name in evidence.theirs.calls if place.module.startswith(f"{name}.")), None)
+    for i in range(index + 1, len(differences)) if attention else ():
+        other, error = differences[i]
+        if other.module == attention and other.part in (QUERIES, KEYS) and error > evidence.tolerance:
+            return i if _explain_rotation(evidence, other, error).module != attention else index
+    return index
+
+
+def _uncalled(evidence: Evidence, place: Place) -> list[str]:
+    """Modules of this layer with weights that the reference has used before this place and ours has and never uses."""
+    names = {name for name, _ in evidence.our_model.named_modules()}
+    used = {p.module for p in evidence.ours.tensors}
+    before = list(evidence.theirs.tensors)
+    before = before[: before.index(place)]
+    return [
+        p.module
+        for p in before
+        if p.part == OUTPUT and p.module in names - used and layer_of(p.module) == layer_of(place.module) != ""
+    ]
+
+
+# Attention
+
+
+def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding:
+    attention = evidence.our_model.get_submodule(place.module)
+    ropes = [(name, child) for name, child in attention.named_children() if isinstance(child, RotaryEmbedding)]
+    unrotated = evidence.ours.tensors.get(Place(place.module, UNROTATED[place.part]))
+    if not ropes or unrotated is None:
+        finding = _explain_given(evidence, place, error)
+        hint = "our model file does not rotate queries and keys here"
+        return finding if finding.causes else Finding(place.module, place.part, error, [hint])
+    rope_name, rope = ropes[0]
+    call = evidence.theirs.calls[place.module]
+    theirs = evidence.theirs.tensors[place]
+    head_dim = theirs.shape[-1] // (call.num_heads if place.part == QUERIES else call.num_kv_heads)
+    num_tokens = evidence.theirs.num_tokens
+    rotated = Rotated(unrotated, num_tokens - len(unrotated), num_tokens, head_dim)
+    trials = RotationTrials(evidence.config, rope, rotated)
+    cause = trials.explain(evidence.ours.tensors[place], theirs, evidence.tolerance)
+    if cause is None:
+        return _explain_given(evidence, place, error)
+    return Finding(f"{place.module}.{rope_name}", place.part, error, [cause])
+
+
+def _explain_attention(evidence: Evidence, place: Place, error: float) -> Finding:
+    cause = AttentionTrials(place.module, evidence.ours, evidence.theirs, evidence.config).explain(evidence.tolerance)
+    return Finding(place.module, place.part, error, [cause] if cause else [])
+
+
+# Modules with weights
+
+
+def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
+    given = evidence.theirs.tensors.get(Place(place.module, INPUT))
+    theirs = dict(evidence.their_model.named_modules()).get(place.module)
+    cause: str | None = None
+    if given is not None and theirs is not None:
+        ours = evidence.ours.tensors[place]
+        module, weight, bias = weight_of(evidence.our_model, place.module)
+        if isinstance(module, LinearBase):
+            cause = explain_linear(weight, bias, place.module, evidence.their_model)
+        elif weight.dim() == 1:
+            cause = explain_norm(given, ours, place.module, evidence.their_model, evidence.tolerance)
+    if cause is None:
+        return _explain_given(evidence, place, error)
+    return Finding(place.module, place.part, error, [cause])
+
+
+# What a module is given
+
+
+def _explain_given(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Our tensor is one of the reference's at another place, an activation, a multiple, or a sum of others."""
+    activation = _explain_activation(evidence, place)
+    if activation:
+        return Finding(_activation_name(evidence, place), INPUT, error, [activation])
+    for search in (_elsewhere, _early_rotation, _multiple, _combination):
+        cause = search(evidence, place)
+        if cause:
+            return Finding(place.module, place.part, error, [cause])
+    return Finding(place.module, place.part, error)
+
+
+def _nearby(evidence: Evidence, place: Place) -> list[Place]:
+    """Places of the reference with tensors of this shape, the nearest first, those before it before those after."""
+    places = list(evidence.theirs.tensors)
+    here = places.index(place)
+    shape = evidence.ours.tensors[place].shape
+    fitting = [p for p in places if evidence.theirs.tensors[p].shape == shape and p != place]
+    fitting.sort(key=lambda p: (p.part != place.part, abs(places.index(p) - here)))
+    return [p for p in fitting if abs(places.index(p) - here) <= NEARBY]
+
+
+def _elsewhere(evidence: Evidence, place: Place) -> str | None:
+    ours = evidence.ours.tensors[place]
+    for other in _nearby(evidence, place):
+        if evidence.same(ours, evidence.theirs.tensors[other]):
+            return f"it is what the reference has as {other}: a wrong slot or order"
+    return None
+
+
+def _early_rotation(evidence: Evidence, place: Place) -> str | None:
+    """A norm of heads that is given rotated ones: its input went through the rotation of our attention before."""
+    attention = place.module.rpartition(".")[0]
+    unrotated = (evidence.theirs.tensors[place], evidence.ours.tensors[place])
+    for part in (QUERIES, KEYS):
+        before = evidence.ours.tensors.get(Place(attention, UNROTATED[part]))
+        if before is not None and evidence.same(before, unrotated[0]):
+            return f"it comes after the rotary embedding, which in the reference follows it: it is given rotated {part}"
+    return None
+
+
+def _multiple(evidence: Evidence, place: Place) -> str | None:
+    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
+    factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
+    if abs(factor) > 1e-6 and evidence.same(ours, factor * theirs):
+        return f"it is the reference's times {factor:.6g}: a scale is missing, or one too many"
+    return None
+
+
+def _combination(evidence: Evidence, place: Place) -> str | None:
+    """As the sum of two multiples of earlier tensors of the reference, ours and theirs."""
+    earlier = [p for p in _nearby(evidence, place) if _is_before(evidence.theirs, p, place)]
+    earlier.sort(key=lambda p: p.part != OUTPUT)  # where a tensor comes from says more than where it goes
+    ours = _sum_of_two(evidence, evidence.ours.tensors[place], earlier)
+    theirs = _sum_of_two(evidence, evidence.theirs.tensors[place], earlier)
+    if ours is None:
+        return None
+    return f"a sum of something else: ours is {ours}" + (f"; the reference's is {theirs}" if theirs else "")
+
+
+def _is_before(trace: Trace, first: Place, second: Place) -> bool:
+    places = list(trace.tensors)
+    return places.index(first) < places.index(second)
+
+
+def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place]) -> str | None:
+    for pair in combinations(places, 2):
+        columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in pair], dim=1).double()
+        factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
+        if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:
+            return " + ".join(
+                f"{p}" if abs(factor - 1) < 1e-3 else f"{factor:.4g} * {p}"
+                for factor, p in zip(factors.tolist(), pair, strict=True)
+            )
+    return None
+
+
+# Activations
+
+
+def _explain_activation(evidence: Evidence, place: Place) -> str | None:
+    """Where a projection is given an activation of its siblings' outputs."""
+    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
+    if place.part != INPUT:
+        return None
+    trials = list(_activations(evidence, place))
+    right = _best(evidence, trials, theirs)
+    wrong = _best(evidence, trials, ours)
+    return f"it computes {wrong}, the reference {right}" if right and wrong else None
+
+
+def _best(evidence: Evidence, trials: list[tuple[str, torch.Tensor]], target: torch.Tensor) -> str | None:
+    error, text = min(((relative_error(tensor, target), text) for text, tensor in trials), default=(1.0, ""))
+    return text if error <= evidence.tolerance else None
+
+
+def _activations(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.Tensor]]:
+    parent, theirs = place.module.rpartition(".")[0], evidence.theirs.tensors
+    size = theirs[place].shape[-1]
+    parts: list[tuple[str, torch.Tensor]] = []
+    for p, tensor in theirs.items():
+        name = p.module.rpartition(".")[2]
+        if p.part != OUTPUT or p.module.rpartition(".")[0] != parent or not _is_before(evidence.theirs, p, place):
+            continue
+        if tensor.shape[-1] == size:
+            parts.append((name, tensor))
+        elif tensor.shape[-1] == 2 * size:
+            first, second = tensor.chunk(2, dim=-1)
+            parts += [(f"first half of {name}", first), (f"second half of {name}", second)]
+    for gate_name, gate in parts:
+        for act in ACTIVATIONS:
+            activated = get_act_fn(act)(gate)
+            yield f"{act}({gate_name})", activated
+            for up_name, up in parts:
+                if up_name != gate_name:
+                    yield f"{act}({gate_name}) * {up_name}", activated * up
+
+
+def _activation_name(evidence: Evidence, place: Place) -> str:
+    parent = place.module.rpartition(".")[0]
+    children = dict(evidence.our_model.get_submodule(parent).named_children())
+    return f"{parent}.act_fn" if "act_fn" in children else place.module
+
+
+# Logits
+
+
+def explain_logits(evidence: Evidence, ours: torch.Tensor, theirs: torch.Tensor, error: float) -> Finding:
+    """``ours``, ``theirs``: [1, vocab_size] after the prompt's last token, where all modules agree."""
+    head: Any = evidence.their_model.get_output_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in evidence.their_model.named_modules() if module is head), "lm_head")
+    hidden = evidence.theirs.tensors[Place(name, INPUT)][-1:]
+    raw = evidence.theirs.tensors[Place(name, OUTPUT)][-1:]
+    embedding: Any = evidence.their_model.get_input_embeddings()  # type: ignore[operator]
+    trials = {
+        "they are the head's product itself: a scale or a soft cap of the logits is missing": raw,
+        "they are made with the embedding's weights, but the head has its own": F.linear(
+            hidden, embedding.weight.detach().float().cpu()
+        ),
+        "the head's bias is missing": F.linear(hidden, head.weight.detach().float().cpu()),
+    }
+    factor = float((ours * theirs).sum() / theirs.square().sum())
+    trials[f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"] = factor * theirs
+    causes = [text for text, tensor in trials.items() if evidence.same(ours, tensor)]
+    return Finding(name, "logits", error, causes[:1])

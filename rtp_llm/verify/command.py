@@ -1,0 +1,116 @@
+"""What ``rtp-llm verify`` prints."""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, fields
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
+from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.verify.options import VerifyOptions
+from rtp_llm.verify.run import TOP, PromptResult, Report, verify
+
+EXIT_DIFFERENT = 1
+WIDTH = 80
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Returns the exit status: 0 if ours and transformers agree, 1 if not."""
+    options = VerifyOptions(**{name: getattr(args, name) for name in [item.name for item in fields(VerifyOptions)]})
+    server_args = ServerArgs.from_cli_args(args)
+    configure_logging(server_args.log_level)
+    report = verify(server_args, options)
+    if args.json:
+        print(json.dumps(as_json(report), indent=2))
+    else:
+        _print(report, _decoder(server_args))
+    return 0 if report.agrees else EXIT_DIFFERENT
+
+
+def as_json(report: Report) -> Any:
+    shown = asdict(report) | {"agrees": report.agrees}
+    shown["around"] = [{"module": d.place.module, "part": d.place.part, "error": d.error} for d in report.around]
+    return _finite(shown)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decoder(args: ServerArgs) -> Any:
+    """A function from ids to text; ids themselves where there is no tokenizer."""
+    tokenizer = read_tokenizer(args, read_model_config(args))
+    return str if tokenizer is None else lambda ids: repr(tokenizer.decode(ids))
+
+
+def _print(report: Report, text_of: Any) -> None:
+    console = Console(highlight=False)
+    console = console if console.width >= WIDTH else Console(width=WIDTH, highlight=False)
+    console.print(f"{escape(report.class_name)} on {escape(report.model_path)}, {report.dtype}", soft_wrap=True)
+    if report.failure:
+        console.print("[red]It cannot be compared.[/red]")
+        console.print(escape(report.failure), soft_wrap=True)
+        return
+    console.print(_results_table(report, text_of))
+    for line in _verdict(report):
+        console.print(line)
+    if report.around:
+        console.print(_places_table(report))
+
+
+def _results_table(report: Report, text_of: Any) -> Table:
+    table = Table("prompt", "max diff", "mean diff", f"top {TOP}", "text")
+    for column in table.columns[1:4]:
+        column.justify, column.no_wrap = "right", True
+    for result in report.results:
+        colour = "green" if result.error <= report.tolerance else "red"
+        table.add_row(
+            escape(result.prompt.text),
+            f"[{colour}]{result.max_difference:.2g}[/{colour}]",
+            f"{result.mean_difference:.2g}",
+            f"{result.top_agreement:.0%}",
+            escape(_text(result, text_of)),
+        )
+    return table
+
+
+def _text(result: PromptResult, text_of: Any) -> str:
+    if result.parting is None:
+        return "same"
+    i, token_id = result.parting
+    return f"token {i}: ours {text_of([result.output_ids[i]])}, theirs {text_of([token_id])}"
+
+
+def _verdict(report: Report) -> list[str]:
+    if report.agrees:
+        worst = max(result.error for result in report.results)
+        return [f"[green]They agree[/green]: logits differ by {worst:.1g} of their spread ({report.tolerance:g} may)."]
+    lines = ["[red]They differ.[/red]"]
+    if report.note:
+        lines.append(escape(report.note))
+    if report.finding:
+        finding = report.finding
+        lines.append(f"First: [bold]{escape(finding.module)}[/bold], its {escape(finding.part)} ({finding.error:.2g})")
+        causes = finding.causes or ["not found by experiment; everything before this place agrees"]
+        lines += [f"Likely cause: {escape(cause)}" for cause in causes]
+        lines.append(f"See {escape(report.source)}")
+    return lines
+
+
+def _places_table(report: Report) -> Table:
+    table = Table("place", "difference", title=f"around it, of {report.num_compared} places", title_justify="left")
+    table.columns[1].justify = "right"
+    for place, error in report.around:
+        table.add_row(escape(str(place)), f"{error:.1e}")
+    return table

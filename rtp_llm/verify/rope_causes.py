@@ -1,0 +1,148 @@
+"""Which rotation turns given queries or keys into others, found by trying."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config, rope_kind
+from rtp_llm.verify.locate import relative_error
+
+COMMON_BASES = (10000.0, 500000.0, 1000000.0)
+MAX_TRIED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Arguments of ``get_rope``; ``scaling``: index into the sets that are tried; ``offset``: of positions."""
+
+    base: float
+    scaling: int
+    rotary_dim: int
+    is_neox_style: bool
+    offset: int
+
+    def changes(self, other: "Rotation") -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Tokens ``[first_position, first_position + n)`` of a sequence: [n, heads * head_dim], before a rotation."""
+
+    before: torch.Tensor
+    first_position: int
+    num_tokens: int  # of the sequence, which some kinds depend on
+    head_dim: int
+
+
+class RotationTrials:
+    """``config``: the model's. ``rope``: our module, whose own base and size are tried too."""
+
+    def __init__(self, config: Any, rope: RotaryEmbedding, rotated: Rotated) -> None:
+        self._config, self._rope, self._rotated = config, rope, rotated
+        layer_types = sorted(set(getattr(config, "layer_types", None) or [])) or [None]
+        sets = [get_rope_config(config, layer_type) for layer_type in layer_types]
+        self._scalings: list[dict[str, Any] | None] = []
+        for scaling in [*(s for _, s, _ in sets), None]:
+            if scaling not in self._scalings:
+                self._scalings.append(scaling)
+        own_dim = 2 * rope.inv_freq.shape[-1]
+        self._bases = list(dict.fromkeys([*(base for base, _, _ in sets), *self._own_base(own_dim), *COMMON_BASES]))
+        head_dim = rotated.head_dim
+        dims = [*(int(head_dim * partial) for _, _, partial in sets), head_dim, own_dim, head_dim // 2, head_dim // 4]
+        self._dims = [dim for dim in dict.fromkeys(dims) if 2 <= dim <= head_dim]
+
+    def _own_base(self, rotary_dim: int) -> list[float]:
+        """Of our module, if its frequencies are those of a base: inv_freq[i] = base ** (-2 i / rotary_dim)."""
+        inv_freq = self._rope.inv_freq.double().cpu()
+        if len(inv_freq) < 2 or float(inv_freq[0]) != 1.0:
+            return []
+        return [float(f"{float(inv_freq[1]) ** (-rotary_dim / 2):.6g}")]
+
+    def explain(self, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> str | None:
+        """Why rotated ``ours`` are not ``theirs``; None: what is rotated differs already, or no trial explains it."""
+        tried = [(rotation, self._apply(rotation)) for rotation in self._rotations()]
+        right = [r for r, result in tried if result is not None and self._is(result, theirs, tolerance)]
+        if not right:
+            return None
+        if self._is(self._rotated.before, ours, tolerance):
+            return "it does not rotate them at all"
+        own = [r for r, result in tried if result is not None and self._is(result, ours, tolerance)]
+        if not own:
+            return f"it rotates in a way that none of the trials gives; the reference's is {self._text(right[0])}"
+        mine, yours = min(product(own, right), key=lambda pair: len(pair[0].changes(pair[1])))
+        return "; ".join(self._change(name, mine, yours) for name in mine.changes(yours)) or None
+
+    def _rotations(self) -> Iterator[Rotation]:
+        styles = (True, False)
+        for offset, dim, scaling, base, style in product(
+            (0, 1, -1), self._dims, range(len(self._scalings)), self._bases, styles
+        ):
+            yield Rotation(base, scaling, dim, style, offset)
+
+    def _is(self, result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+        return relative_error(result[-MAX_TRIED_TOKENS:], expected[-MAX_TRIED_TOKENS:]) <= tolerance
+
+    def _apply(self, rotation: Rotation) -> torch.Tensor | None:
+        """None: there is no such rotation."""
+        given = self._rotated
+        before = given.before[-MAX_TRIED_TOKENS:]
+        end = given.first_position + len(given.before)
+        positions = torch.arange(end - len(before), end) + rotation.offset
+        try:
+            rope = get_rope(
+                given.head_dim,
+                rotary_dim=rotation.rotary_dim,
+                max_position=self._config.max_position_embeddings,
+                base=rotation.base,
+                is_neox_style=rotation.is_neox_style,
+                rope_scaling=self._scalings[rotation.scaling],
+                dtype=torch.float32,
+            )
+        except ValueError:  # frequency factors of another number than this one's, for example
+            return None
+        # What a rotation reads of a batch: the tokens' positions, and the length of their sequence.
+        batch = SimpleNamespace(
+            positions=positions,
+            prompt_lens_cpu=[given.num_tokens],
+            extend_prefix_lens_cpu=[end - len(before)],
+            extend_seq_lens_cpu=[len(before)],
+        )
+        rope.prepare_for_forward(cast(Any, batch))
+        return rope(positions, before, before)[0]
+
+    def _change(self, name: str, ours: Rotation, theirs: Rotation) -> str:
+        mine, yours = getattr(ours, name), getattr(theirs, name)
+        match name:
+            case "is_neox_style":
+                return f"rotary layout: ours pairs {_pairs(mine)}, the reference {_pairs(yours)}"
+            case "base":
+                return f"rotary base: ours {mine:g}, the reference's {yours:g}"
+            case "scaling":
+                return f"rope scaling: ours {self._kind(mine)}, the reference's {self._kind(yours)}"
+            case "rotary_dim":
+                return f"rotated components of a head: ours {mine}, the reference's {yours}"
+            case _:
+                return f"positions are off by {mine - yours:+d}"
+
+    def _kind(self, scaling: int) -> str:
+        chosen = self._scalings[scaling]
+        return "none" if chosen is None else f"{rope_kind(chosen)} {_numbers(chosen)}".strip()
+
+    def _text(self, rotation: Rotation) -> str:
+        return (
+            f"base {rotation.base:g}, scaling {self._kind(rotation.scaling)}, {rotation.rotary_dim} components, "
+            f"pairs {_pairs(rotation.is_neox_style)}"
+        )
+
+
+def _pairs(is_neox_style: bool) -> str:
+    return "halves (is_neox_style=True)" if is_neox_style else "neighbours (is_neox_style=False)"
+
+
+def _numbers(scaling: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in scaling.items() if isinstance(value, (int, float)))

@@ -1,0 +1,291 @@
+"""What the modules of a model are given and give while it computes a prompt, ours and those of transformers.
+
+Both sides are recorded in the same form, under the names of the checkpoint: packed projections are taken apart, norms
+that add the residual count it as their input, a decoder layer that hands the residual on apart counts it as its output.
+"""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import RotaryEmbedding
+
+RECORDING = "rtp_llm_verify"  # name of the attention function that records what transformers' models give it
+INPUT, OUTPUT = "input", "output"
+QUERIES, KEYS, VALUES, ATTENDED = "queries", "keys", "values", "attention output"
+UNROTATED = {QUERIES: "queries before rotation", KEYS: "keys before rotation"}
+_KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS])  # every query needs all of them
+
+
+class Place(NamedTuple):
+    """A tensor of a forward pass. ``part``: INPUT or OUTPUT of a module; of an attention block also what it attends
+    with (QUERIES, KEYS, VALUES) and to what effect (ATTENDED)."""
+
+    module: str
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.part} of {self.module}"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """How a layer attends, as ``kernels.reference.attention`` takes it. ``window`` counts the query's own token."""
+
+    num_heads: int
+    num_kv_heads: int
+    scaling: float
+    window: int | None
+    logit_cap: float
+    sinks: torch.Tensor | None
+
+
+class Trace:
+    """[tokens, features] float32 on the host at each place, in the order of execution.
+
+    Of tokens before ``first_kept`` only keys and values are kept. The second use of a module in a step is a place of
+    its own, ``module#2``.
+    """
+
+    def __init__(self, num_tokens: int, first_kept: int = 0) -> None:
+        self.num_tokens = num_tokens
+        self.first_kept = first_kept
+        self.calls: dict[str, AttentionCall] = {}
+        self.tensors: dict[Place, torch.Tensor] = {}
+        self._pieces: defaultdict[Place, list[torch.Tensor]] = defaultdict(list)
+        self._uses: Counter[Place] = Counter()
+        self._start = self._num = 0
+
+    @contextmanager
+    def step(self, start: int, num: int) -> Iterator[None]:
+        """While tokens [start, start + num) are computed."""
+        self._start, self._num = start, num
+        self._uses.clear()
+        yield
+        self.tensors = {place: torch.cat(pieces) for place, pieces in self._pieces.items()}
+
+    def add(self, module: str, part: str, tensor: Any) -> None:
+        rows = _rows(tensor, self._num)
+        if rows is None:
+            return
+        self._uses[Place(module, part)] += 1
+        use = self._uses[Place(module, part)]
+        skipped = 0 if part in _KEPT_WHOLE else max(0, self.first_kept - self._start)
+        place = Place(module if use == 1 else f"{module}#{use}", part)
+        self._pieces[place].append(rows[skipped:].detach().to("cpu", torch.float32, copy=True))
+
+    def first_position(self, place: Place) -> int:
+        """Of the rows that are kept."""
+        return self.num_tokens - len(self.tensors[place])
+
+
+def _rows(tensor: Any, num_tokens: int) -> torch.Tensor | None:
+    """[tokens, features], from the shapes that models use for one sequence; None: not one of them."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
+        return None
+    if tensor.shape[0] == num_tokens or tensor.shape[:2] == (1, num_tokens):
+        return tensor.reshape(num_tokens, -1)
+    if tensor.dim() == 4 and tensor.shape[0] == 1 and tensor.shape[2] == num_tokens:  # heads first
+        return tensor.transpose(1, 2).reshape(num_tokens, -1)
+    return None
+
+
+class Recorder:
+    """Hooks that fill a trace while the context is open. What a module is, the two sides decide."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model = model
+        self.trace = trace
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Recorder":
+        for name, module in self.model.named_modules():
+            self.watch(name, module)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        if next(module.children(), None) is not None:
+            self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _summed(output)))
+        elif next(module.parameters(recurse=False), None) is not None:
+            self.before(module, lambda args: self.trace.add(name, INPUT, _summed(args)))
+            self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _first(output)))
+
+    def before(self, module: nn.Module, action: Callable[[tuple[Any, ...]], None]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            action((*args, *kwargs.values()))
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, action: Callable[[tuple[Any, ...], Any], None]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            action((*args, *kwargs.values()), output)
+
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _summed(values: Any) -> Any:
+    """A tensor and, beside it, the residual that belongs to it."""
+    if not isinstance(values, (tuple, list)):
+        return values
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+        return tensors[0] + tensors[1]
+    return tensors[0] if tensors else None
+
+
+class OurRecorder(Recorder):
+    """For a model file of ours."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        super().__init__(model, trace)
+        self._packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
+        self._rotation: tuple[Any, ...] | None = None  # (queries, keys) that the last rotation was given
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, RotaryEmbedding):
+            self.before(module, self._keep_rotation)
+        elif isinstance(module, RadixAttention):
+            self._watch_attention(name.rpartition(".")[0], module)
+        elif isinstance(module, LinearBase):
+            sources = packed_sources(name, module, self._packed)
+            self.before(module, lambda args: self._add_inputs(sources, args[0]))
+            self.after(module, lambda args, output: self._add_shards(sources, output[0]))
+        else:
+            super().watch(name, module)
+
+    def _add_inputs(self, sources: list[tuple[str, int]], given: torch.Tensor) -> None:
+        for source, _ in sources:
+            self.trace.add(source, INPUT, given)
+
+    def _add_shards(self, sources: list[tuple[str, int]], output: torch.Tensor) -> None:
+        shards = output.split([size for _, size in sources], dim=-1)
+        for (source, _), shard in zip(sources, shards, strict=True):
+            self.trace.add(source, OUTPUT, shard)
+
+    def _keep_rotation(self, args: tuple[Any, ...]) -> None:
+        self._rotation = tuple(tensor.clone() for tensor in args[1:3])
+
+    def _watch_attention(self, name: str, layer: RadixAttention) -> None:
+        def before(args: tuple[Any, ...]) -> None:
+            if self._rotation is not None:
+                for part, tensor in zip((QUERIES, KEYS), self._rotation, strict=True):
+                    self.trace.add(name, UNROTATED[part], tensor)
+                self._rotation = None
+            for part, tensor in zip((QUERIES, KEYS, VALUES), args[:3], strict=True):
+                self.trace.add(name, part, tensor)
+            sinks = next((arg for arg in args[3:] if isinstance(arg, torch.Tensor)), None)
+            self.trace.calls[name] = AttentionCall(
+                layer.tp_q_head_num,
+                layer.tp_k_head_num,
+                layer.scaling,
+                layer.cache_spec().window,
+                layer.logit_cap,
+                None if sinks is None else sinks.detach().float().cpu(),
+            )
+
+        self.before(layer, before)
+        self.after(layer, lambda args, output: self.trace.add(name, ATTENDED, output))
+
+
+def packed_sources(name: str, module: LinearBase, packed: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """(checkpoint name, number of outputs) of what a linear layer holds; itself where nothing is packed in it."""
+    parent, _, last = name.rpartition(".")
+    sources = packed.get(last, [])
+    if isinstance(module, ColumnParallelLinear) and len(module.shards) == len(sources) > 0:
+        return [
+            (f"{parent}.{source}" if parent else source, shard.size)
+            for source, shard in zip(sources, module.shards, strict=True)
+        ]
+    sizes = sum(shard.size for shard in module.shards) if isinstance(module, ColumnParallelLinear) else None
+    return [(name, sizes or module.output_size)]
+
+
+class TheirRecorder(Recorder):
+    """For a model of transformers, whose attention function is RECORDING while the context is open.
+
+    Of a model that computes attention by itself, attention is not recorded.
+    """
+
+    def __init__(self, model: Any, trace: Trace) -> None:
+        super().__init__(model, trace)
+        self._names = {module: name for name, module in model.named_modules()}
+        self._implementation = model.config._attn_implementation
+
+    def __enter__(self) -> "TheirRecorder":
+        super().__enter__()
+        for module in self._names:
+            module.rtp_llm_recorder = self  # type: ignore[assignment]
+        if self.model._can_set_attn_implementation():  # type: ignore[operator]
+            self.model.set_attn_implementation(RECORDING)  # type: ignore[operator]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self.model._can_set_attn_implementation():  # type: ignore[operator]
+            self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]
+        for module in self._names:
+            del module.rtp_llm_recorder
+
+    def add_attention(
+        self,
+        module: nn.Module,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: Any,
+        options: dict[str, Any],
+        output: torch.Tensor,
+    ) -> None:
+        name, num = self._names[module], states[0].shape[2]
+        for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
+            self.trace.add(name, part, tensor[:, :, -num:])
+        self.trace.add(name, ATTENDED, output)
+        scaling, sinks = options.get("scaling"), options.get("s_aux")
+        self.trace.calls[name] = AttentionCall(
+            states[0].shape[1],
+            states[1].shape[1],
+            states[0].shape[3] ** -0.5 if scaling is None else float(scaling),
+            _window(mask, num),
+            float(options.get("softcap") or 0.0),
+            None if sinks is None else sinks.detach().float().cpu().view(-1),
+        )
+
+
+def _window(mask: Any, num_tokens: int) -> int | None:
+    """How many keys the last query sees; None: all."""
+    if not isinstance(mask, torch.Tensor):
+        return None
+    last = mask[0, 0, -1, :num_tokens]
+    seen = int(last.sum()) if mask.dtype == torch.bool else int((last >= 0).sum())
+    return None if seen == num_tokens else seen
+
+
+def _record_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """What the model's own file does where attention is ``eager``, recorded."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    output, weights = eager(module, query, key, value, attention_mask, **options)
+    recorder: Any = module.rtp_llm_recorder
+    recorder.add_attention(module, (query, key, value), attention_mask, options, output)
+    return output, weights
+
+
+AttentionInterface.register(RECORDING, _record_attention)
+AttentionMaskInterface.register(RECORDING, eager_mask)

@@ -1,0 +1,131 @@
+"""Modules that hold another weight than the reference's, or use it otherwise."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.verify.locate import relative_error
+from rtp_llm.verify.trace import packed_sources
+
+EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
+
+
+def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tensor, torch.Tensor | None]:
+    """Our module of a checkpoint name, with its weight and bias: of a packed module that name's part of them.
+
+    Empty tensors where it has none, or there is no such module.
+    """
+    modules = dict(model.named_modules())
+    packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
+    parent, _, last = name.rpartition(".")
+    holders = [name, *(f"{parent}.{key}" for key, sources in packed.items() if last in sources)]
+    module = next((modules[holder] for holder in holders if holder in modules), None)
+    weight, bias = _host(getattr(module, "weight", None)), _host(getattr(module, "bias", None))
+    if weight is None:
+        return module, torch.empty(0), None
+    if isinstance(module, LinearBase):
+        holder = next(holder for holder in holders if holder in modules)
+        sources = packed_sources(holder, module, packed)
+        index = [source for source, _ in sources].index(name)
+        sizes = [size for _, size in sources]
+        weight = weight.split(sizes)[index]
+        bias = None if bias is None else bias.split(sizes)[index]
+        bias = None if module.skip_bias_add else bias
+    return module, weight, bias
+
+
+def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, their_model: nn.Module) -> str | None:
+    """``weight``, ``bias``: what ours adds to its product and multiplies with, under the checkpoint's name ``name``."""
+    theirs = their_model.get_submodule(name)
+    their_weight = _host(getattr(theirs, "weight", None))
+    their_bias = _host(getattr(theirs, "bias", None))
+    if their_weight is None:
+        return None
+    if type(theirs).__name__ == "Conv1D":
+        their_weight = their_weight.T
+    if not _equal(weight, their_weight):
+        return _explain_weight(weight, their_weight, name, their_model)
+    if bias is None and their_bias is not None:
+        return "the bias is not added"
+    if bias is not None and (their_bias is None or not _equal(bias, their_bias)):
+        return "the bias is another one" if their_bias is not None else "a bias is added where the reference has none"
+    return None
+
+
+def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, their_model: nn.Module) -> str:
+    for other, parameter in their_model.named_parameters():
+        tensor = _host(parameter)
+        if other.rpartition(".")[0] != name and tensor is not None and _equal(weight, tensor):
+            return f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
+    if _equal(weight, right.T):
+        return "its weight is transposed"
+    if weight.shape == right.shape and _equal(weight.sort(dim=0).values, right.sort(dim=0).values):
+        return "its weight has the rows of the right one in another order: heads, or the pairs of the rotary embedding"
+    return "its weight is none of the reference's: never set, or changed while loading"
+
+
+def explain_norm(
+    given: torch.Tensor, ours: torch.Tensor, name: str, their_model: nn.Module, tolerance: float
+) -> str | None:
+    """``given``: the reference's input, ``ours``: our output."""
+    theirs = their_model.get_submodule(name)
+    weight, bias = _host(getattr(theirs, "weight", None)), _host(getattr(theirs, "bias", None))
+    if weight is None or weight.dim() != 1 or given.shape[-1] % len(weight):
+        return None
+    eps = _eps_of(theirs)
+    x = given.unflatten(-1, (-1, len(weight)))
+    target = ours.unflatten(-1, (-1, len(weight)))
+    trials = list(_norms(x, weight, bias, eps, name, their_model))
+    errors = [(relative_error(result.flatten(1), target.flatten(1)), text) for text, result in trials]
+    error, text = min(errors, default=(1.0, ""))
+    return text if error <= tolerance else None
+
+
+def _norms(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, name: str, their_model: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    layer_norm, rms = _layer_norm(x, eps), _rms(x, eps)
+    for text, normed in (("a root-mean-square norm", rms), ("a layer norm (mean subtracted)", layer_norm)):
+        yield f"it is {text}, times weight", normed * weight
+        yield f"it is {text}, times 1 + weight", normed * (1 + weight)
+        yield f"it is {text} without weight", normed
+    if bias is not None:
+        yield "its bias is not added", layer_norm * weight
+    for other_eps in EPSILONS:
+        if other_eps != eps:
+            text = f"its epsilon is {other_eps:g}, the reference's {eps:g}"
+            yield text, _rms(x, other_eps) * weight
+            yield text, _rms(x, other_eps) * (1 + weight)
+            yield text, _layer_norm(x, other_eps) * weight + (0.0 if bias is None else bias)
+    for other, parameter in their_model.named_parameters():
+        if parameter.shape == weight.shape and other.endswith(".weight") and other != f"{name}.weight":
+            text = f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
+            other_weight = parameter.detach().float().cpu()
+            yield text, rms * other_weight
+            yield text, rms * (1 + other_weight)
+            yield text, layer_norm * other_weight + (0.0 if bias is None else bias)
+
+
+def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def _eps_of(norm: Any) -> float:
+    values = [getattr(norm, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
+    return next((float(value) for value in values if isinstance(value, float)), 1e-6)
+
+
+def _host(tensor: Any) -> torch.Tensor | None:
+    return tensor.detach().to("cpu", torch.float32) if isinstance(tensor, torch.Tensor) else None
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-2, atol=1e-6)

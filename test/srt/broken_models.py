@@ -1,0 +1,449 @@
+"""Model files of ours, broken in one place each: the mistakes that people make when they write one.
+
+They are made from the real files by replacing text, so that they stay like them.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rtp_llm
+
+MODELS = Path(rtp_llm.__file__).parent / "models_py"
+
+
+@dataclass(frozen=True)
+class BrokenModel:
+    """``checkpoint``: a tiny model of ``tiny_models`` by name, or an architecture, to be made with ``config``.
+
+    ``module``, ``part`` and ``cause`` (a part of its text; empty: none) are what is to be found.
+    """
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    checkpoint: str
+    module: str
+    part: str
+    cause: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> str:
+        """Writes the file; returns what --model-class takes."""
+        source = (MODELS / f"{self.file}.py").read_text(encoding="utf-8")
+        for old, new in self.changes:
+            assert source.count(old) == 1, f"{self.name}: {self.file}.py has {source.count(old)} times {old!r}"
+            source = source.replace(old, new)
+        path = directory / f"broken_{self.file}.py"
+        path.write_text(source, encoding="utf-8")
+        entry = re.search(r"^EntryClass = (\w+)$", source, re.MULTILINE)
+        assert entry, f"{self.file}.py has no EntryClass of one class"
+        return f"{path}:{entry[1]}"
+
+
+ATTENTION = "model.layers.0.self_attn"
+NORM_QUERIES = """        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
+"""
+ROTATE = "        return self.rotary_emb(positions, q, k)\n\n\nclass Qwen3ForCausalLM"
+FIRST_NORM = """            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+"""
+NORMS_AND_BLOCKS = f"""        if residual is None:
+{FIRST_NORM}        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+"""
+SWAPPED_NORMS = (
+    NORMS_AND_BLOCKS.replace("input_layernorm", "other")
+    .replace("post_attention_layernorm", "input_layernorm")
+    .replace("other", "post_attention_layernorm")
+)
+
+TEN_BROKEN_MODELS = (
+    BrokenModel(
+        "rotary layout",
+        "llama",
+        (("            base=rope_theta,\n", "            base=rope_theta,\n            is_neox_style=False,\n"),),
+        "llama-default",
+        f"{ATTENTION}.rotary_emb",
+        "queries",
+        "rotary layout: ours pairs neighbours",
+    ),
+    BrokenModel(
+        "rope scaling ignored",
+        "llama",
+        (("rope_scaling=rope_scaling,", "rope_scaling=None,"),),
+        "llama-llama3-tied",
+        f"{ATTENTION}.rotary_emb",
+        "queries",
+        "rope scaling: ours none, the reference's llama3",
+    ),
+    BrokenModel(
+        "norms swapped",
+        "llama",
+        ((NORMS_AND_BLOCKS, SWAPPED_NORMS),),
+        "llama-default",
+        "model.layers.0.post_attention_layernorm",
+        "input",
+        "the reference has as input of model.layers.0.input_layernorm",
+    ),
+    BrokenModel(
+        "scores scaled by 1 / head_dim",
+        "llama",
+        (("self.head_dim**-0.5 if scaling", "self.head_dim**-1.0 if scaling"),),
+        "llama-default",
+        ATTENTION,
+        "attention output",
+        "attention scaling: ours 0.125, the reference's 0.353553",
+    ),
+    BrokenModel(
+        "window off by one",
+        "mistral",
+        (("sliding_window=config.sliding_window,", "sliding_window=config.sliding_window - 1,"),),
+        "mistral-window7",
+        ATTENTION,
+        "attention output",
+        "ours 6 tokens, the reference's 7 tokens (off by one)",
+    ),
+    BrokenModel(
+        "gate and up swapped",
+        "llama",
+        (('["gate_proj", "up_proj"]', '["up_proj", "gate_proj"]'),),
+        "llama-default",
+        "model.layers.0.mlp.act_fn",
+        "input",
+        "silu(up_proj) * gate_proj, the reference silu(gate_proj) * up_proj",
+    ),
+    BrokenModel(
+        "norms of heads missing",
+        "qwen3",
+        ((NORM_QUERIES, ""),),
+        "qwen3-default",
+        f"{ATTENTION}.q_norm",
+        "output",
+        "never called",
+    ),
+    BrokenModel(
+        "wrong activation",
+        "llama",
+        (("get_act_and_mul_fn(hidden_act)", 'get_act_and_mul_fn("gelu")'),),
+        "llama-default",
+        "model.layers.0.mlp.act_fn",
+        "input",
+        "gelu(gate_proj) * up_proj, the reference silu(gate_proj) * up_proj",
+    ),
+    BrokenModel(
+        "residual taken after the norm",
+        "llama",
+        ((FIRST_NORM, "".join(reversed(FIRST_NORM.splitlines(keepends=True)))),),
+        "llama-default",
+        "model.layers.0.post_attention_layernorm",
+        "input",
+        "ours is output of model.layers.0.self_attn + output of model.layers.0.input_layernorm; "
+        "the reference's is output of model.layers.0.self_attn + output of model.embed_tokens",
+    ),
+    BrokenModel(
+        "biases dropped",
+        "llama",
+        (("bias=qkv_bias,", "bias=qkv_bias,\n            skip_bias_add=True,"),),
+        "llama-linear-tied-bias",
+        f"{ATTENTION}.q_proj",
+        "output",
+        "the bias is not added",
+    ),
+)
+
+MORE_BROKEN_MODELS = (
+    BrokenModel(
+        "rotary base",
+        "llama",
+        (("base=rope_theta,", "base=20000.0,"),),
+        "llama-default",
+        f"{ATTENTION}.rotary_emb",
+        "queries",
+        "rotary base: ours 20000, the reference's 10000",
+    ),
+    BrokenModel(
+        "positions off by one",
+        "llama",
+        (
+            (
+                "return self.rotary_emb(positions, q, k)",  # of both alike would make no difference
+                "return self.rotary_emb(positions + 1, q, k)[0], self.rotary_emb(positions, q, k)[1]",
+            ),
+        ),
+        "llama-default",
+        f"{ATTENTION}.rotary_emb",
+        "queries",
+        "positions are off by +1",
+    ),
+    BrokenModel(
+        "half of each head rotated",
+        "llama",
+        (("            base=rope_theta,\n", "            base=rope_theta,\n            partial_rotary_factor=0.5,\n"),),
+        "llama-default",
+        f"{ATTENTION}.rotary_emb",
+        "queries",
+        "rotated components of a head: ours 4, the reference's 8",
+    ),
+    BrokenModel(
+        "not rotated",
+        "llama",
+        (("return self.rotary_emb(positions, q, k)", "return q, k"),),
+        "llama-default",
+        ATTENTION,
+        "queries",
+        "output of model.layers.0.self_attn.q_proj",
+    ),
+    BrokenModel(
+        "norms of heads after the rotation",
+        "qwen3",
+        (
+            (NORM_QUERIES + ROTATE, "        q, k = self.rotary_emb(positions, q, k)\n" + NORM_QUERIES + ROTATE),
+            (ROTATE, "        return q.flatten(1), k.flatten(1)\n\n\nclass Qwen3ForCausalLM"),
+        ),
+        "qwen3-default",
+        f"{ATTENTION}.q_norm",
+        "input",
+        "given rotated queries",
+    ),
+    BrokenModel(
+        "keys in the place of queries",
+        "llama",
+        (('["q_proj", "k_proj", "v_proj"]', '["k_proj", "q_proj", "v_proj"]'),),
+        "llama-llama3-tied",
+        ATTENTION,
+        "queries",
+        "it is what the reference has as keys",
+    ),
+    BrokenModel(
+        "no window",
+        "mistral",
+        (("sliding_window=config.sliding_window,", "sliding_window=None,"),),
+        "mistral-window7",
+        ATTENTION,
+        "attention output",
+        "ours none, the reference's 7 tokens",
+    ),
+    BrokenModel(
+        "norm times 1 + weight",
+        "llama",
+        (("layers.norm import RMSNorm", "layers.norm import GemmaRMSNorm as RMSNorm"),),
+        "llama-default",
+        "model.layers.0.input_layernorm",
+        "output",
+        "root-mean-square norm, times 1 + weight",
+    ),
+    BrokenModel(
+        "layer norm",
+        "llama",
+        (
+            ("layers.norm import RMSNorm", "layers.norm import LayerNorm"),
+            *(
+                (
+                    f"self.{name} = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
+                    f"self.{name} = LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)",
+                )
+                for name in ("input_layernorm", "post_attention_layernorm")
+            ),
+            (
+                "return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
+                "return LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)",
+            ),
+        ),
+        "llama-default",
+        "model.layers.0.input_layernorm",
+        "output",
+        "it is a layer norm (mean subtracted), times weight",
+    ),
+    BrokenModel(
+        "epsilon",
+        "llama",
+        (
+            (
+                "self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
+                "self.input_layernorm = RMSNorm(config.hidden_size, eps=1e-5)",
+            ),
+        ),
+        "llama-default",
+        "model.layers.0.input_layernorm",
+        "output",
+        "its epsilon is 1e-05, the reference's 1e-06",
+    ),
+    BrokenModel(
+        "norms' weights in each other's places",
+        "llama",
+        (
+            (
+                "    packed_modules_mapping =",
+                """    rename = [
+        (r"input_layernorm", "other"),
+        (r"post_attention_layernorm", "input_layernorm"),
+        (r"other", "post_attention_layernorm"),
+    ]
+    packed_modules_mapping =""",
+            ),
+        ),
+        "llama-default",
+        "model.layers.0.input_layernorm",
+        "output",
+        "it holds the weight of model.layers.0.post_attention_layernorm",
+    ),
+    BrokenModel(
+        "layers in each other's places",
+        "llama",
+        (
+            (
+                "    packed_modules_mapping =",
+                """    rename = [
+        (r"layers.0.self_attn.o_proj", "other"),
+        (r"layers.1.self_attn.o_proj", "layers.0.self_attn.o_proj"),
+        (r"other", "layers.1.self_attn.o_proj"),
+    ]
+    packed_modules_mapping =""",
+            ),
+        ),
+        "llama-default",
+        f"{ATTENTION}.o_proj",
+        "output",
+        "it holds the weight of model.layers.1.self_attn.o_proj",
+    ),
+    BrokenModel(
+        "embeddings scaled",
+        "llama",
+        (
+            (
+                "else input_embeds\n        residual = None",
+                "else input_embeds\n        hidden_states = hidden_states * 48**0.5\n        residual = None",
+            ),
+        ),
+        "llama-default",
+        "model.layers.0.input_layernorm",
+        "input",
+        "times 6.9282",
+    ),
+    BrokenModel(
+        "logits scaled",
+        "llama",
+        (("LogitsProcessor(config)", "LogitsProcessor(config, logit_scale=0.5)"),),
+        "llama-default",
+        "lm_head",
+        "logits",
+        "times 0.5",
+    ),
+    BrokenModel(
+        "the embedding as head",
+        "llama",
+        (
+            (
+                "self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)",
+                "self.logits_processor(input_ids, hidden_states, self.model.embed_tokens, forward_batch)",
+            ),
+        ),
+        "llama-default",
+        "lm_head",
+        "logits",
+        "the embedding's weights",
+    ),
+    BrokenModel(
+        "no soft cap",
+        "gemma2",
+        (("logit_cap=config.attn_logit_softcapping or 0.0,", "logit_cap=0.0,"),),
+        "Gemma2ForCausalLM",
+        ATTENTION,
+        "attention output",
+        "soft cap of the scores: ours none, the reference's 1.0",
+        {"attn_logit_softcapping": 1.0},
+    ),
+    BrokenModel(
+        "query_pre_attn_scalar ignored",
+        "gemma2",
+        (("scaling=config.query_pre_attn_scalar**-0.5,", "scaling=None,"),),
+        "Gemma2ForCausalLM",
+        ATTENTION,
+        "attention output",
+        "attention scaling: ours 0.25, the reference's 0.0625",
+    ),
+    BrokenModel(
+        "weight of the norm not plus one",
+        "gemma2",
+        (("layers.norm import GemmaRMSNorm", "layers.norm import RMSNorm as GemmaRMSNorm"),),
+        "Gemma2ForCausalLM",
+        "model.layers.0.input_layernorm",
+        "output",
+        "it is a root-mean-square norm, times weight",
+    ),
+    BrokenModel(
+        "embedding not scaled",
+        "gemma2",
+        (("super().forward(input_ids) * self.scale", "super().forward(input_ids)"),),
+        "Gemma2ForCausalLM",
+        "model.embed_tokens",
+        "output",
+        "times 0.125",
+    ),
+    BrokenModel(
+        "halves in the place of neighbours",
+        "glm4",
+        (("is_neox_style=False", "is_neox_style=True"),),
+        "Glm4ForCausalLM",
+        f"{ATTENTION}.rotary_emb",
+        "queries",
+        "rotary layout: ours pairs halves",
+    ),
+    BrokenModel(
+        "whole heads rotated",
+        "gpt_neox",
+        (("partial_rotary_factor=partial_rotary_factor,", "partial_rotary_factor=1.0,"),),
+        "GPTNeoXForCausalLM",
+        "gpt_neox.layers.0.attention.rotary_emb",
+        "queries",
+        "rotated components of a head: ours 16, the reference's 4",
+    ),
+    BrokenModel(
+        "blocks one after the other",
+        "gpt_neox",
+        (("hidden_states if self.use_parallel_residual else attended", "attended"),),
+        "GPTNeoXForCausalLM",
+        "gpt_neox.layers.0.post_attention_layernorm",
+        "input",
+        "a sum of something else",
+    ),
+    BrokenModel(
+        "residual factor missing",
+        "granite",
+        (
+            (
+                "self.self_attn(positions, hidden_states, forward_batch) * self.residual_multiplier",
+                "self.self_attn(positions, hidden_states, forward_batch)",
+            ),
+        ),
+        "GraniteForCausalLM",
+        "model.layers.0.post_attention_layernorm",
+        "input",
+        "the reference's is 0.22 * output of model.layers.0.self_attn",
+        {"residual_multiplier": 0.22},
+    ),
+    BrokenModel(
+        "no sinks",
+        "gpt_oss",
+        (("forward_batch, sinks=self.sinks)", "forward_batch)"),),
+        "GptOssForCausalLM",
+        ATTENTION,
+        "attention output",
+        "attention sinks: missing in ours",
+    ),
+    BrokenModel(
+        "weights of experts not normalised",
+        "qwen2_moe",
+        (("self.top_k, self.renormalize)", "self.top_k, False)"),),
+        "Qwen2MoeForCausalLM",
+        "model.layers.0.mlp.experts",
+        "output",
+        "",
+        {"norm_topk_prob": True},
+    ),
+)

@@ -1,0 +1,143 @@
+"""``rtp-llm verify`` agrees with what is right, and names what is broken in a model file and why."""
+
+import json
+from pathlib import Path
+
+import pytest
+from broken_models import MORE_BROKEN_MODELS, TEN_BROKEN_MODELS, BrokenModel
+
+from rtp_llm import ModelRegistry, cli
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.verify.run import Report, VerifyOptions, verify
+from tiny_models import make_tiny, tiny_model
+
+ENGINE = ["--device", "cpu", "--context-length", "512", "--max-new-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With a tokenizer, and a window that only the long prompt exceeds, of which not all is recorded."""
+    return make_tiny("MistralForCausalLM", tmp_path_factory.mktemp("mistral"), sliding_window=300)
+
+
+def run(model_dir: str, **options: object) -> Report:
+    args = ServerArgs(model_path=model_dir, dtype="float32", device="cpu", context_length=512, log_level="error")
+    return verify(args, VerifyOptions(**{"max_new_tokens": 4, "long_len": 40} | options))
+
+
+def assert_found(broken: BrokenModel, model_dir: str, directory: Path) -> None:
+    report = run(model_dir, model_class=broken.write(directory))
+    assert not report.agrees and report.finding is not None, report
+    found = report.finding
+    assert (found.module, found.part) == (broken.module, broken.part), found
+    assert broken.cause in "".join(found.causes) and bool(found.causes) == bool(broken.cause), found
+    assert "broken_" in report.source or "models_py" in report.source
+
+
+def changed(directory: Path, old: str, new: str) -> str:
+    """What --model-class takes: Llama's file with one change."""
+    return BrokenModel("", "llama", ((old, new),), "", "", "", "").write(directory)
+
+
+@pytest.mark.parametrize("broken", TEN_BROKEN_MODELS, ids=lambda broken: broken.name)
+def test_ten_broken_models_are_explained(broken: BrokenModel, tmp_path: Path) -> None:
+    assert_found(broken, tiny_model(broken.checkpoint), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", MORE_BROKEN_MODELS, ids=lambda broken: broken.name)
+def test_more_broken_models_are_explained(broken: BrokenModel, tmp_path: Path) -> None:
+    if broken.checkpoint.endswith("ForCausalLM"):
+        assert_found(broken, make_tiny(broken.checkpoint, tmp_path / "checkpoint", **broken.config), tmp_path)
+    else:
+        assert_found(broken, tiny_model(broken.checkpoint), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias", "mistral-window16-yarn"])
+def test_right_models_agree(name: str) -> None:
+    report = run(tiny_model(name), long_len=100)
+    assert report.agrees and report.finding is None
+    assert [len(result.prompt.ids) for result in report.results] == [5, 9, 12, 100]
+    for result in report.results:
+        assert result.max_difference < 1e-3 and result.top_agreement == 1.0 and result.parting is None
+
+
+def test_the_long_prompt_finds_what_the_others_do_not(mistral: str, tmp_path: Path) -> None:
+    model_class = next(broken for broken in TEN_BROKEN_MODELS if broken.file == "mistral").write(tmp_path)
+    assert run(mistral, model_class=model_class, long_len=0).agrees
+    report = run(mistral, model_class=model_class, long_len=None)
+    assert [result.error > report.tolerance for result in report.results] == [False, False, False, True]
+    assert report.finding is not None and "ours 299 tokens" in report.finding.causes[0]
+
+
+def test_the_command_prints_a_table_or_json(mistral: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A window on the sea\n\nOne more line\n")
+    command = ["verify", mistral, *ENGINE, "--prompt-filename", str(prompts)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "A window on the sea" in printed and "They agree" in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 80
+
+    broken = next(broken for broken in TEN_BROKEN_MODELS if broken.file == "mistral")
+    assert cli.main([*command, "--model-class", broken.write(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "They differ" in printed and "(off by one)" in " ".join(printed.split())
+
+    assert cli.main([*command, "--model-class", broken.write(tmp_path), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["agrees"] is False and report["finding"]["module"] == broken.module
+    assert [result["prompt"]["text"] for result in report["results"]][:2] == ["A window on the sea", "One more line"]
+    assert "MistralForCausalLM" not in ModelRegistry.models.overrides
+
+
+def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_dir = tiny_model("llama-default")
+    unset = run(model_dir, model_class=changed(tmp_path, "bias=qkv_bias,", "bias=True,"))
+    assert not unset.agrees and "parameters were not set" in unset.failure and "qkv_proj.bias" in unset.failure
+    failing = run(model_dir, model_class=changed(tmp_path, "self.act_fn(gate_up)", "gate_up"))
+    assert "fails while it computes" in failing.failure and "broken_llama.py" in failing.failure
+    (tmp_path / "syntax.py").write_text("class A(:\n")
+    assert cli.main(["verify", model_dir, *ENGINE, "--model-class", f"{tmp_path}/syntax.py:A"]) == 1
+    assert "cannot be imported" in capsys.readouterr().out
+
+
+def test_numbers_that_are_none_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_class = changed(tmp_path, "self.down_proj(self.act_fn(gate_up))", "self.down_proj(self.act_fn(gate_up) / 0)")
+    command = ["verify", tiny_model("llama-default"), *ENGINE, "--model-class", model_class, "--json"]
+    assert cli.main(command) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["finding"]["module"] == "model.layers.0.mlp.down_proj" and report["results"][0]["error"] is None
+
+
+def test_models_that_run_through_transformers_have_no_modules_of_ours() -> None:
+    args = ServerArgs(model_path=tiny_model("llama-default"), device="cpu", model_impl="transformers")
+    report = verify(args, VerifyOptions(max_new_tokens=4, long_len=30))
+    assert report.agrees and report.class_name == "TransformersForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cut-len", "5"], "more than --cut-len"),
+        (["--cut-len", "-1"], "--cut-len must be at least 0"),
+        (["--model-class", "nowhere"], "must be module:Class"),
+        (["--model-class", "nowhere.py:A"], "there is no file nowhere.py"),
+        (["--model-class", "rtp_llm.models_py.llama:Nothing"], "has no class Nothing"),
+        (["--prompt-filename", "x"], "has no tokenizer"),
+    ],
+)
+def test_errors_are_told_in_a_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", tiny_model("llama-default"), *ENGINE, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_transformers_does_not_know_cannot_be_compared(
+    mistral: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads(Path(mistral, "config.json").read_text())
+    for file in Path(mistral).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "clip_text_model"}))
+    assert cli.main(["verify", str(tmp_path), *ENGINE]) == 2
+    assert "transformers cannot build MistralForCausalLM" in capsys.readouterr().err
