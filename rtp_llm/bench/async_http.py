@@ -32,41 +32,46 @@ class BrokenResponse(RequestFailed):
 
 
 class HttpClient:
-    """Requests to one server. Connections are kept and used again; there is no limit on their number.
+    """Requests to one server. There is no limit on the number of connections.
 
     Args:
         base_url: ``http://host:port`` or ``https://...``, perhaps with a path that all paths are appended to.
         api_key: sent as a bearer token.
         timeout_s: seconds until a request without a complete answer fails, connecting included.
+        keep_connections: use connections again. A server may close one just as a request is sent on it, if this process
+            gets no CPU time for a while: where every request counts, do without.
 
     Raises:
         BadAddress: ``base_url`` is not such an address.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 3600.0) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None = None, timeout_s: float = 3600.0, keep_connections: bool = True
+    ) -> None:
         if not _is_address(base_url):
             raise BadAddress(f"the server's address must be like http://127.0.0.1:30000, not {base_url!r}")
         self.timeout_s = timeout_s
         self._base_url = base_url.rstrip("/")
+        self._reuse: dict[str, Any] = {"keepalive_timeout": KEPT_S} if keep_connections else {"force_close": True}
         self._headers = {"User-Agent": "rtp-llm-bench", "Accept-Encoding": "identity"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
-    async def request_json(self, method: str, path: str) -> Any:
-        """The JSON value that the server answers with.
+    async def request_json(self, method: str, path: str, body: bytes | None = None) -> Any:
+        """The JSON value that the server answers with. ``body``, if there is one, is JSON.
 
         Raises:
             RequestFailed: the status is not 200, the body is not JSON, or no answer came.
         """
-        content = await self.request(method, path)
+        content = await self.request(method, path, body)
         try:
             return json.loads(content)
         except ValueError:
             raise BrokenResponse(f"{path} must answer with JSON, but sent {_shown(content)}") from None
 
-    async def request(self, method: str, path: str) -> bytes:
+    async def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """As ``request_json``, for an answer that may be anything."""
-        async with self._exchange(method, path) as response:
+        async with self._exchange(method, path, body) as response:
             return await response.read()
 
     async def stream(self, path: str, body: bytes, on_event: OnEvent) -> None:
@@ -94,7 +99,7 @@ class HttpClient:
     @cached_property
     def _session(self) -> aiohttp.ClientSession:  # made late, as it belongs to the running event loop
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
+            connector=aiohttp.TCPConnector(limit=0, **self._reuse),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
