@@ -1,4 +1,4 @@
-# make test is what has to pass before a change lands; it works on a fresh clone.
+# make demo shows the engine at work, make test is what has to pass before a change lands; both work on a fresh clone.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -6,7 +6,10 @@ BIN    := $(VENV)/bin
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(CORES) --dist loadgroup
 
-.PHONY: test test-all lint format gpu-check clean
+.PHONY: demo test test-all lint format gpu-check clean
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/python scripts/demo.py
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -27,12 +30,20 @@ gpu-check: $(VENV)/.installed
 	$(BIN)/python scripts/gpu_check.py
 
 # torch comes first and by its pin: so that the installed build satisfies it and no other is looked for.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("rtp-llm needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12 test" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): a minute or two the first time ..."
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
 	@touch $@
+
+$(VENV)/.installed-demo: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable '.[demo]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
+	@touch $@ $(VENV)/.installed-demo
 
 # Other people's clients, which the server is tried with: large, and not needed otherwise.
 $(VENV)/.installed-all: $(VENV)/.installed

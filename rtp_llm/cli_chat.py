@@ -18,7 +18,7 @@ from rich.console import Console
 
 import rtp_llm
 from rtp_llm.http_client import ServerError, api_url, served_models, stream_json
-from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
+from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs, ServerArgsError
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 SERVER_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # OpenAI's names of sampling parameters
@@ -80,12 +80,13 @@ def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_ba
     from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, load_chat_template  # heavy, and not for --url
 
     if args.model_path is None:
-        raise ServerArgsError("give --model-path for a model, or --url for a running server")
+        args.model_path = DEMO_MODEL
     if args.api_key is not None:
         raise ServerArgsError("--api-key is for a server; give its --url too")
     server_args = ServerArgs.from_cli_args(args)
     if server_args.skip_tokenizer_init:
         raise InvalidRequest("chat works on text: it cannot run with --skip-tokenizer-init")
+    tell_of_demo(server_args)
     with loading_bar() as on_progress:
         engine = rtp_llm.Engine(server_args=server_args, on_progress=on_progress)
     with engine:
@@ -95,6 +96,12 @@ def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_ba
         if template is None:
             raise InvalidRequest(NO_CHAT_TEMPLATE)
         yield EngineVoice(engine, template, engine.model_config.generation_defaults | sampling)
+
+
+def tell_of_demo(server_args: ServerArgs) -> None:
+    """Says on stderr that the embedded model answers, if it does: nobody shall take it for a large one."""
+    if server_args.is_demo:
+        print("No model named: this is the embedded demo model, a toy. Your own: --model-path DIR", file=sys.stderr)
 
 
 class EngineVoice:
