@@ -73,11 +73,10 @@ class Stream:
             meta = {key: value for key, value in last["meta_info"].items() if key not in ("id", "e2e_latency")}
             return last | {"meta_info": meta}
         choices = [choice for event in self.events for choice in event["choices"]]
-        logprobs: dict[str, list[Any]] = {}  # but not where tokens stand, which is told chunk by chunk in broken UTF-8
+        logprobs: dict[str, list[Any]] = {}
         for choice in choices:
             for key, values in (choice["logprobs"] or {}).items():
-                if key != "text_offset":
-                    logprobs.setdefault(key, []).extend(values)
+                logprobs.setdefault(key, []).extend(values)
         return {
             "text": "".join(
                 choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices

@@ -1,5 +1,6 @@
 """``rtp-llm chat`` and ``models``: with stand-ins for engine and server, through pipes and on a pseudo-terminal."""
 
+import contextlib
 import io
 import json
 import os
@@ -184,8 +185,8 @@ def test_wrong_flags(
 def test_what_is_needed_is_told(
     fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert say(monkeypatch, "", argv=["chat"]) == 2
-    assert "give --model-path for a model, or --url" in capsys.readouterr().err
+    assert say(monkeypatch, "", argv=["chat"]) == 0
+    assert "No model named: this is the embedded demo model, a toy." in capsys.readouterr().err
     monkeypatch.setattr(FakeTokenizer, "chat_template", None)
     assert say(monkeypatch, "") == 2
     assert "has no chat template" in capsys.readouterr().err
@@ -436,6 +437,16 @@ class Person:
         found, _, self.seen = self.seen.partition(words)
         return found + words
 
+    def interrupt_until(self, words: str) -> None:
+        """Presses Ctrl-C, and again each second: Python notices one that comes while readline handles a key only at
+        the next key."""
+        for _ in range(60):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                self.wait_for(words, timeout_s=1)
+                return
+        raise AssertionError(f"Ctrl-C does not bring {words!r} but {self.seen!r}")
+
     def exit_status(self) -> int:
         end_s = time.monotonic() + 30
         while True:
@@ -485,8 +496,7 @@ def test_at_a_terminal() -> None:
     person.wait_for("> ")
     person.type("half a li")
     person.wait_for("half a li")
-    person.type("\x03")  # forgets the line
-    person.wait_for("(Ctrl-D or /exit ends)")
+    person.interrupt_until("(Ctrl-D or /exit ends)")  # forgets the line
     person.wait_for("> ")
     person.type('"""two\r')
     person.wait_for("... ")

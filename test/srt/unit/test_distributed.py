@@ -29,6 +29,7 @@ from rtp_llm.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from rtp_llm.srt.layers.moe import FusedMoE, softmax_topk
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 TP_MODELS = [name for name in TINY_MODELS if name.endswith("-tp")]
@@ -118,12 +119,20 @@ def check_layers() -> None:
     compare(lambda group, **options: MergedColumnParallelLinear(8, [4, 6], tp_group=group, **options), x, gathered)
     compare(lambda group: RowParallelLinear(8, 6, input_is_parallel=False, tp_group=group), x, {})
     compare(lambda group: VocabParallelEmbedding(7, 3, tp_group=group), ids, {})
+    compare(lambda group: RoutedExperts(5, 8, 6, bias=True, tp_group=group), x, {})
     qkv = QKVParallelLinear(8, 3, 4, 1, bias=False)
     whole = torch.randn(18, 8)
     qkv.weight.weight_loader(qkv.weight, whole)
     rank = get_tensor_model_parallel_rank()
     expected = torch.cat((whole[:12].view(2, 6, 8)[rank], whole[12:]))
     torch.testing.assert_close(qkv(x)[0], x @ expected.T)
+
+
+class RoutedExperts(FusedMoE):
+    """Routes by the first components, to have one argument as other layers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, *softmax_topk(x[:, : self.num_experts], 2, renormalize=True))
 
 
 def compare(make: Callable[..., torch.nn.Module], x: torch.Tensor, options: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """The documentation is true: its commands and snippets run, its flags, files and links exist.
 
-A fenced block after a line ``<!-- test: run -->`` is executed, with ``DIR`` replaced by a trained checkpoint. In every
+A fenced block after a line ``<!-- test: run -->`` is executed, with ``DIR`` replaced by the embedded model. In every
 other ``bash`` block, each command must exist, and so must each of its long flags. A block after
-``<!-- test: model x -->`` is a model file: it is served and compared with transformers.
+``<!-- test: model x -->`` is a model file, or a ``diff`` that gives one: it is served and compared with transformers.
+The block after ``<!-- test: external -->`` is run up to the launch.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -14,23 +16,28 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
-import transformers
 
 from rtp_llm import Engine, ModelRegistry
-from tiny_models import assert_same_ids, random_prompts, reference
+from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
+from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
+from tiny_models import assert_same_ids, make_tiny, random_prompts, reference
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"(?:<!-- test: (?P<mark>[\w ]+) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.DOTALL)
-OLMO = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88} | {
+SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88} | {
     "num_hidden_layers": 3,
     "vocab_size": 131,
     "max_position_embeddings": 256,
-    "clip_qkv": 1.5,
 }
+MODELS = {
+    "model olmo": ("OlmoForCausalLM", SIZES | {"clip_qkv": 1.5}),
+    "model helium": ("HeliumForCausalLM", SIZES | {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+}
+VARIABLES = {PACKAGE_VARIABLE, "ONLY_RUN"}  # that commands may be preceded by
 
 
 def blocks(language: str, mark: str | None) -> list[Any]:
@@ -64,9 +71,18 @@ def flags_of(words: list[str]) -> set[str]:
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-def check_command(command: str) -> None:
+def words_of(command: str) -> list[str]:
+    """Without variables and the path of the environment; python3 is python."""
     words = shlex.split(command)
-    program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+    while words and "=" in words[0]:
+        assert words[0].split("=")[0] in VARIABLES, f"{command!r} sets a variable that nothing reads"
+        words = words[1:]
+    program = words[0].removeprefix(".venv/bin/")
+    return ["python" if program == "python3" else program, *words[1:]]
+
+
+def check_command(command: str) -> None:
+    program, *arguments = words_of(command)
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets)
@@ -76,13 +92,30 @@ def check_command(command: str) -> None:
     elif program == "python" and arguments[:2] == ["-m", "pytest"]:
         paths = [word for word in arguments[2:] if word.startswith("test/")]
         assert paths and all((ROOT / path).exists() for path in paths)
+    elif program == "cd":
+        assert (ROOT / arguments[0]).is_dir()
+    elif program == "python" and arguments[:2] == ["-m", "unittest"]:
+        check_unittest(arguments[2])
+    elif program == "python" and arguments[0] == "-m":
+        known = help_of(*arguments[:2])
+        assert not {flag for flag in flags_of(arguments) if flag not in known}
     elif program == "python" and arguments[0].endswith(".py"):
-        known = help_of(arguments[0])
+        assert (ROOT / arguments[0]).is_file()
+        subcommand = [word for word in arguments[1:2] if not word.startswith("-")]
+        known = help_of(arguments[0], *subcommand) if arguments[1:] else ""
         assert not {flag for flag in flags_of(arguments) if flag not in known}
     elif program == "pip":
         assert arguments == ["install", "-e", ".", "-c", "constraints.txt"]
     else:
         raise AssertionError(f"no way to check the command {command!r}; mark its block or teach this test")
+
+
+def check_unittest(name: str) -> None:
+    """``file.Class.test`` of a file among the model tests."""
+    module, class_name, function = name.split(".")
+    tree = ast.parse((ROOT / "test" / "srt" / "models" / f"{module}.py").read_text())
+    [test_class] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    assert function in {node.name for node in test_class.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize(("page", "body"), blocks("bash", None))
@@ -91,51 +124,86 @@ def test_commands_exist(page: Path, body: str) -> None:
         check_command(command)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(data_dir: Path) -> str:
-    folder = data_dir / "models" / "stories260K-hf"
-    if not folder.is_dir():
-        pytest.skip(f"no trained model: {folder} does not exist")
-    return str(folder)
-
-
 @pytest.mark.parametrize(("page", "body"), blocks("bash", "run"))
-def test_commands_run(page: Path, body: str, checkpoint: str) -> None:
+def test_commands_run(page: Path, body: str) -> None:
     for command in commands(body):
-        words = [word.replace("DIR", checkpoint) for word in shlex.split(command)]
-        assert words[0] == "rtp-llm", f"only rtp-llm commands are run, not {command!r}"
-        done = run([sys.executable, "-m", "rtp_llm", *words[1:]])
+        program, *arguments = [word.replace("DIR", DEMO_MODEL) for word in words_of(command)]
+        assert program in ("rtp-llm", "python"), f"only commands of rtp-llm and Python are run, not {command!r}"
+        done = run([sys.executable, *(["-m", "rtp_llm"] if program == "rtp-llm" else []), *arguments])
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
 
 
 @pytest.mark.parametrize(("page", "body"), blocks("python", "run"))
-def test_snippets_run(page: Path, body: str, checkpoint: str) -> None:
-    done = run([sys.executable, "-c", body.replace("DIR", checkpoint)])
+def test_snippets_run(page: Path, body: str) -> None:
+    done = run([sys.executable, "-c", body.replace("DIR", DEMO_MODEL)])
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("page", "body"), blocks("python", "model olmo"))
-def test_the_model_file_is_right(page: Path, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "olmo_of_the_docs.py").write_text(body)
+@pytest.mark.parametrize("mark", MODELS)
+def test_the_model_file_is_right(mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, config = MODELS[mark]
+    module = f"{mark.split()[1]}_of_the_docs"
+    (tmp_path / f"{module}.py").write_text(model_file(mark))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(ModelRegistry.models, "OlmoForCausalLM", import_module("olmo_of_the_docs").EntryClass)
-    torch.manual_seed(0)
-    model = transformers.OlmoForCausalLM(transformers.OlmoConfig(initializer_range=0.3, **OLMO))
-    model.save_pretrained(tmp_path / "checkpoint")
-    model_dir = str(tmp_path / "checkpoint")
+    monkeypatch.setitem(ModelRegistry.models, architecture, import_module(module).EntryClass)
+    model_dir = make_tiny(architecture, tmp_path / "checkpoint", **config)
     params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     with Engine(
         model_path=model_dir, dtype="float32", device="cpu", skip_tokenizer_init=True, max_total_tokens=512
     ) as engine:
-        for prompt in random_prompts(OLMO["vocab_size"], (5, 60)):
+        for prompt in random_prompts(config["vocab_size"], (5, 60)):
             result = engine.generate(input_ids=prompt, sampling_params=params)
-            assert_same_ids(result["output_ids"], reference(model_dir, tuple(prompt), 12), "the documentation's OLMo")
+            assert_same_ids(result["output_ids"], reference(model_dir, tuple(prompt), 12), f"the page's {mark}")
+
+
+def model_file(mark: str) -> str:
+    """The file that the block so marked is, or, if it is a ``diff``, leads to."""
+    for parameter in blocks("python", mark):
+        return parameter.values[1]
+    [parameter] = blocks("diff", mark)
+    return side_of_diff(parameter.values[1], "+")
+
+
+def side_of_diff(body: str, sign: str) -> str:
+    return "\n".join(line[1:] for line in body.splitlines() if line[:1] in (" ", sign, "")) + "\n"
+
+
+def test_the_example_of_porting_begins_at_vllm_and_leaves_it() -> None:
+    [parameter] = blocks("diff", "model helium")
+    before, after = side_of_diff(parameter.values[1], "-"), side_of_diff(parameter.values[1], "+")
+    ast.parse(before)
+    assert "vllm" not in after.lower()
+    names = "vllm_config", "cache_config", "intermediate_tensors", "load_weights", "compute_logits", "maybe_prefix"
+    assert not [name for name in names if name not in before or name in after]
+
+
+@pytest.mark.parametrize(("page", "body"), blocks("python", "external"))
+def test_external_models_are_registered_as_told(page: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        pass
+
+    launched: list[ServerArgs] = []
+    monkeypatch.setattr("rtp_llm.srt.entrypoints.http_server.launch_server", launched.append)
+    names = {"model_name": "SomeForCausalLM", "model_class": Model, "server_args": ServerArgs(model_path=DEMO_MODEL)}
+    with patch.dict(ModelRegistry.models.overrides):
+        exec(body.replace("    ...", '    model_arch_name_to_cls["OtherForCausalLM"] = model_class'), names)
+        assert ModelRegistry.resolve_model_cls("SomeForCausalLM") == (Model, "SomeForCausalLM")
+        assert ModelRegistry.resolve_model_cls("OtherForCausalLM") == (Model, "OtherForCausalLM")
+    assert launched == [names["server_args"]]
 
 
 def test_every_mark_is_known() -> None:
     marks = {match["mark"] for page in PAGES for match in BLOCK.finditer(page.read_text())}
-    assert marks == {None, "run", "model olmo"}
+    assert marks == {None, "run", "external", *MODELS}
+
+
+def test_files_of_models_that_are_named_exist() -> None:
+    """Of the pages that speak of them by name alone."""
+    page = ROOT / "docs" / "supported_models" / "support_new_models.md"
+    named = set(re.findall(r"`(\w+\.py)`", page.read_text())) - {"your_model.py"}
+    assert len(named) > 10
+    assert not {name for name in named if not (ROOT / "rtp_llm" / "models_py" / name).exists()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

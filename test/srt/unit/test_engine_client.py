@@ -495,5 +495,3 @@ def test_arguments(make_engine: Callable[..., Engine]) -> None:
         make_engine(server_args=ServerArgs(model_path="m"))
     with pytest.raises(ServerArgsError, match="did you mean 'tp_size'"):
         make_engine(tpsize=1)
-    with pytest.raises(ServerArgsError, match="model_path is missing"):
-        Engine()
