@@ -17,6 +17,7 @@ from rtp_llm import bench_serving
 from rtp_llm.cli_chat import run_chat, tell_of_demo
 from rtp_llm.cli_models import run_models
 from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
+from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.verify import options as verify_options
 
@@ -160,13 +161,21 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from rtp_llm.srt.entrypoints.http_server import AddressError, launch_server  # a web framework, only needed here
-
     server_args = ServerArgs.from_cli_args(args)
     tell_of_demo(server_args)
     with ExitStack() as stack:
+        core_process = start_core_process()  # imports what it needs while this process does
+        stack.callback(core_process.discard)
+        from rtp_llm.srt.entrypoints.http_server import AddressError, launch_server  # a web framework, only needed here
+
+        bar = stack.enter_context(ExitStack())
         try:
-            launch_server(server_args, on_progress=stack.enter_context(_loading_bar()), launch_callback=stack.close)
+            launch_server(
+                server_args,
+                on_progress=bar.enter_context(_loading_bar()),
+                launch_callback=bar.close,
+                core_process=core_process,
+            )
         except AddressError as error:
             print(f"rtp-llm: error: {error}", file=sys.stderr)
             return EXIT_ADDRESS

@@ -151,7 +151,7 @@ class MultiProcessExecutor(Executor):
         registrations = pack_registrations()
         for rank in range(self._config.world_size):
             config = replace(self._config, rank=rank)
-            process, pipe = start_python("rtp_llm.srt.worker.process")
+            process, pipe, _ = start_python("rtp_llm.srt.worker.process")
             self._processes.append(process)
             self._pipes.append(pipe)
             send(self._pipes[rank], (config, init_method, self._dist_timeout_s, registrations))

@@ -14,11 +14,12 @@ from typing import get_args
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.orders import Orders
+from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats, FromCore, Ping, Shutdown, ToCore
 from rtp_llm.srt.models.registrations import pack_registrations
 from rtp_llm.srt.utils.ipc import receive, send
-from rtp_llm.srt.utils.process import start_python
+from rtp_llm.srt.utils.process import StartedPython
 from rtp_llm.srt.utils.zmq_link import ZmqClientEnd
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ class CoreFailed(RuntimeError):
 class CoreProcess:
     """One incarnation of the core: its process, its pipe, its link."""
 
-    def __init__(self, server_args: ServerArgs, model_path: str, registrations: bytes) -> None:
+    def __init__(
+        self, server_args: ServerArgs, model_path: str, registrations: bytes, started: StartedPython | None = None
+    ) -> None:
         self._directory = tempfile.mkdtemp(prefix="rtp-llm-")
         self.link = ZmqClientEnd(self._directory, get_args(ToCore), get_args(FromCore))
-        self.process, self._pipe = start_python("rtp_llm.srt.engine")
+        self.process, self._pipe, _ = started or start_core_process()
         self.error: str | None = None
         self.running: set[str] = set()  # rids that it has begun to compute
         with suppress(BrokenPipeError):  # if it died at once, wait_ready says how
@@ -106,7 +109,15 @@ class Supervisor:
     a minute, or one before it is ready, are the end: ``on_dead`` gets the error, and so does every pending call.
     """
 
-    def __init__(self, server_args: ServerArgs, model_config: ModelConfig, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        model_config: ModelConfig,
+        on_progress: Progress | None = None,
+        started: StartedPython | None = None,
+    ) -> None:
+        """``started``: a core process for the first start, so that it need not be waited for as long."""
+        self._started = started
         self._args = server_args
         self._model_path = model_config.model_path
         self._on_progress = on_progress
@@ -158,7 +169,11 @@ class Supervisor:
                 thread.join()
 
     def _spawn(self) -> CoreProcess:
-        return CoreProcess(self._args, self._model_path, self._registrations)
+        started, self._started = self._started, None
+        if started is not None and not started.is_current:
+            started.discard()
+            started = None
+        return CoreProcess(self._args, self._model_path, self._registrations, started)
 
     def _take_up(self, core: CoreProcess) -> bool:
         """False if ``stop`` came first."""

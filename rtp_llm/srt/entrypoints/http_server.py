@@ -41,6 +41,7 @@ from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.utils.logging import LOG_FORMAT, configure_logging
+from rtp_llm.srt.utils.process import StartedPython
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def launch_server(
     *,
     on_progress: OnProgress | None = None,
     launch_callback: Callable[[], None] | None = None,
+    core_process: StartedPython | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, then lets running requests finish within ``shutdown_timeout``.
 
@@ -73,6 +75,8 @@ def launch_server(
     Args:
         on_progress: called with (bytes loaded, bytes in all) while the weights are read, on another thread.
         launch_callback: called once requests are taken.
+        core_process: from ``start_core_process``, where the caller started it before importing this module, which takes
+            as long as the core's own imports.
 
     Raises:
         AddressError: the address is in use, or not one of this machine's.
@@ -84,7 +88,7 @@ def launch_server(
     _configure_http_logging(server_args.log_level_http or server_args.log_level)
     listener = open_listener(server_args.host, server_args.port)
     with listener:
-        asyncio.run(HTTPServer(server_args, listener, on_progress, launch_callback).run())
+        asyncio.run(HTTPServer(server_args, listener, on_progress, launch_callback, core_process).run())
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -115,8 +119,10 @@ class HTTPServer:
         listener: socket.socket,
         on_progress: OnProgress | None,
         launch_callback: Callable[[], None] | None,
+        core_process: StartedPython | None = None,
     ) -> None:
         self._args = server_args
+        self._core_process = core_process
         self._listener = listener
         self._on_progress = on_progress
         self._launch_callback = launch_callback
@@ -160,7 +166,7 @@ class HTTPServer:
         config = read_model_config(self._args)
         tokenizer = read_tokenizer(self._args, config)
         load_chat_template(tokenizer, self._args.chat_template)  # a wrong one is told before the weights are loaded
-        supervisor = Supervisor(self._args, config, self._on_progress)
+        supervisor = Supervisor(self._args, config, self._on_progress, self._core_process)
         supervisor.on_dead = self._on_core_dead
         supervisor.start()
         return config, tokenizer, supervisor
