@@ -282,7 +282,9 @@ def make_tiny(architecture: str, directory: str | Path, **overrides: Any) -> str
         raise ValueError(f"transformers {transformers.__version__} has no model class {architecture!r}")
     tokenizer = _character_tokenizer()
     config = _tiny_config(model_class.config_class, {"vocab_size": len(tokenizer)} | overrides)
-    model = model_class(config).to(torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # what _disturb does not set anew
+        model = model_class(config).to(torch.float32)
     _disturb(model)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -314,7 +316,12 @@ def _tiny_config(config_class: Any, overrides: dict[str, Any]) -> transformers.P
     }
     if "kv_lora_rank" in sizes:  # each head has keys of its own, and the rotated part is what head_dim means
         sizes |= {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": sizes["qk_rope_head_dim"]}
-    return config_class(**{names.get(name, name): value for name, value in (sizes | overrides).items()})
+    config = config_class(**{names.get(name, name): value for name, value in (sizes | overrides).items()})
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_parameters" not in overrides and "original_max_position_embeddings" in rope:
+        # Stretched as far as usual, but to the tiny context.
+        rope["original_max_position_embeddings"] = int(config.max_position_embeddings / rope.get("factor", 1.0))
+    return config
 
 
 def _disturb(model: torch.nn.Module) -> None:
