@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from rtp_llm.srt.attention.base import AttentionBackend
     from rtp_llm.srt.kv_pool import KVPool
+    from rtp_llm.srt.layers.multimodal import EmbeddingCache
+    from rtp_llm.srt.multimodal.items import MultimodalInputs
 
 
 class ForwardMode(IntEnum):
@@ -80,7 +82,15 @@ class ForwardBatch:
 
     sample_rows: torch.Tensor  # [S] int64: the flattened tokens whose logits are sampled from
     prompt_logprobs: list[LogprobRow] = field(default_factory=list)
-    mm_inputs: list[Any] | None = None  # per row, media of multimodal models
+    mm_inputs: list["MultimodalInputs | None"] | None = None  # per row, its prompt's media; None: no row has any
+    embedding_cache: "EmbeddingCache | None" = None  # what encoders made of media before
+    # [3, T] int64: each token's time, height and width for M-RoPE, all three its position where it is text; None: a
+    # model with M-RoPE takes ``positions``.
+    mrope_positions: torch.Tensor | None = None
+    # [T] int64: a token at position p sees keys before ``max(visible_ends, p + 1)``, so that a block of an image's
+    # tokens sees itself wholly; a sliding window still bounds it from below. A block is computed in one step: no end
+    # exceeds its row's ``seq_lens``. None: plain causal attention, as where all ends are ``p + 1`` or less.
+    visible_ends: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

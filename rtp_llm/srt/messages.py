@@ -45,6 +45,11 @@ class GenerateRequest:
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] = field(default_factory=list)
     cache_salt: str = ""  # requests share cached prefixes only with equal salts
+    media: bytes | None = None  # MultimodalInputs.encode(): nobody but the workers reads them
+
+    # What the core finds out about media before the scheduler gets the request:
+    cache_keys: list[int] = field(default_factory=list)  # the prompt, with media by content; empty: prompt_ids
+    atomic_spans: list[tuple[int, int]] = field(default_factory=list)  # (first, last): computed in one step each
 
 
 @dataclass(slots=True)
@@ -76,6 +81,7 @@ class TokenOutput:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache when the request was first admitted
+    prompt_tokens: int = 0  # of the prompt as the model sees it: media may have made it longer
     num_retractions: int = 0
     queue_time_s: float = 0.0  # from its arrival in the core until it was first admitted
     finish_reason: FinishReason | None = None

@@ -36,6 +36,7 @@ class Admission:
     return_logprob: bool = False
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] = field(default_factory=list)
+    media: bytes | None = None  # MultimodalInputs.encode()
 
 
 @dataclass(slots=True)
@@ -71,6 +72,21 @@ class SharedPrefix:
 
     num_tokens: int
     rows: list[int]
+
+
+@dataclass(slots=True)
+class PaddedPrompt:
+    """A prompt with media, as the model's ``pad_input_ids`` wants it: perhaps longer than it came.
+
+    ``cache_keys`` are its ids with pad ids, made of the media's contents, where the media are. ``problem`` says why it
+    cannot be served; the rest is empty then.
+    """
+
+    prompt_ids: list[int] = field(default_factory=list)
+    cache_keys: list[int] = field(default_factory=list)
+    media: bytes = b""
+    atomic_spans: list[tuple[int, int]] = field(default_factory=list)
+    problem: str | None = None
 
 
 @dataclass(slots=True)

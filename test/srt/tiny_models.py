@@ -291,6 +291,56 @@ def make_tiny(architecture: str, directory: str | Path, **overrides: Any) -> str
     return str(directory)
 
 
+def make_tiny_vision(
+    architecture: str,
+    directory: str | Path,
+    config: dict[str, Any],
+    special_tokens: Sequence[str] = (),
+    files: dict[str, Any] | None = None,
+) -> str:
+    """As ``make_tiny``, of a model that sees.
+
+    Args:
+        config: fields of its configuration, ``text_config`` and ``vision_config`` among them; the vocabulary's size is
+            filled in, and where ``text_config`` names no sizes, tiny ones.
+        special_tokens: tokens of the tokenizer beside its characters; ``special_id`` tells their ids.
+        files: further JSON files of the checkpoint, such as ``preprocessor_config.json``.
+    """
+    model_class = getattr(transformers, architecture)
+    tokenizer = _character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
+    text = _TINY_TEXT | {"vocab_size": len(tokenizer) + 5} | config.get("text_config", {})
+    made = model_class.config_class(**config | {"text_config": text})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(made).to(torch.float32)
+    _disturb(model)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for name, content in (files or {}).items():
+        Path(directory, name).write_text(json.dumps(content))
+    return str(directory)
+
+
+_TINY_TEXT = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=1024,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
+
+
+def special_id(special_tokens: Sequence[str], token: str) -> int:
+    """The id that ``make_tiny_vision`` gives one of its special tokens."""
+    return 3 + len(_TWIN_CHARACTERS) + list(special_tokens).index(token)
+
+
 def _character_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Bytes, but ASCII's printable ones only, and no merges.
 

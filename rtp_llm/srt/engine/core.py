@@ -3,13 +3,15 @@
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
 from rtp_llm.srt.engine.meter import Meter
-from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
+from rtp_llm.srt.messages import CoreInfo, FinishReason, GenerateRequest, Ping, Shutdown, ToCore, TokenOutput
+from rtp_llm.srt.plan import PaddedPrompt
 from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
@@ -102,7 +104,7 @@ class EngineCore:
         return plan_capacity(
             loaded.layout.groups,
             model_config.context_length,
-            self.chunked_prefill_size if self.chunked_prefill_size > 0 else None,
+            max(self.chunked_prefill_size, loaded.max_media_block) if self.chunked_prefill_size > 0 else None,
             max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes),
             self._args.max_total_tokens,
             auto_max_tokens(model_config.context_length, self.max_running_requests),
@@ -118,6 +120,7 @@ class EngineCore:
             schedule_policy=self._args.schedule_policy,
             disable_radix_cache=self._args.disable_radix_cache,
             eos_ids=model_config.eos_token_ids,
+            max_media_block=loaded.max_media_block,
         )
         return Scheduler(config, loaded.layout, self.capacity.num_pages)
 
@@ -145,7 +148,7 @@ class EngineCore:
             return False
         if any(isinstance(message, Ping) for message in messages):
             self._link.send([self._meter.report()])
-        self._link.send(self.scheduler.receive([m for m in messages if not isinstance(m, Ping)]))
+        self._receive([message for message in messages if not isinstance(message, Ping)])
         plan = self.scheduler.plan()
         if plan is not None:
             if plan.admissions and self._on_admission is not None:
@@ -157,6 +160,27 @@ class EngineCore:
         if stats is not None:
             self._link.send([stats])
         return True
+
+    def _receive(self, messages: list[ToCore]) -> None:
+        """Hands messages to the scheduler, once the model has said where media go in a prompt."""
+        for message in messages:
+            padded: ToCore | TokenOutput = message
+            if isinstance(message, GenerateRequest) and message.media is not None:
+                padded = self._padded(message, message.media)
+            self._link.send([padded] if isinstance(padded, TokenOutput) else self.scheduler.receive([padded]))
+
+    def _padded(self, message: GenerateRequest, media: bytes) -> GenerateRequest | TokenOutput:
+        prompt: PaddedPrompt = self._executor.rpc("pad_input_ids", message.prompt_ids, media)[0]
+        if prompt.problem is not None:
+            problem = f"the media cannot be placed in the prompt: {prompt.problem}"
+            return TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))
+        return replace(
+            message,
+            prompt_ids=prompt.prompt_ids,
+            cache_keys=prompt.cache_keys,
+            media=prompt.media,
+            atomic_spans=prompt.atomic_spans,
+        )
 
     def shutdown(self) -> None:
         """Ends the workers. Requests that still run get no answer from here."""
@@ -173,6 +197,7 @@ def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: st
         device=device,
         page_size=server_args.page_size,
         attention_backend=server_args.attention_backend,
+        media_cache_bytes=server_args.mm_embedding_cache_size_mb << 20,
         world_size=server_args.tp_size,
         log_level=server_args.log_level,
     )

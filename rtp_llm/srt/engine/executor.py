@@ -49,7 +49,10 @@ class Executor(ABC):
 
     @abstractmethod
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        """Calls a method of every rank's worker; one answer per rank. No step is in flight."""
+        """Calls a method of every rank's worker; one answer per rank.
+
+        Either no step is in flight, or the method touches neither the device nor what steps touch.
+        """
 
     @abstractmethod
     def shutdown(self) -> None: ...

@@ -286,6 +286,7 @@ class Completion:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
+        self.prompt_tokens = len(request.prompt_ids)  # the core may tell more: media take what the model says
         self._num_retractions = 0
         self._queue_time_s = 0.0
         self._start_s = time.perf_counter()
@@ -340,6 +341,7 @@ class Completion:
         if self.finished:
             return
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+        self.prompt_tokens = output.prompt_tokens or self.prompt_tokens
         self._num_retractions = max(self._num_retractions, output.num_retractions)
         self._queue_time_s = output.queue_time_s
         self._prompt_logprobs += output.prompt_logprobs
@@ -387,7 +389,7 @@ class Completion:
         meta: dict[str, Any] = {
             "id": self.request.rid,
             "finish_reason": self.finish_reason and self.finish_reason.to_dict(),
-            "prompt_tokens": len(self.request.prompt_ids),
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self._output_ids),
             "cached_tokens": self._cached_tokens,
             "num_retractions": self._num_retractions,

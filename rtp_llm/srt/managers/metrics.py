@@ -57,7 +57,7 @@ class RequestMetrics:
 
     def ended(self, completion: Completion, elapsed_s: float) -> None:
         reason = completion.finish_reason
-        prompt_len = len(completion.request.prompt_ids)
+        prompt_len = completion.prompt_tokens
         self._requests.inc()
         self._aborted.inc(reason is None or reason.type == "abort")
         self._prompt_tokens.inc(prompt_len)

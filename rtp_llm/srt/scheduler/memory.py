@@ -72,7 +72,10 @@ class CacheMemory:
     # A request's life
 
     def match(self, request: Request) -> Match:
-        return self.cache.match(request.namespace, request.ids, request.match_limit)
+        match = self.cache.match(request.namespace, request.keys, request.match_limit)
+        while (span := request.span_around(match.num_tokens)) is not None:
+            match = self.cache.match(request.namespace, request.keys, span[0])
+        return match
 
     def enter(self, request: Request, match: Match) -> None:
         """The request holds its cached prefix."""
@@ -105,8 +108,8 @@ class CacheMemory:
         Returns the writes that exchange its duplicates for the cache's pages. Steps up to ``last_step`` may still name
         the duplicates: they are freed by ``settle``.
         """
-        ids = request.ids[: request.insertable_len]
-        insertion = self.cache.insert(request.namespace, ids, request.pages, request.lock)
+        keys = request.keys[: request.insertable_len]
+        insertion = self.cache.insert(request.namespace, keys, request.pages, request.lock)
         request.lock = insertion.lock
         writes = []
         for exchange in insertion.exchanges:

@@ -16,7 +16,8 @@ from rtp_llm.srt.sampling_params import SamplingParams
 #   [num_committed, num_computed)  being computed by steps in flight
 #   [num_computed, num_tokens)  known, or certain to be known (`num_pending`), and still to be computed
 #
-# `ids` holds the known ones: the prompt, then what was generated.
+# `ids` holds the known ones: the prompt, then what was generated. `keys` are what the prefix cache knows them by: the
+# same list, but for requests with media, whose keys tell one picture's placeholders from another's.
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +25,7 @@ class Request:
     rid: str
     order: int  # of arrival
     ids: list[int]
+    keys: list[int]
     prompt_len: int
     params: SamplingParams
     max_new_tokens: int
@@ -34,6 +36,8 @@ class Request:
     logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] = field(default_factory=list)
+    media: bytes | None = None
+    atomic_spans: list[tuple[int, int]] = field(default_factory=list)
 
     row: int = -1
     pages: list[list[int]] = field(default_factory=list)  # per cache group, its page table; 0: freed, out of reach
@@ -65,10 +69,12 @@ class Request:
         params = message.params
         stop_ids = list(params.stop_token_ids) if params.ignore_eos else [*eos_ids, *params.stop_token_ids]
         logprob_from = message.logprob_start_len if message.return_logprob and message.logprob_start_len >= 0 else None
+        ids = [*message.prompt_ids, *message.output_ids]
         request = cls(
             rid=message.rid,
             order=order,
-            ids=[*message.prompt_ids, *message.output_ids],
+            ids=ids,
+            keys=[*message.cache_keys, *message.output_ids] if message.cache_keys else ids,
             prompt_len=len(message.prompt_ids),
             params=params,
             max_new_tokens=default_max_new_tokens if params.max_new_tokens is None else params.max_new_tokens,
@@ -79,6 +85,8 @@ class Request:
             logprob_from=logprob_from,
             top_logprobs_num=message.top_logprobs_num,
             token_ids_logprob=list(message.token_ids_logprob),
+            media=message.media,
+            atomic_spans=message.atomic_spans,
         )
         request.take_prompt_logprobs(0)
         return request
@@ -120,6 +128,27 @@ class Request:
         """Whether tokens that others may be waiting for are still to enter the prefix cache."""
         return self.cached_len < self.prefill_len
 
+    def append(self, token_id: int) -> None:
+        self.ids.append(token_id)
+        if self.keys is not self.ids:
+            self.keys.append(token_id)
+
+    def span_around(self, position: int) -> tuple[int, int] | None:
+        """The atomic span that a cut before ``position`` would go through."""
+        return next((span for span in self.atomic_spans if span[0] < position <= span[1]), None)
+
+    def uncut(self, num_tokens: int, room: int) -> int:
+        """``num_tokens`` of the next tokens, or fewer, or if need be more, so that no atomic span is cut; 0 if that
+        takes more than ``room``."""
+        span = self.span_around(self.num_computed + num_tokens) if num_tokens else None
+        if span is None:
+            return num_tokens
+        first, last = span
+        if first > self.num_computed:
+            return first - self.num_computed
+        whole = last + 1 - self.num_computed
+        return whole if whole <= room else 0
+
     def take_prompt_logprobs(self, count: int) -> None:
         """``count`` prompt logprobs have arrived; the last token's logits are no prompt logprob."""
         if self.logprob_from is not None:
@@ -140,6 +169,7 @@ class Request:
             return_logprob=self.return_logprob,
             top_logprobs_num=self.top_logprobs_num,
             token_ids_logprob=self.token_ids_logprob,
+            media=self.media,
         )
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:

@@ -39,6 +39,7 @@ class SchedulerConfig:
     max_prefill_tokens: int = 16384  # also where prompts are not cut (but for a longer one alone)
     schedule_policy: str = "fcfs"
     disable_radix_cache: bool = False
+    max_media_block: int = 0  # tokens of media that a step must compute together, at most
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
     default_max_new_tokens: int = 128
     eos_ids: Sequence[int] = ()
@@ -115,7 +116,7 @@ class Scheduler:
             if self._cut_prompts
             else config.max_prefill_tokens
         )
-        max_chunk = self._prefill_budget if self._cut_prompts else config.max_req_len
+        max_chunk = max(self._prefill_budget, config.max_media_block) if self._cut_prompts else config.max_req_len
         self.memory = CacheMemory(layout.groups, num_pages, max_chunk, config.disable_radix_cache)
         self.waiting = WaitingQueue(config.schedule_policy, lambda r: self.memory.match(r).num_tokens)
         self.running: list[Request] = []  # in order of admission
@@ -184,6 +185,9 @@ class Scheduler:
                 f"the request needs {total} tokens ({len(message.prompt_ids)} of the prompt), "
                 f"but at most {self.config.max_req_len} can be served"
             )
+        longest = max((last - first + 1 for first, last in message.atomic_spans), default=0)
+        if longest > self.config.max_media_block:
+            return f"an image takes {longest} tokens, but the model's take {self.config.max_media_block} at most"
         return None
 
     def _abort(self, rid: str | None) -> list[FromCore]:
@@ -245,7 +249,7 @@ class Scheduler:
             elif request.uncomputed == 1 and self._may_draw(request):
                 self._add_work(plan, requests, request, 1, budget)  # _make_room has seen to its page
         for request in prefilling:
-            num_tokens = budget.share_of(request.uncomputed, self.memory.room(request))
+            num_tokens = self._share(request, budget)
             if num_tokens > 0:
                 self._add_work(plan, requests, request, num_tokens, budget)
 
@@ -264,7 +268,7 @@ class Scheduler:
             if not self._fits(request, promised):
                 self.memory.release(request)
                 return
-            num_tokens = budget.share_of(request.uncomputed, self.memory.room(request))
+            num_tokens = self._share(request, budget)
             if num_tokens <= 0:
                 self.memory.release(request)
                 return
@@ -276,6 +280,11 @@ class Scheduler:
             self._add_work(plan, requests, request, num_tokens, budget)
             for g, count in enumerate(grown):
                 promised[g] -= min(promised[g], max(0, count))
+
+    def _share(self, request: Request, budget: Budget) -> int:
+        """How many of its tokens the request computes in this step."""
+        room = self.memory.room(request)
+        return request.uncut(budget.share_of(request.uncomputed, room), room)
 
     def _to_hold(self, request: Request) -> list[int]:
         reserve = min(max(0, request.remaining_new_tokens), int(self._reserve))
@@ -305,9 +314,9 @@ class Scheduler:
             if other.namespace != request.namespace:
                 continue
             limit = min(request.match_limit, other.prefill_len)
-            if limit - matched < MIN_SHARED_TOKENS or request.ids[matched] != other.ids[matched]:
+            if limit - matched < MIN_SHARED_TOKENS or request.keys[matched] != other.keys[matched]:
                 continue
-            common = common_length(request.ids, 0, other.ids, 0, limit)
+            common = common_length(request.keys, 0, other.keys, 0, limit)
             if common - common % self.memory.page_size - matched >= MIN_SHARED_TOKENS:
                 return True
         return False
@@ -403,7 +412,7 @@ class Scheduler:
         request.take_prompt_logprobs(len(row.prompt_logprobs))
         reason, token_ids = None, []
         for token_id in row.token_ids:
-            request.ids.append(token_id)
+            request.append(token_id)
             token_ids.append(token_id)
             reason = request.finish_reason_after(token_id)
             if reason is not None:
@@ -427,6 +436,7 @@ class Scheduler:
         return TokenOutput(
             request.rid,
             cached_tokens=request.cached_tokens or 0,
+            prompt_tokens=request.prompt_len,
             num_retractions=request.num_retractions,
             queue_time_s=request.queue_time_s,
             finish_reason=reason,

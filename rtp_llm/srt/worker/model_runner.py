@@ -13,9 +13,18 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+from rtp_llm.srt.layers.multimodal import EmbeddingCache
 from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import MRotaryEmbedding
 from rtp_llm.srt.models.loader import load_model
-from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.multimodal.items import (
+    MediaError,
+    MultimodalInputs,
+    media_blocks,
+    pad_mm_tokens,
+    vocabulary_ids,
+)
+from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.worker.device import to_device
 
 
@@ -25,6 +34,7 @@ class RowState:
 
     admission: Admission
     ids: list[int]
+    media: MultimodalInputs | None = None
 
     @property
     def prompt_len(self) -> int:
@@ -47,6 +57,7 @@ class ModelRunner:
         attn_backend: AttentionBackend,
         progress: Callable[[int, int], None] | None = None,
         model_impl: str = "auto",
+        media_cache_bytes: int = 0,
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
@@ -54,6 +65,8 @@ class ModelRunner:
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
+        self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
+        self._embedding_cache = EmbeddingCache(media_cache_bytes)
         self._forward = self._entry_point()
         self._rows: dict[int, RowState] = {}
 
@@ -63,6 +76,27 @@ class ModelRunner:
         if callable(own):
             return own
         return lambda batch: self.model(batch.input_ids, batch.positions, batch)
+
+    @property
+    def max_media_block(self) -> int:
+        return int(getattr(self.model, "max_media_block", 0))
+
+    def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
+        """What the model's ``pad_input_ids`` makes of a prompt; without that method, pad ids at the items' offsets.
+
+        Raises:
+            MediaError: what it returned is not consistent with the media. And whatever the method raises.
+        """
+        inputs = MultimodalInputs.decode(media)
+        before = [list(item.offsets) for item in inputs.mm_items]
+        own: Any = getattr(self.model, "pad_input_ids", pad_mm_tokens)
+        padded = [int(token_id) for token_id in own(list(prompt_ids), inputs)]
+        ids = vocabulary_ids(padded, inputs)
+        blocks = media_blocks(inputs) if self.max_media_block else []
+        moved = before != [item.offsets for item in inputs.mm_items]
+        if moved and inputs.mrope_positions is not None:
+            raise MediaError("pad_input_ids moved media whose rotary positions the processor had already computed")
+        return PaddedPrompt(ids, padded, inputs.encode() if moved else media, blocks)
 
     @property
     def weight_bytes(self) -> int:
@@ -96,7 +130,8 @@ class ModelRunner:
         for row in plan.releases:
             del self._rows[row]
         for admission in plan.admissions:
-            self._rows[admission.row] = RowState(admission, [*admission.prompt_ids, *admission.output_ids])
+            media = None if admission.media is None else MultimodalInputs.decode(admission.media)
+            self._rows[admission.row] = RowState(admission, [*admission.prompt_ids, *admission.output_ids], media)
         for group, table in enumerate(self._page_tables):
             self._write_pages(table, [write for write in plan.page_writes if write.group == group])
 
@@ -131,6 +166,7 @@ class ModelRunner:
         repeats = self._tensor(counts)
         token_rows = rows.repeat_interleave(repeats, output_size=offsets[-1])
         positions = self._tensor([p for w in work for p in range(w.start, w.start + w.num_tokens)])
+        has_media = any(self._rows[w.row].media is not None for w in work)
         return ForwardBatch(
             forward_mode=_mode(counts),
             batch_size=len(work),
@@ -156,7 +192,35 @@ class ModelRunner:
             prompt_logprobs=[
                 row for b, w in enumerate(work) if (row := self._logprob_row(b, w, offsets[b])) is not None
             ],
+            mm_inputs=[self._rows[w.row].media for w in work] if has_media else None,
+            embedding_cache=self._embedding_cache,
+            mrope_positions=self._mrope_positions(work) if has_media and self._takes_mrope else None,
+            visible_ends=self._visible_ends(work, offsets) if has_media and self.max_media_block else None,
         )
+
+    def _mrope_positions(self, work: list[RowWork]) -> torch.Tensor:
+        """[3, T]: of a prompt with media as its processor made them, and going on from there; else the positions."""
+        pieces = []
+        for w in work:
+            state = self._rows[w.row]
+            positions = torch.arange(w.start, w.start + w.num_tokens).expand(3, -1)
+            if state.media is not None and state.media.mrope_positions is not None:
+                known = state.media.mrope_positions[:, w.start : w.start + w.num_tokens]
+                drawn = positions[:, known.shape[1] :] + state.media.mrope_position_delta
+                positions = torch.cat([known, drawn], dim=1)
+            pieces.append(positions)
+        return torch.cat(pieces, dim=1).to(self._torch_device)
+
+    def _visible_ends(self, work: list[RowWork], offsets: list[int]) -> torch.Tensor | None:
+        """See ForwardBatch. None where no block is computed in this step."""
+        ends = [0] * offsets[-1]
+        for w, offset in zip(work, offsets, strict=False):
+            media = self._rows[w.row].media
+            for first, last in media_blocks(media) if media else ():
+                if w.start <= first <= last < w.start + w.num_tokens:
+                    place = offset + first - w.start
+                    ends[place : place + last - first + 1] = [last + 1] * (last - first + 1)
+        return self._tensor(ends) if any(ends) else None
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return to_device(values, torch.int64, self._torch_device)

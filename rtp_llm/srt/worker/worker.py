@@ -1,5 +1,6 @@
 """One rank's worker: it executes StepPlans. It knows neither requests' texts nor clients."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,11 +9,13 @@ import torch
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.plan import PaddedPrompt, RowResult, RowWork, StepPlan, StepResult, TokenLogprob
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may come next
 
@@ -28,6 +31,7 @@ class WorkerConfig:
     device: str = "cpu"
     page_size: int = 1
     attention_backend: str | None = None
+    media_cache_bytes: int = 0
     rank: int = 0
     world_size: int = 1
     log_level: str = "info"
@@ -39,6 +43,7 @@ class LoadedModel:
 
     layout: CacheLayout
     weight_bytes: int
+    max_media_block: int = 0  # tokens of an image that see each other both ways, at most; 0: media are causal
 
 
 @dataclass(slots=True)
@@ -101,13 +106,14 @@ class Worker:
             make_backend(config.attention_backend),
             progress,
             config.model_impl,
+            config.media_cache_bytes,
         )
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device
         self._profiler = Profiler(config.rank)
 
     def loaded(self) -> LoadedModel:
-        return LoadedModel(self.runner.layout, self.runner.weight_bytes)
+        return LoadedModel(self.runner.layout, self.runner.weight_bytes, self.runner.max_media_block)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len)
@@ -120,6 +126,14 @@ class Worker:
         """As ``step``, but waits; and the logits that tokens were drawn from, [S, vocab_size] float32 on the host."""
         pending = self.forward(plan)
         return self.sample(pending).result(), pending.logits.cpu()
+
+    def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
+        """The prompt with its media as the model wants it. What goes wrong concerns this request alone."""
+        try:
+            return self.runner.pad_input_ids(prompt_ids, media)
+        except Exception as error:  # whatever a model's method may raise; told to whoever asked
+            logger.debug("media cannot be placed in the prompt", exc_info=True)
+            return PaddedPrompt(problem=f"{type(error).__name__}: {error}")
 
     def start_profile(self, activities: list[str], record_shapes: bool) -> None:
         self._profiler.start(activities, record_shapes)

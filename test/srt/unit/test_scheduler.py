@@ -1,5 +1,6 @@
 """The scheduler against a stub of the model: examples, then random traffic with invariants checked at every step."""
 
+import json
 import random
 from collections import Counter, deque
 
@@ -7,7 +8,7 @@ import pytest
 
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.messages import AbortRequest, FlushCache, FlushCacheDone, GenerateRequest, TokenOutput
-from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.plan import Admission, RowResult, StepPlan, StepResult, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
@@ -58,15 +59,25 @@ class StubWorker:
 
     def compute(self, work) -> RowResult:
         admission, ids = self.rows[work.row]
+        keys, blocks = media_of(admission)
+        known = keys + ids[len(keys) :]
+        end = work.start + work.num_tokens
+        assert not any(first < cut <= last for first, last in blocks for cut in (work.start, end)), "a block was cut"
+
+        def content(position: int) -> tuple:
+            """What a token's cached values depend on: all tokens before it, and the block that it belongs to."""
+            last = next((last for first, last in blocks if first <= position <= last), position)
+            return tuple(known[: last + 1])
+
         result = RowResult()
-        for position in range(work.start, work.start + work.num_tokens):
+        for position in range(work.start, end):
             assert position < len(ids), "a token was to be computed that nobody has drawn"
             self.computed_tokens += 1
             for g, group in enumerate(self.groups):
-                self.store(g, work.row, position, tuple(ids[: position + 1]))
+                self.store(g, work.row, position, content(position))
                 low = 0 if group.window is None else max(0, position - group.window + 1)
                 for seen in range(low, position):
-                    assert self.load(g, work.row, seen) == tuple(ids[: seen + 1]), f"wrong page for token {seen}"
+                    assert self.load(g, work.row, seen) == content(seen), f"wrong page for token {seen}"
             if (
                 admission.logprob_from is not None
                 and admission.logprob_from <= position < len(admission.prompt_ids) - 1
@@ -75,7 +86,7 @@ class StubWorker:
         if work.sample:
             assert work.start + work.num_tokens == len(ids)
             banned = len(ids) - len(admission.prompt_ids) < admission.params.min_new_tokens
-            token = self.next_token(tuple(ids), admission.stop_ids, banned)
+            token = self.next_token(tuple(known), admission.stop_ids, banned)
             ids.append(token)
             result.token_ids = [token]
         return result
@@ -94,7 +105,7 @@ class StubWorker:
 
     def expected(self, request: GenerateRequest) -> list[int]:
         """What a lone request must give."""
-        ids, params = [*request.prompt_ids], request.params
+        ids, params = [*(request.cache_keys or request.prompt_ids)], request.params
         stop_ids = [*([] if params.ignore_eos else [EOS]), *params.stop_token_ids]
         output: list[int] = []
         while len(output) < params.max_new_tokens:
@@ -104,6 +115,11 @@ class StubWorker:
             if token in stop_ids and len(output) > params.min_new_tokens:
                 break
         return output
+
+
+def media_of(admission: Admission) -> tuple[list[int], list[list[int]]]:
+    """The keys of a prompt, and the blocks that see themselves both ways: what tests write into ``media``."""
+    return json.loads(admission.media) if admission.media else (admission.prompt_ids, [])
 
 
 class Loop:
@@ -289,6 +305,58 @@ def test_a_prompt_may_fill_everything_if_nothing_new_is_wanted():
     loop.check_empty()
 
 
+IMAGE = 7  # the id of every placeholder
+
+
+def with_image(message: GenerateRequest, first: int, keys: list[int], block: bool = True) -> GenerateRequest:
+    """Its prompt with an image at ``first``, whose placeholders have these keys."""
+    ids = message.prompt_ids
+    message.prompt_ids = [*ids[:first], *[IMAGE] * len(keys), *ids[first:]]
+    message.cache_keys = [*ids[:first], *keys, *ids[first:]]
+    message.atomic_spans = [(first, first + len(keys) - 1)] if block else []
+    message.media = json.dumps([message.cache_keys, message.atomic_spans]).encode()
+    return message
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_images_share_pages_by_content_not_by_placeholder(block):
+    loop = Loop(config(max_media_block=8), layout([None]), [200])
+    one, other = list(range(1000, 1008)), list(range(2000, 2008))
+    for rid, keys in [("first", one), ("same", one), ("other", other)]:
+        loop.run([with_image(request(rid, [1, 2, 3, 4, 5]), 2, keys, block)])
+    cached = [loop.outputs[rid][0].cached_tokens for rid in ("first", "same", "other")]
+    assert cached == [0, 12, 2]
+    assert loop.ids("first") == loop.ids("same") != loop.ids("other")
+    assert loop.outputs["other"][0].prompt_tokens == 13
+    loop.check_empty()
+
+
+@pytest.mark.parametrize(("chunk", "ends"), [(4, [4, 5, 13, 17, 18]), (6, [5, 13, 18]), (16, [16, 18]), (-1, [18])])
+def test_a_block_is_never_cut(chunk, ends):
+    """It waits for the next step if it does not fit into this one's budget, and exceeds the budget if it must."""
+    loop = Loop(config(chunked_prefill_size=chunk, max_media_block=8), layout([None, 3]), [100, 100])
+    loop.run([with_image(request("r", list(range(11, 21)), 1), 5, list(range(1000, 1008)))])
+    assert [work.start + work.num_tokens for plan in loop.plans for work in plan.work] == ends
+    loop.check_empty()
+
+
+def test_a_match_ends_before_a_block_or_after_it():
+    """Whole pages are cached, and so only a part of the block."""
+    loop = Loop(config(max_media_block=8), layout([None], page_size=4), [20])
+    keys = list(range(1000, 1008))
+    for rid in ("first", "second"):
+        loop.run([with_image(request(rid, [1, 2, 3, 4, 5], 1), 5, keys)])
+    assert loop.scheduler.memory.cache.match(("", 0), [1, 2, 3, 4, 5, *keys], 13).num_tokens == 12
+    assert loop.outputs["second"][0].cached_tokens == 4
+    loop.check_empty()
+
+
+def test_an_image_larger_than_the_models_is_refused():
+    loop = Loop(config(max_media_block=7), layout([None]), [100])
+    loop.run([with_image(request("r", [1, 2]), 1, list(range(1000, 1008)))])
+    assert "an image takes 8 tokens" in loop.outputs["r"][-1].finish_reason.message
+
+
 def test_a_resubmitted_request_goes_on_where_it_was():
     whole = request("r", [4, 5, 6], 12, params={"ignore_eos": True})
     loop = Loop(config(), layout([None]), [500])
@@ -428,7 +496,7 @@ def random_request(rng: random.Random, rid: str, max_len: int) -> GenerateReques
     )
     prompt = (base + [rng.randrange(1, 50) for _ in range(rng.randrange(0, 12))])[: max_len - 1]
     max_new = rng.randrange(0, max_len - len(prompt) + 1) if rng.random() < 0.9 else 1
-    return request(
+    message = request(
         rid,
         prompt,
         max_new,
@@ -437,6 +505,16 @@ def random_request(rng: random.Random, rid: str, max_len: int) -> GenerateReques
         logprob_start_len=rng.randrange(0, len(prompt) + 1),
         cache_salt=rng.choice(["", "", "other"]),
     )
+    room = max_len - len(prompt) - max_new
+    if room > 0 and rng.random() < 0.3:
+        first, kind = rng.randrange(len(prompt) + 1), rng.choice([1000, 2000])
+        size = rng.randrange(1, min(room, MAX_BLOCK) + 1)
+        start = 10 * (kind + size)  # other sizes are other images
+        message = with_image(message, first, list(range(start, start + size)), block=kind == 1000)
+    return message
+
+
+MAX_BLOCK = 9
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
@@ -463,7 +541,8 @@ def test_random_traffic(windows, page_size, options, depth, seed):
     cache_layout = layout(windows, page_size, options.pop("scaling", None))
     max_len = 60
     num_pages = [-(-rng.choice([70, 90, 200]) // page_size) for _ in windows]
-    loop = Loop(config(max_req_len=max_len, **{"max_running_requests": 12, **options}), cache_layout, num_pages, depth)
+    options = {"max_running_requests": 12, "max_media_block": MAX_BLOCK, **options}
+    loop = Loop(config(max_req_len=max_len, **options), cache_layout, num_pages, depth)
     sent: dict[str, GenerateRequest] = {}
     aborted: set[str] = set()
     for step in range(400):

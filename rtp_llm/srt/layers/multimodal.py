@@ -1,0 +1,179 @@
+"""How media get into a forward pass: encoded once, and put where the prompt has their placeholders."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rtp_llm.srt.forward_batch import ForwardBatch
+
+Encoder = Callable[[list[MultimodalDataItem]], torch.Tensor]
+
+
+class EmbeddingCache:
+    """What encoders made of items, by their digests; beyond ``max_bytes`` the least recently used are forgotten.
+
+    A prompt that is computed in chunks, a picture that comes up again in a conversation, and a request that resumes
+    find it here.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+    def get(self, digest: bytes) -> torch.Tensor | None:
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+        return self._entries.get(digest)
+
+    def put(self, digest: bytes, embedding: torch.Tensor) -> None:
+        if digest in self._entries or embedding.nbytes > self.max_bytes:
+            return
+        self._entries[digest] = embedding
+        self.num_bytes += embedding.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, forgotten = self._entries.popitem(last=False)
+            self.num_bytes -= forgotten.nbytes
+
+
+class Placement(NamedTuple):
+    """Rows ``item_rows`` of what an item's encoder gives belong to the batch's flattened tokens ``token_rows``."""
+
+    item: MultimodalDataItem
+    item_rows: list[int]
+    token_rows: list[int]
+
+
+def placements(forward_batch: "ForwardBatch") -> list[Placement]:
+    """Where items lie in what this step computes; those that it does not reach are left out."""
+    placed = []
+    start = 0
+    for row, inputs in enumerate(forward_batch.mm_inputs or ()):
+        prefix, count = forward_batch.extend_prefix_lens_cpu[row], forward_batch.extend_seq_lens_cpu[row]
+        for item in inputs.mm_items if inputs is not None else ():
+            reached = [
+                (i, start + position - prefix)
+                for i, position in enumerate(item.positions)
+                if prefix <= position < prefix + count
+            ]
+            if reached:
+                item_rows, token_rows = zip(*reached, strict=True)
+                placed.append(Placement(item, list(item_rows), list(token_rows)))
+        start += count
+    return placed
+
+
+def general_mm_embed_routine(
+    input_ids: torch.Tensor,
+    forward_batch: "ForwardBatch",
+    language_model: "nn.Module",
+    multimodal_model: Any = None,
+    data_embedding_funcs: Mapping[Modality, Encoder] | None = None,
+    placeholder_tokens: Mapping[Modality, Sequence[int]] | None = None,
+    use_deepstack: Mapping[Modality, bool] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Embeds text and media, and runs ``language_model(input_ids=None, forward_batch=, input_embeds=, **kwargs)``.
+
+    Args:
+        input_ids: [T], the vocabulary's ids, placeholders where media are.
+        language_model: has ``get_input_embeddings()``.
+        multimodal_model: has ``get_image_feature(items)``, ``get_video_feature``, ``get_audio_feature``, as far as it
+            takes such media: each returns [rows of all items, hidden], an item's rows in the order of its placeholders.
+        data_embedding_funcs: instead of these methods, by modality.
+        placeholder_tokens: the ids that may stand for media; with any other the prompt is refused.
+        use_deepstack: for these modalities encoders return [rows, hidden * (1 + k)]: beside what goes into the first
+            layer, what is added after each of k layers (Meng et al. 2024). The language model gets that as
+            ``input_deepstack_embeds`` [T, hidden * k], zero where text is, or None where there is none in this step.
+        kwargs: handed on, ``positions`` among them.
+
+    Returns:
+        The language model's hidden states.
+
+    Raises:
+        ValueError: an encoder is missing, or gives another number of rows than the prompt has placeholders.
+    """
+    get_input_embeddings: Any = language_model.get_input_embeddings
+    hidden_states: torch.Tensor = get_input_embeddings()(input_ids)
+    placed = placements(forward_batch)
+    deepstack: torch.Tensor | None = None
+    if placed:
+        encoders = _encoders(placed, multimodal_model, data_embedding_funcs)
+        for place, embedding in zip(placed, _encode(placed, encoders, forward_batch), strict=True):
+            if placeholder_tokens is not None:
+                _check_placeholders(place, input_ids, placeholder_tokens)
+            rows = embedding[place.item_rows].to(hidden_states)
+            if use_deepstack and use_deepstack.get(place.item.modality):
+                rows, more = rows.split([hidden_states.shape[1], rows.shape[1] - hidden_states.shape[1]], dim=1)
+                if deepstack is None:
+                    deepstack = hidden_states.new_zeros(hidden_states.shape[0], more.shape[1])
+                deepstack[place.token_rows] = more
+            hidden_states[place.token_rows] = rows
+    if use_deepstack:
+        kwargs["input_deepstack_embeds"] = deepstack
+    return language_model(input_ids=None, forward_batch=forward_batch, input_embeds=hidden_states, **kwargs)
+
+
+def _encoders(
+    placed: list[Placement], model: Any, functions: Mapping[Modality, Encoder] | None
+) -> dict[Modality, Encoder]:
+    """For each kind of media in the step; one whose items all bring their embeddings needs none."""
+    encoders: dict[Modality, Encoder] = {}
+    for modality in {place.item.modality for place in placed if place.item.precomputed_embeddings is None}:
+        name = f"get_{modality.value}_feature"
+        encoder = (functions or {}).get(modality) or getattr(model, name, None)
+        if encoder is None:
+            raise ValueError(f"{type(model).__name__} takes no media of kind {modality.value}: it has no {name}")
+        encoders[modality] = encoder
+    return encoders
+
+
+def _encode(
+    placed: list[Placement], encoders: Mapping[Modality, Encoder], forward_batch: "ForwardBatch"
+) -> list[torch.Tensor]:
+    """Of each placement's item all rows: its own, from the cache, or encoded together with others of its kind."""
+    cache = forward_batch.embedding_cache or EmbeddingCache(0)
+    found: dict[bytes, torch.Tensor] = {}
+    missing: dict[Modality, dict[bytes, MultimodalDataItem]] = {}
+    for item, _, _ in placed:
+        known = item.precomputed_embeddings if item.precomputed_embeddings is not None else cache.get(item.digest)
+        if known is not None:
+            found[item.digest] = known
+        else:
+            missing.setdefault(item.modality, {})[item.digest] = item
+    for modality, items in missing.items():
+        embeddings = encoders[modality](list(items.values()))
+        counts = [item.num_tokens for item in items.values()]
+        if embeddings.dim() != 2 or embeddings.shape[0] != sum(counts):
+            raise ValueError(
+                f"the encoder of kind {modality.value} gave {list(embeddings.shape)} for {len(counts)} items with "
+                f"{counts} placeholders: it must give [{sum(counts)}, hidden]"
+            )
+        for digest, embedding in zip(items, embeddings.split(counts), strict=True):
+            found[digest] = embedding
+            cache.put(digest, embedding.clone() if len(counts) > 1 else embedding)
+    for item, _, _ in placed:
+        if found[item.digest].shape[0] != item.num_tokens:
+            raise ValueError(
+                f"an item of kind {item.modality.value} has {item.num_tokens} placeholders in the prompt, but "
+                f"{found[item.digest].shape[0]} embeddings"
+            )
+    return [found[item.digest] for item, _, _ in placed]
+
+
+def _check_placeholders(
+    place: Placement, input_ids: torch.Tensor, placeholder_tokens: Mapping[Modality, Sequence[int]]
+) -> None:
+    allowed = placeholder_tokens.get(place.item.modality)
+    strange = set(input_ids[place.token_rows].tolist()) - set(allowed or ())
+    if allowed is not None and strange:
+        raise ValueError(
+            f"tokens {sorted(strange)} stand for media of kind {place.item.modality.value}: only {list(allowed)} may"
+        )

@@ -1,0 +1,385 @@
+"""Media as models get them: what a processor made of images, videos and sounds, where it stands in the prompt, and the
+ids under which the prefix cache knows it.
+
+Everything here is host data. ``MultimodalInputs.encode`` makes bytes of it, which travel to the workers unread.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+
+PAD_START = 1 << 40  # ids from here on stand for media; no vocabulary reaches them
+_ID_BYTES = 7  # of the digest stream per id: ids stay below 2**57, well within 64 bits
+
+
+class MediaError(ValueError):
+    """A processor's output, or what ``pad_input_ids`` made of it, contradicts itself."""
+
+
+class Modality(Enum):
+    IMAGE = "image"
+    VIDEO = "video"
+    AUDIO = "audio"
+
+    @staticmethod
+    def all() -> list["Modality"]:
+        return [Modality.IMAGE, Modality.VIDEO, Modality.AUDIO]
+
+
+@dataclass(init=False)
+class MultimodalDataItem:
+    """One image, video or sound.
+
+    Attributes that are not listed live in ``model_specific_data``: ``item.image_grid_thw`` reads and writes there.
+
+    Args:
+        modality: what it is.
+        feature: what the encoder takes, usually pixel values; a list where parts differ in shape.
+        offsets: runs of placeholder positions in the prompt, ``(first, last)`` inclusive, in order. The encoder's rows
+            go to these positions one after the other.
+        precomputed_embeddings: [n, hidden], instead of a feature: the encoder's output itself.
+        model_specific_data: further things that the model's encoder reads.
+    """
+
+    modality: Modality
+    feature: torch.Tensor | list[torch.Tensor] | None = None
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    precomputed_embeddings: torch.Tensor | None = None
+    model_specific_data: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        modality: Modality,
+        feature: torch.Tensor | list[torch.Tensor] | None = None,
+        offsets: Sequence[tuple[int, int]] = (),
+        precomputed_embeddings: torch.Tensor | None = None,
+        model_specific_data: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        self.modality = modality
+        self.feature = feature
+        self.offsets = [(int(first), int(last)) for first, last in offsets]
+        self.precomputed_embeddings = precomputed_embeddings
+        self.model_specific_data = {**(model_specific_data or {}), **more}
+
+    def __getattr__(self, name: str) -> Any:
+        data = self.__dict__.get("model_specific_data", {})
+        if name in data:
+            return data[name]
+        raise AttributeError(f"a MultimodalDataItem of this model has no {name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+            return
+        if name != "offsets":
+            self.__dict__.pop("_digest", None)
+        if name in _ITEM_FIELDS:
+            object.__setattr__(self, name, value)
+        else:
+            self.model_specific_data[name] = value
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholder positions in the prompt."""
+        return sum(last - first + 1 for first, last in self.offsets)
+
+    @property
+    def positions(self) -> list[int]:
+        return [position for first, last in self.offsets for position in range(first, last + 1)]
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of all that the encoder reads: kinds, shapes and contents. Computed once."""
+        if "_digest" not in self.__dict__:
+            content = hashlib.sha256()
+            for part in (self.modality.value, self.feature, self.precomputed_embeddings, self.model_specific_data):
+                _absorb(content, part)
+            self._digest = content.digest()
+        return self._digest
+
+    @property
+    def hash(self) -> int:
+        """The first 64 bits of the digest, for logs and cheap look-ups; equality is decided by the whole."""
+        return int.from_bytes(self.digest[:8], "big")
+
+    def pad_ids(self, num_ids: int) -> list[int]:
+        """Ids of the item's first ``num_ids`` positions, never those of a vocabulary.
+
+        They are read off an extendable-output function (SHAKE-256, FIPS 202) of the digest: the same item always has
+        the same ids, and two items have none in common but by a chance of 2**-56 for each.
+        """
+        stream = hashlib.shake_256(self.digest).digest(_ID_BYTES * num_ids)
+        return [
+            PAD_START + int.from_bytes(stream[start : start + _ID_BYTES], "big")
+            for start in range(0, _ID_BYTES * num_ids, _ID_BYTES)
+        ]
+
+    @property
+    def pad_value(self) -> int:
+        """The id of the first position."""
+        return self.pad_ids(1)[0]
+
+
+_ITEM_FIELDS = {item.name for item in fields(MultimodalDataItem)}
+
+
+def _absorb(content: Any, value: Any) -> None:
+    """Adds a value to a hash, with its kind and length, so that no two values read the same."""
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        content.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}:".encode())
+        content.update(_bytes_of(tensor))
+    elif isinstance(value, Mapping):
+        content.update(f"map {len(value)}:".encode())
+        for key in sorted(value):
+            _absorb(content, str(key))
+            _absorb(content, value[key])
+    elif isinstance(value, (list, tuple)):
+        content.update(f"list {len(value)}:".encode())
+        for item in value:
+            _absorb(content, item)
+    elif isinstance(value, (str, int, float, bool, bytes, type(None))):
+        data = value if isinstance(value, bytes) else repr(value).encode()
+        content.update(f"{type(value).__name__} {len(data)}:".encode())
+        content.update(data)
+    else:
+        raise MediaError(f"media data may hold tensors, numbers, strings, bytes, lists and dicts, not {_kind(value)}")
+
+
+@dataclass(slots=True)
+class MultimodalInputs:
+    """A prompt's media.
+
+    ``mrope_positions`` [3, prompt tokens] int64 are the multimodal rotary positions (time, height, width) of the
+    prompt; a generated token's are its place in the sequence plus ``mrope_position_delta``, three times.
+    """
+
+    mm_items: list[MultimodalDataItem]
+    im_token_id: int | None = None
+    im_start_id: int | None = None
+    im_end_id: int | None = None
+    slice_start_id: int | None = None
+    slice_end_id: int | None = None
+    video_token_id: int | None = None
+    audio_token_id: int | None = None
+    audio_start_id: int | None = None
+    audio_end_id: int | None = None
+    mrope_positions: torch.Tensor | None = None
+    mrope_position_delta: int = 0
+
+    @classmethod
+    def from_processor_output(cls, output: "MultimodalProcessorOutput") -> Self:
+        return cls(**{item.name: getattr(output, item.name) for item in fields(cls)})
+
+    def contains_image_inputs(self) -> bool:
+        return any(item.modality is Modality.IMAGE for item in self.mm_items)
+
+    def token_id_of(self, modality: Modality) -> int | None:
+        """The vocabulary's placeholder for media of this kind."""
+        ids = {
+            Modality.IMAGE: self.im_token_id,
+            Modality.VIDEO: self.video_token_id,
+            Modality.AUDIO: self.audio_token_id,
+        }
+        return ids[modality]
+
+    def encode(self) -> bytes:
+        return _pack([*[_form_of(item) for item in self.mm_items], self._rest()])
+
+    def _rest(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "mm_items"}
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """What ``encode`` made."""
+        *items, rest = _unpack(data)
+        return cls([_item(form) for form in items], **rest)
+
+
+@dataclass(slots=True)
+class MultimodalProcessorOutput(MultimodalInputs):
+    """What ``process_mm_data_async`` returns: the prompt's ids, each placeholder repeated as often as its item has
+    rows (or as ``pad_input_ids`` of the model expects it), and the media."""
+
+    input_ids: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From a dict of the same keys, which processors may return instead. Keys of other engines' are refused."""
+        unknown = set(values) - {item.name for item in fields(cls)}
+        if unknown:
+            known = ", ".join(item.name for item in fields(cls))
+            raise MediaError(f"a processor returned {', '.join(sorted(unknown))}, which nobody reads; known: {known}")
+        return cls(**values)
+
+
+def _form_of(item: MultimodalDataItem) -> dict[str, Any]:
+    return {
+        "modality": item.modality.value,
+        "feature": item.feature,
+        "offsets": item.offsets,
+        "precomputed_embeddings": item.precomputed_embeddings,
+        "model_specific_data": item.model_specific_data,
+        "digest": item.digest,
+    }
+
+
+def _item(form: dict[str, Any]) -> MultimodalDataItem:
+    digest = form.pop("digest")
+    item = MultimodalDataItem(Modality(form.pop("modality")), **form)
+    item._digest = digest
+    return item
+
+
+_STRUCTURE = "structure"  # of encoded media: everything but the tensors, as JSON
+_TENSOR_KEY, _BYTES_KEY = "$tensor", "$bytes"
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _pack(value: Any) -> bytes:
+    """Numbers, strings, bytes, lists, dicts and tensors -> the bytes of a safetensors file."""
+    tensors: dict[str, torch.Tensor] = {}
+    structure = json.dumps(_take_apart(value, tensors)).encode()
+    tensors[_STRUCTURE] = torch.frombuffer(bytearray(structure), dtype=torch.uint8)
+    return safetensors.torch.save(tensors)
+
+
+def _take_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR_KEY: name}
+    if isinstance(value, bytes):
+        return {_BYTES_KEY: value.hex()}
+    if isinstance(value, Mapping):
+        return {str(key): _take_apart(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_apart(item, tensors) for item in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    raise MediaError(f"media data may hold tensors, numbers, strings, bytes, lists and dicts, not {_kind(value)}")
+
+
+def _unpack(data: bytes) -> Any:
+    tensors = safetensors.torch.load(data)
+    return _put_together(json.loads(tensors.pop(_STRUCTURE).numpy().tobytes()), tensors)
+
+
+def _put_together(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR_KEY}:
+        return tensors[value[_TENSOR_KEY]]
+    if value.keys() == {_BYTES_KEY}:
+        return bytes.fromhex(value[_BYTES_KEY])
+    return {key: _put_together(item, tensors) for key, item in value.items()}
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+# pad_input_ids
+
+
+def pad_mm_tokens(input_ids: Sequence[int], mm_inputs: MultimodalInputs) -> list[int]:
+    """The ids with each item's placeholder positions (its ``offsets``) replaced by its pad ids: what most models'
+    ``pad_input_ids`` return. The input is not changed."""
+    padded = list(input_ids)
+    for item in mm_inputs.mm_items:
+        positions = item.positions
+        if positions and not 0 <= positions[0] <= positions[-1] < len(padded):
+            raise MediaError(
+                f"an item's offsets {item.offsets} do not lie in the prompt of {len(padded)} tokens, in order"
+            )
+        for position, pad_id in zip(positions, item.pad_ids(len(positions)), strict=True):
+            padded[position] = pad_id
+    return padded
+
+
+def pad_mm_token_pairs(
+    input_ids: Sequence[int],
+    mm_inputs: MultimodalInputs,
+    data_token_pairs: Sequence[tuple[int, int]],
+    data_start_token_ids: Sequence[int] | None = None,
+) -> list[int]:
+    """The ids with what stands between pairs of tokens replaced by pad ids, and the items' offsets set accordingly.
+
+    For models that wrap an item in start and end tokens, in one or more pieces.
+
+    Args:
+        data_token_pairs: (start, end) token ids; everything strictly between is placeholder.
+        data_start_token_ids: starts that begin the next item; None: every start does. Other pairs go on with it.
+
+    Raises:
+        MediaError: starts and ends do not match, or the number of items differs.
+    """
+    ends = dict(data_token_pairs)
+    begins = set(ends if data_start_token_ids is None else data_start_token_ids)
+    runs: list[list[tuple[int, int]]] = []
+    open_at, end_id = -1, -1
+    for position, token_id in enumerate(input_ids):
+        if open_at >= 0:
+            if token_id == end_id:
+                runs[-1].append((open_at + 1, position - 1))
+                open_at = -1
+        elif token_id in ends:
+            if token_id in begins:
+                runs.append([])
+            if not runs:
+                raise MediaError(f"token {token_id} at {position} goes on with an item, but none has begun")
+            open_at, end_id = position, ends[token_id]
+    if open_at >= 0:
+        raise MediaError(f"the item that begins at {open_at} is not ended by token {end_id}")
+    if len(runs) != len(mm_inputs.mm_items):
+        raise MediaError(f"the prompt has places for {len(runs)} items, but there are {len(mm_inputs.mm_items)}")
+    for item, item_runs in zip(mm_inputs.mm_items, runs, strict=True):
+        item.offsets = [(first, last) for first, last in item_runs if first <= last]
+    return pad_mm_tokens(input_ids, mm_inputs)
+
+
+def vocabulary_ids(padded: Sequence[int], mm_inputs: MultimodalInputs) -> list[int]:
+    """What a model's ``pad_input_ids`` returned, with the vocabulary's placeholders (0 where there is none) again.
+
+    Raises:
+        MediaError: pad ids do not stand where the items' offsets say, and in their order.
+    """
+    ids = list(padded)
+    for item in mm_inputs.mm_items:
+        token_id = mm_inputs.token_id_of(item.modality) or 0
+        positions = item.positions
+        if positions and not 0 <= positions[0] <= positions[-1] < len(ids):
+            raise MediaError(f"an item's offsets {item.offsets} do not lie in the padded prompt of {len(ids)} tokens")
+        if [padded[position] for position in positions] != item.pad_ids(len(positions)):
+            raise MediaError(
+                f"the padded prompt does not hold the item's pad ids at its offsets {item.offsets}: pad_input_ids must "
+                "set both (pad_mm_tokens does)"
+            )
+        for position in positions:
+            ids[position] = token_id
+    strays = [position for position, token_id in enumerate(ids) if token_id >= PAD_START]
+    if strays:
+        raise MediaError(f"the padded prompt has pad ids at {strays[:3]}, where no item's offsets are")
+    return ids
+
+
+def media_blocks(mm_inputs: MultimodalInputs) -> list[tuple[int, int]]:
+    """Runs (first, last) of positions that hold media, neighbours joined: what sees itself both ways in Gemma 3."""
+    blocks: list[tuple[int, int]] = []
+    for first, last in sorted(run for item in mm_inputs.mm_items for run in item.offsets):
+        if blocks and blocks[-1][1] + 1 == first:
+            first = blocks.pop()[0]
+        blocks.append((first, last))
+    return blocks

@@ -1,0 +1,242 @@
+"""Whether the engine answers about pictures as transformers does, in float32: what tests of models that see share.
+
+A test file lists cases, makes a fixture of them with ``serve_vision``, and runs each of ``VISION_CHECKS``. Both sides
+are given what our processor made of a prompt: whether the processor is right is another test.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from parity import same_logprobs
+from rtp_llm import Engine
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
+from tiny_models import Reference, assert_same_ids
+
+NEW_TOKENS = 8
+SIZES = ((56, 56), (84, 56), (40, 112))  # (width, height) of the pictures
+LONG_TEXT = "It was a long way to the picture, and nobody knew what it would show. " * 3
+CHUNKS = {"chunked_prefill_size": 16}
+Feed = Callable[[list[int], MultimodalInputs], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class VisionCase:
+    """
+    Args:
+        make: writes the checkpoint into a directory.
+        feed: what transformers' model takes beside ``input_ids`` for these ids and media (see ``of_kind``, ``joined``).
+        image, video: what stands for one in a prompt.
+        options: of the engine.
+    """
+
+    name: str
+    make: Callable[[Path], str]
+    feed: Feed
+    image: str
+    video: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and what transformers answers."""
+
+    name: str
+    text: str
+    images: list[Image.Image]
+    videos: list[Any]
+    expected: Reference
+
+    @property
+    def call(self) -> dict[str, Any]:
+        return {"prompt": self.text, "image_data": self.images or None, "video_data": self.videos or None}
+
+
+@dataclass(frozen=True)
+class ServedVision:
+    case: VisionCase
+    model_dir: str
+    engine: Engine
+    asked: list[Asked]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Soft random colours, the same for the same numbers."""
+    draw = np.random.default_rng([width, height, seed])
+    small = draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def frames(num: int, width: int = 56, height: int = 56) -> np.ndarray:
+    """[num, height, width, 3] uint8."""
+    return np.stack([np.asarray(picture(width, height, seed)) for seed in range(num)])
+
+
+def of_kind(media: MultimodalInputs, modality: Modality) -> list[MultimodalDataItem]:
+    return [item for item in media.mm_items if item.modality is modality]
+
+
+def joined(items: list[MultimodalDataItem], name: str = "feature") -> torch.Tensor | None:
+    """A tensor of all items, one after the other; None of none."""
+    return torch.cat([getattr(item, name) for item in items]) if items else None
+
+
+def token_types(ids: list[int], media: MultimodalInputs) -> torch.Tensor:
+    """[1, tokens]: 1 where an image is, 2 where a video is."""
+    types = torch.zeros(1, len(ids), dtype=torch.int64)
+    for item in media.mm_items:
+        types[0, item.positions] = 1 if item.modality is Modality.IMAGE else 2
+    return types
+
+
+@contextmanager
+def serve_vision(case: VisionCase, directory: Path) -> Iterator[ServedVision]:
+    model_dir = case.make(directory)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with open_vision_engine(model_dir, **case.options) as engine:
+        yield ServedVision(case, model_dir, engine, [_asked(case, model, engine, *prompt) for prompt in _prompts(case)])
+
+
+def open_vision_engine(model_dir: str, **options: Any) -> Engine:
+    options = {"context_length": 768, "max_total_tokens": 4096} | options
+    return Engine(model_path=model_dir, device="cpu", dtype="float32", **options)
+
+
+def _prompts(case: VisionCase) -> Iterator[tuple[str, str, list[Image.Image], list[Any]]]:
+    pictures = [picture(*size) for size in case.sizes]
+    mark = case.image
+    yield "no image", "Tell me a story", [], []
+    yield "one image", f"See {mark} and say what it is", pictures[:1], []
+    yield "three images", f"{mark} then {mark} or{mark}?", pictures, []
+    yield "image after a long text", f"{LONG_TEXT}{mark} So?", pictures[1:2], []
+    if case.video is not None:
+        yield "video", f"Watch {case.video} now", [], [frames(4)]
+        yield "video and image", f"Watch {case.video} and {mark}!", pictures[2:], [frames(6, 84, 56)]
+
+
+def _asked(
+    case: VisionCase,
+    model: Any,
+    engine: Engine,
+    name: str,
+    text: str,
+    images: list[Image.Image],
+    videos: list[Any],
+) -> Asked:
+    prompt = Prompt(text=text, image_data=images or None, video_data=videos or None)
+    prepared = asyncio.run(engine.tokenizer_manager.with_media(prompt))
+    if prepared.media is None:
+        ids, media = engine.tokenizer_manager.encode(text), MultimodalInputs([])
+    else:
+        ids, media = prepared.input_ids, MultimodalInputs.decode(prepared.media)
+    options = {key: value for key, value in case.feed(ids, media).items() if value is not None}
+    return Asked(name, text, images, videos, vision_reference(model, ids, options))
+
+
+@torch.inference_mode()
+def vision_reference(model: Any, prompt_ids: list[int], options: dict[str, Any]) -> Reference:
+    """As ``tiny_models.reference``, of a model that sees."""
+    ids = torch.tensor([prompt_ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
+    logits = model(**inputs).logits[0].float()
+    prompt_logprobs = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    generated = model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    steps = torch.stack([step[0] for step in generated.logits]).float()
+    best = steps.topk(2).values
+    output_ids = generated.sequences[0, len(prompt_ids) :]
+    output_logprobs = steps.log_softmax(-1).gather(1, output_ids[:, None])[:, 0]
+    return Reference(
+        output_ids.tolist(), (best[:, 0] - best[:, 1]).tolist(), prompt_logprobs.tolist(), output_logprobs.tolist()
+    )
+
+
+def ask(engine: Engine, asked: Asked | list[Asked], **options: Any) -> Any:
+    """Of a list: all at once."""
+    params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    if isinstance(asked, Asked):
+        return engine.generate(sampling_params=params, **asked.call, **options)
+    calls = [item.call for item in asked]
+    return engine.generate(
+        [call["prompt"] for call in calls],
+        params,
+        image_data=[call["image_data"] for call in calls],
+        video_data=[call["video_data"] for call in calls],
+        **options,
+    )
+
+
+def check_single(served: ServedVision) -> None:
+    for asked in served.asked:
+        result = ask(served.engine, asked, return_logprob=True, logprob_start_len=0)
+        assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, single, {asked.name}")
+        same_logprobs(result, asked.expected)
+
+
+def check_batched(served: ServedVision) -> None:
+    results = ask(served.engine, served.asked, return_logprob=True, logprob_start_len=0)
+    for result, asked in zip(results, served.asked, strict=True):
+        assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, batched, {asked.name}")
+        same_logprobs(result, asked.expected)
+
+
+def check_warm(served: ServedVision) -> None:
+    ask(served.engine, served.asked)
+    for asked in served.asked:
+        result = ask(served.engine, asked)
+        assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, warm, {asked.name}")
+        assert result["meta_info"]["cached_tokens"] > 0
+        num_tokens = len(asked.expected.prompt_logprobs) + 1
+        assert result["meta_info"]["prompt_tokens"] == num_tokens
+
+
+def check_chunked(served: ServedVision) -> None:
+    """Chunks end within images."""
+    with open_vision_engine(served.model_dir, **served.case.options | CHUNKS) as engine:
+        for asked in served.asked:
+            result = ask(engine, asked, return_logprob=True, logprob_start_len=0)
+            assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, chunked, {asked.name}")
+            same_logprobs(result, asked.expected)
+        for result, asked in zip(ask(engine, served.asked), served.asked, strict=True):
+            assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, chunked, {asked.name}")
+
+
+VISION_CHECKS = (check_single, check_batched, check_warm, check_chunked)
+
+
+def check_two_ranks_vision(case: VisionCase, directory: Path) -> None:
+    with serve_vision(case, directory) as served, open_vision_engine(served.model_dir, tp_size=2) as engine:
+        for result, asked in zip(ask(engine, served.asked), served.asked, strict=True):
+            assert_same_ids(result["output_ids"], asked.expected, f"{case.name}, two ranks, {asked.name}")
+
+
+def vision_params(cases: tuple[VisionCase, ...]) -> list[Any]:
+    """For a fixture: one worker has all tests of a case, and slow cases are marked."""
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[pytest.mark.xdist_group(case.name), *([pytest.mark.slow] if case.slow else [])],
+        )
+        for case in cases
+    ]
