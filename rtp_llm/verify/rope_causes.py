@@ -108,6 +108,7 @@ class RotationTrials:
         # What a rotation reads of a batch: the tokens' positions, and the length of their sequence.
         batch = SimpleNamespace(
             positions=positions,
+            mrope_positions=None,
             prompt_lens_cpu=[given.num_tokens],
             extend_prefix_lens_cpu=[end - len(before)],
             extend_seq_lens_cpu=[len(before)],

@@ -15,7 +15,8 @@ class AttentionBackend(ABC):
 
     Invariants: ``plan`` is called once per step before any ``forward``; ``forward`` first writes the step's keys and
     values to ``batch.out_cache_locs``, then attends over everything the request has in the cache, so that a token sees
-    itself. Only pages of tokens that a query can see are read: others may already belong to someone else.
+    itself. Only pages of tokens that a query can see are read: others may already belong to someone else. Attention is
+    causal, but for what ``batch.visible_ends`` adds.
     """
 
     @abstractmethod

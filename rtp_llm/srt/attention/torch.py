@@ -33,6 +33,7 @@ class ExtendRow:
     slots: torch.Tensor  # [L] cache slots of every key that some query sees
     visible: torch.Tensor | None  # [n, L] bool; None: plain causal, no history
     q_offset: int  # position of the first query among the L keys
+    visible_ends: torch.Tensor | None  # [n] int64, positions among the L keys; None: causal
 
 
 @dataclass(slots=True)
@@ -101,8 +102,9 @@ def _layout(batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
         else:
             positions = torch.arange(first, seq_len, device=device)
             slots = slots_of(table, rows[b].expand(len(positions)), positions, page_size)
-            visible = _visible(prefix_len, seq_len, first, window, device)
-            extend.append(ExtendRow(token, token + num_tokens, slots, visible, prefix_len - first))
+            ends = None if batch.visible_ends is None else batch.visible_ends[token : token + num_tokens] - first
+            visible = _visible(prefix_len - first, seq_len - first, window, ends, device)
+            extend.append(ExtendRow(token, token + num_tokens, slots, visible, prefix_len - first, ends))
         token += num_tokens
     decode = [_bucket(members, table, rows, page_size) for members in buckets.values()]
     return StepLayout(decode, extend)
@@ -122,14 +124,19 @@ def _bucket(
 
 
 def _visible(
-    prefix_len: int, seq_len: int, first: int, window: int | None, device: torch.device
+    q_offset: int, num_keys: int, window: int | None, visible_ends: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """[n, L]: which of the keys ``[first, seq_len)`` each query of ``[prefix_len, seq_len)`` sees; None: causal."""
-    if prefix_len == 0 and (window is None or window >= seq_len):
+    """[n, L]: which of the ``num_keys`` keys each query sees; the queries are the last of them, from ``q_offset`` on.
+
+    None: plain causal, no history.
+    """
+    if q_offset == 0 and visible_ends is None and (window is None or window >= num_keys):
         return None
-    queries = torch.arange(prefix_len, seq_len, device=device)[:, None]
-    keys = torch.arange(first, seq_len, device=device)[None, :]
+    queries = torch.arange(q_offset, num_keys, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)[None, :]
     visible = keys <= queries
+    if visible_ends is not None:
+        visible |= keys < visible_ends[:, None]
     if window is not None:
         visible &= keys > queries - window
     return visible
@@ -221,11 +228,14 @@ def _extend_explicit(
     """Some queries at a time, with the keys that they see, so that a long prompt's scores never exist all at once."""
     pieces, start = [], 0
     for piece in q.split(max(1, SCORES_PER_PIECE // (q.shape[1] * len(k)))):
-        q_start = row.q_offset + start
+        q_start, end = row.q_offset + start, start + len(piece)
         first = 0 if window is None else max(0, q_start - window + 1)
-        seen = slice(first, q_start + len(piece))
-        pieces.append(
-            reference.attention(piece, k[seen], v[seen], layer.scaling, q_start - first, window, layer.logit_cap, sinks)
-        )
-        start += len(piece)
+        if row.visible_ends is None:
+            seen, ends = slice(first, row.q_offset + end), None
+        else:  # how far ahead a query sees is known to the device alone
+            seen, ends = slice(first, None), row.visible_ends[start:end] - first
+        offset = q_start - first
+        out = reference.attention(piece, k[seen], v[seen], layer.scaling, offset, window, layer.logit_cap, sinks, ends)
+        pieces.append(out)
+        start = end
     return torch.cat(pieces)

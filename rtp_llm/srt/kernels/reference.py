@@ -13,6 +13,7 @@ def attention(
     window: int | None = None,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    visible_ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of one sequence: a softmax in float32 whatever the input dtype.
 
@@ -26,6 +27,8 @@ def attention(
         v: [L, num_kv_heads, v_head_dim].
         logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)`` (Gemma 2, 2024).
         sinks: [num_heads]: a score that takes part in the softmax and carries no value (GPT-OSS, 2025).
+        visible_ends: [n] int64: query i sees later keys too, all before position ``visible_ends[i]`` (the image blocks
+            of Gemma 3, 2025); a window bounds it from below as ever.
 
     Returns:
         [n, num_heads, v_head_dim] in q's dtype.
@@ -36,7 +39,8 @@ def attention(
     scores = torch.einsum("nkgd,lkd->kgnl", grouped_q, k.float()) * scaling
     if logit_cap > 0:
         scores = logit_cap * torch.tanh(scores / logit_cap)
-    scores = scores.masked_fill(~_visible(num_queries, num_keys, q_start, window, q.device), float("-inf"))
+    visible = _visible(num_queries, num_keys, q_start, window, visible_ends, q.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         sink_scores = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, 1)
         scores = torch.cat([scores, sink_scores], dim=-1)
@@ -45,11 +49,20 @@ def attention(
     return output.reshape(num_queries, num_heads, v_head_dim).to(q.dtype)
 
 
-def _visible(num_queries: int, num_keys: int, q_start: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _visible(
+    num_queries: int,
+    num_keys: int,
+    q_start: int,
+    window: int | None,
+    visible_ends: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
     """[n, L] bool: whether the key may be seen by the query."""
     query_positions = torch.arange(q_start, q_start + num_queries, device=device)[:, None]
     key_positions = torch.arange(num_keys, device=device)[None, :]
     visible = key_positions <= query_positions
+    if visible_ends is not None:
+        visible = visible | (key_positions < visible_ends[:, None])
     return visible if window is None else visible & (key_positions > query_positions - window)
 
 

@@ -105,7 +105,7 @@ class FusedMoE(nn.Module):
             turns in ``w13``, and so they must in a fused tensor.
         reduce_results: False: each rank returns its summand.
         expert_names: what the checkpoint calls an expert's gate, up and down projections.
-        is_transposed: fused weights are stored as [num_experts, inputs, outputs].
+        is_transposed: fused weights are stored as [num_experts, inputs, outputs]; None: where their shape says so.
     """
 
     w13_weight: nn.Parameter
@@ -122,7 +122,7 @@ class FusedMoE(nn.Module):
         bias: bool = False,
         reduce_results: bool = True,
         expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-        is_transposed: bool = False,
+        is_transposed: bool | None = False,
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
@@ -193,8 +193,10 @@ class FusedMoE(nn.Module):
         """
         is_down = param is self.w2_weight or param is self.w2_bias
         if shard_id is None:
-            if self.is_transposed and param.dim() == 3:
-                tensor = tensor.transpose(1, 2)
+            if param.dim() == 3 and tensor.dim() == 3:
+                num_outputs = self.hidden_size if is_down else 2 * self.intermediate_size
+                is_transposed = tensor.shape[1] != num_outputs if self.is_transposed is None else self.is_transposed
+                tensor = tensor.transpose(1, 2) if is_transposed else tensor
             self._load_down(param.data, tensor, 2) if is_down else self._load_gate_up(param.data, tensor)
             return
         names = ("w2",) if is_down else ("w1", "w3")

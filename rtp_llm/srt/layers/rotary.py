@@ -8,7 +8,7 @@ that has it, and all layers that share the module read the result.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,7 +71,8 @@ class RopeSpec:
 
 def rope_kind(scaling: dict[str, Any]) -> str:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    return "longrope" if kind == "su" else kind  # the name that Phi-3's first checkpoints used
+    # The names that the first checkpoints of Phi-3 and of Qwen2-VL used; M-RoPE is not a kind but goes with one.
+    return {"su": "longrope", "mrope": "default"}.get(kind, kind)
 
 
 class RotaryEmbedding(nn.Module):
@@ -97,9 +98,9 @@ class RotaryEmbedding(nn.Module):
 
     def prepare_for_forward(self, forward_batch: "ForwardBatch") -> None:
         """Computes this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
-        positions = forward_batch.positions
+        positions = self._positions_of(forward_batch)
         cos_sin = self._cos_sin(positions, self._inv_freq_of(forward_batch))
-        kept, num_tokens = self._step_cos_sin, len(positions)
+        kept, num_tokens = self._step_cos_sin, positions.shape[-1]
         # Written in place, so that a captured graph that read them once finds the next step's at the same address.
         if kept is None or kept.shape[1] < num_tokens or kept.device != cos_sin.device:
             with torch.inference_mode(False):  # so that later steps may write to it in any mode
@@ -123,7 +124,7 @@ class RotaryEmbedding(nn.Module):
 
     def _cos_sin_at(self, positions: torch.Tensor) -> torch.Tensor:
         if positions is self._step_positions and self._step_cos_sin is not None:
-            return self._step_cos_sin[:, : len(positions)]
+            return self._step_cos_sin[:, : positions.shape[-1]]
         return self._cos_sin(positions, self.inv_freq)
 
     def _cos_sin(self, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -131,8 +132,68 @@ class RotaryEmbedding(nn.Module):
         angles = positions[:, None].float() * inv_freq
         return (torch.stack((angles.cos(), angles.sin())) * self.attention_factor).to(self.dtype)
 
+    def _positions_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+        return forward_batch.positions
+
     def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
         return self.inv_freq
+
+
+class MRotaryEmbedding(RotaryEmbedding):
+    """Three positions per token, time, height and width; each pair of components turns by one (Qwen2-VL, 2024).
+
+    ``forward`` takes [3, T] positions, ``forward_batch.mrope_positions`` where that is set, or [T] of a text, which
+    are rotated as without M-RoPE.
+    """
+
+    axes: torch.Tensor
+
+    def __init__(
+        self,
+        spec: RopeSpec,
+        inv_freq: torch.Tensor,
+        attention_factor: float,
+        mrope_section: Sequence[int],
+        mrope_interleaved: bool = False,
+    ) -> None:
+        """
+        Args:
+            mrope_section: how many pairs turn by time, by height, by width.
+            mrope_interleaved: they take turns instead of coming one after another (Qwen3-VL, 2025).
+
+        Raises:
+            ValueError: not three numbers, or, unless interleaved, not as many pairs as are rotated.
+        """
+        super().__init__(spec, inv_freq, attention_factor)
+        self.mrope_section = tuple(mrope_section)
+        axes = _mrope_axes(len(inv_freq), mrope_section, mrope_interleaved)
+        self.register_buffer("axes", axes.to(torch.get_default_device()), persistent=False)
+
+    def _positions_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+        positions = forward_batch.mrope_positions
+        return forward_batch.positions if positions is None else positions
+
+    def _cos_sin(self, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+        if positions.dim() == 1:
+            return super()._cos_sin(positions, inv_freq)
+        angles = positions[self.axes].T.float() * inv_freq
+        return (torch.stack((angles.cos(), angles.sin())) * self.attention_factor).to(self.dtype)
+
+
+def _mrope_axes(num_pairs: int, section: Sequence[int], interleaved: bool) -> torch.Tensor:
+    """[num_pairs] int64: 0, 1 or 2 where the pair turns by time, height or width."""
+    if len(section) != 3:
+        raise ValueError(f"mrope_section must be three numbers (time, height, width), got {list(section)}")
+    if not interleaved:
+        if sum(section) != num_pairs:
+            raise ValueError(
+                f"mrope_section {list(section)} must sum to {num_pairs}, the pairs of components that are rotated"
+            )
+        return torch.arange(3, device="cpu").repeat_interleave(torch.tensor(section, device="cpu"))
+    axes = torch.zeros(num_pairs, dtype=torch.int64, device="cpu")
+    for axis in (1, 2):  # every third pair from ``axis`` on, as many as the section says; time takes all others
+        axes[axis : 3 * section[axis] : 3] = axis
+    return axes
 
 
 class LengthScaledRotaryEmbedding(RotaryEmbedding):
@@ -249,7 +310,8 @@ def get_rope(
         max_position: the configuration's ``max_position_embeddings``: the length from which ``dynamic`` stretches, and
             the default where a kind needs an original length or a factor and ``rope_scaling`` does not give it.
         is_neox_style: pairs are (i, i + half); False: (2i, 2i + 1).
-        rope_scaling: the kind under ``rope_type`` or ``type``, and its parameters; None: the default kind.
+        rope_scaling: the kind under ``rope_type`` or ``type``, and its parameters; None: the default kind. With
+            ``mrope_section`` (and ``mrope_interleaved``), of whatever kind, it is an ``MRotaryEmbedding``.
         dtype: of cosines and sines; None: torch's default.
 
     Raises:
@@ -268,11 +330,22 @@ def get_rope(
         raise ValueError(f"unknown rope kind {spec.kind!r}; have {sorted(_BUILDERS)}")
     built = _ropes_of_build.get()
     if built is None:
-        return _BUILDERS[spec.kind](spec)
+        return _build(spec)
     key = repr(spec)
     if key not in built:
-        built[key] = _BUILDERS[spec.kind](spec)
+        built[key] = _build(spec)
     return built[key]
+
+
+def _build(spec: RopeSpec) -> RotaryEmbedding:
+    rope = _BUILDERS[spec.kind](spec)
+    section = spec.scaling.get("mrope_section")
+    if section is None:
+        return rope
+    if rope.length_scaling is not None:
+        raise ValueError(f"rope kind {spec.kind!r} depends on sequence lengths, which mrope_section does not go with")
+    interleaved = bool(spec.scaling.get("mrope_interleaved"))
+    return MRotaryEmbedding(spec, rope.inv_freq, rope.attention_factor, section, interleaved)
 
 
 def get_rope_config(
@@ -300,7 +373,7 @@ def get_rope_config(
     scaling = dict(parameters)
     base = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
     partial = scaling.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
-    if rope_kind(scaling) == "default":
+    if rope_kind(scaling) == "default" and "mrope_section" not in scaling:
         return base, None, partial
     if rope_kind(scaling) in ("llama3", "yarn", "longrope"):
         # A configuration's own field wins over the scaling's, as in transformers (Phi-3 keeps it there).

@@ -29,6 +29,7 @@ COMMON_IGNORE = (
     r"(^|\.)rotary_emb\.(original_)?inv_freq$",
     r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
     r"(^|\.)(self_)?(attn|attention)\.(bias|masked_bias)$",  # causal masks kept as buffers
+    r"(^|\.)embeddings\.position_ids$",  # 0, 1, 2, ... kept as a buffer
     r"^(model\.)?mtp(_layers|_block)?\.",  # multi-token prediction
 )
 _LAYER_NUMBER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")

@@ -1,10 +1,13 @@
 """The torch back end over pages: caps, sinks, windows, values of another size, latents; all kinds of rows in a step."""
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from rtp_llm.srt.attention import torch as torch_backend
@@ -15,6 +18,8 @@ from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 
 ROWS = [(0, 9), (5, 1), (11, 6), (30, 1), (0, 1), (14, 1)]  # (tokens in the cache, tokens of the step)
+# Blocks of each row's step that see themselves wholly, beginning and ending with it or not; alone, they are causal.
+BLOCKS = [[(0, 5), (7, 9)], [(0, 1)], [(1, 4)], [], [(0, 1)], []]
 
 
 @dataclass
@@ -97,11 +102,31 @@ def page_table(pages: list[int]) -> torch.Tensor:
     return table
 
 
+def visible_ends(cached: int, blocks: list[tuple[int, int]], new: int) -> torch.Tensor:
+    """[new] of a row whose step's tokens ``[start, end)`` see themselves wholly, for each of ``blocks``."""
+    ends = torch.arange(cached + 1, cached + new + 1)
+    ends[::3] = 0  # whatever is no more than p + 1 means causal
+    for start, end in blocks:
+        ends[start:end] = cached + end
+    return ends
+
+
 @pytest.mark.parametrize("scores_per_piece", [1 << 24, 200, 1])
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "blocks"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_row_of_a_step(name: str, scores_per_piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_of_a_step(
+    name: str,
+    blocks: list[list[tuple[int, int]]] | None,
+    scores_per_piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch_backend, "SCORES_PER_PIECE", scores_per_piece)
     case, layer = CASES[name], make_layer(CASES[name])
+    ends = (
+        [None] * len(ROWS)
+        if blocks is None
+        else [visible_ends(cached, row_blocks, new) for (cached, new), row_blocks in zip(ROWS, blocks, strict=True)]
+    )
     pages = [-(-(a + b) // case.page_size) for a, b in ROWS]
     pool, table = KVPool([CacheGroup(layer.cache_spec(), (0,), case.page_size)], [sum(pages)], "cpu"), page_table(pages)
     sinks = torch.randn(case.num_heads) if case.has_sinks else None
@@ -112,15 +137,58 @@ def test_every_row_of_a_step(name: str, scores_per_piece: int, monkeypatch: pyte
         v = k[..., : case.v_head_dim] if layer.latent else torch.randn(cached + new, case.num_kv_heads, case.v_head_dim)
         slots = slots_of(table, torch.tensor(row), torch.arange(cached), case.page_size)
         pool.write(0, slots, k[:cached], None if layer.latent else v[:cached])
-        expected.append(reference.attention(q, k, v, 0.37, cached, case.window, layer.logit_cap, sinks))
+        expected.append(reference.attention(q, k, v, 0.37, cached, case.window, layer.logit_cap, sinks, ends[row]))
         qs.append(q)
         ks.append(k[cached:])
         vs.append(v[cached:])
     batch = make_batch(case, pool, table)
+    batch.visible_ends = None if blocks is None else torch.cat([end for end in ends if end is not None])
     output = layer(torch.cat(qs), torch.cat(ks), None if layer.latent else torch.cat(vs), batch, sinks=sinks)
     torch.testing.assert_close(output, torch.cat(expected).flatten(1), atol=1e-5, rtol=1e-5)
     again = layer(torch.cat(qs), None, None, batch, sinks=sinks)  # as a layer that reads another's cache
     assert torch.equal(again, output)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7])
+@pytest.mark.parametrize("cached", [0, 4])
+def test_reference_blocks_by_hand(window: int | None, cached: int) -> None:
+    """One query, one head at a time; some with a cap, and with sinks."""
+    ends = visible_ends(cached, [(1, 6), (8, 9)], 11)
+    q, k, v = torch.randn(11, 4, 6), torch.randn(cached + 11, 2, 6), torch.randn(cached + 11, 2, 3)
+    for cap, sinks in ((0.0, None), (1.5, None), (0.0, torch.randn(4)), (2.0, torch.randn(4))):
+        output = reference.attention(q, k, v, 0.4, cached, window, cap, sinks, ends)
+        for i, head in product(range(11), range(4)):
+            position = cached + i
+            in_block = 1 <= i < 6
+            first = 0 if window is None else max(0, position - window + 1)
+            seen = slice(first, cached + 6 if in_block else position + 1)
+            scores = k[seen, head // 2] @ q[i, head] * 0.4
+            scores = cap * torch.tanh(scores / cap) if cap else scores
+            weights = torch.cat((scores, scores.new_zeros(0) if sinks is None else sinks[head, None])).softmax(0)
+            torch.testing.assert_close(output[i, head], weights[: len(scores)] @ v[seen, head // 2])
+
+
+def test_blocks_as_gemma3() -> None:
+    """What each query sees in layers of both kinds, where a window cuts a block, and two images follow one another."""
+    kinds = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1]])
+    num_tokens = kinds.shape[1]
+    config = Gemma3TextConfig(
+        sliding_window=4, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2
+    )
+    config._attn_implementation = "eager"
+    masks = create_masks_for_vision_model(
+        config=config,
+        inputs_embeds=torch.zeros(1, num_tokens, 4),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(num_tokens)[None],
+        block_sequence_ids=get_block_sequence_ids_for_mask(kinds),
+    )
+    ends = torch.arange(1, num_tokens + 1)
+    ends[1:6], ends[8:10], ends[11:14] = 6, 10, 14
+    for kind, window in (("full_attention", None), ("sliding_attention", 4)):
+        ours = reference._visible(num_tokens, num_tokens, 0, window, ends, torch.device("cpu"))
+        assert torch.equal(ours, masks[kind][0, 0] == 0)
 
 
 def test_reference_sinks_as_gpt_oss() -> None:
