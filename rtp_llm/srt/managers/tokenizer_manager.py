@@ -1,17 +1,19 @@
 """From a caller's prompt and options to checked requests for the core."""
 
+import asyncio
 import random
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from transformers import AutoTokenizer
 
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.messages import GenerateRequest
+from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     InvalidRequest,
@@ -20,6 +22,10 @@ from rtp_llm.srt.sampling_params import (
     token_ids,
 )
 
+if TYPE_CHECKING:
+    from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor
+
+MEDIA_FIELDS = {modality: f"{modality.value}_data" for modality in Modality}
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
 
 
@@ -73,6 +79,15 @@ class Prompt:
     return_text_in_logprobs: Any = False
     rid: Any = None
     cache_salt: Any = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+    add_special_tokens: bool = True  # to a text
+    media: bytes | None = None  # what became of the media, in ``with_media``
+
+    @property
+    def has_media(self) -> bool:
+        return any(_media_list(getattr(self, name)) for name in MEDIA_FIELDS.values())
 
 
 class TokenizerManager:
@@ -84,25 +99,76 @@ class TokenizerManager:
         context_length: tokens the model can handle, prompt and output together.
         max_req_len: tokens of the longest request that can be served: the context, or what the cache holds if less.
         random_seed: makes the seeds of requests that bring none reproducible.
+        processor: of a multimodal model; None: the model takes text only.
+        media_limits: how many media of a kind a prompt may have, by "image", "video", "audio".
     """
 
     def __init__(
-        self, tokenizer: Any, vocab_size: int, context_length: int, max_req_len: int, random_seed: int | None = None
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        context_length: int,
+        max_req_len: int,
+        random_seed: int | None = None,
+        processor: "BaseMultimodalProcessor | None" = None,
+        media_limits: Mapping[str, int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.max_req_len = max_req_len
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._processor = processor
+        self._media_limits = dict(media_limits or {})
         self._seeds = random.Random(random_seed)
         self._encode_lock = threading.Lock()
 
+    async def with_media(self, prompt: Prompt) -> Prompt:
+        """The prompt with its media fetched, decoded and placed among its ids. One without media is returned as it is.
+
+        Raises:
+            InvalidRequest: the model takes no such media, there are too many, or one is broken.
+        """
+        if not prompt.has_media:
+            return prompt
+        for modality, name in MEDIA_FIELDS.items():
+            self._check_media_count(modality, name, len(_media_list(getattr(prompt, name))))
+        assert self._processor is not None  # checked
+        text = prompt.text if prompt.input_ids is None else token_ids("input_ids", prompt.input_ids)
+        if prompt.input_ids is None:
+            _check_text("prompt", text)
+        output = await self._processor.process_mm_data_async(
+            image_data=_media_list(prompt.image_data),
+            audio_data=_media_list(prompt.audio_data),
+            input_text=text,
+            request_obj=prompt,
+        )
+        if isinstance(output, Mapping):
+            output = MultimodalProcessorOutput.from_dict(output)
+        media = await asyncio.to_thread(MultimodalInputs.from_processor_output(output).encode)
+        ids = list(output.input_ids)
+        return replace(prompt, text=None, input_ids=ids, media=media, image_data=None, video_data=None, audio_data=None)
+
+    def _check_media_count(self, modality: Modality, name: str, count: int) -> None:
+        if not count:
+            return
+        if self._processor is None:
+            raise InvalidRequest(f"the model takes text only, but the prompt comes with {modality.value} data", name)
+        limit = self._media_limits.get(modality.value)
+        if limit is not None and count > limit:
+            raise InvalidRequest(
+                f"the prompt comes with {count} of kind {modality.value}, but at most {limit} are allowed", name
+            )
+
     def requests(self, prompt: Prompt) -> list[GenerateRequest]:
-        """The requests of one prompt: as many as ``n``, with seeds ``seed``, ``seed + 1``, ...
+        """The requests of one prompt: as many as ``n``, with seeds ``seed``, ``seed + 1``, ... Media it has must have
+        been through ``with_media``.
 
         Raises:
             InvalidRequest: the prompt or an option is wrong.
         """
+        if prompt.has_media:
+            raise InvalidRequest("the prompt's media were not processed: with_media comes first")
         params = _sampling_params(prompt.sampling_params)
         params.validate(self.vocab_size)
         if self.tokenizer is None and params.stop:
@@ -113,7 +179,7 @@ class TokenizerManager:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         salt = _string("cache_salt", prompt.cache_salt) or ""
         return [
-            GenerateRequest(rid, ids, params, (seed + i) % 2**64, cache_salt=salt, **logprobs)
+            GenerateRequest(rid, ids, params, (seed + i) % 2**64, cache_salt=salt, media=prompt.media, **logprobs)
             for i, rid in enumerate(_rids(prompt.rid, params.n))
         ]
 
@@ -143,8 +209,10 @@ class TokenizerManager:
         return self._detokenizer.decode(checked, skip_special_tokens)
 
     def _prompt_ids(self, prompt: Prompt, wants_new: bool) -> list[int]:
-        name = "input_ids" if prompt.text is None else "prompt"
-        ids = token_ids(name, prompt.input_ids) if prompt.text is None else self.encode(prompt.text)
+        if prompt.text is None:
+            name, ids = "input_ids", token_ids("input_ids", prompt.input_ids)
+        else:
+            name, ids = "prompt", self.encode(prompt.text, prompt.add_special_tokens)
         if not ids:
             raise InvalidRequest(f"{name} is empty: there must be at least one token to continue", name)
         check_vocabulary(name, ids, self.vocab_size)
@@ -221,6 +289,13 @@ def _rids(rid: Any, n: int) -> list[str]:
     if not _string("rid", rid):
         raise InvalidRequest("rid must not be empty", "rid")
     return [rid] if n == 1 else [f"{rid}-{i}" for i in range(n)]
+
+
+def _media_list(data: Any) -> list[Any]:
+    """One medium or a list of them; a list of bytes or pixels is not meant."""
+    if data is None:
+        return []
+    return list(data) if isinstance(data, (list, tuple)) else [data]
 
 
 def _string(name: str, value: Any) -> str | None:

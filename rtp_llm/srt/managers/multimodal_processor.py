@@ -1,0 +1,144 @@
+"""Which processor prepares the media of which model."""
+
+import inspect
+import logging
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, load_hf_processor
+from rtp_llm.srt.multimodal.media import MediaLoader
+
+logger = logging.getLogger(__name__)
+
+Processor = type[BaseMultimodalProcessor]
+
+PROCESSOR_MAPPING: dict[type | str, Processor] = {}  # by model class, or by the name of an architecture
+
+
+def register_processor(processor_cls: Processor, overwrite: bool = True) -> Processor:
+    """Makes a processor known for each of its ``models``. May be used as a decorator.
+
+    Raises:
+        TypeError: it is not a BaseMultimodalProcessor, or names no models.
+        ValueError: one of the models has another already, which is not to be overwritten.
+    """
+    if not (isinstance(processor_cls, type) and issubclass(processor_cls, BaseMultimodalProcessor)):
+        raise TypeError(f"a processor must be a subclass of BaseMultimodalProcessor, not {processor_cls!r}")
+    if not processor_cls.models:
+        raise TypeError(f"{processor_cls.__name__}.models names no model that it works for")
+    for model in processor_cls.models:
+        before = PROCESSOR_MAPPING.get(model)
+        if before not in (None, processor_cls) and not overwrite:
+            raise ValueError(f"{_name(model)} already has the processor {before}; set overwrite=True to replace it")
+    PROCESSOR_MAPPING.update(dict.fromkeys(processor_cls.models, processor_cls))
+    return processor_cls
+
+
+def import_processors(package_name: str, overwrite: bool = False) -> None:
+    """Registers the processors that a module, or the modules of a package, define. Modules that cannot be imported
+    are logged and left out.
+
+    Raises:
+        ImportError: there is no such package, or it cannot be imported.
+        ValueError: a model has another processor already, which is not to be overwritten.
+    """
+    package = import_module(package_name)
+    modules = [package]
+    for found in iter_modules(getattr(package, "__path__", ()), f"{package_name}."):
+        if found.name.rpartition(".")[2] == "__main__" or found.ispkg:
+            continue
+        try:
+            modules.append(import_module(found.name))
+        except Exception as error:  # whatever a module may raise: it harms nobody but those who want its models
+            logger.warning("%s cannot be imported, and its processors are left out: %s", found.name, error)
+    for module in modules:
+        for processor_cls in processors_in(module):
+            register_processor(processor_cls, overwrite)
+
+
+def processors_in(module: ModuleType) -> list[Processor]:
+    """The processors that a module defines, not those that it imports, and that name their models."""
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, BaseMultimodalProcessor)
+        and value.__module__ == module.__name__
+        and value.models
+        and not inspect.isabstract(value)
+    ]
+
+
+def find_processor(architectures: list[str], model_cls: type | None = None) -> Processor:
+    """The processor of a model: a registered one, else one that stands in the file of the model's class, or of a class
+    that it derives from.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = [*([model_cls.__name__] if model_cls else []), *architectures]
+    if model_cls in PROCESSOR_MAPPING:
+        return PROCESSOR_MAPPING[model_cls]
+    for model, processor_cls in PROCESSOR_MAPPING.items():
+        if _name(model) in names:
+            return processor_cls
+    for base in model_cls.__mro__ if model_cls else ():
+        module = sys.modules.get(base.__module__)
+        for processor_cls in processors_in(module) if module else ():
+            if any(model is base or _name(model) in (base.__name__, *architectures) for model in processor_cls.models):
+                return processor_cls
+    raise ValueError(
+        f"No processor registered for architecture: {', '.join(architectures)}. Put a BaseMultimodalProcessor whose "
+        "`models` name the class into the model's file, or serve it as a language model: --no-enable-multimodal"
+    )
+
+
+def get_mm_processor(
+    hf_config: Any,
+    server_args: ServerArgs | None,
+    hf_processor: Any,
+    *args: Any,
+    model_cls: type | None = None,
+    **kwargs: Any,
+) -> BaseMultimodalProcessor:
+    """The processor of a model, made.
+
+    Args:
+        hf_config: the model's configuration, which names its architectures.
+        hf_processor: what ``load_hf_processor`` returns, or a processor of transformers.
+        model_cls: the class that the architectures resolve to, whose file may hold the processor.
+        args, kwargs: for the processor.
+
+    Raises:
+        ValueError: there is none.
+    """
+    processor_cls = find_processor(list(hf_config.architectures or ()), model_cls)
+    return processor_cls(hf_config, server_args, hf_processor, *args, **kwargs)
+
+
+def make_processor(
+    server_args: ServerArgs, config: ModelConfig, model_cls: type, tokenizer: Any, trusted: bool = False
+) -> BaseMultimodalProcessor | None:
+    """What prepares the media of the model that is served; None where it takes none (its class has no
+    ``pad_input_ids``), or there is no tokenizer, without which placeholders are not found.
+
+    Args:
+        trusted: callers are this process's own code, which may name any file.
+
+    Raises:
+        ValueError: the model takes media, but nobody knows how to prepare them.
+    """
+    if tokenizer is None or not hasattr(model_cls, "pad_input_ids"):
+        return None
+    hf_processor = load_hf_processor(config.model_path, tokenizer, server_args.trust_remote_code)
+    loader = MediaLoader.from_server_args(server_args, trusted)
+    return get_mm_processor(config.hf_config, server_args, hf_processor, model_cls=model_cls, loader=loader)
+
+
+def _name(model: type | str) -> str:
+    return model if isinstance(model, str) else model.__name__
