@@ -5,6 +5,8 @@ nor server: it speaks through a ``Voice``.
 """
 
 import argparse
+import asyncio
+import base64
 import sys
 import time
 import unicodedata
@@ -12,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -29,11 +32,17 @@ HELP = """\
 Type a message and press Enter. A line that ends with \\ goes on in the next; a message
 between lines of \"\"\" may have any number of lines. Ctrl-C stops an answer, Ctrl-D ends.
   /system [TEXT]  set the system message, or remove it
+  /image SOURCE   attach a picture, a file or URL, to the next message; without SOURCE: none
   /retry          answer the last message anew
   /reset          forget the conversation, but not the system message
   /help, /exit    (a message may begin with a slash if that is doubled: //)"""
 
-Message = dict[str, str]
+PICTURES = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
+
+Content = str | list[dict[str, Any]]
+"""A text, or parts: pictures and a text, as OpenAI's API has them."""
+
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,9 @@ def run_chat(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: Lo
 
 @contextmanager
 def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: LoadingBar) -> Iterator[Voice]:
-    from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, load_chat_template  # heavy, and not for --url
+    from rtp_llm.srt.chat.messages import MediaRules  # heavy, and not for --url
+    from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE
+    from rtp_llm.srt.entrypoints.frontend import read_chat_template
 
     if args.model_path is None:
         args.model_path = DEMO_MODEL
@@ -92,10 +103,12 @@ def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_ba
     with engine:
         if engine.tokenizer is None:
             raise InvalidRequest(f"{server_args.model_path} has no tokenizer; name one with --tokenizer-path")
-        template = load_chat_template(engine.tokenizer, server_args.chat_template)
+        template = read_chat_template(server_args, engine.model_config, engine.tokenizer)
         if template is None:
             raise InvalidRequest(NO_CHAT_TEMPLATE)
-        yield EngineVoice(engine, template, engine.model_config.generation_defaults | sampling)
+        kinds = frozenset({"image"} if engine.model_config.is_multimodal else ())
+        media = MediaRules(kinds, server_args.media_limits)
+        yield EngineVoice(engine, template, media, engine.model_config.generation_defaults | sampling)
 
 
 def tell_of_demo(server_args: ServerArgs) -> None:
@@ -107,16 +120,22 @@ def tell_of_demo(server_args: ServerArgs) -> None:
 class EngineVoice:
     """Speaks through an engine in this process. Answers take what room the context has, unless told otherwise."""
 
-    def __init__(self, engine: Any, template: Any, sampling: dict[str, Any]) -> None:
+    def __init__(self, engine: Any, template: Any, media: Any, sampling: dict[str, Any]) -> None:
         self._engine = engine
         self._template = template
+        self._media = media
         self._sampling = sampling
 
     def __call__(self, messages: list[Message]) -> Generator[Piece | Usage, None, None]:
-        text = self._template.render(messages)
-        ids = self._engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        params = SamplingParams.from_dict(self._sampling | {"max_new_tokens": self._max_new_tokens(len(ids))})
-        with closing(self._engine.generate(input_ids=ids, sampling_params=params, stream=True)) as results:
+        prompt = self._template.prompt(messages, media=self._media)
+        ids = self._engine.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)[
+            "input_ids"
+        ]
+        media = {"image_data": prompt.image_data} if prompt.image_data else {}
+        prompt_len = self._len_with_images(ids, prompt.image_data) if media else len(ids)
+        ends = {name: [*self._sampling.get(name, ()), *getattr(prompt, name)] for name in ("stop", "stop_token_ids")}
+        params = SamplingParams.from_dict(self._sampling | ends | {"max_new_tokens": self._max_new_tokens(prompt_len)})
+        with closing(self._engine.generate(input_ids=ids, sampling_params=params, stream=True, **media)) as results:
             num_told = 0
             for result in results:
                 yield Piece(result["text"][num_told:])
@@ -126,6 +145,13 @@ class EngineVoice:
         if reason["type"] == "abort":
             raise InvalidRequest(f"the request was ended: {reason['message']}")
         yield Usage(reason["type"], meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"])
+
+    def _len_with_images(self, ids: list[int], image_data: list[Any]) -> int:
+        """Tokens of the prompt with those of its pictures, whose number depends on their size."""
+        from rtp_llm.srt.managers.tokenizer_manager import Prompt  # heavy, and not for --url
+
+        prompt = Prompt(input_ids=ids, image_data=image_data)
+        return len(asyncio.run(self._engine.tokenizer_manager.with_media(prompt)).input_ids)
 
     def _max_new_tokens(self, prompt_len: int) -> int:
         asked = self._sampling.get("max_new_tokens")
@@ -213,10 +239,10 @@ class Chat:
     def __init__(self, voice: Voice, system: str | None = None) -> None:
         self._voice = voice
         self.system = system
-        self.turns: list[tuple[str, str]] = []
+        self.turns: list[tuple[Content, str]] = []
 
-    def ask(self, text: str, on_dropped: Callable[[int, str], None]) -> Generator[Piece | Usage, None, None]:
-        """The pieces of the answer to ``text``, then its Usage. What was said is remembered, even if it is cut short.
+    def ask(self, content: Content, on_dropped: Callable[[int, str], None]) -> Generator[Piece | Usage, None, None]:
+        """The pieces of the answer to a message, then its Usage. What was said is remembered, even if it is cut short.
 
         Where the context is full, the oldest turns are forgotten, one by one; ``on_dropped`` gets their number and why.
 
@@ -225,20 +251,20 @@ class Chat:
         """
         answer = ""
         try:
-            for item in self._speak(text, on_dropped):
+            for item in self._speak(content, on_dropped):
                 if isinstance(item, Piece) and not item.is_thought:
                     answer += item.text
                 yield item
         except (GeneratorExit, KeyboardInterrupt):
             if answer:
-                self.turns.append((text, answer))
+                self.turns.append((content, answer))
             raise
-        self.turns.append((text, answer))
+        self.turns.append((content, answer))
 
-    def _speak(self, text: str, on_dropped: Callable[[int, str], None]) -> Generator[Piece | Usage, None, None]:
+    def _speak(self, content: Content, on_dropped: Callable[[int, str], None]) -> Generator[Piece | Usage, None, None]:
         num_dropped, why = 0, ""
         while True:
-            with closing(self._voice(self._messages(self.turns[num_dropped:], text))) as items:
+            with closing(self._voice(self._messages(self.turns[num_dropped:], content))) as items:
                 try:
                     first = next(items)
                 except ContextFull as error:
@@ -253,11 +279,40 @@ class Chat:
                 yield from items
                 return
 
-    def _messages(self, turns: list[tuple[str, str]], text: str) -> list[Message]:
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+    def _messages(self, turns: list[tuple[Content, str]], content: Content) -> list[Message]:
+        messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         for asked, answered in turns:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return [*messages, {"role": "user", "content": text}]
+        return [*messages, {"role": "user", "content": content}]
+
+
+def picture_part(source: str) -> dict[str, Any]:
+    """The part of a message that shows a picture: a URL as it is, a file with its content.
+
+    Raises:
+        InvalidRequest: there is no such file, or it is no picture.
+    """
+    if source.startswith(("http://", "https://", "data:")):
+        return {"type": "image_url", "image_url": {"url": source}}
+    path = Path(source).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"cannot read the picture {source}: {error.strerror or error}") from None
+    kind = picture_kind(content)
+    if kind is None:
+        raise InvalidRequest(f"{source} is no picture of a known kind ({', '.join(PICTURES)})")
+    url = f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def picture_kind(content: bytes) -> str | None:
+    """Which of PICTURES a file's first bytes announce."""
+    marks = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"BM": "BMP"}
+    marks |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WebP"
+    return next((kind for mark, kind in marks.items() if content.startswith(mark)), None)
 
 
 # The terminal
@@ -271,9 +326,11 @@ class Terminal:
         self._notices = Console(stderr=True, highlight=False, soft_wrap=True)
         self._interactive = sys.stdin.isatty()
         self._clean = sys.stdout.isatty()
+        self._pictures: list[dict[str, Any]] = []  # parts of the next message
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self._notice(HELP),
             "/system": self._set_system,
+            "/image": self._attach,
             "/reset": self._reset,
             "/retry": self._retry,
         }
@@ -304,7 +361,26 @@ class Terminal:
         elif name.startswith("/") and name[1:].isalpha():
             raise InvalidRequest(f"unknown command {name}; /help lists them")
         elif text.strip():
-            self._answer(text[1:] if text.startswith("//") else text)
+            self._send(text[1:] if text.startswith("//") else text)
+
+    def _send(self, text: str) -> None:
+        """Asks, with the pictures; they stay attached if there is no answer."""
+        content: Content = [*self._pictures, {"type": "text", "text": text}] if self._pictures else text
+        try:
+            self._answer(content)
+        finally:
+            if self._chat.turns and self._chat.turns[-1][0] is content:
+                self._pictures.clear()
+
+    def _attach(self, source: str) -> None:
+        if not source:
+            self._pictures.clear()
+            self._notice("no pictures for the next message")
+            return
+        if len(source) > 1 and source[0] == source[-1] and source[0] in "'\"":  # as file managers write paths
+            source = source[1:-1]
+        self._pictures.append(picture_part(source))
+        self._notice(f"{pictures(len(self._pictures))} for the next message")
 
     def _set_system(self, text: str) -> None:
         self._chat.system = text or None
@@ -312,6 +388,7 @@ class Terminal:
 
     def _reset(self, _: str) -> None:
         self._chat.turns.clear()
+        self._pictures.clear()
         self._notice("conversation forgotten")
 
     def _retry(self, _: str) -> None:
@@ -324,12 +401,12 @@ class Terminal:
             if not self._chat.turns or self._chat.turns[-1][0] is not last[0]:  # there is no new answer
                 self._chat.turns.append(last)
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, content: Content) -> None:
         """Writes an answer as it comes; Ctrl-C stops it."""
         start_s = time.perf_counter()
         first_s = None
         is_thinking = False
-        items = self._chat.ask(text, self._tell_dropped)
+        items = self._chat.ask(content, self._tell_dropped)
         try:
             for item in items:
                 if isinstance(item, Usage):
@@ -370,7 +447,7 @@ class Terminal:
 
     def _read_message(self) -> str | None:
         """The next message, which may have several lines; None at the end of the input."""
-        line = self._read_line("> ")
+        line = self._read_line(f"[{pictures(len(self._pictures))}] > " if self._pictures else "> ")
         if line is None:
             return None
         if line.lstrip().startswith('"""'):
@@ -400,6 +477,10 @@ class Terminal:
             print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         return line.removesuffix("\n").removesuffix("\r") if line else None
+
+
+def pictures(number: int) -> str:
+    return "1 picture" if number == 1 else f"{number} pictures"
 
 
 def _enable_line_editing() -> None:

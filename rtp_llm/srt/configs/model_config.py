@@ -22,8 +22,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
 DEFAULT_CONTEXT_LENGTH = 2048  # where a configuration names no length at all
 
-multimodal_model_archs: set[str] = set()
-"""Architectures that take media. Model files with a processor are added when the processor registry is filled."""
+multimodal_model_archs: set[str] = {
+    "Gemma3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+}
+"""Architectures that take media; ``register_multimodal_model`` adds to them."""
 
 _CONTEXT_LENGTH_KEYS = (
     "max_position_embeddings",
@@ -54,6 +65,14 @@ class ModelNotFoundError(FileNotFoundError):
 
 class ModelConfigError(ValueError):
     """A checkpoint's configuration, or what the user asked of it, makes no sense."""
+
+
+def register_multimodal_model(architecture: str) -> None:
+    """Makes known that models of this architecture take media. A model's file may say so where it is imported.
+
+    Needed only where the configuration has no part for the language model (``text_config``) by which it would show.
+    """
+    multimodal_model_archs.add(architecture)
 
 
 def is_multimodal_model(architectures: str | Iterable[str]) -> bool:
@@ -120,10 +139,13 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
     bos_token_id: int | None
     generation_defaults: dict[str, float | int] = field(default_factory=dict)  # SamplingParams fields, as advised
+    enable_multimodal: bool = True
 
     @property
     def is_multimodal(self) -> bool:
-        return is_multimodal_model(self.architectures)
+        """Whether media are taken: the architecture is known for it, or the language model is a part of the whole."""
+        is_part = self.hf_config is not self.hf_text_config
+        return self.enable_multimodal and (is_multimodal_model(self.architectures) or is_part)
 
     @classmethod
     def from_pretrained(
@@ -137,6 +159,7 @@ class ModelConfig:
         json_model_override_args: str | Mapping[str, Any] = "{}",
         download_dir: str | None = None,
         load_format: str = "auto",
+        enable_multimodal: bool = True,
     ) -> Self:
         """Reads a checkpoint's configuration.
 
@@ -147,6 +170,7 @@ class ModelConfig:
             context_length: instead of the model's own; a longer one is allowed, with a warning.
             json_model_override_args: a JSON object whose values take effect as if they stood in config.json: a key
                 replaces what was there, but an object under a key ``*_config`` is merged into the one there.
+            enable_multimodal: whether a model that takes media is served with them.
 
         Raises:
             ModelNotFoundError: no such model, or no config.json in it.
@@ -174,6 +198,7 @@ class ModelConfig:
             ),
             bos_token_id=generation.get("bos_token_id") if bos is None else bos,
             generation_defaults=_generation_defaults(generation, directory),
+            enable_multimodal=enable_multimodal,
         )
 
 

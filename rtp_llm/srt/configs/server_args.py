@@ -2,17 +2,19 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NoReturn, Self, get_args, get_type_hints
+from typing import Any, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from rtp_llm.srt.utils.logging import LOG_LEVELS
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
 DEMO_NAME = "rtp-llm-demo"
+MEDIA_KINDS = ("image", "video", "audio")
 
 
 class ServerArgsError(ValueError):
@@ -97,6 +99,25 @@ class ServerArgs:
     )
     disable_radix_cache: bool = _arg(False, help="do not reuse cached prefixes")
     attention_backend: str | None = _arg(None, help="unset: the fastest that works here", choices=("torch_native",))
+    enable_multimodal: bool = _arg(
+        True, help="take images and videos where the model does; otherwise it is served as a language model"
+    )
+    limit_mm_data_per_request: str = _arg(
+        "{}",
+        help='JSON object: most images, videos, sounds of a prompt, such as {"image": 4, "video": 0}; for a kind that '
+        "is not named: no limit",
+    )
+    media_url_max_file_size_mb: float = _arg(
+        64.0, help="largest image or video to fetch or decode, in MiB", low=2**-20, default_text="64"
+    )
+    media_io_timeout: float = _arg(30.0, help="seconds until a URL must have been fetched", low=0.001)
+    allowed_media_domains: list[str] | None = _arg(  # noqa: RUF009
+        None,
+        help="hosts that URLs of media may name, addresses of private networks included; unset: all but those",
+    )
+    mm_embedding_cache_size_mb: int = _arg(
+        512, help="MiB for what the encoders of a multimodal model made of images and videos; 0: none is kept", low=0
+    )
     disable_overlap_schedule: bool = _arg(False, help="plan a step only after the one before has ended")
     random_seed: int | None = _arg(
         None, help="makes the seeds of requests without one reproducible", low=0, high=2**63 - 1
@@ -117,9 +138,13 @@ class ServerArgs:
         help=f"the model's name in the API; unset: the model path, or {DEMO_NAME} for the embedded one",
         server=True,
     )
+    allowed_local_media_path: str | None = _arg(
+        None, help="directory below which requests may name files of media; unset: none may", server=True
+    )
     chat_template: str | None = _arg(
         None,
-        help="Jinja file, or name of one of the tokenizer's templates, for chat; unset: the tokenizer's own",
+        help="what makes a prompt of messages: a .jinja file, a .json file, or the name of a registered conversation "
+        "or of one of the tokenizer's templates; unset: the tokenizer's own, else what the model's name suggests",
         server=True,
     )
     sampling_defaults: str = _arg(
@@ -153,11 +178,14 @@ class ServerArgs:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, _types(type(self))[field.name], getattr(self, field.name))
+            _check(field, _types(type(self))[field.name], getattr(self, field.name), _is_list(type(self), field))
         if not self.model_path.strip():
             raise ServerArgsError("model_path is empty; give a checkpoint directory or a hub id")
         if self.chunked_prefill_size == 0:
             raise ServerArgsError("chunked_prefill_size must be positive, or -1 to never cut prompts; not 0")
+        if self.allowed_local_media_path is not None and not Path(self.allowed_local_media_path).is_dir():
+            raise ServerArgsError(f"allowed_local_media_path: there is no directory {self.allowed_local_media_path!r}")
+        _media_limits(self.limit_mm_data_per_request)
 
     @property
     def is_demo(self) -> bool:
@@ -168,6 +196,11 @@ class ServerArgs:
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or (DEMO_NAME if self.is_demo else self.model_path)
+
+    @property
+    def media_limits(self) -> dict[str, int]:
+        """How many of a kind of media a request may hold; kinds without a limit are not there."""
+        return _media_limits(self.limit_mm_data_per_request)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -224,13 +257,14 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
 def add_field_flags(parser: Any, cls: type, names: Sequence[str] | None = None, unset: bool = False) -> None:
     """A flag ``--a-name`` for each field ``a_name`` of a dataclass, or for ``names`` only.
 
-    Fields of type bool become switches, lists take several values. Help, choices and aliases stand in the metadata.
+    Fields of type bool become switches (``--no-a-name`` for those that are true by default), lists take several
+    values. Help, choices and aliases stand in the metadata.
     With ``unset`` flags that are not given parse to None instead of the field's default.
     """
     for field in dataclasses.fields(cls):
         if names is None or field.name in names:
             default = None if unset else field.default
-            _add_flag(parser, field, _types(cls)[field.name], default, is_list=field.default_factory is not MISSING)
+            _add_flag(parser, field, _types(cls)[field.name], default, is_list=_is_list(cls, field))
 
 
 def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], default: Any, is_list: bool) -> None:
@@ -240,7 +274,8 @@ def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], de
     shown = field.metadata.get("default_text") or "%(default)s"
     options["help"] += "" if default is None or default is False else f" (default: {shown})"
     if kinds[0] is bool:
-        parser.add_argument(*flags, action="store_true", **options)
+        action = argparse.BooleanOptionalAction if default is True else "store_true"
+        parser.add_argument(*flags, action=action, **options)
         return
     choices = field.metadata.get("choices")
     options |= {"choices": choices} if choices else {"metavar": {int: "N", float: "X", str: "TEXT"}[kinds[0]]}
@@ -250,6 +285,12 @@ def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], de
 
 def _flag(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
+
+
+def _is_list(cls: type, field: dataclasses.Field) -> bool:
+    hint = get_type_hints(cls)[field.name]
+    kinds = get_args(hint) if isinstance(hint, UnionType) else [hint]
+    return field.default_factory is not MISSING or any(get_origin(kind) is list for kind in kinds)
 
 
 def _types(cls: type) -> dict[str, tuple[type, ...]]:
@@ -262,9 +303,15 @@ def _types(cls: type) -> dict[str, tuple[type, ...]]:
     return types
 
 
-def _check(field: dataclasses.Field, kinds: tuple[type, ...], value: Any) -> None:
+def _check(field: dataclasses.Field, kinds: tuple[type, ...], value: Any, is_list: bool = False) -> None:
     kind, optional = kinds[0], NoneType in kinds
     if value is None and optional:
+        return
+    if is_list:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ServerArgsError(f"{field.name} must be a list (not an empty one), not {value!r}")
+        for item in value:
+            _check(field, (kind,), item)
         return
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
@@ -277,6 +324,23 @@ def _check(field: dataclasses.Field, kinds: tuple[type, ...], value: Any) -> Non
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ServerArgsError(f"{field.name} must be {wanted}, not {value}")
+
+
+def _media_limits(text: str) -> dict[str, int]:
+    """What ``limit_mm_data_per_request`` says."""
+    name = "limit_mm_data_per_request"
+    try:
+        limits = json.loads(text)
+    except ValueError as error:
+        raise ServerArgsError(f"{name} is not JSON: {error}; got {text!r}") from None
+    if not isinstance(limits, dict):
+        raise ServerArgsError(f'{name} must be an object such as {{"image": 4}}, not {text!r}')
+    for kind, limit in limits.items():
+        if kind not in MEDIA_KINDS:
+            raise ServerArgsError(f"{name} names {kind!r}; kinds of media are {', '.join(MEDIA_KINDS)}")
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise ServerArgsError(f"{name}: the limit of {kind} must be a whole number from 0 on, not {limit!r}")
+    return limits
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -301,7 +365,8 @@ def markdown() -> str:
 
 
 def _markdown_row(field: dataclasses.Field, kinds: tuple[type, ...]) -> str:
-    flags = ", ".join(f"`{flag}`" for flag in (_flag(field), *field.metadata["aliases"]))
+    negated = [f"--no-{_flag(field)[2:]}"] if field.default is True else []
+    flags = ", ".join(f"`{flag}`" for flag in (_flag(field), *negated, *field.metadata["aliases"]))
     choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
     default = field.metadata["default_text"] or ("unset" if field.default is None else f"`{field.default}`")
     return f"| {flags} | {choices or kinds[0].__name__} | {default} | {field.metadata['help']} |"

@@ -21,7 +21,9 @@ from rtp_llm.srt.entrypoints.frontend import (
     Result,
     Results,
     completions_of,
+    completions_with_media,
     read_model_config,
+    read_processor,
     read_tokenizer,
 )
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
@@ -82,6 +84,8 @@ class Engine:
             self.model_config.context_length,
             core.max_req_len,
             args.random_seed,
+            read_processor(args, self.model_config, tokenizer, trusted=True),
+            args.media_limits,
         )
 
     @property
@@ -116,6 +120,9 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
         cache_salt: str | Sequence[str] | None = None,
+        image_data: Any = None,
+        video_data: Any = None,
+        audio_data: Any = None,
     ) -> Results | Iterator[Result]:
         """Continues one prompt, or a list of them: texts in ``prompt``, or ids in ``input_ids``.
 
@@ -132,6 +139,10 @@ class Engine:
             return_text_in_logprobs: entries carry their token's text.
             rid: the request's name, unique among the running ones.
             cache_salt: prompts share cached prefixes only with those of the same salt.
+            image_data: what the prompt's image placeholders stand for, one or a list: paths, URLs, ``data:`` URIs,
+                bytes or PIL images; for a list of prompts, a list of as many of these.
+            video_data: likewise, of videos.
+            audio_data: likewise, of sounds.
 
         Returns:
             For one prompt and ``n=1`` a dict, else a list in order of prompts, then of completions:
@@ -147,6 +158,7 @@ class Engine:
             prompt, input_ids, sampling_params=sampling_params, return_logprob=return_logprob,
             logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
+            image_data=image_data, video_data=video_data, audio_data=audio_data,
         )  # fmt: skip
         if not stream:
             return self._collect(call)
@@ -167,17 +179,24 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
         cache_salt: str | Sequence[str] | None = None,
+        image_data: Any = None,
+        video_data: Any = None,
+        audio_data: Any = None,
     ) -> Results | AsyncIterator[Result]:
         """As ``generate``, without blocking the event loop; cancelling it ends the requests.
 
         With ``stream`` the awaited value is an asynchronous iterator:
         ``async for result in await engine.async_generate(prompt, stream=True)``.
         """
-        call = self._call(
-            prompt, input_ids, sampling_params=sampling_params, return_logprob=return_logprob,
+        self._check_process()
+        options = dict(
+            sampling_params=sampling_params, return_logprob=return_logprob,
             logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
+            image_data=image_data, video_data=video_data, audio_data=audio_data,
         )  # fmt: skip
+        completions, many = await completions_with_media(self.tokenizer_manager, prompt, input_ids, options)
+        call = Call(self._client, completions, many)
         if not stream:
             return await self._collect_async(call)
         iterator = self._stream_async(call)

@@ -9,27 +9,34 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.conversation import Template, load_chat_template
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
 from rtp_llm.srt.messages import TokenOutput
+from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Result = dict[str, Any]
 Results = Result | list[Result]
 Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, what came for it)
 
 
 def read_model_config(args: ServerArgs) -> ModelConfig:
-    return ModelConfig.from_pretrained(
+    """The checkpoint's configuration. The file of a model that takes media, or comes from outside, is imported with it:
+    it may bring what this process needs, such as a conversation or a processor."""
+    config = ModelConfig.from_pretrained(
         args.model_path,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
@@ -38,7 +45,12 @@ def read_model_config(args: ServerArgs) -> ModelConfig:
         json_model_override_args=args.json_model_override_args,
         download_dir=args.download_dir,
         load_format=args.load_format,
+        enable_multimodal=args.enable_multimodal,
     )
+    if config.is_multimodal or any(ModelRegistry.is_external(name) for name in config.architectures):
+        with suppress(UnknownArchitectureError):  # told where the model is built, which may be by other means
+            ModelRegistry.resolve_model_cls(config.architectures)
+    return config
 
 
 def read_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
@@ -51,6 +63,29 @@ def read_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
     if args.tokenizer_path is None:
         return load_tokenizer(config.model_path, args.trust_remote_code)
     return load_tokenizer(args.tokenizer_path, args.trust_remote_code, args.revision)
+
+
+def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, trusted: bool = False) -> Any:
+    """What puts media into the prompts of a multimodal model; None for a model that takes text only, or runs without a
+    tokenizer and knows no processor.
+
+    Args:
+        trusted: callers are this process's own code, which may name any file.
+    """
+    if not config.is_multimodal:
+        return None
+    from rtp_llm.srt.managers.multimodal_processor import make_processor  # decoders of media, only needed here
+
+    try:
+        model_cls = ModelRegistry.resolve_model_cls(config.architectures)[0]
+    except UnknownArchitectureError:
+        return None  # it runs by other means, which take text only, or not at all
+    return make_processor(args, config, model_cls, tokenizer, trusted)
+
+
+def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:
+    """What makes prompts of messages; None: nothing does."""
+    return load_chat_template(tokenizer, args.chat_template, args.model_path, config.model_path, config.is_multimodal)
 
 
 def completions_of(
@@ -67,14 +102,49 @@ def completions_of(
         InvalidRequest: names the prompt, if it is one of a list.
     """
     prompts, batched = _prompts(prompt, input_ids, options)
+    if any(item.has_media for item in prompts):
+        prompts = _run_apart(partial(_with_media, manager, prompts, batched))
+    return _completions(manager, prompts, batched)
+
+
+async def completions_with_media(
+    manager: TokenizerManager, prompt: Any, input_ids: Any, options: dict[str, Any]
+) -> tuple[list[Completion], bool]:
+    """As ``completions_of``, within an event loop that goes on while media are fetched and decoded."""
+    prompts, batched = _prompts(prompt, input_ids, options)
+    return _completions(manager, await _with_media(manager, prompts, batched), batched)
+
+
+async def _with_media(manager: TokenizerManager, prompts: list[Prompt], batched: bool) -> list[Prompt]:
+    done = []
+    for i, item in enumerate(prompts):
+        with _numbered(i, batched):
+            done.append(await manager.with_media(item))
+    return done
+
+
+def _completions(manager: TokenizerManager, prompts: list[Prompt], batched: bool) -> tuple[list[Completion], bool]:
     completions = []
     for i, item in enumerate(prompts):
-        try:
+        with _numbered(i, batched):
             requests = manager.requests(item)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"prompt {i}: {error}", error.param) if batched else error from None
         completions += [manager.completion(request, item.return_text_in_logprobs) for request in requests]
     return completions, batched or len(completions) > 1
+
+
+@contextmanager
+def _numbered(i: int, batched: bool) -> Iterator[None]:
+    """What is wrong with one prompt of a list says which."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"prompt {i}: {error}", error.param) if batched else error from None
+
+
+def _run_apart(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """The result of a coroutine, for callers that wait; in a thread of its own, since theirs may run an event loop."""
+    with ThreadPoolExecutor(1, thread_name_prefix="rtp-llm-media") as pool:
+        return pool.submit(lambda: asyncio.run(make_coroutine())).result()
 
 
 class Call:

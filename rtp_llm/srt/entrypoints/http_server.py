@@ -27,11 +27,17 @@ from starlette.datastructures import State
 from rtp_llm import __version__
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.conversation import load_chat_template
 from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.entrypoints.asgi import Gate, StrictRoute
 from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
-from rtp_llm.srt.entrypoints.frontend import Frontend, Observer, read_model_config, read_tokenizer
+from rtp_llm.srt.entrypoints.frontend import (
+    Frontend,
+    Observer,
+    read_chat_template,
+    read_model_config,
+    read_processor,
+    read_tokenizer,
+)
 from rtp_llm.srt.entrypoints.native import NativeEndpoints, Outcome, Text, Tokens
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
@@ -165,7 +171,7 @@ class HTTPServer:
     def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
         config = read_model_config(self._args)
         tokenizer = read_tokenizer(self._args, config)
-        load_chat_template(tokenizer, self._args.chat_template)  # a wrong one is told before the weights are loaded
+        read_chat_template(self._args, config, tokenizer)  # a wrong one is told before the weights are loaded
         supervisor = Supervisor(self._args, config, self._on_progress, self._core_process)
         supervisor.on_dead = self._on_core_dead
         supervisor.start()
@@ -255,9 +261,17 @@ def make_app(
     observers: list[Observer] = [RequestMetrics(registry, name)]
     if args.log_requests:
         observers.append(RequestLog(args.log_requests_level))
-    manager = TokenizerManager(tokenizer, config.vocab_size, config.context_length, info.max_req_len, args.random_seed)
+    manager = TokenizerManager(
+        tokenizer,
+        config.vocab_size,
+        config.context_length,
+        info.max_req_len,
+        args.random_seed,
+        read_processor(args, config, tokenizer),
+        args.media_limits,
+    )
     frontend = Frontend(core.client, manager, loop, observers)
-    serving = Serving(args, config, core, frontend, load_chat_template(tokenizer, args.chat_template))
+    serving = Serving(args, config, core, frontend, read_chat_template(args, config, tokenizer))
     app = FastAPI(
         title="RTP-LLM",
         version=__version__,

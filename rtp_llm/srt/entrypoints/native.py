@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 from fastapi import Request
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from rtp_llm import __version__
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
-from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of
+from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completions_with_media
 from rtp_llm.srt.entrypoints.openai.base import hung_up
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, TokenIds
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, off_loop, request_names
@@ -22,8 +22,11 @@ from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, off_loop,
 PROBE_TIMEOUT_S = 20.0
 PROMPT_FIELDS = (
     "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
-    "return_text_in_logprobs", "rid", "cache_salt",
+    "return_text_in_logprobs", "rid", "cache_salt", "image_data", "video_data", "audio_data",
 )  # fmt: skip
+
+
+Media = str | dict[str, Any] | list[Any] | None
 
 
 class GenerateBody(Body):
@@ -42,6 +45,9 @@ class GenerateBody(Body):
     token_ids_logprob: TokenIds | list[TokenIds] | None = Field(None, description="ids wanted at every position")
     return_text_in_logprobs: bool = Field(False, description="logprob entries carry their token's text")
     cache_salt: str | list[str] | None = Field(None, description="share cached prefixes only with equal salts")
+    image_data: Media = Field(None, description="what image placeholders stand for: URLs, data: URIs, base64, paths")
+    video_data: Media = Field(None, description="what video placeholders stand for")
+    audio_data: Media = Field(None, description="what audio placeholders stand for")
 
 
 class TokenizeBody(Body):
@@ -108,9 +114,12 @@ class NativeEndpoints:
         manager = self._serving.manager
         num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
         with request_names({"prompt": "text"} if body.input_ids is None else {}):
-            completions, many = await off_loop(
-                num_chars, lambda: completions_of(manager, body.text, body.input_ids, options)
-            )
+            if body.image_data or body.video_data or body.audio_data:
+                completions, many = await completions_with_media(manager, body.text, body.input_ids, options)
+            else:
+                completions, many = await off_loop(
+                    num_chars, lambda: completions_of(manager, body.text, body.input_ids, options)
+                )
         call = self._serving.start(completions, many)
         if body.stream:
             return EventStream(call, self._events(call))
@@ -136,16 +145,17 @@ class NativeEndpoints:
         serving.check_tokenizer()
         if body.messages is None:
             text = body.prompt if body.text is None else body.text
-            special = body.add_special_tokens is not False
+            ids = await serving.encode(text or "", body.add_special_tokens is not False)
         else:
-            text = serving.render(
+            chat = serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],
                 add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
                 continue_final_message=body.continue_final_message,
                 variables=body.chat_template_kwargs,
             )
-            special = bool(body.add_special_tokens)
-        ids = await serving.encode(text or "", special)
+            if body.add_special_tokens is not None:
+                chat = replace(chat, add_special_tokens=body.add_special_tokens)
+            ids = (await serving.encode_chat(chat)).input_ids
         return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
 
     async def detokenize(self, body: DetokenizeBody) -> Response:

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, ChatTemplate
+from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, Template
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient
-from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.sampling_params import InvalidRequest
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 LONG_TEXT = 20_000  # characters from which on a text is encoded on another thread, so that streams go on meanwhile
 ABORTED_BY_CALLER = 499
+MODEL_MEDIA = frozenset({"image", "video"})
 TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message", "tools")
 
 
@@ -44,7 +46,7 @@ class Serving:
     model_config: ModelConfig
     core: Core
     frontend: Frontend
-    template: ChatTemplate | None
+    template: Template | None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -75,18 +77,38 @@ class Serving:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None,
-    ) -> str:
-        """The prompt that the chat template, with these further variables, makes of messages."""
+    ) -> ChatPrompt:
+        """The prompt that the chat template, with these further variables, makes of messages, and their media."""
         if self.template is None:
             raise InvalidRequest(NO_CHAT_TEMPLATE, "messages")
         for name in variables or {}:
             if name in TEMPLATE_ARGUMENTS:
                 raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
-        return self.template.render(
+        return self.template.prompt(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **(variables or {}),
+            chat_template_kwargs=variables,
+            media=self.media_rules,
+        )
+
+    @property
+    def media_rules(self) -> MediaRules:
+        """Of messages."""
+        kinds = MODEL_MEDIA if self.model_config.is_multimodal else frozenset()
+        return MediaRules(kinds, self.args.media_limits)
+
+    async def encode_chat(self, chat: ChatPrompt) -> Prompt:
+        """The ids of a chat's prompt, with its media fetched, decoded and in their places."""
+        if not chat.has_media:
+            return Prompt(input_ids=await self.encode(chat.text, chat.add_special_tokens))
+        return await self.manager.with_media(
+            Prompt(
+                text=chat.text,
+                image_data=chat.image_data or None,
+                video_data=chat.video_data or None,
+                add_special_tokens=chat.add_special_tokens,
+            )
         )
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rtp_llm.srt.conversation import ChatTemplate, ChatTemplateError, load_chat_template
+from rtp_llm.srt.conversation import ChatTemplate, ChatTemplateError, MediaRules, load_chat_template
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 CHATML = (
@@ -225,7 +225,7 @@ def test_jinja_in_a_message_is_text() -> None:
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text must be a string, not nothing"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
-            r"messages\[0\].content\[1\] has type 'image_url', which is not supported",
+            r"messages\[0\].content\[1\] is an image, and this model takes text only",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}], "unknown field 'b'"),
     ],
@@ -378,3 +378,150 @@ def test_role_names_do_not_fill_the_memory() -> None:
     for i in range(200):
         template.render([{"role": f"r{i}", "content": "x"}])
     assert len(template._roles) <= 64
+
+
+# Media
+
+MEDIA = MediaRules(frozenset({"image", "video"}))
+IMAGE = {"type": "image_url", "image_url": {"url": "https://x/a.png", "detail": "high"}}
+VIDEO = {"type": "video_url", "video_url": {"url": "https://x/b.mp4"}}
+
+# name -> what stands for an image and for a video in a user's message (which a processor may find to be no placeholder
+# of its own); None: nothing
+PLACEHOLDERS: dict[str, tuple[str | None, str | None]] = {
+    "Apriel-1.6-15b-Thinker-fixed": ("[IMG]", None),
+    "GLM-5.2": ("<|begin_of_image|><|image|><|end_of_image|>", "<reminder>You are unable to process this video"),
+    "Kimi-K2-Instruct": ("<|media_start|>image<|media_content|><|media_pad|><|media_end|>", None),
+    "LFM2.5-8B-A1B": ("<image>", None),
+    "MiniMax-M3": ("]<]image[>[", "]<]video[>["),
+    "Mistral-Small-3.2-24B-Instruct-2506": ("[IMG]", None),
+    "Qwen3.5-4B": ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
+    "google-gemma-4-31B-it": ("<|image|>", "<|video|>"),
+    "unsloth-Apriel-1.5": ("[IMG]", None),
+    "Qwen-Qwen3-0.6B": (None, None),
+    "google-gemma-2-2b-it": (None, None),
+    "meta-llama-Llama-3.1-8B-Instruct": (None, None),
+}
+
+
+def said(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+
+
+@pytest.mark.parametrize("name", PLACEHOLDERS)
+def test_real_templates_with_media(templates: dict[str, str], tokenizer: Any, name: str) -> None:
+    """Each of the media shows in its place, or is refused by name; the sources come in the order of the text."""
+    template = ChatTemplate(templates[name], tokenizer.special_tokens_map)
+    for kind, part, placeholder in zip(("image", "video"), (IMAGE, VIDEO), PLACEHOLDERS[name], strict=True):
+        assert template.takes(kind) == (placeholder is not None)
+        messages = said("alpha", part, "beta", part)
+        if placeholder is None:
+            with pytest.raises(ChatTemplateError, match=rf"messages\[0\].content\[1\] is an? {kind}|refuses"):
+                template.prompt(messages, media=MEDIA)
+            continue
+        prompt = template.prompt(messages, media=MEDIA)
+        assert prompt.text.count(placeholder) == 2
+        assert prompt.text.index("alpha") < prompt.text.index(placeholder) < prompt.text.index("beta")
+        url = part[part["type"]]["url"]
+        assert (prompt.image_data, prompt.video_data) == (([url] * 2, []) if kind == "image" else ([], [url] * 2))
+        forms = [{"type": kind} if p is part else p for p in messages[0]["content"]]
+        assert prompt.text == of_transformers(
+            tokenizer, templates[name], [{"role": "user", "content": forms}], add_generation_prompt=True
+        )
+
+
+def test_what_a_template_says_of_images_is_passed_on(templates: dict[str, str]) -> None:
+    template = ChatTemplate(templates["Qwen3.5-4B"])
+    messages = [{"role": "system", "content": [IMAGE]}, *USER]
+    with pytest.raises(ChatTemplateError, match=r"System message cannot contain images\."):
+        template.prompt(messages, media=MEDIA)
+    numbered = template.prompt(said(IMAGE, IMAGE), chat_template_kwargs={"add_vision_id": True}, media=MEDIA)
+    assert "Picture 1: <|vision" in numbered.text and "Picture 2: <|vision" in numbered.text
+
+
+SEES_LAST = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }}{% elif loop.last and m == messages|last %}<picture>{% endif %}"
+    "{% endfor %}{% endif %};{% endfor %}"
+)
+SEES_FIRST = (
+    "{% for m in messages %}{% for p in m.content|selectattr('type', 'equalto', 'image_url') %}<picture>\n{% endfor %}"
+    "{% for p in m.content|selectattr('type', 'equalto', 'text') %}{{ p.text ~ ' ' }}{% endfor %}{% endfor %}"
+)
+SEES_SOME = (
+    "{% for m in messages %}{% for p in m.content %}{{ p.text if p.type == 'text' else "
+    "('<picture>' if m == messages|last) }}{% endfor %};{% endfor %}"
+)
+
+
+def test_media_that_a_template_leaves_out_are_no_secret() -> None:
+    blind = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    printing = "{% for m in messages %}{% for p in m.content %}{{ p.text or p }}{% endfor %}{% endfor %}"
+    for source in (blind, printing, CHATML, SEES_LAST):
+        template = ChatTemplate(source)
+        assert not template.takes("image")
+        with pytest.raises(ChatTemplateError, match=r"messages\[0\].content\[1\] is an image, and .* no place for"):
+            template.prompt(said("x", IMAGE), media=MEDIA)
+    some = ChatTemplate(SEES_SOME)
+    assert some.prompt(said(IMAGE, "x", IMAGE), media=MEDIA).text == "<picture>x<picture>;"
+    with pytest.raises(ChatTemplateError, match="does not show all of the 2 media"):
+        some.prompt([*said("x", IMAGE), *said("y", IMAGE)], media=MEDIA)
+    with pytest.raises(ChatTemplateError, match="does not show all of the 1 media"):
+        some.prompt([*said("<picture>", IMAGE), *said("y")], media=MEDIA)  # what a user types is no image
+
+
+def test_templates_that_know_openai_s_parts_only() -> None:
+    prompt = ChatTemplate(SEES_FIRST).prompt([*said("x", IMAGE), *said(IMAGE, "y", IMAGE, "z")], media=MEDIA)
+    assert prompt.text == "<picture>\nx <picture>\n<picture>\ny z "
+    assert len(prompt.image_data) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        (IMAGE, "https://x/a.png"),
+        ({"type": "image_url", "image_url": "data:image/png;base64,AA=="}, "data:image/png;base64,AA=="),
+        ({"type": "image_url", "image_url": {"url": "u", "detail": None}}, "u"),
+        ({"type": "image", "url": "u"}, "u"),
+        ({"type": "image", "path": "/p"}, "/p"),
+        ({"type": "image", "base64": "AAAA"}, "AAAA"),
+        ({"type": "image", "image": b"bytes"}, b"bytes"),
+    ],
+)
+def test_forms_of_images(part: dict[str, Any], source: Any) -> None:
+    assert ChatTemplate(SEES_SOME).prompt(said("x", part), media=MEDIA).image_data == [source]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image_url"}, "image_url must be a URL or data: URI, not nothing"),
+        ({"type": "image_url", "image_url": {}}, "image_url.url must be a URL or data: URI, not nothing"),
+        ({"type": "image_url", "image_url": {"url": ""}}, "image_url.url must be a URL or data: URI, not str ''"),
+        ({"type": "image_url", "image_url": {"url": ["u"]}}, "image_url.url must be a URL or data: URI, not list"),
+        ({"type": "image_url", "image_url": {"url": "u", "detail": "huge"}}, "detail must be one of auto, low, high"),
+        ({"type": "image_url", "image_url": {"url": "u", "size": 3}}, "image_url has the unknown field 'size'"),
+        ({"type": "image_url", "image_url": "u", "url": "u"}, "has the unknown field 'url'"),
+        ({"type": "video_url", "video_url": {"url": "u", "detail": "low"}}, "has the unknown field 'detail'"),
+        ({"type": "image"}, "must have one of image, url, path, base64, and has none"),
+        ({"type": "image", "url": "u", "path": "p"}, "and has url and path"),
+        ({"type": "image", "image": 5}, "image must be a URL or data: URI, not int 5"),
+        ({"type": "input_audio", "input_audio": {"data": "x"}}, "is audio, and this model takes text, images and vid"),
+        ({"type": "hologram"}, "has type 'hologram', which is not supported; known: text, image_url"),
+    ],
+)
+def test_wrong_media_are_named(part: dict[str, Any], words: str) -> None:
+    with pytest.raises(ChatTemplateError, match=words) as caught:
+        ChatTemplate(SEES_SOME).prompt([*USER, *said("x", part)], media=MEDIA)
+    assert str(caught.value).startswith("messages[1].content[1]")
+    assert caught.value.param == "messages"
+
+
+def test_limits_of_media() -> None:
+    template = ChatTemplate(SEES_SOME)
+    rules = MediaRules(frozenset({"image", "video"}), {"image": 2, "video": 0})
+    assert len(template.prompt(said(IMAGE, IMAGE), media=rules).image_data) == 2
+    with pytest.raises(ChatTemplateError, match=r"\[0\].content\[2\]: the messages hold 3 images, .* at most 2"):
+        template.prompt(said(IMAGE, IMAGE, IMAGE), media=rules)
+    with pytest.raises(ChatTemplateError, match="hold 1 videos, and this server takes at most 0"):
+        template.prompt(said(VIDEO), media=rules)

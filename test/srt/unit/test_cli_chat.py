@@ -1,5 +1,6 @@
 """``rtp-llm chat`` and ``models``: with stand-ins for engine and server, through pipes and on a pseudo-terminal."""
 
+import base64
 import contextlib
 import io
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +24,9 @@ import pytest
 
 import rtp_llm
 from rtp_llm.cli import main
-from rtp_llm.cli_chat import Usage, statistics, without_controls
+from rtp_llm.cli_chat import Usage, picture_kind, statistics, without_controls
 from rtp_llm.http_client import ServerError, api_url
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
 
 ROOT = Path(__file__).resolve().parents[3]
 CHAT = ["chat", "--model", "m"]
@@ -35,9 +38,10 @@ class FakeTokenizer:
 
     chat_template: str | None = TEMPLATE
     special_tokens_map: dict[str, str] = {}
+    adds_special_tokens = False
 
     def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
+        assert add_special_tokens == self.adds_special_tokens
         return {"input_ids": [ord(char) for char in text]}
 
 
@@ -50,8 +54,17 @@ class FakeEngine:
     prompts: list[str] = []
     params: list[Any] = []
 
+    sees = False
+    images: list[Any] = []
+
     def __init__(self, server_args: Any, on_progress: Any) -> None:
-        self.model_config = SimpleNamespace(generation_defaults={"top_p": 0.5})
+        self.model_config = SimpleNamespace(
+            generation_defaults={"top_p": 0.5},
+            is_multimodal=self.sees,
+            model_path="m",
+            architectures=["LlamaForCausalLM"],
+        )
+        self.tokenizer_manager = self
         self.tokenizer = FakeTokenizer()
         self.info = {"max_req_len": self.limit}
         self.server_args = server_args
@@ -62,8 +75,15 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def generate(self, input_ids: list[int], sampling_params: Any, stream: bool) -> Iterator[dict[str, Any]]:
+    async def with_media(self, prompt: Prompt) -> Prompt:
+        """A picture is ten tokens."""
+        return replace(prompt, input_ids=prompt.input_ids + [0] * 10 * len(prompt.image_data), image_data=None)
+
+    def generate(
+        self, input_ids: list[int], sampling_params: Any, stream: bool, image_data: Any = None
+    ) -> Iterator[dict[str, Any]]:
         self.prompts.append("".join(map(chr, input_ids)))
+        self.images.append(image_data)
         self.params.append(sampling_params)
         answer = f"A{len(self.prompts)}"
         for count in (1, 2):
@@ -75,7 +95,7 @@ class FakeEngine:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
-    engine = type("Fake", (FakeEngine,), {"prompts": [], "params": []})
+    engine = type("Fake", (FakeEngine,), {"prompts": [], "params": [], "images": []})
     monkeypatch.setattr(rtp_llm, "Engine", engine, raising=False)
     monkeypatch.setattr(FakeTokenizer, "chat_template", TEMPLATE)
     return engine
@@ -124,6 +144,78 @@ def test_commands(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsy
     ]
     error = capsys.readouterr().err
     assert all(words in error for words in ("system message set", "no system message", "forgotten", "/retry"))
+
+
+SEEING = (
+    "{% for m in messages %}{{ m.role }}={% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ p.text if p.type == 'text' else '<img>' }}{% endfor %}{% endif %}|{% endfor %}"
+)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "a.png", tmp_path / "b c.jpg"]
+    paths[0].write_bytes(b"\x89PNG\r\n\x1a\n...")
+    paths[1].write_bytes(b"\xff\xd8\xff...")
+    return paths
+
+
+def test_pictures(
+    fake: type[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pictures: list[Path],
+) -> None:
+    monkeypatch.setattr(FakeTokenizer, "chat_template", SEEING)
+    monkeypatch.setattr(FakeTokenizer, "adds_special_tokens", True)  # as processors do
+    fake.sees = True
+    script = f"/image {pictures[0]}\n/image '{pictures[1]}'\nwhat?\nmore\n/image http://x/y.png\n/image\nlast\n"
+    assert say(monkeypatch, script + f"/image {pictures[0]}\n/reset\nnone\n") == 0
+    assert fake.prompts == [
+        "user=<img><img>what?|",
+        "user=<img><img>what?|assistant=A1|user=more|",
+        "user=<img><img>what?|assistant=A1|user=more|assistant=A2|user=last|",
+        "user=none|",
+    ]
+    png, jpeg = (base64.b64encode(path.read_bytes()).decode() for path in pictures)
+    assert fake.images[0] == [f"data:image/png;base64,{png}", f"data:image/jpeg;base64,{jpeg}"]
+    assert fake.images == [fake.images[0]] * 3 + [None]
+    assert fake.params[0].max_new_tokens == 1000 - len(fake.prompts[0]) - 20  # their tokens take room too
+    error = capsys.readouterr().err
+    assert "1 picture for the next message\n2 pictures for the next message" in error
+    assert "no pictures for the next message" in error
+
+
+def test_pictures_that_cannot_be_sent(
+    fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    for source, words in [
+        (str(tmp_path / "none.png"), "No such file or directory"),
+        (str(tmp_path), "Is a directory"),
+        (str(tmp_path / "text.png"), "is no picture of a known kind (JPEG, PNG, GIF, WebP, BMP, TIFF)"),
+        ("http://x/y.png\nwhat?", "messages[0].content[0] is an image, and this model takes text only"),
+    ]:
+        assert say(monkeypatch, f"/image {source}\n") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.splitlines()[-1].startswith("rtp-llm: error: ")
+    assert not fake.prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"GIF89a", "GIF"),
+        (b"BM....", "BMP"),
+        (b"II*\0..", "TIFF"),
+        (b"MM\0*..", "TIFF"),
+        (b"RIFF\0\0\0\0WEBPVP8", "WebP"),
+        (b"RIFF\0\0\0\0WAVE", None),
+        (b"", None),
+    ],
+)
+def test_kinds_of_pictures(content: bytes, kind: str | None) -> None:
+    assert picture_kind(content) == kind
 
 
 def test_messages_of_several_lines(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +387,18 @@ def test_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: p
     }
     assert second["messages"][1] == {"role": "assistant", "content": "Grüß dich"}
     assert server.keys == ["Bearer k"] * 2
+
+
+def test_pictures_for_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch, pictures: list[Path]) -> None:
+    server.say({"content": "yes"})
+    script = f"/image {pictures[0]}\n/image https://x/y.png\nwhat?\n"
+    assert say(monkeypatch, script, "--url", server.url, argv=["chat"]) == 0
+    png = base64.b64encode(pictures[0].read_bytes()).decode()
+    assert server.requests[0]["messages"][0]["content"] == [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}},
+        {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+        {"type": "text", "text": "what?"},
+    ]
 
 
 def test_thoughts_are_no_part_of_the_answer(

@@ -114,7 +114,12 @@ def core_threads() -> set[threading.Thread]:
 @pytest.fixture
 def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     config = SimpleNamespace(
-        model_path="m", vocab_size=1000, context_length=600, architectures=["Scripted"], dtype="float32"
+        model_path="m",
+        vocab_size=1000,
+        context_length=600,
+        architectures=["Scripted"],
+        dtype="float32",
+        is_multimodal=False,
     )
     monkeypatch.setattr(engine_module, "EngineCore", ScriptedCore)
     monkeypatch.setattr(frontend_module, "has_tokenizer", lambda _: True)

@@ -17,6 +17,7 @@ from rtp_llm.srt.configs.model_config import (
     ModelConfigError,
     ModelNotFoundError,
     is_multimodal_model,
+    register_multimodal_model,
     resolve_model_path,
 )
 
@@ -65,9 +66,22 @@ def test_a_real_checkpoint():
 
 
 def test_is_multimodal_model_is_extensible(monkeypatch):
-    monkeypatch.setattr(module, "multimodal_model_archs", {"SeeingForCausalLM"})
-    assert is_multimodal_model(["SeeingForCausalLM"]) and is_multimodal_model("SeeingForCausalLM")
-    assert not is_multimodal_model(["LlamaForCausalLM"])
+    monkeypatch.setattr(module, "multimodal_model_archs", module.multimodal_model_archs.copy())
+    assert not is_multimodal_model(["LlamaForCausalLM", "SeeingForCausalLM"])
+    register_multimodal_model("SeeingForCausalLM")
+    assert is_multimodal_model(["LlamaForCausalLM", "SeeingForCausalLM"]) and is_multimodal_model("SeeingForCausalLM")
+    assert is_multimodal_model("Qwen2VLForConditionalGeneration")
+    assert not is_multimodal_model([])
+
+
+def test_a_model_with_a_language_part_is_multimodal_unless_that_is_off(make_checkpoint, monkeypatch):
+    language = {name: value for name, value in CONFIG.items() if name != "architectures"}
+    whole = {"architectures": ["AnyForAnything"], "model_type": "llava", "vision_config": {}}
+    directory = make_checkpoint(without=language.keys() - whole.keys(), **whole, text_config=language)
+    assert load(directory).is_multimodal
+    assert not load(directory, enable_multimodal=False).is_multimodal
+    monkeypatch.setattr(module, "multimodal_model_archs", {"LlamaForCausalLM"})
+    assert load(make_checkpoint()).is_multimodal
 
 
 # Token ids and sampling defaults

@@ -62,6 +62,20 @@ def test_flags_beside_others() -> None:
         ("random_seed", -1),
         ("log_level", "loud"),
         ("dist_timeout", 0),
+        ("enable_multimodal", "no"),
+        ("media_io_timeout", 0),
+        ("media_url_max_file_size_mb", 0),
+        ("mm_embedding_cache_size_mb", -1),
+        ("allowed_media_domains", "example.org"),
+        ("allowed_media_domains", []),
+        ("allowed_media_domains", ["example.org", 5]),
+        ("allowed_local_media_path", "/no/such/place"),
+        ("limit_mm_data_per_request", "{"),
+        ("limit_mm_data_per_request", "[1]"),
+        ("limit_mm_data_per_request", '{"picture": 1}'),
+        ("limit_mm_data_per_request", '{"image": -1}'),
+        ("limit_mm_data_per_request", '{"image": true}'),
+        ("limit_mm_data_per_request", None),
     ],
 )
 def test_wrong_values_are_refused_by_name(name: str, value: Any) -> None:
@@ -92,6 +106,20 @@ def test_other_tp_sizes_are_refused_by_name(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         prepare_server_args(["--model", "m", "--tp-size", "4"])
     assert "--tp-size" in capsys.readouterr().err
+
+
+def test_flags_of_media(tmp_path: Path) -> None:
+    argv = ["--no-enable-multimodal", "--allowed-media-domains", "a.org", "b.org", "--allowed-local-media-path"]
+    args = prepare_server_args([*argv, str(tmp_path), "--limit-mm-data-per-request", '{"image": 4, "video": 0}'])
+    assert args == ServerArgs(
+        enable_multimodal=False,
+        allowed_media_domains=["a.org", "b.org"],
+        allowed_local_media_path=str(tmp_path),
+        limit_mm_data_per_request='{"image": 4, "video": 0}',
+    )
+    assert args.media_limits == {"image": 4, "video": 0}
+    assert prepare_server_args(["--enable-multimodal"]) == ServerArgs()
+    assert ServerArgs().enable_multimodal and ServerArgs().media_limits == {}
 
 
 def test_documentation_is_up_to_date() -> None:

@@ -75,7 +75,7 @@ class StreamUsage:
 def usage(completions: list[Completion], num_choices: int) -> Usage:
     """Of a whole request: ``num_choices`` completions in turn have one prompt, which counts once."""
     firsts = completions[::num_choices]
-    prompt_tokens = sum(len(completion.request.prompt_ids) for completion in firsts)
+    prompt_tokens = sum(completion.prompt_tokens for completion in firsts)
     completion_tokens = sum(len(completion.output_ids) for completion in completions)
     return {
         "prompt_tokens": prompt_tokens,

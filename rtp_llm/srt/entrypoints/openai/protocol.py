@@ -104,7 +104,11 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str = Field(description="system, developer, user, assistant, or what the chat template knows")
-    content: str | list[dict[str, Any]] | None = Field(None, description='text, or parts {"type": "text", "text"}')
+    content: str | list[dict[str, Any]] | None = Field(
+        None,
+        description='text, or parts: {"type": "text", "text"}, {"type": "image_url", "image_url": {"url", "detail"}}, '
+        '{"type": "video_url", "video_url": {"url"}}',
+    )
 
 
 class ChatCompletionRequest(GenerationBody):

@@ -1,11 +1,13 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
+from rtp_llm.srt.chat.messages import ChatPrompt
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
@@ -20,8 +22,8 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
 )
 from rtp_llm.srt.entrypoints.serving import check_not_failed, request_names
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
-from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.sampling_params import SamplingParams
 
 
 class ChatEndpoint(OpenAIEndpoint):
@@ -45,19 +47,22 @@ class ChatEndpoint(OpenAIEndpoint):
     async def _completions(self, body: ChatCompletionRequest) -> list[Completion]:
         manager = self._serving.manager
         asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
-        names = {"input_ids": "messages", "max_new_tokens": asked, "min_new_tokens": "min_tokens"}
+        names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
+        names |= {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
         with request_names(names):
-            text = self._serving.render(
+            chat = self._serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],
                 add_generation_prompt=_begins_turn(body),
                 continue_final_message=bool(body.continue_final_message),
                 variables=body.chat_template_kwargs,
             )
-            ids = await self._serving.encode(text, add_special_tokens=False)
+            encoded = await self._serving.encode_chat(chat)
+            ids = encoded.input_ids
             max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-            prompt = Prompt(
-                input_ids=ids,
-                sampling_params=self._sampling_params(body, max_tokens, ids, self._serving.room(ids)),
+            params = self._sampling_params(body, max_tokens, ids, self._serving.room(ids))
+            prompt = replace(
+                encoded,
+                sampling_params=_ending(params, chat),
                 return_logprob=bool(body.logprobs),
                 top_logprobs_num=body.top_logprobs or 0,
                 rid=body.rid,
@@ -107,6 +112,12 @@ class ChatEndpoint(OpenAIEndpoint):
             "logprobs": self._logprobs(body, delta.logprobs),
             "finish_reason": finish_reason(completion),
         }
+
+
+def _ending(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:
+    """With what ends a turn in the conversation's format."""
+    stop = list(dict.fromkeys([*params.stop, *chat.stop]))
+    return replace(params, stop=stop, stop_token_ids=sorted({*params.stop_token_ids, *chat.stop_token_ids}))
 
 
 def _begins_turn(body: ChatCompletionRequest) -> bool:
