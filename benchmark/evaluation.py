@@ -10,12 +10,13 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,6 +29,17 @@ EXIT_ERROR = 2
 NOT_RECORDED = ("api_key", "answers", "result_filename")
 
 Record = dict[str, Any]
+AnyQuestion = TypeVar("AnyQuestion", bound="Question")
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A user's message that is answered by an assistant: texts and encoded pictures (PNG, JPEG ...), in their order."""
+
+    parts: tuple[str | bytes, ...]
+
+
+Prompt = str | Chat  # a text is continued as it stands, a chat goes through the model's template
 
 
 class EvaluationError(Exception):
@@ -46,18 +58,32 @@ class Question:
     intro: str
     examples: tuple[str, ...]
     text: str
-    label: str
+    label: Any
 
     def shots(self, num_shots: int) -> str:
         return self.intro + "".join(self.examples[:num_shots])
 
-    def prompt(self, num_shots: int) -> str:
+    def prompt(self, num_shots: int) -> Prompt:
         return self.shots(num_shots) + self.text
+
+    def is_right(self, answer: Any) -> bool:
+        return answer == self.label
+
+
+def spread(subjects: Sequence[Sequence[AnyQuestion]], num_questions: int | None) -> list[AnyQuestion]:
+    """The first questions of every subject, as equally many of each as there are; in the order of the subjects."""
+    turns = chain.from_iterable(zip_longest(*subjects))
+    chosen = {question.name for question in [q for q in turns if q is not None][:num_questions]}
+    return [question for subject in subjects for question in subject if question.name in chosen]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is asked, and how an answer's text is read. ``max_shots_len``: most tokens of the intro and the examples."""
+    """What is asked, and how an answer's text is read. ``max_shots_len``: most tokens of the intro and the examples.
+
+    ``groups`` are subjects whose figures are also wanted together. ``left_out`` are questions of the data set that are
+    not asked at all, counted by the reason.
+    """
 
     name: str
     questions: Sequence[Question]
@@ -66,6 +92,16 @@ class Task:
     stop: tuple[str, ...]
     extract: Callable[[str], str | None]  # the answer that a text gives, comparable with a label; None: it gives none
     max_shots_len: int | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def read(self, question: Question, text: str) -> Any:
+        """The answer that a text gives to a question; None if it gives none."""
+        return self.extract(text)
+
+    def guess(self, question: Question) -> Any:
+        """What counts as the answer where a text gives none; None if nothing does."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +125,11 @@ class Answerer(Protocol):
     context_len: int | None
     counting: str
 
-    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+    def count_tokens(self, prompts: Sequence[Any]) -> list[int]:
         """Tokens of each prompt, those included that the tokenizer puts around a text."""
 
     def answer(
-        self, prompts: Sequence[str], max_new_tokens: int, stop: tuple[str, ...], on_done: Callable[[], None]
+        self, prompts: Sequence[Any], max_new_tokens: int, stop: tuple[str, ...], on_done: Callable[[], None]
     ) -> list[Reply]:
         """Replies in the order of the prompts; ``on_done`` is called after each."""
 
@@ -104,7 +140,7 @@ class Ask:
 
     question: Question
     num_shots: int | None = None
-    prompt: str = ""
+    prompt: Prompt = ""
 
 
 def fit(task: Task, answerer: Answerer) -> list[Ask]:
@@ -146,11 +182,12 @@ def _most_shots(task: Task, answerer: Answerer) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a question. ``answer`` is None where the reply gives none."""
+    """What became of a question. ``answer`` is None where the reply gives none; then ``guess`` counts, if it is one."""
 
     ask: Ask
     reply: Reply | None  # None: skipped
-    answer: str | None
+    answer: Any
+    guess: Any = None
 
     @property
     def status(self) -> str:
@@ -160,7 +197,8 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        return self.answer == self.ask.question.label
+        answer = self.guess if self.answer is None else self.answer
+        return answer is not None and self.ask.question.is_right(answer)
 
     @property
     def invalid(self) -> bool:
@@ -169,18 +207,31 @@ class Outcome:
     def to_dict(self) -> Record:
         """A line of the answers file."""
         question, reply = self.ask.question, self.reply or Reply()
+        guess = {} if self.guess is None else {"guess": self.guess}
         return {
             "name": question.name,
             "subject": question.subject,
             "status": self.status,
             "num_shots": self.ask.num_shots,
-            "prompt_sha256": hashlib.sha256(self.ask.prompt.encode()).hexdigest(),
+            "prompt_sha256": digest(self.ask.prompt),
             "text": reply.text,
             "answer": self.answer,
             "label": question.label,
             "right": self.right,
             "error": reply.error,
-        }
+        } | guess
+
+
+def digest(prompt: Prompt) -> str:
+    """SHA-256 of a prompt. A chat's is over kind, length and content of its parts."""
+    if isinstance(prompt, str):
+        return hashlib.sha256(prompt.encode()).hexdigest()
+    content = hashlib.sha256()
+    for part in prompt.parts:
+        data = part.encode() if isinstance(part, str) else part
+        content.update(f"{'text' if isinstance(part, str) else 'picture'} {len(data)}:".encode())
+        content.update(data)
+    return content.hexdigest()
 
 
 def outcomes(task: Task, asks: Sequence[Ask], replies: Sequence[Reply]) -> list[Outcome]:
@@ -189,8 +240,10 @@ def outcomes(task: Task, asks: Sequence[Ask], replies: Sequence[Reply]) -> list[
     found = []
     for ask in asks:
         reply = None if ask.num_shots is None else next(remaining)
-        answer = None if reply is None or reply.error is not None else task.extract(reply.text)
-        found.append(Outcome(ask, reply, answer))
+        answered = reply is not None and reply.error is None
+        answer = task.read(ask.question, reply.text) if answered else None
+        guess = task.guess(ask.question) if answered and answer is None else None
+        found.append(Outcome(ask, reply, answer, guess))
     return found
 
 
@@ -208,6 +261,8 @@ def figures(task: Task, found: Sequence[Outcome]) -> Record:
         "failed": status["failed"],
         "skipped": status["skipped"],
         "fewer_shots": sum(o.ask.num_shots is not None and o.ask.num_shots < task.num_shots for o in found),
+        "guessed": sum(outcome.guess is not None for outcome in found),
+        "left_out": dict(task.left_out),
     }
 
 
@@ -256,7 +311,7 @@ def evaluate(task: Task, answerer: Answerer) -> tuple[Record, list[Outcome]]:
         replies = answerer.answer(prompts, task.max_new_tokens, task.stop, on_done)
         latency_s = time.perf_counter() - start_s
     found = outcomes(task, asks, replies)
-    return about(task, answerer) | figures(task, found) | _speed(replies, latency_s) | _details(found), found
+    return about(task, answerer) | figures(task, found) | _speed(replies, latency_s) | _details(task, found), found
 
 
 def about(task: Task, answerer: Answerer) -> Record:
@@ -283,15 +338,17 @@ def _speed(replies: Sequence[Reply], latency_s: float) -> Record:
     }
 
 
-def _details(found: Sequence[Outcome]) -> Record:
+def _details(task: Task, found: Sequence[Outcome]) -> Record:
     errors = Counter(o.reply.error for o in found if o.reply is not None and o.reply.error is not None)
     return {
         "errors": dict(errors.most_common()),
-        "subjects": {
-            name: {"answered": num_answered, "correct": num_correct}
-            for name, (num_answered, num_correct) in _by_subject(found).items()
-        },
+        "subjects": _counts(_by_subject(found)),
+        "groups": _counts(_by_group(task, found)),
     }
+
+
+def _counts(of: Mapping[str, tuple[int, int]]) -> Record:
+    return {name: {"answered": answered, "correct": correct} for name, (answered, correct) in of.items()}
 
 
 def _by_subject(found: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
@@ -302,13 +359,21 @@ def _by_subject(found: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
     return {name: (answered[name], correct[name]) for name in names}
 
 
+def _by_group(task: Task, found: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
+    """(answered, correct) of each of the task's groups that has subjects here."""
+    subjects = _by_subject(found)
+    members = {group: [subjects[name] for name in names if name in subjects] for group, names in task.groups.items()}
+    return {group: (sum(n for n, _ in of), sum(n for _, n in of)) for group, of in members.items() if of}
+
+
 def report(task: Task, record: Record, found: Sequence[Outcome]) -> None:
     """The figures for a person, on standard output."""
     console = Console(highlight=False, soft_wrap=True)
     subjects = _by_subject(found)
     if len(subjects) > 1:
-        console.print(_table(subjects))
-    average = "Average accuracy" if len(subjects) > 1 else "Accuracy"
+        groups = {f"Overall-{name}": counts for name, counts in _by_group(task, found).items()}
+        console.print(_table(subjects | groups))
+    average = "Overall accuracy" if task.groups else "Average accuracy" if len(subjects) > 1 else "Accuracy"
     throughput = record["output_throughput"]
     lines = [
         f"{task.name}, {record['num_questions']} questions, {record['model']} ({record['backend']})",
@@ -336,6 +401,9 @@ def _notes(task: Task, record: Record) -> list[str]:
     if record["failed"]:
         reason, count = next(iter(record["errors"].items()))
         notes.append(f"{record['failed']} requests failed, and count neither as right nor as wrong; {count}: {reason}")
+    if record["guessed"]:
+        notes.append(f"{record['guessed']} answers could not be read; a guess drawn by the seed counts in their place")
+    notes += [f"{count} questions not asked: {reason}" for reason, count in record["left_out"].items()]
     if record["skipped"]:
         notes.append(
             f"{record['skipped']} questions skipped: with {task.max_new_tokens} tokens for the answer they do not fit "

@@ -15,13 +15,22 @@ CHARS_PER_TOKEN = 4  # the estimate where nobody counts
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Which server, how it is asked, and who counts the tokens of prompts."""
+    add_address_options(parser)
+    add_counting_options(parser)
+
+
+def add_address_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="the server's address, with or without /v1, instead of --host and --port")
     parser.add_argument("--host", help="the server's host (127.0.0.1)")
     parser.add_argument("--port", type=positive, help="the server's port (30000)")
     parser.add_argument("--model", help="the model's name; unset: the first that the server lists")
     parser.add_argument("--api-key", help="sent as a bearer token")
-    parser.add_argument("--parallel", type=positive, default=64, help="most requests at once")
+    parser.add_argument("--parallel", "--concurrency", type=positive, default=64, help="most requests at once")
     parser.add_argument("--request-timeout", type=float, default=3600.0, help="seconds until a request fails")
+
+
+def add_counting_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         help="directory, file or hub id of a tokenizer.json that counts tokens; unset: the server's /tokenize, or "

@@ -13,15 +13,19 @@ from rtp_llm.srt.platform import choose_device
 
 
 def add_transformers_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", required=True, help="directory or hub id of the checkpoint")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="unset: cuda where a GPU is usable")
+    add_model_options(parser)
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=1,
         help="prompts at once; above 1 they are padded, which rounds otherwise",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", required=True, help="directory or hub id of the checkpoint")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="unset: cuda where a GPU is usable")
     parser.add_argument(
         "--context-length", type=positive, help="tokens, prompt and answer together; unset: the model's own"
     )

@@ -5,6 +5,7 @@ Without, it times batches of random prompts: each combination of ``--batch-size`
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import random
@@ -18,14 +19,24 @@ from typing import Any, Self
 
 import torch
 
-from rtp_llm.reference import MAX_NEW_TOKENS, encode, logits_text, read_prompts, whole_text
+from rtp_llm.reference import (
+    MAX_NEW_TOKENS,
+    PICTURE_PROMPTS,
+    chat_text,
+    encode,
+    logits_text,
+    read_pictures,
+    read_prompts,
+    whole_text,
+)
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS, worker_config
 from rtp_llm.srt.engine.executor import make_executor
-from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
-from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
+from rtp_llm.srt.entrypoints.frontend import read_model_config, read_processor, read_tokenizer
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
+from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan, StepResult
 from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.logging import configure_logging
@@ -43,7 +54,7 @@ SCHEDULER_OPTIONS = (
     "chunked_prefill_size", "max_prefill_tokens", "schedule_policy", "disable_radix_cache", "disable_overlap_schedule",
     "max_running_requests", "swa_full_tokens_ratio", "decode_log_interval", "watchdog_timeout", "random_seed",
 )  # fmt: skip
-CORRECTNESS_OPTIONS = ("cut_len", "prompt_filename")
+CORRECTNESS_OPTIONS = ("cut_len", "prompt_filename", "model_type", "image")
 LATENCY_OPTIONS = (
     "run_name", "input_len", "result_filename", "log_decode_step", "profile", "profile_record_shapes",
     "profile_activities", "profile_stage", "profile_prefix", "profile_start_step", "profile_steps",
@@ -69,7 +80,17 @@ class OneBatchArgs:
 
     correctness_test: bool = _option(False, "show logits and texts instead of measuring latencies")
     cut_len: int = _option(4, "correctness: tokens that are computed first, the rest after them; unset: 4", low=0)
-    prompt_filename: str = _option("", "correctness: file with one prompt per line; unset: three prompts")
+    prompt_filename: str = _option("", "correctness: file with one prompt per line; unset: built-in ones")
+    model_type: str | None = _option(
+        None,
+        "correctness: whether prompts are texts, or messages with pictures (vlm is another name of mllm); unset: mllm "
+        "if the model takes pictures",
+        choices=("text", "mllm", "vlm"),
+    )
+    image: list[str] = field(
+        default_factory=list,
+        metadata=_metadata("correctness: pictures that stand before every prompt; unset: a drawn one"),
+    )
     run_name: str = _option("default", "latency: name of this run in the result; unset: default")
     batch_size: list[int] = field(
         default_factory=list,
@@ -109,6 +130,8 @@ class OneBatchArgs:
                     raise OneBatchError(f"{_flag(item.name)} must be at least {low}, not {number}")
         if self.correctness_test and max(len(self.batch_size), len(self.output_len)) > 1:
             raise OneBatchError("--correctness-test takes one --batch-size and one --output-len")
+        if self.image and self.model_type == "text":
+            raise OneBatchError("--image means nothing with --model-type text")
         if self.profile and self.profile_stage == "prefill" and self.profile_start_step is not None:
             raise OneBatchError("--profile-start-step counts decodes, which --profile-stage prefill leaves out")
         if (self.profile and self.profile_stage == "decode") or self.profile_start_step is not None:
@@ -207,17 +230,32 @@ class OneBatch:
         """Reserves the cache. To be called once, before the first batch."""
         self._executor.init_cache(list(self._capacity.num_pages), max_batch_size, max_len)
 
-    def start(self, prompts: list[list[int]], num_new: int) -> None:
-        """Puts a batch in the place of the one before. ``num_new``: tokens that each prompt may be continued by."""
+    def padded(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
+        """A prompt with media as the model wants it. Raises OneBatchError."""
+        prompt: PaddedPrompt = self._executor.rpc("pad_input_ids", prompt_ids, media)[0]
+        if prompt.problem is not None:
+            raise OneBatchError(f"the media cannot be placed in the prompt: {prompt.problem}")
+        return prompt
+
+    def start(self, prompts: list[list[int]], num_new: int, media: Sequence[bytes | None] | None = None) -> None:
+        """Puts a batch in the place of the one before.
+
+        Args:
+            num_new: tokens that each prompt may be continued by.
+            media: what goes with each prompt, as ``padded`` returns both.
+        """
         reason = self.why_not(len(prompts), max(map(len, prompts)) + num_new)
         if reason is not None:
             raise OneBatchError(reason)
         num_pages = -(-(max(map(len, prompts)) + num_new) // self._args.page_size)
         releases = list(range(len(self._lens)))
         admissions = [
-            Admission(row, str(row), prompt_ids=ids, output_ids=[], params=PARAMS, stop_ids=[], seed=0)
+            Admission(
+                row, str(row), prompt_ids=ids, output_ids=[], params=PARAMS, stop_ids=[], seed=0,
+                media=None if media is None else media[row],
+            )
             for row, ids in enumerate(prompts)
-        ]
+        ]  # fmt: skip
         writes = [
             PageWrite(row, group, 0, list(range(1 + row * num_pages, 1 + (row + 1) * num_pages)))  # 0 is the dummy
             for row in range(len(prompts))
@@ -292,9 +330,15 @@ class Correctness:
     output_ids: list[list[int]]
 
 
-def run_correctness(batch: OneBatch, prompts: list[list[int]], cut_len: int, output_len: int) -> Correctness:
+def run_correctness(
+    batch: OneBatch,
+    prompts: list[list[int]],
+    cut_len: int,
+    output_len: int,
+    media: Sequence[bytes | None] | None = None,
+) -> Correctness:
     """Computes ``cut_len`` tokens of each prompt, then the rest beside what is in the cache, then decodes."""
-    batch.start(prompts, output_len)
+    batch.start(prompts, output_len, media)
     first_half = batch.step_with_logits([cut_len] * len(prompts))[1] if cut_len else None
     token_ids, final = batch.step_with_logits([len(ids) - cut_len for ids in prompts])
     outputs = [[token_id] for token_id in token_ids]
@@ -311,25 +355,63 @@ def correctness_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
     tokenizer = read_tokenizer(server_args, model_config)
     if tokenizer is None:
         raise OneBatchError(f"{server_args.model_path} has no tokenizer; name one with --tokenizer-path")
-    texts = read_prompts(args.prompt_filename)[: args.batch_size[0] if args.batch_size else None]
-    prompts = [encode(tokenizer, text) for text in texts]
-    for text, ids in zip(texts, prompts, strict=True):
-        if len(ids) <= args.cut_len:
-            raise OneBatchError(
-                f"--cut-len {args.cut_len} leaves nothing of the prompt {text!r}, which has {len(ids)} tokens"
-            )
+    texts, unplaced = _prompts(server_args, args, model_config, tokenizer)
     output_len = args.output_len[0]
     with OneBatch(server_args, model_config) as batch:
+        padded = [
+            PaddedPrompt(prompt.input_ids) if prompt.media is None else batch.padded(prompt.input_ids, prompt.media)
+            for prompt in unplaced
+        ]
+        for text, prompt in zip(texts, padded, strict=True):
+            _check_cut(args.cut_len, text, prompt)
+        prompts, media = [prompt.prompt_ids for prompt in padded], [prompt.media or None for prompt in padded]
         print(f"max_total_num_tokens={batch.max_total_tokens}")
         batch.reserve(len(prompts), max(map(len, prompts)) + output_len)
         print(f"\ninput_ids={prompts}\n")
-        found = run_correctness(batch, prompts, args.cut_len, output_len)
+        found = run_correctness(batch, prompts, args.cut_len, output_len, media)
     if found.first_half is not None:
         print(f"prefill logits (first half): {logits_text(found.first_half)} \n")
     print(f"prefill logits (final): {logits_text(found.final)} \n")
     for i, (prompt_ids, output_ids) in enumerate(zip(prompts, found.output_ids, strict=True)):
         print(f"========== Prompt {i} ==========")
         print(whole_text(tokenizer, prompt_ids, output_ids), "\n")
+
+
+def _prompts(
+    server_args: ServerArgs, args: OneBatchArgs, model_config: ModelConfig, tokenizer: Any
+) -> tuple[list[str], list[Prompt]]:
+    """Texts, and what they are as ids and media."""
+    model_type = args.model_type or ("mllm" if model_config.is_multimodal or args.image else "text")
+    num_prompts = args.batch_size[0] if args.batch_size else None
+    if model_type == "text":
+        texts = read_prompts(args.prompt_filename)[:num_prompts]
+        return texts, [Prompt(input_ids=encode(tokenizer, text)) for text in texts]
+    if not model_config.is_multimodal:
+        name = ", ".join(model_config.architectures)
+        raise OneBatchError(f"{server_args.model_path} ({name}) takes no pictures; use --model-type text")
+    texts, pictures = read_prompts(args.prompt_filename, PICTURE_PROMPTS)[:num_prompts], read_pictures(args.image)
+    chats = [chat_text(model_config.model_path, tokenizer, text, len(pictures)) for text in texts]
+    context_length = model_config.context_length
+    processor = read_processor(server_args, model_config, tokenizer, trusted=True)
+    manager = TokenizerManager(tokenizer, model_config.vocab_size, context_length, context_length, processor=processor)
+
+    async def with_pictures() -> list[Prompt]:
+        prompts = [Prompt(text=chat, image_data=pictures, add_special_tokens=False) for chat in chats]
+        return [await manager.with_media(prompt) for prompt in prompts]
+
+    return texts, asyncio.run(with_pictures())
+
+
+def _check_cut(cut_len: int, text: str, prompt: PaddedPrompt) -> None:
+    num_tokens = len(prompt.prompt_ids)
+    if num_tokens <= cut_len:
+        raise OneBatchError(f"--cut-len {cut_len} leaves nothing of the prompt {text!r}, which has {num_tokens} tokens")
+    for first, last in prompt.atomic_spans:
+        if first < cut_len <= last:
+            raise OneBatchError(
+                f"--cut-len {cut_len} cuts a picture, tokens {first} to {last} of {text!r}, which this model computes "
+                f"at once; {first} and less, or {last + 1} and more, do not"
+            )
 
 
 # Latency

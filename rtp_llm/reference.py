@@ -3,19 +3,34 @@
 Both sides of a comparison keep these rules:
 
 - Prompts are ``PROMPTS`` or the lines of a file, and a prompt's ids are what the tokenizer makes of it.
+- With pictures, ``PICTURE_PROMPTS`` or the lines of a file: each is a user's message, pictures first, in the model's
+  chat template. The pictures are files, or the one that is drawn here.
 - The dtype is ``ModelConfig.dtype``: what ``--dtype`` asks for; ``auto`` is the checkpoint's own, as in the server.
 - Text is greedy and exactly as long as asked: an end-of-sequence token is a token like any other. Nothing that the
   checkpoint's generation_config.json advises (penalties, forced tokens) applies.
 - Logits are shown in float32, after everything that the model itself does to them.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.platform import choose_device
@@ -25,23 +40,106 @@ PROMPTS = (
     "The capital of the United Kingdom is",
     "Today is a sunny day and I like",
 )
+PICTURE_PROMPTS = ("Describe this image.",)
 MAX_NEW_TOKENS = 16
+Extras = dict[str, Any]  # beside ids, what the forward of a transformers model takes
 _AT_ONCE = 1024  # positions of a prompt whose log-probabilities are in memory together
 
 
-def read_prompts(filename: str | None) -> list[str]:
-    """The lines of a file that are not blank; PROMPTS where none is named.
+def read_prompts(filename: str | None, default: Sequence[str] = PROMPTS) -> list[str]:
+    """The lines of a file that are not blank; the default where none is named.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it holds no prompt.
     """
     if not filename:
-        return list(PROMPTS)
+        return list(default)
     prompts = [line for line in Path(filename).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{filename} has no prompts; write one per line")
     return prompts
+
+
+def read_pictures(filenames: Sequence[str]) -> list[Image.Image]:
+    """Pictures as RGB, upright; the drawn one where no file is named.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or holds no picture.
+    """
+    return [_read_picture(filename) for filename in filenames] or [drawn_picture()]
+
+
+def _read_picture(filename: str) -> Image.Image:
+    try:
+        with Image.open(filename) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{filename} holds no picture of a kind that Pillow reads") from None
+
+
+def drawn_picture() -> Image.Image:
+    """A red circle, a blue square and a green triangle on white, 224 x 168 pixels: the same every time."""
+    picture = Image.new("RGB", (224, 168), "white")
+    canvas = ImageDraw.Draw(picture)
+    canvas.ellipse((16, 16, 95, 95), fill=(214, 39, 40))
+    canvas.rectangle((128, 24, 199, 95), fill=(31, 80, 200))
+    canvas.polygon([(112, 104), (160, 156), (64, 156)], fill=(44, 140, 44))
+    return picture
+
+
+def chat_text(model_path: str, tokenizer: Any, prompt: str, num_pictures: int) -> str:
+    """A user's message with so many pictures before its text, as the model's template has it, the answer begun.
+
+    Raises:
+        ValueError: the checkpoint has no chat template.
+    """
+    content = [*({"type": "image"} for _ in range(num_pictures)), {"type": "text", "text": prompt}]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=_chat_template(Path(model_path), tokenizer),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+
+
+def _chat_template(model_path: Path, tokenizer: Any) -> str:
+    """The tokenizer's, or that of a file which only processors used to read."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.get_chat_template()
+    path = model_path / "chat_template.json"
+    if not path.exists():
+        raise ValueError(
+            f"{model_path} has no chat template, which prompts with pictures need; --model-type text needs none"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+
+
+def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
+    """The processor that transformers has for a model's texts and pictures.
+
+    Where torchvision is missing, as transformers wants it for videos, the same without its part for videos.
+
+    Raises:
+        ValueError, OSError: there is none for this model, or its files are not there.
+        ImportError: what its part for pictures wants is not installed.
+    """
+    try:
+        return AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except ImportError:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        if type(config) not in PROCESSOR_MAPPING:
+            raise
+        return _without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(model_path)
+
+
+def _without_videos(processor_class: Any) -> Any:
+    """A processor's class that knows of no part for videos. It keeps its name, which transformers looks at."""
+
+    def get_attributes(cls: type) -> list[str]:
+        return [name for name in processor_class.get_attributes() if name != "video_processor"]
+
+    return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(get_attributes)})
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -62,6 +160,17 @@ def logits_text(logits: torch.Tensor) -> str:
         torch.set_printoptions(profile="default")
 
 
+def _auto_class(config: Any) -> Any:
+    """What loads a checkpoint: models that only exist with pictures generate text without them, too."""
+    only_with_pictures = takes_pictures(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_with_pictures else AutoModelForCausalLM
+
+
+def takes_pictures(config: Any) -> bool:
+    """Whether transformers has a model of images and text for a Hugging Face configuration."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 @dataclass(frozen=True)
 class Answer:
     """A greedy completion, with the best log-probabilities at each position, best first.
@@ -77,7 +186,10 @@ class Answer:
 
 
 class TransformersModel:
-    """A causal language model, run by transformers, one prompt at a time.
+    """A model that generates text, run by transformers, one prompt at a time.
+
+    Prompts are ids. Those of a prompt with pictures come from ``encode_chat``, with what else the model's forward takes
+    (``extras``): pixels, and where which pictures stand.
 
     Raises:
         ValueError, OSError: what is wrong with the checkpoint.
@@ -89,11 +201,13 @@ class TransformersModel:
     ) -> None:
         config = ModelConfig.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
         self.device = choose_device(device)
+        self.model_path = config.model_path
         self.context_length = config.context_length
         self._load_tokenizer = partial(
             AutoTokenizer.from_pretrained, config.model_path, trust_remote_code=trust_remote_code
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        self._load_processor = partial(load_processor, config.model_path, trust_remote_code)
+        model = _auto_class(config.hf_config).from_pretrained(
             config.model_path, dtype=getattr(torch, config.dtype), trust_remote_code=trust_remote_code
         )
         self.model = model.to(self.device).eval()
@@ -104,17 +218,40 @@ class TransformersModel:
         """Loaded when it is first asked for: logits of ids need none."""
         return self._load_tokenizer()
 
-    @torch.inference_mode()
-    def prompt_logits(self, prompt_ids: list[int]) -> torch.Tensor:
-        """[len(prompt_ids), vocab_size] in the model's dtype."""
-        return self.model(torch.tensor([prompt_ids], device=self.device)).logits[0]
+    @cached_property
+    def processor(self) -> Any:
+        return self._load_processor()
+
+    def encode_chat(self, prompt: str, pictures: Sequence[Image.Image]) -> tuple[list[int], Extras]:
+        """The ids of a user's message with pictures, and the extras that belong to them."""
+        text = chat_text(self.model_path, self.tokenizer, prompt, len(pictures))
+        return self.encode_with_pictures(text, pictures)
+
+    def encode_with_pictures(self, text: str, pictures: Sequence[Image.Image]) -> tuple[list[int], Extras]:
+        """As ``encode_chat``, from a text that has the template's placeholders, and special tokens as it needs them."""
+        inputs = self.processor(
+            text=[text], images=list(pictures) or None, add_special_tokens=False, return_tensors="pt"
+        ).to(self.device)
+        extras = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        for name, value in extras.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                extras[name] = value.to(self.model.dtype)
+        return inputs["input_ids"][0].tolist(), extras
 
     @torch.inference_mode()
-    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> tuple[list[int], torch.Tensor]:
+    def prompt_logits(self, prompt_ids: list[int], extras: Extras | None = None) -> torch.Tensor:
+        """[len(prompt_ids), vocab_size] in the model's dtype."""
+        return self.model(torch.tensor([prompt_ids], device=self.device), **(extras or {})).logits[0]
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt_ids: list[int], max_new_tokens: int, extras: Extras | None = None
+    ) -> tuple[list[int], torch.Tensor]:
         """``max_new_tokens`` ids, and the logits they are the largest of: [max_new_tokens, vocab_size] float32."""
         ids = torch.tensor([prompt_ids], device=self.device)
         generated = self.model.generate(
             ids,
+            **(extras or {}),
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,

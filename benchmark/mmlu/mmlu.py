@@ -2,13 +2,11 @@
 
 import argparse
 import csv
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 
 from benchmark.download import downloaded_folder
-from benchmark.evaluation import EvaluationError, Question, Task, not_negative, positive
+from benchmark.evaluation import EvaluationError, Question, Task, not_negative, positive, spread
 
 URL = "https://huggingface.co/datasets/cais/mmlu/resolve/main/data.tar"
 LETTERS = "ABCD"
@@ -84,13 +82,6 @@ def read_rows(path: Path) -> list[Row]:
     if lines and lines[0][-1:] == ["answer"]:
         del lines[0]
     return [_row(path, line) for line in lines]
-
-
-def spread(subjects: Sequence[Sequence[Question]], num_questions: int | None) -> list[Question]:
-    """The first questions of every subject, as equally many of each as there are; in the order of the subjects."""
-    turns = chain.from_iterable(zip_longest(*subjects))
-    chosen = {question.name for question in [q for q in turns if q is not None][:num_questions]}
-    return [question for subject in subjects for question in subject if question.name in chosen]
 
 
 def extract(text: str) -> str | None:

@@ -1,6 +1,7 @@
 """What transformers answers: the logits that end each prompt, and the text that follows.
 
     python3 scripts/playground/reference_hf.py --model-path MODEL --model-type text
+    python3 scripts/playground/reference_hf.py --model-path MODEL --model-type mllm --image PICTURE
 
 To be compared with ``python3 -m rtp_llm.bench_one_batch --correct --model MODEL``: same prompts, same dtype, same rule
 for the end of a text (there is none), so the texts are equal and the logits differ by rounding.
@@ -13,32 +14,49 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-from rtp_llm.reference import MAX_NEW_TOKENS, TransformersModel, encode, logits_text, read_prompts, whole_text
+from rtp_llm.reference import (
+    MAX_NEW_TOKENS,
+    PICTURE_PROMPTS,
+    Extras,
+    TransformersModel,
+    encode,
+    logits_text,
+    read_pictures,
+    read_prompts,
+    takes_pictures,
+    whole_text,
+)
 from rtp_llm.srt.configs.model_config import ModelConfig
 
 EXIT_ERROR = 2
 
 
 def show_text_model(args: argparse.Namespace) -> None:
+    if args.image:
+        raise ValueError("--image means something only with --model-type mllm")
     prompts = read_prompts(args.prompt_filename)
     model = TransformersModel(args.model_path, args.dtype, args.device, args.trust_remote_code)
-    for i, prompt in enumerate(prompts):
-        prompt_ids = encode(model.tokenizer, prompt)
-        output_ids, _ = model.generate(prompt_ids, args.max_new_tokens)
-        logits = model.prompt_logits(prompt_ids)[-1].float()
-        print(f"\n========== Prompt {i} ==========")
-        print("prefill logits (final)", logits_text(logits))
-        print(whole_text(model.tokenizer, prompt_ids, output_ids))
+    show(model, [(encode(model.tokenizer, prompt), {}) for prompt in prompts], args.max_new_tokens)
 
 
 def show_multimodal_model(args: argparse.Namespace) -> None:
+    prompts, pictures = read_prompts(args.prompt_filename, PICTURE_PROMPTS), read_pictures(args.image)
     config = ModelConfig.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
-    name = ", ".join(config.architectures)
-    if type(config.hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if not takes_pictures(config.hf_config):
+        name = ", ".join(config.architectures)
         raise ValueError(f"{args.model_path} ({name}) takes no images; use --model-type text")
-    raise NotImplementedError(f"multimodal models such as {args.model_path} ({name}) are not supported yet")
+    model = TransformersModel(args.model_path, args.dtype, args.device, args.trust_remote_code)
+    show(model, [model.encode_chat(prompt, pictures) for prompt in prompts], args.max_new_tokens)
+
+
+def show(model: TransformersModel, prompts: Sequence[tuple[list[int], Extras]], max_new_tokens: int) -> None:
+    """Prompts as ids and what goes with them."""
+    for i, (prompt_ids, extras) in enumerate(prompts):
+        output_ids, _ = model.generate(prompt_ids, max_new_tokens, extras)
+        logits = model.prompt_logits(prompt_ids, extras)[-1].float()
+        print(f"\n========== Prompt {i} ==========")
+        print("prefill logits (final)", logits_text(logits))
+        print(whole_text(model.tokenizer, prompt_ids, output_ids))
 
 
 MODEL_TYPES: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -55,7 +73,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="tokens per prompt")
     parser.add_argument("--dtype", default="auto", metavar="TEXT", help="auto: the checkpoint's, as in the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="unset: cuda where there is a GPU, else cpu")
-    parser.add_argument("--prompt-filename", metavar="TEXT", help="file with one prompt per line; unset: three prompts")
+    parser.add_argument("--prompt-filename", metavar="TEXT", help="file with one prompt per line; unset: built-in ones")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="mllm: picture that stands before every prompt; may be repeated; unset: a drawn one",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
@@ -67,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         MODEL_TYPES[args.model_type](args)
-    except (ValueError, OSError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"reference_hf: error: {error}", file=sys.stderr)
         return EXIT_ERROR
     return 0

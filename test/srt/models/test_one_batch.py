@@ -10,16 +10,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from rtp_llm import bench_one_batch
 from rtp_llm.bench_one_batch import OneBatch, run_correctness
-from rtp_llm.reference import PROMPTS, TransformersModel, encode, logits_text, read_prompts
+from rtp_llm.reference import PROMPTS, TransformersModel, drawn_picture, encode, logits_text, read_prompts
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.frontend import read_model_config
+from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
+from rtp_llm.srt.plan import PaddedPrompt
 from tiny_models import TINY_MODELS, assert_same_ids, make_tiny, random_prompts, reference, tiny_model
+from tiny_seeing import make_seeing
 
 ROOT = Path(__file__).resolve().parents[3]
 NEW_TOKENS = 12
@@ -219,16 +224,118 @@ def test_options_that_do_nothing_here_are_named(caplog: pytest.LogCaptureFixture
     assert "do nothing: --schedule-policy, --port" in caplog.text
 
 
-def test_multimodal_references_are_refused(
-    twin: str, reference_hf: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+class StandInProcessor:
+    """Makes of texts and pictures what transformers makes of them, for checkpoints of ``make_seeing``."""
+
+    def __init__(self, model_dir: str) -> None:
+        self.model = TransformersModel(model_dir, device="cpu")
+
+    async def process_mm_data_async(
+        self, image_data: list[Image.Image], audio_data: list[Any], input_text: str, request_obj: Any
+    ) -> MultimodalProcessorOutput:
+        ids, extras = self.model.encode_with_pictures(input_text, image_data)
+        grids, kinds = extras["image_grid_thw"], extras["mm_token_type_ids"]
+        positions, delta = self.model.model.model.get_rope_index(
+            torch.tensor([ids]), image_grid_thw=grids, mm_token_type_ids=kinds
+        )
+        image_id = self.model.model.config.image_token_id
+        places = [i for i, token_id in enumerate(ids) if token_id == image_id]
+        items, patch = [], 0
+        for grid in grids:
+            num_patches = int(grid.prod())
+            own, places = places[: num_patches // 4], places[num_patches // 4 :]
+            pixels = extras["pixel_values"][patch : patch + num_patches]
+            item = MultimodalDataItem(Modality.IMAGE, pixels, [(own[0], own[-1])], image_grid_thw=grid[None])
+            items, patch = [*items, item], patch + num_patches
+        return MultimodalProcessorOutput(
+            items, image_id, mrope_positions=positions[:, 0], mrope_position_delta=int(delta), input_ids=ids
+        )
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_seeing(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """Flags that name two files. One is a photograph on its side: the other way up it has another shape."""
+    paths = [str(tmp_path / "red.png"), str(tmp_path / "turned.jpg")]
+    Image.new("RGB", (90, 60), "red").save(paths[0])
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    drawn_picture().save(paths[1], exif=turned)
+    return ["--image", paths[0], "--image", paths[1]]
+
+
+@pytest.mark.parametrize("cut_len", [4, 12])  # before the first picture, within it
+def test_both_commands_say_the_same_about_pictures(
+    seeing: str,
+    pictures: list[str],
+    reference_hf: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    cut_len: int,
+) -> None:
+    monkeypatch.setattr(bench_one_batch, "read_processor", lambda *args, **kwargs: StandInProcessor(seeing))
+    printed = []
+    for flags in ([], pictures):
+        assert reference_hf.main(["--model-path", seeing, "--model-type", "mllm", *flags]) == 0
+        theirs = capsys.readouterr().out
+        argv = ["--correct", "--model", seeing, "--max-total-tokens", "400", "--cut-len", str(cut_len), *flags]
+        assert bench_one_batch.main(argv) == 0
+        ours = capsys.readouterr().out
+        assert texts(ours) == texts(theirs)
+        printed.append((texts(ours), final_logits(ours)))
+        torch.testing.assert_close(final_logits(ours), final_logits(theirs), atol=1e-3, rtol=0)
+    (text_of_one, logits_of_one), (text_of_two, logits_of_two) = printed
+    assert [text.count("<|vision_start|>") for text in (*text_of_one, *text_of_two)] == [1, 2]
+    assert (logits_of_one - logits_of_two).abs().max() > 0.1
+
+
+def final_logits(printed: str) -> torch.Tensor:
+    """The six values that are shown of the first prompt."""
+    (shown,) = re.findall(r"prefill logits \(final\):? tensor\(\[+(.*?)\]", printed)
+    return torch.tensor([float(value) for value in shown.replace("...,", "").split(",")])
+
+
+def test_texts_alone_for_a_model_that_sees(
+    seeing: str, reference_hf: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reference_hf.main(["--model-path", seeing, "--model-type", "text"]) == 0
+    theirs = capsys.readouterr().out
+    argv = ["--correct", "--model", seeing, "--model-type", "text", "--max-total-tokens", "400"]
+    assert bench_one_batch.main(argv) == 0
+    assert texts(capsys.readouterr().out) == texts(theirs)
+
+
+def test_pictures_that_cannot_be_shown(
+    twin: str, seeing: str, reference_hf: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("mllm", "vlm"):
         assert reference_hf.main(["--model-path", twin, "--model-type", name]) == 2
         assert "(Qwen2ForCausalLM) takes no images; use --model-type text" in capsys.readouterr().err
-    config = {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert reference_hf.main(["--model-path", str(tmp_path), "--model-type", "mllm"]) == 2
-    assert "(Qwen2VLForConditionalGeneration) are not supported yet" in capsys.readouterr().err
+        fails(capsys, ["--correct", "--model", twin, "--model-type", name], r"\(Qwen2ForCausalLM\) takes no pictures")
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    image = ["--image", str(text)]
+    assert reference_hf.main(["--model-path", seeing, "--model-type", "text", *image]) == 2
+    assert "--image means something only with --model-type mllm" in capsys.readouterr().err
+    assert reference_hf.main(["--model-path", seeing, "--model-type", "mllm", *image]) == 2
+    assert "text.png holds no picture" in capsys.readouterr().err
+    fails(capsys, ["--correct", "--model", twin, *image], "takes no pictures")
+    fails(capsys, ["--correct", "--model", seeing, *image, "--model-type", "text"], "--image means nothing with")
+    fails(capsys, ["--model", seeing, *image], "--image means something only with --correctness-test")
+    fails(capsys, ["--correct", "--model", seeing, *image], "text.png holds no picture")
+
+
+def test_a_cut_within_what_is_computed_at_once() -> None:
+    prompt = PaddedPrompt(list(range(20)), atomic_spans=[(4, 9)])
+    for cut_len in (0, 4, 10, 19):
+        bench_one_batch._check_cut(cut_len, "?", prompt)
+    for cut_len in (5, 9):
+        with pytest.raises(bench_one_batch.OneBatchError, match=r"4 and less, or 10 and more, do not"):
+            bench_one_batch._check_cut(cut_len, "?", prompt)
 
 
 @pytest.mark.slow

@@ -254,7 +254,8 @@ def test_a_run_against_any_server(fake_server: str, tmp_path: Path, capsys: pyte
     output = capsys.readouterr().out
     assert "Accuracy: 0.500 (1 of 2)" in output and "Invalid: 0.000" in output
     assert "1 requests failed" in output and "too hard" in output
-    assert FakeServer.bodies[0] == {
+    first = next(body for body in FakeServer.bodies if "2+3?" in body["prompt"])  # requests come in any order
+    assert first == {
         "model": "fake",
         "prompt": "Question: 1+1?\nAnswer: 1+1=<<1+1=2>>2\n#### 2\n\nQuestion: 2+3?\nAnswer:",
         "max_tokens": 512,
