@@ -1,5 +1,6 @@
 """Which processor prepares the media of which model."""
 
+import copy
 import inspect
 import logging
 import sys
@@ -135,7 +136,8 @@ def make_processor(
     """
     if tokenizer is None or not hasattr(model_cls, "pad_input_ids"):
         return None
-    hf_processor = load_hf_processor(config.model_path, tokenizer, server_args.trust_remote_code)
+    own_tokenizer = copy.deepcopy(tokenizer)  # used on other threads, and no tokenizer can be used on two at once
+    hf_processor = load_hf_processor(config.model_path, own_tokenizer, server_args.trust_remote_code)
     loader = MediaLoader.from_server_args(server_args, trusted)
     return get_mm_processor(config.hf_config, server_args, hf_processor, model_cls=model_cls, loader=loader)
 

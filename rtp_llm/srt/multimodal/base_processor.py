@@ -24,6 +24,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
+MAX_PROMPT_PIXELS = 1 << 28  # of a prompt's images and frames together, decoded: 0.8 GB as RGB
 LOADS_AT_ONCE = 8  # media of one prompt that are fetched and decoded side by side
 
 PROCESSOR_OUTPUT = "processor_output"
@@ -266,6 +268,7 @@ class BaseMultimodalProcessor(ABC):
         self.server_args = server_args
         self._processor = _processor
         self.mm_tokens = MultimodalSpecialTokens()
+        self._tokenizer_lock = threading.Lock()
         if loader is None:
             loader = MediaLoader.from_server_args(server_args) if isinstance(server_args, ServerArgs) else MediaLoader()
         self.loader = loader
@@ -376,10 +379,20 @@ class BaseMultimodalProcessor(ABC):
             if not any(_is_preformatted(source) for source in sources):
                 check_counts(modality, self._count_placeholders(prompt, modality, multimodal_tokens), len(sources))
         enough = asyncio.Semaphore(LOADS_AT_ONCE)
+        num_pixels = 0
 
         async def load(modality: Modality, source: Any) -> Any:
+            nonlocal num_pixels
             async with enough:
-                return await self._load(modality, source, keep_alpha=not discard_alpha_channel)
+                loaded = await self._load(modality, source, keep_alpha=not discard_alpha_channel)
+            num_pixels += _num_pixels(loaded)
+            if num_pixels > MAX_PROMPT_PIXELS:
+                raise InvalidRequest(
+                    f"the prompt's images and video frames have more than {MAX_PROMPT_PIXELS:,} pixels together; send "
+                    "fewer, or smaller ones",
+                    f"{modality.value}_data",
+                )
+            return loaded
 
         sources = [(modality, source) for modality in given for source in given[modality]]
         loaded = await _gather([load(modality, source) for modality, source in sources])
@@ -573,7 +586,8 @@ class BaseMultimodalProcessor(ABC):
         return self._tokenize(base_output.input_text, base_output.add_special_tokens)
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        with self._tokenizer_lock:  # transformers sets the tokenizer's state before each call
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     # By transformers' processor
 
@@ -642,6 +656,12 @@ def _metadata(video: VideoFrames) -> dict[str, Any]:
         "total_num_frames": max(video.indices) + 1, "fps": video.fps, "duration": video.duration, "height": height,
         "width": width, "frames_indices": video.indices, "video_backend": "pyav",
     }  # fmt: skip
+
+
+def _num_pixels(loaded: Any) -> int:
+    if isinstance(loaded, Image.Image):
+        return loaded.width * loaded.height
+    return loaded.frames.size // 3 if isinstance(loaded, VideoFrames) else 0
 
 
 async def _gather(loads: Sequence[Awaitable[Any]]) -> list[Any]:

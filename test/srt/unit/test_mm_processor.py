@@ -20,6 +20,7 @@ from rtp_llm.srt.managers.multimodal_processor import (
     make_processor,
     register_processor,
 )
+from rtp_llm.srt.multimodal import base_processor
 from rtp_llm.srt.multimodal.base_processor import (
     BaseMultimodalProcessor,
     HfProcessor,
@@ -400,3 +401,18 @@ def test_a_package_of_processors(tmp_path, monkeypatch):
         import_processors("seeing_things")
     import_processors("seeing_things", overwrite=True)
     assert type(get_mm_processor(SimpleNamespace(architectures=["ZOther"]), None, TOKENIZER)) is module.ZProcessor
+
+
+def test_a_prompts_media_together_have_a_limit(monkeypatch):
+    monkeypatch.setattr(base_processor, "MAX_PROMPT_PIXELS", 4 * 30)
+    images = [Image.new("RGB", (6, 5)) for _ in range(5)]
+    assert len(processed("<image>" * 4, images[:4]).mm_items) == 4
+    with pytest.raises(InvalidRequest, match="more than 120 pixels together"):
+        processed("<image>" * 5, images)
+
+
+def test_the_processor_has_a_tokenizer_of_its_own(tmp_path):
+    """No tokenizer can be used on two threads at once, and that of the engine is in use."""
+    config = SimpleNamespace(model_path=str(tmp_path), hf_config=CONFIG)
+    made = make_processor(ServerArgs(), config, XModel, TOKENIZER)
+    assert made.tokenizer is not TOKENIZER and made.tokenizer.get_vocab() == TOKENIZER.get_vocab()
