@@ -15,6 +15,7 @@ Message = Mapping[str, Any]
 
 ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 SPEAKS_WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+VIDEO_OPTIONS = ("fps", "max_frames", "min_frames")
 DETAILS = ("auto", "low", "high")
 KINDS = {"image": ("an image", "images"), "video": ("a video", "videos"), "audio": ("audio", "audio")}
 KIND_OF_TYPE = {
@@ -40,6 +41,7 @@ class MediaPart:
         kind: one of KINDS.
         source: URL, ``data:`` URI, path, base64 text, bytes, or an image itself.
         detail: one of DETAILS.
+        options: fields of VIDEO_OPTIONS that a video came with.
         where: its place, for messages of errors, such as ``messages[2].content[1]``.
     """
 
@@ -47,6 +49,13 @@ class MediaPart:
     source: Any
     detail: str
     where: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def described_source(self) -> Any:
+        """The source, and how it is to be looked at, as ``multimodal.media`` takes it."""
+        asked = dict(self.options) | ({"detail": "low"} if self.detail == "low" else {})
+        return {"url": self.source, **asked} if asked else self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,7 @@ def media_of(messages: Sequence[Message]) -> Iterator[MediaPart]:
 
 
 def sources_of(messages: Sequence[Message], kind: str) -> list[Any]:
-    return [part.source for part in media_of(messages) if part.kind == kind]
+    return [part.described_source for part in media_of(messages) if part.kind == kind]
 
 
 def checked_messages(messages: Any, media: MediaRules = TEXT_ONLY) -> list[dict[str, Any]]:
@@ -195,14 +204,15 @@ def _checked_media(where: str, kind: str, part: Mapping[str, Any]) -> MediaPart:
         _check_names(where, part, {"type", name}, f"such a part has only {name}")
         if not isinstance(holder, Mapping):
             return MediaPart(kind, _source(f"{where}.{name}", holder), "auto", where)
-        known = {"url", "detail"} if kind == "image" else {"url"}
+        known = {"url", *{"image": ("detail",), "video": VIDEO_OPTIONS}.get(kind, ())}
         _check_names(f"{where}.{name}", holder, known, f"it may have {' and '.join(sorted(known, reverse=True))}")
         detail = holder.get("detail") or "auto"
         if detail not in DETAILS:
             raise ChatTemplateError(
                 f"{where}.{name}.detail must be one of {', '.join(DETAILS)}, not {_short(detail)}", "messages"
             )
-        return MediaPart(kind, _source(f"{where}.{name}.url", holder.get("url")), detail, where)
+        options = {key: holder[key] for key in VIDEO_OPTIONS if holder.get(key) is not None}
+        return MediaPart(kind, _source(f"{where}.{name}.url", holder.get("url")), detail, where, options)
     names = (kind, "url", "path", "base64")
     _check_names(where, part, {"type", *names}, f"such a part has one of {', '.join(names)}")
     given = [name for name in names if name in part]

@@ -39,6 +39,8 @@ MAX_VIDEO_PIXELS = 1 << 28  # of a video's chosen frames together: 0.8 GB as RGB
 MAX_VIDEO_SECONDS = 3600.0
 MAX_VIDEO_SOURCE_PIXELS = 1 << 36  # decoded on the way to the chosen frames: half an hour at 30 frames of 1,280 x 720
 MAX_REDIRECTS = 5
+DETAILS = ("auto", "low", "high")  # of OpenAI's API
+LOW_DETAIL_SIZE = 512  # pixels of the longer side, as OpenAI has it
 UNKNOWN_FPS = 24.0  # of videos given as bare frames; what transformers assumes too
 DECODER_THREADS = 4
 
@@ -153,17 +155,23 @@ class MediaLoader:
     async def load_image(self, source: Any, keep_alpha: bool = False, param: str = "image_data") -> Image.Image:
         """An RGB image, turned as its EXIF orientation says; of an animation the first frame.
 
-        Transparent pixels are blended with white, as transformers' image processors do; with ``keep_alpha`` an image
-        that has any is RGBA instead. 16-bit samples keep their upper eight bits.
+        ``{"url": source, "detail": "low"}`` makes a large one smaller, its longer side to LOW_DETAIL_SIZE; otherwise it
+        keeps the resolution that it has. Transparent pixels are blended with white, as transformers' image processors
+        do; with ``keep_alpha`` an image that has any is RGBA instead. 16-bit samples keep their upper eight bits.
 
         Raises:
             InvalidRequest: it cannot be had, is too large, or is no image.
         """
+        is_low = _is_low_detail(source, param)
         source = _unwrapped(source, param)
         if isinstance(source, Image.Image):
-            return await self.run(_decoded, lambda: _plain_image(source, keep_alpha), param, "image")
+            return await self.run(_decoded, lambda: _reduced(_plain_image(source, keep_alpha), is_low), param, "image")
         data = await self._bytes(source, param)
-        return await self.run(_decoded, lambda: decode_image(data, self._max_pixels, keep_alpha), param, "image")
+
+        def decode() -> Image.Image:
+            return _reduced(decode_image(data, self._max_pixels, keep_alpha), is_low)
+
+        return await self.run(_decoded, decode, param, "image")
 
     async def load_video(
         self,
@@ -447,6 +455,21 @@ def _unwrapped(source: Any, param: str, known: frozenset[str] = frozenset()) -> 
         what = f"has the unknown key {unknown[0]!r}" if unknown else "has no url"
         raise InvalidRequest(f"an object that names media {what}", param)
     return source["url"]
+
+
+def _is_low_detail(source: Any, param: str) -> bool:
+    detail = source.get("detail") if isinstance(source, Mapping) else None
+    if detail not in (None, *DETAILS):
+        raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}, not {str(detail)[:40]!r}", param)
+    return detail == "low"
+
+
+def _reduced(image: Image.Image, is_low: bool) -> Image.Image:
+    """In low detail, its longer side is LOW_DETAIL_SIZE at most; the callers' own image is left as it is."""
+    if is_low and max(image.size) > LOW_DETAIL_SIZE:
+        image = image.copy()
+        image.thumbnail((LOW_DETAIL_SIZE, LOW_DETAIL_SIZE), Image.Resampling.BICUBIC)
+    return image
 
 
 _VIDEO_OPTIONS = frozenset({"fps", "max_frames", "min_frames"})

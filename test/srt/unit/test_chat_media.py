@@ -87,6 +87,16 @@ def test_media_go_through_the_manager_and_texts_do_not() -> None:
     assert text.media is None and len(served.manager.seen) == 1
 
 
+def test_how_media_are_to_be_looked_at_goes_along() -> None:
+    low = {"type": "image_url", "image_url": {"url": "u", "detail": "low"}}
+    few = {"type": "video_url", "video_url": {"url": "v", "max_frames": 4, "fps": None}}
+    served = serving(ChatTemplate(SEEING))
+    submitted(served, user(low, IMAGE, few, VIDEO, TEXT))
+    [seen] = served.manager.seen
+    assert seen.image_data == [{"url": "u", "detail": "low"}, "u"]
+    assert seen.video_data == [{"url": "v", "max_frames": 4}, "v"]
+
+
 def test_a_conversation_s_stops_join_the_request_s() -> None:
     served = serving(ConversationTemplate("chatml"))
     params = submitted(served, user(TEXT), stop=["END"], stop_token_ids=[5]).sampling_params

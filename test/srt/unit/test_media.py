@@ -575,3 +575,13 @@ def test_frames_may_be_given():
     for wrong in (array.astype(float), array[..., :2], [], np.zeros((0, 2, 2, 3), np.uint8), ["x"]):
         with pytest.raises(InvalidRequest):
             load_video(wrong)
+
+
+def test_low_detail_makes_large_images_smaller():
+    loader = MediaLoader(trusted=True)
+    wide = Image.new("RGB", (2000, 500))
+    assert load(loader, {"url": wide, "detail": "low"}).size == (512, 128) and wide.size == (2000, 500)
+    assert load(loader, {"url": wide, "detail": "high"}).size == load(loader, {"url": wide}).size == (2000, 500)
+    assert load(loader, {"url": Image.new("RGB", (300, 512)), "detail": "low"}).size == (300, 512)
+    with pytest.raises(InvalidRequest, match="detail must be one of auto, low, high, not 'tiny'"):
+        load(loader, {"url": wide, "detail": "tiny"})
