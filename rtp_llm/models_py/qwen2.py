@@ -31,9 +31,9 @@ class Qwen2Attention(GroupedQueryAttention):
 def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
     """The window of a layer, itself included; None where it sees everything or ``use_sliding_window`` is off.
 
-    A configuration without ``layer_types`` (Qwen3 MoE's) means all layers.
+    A configuration without ``layer_types`` (Qwen3 MoE's) means all layers, one without the switch (Qwen3-VL's) none.
     """
-    if not config.use_sliding_window:
+    if not getattr(config, "use_sliding_window", False):
         return None
     layer_types = getattr(config, "layer_types", None)
     is_sliding = layer_types is None or layer_types[layer_id] == "sliding_attention"

@@ -88,7 +88,7 @@ class Qwen2MoeSparseMoeBlock(QwenSparseMoeBlock):
 class QwenMoeDecoderLayer(LlamaDecoderLayer):
     """Experts on each ``decoder_sparse_step``-th layer that is not one of ``mlp_only_layers``; dense on the others."""
 
-    moe_type: type[QwenSparseMoeBlock] = QwenSparseMoeBlock
+    moe_type: type[nn.Module] = QwenSparseMoeBlock
 
     def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str

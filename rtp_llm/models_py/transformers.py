@@ -20,7 +20,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from rtp_llm.srt.attention.torch import TorchAttention
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 SERVING = "rtp_llm"  # name of our attention function; transformers makes no mask for it
 PROBING = "rtp_llm_probe"  # the same function, but the mask of each layer is made and examined
 CAUSAL_LM_NAMES = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+IMAGE_TEXT_NAMES = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()) - CAUSAL_LM_NAMES
 SERVED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention")  # what such modules are named
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
@@ -443,6 +447,9 @@ def _build(config: "PretrainedConfig") -> PreTrainedModel:
     # A configuration of remote code was allowed to run, and so is its model.
     if type(config).__module__.startswith("transformers_modules."):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    sees = next((name for name in names if name in IMAGE_TEXT_NAMES), None)
+    if sees:
+        raise UnservableModelError(f"{sees} takes images, and models run by transformers' code take text only")
     raise UnservableModelError(
         f"transformers has no causal language model of class {', '.join(names) or '(none named)'}"
     )

@@ -193,10 +193,8 @@ class FusedMoE(nn.Module):
         """
         is_down = param is self.w2_weight or param is self.w2_bias
         if shard_id is None:
-            if param.dim() == 3 and tensor.dim() == 3:
-                num_outputs = self.hidden_size if is_down else 2 * self.intermediate_size
-                is_transposed = tensor.shape[1] != num_outputs if self.is_transposed is None else self.is_transposed
-                tensor = tensor.transpose(1, 2) if is_transposed else tensor
+            if param.dim() == 3 and tensor.dim() == 3 and self._stores_transposed(tensor, is_down):
+                tensor = tensor.transpose(1, 2)
             self._load_down(param.data, tensor, 2) if is_down else self._load_gate_up(param.data, tensor)
             return
         names = ("w2",) if is_down else ("w1", "w3")
@@ -209,6 +207,12 @@ class FusedMoE(nn.Module):
             self._load_down(param.data[expert], tensor, 1)
         else:
             self._load_outputs(self._half(param.data[expert], name, 0), tensor, 0)
+
+    def _stores_transposed(self, tensor: torch.Tensor, is_down: bool) -> bool:
+        """Of a tensor of all experts' weights: whether inputs come before outputs."""
+        if self.is_transposed is None:
+            return tensor.shape[1] != (self.hidden_size if is_down else 2 * self.intermediate_size)
+        return self.is_transposed
 
     def _load_gate_up(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
         check_shape(tensor, (self.num_experts, 2 * self.intermediate_size, *target.shape[2:]), self.name)

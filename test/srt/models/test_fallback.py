@@ -24,6 +24,7 @@ from rtp_llm.models_py.transformers import UnservableModelError
 from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
 from rtp_llm.srt.models.registry import UnknownArchitectureError
 from tiny_models import _TINY_SIZES, _disturb, make_tiny, random_prompts
+from tiny_seeing import make_seeing
 
 VOCAB_SIZE = 97
 LENGTHS = (5, 40, 70)  # one is longer than the windows of 24, and than any chunk
@@ -269,6 +270,15 @@ def test_auto_says_why_transformers_cannot_step_in_either(tmp_path: Path) -> Non
             UnknownArchitectureError, match=r"no model for .*(.|\n)*Nor can it run through transformers.*state"
         ),
         served(tmp_path, model_impl="auto"),
+    ):
+        pass
+
+
+def test_a_model_that_sees_is_refused_by_its_name(tmp_path: Path) -> None:
+    make_seeing(tmp_path)
+    with (
+        pytest.raises(ModelBuildError, match="Qwen2VLForConditionalGeneration takes images, and models run by"),
+        served(tmp_path, model_impl="transformers"),
     ):
         pass
 
