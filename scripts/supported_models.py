@@ -9,19 +9,24 @@ imported, and asked for their cases and for the parameters of their ``test_two_r
 
 import argparse
 import ast
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "test" / "srt"
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
+import tiny_models
+from rtp_llm.srt.configs.model_config import is_multimodal_model
 from rtp_llm.srt.models.loader import FALLBACK
 from rtp_llm.srt.models.registry import ModelFile, ModelRegistry
 from tiny_models import TINY_MODELS
@@ -31,6 +36,7 @@ TEST_FILES = [
     TESTS / "models" / "test_engine_parity.py",
     TESTS / "models" / "test_tensor_parallel.py",
     *sorted((TESTS / "models").glob("test_parity_*.py")),
+    *sorted((TESTS / "models").glob("test_mm_*.py")),
 ]
 
 TEXT = """\
@@ -42,7 +48,7 @@ Language models of these architectures, as `config.json` names them under `archi
 
 | architecture | file | what it is | cases | on two ranks |
 |---|---|---|---|---|
-{rows}
+{language_rows}
 
 **Cases** are tiny random checkpoints, each of another configuration, whose answers must be those of transformers in
 float32: equal greedy ids, and log-probabilities within 1e-3; one by one, batched, in chunks, from a warm cache, and
@@ -51,6 +57,19 @@ the cases that tensor parallelism is tested with, over gloo; some run in `make t
 [test_generation_models.py](../../test/srt/models/test_generation_models.py) compares log-probabilities and text of a
 twin of every architecture above, from short prompts to long ones; `make test-all` runs all of them.
 
+## Models that see
+
+All of these take texts and prompts with one image or several; some take videos, as frames.
+
+| architecture | file | what it is | videos | cases | on two ranks |
+|---|---|---|---|---|---|
+{seeing_rows}
+
+Their **cases** are asked without an image, with one, with three of different sizes, with one after a long text and,
+where videos are taken, with the frames of one, alone and beside an image; one by one, batched, from a warm cache, and
+in chunks of 16 tokens, which end within images unless a model must see these whole. Transformers is given the same
+pixels, and answers must be its own, as above. Sound is not taken.
+
 ## Other architectures
 
 Any other causal language model of transformers runs by transformers' own code, on our cache and in our batches, on one
@@ -58,8 +77,7 @@ rank, if it keeps nothing but keys and values between tokens. The engine checks 
 says what is missing if it refuses. `--model-impl transformers` asks for that code where there is a file here as well.
 [test_fallback.py](../../test/srt/models/test_fallback.py) goes through all causal language models of transformers in
 `make test-all`, and prints what becomes of each. See [how to support a new model](support_new_models.md).
-
-Images, sound and video are not supported yet, nor are embedding and reward models.
+A model that takes images and has no file here is refused by name. Embedding and reward models are not supported yet.
 """
 
 
@@ -69,15 +87,20 @@ class Model:
     file: Path
     summary: str
 
+    @property
+    def sees(self) -> bool:
+        return is_multimodal_model(self.architecture)
+
 
 @dataclass
 class TestFile:
-    """How many cases of each architecture a test file has."""
+    """How many cases of each architecture a test file has, and those whose cases have videos."""
 
     path: Path
     quick: Counter[str]
     slow: Counter[str]
     on_two_ranks: Counter[str]
+    with_videos: set[str]
 
 
 def models() -> list[Model]:
@@ -108,7 +131,31 @@ def read_test_file(path: Path) -> TestFile:
     slow = [case for case in cases if getattr(case, "slow", False)]
     quick = [case for case in cases if case not in slow]
     on_two_ranks = [by_name[value] if isinstance(value, str) else value for value in _two_rank_parameters(module)]
-    return TestFile(path, *(Counter(case.architecture for case in group) for group in (quick, slow, on_two_ranks)))
+    counts = (Counter(map(architecture_of, group)) for group in (quick, slow, on_two_ranks))
+    return TestFile(
+        path, *counts, {architecture_of(case) for case in cases if getattr(case, "video", None) is not None}
+    )
+
+
+class _Asked(Exception):
+    """The name of the class that a case wanted of transformers."""
+
+
+class _Asking:
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _Asked(name)
+
+
+def architecture_of(case: Any) -> str:
+    """What a case names; where it only makes a checkpoint, the first class that it asks transformers for to do so, or
+    what the checkpoint says."""
+    if hasattr(case, "architecture"):
+        return case.architecture
+    with TemporaryDirectory() as directory, patch.object(tiny_models, "transformers", _Asking()):
+        try:
+            return json.loads((Path(case.make(Path(directory))) / "config.json").read_text())["architectures"][0]
+        except _Asked as asked:
+            return str(asked)
 
 
 def _import(path: Path) -> ModuleType:
@@ -127,21 +174,29 @@ def _cases(module: ModuleType) -> list[Any]:
 
 
 def _two_rank_parameters(module: ModuleType) -> Iterator[Any]:
+    """Cases, or their names. A test without parameters has the file's first case."""
     for name, function in vars(module).items():
         if name.startswith("test_two_ranks"):
-            for mark in function.pytestmark:
-                if mark.name == "parametrize":
-                    yield from (getattr(value, "values", [value])[0] for value in mark.args[1])
+            lists = [mark.args[1] for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
+            values = [value for listed in lists for value in listed] if lists else _cases(module)[:1]
+            yield from (getattr(value, "values", [value])[0] for value in values)
 
 
 def page() -> str:
     files = [read_test_file(path) for path in TEST_FILES]
-    return TEXT.format(rows="\n".join(_row(model, files) for model in models()))
+    seeing = [model for model in models() if model.sees]
+    reading = [model for model in models() if not model.sees]
+    return TEXT.format(
+        language_rows="\n".join(_row(model, files) for model in reading),
+        seeing_rows="\n".join(_row(model, files) for model in seeing),
+    )
 
 
 def _row(model: Model, files: list[TestFile]) -> str:
     num_parallel = sum(file.on_two_ranks[model.architecture] for file in files)
-    cells = [f"`{model.architecture}`", _link(model.file), model.summary, _counts(model, files)]
+    takes_videos = any(model.architecture in file.with_videos for file in files)
+    media = ["yes" if takes_videos else "no"] if model.sees else []
+    cells = [f"`{model.architecture}`", _link(model.file), model.summary, *media, _counts(model, files)]
     return f"| {' | '.join(cells)} | {num_parallel or 'none'} |"
 
 

@@ -28,6 +28,9 @@ class ImageTextModel(nn.Module):
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     use_deepstack: Mapping[Modality, bool] | None = None
+    # The configuration class sets tie_word_embeddings where config.json says nothing, and the head that a checkpoint
+    # comes with still counts, unless ``text_config`` ties it as well.
+    ties_by_default = False
 
     def __init__(
         self,
@@ -39,7 +42,8 @@ class ImageTextModel(nn.Module):
         super().__init__()
         text_config = config.get_text_config()
         self.model = model
-        if config.tie_word_embeddings:
+        self.weight_defaults: dict[str, str] = {}
+        if config.tie_word_embeddings and (not self.ties_by_default or text_config.tie_word_embeddings):
             self.lm_head: nn.Module = self.get_input_embeddings()
         else:
             self.lm_head = ParallelLMHead(
@@ -48,6 +52,8 @@ class ImageTextModel(nn.Module):
                 quant_config=quant_config,
                 prefix=add_prefix("lm_head", prefix),
             )
+            if config.tie_word_embeddings:
+                self.weight_defaults = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         self.logits_processor = LogitsProcessor(text_config)
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.image_processing_backends import PilBackend
 
 from rtp_llm.models_py.image_text import ImageTextModel
-from rtp_llm.models_py.llava import RENAME, make_language_model, parts_of
+from rtp_llm.models_py.llava import RENAME, LlavaProcessor, make_language_model, parts_of
 from rtp_llm.models_py.llava_onevision import VIDEO_SETTINGS
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -18,10 +18,9 @@ from rtp_llm.srt.layers.norm import LayerNorm, RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.vision import VisionAttention, VisionMLP, hidden_states_at, interpolate_grid
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
-from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo
-from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -177,8 +176,8 @@ def merge_size(config: "PretrainedConfig") -> int:
 
 
 def pixel_shuffle(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[n, rows, columns, d] -> [n, rows / size, columns / size, size * size * d]; in a square columns come first (Shi
-    et al., 2016, the other way round)."""
+    """[n, rows, columns, d] -> [n, rows / size, columns / size, size * size * d], a square's patches row by row: the
+    sub-pixel convolution of Shi et al. (2016) backwards."""
     squares = x.unflatten(1, (-1, size)).unflatten(3, (-1, size))
     return squares.transpose(2, 3).flatten(3)
 
@@ -217,8 +216,8 @@ def check_features(config: "PretrainedConfig") -> None:
         raise ValueError(f"vision_feature_layer must be one number, not {config.vision_feature_layer}")
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
-            f"vision_feature_select_strategy must be 'default', not {config.vision_feature_select_strategy!r}: with the "
-            "token of the whole image, features are no grid"
+            f"vision_feature_select_strategy must be 'default', not {config.vision_feature_select_strategy!r}: with "
+            "the token of the whole image, features are no grid"
         )
     if config.vision_config.model_type != "internvl_vision":
         raise ValueError(
@@ -251,7 +250,7 @@ class InternVLForConditionalGeneration(ImageTextModel):
         return self.model.encode(torch.stack([tile for item in items for tile in parts_of(item)])).flatten(0, 1)
 
 
-class InternVLProcessor(BaseMultimodalProcessor):
+class InternVLProcessor(LlavaProcessor):
     """An image is seen in as many tiles as suit its shape, and as a whole; a frame of a video only as a whole. The same
     token stands for the rows of both."""
 
@@ -268,12 +267,13 @@ class InternVLProcessor(BaseMultimodalProcessor):
             video_token=getattr(self.tokenizer, "video_token", None) or "<video>",
             video_token_id=hf_config.image_token_id,
         ).build(_processor)
-        self.merge_size = merge_size(hf_config)
+        num_rows, num_columns = patches_per_side(hf_config.vision_config)
+        self.rows_per_tile = num_rows * num_columns // merge_size(hf_config) ** 2
 
     async def process_mm_data_async(
         self, image_data: Any, audio_data: Any, input_text: str | list[int], request_obj: Any, **kwargs: Any
     ) -> MultimodalProcessorOutput:
-        output = await self.process(image_data, audio_data, input_text, request_obj)
+        output = await super().process_mm_data_async(image_data, audio_data, input_text, request_obj)
         output.im_start_id = self.tokenizer.convert_tokens_to_ids(self.start_token)
         output.im_end_id = self.tokenizer.convert_tokens_to_ids(self.end_token)
         return output
@@ -282,14 +282,19 @@ class InternVLProcessor(BaseMultimodalProcessor):
     def image_options(self) -> dict[str, Any]:
         return {"crop_to_patches": True}  # whatever preprocessor_config.json says, as transformers' processor does
 
-    def image_item(self, image: Image.Image) -> MultimodalDataItem:
-        item = super().image_item(image)
-        self._check_tile(parts_of(item)[0], "image_data")
-        return item
+    @property
+    def tile_shape(self) -> list[int]:
+        return [self.hf_config.vision_config.num_channels, *self.hf_config.vision_config.image_size]
+
+    def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
+        count = self.image_processor.get_number_of_image_patches
+        num_tiles = sum(count(image.height, image.width, self.image_options) for image in images)
+        self.check_length(Modality.IMAGE, num_tiles * self.rows_per_tile)
+        return [self.image_item(image) for image in images]
 
     def video_item(self, video: VideoFrames) -> MultimodalDataItem:
+        self.check_length(Modality.VIDEO, len(video.frames) * self.rows_per_tile)
         output = self._frame_processor(list(video.frames), input_data_format="channels_last", return_tensors="pt")
-        self._check_tile(output["pixel_values"][0], "video_data")
         return MultimodalDataItem(Modality.VIDEO, output["pixel_values"])
 
     @cached_property
@@ -314,30 +319,18 @@ class InternVLProcessor(BaseMultimodalProcessor):
         start = step / 2 if shift is True else float(shift or 0)
         return [min(int(start + i * step), video.total_frames - 1) for i in range(num_frames)]
 
+    def num_feature_rows(self, item: MultimodalDataItem) -> int:
+        return len(parts_of(item)) * self.rows_per_tile
+
     def replacement(self, item: MultimodalDataItem) -> str:
-        tiles = parts_of(item)
+        num_tiles = len(parts_of(item))
         if item.modality is Modality.IMAGE:
-            return self._wrapped(sum(self._num_rows(tile) for tile in tiles))
-        return "\n".join(f"Frame{i}: {self._wrapped(self._num_rows(tile))}" for i, tile in enumerate(tiles, 1))
+            return self._wrapped(num_tiles)
+        return "\n".join(f"Frame{i}: {self._wrapped(1)}" for i in range(1, num_tiles + 1))
 
-    def _wrapped(self, num_rows: int) -> str:
+    def _wrapped(self, num_tiles: int) -> str:
         assert self.mm_tokens.image_token is not None
-        return self.start_token + self.mm_tokens.image_token * num_rows + self.end_token
-
-    def _num_rows(self, tile: torch.Tensor) -> int:
-        patch_height, patch_width = self.hf_config.vision_config.patch_size
-        return (tile.shape[1] // patch_height) * (tile.shape[2] // patch_width) // self.merge_size**2
-
-    def _check_tile(self, tile: torch.Tensor, name: str) -> None:
-        """Raises InvalidRequest where tiles are not made of whole squares of patches."""
-        sides = [size * self.merge_size for size in self.hf_config.vision_config.patch_size]
-        height, width = tile.shape[1:]
-        if height % sides[0] or width % sides[1]:
-            raise InvalidRequest(
-                f"the checkpoint's processor gives {height} x {width} pixels, but the model takes multiples of "
-                f"{sides[0]} x {sides[1]}: preprocessor_config.json and config.json must agree",
-                name,
-            )
+        return self.start_token + self.mm_tokens.image_token * (num_tiles * self.rows_per_tile) + self.end_token
 
 
 EntryClass = InternVLForConditionalGeneration

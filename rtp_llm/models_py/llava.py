@@ -9,9 +9,10 @@ from torch import nn
 
 from rtp_llm.models_py.clip_vision import CLIPVisionModel
 from rtp_llm.models_py.image_text import ImageTextModel
-from rtp_llm.models_py.llama import LlamaAttention, LlamaModel
-from rtp_llm.models_py.mistral import MistralAttention
+from rtp_llm.models_py.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+from rtp_llm.models_py.mistral import Ministral3Attention, MistralAttention
 from rtp_llm.models_py.qwen2 import Qwen2Attention
+from rtp_llm.models_py.qwen2_moe import QwenMoeDecoderLayer
 from rtp_llm.models_py.qwen3 import Qwen3Attention
 from rtp_llm.models_py.siglip_vision import SiglipVisionModel
 from rtp_llm.srt.layers.activation import get_act_fn
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
 TOWERS: dict[str, type[nn.Module]] = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 ATTENTION: dict[str, type[nn.Module]] = {
     "llama": LlamaAttention,
+    "ministral3": Ministral3Attention,
     "mistral": MistralAttention,
     "qwen2": Qwen2Attention,
     "qwen3": Qwen3Attention,
+    "qwen3_moe": Qwen3Attention,
 }
+LAYERS: dict[str, type[nn.Module]] = {"qwen3_moe": QwenMoeDecoderLayer}  # the others': Llama's
 
 MAX_ASPECT = 200  # of an image whose shorter side is brought to the tower's size, what is too long being cut off then
 MAX_SIDE = 4096  # pixels of an image that is padded to a square
@@ -54,7 +58,8 @@ def make_language_model(config: "PretrainedConfig", quant_config: QuantizationCo
         raise ValueError(
             f"language models of type {config.model_type!r} are not supported here; have {list(ATTENTION)}"
         )
-    return LlamaModel(config, quant_config, prefix, attention_type=attention_type)
+    layer_type = LAYERS.get(config.model_type, LlamaDecoderLayer)
+    return LlamaModel(config, quant_config, prefix, attention_type, layer_type)
 
 
 def make_vision_tower(config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
@@ -252,9 +257,14 @@ class LlavaProcessor(BaseMultimodalProcessor):
                     f"{list(part.shape)}; preprocessor_config.json and config.json must agree",
                     name,
                 )
+        self.check_rows(item)
+
+    def check_rows(self, item: MultimodalDataItem) -> None:
+        """Raises InvalidRequest where an item does not fill its places in the prompt."""
         if self.num_rows(item) != item.num_tokens:
             raise InvalidRequest(
-                f"the prompt has {item.num_tokens} places for what has {self.num_rows(item)} embeddings", name
+                f"the prompt has {item.num_tokens} places for what has {self.num_rows(item)} embeddings",
+                f"{item.modality.value}_data",
             )
 
     def check_length(self, modality: Modality, num_rows: int) -> None:

@@ -1,5 +1,7 @@
-"""Qwen2.5-VL (Bai et al., 2025): Qwen2-VL with attention within windows in most layers of the vision transformer, and
-videos' positions that follow the clock."""
+"""Qwen2.5-VL (Bai et al., 2025): Qwen2-VL with attention within windows in most layers of its tower.
+
+The positions of videos follow the clock.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,4 @@
-"""Qwen2-VL (Wang et al., 2024): a vision transformer for images of any size and for videos, and multimodal rotary
-positions in a Qwen2."""
+"""Qwen2-VL (Wang et al., 2024): a Qwen2 that sees images of any size and videos, by multimodal rotary positions."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar

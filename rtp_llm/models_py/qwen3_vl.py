@@ -1,5 +1,7 @@
-"""Qwen3-VL (Bai et al., 2025): a Qwen3 whose first layers are also given what inner layers of the vision transformer
-see (DeepStack; Meng et al., 2024)."""
+"""Qwen3-VL (Bai et al., 2025): a Qwen3 whose first layers are also given what inner layers of its tower see.
+
+That is DeepStack (Meng et al., 2024).
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

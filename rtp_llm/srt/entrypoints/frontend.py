@@ -83,6 +83,26 @@ def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, truste
     return make_processor(args, config, model_cls, tokenizer, trusted)
 
 
+def prompts_with_pictures(
+    args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: Sequence[str], pictures: Sequence[Any]
+) -> list[Prompt]:
+    """Texts that hold placeholders for the pictures, and all special tokens, as ids and media: for tools of this
+    process that work without a frontend.
+
+    Raises:
+        InvalidRequest: the pictures do not fit a text, or the model.
+    """
+    processor = read_processor(args, config, tokenizer, trusted=True)
+    context_length = config.context_length
+    manager = TokenizerManager(tokenizer, config.vocab_size, context_length, context_length, processor=processor)
+
+    async def with_pictures() -> list[Prompt]:
+        prompts = [Prompt(text=text, image_data=list(pictures), add_special_tokens=False) for text in texts]
+        return [await manager.with_media(prompt) for prompt in prompts]
+
+    return asyncio.run(with_pictures())
+
+
 def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:
     """What makes prompts of messages; None: nothing does."""
     return load_chat_template(tokenizer, args.chat_template, args.model_path, config.model_path, config.is_multimodal)

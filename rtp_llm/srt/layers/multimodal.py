@@ -28,6 +28,10 @@ class EmbeddingCache:
         self.num_bytes = 0
         self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
+    def clear(self) -> None:
+        self._entries.clear()
+        self.num_bytes = 0
+
     def get(self, digest: bytes) -> torch.Tensor | None:
         if digest in self._entries:
             self._entries.move_to_end(digest)

@@ -223,6 +223,9 @@ def load_weights_declaratively(model: nn.Module, weights: Weights, num_layers: i
 
     A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``, or copied to where it has none.
 
+    A parameter of which a checkpoint has nothing takes the values of another where ``weight_defaults`` says so,
+    ``{parameter: other parameter}``.
+
     A head tied to the embedding may be stored beside it, alone, or not at all; stored with other values it is an error.
 
     Raises:
@@ -344,6 +347,7 @@ class _DeclarativeLoad:
         """Raises WeightLoadError if anything was wrong; else logs what was ignored."""
         if self.prefixed and self.num_direct:  # a mixture is not a checkpoint of the base model
             self.problems["tensors have no place in the model"] += self.prefixed
+        self._take_defaults()
         unset = [line for names in self.names_of.values() for line in self._missing(names[0])]
         self.problems["parameters were not set"] += unset
         if any(self.problems.values()):
@@ -353,6 +357,12 @@ class _DeclarativeLoad:
         if self.ignored:
             reasons = "; ".join(f"{count} by {reason}" for reason, count in self.ignored.items())
             logger.info("ignored %d tensors of the checkpoint: %s", self.ignored.total(), reasons)
+
+    def _take_defaults(self) -> None:
+        for name, other in getattr(self.model, "weight_defaults", {}).items():
+            if not self.loaded[name] and self.loaded[other]:
+                self.targets[name].data.copy_(self.targets[other])
+                self.loaded[name] = self.loaded[other]
 
     def _missing(self, name: str) -> list[str]:
         """Lines about what the parameter still lacks."""

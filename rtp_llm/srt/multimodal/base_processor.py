@@ -277,6 +277,12 @@ class BaseMultimodalProcessor(ABC):
     def tokenizer(self) -> Any:
         return tokenizer_of(self._processor)
 
+    @property
+    def image_options(self) -> Mapping[str, Any]:
+        """What transformers' image processor is called with beside the image, where a model wants more than the
+        checkpoint's settings."""
+        return {}
+
     # What a model's processor says
 
     @abstractmethod
@@ -310,7 +316,7 @@ class BaseMultimodalProcessor(ABC):
                 "prepared",
                 "image_data",
             )
-        return one_item(Modality.IMAGE, image_processor(images=[image], return_tensors="pt"))
+        return one_item(Modality.IMAGE, image_processor(images=[image], return_tensors="pt", **self.image_options))
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         """Of all of a prompt's images, for models that take one alone otherwise than one of several."""

@@ -66,7 +66,7 @@ class ModelRunner:
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
         self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
-        self._embedding_cache = EmbeddingCache(media_cache_bytes)
+        self.embedding_cache = EmbeddingCache(media_cache_bytes)
         self._forward = self._entry_point()
         self._rows: dict[int, RowState] = {}
 
@@ -193,7 +193,7 @@ class ModelRunner:
                 row for b, w in enumerate(work) if (row := self._logprob_row(b, w, offsets[b])) is not None
             ],
             mm_inputs=[self._rows[w.row].media for w in work] if has_media else None,
-            embedding_cache=self._embedding_cache,
+            embedding_cache=self.embedding_cache,
             mrope_positions=self._mrope_positions(work) if has_media and self._takes_mrope else None,
             visible_ends=self._visible_ends(work, offsets) if has_media and self.max_media_block else None,
         )

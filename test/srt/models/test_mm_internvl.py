@@ -1,6 +1,7 @@
-"""InternVL answers about pictures and videos as transformers does."""
+"""InternVL answers about pictures and videos as transformers does, and its processor prepares them as transformers'."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -8,85 +9,103 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from mm_parity import (
     VISION_CHECKS,
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
-    frames,
     joined,
-    of_kind,
-    picture,
+    open_vision_engine,
     serve_vision,
     vision_params,
 )
-from transformers import AutoImageProcessor
-from transformers.models.internvl.processing_internvl import InternVLProcessor as TheirProcessor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from rtp_llm.models_py.internvl import pixel_shuffle
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
+from rtp_llm.srt.models.loader import ModelBuildError
+from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.multimodal.media import VideoInfo
 from tiny_models import make_tiny_vision, special_id
 
-IMAGE, VIDEO = "<IMG_CONTEXT>", "<video>"
-TOKENS = (IMAGE, VIDEO, "<img>", "</img>")
-SIDE = 16  # pixels of a tile
+IMAGE, VIDEO, START, END = "<IMG_CONTEXT>", "<video>", "<img>", "</img>"
+TOKENS = (IMAGE, VIDEO, START, END)
+SIDE = 24  # pixels of a tile
 TOWER = {
-    "model_type": "internvl_vision",
     "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": [SIDE, SIDE],
     "patch_size": [4, 4],
+    "attention_bias": True,
 }
-PREPROCESSOR = {
-    "image_processor_type": "GotOcr2ImageProcessor",
-    "size": {"height": SIDE, "width": SIDE},
-    "min_patches": 1,
-    "max_patches": 4,
-    "image_mean": [0.48, 0.46, 0.41],
-    "image_std": [0.27, 0.26, 0.28],
+TILES = {"size": {"height": SIDE, "width": SIDE}, "min_patches": 1, "max_patches": 4}
+QWEN2, QWEN3, LLAMA = ({"model_type": name} for name in ("qwen2", "qwen3", "llama"))
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
 }
-VIDEO_PREPROCESSOR = {"video_processor_type": "InternVLVideoProcessor", "size": {"height": SIDE, "width": SIDE}}
-SIZES = ((16, 16), (50, 20), (31, 47))
 
 
-def make(directory: Path, text: str = "qwen2", tower: Any = None, **more: Any) -> str:
-    config = {
-        "vision_config": TOWER | (tower or {}),
-        "text_config": {"model_type": text},
-        "image_token_id": special_id(TOKENS, IMAGE),
-        "tie_word_embeddings": False,
+def make(directory: Path, text: dict[str, Any] = QWEN2, tower: Any = None, **config: Any) -> str:
+    parts = {"vision_config": TOWER | (tower or {}), "text_config": text, "tie_word_embeddings": False}
+    ids = {"image_token_id": special_id(TOKENS, IMAGE)}
+    files = {
+        "preprocessor_config.json": {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "crop_to_patches": False,
+            **TILES,
+        },
+        "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", "size": TILES["size"]},
     }
-    files = {"preprocessor_config.json": PREPROCESSOR, "video_preprocessor_config.json": VIDEO_PREPROCESSOR}
-    return make_tiny_vision("InternVLForConditionalGeneration", directory, config | more, TOKENS, files)
+    return make_tiny_vision("InternVLForConditionalGeneration", directory, parts | ids | config, TOKENS, files)
 
 
 def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
-    """Tiles and frames together, in the order of the prompt."""
+    """Tiles and frames in the order of the prompt."""
     return {"pixel_values": joined(sorted(media.mm_items, key=lambda item: item.offsets[0]))}
 
 
-OTHER_TOWER = {"use_mean_pooling": False, "attention_bias": True, "use_qk_norm": True, "norm_type": "rms_norm"}
 CASES = (
-    VisionCase("internvl", make, feed, IMAGE, VIDEO, sizes=SIZES),
+    VisionCase("internvl", make, feed, IMAGE, VIDEO),
     VisionCase(
-        "internvl-other-tower",
-        partial(make, text="llama", tower=OTHER_TOWER, tie_word_embeddings=True),
+        "internvl-6b",
+        partial(
+            make,
+            text=LLAMA,
+            tower={"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False, "use_mask_token": True},
+        ),
         feed,
         IMAGE,
         VIDEO,
-        sizes=SIZES,
+        options={"page_size": 4},
         slow=True,
     ),
     VisionCase(
-        "internvl-layer",
-        partial(make, text="qwen3", vision_feature_layer=-2),
+        "internvl-tied-norm",
+        partial(make, text=QWEN3, tower={"use_mean_pooling": False}, tie_word_embeddings=True, downsample_ratio=1.0),
         feed,
         IMAGE,
-        options={"page_size": 4},
-        sizes=SIZES,
+        VIDEO,
+        slow=True,
+    ),
+    VisionCase(
+        "internvl-moe-layer",
+        partial(
+            make,
+            text=MOE,
+            tower={"use_absolute_position_embeddings": False},
+            vision_feature_layer=-2,
+            projector_hidden_act="relu",
+        ),
+        feed,
+        IMAGE,
+        VIDEO,
         slow=True,
     ),
 )
@@ -103,52 +122,66 @@ def test_answers_are_the_references(served: ServedVision, check: Callable[[Serve
     check(served)
 
 
+class _InternVL(InternVLProcessor):
+    """Whose video processor, which needs torchvision, gives back what ours made."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+        pass
+
+
+def test_the_processor_is_transformers(served: ServedVision) -> None:
+    """Ids and pixels of every prompt."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(served.model_dir)
+    names = ("context_image_token", "video_token", "start_image_token", "end_image_token")
+    for name, token in zip(names, TOKENS, strict=True):
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", special_id(TOKENS, token))
+    image_processor = transformers.AutoImageProcessor.from_pretrained(served.model_dir, backend="pil")
+    ratio = transformers.AutoConfig.from_pretrained(served.model_dir).downsample_ratio
+    ours_of_video = served.engine.tokenizer_manager._processor._frame_processor
+    video = lambda videos, **_: {  # noqa: E731
+        "pixel_values_videos": ours_of_video(list(videos[0]), input_data_format="channels_last", return_tensors="pt")[
+            "pixel_values"
+        ][None]
+    }
+    theirs = _InternVL(image_processor, tokenizer, video, image_seq_length=int((SIDE / 4 * ratio) ** 2))
+    for asked in served.asked[1:]:
+        prompt = Prompt(asked.text, image_data=asked.images or None, video_data=asked.videos or None)
+        prepared = asyncio.run(served.engine.tokenizer_manager.with_media(prompt))
+        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media))
+        images = [asked.images] if asked.images else None
+        expected = theirs(images=images, videos=asked.videos or None, text=[asked.text], return_tensors="pt")
+        assert prepared.input_ids == expected["input_ids"][0].tolist(), asked.name
+        torch.testing.assert_close(ours["pixel_values"], torch.as_tensor(expected["pixel_values"]), rtol=0, atol=0)
+
+
+def test_pixel_shuffle_is_transformers() -> None:
+    x = torch.randn(2, 4, 6, 3)
+    shuffled = transformers.InternVLModel.pixel_shuffle(None, x, 0.5)  # which turns the grid
+    torch.testing.assert_close(pixel_shuffle(x, 2).flatten(1, 2), shuffled.flatten(1, 2))
+
+
+def test_frames_are_from_the_middle_of_their_parts(served: ServedVision) -> None:
+    processor = served.engine.tokenizer_manager._processor
+    video = lambda total: VideoInfo(total, 24.0, total / 24, 10, 10)  # noqa: E731
+    assert processor.sample_frames(video(80)) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert processor.sample_frames(video(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('{"downsample_ratio": 0.3}', "downsample_ratio must be 1, 1/2"),
+        ('{"vision_feature_layer": [-1, -2]}', "vision_feature_layer must be one number"),
+        ('{"vision_feature_select_strategy": "full"}', "must be 'default', not 'full'"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    path = make(tmp_path)
+    with pytest.raises(ModelBuildError, match=re.escape(message)):
+        open_vision_engine(path, json_model_override_args=override)
+
+
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     check_two_ranks_vision(CASES[0], tmp_path)
-
-
-class Stub:
-    """What transformers' processor reads of itself to expand placeholders."""
-
-    start_image_token, end_image_token, image_token = "<img>", "</img>", IMAGE
-    image_seq_length = 4
-
-
-def test_prompts_are_expanded_as_transformers_does(served: ServedVision) -> None:
-
-    manager = served.engine.tokenizer_manager
-    images = [picture(*size) for size in SIZES]
-    text = f"a {IMAGE} b {VIDEO}c{IMAGE}{IMAGE}"
-    prompt = asyncio.run(manager.with_media(Prompt(text=text, image_data=images, video_data=[frames(3)])))
-    media = MultimodalInputs.decode(prompt.media)
-    tiles = [len(item.feature) for item in of_kind(media, Modality.IMAGE)]
-    image_inputs = {"num_patches": tiles}
-    video_inputs = {"pixel_values_videos": [torch.zeros(3, 1)]}
-    pieces = text.split(IMAGE)
-    expected = pieces[0]
-    for i, piece in enumerate(pieces[1:]):
-        expected += TheirProcessor.replace_image_token(Stub, image_inputs, i) + piece
-    expected = expected.replace(VIDEO, TheirProcessor.replace_video_token(Stub, video_inputs, 0))
-    assert prompt.input_ids == manager.encode(expected)
-    assert tiles == [1, 4, 3]  # 1; 3 x 1 and the whole; 1 x 2 and the whole
-
-
-def test_tiles_are_transformers(served: ServedVision) -> None:
-
-    manager = served.engine.tokenizer_manager
-    image = picture(50, 20)
-    prompt = asyncio.run(manager.with_media(Prompt(text=IMAGE, image_data=[image])))
-    [item] = MultimodalInputs.decode(prompt.media).mm_items
-    theirs = AutoImageProcessor.from_pretrained(served.model_dir, backend="pil")
-    expected = theirs(images=[image], crop_to_patches=True, return_tensors="pt")["pixel_values"]
-    assert torch.equal(item.feature, expected)
-
-
-def test_squares_of_patches_lie_side_by_side() -> None:
-    grid = torch.arange(4 * 4 * 2).view(1, 4, 4, 2)
-    merged = pixel_shuffle(grid, 2)
-    assert merged.shape == (1, 2, 2, 8)
-    assert merged[0, 0, 1].tolist() == torch.cat([grid[0, i, j] for i in (0, 1) for j in (2, 3)]).tolist()
-    with pytest.raises(ValueError, match="4 x 4 patches cannot be merged by 3 x 3"):
-        pixel_shuffle(grid, 3)

@@ -1,9 +1,10 @@
 """The documentation is true: its commands and snippets run, its flags, files and links exist.
 
-A fenced block after a line ``<!-- test: run -->`` is executed, with ``DIR`` replaced by the embedded model. In every
-other ``bash`` block, each command must exist, and so must each of its long flags. A block after
-``<!-- test: model x -->`` is a model file, or a ``diff`` that gives one: it is served and compared with transformers.
-The block after ``<!-- test: external -->`` is run up to the launch.
+A fenced block after a line ``<!-- test: run -->`` is executed, with ``DIR`` replaced by the embedded model; after
+``run text`` and ``run seeing`` it is a tiny model that reads, or one that sees. In every other ``bash`` block, each
+command must exist, and so must each of its long flags. A block after ``<!-- test: model x -->`` is a model file, or a
+``diff`` that gives one: it is served and compared with transformers. One after ``<!-- test: from FILE -->`` stands in
+that file, line by line. The block after ``<!-- test: external -->`` is run up to the launch.
 """
 
 import ast
@@ -12,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -24,10 +26,11 @@ from rtp_llm import Engine, ModelRegistry
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
 from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
 from tiny_models import assert_same_ids, make_tiny, random_prompts, reference
+from tiny_seeing import make_seeing
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-BLOCK = re.compile(r"(?:<!-- test: (?P<mark>[\w ]+) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- test: (?P<mark>[\w ./]+) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.DOTALL)
 SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88} | {
     "num_hidden_layers": 3,
     "vocab_size": 131,
@@ -36,6 +39,11 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, 
 MODELS = {
     "model olmo": ("OlmoForCausalLM", SIZES | {"clip_qkv": 1.5}),
     "model helium": ("HeliumForCausalLM", SIZES | {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+}
+CHECKPOINTS: dict[str, Callable[[Path], str]] = {  # what DIR is in blocks that are run, by their mark
+    "run": lambda directory: DEMO_MODEL,
+    "run text": lambda directory: make_tiny("Qwen2ForCausalLM", directory),
+    "run seeing": make_seeing,
 }
 VARIABLES = {PACKAGE_VARIABLE, "ONLY_RUN"}  # that commands may be preceded by
 
@@ -124,19 +132,25 @@ def test_commands_exist(page: Path, body: str) -> None:
         check_command(command)
 
 
-@pytest.mark.parametrize(("page", "body"), blocks("bash", "run"))
-def test_commands_run(page: Path, body: str) -> None:
+def run_blocks(language: str) -> list[Any]:
+    """(page, body, its mark)."""
+    return [pytest.param(*block.values, mark, id=block.id) for mark in CHECKPOINTS for block in blocks(language, mark)]
+
+
+@pytest.mark.parametrize(("page", "body", "mark"), run_blocks("bash"))
+def test_commands_run(page: Path, body: str, mark: str, tmp_path: Path) -> None:
+    checkpoint = CHECKPOINTS[mark](tmp_path)
     for command in commands(body):
-        program, *arguments = [word.replace("DIR", DEMO_MODEL) for word in words_of(command)]
+        program, *arguments = [word.replace("DIR", checkpoint) for word in words_of(command)]
         assert program in ("rtp-llm", "python"), f"only commands of rtp-llm and Python are run, not {command!r}"
         done = run([sys.executable, *(["-m", "rtp_llm"] if program == "rtp-llm" else []), *arguments])
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
 
 
-@pytest.mark.parametrize(("page", "body"), blocks("python", "run"))
-def test_snippets_run(page: Path, body: str) -> None:
-    done = run([sys.executable, "-c", body.replace("DIR", DEMO_MODEL)])
+@pytest.mark.parametrize(("page", "body", "mark"), run_blocks("python"))
+def test_snippets_run(page: Path, body: str, mark: str, tmp_path: Path) -> None:
+    done = run([sys.executable, "-c", body.replace("DIR", CHECKPOINTS[mark](tmp_path))])
     assert done.returncode == 0, done.stderr
 
 
@@ -193,9 +207,27 @@ def test_external_models_are_registered_as_told(page: Path, body: str, monkeypat
     assert launched == [names["server_args"]]
 
 
+def excerpts() -> list[Any]:
+    """(file, body) of every block that says which file it is from."""
+    return [
+        pytest.param(match["mark"].removeprefix("from "), match["body"], id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, match in enumerate(BLOCK.finditer(page.read_text()))
+        if (match["mark"] or "").startswith("from ")
+    ]
+
+
+@pytest.mark.parametrize(("file", "body"), excerpts())
+def test_excerpts_are_what_the_file_says(file: str, body: str) -> None:
+    assert f"\n{body}\n" in (ROOT / file).read_text()
+
+
 def test_every_mark_is_known() -> None:
     marks = {match["mark"] for page in PAGES for match in BLOCK.finditer(page.read_text())}
-    assert marks == {None, "run", "external", *MODELS}
+    assert {mark for mark in marks if not (mark or "").startswith("from ")} == {None, "external", *CHECKPOINTS, *MODELS}
+    assert len(re.findall("<!-- test:", "".join(page.read_text() for page in PAGES))) == sum(
+        match["mark"] is not None for page in PAGES for match in BLOCK.finditer(page.read_text())
+    )  # none is misspelt
 
 
 def test_files_of_models_that_are_named_exist() -> None:

@@ -304,6 +304,21 @@ def test_shard_ids_that_a_layer_names():
     assert_loaded(load(checkpoint(), Named), checkpoint())
 
 
+class TiedUnlessStored(Tiny):
+    weight_defaults = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_a_parameter_takes_the_values_of_another_only_where_the_checkpoint_has_none():
+    weights = checkpoint()
+    assert torch.equal(load(weights, TiedUnlessStored).lm_head.weight, weights["lm_head.weight"])
+    weights = tied_checkpoint()
+    assert torch.equal(load(weights, TiedUnlessStored).lm_head.weight, weights["model.embed_tokens.weight"])
+    del weights["model.embed_tokens.weight"]
+    message = failure(weights, TiedUnlessStored)
+    assert "model.embed_tokens.weight" in message
+    assert "lm_head.weight" in message
+
+
 def test_a_separate_module_of_a_source_name_is_not_packed():
     class Mixed(Tiny):
         def __init__(self) -> None:
@@ -584,7 +599,7 @@ def test_the_default_dtype_comes_back_after_an_error(tiny_directory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen3ForCausalLM"]}, "AttributeError: 'LlamaConfig' object has no attribute"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "AttributeError: 'LlamaConfig' object has no attribute"),
         (
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 0},
             "null for none; not 0",

@@ -1,4 +1,5 @@
-"""One test for each statement of docs/specification.md about language models, of its number; and that none is missing.
+"""One test for each statement of docs/specification.md about language models, of its number; and that none is missing,
+nor one about models that see (test_multimodal_statements.py).
 
 These are quick. The page names the tests that prove a statement with servers, or by comparing with transformers.
 """
@@ -37,7 +38,7 @@ PAGE = ROOT / "docs" / "specification.md"
 GUIDE = ROOT / "docs" / "supported_models" / "support_new_models.md"
 PORTING = "## A file written for vLLM\n"
 MODEL_FILES = sorted(path for path in (ROOT / "rtp_llm" / "models_py").glob("*.py") if path.name != "__init__.py")
-THIS_FILE = "unit/test_specification.py"
+FILES = {"S": "unit/test_specification.py", "M": "unit/test_multimodal_statements.py"}  # by the statement's letter
 
 
 class Mine(nn.Module):
@@ -150,8 +151,8 @@ def test_s08_only_run_chooses_one_model(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_s09_pull_requests_report_benchmarks() -> None:
     template = (ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md").read_text()
-    for name in ("gsm8k", "mmlu"):
-        assert f"benchmark/{name}" in template
+    for name in ("gsm8k", "mmlu", "mmmu", "mmmu_pro"):
+        assert f"`benchmark/{name}`" in template
         assert {"bench_hf.py", "bench_rtp_llm.py"} <= {path.name for path in (ROOT / "benchmark" / name).glob("*.py")}
 
 
@@ -225,6 +226,11 @@ def test_s16_forward_batch_is_called_where_it_is_defined() -> None:
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_s17_entry_class_ends_every_model_file(path: Path) -> None:
+    """But those that are parts of others."""
+    if "\nEntryClass" not in path.read_text():
+        module = f"rtp_llm.models_py.{path.stem}"
+        assert [other for other in MODEL_FILES if module in imported_modules(other)], f"nobody uses {path.name}"
+        return
     last = ast.parse(path.read_text()).body[-1]
     assert isinstance(last, ast.Assign)
     assert ast.unparse(last.targets[0]) == "EntryClass"
@@ -276,22 +282,27 @@ def test_s23_launch_server_takes_server_args() -> None:
 
 def statements() -> dict[str, list[str]]:
     """Number -> the tests that the page names for it, as ``folder/file.py::names``."""
-    rows = re.findall(r"^\| (S\d\d) \|(.*)\|$", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| ([SM]\d\d) \|(.*)\|$", PAGE.read_text(), re.MULTILINE)
     return {
         number: [
-            name if "::" in name else f"{THIS_FILE}::{name}"
+            name if "::" in name else f"{FILES[number[0]]}::{name}"
             for name in re.findall(r"`([\w/.]*(?:\.py::)?(?:\w+::)?test_\w+)`", rest.split("|")[2])
         ]
         for number, rest in rows
     }
 
 
-def test_every_statement_has_a_test_of_its_number() -> None:
-    numbered = [name for name in globals() if re.match(r"test_s\d\d_", name)]
-    named = [tests[0].partition("::")[2] for tests in statements().values()]
-    assert len(named) > 20
+@pytest.mark.parametrize("letter", FILES)
+def test_every_statement_has_a_test_of_its_number(letter: str) -> None:
+    source = ast.parse((TESTS / FILES[letter]).read_text())
+    names = [node.name for node in source.body if isinstance(node, ast.FunctionDef)]
+    numbered = [f"{FILES[letter]}::{name}" for name in names if re.match(rf"test_{letter.lower()}\d\d_", name)]
+    of_letter = {number: tests for number, tests in statements().items() if number.startswith(letter)}
+    assert len(of_letter) == {"S": 23, "M": 8}[letter]
+    named = [test for tests in of_letter.values() for test in tests if test in numbered]
     assert sorted(named) == sorted(numbered)
-    assert all(test.startswith(f"{THIS_FILE}::test_{number.lower()}_") for number, (test, *_) in statements().items())
+    prefixes = {number: f"{FILES[letter]}::test_{number.lower()}_" for number in of_letter}
+    assert all(tests[0].startswith(prefixes[number]) for number, tests in of_letter.items())
 
 
 @pytest.mark.parametrize("number", statements())

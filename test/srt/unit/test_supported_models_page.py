@@ -20,11 +20,15 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_model_is_tested(files: dict[str, supported_models.TestFile]) -> None:
-    """In ``make test``, too."""
+    """In ``make test``, too; of a model that sees at least in ``make test-all``."""
     models = {model.architecture for model in supported_models.models()}
     assert "LlamaForCausalLM" in models
     assert models < ModelRegistry.get_supported_archs()
-    assert models == {architecture for file in files.values() for architecture in file.quick}
+    quick = {architecture for file in files.values() for architecture in file.quick}
+    slow = {architecture for file in files.values() for architecture in file.slow}
+    assert models == quick | slow
+    assert not {model.architecture for model in supported_models.models() if not model.sees} - quick
+    assert "Qwen2VLForConditionalGeneration" in quick
 
 
 def test_cases_are_counted(files: dict[str, supported_models.TestFile], tmp_path: Path) -> None:
@@ -38,8 +42,26 @@ def test_cases_are_counted(files: dict[str, supported_models.TestFile], tmp_path
     )
     some = supported_models.read_test_file(path)
     assert (some.quick, some.slow, some.on_two_ranks) == ({"A": 1}, {"A": 1, "B": 1}, {"A": 1, "B": 1})
+    assert not some.with_videos
     assert files["test_tensor_parallel.py"].on_two_ranks["LlamaForCausalLM"] == 1
     assert not files["test_tensor_parallel.py"].quick
+
+
+def test_cases_of_models_that_see_are_counted(files: dict[str, supported_models.TestFile], tmp_path: Path) -> None:
+    """Their cases make checkpoints, and say nothing of architectures."""
+    path = tmp_path / "test_mm_some.py"
+    path.write_text(
+        "from types import SimpleNamespace\nimport tiny_models, tiny_seeing\n"
+        "def make_llava(directory):\n    return tiny_models.make_tiny_vision('LlavaForX', directory, {})\n"
+        "def case(make, video, slow): return SimpleNamespace(name='', make=make, video=video, slow=slow)\n"
+        "CASES = [case(tiny_seeing.make_seeing, '<video>', False), case(make_llava, None, True)]\n"
+        "def test_two_ranks(): pass\n"
+    )
+    some = supported_models.read_test_file(path)
+    sees = "Qwen2VLForConditionalGeneration"
+    assert (some.quick, some.slow, some.on_two_ranks) == ({sees: 1}, {"LlavaForX": 1}, {sees: 1})
+    assert some.with_videos == {sees}
+    assert files["test_mm_qwen2_vl.py"].quick.keys() == {sees}
 
 
 def test_a_model_file_must_say_what_it_is(tmp_path: Path) -> None:
