@@ -2,17 +2,17 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from typing import Any, Self
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from benchmark.evaluation import Chat, EvaluationError, Reply
 from benchmark.transformers_answers import Continuation, StopStrings
 from rtp_llm.reference import load_processor, takes_pictures
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.multimodal.media import decode_image
 from rtp_llm.srt.platform import choose_device
 
 
@@ -114,5 +114,5 @@ class TransformersChats:
 
 
 def _decoded(picture: bytes) -> Image.Image:
-    """Upright and RGB."""
-    return ImageOps.exif_transpose(Image.open(BytesIO(picture))).convert("RGB")
+    """Upright and RGB, transparency on white, as the server decodes it."""
+    return decode_image(picture)

@@ -5,7 +5,6 @@ Without, it times batches of random prompts: each combination of ``--batch-size`
 """
 
 import argparse
-import asyncio
 import json
 import logging
 import random
@@ -34,8 +33,8 @@ from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_fiel
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS, worker_config
 from rtp_llm.srt.engine.executor import make_executor
-from rtp_llm.srt.entrypoints.frontend import read_model_config, read_processor, read_tokenizer
-from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
+from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_tokenizer
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan, StepResult
 from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -391,15 +390,7 @@ def _prompts(
         raise OneBatchError(f"{server_args.model_path} ({name}) takes no pictures; use --model-type text")
     texts, pictures = read_prompts(args.prompt_filename, PICTURE_PROMPTS)[:num_prompts], read_pictures(args.image)
     chats = [chat_text(model_config.model_path, tokenizer, text, len(pictures)) for text in texts]
-    context_length = model_config.context_length
-    processor = read_processor(server_args, model_config, tokenizer, trusted=True)
-    manager = TokenizerManager(tokenizer, model_config.vocab_size, context_length, context_length, processor=processor)
-
-    async def with_pictures() -> list[Prompt]:
-        prompts = [Prompt(text=chat, image_data=pictures, add_special_tokens=False) for chat in chats]
-        return [await manager.with_media(prompt) for prompt in prompts]
-
-    return texts, asyncio.run(with_pictures())
+    return texts, prompts_with_pictures(server_args, model_config, tokenizer, chats, pictures)
 
 
 def _check_cut(cut_len: int, text: str, prompt: PaddedPrompt) -> None:

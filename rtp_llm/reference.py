@@ -269,8 +269,8 @@ class TransformersModel:
             prompt_ids,
             output_ids,
             self.tokenizer.decode(output_ids, skip_special_tokens=True),
-            _top_logprobs(self.prompt_logits(prompt_ids), top_num),
-            _top_logprobs(logits, top_num),
+            top_logprobs(self.prompt_logits(prompt_ids), top_num),
+            top_logprobs(logits, top_num),
         )
 
 
@@ -292,7 +292,7 @@ def answers(
     return [model.answer(prompt, max_new_tokens, top_num, room) for prompt in prompts]
 
 
-def _top_logprobs(logits: torch.Tensor, top_num: int) -> list[list[float]]:
+def top_logprobs(logits: torch.Tensor, top_num: int) -> list[list[float]]:
     """The best log-probabilities of each row of logits [rows, vocab_size]."""
     rows: list[list[float]] = []
     for part in logits.split(_AT_ONCE):

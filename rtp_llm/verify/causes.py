@@ -19,7 +19,8 @@ from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.verify.attention_causes import AttentionTrials
 from rtp_llm.verify.locate import Difference, layer_of, relative_error
 from rtp_llm.verify.rope_causes import Rotated, RotationTrials
-from rtp_llm.verify.trace import ATTENDED, INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place, Trace
+from rtp_llm.verify.trace import ATTENDED, EMBEDDINGS, INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place, Trace
+from rtp_llm.verify.vision_causes import VisionTrials, explain_missing
 from rtp_llm.verify.weight_causes import explain_linear, explain_norm, weight_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
@@ -60,9 +61,12 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
         QUERIES: _explain_rotation,
         KEYS: _explain_rotation,
         ATTENDED: _explain_attention,
+        EMBEDDINGS: _explain_embeddings,
         INPUT: _explain_given,
         OUTPUT: _explain_output,
     }
+    if _is_of_vision_attention(evidence, place):
+        return _explain_vision_attention(evidence, place, error)
     return explanations.get(place.part, _explain_given)(evidence, place, error)
 
 
@@ -108,7 +112,14 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
     theirs = evidence.theirs.tensors[place]
     head_dim = theirs.shape[-1] // (call.num_heads if place.part == QUERIES else call.num_kv_heads)
     num_tokens = evidence.theirs.num_tokens
-    rotated = Rotated(unrotated, num_tokens - len(unrotated), num_tokens, head_dim)
+    rotated = Rotated(
+        unrotated,
+        num_tokens - len(unrotated),
+        num_tokens,
+        head_dim,
+        evidence.ours.positions,
+        evidence.theirs.positions,
+    )
     trials = RotationTrials(evidence.config, rope, rotated)
     cause = trials.explain(evidence.ours.tensors[place], theirs, evidence.tolerance)
     if cause is None:
@@ -119,6 +130,49 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
 def _explain_attention(evidence: Evidence, place: Place, error: float) -> Finding:
     cause = AttentionTrials(place.module, evidence.ours, evidence.theirs, evidence.config).explain(evidence.tolerance)
     return Finding(place.module, place.part, error, [cause] if cause else [])
+
+
+def _is_of_vision_attention(evidence: Evidence, place: Place) -> bool:
+    """Whether this is what a tower's attention gives: the input of its projection, used after the queries."""
+    attention = place.module.rpartition(".")[0]
+    if place.part != INPUT or attention not in evidence.theirs.vision_calls.keys() & evidence.ours.vision_calls.keys():
+        return False
+    places = list(evidence.theirs.tensors)
+    queries = Place(attention, QUERIES)
+    return queries in places and places.index(queries) < places.index(place)
+
+
+def _explain_vision_attention(evidence: Evidence, place: Place, error: float) -> Finding:
+    name = place.module.rpartition(".")[0]
+    trials = VisionTrials(name, evidence.ours, evidence.theirs, evidence.ours.tensors[place])
+    cause = trials.explain(evidence.theirs.tensors[place], evidence.tolerance)
+    if cause is None:
+        return _explain_given(evidence, place, error)
+    return Finding(name, ATTENDED, error, [cause])
+
+
+def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Where the rows of media and those of text meet."""
+    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
+    scale = theirs.norm(dim=-1).mean()
+    wrong = (ours - theirs).norm(dim=-1) > evidence.tolerance * scale
+    rows = wrong.nonzero()[:, 0].tolist()
+    first = evidence.ours.first_position(place)
+    where = f"{len(rows)} of {len(ours)} tokens' are wrong, the first of them token {first + rows[0]}'s" if rows else ""
+    finding = _explain_given(evidence, place, error)
+    causes = finding.causes or _rows_elsewhere(ours[wrong], theirs[wrong])
+    return Finding(place.module, place.part, error, [f"{where}: {cause}" for cause in causes] or [where][: len(rows)])
+
+
+def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
+    """Of the rows that are wrong alone."""
+    nearest = torch.cdist(ours, theirs).argmin(dim=1)
+    if len(set(nearest.tolist())) == len(theirs) and torch.allclose(ours, theirs[nearest], rtol=1e-3, atol=1e-4):
+        return ["they are the reference's in another order"]
+    factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
+    if torch.allclose(ours, factor * theirs, rtol=1e-3, atol=1e-4):
+        return [f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"]
+    return ["they are not what the reference puts there"]
 
 
 # Modules with weights
@@ -145,6 +199,11 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
 
 def _explain_given(evidence: Evidence, place: Place, error: float) -> Finding:
     """Our tensor is one of the reference's at another place, an activation, a multiple, or a sum of others."""
+    if evidence.ours.parts.is_tower(place.module):
+        ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
+        missing = explain_missing(ours, theirs, place.module, evidence.their_model, evidence.tolerance)
+        if missing:
+            return Finding(place.module, place.part, error, [missing])
     activation = _explain_activation(evidence, place)
     if activation:
         return Finding(_activation_name(evidence, place), INPUT, error, [activation])

@@ -35,6 +35,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def as_json(report: Report) -> Any:
     shown = asdict(report) | {"agrees": report.agrees}
+    for result in shown["results"]:
+        del result["prompt"]["media"]
     shown["around"] = [{"module": d.place.module, "part": d.place.part, "error": d.error} for d in report.around]
     return _finite(shown)
 

@@ -29,6 +29,9 @@ class VerifyOptions:
         None, "verify this class of ours, module:Class or FILE.py:Class; unset: the registered one"
     )
     prompt_filename: str | None = _option(None, "file with one prompt per line; unset: three prompts")
+    image: list[str] | None = _option(  # noqa: RUF009
+        None, "pictures that stand before a prompt, for a model that sees; unset: a drawn one"
+    )
     long_len: int | None = _option(
         None,
         f"tokens of one more prompt, 0 for none; unset: {MIN_LONG_LEN}, or beyond the model's sliding window",

@@ -1,6 +1,6 @@
 """Which rotation turns given queries or keys into others, found by trying."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config, rope_kind
+from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, get_rope, get_rope_config, rope_kind
 from rtp_llm.verify.locate import relative_error
 
 COMMON_BASES = (10000.0, 500000.0, 1000000.0)
@@ -17,13 +17,13 @@ MAX_TRIED_TOKENS = 64
 
 @dataclass(frozen=True)
 class Rotation:
-    """Arguments of ``get_rope``; ``scaling``: index into the sets that are tried; ``offset``: of positions."""
+    """Arguments of ``get_rope``; ``scaling`` and ``positions``: indices into the sets that are tried."""
 
     base: float
     scaling: int
     rotary_dim: int
     is_neox_style: bool
-    offset: int
+    positions: int
 
     def changes(self, other: "Rotation") -> list[str]:
         return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
@@ -31,12 +31,17 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Rotated:
-    """Tokens ``[first_position, first_position + n)`` of a sequence: [n, heads * head_dim], before a rotation."""
+    """Tokens ``[first_position, first_position + n)`` of a sequence: [n, heads * head_dim], before a rotation.
+
+    Positions, ours and the reference's, are [num_tokens], or [3, num_tokens] of M-RoPE; None: not known.
+    """
 
     before: torch.Tensor
     first_position: int
     num_tokens: int  # of the sequence, which some kinds depend on
     head_dim: int
+    our_positions: torch.Tensor | None = None
+    their_positions: torch.Tensor | None = None
 
 
 class RotationTrials:
@@ -47,9 +52,10 @@ class RotationTrials:
         layer_types = sorted(set(getattr(config, "layer_types", None) or [])) or [None]
         sets = [get_rope_config(config, layer_type) for layer_type in layer_types]
         self._scalings: list[dict[str, Any] | None] = []
-        for scaling in [*(s for _, s, _ in sets), None]:
+        for scaling in [*(s for _, s, _ in sets), *_mrope_variants(rope, [s for _, s, _ in sets]), None]:
             if scaling not in self._scalings:
                 self._scalings.append(scaling)
+        self._positions = list(_positions(rotated))
         own_dim = 2 * rope.inv_freq.shape[-1]
         self._bases = list(dict.fromkeys([*(base for base, _, _ in sets), *self._own_base(own_dim), *COMMON_BASES]))
         head_dim = rotated.head_dim
@@ -79,10 +85,10 @@ class RotationTrials:
 
     def _rotations(self) -> Iterator[Rotation]:
         styles = (True, False)
-        for offset, dim, scaling, base, style in product(
-            (0, 1, -1), self._dims, range(len(self._scalings)), self._bases, styles
+        for positions, dim, scaling, base, style in product(
+            range(len(self._positions)), self._dims, range(len(self._scalings)), self._bases, styles
         ):
-            yield Rotation(base, scaling, dim, style, offset)
+            yield Rotation(base, scaling, dim, style, positions)
 
     def _is(self, result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
         return relative_error(result[-MAX_TRIED_TOKENS:], expected[-MAX_TRIED_TOKENS:]) <= tolerance
@@ -92,7 +98,7 @@ class RotationTrials:
         given = self._rotated
         before = given.before[-MAX_TRIED_TOKENS:]
         end = given.first_position + len(given.before)
-        positions = torch.arange(end - len(before), end) + rotation.offset
+        positions = self._positions[rotation.positions][1][..., end - len(before) : end]
         try:
             rope = get_rope(
                 given.head_dim,
@@ -105,6 +111,8 @@ class RotationTrials:
             )
         except ValueError:  # frequency factors of another number than this one's, for example
             return None
+        if positions.dim() == 2 and not isinstance(rope, MRotaryEmbedding):
+            positions = positions[0]
         # What a rotation reads of a batch: the tokens' positions, and the length of their sequence.
         batch = SimpleNamespace(
             positions=positions,
@@ -124,11 +132,16 @@ class RotationTrials:
             case "base":
                 return f"rotary base: ours {mine:g}, the reference's {yours:g}"
             case "scaling":
+                sections = [_sections(self._scalings[index]) for index in (mine, yours)]
+                if sections[0] != sections[1]:
+                    return (
+                        f"pairs that turn by time, height and width: ours {sections[0]}, the reference's {sections[1]}"
+                    )
                 return f"rope scaling: ours {self._kind(mine)}, the reference's {self._kind(yours)}"
             case "rotary_dim":
                 return f"rotated components of a head: ours {mine}, the reference's {yours}"
             case _:
-                return f"positions are off by {mine - yours:+d}"
+                return f"positions {self._positions[mine][0]}"
 
     def _kind(self, scaling: int) -> str:
         chosen = self._scalings[scaling]
@@ -139,6 +152,48 @@ class RotationTrials:
             f"base {rotation.base:g}, scaling {self._kind(rotation.scaling)}, {rotation.rotary_dim} components, "
             f"pairs {_pairs(rotation.is_neox_style)}"
         )
+
+
+def _mrope_variants(rope: RotaryEmbedding, scalings: Sequence[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+    """The sections of the configuration and of our module, one after another and interleaved."""
+    sections = [tuple(scaling["mrope_section"]) for scaling in scalings if scaling and "mrope_section" in scaling]
+    if isinstance(rope, MRotaryEmbedding):
+        sections.append(rope.mrope_section)
+    for scaling, section, interleaved in product(scalings, dict.fromkeys(sections), (False, True)):
+        yield {**(scaling or {}), "mrope_section": list(section), "mrope_interleaved": interleaved}
+
+
+def _positions(rotated: Rotated) -> Iterator[tuple[str, torch.Tensor]]:
+    """The reference's positions first, then others, with what is wrong about them."""
+    text = torch.arange(rotated.num_tokens)
+    right = text if rotated.their_positions is None else rotated.their_positions
+    if right.dim() == 2 and bool((right == right[:1]).all()):
+        right = right[0]
+    yield "", right
+    for offset in (1, -1):
+        yield f"are off by {offset:+d}", right + offset
+    if right.dim() == 2:
+        yield "are those of a text, without time, height and width", text
+    ours = rotated.our_positions
+    if ours is not None and not torch.equal(*torch.broadcast_tensors(ours, right)):
+        yield _other_positions(ours, right), ours
+
+
+def _other_positions(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    ours, theirs = torch.broadcast_tensors(ours, theirs)
+    if ours.dim() == 1:
+        ours, theirs = ours[None], theirs[None]
+    token = int((ours != theirs).any(dim=0).nonzero()[0])
+    mine, yours = (tuple(positions[:, token].tolist()) for positions in (ours, theirs))
+    named = " (time, height, width)" if len(mine) == 3 else ""
+    return f"are others from token {token} on: ours {mine}, the reference's {yours}{named}"
+
+
+def _sections(scaling: dict[str, Any] | None) -> str:
+    if not scaling or "mrope_section" not in scaling:
+        return "none"
+    order = "interleaved" if scaling.get("mrope_interleaved") else "one after another"
+    return f"{list(scaling['mrope_section'])} {order}"
 
 
 def _pairs(is_neox_style: bool) -> str:

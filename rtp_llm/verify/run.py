@@ -1,9 +1,10 @@
 """Runs ours and transformers' model on the same prompts, and finds out where they part."""
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from operator import attrgetter
@@ -14,18 +15,28 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.transformers import TransformersForCausalLM
-from rtp_llm.reference import TransformersModel, encode, read_prompts
+from rtp_llm.reference import (
+    PICTURE_PROMPTS,
+    Extras,
+    TransformersModel,
+    chat_text,
+    encode,
+    read_pictures,
+    read_prompts,
+)
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import worker_config
-from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
+from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
-from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, reason
+from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
+from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.worker import Worker
 from rtp_llm.verify.causes import Evidence, Finding, explain, explain_logits, pass_over_layout
+from rtp_llm.verify.feed import extras_for
 from rtp_llm.verify.locate import (
     LOGITS_TOLERANCE,
     MODULE_TOLERANCE,
@@ -35,7 +46,7 @@ from rtp_llm.verify.locate import (
     logits_error,
 )
 from rtp_llm.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
-from rtp_llm.verify.trace import OurRecorder, TheirRecorder, Trace
+from rtp_llm.verify.trace import OurRecorder, Parts, TheirRecorder, Trace
 
 PARAMS = SamplingParams(temperature=0, ignore_eos=True)
 TOP = 5
@@ -51,8 +62,11 @@ class ForwardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompt:
+    """``media``: what MultimodalInputs.encode gives, for ids with placeholders; None: text alone."""
+
     text: str
     ids: list[int]
+    media: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,9 @@ def verify(args: ServerArgs, options: VerifyOptions) -> Report:
     dtype = config.dtype
     try:
         with _registered(config, options.model_class):
+            prompts += _with_pictures(args, config, tokenizer, options)
             ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
+        prompts = [ours.padded(prompt) for prompt in prompts]
         theirs = TheirModel(args, config)
         results = [_compare_prompt(ours, theirs, prompt, options) for prompt in prompts]
     except (WeightLoadError, ModelBuildError, ModelImportError, ForwardError) as error:
@@ -163,10 +179,11 @@ def load_class(place: str) -> type[nn.Module]:
 
 
 def _import_file(path: Path) -> Any:
-    spec = spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(f"verified_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where the class's processor is looked for
     spec.loader.exec_module(module)
     return module
 
@@ -184,15 +201,56 @@ def _prompts(config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> Ite
         prompts = [Prompt(text, encode(tokenizer, text)) for text in read_prompts(options.prompt_filename)]
         ids = encode(tokenizer, " ".join(prompt.text for prompt in prompts))
     for prompt in prompts:
-        if not options.cut_len < len(prompt.ids) <= room:
-            raise VerifyError(
-                f"the prompt {prompt.text!r} has {len(prompt.ids)} tokens: it must be more than --cut-len "
-                f"({options.cut_len}) and at most {room}, which leaves {options.max_new_tokens} of the context"
-            )
+        _check_len(prompt, room, options)
         yield prompt
     long_len = min(_long_len(config) if options.long_len is None else options.long_len, room)
     if long_len > max(len(prompt.ids) for prompt in prompts):
         yield Prompt(f"({long_len} tokens)", (ids * (long_len // len(ids) + 1))[:long_len])
+
+
+def _with_pictures(args: ServerArgs, config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
+    """For a model that sees: the prompts of the file, or the usual one, after the pictures of ``--image``."""
+    if tokenizer is None or not config.is_multimodal or not _has_own_processor(config):
+        if options.image:
+            reason = (
+                "has no tokenizer" if tokenizer is None else f"({', '.join(config.architectures)}) takes no pictures"
+            )
+            raise VerifyError(f"{config.model_path} {reason}: --image means nothing here")
+        return []
+    texts, pictures = read_prompts(options.prompt_filename, PICTURE_PROMPTS), read_pictures(options.image or ())
+    chats = [picture_prompt(args, config, tokenizer, text, len(pictures)) for text in texts]
+    found = prompts_with_pictures(args, config, tokenizer, chats, pictures)
+    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    prompts = [Prompt(f"({count}) {text}", p.input_ids, p.media) for text, p in zip(texts, found, strict=True)]
+    for prompt in prompts:
+        _check_len(prompt, config.context_length - options.max_new_tokens, options)
+    return prompts
+
+
+def _check_len(prompt: Prompt, room: int, options: VerifyOptions) -> None:
+    if not options.cut_len < len(prompt.ids) <= room:
+        raise VerifyError(
+            f"the prompt {prompt.text!r} has {len(prompt.ids)} tokens: it must be more than --cut-len "
+            f"({options.cut_len}) and at most {room}, which leaves {options.max_new_tokens} of the context"
+        )
+
+
+def _has_own_processor(config: ModelConfig) -> bool:
+    """Whether a file of ours runs the model, and takes media. Raises ModelImportError."""
+    try:
+        model_cls, _ = ModelRegistry.resolve_model_cls(config.architectures)
+    except UnknownArchitectureError:
+        return False
+    return hasattr(model_cls, "pad_input_ids")
+
+
+def picture_prompt(args: ServerArgs, config: ModelConfig, tokenizer: Any, text: str, num_pictures: int) -> str:
+    """In the model's chat template; where it has none, the pictures' placeholders come before the text, a line each."""
+    try:
+        return chat_text(config.model_path, tokenizer, text, num_pictures)
+    except ValueError:
+        token = read_processor(args, config, tokenizer, trusted=True).mm_tokens.image_token
+        return f"{token}\n" * num_pictures + text
 
 
 def _long_len(config: ModelConfig) -> int:
@@ -214,27 +272,48 @@ class OurModel:
     def model(self) -> nn.Module:
         return self._worker.runner.model
 
+    def padded(self, prompt: Prompt) -> Prompt:
+        """A prompt with media as the model wants it."""
+        if prompt.media is None:
+            return prompt
+        try:
+            placed = self._worker.runner.pad_input_ids(prompt.ids, prompt.media)
+        except Exception as error:  # whatever a model's method may raise; the cause is chained
+            name = type(self.model).__name__
+            raise ForwardError(f"{name}.pad_input_ids cannot place the media: {reason(error)}") from error
+        return Prompt(prompt.text, placed.prompt_ids, placed.media)
+
+    def cut_of(self, prompt: Prompt, cut_len: int) -> int:
+        """``cut_len``, or less where that would cut a picture that the model computes at once."""
+        if prompt.media is None or not self._worker.runner.max_media_block:
+            return cut_len
+        blocks = media_blocks(MultimodalInputs.decode(prompt.media))
+        return next((first for first, last in blocks if first < cut_len <= last), cut_len)
+
     def run(
-        self, ids: list[int], cut_len: int, num_new: int, trace: Trace | None = None
+        self, prompt: Prompt, cut_len: int, num_new: int, trace: Trace | None = None
     ) -> tuple[list[int], torch.Tensor]:
         """``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each id
-        but the last. A trace gets what belongs to the prompt."""
+        but the last. A trace gets what belongs to the prompt. Pictures are encoded anew."""
+        self._worker.runner.embedding_cache.clear()
+        ids = prompt.ids
         pieces = [(0, cut_len), (cut_len, len(ids))] if cut_len else [(0, len(ids))]
         pieces += [(len(ids) + i, len(ids) + i + 1) for i in range(num_new - 1)]
         output_ids, logits = [], []
         for start, end in pieces:
             with trace.step(start, end - start) if trace and end <= len(ids) else _no_trace():
-                token_id, row = self._step(ids, start, end)
+                token_id, row = self._step(prompt, start, end)
             logits.append(row)
             if end >= len(ids):
                 output_ids.append(token_id)
         return output_ids, torch.cat(logits)
 
-    def _step(self, ids: list[int], start: int, end: int) -> tuple[int, torch.Tensor]:
+    def _step(self, prompt: Prompt, start: int, end: int) -> tuple[int, torch.Tensor]:
         plan = StepPlan(self._num_steps, work=[RowWork(0, start, end - start, sample=True)])
         if start == 0:
             plan.releases = [0] if self._num_steps else []
-            plan.admissions = [Admission(0, "0", ids, [], PARAMS, stop_ids=[], seed=0)]
+            admission = Admission(0, "0", prompt.ids, [], PARAMS, stop_ids=[], seed=0, media=prompt.media)
+            plan.admissions = [admission]
             pages = list(range(1, 1 + self._num_pages))  # 0 is the dummy
             plan.page_writes = [PageWrite(0, group, 0, pages) for group in range(self._num_groups)]
         self._num_steps += 1
@@ -266,23 +345,28 @@ class TheirModel:
         self.model, self._device = reference.model, reference.device
 
     @torch.inference_mode()
-    def run(self, ids: list[int], cut_len: int, output_ids: list[int], trace: Trace | None = None) -> torch.Tensor:
+    def run(self, prompt: Prompt, cut_len: int, output_ids: list[int], trace: Trace | None = None) -> torch.Tensor:
         """Logits as of ``OurModel.run``, if these output ids follow."""
+        ids, extras = prompt.ids, {}
+        if prompt.media is not None:
+            extras = extras_for(self.model, ids, MultimodalInputs.decode(prompt.media))
         with trace.step(0, len(ids)) if trace else _no_trace():
-            output = self._forward(ids, None)
+            output = self._forward(ids, None, extras)
         rows = [output.logits[:, cut_len - 1], output.logits[:, -1]] if cut_len else [output.logits[:, -1]]
         for token_id in output_ids[:-1]:
-            output = self._forward([token_id], output.past_key_values)
+            output = self._forward([token_id], output.past_key_values, {})
             rows.append(output.logits[:, -1])
         return torch.cat(rows).float().cpu()
 
-    def _forward(self, ids: list[int], cache: Any) -> Any:
-        return self.model(torch.tensor([ids], device=self._device), past_key_values=cache, use_cache=True)
+    def _forward(self, ids: list[int], cache: Any, extras: Extras) -> Any:
+        input_ids = torch.tensor([ids], device=self._device)
+        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extras)
 
 
 def _compare_prompt(ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions) -> PromptResult:
-    output_ids, our_logits = ours.run(prompt.ids, options.cut_len, options.max_new_tokens)
-    their_logits = theirs.run(prompt.ids, options.cut_len, output_ids)[:, : our_logits.shape[1]]
+    cut_len = ours.cut_of(prompt, options.cut_len)
+    output_ids, our_logits = ours.run(prompt, cut_len, options.max_new_tokens)
+    their_logits = theirs.run(prompt, cut_len, output_ids)[:, : our_logits.shape[1]]
     differences = (our_logits - their_logits).abs()
     return PromptResult(
         prompt,
@@ -315,8 +399,8 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
         return _with(report, note=note)
     wrong = [result for result in report.results if result.error > report.tolerance]
     shortest = min(wrong, key=lambda result: len(result.prompt.ids))
-    ids = [*shortest.prompt.ids, *shortest.output_ids[:-1]]
-    evidence, our_logits, their_logits = _record(report.dtype, ours, theirs, ids, options.cut_len)
+    whole = replace(shortest.prompt, ids=[*shortest.prompt.ids, *shortest.output_ids[:-1]])
+    evidence, our_logits, their_logits = record(report.dtype, ours, theirs, whole, options.cut_len)
     differences = compare(evidence.ours, evidence.theirs)
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
@@ -347,16 +431,17 @@ def _with(report: Report, **changes: Any) -> Report:
     return Report(**{item.name: getattr(report, item.name) for item in fields(report)} | changes)
 
 
-def _record(
-    dtype: str, ours: OurModel, theirs: TheirModel, ids: list[int], cut_len: int
+def record(
+    dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int
 ) -> tuple[Evidence, torch.Tensor, torch.Tensor]:
-    """What both sides compute for a prompt of these ids, and the logits [1, vocab_size] that end it."""
-    num_tokens = len(ids)
-    our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS)) for _ in range(2))
+    """What both sides compute for a prompt, and the logits [1, vocab_size] that end it."""
+    num_tokens, cut_len = len(prompt.ids), ours.cut_of(prompt, cut_len)
+    parts = Parts() if prompt.media is None else Parts.of(theirs.model)
+    our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS), parts) for _ in range(2))
     with OurRecorder(ours.model, our_trace):
-        output_ids, our_logits = ours.run(ids, cut_len, 1, our_trace)
+        output_ids, our_logits = ours.run(prompt, cut_len, 1, our_trace)
     with TheirRecorder(theirs.model, their_trace):
-        their_logits = theirs.run(ids, cut_len, output_ids, their_trace)
+        their_logits = theirs.run(prompt, cut_len, output_ids, their_trace)
     config = theirs.model.config.get_text_config()
     evidence = Evidence(config, ours.model, theirs.model, our_trace, their_trace, MODULE_TOLERANCE[dtype])
     return evidence, our_logits[-1:], their_logits[-1:, : our_logits.shape[1]]

@@ -4,6 +4,7 @@ Both sides are recorded in the same form, under the names of the checkpoint: pac
 that add the residual count it as their input, a decoder layer that hands the residual on apart counts it as its output.
 """
 
+import inspect
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from transformers.masking_utils import eager_mask
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
 
 RECORDING = "rtp_llm_verify"  # name of the attention function that records what transformers' models give it
 INPUT, OUTPUT = "input", "output"
 QUERIES, KEYS, VALUES, ATTENDED = "queries", "keys", "values", "attention output"
+EMBEDDINGS = "embeddings of text and media"  # what a language model's first layer is given
 UNROTATED = {QUERIES: "queries before rotation", KEYS: "keys before rotation"}
 _KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS])  # every query needs all of them
 
@@ -50,39 +53,123 @@ class AttentionCall:
     sinks: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class VisionCall:
+    """How patches attend to all of their segment. ``lengths``: patches of each. ``cos_sin``: [patches, 2 * head_dim],
+    what turns queries and keys; None: nothing does, or the model keeps it to itself."""
+
+    num_heads: int
+    scaling: float
+    lengths: tuple[int, ...]
+    cos_sin: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which modules of a model that sees encode pictures; the names are the checkpoint's, alike on both sides.
+
+    Args:
+        language_model: the name of the module that holds the one that embeds text; empty: the model does not see.
+        embedding: of the one that embeds text.
+        head: of the one that makes logits.
+    """
+
+    language_model: str = ""
+    embedding: str = ""
+    head: str = ""
+
+    @classmethod
+    def of(cls, model: Any) -> "Parts":
+        """Of a model of transformers that sees."""
+        names = {module: name for name, module in model.named_modules()}
+        embedding = names[model.get_input_embeddings()]
+        return cls(embedding.rpartition(".")[0], embedding, names.get(model.get_output_embeddings(), ""))
+
+    def is_tower(self, name: str) -> bool:
+        """Whether a module computes with patches, or what has become of them, instead of the prompt's tokens."""
+        if not self.language_model or not name:
+            return False
+        return not (_is_below(name, self.language_model) or _is_below(self.language_model, name) or name == self.head)
+
+
+def _is_below(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.")
+
+
 class Trace:
     """[tokens, features] float32 on the host at each place, in the order of execution.
 
     Of tokens before ``first_kept`` only keys and values are kept. The second use of a module in a step is a place of
-    its own, ``module#2``.
+    its own, ``module#2``. In a vision tower rows are patches, or what they are merged to, and all are kept; pictures
+    come in the prompt's order, whichever steps they are encoded in.
     """
 
-    def __init__(self, num_tokens: int, first_kept: int = 0) -> None:
+    def __init__(self, num_tokens: int, first_kept: int = 0, parts: Parts | None = None) -> None:
         self.num_tokens = num_tokens
         self.first_kept = first_kept
+        self.parts = parts or Parts()
         self.calls: dict[str, AttentionCall] = {}
+        self.vision_calls: dict[str, VisionCall] = {}
+        self.positions: torch.Tensor | None = None  # [tokens], or [3, tokens] of M-RoPE: what rotations were given
+        self._position_pieces: list[torch.Tensor] = []
         self.tensors: dict[Place, torch.Tensor] = {}
         self._pieces: defaultdict[Place, list[torch.Tensor]] = defaultdict(list)
         self._uses: Counter[Place] = Counter()
-        self._start = self._num = 0
+        self._start = self._num = self._num_steps = 0
 
     @contextmanager
     def step(self, start: int, num: int) -> Iterator[None]:
         """While tokens [start, start + num) are computed."""
         self._start, self._num = start, num
+        self._num_steps += 1
         self._uses.clear()
         yield
-        self.tensors = {place: torch.cat(pieces) for place, pieces in self._pieces.items()}
+        self.tensors = {
+            place: torch.cat(pieces)
+            for place, pieces in sorted(self._pieces.items(), key=lambda item: self._turn_of(item[0]))
+            if len({piece.shape[1] for piece in pieces}) == 1
+        }
+        self.positions = torch.cat(self._position_pieces, dim=-1) if self._position_pieces else None
+
+    def _turn_of(self, place: Place) -> int:
+        """What comes before the language model's layers, though a later step may be the first to encode a picture."""
+        if self.parts.is_tower(place.module):
+            return 1
+        is_text = place.part == OUTPUT and place.module == self.parts.embedding
+        return 0 if is_text else 2
+
+    def add_positions(self, positions: Any) -> None:
+        """[tokens] or [3, tokens], as ours has them, or with a dimension for a batch of one before the tokens. All
+        layers share them: the first ones of a step count."""
+        if not isinstance(positions, torch.Tensor) or positions.is_floating_point():
+            return
+        rows = positions.reshape(-1, positions.shape[-1])
+        if rows.shape[1] == self._num and len(self._position_pieces) < self._num_steps and len(rows) in (1, 3):
+            self._position_pieces.append((rows[0] if len(rows) == 1 else rows).detach().cpu().clone())
+
+    def add_vision_call(self, module: str, call: VisionCall) -> None:
+        """Segments of several calls, for pictures encoded one after the other, follow each other."""
+        before = self.vision_calls.get(module)
+        if before is not None:
+            tables = [table for table in (before.cos_sin, call.cos_sin) if table is not None]
+            cos_sin = torch.cat(tables) if tables else None
+            call = VisionCall(call.num_heads, call.scaling, before.lengths + call.lengths, cos_sin)
+        self.vision_calls[module] = call
+
+    def add_in_pieces(self, module: str, part: str, tensor: torch.Tensor) -> None:
+        """[1, heads, patches, head_dim] of some segments of a tower's attention, others of which come apart."""
+        self._pieces[Place(module, part)].append(_kept(tensor.transpose(1, 2).flatten(0, 1).flatten(1)))
 
     def add(self, module: str, part: str, tensor: Any) -> None:
-        rows = _rows(tensor, self._num)
+        is_tower = self.parts.is_tower(module)
+        rows = _patches(tensor) if is_tower else _rows(tensor, self._num)
         if rows is None:
             return
         self._uses[Place(module, part)] += 1
         use = self._uses[Place(module, part)]
-        skipped = 0 if part in _KEPT_WHOLE else max(0, self.first_kept - self._start)
+        skipped = 0 if part in _KEPT_WHOLE or is_tower else max(0, self.first_kept - self._start)
         place = Place(module if use == 1 else f"{module}#{use}", part)
-        self._pieces[place].append(rows[skipped:].detach().to("cpu", torch.float32, copy=True))
+        self._pieces[place].append(_kept(rows[skipped:]))
 
     def first_position(self, place: Place) -> int:
         """Of the rows that are kept."""
@@ -98,6 +185,17 @@ def _rows(tensor: Any, num_tokens: int) -> torch.Tensor | None:
     if tensor.dim() == 4 and tensor.shape[0] == 1 and tensor.shape[2] == num_tokens:  # heads first
         return tensor.transpose(1, 2).reshape(num_tokens, -1)
     return None
+
+
+def _patches(tensor: Any) -> torch.Tensor | None:
+    """[rows, features] of what a tower computes, whatever dimensions rows have; None: not a tensor of features."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
+        return None
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 class Recorder:
@@ -118,6 +216,8 @@ class Recorder:
             handle.remove()
 
     def watch(self, name: str, module: nn.Module) -> None:
+        if name and name == self.trace.parts.language_model:
+            self.called(module, lambda given: self.trace.add(name, EMBEDDINGS, _embeddings(given)))
         if next(module.children(), None) is not None:
             self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _summed(output)))
         elif next(module.parameters(recurse=False), None) is not None:
@@ -130,11 +230,29 @@ class Recorder:
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def called(self, module: nn.Module, action: Callable[[dict[str, Any]], None]) -> None:
+        """``action`` gets a call's arguments by their names in ``forward``, those in ``**kwargs`` among them."""
+        signature = inspect.signature(module.forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(name, {})
+            action(arguments)
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
     def after(self, module: nn.Module, action: Callable[[tuple[Any, ...], Any], None]) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             action((*args, *kwargs.values()), output)
 
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+
+def _embeddings(given: dict[str, Any]) -> Any:
+    """Of a language model's arguments: ours and transformers' differ in the name by a letter."""
+    return given.get("input_embeds", given.get("inputs_embeds"))
 
 
 def _first(output: Any) -> Any:
@@ -164,16 +282,22 @@ class OurRecorder(Recorder):
             self.before(module, self._keep_rotation)
         elif isinstance(module, RadixAttention):
             self._watch_attention(name.rpartition(".")[0], module)
+        elif isinstance(module, VisionAttention):
+            super().watch(name, module)
+            self.called(module, lambda given: self.trace.add_vision_call(name, _our_vision_call(module, given)))
         elif isinstance(module, LinearBase):
             sources = packed_sources(name, module, self._packed)
-            self.before(module, lambda args: self._add_inputs(sources, args[0]))
+            aliases = vision_aliases(self.model, name)
+            names = [*(source for source, _ in sources), *aliases]
+            self.before(module, lambda args: self._add_everywhere(names, INPUT, args[0]))
+            self.after(module, lambda args, output: self._add_everywhere(aliases, OUTPUT, output[0]))
             self.after(module, lambda args, output: self._add_shards(sources, output[0]))
         else:
             super().watch(name, module)
 
-    def _add_inputs(self, sources: list[tuple[str, int]], given: torch.Tensor) -> None:
-        for source, _ in sources:
-            self.trace.add(source, INPUT, given)
+    def _add_everywhere(self, names: list[str], part: str, tensor: torch.Tensor) -> None:
+        for name in names:
+            self.trace.add(name, part, tensor)
 
     def _add_shards(self, sources: list[tuple[str, int]], output: torch.Tensor) -> None:
         shards = output.split([size for _, size in sources], dim=-1)
@@ -181,6 +305,7 @@ class OurRecorder(Recorder):
             self.trace.add(source, OUTPUT, shard)
 
     def _keep_rotation(self, args: tuple[Any, ...]) -> None:
+        self.trace.add_positions(args[0])
         self._rotation = tuple(tensor.clone() for tensor in args[1:3])
 
     def _watch_attention(self, name: str, layer: RadixAttention) -> None:
@@ -203,6 +328,35 @@ class OurRecorder(Recorder):
 
         self.before(layer, before)
         self.after(layer, lambda args, output: self.trace.add(name, ATTENDED, output))
+
+
+def _our_vision_call(layer: VisionAttention, given: dict[str, Any]) -> VisionCall:
+    x, metadata, cu_seqlens = given["x"], given.get("forward_metadata"), given.get("cu_seqlens")
+    if isinstance(metadata, VisionAttentionMetadata):
+        lengths = metadata.seq_lens.tolist()
+    elif isinstance(cu_seqlens, torch.Tensor):
+        lengths = cu_seqlens.diff().tolist()
+    else:
+        lengths = [x.shape[-2]] * (x[..., 0].numel() // x.shape[-2])
+    return VisionCall(layer.num_heads, layer.scaling, tuple(lengths), _cos_sin(given, layer.head_dim))
+
+
+def _cos_sin(given: dict[str, Any], head_dim: int) -> torch.Tensor | None:
+    """[patches, 2 * head_dim] float32 of (cos, sin), each [patches, head_dim] or one half of it for both."""
+    tables = given.get("position_embeddings") or (given.get("rotary_pos_emb_cos"), given.get("rotary_pos_emb_sin"))
+    if not isinstance(tables, (tuple, list)) or not all(isinstance(table, torch.Tensor) for table in tables):
+        return None
+    rows = [table.reshape(-1, table.shape[-1]) for table in tables]
+    return torch.cat([_kept(row.repeat(1, head_dim // row.shape[1])) for row in rows], dim=1)
+
+
+def vision_aliases(model: nn.Module, name: str) -> list[str]:
+    """What checkpoints call a projection of a VisionAttention, taken as a whole."""
+    parent, _, last = name.rpartition(".")
+    if not isinstance(dict(model.named_modules()).get(parent), VisionAttention):
+        return []
+    others: dict[str, tuple[str, ...]] = {"qkv_proj": ("qkv",), "proj": VisionAttention.proj_sources}
+    return [f"{parent}.{other}" for other in others.get(last, ())]
 
 
 def packed_sources(name: str, module: LinearBase, packed: dict[str, list[str]]) -> list[tuple[str, int]]:
@@ -228,6 +382,18 @@ class TheirRecorder(Recorder):
         super().__init__(model, trace)
         self._names = {module: name for name, module in model.named_modules()}
         self._implementation = model.config._attn_implementation
+        self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> what it was called with last
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        super().watch(name, module)
+        if self.trace.parts.is_tower(name):
+            self.called(module, lambda given: self._given.__setitem__(name, given))
+        elif name.rpartition(".")[2] == "rotary_emb":
+            self.before(module, self._add_positions)
+
+    def _add_positions(self, args: tuple[Any, ...]) -> None:
+        for arg in args:
+            self.trace.add_positions(arg)
 
     def __enter__(self) -> "TheirRecorder":
         super().__enter__()
@@ -253,6 +419,9 @@ class TheirRecorder(Recorder):
         output: torch.Tensor,
     ) -> None:
         name, num = self._names[module], states[0].shape[2]
+        if self.trace.parts.is_tower(name):
+            self._add_vision_attention(name, states, options)
+            return
         for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
             self.trace.add(name, part, tensor[:, :, -num:])
         self.trace.add(name, ATTENDED, output)
@@ -265,6 +434,16 @@ class TheirRecorder(Recorder):
             float(options.get("softcap") or 0.0),
             None if sinks is None else sinks.detach().float().cpu().view(-1),
         )
+
+    def _add_vision_attention(self, name: str, states: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+        """Called for a row of packed patches, for its segments one by one, or for a batch of pictures."""
+        for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
+            self.trace.add_in_pieces(name, part, tensor)
+        num_rows, num_heads, length, head_dim = states[0].shape
+        scaling = options.get("scaling")
+        cos_sin = _cos_sin(self._given.pop(name, {}), head_dim)  # of all segments, kept with the first
+        scale = head_dim**-0.5 if scaling is None else float(scaling)
+        self.trace.add_vision_call(name, VisionCall(num_heads, scale, (length,) * num_rows, cos_sin))
 
 
 def _window(mask: Any, num_tokens: int) -> int | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.verify.locate import relative_error
-from rtp_llm.verify.trace import packed_sources
+from rtp_llm.verify.trace import packed_sources, vision_aliases
 
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
 
@@ -23,10 +23,15 @@ def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tens
     packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
     parent, _, last = name.rpartition(".")
     holders = [name, *(f"{parent}.{key}" for key, sources in packed.items() if last in sources)]
-    module = next((modules[holder] for holder in holders if holder in modules), None)
+    whole = [
+        holder for holder in modules if holder.rpartition(".")[0] == parent and name in vision_aliases(model, holder)
+    ]
+    module = next((modules[holder] for holder in (*holders, *whole) if holder in modules), None)
     weight, bias = _host(getattr(module, "weight", None)), _host(getattr(module, "bias", None))
     if weight is None:
         return module, torch.empty(0), None
+    if isinstance(module, LinearBase) and whole:
+        return module, weight, None if module.skip_bias_add else bias
     if isinstance(module, LinearBase):
         holder = next(holder for holder in holders if holder in modules)
         sources = packed_sources(holder, module, packed)
@@ -89,6 +94,7 @@ def _norms(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, name: str, their_model: nn.Module
 ) -> Iterator[tuple[str, torch.Tensor]]:
     layer_norm, rms = _layer_norm(x, eps), _rms(x, eps)
+    parameters = dict(their_model.named_parameters())
     for text, normed in (("a root-mean-square norm", rms), ("a layer norm (mean subtracted)", layer_norm)):
         yield f"it is {text}, times weight", normed * weight
         yield f"it is {text}, times 1 + weight", normed * (1 + weight)
@@ -101,13 +107,16 @@ def _norms(
             yield text, _rms(x, other_eps) * weight
             yield text, _rms(x, other_eps) * (1 + weight)
             yield text, _layer_norm(x, other_eps) * weight + (0.0 if bias is None else bias)
-    for other, parameter in their_model.named_parameters():
+    for other, parameter in parameters.items():
         if parameter.shape == weight.shape and other.endswith(".weight") and other != f"{name}.weight":
             text = f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
             other_weight = parameter.detach().float().cpu()
             yield text, rms * other_weight
             yield text, rms * (1 + other_weight)
             yield text, layer_norm * other_weight + (0.0 if bias is None else bias)
+            other_bias = _host(parameters.get(f"{other.removesuffix('weight')}bias"))
+            if other_bias is not None:
+                yield text, layer_norm * other_weight + other_bias
 
 
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:

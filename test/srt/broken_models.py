@@ -447,3 +447,103 @@ MORE_BROKEN_MODELS = (
         {"norm_topk_prob": True},
     ),
 )
+
+LANGUAGE_ATTENTION = "model.language_model.layers.0.self_attn"
+VISION = "model.visual.blocks.0.attn"
+
+BROKEN_SEEING_MODELS = (
+    BrokenModel(
+        "scores of patches not scaled",
+        "qwen2_vl",
+        (
+            (
+                "            use_qkv_parallel=True,\n",
+                "            use_qkv_parallel=True,\n            softmax_scale=1.0,\n",
+            ),
+        ),
+        "qwen2_vl",
+        VISION,
+        "attention output",
+        "attention scaling: ours 1, the reference's 0.353553",
+    ),
+    BrokenModel(
+        "patches without rows and columns",
+        "qwen2_vl",
+        (("position_embeddings=positions, forward_metadata", "forward_metadata"),),
+        "qwen2_vl",
+        VISION,
+        "attention output",
+        "turned by their patches' rows and columns: ours not at all",
+    ),
+    BrokenModel(
+        "learned positions missing",
+        "qwen3_vl",
+        (("        x = x + self._learned_positions(grids, x.device).to(x.dtype)\n", ""),),
+        "qwen3_vl",
+        "model.visual.blocks.0.norm1",
+        "input",
+        "it is what the reference has as output of model.visual.patch_embed",
+    ),
+    BrokenModel(
+        "sections interleaved",
+        "qwen2_vl",
+        (("interleaved: bool = False", "interleaved: bool = True"),),
+        "qwen2_vl",
+        f"{LANGUAGE_ATTENTION}.rotary_emb",
+        "queries",
+        "turn by time, height and width: ours [2, 2, 2] interleaved, the reference's [2, 2, 2] one after another",
+    ),
+    BrokenModel(
+        "other sections",
+        "qwen2_vl",
+        (("(rope_scaling or {}) | {", '(rope_scaling or {}) | {"mrope_section": [4, 1, 1]} | {'),),
+        "qwen2_vl",
+        f"{LANGUAGE_ATTENTION}.rotary_emb",
+        "queries",
+        "ours [4, 1, 1] one after another, the reference's [2, 2, 2] one after another",
+    ),
+    BrokenModel(
+        "height and width exchanged",
+        "qwen2_vl",
+        (
+            (
+                "mrope_position_delta = positions,",
+                "mrope_position_delta = positions[[0, 2, 1]],",
+            ),
+        ),
+        "qwen2_vl",
+        f"{LANGUAGE_ATTENTION}.rotary_emb",
+        "queries",
+        "(time, height, width)",
+    ),
+    BrokenModel(
+        "no norm before merging",
+        "qwen2_vl",
+        (("first(self.ln_q(x).view", "first(x.view"),),
+        "qwen2_vl",
+        "model.visual.merger.mlp.0",
+        "input",
+        "",
+    ),
+    BrokenModel(
+        "norms of a block exchanged",
+        "qwen2_vl",
+        (
+            ("self.attn(self.norm1(x)", "self.attn(self.norm2(x)"),
+            ("self.mlp(self.norm2(x))", "self.mlp(self.norm1(x))"),
+        ),
+        "qwen2_vl",
+        "model.visual.blocks.0.norm2",
+        "input",
+        "the reference has as input of model.visual.blocks.0.norm1",
+    ),
+    BrokenModel(
+        "features scaled",
+        "qwen2_vl",
+        (("        return visual(patches,", "        return 2 * visual(patches,"),),
+        "qwen2_vl",
+        "model.language_model",
+        "embeddings of text and media",
+        "times 2",
+    ),
+)

@@ -2,22 +2,32 @@
 
 Random weights have no margins: logits are large, routers flip, and two right implementations may differ by more than a
 trained model's would. So the measure is the distance from transformers in float32, and the yardstick is transformers'
-own distance in bfloat16, or what the reference's tests allow, whichever is more.
+own distance in bfloat16, or what the reference's tests allow, whichever is more. Models that see are
+asked about pictures.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from asked_with_pictures import PicturePrompt, picture_prompts, their_prompt_logprobs
+from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
+from rtp_llm.srt.configs.model_config import is_multimodal_model
+from rtp_llm.srt.configs.server_args import ServerArgs
 from tiny_models import make_tiny, random_prompts
 
 TOLERANCE = 5e-2  # of a log-probability, as the reference's tests have it for prompts
 SLACK = 1.5
 LENGTHS = (40, 31, 17, 60)
-ARCHITECTURES = [name for name in sorted(ModelRegistry.get_supported_archs()) if hasattr(transformers, name)]
+ARCHITECTURES = [
+    name
+    for name in sorted(ModelRegistry.get_supported_archs())
+    if hasattr(transformers, name) and not is_multimodal_model([name])
+]
 
 
 def theirs(model_dir: str, prompts: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
@@ -39,6 +49,22 @@ def ours(model_dir: str, prompts: list[list[int]]) -> torch.Tensor:
             return_logprob=True,
             logprob_start_len=0,
         )
+    return input_logprobs(results)
+
+
+def ours_with_pictures(model_dir: str, prompts: list[PicturePrompt]) -> torch.Tensor:
+    with Engine(model_path=model_dir, dtype="bfloat16", device="cpu", max_total_tokens=2048) as engine:
+        results = engine.generate(
+            [prompt.text for prompt in prompts],
+            image_data=[prompt.pictures for prompt in prompts],
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+    return input_logprobs(results)
+
+
+def input_logprobs(results: list[dict[str, Any]]) -> torch.Tensor:
     return torch.tensor([entry[0] for result in results for entry in result["meta_info"]["input_token_logprobs"][1:]])
 
 
@@ -51,5 +77,16 @@ def test_as_near_to_float32_as_transformers(architecture: str, tmp_path: Path) -
     truth = theirs(model_dir, prompts, torch.float32)
     reference_error = (theirs(model_dir, prompts, torch.bfloat16) - truth).abs().mean().item()
     error = (ours(model_dir, prompts) - truth).abs().mean().item()
+    print(f"{architecture}: mean error {error:.4f}, transformers' {reference_error:.4f}")
+    assert error <= max(TOLERANCE, SLACK * reference_error)
+
+
+@pytest.mark.parametrize("architecture", SEEING_TWINS)
+def test_what_is_seen_is_as_near_to_float32_as_transformers(architecture: str, tmp_path: Path) -> None:
+    model_dir = SEEING_TWINS[architecture].make(tmp_path)
+    prompts = picture_prompts(ServerArgs(model_path=model_dir, device="cpu"))
+    truth = their_prompt_logprobs(model_dir, prompts, "float32")
+    reference_error = (their_prompt_logprobs(model_dir, prompts, "bfloat16") - truth).abs().mean().item()
+    error = (ours_with_pictures(model_dir, prompts) - truth).abs().mean().item()
     print(f"{architecture}: mean error {error:.4f}, transformers' {reference_error:.4f}")
     assert error <= max(TOLERANCE, SLACK * reference_error)

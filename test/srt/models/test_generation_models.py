@@ -4,7 +4,9 @@
     ONLY_RUN=Qwen/Qwen2-1.5B python3 -m unittest test_generation_models.TestGenerationModels.test_others
 
 ``ONLY_RUN`` names one model: a hub id, a checkpoint directory, or ``tiny/ARCHITECTURE`` for a tiny random model of any
-causal architecture of transformers, made on the spot. A model that stands in no list is held to the default tolerances.
+causal architecture of transformers, or of one of ours that sees, made on the spot. A model that stands in no list is
+held to the default tolerances. Models that see are also asked about one picture and about two; both sides are given the
+same pixels, those of our processor.
 """
 
 # ruff: noqa: E402
@@ -26,10 +28,14 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent)]  # unittest knows only t
 import pytest
 import torch
 import transformers
+from asked_with_pictures import PicturePrompt, picture_prompts, their_picture_answers
+from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
 from rtp_llm.reference import Answer, answers
 from rtp_llm.srt.configs.model_config import ModelNotFoundError, resolve_model_path
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.entrypoints.frontend import read_model_config
 from tiny_models import make_tiny
 
 TINY = "tiny/"
@@ -70,6 +76,15 @@ ALL_OTHER_MODELS = [
     ModelCase("Qwen/Qwen3-0.6B"),
     ModelCase("HuggingFaceTB/SmolLM-135M-Instruct", skip_long_prompt=True),
     ModelCase("mistralai/Mistral-7B-Instruct-v0.3"),
+    ModelCase("Qwen/Qwen2-VL-2B-Instruct"),
+    ModelCase("Qwen/Qwen2.5-VL-3B-Instruct"),
+    ModelCase("Qwen/Qwen3-VL-2B-Instruct"),
+    ModelCase("llava-hf/llava-1.5-7b-hf"),
+    ModelCase("llava-hf/llava-v1.6-mistral-7b-hf"),
+    ModelCase("llava-hf/llava-onevision-qwen2-0.5b-ov-hf"),
+    ModelCase("google/gemma-3-4b-it"),
+    ModelCase("OpenGVLab/InternVL3-1B-hf"),
+    ModelCase("mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
     *(
         ModelCase(TINY + architecture)
         for architecture in sorted(ModelRegistry.get_supported_archs())
@@ -104,7 +119,9 @@ def checkpoint(case: ModelCase) -> Iterator[str]:
         yield resolve_model_path(case.model_path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield make_tiny(case.model_path.removeprefix(TINY), folder)
+        architecture = case.model_path.removeprefix(TINY)
+        twin = SEEING_TWINS.get(architecture)
+        yield make_tiny(architecture, folder) if twin is None else twin.make(Path(folder))
 
 
 def reference_answers(case: ModelCase, model_dir: str, prompts: list[str]) -> list[Answer]:
@@ -143,6 +160,35 @@ def our_answers(case: ModelCase, model_dir: str, prompts: list[str], expected: l
             top_logprobs_num=TOP_NUM,
         )
     return [_answer(ids, result) for ids, result in zip(prompt_ids, results, strict=True)]
+
+
+def their_picture_answers_apart(case: ModelCase, model_dir: str, prompts: list[PicturePrompt]) -> list[Answer]:
+    """As ``reference_answers``."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(
+            their_picture_answers, model_dir, prompts, MAX_NEW_TOKENS, TOP_NUM, case.dtype, case.trust_remote_code
+        ).result()
+
+
+def our_picture_answers(case: ModelCase, model_dir: str, prompts: list[PicturePrompt]) -> list[Answer]:
+    """By the engine, from the pictures themselves, all prompts in one batch."""
+    with Engine(
+        model_path=model_dir,
+        dtype=case.dtype,
+        tp_size=case.tp_size,
+        mem_fraction_static=0.65,
+        trust_remote_code=case.trust_remote_code,
+        attention_backend=case.attention_backend,
+    ) as engine:
+        results = engine.generate(
+            [prompt.text for prompt in prompts],
+            image_data=[prompt.pictures for prompt in prompts],
+            sampling_params={"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=TOP_NUM,
+        )
+    return [_answer(prompt.ids, result) for prompt, result in zip(prompts, results, strict=True)]
 
 
 def _answer(prompt_ids: list[int], result: dict) -> Answer:
@@ -197,6 +243,11 @@ class TestGenerationModels(unittest.TestCase):
         with checkpoint(case) as model_dir:
             expected = reference_answers(case, model_dir, prompts)
             ours = our_answers(case, model_dir, prompts, expected)
+            args = ServerArgs(model_path=model_dir, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
+            if read_model_config(args).is_multimodal:
+                asked = picture_prompts(args)
+                expected += their_picture_answers_apart(case, model_dir, asked)
+                ours += our_picture_answers(case, model_dir, asked)
         for i, (our_answer, their_answer) in enumerate(zip(ours, expected, strict=True)):
             with self.subTest(model=case.model_path, prompt=i):
                 self.check_close(case, our_answer, their_answer)

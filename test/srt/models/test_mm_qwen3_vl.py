@@ -46,7 +46,7 @@ VIDEO_PREPROCESSOR = PREPROCESSOR | {
     "video_processor_type": "Qwen3VLVideoProcessor",
     "size": {"shortest_edge": 28 * 28, "longest_edge": 6 * 56 * 56},
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
 
 
 def make(

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from rtp_llm.bench_one_batch import OneBatch, run_correctness
 from rtp_llm.reference import PROMPTS, TransformersModel, drawn_picture, encode, logits_text, read_prompts
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.frontend import read_model_config
-from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.plan import PaddedPrompt
 from tiny_models import TINY_MODELS, assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 from tiny_seeing import make_seeing
@@ -224,34 +222,6 @@ def test_options_that_do_nothing_here_are_named(caplog: pytest.LogCaptureFixture
     assert "do nothing: --schedule-policy, --port" in caplog.text
 
 
-class StandInProcessor:
-    """Makes of texts and pictures what transformers makes of them, for checkpoints of ``make_seeing``."""
-
-    def __init__(self, model_dir: str) -> None:
-        self.model = TransformersModel(model_dir, device="cpu")
-
-    async def process_mm_data_async(
-        self, image_data: list[Image.Image], audio_data: list[Any], input_text: str, request_obj: Any
-    ) -> MultimodalProcessorOutput:
-        ids, extras = self.model.encode_with_pictures(input_text, image_data)
-        grids, kinds = extras["image_grid_thw"], extras["mm_token_type_ids"]
-        positions, delta = self.model.model.model.get_rope_index(
-            torch.tensor([ids]), image_grid_thw=grids, mm_token_type_ids=kinds
-        )
-        image_id = self.model.model.config.image_token_id
-        places = [i for i, token_id in enumerate(ids) if token_id == image_id]
-        items, patch = [], 0
-        for grid in grids:
-            num_patches = int(grid.prod())
-            own, places = places[: num_patches // 4], places[num_patches // 4 :]
-            pixels = extras["pixel_values"][patch : patch + num_patches]
-            item = MultimodalDataItem(Modality.IMAGE, pixels, [(own[0], own[-1])], image_grid_thw=grid[None])
-            items, patch = [*items, item], patch + num_patches
-        return MultimodalProcessorOutput(
-            items, image_id, mrope_positions=positions[:, 0], mrope_position_delta=int(delta), input_ids=ids
-        )
-
-
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_seeing(tmp_path_factory.mktemp("seeing"))
@@ -274,10 +244,8 @@ def test_both_commands_say_the_same_about_pictures(
     pictures: list[str],
     reference_hf: ModuleType,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     cut_len: int,
 ) -> None:
-    monkeypatch.setattr(bench_one_batch, "read_processor", lambda *args, **kwargs: StandInProcessor(seeing))
     printed = []
     for flags in ([], pictures):
         assert reference_hf.main(["--model-path", seeing, "--model-type", "mllm", *flags]) == 0

@@ -4,11 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-from broken_models import MORE_BROKEN_MODELS, TEN_BROKEN_MODELS, BrokenModel
+import torch
+from asked_with_pictures import picture_prompts
+from broken_models import BROKEN_SEEING_MODELS, MORE_BROKEN_MODELS, TEN_BROKEN_MODELS, BrokenModel
+from PIL import Image
+from seeing_twins import SEEING_TWINS
 
 from rtp_llm import ModelRegistry, cli
+from rtp_llm.models_py.clip_vision import CLIPVisionEmbeddings
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.verify.run import Report, VerifyOptions, verify
+from rtp_llm.srt.entrypoints.frontend import read_model_config
+from rtp_llm.verify.locate import compare, first_difference
+from rtp_llm.verify.run import OurModel, Prompt, Report, TheirModel, VerifyOptions, record, verify
+from rtp_llm.verify.trace import EMBEDDINGS, Place
 from tiny_models import make_tiny, tiny_model
 
 ENGINE = ["--device", "cpu", "--context-length", "512", "--max-new-tokens", "4"]
@@ -20,8 +28,19 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny("MistralForCausalLM", tmp_path_factory.mktemp("mistral"), sliding_window=300)
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By model file."""
+    twins = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
+    return {name: SEEING_TWINS[twin].make(tmp_path_factory.mktemp(name)) for name, twin in twins.items()}
+
+
+def server_args(model_dir: str) -> ServerArgs:
+    return ServerArgs(model_path=model_dir, dtype="float32", device="cpu", context_length=512, log_level="error")
+
+
 def run(model_dir: str, **options: object) -> Report:
-    args = ServerArgs(model_path=model_dir, dtype="float32", device="cpu", context_length=512, log_level="error")
+    args = server_args(model_dir)
     return verify(args, VerifyOptions(**{"max_new_tokens": 4, "long_len": 40} | options))
 
 
@@ -51,6 +70,63 @@ def test_more_broken_models_are_explained(broken: BrokenModel, tmp_path: Path) -
         assert_found(broken, make_tiny(broken.checkpoint, tmp_path / "checkpoint", **broken.config), tmp_path)
     else:
         assert_found(broken, tiny_model(broken.checkpoint), tmp_path)
+
+
+@pytest.mark.parametrize("broken", BROKEN_SEEING_MODELS, ids=lambda broken: broken.name)
+def test_broken_models_that_see_are_explained(broken: BrokenModel, seeing: dict[str, str], tmp_path: Path) -> None:
+    assert_found(broken, seeing[broken.checkpoint], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEING_TWINS)
+def test_models_that_see_agree_everywhere(name: str, tmp_path: Path) -> None:
+    """In logits, and at every place of the tower, what projects its output, and the language model."""
+    args = server_args(SEEING_TWINS[name].make(tmp_path))
+    report = verify(args, VerifyOptions(max_new_tokens=4, long_len=0))
+    assert report.agrees and "(1 picture)" in report.results[-1].prompt.text
+    (asked, _) = picture_prompts(args)
+    ours = OurModel(args, read_model_config(args), len(asked.ids) + 1)
+    theirs = TheirModel(args, read_model_config(args))
+    evidence, _, _ = record("float32", ours, theirs, ours.padded(Prompt("", asked.ids, asked.media)), 4)
+    differences = compare(evidence.ours, evidence.theirs)
+    assert first_difference(differences, evidence.tolerance) is None
+    compared = [difference.place for difference in differences]
+    in_tower = [place for place in compared if evidence.ours.parts.is_tower(place.module)]
+    assert len(in_tower) > 20 and Place(evidence.ours.parts.language_model, EMBEDDINGS) in compared
+    assert evidence.ours.vision_calls
+    for attention, call in evidence.ours.vision_calls.items():
+        assert (call.scaling, call.lengths) == (
+            evidence.theirs.vision_calls[attention].scaling,
+            evidence.theirs.vision_calls[attention].lengths,
+        )
+
+
+def test_a_learned_table_that_is_not_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model_dir = SEEING_TWINS["LlavaForConditionalGeneration"].make(tmp_path)
+    embed = CLIPVisionEmbeddings.forward
+
+    def without_positions(self: CLIPVisionEmbeddings, pixel_values: torch.Tensor) -> torch.Tensor:
+        return embed(self, pixel_values) - self.position_embedding.weight
+
+    monkeypatch.setattr(CLIPVisionEmbeddings, "forward", without_positions)
+    found = run(model_dir).finding
+    assert found is not None and found.module == "model.vision_tower.embeddings", found
+    assert "embeddings.position_embedding.weight is not added" in found.causes[0], found
+
+
+def test_pictures_of_the_caller(
+    seeing: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], mistral: str
+) -> None:
+    paths = [str(tmp_path / name) for name in ("red.png", "blue.png")]
+    for path, colour in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (60, 90), colour).save(path)
+    command = ["verify", seeing["qwen2_vl"], *ENGINE, "--long-len", "0", "--json", "--image", *paths]
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)["results"][-1]
+    assert result["prompt"]["text"] == "(2 pictures) Describe this image." and result["error"] < 1e-4
+    assert cli.main(["verify", mistral, *ENGINE, "--image", *paths]) == 2
+    assert "(MistralForCausalLM) takes no pictures" in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "none.png")]) == 2
 
 
 @pytest.mark.parametrize("name", ["qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias", "mistral-window16-yarn"])

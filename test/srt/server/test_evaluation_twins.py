@@ -3,21 +3,28 @@
 import argparse
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from PIL import Image
 
-from benchmark import compare_answers
+from benchmark import compare_answers, make_mmmu_mini
 from benchmark.evaluation import Reply
 from benchmark.gsm8k import bench_hf as gsm8k_hf
 from benchmark.gsm8k import bench_rtp_llm as gsm8k_server
 from benchmark.mmlu import bench_hf as mmlu_hf
 from benchmark.mmlu import bench_rtp_llm as mmlu_server
+from benchmark.mmmu import bench_hf as mmmu_hf
+from benchmark.mmmu import bench_rtp_llm as mmmu_server
 from benchmark.server_answers import ServerAnswers, add_server_options
 from benchmark.transformers_answers import Continuation, TransformersAnswers, add_transformers_options
-from tiny_server import CONTEXT_LENGTH, InProcess, words
+from benchmark.transformers_chats import _decoded as decoded_for_transformers
+from rtp_llm.srt.multimodal.media import decode_image
+from tiny_seeing import make_seeing
+from tiny_server import CONTEXT_LENGTH, InProcess, in_process, words
 
 ANIMALS = ["cat", "dog", "mat", "world", "hello"]
 
@@ -72,6 +79,28 @@ def test_mmlu(
     assert len({row["text"] for row in rows}) > 1
     output = capsys.readouterr().out
     assert "subject" in output and "dogs" in output and "Average accuracy: " in output
+
+
+def test_mmmu(tmp_path: Path) -> None:
+    """Messages with pictures: ours over HTTP, and the reference, say the same to each."""
+    model, data = make_seeing(tmp_path / "model"), tmp_path / "mini"
+    assert make_mmmu_mini.main(["--output-dir", str(data), "--num-subjects", "2", "--num-questions", "3"]) == 0
+    flags = ["--dataset-path", str(data / "MMMU"), "--max-new-tokens", "6"]
+    with in_process(model, dtype="float32") as running:
+        rows = run_twins(mmmu_server.main, mmmu_hf.main, flags, running.url, model, tmp_path)
+    assert [row["status"] for row in rows] == ["answered"] * 6
+    assert len({row["text"] for row in rows}) > 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_white_for_both(mode: str) -> None:
+    picture = Image.new("RGBA", (8, 6), (200, 30, 40, 0))
+    picture.putpixel((1, 1), (200, 30, 40, 255))
+    file = BytesIO()
+    picture.convert(mode).save(file, "PNG", **({"transparency": 0} if mode == "P" else {}))
+    found = decoded_for_transformers(file.getvalue())
+    assert found.mode == "RGB" and 255 in {max(pixel) for pixel in [found.getpixel((0, 0)), found.getpixel((7, 5))]}
+    assert found.tobytes() == decode_image(file.getvalue()).tobytes()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -1,0 +1,122 @@
+"""How a vision tower's layer attends, if not as the reference does: found by attending anew with the reference's
+queries, keys and values. And what of a tower's learned positions is not added."""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rtp_llm.verify.locate import relative_error
+from rtp_llm.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
+
+Trial = tuple[float, tuple[int, ...], str]  # (scaling, patches of each segment, how queries and keys are turned)
+AS_IT_IS = "as the reference"
+
+
+class VisionTrials:
+    """``attended``: our attention's output [patches, heads * head_dim], which is not the reference's."""
+
+    def __init__(self, name: str, ours: Trace, theirs: Trace, attended: torch.Tensor) -> None:
+        self._call, self._own_call, self._attended = theirs.vision_calls[name], ours.vision_calls[name], attended
+        self._states = [
+            theirs.tensors[Place(name, part)].unflatten(-1, (self._call.num_heads, -1))
+            for part in (QUERIES, KEYS, VALUES)
+        ]
+        self._turned = {AS_IT_IS: self._states[:2]} | dict(self._turnings())
+
+    def explain(self, theirs: torch.Tensor, tolerance: float) -> str | None:
+        """``theirs``: the reference's output. None: no trial gives ours, or the reference's own does not give its."""
+        right = (self._call.scaling, self._call.lengths, AS_IT_IS)
+        if relative_error(self._attend(right), theirs) > tolerance:
+            return None
+        own, head_dim = self._own_call, self._states[0].shape[-1]
+        scalings = dict.fromkeys([right[0], own.scaling, 1.0, head_dim**-0.5, 1 / head_dim])
+        segments = dict.fromkeys([right[1], own.lengths, (sum(right[1]),)])
+        trials: list[Trial] = [
+            trial
+            for trial in product(scalings, segments, self._turned)
+            if trial != right and sum(trial[1]) == len(self._attended)
+        ]
+        trials.sort(key=lambda trial: sum(mine != yours for mine, yours in zip(trial, right, strict=True)))
+        for trial in trials:
+            if relative_error(self._attend(trial), self._attended) <= tolerance:
+                return "; ".join(_changes(trial, right))
+        return None
+
+    def _turnings(self) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Other rotations of queries and keys, from those that the reference has turned back."""
+        if self._call.cos_sin is None:
+            return
+        cos, sin = (table[:, None] for table in self._call.cos_sin.chunk(2, dim=-1))
+        plain = [_turn(x, cos, -sin) for x in self._states[:2]]
+        yield "ours not at all", plain
+        yield "ours the other way round", [_turn(x, cos, -sin) for x in plain]
+        yield "ours by neighbours, not by halves", [_turn_neighbours(x, cos, sin) for x in plain]
+        swapped = [_rows_and_columns_exchanged(table) for table in (cos, sin)]
+        yield "ours with rows and columns exchanged", [_turn(x, *swapped) for x in plain]
+        if self._own_call.cos_sin is not None and self._own_call.cos_sin.shape == self._call.cos_sin.shape:
+            own = [table[:, None] for table in self._own_call.cos_sin.chunk(2, dim=-1)]
+            yield "ours by other angles", [_turn(x, *own) for x in plain]
+
+    def _attend(self, trial: Trial) -> torch.Tensor:
+        scaling, lengths, turning = trial
+        q, k = self._turned[turning]
+        pieces = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, self._states[2])), strict=True)
+        attended = [F.scaled_dot_product_attention(*piece, scale=scaling) for piece in pieces]  # type: ignore[misc]
+        return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+
+
+def _rows_and_columns_exchanged(table: torch.Tensor) -> torch.Tensor:
+    """Of cosines or sines [patches, 1, head_dim], whose halves each turn first by the row, then by the column."""
+    return torch.cat([half.roll(half.shape[-1] // 2, -1) for half in table.chunk(2, dim=-1)], dim=-1)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Pairs (i, i + half) of [patches, heads, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _turn_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Pairs (2i, 2i + 1)."""
+    half = x.shape[-1] // 2
+    even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[..., :half], sin[..., :half]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def _changes(ours: Trial, theirs: Trial) -> Iterator[str]:
+    if ours[0] != theirs[0]:
+        yield f"attention scaling: ours {ours[0]:.6g}, the reference's {theirs[0]:.6g}"
+    if ours[1] != theirs[1]:
+        yield f"segments that see themselves only: ours {_segments(ours[1])}, the reference's {_segments(theirs[1])}"
+    if ours[2] != theirs[2]:
+        yield f"queries and keys are turned by their patches' rows and columns: {ours[2]}"
+
+
+def _segments(lengths: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, lengths[:4])) + (", ..." if len(lengths) > 4 else "")
+    return f"{len(lengths)} of {shown} patches"
+
+
+def explain_missing(ours: torch.Tensor, theirs: torch.Tensor, name: str, model: Any, tolerance: float) -> str | None:
+    """Whether ours and the reference's differ by a table of parameters of its tower, alike for each picture.
+
+    Args:
+        name: the module whose parameters, and those of whatever it lies in but the whole model, are tried.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    parts = name.split(".")
+    places = [".".join(parts[:length]) for length in range(len(parts), 1, -1)]
+    for place in places:
+        for parameter_name, parameter in modules[place].named_parameters() if place in modules else ():
+            rows = parameter.detach().float().cpu().reshape(-1, parameter.shape[-1])
+            if rows.shape[1] != ours.shape[1] or not len(rows) or len(ours) % len(rows):
+                continue
+            table = rows.repeat(len(ours) // len(rows), 1)
+            for text, result in (("not added", theirs - table), ("added twice", theirs + table)):
+                if relative_error(ours, result) <= tolerance and relative_error(ours, theirs) > tolerance:
+                    return f"{place}.{parameter_name} is {text}"
+    return None
