@@ -1,6 +1,10 @@
 """The only place that asks which device this is."""
 
+import functools
 import os
+import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -21,6 +25,18 @@ def choose_device(asked: str | None) -> str:
 def num_cpus() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words (``avx2``, ``avx512_bf16``); empty where the system does not say."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return frozenset()  # not Linux
+    return frozenset(found[1].split()) if found else frozenset()
 
 
 def memory_bytes(device: str) -> tuple[int, int]:

@@ -1,0 +1,171 @@
+"""Compiles a C++ kernel file at its first use, for this machine, and loads it.
+
+A kernel file ``NAME.cpp`` stands beside this one, includes ``common.h`` and exports ``extern "C"`` functions of
+pointers and sizes: nothing of torch's headers, so that it compiles in seconds. Its OpenMP is the one that torch has
+loaded, so that there is one pool of threads. What was compiled is kept in ``~/.cache/rtp_llm/kernels``
+(``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of everything that it depends on.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from rtp_llm.srt.platform import cpu_flags
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+COMMON = ("common.h",)
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+COMPILER_TIMEOUT_S = 300
+
+# Best first: what the processor must have, and what the compiler is told.
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c")
+ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx512_bf16": (
+        (*_AVX512, "avx512_bf16", "avx512_vnni"),
+        (*(f"-m{flag}" for flag in _AVX512), "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
+    ),
+    "avx512": (_AVX512, (*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512")),
+    "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
+    "portable": ((), ()),
+}
+
+
+class KernelBuildError(RuntimeError):
+    """A kernel file does not compile or load here; the message has the compiler's own words."""
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that this processor has, best first; the last is ``portable``."""
+    flags = cpu_flags()
+    return [isa for isa, (needed, _) in ISAS.items() if flags.issuperset(needed)]
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set that kernels are compiled for: the best, or what ``RTP_LLM_CPU_ISA`` asks for.
+
+    Raises:
+        ValueError: the processor does not have what was asked for.
+    """
+    supported, asked = supported_isas(), os.environ.get("RTP_LLM_CPU_ISA")
+    if asked and asked not in supported:
+        raise ValueError(f"RTP_LLM_CPU_ISA is {asked!r}, but this processor has {supported}")
+    return asked or supported[0]
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler: ``CXX``, else what is on the path; None: there is none."""
+    asked = os.environ.get("CXX")
+    names = [shlex.split(asked)[0]] if asked else ["g++", "c++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@functools.cache
+def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
+    """The library of ``NAME.cpp``, compiled now if it has not been before. ``for_isa``: not for the best one.
+
+    Raises:
+        KernelBuildError: there is no compiler, or it does not take the file, or the result does not load.
+    """
+    target = for_isa or isa()
+    path = _cached(name, target)
+    if not path.exists():
+        with _lock(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have made it while this one waited
+                _compile(name, target, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelBuildError(f"the compiled CPU kernel {path} does not load: {error}") from error
+
+
+def _cached(name: str, target: str) -> Path:
+    return cache_folder() / f"{name}-{target}-{_key(name, target)}.so"
+
+
+def cache_folder() -> Path:
+    asked = os.environ.get("RTP_LLM_KERNEL_CACHE")
+    if asked:
+        return Path(asked)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtp_llm" / "kernels"
+
+
+def _key(name: str, target: str) -> str:
+    """Of sources, flags, compiler, processor and torch."""
+    digest = hashlib.sha256()
+    for file in (*COMMON, f"{name}.cpp"):
+        digest.update((SOURCES / file).read_bytes())
+    for part in (*_command(name, target, Path("x")), _compiler_version(), torch.__version__, *sorted(cpu_flags())):
+        digest.update(f"{part}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _compiler_version() -> str:
+    found = compiler()
+    if found is None:
+        raise KernelBuildError("there is no C++ compiler (looked for CXX, g++, c++, clang++)")
+    return subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
+
+
+def _command(name: str, target: str, output: Path) -> list[str]:
+    asked = shlex.split(os.environ.get("CXX", ""))
+    _, flags = ISAS[target]
+    return [
+        str(compiler()), *asked[1:], *FLAGS, *flags, "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"),
+        *openmp_libraries(), "-o", str(output),
+    ]  # fmt: skip
+
+
+@functools.cache
+def openmp_libraries() -> tuple[str, ...]:
+    """The OpenMP library that torch has loaded into this process."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return ()  # not Linux: the compiler's own choice
+    return tuple(sorted(set(re.findall(r"(/\S*lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\d]*)$", maps, re.MULTILINE))))
+
+
+def _compile(name: str, target: str, path: Path) -> None:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        try:
+            done = subprocess.run(
+                _command(name, target, made), capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise KernelBuildError(f"compiling the CPU kernel {name} took over {COMPILER_TIMEOUT_S} s") from error
+        if done.returncode:
+            raise KernelBuildError(
+                f"{compiler()} does not compile the CPU kernel {name} for {target}:\n{done.stderr.strip()}"
+            )
+        made.rename(path)
+    logger.info("compiled the CPU kernel %s for %s in %.1f s", name, target, time.monotonic() - started)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system frees it when its holder dies, however it does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,154 @@
+// What all CPU kernels share: number formats, and vectors of float32 as wide as the machine's.
+//
+// A kernel file is compiled once per instruction set; __AVX512BF16__, __AVX512F__, __AVX2__ or none of them tell which.
+// Everything below is correct for any of them; the vectors are GCC's, which every compiler of the family knows.
+#pragma once
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define KERNEL extern "C" __attribute__((visibility("default")))
+#define INLINE inline __attribute__((always_inline))
+
+// ---- bfloat16: the upper half of a float32
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static INLINE float to_float(float x) { return x; }
+
+static INLINE float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class T>
+static INLINE T from_float(float x);
+
+template <>
+INLINE float from_float<float>(float x) {
+    return x;
+}
+
+// Rounds to nearest, ties to even, as torch does; a NaN stays one.
+template <>
+INLINE bf16 from_float<bf16>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bf16{uint16_t((bits >> 16) | 0x40)};
+    return bf16{uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// ---- vectors of float32
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float vec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t hvec __attribute__((vector_size(LANES * 2)));
+typedef uint16_t hvec_unaligned __attribute__((vector_size(LANES * 2), aligned(2)));
+
+static INLINE vec splat(float x) { return x - vec{}; }
+
+static INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
+
+static INLINE vec load(const bf16* p) {
+    hvec half = *reinterpret_cast<const hvec_unaligned*>(p);
+    return (vec)(__builtin_convertvector(half, ivec) << 16);
+}
+
+static INLINE void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }
+
+static INLINE void store(bf16* p, vec x) {
+#if defined(__AVX512BF16__)
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &rounded, 32);
+#else
+    ivec bits = (ivec)x;
+    ivec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    ivec is_nan = (ivec)(x != x);
+    bits = (is_nan & (bits | 0x400000)) | (~is_nan & rounded);
+    *reinterpret_cast<hvec_unaligned*>(p) = __builtin_convertvector((bits >> 16) & 0xffff, hvec);
+#endif
+}
+
+static INLINE vec max(vec a, vec b) {
+    return a > b ? a : b;
+}
+
+static INLINE vec min(vec a, vec b) {
+    return a < b ? a : b;
+}
+
+static INLINE float sum(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+#endif
+}
+
+static INLINE float largest(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
+// e^x, relative error below 3e-7 for x in [-87, 88]; 0 below, never more than e^88, and NaN of NaN. As in Cephes
+// (Moshier): a power of two times a polynomial.
+static INLINE vec exp(vec given) {
+    ivec too_small = (ivec)(given < -87.3f);
+    vec x = min(max(given, splat(-87.3f)), splat(88.0f));
+    vec scaled = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer in the lower bits
+    ivec power = (ivec)scaled - (ivec)splat(12582912.0f);
+    vec whole = scaled - 12582912.0f;
+    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec result = (vec)((ivec)p + (power << 23));
+    return given == given ? (vec)((ivec)result & ~too_small) : given;
+}
+
+// Elements that are left over when a row is not a multiple of LANES go through a short buffer.
+template <class T>
+static INLINE vec load_part(const T* p, int count, float fill = 0.0f) {
+    float buffer[LANES];
+    for (int i = 0; i < LANES; i++) buffer[i] = i < count ? to_float(p[i]) : fill;
+    return load(buffer);
+}
+
+template <class T>
+static INLINE void store_part(T* p, vec x, int count) {
+    float buffer[LANES];
+    store(buffer, x);
+    for (int i = 0; i < count; i++) p[i] = from_float<T>(buffer[i]);
+}

@@ -1,0 +1,152 @@
+"""Compiling, keeping and loading CPU kernels."""
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtp_llm.srt.kernels import dispatch, reference
+from rtp_llm.srt.kernels.cpu import build
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+ISAS = build.supported_isas()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for compiled kernels."""
+    monkeypatch.setenv("RTP_LLM_KERNEL_CACHE", str(tmp_path / "kernels"))
+    build.load.cache_clear()
+    yield tmp_path / "kernels"
+    build.load.cache_clear()
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponentials(isa):
+    x = torch.cat([torch.randn(1001) * 40, torch.tensor([0.0, -0.0, -87.4, -1e30, -torch.inf, torch.nan])])
+    y = torch.empty_like(x)
+    build.load("probe", isa).exponentials(pointer(x), pointer(y), ctypes.c_int64(len(x)))
+    expected = x.double().exp()
+    usual = (x > -87) & (x < 88)
+    assert ((y.double() - expected).abs() / expected)[usual].max() < 3e-7
+    assert (y[x < -87.4] == 0).all()
+    assert y[-1].isnan()
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ISAS)
+def test_rounding_as_torch(isa):
+    x = torch.cat([torch.randn(4001) * 10.0 ** torch.randint(-30, 30, (4001,)), torch.tensor([torch.inf, torch.nan])])
+    halves = torch.arange(1 << 15, dtype=torch.int32).mul(1 << 16).add(1 << 15).view(torch.float32)  # all ties
+    x = torch.cat([x, halves, -halves])
+    x = x[x.isnan() | (x.abs() > 1e-37)]  # the processor may take what is smaller for zero
+    y = torch.empty(len(x), dtype=torch.bfloat16)
+    build.load("probe", isa).round_to_bf16(pointer(x), pointer(y), ctypes.c_int64(len(x)))
+    assert torch.equal(y.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
+
+
+@needs_compiler
+def test_there_is_one_pool_of_threads():
+    before = torch.get_num_threads()
+    try:
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            assert build.load("probe").num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_what_was_compiled_is_kept(cache, monkeypatch):
+    build.load("probe")
+    (made,) = cache.glob("probe-*.so")
+    build.load.cache_clear()
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    build.load("probe")
+    assert list(cache.glob("probe-*.so")) == [made]
+
+
+@needs_compiler
+def test_another_source_is_another_kernel(cache, monkeypatch, tmp_path):
+    build.load("probe")
+    sources = shutil.copytree(build.SOURCES, tmp_path / "sources")
+    with (sources / "probe.cpp").open("a") as file:
+        file.write("KERNEL int answer() { return 42; }\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    build.load.cache_clear()
+    assert build.load("probe").answer() == 42
+    assert len(list(cache.glob("probe-*.so"))) == 2
+
+
+@needs_compiler
+def test_a_lock_of_a_dead_process_holds_nobody_up(cache):
+    cache.mkdir()
+    path = build._cached("probe", build.isa())
+    holder = multiprocessing.get_context("fork").Process(target=_die_with_lock, args=(path.with_suffix(".lock"),))
+    holder.start()
+    holder.join()
+    assert holder.exitcode == 7
+    assert build.load("probe").num_threads() >= 1
+
+
+def _die_with_lock(path: Path) -> None:
+    with build._lock(path):
+        os._exit(7)
+
+
+@needs_compiler
+def test_two_processes_compile_once(cache, caplog):
+    context = multiprocessing.get_context("fork")
+    builders = [context.Process(target=build.load, args=("probe",)) for _ in range(3)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+        assert builder.exitcode == 0
+    assert len(list(cache.glob("probe-*.so"))) == 1
+
+
+@needs_compiler
+def test_a_file_that_does_not_compile_says_why(cache, monkeypatch, tmp_path):
+    sources = shutil.copytree(build.SOURCES, tmp_path / "sources")
+    (sources / "probe.cpp").write_text('#include "common.h"\nKERNEL int broken( {}\n')
+    monkeypatch.setattr(build, "SOURCES", sources)
+    with pytest.raises(build.KernelBuildError, match=r"does not compile the CPU kernel probe(.|\n)*broken"):
+        build.load("probe")
+
+
+def test_without_a_compiler_the_reference_runs(cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    caches = (build.compiler, build._compiler_version, dispatch.cpu_kernels_work)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        with caplog.at_level("WARNING", logger="rtp_llm"):
+            assert dispatch.pick("rms_norm") is reference.rms_norm
+        assert "there is no C++ compiler" in caplog.text
+        assert "several times slower" in caplog.text
+    finally:
+        monkeypatch.undo()
+        for cached in caches:
+            cached.cache_clear()
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("RTP_LLM_CPU_ISA", "sve2")
+    with pytest.raises(ValueError, match="RTP_LLM_CPU_ISA is 'sve2', but this processor has"):
+        build.isa.__wrapped__()
+
+
+def test_kernels_can_be_switched_off():
+    with dispatch.cpu_kernels(False):
+        assert not dispatch.uses_cpu_kernels()
+        assert dispatch.pick("rms_norm") is reference.rms_norm
