@@ -227,8 +227,12 @@ def dequantize_int4(
         scales: [N, ceil(K / group_size)]: the last group may be shorter.
         zeros: as scales, uint8; None: 8 everywhere.
     """
-    values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
-    return _dequantize(values, scales, zeros, group_size, middle=8)
+    return _dequantize(unpack_int4(weight), scales, zeros, group_size, middle=8)
+
+
+def unpack_int4(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K / 2] uint8 of two values each -> [N, K] uint8 of 0 .. 15."""
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
 
 
 def linear_uint8(

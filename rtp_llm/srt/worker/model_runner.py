@@ -63,9 +63,7 @@ class ModelRunner:
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
-        self.model = load_model(
-            model_config, model_path, load_format, device, progress, model_impl, quantization
-        )
+        self.model = load_model(model_config, model_path, load_format, device, progress, model_impl, quantization)
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]

@@ -38,8 +38,16 @@ class PackedWeight:
         self.shape = shape
         self.num_panels = -(-shape[0] // PANEL)
 
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0]
+
     def tensors(self) -> list[torch.Tensor]:
         """All that is stored."""
+        raise NotImplementedError
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K]: rows of the weight, in float32 or its own dtype."""
         raise NotImplementedError
 
     @property
@@ -115,7 +123,7 @@ class PackedInt8(PackedWeight):
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed, self.scales, self.totals]
 
-    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[...] int64 -> [..., K], weights times scales."""
         ids = _checked(ids, self.shape[0])
         out = torch.empty(*ids.shape, self.shape[1], dtype=dtype)
@@ -167,6 +175,16 @@ class PackedInt4(PackedWeight):
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.packed, self.scales, self.steps, self.zeros) if t is not None]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K] float32."""
+        ids = _checked(ids, self.shape[0])
+        panel, row = ids // PANEL, ids % PANEL
+        halves = self.packed[panel, :, row]  # [..., units / 2, 4]
+        values = torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-2).view(*ids.shape, -1, self.group_size)
+        scales = self.scales[panel, :, row].float() * self.steps[ids][..., None]
+        zeros = 8 if self.zeros is None else self.zeros[panel, :, row].float()[..., None]
+        return ((values.float() - zeros) * scales[..., None]).flatten(-2)[..., : self.shape[1]]
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         if x.dtype != torch.bfloat16:

@@ -155,9 +155,7 @@ class GroupedLinearMethod(PackedLinearMethod):
         packed = self._pack_neighbours(weight, scales, zeros)
         return packed if order is None else Reordered(packed, order)
 
-    def _pack_neighbours(
-        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-    ) -> PackedWeight:
+    def _pack_neighbours(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> PackedWeight:
         if self.format.bits == 4:
             return pack_int4(weight, scales, zeros, self.group_size)
         if zeros is None and scales.shape[1] == 1:

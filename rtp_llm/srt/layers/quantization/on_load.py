@@ -16,8 +16,8 @@ from rtp_llm.srt.kernels.packed import PackedWeight, pack_int8
 from rtp_llm.srt.kernels.reference import quantize_rows
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
-from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel, QuantizeMethodBase
-from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod, free, packed_of
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel, QuantizeMethodBase, free
+from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod, packed_of
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import WeightLoader
 
@@ -94,6 +94,9 @@ class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return packed_of(layer).apply(x, bias)
+
+    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return packed_of(layer).apply(x, bias, torch.float32)
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

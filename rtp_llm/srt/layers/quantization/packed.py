@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.kernels.packed import PackedWeight
-from rtp_llm.srt.layers.quantization.base import LinearMethodBase
+from rtp_llm.srt.layers.quantization.base import LinearMethodBase, free
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -39,11 +39,3 @@ class PackedLinearMethod(LinearMethodBase):
 
 def packed_of(layer: nn.Module) -> PackedWeight:
     return cast(PackedWeight, layer.packed)
-
-
-def free(layer: nn.Module, *names: str) -> None:
-    """Removes parameters, and their memory wherever else they are referred to."""
-    for name in names:
-        param = layer.get_parameter(name)
-        delattr(layer, name)
-        param.data = param.data.new_empty(0)
