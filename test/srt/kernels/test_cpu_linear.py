@@ -128,8 +128,8 @@ def test_int8_rows_of_a_table(isa, generator):
     weight, scales = torch.randint(-127, 128, (50, 31), dtype=torch.int8), torch.rand(50)
     ids = torch.randint(0, 50, (7,))
     packed = linear.PackedInt8(weight, scales)
-    assert torch.equal(packed.rows(ids, torch.float32), weight[ids].float() * scales[ids, None])
-    assert torch.equal(packed.rows(ids), (weight[ids].float() * scales[ids, None]).bfloat16())
+    assert torch.equal(packed.rows(ids), weight[ids].float() * scales[ids, None])
+    assert torch.equal(packed.rows(ids, torch.bfloat16), (weight[ids].float() * scales[ids, None]).bfloat16())
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (33, 40), (100, 77), (64, 172), (96, 256)])
@@ -176,3 +176,11 @@ def test_wrong_inputs_are_refused():
         packed.apply(torch.randn(2, 6))
     with pytest.raises(ValueError, match="multiple of 8 inputs"):
         linear.PackedInt4(torch.zeros(4, 12, dtype=torch.uint8), torch.ones(4, 1), None, 12)
+
+
+def test_int4_rows(isa, generator):
+    weight, scales = torch.randint(0, 16, (50, 40), dtype=torch.uint8), torch.rand(50, 2) + 0.1
+    zeros = torch.randint(0, 16, (50, 2), dtype=torch.uint8)
+    values = (weight.float() - zeros.repeat_interleave(32, 1)[:, :40]) * scales.repeat_interleave(32, 1)[:, :40]
+    ids = torch.randint(0, 50, (7,))
+    assert error(linear.PackedInt4(weight, scales, zeros, 32).rows(ids), values[ids].double()) < 1e-4
