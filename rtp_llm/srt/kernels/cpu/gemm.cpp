@@ -254,13 +254,15 @@ class Bytes {
 struct Output {
     void* data;
     int64_t stride, columns;
-    const float* bias;  // [columns] or null
-    bool is_float;
+    const void* bias;  // [columns] or null
+    bool is_float, bias_is_float;
 
     INLINE void write(int64_t row, int64_t column, vec value) const {
         if (column >= columns) return;
         int count = int(std::min<int64_t>(columns - column, LANES));
-        if (bias) value += count == LANES ? load(bias + column) : load_part(bias + column, count);
+        if (bias)
+            value += bias_is_float ? read(static_cast<const float*>(bias) + column, count)
+                                   : read(static_cast<const bf16*>(bias) + column, count);
         int64_t at = row * stride + column;
         if (is_float)
             write_to(static_cast<float*>(data) + at, value, count);
@@ -269,6 +271,11 @@ struct Output {
     }
 
    private:
+    template <class T>
+    static INLINE vec read(const T* p, int count) {
+        return count == LANES ? load(p) : load_part(p, count);
+    }
+
     template <class T>
     static INLINE void write_to(T* p, vec value, int count) {
         count == LANES ? store(p, value) : store_part(p, value, count);
@@ -379,11 +386,11 @@ KERNEL void rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int
     }
 }
 
-// out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] float32 or null.
+// out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] or null.
 KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* packed, int64_t N, int64_t K,
-                      const float* bias, void* out, int64_t out_stride, int out_is_float) {
+                      const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     int64_t units = divide_up(K, 2);
-    Output output{out, out_stride, N, bias, out_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
     Input input(x, x_stride, M, K);
 #pragma omp parallel
     {
@@ -440,10 +447,10 @@ KERNEL void rows_int8(const int8_t* packed, const float* scales, const int64_t* 
 
 // out [M, N] = x [M, K] W^T + bias, of bfloat16 or float32 x. scales, totals: [panels * PANEL].
 KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M, const int8_t* packed,
-                      const float* scales, const int32_t* totals, int64_t N, int64_t K, const float* bias, void* out,
-                      int64_t out_stride, int out_is_float) {
+                      const float* scales, const int32_t* totals, int64_t N, int64_t K, const void* bias,
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     int64_t units = divide_up(K, 4);
-    Output output{out, out_stride, N, bias, out_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
     Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128);
 #pragma omp parallel
     {
@@ -584,10 +591,10 @@ KERNEL void pack_int4(const uint8_t* values, int64_t N, int64_t inputs, uint8_t*
 
 // out [M, N] = x [M, K] W^T + bias, of bfloat16 x; see Int4 for what the weight consists of.
 KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const uint16_t* scales,
-                      const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const float* bias,
-                      void* out, int64_t out_stride, int out_is_float) {
+                      const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const void* bias,
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};
-    Output output{out, out_stride, N, bias, out_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
     if (M <= ROWS_AS_BYTES) {
         Bytes input(x, false, x_stride, M, K, group, 0);
 #pragma omp parallel

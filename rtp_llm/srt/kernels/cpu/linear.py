@@ -17,7 +17,7 @@ STEPS = 65535  # scales of int4 groups are stored as so many steps of their outp
 
 @functools.cache
 def _function(name: str) -> Callable[..., int]:
-    output = (POINTER, POINTER, INT64, INT)  # bias, out, out_stride, out_is_float
+    output = (POINTER, INT, POINTER, INT64, INT)  # bias, bias_is_float, out, out_stride, out_is_float
     types = {
         "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
         "rows_bf16": (POINTER, POINTER, INT64, INT64, POINTER),
@@ -58,24 +58,29 @@ class PackedWeight:
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """[..., K] -> [..., N] in ``out_dtype``: bfloat16 or float32; None: that of x."""
-        inputs = x.reshape(-1, x.shape[-1])
-        if inputs.shape[1] != self.shape[1]:
+        inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        num_rows, num_inputs = inputs.shape
+        num_outputs = self.shape[0]
+        if num_inputs != self.shape[1]:
             raise ValueError(
-                f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {inputs.shape[1]}"
+                f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {num_inputs}"
             )
-        if inputs.stride(1) != 1:
+        if inputs.stride(1) != 1 and num_inputs > 1:
             inputs = inputs.contiguous()
-        out = torch.empty(inputs.shape[0], self.shape[0], dtype=out_dtype or x.dtype)
-        if inputs.shape[0]:
-            self._multiply(inputs, None if bias is None else bias.float(), out)
-        return out.view(*x.shape[:-1], self.shape[0])
+        if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
+            bias = bias.float()
+        out = torch.empty((num_rows, num_outputs), dtype=out_dtype or x.dtype)
+        if num_rows:
+            self._multiply(inputs, bias, out)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], num_outputs)
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         raise NotImplementedError
 
 
-def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, int, int, int]:
-    return address(bias), out.data_ptr(), out.shape[1], out.dtype == torch.float32
+def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, bool, int, int, bool]:
+    is_float = bias is not None and bias.dtype == torch.float32
+    return address(bias), is_float, out.data_ptr(), out.shape[1], out.dtype == torch.float32
 
 
 class PackedBFloat16(PackedWeight):
