@@ -87,7 +87,7 @@ struct Rows {
 // Cut into tiles of nearly equal size.
 struct Tiles {
     int64_t rows, count;
-    explicit Tiles(int64_t rows) : rows(rows), count(divide_up(rows, ROWS)) {}
+    explicit Tiles(int64_t rows, int most = ROWS) : rows(rows), count(divide_up(rows, most)) {}
     int64_t start(int64_t tile) const { return rows * tile / count; }
 };
 
@@ -149,9 +149,9 @@ class Bytes {
     float* scales;    // [M][groups]
     int32_t* totals;  // [M][groups], without the offset
 
-    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset)
-        : tiles(M), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K), group_(group),
-          units_(groups * group / 4), offset_(offset) {
+    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset, int most)
+        : tiles(M, most), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K),
+          group_(group), units_(groups * group / 4), offset_(offset) {
         in_place_ = tiles.count <= TILES_IN_PLACE;
         bytes_ = scratch<uint8_t, 1>(M * units_ * 4);
         scales = scratch<float, 2>(M * groups);
@@ -451,7 +451,7 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     int64_t units = divide_up(K, 4);
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
-    Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128);
+    Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128, ROWS);
 #pragma omp parallel
     {
         input.pack();
@@ -479,11 +479,13 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
 
 namespace {
 
+// Rows are multiplied as bytes where the processor does so; elsewhere a panel at a time is written out in bfloat16.
 #if defined(__AVX512VNNI__)
-constexpr int ROWS_AS_BYTES = 6;  // so many rows are multiplied as bytes; for more, a panel is written out in bfloat16
+constexpr bool AS_BYTES = true;
 #else
-constexpr int ROWS_AS_BYTES = 0;
+constexpr bool AS_BYTES = false;
 #endif
+constexpr int ROWS_OF_INT4 = 6;  // in a tile: it keeps two sets of sums
 
 struct Int4 {
     const uint8_t* packed;   // [panels][units / 2][PANEL][4]
@@ -595,14 +597,14 @@ KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t*
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
-    if (M <= ROWS_AS_BYTES) {
-        Bytes input(x, false, x_stride, M, K, group, 0);
+    if constexpr (AS_BYTES) {
+        Bytes input(x, false, x_stride, M, K, group, 0, ROWS_OF_INT4);
 #pragma omp parallel
         {
             input.pack();
             each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
                 constexpr int R = decltype(constant)::value;
-                if constexpr (R <= ROWS_AS_BYTES)
+                if constexpr (R <= ROWS_OF_INT4)
                     for (int64_t p = first; p < last; p++) {
                         vec sums[R][VECS];
                         tile_int4<R>(input, start, weight, p, sums);
@@ -610,25 +612,25 @@ KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t*
                     }
             });
         }
-        return;
-    }
-    Input input(x, x_stride, M, K);
-    int64_t panels = divide_up(N, PANEL), units = divide_up(K, 2);
+    } else {
+        Input input(x, x_stride, M, K);
+        int64_t panels = divide_up(N, PANEL), units = divide_up(K, 2);
 #pragma omp parallel
-    {
-        uint32_t* panel = scratch<uint32_t, 5>(weight.groups * group / 2 * PANEL);
-        input.pack();
+        {
+            uint32_t* panel = scratch<uint32_t, 5>(weight.groups * group / 2 * PANEL);
+            input.pack();
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t p = 0; p < panels; p++) {
-            write_out(weight, p, panel);
-            for (int64_t t = 0; t < input.tiles.count; t++) {
-                int64_t start = input.tiles.start(t);
-                with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
-                    constexpr int R = decltype(constant)::value;
-                    vec sums[R][VECS];
-                    tile_bf16<R>(input.rows(start, R), panel, units, sums);
-                    write_tile<R>(output, start, p * PANEL, sums);
-                });
+            for (int64_t p = 0; p < panels; p++) {
+                write_out(weight, p, panel);
+                for (int64_t t = 0; t < input.tiles.count; t++) {
+                    int64_t start = input.tiles.start(t);
+                    with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
+                        constexpr int R = decltype(constant)::value;
+                        vec sums[R][VECS];
+                        tile_bf16<R>(input.rows(start, R), panel, units, sums);
+                        write_tile<R>(output, start, p * PANEL, sums);
+                    });
+                }
             }
         }
     }

@@ -149,7 +149,8 @@ class PackedInt4(PackedWeight):
     """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
 
     scales: [N, groups] float32, none negative; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
-    the last group may be shorter. A few rows of x become int8 by group; for more, weights become bfloat16.
+    the last group may be shorter. Rows of x become int8 by group, or, where the processor does not multiply bytes,
+    weights become bfloat16.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> None:
