@@ -126,9 +126,33 @@ def test_generate_takes_pictures_from_where_it_may(seeing: Process, seeing_check
         body = {"text": text, "image_data": source, "sampling_params": GREEDY}
         answer = httpx.post(f"{seeing.url}/generate", json=body, timeout=60).raise_for_status().json()
         assert_same_ids(answer["output_ids"], expected)
-    both = {"text": [text, "No picture"], "image_data": [[data_uri(CAT)], None], "sampling_params": GREEDY}
-    answers = httpx.post(f"{seeing.url}/generate", json=both, timeout=60).raise_for_status().json()
-    assert_same_ids(answers[0]["output_ids"], expected)
+
+
+def test_generate_takes_pictures_in_every_shape(seeing: Process, seeing_checkpoint: str) -> None:
+    """One, an object, a list; for several prompts one for all, one each, a list each, and none."""
+    text, cat, dog = f"See {IMAGE}!", data_uri(CAT), data_uri(DOG)
+    two = f"{IMAGE} or {IMAGE}"
+    of_cat, of_dog = (expected_ids(seeing_checkpoint, text, image)[1] for image in (CAT, DOG))
+    of_both = expected_ids(seeing_checkpoint, two, CAT, DOG)[1]
+    cases: list[tuple[str | list[str], Any, list[Any]]] = [
+        (text, cat, [of_cat]),
+        (text, {"url": cat, "detail": "high"}, [of_cat]),
+        (text, [cat], [of_cat]),
+        (two, [cat, {"url": dog}], [of_both]),
+        ([text], [cat], [of_cat]),
+        ([text, text], cat, [of_cat, of_cat]),
+        ([text, text], [cat, dog], [of_cat, of_dog]),
+        ([text, two], [[cat], [cat, dog]], [of_cat, of_both]),
+        ([text, "No picture", two], [cat, None, [cat, dog]], [of_cat, None, of_both]),
+        (["No picture", text], [[], [dog]], [None, of_dog]),
+    ]
+    for prompt, image_data, expected in cases:
+        body = {"text": prompt, "image_data": image_data, "sampling_params": GREEDY}
+        answers = httpx.post(f"{seeing.url}/generate", json=body, timeout=60).raise_for_status().json()
+        assert isinstance(answers, list) is isinstance(prompt, list)
+        for answer, reference in zip(answers if isinstance(answers, list) else [answers], expected, strict=True):
+            if reference is not None:
+                assert_same_ids(answer["output_ids"], reference)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +165,13 @@ def test_generate_takes_pictures_from_where_it_may(seeing: Process, seeing_check
         ({"text": IMAGE, "image_data": ["http://127.0.0.1:9/cat.png"]}, "not on the public internet"),
         ({"text": "Hear!", "audio_data": ["data:audio/wav;base64,AAAA"]}, "audio"),
         ({"text": VIDEO, "video_data": ["data:video/mp4;base64,AAAA"]}, "video"),
+        ({"text": IMAGE, "image_data": 5}, "image_data: Input should be a valid string or dictionary or list, not 5"),
+        ({"text": IMAGE, "image_data": [[data_uri(CAT)]]}, "not list"),
+        ({"text": [IMAGE] * 2, "image_data": [data_uri(CAT)]}, "image_data is a list of 1 values for 2 prompts"),
+        (
+            {"text": ["x", IMAGE * 2], "image_data": [None, [data_uri(CAT), "hello"]]},
+            "text 1: image 2 of 2: the media are neither a URL, a data: URI nor valid base64 text",
+        ),
     ],
 )
 def test_what_is_wrong_is_told(seeing: Process, body: dict[str, Any], words: str) -> None:
