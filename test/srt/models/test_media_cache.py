@@ -10,7 +10,7 @@ from mm_parity import joined, open_vision_engine, token_types, vision_reference
 
 from rtp_llm import Engine
 from rtp_llm.srt.entrypoints.frontend import Call
-from rtp_llm.srt.layers.multimodal import EmbeddingCache, general_mm_embed_routine
+from rtp_llm.srt.layers.multimodal import EmbeddingCache, general_mm_embed_routine, rows_within
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
 from tiny_models import Reference, assert_same_ids
@@ -209,6 +209,15 @@ def test_the_embedding_cache_forgets_the_least_recently_used() -> None:
     assert cache.get(b"b") is None and cache.get(b"a") is not None and cache.num_bytes == 80
     cache.put(b"large", torch.ones(50, 2))
     assert cache.get(b"large") is None and cache.num_bytes == 80
+
+
+def test_rows_within_a_step() -> None:
+    offsets = [(3, 6), (8, 8), (20, 10**12)]  # nobody must walk through the last one
+    for begin in range(25):
+        for end in range(begin, 26):
+            there = [(row, place) for row, place in enumerate([3, 4, 5, 6, 8, *range(20, 30)]) if begin <= place < end]
+            assert rows_within(offsets, begin, end) == ([row for row, _ in there], [place for _, place in there])
+    assert rows_within(offsets, 10**12 + 1, 10**12 + 2) == ([], [])
 
 
 class Batch:
