@@ -84,6 +84,7 @@ class Prompt:
     audio_data: Any = None
     add_special_tokens: bool = True  # to a text
     media: bytes | None = None  # what became of the media, in ``with_media``
+    fills_context: bool = False  # nobody asked for max_new_tokens, it is all that the context seems to have left
 
     @property
     def has_media(self) -> bool:
@@ -182,7 +183,16 @@ class TokenizerManager:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         salt = _string("cache_salt", prompt.cache_salt) or ""
         return [
-            GenerateRequest(rid, ids, params, (seed + i) % 2**64, cache_salt=salt, media=prompt.media, **logprobs)
+            GenerateRequest(
+                rid,
+                ids,
+                params,
+                (seed + i) % 2**64,
+                cache_salt=salt,
+                media=prompt.media,
+                fills_context=prompt.fills_context,
+                **logprobs,
+            )
             for i, rid in enumerate(_rids(prompt.rid, params.n))
         ]
 
