@@ -3,9 +3,9 @@
     python benchmark/make_checkpoint.py --size small --out checkpoint
     python benchmark/make_checkpoint.py --size llama-1b --dtype bfloat16 --tokenizer --out llama-1b
 
-The folder has configuration and weights. Benchmarks speak in ids and need no tokenizer; --tokenizer adds one for servers
-that do not start without, with a made-up word for every id. No end of sequence is named anywhere, so that nothing stops
-early; who compares engines has to ignore it all the same, since some of them fall back on an id of their own.
+The folder has configuration and weights. Benchmarks speak in ids and need no tokenizer; --tokenizer adds one, with a
+made-up word for every id, for servers that do not start without. No end of sequence is named anywhere, so that nothing
+stops early; who compares engines has to ignore it all the same, since some of them fall back on an id of their own.
 """
 
 import argparse

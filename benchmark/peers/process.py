@@ -31,10 +31,10 @@ class ProcessGroup:
         self.name = name
         self._log = log
         with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, env=dict(variables), stderr=file, start_new_session=True, preexec_fn=_end_with_parent,
-                **({"stdin": subprocess.DEVNULL, "stdout": file} | pipes),
-            )  # fmt: skip
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file} | pipes
+            self.process: subprocess.Popen[str] = subprocess.Popen(
+                command, env=dict(variables), start_new_session=True, preexec_fn=_end_with_parent, **options
+            )
 
     @contextmanager
     def awake(self) -> Iterator[None]:

@@ -53,7 +53,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds from the start of the work to the first token of any request and to the end of all, and all tokens."""
+    """Seconds from the start of the work to the first token and to the end of all, and the number of all tokens.
+
+    With several requests at once, an adapter may take their end for the first token: no figure is made of it.
+    """
 
     first_token_s: float
     total_s: float

@@ -264,8 +264,9 @@ def record(
 
 
 def cpu_name() -> str:
-    names = (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    return next(names, platform.machine())
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ class Side:
         self.group = ProcessGroup(
             name, command, variables, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        process = self.group.process
+        assert process.stdin is not None and process.stdout is not None  # both are pipes
+        self._questions, self._answers = process.stdin, process.stdout
 
     def load(self, job: Job) -> dict[str, str]:
         """What the engine tells about itself. Raises NotOffered, SideFailed."""
@@ -29,19 +32,18 @@ class Side:
 
     def close(self) -> None:
         self.group.end()
-        self.group.process.stdout.close()
+        self._answers.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        process = self.group.process
         with self.group.awake():
             try:
-                process.stdin.write(json.dumps(question) + "\n")
-                process.stdin.flush()
+                self._questions.write(json.dumps(question) + "\n")
+                self._questions.flush()
             except BrokenPipeError:
                 raise self.group.failure("its process ended") from None
-            line = process.stdout.readline()
+            line = self._answers.readline()
         if not line:
-            raise self.group.failure(f"its process ended with status {process.wait()}")
+            raise self.group.failure(f"its process ended with status {self.group.process.wait()}")
         answer = json.loads(line)
         if "not_offered" in answer:
             raise NotOffered(answer["not_offered"])

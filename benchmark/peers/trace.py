@@ -4,8 +4,8 @@
 
 Lengths are divided by 16, so that the trace's blocks of 512 tokens become runs of 32, equal where their hashes are
 equal; arrivals are a Poisson process of --request-rate per second, the same for all sides. Each side is asked by
-/v1/completions with prompts of ids; its server has the same threads and as much room for keys and values. Every round has
-tokens of its own, so that no prefix is left from the round before. Servers are stopped while others are asked.
+/v1/completions with prompts of ids; its server has the same threads and as much room for keys and values. Every round
+has tokens of its own, so that no prefix is left from the round before. Servers are stopped while others are asked.
 
 Options of ``rtp-llm bench``, which does the asking, say what the figures mean: docs/benchmarking.md.
 """

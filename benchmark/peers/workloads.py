@@ -21,7 +21,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Workload:
-    """So many requests at once, each of ``shared_len`` common and ``own_len`` own tokens, each to get ``output_len``."""
+    """Requests that are there at once: each has ``shared_len`` common and ``own_len`` own tokens."""
 
     name: str
     title: str

@@ -1,7 +1,7 @@
 """transformers' generate, with its default attention (sdpa). Requests of a workload are one batch of equal lengths.
 
-W4 is not offered: ``generate`` shares no prefix between requests, and 32 prompts of 1,056 tokens computed one by one say
-nothing about sharing.
+W4 is not offered: ``generate`` shares no prefix between requests, and 32 prompts of 1,056 tokens, each computed for
+itself, say nothing about sharing.
 """
 
 import torch
