@@ -117,7 +117,7 @@ class Sampler:
         positions: Sequence[int],
         masks: Mapping[int, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``sample``, and with the tokens [S] bool: rows whose ``logits`` are bad, so that their tokens mean nothing.
+        """As ``sample``, and with the tokens, [S] bool: rows whose ``logits`` are bad, and their tokens mean nothing.
 
         Bad is what nothing can be drawn from: a NaN, a +inf, or nothing but -inf.
         """

@@ -276,8 +276,9 @@ static float clear_bound(float bound, const Scale& scale) {
 
 // A logit such that the tokens from it on have more than `mass`.
 static float bound_of_mass(const float* x, int64_t n, const Scale& scale, double mass, Scratch& scratch) {
+    double most = INF;  // that k tokens can have, as no token has more than the last ones looked at had on average
     for (int64_t k : {64, 1024, 16384}) {
-        if (k >= n) break;
+        if (k >= n || k * most < mass) break;
         float bound = scratch.selection.kth_largest(x, n, k);
         if (bound == -INF) break;
         scratch.largest.resize(k);
@@ -285,6 +286,7 @@ static float bound_of_mass(const float* x, int64_t n, const Scale& scale, double
         double sum = 0;
         for (double w : scratch.largest) sum += w;
         if (sum > mass * (1 + 1e-9)) return bound;
+        most = sum / k;
     }
     return -INF;
 }
