@@ -161,6 +161,109 @@ def grouped_linear(
     return output
 
 
+def linear_int8(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A linear layer on weights of 8 bits, a scale per output; activations are quantized too, row by row as they come.
+
+    Products are summed exactly, as integers; scales and bias are applied in float32.
+
+    Args:
+        x: [..., K]; see ``quantize_rows``.
+        weight: [N, K] int8; the weight of output n is ``weight[n] * scales[n]``.
+        scales: [N] float32; bias: [N].
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    rows, row_scales = quantize_rows(x)
+    output = _integer_products(rows, weight).float() * row_scales * scales
+    return (output if bias is None else output + bias.float()).to(x.dtype)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., K] -> values of [..., K] int8 and scales [..., 1] float32, with ``x`` about ``values * scales``.
+
+    Symmetric: a scale is the row's largest magnitude over 127, and values are rounded half to even. A row with a NaN
+    has the scale NaN.
+    """
+    scales = x.float().abs().amax(dim=-1, keepdim=True) / 127
+    values = (x.float() / torch.where(scales == 0, 1.0, scales)).round()
+    return values.nan_to_num(0.0).to(torch.int8), scales
+
+
+def _integer_products(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[..., K] and [N, K] int8 -> [..., N] int32. Sums of 1,024 products of int8 are exact in float32."""
+    pieces = zip(rows.split(1024, dim=-1), weight.split(1024, dim=-1), strict=True)
+    return torch.stack([F.linear(x.float(), w.float()).int() for x, w in pieces]).sum(dim=0, dtype=torch.int32)
+
+
+def linear_int4(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer on weights of 4 bits in groups; see ``dequantize_int4``. Sums are in float32.
+
+    Args:
+        x: [..., K]; weight: [N, K / 2] uint8; scales: [N, K / group_size] float32; zeros: uint8, as scales; bias: [N].
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return _linear_float(x, dequantize_int4(weight, scales, zeros, group_size), bias)
+
+
+def dequantize_int4(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> torch.Tensor:
+    """[N, K] float32: ``(value - zero) * scale``, for ``group_size`` neighbours along K with the same zero and scale.
+
+    Args:
+        weight: [N, K / 2] uint8: values 0 .. 15, two a byte, of which the one with the even index is in the low half.
+        scales: [N, ceil(K / group_size)]: the last group may be shorter.
+        zeros: as scales, uint8; None: 8 everywhere.
+    """
+    values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+    return _dequantize(values, scales, zeros, group_size, middle=8)
+
+
+def linear_uint8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``linear_int4`` on weights of 8 bits in groups, [N, K] uint8; see ``dequantize_uint8``."""
+    return _linear_float(x, dequantize_uint8(weight, scales, zeros, group_size), bias)
+
+
+def dequantize_uint8(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> torch.Tensor:
+    """As ``dequantize_int4``, of values 0 .. 255, one a byte; ``zeros`` None: 128 everywhere."""
+    return _dequantize(weight, scales, zeros, group_size, middle=128)
+
+
+def _dequantize(
+    values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, middle: int
+) -> torch.Tensor:
+    def by_column(of_groups: torch.Tensor) -> torch.Tensor:
+        return of_groups.float().repeat_interleave(group_size, dim=-1)[..., : values.shape[-1]]
+
+    return (values.float() - (middle if zeros is None else by_column(zeros))) * by_column(scales)
+
+
+def _linear_float(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """In float32; the result in x's dtype."""
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
     """Rotates pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
 
