@@ -294,3 +294,12 @@ def rotary_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``rotary`` of queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
     return rotary(q, cos, sin, is_neox_style), rotary(k, cos, sin, is_neox_style)
+
+
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of [S, vocab_size] the first largest, and whether nothing can be drawn from the row.
+
+    Returns:
+        [S] int64 ids; [S] bool: there is a NaN, a +inf, or nothing but -inf.
+    """
+    return logits.argmax(dim=-1), ~torch.isfinite(logits.amax(dim=-1))

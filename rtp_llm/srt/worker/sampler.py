@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu import sampling
+from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 from rtp_llm.srt.layers.logits_processor import token_logprobs
 from rtp_llm.srt.plan import Admission, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -47,6 +50,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._counts = _TokenCounts(vocab_size, self._device)
+        self._on_kernels = self._device.type == "cpu" and uses_cpu_kernels(torch.float32)
+        self._argmax = sampling.argmax if self._on_kernels else reference.argmax
 
     def admit(self, admission: Admission) -> None:
         """Takes a request in; what it generated before (``output_ids``) counts as generated."""
@@ -103,21 +108,43 @@ class Sampler:
         Returns:
             [S] int64 on the device.
         """
+        return self.sample_and_check(logits, rows, positions, masks)[0]
+
+    def sample_and_check(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``sample``, and with the tokens, [S] bool: rows whose ``logits`` are bad, and their tokens mean nothing.
+
+        Bad is what nothing can be drawn from: a NaN, a +inf, or nothing but -inf.
+        """
         self._check_shape(logits, rows, positions)
         states = [self._row(row) for row in rows]
-        logits = self._adjust(logits, states, rows, positions, masks or {})
+        adjusted = self._adjust(logits, states, rows, positions, masks or {})
+        tokens, bad = self._argmax(adjusted)
+        if adjusted is not logits:
+            bad = self._argmax(logits)[1]
         drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
-        if not drawn:
-            return logits.argmax(dim=-1)
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        if len(drawn) < len(rows):
-            torch.argmax(logits, dim=-1, out=tokens)
-        for start in range(0, len(drawn), _DRAWN_AT_ONCE):
-            part = drawn[start : start + _DRAWN_AT_ONCE]
-            index = self._tensor(part)
-            u = uniform(self._tensor([states[i].seed for i in part]), self._tensor([positions[i] for i in part]))
-            chosen = logits if len(part) == len(rows) else logits[index]
-            tokens[index] = draw(chosen, [states[i].params for i in part], u)
+        if drawn:
+            tokens[self._tensor(drawn)] = self._draw(adjusted, drawn, states, positions)
+        return tokens, bad
+
+    def _draw(
+        self, logits: torch.Tensor, lines: list[int], states: list[_Row], positions: Sequence[int]
+    ) -> torch.Tensor:
+        """The tokens of these lines of logits."""
+        params = [states[i].params for i in lines]
+        seeds, at = self._tensor([states[i].seed for i in lines]), self._tensor([positions[i] for i in lines])
+        if self._on_kernels:
+            return sampling.draw(logits, params, sampling.uniform(seeds, at), lines)
+        u = uniform(seeds, at)
+        tokens = torch.empty(len(lines), dtype=torch.int64, device=self._device)
+        for start in range(0, len(lines), _DRAWN_AT_ONCE):
+            part = slice(start, start + _DRAWN_AT_ONCE)
+            tokens[part] = draw(logits[self._tensor(lines[part])], params[part], u[part])
         return tokens
 
     def logprobs(
@@ -143,11 +170,6 @@ class Sampler:
         for i, logprob in zip(asked, found, strict=True):
             results[i] = [logprob]
         return results
-
-    @staticmethod
-    def bad_rows(logits: torch.Tensor) -> torch.Tensor:
-        """[S] bool: lines of [S, vocab_size] that nothing can be drawn from: a NaN, a +inf, or nothing but -inf."""
-        return ~torch.isfinite(logits.amax(dim=-1))
 
     def _row(self, row: int) -> _Row:
         state = self._rows[row]
