@@ -113,16 +113,12 @@ def pack_int8(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
     return PackedInt8(weight, scales)
 
 
-def pack_int4(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
-) -> PackedWeight:
+def pack_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> PackedWeight:
     """[N, K / 2] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_int4``."""
     return PackedGroups(weight, scales, zeros, group_size, bits=4)
 
 
-def pack_uint8(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
-) -> PackedWeight:
+def pack_uint8(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> PackedWeight:
     """[N, K] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_uint8``."""
     return PackedGroups(weight, scales, zeros, group_size, bits=8)
 
@@ -161,7 +157,9 @@ class SideBySide:
         return torch.cat([part.apply(x, own) for part, own in zip(self.parts, biases, strict=True)], dim=-1)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        every = [part.rows(torch.arange(size, device=ids.device)) for part, size in zip(self.parts, self.sizes, strict=True)]
+        every = [
+            part.rows(torch.arange(size, device=ids.device)) for part, size in zip(self.parts, self.sizes, strict=True)
+        ]
         return torch.cat(every)[ids]
 
     @property
