@@ -76,10 +76,67 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * normed.to(x.dtype)
 
 
+def gemma_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``rms_norm`` times ``1 + weight``, all in float32 and rounded once (Gemma, 2024)."""
+    return rms_norm(x.float(), 1.0 + weight.float(), eps).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Mean zero, variance one, times ``weight``, plus ``bias`` (Ba et al., 2016), in float32 and rounded once."""
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias, eps).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rms_norm(x + residual), x + residual)``; the sum is rounded to x's dtype before it is normed."""
+    added = residual + x
+    return rms_norm(added, weight, eps), added
+
+
+def add_gemma_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(gemma_rms_norm(x + residual), x + residual)``."""
+    added = residual + x
+    return gemma_rms_norm(added, weight, eps), added
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(layer_norm(x + residual), x + residual)``."""
+    added = residual + x
+    return layer_norm(added, weight, bias, eps), added
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """[..., 2 * size] -> [..., size]: ``silu(first half) * second half`` (SwiGLU; Shazeer, 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """[..., 2 * size] -> [..., size]: ``gelu(first half) * second half`` (GEGLU; Shazeer, 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``gelu_and_mul`` with the approximation by a hyperbolic tangent (Hendrycks and Gimpel, 2016)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def swiglu_oai_and_mul(x: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """[..., 2 * size] -> [..., size]: ``(up + 1) * gate * sigmoid(alpha * gate)`` (GPT-OSS, 2025).
+
+    ``gate``, at even places, is cut at ``limit`` from above; ``up``, at odd places, from both sides.
+    """
+    gate = x[..., 0::2].clamp(max=limit)
+    up = x[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
 def grouped_linear(
@@ -170,8 +227,12 @@ def dequantize_int4(
         scales: [N, ceil(K / group_size)]: the last group may be shorter.
         zeros: as scales, uint8; None: 8 everywhere.
     """
-    values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
-    return _dequantize(values, scales, zeros, group_size, middle=8)
+    return _dequantize(unpack_int4(weight), scales, zeros, group_size, middle=8)
+
+
+def unpack_int4(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K / 2] uint8 of two values each -> [N, K] uint8 of 0 .. 15."""
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
 
 
 def linear_uint8(
@@ -226,3 +287,10 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
         rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     return torch.cat((rotated, passed), dim=-1) if passed.shape[-1] else rotated
+
+
+def rotary_pair(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rotary`` of queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
+    return rotary(q, cos, sin, is_neox_style), rotary(k, cos, sin, is_neox_style)

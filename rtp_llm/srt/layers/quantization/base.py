@@ -73,6 +73,10 @@ class EmbeddingMethodBase(QuantizeMethodBase):
     def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
         """[T] indices of this rank's rows -> [T, embedding_dim]."""
 
+    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``apply`` with a result in float32."""
+        return self.apply(layer, x, bias).float()
+
 
 class ExpertsMethodBase(ABC):
     """Of a layer of experts, whose weights are ``w13`` (gate and up) and ``w2`` (down); see ``FusedMoE``.
@@ -161,3 +165,11 @@ class QuantizationConfig(ABC):
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a checkpoint's tensor that has no place in the model says nothing that is missed."""
         return False
+
+
+def free(layer: nn.Module, *names: str) -> None:
+    """Removes parameters, and their memory wherever else they are referred to."""
+    for name in names:
+        param = layer.get_parameter(name)
+        delattr(layer, name)
+        param.data = param.data.new_empty(0)

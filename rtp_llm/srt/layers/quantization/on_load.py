@@ -22,8 +22,9 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizationConfig,
     QuantizedModel,
     QuantizeMethodBase,
+    free,
 )
-from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod, free, packed_of, set_packed
+from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod, packed_of, set_packed
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import WeightLoader
 
@@ -111,6 +112,9 @@ class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return packed_of(layer).apply(x, bias)
+
+    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return packed_of(layer).apply(x, bias, torch.float32)
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

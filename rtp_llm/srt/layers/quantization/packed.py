@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.kernels.packed import PackedWeight
-from rtp_llm.srt.layers.quantization.base import ExpertsMethodBase, LinearMethodBase
+from rtp_llm.srt.layers.quantization.base import ExpertsMethodBase, LinearMethodBase, free
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -92,11 +92,3 @@ def set_packed(layer: nn.Module, packed: PackedWeight | PackedExperts) -> None:
 
 def packed_of(layer: nn.Module) -> PackedWeight:
     return cast(PackedWeight, layer.packed)
-
-
-def free(layer: nn.Module, *names: str) -> None:
-    """Removes parameters, and their memory wherever else they are referred to."""
-    for name in names:
-        param = layer.get_parameter(name)
-        delattr(layer, name)
-        param.data = param.data.new_empty(0)
