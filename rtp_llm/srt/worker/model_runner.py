@@ -11,7 +11,6 @@ from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
-from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.multimodal import EmbeddingCache
@@ -104,8 +103,8 @@ class ModelRunner:
     def weight_bytes(self) -> int:
         """Of parameters, buffers and packed weights."""
         tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        packed: list[PackedWeight] = [m.packed for m in self.model.modules() if hasattr(m, "packed")]
-        return sum(tensors.values()) + sum(weight.nbytes for weight in packed)
+        packed: list[Any] = [module.packed for module in self.model.modules() if hasattr(module, "packed")]
+        return sum(tensors.values()) + sum(weights.nbytes for weights in packed)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.

@@ -78,6 +78,40 @@ class EmbeddingMethodBase(QuantizeMethodBase):
         return self.apply(layer, x, bias).float()
 
 
+class ExpertsMethodBase(ABC):
+    """Of a layer of experts, whose weights are ``w13`` (gate and up) and ``w2`` (down); see ``FusedMoE``.
+
+    Attributes:
+        kinds: what follows an expert's projection in names of the checkpoint; its parameters are ``w13_KIND`` and
+            ``w2_KIND``, one expert after the other.
+    """
+
+    kinds: tuple[str, ...] = ("weight",)
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+        """Registers the parameters of ``w13`` or ``w2`` on ``layer``, by its ``add_parameter``.
+
+        Args:
+            shape: experts, and this rank's outputs and inputs; input_size: inputs of all ranks.
+        """
+
+    @abstractmethod
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As in QuantizeMethodBase."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        layer: nn.Module,
+        name: str,
+        rows: torch.Tensor,
+        rows_per_expert: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What ``reference.grouped_linear`` computes, with ``w13`` or ``w2``."""
+
+
 class QuantizationError(ValueError):
     """A checkpoint's quantization, or the one that was asked for, cannot be used; the message says why."""
 
@@ -125,7 +159,7 @@ class QuantizationConfig(ABC):
         """The scheme's name, as in ``--quantization``."""
 
     @abstractmethod
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         """The method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
