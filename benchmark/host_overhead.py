@@ -41,6 +41,7 @@ from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 from rtp_llm.srt.utils.zmq_link import MessageCodec
+from rtp_llm.srt.worker.worker import PendingResult
 
 VOCAB_SIZE = 64
 PREFILL_CHUNK = 8192
@@ -110,7 +111,8 @@ def time_parts(core: EngineCore, watch: Stopwatch) -> None:
     watch.wrap(runner, "_batch", ("runner: batch",))
     watch.wrap(runner, "_forward", ("(the model)",))
     watch.wrap(runner._attn_backend, "plan", ("runner: attention plan",))
-    watch.wrap(worker, "sample", ("worker: results",))
+    watch.wrap(worker, "sample", ("worker: rest",))
+    watch.wrap(PendingResult, "result", ("worker: results",))
     for method in ("sample", "observe", "bad_rows", "logprobs"):
         watch.wrap(sampler, method, (f"sampler: {method}",))
 

@@ -182,8 +182,9 @@ class Request:
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Whether ``token_id``, just appended to ``ids``, ends the request."""
-        if token_id in self.stop_ids and self.num_generated > self.params.min_new_tokens:
+        num_generated = self.num_generated
+        if token_id in self.stop_ids and num_generated > self.params.min_new_tokens:
             return FinishReason("stop", matched=token_id)
-        if self.num_generated >= self.max_new_tokens:
-            return FinishReason("length", length=self.num_generated)
+        if num_generated >= self.max_new_tokens:
+            return FinishReason("length", length=num_generated)
         return None

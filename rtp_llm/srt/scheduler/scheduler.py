@@ -428,17 +428,20 @@ class Scheduler:
             if request.is_prefilling and self.memory.has_pages_to_share(request):
                 self._pending.page_writes.extend(self.memory.share(request, self._num_steps - 1))
             self.memory.advance(request)
-            output = self._news(request, None)
+            if not token_ids and not row.prompt_logprobs:
+                return None
         else:
-            output = self._finish(request, reason)
-        output.token_ids = token_ids
-        output.logprobs = row.logprobs[: len(token_ids)]
-        output.prompt_logprobs = row.prompt_logprobs
-        return output if token_ids or row.prompt_logprobs or reason else None
+            self._end(request)
+        return self._news(request, reason, token_ids, row)
 
-    def _news(self, request: Request, reason: FinishReason | None) -> TokenOutput:
+    def _news(
+        self, request: Request, reason: FinishReason | None, token_ids: list[int], row: RowResult
+    ) -> TokenOutput:
         return TokenOutput(
             request.rid,
+            token_ids,
+            row.logprobs[: len(token_ids)],
+            row.prompt_logprobs,
             cached_tokens=request.cached_tokens or 0,
             prompt_tokens=request.prompt_len,
             num_retractions=request.num_retractions,
@@ -447,7 +450,12 @@ class Scheduler:
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> TokenOutput:
-        """Ends a request, whatever it was doing. Its pages go back when no step in flight names it."""
+        """Ends a request without further tokens, whatever it was doing."""
+        self._end(request)
+        return self._news(request, reason, [], RowResult())
+
+    def _end(self, request: Request) -> None:
+        """Its pages go back when no step in flight names it."""
         request.finished = True
         del self._live[request.rid]
         self.stats.finished_requests += 1
@@ -458,7 +466,6 @@ class Scheduler:
             self._ending.add(request)
         else:
             self._leave(request)
-        return self._news(request, reason)
 
     def check_integrity(self) -> None:
         """For tests: see CacheMemory.check_integrity."""
