@@ -97,7 +97,7 @@ def start_decoding(core: EngineCore, link: QueueLink, args: argparse.Namespace, 
 
 
 def time_parts(core: EngineCore, watch: Stopwatch) -> None:
-    """What stands to the right is measured without what stands further down and is called within it."""
+    """Each part is measured without the parts that it calls."""
     worker = core._executor.worker  # type: ignore[attr-defined]
     runner, sampler = worker.runner, worker.sampler
     watch.wrap(core, "step", ("core: rest",))
@@ -127,15 +127,15 @@ def measure_steps(args: argparse.Namespace) -> None:
         time_parts(core, watch)
         rounds: list[dict[str, float]] = []
         for _ in range(args.rounds):
-            watch.reset()
             run_steps(core, args.steps, watch_clock(args))
-            rounds.append({name[0]: 1e3 * part.seconds / args.steps for name, part in watch.parts.items()})
+            rounds.append({name[0]: 1e3 * part.seconds / args.steps for name, part in watch.take().items()})
         core.shutdown()
     print(f"a decode step of {args.batch_size} rows, {args.sampling}, {args.input_len} tokens before it, ms:")
-    medians = {name: statistics.median(r.get(name, 0.0) for r in rounds) for name in rounds[-1]}
-    for name, milliseconds in sorted(medians.items(), key=lambda item: -item[1]):
-        print(f"  {milliseconds:7.3f}  {name}")
-    print(f"  {statistics.median(bare_ms):7.3f}  all of it, without timers")
+    print(f"  {'median':>7} {'least':>7}")
+    times = {name: [r.get(name, 0.0) for r in rounds] for name in rounds[-1]}
+    for name, milliseconds in sorted(times.items(), key=lambda item: -statistics.median(item[1])):
+        print(f"  {statistics.median(milliseconds):7.3f} {min(milliseconds):7.3f}  {name}")
+    print(f"  {statistics.median(bare_ms):7.3f} {min(bare_ms):7.3f}  all of it, without timers")
 
 
 def watch_clock(args: argparse.Namespace) -> Callable[[], float]:

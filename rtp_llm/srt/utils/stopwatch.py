@@ -14,8 +14,14 @@ Name = tuple[str, ...]
 class Part:
     seconds: float = 0.0  # without the parts within it
     calls: int = 0
-    bytes: int = 0  # and operations: as far as whoever timed it has told
-    operations: int = 0
+    bytes: float = 0.0  # and operations: as far as whoever times it tells
+    operations: float = 0.0
+
+    def add(self, other: "Part") -> None:
+        self.seconds += other.seconds
+        self.calls += other.calls
+        self.bytes += other.bytes
+        self.operations += other.operations
 
 
 class Stopwatch:
@@ -30,12 +36,6 @@ class Stopwatch:
         self._clock = clock
         self._within_s = 0.0  # of the running part, spent in parts within it
 
-    def reset(self) -> None:
-        self.parts.clear()
-
-    def total_s(self) -> float:
-        return sum(part.seconds for part in self.parts.values())
-
     def timed(self, name: Name, function: Callable[..., Any], nested: bool = False) -> Callable[..., Any]:
         """``function``, timed. ``nested``: its name is appended to that of the part that calls it."""
 
@@ -46,8 +46,13 @@ class Stopwatch:
 
         return wrapper
 
+    def take(self) -> dict[Name, Part]:
+        """What was timed since the last call; the watch begins anew. No part is running."""
+        parts, self.parts = self.parts, {}
+        return parts
+
     def wrap(self, owner: Any, attribute: str, name: Name) -> None:
-        """Times a method of one object (or a function of a module) from now on."""
+        """Times an object's method, or a class's or a module's function, from now on."""
         setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
     @contextmanager
