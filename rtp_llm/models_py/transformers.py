@@ -313,6 +313,10 @@ class TransformersForCausalLM(nn.Module):
             raise UnservableModelError(
                 "models that run through transformers cannot be shared by ranks: use --tp-size 1"
             )
+        if quant_config is not None:
+            raise UnservableModelError(
+                f"models that run through transformers are not quantized (by {quant_config.get_name()}) here"
+            )
         self.vocab_size = config.get_text_config().vocab_size
         with no_init_weights():
             self.model = _build(copy.deepcopy(config))

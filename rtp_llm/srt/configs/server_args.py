@@ -15,6 +15,7 @@ from rtp_llm.srt.utils.logging import LOG_LEVELS
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
 DEMO_NAME = "rtp-llm-demo"
 MEDIA_KINDS = ("image", "video", "audio")
+QUANTIZATIONS = ("int8", "int4", "gptq", "awq", "compressed-tensors", "mxfp4")  # as in layers.quantization.registry
 
 
 class ServerArgsError(ValueError):
@@ -70,6 +71,12 @@ class ServerArgs:
         "auto",
         help="type of weights and activations; auto: the checkpoint's; half is float16, float is float32",
         choices=("auto", "float32", "bfloat16", "float16", "half", "float"),
+    )
+    quantization: str | None = _arg(
+        None,
+        help="scheme of the weights; int8 and int4 quantize any checkpoint while it is loaded; unset: the checkpoint's "
+        "own, if it has one",
+        choices=QUANTIZATIONS,
     )
     json_model_override_args: str = _arg("{}", help="JSON object that overrides entries of the model's config.json")
     device: str | None = _arg(None, help="unset: cuda where there is a GPU, else cpu", choices=("cpu", "cuda"))

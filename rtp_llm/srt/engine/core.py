@@ -194,6 +194,7 @@ def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: st
         model_path=model_config.model_path,
         load_format=server_args.load_format,
         model_impl=server_args.model_impl,
+        quantization=server_args.quantization,
         device=device,
         page_size=server_args.page_size,
         attention_backend=server_args.attention_backend,

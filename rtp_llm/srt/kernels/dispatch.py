@@ -20,7 +20,19 @@ from rtp_llm.srt.kernels.cpu import build
 logger = logging.getLogger(__name__)
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # of what kernels read and write
-CPU_KERNELS: dict[str, str] = {}  # kernel -> module of rtp_llm.srt.kernels.cpu
+CPU_KERNELS: dict[str, str] = {  # kernel -> module of rtp_llm.srt.kernels.cpu
+    "rms_norm": "elementwise",
+    "gemma_rms_norm": "elementwise",
+    "layer_norm": "elementwise",
+    "add_rms_norm": "elementwise",
+    "add_gemma_rms_norm": "elementwise",
+    "add_layer_norm": "elementwise",
+    "silu_and_mul": "elementwise",
+    "gelu_and_mul": "elementwise",
+    "gelu_tanh_and_mul": "elementwise",
+    "swiglu_oai_and_mul": "elementwise",
+    "rotary_pair": "elementwise",
+}
 
 _cpu_kernels = ContextVar("cpu_kernels", default=True)
 

@@ -76,10 +76,67 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * normed.to(x.dtype)
 
 
+def gemma_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``rms_norm`` times ``1 + weight``, all in float32 and rounded once (Gemma, 2024)."""
+    return rms_norm(x.float(), 1.0 + weight.float(), eps).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Mean zero, variance one, times ``weight``, plus ``bias`` (Ba et al., 2016), in float32 and rounded once."""
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias, eps).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rms_norm(x + residual), x + residual)``; the sum is rounded to x's dtype before it is normed."""
+    added = residual + x
+    return rms_norm(added, weight, eps), added
+
+
+def add_gemma_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(gemma_rms_norm(x + residual), x + residual)``."""
+    added = residual + x
+    return gemma_rms_norm(added, weight, eps), added
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(layer_norm(x + residual), x + residual)``."""
+    added = residual + x
+    return layer_norm(added, weight, bias, eps), added
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """[..., 2 * size] -> [..., size]: ``silu(first half) * second half`` (SwiGLU; Shazeer, 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """[..., 2 * size] -> [..., size]: ``gelu(first half) * second half`` (GEGLU; Shazeer, 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``gelu_and_mul`` with the approximation by a hyperbolic tangent (Hendrycks and Gimpel, 2016)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def swiglu_oai_and_mul(x: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """[..., 2 * size] -> [..., size]: ``(up + 1) * gate * sigmoid(alpha * gate)`` (GPT-OSS, 2025).
+
+    ``gate``, at even places, is cut at ``limit`` from above; ``up``, at odd places, from both sides.
+    """
+    gate = x[..., 0::2].clamp(max=limit)
+    up = x[..., 1::2].clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
 def grouped_linear(
@@ -104,6 +161,109 @@ def grouped_linear(
     return output
 
 
+def linear_int8(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A linear layer on weights of 8 bits, a scale per output; activations are quantized too, row by row as they come.
+
+    Products are summed exactly, as integers; scales and bias are applied in float32.
+
+    Args:
+        x: [..., K]; see ``quantize_rows``.
+        weight: [N, K] int8; the weight of output n is ``weight[n] * scales[n]``.
+        scales: [N] float32; bias: [N].
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    rows, row_scales = quantize_rows(x)
+    output = _integer_products(rows, weight).float() * row_scales * scales
+    return (output if bias is None else output + bias.float()).to(x.dtype)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., K] -> values of [..., K] int8 and scales [..., 1] float32, with ``x`` about ``values * scales``.
+
+    Symmetric: a scale is the row's largest magnitude over 127, and values are rounded half to even. A row with a NaN
+    has the scale NaN.
+    """
+    scales = x.float().abs().amax(dim=-1, keepdim=True) / 127
+    values = (x.float() / torch.where(scales == 0, 1.0, scales)).round()
+    return values.nan_to_num(0.0).to(torch.int8), scales
+
+
+def _integer_products(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[..., K] and [N, K] int8 -> [..., N] int32. Sums of 1,024 products of int8 are exact in float32."""
+    pieces = zip(rows.split(1024, dim=-1), weight.split(1024, dim=-1), strict=True)
+    return torch.stack([F.linear(x.float(), w.float()).int() for x, w in pieces]).sum(dim=0, dtype=torch.int32)
+
+
+def linear_int4(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer on weights of 4 bits in groups; see ``dequantize_int4``. Sums are in float32.
+
+    Args:
+        x: [..., K]; weight: [N, K / 2] uint8; scales: [N, K / group_size] float32; zeros: uint8, as scales; bias: [N].
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return _linear_float(x, dequantize_int4(weight, scales, zeros, group_size), bias)
+
+
+def dequantize_int4(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> torch.Tensor:
+    """[N, K] float32: ``(value - zero) * scale``, for ``group_size`` neighbours along K with the same zero and scale.
+
+    Args:
+        weight: [N, K / 2] uint8: values 0 .. 15, two a byte, of which the one with the even index is in the low half.
+        scales: [N, ceil(K / group_size)]: the last group may be shorter.
+        zeros: as scales, uint8; None: 8 everywhere.
+    """
+    values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+    return _dequantize(values, scales, zeros, group_size, middle=8)
+
+
+def linear_uint8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As ``linear_int4`` on weights of 8 bits in groups, [N, K] uint8; see ``dequantize_uint8``."""
+    return _linear_float(x, dequantize_uint8(weight, scales, zeros, group_size), bias)
+
+
+def dequantize_uint8(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> torch.Tensor:
+    """As ``dequantize_int4``, of values 0 .. 255, one a byte; ``zeros`` None: 128 everywhere."""
+    return _dequantize(weight, scales, zeros, group_size, middle=128)
+
+
+def _dequantize(
+    values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, middle: int
+) -> torch.Tensor:
+    def by_column(of_groups: torch.Tensor) -> torch.Tensor:
+        return of_groups.float().repeat_interleave(group_size, dim=-1)[..., : values.shape[-1]]
+
+    return (values.float() - (middle if zeros is None else by_column(zeros))) * by_column(scales)
+
+
+def _linear_float(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """In float32; the result in x's dtype."""
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
     """Rotates pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
 
@@ -123,3 +283,10 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
         rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     return torch.cat((rotated, passed), dim=-1) if passed.shape[-1] else rotated
+
+
+def rotary_pair(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rotary`` of queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
+    return rotary(q, cos, sin, is_neox_style), rotary(k, cos, sin, is_neox_style)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.dispatch import pick
 
 
 class ActAndMul(nn.Module):
@@ -30,17 +30,25 @@ class ActAndMul(nn.Module):
 class SiluAndMul(nn.Module):
     """``silu(first half) * second half``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._kernel = pick("silu_and_mul")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.silu_and_mul(x)
+        return self._kernel(x)
 
 
-class GeluAndMul(ActAndMul):
+class GeluAndMul(nn.Module):
     """``gelu(first half) * second half``; ``approximate`` as in ``torch.nn.functional.gelu``."""
 
     def __init__(self, approximate: Literal["tanh", "none"] = "tanh") -> None:
+        super().__init__()
         if approximate not in ("tanh", "none"):
             raise ValueError(f"unknown gelu approximation {approximate!r}; have ['tanh', 'none']")
-        super().__init__(partial(F.gelu, approximate=approximate))
+        self._kernel = pick("gelu_tanh_and_mul" if approximate == "tanh" else "gelu_and_mul")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernel(x)
 
 
 class SwigluOAIAndMul(nn.Module):
@@ -54,11 +62,10 @@ class SwigluOAIAndMul(nn.Module):
         super().__init__()
         self.alpha = alpha
         self.limit = limit
+        self._kernel = pick("swiglu_oai_and_mul")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = x[..., 0::2].clamp(max=self.limit)
-        up = x[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+        return self._kernel(x, self.alpha, self.limit)
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -71,16 +78,18 @@ def _squared_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
 _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
     "gelu_python": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_python_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_accurate": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
     "quick_gelu": _quick_gelu,
     "relu": F.relu,
     "relu2": _squared_relu,
@@ -103,4 +112,9 @@ def get_act_and_mul_fn(name: str) -> nn.Module:
     """The gated activation for a configuration's ``hidden_act``."""
     if name not in _ACT:
         raise ValueError(f"unknown gated activation {name!r}; have {sorted(_ACT)}")
-    return SiluAndMul() if _ACT[name] is F.silu else ActAndMul(_ACT[name])
+    fn = _ACT[name]
+    if fn is F.silu:
+        return SiluAndMul()
+    if fn in (F.gelu, _gelu_tanh):
+        return GeluAndMul("tanh" if fn is _gelu_tanh else "none")
+    return ActAndMul(fn)

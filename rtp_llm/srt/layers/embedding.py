@@ -14,8 +14,12 @@ class VocabParallelEmbedding(nn.Module):
 
     Rank r holds rows ``[r * n, (r + 1) * n)`` of the table with ``n = ceil(num_embeddings / ranks)``; rows past the
     vocabulary are zero. A model with tied embeddings uses this same object as its head.
+
+    Attributes:
+        is_head: logits are made with it; the loader sets this once the model is built.
     """
 
+    is_head = False
     quant_method: EmbeddingMethodBase
     bias: nn.Parameter | None
 
@@ -63,6 +67,8 @@ class VocabParallelEmbedding(nn.Module):
 
 class ParallelLMHead(VocabParallelEmbedding):
     """The output head of a model whose embeddings are not tied. ``LogitsProcessor`` multiplies with it."""
+
+    is_head = True
 
     def __init__(
         self,

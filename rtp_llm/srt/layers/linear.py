@@ -80,6 +80,10 @@ class LinearBase(nn.Module):
     def _skipped_bias(self) -> torch.Tensor | None:
         return self.bias if self.skip_bias_add else None
 
+    def dequantized_weight(self) -> torch.Tensor:
+        """[outputs, inputs] of this rank, for whoever multiplies with it in another way; from ``finish_load`` on."""
+        return self.quant_method.dequantized_weight(self)
+
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copies this rank's part of a checkpoint tensor into ``param``.
 

@@ -7,10 +7,9 @@ residual)``, so that a layer hands its residual on. Any leading shape: [T, hidde
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.dispatch import pick
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 
 
@@ -33,33 +32,36 @@ class Norm(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            return self.normalise(x)
-        residual = residual + x
-        return self.normalise(residual), residual
+        return self.normalise(x) if residual is None else self.add_and_normalise(x, residual)
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def add_and_normalise(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual + x
+        return self.normalise(residual), residual
 
 
 class RMSNorm(Norm):
     """Root-mean-square norm (Zhang and Sennrich, 2019)."""
 
+    kernel = "rms_norm"
+
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(hidden_size, eps)
+        self._norm, self._add_norm = pick(self.kernel), pick(f"add_{self.kernel}")
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.rms_norm(x, self.weight, self.variance_epsilon)
+        return self._norm(x, self.weight, self.variance_epsilon)
+
+    def add_and_normalise(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._add_norm(x, residual, self.weight, self.variance_epsilon)
 
 
-class GemmaRMSNorm(Norm):
+class GemmaRMSNorm(RMSNorm):
     """Root-mean-square norm times ``1 + weight``, all in float32 and rounded once (Gemma, 2024)."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__(hidden_size, eps)
-
-    def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.rms_norm(x.float(), 1.0 + self.weight.float(), self.variance_epsilon).to(x.dtype)
+    kernel = "gemma_rms_norm"
 
 
 class LayerNorm(Norm):
@@ -74,7 +76,10 @@ class LayerNorm(Norm):
         super().__init__(hidden_size, eps)
         data = make_parameter(torch.zeros(hidden_size), default_weight_loader) if bias else None
         self.register_parameter("bias", data)
+        self._norm, self._add_norm = pick("layer_norm"), pick("add_layer_norm")
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), bias, self.variance_epsilon).to(x.dtype)
+        return self._norm(x, self.weight, self.bias, self.variance_epsilon)
+
+    def add_and_normalise(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._add_norm(x, residual, self.weight, self.bias, self.variance_epsilon)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.cache.spec import LengthScaling
-from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.dispatch import pick
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -94,7 +94,9 @@ class RotaryEmbedding(nn.Module):
         self.attention_factor = attention_factor
         self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()), persistent=False)
         self._step_positions: torch.Tensor | None = None
-        self._step_cos_sin: torch.Tensor | None = None
+        self._step_cos_sin: torch.Tensor | None = None  # [2, a step's tokens or more, rotary_dim / 2]
+        self._step: tuple[torch.Tensor, torch.Tensor] | None = None  # this step's cosines and sines, views of it
+        self._rotate = pick("rotary_pair", spec.dtype)
 
     def prepare_for_forward(self, forward_batch: "ForwardBatch") -> None:
         """Computes this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
@@ -106,6 +108,7 @@ class RotaryEmbedding(nn.Module):
             with torch.inference_mode(False):  # so that later steps may write to it in any mode
                 kept = self._step_cos_sin = torch.empty_like(cos_sin)
         kept[:, :num_tokens] = cos_sin
+        self._step = kept[0, :num_tokens], kept[1, :num_tokens]
         self._step_positions = positions
 
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,17 +118,21 @@ class RotaryEmbedding(nn.Module):
             positions: [T] int64.
             q, k: [T, heads * head_size] or [T, heads, head_size]; their numbers of heads may differ.
         """
-        cos, sin = self._cos_sin_at(positions).to(q.dtype).unbind(0)
-        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        cos, sin = self._cos_and_sin_at(positions)
+        if cos.dtype is not q.dtype:
+            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        rotated_q, rotated_k = self._rotate(self._heads(q), self._heads(k), cos, sin, self.is_neox_style)
+        return rotated_q.view(q.shape), rotated_k.view(k.shape)
 
-    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        heads = x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x
-        return reference.rotary(heads, cos, sin, self.is_neox_style).view(x.shape)
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x
 
-    def _cos_sin_at(self, positions: torch.Tensor) -> torch.Tensor:
-        if positions is self._step_positions and self._step_cos_sin is not None:
-            return self._step_cos_sin[:, : positions.shape[-1]]
-        return self._cos_sin(positions, self.inv_freq)
+    def _cos_and_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of [T, rotary_dim / 2]."""
+        if positions is self._step_positions and self._step is not None:
+            return self._step
+        cos, sin = self._cos_sin(positions, self.inv_freq)
+        return cos, sin
 
     def _cos_sin(self, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
         """[2, T, rotary_dim / 2] in ``dtype``; ``inv_freq`` is [rotary_dim / 2], or [T, rotary_dim / 2] per token."""
@@ -205,13 +212,13 @@ class LengthScaledRotaryEmbedding(RotaryEmbedding):
 
     length_scaling: LengthScaling
 
-    def _cos_sin_at(self, positions: torch.Tensor) -> torch.Tensor:
-        if positions is not self._step_positions or self._step_cos_sin is None:
+    def _cos_and_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if positions is not self._step_positions or self._step is None:
             raise RuntimeError(
                 f"{type(self).__name__} depends on sequence lengths: call prepare_for_forward(forward_batch) before "
                 f"the model's forward, and rotate with that batch's positions"
             )
-        return super()._cos_sin_at(positions)
+        return super()._cos_and_sin_at(positions)
 
     def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
         raise NotImplementedError

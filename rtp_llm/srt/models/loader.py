@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import CONFIG_FILE, ModelConfig
+from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.quantization import mxfp4
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel
+from rtp_llm.srt.layers.quantization.registry import quantization_config, scheme_name
 from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_files import Progress, WeightFileError, find_weight_files, read_weights
@@ -50,12 +53,13 @@ def load_model(
     device: str = "cpu",
     progress: Progress | None = None,
     model_impl: str = "auto",
+    quantization: str | None = None,
 ) -> nn.Module:
     """Builds the model of ``model_config`` on ``device``, in its dtype, and loads its weights from a local directory.
 
     ``load_format="dummy"`` needs no weight file: parameters get small random values, the same at every call.
     ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter where
-    there is no other.
+    there is no other. ``quantization``: a scheme of ``layers.quantization.registry``; None: the checkpoint's own.
 
     Raises:
         UnknownArchitectureError, ModelImportError: no model class (see registry.py), nor one of transformers that can
@@ -63,17 +67,19 @@ def load_model(
         ModelBuildError: the model class does not get on with the configuration.
         WeightsNotFoundError, WeightFileError: no usable weight files (see weight_files.py).
         WeightLoadError: they do not fit the model.
+        QuantizationError: an unknown scheme, or one that does not go with the checkpoint.
     """
-    _check_quantization(model_config)
+    scheme = scheme_name(quantization, _quantization_settings(model_config))
+    source = model_path, load_format, device, progress, scheme
     if model_impl == "transformers":
-        return _load(ModelRegistry.models[FALLBACK], model_config, model_path, load_format, device, progress)
+        return _load(ModelRegistry.models[FALLBACK], model_config, *source)
     try:
         model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
     except UnknownArchitectureError as unknown:
         if model_impl == "rtp_llm":
             raise
-        return _load_fallback(unknown, model_config, model_path, load_format, device, progress)
-    return _load(model_class, model_config, model_path, load_format, device, progress)
+        return _load_fallback(unknown, model_config, *source)
+    return _load(model_class, model_config, *source)
 
 
 def _load_fallback(unknown: UnknownArchitectureError, model_config: ModelConfig, *where: Any) -> nn.Module:
@@ -92,29 +98,43 @@ def _load(
     load_format: str,
     device: str,
     progress: Progress | None,
+    scheme: str | None,
 ) -> nn.Module:
+    quant_config = _quant_config(scheme, model_class, model_config)
     files = [] if load_format == "dummy" else find_weight_files(model_path, load_format)
     with _built_as(model_config.dtype, device), share_ropes(), torch.no_grad():
-        model = _build(model_class, model_config)
+        model = _build(model_class, model_config, quant_config)
         if load_format == "dummy":
             fill_with_dummy_weights(model)
         else:
             weights = read_weights(files, progress)
-            if _quant_method(model_config) == mxfp4.QUANT_METHOD:
+            if scheme == mxfp4.QUANT_METHOD:
                 weights = mxfp4.dequantize_experts(weights, torch.get_default_dtype(), device)
-            load_weights(model, weights, model_config.num_layers)
+            load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
     return model.eval().requires_grad_(False)
 
 
-def _build(model_class: type[nn.Module], model_config: ModelConfig) -> nn.Module:
+def _build(
+    model_class: type[nn.Module], model_config: ModelConfig, quant_config: QuantizationConfig | None
+) -> nn.Module:
     _check_model_class(model_class)
     try:
-        return model_class(config=model_config.hf_config, quant_config=None)
+        model = model_class(config=model_config.hf_config, quant_config=quant_config)
     except Exception as error:  # whatever a model's constructor may raise; the cause is chained
         raise ModelBuildError(
             f"{model_class.__name__} cannot be built from {model_config.model_path}/{CONFIG_FILE}: {reason(error)}"
         ) from error
+    _mark_heads(model)
+    return model
+
+
+def _mark_heads(model: nn.Module) -> None:
+    """An embedding that has two places in the model is its head as well."""
+    names: Counter[nn.Module] = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    for module, count in names.items():
+        if isinstance(module, VocabParallelEmbedding) and count > 1:
+            module.is_head = True
 
 
 def _check_model_class(model_class: type[nn.Module]) -> None:
@@ -130,21 +150,31 @@ def _check_model_class(model_class: type[nn.Module]) -> None:
         ) from error
 
 
-def _check_quantization(model_config: ModelConfig) -> None:
-    method = _quant_method(model_config)
-    if method not in (None, mxfp4.QUANT_METHOD):
-        raise ValueError(
-            f"{model_config.model_path} is quantized ({method}), which is not supported yet; use a checkpoint in "
-            f"float32, bfloat16 or float16, or one whose experts are in {mxfp4.QUANT_METHOD}"
-        )
+def _quantization_settings(model_config: ModelConfig) -> Mapping[str, Any]:
+    """The checkpoint's ``quantization_config``, or what came before it under another name; empty where it has none."""
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    for name in ("quantization_config", "compression_config"):
+        for config in configs:
+            settings = getattr(config, name, None)
+            if settings:
+                return settings if isinstance(settings, Mapping) else settings.to_dict()
+    return {}
 
 
-def _quant_method(model_config: ModelConfig) -> str | None:
-    """The scheme that the checkpoint is quantized by, whether or not it is supported; None: it is not."""
-    scheme = getattr(model_config.hf_config, "quantization_config", None)
-    if not scheme:
+def _quant_config(
+    scheme: str | None, model_class: type[nn.Module], model_config: ModelConfig
+) -> QuantizationConfig | None:
+    if scheme is None or scheme == mxfp4.QUANT_METHOD:
         return None
-    return str(scheme.get("quant_method")) if isinstance(scheme, dict) else type(scheme).__name__
+    return quantization_config(
+        scheme,
+        QuantizedModel(
+            settings=_quantization_settings(model_config),
+            packed_modules_mapping=getattr(model_class, "packed_modules_mapping", {}),
+            rename=getattr(model_class, "rename", ()),
+            has_encoders=model_config.hf_config is not model_config.hf_text_config,
+        ),
+    )
 
 
 @contextmanager
@@ -160,11 +190,11 @@ def _built_as(dtype: str, device: str) -> Iterator[None]:
 
 
 def _finish(model: nn.Module, model_config: ModelConfig) -> None:
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        process = getattr(method, "process_weights_after_loading", None)
-        if process:
-            process(module)
+    for name, module in model.named_modules():
+        try:
+            process_weights(module)
+        except ValueError as error:
+            raise WeightLoadError(f"{name} of {model_config.model_path} cannot be used: {error}") from error
     for module in model.modules():
         finish_load: Any = getattr(module, "finish_load", None)
         if finish_load:
@@ -176,12 +206,25 @@ def _finish(model: nn.Module, model_config: ModelConfig) -> None:
                 ) from error
 
 
+def process_weights(module: nn.Module) -> None:
+    """Has a layer's quantization method, if it has one, process what was loaded; once."""
+    method: Any = getattr(module, "quant_method", None)
+    process = getattr(method, "process_weights_after_loading", None)
+    if process and not getattr(module, "weights_are_processed", False):
+        process(module)
+        module.weights_are_processed = True
+
+
 def fill_with_dummy_weights(model: nn.Module) -> None:
     """Uniform values in [-0.05, 0.05) for every parameter and persistent buffer, integer ones zero.
+
+    What a checkpoint need not have stays as it was made.
 
     The values depend on the name only, so that replicas on other ranks are equal.
     """
     for name, target in model.state_dict(keep_vars=True).items():
+        if _is_optional(target):
+            continue
         if not target.is_floating_point():
             target.zero_()
             continue
@@ -190,14 +233,19 @@ def fill_with_dummy_weights(model: nn.Module) -> None:
         target.copy_(values.mul_(0.1).sub_(0.05))
 
 
-def load_weights(model: nn.Module, weights: Weights, num_layers: int | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    num_layers: int | None = None,
+    quant_config: QuantizationConfig | None = None,
+) -> None:
     """Loads by the model's own ``load_weights(weights)`` if it has one, else declaratively.
 
     Where such a method returns the set of the parameter names it loaded, a parameter that is not in it is an error.
     """
     own_method: Any = getattr(model, "load_weights", None)
     if own_method is None:
-        load_weights_declaratively(model, weights, num_layers)
+        load_weights_declaratively(model, weights, num_layers, quant_config)
         return
     try:
         loaded = own_method(weights)
@@ -212,14 +260,20 @@ def load_weights(model: nn.Module, weights: Weights, num_layers: int | None = No
             raise _error(model, {"parameters were not set by its load_weights": lines})
 
 
-def load_weights_declaratively(model: nn.Module, weights: Weights, num_layers: int | None = None) -> None:
+def load_weights_declaratively(
+    model: nn.Module,
+    weights: Weights,
+    num_layers: int | None = None,
+    quant_config: QuantizationConfig | None = None,
+) -> None:
     """Puts every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
 
     A tensor's name is first rewritten by ``rename``, ``[(regex, replacement), ...]``, each applied in turn. It then is
     a parameter's or persistent buffer's own name, or becomes one through a module's ``weight_sources``, ``{checkpoint
     name: (parameter, shard id)}`` relative to the module, or through ``packed_modules_mapping``, ``{packed module:
     [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is supplied. What has no place may
-    match ``ignore`` (a list of regular expressions), COMMON_IGNORE, or belong to a layer from ``num_layers`` on.
+    match ``ignore`` (a list of regular expressions), COMMON_IGNORE, or belong to a layer from ``num_layers`` on, or
+    ``quant_config`` may leave it.
 
     A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``, or copied to where it has none.
 
@@ -228,10 +282,13 @@ def load_weights_declaratively(model: nn.Module, weights: Weights, num_layers: i
 
     A head tied to the embedding may be stored beside it, alone, or not at all; stored with other values it is an error.
 
+    A module's weights are processed (see ``layers.quantization.base``) as soon as it has all its parameters, so that
+    never more than one module is in memory twice.
+
     Raises:
         WeightLoadError: tensors without a place, parameters not (wholly) set, shapes that do not fit: all of them.
     """
-    load = _DeclarativeLoad(model, num_layers)
+    load = _DeclarativeLoad(model, num_layers, quant_config)
     for name, tensor in weights:
         load.add(name, tensor)
     load.finish()
@@ -245,9 +302,10 @@ class _Place(NamedTuple):
 class _DeclarativeLoad:
     """One run of ``load_weights_declaratively``: where each tensor goes, and what went wrong so far."""
 
-    def __init__(self, model: nn.Module, num_layers: int | None) -> None:
+    def __init__(self, model: nn.Module, num_layers: int | None, quant_config: QuantizationConfig | None) -> None:
         self.model = model
         self.num_layers = num_layers
+        self.quant_config = quant_config
         self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self.names_of = _names_by_tensor(self.targets)
         self.sources = _declared_sources(model)
@@ -256,6 +314,7 @@ class _DeclarativeLoad:
         self.rename: list[tuple[str, str]] = list(getattr(model, "rename", []))
         self.ignore = [*getattr(model, "ignore", []), *COMMON_IGNORE]
         self.loaded: dict[str, set[ShardId]] = {name: set() for name in self.targets}
+        self.wanted: dict[str, frozenset[ShardId]] = {}  # by parameter, once it was asked for
         self.tied: dict[str, tuple[str, torch.Tensor]] = {}  # what a parameter of several names was given, and as what
         self.num_direct = 0
         self.prefixed: list[str] = []  # tensors that have a place only with the prefix
@@ -305,6 +364,7 @@ class _DeclarativeLoad:
         else:
             self._fill(name, place, tensor)
             self._mark(name, place, tensor)
+            self._process(place.name.rpartition(".")[0])
 
     def _fill(self, name: str, place: _Place, tensor: torch.Tensor) -> None:
         target = self.targets[place.name]
@@ -323,6 +383,35 @@ class _DeclarativeLoad:
             if len(names) > 1:
                 self.tied[alias] = (name, tensor)
 
+    def _process(self, path: str) -> None:
+        """Processes the weights of the module at ``path`` if it has all of them, those that it may lack included."""
+        module = self.model.get_submodule(path)
+        names = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        if not all(self._is_complete(name) for name in names):
+            return
+        try:
+            process_weights(module)
+        except ValueError as error:
+            self.problems["layers cannot be used"].append(f"{path}: {error}")
+
+    def _is_complete(self, name: str) -> bool:
+        shards = self.loaded[name]
+        return None in shards or (bool(shards) and shards >= self._wanted(name))
+
+    def _wanted(self, name: str) -> frozenset[ShardId]:
+        """The ids of all that a parameter is made of; None alone if it is one tensor's."""
+        if name not in self.wanted:
+            self.wanted[name] = frozenset(self._find_wanted(name))
+        return self.wanted[name]
+
+    def _find_wanted(self, name: str) -> Iterable[ShardId]:
+        if name in self.sources_of:
+            return [shard_id for _, shard_id in self.sources_of[name]]
+        for packed, sources in self.packed.items():
+            if all(_swap(name, packed, source) for source in sources):
+                return self._shard_ids(name, packed)
+        return [None]
+
     def _compare_tied(self, name: str, target_name: str, tensor: torch.Tensor) -> None:
         first_name, first = self.tied[target_name]
         if first.shape == tensor.shape and torch.equal(first, tensor):
@@ -340,6 +429,8 @@ class _DeclarativeLoad:
             self.ignored[pattern] += 1
         elif layer and self.num_layers is not None and int(layer[1]) >= self.num_layers:
             self.ignored[f"layers from number {self.num_layers} on"] += 1
+        elif self.quant_config and self.quant_config.may_leave(name, tensor):
+            self.ignored[f"{self.quant_config.get_name()}, which does not need them"] += 1
         else:
             self.problems["tensors have no place in the model"].append(f"{name} {_shape(tensor)}")
 
@@ -367,7 +458,7 @@ class _DeclarativeLoad:
     def _missing(self, name: str) -> list[str]:
         """Lines about what the parameter still lacks."""
         shards, shape = self.loaded[name], _shape(self.targets[name])
-        if None in shards:
+        if None in shards or (not shards and _is_optional(self.targets[name])):
             return []
         if name in self.sources_of:
             missing = [source for source, shard_id in self.sources_of[name] if shard_id not in shards]
@@ -394,6 +485,11 @@ def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None
         raise ValueError(f"expected shape {_shape(target)}, got {_shape(tensor)}")
     else:
         target.data.copy_(tensor)
+
+
+def _is_optional(target: torch.Tensor) -> bool:
+    """Whether a checkpoint may lack it: it has a value from the start."""
+    return getattr(target, "is_optional", False)
 
 
 def _declared_sources(model: nn.Module) -> dict[str, _Place]:

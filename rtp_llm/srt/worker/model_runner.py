@@ -12,6 +12,7 @@ from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
+from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.multimodal import EmbeddingCache
@@ -60,10 +61,13 @@ class ModelRunner:
         progress: Callable[[int, int], None] | None = None,
         model_impl: str = "auto",
         media_cache_bytes: int = 0,
+        quantization: str | None = None,
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
-        self.model = load_model(model_config, model_path, load_format, device, progress, model_impl)
+        self.model = load_model(
+            model_config, model_path, load_format, device, progress, model_impl, quantization
+        )
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
@@ -104,8 +108,10 @@ class ModelRunner:
 
     @property
     def weight_bytes(self) -> int:
+        """Of parameters, buffers and packed weights."""
         tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(tensors.values())
+        packed: list[PackedWeight] = [m.packed for m in self.model.modules() if hasattr(m, "packed")]
+        return sum(tensors.values()) + sum(weight.nbytes for weight in packed)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.

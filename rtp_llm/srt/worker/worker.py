@@ -29,6 +29,7 @@ class WorkerConfig:
     model_path: str
     load_format: str = "auto"
     model_impl: str = "auto"
+    quantization: str | None = None
     device: str = "cpu"
     page_size: int = 1
     attention_backend: str | None = None
@@ -107,6 +108,7 @@ class Worker:
             progress,
             config.model_impl,
             config.media_cache_bytes,
+            config.quantization,
         )
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device

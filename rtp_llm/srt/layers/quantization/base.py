@@ -5,6 +5,9 @@ method and know nothing else of the scheme.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,7 +19,8 @@ class QuantizeMethodBase(ABC):
     """Owns a layer's parameters: creates them before loading, may transform them after, computes with them.
 
     Order: ``create_weights`` in the layer's constructor; the loader fills the parameters; it then calls
-    ``process_weights_after_loading`` once for every module that has a ``quant_method``; then ``apply``.
+    ``process_weights_after_loading`` once for every module that has a ``quant_method``, as soon as it has all of the
+    module's parameters; then ``apply``.
     """
 
     @abstractmethod
@@ -46,6 +50,10 @@ class LinearMethodBase(QuantizeMethodBase):
             input_size, output_size: of the whole layer, over all ranks.
         """
 
+    @abstractmethod
+    def dequantized_weight(self, layer: nn.Module) -> torch.Tensor:
+        """This rank's weight [output_size, input_size] in the layer's dtype, once it has been processed."""
+
 
 class EmbeddingMethodBase(QuantizeMethodBase):
     """Of a vocabulary table, which looks rows up and, as a head, multiplies with them (``apply``)."""
@@ -66,7 +74,48 @@ class EmbeddingMethodBase(QuantizeMethodBase):
         """[T] indices of this rank's rows -> [T, embedding_dim]."""
 
 
+class QuantizationError(ValueError):
+    """A checkpoint's quantization, or the one that was asked for, cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """What a scheme is told of the model that it is for.
+
+    Attributes:
+        settings: the checkpoint's ``quantization_config``; empty where the weights are quantized while they load.
+        packed_modules_mapping, rename: of the model class; see ``models.loader``.
+        has_encoders: the language model is a part of a whole (``language_model``) that sees or hears, too.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    packed_modules_mapping: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rename: Sequence[tuple[str, str]] = ()
+    has_encoders: bool = False
+
+    def sources(self, prefix: str) -> list[str]:
+        """What the checkpoint calls the layer, or the layers that it fuses, with ``rename`` applied."""
+        for packed, sources in self.packed_modules_mapping.items():
+            if f".{packed}." in f".{prefix}.":
+                return [f".{prefix}.".replace(f".{packed}.", f".{source}.")[1:-1] for source in sources]
+        return [prefix]
+
+    def is_language(self, prefix: str) -> bool:
+        """Whether the layer is of the language model: encoders of media stay as they are."""
+        parts = prefix.split(".")
+        return not self.has_encoders or "language_model" in parts or parts[0] == "lm_head"
+
+
 class QuantizationConfig(ABC):
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        """The scheme for a model.
+
+        Raises:
+            QuantizationError: ``model.settings`` ask for what the scheme cannot do.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def get_name(self) -> str:
         """The scheme's name, as in ``--quantization``."""
@@ -74,3 +123,7 @@ class QuantizationConfig(ABC):
     @abstractmethod
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
+
+    def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a checkpoint's tensor that has no place in the model says nothing that is missed."""
+        return False

@@ -27,6 +27,9 @@ class UnquantizedLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x, cast(torch.Tensor, layer.weight), bias)
 
+    def dequantized_weight(self, layer: nn.Module) -> torch.Tensor:
+        return cast(torch.Tensor, layer.weight)
+
 
 class UnquantizedEmbeddingMethod(EmbeddingMethodBase):
     def create_weights(

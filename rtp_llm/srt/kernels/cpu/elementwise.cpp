@@ -1,0 +1,274 @@
+// Norms, gated activations and rotations: one pass over memory each, rounded where kernels/reference.py rounds.
+#include <initializer_list>
+
+#include "common.h"
+
+// ---- helpers
+
+// Elements from which a parallel region saves more than it costs.
+constexpr int64_t WORTH_THREADS = 32768;
+
+// body(i) for every i below n, whose work touches `elements` in all.
+template <class F>
+static INLINE void parallel_for(int64_t n, int64_t elements, F body) {
+    if (elements < WORTH_THREADS || n == 1) {
+        for (int64_t i = 0; i < n; i++) body(i);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) body(i);
+}
+
+struct Whole {};  // a vector with all its lanes; an int in its place: the first so many
+
+// body(i, Whole) for every whole vector of a row of n elements, body(i, count) for what is left over.
+template <class F>
+static INLINE void by_vectors(int64_t n, F body) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) body(i, Whole{});
+    if (i < n) body(i, int(n - i));
+}
+
+template <class T>
+static INLINE vec load(const T* p, Whole, float = 0) { return load(p); }
+template <class T>
+static INLINE vec load(const T* p, int count, float fill = 0) { return load_part(p, count, fill); }
+template <class T>
+static INLINE void store(T* p, vec x, Whole) { store(p, x); }
+template <class T>
+static INLINE void store(T* p, vec x, int count) { store_part(p, x, count); }
+
+// x as it would be after a store in T.
+template <class T>
+static INLINE vec rounded(vec x) {
+    T buffer[LANES];
+    store(buffer, x);
+    return load(buffer);
+}
+template <>
+INLINE vec rounded<float>(vec x) {
+    return x;
+}
+template <class T>
+static INLINE float rounded(float x) {
+    return to_float(from_float<T>(x));
+}
+
+// ---- norms
+
+enum NormKind { RMS, GEMMA, LAYER };
+
+// y = norm(x) of one row; `given` is x, or x + residual, already rounded to T.
+template <class T, NormKind kind>
+static INLINE void norm_row(const T* given, const T* weight, const T* bias, T* y, int64_t size, float eps) {
+    float mean = 0;
+    if (kind == LAYER) {
+        vec total{};
+        by_vectors(size, [&](int64_t i, auto part) { total += load(given + i, part); });
+        mean = sum(total) / size;
+    }
+    vec squares{};
+    by_vectors(size, [&](int64_t i, auto part) {
+        vec x = load(given + i, part, mean) - mean;
+        squares += x * x;
+    });
+    float scale = 1.0f / std::sqrt(sum(squares) / size + eps);
+    by_vectors(size, [&](int64_t i, auto part) {
+        vec x = load(given + i, part), w = load(weight + i, part);
+        if (kind == RMS) x = rounded<T>(x * scale) * w;
+        if (kind == GEMMA) x = x * scale * (w + 1.0f);
+        if (kind == LAYER) x = (x - mean) * scale * w + (bias ? load(bias + i, part) : vec{});
+        store(y + i, x, part);
+    });
+}
+
+// Rows lie in two levels, at outer_stride and within it at inner_stride; y is contiguous. With a residual (inner is 1)
+// its sum with x, rounded, is what is normed, and goes to `added`.
+template <class T, NormKind kind>
+static void norm(const T* x, const T* residual, const T* weight, const T* bias, T* y, T* added, int64_t outer,
+                 int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t residual_stride, int64_t size,
+                 float eps) {
+    parallel_for(outer, outer * inner * size, [&](int64_t o) {
+        for (int64_t i = 0; i < inner; i++) {
+            const T* row = x + o * outer_stride + i * inner_stride;
+            int64_t at = (o * inner + i) * size;
+            if (residual) {
+                const T* more = residual + o * residual_stride;
+                by_vectors(size, [&](int64_t j, auto part) {
+                    store(added + at + j, load(row + j, part) + load(more + j, part), part);
+                });
+                row = added + at;
+            }
+            norm_row<T, kind>(row, weight, bias, y + at, size, eps);
+        }
+    });
+}
+
+#define EXPORT_NORM(name, T, kind)                                                                                  \
+    KERNEL void name(const T* x, const T* residual, const T* weight, const T* bias, T* y, T* added, int64_t outer,  \
+                     int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t residual_stride,            \
+                     int64_t size, float eps) {                                                                     \
+        norm<T, kind>(x, residual, weight, bias, y, added, outer, inner, outer_stride, inner_stride,                \
+                      residual_stride, size, eps);                                                                  \
+    }
+EXPORT_NORM(rms_norm_f32, float, RMS)
+EXPORT_NORM(rms_norm_bf16, bf16, RMS)
+EXPORT_NORM(gemma_rms_norm_f32, float, GEMMA)
+EXPORT_NORM(gemma_rms_norm_bf16, bf16, GEMMA)
+EXPORT_NORM(layer_norm_f32, float, LAYER)
+EXPORT_NORM(layer_norm_bf16, bf16, LAYER)
+
+// ---- gated activations
+
+static INLINE vec silu(vec x) { return x / (exp(-x) + 1.0f); }
+
+// x * Phi(x) with Phi's approximation by a hyperbolic tangent, 0.5 * (1 + tanh(z)) = 1 / (1 + exp(-2 z)).
+static INLINE vec gelu_tanh(vec x) {
+    vec z = (x * x * 0.044715f + 1.0f) * x * 0.79788456080286536f;
+    return x / (exp(z * -2.0f) + 1.0f);
+}
+
+// The error function's complement for z >= 0, relative error below 1e-6, as in Cephes (Moshier).
+static INLINE vec erfc(vec z) {
+    vec q = z * z;
+    vec near = splat(7.853861353153693e-5f);
+    near = near * q - 8.010193625184903e-4f;
+    near = near * q + 5.188327685732524e-3f;
+    near = near * q - 2.685381193529856e-2f;
+    near = near * q + 1.128358514861418e-1f;
+    near = near * q - 3.761262582423300e-1f;
+    near = near * q + 1.128379165726710f;
+    vec r = 1.0f / max(z, splat(1.0f)), s = r * r;
+    vec mid = splat(2.326819970068386e-2f);
+    mid = mid * s - 1.387039388740657e-1f;
+    mid = mid * s + 3.687424674597105e-1f;
+    mid = mid * s - 5.824733027278666e-1f;
+    mid = mid * s + 6.210004621745983e-1f;
+    mid = mid * s - 4.944515323274145e-1f;
+    mid = mid * s + 3.404879937665872e-1f;
+    mid = mid * s - 2.741127028184656e-1f;
+    mid = mid * s + 5.638259427386472e-1f;
+    vec far = splat(-1.047766399936249e1f);
+    far = far * s + 1.297719955372516e1f;
+    far = far * s - 7.495518717768503f;
+    far = far * s + 2.921019019210786f;
+    far = far * s - 1.015265279202700f;
+    far = far * s + 4.218463358204948e-1f;
+    far = far * s - 2.820767439740514e-1f;
+    far = far * s + 5.641895067754075e-1f;
+    vec tail = exp(-q) * r * (z < 2.0f ? mid : far);
+    return z < 1.0f ? 1.0f - z * near : tail;
+}
+
+static INLINE vec gelu_erf(vec x) {
+    vec half = erfc((x < 0.0f ? -x : x) * 0.70710678118654752f) * 0.5f;
+    return x * (x < 0.0f ? half : 1.0f - half);
+}
+
+// y[rows, size] = rounded(f(first half)) * second half of x[rows, 2 * size].
+template <class T, class F>
+static INLINE void gated(const T* x, T* y, int64_t rows, int64_t size, int64_t stride, F f) {
+    parallel_for(rows, rows * size, [&](int64_t row) {
+        const T *gate = x + row * stride, *up = gate + size;
+        by_vectors(size, [&](int64_t i, auto part) {
+            store(y + row * size + i, rounded<T>(f(load(gate + i, part))) * load(up + i, part), part);
+        });
+    });
+}
+
+// GPT-OSS: gate at even places, up at odd ones.
+template <class T>
+static void swiglu_oai(const T* x, T* y, int64_t rows, int64_t size, int64_t stride, float alpha, float limit) {
+    parallel_for(rows, rows * size, [&](int64_t row) {
+        float gates[LANES] = {}, ups[LANES] = {};
+        for (int64_t i = 0; i < size; i += LANES) {
+            int count = size - i < LANES ? int(size - i) : LANES;
+            const T* pairs = x + row * stride + 2 * i;
+            for (int j = 0; j < count; j++) gates[j] = to_float(pairs[2 * j]), ups[j] = to_float(pairs[2 * j + 1]);
+            vec gate = load(gates), up = load(ups), top = splat(limit);
+            gate = gate > top ? top : gate;
+            up = up > top ? top : up < -top ? -top : up;
+            vec sigmoid = rounded<T>(1.0f / (exp(-rounded<T>(gate * alpha)) + 1.0f));
+            store_part(y + row * size + i, rounded<T>(rounded<T>(up + 1.0f) * gate) * sigmoid, count);
+        }
+    });
+}
+
+#define EXPORT_GATED(name, T, f)                                                           \
+    KERNEL void name(const T* x, T* y, int64_t rows, int64_t size, int64_t stride) {       \
+        gated(x, y, rows, size, stride, [](vec gate) { return f(gate); });                 \
+    }
+EXPORT_GATED(silu_and_mul_f32, float, silu)
+EXPORT_GATED(silu_and_mul_bf16, bf16, silu)
+EXPORT_GATED(gelu_and_mul_f32, float, gelu_erf)
+EXPORT_GATED(gelu_and_mul_bf16, bf16, gelu_erf)
+EXPORT_GATED(gelu_tanh_and_mul_f32, float, gelu_tanh)
+EXPORT_GATED(gelu_tanh_and_mul_bf16, bf16, gelu_tanh)
+
+KERNEL void swiglu_oai_and_mul_f32(const float* x, float* y, int64_t rows, int64_t size, int64_t stride, float alpha,
+                                   float limit) {
+    swiglu_oai(x, y, rows, size, stride, alpha, limit);
+}
+KERNEL void swiglu_oai_and_mul_bf16(const bf16* x, bf16* y, int64_t rows, int64_t size, int64_t stride, float alpha,
+                                    float limit) {
+    swiglu_oai(x, y, rows, size, stride, alpha, limit);
+}
+
+// ---- rotary positions
+
+// One head: pairs (i, i + half), or (2i, 2i + 1). Each product is rounded, as torch's are. y may be x.
+template <class T>
+static INLINE void rotate_head(const T* x, T* y, const T* cos, const T* sin, int64_t half, int64_t head_size,
+                               bool is_neox) {
+    if (is_neox) {
+        by_vectors(half, [&](int64_t i, auto part) {
+            vec first = load(x + i, part), second = load(x + half + i, part);
+            vec c = load(cos + i, part), s = load(sin + i, part);
+            store(y + i, rounded<T>(first * c) - rounded<T>(second * s), part);
+            store(y + half + i, rounded<T>(second * c) + rounded<T>(first * s), part);
+        });
+    } else {
+        for (int64_t i = 0; i < half; i++) {
+            float first = to_float(x[2 * i]), second = to_float(x[2 * i + 1]);
+            float c = to_float(cos[i]), s = to_float(sin[i]);
+            y[2 * i] = from_float<T>(rounded<T>(first * c) - rounded<T>(second * s));
+            y[2 * i + 1] = from_float<T>(rounded<T>(second * c) + rounded<T>(first * s));
+        }
+    }
+    if (y != x) std::memcpy(y + 2 * half, x + 2 * half, (head_size - 2 * half) * sizeof(T));
+}
+
+template <class T>
+struct Heads {
+    const T* x;
+    T* y;
+    int64_t num_heads, x_token_stride, x_head_stride, y_token_stride, y_head_stride;
+};
+
+template <class T>
+static void rotate(Heads<T> q, Heads<T> k, const T* cos, const T* sin, int64_t num_tokens, int64_t half,
+                   int64_t head_size, bool is_neox) {
+    int64_t elements = num_tokens * (q.num_heads + k.num_heads) * head_size;
+    parallel_for(num_tokens, elements, [&](int64_t token) {
+        for (const Heads<T>& heads : {q, k}) {
+            for (int64_t head = 0; head < heads.num_heads; head++) {
+                rotate_head(heads.x + token * heads.x_token_stride + head * heads.x_head_stride,
+                            heads.y + token * heads.y_token_stride + head * heads.y_head_stride, cos + token * half,
+                            sin + token * half, half, head_size, is_neox);
+            }
+        }
+    });
+}
+
+#define EXPORT_ROTARY(name, T)                                                                                       \
+    KERNEL void name(const T* q, T* q_out, int64_t q_heads, int64_t q_token_stride, int64_t q_head_stride,           \
+                     int64_t q_out_token_stride, int64_t q_out_head_stride, const T* k, T* k_out, int64_t k_heads,   \
+                     int64_t k_token_stride, int64_t k_head_stride, int64_t k_out_token_stride,                      \
+                     int64_t k_out_head_stride, const T* cos, const T* sin, int64_t num_tokens, int64_t half,        \
+                     int64_t head_size, int is_neox) {                                                               \
+        rotate<T>({q, q_out, q_heads, q_token_stride, q_head_stride, q_out_token_stride, q_out_head_stride},         \
+                  {k, k_out, k_heads, k_token_stride, k_head_stride, k_out_token_stride, k_out_head_stride}, cos,    \
+                  sin, num_tokens, half, head_size, is_neox);                                                        \
+    }
+EXPORT_ROTARY(rotary_f32, float)
+EXPORT_ROTARY(rotary_bf16, bf16)

@@ -1,0 +1,628 @@
+// Linear layers on packed weights: y = x W^T + bias, for bfloat16, int8 and int4 weights.
+//
+// A weight [N, K] is packed into panels of PANEL outputs. Within a panel the inputs run slowest, a few of them together
+// in 32 bits (a *unit*: two bfloat16 or four int8), so that a panel is read once from its start to its end and every
+// load fills whole registers:
+//
+//     bfloat16  [panels][units][PANEL][2]            a unit is 2 inputs
+//     int8      [panels][units][PANEL][4]            a unit is 4 inputs
+//     int4      [panels][units / 2][PANEL][4 bytes]  the lower halves of 4 bytes are a unit, the upper halves the next
+//
+// Rows of x are taken up to ROWS at a time against one panel, and all of the sums stay in registers: with few rows a
+// product costs the reading of its weights, with many the multiplications. Many rows are first laid out in the order in
+// which they are read. Threads share the panels; a row's result depends on nothing but itself.
+#include "common.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+namespace {
+
+constexpr int PANEL = 32;
+constexpr int VECS = PANEL / LANES;
+constexpr int ROWS = LANES == 16 ? 12 : 4;  // as many sums as there are registers for
+constexpr int TILES_IN_PLACE = 2;           // of rows that are read from where they are
+constexpr int PANELS_AT_ONCE = 4;           // that a thread takes; a tile of rows stays in its cache meanwhile
+constexpr int UNITS_AHEAD = 24;             // weights are asked for so much before they are read
+
+typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
+
+typedef uint8_t bytes_vec __attribute__((vector_size(LANES), aligned(1)));
+
+INLINE ivec load_bits(const void* p) { return *static_cast<const ivec_unaligned*>(p); }
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory of the calling thread that is kept from call to call. Each SLOT is memory of its own.
+template <class T, int SLOT>
+T* scratch(int64_t count) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local int64_t capacity = 0;
+    int64_t needed = count * int64_t(sizeof(T)) + 64;
+    if (needed > capacity) {
+        memory.reset(new char[needed]);
+        capacity = needed;
+    }
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
+}
+
+// ---- what one unit of the inputs adds to the sums of one register of outputs
+
+INLINE vec add_bf16(vec sum, uint32_t x, const uint32_t* w) {
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(int(x)));
+#else
+    ivec pair = load_bits(w);
+    sum += splat(to_float(bf16{uint16_t(x)})) * (vec)(pair << 16);
+    return sum + splat(to_float(bf16{uint16_t(x >> 16)})) * (vec)(pair & int32_t(0xffff0000));
+#endif
+}
+
+// Four unsigned bytes of one factor and four signed ones of the other.
+INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#else
+    for (int i = 0; i < 4; i++)
+        sum += ((unsigned_bytes >> (8 * i)) & 0xff) * ((signed_bytes << (24 - 8 * i)) >> 24);
+    return sum;
+#endif
+}
+
+INLINE void ahead(const uint32_t* w) {
+    __builtin_prefetch(w + UNITS_AHEAD * PANEL);
+    __builtin_prefetch(w + UNITS_AHEAD * PANEL + PANEL / 2);
+}
+
+// ---- rows of x
+
+// Unit u of row r is at units[r * row + u * unit].
+struct Rows {
+    const uint32_t* units;
+    int64_t row, unit;
+    INLINE uint32_t at(int64_t r, int64_t u) const { return units[r * row + u * unit]; }
+};
+
+// Cut into tiles of nearly equal size.
+struct Tiles {
+    int64_t rows, count;
+    explicit Tiles(int64_t rows) : rows(rows), count(divide_up(rows, ROWS)) {}
+    int64_t start(int64_t tile) const { return rows * tile / count; }
+};
+
+// bfloat16 rows as units.
+class Input {
+   public:
+    const Tiles tiles;
+
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K)
+        : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
+        even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
+        packed_ = even_ && tiles.count <= TILES_IN_PLACE ? nullptr : scratch<uint32_t, 0>(M * units_);
+    }
+
+    // To be called by all threads of a team.
+    void pack() {
+        if (!packed_) return;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles.count; t++) pack_tile(tiles.start(t), tiles.start(t + 1) - tiles.start(t));
+    }
+
+    Rows rows(int64_t start, int64_t count) const {
+        if (!packed_) return {reinterpret_cast<const uint32_t*>(x_ + start * stride_), stride_ / 2, 1};
+        return {packed_ + start * units_, 1, count};
+    }
+
+   private:
+    void pack_tile(int64_t start, int64_t count) {
+        uint32_t* to = packed_ + start * units_;
+        for (int64_t block = 0; block < units_; block += 16) {  // a cache line of each row at a time
+            int64_t end = std::min(block + 16, units_);
+            for (int64_t r = 0; r < count; r++) {
+                const bf16* row = x_ + (start + r) * stride_;
+                if (even_) {
+                    const uint32_t* from = reinterpret_cast<const uint32_t*>(row);
+                    for (int64_t u = block; u < end; u++) to[u * count + r] = from[u];
+                } else {
+                    for (int64_t u = block; u < end; u++) {
+                        uint32_t second = 2 * u + 1 < K_ ? row[2 * u + 1].bits : 0;
+                        to[u * count + r] = row[2 * u].bits | second << 16;
+                    }
+                }
+            }
+        }
+    }
+
+    const bf16* x_;
+    int64_t stride_, K_, units_;
+    bool even_;
+    uint32_t* packed_;
+};
+
+// Rows as bytes: each group of `group` inputs by a scale of its own, so that the largest becomes 127. `offset` is added
+// to every byte. Rows end in zeros, so that groups are whole.
+class Bytes {
+   public:
+    const Tiles tiles;
+    const int64_t groups;
+    float* scales;    // [M][groups]
+    int32_t* totals;  // [M][groups], without the offset
+
+    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset)
+        : tiles(M), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K), group_(group),
+          units_(groups * group / 4), offset_(offset) {
+        in_place_ = tiles.count <= TILES_IN_PLACE;
+        bytes_ = scratch<uint8_t, 1>(M * units_ * 4);
+        scales = scratch<float, 2>(M * groups);
+        totals = scratch<int32_t, 3>(M * groups);
+    }
+
+    // To be called by all threads of a team.
+    void pack() {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles.count; t++) {
+            int64_t start = tiles.start(t), count = tiles.start(t + 1) - start;
+            uint32_t* row = in_place_ ? nullptr : scratch<uint32_t, 4>(units_);
+            uint32_t* to = reinterpret_cast<uint32_t*>(bytes_) + start * units_;
+            for (int64_t r = 0; r < count; r++) {
+                if (is_float_)
+                    quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r,
+                             in_place_ ? to + r * units_ : row);
+                else
+                    quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r,
+                             in_place_ ? to + r * units_ : row);
+                if (!in_place_)
+                    for (int64_t u = 0; u < units_; u++) to[u * count + r] = row[u];
+            }
+        }
+    }
+
+    Rows rows(int64_t start, int64_t count) const {
+        const uint32_t* units = reinterpret_cast<const uint32_t*>(bytes_) + start * units_;
+        return in_place_ ? Rows{units, units_, 1} : Rows{units, 1, count};
+    }
+
+   private:
+    template <class T>
+    void quantize(const T* x, int64_t row, uint32_t* units) {
+        uint8_t* to = reinterpret_cast<uint8_t*>(units);
+        for (int64_t g = 0; g < groups; g++, to += group_) {
+            int64_t first = g * group_, count = std::min(group_, K_ - first);
+            float most = amax(x + first, count), scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+            ivec total = ivec{};
+            int64_t k = 0;
+            for (; k + LANES <= count; k += LANES) {
+                ivec whole = nearest(load(x + first + k) * inverse);
+                total += whole;
+                bytes_vec bytes = __builtin_convertvector(whole + offset_, bytes_vec);
+                std::memcpy(to + k, &bytes, LANES);
+            }
+            if (k < count) {
+                ivec whole = nearest(load_part(x + first + k, int(count - k)) * inverse);
+                total += whole;
+                for (int i = 0; i < count - k; i++) to[k + i] = uint8_t(whole[i] + offset_);
+            }
+            for (k = count; k < group_; k++) to[k] = uint8_t(offset_);
+            scales[row * groups + g] = scale;
+            totals[row * groups + g] = 0;
+            for (int i = 0; i < LANES; i++) totals[row * groups + g] += total[i];
+        }
+    }
+
+    // The largest magnitude; NaN if there is one.
+    template <class T>
+    static float amax(const T* x, int64_t count) {
+        vec most = vec{};
+        ivec bad = ivec{};
+        int64_t k = 0;
+        for (; k + LANES <= count; k += LANES) {
+            vec value = load(x + k);
+            bad |= (ivec)(value != value);
+            most = max((vec)((ivec)value & 0x7fffffff), most);
+        }
+        if (k < count) {
+            vec value = load_part(x + k, int(count - k));
+            bad |= (ivec)(value != value);
+            most = max((vec)((ivec)value & 0x7fffffff), most);
+        }
+        for (int i = 0; i < LANES; i++)
+            if (bad[i]) return NAN;
+        return largest(most);
+    }
+
+    // The nearest integers; of two as near, the even one.
+    static INLINE ivec nearest(vec x) {
+#if defined(__AVX512F__)
+        return (ivec)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+        return (ivec)_mm256_cvtps_epi32((__m256)x);
+#else
+        return (ivec)(x + 12582912.0f) - (ivec)splat(12582912.0f);
+#endif
+    }
+
+    const void* x_;
+    bool is_float_, in_place_;
+    int64_t stride_, K_, group_, units_;
+    int offset_;
+    uint8_t* bytes_;
+};
+
+// ---- results
+
+struct Output {
+    void* data;
+    int64_t stride, columns;
+    const float* bias;  // [columns] or null
+    bool is_float;
+
+    INLINE void write(int64_t row, int64_t column, vec value) const {
+        if (column >= columns) return;
+        int count = int(std::min<int64_t>(columns - column, LANES));
+        if (bias) value += count == LANES ? load(bias + column) : load_part(bias + column, count);
+        int64_t at = row * stride + column;
+        if (is_float)
+            write_to(static_cast<float*>(data) + at, value, count);
+        else
+            write_to(static_cast<bf16*>(data) + at, value, count);
+    }
+
+   private:
+    template <class T>
+    static INLINE void write_to(T* p, vec value, int count) {
+        count == LANES ? store(p, value) : store_part(p, value, count);
+    }
+};
+
+// Calls f(constant) with the number of rows as a constant.
+template <int R = ROWS, class F>
+INLINE void with_rows(int64_t rows, F&& f) {
+    if constexpr (R >= 1) {
+        if (rows == R)
+            f(std::integral_constant<int, R>{});
+        else
+            with_rows<R - 1>(rows, f);
+    }
+}
+
+// Shares the panels of N outputs among the threads of a team: calls f(first panel, last, first row, number of rows as a
+// constant) for each tile of rows and a few panels at a time.
+template <class F>
+void each_panel(int64_t N, const Tiles& tiles, F&& f) {
+    int64_t panels = divide_up(N, PANEL);
+    int64_t at_once = std::min<int64_t>(PANELS_AT_ONCE, std::max<int64_t>(1, panels / (4 * omp_get_num_threads())));
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < panels; first += at_once)
+        for (int64_t t = 0; t < tiles.count; t++)
+            with_rows(tiles.start(t + 1) - tiles.start(t), [&](auto constant) {
+                f(first, std::min(first + at_once, panels), tiles.start(t), constant);
+            });
+}
+
+// ---- one tile of rows times one panel
+
+template <int R>
+INLINE void tile_bf16(Rows x, const uint32_t* panel, int64_t units, vec (&sums)[R][VECS]) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
+    int64_t u = 0;
+    if constexpr (R <= 4 && LANES == 16) {  // too few sums to hide the latency of a product: two sets of them
+        vec others[R][VECS] = {};
+        for (; u + 2 <= units; u += 2) {
+            const uint32_t* w = panel + u * PANEL;
+            ahead(w);
+            ahead(w + PANEL);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < VECS; v++) {
+                    sums[r][v] = add_bf16(sums[r][v], x.at(r, u), w + v * LANES);
+                    others[r][v] = add_bf16(others[r][v], x.at(r, u + 1), w + PANEL + v * LANES);
+                }
+        }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) sums[r][v] += others[r][v];
+    }
+    for (; u < units; u++) {
+        const uint32_t* w = panel + u * PANEL;
+        ahead(w);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) sums[r][v] = add_bf16(sums[r][v], x.at(r, u), w + v * LANES);
+    }
+}
+
+template <int R>
+INLINE void tile_int8(Rows x, const uint32_t* panel, int64_t units, ivec (&sums)[R][VECS]) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) sums[r][v] = ivec{};
+    for (int64_t u = 0; u < units; u++) {
+        const uint32_t* w = panel + u * PANEL;
+        ahead(w);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++)
+                sums[r][v] = add_bytes(sums[r][v], ivec{} + int32_t(x.at(r, u)), load_bits(w + v * LANES));
+    }
+}
+
+template <int R>
+INLINE void write_tile(const Output& out, int64_t row, int64_t column, const vec (&sums)[R][VECS]) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) out.write(row + r, column + v * LANES, sums[r][v]);
+}
+
+}  // namespace
+
+KERNEL int64_t panel_size() { return PANEL; }
+
+// ---- bfloat16
+
+// weight [N, K], rows `stride` apart -> packed [panels][ceil(K / 2)][PANEL][2], ending in zeros.
+KERNEL void pack_bf16(const bf16* weight, int64_t stride, int64_t N, int64_t K, bf16* packed) {
+    int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL);
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++) {
+        bf16* panel = packed + p * units * PANEL * 2;
+        for (int64_t n = 0; n < PANEL; n++) {
+            const bf16* row = weight + (p * PANEL + n) * stride;
+            bool there = p * PANEL + n < N;
+            for (int64_t k = 0; k < 2 * units; k++)
+                panel[(k / 2) * PANEL * 2 + n * 2 + k % 2] = there && k < K ? row[k] : bf16{0};
+        }
+    }
+}
+
+// Rows `ids` of the weight that was packed -> [count, K].
+KERNEL void rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int64_t K, bf16* out) {
+    int64_t units = divide_up(K, 2);
+    for (int64_t i = 0; i < count; i++) {
+        const bf16* row = packed + (ids[i] / PANEL) * units * PANEL * 2 + (ids[i] % PANEL) * 2;
+        for (int64_t k = 0; k < K; k++) out[i * K + k] = row[(k / 2) * PANEL * 2 + k % 2];
+    }
+}
+
+// out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] float32 or null.
+KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* packed, int64_t N, int64_t K,
+                      const float* bias, void* out, int64_t out_stride, int out_is_float) {
+    int64_t units = divide_up(K, 2);
+    Output output{out, out_stride, N, bias, out_is_float != 0};
+    Input input(x, x_stride, M, K);
+#pragma omp parallel
+    {
+        input.pack();
+        each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
+            constexpr int R = decltype(constant)::value;
+            for (int64_t p = first; p < last; p++) {
+                vec sums[R][VECS];
+                tile_bf16<R>(input.rows(start, R), reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL, units,
+                             sums);
+                write_tile<R>(output, start, p * PANEL, sums);
+            }
+        });
+    }
+}
+
+// ---- int8: weights with a scale per output; rows of x become bytes, each with a scale of its own
+
+// weight [N, K] -> packed [panels][ceil(K / 4)][PANEL][4], ending in zeros, and each output's sum, [panels * PANEL].
+KERNEL void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int32_t* totals) {
+    int64_t units = divide_up(K, 4), panels = divide_up(N, PANEL);
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++) {
+        int8_t* panel = packed + p * units * PANEL * 4;
+        for (int64_t n = 0; n < PANEL; n++) {
+            const int8_t* row = weight + (p * PANEL + n) * K;
+            bool there = p * PANEL + n < N;
+            int32_t total = 0;
+            for (int64_t k = 0; k < 4 * units; k++) {
+                int8_t value = there && k < K ? row[k] : 0;
+                panel[(k / 4) * PANEL * 4 + n * 4 + k % 4] = value;
+                total += value;
+            }
+            totals[p * PANEL + n] = total;
+        }
+    }
+}
+
+// Rows `ids` of the weight that was packed, times their scales -> [count, K].
+KERNEL void rows_int8(const int8_t* packed, const float* scales, const int64_t* ids, int64_t count, int64_t K,
+                      void* out, int out_is_float) {
+    int64_t units = divide_up(K, 4);
+    for (int64_t i = 0; i < count; i++) {
+        const int8_t* row = packed + (ids[i] / PANEL) * units * PANEL * 4 + (ids[i] % PANEL) * 4;
+        for (int64_t k = 0; k < K; k++) {
+            float value = float(row[(k / 4) * PANEL * 4 + k % 4]) * scales[ids[i]];
+            if (out_is_float)
+                static_cast<float*>(out)[i * K + k] = value;
+            else
+                static_cast<bf16*>(out)[i * K + k] = from_float<bf16>(value);
+        }
+    }
+}
+
+// out [M, N] = x [M, K] W^T + bias, of bfloat16 or float32 x. scales, totals: [panels * PANEL].
+KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M, const int8_t* packed,
+                      const float* scales, const int32_t* totals, int64_t N, int64_t K, const float* bias, void* out,
+                      int64_t out_stride, int out_is_float) {
+    int64_t units = divide_up(K, 4);
+    Output output{out, out_stride, N, bias, out_is_float != 0};
+    Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128);
+#pragma omp parallel
+    {
+        input.pack();
+        each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
+            constexpr int R = decltype(constant)::value;
+            for (int64_t p = first; p < last; p++) {
+                ivec sums[R][VECS];
+                vec results[R][VECS];
+                tile_int8<R>(input.rows(start, R), reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL, units,
+                             sums);
+                for (int v = 0; v < VECS; v++) {
+                    ivec total = load_bits(totals + p * PANEL + v * LANES);
+                    vec scale = load(scales + p * PANEL + v * LANES);
+                    for (int r = 0; r < R; r++)  // a byte of x is 128 more than what it stands for
+                        results[r][v] = __builtin_convertvector(sums[r][v] - 128 * total, vec) *
+                                        (scale * splat(input.scales[start + r]));
+                }
+                write_tile<R>(output, start, p * PANEL, results);
+            }
+        });
+    }
+}
+
+// ---- int4: weights (q - zero) * scale, with scale and zero per output and group of neighbouring inputs
+
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int ROWS_AS_BYTES = 6;  // so many rows are multiplied as bytes; for more, a panel is written out in bfloat16
+#else
+constexpr int ROWS_AS_BYTES = 0;
+#endif
+
+struct Int4 {
+    const uint8_t* packed;   // [panels][units / 2][PANEL][4]
+    const uint16_t* scales;  // [panels][groups][PANEL], times what `steps` says
+    const uint8_t* zeros;    // [panels][groups][PANEL], or null: all 8
+    const float* steps;      // [panels * PANEL]
+    int64_t groups, group;   // group: inputs of one, a multiple of 8
+
+    const uint8_t* quarters(int64_t panel) const { return packed + panel * groups * group / 2 * PANEL; }
+
+    INLINE vec scale(int64_t panel, int64_t g, int v) const {
+        hvec bits = *reinterpret_cast<const hvec_unaligned*>(scales + (panel * groups + g) * PANEL + v * LANES);
+        return __builtin_convertvector(__builtin_convertvector(bits, ivec), vec);
+    }
+
+    INLINE vec zero(int64_t panel, int64_t g, int v) const {
+        if (!zeros) return splat(8.0f);
+        bytes_vec bytes = *reinterpret_cast<const bytes_vec*>(zeros + (panel * groups + g) * PANEL + v * LANES);
+        return __builtin_convertvector(__builtin_convertvector(bytes, ivec), vec);
+    }
+
+    INLINE vec step(int64_t panel, int v) const { return load(steps + panel * PANEL + v * LANES); }
+};
+
+// One panel times rows that were made bytes, group by group.
+template <int R>
+INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int64_t panel, vec (&sums)[R][VECS]) {
+    Rows x = input.rows(start, R);
+    const uint8_t* w = weight.quarters(panel);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
+    int64_t unit = 0;
+    for (int64_t g = 0; g < weight.groups; g++) {
+        ivec products[R][VECS];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) products[r][v] = ivec{};
+        for (int64_t end = unit + weight.group / 4; unit < end; unit += 2, w += PANEL * 4) {
+            ahead(reinterpret_cast<const uint32_t*>(w));
+            for (int v = 0; v < VECS; v++) {
+                ivec both = load_bits(w + v * LANES * 4), lower = both & 0x0f0f0f0f, upper = (both >> 4) & 0x0f0f0f0f;
+                for (int r = 0; r < R; r++) {
+                    products[r][v] = add_bytes(products[r][v], lower, ivec{} + int32_t(x.at(r, unit)));
+                    products[r][v] = add_bytes(products[r][v], upper, ivec{} + int32_t(x.at(r, unit + 1)));
+                }
+            }
+        }
+        for (int v = 0; v < VECS; v++) {
+            vec scale = weight.scale(panel, g, v), zero = weight.zero(panel, g, v);
+            for (int r = 0; r < R; r++) {
+                int64_t at = (start + r) * input.groups + g;
+                vec product = __builtin_convertvector(products[r][v], vec) - zero * splat(float(input.totals[at]));
+                sums[r][v] += product * (scale * splat(input.scales[at]));
+            }
+        }
+    }
+    for (int v = 0; v < VECS; v++)
+        for (int r = 0; r < R; r++) sums[r][v] *= weight.step(panel, v);
+}
+
+INLINE ivec bf16_bits(vec x) {
+    ivec bits = (ivec)x;
+    return ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+}
+
+// One panel in bfloat16: [groups * group / 2][PANEL][2].
+void write_out(const Int4& weight, int64_t panel, uint32_t* out) {
+    const uint8_t* w = weight.quarters(panel);
+    for (int64_t g = 0; g < weight.groups; g++) {
+        vec scales[VECS], offsets[VECS];
+        for (int v = 0; v < VECS; v++) {
+            scales[v] = weight.scale(panel, g, v) * weight.step(panel, v);
+            offsets[v] = weight.zero(panel, g, v);
+        }
+        for (int64_t pair = 0; pair < weight.group / 8; pair++, w += PANEL * 4, out += 4 * PANEL)
+            for (int v = 0; v < VECS; v++) {
+                ivec bits = load_bits(w + v * LANES * 4);
+                for (int two = 0; two < 4; two++) {  // inputs 2 * two and 2 * two + 1 of eight
+                    int shift = two < 2 ? 16 * two : 16 * (two - 2) + 4;
+                    vec first = __builtin_convertvector((bits >> shift) & 15, vec);
+                    vec second = __builtin_convertvector((bits >> (shift + 8)) & 15, vec);
+                    ivec made = bf16_bits((first - offsets[v]) * scales[v]) |
+                                bf16_bits((second - offsets[v]) * scales[v]) << 16;
+                    std::memcpy(out + two * PANEL + v * LANES, &made, sizeof made);
+                }
+            }
+    }
+}
+
+}  // namespace
+
+// values [N, groups * group] of 0..15, a byte each -> packed [panels][groups * group / 8][PANEL][4], ending in zeros.
+KERNEL void pack_int4(const uint8_t* values, int64_t N, int64_t inputs, uint8_t* packed) {
+    int64_t pairs = inputs / 8, panels = divide_up(N, PANEL);
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t n = 0; n < PANEL; n++) {
+            const uint8_t* row = values + (p * PANEL + n) * inputs;
+            bool there = p * PANEL + n < N;
+            for (int64_t pair = 0; pair < pairs; pair++)
+                for (int64_t i = 0; i < 4; i++)
+                    packed[((p * pairs + pair) * PANEL + n) * 4 + i] =
+                        there ? uint8_t(row[pair * 8 + i] | row[pair * 8 + 4 + i] << 4) : 0;
+        }
+}
+
+// out [M, N] = x [M, K] W^T + bias, of bfloat16 x; see Int4 for what the weight consists of.
+KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const uint16_t* scales,
+                      const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const float* bias,
+                      void* out, int64_t out_stride, int out_is_float) {
+    Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};
+    Output output{out, out_stride, N, bias, out_is_float != 0};
+    if (M <= ROWS_AS_BYTES) {
+        Bytes input(x, false, x_stride, M, K, group, 0);
+#pragma omp parallel
+        {
+            input.pack();
+            each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
+                constexpr int R = decltype(constant)::value;
+                if constexpr (R <= ROWS_AS_BYTES)
+                    for (int64_t p = first; p < last; p++) {
+                        vec sums[R][VECS];
+                        tile_int4<R>(input, start, weight, p, sums);
+                        write_tile<R>(output, start, p * PANEL, sums);
+                    }
+            });
+        }
+        return;
+    }
+    Input input(x, x_stride, M, K);
+    int64_t panels = divide_up(N, PANEL), units = divide_up(K, 2);
+#pragma omp parallel
+    {
+        uint32_t* panel = scratch<uint32_t, 5>(weight.groups * group / 2 * PANEL);
+        input.pack();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t p = 0; p < panels; p++) {
+            write_out(weight, p, panel);
+            for (int64_t t = 0; t < input.tiles.count; t++) {
+                int64_t start = input.tiles.start(t);
+                with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
+                    constexpr int R = decltype(constant)::value;
+                    vec sums[R][VECS];
+                    tile_bf16<R>(input.rows(start, R), panel, units, sums);
+                    write_tile<R>(output, start, p * PANEL, sums);
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+"""Weights of linear layers packed for the products of gemm.cpp.
+
+A packed weight stands for a matrix [N, K]. ``apply(x, bias)`` is ``x @ weight.T + bias``; ``rows(ids)`` gives rows
+back, so that a vocabulary table that is also the head is stored once.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, address, bind
+
+PANEL = 32  # outputs that are packed together, as in gemm.cpp
+STEPS = 65535  # scales of int4 groups are stored as so many steps of their output's largest
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    output = (POINTER, POINTER, INT64, INT)  # bias, out, out_stride, out_is_float
+    types = {
+        "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
+        "rows_bf16": (POINTER, POINTER, INT64, INT64, POINTER),
+        "gemm_bf16": (POINTER, INT64, INT64, POINTER, INT64, INT64, *output),
+        "pack_int8": (POINTER, INT64, INT64, POINTER, POINTER),
+        "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, POINTER, INT),
+        "gemm_int8": (POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, INT64, INT64, *output),
+        "pack_int4": (POINTER, INT64, INT64, POINTER),
+        "gemm_int4": (POINTER, INT64, INT64, POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, *output),
+    }
+    return bind("gemm", name, *types[name])
+
+
+class PackedWeight:
+    """What the packed forms share."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.num_panels = -(-shape[0] // PANEL)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is stored."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """[..., K] -> [..., N] in ``out_dtype``: bfloat16 or float32; None: that of x."""
+        inputs = x.reshape(-1, x.shape[-1])
+        if inputs.shape[1] != self.shape[1]:
+            raise ValueError(
+                f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {inputs.shape[1]}"
+            )
+        if inputs.stride(1) != 1:
+            inputs = inputs.contiguous()
+        out = torch.empty(inputs.shape[0], self.shape[0], dtype=out_dtype or x.dtype)
+        if inputs.shape[0]:
+            self._multiply(inputs, None if bias is None else bias.float(), out)
+        return out.view(*x.shape[:-1], self.shape[0])
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, int, int, int]:
+    return address(bias), out.data_ptr(), out.shape[1], out.dtype == torch.float32
+
+
+class PackedBFloat16(PackedWeight):
+    """weight: [N, K] bfloat16, whose last dimension is contiguous."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
+            raise ValueError(f"expected contiguous rows in bfloat16, not {weight.dtype} of strides {weight.stride()}")
+        rows, inputs = self.shape
+        self.packed = torch.empty(self.num_panels, -(-inputs // 2), PANEL, 2, dtype=torch.bfloat16)
+        _function("pack_bf16")(weight.data_ptr(), weight.stride(0), rows, inputs, self.packed.data_ptr())
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.packed]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K] bfloat16."""
+        ids = _checked(ids, self.shape[0])
+        out = torch.empty(*ids.shape, self.shape[1], dtype=torch.bfloat16)
+        _function("rows_bf16")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), self.shape[1], out.data_ptr())
+        return out
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"a bfloat16 weight multiplies bfloat16, not {x.dtype}")
+        _function("gemm_bf16")(
+            x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *_target(out, bias)
+        )
+
+
+class PackedInt8(PackedWeight):
+    """weight: [N, K] int8, times scales: [N] float32. Rows of x become int8 too, each by a scale of its own."""
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        weight = weight.contiguous()
+        rows, inputs = self.shape
+        self.packed = torch.empty(self.num_panels, -(-inputs // 4), PANEL, 4, dtype=torch.int8)
+        self.totals = torch.empty(self.num_panels * PANEL, dtype=torch.int32)
+        self.scales = torch.zeros(self.num_panels * PANEL, dtype=torch.float32)
+        self.scales[:rows] = scales
+        _function("pack_int8")(weight.data_ptr(), rows, inputs, self.packed.data_ptr(), self.totals.data_ptr())
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.packed, self.scales, self.totals]
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """[...] int64 -> [..., K], weights times scales."""
+        ids = _checked(ids, self.shape[0])
+        out = torch.empty(*ids.shape, self.shape[1], dtype=dtype)
+        _function("rows_int8")(
+            self.packed.data_ptr(), self.scales.data_ptr(), ids.data_ptr(), ids.numel(), self.shape[1], out.data_ptr(),
+            dtype == torch.float32,
+        )  # fmt: skip
+        return out
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        _function("gemm_int8")(
+            x.data_ptr(), x.dtype == torch.float32, x.stride(0), x.shape[0], self.packed.data_ptr(),
+            self.scales.data_ptr(), self.totals.data_ptr(), *self.shape, *_target(out, bias),
+        )  # fmt: skip
+
+
+class PackedInt4(PackedWeight):
+    """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
+
+    scales: [N, groups] float32, none negative; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
+    the last group may be shorter. A few rows of x become int8 by group; for more, weights become bfloat16.
+    """
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        rows, inputs = self.shape
+        groups = -(-inputs // group_size)
+        if group_size % 8 or scales.shape != (rows, groups):
+            raise ValueError(
+                f"groups must be of a multiple of 8 inputs, with scales of {[rows, groups]}, not of {group_size} with "
+                f"{list(scales.shape)}"
+            )
+        self.group_size = group_size
+        padded = torch.nn.functional.pad(weight, (0, groups * group_size - inputs)).contiguous()
+        self.packed = torch.empty(self.num_panels, groups * group_size // 8, PANEL, 4, dtype=torch.uint8)
+        _function("pack_int4")(padded.data_ptr(), rows, padded.shape[1], self.packed.data_ptr())
+        largest = scales.amax(dim=1)
+        steps = (scales / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None] * STEPS).round()
+        self.scales = self._panels(steps.to(torch.int32).to(torch.uint16))
+        self.steps = torch.nn.functional.pad(largest / STEPS, (0, self.num_panels * PANEL - rows))
+        self.zeros = None if zeros is None or bool((zeros == 8).all()) else self._panels(zeros)
+
+    def _panels(self, table: torch.Tensor) -> torch.Tensor:
+        """[N, groups] -> [panels, groups, PANEL]."""
+        rows, groups = table.shape
+        result = torch.zeros(self.num_panels * PANEL, groups, dtype=table.dtype)
+        result[:rows] = table
+        return result.view(self.num_panels, PANEL, groups).transpose(1, 2).contiguous()
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.packed, self.scales, self.steps, self.zeros) if t is not None]
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"a packed int4 weight multiplies bfloat16, not {x.dtype}")
+        _function("gemm_int4")(
+            x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), self.scales.data_ptr(), address(self.zeros),
+            self.steps.data_ptr(), self.group_size, *self.shape, *_target(out, bias),
+        )  # fmt: skip
+
+
+def _checked(ids: torch.Tensor, num_rows: int) -> torch.Tensor:
+    ids = ids.contiguous()
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_rows:
+        raise IndexError(f"ids must be in [0, {num_rows}), not {int(ids.min())} to {int(ids.max())}")
+    return ids

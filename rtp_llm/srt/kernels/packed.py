@@ -1,0 +1,172 @@
+"""Weights in the form that products read them in. A layer packs its weight once, after loading, and keeps only this."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from rtp_llm.srt.kernels import reference
+
+ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
+
+
+class PackedWeight(Protocol):
+    """A weight of [N, K]."""
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x @ weight.T + bias``: [..., K] -> [..., N] in x's dtype."""
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[T] int64 -> [T, K]: rows of the weight; float32, or the dtype of a weight that is not quantized."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """What it is made of."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedDense:
+    """A weight as it is, [N, K]."""
+
+    weight: torch.Tensor
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, self.weight, bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self.weight,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedInt8:
+    """See ``reference.linear_int8``."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return reference.linear_int8(x, self.weight, self.scales, bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids].float() * self.scales[ids, None]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self.weight, self.scales)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedGroups:
+    """Values of 4 or 8 bits in groups: see ``reference.linear_int4`` and ``linear_uint8``."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    group_size: int
+    bits: int
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        linear = reference.linear_int4 if self.bits == 4 else reference.linear_uint8
+        outputs = []
+        for start in range(0, len(self.weight), ROWS_AT_ONCE):
+            piece = slice(start, start + ROWS_AT_ONCE)
+            outputs.append(linear(x, *self._cut(piece), self.group_size, None if bias is None else bias[piece]))
+        return torch.cat(outputs, dim=-1)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        dequantize = reference.dequantize_int4 if self.bits == 4 else reference.dequantize_uint8
+        return dequantize(*self._cut(ids), self.group_size)
+
+    def _cut(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.weight[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return tuple(tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None)
+
+
+def pack_dense(weight: torch.Tensor) -> PackedWeight:
+    """[N, K], float32 or a type of 16 bits."""
+    return PackedDense(weight)
+
+
+def pack_int8(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+    """[N, K] int8 and [N] float32; products are those of ``reference.linear_int8``."""
+    return PackedInt8(weight, scales)
+
+
+def pack_int4(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> PackedWeight:
+    """[N, K / 2] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_int4``."""
+    return PackedGroups(weight, scales, zeros, group_size, bits=4)
+
+
+def pack_uint8(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+) -> PackedWeight:
+    """[N, K] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_uint8``."""
+    return PackedGroups(weight, scales, zeros, group_size, bits=8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reordered:
+    """A weight whose columns stand in another order: column i is that of input ``order[i]``."""
+
+    packed: PackedWeight
+    order: torch.Tensor  # [K] int64
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.packed.apply(x[..., self.order], bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.packed.rows(ids)
+        return torch.empty_like(rows).index_copy_(-1, self.order, rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.order.nbytes
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (*self.packed.tensors(), self.order)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SideBySide:
+    """Weights of the same inputs, their outputs one after the other; ``sizes``: how many outputs each has."""
+
+    parts: Sequence[PackedWeight]
+    sizes: Sequence[int]
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        biases = [None] * len(self.parts) if bias is None else bias.split(list(self.sizes))
+        return torch.cat([part.apply(x, own) for part, own in zip(self.parts, biases, strict=True)], dim=-1)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        every = [part.rows(torch.arange(size, device=ids.device)) for part, size in zip(self.parts, self.sizes, strict=True)]
+        return torch.cat(every)[ids]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors())

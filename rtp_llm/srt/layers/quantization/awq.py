@@ -1,0 +1,75 @@
+"""AWQ checkpoints (Lin et al., 2023) of 4 bits, as AutoAWQ writes them, version gemm.
+
+Per layer: ``qweight`` [K, N / 8] int32; ``qzeros`` [groups, N / 8] int32; ``scales`` [groups, N]. A word holds eight
+neighbouring outputs, from its lowest bits on in the order of ``ORDER``.
+"""
+
+from typing import Self
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import (
+    QuantizationConfig,
+    QuantizationError,
+    QuantizedModel,
+    QuantizeMethodBase,
+)
+from rtp_llm.srt.layers.quantization.grouped import GroupedLinearMethod, GroupFormat, unpack_words
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer, refuse_experts
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_PLACES = tuple(ORDER.index(output) for output in range(8))
+
+
+class AWQConfig(QuantizationConfig):
+    def __init__(self, model: QuantizedModel, group_format: GroupFormat) -> None:
+        self.model = model
+        self.format = group_format
+        self.rules = LayerRules(model, model.settings.get("modules_to_not_convert") or [])
+
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        settings = {key: value.lower() if isinstance(value, str) else value for key, value in model.settings.items()}
+        bits = choice(settings, "w_bit" if "w_bit" in settings else "bits", (4,))
+        choice(settings, "version", ("gemm",), "gemm")
+        if not settings.get("zero_point", True):
+            raise QuantizationError("quantization_config: zero_point: false is not supported for AWQ")
+        group_size = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
+        return cls(model, awq_format(bits, group_size))
+
+    def get_name(self) -> str:
+        return "awq"
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not self.model.is_language(prefix) or isinstance(layer, VocabParallelEmbedding):
+            return None
+        if self.rules.leaves(prefix):
+            return None
+        if isinstance(layer, LinearBase):
+            return GroupedLinearMethod(self.format)
+        return refuse_experts(layer, prefix, self.get_name())
+
+
+def awq_format(bits: int, group_size: int) -> GroupFormat:
+    def to_weight(words: torch.Tensor) -> torch.Tensor:
+        columns = unpack_outputs(words).t()
+        return columns[:, 0::2] | columns[:, 1::2] << 4
+
+    return GroupFormat(
+        bits,
+        None if group_size == -1 else group_size,
+        weight="qweight",
+        to_weight=to_weight,
+        scales="scales",
+        to_scales=torch.t,
+        zeros="qzeros",
+        to_zeros=lambda words: unpack_outputs(words).t(),
+    )
+
+
+def unpack_outputs(words: torch.Tensor) -> torch.Tensor:
+    """[rows, N / 8] int32 -> [rows, N] uint8, outputs in their order."""
+    return unpack_words(words, 4).unflatten(1, (-1, 8))[..., _PLACES].flatten(1)

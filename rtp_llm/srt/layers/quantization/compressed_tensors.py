@@ -1,0 +1,150 @@
+"""Checkpoints of the compressed-tensors library (llm-compressor): integers of 4 and 8 bits.
+
+``pack-quantized``: ``weight_packed`` [N, K * bits / 32] int32, consecutive inputs in a word, the first in its lowest
+bits; ``weight_scale`` [N, groups]; with zero points ``weight_zero_point`` [N * bits / 32, groups], consecutive outputs
+in a word; ``weight_g_idx`` [K], the group of each input, with ``actorder: group``. Integers have an offset of
+``2 ** (bits - 1)``, zero points too. ``int-quantized``: ``weight`` [N, K] int8, ``weight_scale`` [N, groups] and
+``weight_zero_point`` int8. Products are of integers with activations quantized per token where the configuration asks
+for it, and where a scale is of a whole output.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import (
+    QuantizationConfig,
+    QuantizationError,
+    QuantizedModel,
+    QuantizeMethodBase,
+)
+from rtp_llm.srt.layers.quantization.grouped import GroupedLinearMethod, GroupFormat, bytes_of, unpack_words
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, matches, refuse_experts
+
+NAME = "compressed-tensors"
+PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
+
+
+class CompressedTensorsConfig(QuantizationConfig):
+    """``targets``: names of layers or classes -> how their weights are stored."""
+
+    def __init__(self, model: QuantizedModel, targets: Mapping[str, GroupFormat]) -> None:
+        self.model = model
+        self.targets = targets
+        self.rules = LayerRules(model, model.settings.get("ignore") or [])
+
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        settings = model.settings
+        for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+            if settings.get(key) and settings[key] != {"format": "dense"}:
+                raise QuantizationError(f"quantization_config: {key} is not supported for {NAME}")
+        groups = settings.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise QuantizationError(f"quantization_config of {NAME} must have `config_groups`, an object")
+        targets = {}
+        for name, group in groups.items():
+            stored = group_format(group, group.get("format") or settings.get("format"), f"config_groups.{name}")
+            targets |= dict.fromkeys(group.get("targets") or ["Linear"], stored)
+        return cls(model, targets)
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, VocabParallelEmbedding) or self.rules.leaves(prefix):
+            return None
+        stored = self._format_of(prefix)
+        if stored is None:
+            return None
+        if isinstance(layer, LinearBase):
+            return GroupedLinearMethod(stored)
+        return refuse_experts(layer, prefix, self.get_name())
+
+    def _format_of(self, prefix: str) -> GroupFormat | None:
+        """That of the first target that names the layer, or else its class."""
+        sources = self.model.sources(prefix)
+        found = [next((stored for name, stored in self.targets.items() if matches(name, s)), None) for s in sources]
+        if any(stored is not found[0] for stored in found):
+            raise ValueError(f"{prefix}: {', '.join(sources)} are computed as one, but not quantized alike")
+        return found[0] or self.targets.get("Linear")
+
+    def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
+        """Shapes, which the configuration gives as well."""
+        return name.endswith(".weight_shape")
+
+
+def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> GroupFormat:
+    """How the weights of a config group are stored.
+
+    Raises:
+        QuantizationError: in a way that is not supported, which is named.
+    """
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise QuantizationError(f"quantization_config: {where} must have `weights`, an object")
+    if weights.get("type", "int") != "int":
+        raise QuantizationError(
+            f"quantization_config: {where}: weights of type {weights.get('type')!r} with "
+            f"{weights.get('num_bits')} bits ({stored}) are not supported; have int of 4 and 8 bits"
+        )
+    if stored not in (PACKED, *PLAIN):
+        raise QuantizationError(
+            f"quantization_config: {where}: format {stored!r} is not supported; have {PACKED}, {', '.join(PLAIN)}"
+        )
+    bits = choice(weights, "num_bits", (4, 8) if stored == PACKED else (8,))
+    strategy = choice(weights, "strategy", ("group", "channel"), "group" if weights.get("group_size") else None)
+    _check_activations(group, bits, strategy, where)
+    group_size = weights.get("group_size") if strategy == "group" else None
+    if strategy == "group" and (not isinstance(group_size, int) or group_size < 1):
+        raise QuantizationError(f"quantization_config: {where}: group_size must be positive, not {group_size!r}")
+    is_packed = stored == PACKED
+    return GroupFormat(
+        bits,
+        group_size,
+        weight="weight_packed" if is_packed else "weight",
+        to_weight=(lambda words: bytes_of(words).flatten(1)) if is_packed else _with_offset,
+        scales="weight_scale",
+        to_scales=_two_dimensional,
+        zeros=None if weights.get("symmetric", True) else "weight_zero_point",
+        to_zeros=(lambda words: _unpack_zeros(words, bits)) if is_packed else _with_offset,
+        order="weight_g_idx" if weights.get("actorder") == "group" else None,
+    )
+
+
+def _check_activations(group: Mapping[str, Any], bits: int, strategy: str, where: str) -> None:
+    if group.get("output_activations"):
+        raise QuantizationError(f"quantization_config: {where}: output_activations are not supported")
+    inputs = group.get("input_activations")
+    if not inputs:
+        return
+    is_usual = inputs.get("num_bits") == 8 and inputs.get("type", "int") == "int" and inputs.get("symmetric", True)
+    if not is_usual or not inputs.get("dynamic") or inputs.get("strategy") != "token":
+        raise QuantizationError(
+            f"quantization_config: {where}: input_activations must be symmetric integers of 8 bits, per token and "
+            f"dynamic, not {dict(inputs)}"
+        )
+    if bits != 8 or strategy != "channel":
+        raise QuantizationError(
+            f"quantization_config: {where}: input_activations are supported with weights of 8 bits per channel only"
+        )
+
+
+def _with_offset(values: torch.Tensor) -> torch.Tensor:
+    """int8 from -128 on -> uint8 from 0 on."""
+    if values.dtype != torch.int8:
+        raise ValueError(f"expected dtype torch.int8, got {values.dtype}")
+    return _two_dimensional(values).contiguous().view(torch.uint8) ^ 128
+
+
+def _unpack_zeros(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N * bits / 32, groups] int32 -> [N, groups] uint8."""
+    return unpack_words(words.t(), bits).t()
+
+
+def _two_dimensional(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:, None] if tensor.dim() == 1 else tensor

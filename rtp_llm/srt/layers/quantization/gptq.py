@@ -1,0 +1,106 @@
+"""GPTQ checkpoints (Frantar et al., 2022) of 4 and 8 bits, as AutoGPTQ and GPTQModel write them.
+
+Per layer: ``qweight`` [K * bits / 32, N] int32, consecutive inputs in a word, the first in its lowest bits; ``scales``
+[groups, N]; ``qzeros`` [groups, N * bits / 32] int32, consecutive outputs in a word, each zero less one (but as it is
+with ``checkpoint_format`` gptq_v2); ``g_idx`` [K], the group of each input, which differs from ``k // group_size`` with
+``desc_act``.
+"""
+
+import re
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import (
+    QuantizationConfig,
+    QuantizationError,
+    QuantizedModel,
+    QuantizeMethodBase,
+)
+from rtp_llm.srt.layers.quantization.grouped import GroupedLinearMethod, GroupFormat, bytes_of, unpack_words
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer, refuse_experts
+
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+_IN_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
+
+
+class GPTQConfig(QuantizationConfig):
+    def __init__(self, model: QuantizedModel, group_format: GroupFormat, rules: LayerRules) -> None:
+        self.model = model
+        self.format = group_format
+        self.rules = rules
+
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        settings = model.settings
+        bits = choice(settings, "bits", (4, 8))
+        stored = choice(settings, "checkpoint_format", CHECKPOINT_FORMATS, "gptq")
+        if settings.get("lm_head"):
+            raise QuantizationError("quantization_config: lm_head: true, a quantized head, is not supported for GPTQ")
+        group_size = integer(settings, "group_size")
+        return cls(model, gptq_format(bits, group_size, is_v2=stored == "gptq_v2"), _rules(model))
+
+    def get_name(self) -> str:
+        return "gptq"
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not self.model.is_language(prefix) or isinstance(layer, VocabParallelEmbedding):
+            return None
+        if not _IN_BLOCK.search(prefix) or self.rules.leaves(prefix):
+            return None
+        if isinstance(layer, LinearBase):
+            return GroupedLinearMethod(self.format)
+        return refuse_experts(layer, prefix, self.get_name())
+
+    def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
+        """Early versions of AutoGPTQ gave every layer a bias, of zeros where the model has none."""
+        return name.endswith(".bias") and not bool(tensor.any())
+
+
+def gptq_format(bits: int, group_size: int, is_v2: bool) -> GroupFormat:
+    """``group_size`` -1: all inputs."""
+
+    def to_weight(words: torch.Tensor) -> torch.Tensor:
+        return bytes_of(words).transpose(0, 1).flatten(1)
+
+    def to_zeros(words: torch.Tensor) -> torch.Tensor:
+        stored = unpack_words(words, bits).t()
+        return stored if is_v2 else (stored + 1) & (2**bits - 1)
+
+    return GroupFormat(
+        bits,
+        None if group_size == -1 else group_size,
+        weight="qweight",
+        to_weight=to_weight,
+        scales="scales",
+        to_scales=torch.t,
+        zeros="qzeros",
+        to_zeros=to_zeros,
+        order="g_idx",
+    )
+
+
+def _rules(model: QuantizedModel) -> LayerRules:
+    """``dynamic`` of GPTQModel: ``-:regex`` leaves layers out; one with settings of its own must not differ."""
+    left: list[str] = []
+    for rule, own in (model.settings.get("dynamic") or {}).items():
+        if rule.startswith("-:"):
+            left.append("re:" + rule[2:])
+        else:
+            _check_same(rule, own, model)
+    blocks: Any = model.settings.get("modules_in_block_to_quantize") or []
+    taken = [name for names in blocks for name in ([names] if isinstance(names, str) else names)]
+    left += model.settings.get("modules_to_not_convert") or []
+    return LayerRules(model, left, taken)
+
+
+def _check_same(rule: str, own: Any, model: QuantizedModel) -> None:
+    for key in ("bits", "group_size"):
+        if key in own and own[key] != model.settings.get(key):
+            raise QuantizationError(
+                f"quantization_config: dynamic gives layers {rule!r} a {key} of {own[key]}, where the others have "
+                f"{model.settings.get(key)}; only one for all is supported"
+            )

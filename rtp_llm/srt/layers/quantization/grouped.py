@@ -1,0 +1,217 @@
+"""Weights that checkpoints keep as integers of 4 or 8 bits, in groups along a weight's inputs.
+
+Formats differ in names, order of dimensions and packing. A ``GroupFormat`` says how a format's tensors become those
+that products read (``kernels.packed``), which are then cut, fused and packed alike for all formats.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide, pack_int4, pack_int8, pack_uint8
+from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
+from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, make_parameter
+
+Conversion = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFormat:
+    """Names of a layer's tensors in a checkpoint, and what makes them those of ``reference.dequantize_int4``.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: inputs that share a scale; None: all of them.
+        to_weight: to [N, K * bits / 8] uint8. More columns are padding.
+        to_scales: to [N, groups]; to_zeros: to [N, groups] uint8.
+        zeros: None: all are ``2 ** (bits - 1)``.
+        order: [K] integers: the group of each input; None, or absent from the checkpoint: groups are neighbours.
+    """
+
+    bits: int
+    group_size: int | None
+    weight: str
+    to_weight: Conversion
+    scales: str
+    to_scales: Conversion
+    zeros: str | None
+    to_zeros: Conversion
+    order: str | None = None
+
+
+class GroupedLinearMethod(PackedLinearMethod):
+    def __init__(self, group_format: GroupFormat) -> None:
+        self.format = group_format
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: WeightLoader,
+    ) -> None:
+        self.name = str(layer.name)
+        self.num_outputs = sum(output_partition_sizes)
+        self.output_sizes = output_partition_sizes
+        self.num_inputs = input_size_per_partition
+        self.is_cut = input_size_per_partition != input_size
+        self.group_size = min(self.format.group_size or input_size, input_size)
+        self.shard_ids: list[ShardId] = [shard.id for shard in getattr(layer, "shards", ())]
+        self._check_sizes(input_size)
+        num_columns = input_size * self.format.bits // 8
+
+        def to_weight(tensor: torch.Tensor) -> torch.Tensor:
+            return self.format.to_weight(tensor)[:, :num_columns]
+
+        num_groups = -(-self.num_inputs // self.group_size)
+        group_dim = 1 if self.group_size < input_size else None  # a group of all inputs is every rank's
+        columns = self.num_inputs * self.format.bits // 8
+        self._add(layer, self.format.weight, torch.uint8, columns, 1, _converted(weight_loader, to_weight))
+        loader = _converted(weight_loader, self.format.to_scales)
+        self._add(layer, self.format.scales, torch.float32, num_groups, group_dim, loader)
+        if self.format.zeros:
+            loader = _converted(weight_loader, self.format.to_zeros)
+            self._add(layer, self.format.zeros, torch.uint8, num_groups, group_dim, loader)
+        if self.format.order:
+            self._add_order(layer, self.format.order)
+
+    def _check_sizes(self, input_size: int) -> None:
+        per_byte = 8 // self.format.bits
+        if self.num_inputs % per_byte:
+            raise ValueError(f"{self.name}: {self.num_inputs} inputs of {self.format.bits} bits do not fill bytes")
+        if self.is_cut and self.group_size < input_size and self.num_inputs % self.group_size:
+            raise ValueError(
+                f"{self.name}: {input_size} inputs in groups of {self.group_size} cannot be shared by "
+                f"{input_size // self.num_inputs} ranks, since {self.num_inputs} are not whole groups; use a smaller "
+                "--tp-size"
+            )
+
+    def _add(
+        self,
+        layer: nn.Module,
+        name: str,
+        dtype: torch.dtype,
+        num_columns: int,
+        input_dim: int | None,
+        weight_loader: WeightLoader,
+    ) -> None:
+        data = torch.empty(self.num_outputs, num_columns, dtype=dtype)
+        layer.register_parameter(name, make_parameter(data, weight_loader, input_dim=input_dim, output_dim=0))
+
+    def _add_order(self, layer: nn.Module, name: str) -> None:
+        """[layers that are fused, K]: each has an order of its own."""
+        groups = torch.arange(self.num_inputs) // self.group_size
+        data = groups.int().repeat(max(1, len(self.shard_ids)), 1)
+        param = make_parameter(data, self._load_order)
+        param.is_optional = True  # type: ignore[attr-defined]
+        layer.register_parameter(name, param)
+
+    def _load_order(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        if self.is_cut:
+            groups = torch.arange(tensor.numel(), device=tensor.device) // self.group_size
+            if not torch.equal(tensor, groups.to(tensor.dtype)):
+                raise ValueError(
+                    f"{self.name}: groups of inputs that are not neighbours (desc_act, actorder) cannot be shared by "
+                    "ranks; use --tp-size 1"
+                )
+            return
+        check_shape(tensor, param.shape[1:], self.name)
+        places = slice(None) if shard_id is None else self.shard_ids.index(shard_id)
+        param.data[places] = tensor.to(param.dtype)
+
+    def parameter_names(self) -> tuple[str, ...]:
+        names = (self.format.weight, self.format.scales, self.format.zeros, self.format.order)
+        return tuple(name for name in names if name)
+
+    def pack(self, layer: nn.Module) -> PackedWeight:
+        weight, scales = (layer.get_parameter(name).data for name in (self.format.weight, self.format.scales))
+        zeros = layer.get_parameter(self.format.zeros).data if self.format.zeros else None
+        orders = layer.get_parameter(self.format.order).data.unbind() if self.format.order else ()
+        if all(torch.equal(order, orders[0]) for order in orders):
+            return self._pack_part(weight, scales, zeros, orders[0] if orders else None)
+        parts = zip(
+            weight.split(self.output_sizes),
+            scales.split(self.output_sizes),
+            [None] * len(orders) if zeros is None else zeros.split(self.output_sizes),
+            orders,
+            strict=True,
+        )
+        return SideBySide([self._pack_part(*part) for part in parts], self.output_sizes)
+
+    def _pack_part(
+        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, groups: torch.Tensor | None
+    ) -> PackedWeight:
+        order = None if groups is None else input_order(groups, self.group_size, self.name)
+        if order is not None:
+            weight = reordered(weight, order, self.format.bits)
+        if zeros is not None and bool((zeros == 1 << (self.format.bits - 1)).all()):
+            zeros = None
+        packed = self._pack_neighbours(weight, scales, zeros)
+        return packed if order is None else Reordered(packed, order)
+
+    def _pack_neighbours(
+        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> PackedWeight:
+        if self.format.bits == 4:
+            return pack_int4(weight, scales, zeros, self.group_size)
+        if zeros is None and scales.shape[1] == 1:
+            return pack_int8((weight ^ 128).view(torch.int8), scales[:, 0].contiguous())
+        return pack_uint8(weight, scales, zeros, self.group_size)
+
+
+def _converted(weight_loader: WeightLoader, convert: Conversion) -> WeightLoader:
+    def load(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        weight_loader(param, convert(tensor), shard_id)
+
+    return cast(WeightLoader, load)
+
+
+def input_order(groups: torch.Tensor, group_size: int, name: str) -> torch.Tensor | None:
+    """[K], the group of each input -> the inputs, group by group; None where they stand like that already.
+
+    Raises:
+        ValueError: groups are not of ``group_size`` inputs.
+    """
+    neighbours = torch.arange(len(groups), device=groups.device) // group_size
+    if torch.equal(groups, neighbours.to(groups.dtype)):
+        return None
+    in_order, order = groups.sort(stable=True)
+    if not torch.equal(in_order, neighbours.to(groups.dtype)):
+        raise ValueError(f"{name}: its inputs are not in groups of {group_size} each")
+    return order
+
+
+def reordered(weight: torch.Tensor, order: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N, K * bits / 8] uint8 with column ``order[i]`` as its i-th."""
+    if bits == 8:
+        return weight[:, order]
+    columns = unpack_nibbles(weight)[:, order]
+    return columns[:, 0::2] | columns[:, 1::2] << 4
+
+
+def bytes_of(words: torch.Tensor) -> torch.Tensor:
+    """[rows, words] int32 -> [rows, words, 4] uint8, the lowest byte first."""
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ValueError(f"packed integers are of two dimensions and dtype torch.int32, not {_described(words)}")
+    return words.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """[..., n] uint8 -> [..., 2 n]: of each byte the low half first."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """[rows, words] int32 -> [rows, words * 32 / bits] uint8: of each word the lowest bits first."""
+    packed = bytes_of(words).flatten(1)
+    return unpack_nibbles(packed) if bits == 4 else packed
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} and {tensor.dtype}"

@@ -1,0 +1,78 @@
+"""Any checkpoint in 4 bits: GROUP_SIZE neighbours along a weight's inputs share a scale and a zero.
+
+No data is needed: scale and zero are those of a few candidates with which a group's weights are met best in the sense
+of squared errors.
+"""
+
+import torch
+
+from rtp_llm.srt.kernels.packed import PackedWeight, pack_int4, pack_int8
+from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8, row_blocks
+
+GROUP_SIZE = 32
+# How far a group's range is narrowed, at most one of its extremes being met less well for the good of all the others.
+NARROWED = (1.0, 0.94, 0.88, 0.82)
+
+
+class Int4Config(OnLoadConfig):
+    def get_name(self) -> str:
+        return "int4"
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        if weight.shape[1] % 2:  # two values share a byte
+            return pack_int8(*quantize_int8(weight))
+        return pack_int4(*quantize_int4(weight, GROUP_SIZE), GROUP_SIZE)
+
+
+def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N, K] -> what ``reference.dequantize_int4`` takes: [N, K / 2] uint8, and scales and zeros of [N, groups].
+
+    The last group is shorter where ``group_size`` does not divide K, which must be even. Scales are numbers of
+    bfloat16, so that keeping them in 16 bits loses nothing.
+    """
+    num_rows, num_inputs = weight.shape
+    num_groups = -(-num_inputs // group_size)
+    values = torch.empty(num_rows, num_inputs // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(num_rows, num_groups, dtype=torch.float32, device=weight.device)
+    zeros = torch.empty(num_rows, num_groups, dtype=torch.uint8, device=weight.device)
+    for rows in row_blocks(weight):
+        grouped = in_groups(weight[rows].float(), group_size)
+        scales[rows], zero = best_grid(grouped)
+        zeros[rows] = zero.to(torch.uint8)
+        levels = to_levels(grouped, scales[rows], zero).flatten(1)[:, :num_inputs]
+        values[rows] = levels[:, 0::2] | levels[:, 1::2] << 4
+    return values, scales, zeros
+
+
+def in_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[N, K] -> [N, groups, group_size]; the last group is filled up with its last weight."""
+    missing = -weight.shape[1] % group_size
+    return torch.cat((weight, weight[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, group_size))
+
+
+def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, groups, size] float32 -> scales and zeros [N, groups], both float32, zeros of 0 .. 15.
+
+    A zero puts the group's range, extended to 0, on 0 .. 15. For each width, weights w go to the nearest levels d,
+    counted from the zero; then the best scale is ``sum(w d) / sum(d d)``, and what it leaves of the squared error is
+    ``sum(w w) - sum(w d)² / sum(d d)``.
+    """
+    low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
+    width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    zeros = (-15 * low / width).round()
+    best = torch.full_like(width, -1.0)
+    scales = torch.zeros_like(width)
+    for narrowed in NARROWED:
+        levels = (grouped * (15 / narrowed / width)[..., None]).round_()
+        levels.clamp_(-zeros[..., None], 15 - zeros[..., None])
+        products, squares = (grouped * levels).sum(dim=-1), levels.square().sum(dim=-1)
+        explained = products.square() / squares.clamp(min=1)
+        scales = torch.where(explained > best, products / squares.clamp(min=1), scales)
+        best = torch.maximum(best, explained)
+    return torch.where(best.isfinite(), scales, torch.nan).bfloat16().float(), zeros.nan_to_num(0)
+
+
+def to_levels(grouped: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """[N, groups, size] uint8: 0 .. 15."""
+    steps = torch.where(scales == 0, 1.0, scales)[..., None]
+    return (grouped / steps + zeros[..., None]).round_().clamp_(0, 15).nan_to_num_(0).to(torch.uint8)

@@ -1,0 +1,18 @@
+"""Any checkpoint in 8 bits: a scale per output, and activations quantized per token as they come (W8A8).
+
+Symmetric on both sides, so that a product is one of integers and two factors (LLM.int8(); Dettmers et al., 2022,
+without its outliers in 16 bits).
+"""
+
+import torch
+
+from rtp_llm.srt.kernels.packed import PackedWeight, pack_int8
+from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8
+
+
+class Int8Config(OnLoadConfig):
+    def get_name(self) -> str:
+        return "int8"
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        return pack_int8(*quantize_int8(weight))

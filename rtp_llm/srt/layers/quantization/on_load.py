@@ -1,0 +1,112 @@
+"""What schemes share that quantize the weights of any checkpoint while it is loaded.
+
+Quantized are the linear layers of the language model, its experts, and its head, which is of 8 bits in every scheme: an
+error there goes straight into the logits. Where the embedding is the head as well, there is one table, of 8 bits, and a
+look-up gives a dequantized row; an embedding apart stays as it is. Routers, which are small, and the encoders of media
+stay as they are.
+"""
+
+from abc import abstractmethod
+from typing import Self, cast
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.kernels.packed import PackedWeight, pack_int8
+from rtp_llm.srt.kernels.reference import quantize_rows
+from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel, QuantizeMethodBase
+from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod, free, packed_of
+from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+from rtp_llm.srt.layers.weights import WeightLoader
+
+ELEMENTS_AT_ONCE = 1 << 18  # of a weight that is quantized: what is computed in between stays in the processor's cache
+NOT_MULTIPLIED = ("kv_b_proj",)  # latent attention folds this weight into others, so it is needed as it is
+
+
+class OnLoadConfig(QuantizationConfig):
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model = model
+
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        return cls(model)
+
+    @abstractmethod
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """[N, K] of any floating dtype."""
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not self.model.is_language(prefix) or prefix.rpartition(".")[2] in NOT_MULTIPLIED:
+            return None
+        if isinstance(layer, LinearBase):
+            return OnLoadLinearMethod(self)
+        if isinstance(layer, VocabParallelEmbedding):
+            return OnLoadEmbeddingMethod()
+        return None
+
+
+class OnLoadLinearMethod(PackedLinearMethod):
+    def __init__(self, scheme: OnLoadConfig) -> None:
+        self.scheme = scheme
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: WeightLoader,
+    ) -> None:
+        self.num_outputs = sum(output_partition_sizes)
+        UnquantizedLinearMethod().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            weight_loader,
+        )
+
+    def parameter_names(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def pack(self, layer: nn.Module) -> PackedWeight:
+        return self.scheme.pack(layer.get_parameter("weight").data)
+
+
+class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """Of a head 8 bits, a scale per token."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if layer.is_head:
+            layer.packed = pack_int8(*quantize_int8(layer.get_parameter("weight").data))
+            free(layer, "weight")
+
+    def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
+        if not layer.is_head:
+            return super().embedding(layer, row_ids)
+        return packed_of(layer).rows(row_ids).to(cast(torch.dtype, layer.params_dtype))
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return packed_of(layer).apply(x, bias)
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> values of [N, K] int8 and scales [N] float32, symmetric: see ``reference.quantize_rows``."""
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in row_blocks(weight):
+        values[rows], of_rows = quantize_rows(weight[rows])
+        scales[rows] = of_rows[:, 0]
+    return values, scales
+
+
+def row_blocks(weight: torch.Tensor) -> list[slice]:
+    """Consecutive rows of [N, K], so many at a time that their elements fit a cache."""
+    size = max(1, ELEMENTS_AT_ONCE // max(1, weight.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(weight), size)]

@@ -1,0 +1,54 @@
+"""Quantization schemes by name, each imported when it is asked for."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizationError, QuantizedModel
+
+ON_LOAD = ("int8", "int4")  # of any checkpoint that is not quantized
+SCHEMES: dict[str, str] = {
+    "int8": "int8.Int8Config",
+    "int4": "int4.Int4Config",
+    "gptq": "gptq.GPTQConfig",
+    "awq": "awq.AWQConfig",
+    "compressed-tensors": "compressed_tensors.CompressedTensorsConfig",
+}
+DEQUANTIZED = ("mxfp4",)  # by the loader, before layers see it
+
+
+def scheme_name(asked: str | None, settings: Mapping[str, Any]) -> str | None:
+    """The scheme that a model is loaded by, of what the user asked for and the checkpoint's ``quantization_config``.
+
+    Raises:
+        QuantizationError: unknown, or the two do not go together.
+    """
+    stored = settings.get("quant_method")
+    known = (*SCHEMES, *DEQUANTIZED)
+    if settings and stored not in known:
+        raise QuantizationError(
+            f"the checkpoint is quantized by {stored!r}, which is not supported; have {', '.join(known)}"
+        )
+    if asked is None or asked == stored:
+        return stored
+    if asked not in known:
+        raise QuantizationError(f"unknown quantization {asked!r}; have {', '.join(known)}")
+    if stored:
+        raise QuantizationError(f"quantization {asked!r} was asked for, but the checkpoint is quantized by {stored!r}")
+    if asked not in ON_LOAD:
+        raise QuantizationError(
+            f"quantization {asked!r} is of checkpoints that say so in `quantization_config`, and this one does not; "
+            f"for any checkpoint there are {', '.join(ON_LOAD)}"
+        )
+    return asked
+
+
+def quantization_config(name: str, model: QuantizedModel) -> QuantizationConfig:
+    """The scheme ``name``, one of SCHEMES, for a model.
+
+    Raises:
+        QuantizationError: the model's settings ask for what the scheme cannot do.
+    """
+    module, _, config = SCHEMES[name].partition(".")
+    scheme: type[QuantizationConfig] = getattr(import_module(f"{__package__}.{module}"), config)
+    return scheme.from_model(model)

@@ -1,0 +1,178 @@
+"""Products with packed weights, on every instruction set of this machine, against plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rtp_llm.srt.kernels.cpu import binding, build, linear
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 61)
+SHAPES = ((1, 1), (33, 7), (100, 77), (96, 64), (64, 172), (130, 258))
+
+
+@pytest.fixture(params=build.supported_isas())
+def isa(request, monkeypatch):
+    """Kernels are those of this instruction set."""
+    original = build.load
+    monkeypatch.setattr(binding.build, "load", lambda name: original(name, request.param))
+    linear._function.cache_clear()
+    yield request.param
+    linear._function.cache_clear()
+
+
+@pytest.fixture
+def generator():
+    seed = torch.seed() % (1 << 32)
+    print("seed", seed)
+    torch.manual_seed(seed)
+
+
+def inputs(num_rows: int, size: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Rows that follow each other, and rows with something between them, from an odd place on."""
+    x = torch.randn(num_rows, size).to(dtype)
+    wide = torch.full((num_rows, size + 3), torch.nan, dtype=dtype)
+    wide[:, 1 : size + 1] = x
+    return [x, wide[:, 1 : size + 1]]
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the largest magnitude."""
+    assert result.shape == expected.shape
+    return ((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16(isa, generator, shape):
+    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+    packed = linear.PackedBFloat16(weight)
+    for num_rows in ROWS:
+        for x in inputs(num_rows, shape[1]):
+            expected = F.linear(x.double(), weight.double())
+            assert error(packed.apply(x, out_dtype=torch.float32), expected) < 1e-5
+            assert error(packed.apply(x, bias), expected + bias.double()) < 2**-8
+
+
+def test_bfloat16_rows_of_a_table(isa, generator):
+    table = torch.randn(101, 37).bfloat16()
+    ids = torch.randint(0, 101, (3, 9))
+    assert torch.equal(linear.PackedBFloat16(table).rows(ids), table[ids])
+    with pytest.raises(IndexError, match=r"ids must be in \[0, 101\), not 0 to 101"):
+        linear.PackedBFloat16(table).rows(torch.tensor([0, 101]))
+
+
+def test_a_slice_of_a_weight(isa, generator):
+    weight = torch.randn(64, 96).bfloat16()
+    x = torch.randn(4, 48).bfloat16()
+    result = linear.PackedBFloat16(weight[:, 48:]).apply(x, out_dtype=torch.float32)
+    assert error(result, F.linear(x.double(), weight[:, 48:].double())) < 1e-5
+
+
+def test_a_row_does_not_depend_on_the_others(isa, generator):
+    """Nor on the number of threads."""
+    weight = torch.randn(200, 130).bfloat16()
+    packed = linear.PackedBFloat16(weight)
+    x = torch.randn(61, 130).bfloat16()
+    whole = packed.apply(x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(packed.apply(x), whole)
+    finally:
+        torch.set_num_threads(before)
+    for start, end in ((0, 13), (13, 30), (30, 61)):
+        assert torch.equal(packed.apply(x[start:end]), whole[start:end])
+
+
+def test_a_row_that_is_not_a_number_stays_alone(isa, generator):
+    weight = torch.randn(64, 40)
+    packed = [
+        linear.PackedBFloat16(weight.bfloat16()),
+        linear.PackedInt8(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(64)),
+        linear.PackedInt4(torch.randint(0, 16, (64, 40), dtype=torch.uint8), torch.rand(64, 2), None, 32),
+    ]
+    for num_rows in (5, 30):
+        x = torch.randn(num_rows, 40).bfloat16()
+        x[2, 7] = torch.nan
+        for weight_ in packed:
+            result = weight_.apply(x)
+            assert result[2].isnan().any()
+            assert result[torch.arange(num_rows) != 2].isfinite().all()
+
+
+def quantized(x: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
+    """Rows as int8 with a scale each, or one for each group of inputs, as float64 values."""
+    if group_size is not None:
+        return torch.cat([quantized(part) for part in x.split(group_size, dim=-1)], dim=-1)
+    x = x.float()
+    most = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0)  # `127 / most` is rounded twice
+    return (x * inverse).round().double() * (most / 127).double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8(isa, generator, shape, dtype):
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scales, bias = torch.rand(shape[0]) * 0.01, torch.randn(shape[0])
+    packed = linear.PackedInt8(weight, scales)
+    for num_rows in ROWS:
+        for x in inputs(num_rows, shape[1], dtype):
+            expected = F.linear(quantized(x), weight.double() * scales.double()[:, None])
+            assert error(packed.apply(x, out_dtype=torch.float32), expected) < 1e-5
+            assert error(packed.apply(x, bias, torch.float32), expected + bias.double()) < 1e-5
+    assert packed.apply(torch.zeros(2, shape[1], dtype=dtype)).abs().max() == 0
+
+
+def test_int8_rows_of_a_table(isa, generator):
+    weight, scales = torch.randint(-127, 128, (50, 31), dtype=torch.int8), torch.rand(50)
+    ids = torch.randint(0, 50, (7,))
+    packed = linear.PackedInt8(weight, scales)
+    assert torch.equal(packed.rows(ids, torch.float32), weight[ids].float() * scales[ids, None])
+    assert torch.equal(packed.rows(ids), (weight[ids].float() * scales[ids, None]).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (33, 40), (100, 77), (64, 172), (96, 256)])
+@pytest.mark.parametrize("group_size", [8, 32, 128])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_int4(isa, generator, shape, group_size, asymmetric):
+    rows, size = shape
+    groups = -(-size // group_size)
+    weight = torch.randint(0, 16, shape, dtype=torch.uint8)
+    scales = torch.rand(rows, groups) + 0.1
+    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if asymmetric else None
+    offset = 8 if zeros is None else zeros.repeat_interleave(group_size, 1)[:, :size].double()
+    values = (weight.double() - offset) * scales.repeat_interleave(group_size, 1)[:, :size].double()
+    packed = linear.PackedInt4(weight, scales, zeros, group_size)
+    for num_rows in ROWS:
+        for x in inputs(num_rows, size):
+            as_bytes = isa == "avx512_bf16" and num_rows <= 6
+            expected = F.linear(
+                quantized(x, group_size) if as_bytes else x.double(), values if as_bytes else values.bfloat16().double()
+            )
+            # scales are rounded to steps, so that a weight may become its neighbour in bfloat16
+            assert error(packed.apply(x, out_dtype=torch.float32), expected) < (3e-4 if as_bytes else 5e-3)
+    padded = packed.num_panels * linear.PANEL
+    assert packed.nbytes <= padded * groups * (group_size / 2 + 3) + padded * 4
+
+
+def test_int4_equals_what_it_stands_for(isa, generator):
+    """Where x is whole numbers, nothing is lost."""
+    weight, scales = torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.ones(64, 2)
+    packed = linear.PackedInt4(weight, scales, None, 32)
+    for num_rows in (3, 20):
+        x = torch.randint(-8, 9, (num_rows, 64))
+        x[:, ::32] = 127 if num_rows == 3 else 8  # so that steps of int8 are whole
+        x = x.bfloat16()
+        result = packed.apply(x, out_dtype=torch.float32)
+        assert error(result, F.linear(x.double(), weight.double() - 8)) < 1e-5
+
+
+def test_wrong_inputs_are_refused():
+    packed = linear.PackedBFloat16(torch.randn(8, 6).bfloat16())
+    with pytest.raises(ValueError, match="takes 6 inputs, not 5"):
+        packed.apply(torch.randn(2, 5).bfloat16())
+    with pytest.raises(ValueError, match=r"multiplies bfloat16, not torch\.float32"):
+        packed.apply(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="multiple of 8 inputs"):
+        linear.PackedInt4(torch.zeros(4, 12, dtype=torch.uint8), torch.ones(4, 1), None, 12)
