@@ -104,7 +104,7 @@ class Worker:
             config.load_format,
             config.device,
             config.page_size,
-            make_backend(config.attention_backend),
+            make_backend(config.attention_backend, config.device, getattr(torch, config.model_config.dtype)),
             progress,
             config.model_impl,
             config.media_cache_bytes,
