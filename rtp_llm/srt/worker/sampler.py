@@ -188,8 +188,7 @@ class Sampler:
         return results
 
     def _states(self, rows: Sequence[int]) -> list[_Row]:
-        states = [self._rows[row] for row in rows]
-        return states if None not in states else [self._row(row) for row in rows]
+        return [self._rows[row] or self._row(row) for row in rows]
 
     def _row(self, row: int) -> _Row:
         state = self._rows[row]

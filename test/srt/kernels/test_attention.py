@@ -226,9 +226,9 @@ def test_int8_keeps_what_is_no_number(isa: str) -> None:
 
 def test_refusals() -> None:
     problem = make_problem(random.Random(), torch.bfloat16, torch.bfloat16, [3], [1], (1, 1), (8, 8))
-    with pytest.raises(ValueError, match="a cache of torch.float32 for queries of torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"a cache of torch\.float32 for queries of torch\.bfloat16"):
         attention.paged_attention(problem.q, problem.keys.float(), problem.values.float(), *problem.arguments[3:])
-    with pytest.raises(ValueError, match="keys of torch.bfloat16, values of torch.float32"):
+    with pytest.raises(ValueError, match=r"keys of torch\.bfloat16, values of torch\.float32"):
         attention.paged_attention(problem.q, problem.keys, problem.values.float(), *problem.arguments[3:])
     with pytest.raises(ValueError, match="an int8 cache has scales"):
         attention.paged_attention(problem.q, problem.keys.char(), problem.values.char(), *problem.arguments[3:])
