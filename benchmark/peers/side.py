@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Side:
     def close(self) -> None:
         self.group.end()
         self._answers.close()
+        with suppress(BrokenPipeError):  # a question that it died before reading
+            self._questions.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         with self.group.awake():
