@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import rtp_llm
 from rtp_llm import bench_serving
+from rtp_llm.bench import profile_options
 from rtp_llm.cli_chat import run_chat, tell_of_demo
 from rtp_llm.cli_models import run_models
 from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
@@ -24,6 +25,7 @@ from rtp_llm.verify import options as verify_options
 EXIT_ADDRESS = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+PROFILE_FLAG = "--profile"
 
 SAMPLING_FLAGS = (
     "max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: an error, told in one line on stderr (with a traceback if ``--log-level debug``); 1: the error is that
     the server's address is in use; 130: interrupted.
     """
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_with_profile(sys.argv[1:] if argv is None else argv))
     try:
         return args.command.run(args)
     except KeyboardInterrupt:
@@ -72,6 +74,13 @@ def _parser() -> ArgumentParser:
         command.add_flags(subparser)
         subparser.set_defaults(command=command)
     return parser
+
+
+def _with_profile(argv: Sequence[str]) -> list[str]:
+    """``bench --profile`` shares no other flag with ``bench``: it is a command of its own."""
+    if argv and argv[0] == "bench" and PROFILE_FLAG in argv:
+        return [f"bench {PROFILE_FLAG}", *(arg for arg in argv[1:] if arg != PROFILE_FLAG)]
+    return list(argv)
 
 
 def _one_line(error: Exception) -> str:
@@ -211,6 +220,21 @@ def _add_server_flags(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--api-key", metavar="KEY", help="the server's key")
 
 
+# rtp-llm bench
+
+
+def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    bench_serving.add_cli_args(parser)
+    text = f"no server: show where a step's time goes, part by part; see rtp-llm bench {PROFILE_FLAG} --help"
+    parser.add_argument(PROFILE_FLAG, action="store_true", help=text)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from rtp_llm.bench_profile import run_profile  # torch, only needed here
+
+    return run_profile(args)
+
+
 # rtp-llm verify
 
 
@@ -225,7 +249,10 @@ COMMANDS = (
     Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
     Command("chat", "Talk to a model in the terminal.", _add_chat_flags, _chat),
     Command("models", "List the supported model architectures.", _add_models_flags, run_models),
-    Command("bench", "Put load on a server, and print its figures.", bench_serving.add_cli_args, bench_serving.run),
+    Command("bench", "Put load on a server, and print its figures.", _add_bench_flags, bench_serving.run),
+    Command(
+        f"bench {PROFILE_FLAG}", "Show where a step's time goes, part by part.", profile_options.add_cli_args, _profile
+    ),
     Command(
         "verify", "Compare our model with transformers', and say where they part.", verify_options.add_cli_args, _verify
     ),

@@ -3,7 +3,7 @@
 A plan is a delta. A worker keeps, per *row* (a slot for one running request), everything that an admission told it and
 every page it was given; a step then names rows and token counts only. Every tensor-parallel rank gets the same plan.
 
-Order within one plan: ``releases``, ``admissions``, ``page_writes``, then ``work``.
+Order within one plan: ``releases``, ``admissions``, ``page_writes``, ``new_pages``, then ``work``.
 """
 
 from dataclasses import dataclass, field
@@ -43,13 +43,27 @@ class Admission:
 class PageWrite:
     """Entries ``[start, start + len(page_ids))`` of a row's page table in cache group ``group``.
 
-    Page i of a row holds tokens ``[i * page_size, (i + 1) * page_size)``. Admission, growth, and the exchange of a
-    duplicate for the prefix cache's own page are all this one operation. Page 0 is the dummy: never read, never owned.
+    Page i of a row holds tokens ``[i * page_size, (i + 1) * page_size)``. Admission, growth by a chunk, and the exchange
+    of a duplicate for the prefix cache's own page are all this one operation. Page 0 is the dummy: never read, never
+    owned.
     """
 
     row: int
     group: int
     start: int
+    page_ids: list[int]
+
+
+@dataclass(slots=True)
+class NewPages:
+    """One further page for each of several rows, which decode: entry ``places[i]`` of row ``rows[i]`` is ``page_ids[i]``.
+
+    The same as a PageWrite each, told together: there are hundreds in a step.
+    """
+
+    group: int
+    rows: list[int]
+    places: list[int]
     page_ids: list[int]
 
 
@@ -98,6 +112,7 @@ class StepPlan:
     work: list[RowWork] = field(default_factory=list)
     masked_rows: list[int] = field(default_factory=list)  # rows whose token mask arrives with executor.sample()
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
+    new_pages: list[NewPages] = field(default_factory=list)  # of rows that decode, at most one per cache group
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ core is ready, which requests it begins to compute (told before it does), and th
 when the other end closes, which is also what happens when the parent dies.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -63,6 +64,8 @@ def _run(orders: Orders, pipe: Connection) -> None:
         on_progress=lambda done, total: send(pipe, ("progress", (done, total))),
         on_admission=lambda rids: send(pipe, ("running", rids)),
     )
+    gc.collect()
+    gc.freeze()  # what is there now stays: full collections need not look at the libraries' objects again and again
     try:
         send(pipe, ("ready", core.info))
         core.run()

@@ -19,6 +19,8 @@ CONTEXT_TOKENS = 6  # trailing ids decoded along with new ones, since the space 
 MAX_CHAR_TOKENS = 4  # a character has at most four bytes, hence tokens
 MAX_HELD_TOKENS = 8  # what is no character after so many tokens will never be one
 MAX_WINDOW_TOKENS = 24
+# Where transformers has the methods of tokenizers that do nothing but call their backend.
+_STOCK_METHODS = {"decode": "tokenization_utils_base", "_decode": "tokenization_utils_tokenizers"}
 
 
 class Decoder:
@@ -29,13 +31,28 @@ class Decoder:
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._backend = plain_backend(tokenizer)
         self.skipped = special_ids(tokenizer) if skip_special_tokens else frozenset()
 
     def __call__(self, ids: Sequence[int]) -> str:
         kept = [token_id for token_id in ids if token_id not in self.skipped]
+        if self._backend is not None:
+            return self._backend.decode(kept, skip_special_tokens=False)
         return self._tokenizer.decode(
             kept, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
+
+
+def plain_backend(tokenizer: Any) -> Any:
+    """The tokenizer of the tokenizers library behind ``tokenizer``, where transformers' decoding, without clean-ups,
+    does nothing but call it, at three times its cost; None for other kinds of tokenizers, and for classes that decode
+    in their own way.
+    """
+    for name, module in _STOCK_METHODS.items():
+        method = getattr(type(tokenizer), name, None)
+        if getattr(method, "__module__", None) != f"transformers.{module}":
+            return None
+    return tokenizer.backend_tokenizer
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

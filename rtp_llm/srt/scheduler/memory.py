@@ -7,7 +7,7 @@ from rtp_llm.srt.cache.allocator import PageAllocator
 from rtp_llm.srt.cache.prefix_cache import Lock, Match, NoPrefixCache, PrefixCache
 from rtp_llm.srt.cache.radix_cache import RadixCache
 from rtp_llm.srt.cache.spec import CacheGroup
-from rtp_llm.srt.plan import PageWrite
+from rtp_llm.srt.plan import NewPages, PageWrite
 from rtp_llm.srt.scheduler.request import Request
 
 
@@ -26,6 +26,7 @@ class CacheMemory:
         self.cache: PrefixCache = (
             NoPrefixCache(len(groups)) if disable_prefix_cache else RadixCache(groups, self.allocators)
         )
+        self._has_windows = any(group.window is not None for group in groups)
         # Pages that a request can hold at once in a window group: its reach, a chunk, and two broken pages.
         self._resident = [
             None if group.window is None else self._num_pages(group.window + max_chunk) + 2 for group in groups
@@ -69,6 +70,19 @@ class CacheMemory:
             for g, table in enumerate(request.pages)
         )
 
+    def can_grow_by_one(self, requests: Sequence[Request]) -> bool:
+        """Whether each of them can get the page of its next token."""
+        available = self.available_everywhere()
+        if len(requests) <= min(available):
+            return True
+        needed = [len(self._without_page(requests, g)) for g in range(len(self.groups))]
+        return all(n <= a for n, a in zip(needed, available, strict=True))
+
+    def _without_page(self, requests: Sequence[Request], group: int) -> list[Request]:
+        """Those whose next token begins a page that they do not have yet."""
+        page_size = self.page_size
+        return [r for r in requests if r.num_computed >= len(r.pages[group]) * page_size]
+
     # A request's life
 
     def match(self, request: Request) -> Match:
@@ -96,11 +110,29 @@ class CacheMemory:
                 table.extend(pages)
         return writes
 
+    def grow_by_one(self, requests: Sequence[Request]) -> list[NewPages]:
+        """As ``grow(request, 1)`` for each of them, told in a few words. ``can_grow_by_one`` has been asked."""
+        new_pages = []
+        for g in range(len(self.groups)):
+            growing = self._without_page(requests, g)
+            if growing:
+                tables = [request.pages[g] for request in growing]
+                places = [len(table) for table in tables]
+                pages = self._allocate(g, len(growing))
+                for table, page in zip(tables, pages, strict=True):
+                    table.append(page)
+                new_pages.append(NewPages(g, [request.row for request in growing], places, pages))
+        return new_pages
+
     def _allocate(self, group: int, count: int) -> list[int]:
         allocator = self.allocators[group]
         if allocator.num_free < count:
             self.cache.evict(group, count - allocator.num_free)
         return allocator.allocate(count)
+
+    def has_pages_to_share(self, request: Request) -> bool:
+        """Whether a page that is not in the prefix cache yet is complete."""
+        return request.insertable_len // self.page_size > request.cached_len // self.page_size
 
     def share(self, request: Request, last_step: int) -> list[PageWrite]:
         """Enters the request's computed tokens into the prefix cache.
@@ -125,6 +157,8 @@ class CacheMemory:
 
     def advance(self, request: Request) -> None:
         """Window pages that the request cannot reach any more are freed, or let go if the cache owns them."""
+        if not self._has_windows:
+            return
         self.cache.advance(request.lock, request.num_committed)
         self._pass_by(request)
 

@@ -100,6 +100,14 @@ class Request:
         return self.num_tokens - self.num_computed
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether its last token is all that is left to compute, and of use: not if the draws in flight end it anyway."""
+        num_tokens = len(self.ids) + self.num_pending  # the properties' own terms: this is asked for each row and step
+        if num_tokens - self.num_computed != 1:
+            return False
+        return num_tokens - self.prompt_len < self.max_new_tokens or self.num_computed < self.prompt_len
+
+    @property
     def num_generated(self) -> int:
         return len(self.ids) - self.prompt_len
 
@@ -174,8 +182,9 @@ class Request:
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Whether ``token_id``, just appended to ``ids``, ends the request."""
-        if token_id in self.stop_ids and self.num_generated > self.params.min_new_tokens:
+        num_generated = self.num_generated
+        if token_id in self.stop_ids and num_generated > self.params.min_new_tokens:
             return FinishReason("stop", matched=token_id)
-        if self.num_generated >= self.max_new_tokens:
-            return FinishReason("length", length=self.num_generated)
+        if num_generated >= self.max_new_tokens:
+            return FinishReason("length", length=num_generated)
         return None

@@ -207,12 +207,15 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None: nothing to do, or nothing that can be done before a step in flight is committed."""
         while True:
-            if not self._make_room():
+            decoding = self._make_room()
+            if decoding is None:
                 return None
             plan = StepPlan(self._num_steps)
             requests: list[Request] = []
             budget = Budget(self._prefill_budget, self._cut_prompts)
-            self._plan_running(plan, requests, budget)
+            prefilling = [r for r in self.running if r.uncomputed > 1] if len(decoding) < len(self.running) else []
+            self._plan_decoding(plan, requests, decoding)
+            self._plan_prefilling(plan, requests, prefilling, budget)
             self._plan_waiting(plan, requests, budget)
             if plan.work:
                 return self._submit(plan, requests)
@@ -222,32 +225,32 @@ class Scheduler:
                 raise RuntimeError(f"{len(self.waiting)} requests wait, none runs, and none can be admitted")
             self._retract()
 
-    def _make_room(self) -> bool:
-        """Sees to it that every request that is decoding gets its next page; False if steps in flight come first."""
+    def _make_room(self) -> list[Request] | None:
+        """The requests that are decoding; each can get its next page now. None if steps in flight come first."""
         while True:
-            needed = [0] * len(self.memory.groups)
-            for request in self.running:
-                if request.uncomputed == 1 and self._may_draw(request):
-                    for g, count in enumerate(self.memory.pages_to_grow(request, 1)):
-                        needed[g] += max(0, count)
-            available = self.memory.available_everywhere()
-            if all(n <= a for n, a in zip(needed, available, strict=True)):
-                return True
+            decoding = [request for request in self.running if request.is_decoding]
+            if self.memory.can_grow_by_one(decoding):
+                return decoding
             if self._in_flight:
-                return False
+                return None
             self._retract()
 
-    def _may_draw(self, request: Request) -> bool:
-        """Whether computing the request's last token is of use: not if the draws in flight end it anyway."""
-        return request.remaining_new_tokens > 0 or request.num_computed < request.prompt_len
+    def _plan_decoding(self, plan: StepPlan, requests: list[Request], decoding: list[Request]) -> None:
+        """As ``_add_work`` with a token each; there may be hundreds."""
+        plan.new_pages = self.memory.grow_by_one(decoding)
+        for request in decoding:
+            start = request.num_computed
+            sample = request.remaining_new_tokens > 0
+            plan.work.append(RowWork(request.row, start, 1, sample))
+            request.num_computed = start + 1
+            request.num_pending += sample
+            request.in_flight += 1
+        requests.extend(decoding)
+        self.stats.computed_tokens += len(decoding)
 
-    def _plan_running(self, plan: StepPlan, requests: list[Request], budget: Budget) -> None:
-        prefilling: list[Request] = []
-        for request in self.running:
-            if request.uncomputed > 1:
-                prefilling.append(request)
-            elif request.uncomputed == 1 and self._may_draw(request):
-                self._add_work(plan, requests, request, 1, budget)  # _make_room has seen to its page
+    def _plan_prefilling(
+        self, plan: StepPlan, requests: list[Request], prefilling: list[Request], budget: Budget
+    ) -> None:
         for request in prefilling:
             num_tokens = self._share(request, budget)
             if num_tokens > 0:
@@ -409,32 +412,34 @@ class Scheduler:
         if row.error is not None:
             request.is_broken = True
             return self._finish(request, FinishReason("abort", message=row.error, status_code=500))
-        request.take_prompt_logprobs(len(row.prompt_logprobs))
-        reason, token_ids = None, []
-        for token_id in row.token_ids:
+        if row.prompt_logprobs:
+            request.take_prompt_logprobs(len(row.prompt_logprobs))
+        reason, token_ids = None, row.token_ids
+        for count, token_id in enumerate(token_ids, start=1):
             request.append(token_id)
-            token_ids.append(token_id)
             reason = request.finish_reason_after(token_id)
             if reason is not None:
+                token_ids = token_ids[:count]
                 break
         if reason is None and request.max_new_tokens == 0 and request.num_committed >= request.prompt_len:
             reason = FinishReason("length", length=0)
         self.stats.generated_tokens += len(token_ids)
         if reason is None:
-            if request.is_prefilling and request.insertable_len > request.cached_len:
+            if request.is_prefilling and self.memory.has_pages_to_share(request):
                 self._pending.page_writes.extend(self.memory.share(request, self._num_steps - 1))
             self.memory.advance(request)
-            output = self._news(request, None)
+            if not token_ids and not row.prompt_logprobs:
+                return None
         else:
-            output = self._finish(request, reason)
-        output.token_ids = token_ids
-        output.logprobs = row.logprobs[: len(token_ids)]
-        output.prompt_logprobs = row.prompt_logprobs
-        return output if token_ids or row.prompt_logprobs or reason else None
+            self._end(request)
+        return self._news(request, reason, token_ids, row)
 
-    def _news(self, request: Request, reason: FinishReason | None) -> TokenOutput:
+    def _news(self, request: Request, reason: FinishReason | None, token_ids: list[int], row: RowResult) -> TokenOutput:
         return TokenOutput(
             request.rid,
+            token_ids,
+            row.logprobs[: len(token_ids)],
+            row.prompt_logprobs,
             cached_tokens=request.cached_tokens or 0,
             prompt_tokens=request.prompt_len,
             num_retractions=request.num_retractions,
@@ -443,7 +448,12 @@ class Scheduler:
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> TokenOutput:
-        """Ends a request, whatever it was doing. Its pages go back when no step in flight names it."""
+        """Ends a request without further tokens, whatever it was doing."""
+        self._end(request)
+        return self._news(request, reason, [], RowResult())
+
+    def _end(self, request: Request) -> None:
+        """Its pages go back when no step in flight names it."""
         request.finished = True
         del self._live[request.rid]
         self.stats.finished_requests += 1
@@ -454,7 +464,6 @@ class Scheduler:
             self._ending.add(request)
         else:
             self._leave(request)
-        return self._news(request, reason)
 
     def check_integrity(self) -> None:
         """For tests: see CacheMemory.check_integrity."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,7 +12,6 @@ from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
-from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.multimodal import EmbeddingCache
@@ -25,16 +25,17 @@ from rtp_llm.srt.multimodal.items import (
     pad_mm_tokens,
     vocabulary_ids,
 )
-from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan
-from rtp_llm.srt.worker.device import to_device
+from rtp_llm.srt.plan import Admission, NewPages, PaddedPrompt, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.worker.columns import StepColumns, step_columns
+from rtp_llm.srt.worker.device import to_device, to_device_together
 
 
 @dataclass(slots=True)
 class RowState:
-    """What a row's admission said. ``ids`` are the tokens that the host knew then."""
+    """What a row's admission said. ``ids`` are the tokens that the host knew then, int64."""
 
     admission: Admission
-    ids: list[int]
+    ids: np.ndarray
     media: MultimodalInputs | None = None
 
     @property
@@ -63,9 +64,7 @@ class ModelRunner:
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
-        self.model = load_model(
-            model_config, model_path, load_format, device, progress, model_impl, quantization
-        )
+        self.model = load_model(model_config, model_path, load_format, device, progress, model_impl, quantization)
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
@@ -73,6 +72,8 @@ class ModelRunner:
         self.embedding_cache = EmbeddingCache(media_cache_bytes)
         self._forward = self._entry_point()
         self._rows: dict[int, RowState] = {}
+        self._rows_with_media: set[int] = set()
+        self._rows_with_logprobs: set[int] = set()  # that want any of their prompt's
 
     def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
         """``forward_batch(batch)`` where the model has it, else ``forward(input_ids, positions, batch)``."""
@@ -106,8 +107,8 @@ class ModelRunner:
     def weight_bytes(self) -> int:
         """Of parameters, buffers and packed weights."""
         tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        packed: list[PackedWeight] = [m.packed for m in self.model.modules() if hasattr(m, "packed")]
-        return sum(tensors.values()) + sum(weight.nbytes for weight in packed)
+        packed: list[Any] = [module.packed for module in self.model.modules() if hasattr(module, "packed")]
+        return sum(tensors.values()) + sum(weights.nbytes for weights in packed)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
@@ -127,6 +128,8 @@ class ModelRunner:
             for group in self.layout.groups
         ]
         self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        self._num_known = np.zeros(max_rows, dtype=np.int64)  # per row, len(ids) of its RowState
+        self._prompt_lens = np.zeros(max_rows, dtype=np.int64)
 
     def row(self, row: int) -> RowState:
         return self._rows[row]
@@ -135,19 +138,33 @@ class ModelRunner:
         """Takes in everything of a plan but its work."""
         for row in plan.releases:
             del self._rows[row]
+            self._rows_with_media.discard(row)
+            self._rows_with_logprobs.discard(row)
         for admission in plan.admissions:
-            media = None if admission.media is None else MultimodalInputs.decode(admission.media)
-            self._rows[admission.row] = RowState(admission, [*admission.prompt_ids, *admission.output_ids], media)
+            self._admit(admission)
         for group, table in enumerate(self._page_tables):
-            self._write_pages(table, [write for write in plan.page_writes if write.group == group])
+            writes = [write for write in plan.page_writes if write.group == group]
+            self._write_pages(table, writes, [new for new in plan.new_pages if new.group == group])
 
-    def _write_pages(self, table: torch.Tensor, writes: list[PageWrite]) -> None:
-        """One scatter for all writes of a group; a later write to the same entry wins."""
-        entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
+    def _admit(self, admission: Admission) -> None:
+        row = admission.row
+        media = None if admission.media is None else MultimodalInputs.decode(admission.media)
+        ids = np.array([*admission.prompt_ids, *admission.output_ids], dtype=np.int64)
+        self._rows[row] = RowState(admission, ids, media)
+        self._num_known[row], self._prompt_lens[row] = len(ids), len(admission.prompt_ids)
+        if media is not None:
+            self._rows_with_media.add(row)
+        if admission.logprob_from is not None:
+            self._rows_with_logprobs.add(row)
+
+    def _write_pages(self, table: torch.Tensor, writes: list[PageWrite], new_pages: list[NewPages]) -> None:
+        """One scatter for all of a group."""
+        entries = [_entries(writes), *((new.rows, new.places, new.page_ids) for new in new_pages)]
+        entries = [columns for columns in entries if columns[0]]
         if entries:
-            rows, places = zip(*entries, strict=True)
-            pages = to_device(list(entries.values()), torch.int32, self._torch_device)
-            table[self._tensor(list(rows)), self._tensor(list(places))] = pages
+            columns = [np.concatenate(column) for column in zip(*entries, strict=True)]
+            rows, places, pages = to_device_together(columns, self._torch_device)
+            table[rows, places] = pages.int()
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
@@ -162,46 +179,39 @@ class ModelRunner:
         return batch, output
 
     def _batch(self, work: list[RowWork]) -> ForwardBatch:
-        counts = [w.num_tokens for w in work]
-        starts = [w.start for w in work]
-        ends = [w.start + w.num_tokens for w in work]
-        offsets = [0]
-        for count in counts:
-            offsets.append(offsets[-1] + count)
-        rows = self._tensor([w.row for w in work])
-        repeats = self._tensor(counts)
-        token_rows = rows.repeat_interleave(repeats, output_size=offsets[-1])
-        positions = self._tensor([p for w in work for p in range(w.start, w.start + w.num_tokens)])
-        has_media = any(self._rows[w.row].media is not None for w in work)
+        host = step_columns(work)
+        step: StepColumns[torch.Tensor] = StepColumns(*to_device_together(host, self._torch_device))
+        counts, offsets = host.counts.tolist(), host.offsets.tolist()
+        has_media = not self._rows_with_media.isdisjoint(w.row for w in work)
         return ForwardBatch(
             forward_mode=_mode(counts),
             batch_size=len(work),
-            input_ids=self._input_ids(work, offsets),
-            positions=positions,
-            req_pool_indices=rows,
-            seq_lens=self._tensor(ends),
-            extend_prefix_lens=self._tensor(starts),
-            extend_seq_lens=repeats,
-            extend_start_loc=self._tensor(offsets[:-1]),
-            seq_lens_cpu=ends,
-            extend_prefix_lens_cpu=starts,
+            input_ids=self._input_ids(host, step),
+            positions=step.positions,
+            req_pool_indices=step.rows,
+            seq_lens=step.ends,
+            extend_prefix_lens=step.starts,
+            extend_seq_lens=step.counts,
+            extend_start_loc=step.offsets,
+            seq_lens_cpu=host.ends.tolist(),
+            extend_prefix_lens_cpu=host.starts.tolist(),
             extend_seq_lens_cpu=counts,
-            prompt_lens_cpu=[self._rows[w.row].prompt_len for w in work],
+            prompt_lens_cpu=self._prompt_lens[host.rows].tolist(),
             page_tables=self._page_tables,
             out_cache_locs=[
-                slots_of(table, token_rows, positions, group.page_size)
+                slots_of(table, step.token_rows, step.positions, group.page_size)
                 for table, group in zip(self._page_tables, self.layout.groups, strict=True)
             ],
             kv_pool=self.kv_pool,
             attn_backend=self._attn_backend,
-            sample_rows=self._tensor([end - 1 for w, end in zip(work, offsets[1:], strict=True) if w.sample]),
-            prompt_logprobs=[
-                row for b, w in enumerate(work) if (row := self._logprob_row(b, w, offsets[b])) is not None
-            ],
+            sample_rows=step.sample_rows,
+            prompt_logprobs=self._logprob_rows(work, offsets),
             mm_inputs=[self._rows[w.row].media for w in work] if has_media else None,
             embedding_cache=self.embedding_cache,
             mrope_positions=self._mrope_positions(work) if has_media and self._takes_mrope else None,
-            visible_ends=self._visible_ends(work, offsets) if has_media and self.max_media_block else None,
+            visible_ends=self._visible_ends(work, offsets, len(host.positions))
+            if has_media and self.max_media_block
+            else None,
         )
 
     def _mrope_positions(self, work: list[RowWork]) -> torch.Tensor:
@@ -217,37 +227,41 @@ class ModelRunner:
             pieces.append(positions)
         return torch.cat(pieces, dim=1).to(self._torch_device)
 
-    def _visible_ends(self, work: list[RowWork], offsets: list[int]) -> torch.Tensor | None:
+    def _visible_ends(self, work: list[RowWork], offsets: list[int], num_tokens: int) -> torch.Tensor | None:
         """See ForwardBatch. None where no block is computed in this step."""
-        ends = [0] * offsets[-1]
-        for w, offset in zip(work, offsets, strict=False):
+        ends = [0] * num_tokens
+        for w, offset in zip(work, offsets, strict=True):
             media = self._rows[w.row].media
             for first, last in media_blocks(media) if media else ():
                 if w.start <= first <= last < w.start + w.num_tokens:
                     place = offset + first - w.start
                     ends[place : place + last - first + 1] = [last + 1] * (last - first + 1)
-        return self._tensor(ends) if any(ends) else None
+        return to_device(ends, torch.int64, self._torch_device) if any(ends) else None
 
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return to_device(values, torch.int64, self._torch_device)
-
-    def _input_ids(self, work: list[RowWork], offsets: list[int]) -> torch.Tensor:
-        """Known ids from the admissions; past them, the last drawn token of the row."""
-        ids: list[int] = []
-        drawn: list[tuple[int, int]] = []  # (place in the batch, row)
-        for w, offset in zip(work, offsets, strict=False):
-            known = self._rows[w.row].ids[w.start : w.start + w.num_tokens]
-            if len(known) < w.num_tokens:
-                if known or w.num_tokens > 1:
-                    raise RuntimeError(f"row {w.row}: tokens from {w.start} on are not known to the worker")
-                drawn.append((offset, w.row))
-                known = [0]
-            ids.extend(known)
-        input_ids = self._tensor(ids)
-        if drawn:
-            where = self._tensor([place for place, _ in drawn])
-            input_ids[where] = self.last_tokens[self._tensor([row for _, row in drawn])]
+    def _input_ids(self, host: StepColumns[np.ndarray], step: StepColumns[torch.Tensor]) -> torch.Tensor:
+        """[T]: known ids from the admissions; past them, the last drawn token of the row."""
+        is_drawn = host.starts >= self._num_known[host.rows]
+        if is_drawn.all() and len(host.positions) == len(host.rows):
+            return self.last_tokens[step.rows]
+        unknown = is_drawn & (host.counts > 1) | ~is_drawn & (host.ends > self._num_known[host.rows])
+        if unknown.any():
+            row, start = host.rows[unknown][0], host.starts[unknown][0]
+            raise RuntimeError(f"row {row}: tokens from {start} on are not all known to the worker")
+        ids = np.zeros(len(host.positions), dtype=np.int64)
+        for b in np.flatnonzero(~is_drawn).tolist():
+            offset, start, end = host.offsets[b], host.starts[b], host.ends[b]
+            ids[offset : offset + end - start] = self._rows[int(host.rows[b])].ids[start:end]
+        columns = ids, host.offsets[is_drawn], host.rows[is_drawn]
+        input_ids, places, rows = to_device_together(columns, self._torch_device)
+        if len(places):
+            input_ids[places] = self.last_tokens[rows]
         return input_ids
+
+    def _logprob_rows(self, work: list[RowWork], offsets: list[int]) -> list[LogprobRow]:
+        if not self._rows_with_logprobs:
+            return []
+        wanted = [self._logprob_row(b, w, offset) for b, (w, offset) in enumerate(zip(work, offsets, strict=True))]
+        return [row for row in wanted if row is not None]
 
     def _logprob_row(self, batch_index: int, work: RowWork, offset: int) -> LogprobRow | None:
         """Prompt logprobs wanted from this work: of the tokens that follow ``[start, end)`` within the prompt."""
@@ -266,6 +280,12 @@ class ModelRunner:
             top_num=admission.top_logprobs_num,
             token_ids=admission.token_ids_logprob,
         )
+
+
+def _entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:
+    """Rows, places and page ids; of several writes to an entry the last."""
+    entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
+    return [row for row, _ in entries], [place for _, place in entries], list(entries.values())
 
 
 def _check_output(output: object, model: nn.Module, batch: ForwardBatch) -> None:

@@ -19,7 +19,7 @@ _OFTEN_ENOUGH = 1024  # tokens that usually hold the mass that top_p asks for
 _LARGEST = torch.finfo(torch.float32).max
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     """What the sampler knows of the request in a row."""
 
@@ -52,6 +52,10 @@ class Sampler:
         self._counts = _TokenCounts(vocab_size, self._device)
         self._on_kernels = self._device.type == "cpu" and uses_cpu_kernels(torch.float32)
         self._argmax = sampling.argmax if self._on_kernels else reference.argmax
+        # The rows that need more than an argmax, so that a step is not asked row by row what it does not need:
+        self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
+        self._drawing: set[int] = set()  # not greedy
+        self._told: set[int] = set()  # log-probabilities are wanted
 
     def admit(self, admission: Admission) -> None:
         """Takes a request in; what it generated before (``output_ids``) counts as generated."""
@@ -73,14 +77,24 @@ class Sampler:
         )
         if penalised:
             self._counts.add(admission.row, admission.prompt_ids, admission.output_ids)
+        if penalised or params.logit_bias or params.min_new_tokens:
+            self._adjusted.add(admission.row)
+        if not params.is_greedy:
+            self._drawing.add(admission.row)
+        if admission.return_logprob:
+            self._told.add(admission.row)
 
     def release(self, row: int) -> None:
         """Forgets a row; harmless if it is empty."""
         self._rows[row] = None
         self._counts.remove(row)
+        for kind in (self._adjusted, self._drawing, self._told):
+            kind.discard(row)
 
     def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
         """Counts ``token_ids[i]`` ([S] int64, on the device) as generated in ``rows[i]``."""
+        if self._adjusted.isdisjoint(rows):
+            return
         counted = [i for i, row in enumerate(rows) if self._row(row).counted]
         if len(counted) < len(rows):
             token_ids = token_ids[self._tensor(counted)] if counted else token_ids[:0]
@@ -122,13 +136,15 @@ class Sampler:
         Bad is what nothing can be drawn from: a NaN, a +inf, or nothing but -inf.
         """
         self._check_shape(logits, rows, positions)
-        states = [self._row(row) for row in rows]
-        adjusted = self._adjust(logits, states, rows, positions, masks or {})
+        states = self._states(rows)
+        adjusted = logits
+        if masks or not self._adjusted.isdisjoint(rows):
+            adjusted = self._adjust(logits, states, rows, positions, masks or {})
         tokens, bad = self._argmax(adjusted)
         if adjusted is not logits:
             bad = self._argmax(logits)[1]
-        drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
-        if drawn:
+        if not self._drawing.isdisjoint(rows):
+            drawn = [i for i, row in enumerate(rows) if row in self._drawing]
             tokens[self._tensor(drawn)] = self._draw(adjusted, drawn, states, positions)
         return tokens, bad
 
@@ -155,11 +171,11 @@ class Sampler:
         Args:
             raw_logits: [S, vocab_size], as the model gave them; token_ids: [S], what was drawn.
         """
-        states = [self._row(row) for row in rows]
-        asked = [i for i, state in enumerate(states) if state.return_logprob]
         results: list[list[TokenLogprob] | None] = [None] * len(rows)
-        if not asked:
+        if self._told.isdisjoint(rows):
             return results
+        states = self._states(rows)
+        asked = [i for i, state in enumerate(states) if state.return_logprob]
         index = self._tensor(asked)
         found = token_logprobs(
             raw_logits[index],
@@ -170,6 +186,10 @@ class Sampler:
         for i, logprob in zip(asked, found, strict=True):
             results[i] = [logprob]
         return results
+
+    def _states(self, rows: Sequence[int]) -> list[_Row]:
+        states = [self._rows[row] for row in rows]
+        return states if None not in states else [self._row(row) for row in rows]
 
     def _row(self, row: int) -> _Row:
         state = self._rows[row]

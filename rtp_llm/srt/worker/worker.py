@@ -17,6 +17,7 @@ from rtp_llm.srt.worker.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
+BAD_LOGITS = "the model's logits are not finite numbers for this request"
 Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may come next
 
 
@@ -82,15 +83,14 @@ class PendingResult:
             self._ready.synchronize()
         drawn = iter(zip(self._token_ids.tolist(), self._bad_rows.tolist(), self._logprobs, strict=True))
         rows = []
-        for index, work in enumerate(self._plan.work):
-            row = RowResult(prompt_logprobs=self._prompt_logprobs.get(index, []))
-            if work.sample:
-                token_id, bad, logprobs = next(drawn)
-                row.token_ids = [token_id]
-                row.logprobs = logprobs or []
-                if bad:
-                    row = RowResult(error="the model's logits are not finite numbers for this request")
-            rows.append(row)
+        for work in self._plan.work:
+            if not work.sample:
+                rows.append(RowResult())
+                continue
+            token_id, bad, logprobs = next(drawn)
+            rows.append(RowResult(error=BAD_LOGITS) if bad else RowResult([token_id], logprobs or [], []))
+        for index, prompt_logprobs in self._prompt_logprobs.items():
+            rows[index].prompt_logprobs = prompt_logprobs
         return StepResult(self._plan.step_id, rows)
 
 
@@ -104,7 +104,7 @@ class Worker:
             config.load_format,
             config.device,
             config.page_size,
-            make_backend(config.attention_backend),
+            make_backend(config.attention_backend, config.device, getattr(torch, config.model_config.dtype)),
             progress,
             config.model_impl,
             config.media_cache_bytes,

@@ -18,6 +18,7 @@ from rtp_llm.srt.managers.detokenizer import (
     common_prefix,
     find_stop,
     held_len,
+    plain_backend,
 )
 from rtp_llm.srt.messages import FinishReason, GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
@@ -99,6 +100,28 @@ def run(text: str, sizes: list[int] | None = None, **params: Any) -> tuple[str, 
 
 
 # Text
+
+
+@few
+@given(data=st.data())
+def test_the_backend_alone_gives_the_tokenizers_text(path: Path, data: st.DataObject) -> None:
+    tokenizer = load(path)
+    assert plain_backend(tokenizer) is not None
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
+    assert Decoder(tokenizer, skip_special_tokens=False)(ids) == tokenizer.decode(
+        ids, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+    )
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked_itself(data_dir: Path) -> None:
+    class Shouting(type(load(data_dir / TOKENIZERS[0]))):  # type: ignore[misc]
+        def _decode(self, token_ids: Any, **options: Any) -> str:
+            return super()._decode(token_ids, **options).upper()
+
+    tokenizer = Shouting.from_pretrained(data_dir / TOKENIZERS[0])
+    assert plain_backend(tokenizer) is None and plain_backend(CharTokenizer()) is None
+    text = Decoder(tokenizer, skip_special_tokens=True)(tokenizer.encode("once upon a time"))
+    assert "ONCE UPON A TIME" in text
 
 
 @few

@@ -55,6 +55,9 @@ class StubWorker:
         for write in plan.page_writes:
             for i, page in enumerate(write.page_ids):
                 self.tables[write.group][write.row, write.start + i] = page
+        for new in plan.new_pages:
+            for row, place, page in zip(new.rows, new.places, new.page_ids, strict=True):
+                self.tables[new.group][row, place] = page
         return StepResult(plan.step_id, [self.compute(work) for work in plan.work])
 
     def compute(self, work) -> RowResult:

@@ -1,0 +1,292 @@
+"""Where a step's time goes: ``rtp-llm bench --profile``.
+
+A batch of random prompts runs through a real core in this process: scheduler, runner, model, sampler. Layers are timed
+by wrapping their ``forward``, kernels by ``timed_kernels``; each part's time is without that of the parts within it, so
+that all of them, with what is left between them (``rest``), add up to the step.
+"""
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from rtp_llm.bench.profile_options import ProfileArgs, ProfileError
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.engine.core import EngineCore
+from rtp_llm.srt.engine.executor import InProcessExecutor
+from rtp_llm.srt.entrypoints.frontend import read_model_config
+from rtp_llm.srt.kernels.cpu.timing import timed_kernels
+from rtp_llm.srt.layers.activation import ActAndMul, SiluAndMul, SwigluOAIAndMul
+from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.logits_processor import LogitsProcessor
+from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.layers.norm import Norm
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.messages import GenerateRequest, TokenOutput
+from rtp_llm.srt.plan import StepPlan
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.utils.ipc import QueueLink
+from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.srt.utils.stopwatch import Name, Part, Stopwatch
+from rtp_llm.srt.worker.worker import PendingResult, Worker
+
+REST: Name = ("rest",)  # of a step: what lies between its parts
+NUM_RANDOM_IDS = 10000  # ids of random prompts lie below this
+# What a layer is called in the table; the first class that fits.
+LAYER_KINDS: Sequence[tuple[tuple[type, ...], str]] = (
+    ((LinearBase,), "linear"),
+    ((Norm,), "norm"),
+    ((RotaryEmbedding,), "rotary"),
+    ((RadixAttention,), "attention"),
+    ((ActAndMul, SiluAndMul, SwigluOAIAndMul), "activation"),
+    ((FusedMoE,), "experts"),
+    ((VocabParallelEmbedding,), "embedding"),
+    ((LogitsProcessor,), "logits"),
+)
+NAMED_KINDS = ("linear", "norm")  # of these there are several in a block, told apart by their attribute's name
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    """Prints a table for the prefill and one for the decode steps; returns the exit status.
+
+    Raises:
+        ProfileError, and what loading a model raises.
+    """
+    profile_args = ProfileArgs.from_cli_args(args)
+    server_args = ServerArgs.from_cli_args(args)
+    configure_logging(server_args.log_level)
+    console = Console()
+    for stage, steps in profile_steps(server_args, profile_args).items():
+        if steps.num_steps:
+            what = (
+                f"{stage}: batch {profile_args.batch_size}, {profile_args.input_len} in, {profile_args.output_len} out"
+            )
+            console.print(steps.table(what))
+            console.print(f"explained: {100 * steps.explained:.1f} % of {1e3 * steps.step_s:.3f} ms a step\n")
+    return 0
+
+
+def profile_steps(server_args: ServerArgs, args: ProfileArgs) -> dict[str, "StepTimes"]:
+    """The times of the steps of one batch, ``prefill`` and ``decode``, after another one has warmed up."""
+    if server_args.tp_size != 1:
+        raise ProfileError("the profile is of one process: it cannot be made with --tp-size above 1")
+    watch = Stopwatch()
+    with timed_kernels(watch), ProfiledCore(server_args, read_model_config(server_args), watch) as core:
+        core.run(args, seed=0)
+        return core.run(args, seed=1)
+
+
+class ProfiledCore:
+    """A core, its model timed part by part, and one batch at a time through it."""
+
+    def __init__(self, server_args: ServerArgs, model_config: ModelConfig, watch: Stopwatch) -> None:
+        link = QueueLink()
+        link.client.on_messages(self._take)
+        self._link, self._watch, self._vocab_size = link, watch, model_config.vocab_size
+        self._core = EngineCore(server_args, model_config, link.core)
+        self._problem: str | None = None
+        if self._core.device != "cpu":
+            self._core.shutdown()
+            raise ProfileError(
+                f"the profile times calls, and calls to {self._core.device} return before the work is done: give "
+                "--device cpu, or use python -m rtp_llm.bench_one_batch --profile"
+            )
+        self._executor: InProcessExecutor = self._core._executor  # type: ignore[assignment]
+        time_core(self._core, watch)
+        time_worker(self._executor.worker, watch)
+
+    def _take(self, messages: list) -> None:
+        for message in messages:
+            if isinstance(message, TokenOutput) and message.finish_reason and message.finish_reason.type == "abort":
+                self._problem = message.finish_reason.message
+
+    def run(self, args: ProfileArgs, seed: int) -> dict[str, "StepTimes"]:
+        draw = random.Random(seed)
+        num_ids = min(NUM_RANDOM_IDS, self._vocab_size)
+        params = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=args.output_len)
+        for i in range(args.batch_size):
+            prompt = [draw.randrange(num_ids) for _ in range(args.input_len)]
+            self._link.client.send(GenerateRequest(f"{seed}-{i}", prompt, params, seed=0))
+        stages = {"prefill": StepTimes(), "decode": StepTimes()}
+        while True:
+            with self._noted_plan() as plans, self._watch.part(REST):
+                self._core.step(block=False)
+            parts = self._watch.take()
+            if self._problem is not None:
+                raise ProfileError(self._problem)
+            if not plans:
+                return stages
+            decodes = all(work.num_tokens == 1 for work in plans[0].work)
+            stages["decode" if decodes else "prefill"].add(parts)
+
+    @contextmanager
+    def _noted_plan(self) -> Iterator[list[StepPlan]]:
+        plans: list[StepPlan] = []
+        submit = self._executor.submit
+
+        def noted(plan: StepPlan) -> Any:
+            plans.append(plan)
+            return submit(plan)
+
+        self._executor.submit = noted  # type: ignore[method-assign]
+        try:
+            yield plans
+        finally:
+            self._executor.submit = submit  # type: ignore[method-assign]
+
+    def __enter__(self) -> "ProfiledCore":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._core.shutdown()
+
+
+def time_core(core: EngineCore, watch: Stopwatch) -> None:
+    watch.wrap(core.scheduler, "plan", ("scheduler", "plan"))
+    watch.wrap(core.scheduler, "commit", ("scheduler", "commit"))
+    watch.wrap(core._link, "drain", ("messages",))
+    watch.wrap(core._link, "send", ("messages",))
+
+
+def time_worker(worker: Worker, watch: Stopwatch) -> None:
+    runner = worker.runner
+    watch.wrap(runner, "apply", ("runner", "page tables"))
+    watch.wrap(runner, "_batch", ("runner", "batch"))
+    watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
+    watch.wrap(runner.kv_pool, "write", ("kv write",))
+    for method in ("sample", "observe", "bad_rows", "logprobs"):
+        watch.wrap(worker.sampler, method, ("sampler",))
+    worker.sample = _with_timed_results(worker.sample, watch)  # type: ignore[method-assign]
+    for name, module in runner.model.named_modules():
+        kind = next((kind for classes, kind in LAYER_KINDS if isinstance(module, classes)), None)
+        if kind is not None:
+            part = (kind, name.rpartition(".")[2]) if kind in NAMED_KINDS else (kind,)
+            module.forward = _timed_layer(module, part, watch)
+
+
+def _with_timed_results(sample: Callable[..., PendingResult], watch: Stopwatch) -> Callable[..., PendingResult]:
+    def timed(*args: Any, **kwargs: Any) -> PendingResult:
+        pending = sample(*args, **kwargs)
+        watch.wrap(pending, "result", ("sampler",))
+        return pending
+
+    return timed
+
+
+def _timed_layer(module: nn.Module, name: Name, watch: Stopwatch) -> Callable[..., Any]:
+    """Its forward; of a product, with the bytes of its weights and the operations on them."""
+    forward = module.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with watch.part(name) as part:
+            result = forward(*args, **kwargs)
+        if isinstance(module, LinearBase):
+            output = result[0]
+            _note_product(part, module, output.shape[0], module.input_size * output.shape[-1])
+        elif isinstance(module, LogitsProcessor):
+            head = kwargs.get("lm_head") or args[2]
+            _note_product(part, head, result.next_token_logits.shape[0], head.num_embeddings * head.embedding_dim)
+        return result
+
+    return timed
+
+
+def _note_product(part: Part, module: nn.Module, num_rows: int, num_weights: int) -> None:
+    if num_rows:
+        part.bytes += stored_bytes(module)
+        part.operations += 2.0 * num_rows * num_weights
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Of its parameters and buffers, and of packed weights that are neither."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    packed = [getattr(value, "nbytes", 0) for value in vars(module).values()]
+    return sum(tensor.nbytes for tensor in tensors) + sum(size for size in packed if isinstance(size, int))
+
+
+class StepTimes:
+    """What was timed in the steps of one kind."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.parts: defaultdict[Name, Part] = defaultdict(Part)
+
+    def add(self, parts: dict[Name, Part]) -> None:
+        self.num_steps += 1
+        for name, part in parts.items():
+            self.parts[name].add(part)
+
+    @property
+    def total_s(self) -> float:
+        return sum(part.seconds for part in self.parts.values())
+
+    @property
+    def step_s(self) -> float:
+        return self.total_s / self.num_steps
+
+    @property
+    def explained(self) -> float:
+        """The part of the time that has a name."""
+        return 1 - self.parts[REST].seconds / self.total_s
+
+    def rows(self) -> list["Row"]:
+        """What has a name, each followed by the kernels within it, those that took longest first; the rest last."""
+        layers = {name: self._within(name) for name in self.parts if not _is_kernel(name) and name != REST}
+        rows = []
+        for name, part in sorted(layers.items(), key=lambda item: -item[1].seconds):
+            rows.append(Row(" ".join(name), part))
+            kernels = {n: p for n, p in self.parts.items() if _is_kernel(n) and n[:-1] == name}
+            rows += [Row(f"  {n[-1]}", p) for n, p in sorted(kernels.items(), key=lambda item: -item[1].seconds)]
+        stray = {n: p for n, p in self.parts.items() if _is_kernel(n) and n[:-1] == REST}
+        rows += [Row(n[-1], p) for n, p in sorted(stray.items(), key=lambda item: -item[1].seconds)]
+        return [*rows, Row(REST[0], self.parts[REST])]
+
+    def _within(self, name: Name) -> Part:
+        """A layer with the kernels that it calls; the calls are its own."""
+        whole = Part()
+        for other, part in self.parts.items():
+            if other == name or (_is_kernel(other) and other[:-1] == name):
+                whole.add(part)
+        whole.calls = self.parts[name].calls
+        return whole
+
+    def table(self, title: str) -> Table:
+        table = Table(title=f"{title}; {self.num_steps} steps", title_justify="left")
+        table.add_column("part")
+        for column in ("ms a step", "share", "calls", "GB/s", "GFLOP/s"):
+            table.add_column(column, justify="right")
+        for row in self.rows():
+            table.add_row(*row.cells(self.num_steps, self.total_s))
+        table.add_section()
+        table.add_row("a step", f"{1e3 * self.step_s:.3f}", "100.0 %")
+        return table
+
+
+def _is_kernel(name: Name) -> bool:
+    """Whether this is ``library.function`` within a layer."""
+    return len(name) > 1 and "." in name[-1]
+
+
+@dataclass(slots=True)
+class Row:
+    title: str
+    part: Part
+
+    def cells(self, num_steps: int, total_s: float) -> list[str]:
+        part = self.part
+        rates = [
+            f"{amount / part.seconds / 1e9:.1f}" if amount and part.seconds else ""
+            for amount in (part.bytes, part.operations)
+        ]
+        share = f"{100 * part.seconds / total_s:.1f} %"
+        return [self.title, f"{1e3 * part.seconds / num_steps:.3f}", share, f"{part.calls / num_steps:.0f}", *rates]
