@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -97,9 +98,13 @@ class Input {
     const Tiles tiles;
 
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K)
+        : Input(x, stride, M, K, scratch<uint32_t, 0>(M * divide_up(K, 2))) {}
+
+    // In memory of the caller's, [M * ceil(K / 2)].
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, uint32_t* memory)
         : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
         even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
-        packed_ = even_ && tiles.count <= TILES_IN_PLACE ? nullptr : scratch<uint32_t, 0>(M * units_);
+        packed_ = even_ && tiles.count <= TILES_IN_PLACE ? nullptr : memory;
     }
 
     // To be called by all threads of a team.
@@ -404,6 +409,47 @@ KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* pa
                 write_tile<R>(output, start, p * PANEL, sums);
             }
         });
+    }
+}
+
+// Rows starts[g] to starts[g + 1] of out = those of x times the weight of group g, plus its bias, for all groups in one
+// call. packed: [groups] weights [N, K], one after the other; bias: [groups][N] float32 or null.
+KERNEL void grouped_gemm_bf16(const bf16* x, int64_t x_stride, const int64_t* starts, int64_t groups,
+                              const bf16* packed, int64_t N, int64_t K, const float* bias, bf16* out,
+                              int64_t out_stride) {
+    int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
+    uint32_t* memory = scratch<uint32_t, 0>(starts[groups] * units);
+    std::vector<int64_t> ids;  // of groups that have rows
+    std::vector<Input> inputs;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t start = starts[g], rows = starts[g + 1] - start;
+        if (rows == 0) continue;
+        ids.push_back(g);
+        inputs.emplace_back(x + start * x_stride, x_stride, rows, K, memory + start * units);
+    }
+    int64_t tasks = int64_t(ids.size()) * pieces;
+#pragma omp parallel
+    {
+        for (Input& input : inputs) input.pack();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            const Input& input = inputs[task / pieces];
+            int64_t g = ids[task / pieces], first = task % pieces * PANELS_AT_ONCE;
+            int64_t last = std::min(first + PANELS_AT_ONCE, panels);
+            Output output{out + starts[g] * out_stride, out_stride, N, bias ? bias + g * N : nullptr, false};
+            const uint32_t* weight = reinterpret_cast<const uint32_t*>(packed) + g * panels * units * PANEL;
+            for (int64_t t = 0; t < input.tiles.count; t++) {
+                int64_t start = input.tiles.start(t);
+                with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
+                    constexpr int R = decltype(constant)::value;
+                    for (int64_t p = first; p < last; p++) {
+                        vec sums[R][VECS];
+                        tile_bf16<R>(input.rows(start, R), weight + p * units * PANEL, units, sums);
+                        write_tile<R>(output, start, p * PANEL, sums);
+                    }
+                });
+            }
+        }
     }
 }
 

@@ -1,0 +1,105 @@
+"""Sorting by expert, grouped products and weighted sums in C++, on every instruction set, against plain torch."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.kernels import dispatch, reference
+from rtp_llm.srt.kernels.cpu import linear, moe
+from rtp_llm.srt.layers.activation import SwigluOAIAndMul
+from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.models.loader import process_weights
+
+FUNCTIONS = [moe._function, moe._grouped_gemm, linear._function]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    value = random.randrange(1 << 31)
+    print(f"seed {value}")
+    torch.manual_seed(value)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 10, 1003])
+def test_grouping(isa: str, num_ids: int) -> None:
+    ids = torch.randint(0, 9, (num_ids,))
+    ids[ids == 4] = 5  # a group without rows
+    starts, order, places = moe.group_rows(ids, 9)
+    assert torch.equal(order, ids.sort(stable=True).indices)
+    assert torch.equal(starts.diff(), ids.bincount(minlength=9)) and starts[0] == 0
+    assert torch.equal(order[places], torch.arange(num_ids))
+
+
+def test_experts_that_do_not_exist_are_refused(isa: str) -> None:
+    for wrong in (-1, 4):
+        with pytest.raises(IndexError, match=r"experts must be in \[0, 4\), not"):
+            moe.group_rows(torch.tensor([0, wrong, 2]), 4)
+
+
+@pytest.mark.parametrize("rows_per_group", [[0, 0, 0], [1, 0, 2], [0, 13, 1], [30, 5, 61], [25, 200, 0]])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (64, 96), (258, 130)])
+def test_grouped_products(isa: str, rows_per_group: list[int], shape: tuple[int, int]) -> None:
+    counts = torch.tensor(rows_per_group)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    x, weight = torch.randn(int(counts.sum()), shape[1]).bfloat16(), torch.randn(3, *shape).bfloat16()
+    packed = moe.PackedExperts(weight)
+    for bias in (None, torch.randn(3, shape[0]).bfloat16()):
+        expected = reference.grouped_linear(x.float(), weight.float(), counts, None if bias is None else bias.float())
+        result = packed.apply(x, starts, bias)
+        assert result.dtype == torch.bfloat16
+        torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=1e-4)
+        for group in range(3):  # as if it were alone
+            rows = slice(int(starts[group]), int(starts[group + 1]))
+            alone = linear.PackedBFloat16(weight[group]).apply(x[rows], None if bias is None else bias[group])
+            assert torch.equal(result[rows], alone)
+
+
+def test_wrong_rows_are_refused(isa: str) -> None:
+    packed, starts = moe.PackedExperts(torch.randn(2, 4, 6).bfloat16()), torch.tensor([0, 1, 2])
+    for x in (torch.zeros(2, 6), torch.zeros(2, 5).bfloat16()):
+        with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 \[rows, 6\] and 3 starts"):
+            packed.apply(x, starts)
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "size"), [(0, 2, 8), (1, 8, 33), (7, 3, 100), (300, 4, 64)])
+def test_gathering_and_weighted_sums(isa: str, num_tokens: int, top_k: int, size: int) -> None:
+    ids = torch.rand(num_tokens, 16).topk(top_k).indices
+    x, weights = torch.randn(num_tokens, size).bfloat16(), torch.rand(num_tokens, top_k)
+    _, order, places = moe.group_rows(ids.flatten(), 16)
+    rows = moe.gather_rows(x, order, top_k)
+    assert torch.equal(rows, x[order // top_k])
+    rows = torch.randn_like(rows)
+    expected = (weights.bfloat16().double()[..., None] * rows[places].view(num_tokens, top_k, size).double()).sum(1)
+    result = moe.sum_rows(rows, places, weights)
+    torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-6)
+    if num_tokens:
+        rows[places[0], 0] = torch.nan
+        result = moe.sum_rows(rows, places, weights)
+        assert result[0, 0].isnan() and result.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("activation", ["silu", SwigluOAIAndMul()])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int) -> None:
+    sizes = dict(num_experts=6, hidden_size=40, intermediate_size=96, activation=activation)
+    options = dict(bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=TPGroup(rank, 2))
+    packed = FusedMoE(**sizes, **options)
+    with dispatch.cpu_kernels(False):
+        plain = FusedMoE(**sizes, **options)
+    for ours, theirs in zip(packed.parameters(), plain.parameters(), strict=True):
+        theirs.data = ours.data.normal_(std=0.3).clone()
+    process_weights(packed), process_weights(plain)
+    assert packed.packed is not None and plain.packed is None
+    assert not hasattr(packed, "w13_weight") and not hasattr(packed, "w2_weight")
+    for num_tokens in (0, 1, 50):
+        x, ids = torch.randn(num_tokens, 40).bfloat16(), torch.rand(num_tokens, 6).topk(3).indices
+        weights = torch.rand(num_tokens, 3)
+        result, expected = packed(x, weights, ids), plain(x, weights, ids)
+        assert result.shape == expected.shape
+        assert (result - expected).float().norm() <= 0.01 * expected.float().norm()
+        for token in range(min(num_tokens, 3)):
+            alone = packed(x[[token]], weights[[token]], ids[[token]])
+            assert torch.equal(alone[0], result[token])
