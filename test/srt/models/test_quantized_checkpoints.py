@@ -215,8 +215,6 @@ def test_missing_and_misshapen_tensors_are_named(model_dir: str, tmp_path: Path)
     with pytest.raises(WeightLoadError) as caught:
         load_model(ModelConfig.from_pretrained(packed_dir), packed_dir, quantization="gptq")
     assert re.search(r"qkv_proj.scales \[128, 4\], made of .*k_proj.scales", str(caught.value))
-    assert re.search(
-        r"down_proj.scales \[2, 64\] into .*: .*\(64, 6\), the checkpoint has \(64, 2\)", str(caught.value)
     assert re.search(r"down_proj.scales \[2, 64\] into .*: .*\(64, 6\), the checkpoint has", str(caught.value))
 
 
