@@ -35,12 +35,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each")
     parser.add_argument("--questions", type=int, default=40, help="questions of each of the demo model's skills")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        help="score one text after the other, so many tokens in a step; products of few rows may be computed otherwise",
+    )
     args = parser.parse_args()
     texts = draw_texts(args.model_path, args.texts, args.tokens, args.seed)
     prompts, answers = ask_skills(args.questions, args.seed)
     rows = []
     for scheme in SCHEMES:
-        rows.append((scheme or "bfloat16", perplexity(args.model_path, scheme, texts), right(scheme, prompts, answers)))
+        rows.append(
+            (
+                scheme or "bfloat16",
+                perplexity(args.model_path, scheme, texts, args.step_tokens),
+                right(scheme, prompts, answers),
+            )
+        )
     print(f"{len(texts)} texts of {args.tokens} tokens; {len(prompts)} questions; seed {args.seed}")
     show(rows)
 
@@ -59,9 +70,10 @@ def draw_texts(model_path: str, count: int, num_tokens: int, seed: int) -> list[
         ]
 
 
-def perplexity(model_path: str, scheme: str | None, texts: list[list[int]]) -> float:
+def perplexity(model_path: str, scheme: str | None, texts: list[list[int]], step_tokens: int | None) -> float:
     """exp of the mean negative log-probability of all tokens but the first of each text."""
-    with start(model_path, scheme) as engine:
+    one_by_one = {} if step_tokens is None else {"chunked_prefill_size": step_tokens, "max_running_requests": 1}
+    with start(model_path, scheme, **one_by_one) as engine:
         results = engine.generate(
             input_ids=texts, sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0
         )
@@ -94,8 +106,8 @@ def right(scheme: str | None, prompts: list[str], answers: list[str]) -> float:
     return sum(result["text"] == answer for result, answer in zip(results, answers, strict=True)) / len(answers)
 
 
-def start(model_path: str, scheme: str | None) -> Any:
-    return Engine(model_path=model_path, dtype="bfloat16", quantization=scheme, log_level="error", random_seed=0)
+def start(model_path: str, scheme: str | None, **options: int) -> Any:
+    return Engine(model_path=model_path, dtype="bfloat16", quantization=scheme, log_level="error", **options)
 
 
 def show(rows: list[tuple[str, float, float]]) -> None:

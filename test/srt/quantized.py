@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Integers:
-    """A weight [N, K] is ``(values - zeros) * scales``, zeros and scales [N, groups] being those of each input's group."""
+    """A weight [N, K] is ``(values - zeros) * scales``, with the zero and the scale of each input's group."""
 
     values: np.ndarray  # [N, K] int64, 0 .. 2 ** bits - 1
     scales: torch.Tensor  # [N, groups] float32

@@ -172,7 +172,7 @@ class FusedMoE(nn.Module):
         weight_loader: WeightLoader | None = None,
         is_split: bool = True,
     ) -> nn.Parameter:
-        """Registers one whose name begins with ``w13`` or ``w2``; ranks share the latter's inputs if ``is_split``."""
+        """Registers one that belongs to ``w13`` or ``w2``. ``is_split``: ranks share the inputs of ``w2``."""
         data = torch.empty(shape, dtype=dtype or self.params_dtype)
         param = make_parameter(data, weight_loader or self.weight_loader, input_dim=2 if is_split else None)
         param.is_down = name.startswith("w2_")  # type: ignore[attr-defined]

@@ -347,6 +347,6 @@ def test_packed_weights_do_not_decide_the_dtype(tmp_path: Path) -> None:
 
 
 def test_other_quantization_is_refused(tmp_path: Path) -> None:
-    make_tiny("MixtralForCausalLM", tmp_path, num_hidden_layers=1, quantization_config={"quant_method": "awq"})
-    with pytest.raises(ValueError, match=r"is quantized \(awq\), which is not supported yet; .*mxfp4"):
+    make_tiny("MixtralForCausalLM", tmp_path, num_hidden_layers=1, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ValueError, match=r"is quantized by 'hqq', which is not supported; have .*mxfp4"):
         load(tmp_path)

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized
 import torch
+from quantized import Format
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import quantized
-from quantized import Format
 from rtp_llm import Engine
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.layers.quantization.base import QuantizationError
 from rtp_llm.srt.models.loader import WeightLoadError, load_model
 from tiny_models import make_tiny, random_prompts
 
@@ -165,7 +164,80 @@ def test_experts(name: str, tmp_path: Path) -> None:
         assert_close(ours, transformers_logprobs(plain), 1e-3)
 
 
-def load(model_dir: str, tmp_path: Path, settings: dict[str, Any], stored: Format = FORMATS[0]) -> nn.Module:
-    changed = Format(**{name: getattr(stored, name) for name in stored.__slots__} | {"settings": settings})
-    _, packed_dir = quantized.quantize(model_dir, tmp_path, changed, is_quantized)
-    return load_model(ModelConfig.from_pretrained(packed_dir), packed_dir)
+# What is wrong is named
+
+
+def refused(settings: dict[str, Any], model_dir: str, tmp_path: Path, quantization: str | None = None) -> str:
+    """The error that loading the model with these settings ends in."""
+    config = ModelConfig.from_pretrained(model_dir, json_model_override_args={"quantization_config": settings})
+    with pytest.raises(ValueError) as caught:
+        load_model(config, model_dir, quantization=quantization)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "bitnet"}, r"quantized by 'bitnet', which is not supported; have int8, int4, gptq, awq, "),
+        (GPTQ | {"bits": 3}, r"bits must be one of \[4, 8\], not 3"),
+        (GPTQ | {"group_size": 0}, "group_size must be a positive number or -1, not 0"),
+        (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format must be one of \['gptq', 'gptq_v2'\]"),
+        (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "gives layers '.*down.*' a bits of 8"),
+        (AWQ | {"version": "gemv"}, r"version must be one of \['gemm'\], not 'gemv'"),
+        (AWQ | {"zero_point": False}, "zero_point: false"),
+        (compressed("float-quantized", type="float", num_bits=8, strategy="tensor"), "type 'float' with 8 bits"),
+        (compressed("marlin-24", num_bits=4, strategy="channel"), "format 'marlin-24' is not supported"),
+        (packed(group_size=16) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not supported"),
+        (compressed("int-quantized", ROWS | {"dynamic": False}, **CHANNEL), "input_activations must be"),
+        (packed(group_size=16) | {"ignore": ["re:.*q_proj"]}, "qkv_proj: the checkpoint quantizes some of .*k_proj"),
+        (packed(group_size=16) | {"config_groups": {}}, "must have `config_groups`"),
+    ],
+)
+def test_what_is_not_supported_is_named(settings: dict[str, Any], message: str, model_dir: str, tmp_path: Path) -> None:
+    assert re.search(message, refused(settings, model_dir, tmp_path))
+
+
+def test_flag_and_checkpoint_must_agree(model_dir: str, tmp_path: Path) -> None:
+    assert "'int8' was asked for, but the checkpoint is quantized by 'gptq'" in refused(
+        GPTQ, model_dir, tmp_path, "int8"
+    )
+    assert "for any checkpoint there are int8, int4" in refused({}, model_dir, tmp_path, "awq")
+    assert "unknown quantization 'int2'; have int8, int4" in refused({}, model_dir, tmp_path, "int2")
+
+
+def test_missing_and_misshapen_tensors_are_named(model_dir: str, tmp_path: Path) -> None:
+    def spoil(tensors: quantized.Tensors) -> None:
+        del tensors["model.layers.0.self_attn.k_proj.scales"]
+        tensors["model.layers.1.mlp.down_proj.scales"] = tensors["model.layers.1.mlp.down_proj.scales"][:2].clone()
+
+    spoiled = Format("spoiled", GPTQ, quantized.gptq, edit=spoil)
+    _, packed_dir = quantized.quantize(model_dir, tmp_path, spoiled, is_quantized)
+    with pytest.raises(WeightLoadError) as caught:
+        load_model(ModelConfig.from_pretrained(packed_dir), packed_dir, quantization="gptq")
+    assert re.search(r"qkv_proj.scales \[128, 4\], made of .*k_proj.scales", str(caught.value))
+    assert re.search(r"down_proj.scales \[2, 64\] into .*: .*\(64, 6\), the checkpoint has", str(caught.value))
+
+
+def test_early_gptq_checkpoints_have_biases_of_zeros(tmp_path: Path) -> None:
+    def add_biases(tensors: quantized.Tensors) -> None:
+        tensors["model.layers.0.mlp.down_proj.bias"] = torch.full((64,), bias)
+
+    model_dir = make_tiny("LlamaForCausalLM", tmp_path / "model", **SIZES)
+    for bias in (0.0, 1.0):
+        stored = Format("biases", GPTQ, quantized.gptq, edit=add_biases)
+        _, packed_dir = quantized.quantize(model_dir, tmp_path / str(bias), stored, is_quantized)
+        config = ModelConfig.from_pretrained(packed_dir)
+        if bias:
+            with pytest.raises(WeightLoadError, match=r"have no place in the model:\n  .*down_proj.bias"):
+                load_model(config, packed_dir)
+        else:
+            load_model(config, packed_dir)
+
+
+def test_layers_that_are_not_converted_stay_as_they_are(model_dir: str, tmp_path: Path) -> None:
+    settings = AWQ | {"modules_to_not_convert": ["self_attn"]}
+    stored = Format("partly", settings, quantized.awq, symmetric=False)
+    plain, packed_dir = quantized.quantize(
+        model_dir, tmp_path, stored, lambda name: is_quantized(name) and "self_attn" not in name
+    )
+    assert_close(engine_logprobs(packed_dir), transformers_logprobs(plain), 1e-3)

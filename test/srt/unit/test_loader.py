@@ -648,8 +648,35 @@ def test_dummy_weights_need_no_file(tiny_directory):
 
 
 def test_a_quantized_checkpoint_is_refused(tiny_directory):
-    with pytest.raises(ValueError, match=r"is quantized \(fp8\), which is not supported yet"):
+    with pytest.raises(ValueError, match=r"is quantized by 'fp8', which is not supported; have int8, int4, gptq"):
         load_directory(tiny_directory, json_model_override_args={"quantization_config": {"quant_method": "fp8"}})
+
+
+class Recorded:
+    """A quantization method that keeps what it was called for."""
+
+    def __init__(self) -> None:
+        self.processed: list[nn.Module] = []
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.processed.append(layer)
+
+
+def test_a_layers_weights_are_processed_once_it_has_them_all():
+    model, method = Tiny(), Recorded()
+    layers = [layer.self_attn.qkv_proj for layer in model.model.layers]
+    for layer in layers:
+        layer.quant_method = method
+
+    def watched():
+        names = sorted(checkpoint(), key=lambda name: ("layers.1" in name, name))
+        for name in names:
+            if "layers.1" in name:
+                assert method.processed == layers[:1]
+            yield name, checkpoint()[name]
+
+    load_weights(model, watched())
+    assert method.processed == layers
 
 
 def llama_config(**kwargs) -> LlamaConfig:

@@ -1,0 +1,137 @@
+"""``quantization="int8"`` and ``"int4"``: the engine answers as transformers does on weights rounded the same way."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rtp_llm import Engine
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import DEMO_MODEL, QUANTIZATIONS
+from rtp_llm.srt.kernels.reference import dequantize_int4, quantize_rows
+from rtp_llm.srt.layers.quantization.int4 import GROUP_SIZES, quantize_int4
+from rtp_llm.srt.layers.quantization.registry import DEQUANTIZED, SCHEMES
+from rtp_llm.srt.worker.worker import Worker, WorkerConfig
+from tiny_models import make_tiny, random_prompts
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=172, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
+)
+ROUTERS = ("gate", "kv_b_proj")  # what stays as it is
+PROMPTS = [random_prompts(40, [30])[0], random_prompts(41, [9])[0]]
+
+
+def rounded(weight: torch.Tensor, scheme: str) -> torch.Tensor:
+    if scheme == "int8":
+        values, scales = quantize_rows(weight)
+        return values.float() * scales
+    group_size = next(size for least, size in GROUP_SIZES.items() if weight.shape[1] >= least)
+    return dequantize_int4(*quantize_int4(weight, group_size), group_size)
+
+
+def round_rows(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    values, scales = quantize_rows(args[0])
+    return (values.float() * scales,)
+
+
+def quantized_twin(model_dir: str, scheme: str) -> nn.Module:
+    """Transformers' model with every weight rounded as the scheme does, and activations where it rounds those."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            last = name.rpartition(".")[2]
+            if name == "lm_head":
+                module.weight.copy_(rounded(module.weight, "int8"))
+                module.register_forward_pre_hook(round_rows)
+            elif isinstance(module, (nn.Linear, Conv1D)) and last not in ROUTERS:
+                weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+                weight.copy_(rounded(weight, scheme))
+                if scheme == "int8":
+                    module.register_forward_pre_hook(round_rows)
+            elif last == "experts":
+                for weights in (module.gate_up_proj, module.down_proj):
+                    for weight in weights:
+                        weight.copy_(rounded(weight, scheme))
+    return model
+
+
+def logprobs_of(model: nn.Module) -> list[torch.Tensor]:
+    results = []
+    for ids in PROMPTS:
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        results.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    return results
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "config"),
+    [
+        ("Qwen3ForCausalLM", "int8", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("Qwen3ForCausalLM", "int4", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("Qwen2ForCausalLM", "int8", {"tie_word_embeddings": False}),
+        ("Phi3ForCausalLM", "int4", {"hidden_size": 256}),
+        ("GPT2LMHeadModel", "int4", {}),
+        ("Qwen3MoeForCausalLM", "int4", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
+        ("DeepseekV2ForCausalLM", "int4", {}),
+    ],
+)
+def test_answers_are_those_of_rounded_weights(
+    architecture: str, scheme: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {} if architecture in ("GPT2LMHeadModel", "DeepseekV2ForCausalLM") else SIZES
+    model_dir = make_tiny(architecture, tmp_path, **sizes | config)
+    expected = logprobs_of(quantized_twin(model_dir, scheme))
+    with Engine(model_path=model_dir, quantization=scheme, max_total_tokens=512, log_level="error") as engine:
+        results = engine.generate(
+            input_ids=PROMPTS, sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0
+        )
+    # An activation that lies between two integers may be rounded either way.
+    for result, theirs in zip(results, expected, strict=True):
+        ours = torch.tensor([entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]])
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def demo_texts() -> Iterator[dict[str | None, list[str]]]:
+    questions = [f"What is {a} + {b}?" for a, b in ((17, 25), (3, 9), (120, 45), (88, 12))]
+    questions += [f"What is the capital of {country}?" for country in ("France", "Italy", "Japan", "Egypt")]
+    questions += [f"How many r's are in {word}?" for word in ("strawberry", "mirror", "carrot", "river")]
+    prompts = [f"<|user|>{question}<|end|><|assistant|>" for question in questions]
+    texts: dict[str | None, list[str]] = {}
+    for scheme in (None, "int8", "int4"):
+        with Engine(model_path=DEMO_MODEL, quantization=scheme, max_total_tokens=2048, log_level="error") as engine:
+            results = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 32})
+        texts[scheme] = [result["text"] for result in results]
+    yield texts
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_demo_model_answers_as_before(scheme: str, demo_texts: dict[str | None, list[str]]) -> None:
+    same = [ours == theirs for ours, theirs in zip(demo_texts[scheme], demo_texts[None], strict=True)]
+    assert sum(same) >= len(same) - 2, demo_texts
+
+
+def test_weights_take_less_memory() -> None:
+    def weight_bytes(scheme: str | None) -> int:
+        config = ModelConfig.from_pretrained(DEMO_MODEL)
+        return Worker(WorkerConfig(config, DEMO_MODEL, quantization=scheme)).loaded().weight_bytes
+
+    plain, int8, int4 = (weight_bytes(scheme) for scheme in (None, "int8", "int4"))
+    assert int8 < 0.6 * plain
+    assert int4 < 0.45 * plain
+
+
+def test_models_that_run_through_transformers_are_not_quantized(tmp_path: Path) -> None:
+    model_dir = make_tiny("OlmoForCausalLM", tmp_path, **SIZES)
+    with pytest.raises(Exception, match=r"run through transformers are not quantized \(by int8\)"):
+        Engine(model_path=model_dir, quantization="int8", model_impl="transformers", log_level="error")
+
+
+def test_the_flag_has_all_schemes() -> None:
+    assert set(QUANTIZATIONS) == {*SCHEMES, *DEQUANTIZED}
