@@ -3,8 +3,8 @@
     python benchmark/quantization_accuracy.py --model-path stories260K-hf
 
 The text is drawn from the model in bfloat16, at temperature 1 and from fixed seeds, so that it is text which that model
-finds as probable as it says. Every scheme then scores the same tokens. Skills are those of scripts/demo_skills.py, asked
-with held-out questions; an answer is right if all of it is.
+finds as probable as it says. Every scheme then scores the same tokens. Skills are those of scripts/demo_skills.py,
+asked with held-out questions; an answer is right if all of it is.
 """
 
 import argparse
@@ -53,7 +53,10 @@ def draw_texts(model_path: str, count: int, num_tokens: int, seed: int) -> list[
             {"temperature": 1.0, "max_new_tokens": num_tokens, "ignore_eos": True, "seed": seed + i}
             for i in range(count)
         ]
-        return [first + result["output_ids"] for result in engine.generate(input_ids=[first] * count, sampling_params=params)]
+        return [
+            first + result["output_ids"]
+            for result in engine.generate(input_ids=[first] * count, sampling_params=params)
+        ]
 
 
 def perplexity(model_path: str, scheme: str | None, texts: list[list[int]]) -> float:

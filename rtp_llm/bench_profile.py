@@ -68,7 +68,9 @@ def run_profile(args: argparse.Namespace) -> int:
     console = Console()
     for stage, steps in profile_steps(server_args, profile_args).items():
         if steps.num_steps:
-            what = f"{stage}: batch {profile_args.batch_size}, {profile_args.input_len} in, {profile_args.output_len} out"
+            what = (
+                f"{stage}: batch {profile_args.batch_size}, {profile_args.input_len} in, {profile_args.output_len} out"
+            )
             console.print(steps.table(what))
             console.print(f"explained: {100 * steps.explained:.1f} % of {1e3 * steps.step_s:.3f} ms a step\n")
     return 0
@@ -162,7 +164,7 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
     watch.wrap(runner, "_batch", ("runner", "batch"))
     watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
     watch.wrap(runner.kv_pool, "write", ("kv write",))
-    for method in ("sample", "observe", "bad_rows", "logprobs"):
+    for method in ("sample_and_check", "observe", "logprobs"):
         watch.wrap(worker.sampler, method, ("sampler",))
     worker.sample = _with_timed_results(worker.sample, watch)  # type: ignore[method-assign]
     for name, module in runner.model.named_modules():

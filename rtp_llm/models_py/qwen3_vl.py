@@ -263,10 +263,10 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         if video.caps_pixels:
             share = min(video.max_video_tokens * video.factor**2, max_pixels // num_frames)
             max_pixels = max(share, int(video.min_pixels * 1.05)) * num_frames
+        check_aspect(height, width, "video_data")
         if min(height, width) < video.factor:
             scale = max(video.factor / height, video.factor / width)
             height, width = int(height * scale), int(width * scale)
-        check_aspect(height, width, "video_data")
         step = video.temporal_patch_size
         num_rounded = max(round(num_frames / step), 1) * step
         return fit_size(height, width, video.factor, video.min_pixels, max_pixels, num_frames, num_rounded)

@@ -9,6 +9,7 @@ through the plain model, and in pieces through ours; a model whose logits differ
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
     from rtp_llm.srt.forward_batch import LogprobRow
     from rtp_llm.srt.plan import TokenLogprob
 
+logger = logging.getLogger(__name__)
+
 SERVING = "rtp_llm"  # name of our attention function; transformers makes no mask for it
 PROBING = "rtp_llm_probe"  # the same function, but the mask of each layer is made and examined
 CAUSAL_LM_NAMES = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-IMAGE_TEXT_NAMES = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()) - CAUSAL_LM_NAMES
+IMAGE_TEXT_NAMES = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())  # some are in both
 SERVED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention")  # what such modules are named
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
@@ -447,6 +450,8 @@ def _build(config: "PretrainedConfig") -> PreTrainedModel:
     names = config.architectures or []
     known = next((name for name in names if name in CAUSAL_LM_NAMES), None)
     if known:
+        if known in IMAGE_TEXT_NAMES:
+            logger.warning("%s takes images, but by transformers' code only text: requests with images fail", known)
         return getattr(transformers, known)(config)
     # A configuration of remote code was allowed to run, and so is its model.
     if type(config).__module__.startswith("transformers_modules."):

@@ -44,11 +44,15 @@ class KVPool:
 
         ``v`` is None for latent layers, and for them alone.
         """
-        if (v is None) != self.groups[self._group_of[layer_id]].spec.latent:
-            raise ValueError(f"layer {layer_id}: a latent cache is written without values, any other with them")
+        self.check_values(layer_id, v)
         self._keys[layer_id].index_copy_(0, slots, k.to(self._keys[layer_id].dtype))
         if v is not None:
             self._values[layer_id].index_copy_(0, slots, v.to(self._values[layer_id].dtype))
+
+    def check_values(self, layer_id: int, v: torch.Tensor | None) -> None:
+        """Raises ValueError where values are given to a latent layer, or none to another."""
+        if (v is None) != self.groups[self._group_of[layer_id]].spec.latent:
+            raise ValueError(f"layer {layer_id}: a latent cache is written without values, any other with them")
 
     def read(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All slots of a layer: keys [slots, num_kv_heads, head_dim], values [slots, num_kv_heads, v_head_dim]."""

@@ -46,6 +46,7 @@ class GenerateRequest:
     token_ids_logprob: list[int] = field(default_factory=list)
     cache_salt: str = ""  # requests share cached prefixes only with equal salts
     media: bytes | None = None  # MultimodalInputs.encode(): nobody but the workers reads them
+    fills_context: bool = False  # max_new_tokens is what room there is: less, if the model makes a prompt longer
 
     # What the core finds out about media before the scheduler gets the request:
     cache_keys: list[int] = field(default_factory=list)  # the prompt, with media by content; empty: prompt_ids

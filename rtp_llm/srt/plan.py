@@ -43,9 +43,9 @@ class Admission:
 class PageWrite:
     """Entries ``[start, start + len(page_ids))`` of a row's page table in cache group ``group``.
 
-    Page i of a row holds tokens ``[i * page_size, (i + 1) * page_size)``. Admission, growth by a chunk, and the exchange
-    of a duplicate for the prefix cache's own page are all this one operation. Page 0 is the dummy: never read, never
-    owned.
+    Page i of a row holds tokens ``[i * page_size, (i + 1) * page_size)``. Admission, growth by a chunk, and the
+    exchange of a duplicate for the prefix cache's own page are all this one operation. Page 0 is the dummy: never read,
+    never owned.
     """
 
     row: int
@@ -56,7 +56,7 @@ class PageWrite:
 
 @dataclass(slots=True)
 class NewPages:
-    """One further page for each of several rows, which decode: entry ``places[i]`` of row ``rows[i]`` is ``page_ids[i]``.
+    """One further page for each of several rows, which decode: ``page_ids[i]`` is entry ``places[i]`` of ``rows[i]``.
 
     The same as a PageWrite each, told together: there are hundreds in a step.
     """

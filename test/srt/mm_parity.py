@@ -17,10 +17,11 @@ import torch
 import transformers
 from PIL import Image
 
-from parity import same_logprobs
+from parity import LOGPROB_TOLERANCE, same_logprobs, same_output_logprobs
 from rtp_llm import Engine
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
+from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_models import Reference, assert_same_ids
 
 NEW_TOKENS = 8
@@ -201,13 +202,22 @@ def check_batched(served: ServedVision) -> None:
 
 
 def check_warm(served: ServedVision) -> None:
+    """All but the last token, or page, come from the cache; up to where prompt logprobs are wanted, if they are."""
     ask(served.engine, served.asked)
+    page_size = served.case.options.get("page_size", 1)
     for asked in served.asked:
-        result = ask(served.engine, asked)
-        assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, warm, {asked.name}")
-        assert result["meta_info"]["cached_tokens"] > 0
-        num_tokens = len(asked.expected.prompt_logprobs) + 1
-        assert result["meta_info"]["prompt_tokens"] == num_tokens
+        what, num_tokens = f"{served.case.name}, warm, {asked.name}", len(asked.expected.prompt_logprobs) + 1
+        result = ask(served.engine, asked, return_logprob=True)
+        assert_same_ids(result["output_ids"], asked.expected, what)
+        same_output_logprobs(result, asked.expected)
+        assert result["meta_info"]["prompt_tokens"] == num_tokens, what
+        assert result["meta_info"]["cached_tokens"] == (num_tokens - 1) // page_size * page_size, what
+        middle = num_tokens // 2  # within an image, where there is one
+        result = ask(served.engine, asked, return_logprob=True, logprob_start_len=middle)
+        assert_same_ids(result["output_ids"], asked.expected, what)
+        found = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
+        assert found == pytest.approx(asked.expected.prompt_logprobs[middle:], abs=LOGPROB_TOLERANCE), what
+        assert result["meta_info"]["cached_tokens"] <= middle, what
 
 
 def check_chunked(served: ServedVision) -> None:
@@ -221,7 +231,23 @@ def check_chunked(served: ServedVision) -> None:
             assert_same_ids(result["output_ids"], asked.expected, f"{served.case.name}, chunked, {asked.name}")
 
 
-VISION_CHECKS = (check_single, check_batched, check_warm, check_chunked)
+EXTREME = ((1, 1), (1, 3), (3, 1), (2, 5), (20_000, 1), (1, 20_000), (20_000, 120))
+
+
+def check_extreme_shapes(served: ServedVision) -> None:
+    """Pictures of one pixel, and of 20,000 by 120, are seen; very long ones may be refused, and politely."""
+    for size in EXTREME:
+        call = {"prompt": f"See {served.case.image}", "image_data": picture(*size)}
+        try:
+            result = served.engine.generate(sampling_params={"max_new_tokens": 1}, **call)
+        except InvalidRequest as error:
+            assert error.param == "image_data" and f"{size[0]} x {size[1]} pixels" in str(error)
+            assert max(size) > 60 * min(size), f"{served.case.name} refuses {size}"
+        else:
+            assert len(result["output_ids"]) == 1
+
+
+VISION_CHECKS = (check_single, check_batched, check_warm, check_chunked, check_extreme_shapes)
 
 
 def check_two_ranks_vision(case: VisionCase, directory: Path) -> None:

@@ -111,9 +111,13 @@ def same_answers(served: Served, results: list[dict[str, Any]], what: str) -> No
 
 
 def same_logprobs(result: dict[str, Any], expected: Reference) -> None:
-    """Of the output only where its tokens are the same."""
     prompt_logprobs = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
     assert prompt_logprobs == pytest.approx(expected.prompt_logprobs, abs=LOGPROB_TOLERANCE)
+    same_output_logprobs(result, expected)
+
+
+def same_output_logprobs(result: dict[str, Any], expected: Reference) -> None:
+    """Only where the tokens are the same."""
     if result["output_ids"] == expected.output_ids:
         output_logprobs = [entry[0] for entry in result["meta_info"]["output_token_logprobs"]]
         assert output_logprobs == pytest.approx(expected.output_logprobs, abs=LOGPROB_TOLERANCE)

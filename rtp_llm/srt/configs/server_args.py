@@ -105,7 +105,9 @@ class ServerArgs:
         0.8, help="tokens in the cache of sliding-window layers, relative to full-attention layers", low=0.01, high=1
     )
     disable_radix_cache: bool = _arg(False, help="do not reuse cached prefixes")
-    attention_backend: str | None = _arg(None, help="unset: the fastest that works here", choices=("torch_native",))
+    attention_backend: str | None = _arg(
+        None, help="unset: the fastest that works here", choices=("cpu", "torch_native")
+    )
     enable_multimodal: bool = _arg(
         True, help="take images and videos where the model does; otherwise it is served as a language model"
     )

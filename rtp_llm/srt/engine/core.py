@@ -174,8 +174,13 @@ class EngineCore:
         if prompt.problem is not None:
             problem = f"the media cannot be placed in the prompt: {prompt.problem}"
             return TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))
+        params = message.params
+        if message.fills_context and params.max_new_tokens is not None:
+            room = self.max_req_len - len(prompt.prompt_ids)
+            params = replace(params, max_new_tokens=max(1, min(params.max_new_tokens, room)))
         return replace(
             message,
+            params=params,
             prompt_ids=prompt.prompt_ids,
             cache_keys=prompt.cache_keys,
             media=prompt.media,

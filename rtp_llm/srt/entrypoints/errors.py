@@ -91,16 +91,33 @@ def of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a request's fields, and where."""
     problems: Sequence[Any] = error.errors()
     first = min(problems, key=lambda problem: (problem["type"] != "extra_forbidden", problem["loc"]))
-    place = [part for part in first["loc"][1:] if not (isinstance(part, str) and "[" in part)]
+    place = _place(first)
     path = ".".join(map(str, place))
     param = str(place[0]) if place else None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {path!r}: this server does not know it", param, "unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{path or 'the request body'} is missing", param)
-    message = first["msg"].removeprefix("Value error, ")
+    message = _expected([problem["msg"] for problem in problems if _place(problem) == place]) or first["msg"]
+    message = message.removeprefix("Value error, ")
     given = "" if "input" not in first or first["type"] == "value_error" else f", not {_show(first['input'])}"
     return ApiError(400, f"{path or 'the request'}: {message}{given}" if place else message + given, param)
+
+
+_KINDS = ("str", "int", "float", "bool", "dict", "list")
+
+
+def _place(problem: Mapping[str, Any]) -> list[str | int]:
+    """Where in the body, without the names of alternatives that a field may be, such as ``list[str]``."""
+    inner = [part for part in problem["loc"][1:] if not (isinstance(part, str) and "[" in part)]
+    return inner[:-1] if len(inner) > 1 and inner[-1] in _KINDS else inner
+
+
+def _expected(messages: Sequence[str]) -> str | None:
+    """All kinds of value that a field may have, if that is what is wrong."""
+    beginning = "Input should be a valid "
+    kinds = dict.fromkeys(message.removeprefix(beginning) for message in messages if message.startswith(beginning))
+    return beginning + " or ".join(kinds) if len(kinds) > 1 else None
 
 
 def _show(value: Any) -> str:

@@ -45,7 +45,7 @@ def read_model_config(args: ServerArgs) -> ModelConfig:
         json_model_override_args=args.json_model_override_args,
         download_dir=args.download_dir,
         load_format=args.load_format,
-        enable_multimodal=args.enable_multimodal,
+        enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # whose code gets text only
     )
     if config.is_multimodal or any(ModelRegistry.is_external(name) for name in config.architectures):
         with suppress(UnknownArchitectureError):  # told where the model is built, which may be by other means

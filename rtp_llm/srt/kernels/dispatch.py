@@ -32,6 +32,7 @@ CPU_KERNELS: dict[str, str] = {  # kernel -> module of rtp_llm.srt.kernels.cpu
     "gelu_tanh_and_mul": "elementwise",
     "swiglu_oai_and_mul": "elementwise",
     "rotary_pair": "elementwise",
+    "argmax": "sampling",
 }
 
 _cpu_kernels = ContextVar("cpu_kernels", default=True)

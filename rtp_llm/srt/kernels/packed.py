@@ -1,4 +1,7 @@
-"""Weights in the form that products read them in. A layer packs its weight once, after loading, and keeps only this."""
+"""Weights in the form that products read them in. A layer packs its weight once, after loading, and keeps only this.
+
+Where C++ kernels compute, that is a form of ``kernels.cpu.linear``; elsewhere plain tensors and the reference.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu import linear as cpu_linear
+from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 
 ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
 
@@ -15,11 +20,17 @@ ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
 class PackedWeight(Protocol):
     """A weight of [N, K]."""
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x @ weight.T + bias``: [..., K] -> [..., N] in x's dtype."""
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """``x @ weight.T + bias``: [..., K] -> [..., N] in ``out_dtype``; None: in x's dtype."""
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, K]: rows of the weight; float32, or the dtype of a weight that is not quantized."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
 
     @property
     def nbytes(self) -> int:
@@ -35,11 +46,17 @@ class PackedDense:
 
     weight: torch.Tensor
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, self.weight, bias)
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        return F.linear(x, self.weight, bias).to(out_dtype or x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self.weight[ids]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.weight)
 
     @property
     def nbytes(self) -> int:
@@ -56,11 +73,17 @@ class PackedInt8:
     weight: torch.Tensor
     scales: torch.Tensor
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return reference.linear_int8(x, self.weight, self.scales, bias)
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        return reference.linear_int8(x, self.weight, self.scales, bias).to(out_dtype or x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self.weight[ids].float() * self.scales[ids, None]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.weight)
 
     @property
     def nbytes(self) -> int:
@@ -80,17 +103,23 @@ class PackedGroups:
     group_size: int
     bits: int
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         linear = reference.linear_int4 if self.bits == 4 else reference.linear_uint8
         outputs = []
         for start in range(0, len(self.weight), ROWS_AT_ONCE):
             piece = slice(start, start + ROWS_AT_ONCE)
             outputs.append(linear(x, *self._cut(piece), self.group_size, None if bias is None else bias[piece]))
-        return torch.cat(outputs, dim=-1)
+        return torch.cat(outputs, dim=-1).to(out_dtype or x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         dequantize = reference.dequantize_int4 if self.bits == 4 else reference.dequantize_uint8
         return dequantize(*self._cut(ids), self.group_size)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.weight)
 
     def _cut(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.weight[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows]
@@ -105,25 +134,45 @@ class PackedGroups:
 
 def pack_dense(weight: torch.Tensor) -> PackedWeight:
     """[N, K], float32 or a type of 16 bits."""
-    return PackedDense(weight)
+    return fast_dense(weight) or PackedDense(weight)
+
+
+def fast_dense(weight: torch.Tensor) -> PackedWeight | None:
+    """The weight as C++ kernels read it; None where they do not compute: then it had better stay as it is."""
+    if weight.dtype != torch.bfloat16 or not weight.is_cpu or not uses_cpu_kernels():
+        return None
+    return cpu_linear.PackedBFloat16(weight)
+
+
+def _computes_bfloat16(weight: torch.Tensor) -> bool:
+    """Whether a model in bfloat16 is being made, for C++ kernels."""
+    return weight.is_cpu and torch.get_default_dtype() == torch.bfloat16 and uses_cpu_kernels()
 
 
 def pack_int8(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
     """[N, K] int8 and [N] float32; products are those of ``reference.linear_int8``."""
+    if weight.is_cpu and uses_cpu_kernels():
+        return cpu_linear.PackedInt8(weight, scales)
     return PackedInt8(weight, scales)
 
 
-def pack_int4(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
-) -> PackedWeight:
-    """[N, K / 2] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_int4``."""
+def pack_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> PackedWeight:
+    """[N, K / 2] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_int4``.
+
+    C++ kernels compute them for models in bfloat16, whose roundings they are near to.
+    """
+    if _computes_bfloat16(weight) and group_size % 8 == 0 and bool((scales >= 0).all()):
+        return cpu_linear.PackedInt4(reference.unpack_int4(weight), scales, zeros, group_size)
     return PackedGroups(weight, scales, zeros, group_size, bits=4)
 
 
-def pack_uint8(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
-) -> PackedWeight:
-    """[N, K] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_uint8``."""
+def pack_uint8(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> PackedWeight:
+    """[N, K] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_uint8``.
+
+    Models in bfloat16 get them as bfloat16 where C++ kernels compute: twice the memory, and as fast as any.
+    """
+    if _computes_bfloat16(weight):
+        return pack_dense(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
     return PackedGroups(weight, scales, zeros, group_size, bits=8)
 
 
@@ -134,12 +183,18 @@ class Reordered:
     packed: PackedWeight
     order: torch.Tensor  # [K] int64
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.packed.apply(x[..., self.order], bias)
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        return self.packed.apply(x[..., self.order], bias, out_dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.packed.rows(ids)
         return torch.empty_like(rows).index_copy_(-1, self.order, rows)
+
+    @property
+    def num_rows(self) -> int:
+        return self.packed.num_rows
 
     @property
     def nbytes(self) -> int:
@@ -156,13 +211,19 @@ class SideBySide:
     parts: Sequence[PackedWeight]
     sizes: Sequence[int]
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         biases = [None] * len(self.parts) if bias is None else bias.split(list(self.sizes))
-        return torch.cat([part.apply(x, own) for part, own in zip(self.parts, biases, strict=True)], dim=-1)
+        return torch.cat([part.apply(x, own, out_dtype) for part, own in zip(self.parts, biases, strict=True)], dim=-1)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        every = [part.rows(torch.arange(size, device=ids.device)) for part, size in zip(self.parts, self.sizes, strict=True)]
+        every = [part.rows(torch.arange(part.num_rows, device=ids.device)) for part in self.parts]
         return torch.cat(every)[ids]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.sizes)
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from rtp_llm.srt.kernels.paged import PagedRows
+
 
 def attention(
     q: torch.Tensor,
@@ -64,6 +66,75 @@ def _visible(
     if visible_ends is not None:
         visible = visible | (key_positions < visible_ends[:, None])
     return visible if window is None else visible & (key_positions > query_positions - window)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    page_size: int,
+    rows: PagedRows,
+    scaling: float,
+    window: int | None = None,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    visible_ends: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``attention`` of each row over what its sequence has in the cache. A token's slot is
+    ``page_table[row, position // page_size] * page_size + position % page_size``.
+
+    Args:
+        q: [T, num_heads, head_dim].
+        keys: [slots, num_kv_heads, head_dim]; values: [slots, num_kv_heads, v_head_dim]; perhaps a view of the keys.
+        page_table: [rows, pages] int32.
+        visible_ends: [T] int64, positions.
+        key_scales, value_scales: [slots, num_kv_heads] float32, of an int8 cache: what its numbers are multiplied by.
+
+    Returns:
+        [T, num_heads, v_head_dim] in q's dtype.
+    """
+    outputs, first_token = [q.new_empty(0, q.shape[1], values.shape[2])], 0
+    for row, start, count in zip(rows.table_rows.tolist(), rows.starts.tolist(), rows.counts.tolist(), strict=True):
+        tokens = slice(first_token, first_token + count)
+        first = 0 if window is None else max(0, start - window + 1)
+        positions = torch.arange(first, start + count, device=q.device)
+        slots = page_table[row, positions // page_size].long() * page_size + positions % page_size
+        k, v = keys[slots].float(), values[slots].float()
+        if key_scales is not None and value_scales is not None:
+            k, v = k * key_scales[slots, :, None], v * value_scales[slots, :, None]
+        ends = None if visible_ends is None else visible_ends[tokens] - first
+        outputs.append(attention(q[tokens], k, v, scaling, start - first, window, logit_cap, sinks, ends))
+        first_token += count
+    return torch.cat(outputs)
+
+
+def write_kv(
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> None:
+    """Stores k [T, num_kv_heads, head_dim] in keys [slots, num_kv_heads, head_dim] at slots [T], and v likewise.
+
+    Where keys are int8, each head's numbers are divided by a scale, so that the largest is 127, and rounded; scales go
+    to ``key_scales`` and ``value_scales`` [slots, num_kv_heads] float32. ``v`` is None where values are a view of keys.
+    """
+    for x, stored, scales in ((k, keys, key_scales), (v, values, value_scales)):
+        if x is None:
+            continue
+        if scales is None:
+            stored.index_copy_(0, slots, x.to(stored.dtype))
+            continue
+        scale = x.float().abs().amax(-1) / 127
+        numbers = (x.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-127, 127)
+        stored.index_copy_(0, slots, numbers.nan_to_num().to(torch.int8))
+        scales.index_copy_(0, slots, scale)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -227,8 +298,12 @@ def dequantize_int4(
         scales: [N, ceil(K / group_size)]: the last group may be shorter.
         zeros: as scales, uint8; None: 8 everywhere.
     """
-    values = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
-    return _dequantize(values, scales, zeros, group_size, middle=8)
+    return _dequantize(unpack_int4(weight), scales, zeros, group_size, middle=8)
+
+
+def unpack_int4(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K / 2] uint8 of two values each -> [N, K] uint8 of 0 .. 15."""
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
 
 
 def linear_uint8(
@@ -290,3 +365,12 @@ def rotary_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``rotary`` of queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
     return rotary(q, cos, sin, is_neox_style), rotary(k, cos, sin, is_neox_style)
+
+
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of [S, vocab_size] the first largest, and whether nothing can be drawn from the row.
+
+    Returns:
+        [S] int64 ids; [S] bool: there is a NaN, a +inf, or nothing but -inf.
+    """
+    return logits.argmax(dim=-1), ~torch.isfinite(logits.amax(dim=-1))

@@ -75,10 +75,10 @@ class LogitsProcessor(nn.Module):
         """[N, hidden_size] -> [N, vocab_size] float32: scale, gather over ranks, cut the padding, cast, soft cap."""
         if hidden_states.shape[0] == 0:
             return hidden_states.new_empty((0, self.vocab_size), dtype=torch.float32)
-        logits = lm_head.quant_method.apply(lm_head, hidden_states, lm_head.bias)
+        logits = lm_head.quant_method.logits(lm_head, hidden_states, lm_head.bias)
         if self.logit_scale is not None:
             logits = logits * self.logit_scale
-        logits = self.tp_group.all_gather(logits)[:, : self.vocab_size].float()
+        logits = self.tp_group.all_gather(logits)[:, : self.vocab_size]
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits

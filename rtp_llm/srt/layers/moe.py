@@ -10,8 +10,8 @@ from torch import nn
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn
-from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.weights import ShardId, check_shape, load_part, make_parameter
+from rtp_llm.srt.layers.quantization.base import ExpertsMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, load_part, make_parameter
 
 Routing = tuple[torch.Tensor, torch.Tensor]
 
@@ -140,25 +140,44 @@ class FusedMoE(nn.Module):
         self.prefix = prefix
         self.name = prefix or type(self).__name__
         self.tp_group = tp_group or get_tp_group()
-        self.weight_sources = expert_sources(num_experts, expert_names, bias)
-        if quant_config is not None and quant_config.get_quant_method(self, prefix) is not None:
-            raise ValueError(f"{self.name}: {quant_config.get_name()} cannot quantize experts yet")
+        self.expert_names = expert_names
+        self.quant_method = _experts_method(self, quant_config, prefix)
+        kinds = self.quant_method.kinds if self.quant_method else ("weight",)
+        self.weight_sources = expert_sources(num_experts, expert_names, bias, kinds)
         self._create_parameters(bias)
 
     def _create_parameters(self, bias: bool) -> None:
         size = divide(self.intermediate_size, self.tp_group.world_size, f"{self.name}: intermediate size")
         self.intermediate_size_per_partition = size
-        self._add("w13_weight", self.num_experts, 2 * size, self.hidden_size)
-        self._add("w2_weight", self.num_experts, self.hidden_size, size)
+        self._create_weights("w13", 2 * size, self.hidden_size, self.hidden_size)
+        self._create_weights("w2", self.hidden_size, size, self.intermediate_size)
         if bias:
-            self._add("w13_bias", self.num_experts, 2 * size)
-            self._add("w2_bias", self.num_experts, self.hidden_size)
+            self.add_parameter("w13_bias", self.num_experts, 2 * size)
+            self.add_parameter("w2_bias", self.num_experts, self.hidden_size)
         else:
             self.register_parameter("w13_bias", None)
             self.register_parameter("w2_bias", None)
 
-    def _add(self, name: str, *shape: int) -> None:
-        self.register_parameter(name, make_parameter(torch.empty(shape, dtype=self.params_dtype), self.weight_loader))
+    def _create_weights(self, name: str, outputs: int, inputs: int, input_size: int) -> None:
+        if self.quant_method:
+            self.quant_method.create_weights(self, name, (self.num_experts, outputs, inputs), input_size)
+        else:
+            self.add_parameter(f"{name}_weight", self.num_experts, outputs, inputs)
+
+    def add_parameter(
+        self,
+        name: str,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        weight_loader: WeightLoader | None = None,
+        is_split: bool = True,
+    ) -> nn.Parameter:
+        """Registers one whose name begins with ``w13`` or ``w2``; ranks share the latter's inputs if ``is_split``."""
+        data = torch.empty(shape, dtype=dtype or self.params_dtype)
+        param = make_parameter(data, weight_loader or self.weight_loader, input_dim=2 if is_split else None)
+        param.is_down = name.startswith("w2_")  # type: ignore[attr-defined]
+        self.register_parameter(name, param)
+        return param
 
     def forward(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """Each token's experts, weighted and summed.
@@ -173,13 +192,21 @@ class FusedMoE(nn.Module):
         expert_ids, order = topk_ids.flatten().sort(stable=True)
         rows_per_expert = expert_ids.bincount(minlength=self.num_experts)
         rows = hidden_states[order // top_k]
-        gate_up = reference.grouped_linear(rows, self.w13_weight, rows_per_expert, self.w13_bias)
+        gate_up = self._multiply("w13", rows, rows_per_expert, self.w13_bias)
         # One rank adds the bias, as in RowParallelLinear.
         down_bias = self.w2_bias if self.tp_group.rank == 0 else None
-        rows = reference.grouped_linear(self.act_fn(gate_up), self.w2_weight, rows_per_expert, down_bias)
+        rows = self._multiply("w2", self.act_fn(gate_up), rows_per_expert, down_bias)
         by_token = torch.empty_like(rows).index_copy_(0, order, rows).view(num_tokens, top_k, self.hidden_size)
         output = torch.bmm(topk_weights.to(rows.dtype)[:, None], by_token)[:, 0]
         return self.tp_group.all_reduce(output) if self.reduce_results else output
+
+    def _multiply(
+        self, name: str, rows: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.quant_method:
+            return self.quant_method.multiply(self, name, rows, rows_per_expert, bias)
+        weight = self.w13_weight if name == "w13" else self.w2_weight
+        return reference.grouped_linear(rows, weight, rows_per_expert, bias)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copies this rank's part of a checkpoint tensor into ``param``.
@@ -191,7 +218,7 @@ class FusedMoE(nn.Module):
         Raises:
             ValueError: the tensor's shape or the shard id does not fit.
         """
-        is_down = param is self.w2_weight or param is self.w2_bias
+        is_down: bool = param.is_down  # type: ignore[attr-defined]
         if shard_id is None:
             if param.dim() == 3 and tensor.dim() == 3 and self._stores_transposed(tensor, is_down):
                 tensor = tensor.transpose(1, 2)
@@ -204,7 +231,7 @@ class FusedMoE(nn.Module):
             )
         expert, name = shard_id
         if is_down:
-            self._load_down(param.data[expert], tensor, 1)
+            self._load_down(param.data[expert], tensor, 1 if param.input_dim is not None else 2)  # type: ignore[attr-defined]
         else:
             self._load_outputs(self._half(param.data[expert], name, 0), tensor, 0)
 
@@ -230,17 +257,28 @@ class FusedMoE(nn.Module):
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
     def _load_down(self, target: torch.Tensor, tensor: torch.Tensor, input_dim: int) -> None:
-        dim = input_dim if target.dim() > input_dim else None  # a bias is not split
+        dim = input_dim if target.dim() > input_dim else None  # neither a bias is split, nor scales of whole outputs
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
 
-def expert_sources(num_experts: int, expert_names: tuple[str, str, str], bias: bool) -> dict[str, tuple[str, ShardId]]:
+def _experts_method(layer: FusedMoE, quant_config: QuantizationConfig | None, prefix: str) -> ExpertsMethodBase | None:
+    method = quant_config.get_quant_method(layer, prefix) if quant_config else None
+    if method is not None and not isinstance(method, ExpertsMethodBase):
+        raise TypeError(f"{layer.name}: experts need an ExpertsMethodBase, got {type(method).__name__}")
+    return method
+
+
+def expert_sources(
+    num_experts: int, expert_names: tuple[str, str, str], bias: bool, kinds: tuple[str, ...] = ("weight",)
+) -> dict[str, tuple[str, ShardId]]:
     """Checkpoint names, relative to the layer's own -> the parameter that each fills and its shard id."""
     gate, up, down = expert_names
-    sources: dict[str, tuple[str, ShardId]] = {"gate_up_proj": ("w13_weight", None), "down_proj": ("w2_weight", None)}
+    sources: dict[str, tuple[str, ShardId]] = {}
+    if "weight" in kinds:
+        sources = {"gate_up_proj": ("w13_weight", None), "down_proj": ("w2_weight", None)}
     if bias:
         sources |= {"gate_up_proj_bias": ("w13_bias", None), "down_proj_bias": ("w2_bias", None)}
-    for kind in ("weight", "bias") if bias else ("weight",):
+    for kind in (*kinds, "bias") if bias else kinds:
         for expert in range(num_experts):
             sources[f"{expert}.{gate}.{kind}"] = f"w13_{kind}", (expert, "w1")
             sources[f"{expert}.{up}.{kind}"] = f"w13_{kind}", (expert, "w3")

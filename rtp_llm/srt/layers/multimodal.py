@@ -62,16 +62,25 @@ def placements(forward_batch: "ForwardBatch") -> list[Placement]:
     for row, inputs in enumerate(forward_batch.mm_inputs or ()):
         prefix, count = forward_batch.extend_prefix_lens_cpu[row], forward_batch.extend_seq_lens_cpu[row]
         for item in inputs.mm_items if inputs is not None else ():
-            reached = [
-                (i, start + position - prefix)
-                for i, position in enumerate(item.positions)
-                if prefix <= position < prefix + count
-            ]
-            if reached:
-                item_rows, token_rows = zip(*reached, strict=True)
-                placed.append(Placement(item, list(item_rows), list(token_rows)))
+            item_rows, positions = rows_within(item.offsets, prefix, prefix + count)
+            if item_rows:
+                placed.append(Placement(item, item_rows, [start + position - prefix for position in positions]))
         start += count
     return placed
+
+
+def rows_within(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[list[int], list[int]]:
+    """Which of an item's rows stand at positions [begin, end), and at which. Costs a step of decoding next to nothing,
+    however long the runs are."""
+    rows: list[int] = []
+    positions: list[int] = []
+    row = 0
+    for first, last in offsets:
+        reached = range(max(first, begin), min(last + 1, end))
+        rows += range(row + reached.start - first, row + reached.start - first + len(reached))
+        positions += reached
+        row += last - first + 1
+    return rows, positions
 
 
 def general_mm_embed_routine(

@@ -84,6 +84,7 @@ class Prompt:
     audio_data: Any = None
     add_special_tokens: bool = True  # to a text
     media: bytes | None = None  # what became of the media, in ``with_media``
+    fills_context: bool = False  # nobody asked for max_new_tokens, it is all that the context seems to have left
 
     @property
     def has_media(self) -> bool:
@@ -131,23 +132,26 @@ class TokenizerManager:
         """
         if not prompt.has_media:
             return prompt
-        for modality, name in MEDIA_FIELDS.items():
-            self._check_media_count(modality, name, len(_media_list(getattr(prompt, name))))
+        images, videos, sounds = map(_media_list, (prompt.image_data, prompt.video_data, prompt.audio_data))
+        for modality, data in ((Modality.IMAGE, images), (Modality.VIDEO, videos), (Modality.AUDIO, sounds)):
+            self._check_media_count(modality, MEDIA_FIELDS[modality], len(data))
         assert self._processor is not None  # checked
         text = prompt.text if prompt.input_ids is None else token_ids("input_ids", prompt.input_ids)
         if prompt.input_ids is None:
             _check_text("prompt", text)
         output = await self._processor.process_mm_data_async(
-            image_data=_media_list(prompt.image_data),
-            audio_data=_media_list(prompt.audio_data),
+            image_data=images,
+            audio_data=sounds,
             input_text=text,
-            request_obj=prompt,
+            request_obj=replace(prompt, image_data=images, video_data=videos, audio_data=sounds),
         )
         if isinstance(output, Mapping):
             output = MultimodalProcessorOutput.from_dict(output)
-        media = await asyncio.to_thread(MultimodalInputs.from_processor_output(output).encode)
+        encoded = await asyncio.to_thread(MultimodalInputs.from_processor_output(output).encode)
         ids = list(output.input_ids)
-        return replace(prompt, text=None, input_ids=ids, media=media, image_data=None, video_data=None, audio_data=None)
+        return replace(
+            prompt, text=None, input_ids=ids, media=encoded, image_data=None, video_data=None, audio_data=None
+        )
 
     def _check_media_count(self, modality: Modality, name: str, count: int) -> None:
         if not count:
@@ -179,7 +183,16 @@ class TokenizerManager:
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         salt = _string("cache_salt", prompt.cache_salt) or ""
         return [
-            GenerateRequest(rid, ids, params, (seed + i) % 2**64, cache_salt=salt, media=prompt.media, **logprobs)
+            GenerateRequest(
+                rid,
+                ids,
+                params,
+                (seed + i) % 2**64,
+                cache_salt=salt,
+                media=prompt.media,
+                fills_context=prompt.fills_context,
+                **logprobs,
+            )
             for i, rid in enumerate(_rids(prompt.rid, params.n))
         ]
 

@@ -212,7 +212,7 @@ def process_weights(module: nn.Module) -> None:
     process = getattr(method, "process_weights_after_loading", None)
     if process and not getattr(module, "weights_are_processed", False):
         process(module)
-        module.weights_are_processed = True
+        module.weights_are_processed = True  # type: ignore[assignment]
 
 
 def fill_with_dummy_weights(model: nn.Module) -> None:

@@ -26,7 +26,8 @@ import logging
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -387,10 +388,11 @@ class BaseMultimodalProcessor(ABC):
         enough = asyncio.Semaphore(LOADS_AT_ONCE)
         num_pixels = 0
 
-        async def load(modality: Modality, source: Any) -> Any:
+        async def load(modality: Modality, source: Any, number: int) -> Any:
             nonlocal num_pixels
             async with enough:
-                loaded = await self._load(modality, source, keep_alpha=not discard_alpha_channel)
+                with _numbered(modality, number, len(given[modality])):
+                    loaded = await self._load(modality, source, keep_alpha=not discard_alpha_channel)
             num_pixels += _num_pixels(loaded)
             if num_pixels > MAX_PROMPT_PIXELS:
                 raise InvalidRequest(
@@ -400,10 +402,10 @@ class BaseMultimodalProcessor(ABC):
                 )
             return loaded
 
-        sources = [(modality, source) for modality in given for source in given[modality]]
-        loaded = await _gather([load(modality, source) for modality, source in sources])
+        sources = [(modality, source, i) for modality in given for i, source in enumerate(given[modality], 1)]
+        loaded = await _gather([load(*source) for source in sources])
         by_kind = {
-            kind: [item for (modality, _), item in zip(sources, loaded, strict=True) if modality is kind]
+            kind: [item for (modality, _, _), item in zip(sources, loaded, strict=True) if modality is kind]
             for kind in given
         }
         if add_special_tokens is None:
@@ -668,6 +670,17 @@ def _num_pixels(loaded: Any) -> int:
     if isinstance(loaded, Image.Image):
         return loaded.width * loaded.height
     return loaded.frames.size // 3 if isinstance(loaded, VideoFrames) else 0
+
+
+@contextmanager
+def _numbered(modality: Modality, number: int, count: int) -> Iterator[None]:
+    """What is wrong with one of several says which."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if count == 1:
+            raise
+        raise InvalidRequest(f"{modality.value} {number} of {count}: {error}", error.param) from error.__cause__
 
 
 async def _gather(loads: Sequence[Awaitable[Any]]) -> list[Any]:

@@ -50,6 +50,9 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JP
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,gif,h264,hevc,ivf"
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_LOCAL = tuple(  # to a site or a protocol, which Python's ``is_global`` does not know, or not in all versions
+    map(ipaddress.ip_network, ("192.0.0.0/24", "64:ff9b:1::/48", "fec0::/10"))
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}")
 _SHORTEST_BASE64 = 100  # characters; what is shorter and begins as paths do is meant as one
@@ -246,14 +249,14 @@ class MediaLoader:
             raise self._too_large(param)
         return self._checked_size(urllib.parse.unquote_to_bytes(payload), param)
 
-    def _base64(self, text: str, param: str) -> bytes:
+    def _base64(self, text: str, param: str, problem: str = "the data: URI does not hold valid base64") -> bytes:
         if len(text) > self._max_bytes * 1.5 + 64:  # 4/3 of the bytes, and line ends
             raise self._too_large(param)
         text = "".join(text.split()).rstrip("=")
         try:
             data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except (binascii.Error, ValueError):
-            raise InvalidRequest("the media are not valid base64", param) from None
+            raise InvalidRequest(problem, param) from None
         if not data:
             raise InvalidRequest("the media are empty", param)
         return self._checked_size(data, param)
@@ -275,18 +278,17 @@ class MediaLoader:
         if data is not None:
             return data
         if not (len(text) < _SHORTEST_BASE64 and text.startswith(("/", ".", "~"))) and _BASE64.fullmatch(text):
-            return self._base64(text, param)
-        raise self._no_file(param, "neither a URL, a data: URI nor base64 text; as a file ")
+            return self._base64(text, param, f"{_NO_SOURCE} valid base64 text")
+        raise self._no_file(param, f"{_NO_SOURCE} base64 text, and ")
 
-    def _no_file(self, param: str, what: str = "") -> InvalidRequest:
+    def _no_file(self, param: str, beginning: str = "") -> InvalidRequest:
         """Says the same whether a file that may not be named exists or not."""
-        what = f"the media are {what}" if what else "the media "
         if self.trusted:
-            return InvalidRequest(f"{what}cannot be read: there is no such file", param)
+            return InvalidRequest(f"{beginning}there is no such file", param)
         if self._local_root is None:
-            return InvalidRequest(f"{what}may not be named here (--allowed-local-media-path)", param)
+            return InvalidRequest(f"{beginning}files may not be named here (--allowed-local-media-path)", param)
         return InvalidRequest(
-            f"{what}cannot be read: there is none of this name below the directory of --allowed-local-media-path", param
+            f"{beginning}there is no file of this name below the directory of --allowed-local-media-path", param
         )
 
     def _file(self, name: str, param: str) -> bytes | None:
@@ -333,7 +335,11 @@ class MediaLoader:
         headers = {"Accept-Encoding": "identity", "User-Agent": f"rtp-llm/{__version__}"}
         connector = aiohttp.TCPConnector(resolver=_PublicResolver(self._may_be_private), use_dns_cache=False)
         async with aiohttp.ClientSession(
-            connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            connector=connector,
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(),  # none of its own
         ) as session:
             for _ in range(MAX_REDIRECTS + 1):
                 self._check_url(url)
@@ -375,6 +381,7 @@ class MediaLoader:
         return bytes(data)
 
 
+_NO_SOURCE = "the media are neither a URL, a data: URI nor"
 _NOT_PUBLIC = "its host is not on the public internet (--allowed-media-domains can allow it)"
 
 
@@ -421,6 +428,8 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
+    if any(address in network for network in _LOCAL):
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
@@ -569,21 +578,19 @@ def decode_video(
         InvalidRequest: it is too long, too large, or has no frames.
         Exception: it cannot be decoded.
     """
-    info, rotation = _video_info(data)
+    info, rotation = _video_info(data, max_pixels)
     if info.duration > max_duration_s:
         raise InvalidRequest(f"the video lasts {info.duration:.1f} s; at most {max_duration_s:g} s can be taken")
     size = info.height * info.width
     if size > max_pixels or size * info.total_frames > MAX_VIDEO_SOURCE_PIXELS:
-        raise InvalidRequest(
-            f"the video has {info.total_frames} frames of {info.width} x {info.height} pixels, which is too many"
-        )
+        raise _too_many_pixels(info.total_frames, info.width, info.height)
     indices = sorted({min(max(int(i), 0), info.total_frames - 1) for i in sample(info)})
     if size * len(indices) > max_video_pixels:
         raise InvalidRequest(
             f"{len(indices)} frames of {info.width} x {info.height} pixels were chosen of the video; at most "
             f"{max_video_pixels} pixels can be taken: choose fewer (fps, max_frames) or make it smaller"
         )
-    found, times = _read_frames(data, indices, info, rotation)
+    found, times = _read_frames(data, indices, info, rotation, max_pixels)
     if not found:
         raise InvalidRequest("the video has no frames")
     # A few packets at the end may hold no frame of their own: the last frame then stands for them.
@@ -592,38 +599,56 @@ def decode_video(
     return VideoFrames(np.stack(found), info.fps, info.duration, indices, times)
 
 
-def _open_video(data: bytes) -> Any:
-    options = {"protocol_whitelist": "none", "format_whitelist": VIDEO_FORMATS}
-    return av.open(io.BytesIO(data), mode="r", options=options)
+def _too_many_pixels(num_frames: int, width: int, height: int) -> InvalidRequest:
+    return InvalidRequest(f"the video has {num_frames} frames of {width} x {height} pixels, which is too many")
 
 
-def _video_info(data: bytes) -> tuple[VideoInfo, int]:
+def _open_video(data: bytes, max_pixels: int) -> Any:
+    """Whatever its header says, a frame that is far larger than ``max_pixels`` is an error, before there is memory for
+    it: FFmpeg limits the sizes that it rounds up itself, hence the margin."""
+    limit = {"max_pixels": str(2 * max_pixels + (1 << 20))}
+    options = {"protocol_whitelist": "none", "format_whitelist": VIDEO_FORMATS, **limit}
+    container = av.open(io.BytesIO(data), mode="r", options=options)
+    for stream in container.streams.video:
+        stream.codec_context.options = limit
+    return container
+
+
+def _video_info(data: bytes, max_pixels: int) -> tuple[VideoInfo, int]:
     """Of the frames as they are shown; and by how many quarter turns, counterclockwise, they have to be turned."""
-    with _open_video(data) as container:
+    with _open_video(data, max_pixels) as container:
         if not container.streams.video:
             raise InvalidRequest("there is no video in the file")
         stream = container.streams.video[0]
         total = sum(packet.size > 0 for packet in container.demux(stream))
+        if stream.width * stream.height > max_pixels:
+            raise _too_many_pixels(total, stream.width, stream.height)
         seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         if fps <= 0:
             fps = total / seconds if seconds > 0 else UNKNOWN_FPS
     if total < 1:
         raise InvalidRequest("the video has no frames")
-    with _open_video(data) as container:
+    with _open_video(data, max_pixels) as container:
         frame = next(iter(container.decode(video=0)))
         turns = round(frame.rotation / 90) % 4
         height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
     return VideoInfo(total, fps, total / fps, height, width), turns
 
 
-def _read_frames(data: bytes, indices: list[int], info: VideoInfo, turns: int) -> tuple[list[np.ndarray], list[float]]:
+def _read_frames(
+    data: bytes, indices: list[int], info: VideoInfo, turns: int, max_pixels: int
+) -> tuple[list[np.ndarray], list[float]]:
     """The frames of these indices, all of the first one's size, and their times in seconds."""
     height, width = (info.width, info.height) if turns % 2 else (info.height, info.width)
     wanted, found, times = set(indices), [], []
     start: float | None = None
-    with _open_video(data) as container:
+    num_pixels = 0  # decoded, since later frames may be larger than the first
+    with _open_video(data, max_pixels) as container:
         for index, frame in enumerate(container.decode(video=0)):
+            num_pixels += frame.width * frame.height
+            if num_pixels > MAX_VIDEO_SOURCE_PIXELS:
+                raise _too_many_pixels(info.total_frames, frame.width, frame.height)
             start = frame.time if start is None else start
             if index in wanted:
                 pixels = frame.to_ndarray(format="rgb24", width=width, height=height)

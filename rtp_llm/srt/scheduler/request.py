@@ -101,7 +101,7 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its last token is all that is left to compute, and of use: not if the draws in flight end it anyway."""
+        """Whether its last token is all that is left to compute, and of use: draws in flight may end it anyway."""
         num_tokens = len(self.ids) + self.num_pending  # the properties' own terms: this is asked for each row and step
         if num_tokens - self.num_computed != 1:
             return False

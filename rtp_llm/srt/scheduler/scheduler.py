@@ -434,9 +434,7 @@ class Scheduler:
             self._end(request)
         return self._news(request, reason, token_ids, row)
 
-    def _news(
-        self, request: Request, reason: FinishReason | None, token_ids: list[int], row: RowResult
-    ) -> TokenOutput:
+    def _news(self, request: Request, reason: FinishReason | None, token_ids: list[int], row: RowResult) -> TokenOutput:
         return TokenOutput(
             request.rid,
             token_ids,

@@ -12,7 +12,6 @@ from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
-from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.multimodal import EmbeddingCache
@@ -65,9 +64,7 @@ class ModelRunner:
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
-        self.model = load_model(
-            model_config, model_path, load_format, device, progress, model_impl, quantization
-        )
+        self.model = load_model(model_config, model_path, load_format, device, progress, model_impl, quantization)
         self.layout = cache_layout(self.model, page_size)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
@@ -110,8 +107,8 @@ class ModelRunner:
     def weight_bytes(self) -> int:
         """Of parameters, buffers and packed weights."""
         tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        packed: list[PackedWeight] = [m.packed for m in self.model.modules() if hasattr(m, "packed")]
-        return sum(tensors.values()) + sum(weight.nbytes for weight in packed)
+        packed: list[Any] = [module.packed for module in self.model.modules() if hasattr(module, "packed")]
+        return sum(tensors.values()) + sum(weights.nbytes for weights in packed)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
@@ -212,7 +209,9 @@ class ModelRunner:
             mm_inputs=[self._rows[w.row].media for w in work] if has_media else None,
             embedding_cache=self.embedding_cache,
             mrope_positions=self._mrope_positions(work) if has_media and self._takes_mrope else None,
-            visible_ends=self._visible_ends(work, offsets, len(host.positions)) if has_media and self.max_media_block else None,
+            visible_ends=self._visible_ends(work, offsets, len(host.positions))
+            if has_media and self.max_media_block
+            else None,
         )
 
     def _mrope_positions(self, work: list[RowWork]) -> torch.Tensor:

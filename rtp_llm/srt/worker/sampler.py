@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu import sampling
+from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 from rtp_llm.srt.layers.logits_processor import token_logprobs
 from rtp_llm.srt.plan import Admission, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -47,6 +50,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._counts = _TokenCounts(vocab_size, self._device)
+        self._on_kernels = self._device.type == "cpu" and uses_cpu_kernels(torch.float32)
+        self._argmax = sampling.argmax if self._on_kernels else reference.argmax
         # The rows that need more than an argmax, so that a step is not asked row by row what it does not need:
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
         self._drawing: set[int] = set()  # not greedy
@@ -117,22 +122,45 @@ class Sampler:
         Returns:
             [S] int64 on the device.
         """
+        return self.sample_and_check(logits, rows, positions, masks)[0]
+
+    def sample_and_check(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        masks: Mapping[int, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``sample``, and with the tokens, [S] bool: rows whose ``logits`` are bad, and their tokens mean nothing.
+
+        Bad is what nothing can be drawn from: a NaN, a +inf, or nothing but -inf.
+        """
         self._check_shape(logits, rows, positions)
         states = self._states(rows)
+        adjusted = logits
         if masks or not self._adjusted.isdisjoint(rows):
-            logits = self._adjust(logits, states, rows, positions, masks or {})
-        if self._drawing.isdisjoint(rows):
-            return logits.argmax(dim=-1)
-        drawn = [i for i, row in enumerate(rows) if row in self._drawing]
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        if len(drawn) < len(rows):
-            torch.argmax(logits, dim=-1, out=tokens)
-        for start in range(0, len(drawn), _DRAWN_AT_ONCE):
-            part = drawn[start : start + _DRAWN_AT_ONCE]
-            index = self._tensor(part)
-            u = uniform(self._tensor([states[i].seed for i in part]), self._tensor([positions[i] for i in part]))
-            chosen = logits if len(part) == len(rows) else logits[index]
-            tokens[index] = draw(chosen, [states[i].params for i in part], u)
+            adjusted = self._adjust(logits, states, rows, positions, masks or {})
+        tokens, bad = self._argmax(adjusted)
+        if adjusted is not logits:
+            bad = self._argmax(logits)[1]
+        if not self._drawing.isdisjoint(rows):
+            drawn = [i for i, row in enumerate(rows) if row in self._drawing]
+            tokens[self._tensor(drawn)] = self._draw(adjusted, drawn, states, positions)
+        return tokens, bad
+
+    def _draw(
+        self, logits: torch.Tensor, lines: list[int], states: list[_Row], positions: Sequence[int]
+    ) -> torch.Tensor:
+        """The tokens of these lines of logits."""
+        params = [states[i].params for i in lines]
+        seeds, at = self._tensor([states[i].seed for i in lines]), self._tensor([positions[i] for i in lines])
+        if self._on_kernels:
+            return sampling.draw(logits, params, sampling.uniform(seeds, at), lines)
+        u = uniform(seeds, at)
+        tokens = torch.empty(len(lines), dtype=torch.int64, device=self._device)
+        for start in range(0, len(lines), _DRAWN_AT_ONCE):
+            part = slice(start, start + _DRAWN_AT_ONCE)
+            tokens[part] = draw(logits[self._tensor(lines[part])], params[part], u[part])
         return tokens
 
     def logprobs(
@@ -159,14 +187,8 @@ class Sampler:
             results[i] = [logprob]
         return results
 
-    @staticmethod
-    def bad_rows(logits: torch.Tensor) -> torch.Tensor:
-        """[S] bool: lines of [S, vocab_size] that nothing can be drawn from: a NaN, a +inf, or nothing but -inf."""
-        return ~torch.isfinite(logits.amax(dim=-1))
-
     def _states(self, rows: Sequence[int]) -> list[_Row]:
-        states = [self._rows[row] for row in rows]
-        return states if None not in states else [self._row(row) for row in rows]
+        return [self._rows[row] or self._row(row) for row in rows]
 
     def _row(self, row: int) -> _Row:
         state = self._rows[row]

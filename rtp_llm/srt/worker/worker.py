@@ -104,7 +104,7 @@ class Worker:
             config.load_format,
             config.device,
             config.page_size,
-            make_backend(config.attention_backend),
+            make_backend(config.attention_backend, config.device, getattr(torch, config.model_config.dtype)),
             progress,
             config.model_impl,
             config.media_cache_bytes,
@@ -159,20 +159,23 @@ class Worker:
         work = [w for w in pending.plan.work if w.sample]
         logits = pending.logits
         rows = [w.row for w in work]
-        token_ids = self._draw(logits, rows, work, masks)
+        token_ids, bad_rows = self._draw(logits, rows, work, masks)
         return PendingResult(
             pending.plan,
             token_ids,
-            self.sampler.bad_rows(logits),
+            bad_rows,
             self.sampler.logprobs(logits, token_ids, rows),
             pending.prompt_logprobs,
         )
 
-    def _draw(self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: Masks | None) -> torch.Tensor:
+    def _draw(
+        self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: Masks | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not rows:
-            return torch.empty(0, dtype=torch.int64, device=logits.device)
+            none = torch.empty(0, dtype=torch.int64, device=logits.device)
+            return none, none.bool()
         positions = [w.start + w.num_tokens for w in work]
-        token_ids = self.sampler.sample(logits, rows, positions, masks)
+        token_ids, bad_rows = self.sampler.sample_and_check(logits, rows, positions, masks)
         self.sampler.observe(rows, token_ids)
         self.runner.last_tokens[to_device(rows, torch.int64, logits.device)] = token_ids
-        return token_ids
+        return token_ids, bad_rows

@@ -128,8 +128,8 @@ def test_int8_rows_of_a_table(isa, generator):
     weight, scales = torch.randint(-127, 128, (50, 31), dtype=torch.int8), torch.rand(50)
     ids = torch.randint(0, 50, (7,))
     packed = linear.PackedInt8(weight, scales)
-    assert torch.equal(packed.rows(ids, torch.float32), weight[ids].float() * scales[ids, None])
-    assert torch.equal(packed.rows(ids), (weight[ids].float() * scales[ids, None]).bfloat16())
+    assert torch.equal(packed.rows(ids), weight[ids].float() * scales[ids, None])
+    assert torch.equal(packed.rows(ids, torch.bfloat16), (weight[ids].float() * scales[ids, None]).bfloat16())
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (33, 40), (100, 77), (64, 172), (96, 256)])
@@ -146,7 +146,7 @@ def test_int4(isa, generator, shape, group_size, asymmetric):
     packed = linear.PackedInt4(weight, scales, zeros, group_size)
     for num_rows in ROWS:
         for x in inputs(num_rows, size):
-            as_bytes = isa == "avx512_bf16" and num_rows <= 6
+            as_bytes = isa == "avx512_bf16"
             expected = F.linear(
                 quantized(x, group_size) if as_bytes else x.double(), values if as_bytes else values.bfloat16().double()
             )
@@ -160,9 +160,9 @@ def test_int4_equals_what_it_stands_for(isa, generator):
     """Where x is whole numbers, nothing is lost."""
     weight, scales = torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.ones(64, 2)
     packed = linear.PackedInt4(weight, scales, None, 32)
-    for num_rows in (3, 20):
+    for num_rows in (3, 20, 60):
         x = torch.randint(-8, 9, (num_rows, 64))
-        x[:, ::32] = 127 if num_rows == 3 else 8  # so that steps of int8 are whole
+        x[:, ::32] = 8 if isa != "avx512_bf16" else 127  # so that steps of int8 are whole
         x = x.bfloat16()
         result = packed.apply(x, out_dtype=torch.float32)
         assert error(result, F.linear(x.double(), weight.double() - 8)) < 1e-5
@@ -176,3 +176,11 @@ def test_wrong_inputs_are_refused():
         packed.apply(torch.randn(2, 6))
     with pytest.raises(ValueError, match="multiple of 8 inputs"):
         linear.PackedInt4(torch.zeros(4, 12, dtype=torch.uint8), torch.ones(4, 1), None, 12)
+
+
+def test_int4_rows(isa, generator):
+    weight, scales = torch.randint(0, 16, (50, 40), dtype=torch.uint8), torch.rand(50, 2) + 0.1
+    zeros = torch.randint(0, 16, (50, 2), dtype=torch.uint8)
+    values = (weight.float() - zeros.repeat_interleave(32, 1)[:, :40]) * scales.repeat_interleave(32, 1)[:, :40]
+    ids = torch.randint(0, 50, (7,))
+    assert error(linear.PackedInt4(weight, scales, zeros, 32).rows(ids), values[ids].double()) < 1e-4

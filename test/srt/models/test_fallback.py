@@ -17,12 +17,16 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from mm_parity import open_vision_engine
+from PIL import Image
+from seeing_twins import SEEING_TWINS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rtp_llm import Engine
 from rtp_llm.models_py.transformers import UnservableModelError
 from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
 from rtp_llm.srt.models.registry import UnknownArchitectureError
+from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_models import _TINY_SIZES, _disturb, make_tiny, random_prompts
 from tiny_seeing import make_seeing
 
@@ -281,6 +285,21 @@ def test_a_model_that_sees_is_refused_by_its_name(tmp_path: Path) -> None:
         served(tmp_path, model_impl="transformers"),
     ):
         pass
+
+
+def test_a_model_that_sees_and_is_a_language_model_too_runs_with_text_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers lists Gemma 3 among both. Its images would otherwise be taken for words."""
+    model_dir = SEEING_TWINS["Gemma3ForConditionalGeneration"].make(tmp_path)
+    params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    with open_vision_engine(model_dir) as engine:
+        expected = engine.generate("Tell me a story", params)["output_ids"]
+    with open_vision_engine(model_dir, model_impl="transformers", log_level="warning") as engine:
+        assert engine.generate("Tell me a story", params)["output_ids"] == expected
+        with pytest.raises(InvalidRequest, match="the model takes text only, but the prompt comes with image data"):
+            engine.generate("See <start_of_image>", params, image_data=[Image.new("RGB", (40, 40))])
+    assert "Gemma3ForConditionalGeneration takes images, but by transformers' code only text" in caplog.text
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from mm_parity import joined, open_vision_engine, token_types, vision_reference
 
 from rtp_llm import Engine
 from rtp_llm.srt.entrypoints.frontend import Call
-from rtp_llm.srt.layers.multimodal import EmbeddingCache, general_mm_embed_routine
+from rtp_llm.srt.layers.multimodal import EmbeddingCache, general_mm_embed_routine, rows_within
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
+from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs, pad_mm_tokens
 from tiny_models import Reference, assert_same_ids
 from tiny_seeing import END, IMAGE_PAD, START, make_seeing
 
@@ -199,6 +199,25 @@ def test_what_the_model_does_with_media_is_its_own_problem_only(engine: Engine, 
     check(engine, model, [5, CAT, 7])
 
 
+def test_an_answer_of_any_length_has_the_room_that_media_leave(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model makes the prompt longer than whoever computed the room could know."""
+    with open_vision_engine(model.model_dir, context_length=40, **HAND_MADE) as engine:
+        worker_model = engine._runner.core._executor.worker.runner.model
+        monkeypatch.setattr(worker_model, "pad_input_ids", lambda ids, media: [*pad_mm_tokens(ids, media), 9, 9, 9])
+        ids, media = model.prompt([5, CAT, 7])
+        params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 40 - len(ids)}
+
+        def answer(fills_context: bool) -> dict[str, Any]:
+            manager = engine.tokenizer_manager
+            prompt = Prompt(input_ids=ids, sampling_params=params, media=media.encode(), fills_context=fills_context)
+            [request] = manager.requests(prompt)
+            return engine._collect(Call(engine._client, [manager.completion(request)], False))["meta_info"]
+
+        filled, asked = answer(fills_context=True), answer(fills_context=False)
+    assert filled["prompt_tokens"] == len(ids) + 3 and filled["prompt_tokens"] + filled["completion_tokens"] == 40
+    assert asked["finish_reason"]["status_code"] == 400 and "needs 43 tokens" in asked["finish_reason"]["message"]
+
+
 def test_the_embedding_cache_forgets_the_least_recently_used() -> None:
     cache = EmbeddingCache(100)
     rows = torch.ones(5, 2)  # 40 bytes
@@ -209,6 +228,15 @@ def test_the_embedding_cache_forgets_the_least_recently_used() -> None:
     assert cache.get(b"b") is None and cache.get(b"a") is not None and cache.num_bytes == 80
     cache.put(b"large", torch.ones(50, 2))
     assert cache.get(b"large") is None and cache.num_bytes == 80
+
+
+def test_rows_within_a_step() -> None:
+    offsets = [(3, 6), (8, 8), (20, 10**12)]  # nobody must walk through the last one
+    for begin in range(25):
+        for end in range(begin, 26):
+            there = [(row, place) for row, place in enumerate([3, 4, 5, 6, 8, *range(20, 30)]) if begin <= place < end]
+            assert rows_within(offsets, begin, end) == ([row for row, _ in there], [place for _, place in there])
+    assert rows_within(offsets, 10**12 + 1, 10**12 + 2) == ([], [])
 
 
 class Batch:

@@ -24,6 +24,7 @@ SCRIPT = str(ROOT / "examples/external_multimodal_model/serve.py")
 SIZE, PATCH, HEADS = 28, 7, 4
 NUM_PATCHES = (SIZE // PATCH) ** 2
 ANSWER_LEN = 8
+CONTEXT_LENGTH = 96
 
 
 def make_checkpoint(directory: Path) -> str:
@@ -107,6 +108,7 @@ def test_the_example(tmp_path: Path, tp_size: int) -> None:
     port = free_port()
     command = [SCRIPT, "--model-path", model_dir, "--port", str(port), "--tp-size", str(tp_size)]
     command += ["--device", "cpu", "--max-total-tokens", "1024", "--dtype", "float32", "--chunked-prefill-size", "8"]
+    command += ["--context-length", str(CONTEXT_LENGTH)]
     params = {"temperature": 0, "max_new_tokens": ANSWER_LEN, "ignore_eos": True}
     with python_process(tmp_path, command, port) as server:
         server.wait_ready()
@@ -135,4 +137,14 @@ def test_the_example(tmp_path: Path, tp_size: int) -> None:
         ids = expected.answer("Q: <image>\nWhich?\nA:", red)
         text = expected.tokenizer.decode(ids, skip_special_tokens=True)
         assert answer.choices[0].message.content == text.partition("\n")[0]
-        assert answer.usage.prompt_tokens == len(expected.tokenizer("Q: <image>\nWhich?\nA:")["input_ids"]) + 15
+        num_tokens = len(expected.tokenizer("Q: <image>\nWhich?\nA:")["input_ids"]) + 15
+        assert answer.usage.prompt_tokens == num_tokens
+
+        # An answer of any length has what room pad_input_ids has left; one of a length that is asked for is refused.
+        options = {"model": model_dir, "messages": messages, "temperature": 0}
+        extra = {"ignore_eos": True, "min_tokens": CONTEXT_LENGTH - num_tokens}
+        answer = client.chat.completions.create(**options, extra_body=extra)
+        assert answer.usage.total_tokens == CONTEXT_LENGTH
+        too_many = CONTEXT_LENGTH - num_tokens + 1
+        with pytest.raises(openai.BadRequestError, match=f"needs {CONTEXT_LENGTH + 1} tokens"):
+            client.chat.completions.create(**options, max_tokens=too_many)

@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import openai
 import pytest
 import transformers
-from mm_parity import joined, picture, token_types, vision_reference
+from mm_parity import joined, of_kind, picture, token_types, vision_reference
 from PIL import Image
 
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.frontend import read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
-from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from tiny_models import assert_same_ids
-from tiny_seeing import IMAGE, VIDEO, make_seeing
+from tiny_seeing import IMAGE, VIDEO, VIDEO_PAD, make_seeing
 from tiny_server import Process, own_process
 
 pytestmark = pytest.mark.xdist_group("server-process")
@@ -65,22 +66,41 @@ def client(seeing: Process) -> Iterator[openai.OpenAI]:
         yield connected
 
 
-def expected_ids(model_dir: str, text: str, *images: Image.Image, num_new: int = NUM_NEW) -> tuple[list[int], Any]:
+def mp4(num_frames: int = 12, fps: int = 6) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for seed in range(num_frames):
+            output.mux(stream.encode(av.VideoFrame.from_image(picture(84, 56, seed))))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def expected_ids(
+    model_dir: str, text: str, *images: Image.Image, video: dict[str, Any] | None = None
+) -> tuple[list[int], Any]:
     """(ids of the prompt, what transformers answers)."""
     args = ServerArgs(model_path=model_dir, dtype="float32", device="cpu")
     config = read_model_config(args)
     tokenizer = read_tokenizer(args, config)
     processor = read_processor(args, config, tokenizer, trusted=True)
     manager = TokenizerManager(tokenizer, config.vocab_size, 1024, 1024, processor=processor)
-    prompt = asyncio.run(manager.with_media(Prompt(text=text, image_data=list(images), add_special_tokens=False)))
+    asked = Prompt(text=text, image_data=list(images), video_data=video, add_special_tokens=False)
+    prompt = asyncio.run(manager.with_media(asked))
     media = MultimodalInputs.decode(prompt.media)
     model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir, dtype="float32").eval()
+    seen, watched = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
     options = {
-        "pixel_values": joined(media.mm_items),
-        "image_grid_thw": joined(media.mm_items, "image_grid_thw"),
+        "pixel_values": joined(seen),
+        "image_grid_thw": joined(seen, "image_grid_thw"),
+        "pixel_values_videos": joined(watched),
+        "video_grid_thw": joined(watched, "video_grid_thw"),
         "mm_token_type_ids": token_types(prompt.input_ids, media),
     }
-    return prompt.input_ids, vision_reference(model, prompt.input_ids, options)
+    return prompt.input_ids, vision_reference(
+        model, prompt.input_ids, {name: value for name, value in options.items() if value is not None}
+    )
 
 
 def test_a_chat_about_two_pictures(seeing: Process, seeing_checkpoint: str, client: openai.OpenAI) -> None:
@@ -100,6 +120,33 @@ def test_a_chat_about_two_pictures(seeing: Process, seeing_checkpoint: str, clie
     assert answer.usage.prompt_tokens == len(prompt_ids)
     logprobs = [entry.logprob for entry in answer.choices[0].logprobs.content]
     assert logprobs == pytest.approx(expected.output_logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_times"), [({}, 2), ({"fps": 6}, 6), ({"max_frames": 2}, 1), ({"fps": 4, "max_frames": 6}, 3)]
+)
+def test_a_chat_about_a_video(
+    seeing: Process, seeing_checkpoint: str, client: openai.OpenAI, options: dict[str, Any], num_times: int
+) -> None:
+    """Two seconds of it: two frames per second, unless the message says otherwise. Two frames make one time."""
+    video = {"url": "data:video/mp4;base64," + base64.b64encode(mp4()).decode(), **options}
+    content: Any = [text_part("Watch "), {"type": "video_url", "video_url": video}, text_part("!")]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": content}],
+        temperature=0,
+        max_tokens=NUM_NEW,
+        extra_body={"ignore_eos": True},
+    )
+    prompt_ids, expected = expected_ids(seeing_checkpoint, f"user:Watch {VIDEO}!\nassistant:", video=video)
+    for video_data in (video, [video], *([video["url"]] if not options else [])):  # in /generate, one or a list
+        body = {"text": f"user:Watch {VIDEO}!\nassistant:", "video_data": video_data, "sampling_params": GREEDY}
+        generated = httpx.post(f"{seeing.url}/generate", json=body, timeout=60).raise_for_status().json()
+        assert_same_ids(generated["output_ids"], expected)
+    assert prompt_ids.count(VIDEO_PAD) == num_times * (84 // 28) * (56 // 28)
+    assert answer.usage.prompt_tokens == len(prompt_ids)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(seeing_checkpoint)
+    assert answer.choices[0].message.content == tokenizer.decode(expected.output_ids, skip_special_tokens=True)
 
 
 def test_a_picture_in_the_first_of_three_turns(client: openai.OpenAI) -> None:
@@ -126,9 +173,33 @@ def test_generate_takes_pictures_from_where_it_may(seeing: Process, seeing_check
         body = {"text": text, "image_data": source, "sampling_params": GREEDY}
         answer = httpx.post(f"{seeing.url}/generate", json=body, timeout=60).raise_for_status().json()
         assert_same_ids(answer["output_ids"], expected)
-    both = {"text": [text, "No picture"], "image_data": [[data_uri(CAT)], None], "sampling_params": GREEDY}
-    answers = httpx.post(f"{seeing.url}/generate", json=both, timeout=60).raise_for_status().json()
-    assert_same_ids(answers[0]["output_ids"], expected)
+
+
+def test_generate_takes_pictures_in_every_shape(seeing: Process, seeing_checkpoint: str) -> None:
+    """One, an object, a list; for several prompts one for all, one each, a list each, and none."""
+    text, cat, dog = f"See {IMAGE}!", data_uri(CAT), data_uri(DOG)
+    two = f"{IMAGE} or {IMAGE}"
+    of_cat, of_dog = (expected_ids(seeing_checkpoint, text, image)[1] for image in (CAT, DOG))
+    of_both = expected_ids(seeing_checkpoint, two, CAT, DOG)[1]
+    cases: list[tuple[str | list[str], Any, list[Any]]] = [
+        (text, cat, [of_cat]),
+        (text, {"url": cat, "detail": "high"}, [of_cat]),
+        (text, [cat], [of_cat]),
+        (two, [cat, {"url": dog}], [of_both]),
+        ([text], [cat], [of_cat]),
+        ([text, text], cat, [of_cat, of_cat]),
+        ([text, text], [cat, dog], [of_cat, of_dog]),
+        ([text, two], [[cat], [cat, dog]], [of_cat, of_both]),
+        ([text, "No picture", two], [cat, None, [cat, dog]], [of_cat, None, of_both]),
+        (["No picture", text], [[], [dog]], [None, of_dog]),
+    ]
+    for prompt, image_data, expected in cases:
+        body = {"text": prompt, "image_data": image_data, "sampling_params": GREEDY}
+        answers = httpx.post(f"{seeing.url}/generate", json=body, timeout=60).raise_for_status().json()
+        assert isinstance(answers, list) is isinstance(prompt, list)
+        for answer, reference in zip(answers if isinstance(answers, list) else [answers], expected, strict=True):
+            if reference is not None:
+                assert_same_ids(answer["output_ids"], reference)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +212,13 @@ def test_generate_takes_pictures_from_where_it_may(seeing: Process, seeing_check
         ({"text": IMAGE, "image_data": ["http://127.0.0.1:9/cat.png"]}, "not on the public internet"),
         ({"text": "Hear!", "audio_data": ["data:audio/wav;base64,AAAA"]}, "audio"),
         ({"text": VIDEO, "video_data": ["data:video/mp4;base64,AAAA"]}, "video"),
+        ({"text": IMAGE, "image_data": 5}, "image_data: Input should be a valid string or dictionary or list, not 5"),
+        ({"text": IMAGE, "image_data": [[data_uri(CAT)]]}, "not list"),
+        ({"text": [IMAGE] * 2, "image_data": [data_uri(CAT)]}, "image_data is a list of 1 values for 2 prompts"),
+        (
+            {"text": ["x", IMAGE * 2], "image_data": [None, [data_uri(CAT), "hello"]]},
+            "text 1: image 2 of 2: the media are neither a URL, a data: URI nor valid base64 text",
+        ),
     ],
 )
 def test_what_is_wrong_is_told(seeing: Process, body: dict[str, Any], words: str) -> None:

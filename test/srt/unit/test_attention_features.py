@@ -1,4 +1,4 @@
-"""The torch back end over pages: caps, sinks, windows, values of another size, latents; all kinds of rows in a step."""
+"""The back ends over pages: caps, sinks, windows, values of another size, latents; all kinds of rows in a step."""
 
 from dataclasses import dataclass, field
 from itertools import product
@@ -11,9 +11,11 @@ from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_m
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from rtp_llm.srt.attention import torch as torch_backend
+from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 
@@ -65,7 +67,7 @@ def make_layer(case: Case) -> RadixAttention:
     )
 
 
-def make_batch(case: Case, pool: KVPool, table: torch.Tensor) -> ForwardBatch:
+def make_batch(case: Case, pool: KVPool, table: torch.Tensor, backend: str) -> ForwardBatch:
     cached, new = [list(lens) for lens in zip(*ROWS, strict=True)]
     seq_lens = [a + b for a, b in ROWS]
     rows = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(new))
@@ -87,7 +89,7 @@ def make_batch(case: Case, pool: KVPool, table: torch.Tensor) -> ForwardBatch:
         page_tables=[table],
         out_cache_locs=[slots_of(table, rows, positions, case.page_size)],
         kv_pool=pool,
-        attn_backend=torch_backend.TorchAttention(),
+        attn_backend=make_backend(backend),
         sample_rows=torch.tensor([]),
     )
     batch.attn_backend.plan(batch)
@@ -111,12 +113,21 @@ def visible_ends(cached: int, blocks: list[tuple[int, int]], new: int) -> torch.
     return ends
 
 
-@pytest.mark.parametrize("scores_per_piece", [1 << 24, 200, 1])
+@pytest.mark.parametrize(
+    ("backend", "scores_per_piece"),
+    [
+        ("torch_native", 1 << 24),
+        ("torch_native", 200),
+        ("torch_native", 1),
+        pytest.param("cpu", 0, marks=pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")),
+    ],
+)
 @pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_row_of_a_step(
     name: str,
     blocks: list[list[tuple[int, int]]] | None,
+    backend: str,
     scores_per_piece: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +152,7 @@ def test_every_row_of_a_step(
         qs.append(q)
         ks.append(k[cached:])
         vs.append(v[cached:])
-    batch = make_batch(case, pool, table)
+    batch = make_batch(case, pool, table, backend)
     batch.visible_ends = None if blocks is None else torch.cat([end for end in ends if end is not None])
     output = layer(torch.cat(qs), torch.cat(ks), None if layer.latent else torch.cat(vs), batch, sinks=sinks)
     torch.testing.assert_close(output, torch.cat(expected).flatten(1), atol=1e-5, rtol=1e-5)

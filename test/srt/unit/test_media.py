@@ -10,13 +10,16 @@ import threading
 import time
 import zlib
 from contextlib import suppress
+from fractions import Fraction
 
+import aiohttp
 import av
 import numpy as np
 import pytest
 from aiohttp import web
 from PIL import Image
 
+from rtp_llm.srt.multimodal import media
 from rtp_llm.srt.multimodal.media import MediaLoader, VideoInfo, decode_image, is_public, uniform_indices
 from rtp_llm.srt.sampling_params import InvalidRequest
 
@@ -92,6 +95,9 @@ class Server:
             return web.Response(body=PNG, headers={"Content-Encoding": "gzip"})
         if name == "slow":
             await asyncio.sleep(5)
+        if name == "late.png":
+            await asyncio.sleep(0.3)
+            return web.Response(body=PNG)
         if name == "drip":
             return await self._stream(request, chunks=1000, pause_s=0.05)
         if name == "loop":
@@ -148,7 +154,8 @@ def test_addresses_that_only_this_machine_reaches_are_refused(server, host):
     "address",
     ["10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "240.0.0.1", "0.0.0.0",
      "255.255.255.255", "127.8.8.8", "::", "::1", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
-     "2002:7f00:1::", "2001:db8::1", "::a00:1"],
+     "2002:7f00:1::", "2001:db8::1", "::a00:1", "fec0::1", "64:ff9b:1::a00:1", "2001:0:7f00:1::", "192.0.0.8",
+     "198.18.0.1"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address):
     assert not is_public(ipaddress.ip_address(address))
@@ -215,6 +222,12 @@ def test_size_and_time_are_limited_while_the_body_arrives(server, allowing):
     assert "within 0.3 s" in refusal(hasty, server.url("slow"))
     assert "within 0.3 s" in refusal(hasty, server.url("drip"))
     assert time.perf_counter() - begin < 3
+
+
+def test_the_time_limit_is_the_one_that_was_asked_for(server, allowing, monkeypatch):
+    """The client has one of its own, of five minutes."""
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.05))
+    assert load(allowing, server.url("late.png")).size == (5, 6)
 
 
 def test_answers_of_no_use(server, allowing):
@@ -320,6 +333,14 @@ def test_no_file_may_be_named_unless_a_directory_is_allowed(folder):
     for source in (f"file://{folder}/open/in.png", str(folder / "open" / "in.png"), "/etc/passwd", "./x.png", "../x"):
         assert "--allowed-local-media-path" in refusal(MediaLoader(), source)
     assert "file:///path" in refusal(MediaLoader(), "file://host/x.png")
+
+
+def test_a_source_of_no_kind_is_told_what_there_is():
+    beginning = "the media are neither a URL, a data: URI nor"
+    assert refusal(MediaLoader(), "hello") == f"{beginning} valid base64 text"
+    named = refusal(MediaLoader(), "cat.png")
+    assert named == f"{beginning} base64 text, and files may not be named here (--allowed-local-media-path)"
+    assert refusal(MediaLoader(), "data:image/png;base64,A") == "the data: URI does not hold valid base64"
 
 
 def test_callers_in_this_process_may_name_any_file(folder, monkeypatch):
@@ -564,6 +585,36 @@ def test_limits_of_videos():
     assert len(load_video(VIDEO, MediaLoader(max_video_pixels=19 * 64 * 48), max_frames=19).indices) == 19
     with pytest.raises(InvalidRequest, match="too many"):
         load_video(VIDEO, MediaLoader(max_pixels=64 * 48 - 1))
+
+
+def video_of_pictures(*sizes: tuple[int, int], header: tuple[int, int] = (64, 48)) -> bytes:
+    """Each frame is a JPEG of its own size, whatever the header says."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as output:
+        stream = output.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *header, "yuvj420p"
+        for i, size in enumerate(sizes):
+            packet = av.Packet(encoded(Image.new("RGB", size, "teal"), "JPEG"))
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 10)
+            output.mux(packet)
+    return file.getvalue()
+
+
+def test_frames_that_outgrow_the_first_are_no_way_around_the_limits(monkeypatch):
+    """FFmpeg would give each the memory that it asks for."""
+    grows = video_of_pictures((64, 48), (80, 60), (64, 48))
+    assert load_video(grows).frames.shape == (3, 48, 64, 3)
+    bomb = (4000, 4000)
+    small = MediaLoader(max_pixels=100 * 100)
+    for sizes, header in (((64, 48), bomb), (64, 48)), ((bomb, bomb), (64, 48)), ((bomb,), bomb):
+        with pytest.raises(InvalidRequest, match=r"cannot be decoded|frames of 4000 x 4000 pixels, which is too many"):
+            load_video(video_of_pictures(*sizes, header=header), small)
+    pixels = 2 * 64 * 48 + 80 * 60
+    monkeypatch.setattr(media, "MAX_VIDEO_SOURCE_PIXELS", pixels)
+    assert len(load_video(grows).frames) == 3
+    monkeypatch.setattr(media, "MAX_VIDEO_SOURCE_PIXELS", pixels - 1)
+    with pytest.raises(InvalidRequest, match="which is too many"):
+        load_video(grows)
 
 
 def test_frames_may_be_given():

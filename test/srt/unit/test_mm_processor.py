@@ -196,6 +196,15 @@ def test_the_first_wrong_image_ends_it():
         processed("<image><image>", [picture(1, 1), b"nothing"])
 
 
+def test_which_of_several_images_is_wrong_is_told():
+    images = [picture(1, 2), b"no image", picture(2, 2)]
+    with pytest.raises(InvalidRequest, match=r"^image 2 of 3: the image cannot be decoded") as caught:
+        processed("a<image><image><image>", images)
+    assert caught.value.param == "image_data"
+    with pytest.raises(InvalidRequest, match=r"^the image cannot be decoded"):
+        processed("a<image>", images[1:2])
+
+
 def test_special_tokens():
     tokens = MultimodalSpecialTokens(image_token_id=IMAGE, video_token="<video>").build(TOKENIZER)
     assert (tokens.image_token, tokens.video_token_id, tokens.audio_token) == ("<image>", VIDEO, None)

@@ -87,7 +87,7 @@ struct Rows {
 // Cut into tiles of nearly equal size.
 struct Tiles {
     int64_t rows, count;
-    explicit Tiles(int64_t rows) : rows(rows), count(divide_up(rows, ROWS)) {}
+    explicit Tiles(int64_t rows, int most = ROWS) : rows(rows), count(divide_up(rows, most)) {}
     int64_t start(int64_t tile) const { return rows * tile / count; }
 };
 
@@ -149,9 +149,9 @@ class Bytes {
     float* scales;    // [M][groups]
     int32_t* totals;  // [M][groups], without the offset
 
-    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset)
-        : tiles(M), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K), group_(group),
-          units_(groups * group / 4), offset_(offset) {
+    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset, int most)
+        : tiles(M, most), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K),
+          group_(group), units_(groups * group / 4), offset_(offset) {
         in_place_ = tiles.count <= TILES_IN_PLACE;
         bytes_ = scratch<uint8_t, 1>(M * units_ * 4);
         scales = scratch<float, 2>(M * groups);
@@ -254,13 +254,15 @@ class Bytes {
 struct Output {
     void* data;
     int64_t stride, columns;
-    const float* bias;  // [columns] or null
-    bool is_float;
+    const void* bias;  // [columns] or null
+    bool is_float, bias_is_float;
 
     INLINE void write(int64_t row, int64_t column, vec value) const {
         if (column >= columns) return;
         int count = int(std::min<int64_t>(columns - column, LANES));
-        if (bias) value += count == LANES ? load(bias + column) : load_part(bias + column, count);
+        if (bias)
+            value += bias_is_float ? read(static_cast<const float*>(bias) + column, count)
+                                   : read(static_cast<const bf16*>(bias) + column, count);
         int64_t at = row * stride + column;
         if (is_float)
             write_to(static_cast<float*>(data) + at, value, count);
@@ -269,6 +271,11 @@ struct Output {
     }
 
    private:
+    template <class T>
+    static INLINE vec read(const T* p, int count) {
+        return count == LANES ? load(p) : load_part(p, count);
+    }
+
     template <class T>
     static INLINE void write_to(T* p, vec value, int count) {
         count == LANES ? store(p, value) : store_part(p, value, count);
@@ -379,11 +386,11 @@ KERNEL void rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int
     }
 }
 
-// out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] float32 or null.
+// out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] or null.
 KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* packed, int64_t N, int64_t K,
-                      const float* bias, void* out, int64_t out_stride, int out_is_float) {
+                      const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     int64_t units = divide_up(K, 2);
-    Output output{out, out_stride, N, bias, out_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
     Input input(x, x_stride, M, K);
 #pragma omp parallel
     {
@@ -440,11 +447,11 @@ KERNEL void rows_int8(const int8_t* packed, const float* scales, const int64_t* 
 
 // out [M, N] = x [M, K] W^T + bias, of bfloat16 or float32 x. scales, totals: [panels * PANEL].
 KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M, const int8_t* packed,
-                      const float* scales, const int32_t* totals, int64_t N, int64_t K, const float* bias, void* out,
-                      int64_t out_stride, int out_is_float) {
+                      const float* scales, const int32_t* totals, int64_t N, int64_t K, const void* bias,
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     int64_t units = divide_up(K, 4);
-    Output output{out, out_stride, N, bias, out_is_float != 0};
-    Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128);
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
+    Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128, ROWS);
 #pragma omp parallel
     {
         input.pack();
@@ -472,11 +479,13 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
 
 namespace {
 
+// Rows are multiplied as bytes where the processor does so; elsewhere a panel at a time is written out in bfloat16.
 #if defined(__AVX512VNNI__)
-constexpr int ROWS_AS_BYTES = 6;  // so many rows are multiplied as bytes; for more, a panel is written out in bfloat16
+constexpr bool AS_BYTES = true;
 #else
-constexpr int ROWS_AS_BYTES = 0;
+constexpr bool AS_BYTES = false;
 #endif
+constexpr int ROWS_OF_INT4 = 6;  // in a tile: it keeps two sets of sums
 
 struct Int4 {
     const uint8_t* packed;   // [panels][units / 2][PANEL][4]
@@ -584,18 +593,18 @@ KERNEL void pack_int4(const uint8_t* values, int64_t N, int64_t inputs, uint8_t*
 
 // out [M, N] = x [M, K] W^T + bias, of bfloat16 x; see Int4 for what the weight consists of.
 KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const uint16_t* scales,
-                      const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const float* bias,
-                      void* out, int64_t out_stride, int out_is_float) {
+                      const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const void* bias,
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};
-    Output output{out, out_stride, N, bias, out_is_float != 0};
-    if (M <= ROWS_AS_BYTES) {
-        Bytes input(x, false, x_stride, M, K, group, 0);
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
+    if constexpr (AS_BYTES) {
+        Bytes input(x, false, x_stride, M, K, group, 0, ROWS_OF_INT4);
 #pragma omp parallel
         {
             input.pack();
             each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
                 constexpr int R = decltype(constant)::value;
-                if constexpr (R <= ROWS_AS_BYTES)
+                if constexpr (R <= ROWS_OF_INT4)
                     for (int64_t p = first; p < last; p++) {
                         vec sums[R][VECS];
                         tile_int4<R>(input, start, weight, p, sums);
@@ -603,25 +612,25 @@ KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t*
                     }
             });
         }
-        return;
-    }
-    Input input(x, x_stride, M, K);
-    int64_t panels = divide_up(N, PANEL), units = divide_up(K, 2);
+    } else {
+        Input input(x, x_stride, M, K);
+        int64_t panels = divide_up(N, PANEL), units = divide_up(K, 2);
 #pragma omp parallel
-    {
-        uint32_t* panel = scratch<uint32_t, 5>(weight.groups * group / 2 * PANEL);
-        input.pack();
+        {
+            uint32_t* panel = scratch<uint32_t, 5>(weight.groups * group / 2 * PANEL);
+            input.pack();
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t p = 0; p < panels; p++) {
-            write_out(weight, p, panel);
-            for (int64_t t = 0; t < input.tiles.count; t++) {
-                int64_t start = input.tiles.start(t);
-                with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
-                    constexpr int R = decltype(constant)::value;
-                    vec sums[R][VECS];
-                    tile_bf16<R>(input.rows(start, R), panel, units, sums);
-                    write_tile<R>(output, start, p * PANEL, sums);
-                });
+            for (int64_t p = 0; p < panels; p++) {
+                write_out(weight, p, panel);
+                for (int64_t t = 0; t < input.tiles.count; t++) {
+                    int64_t start = input.tiles.start(t);
+                    with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
+                        constexpr int R = decltype(constant)::value;
+                        vec sums[R][VECS];
+                        tile_bf16<R>(input.rows(start, R), panel, units, sums);
+                        write_tile<R>(output, start, p * PANEL, sums);
+                    });
+                }
             }
         }
     }

@@ -17,7 +17,7 @@ STEPS = 65535  # scales of int4 groups are stored as so many steps of their outp
 
 @functools.cache
 def _function(name: str) -> Callable[..., int]:
-    output = (POINTER, POINTER, INT64, INT)  # bias, out, out_stride, out_is_float
+    output = (POINTER, INT, POINTER, INT64, INT)  # bias, bias_is_float, out, out_stride, out_is_float
     types = {
         "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
         "rows_bf16": (POINTER, POINTER, INT64, INT64, POINTER),
@@ -38,8 +38,16 @@ class PackedWeight:
         self.shape = shape
         self.num_panels = -(-shape[0] // PANEL)
 
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0]
+
     def tensors(self) -> list[torch.Tensor]:
         """All that is stored."""
+        raise NotImplementedError
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K]: rows of the weight, in float32 or its own dtype."""
         raise NotImplementedError
 
     @property
@@ -50,24 +58,29 @@ class PackedWeight:
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """[..., K] -> [..., N] in ``out_dtype``: bfloat16 or float32; None: that of x."""
-        inputs = x.reshape(-1, x.shape[-1])
-        if inputs.shape[1] != self.shape[1]:
+        inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        num_rows, num_inputs = inputs.shape
+        num_outputs = self.shape[0]
+        if num_inputs != self.shape[1]:
             raise ValueError(
-                f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {inputs.shape[1]}"
+                f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {num_inputs}"
             )
-        if inputs.stride(1) != 1:
+        if inputs.stride(1) != 1 and num_inputs > 1:
             inputs = inputs.contiguous()
-        out = torch.empty(inputs.shape[0], self.shape[0], dtype=out_dtype or x.dtype)
-        if inputs.shape[0]:
-            self._multiply(inputs, None if bias is None else bias.float(), out)
-        return out.view(*x.shape[:-1], self.shape[0])
+        if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
+            bias = bias.float()
+        out = torch.empty((num_rows, num_outputs), dtype=out_dtype or x.dtype)
+        if num_rows:
+            self._multiply(inputs, bias, out)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], num_outputs)
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         raise NotImplementedError
 
 
-def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, int, int, int]:
-    return address(bias), out.data_ptr(), out.shape[1], out.dtype == torch.float32
+def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, bool, int, int, bool]:
+    is_float = bias is not None and bias.dtype == torch.float32
+    return address(bias), is_float, out.data_ptr(), out.shape[1], out.dtype == torch.float32
 
 
 class PackedBFloat16(PackedWeight):
@@ -115,7 +128,7 @@ class PackedInt8(PackedWeight):
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed, self.scales, self.totals]
 
-    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[...] int64 -> [..., K], weights times scales."""
         ids = _checked(ids, self.shape[0])
         out = torch.empty(*ids.shape, self.shape[1], dtype=dtype)
@@ -136,7 +149,8 @@ class PackedInt4(PackedWeight):
     """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
 
     scales: [N, groups] float32, none negative; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
-    the last group may be shorter. A few rows of x become int8 by group; for more, weights become bfloat16.
+    the last group may be shorter. Rows of x become int8 by group, or, where the processor does not multiply bytes,
+    weights become bfloat16.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> None:
@@ -167,6 +181,16 @@ class PackedInt4(PackedWeight):
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.packed, self.scales, self.steps, self.zeros) if t is not None]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K] float32."""
+        ids = _checked(ids, self.shape[0])
+        panel, row = ids // PANEL, ids % PANEL
+        halves = self.packed[panel, :, row]  # [..., units / 2, 4]
+        values = torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-2).view(*ids.shape, -1, self.group_size)
+        scales = self.scales[panel, :, row].float() * self.steps[ids][..., None]
+        zeros = 8 if self.zeros is None else self.zeros[panel, :, row].float()[..., None]
+        return ((values.float() - zeros) * scales[..., None]).flatten(-2)[..., : self.shape[1]]
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         if x.dtype != torch.bfloat16:

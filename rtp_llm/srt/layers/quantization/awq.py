@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
-from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.base import (
+    ExpertsMethodBase,
     QuantizationConfig,
     QuantizationError,
     QuantizedModel,
     QuantizeMethodBase,
 )
-from rtp_llm.srt.layers.quantization.grouped import GroupedLinearMethod, GroupFormat, unpack_words
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer, refuse_experts
+from rtp_llm.srt.layers.quantization.grouped import GroupFormat, grouped_method, name_in_checkpoint, unpack_words
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = tuple(ORDER.index(output) for output in range(8))
@@ -43,14 +43,12 @@ class AWQConfig(QuantizationConfig):
     def get_name(self) -> str:
         return "awq"
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         if not self.model.is_language(prefix) or isinstance(layer, VocabParallelEmbedding):
             return None
-        if self.rules.leaves(prefix):
+        if self.rules.leaves(name_in_checkpoint(layer, prefix)):
             return None
-        if isinstance(layer, LinearBase):
-            return GroupedLinearMethod(self.format)
-        return refuse_experts(layer, prefix, self.get_name())
+        return grouped_method(layer, self.format)
 
 
 def awq_format(bits: int, group_size: int) -> GroupFormat:

@@ -73,6 +73,44 @@ class EmbeddingMethodBase(QuantizeMethodBase):
     def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
         """[T] indices of this rank's rows -> [T, embedding_dim]."""
 
+    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``apply`` with a result in float32."""
+        return self.apply(layer, x, bias).float()
+
+
+class ExpertsMethodBase(ABC):
+    """Of a layer of experts, whose weights are ``w13`` (gate and up) and ``w2`` (down); see ``FusedMoE``.
+
+    Attributes:
+        kinds: what follows an expert's projection in names of the checkpoint; its parameters are ``w13_KIND`` and
+            ``w2_KIND``, one expert after the other.
+    """
+
+    kinds: tuple[str, ...] = ("weight",)
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+        """Registers the parameters of ``w13`` or ``w2`` on ``layer``, by its ``add_parameter``.
+
+        Args:
+            shape: experts, and this rank's outputs and inputs; input_size: inputs of all ranks.
+        """
+
+    @abstractmethod
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As in QuantizeMethodBase."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        layer: nn.Module,
+        name: str,
+        rows: torch.Tensor,
+        rows_per_expert: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What ``reference.grouped_linear`` computes, with ``w13`` or ``w2``."""
+
 
 class QuantizationError(ValueError):
     """A checkpoint's quantization, or the one that was asked for, cannot be used; the message says why."""
@@ -121,9 +159,17 @@ class QuantizationConfig(ABC):
         """The scheme's name, as in ``--quantization``."""
 
     @abstractmethod
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         """The method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a checkpoint's tensor that has no place in the model says nothing that is missed."""
         return False
+
+
+def free(layer: nn.Module, *names: str) -> None:
+    """Removes parameters, and their memory wherever else they are referred to."""
+    for name in names:
+        param = layer.get_parameter(name)
+        delattr(layer, name)
+        param.data = param.data.new_empty(0)

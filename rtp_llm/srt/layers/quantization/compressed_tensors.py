@@ -15,15 +15,21 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
-from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.base import (
+    ExpertsMethodBase,
     QuantizationConfig,
     QuantizationError,
     QuantizedModel,
     QuantizeMethodBase,
 )
-from rtp_llm.srt.layers.quantization.grouped import GroupedLinearMethod, GroupFormat, bytes_of, unpack_words
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, matches, refuse_experts
+from rtp_llm.srt.layers.quantization.grouped import (
+    GroupFormat,
+    bytes_of,
+    grouped_method,
+    name_in_checkpoint,
+    unpack_words,
+)
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, matches
 
 NAME = "compressed-tensors"
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
@@ -46,7 +52,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise QuantizationError(f"quantization_config of {NAME} must have `config_groups`, an object")
-        targets = {}
+        targets: dict[str, GroupFormat] = {}
         for name, group in groups.items():
             stored = group_format(group, group.get("format") or settings.get("format"), f"config_groups.{name}")
             targets |= dict.fromkeys(group.get("targets") or ["Linear"], stored)
@@ -55,15 +61,13 @@ class CompressedTensorsConfig(QuantizationConfig):
     def get_name(self) -> str:
         return NAME
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, VocabParallelEmbedding) or self.rules.leaves(prefix):
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
+        if isinstance(layer, VocabParallelEmbedding) or self.rules.leaves(name_in_checkpoint(layer, prefix)):
             return None
-        stored = self._format_of(prefix)
+        stored = self._format_of(name_in_checkpoint(layer, prefix))
         if stored is None:
             return None
-        if isinstance(layer, LinearBase):
-            return GroupedLinearMethod(stored)
-        return refuse_experts(layer, prefix, self.get_name())
+        return grouped_method(layer, stored)
 
     def _format_of(self, prefix: str) -> GroupFormat | None:
         """That of the first target that names the layer, or else its class."""

@@ -13,15 +13,21 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
-from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.base import (
+    ExpertsMethodBase,
     QuantizationConfig,
     QuantizationError,
     QuantizedModel,
     QuantizeMethodBase,
 )
-from rtp_llm.srt.layers.quantization.grouped import GroupedLinearMethod, GroupFormat, bytes_of, unpack_words
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer, refuse_experts
+from rtp_llm.srt.layers.quantization.grouped import (
+    GroupFormat,
+    bytes_of,
+    grouped_method,
+    name_in_checkpoint,
+    unpack_words,
+)
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 _IN_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
@@ -46,14 +52,12 @@ class GPTQConfig(QuantizationConfig):
     def get_name(self) -> str:
         return "gptq"
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         if not self.model.is_language(prefix) or isinstance(layer, VocabParallelEmbedding):
             return None
-        if not _IN_BLOCK.search(prefix) or self.rules.leaves(prefix):
+        if not _IN_BLOCK.search(prefix) or self.rules.leaves(name_in_checkpoint(layer, prefix)):
             return None
-        if isinstance(layer, LinearBase):
-            return GroupedLinearMethod(self.format)
-        return refuse_experts(layer, prefix, self.get_name())
+        return grouped_method(layer, self.format)
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
         """Early versions of AutoGPTQ gave every layer a bias, of zeros where the model has none."""

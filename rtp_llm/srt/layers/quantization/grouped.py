@@ -4,7 +4,7 @@ Formats differ in names, order of dimensions and packing. A ``GroupFormat`` says
 that products read (``kernels.packed``), which are then cut, fused and packed alike for all formats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide, pack_int4, pack_int8, pack_uint8
-from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
+from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, make_parameter
 
 Conversion = Callable[[torch.Tensor], torch.Tensor]
@@ -63,7 +65,7 @@ class GroupedLinearMethod(PackedLinearMethod):
         self.is_cut = input_size_per_partition != input_size
         self.group_size = min(self.format.group_size or input_size, input_size)
         self.shard_ids: list[ShardId] = [shard.id for shard in getattr(layer, "shards", ())]
-        self._check_sizes(input_size)
+        check_sizes(self.name, self.format, self.group_size, self.num_inputs, input_size)
         num_columns = input_size * self.format.bits // 8
 
         def to_weight(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,17 +82,6 @@ class GroupedLinearMethod(PackedLinearMethod):
             self._add(layer, self.format.zeros, torch.uint8, num_groups, group_dim, loader)
         if self.format.order:
             self._add_order(layer, self.format.order)
-
-    def _check_sizes(self, input_size: int) -> None:
-        per_byte = 8 // self.format.bits
-        if self.num_inputs % per_byte:
-            raise ValueError(f"{self.name}: {self.num_inputs} inputs of {self.format.bits} bits do not fill bytes")
-        if self.is_cut and self.group_size < input_size and self.num_inputs % self.group_size:
-            raise ValueError(
-                f"{self.name}: {input_size} inputs in groups of {self.group_size} cannot be shared by "
-                f"{input_size // self.num_inputs} ranks, since {self.num_inputs} are not whole groups; use a smaller "
-                "--tp-size"
-            )
 
     def _add(
         self,
@@ -150,19 +141,103 @@ class GroupedLinearMethod(PackedLinearMethod):
         order = None if groups is None else input_order(groups, self.group_size, self.name)
         if order is not None:
             weight = reordered(weight, order, self.format.bits)
-        if zeros is not None and bool((zeros == 1 << (self.format.bits - 1)).all()):
-            zeros = None
-        packed = self._pack_neighbours(weight, scales, zeros)
+        packed = pack_groups(weight, scales, zeros, self.group_size, self.format.bits)
         return packed if order is None else Reordered(packed, order)
 
-    def _pack_neighbours(
-        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-    ) -> PackedWeight:
-        if self.format.bits == 4:
-            return pack_int4(weight, scales, zeros, self.group_size)
-        if zeros is None and scales.shape[1] == 1:
-            return pack_int8((weight ^ 128).view(torch.int8), scales[:, 0].contiguous())
-        return pack_uint8(weight, scales, zeros, self.group_size)
+
+def grouped_method(layer: nn.Module, group_format: GroupFormat) -> "GroupedLinearMethod | GroupedExpertsMethod | None":
+    """For a linear layer, or one of experts."""
+    if isinstance(layer, LinearBase):
+        return GroupedLinearMethod(group_format)
+    return GroupedExpertsMethod(group_format) if isinstance(layer, FusedMoE) else None
+
+
+def name_in_checkpoint(layer: nn.Module, prefix: str) -> str:
+    """What rules about layers go by: of experts the first one's gate."""
+    return f"{prefix}.0.{layer.expert_names[0]}" if isinstance(layer, FusedMoE) else prefix
+
+
+class GroupedExpertsMethod(PackedExpertsMethod):
+    def __init__(self, group_format: GroupFormat) -> None:
+        self.format = group_format
+        names = (group_format.weight, group_format.scales, group_format.zeros, group_format.order)
+        self.kinds = tuple(name for name in names if name)
+        self.group_sizes: dict[str, int] = {}
+
+    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+        num_experts, num_outputs, num_inputs = shape
+        self.name = str(layer.name)
+        group_size = self.group_sizes[name] = min(self.format.group_size or input_size, input_size)
+        check_sizes(f"{self.name}.{name}", self.format, group_size, num_inputs, input_size)
+        num_columns = input_size * self.format.bits // 8
+        num_groups, is_split = -(-num_inputs // group_size), group_size < input_size
+        add = cast(FusedMoE, layer).add_parameter
+        load = cast(FusedMoE, layer).weight_loader
+
+        def add_groups(kind: str, dtype: torch.dtype, convert: Conversion) -> None:
+            loader = _converted(load, convert)
+            add(
+                f"{name}_{kind}",
+                num_experts,
+                num_outputs,
+                num_groups,
+                dtype=dtype,
+                weight_loader=loader,
+                is_split=is_split,
+            )
+
+        loader = _converted(load, lambda tensor: self.format.to_weight(tensor)[:, :num_columns])
+        columns = num_inputs * self.format.bits // 8
+        add(f"{name}_{self.format.weight}", num_experts, num_outputs, columns, dtype=torch.uint8, weight_loader=loader)
+        add_groups(self.format.scales, torch.float32, self.format.to_scales)
+        if self.format.zeros:
+            add_groups(self.format.zeros, torch.uint8, self.format.to_zeros)
+        if self.format.order:
+            order = add(
+                f"{name}_{self.format.order}", 0, dtype=torch.int32, weight_loader=self._check_order(group_size)
+            )
+            order.is_optional = True  # type: ignore[attr-defined]
+
+    def _check_order(self, group_size: int) -> WeightLoader:
+        def check(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+            if input_order(tensor, group_size, self.name) is not None:
+                raise ValueError(
+                    f"{self.name}: groups that are not of neighbours (desc_act) are not supported in experts"
+                )
+
+        return cast(WeightLoader, check)
+
+    def pack(self, layer: nn.Module, name: str) -> list[PackedWeight]:
+        weights, scales = (layer.get_parameter(f"{name}_{kind}").data for kind in self.kinds[:2])
+        zeros: Sequence[torch.Tensor | None] = [None] * len(weights)
+        if self.format.zeros:
+            zeros = layer.get_parameter(f"{name}_{self.format.zeros}").data.unbind()
+        group_size, bits = self.group_sizes[name], self.format.bits
+        return [pack_groups(*expert, group_size, bits) for expert in zip(weights, scales, zeros, strict=True)]
+
+
+def check_sizes(name: str, group_format: GroupFormat, group_size: int, num_inputs: int, input_size: int) -> None:
+    """Raises ValueError if a rank's part of a weight's inputs would not be of whole bytes and groups."""
+    if num_inputs * group_format.bits % 8:
+        raise ValueError(f"{name}: {num_inputs} inputs of {group_format.bits} bits do not fill bytes")
+    if num_inputs < input_size and group_size < input_size and num_inputs % group_size:
+        raise ValueError(
+            f"{name}: {input_size} inputs in groups of {group_size} cannot be shared by {input_size // num_inputs} "
+            f"ranks, since {num_inputs} are not whole groups; use a smaller --tp-size"
+        )
+
+
+def pack_groups(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, bits: int
+) -> PackedWeight:
+    """Groups of neighbours, in the cheapest form that says the same."""
+    if zeros is not None and bool((zeros == 1 << (bits - 1)).all()):
+        zeros = None
+    if bits == 4:
+        return pack_int4(weight, scales, zeros, group_size)
+    if zeros is None and scales.shape[1] == 1:
+        return pack_int8((weight ^ 128).view(torch.int8), scales[:, 0].contiguous())
+    return pack_uint8(weight, scales, zeros, group_size)
 
 
 def _converted(weight_loader: WeightLoader, convert: Conversion) -> WeightLoader:

@@ -1,4 +1,4 @@
-"""Any checkpoint in 4 bits: GROUP_SIZE neighbours along a weight's inputs share a scale and a zero.
+"""Any checkpoint in 4 bits: 32 neighbours along a weight's inputs share a scale and a zero, fewer in narrow layers.
 
 No data is needed: scale and zero are those of a few candidates with which a group's weights are met best in the sense
 of squared errors.
@@ -9,7 +9,8 @@ import torch
 from rtp_llm.srt.kernels.packed import PackedWeight, pack_int4, pack_int8
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8, row_blocks
 
-GROUP_SIZE = 32
+# The least number of inputs that groups of a size are for: the fewer there are, the less their errors cancel.
+GROUP_SIZES = {256: 32, 128: 16, 0: 8}
 # How far a group's range is narrowed, at most one of its extremes being met less well for the good of all the others.
 NARROWED = (1.0, 0.94, 0.88, 0.82)
 
@@ -21,7 +22,8 @@ class Int4Config(OnLoadConfig):
     def pack(self, weight: torch.Tensor) -> PackedWeight:
         if weight.shape[1] % 2:  # two values share a byte
             return pack_int8(*quantize_int8(weight))
-        return pack_int4(*quantize_int4(weight, GROUP_SIZE), GROUP_SIZE)
+        group_size = next(size for least, size in GROUP_SIZES.items() if weight.shape[1] >= least)
+        return pack_int4(*quantize_int4(weight, group_size), group_size)
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

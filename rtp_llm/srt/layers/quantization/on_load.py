@@ -16,8 +16,15 @@ from rtp_llm.srt.kernels.packed import PackedWeight, pack_int8
 from rtp_llm.srt.kernels.reference import quantize_rows
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
-from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel, QuantizeMethodBase
-from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod, free, packed_of
+from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.layers.quantization.base import (
+    ExpertsMethodBase,
+    QuantizationConfig,
+    QuantizedModel,
+    QuantizeMethodBase,
+    free,
+)
+from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod, packed_of, set_packed
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import WeightLoader
 
@@ -37,14 +44,14 @@ class OnLoadConfig(QuantizationConfig):
     def pack(self, weight: torch.Tensor) -> PackedWeight:
         """[N, K] of any floating dtype."""
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         if not self.model.is_language(prefix) or prefix.rpartition(".")[2] in NOT_MULTIPLIED:
             return None
         if isinstance(layer, LinearBase):
             return OnLoadLinearMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             return OnLoadEmbeddingMethod()
-        return None
+        return OnLoadExpertsMethod(self) if isinstance(layer, FusedMoE) else None
 
 
 class OnLoadLinearMethod(PackedLinearMethod):
@@ -79,12 +86,23 @@ class OnLoadLinearMethod(PackedLinearMethod):
         return self.scheme.pack(layer.get_parameter("weight").data)
 
 
+class OnLoadExpertsMethod(PackedExpertsMethod):
+    def __init__(self, scheme: OnLoadConfig) -> None:
+        self.scheme = scheme
+
+    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+        cast(FusedMoE, layer).add_parameter(f"{name}_weight", *shape)
+
+    def pack(self, layer: nn.Module, name: str) -> list[PackedWeight]:
+        return [self.scheme.pack(weight) for weight in layer.get_parameter(f"{name}_weight").data]
+
+
 class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
     """Of a head 8 bits, a scale per token."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.is_head:
-            layer.packed = pack_int8(*quantize_int8(layer.get_parameter("weight").data))
+            set_packed(layer, pack_int8(*quantize_int8(layer.get_parameter("weight").data)))
             free(layer, "weight")
 
     def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
@@ -94,6 +112,9 @@ class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return packed_of(layer).apply(x, bias)
+
+    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return packed_of(layer).apply(x, bias, torch.float32)
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,9 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import QuantizationError, QuantizedModel
 
 REGEX = "re:"  # what names that are regular expressions begin with
@@ -73,9 +70,3 @@ def _renamed(name: str, model: QuantizedModel) -> str:
     for pattern, replacement in model.rename:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def refuse_experts(layer: nn.Module, prefix: str, scheme: str) -> None:
-    """Experts are not quantized by a checkpoint's scheme; other layers are left as they are."""
-    if isinstance(layer, FusedMoE):
-        raise ValueError(f"{prefix}: experts of a checkpoint that is quantized by {scheme} are not supported")

@@ -1,4 +1,4 @@
-"""Weights as they are."""
+"""Weights as they are; packed where C++ kernels multiply with them."""
 
 from typing import cast
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, LinearMethodBase
+from rtp_llm.srt.kernels.packed import PackedWeight, fast_dense
+from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, LinearMethodBase, free
 from rtp_llm.srt.layers.weights import WeightLoader, make_parameter
 
 
@@ -24,11 +25,15 @@ class UnquantizedLinearMethod(LinearMethodBase):
         data = torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
         layer.register_parameter("weight", make_parameter(data, weight_loader, input_dim=1, output_dim=0))
 
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        _pack(layer)
+
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, cast(torch.Tensor, layer.weight), bias)
+        return _multiply(layer, x, bias)
 
     def dequantized_weight(self, layer: nn.Module) -> torch.Tensor:
-        return cast(torch.Tensor, layer.weight)
+        packed = _packed(layer)
+        return cast(torch.Tensor, layer.weight) if packed is None else packed.rows(torch.arange(packed.num_rows))
 
 
 class UnquantizedEmbeddingMethod(EmbeddingMethodBase):
@@ -43,8 +48,34 @@ class UnquantizedEmbeddingMethod(EmbeddingMethodBase):
         data = torch.empty(num_embeddings_per_partition, embedding_dim, dtype=params_dtype)
         layer.register_parameter("weight", make_parameter(data, weight_loader, output_dim=0))
 
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if layer.is_head:
+            _pack(layer)
+
     def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(row_ids, cast(torch.Tensor, layer.weight))
+        packed = _packed(layer)
+        return F.embedding(row_ids, cast(torch.Tensor, layer.weight)) if packed is None else packed.rows(row_ids)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, cast(torch.Tensor, layer.weight), bias)
+        return _multiply(layer, x, bias)
+
+    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed = _packed(layer)
+        return super().logits(layer, x, bias) if packed is None else packed.apply(x, bias, torch.float32)
+
+
+def _pack(layer: nn.Module) -> None:
+    """The packed weight takes the place of ``layer.weight``, if there is a packed form of it here."""
+    packed = fast_dense(layer.get_parameter("weight").data)
+    if packed is not None:
+        layer.packed = packed  # type: ignore[assignment]
+        free(layer, "weight")
+
+
+def _packed(layer: nn.Module) -> PackedWeight | None:
+    return cast(PackedWeight | None, getattr(layer, "packed", None))
+
+
+def _multiply(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    packed = _packed(layer)
+    return F.linear(x, cast(torch.Tensor, layer.weight), bias) if packed is None else packed.apply(x, bias)

@@ -1,0 +1,55 @@
+"""Attention by C++ kernels, on a CPU."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.kernels.cpu import attention as kernels
+from rtp_llm.srt.kernels.paged import PagedRows
+
+if TYPE_CHECKING:
+    from rtp_llm.srt.layers.radix_attention import RadixAttention
+
+
+class CpuAttention(AttentionBackend):
+    """Kernels read the page tables themselves: a step's metadata is three numbers a row, the same for all layers."""
+
+    def __init__(self) -> None:
+        kernels.compile_now()
+        self._rows = PagedRows.of([], [], [])
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self._rows = PagedRows.of(batch.req_pool_indices, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: "RadixAttention",
+        batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        pool = batch.kv_pool
+        group = pool.group_of(layer.layer_id)
+        keys, values = pool.read(layer.layer_id)
+        if save_kv_cache and k is not None:
+            pool.check_values(layer.layer_id, v)
+            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group])
+        out = kernels.paged_attention(
+            q,
+            keys,
+            values,
+            batch.page_tables[group],
+            pool.groups[group].page_size,
+            self._rows,
+            layer.scaling,
+            layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None,
+            layer.logit_cap,
+            sinks,
+            batch.visible_ends,
+        )
+        return out.flatten(1)

@@ -1,0 +1,74 @@
+"""Greedy choices and draws in C++: the tokens are those of ``worker/sampler.py``, without a sort of the vocabulary."""
+
+import functools
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from typing import Any
+
+import torch
+
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.sampling_params import SamplingParams
+
+_ARGTYPES: dict[str, tuple[Any, ...]] = {
+    "argmax": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "draw": (c_void_p, c_void_p, c_int64, c_int64, c_int64, *(c_void_p,) * 6),
+    "uniform": (c_void_p, c_void_p, c_void_p, c_int64),
+}
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    function = getattr(build.load("sampling"), name)
+    function.argtypes, function.restype = _ARGTYPES[name], None
+    return function
+
+
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.dtype is not torch.float32 or not logits.is_cpu or logits.stride(1) != 1 or not logits.shape[1]:
+        return reference.argmax(logits)
+    num_rows, vocab_size = logits.shape
+    tokens, bad = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.bool)
+    _function("argmax")(logits.data_ptr(), num_rows, logits.stride(0), vocab_size, tokens.data_ptr(), bad.data_ptr())
+    return tokens, bad
+
+
+def draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], u: torch.Tensor, lines: Sequence[int] | None = None
+) -> torch.Tensor:
+    """One token per entry of ``params``: see ``draw`` in ``worker/sampler.py``.
+
+    Args:
+        logits: [S, vocab_size] float32 on the CPU. From a line that nothing can be drawn from, token 0 is.
+        params: of each draw; u: [D] float64 in [0, 1).
+        lines: the line of logits that each draw is from; None: one after the other.
+
+    Returns:
+        [D] int64.
+    """
+    if logits.dtype is not torch.float32 or not logits.is_cpu or logits.stride(1) != 1:
+        raise ValueError(f"draws are from rows of float32 on the CPU, not {logits.dtype} on {logits.device}")
+    lines = range(len(params)) if lines is None else lines
+    if not len(params) == len(u) == len(lines) or not all(0 <= line < len(logits) for line in lines):
+        raise ValueError(f"{len(params)} draws with {len(u)} random numbers from lines {lines} of {len(logits)}")
+    columns = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+    real, u = torch.tensor(columns, dtype=torch.float64), u.double().contiguous()
+    whole = torch.tensor([list(lines), [p.top_k for p in params]], dtype=torch.int64)
+    tokens = torch.empty(len(params), dtype=torch.int64)
+    (temperature, top_p, min_p), (line_ids, top_k) = real, whole
+    _function("draw")(
+        logits.data_ptr(), line_ids.data_ptr(), len(params), logits.stride(0), logits.shape[1], temperature.data_ptr(),
+        top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), u.data_ptr(), tokens.data_ptr(),
+    )  # fmt: skip
+    return tokens
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """As ``worker/philox.py``: a number in [0, 1) per (seed, position), both int64 on the CPU."""
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    if not seeds.dtype is positions.dtype is torch.int64 or seeds.shape != positions.shape or not seeds.is_cpu:
+        raise ValueError(f"seeds and positions must be equally many int64, not {seeds.dtype} and {positions.dtype}")
+    u = torch.empty(seeds.shape, dtype=torch.float64)
+    _function("uniform")(seeds.data_ptr(), positions.data_ptr(), u.data_ptr(), u.numel())
+    return u

@@ -1,0 +1,31 @@
+"""What a step's rows read of a paged cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+def _none() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """Rows of a batch, all int32. Row b computes ``counts[b]`` tokens of its sequence from position ``starts[b]`` on.
+
+    Shared prefixes only say what may be read once for several rows of one token each; results are the same without.
+    Each entry ``(end, first, count)`` is for rows ``members[first : first + count]``: their sequences lie in the same
+    pages up to position ``end``. An entry goes on where the one before for the same rows ends (from 0 on).
+    """
+
+    table_rows: torch.Tensor  # [B] rows of the page table
+    starts: torch.Tensor  # [B]
+    counts: torch.Tensor  # [B]
+    shared: torch.Tensor = field(default_factory=_none)  # [N, 3]
+    members: torch.Tensor = field(default_factory=_none)  # [M]
+
+    @classmethod
+    def of(cls, table_rows: torch.Tensor | Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> "PagedRows":
+        """Rows that share nothing."""
+        return cls(*(torch.as_tensor(values, dtype=torch.int32) for values in (table_rows, starts, counts)))
