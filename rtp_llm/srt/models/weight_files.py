@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rtp_llm.srt.models.mapped_pages import MappedFile
+
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -92,8 +94,9 @@ def _read_index(path: Path) -> list[Path]:
 def read_weights(files: list[Path], progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """``(name, tensor)`` of every tensor in the files, in the order they lie on disk.
 
-    A tensor is a view of a private memory map: read it, copy the part you need, and let it go; its file is unmapped
-    when the last view is gone. Nothing is read from disk before it is touched.
+    A tensor is a view of a private memory map: read it, copy the part you need, and let it go. Nothing is read from
+    disk before it is touched, and its pages are dropped when the next tensor is asked for: a tensor that is kept is
+    read again, and what was written to it is lost. Its file is unmapped when the last view is gone.
 
     Raises:
         WeightFileError: a file that is truncated or corrupt, or that would need arbitrary objects unpickled.
@@ -102,8 +105,10 @@ def read_weights(files: list[Path], progress: Progress | None = None) -> Iterato
     for i, path in enumerate(files):
         done = sum(sizes[:i])
         reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
+        mapped = MappedFile(path)
         for name, tensor in reader(path):
             yield name, tensor
+            mapped.drop(tensor)
             done += tensor.nbytes
             if progress:
                 progress(min(done, sum(sizes)), sum(sizes))

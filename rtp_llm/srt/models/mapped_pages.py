@@ -1,0 +1,49 @@
+"""Letting go of pages of memory-mapped files: what was read and copied need not stay in the process."""
+
+import ctypes
+import functools
+import mmap
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class MappedFile:
+    """Where a file is mapped into this process. On systems other than Linux nothing is known, and nothing dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        self._ranges: list[range] | None = None  # found when the first tensor is dropped: by then it is mapped
+
+    def drop(self, tensor: torch.Tensor) -> None:
+        """Gives the tensor's whole pages back to the system; they are read from the file again if they are touched.
+
+        Only pages of the file's own mapping are dropped: memory that has no file behind it would lose its content.
+        What was written to a private mapping is lost.
+        """
+        if self._ranges is None:
+            self._ranges = mapped_ranges(self._path)
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        inside = any(start in mapped and end - 1 in mapped for mapped in self._ranges)
+        if start < end and inside:
+            _madvise()(start, end - start, mmap.MADV_DONTNEED)
+
+
+def mapped_ranges(path: Path) -> list[range]:
+    """The addresses at which the file is mapped."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []  # not Linux
+    found = re.findall(rf"^([0-9a-f]+)-([0-9a-f]+) .* {re.escape(str(path))}$", maps, re.MULTILINE)
+    return [range(int(start, 16), int(end, 16)) for start, end in found]
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return function
