@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 class CpuAttention(AttentionBackend):
     """Kernels read the page tables themselves: a step's metadata is three numbers a row, the same for all layers."""
 
+    reads_shared_prefixes = True
+
     def __init__(self) -> None:
         kernels.compile_now()
         self._rows = PagedRows.of([], [], [])
 
     def plan(self, batch: ForwardBatch) -> None:
-        self._rows = PagedRows.of(batch.req_pool_indices, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+        self._rows = PagedRows.of(
+            batch.req_pool_indices,
+            batch.extend_prefix_lens_cpu,
+            batch.extend_seq_lens_cpu,
+            [(prefix.num_tokens, prefix.rows) for prefix in batch.shared_prefixes],
+        )
 
     def forward(
         self,

@@ -101,6 +101,11 @@ class ServerArgs:
     attention_backend: str | None = _arg(
         None, help="unset: the fastest that works here", choices=("cpu", "torch_native")
     )
+    disable_prefix_sharing: bool = _arg(
+        False,
+        help="read a cached prefix that running requests have in common once for each of them, not once for all; what "
+        "else runs then changes nothing in a request's results, not even their last digits",
+    )
     enable_multimodal: bool = _arg(
         True, help="take images and videos where the model does; otherwise it is served as a language model"
     )

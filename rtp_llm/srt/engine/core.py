@@ -121,6 +121,7 @@ class EngineCore:
             disable_radix_cache=self._args.disable_radix_cache,
             eos_ids=model_config.eos_token_ids,
             max_media_block=loaded.max_media_block,
+            share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
         )
         return Scheduler(config, loaded.layout, self.capacity.num_pages)
 

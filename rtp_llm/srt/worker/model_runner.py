@@ -24,7 +24,7 @@ from rtp_llm.srt.multimodal.items import (
     pad_mm_tokens,
     vocabulary_ids,
 )
-from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.device import to_device
 
 
@@ -80,6 +80,10 @@ class ModelRunner:
     @property
     def max_media_block(self) -> int:
         return int(getattr(self.model, "max_media_block", 0))
+
+    @property
+    def reads_shared_prefixes(self) -> bool:
+        return self._attn_backend.reads_shared_prefixes
 
     def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
         """What the model's ``pad_input_ids`` makes of a prompt; without that method, pad ids at the items' offsets.
@@ -148,6 +152,7 @@ class ModelRunner:
         """Computes the plan's tokens. Logits come for work with ``sample``, in the order of ``plan.work``."""
         self.apply(plan)
         batch = self._batch(plan.work)
+        batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
@@ -277,6 +282,14 @@ def _check_output(output: object, model: nn.Module, batch: ForwardBatch) -> None
             f"{name} returned {num_rows} rows of next_token_logits, not {expected}: there must be one for each of "
             "forward_batch.sample_rows, which LogitsProcessor picks out"
         )
+
+
+def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:
+    """Shared prefixes with rows of the batch instead of the worker's."""
+    if not prefixes:
+        return []
+    places = {w.row: place for place, w in enumerate(work)}
+    return [SharedPrefix(prefix.num_tokens, [places[row] for row in prefix.rows]) for prefix in prefixes]
 
 
 def _mode(counts: list[int]) -> ForwardMode:

@@ -44,6 +44,7 @@ class LoadedModel:
     layout: CacheLayout
     weight_bytes: int
     max_media_block: int = 0  # tokens of an image that see each other both ways, at most; 0: media are causal
+    reads_shared_prefixes: bool = False  # whether StepPlan.shared_prefixes is of use
 
 
 @dataclass(slots=True)
@@ -113,7 +114,8 @@ class Worker:
         self._profiler = Profiler(config.rank)
 
     def loaded(self) -> LoadedModel:
-        return LoadedModel(self.runner.layout, self.runner.weight_bytes, self.runner.max_media_block)
+        runner = self.runner
+        return LoadedModel(runner.layout, runner.weight_bytes, runner.max_media_block, runner.reads_shared_prefixes)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len)
