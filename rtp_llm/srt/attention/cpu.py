@@ -43,9 +43,10 @@ class CpuAttention(AttentionBackend):
         pool = batch.kv_pool
         group = pool.group_of(layer.layer_id)
         keys, values = pool.read(layer.layer_id)
+        scales = pool.scales(layer.layer_id)
         if save_kv_cache and k is not None:
             pool.check_values(layer.layer_id, v)
-            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group])
+            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], *scales)
         out = kernels.paged_attention(
             q,
             keys,
@@ -58,5 +59,6 @@ class CpuAttention(AttentionBackend):
             layer.logit_cap,
             sinks,
             batch.visible_ends,
+            *scales,
         )
         return out.flatten(1)

@@ -94,6 +94,12 @@ class ServerArgs:
         "fcfs", help="who is admitted next: first come, or longest cached prefix", choices=("fcfs", "lpm")
     )
     page_size: int = _arg(1, help="tokens per cache page", low=1)
+    kv_cache_dtype: str = _arg(
+        "auto",
+        help="type that keys and values are stored in; auto: the model's; int8: with a scale for each token and head; "
+        "on a CPU alone",
+        choices=("auto", "bf16", "int8"),
+    )
     swa_full_tokens_ratio: float = _arg(
         0.8, help="tokens in the cache of sliding-window layers, relative to full-attention layers", low=0.01, high=1
     )

@@ -199,6 +199,7 @@ def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: st
         page_size=server_args.page_size,
         attention_backend=server_args.attention_backend,
         media_cache_bytes=server_args.mm_embedding_cache_size_mb << 20,
+        kv_cache_dtype=server_args.kv_cache_dtype,
         world_size=server_args.tp_size,
         log_level=server_args.log_level,
     )

@@ -35,11 +35,12 @@ class PagedRows:
     ) -> "PagedRows":
         """``shared``: (end, members) of each shared prefix, shorter ones before what goes on from them."""
         rows = [torch.as_tensor(values, dtype=torch.int32) for values in (table_rows, starts, counts)]
-        if not shared:
-            return cls(*rows)
         entries: list[tuple[int, int, int]] = []
         members: list[int] = []
         for end, several in shared:
             entries.append((end, len(members), len(several)))
             members.extend(several)
-        return cls(*rows, torch.tensor(entries, dtype=torch.int32), torch.tensor(members, dtype=torch.int32))
+        if not shared:
+            return cls(rows[0], rows[1], rows[2])
+        prefixes = torch.tensor(entries, dtype=torch.int32), torch.tensor(members, dtype=torch.int32)
+        return cls(rows[0], rows[1], rows[2], *prefixes)

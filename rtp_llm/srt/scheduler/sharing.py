@@ -31,9 +31,7 @@ class PrefixSharing:
         return self._found
 
 
-def shared_prefixes(
-    rows: Sequence[int], nodes: Sequence[TreeNode | None], min_tokens: int
-) -> list[SharedPrefix]:
+def shared_prefixes(rows: Sequence[int], nodes: Sequence[TreeNode | None], min_tokens: int) -> list[SharedPrefix]:
     """The prefixes to read once, given the node that each row's own tokens follow on (None: it holds none).
 
     Prefixes may nest: 32 rows may share 1,000 tokens, and two of them 200 more. From the root down, a stretch of nodes
@@ -45,7 +43,9 @@ def shared_prefixes(
             rows_of.setdefault(step, []).append(row)
     shared = sorted((node for node, held_by in rows_of.items() if len(held_by) > 1), key=lambda node: node.end)
     # Above a node that as many rows hold, a stretch goes on.
-    goes_on = {node.parent for node in shared if len(rows_of[node]) == len(rows_of.get(node.parent, ()))}
+    goes_on = {
+        parent for node in shared if (parent := node.parent) in rows_of and len(rows_of[parent]) == len(rows_of[node])
+    }
     found: list[SharedPrefix] = []
     covered: dict[int, int] = {}
     for node in shared:

@@ -1,7 +1,7 @@
 """Runs the model for one rank: from a StepPlan to a ForwardBatch to logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,11 +58,12 @@ class ModelRunner:
         progress: Callable[[int, int], None] | None = None,
         model_impl: str = "auto",
         media_cache_bytes: int = 0,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
         self.model = load_model(model_config, model_path, load_format, device, progress, model_impl)
-        self.layout = cache_layout(self.model, page_size)
+        self.layout = cache_layout(self.model, page_size, kv_cache_dtype, device)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
         self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
@@ -301,13 +302,20 @@ def _mode(counts: list[int]) -> ForwardMode:
     return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND
 
 
-def cache_layout(model: nn.Module, page_size: int) -> CacheLayout:
-    """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree."""
+def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
+    """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
+
+    Args:
+        kv_cache_dtype: "auto": as the model computes; or "bf16", "int8".
+
+    Raises:
+        ValueError: there are no attention layers, they do not agree, or their cache cannot be as it is asked for.
+    """
     specs: dict[int, CacheSpec] = {}
     length_scaling: LengthScaling | None = None
     for name, module in model.named_modules():
         if isinstance(module, RadixAttention):
-            spec = module.cache_spec()
+            spec = stored_as(module.cache_spec(), kv_cache_dtype, device)
             if specs.setdefault(module.layer_id, spec) != spec:
                 raise ValueError(f"{name}: layer {module.layer_id} is used twice with different caches")
         scaling: Any = getattr(module, "length_scaling", None)
@@ -323,3 +331,25 @@ def cache_layout(model: nn.Module, page_size: int) -> CacheLayout:
     return CacheLayout(
         tuple(CacheGroup(spec, tuple(layer_ids), page_size) for spec, layer_ids in groups.items()), length_scaling
     )
+
+
+def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:
+    """What a layer keeps, in the type that ``--kv-cache-dtype`` asks for.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    if kv_cache_dtype == "auto":
+        return spec
+    if device != "cpu":
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype} is for CPUs alone as yet; on {device} leave it at auto")
+    if kv_cache_dtype == "bf16":
+        if spec.dtype == "float16":
+            raise ValueError("kv_cache_dtype=bf16 saves nothing for a model in float16; leave it at auto")
+        return replace(spec, dtype="bfloat16")
+    if spec.latent:
+        raise ValueError(
+            "kv_cache_dtype=int8 is not possible for a model with multi-head latent attention, whose cache is small as "
+            "it is; leave it at auto"
+        )
+    return replace(spec, dtype="int8")

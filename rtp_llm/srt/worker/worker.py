@@ -32,6 +32,7 @@ class WorkerConfig:
     page_size: int = 1
     attention_backend: str | None = None
     media_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
     rank: int = 0
     world_size: int = 1
     log_level: str = "info"
@@ -108,6 +109,7 @@ class Worker:
             progress,
             config.model_impl,
             config.media_cache_bytes,
+            config.kv_cache_dtype,
         )
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device
