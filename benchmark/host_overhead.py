@@ -168,7 +168,8 @@ def measure_tokens(args: argparse.Namespace) -> None:
     draw = random.Random(0)
     prompt = [draw.randrange(config.vocab_size) for _ in range(32)]
     completions = [
-        Completion(GenerateRequest(output.rid, prompt, sampling("greedy", 1 << 20), 0), detokenizer) for output in outputs
+        Completion(GenerateRequest(output.rid, prompt, sampling("greedy", 1 << 20), 0), detokenizer)
+        for output in outputs
     ]
 
     def detokenize() -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rtp_llm.srt.plan import SharedPrefix
+
 if TYPE_CHECKING:
     from rtp_llm.srt.attention.base import AttentionBackend
     from rtp_llm.srt.kv_pool import KVPool
@@ -91,6 +93,8 @@ class ForwardBatch:
     # tokens sees itself wholly; a sliding window still bounds it from below. A block is computed in one step: no end
     # exceeds its row's ``seq_lens``. None: plain causal attention, as where all ends are ``p + 1`` or less.
     visible_ends: torch.Tensor | None = None
+    # Of the plan, but ``rows`` are rows of the batch. A back end may read these once; it need not.
+    shared_prefixes: list[SharedPrefix] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from rtp_llm.srt.cache.spec import CacheGroup
+from rtp_llm.srt.kernels import reference
 
 
 class KVPool:
     """Keys and values of all layers. A token's *slot* is ``page_id * page_size + offset``.
 
-    The values of a latent layer are a view of its keys.
+    The values of a latent layer are a view of its keys. Where a group's ``dtype`` is int8, scales [slots, num_kv_heads]
+    float32 lie beside keys and values.
 
     Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written. Page 0 is zeroed,
     since padded page tables point to it.
@@ -22,6 +24,7 @@ class KVPool:
         self._group_of: dict[int, int] = {}
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
+        self._scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for g, (group, count) in enumerate(zip(groups, num_pages, strict=True)):
             spec, dtype = group.spec, getattr(torch, group.spec.dtype)
             num_slots = (count + 1) * group.page_size
@@ -35,6 +38,13 @@ class KVPool:
                 keys[: group.page_size].zero_()
                 values[: group.page_size].zero_()
                 self._keys[layer_id], self._values[layer_id] = keys, values
+                if spec.has_scales:
+                    scales = [
+                        torch.empty(num_slots, spec.num_kv_heads, device=device, dtype=torch.float32) for _ in "kv"
+                    ]
+                    for scale in scales:
+                        scale[: group.page_size].zero_()
+                    self._scales[layer_id] = scales[0], scales[1]
 
     def group_of(self, layer_id: int) -> int:
         return self._group_of[layer_id]
@@ -45,9 +55,7 @@ class KVPool:
         ``v`` is None for latent layers, and for them alone.
         """
         self.check_values(layer_id, v)
-        self._keys[layer_id].index_copy_(0, slots, k.to(self._keys[layer_id].dtype))
-        if v is not None:
-            self._values[layer_id].index_copy_(0, slots, v.to(self._values[layer_id].dtype))
+        reference.write_kv(k, v, *self.read(layer_id), slots, *self.scales(layer_id))
 
     def check_values(self, layer_id: int, v: torch.Tensor | None) -> None:
         """Raises ValueError where values are given to a latent layer, or none to another."""
@@ -57,6 +65,10 @@ class KVPool:
     def read(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All slots of a layer: keys [slots, num_kv_heads, head_dim], values [slots, num_kv_heads, v_head_dim]."""
         return self._keys[layer_id], self._values[layer_id]
+
+    def scales(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """What a layer's int8 keys and values are multiplied by, [slots, num_kv_heads] float32 each; else None."""
+        return self._scales.get(layer_id, (None, None))
 
 
 def slots_of(page_table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -82,7 +82,11 @@ class RowWork:
 
 @dataclass(slots=True)
 class SharedPrefix:
-    """The first ``num_tokens`` tokens of these rows lie in the same pages: attention may read them once."""
+    """The first ``num_tokens`` tokens of these rows lie in the same pages: attention may read them once.
+
+    Each of these rows computes one token in this step, which comes later. A plan names prefixes before those that go
+    on from them: rows of the longer one are then all rows of the shorter, or none is.
+    """
 
     num_tokens: int
     rows: list[int]

@@ -19,6 +19,8 @@ class AttentionBackend(ABC):
     causal, but for what ``batch.visible_ends`` adds.
     """
 
+    reads_shared_prefixes = False  # whether ``batch.shared_prefixes`` is of use to it
+
     @abstractmethod
     def plan(self, batch: "ForwardBatch") -> None:
         """Builds the step's metadata. Host lists of ``batch`` may be used; device tensors need no synchronisation."""

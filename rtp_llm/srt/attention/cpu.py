@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 class CpuAttention(AttentionBackend):
     """Kernels read the page tables themselves: a step's metadata is three numbers a row, the same for all layers."""
 
+    reads_shared_prefixes = True
+
     def __init__(self) -> None:
         kernels.compile_now()
         self._rows = PagedRows.of([], [], [])
 
     def plan(self, batch: ForwardBatch) -> None:
-        self._rows = PagedRows.of(batch.req_pool_indices, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+        self._rows = PagedRows.of(
+            batch.req_pool_indices,
+            batch.extend_prefix_lens_cpu,
+            batch.extend_seq_lens_cpu,
+            [(prefix.num_tokens, prefix.rows) for prefix in batch.shared_prefixes],
+        )
 
     def forward(
         self,
@@ -36,9 +43,10 @@ class CpuAttention(AttentionBackend):
         pool = batch.kv_pool
         group = pool.group_of(layer.layer_id)
         keys, values = pool.read(layer.layer_id)
+        scales = pool.scales(layer.layer_id)
         if save_kv_cache and k is not None:
             pool.check_values(layer.layer_id, v)
-            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group])
+            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], *scales)
         out = kernels.paged_attention(
             q,
             keys,
@@ -51,5 +59,6 @@ class CpuAttention(AttentionBackend):
             layer.logit_cap,
             sinks,
             batch.visible_ends,
+            *scales,
         )
         return out.flatten(1)

@@ -37,6 +37,16 @@ class ExtendRow:
 
 
 @dataclass(slots=True)
+class Cache:
+    """All slots of a layer; see KVPool."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
+
+
+@dataclass(slots=True)
 class StepLayout:
     """What a layer with a given cache group and window reads in this step."""
 
@@ -68,14 +78,14 @@ class TorchAttention(AttentionBackend):
         group = batch.kv_pool.group_of(layer.layer_id)
         if save_kv_cache and k is not None:
             batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[group], k, v)
-        keys, values = batch.kv_pool.read(layer.layer_id)
+        cache = Cache(*batch.kv_pool.read(layer.layer_id), *batch.kv_pool.scales(layer.layer_id))
         window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
         layout = self._layout(batch, group, window)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         for bucket in layout.decode:
-            out[bucket.token_rows] = _decode(q[bucket.token_rows], keys, values, bucket, layer, sinks)
+            out[bucket.token_rows] = _decode(q[bucket.token_rows], cache, bucket, layer, sinks)
         for row in layout.extend:
-            out[row.start : row.end] = _extend(q[row.start : row.end], keys, values, row, layer, window, sinks)
+            out[row.start : row.end] = _extend(q[row.start : row.end], cache, row, layer, window, sinks)
         return out.flatten(1)
 
     def _layout(self, batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
@@ -144,8 +154,7 @@ def _visible(
 
 def _decode(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: Cache,
     bucket: DecodeBucket,
     layer: "RadixAttention",
     sinks: torch.Tensor | None,
@@ -153,7 +162,7 @@ def _decode(
     """q [B, Hq, D] -> [B, Hq, Dv]. The query heads of a group are the 'sequence' of one matrix product."""
     num_rows, num_kv_heads = q.shape[0], layer.tp_k_head_num
     grouped = q.reshape(num_rows, num_kv_heads, -1, q.shape[-1])
-    k, v = _gather(keys, values, bucket.slots, layer, q.dtype)
+    k, v = _gather(cache, bucket.slots, layer, q.dtype)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if layer.logit_cap > 0 or sinks is not None:
         out = _explicit(grouped, k, v, bucket.visible, layer, sinks)
@@ -163,11 +172,19 @@ def _decode(
 
 
 def _gather(
-    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, layer: "RadixAttention", dtype: torch.dtype
+    cache: Cache, slots: torch.Tensor, layer: "RadixAttention", dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [..., Hkv, D] and values [..., Hkv, Dv] at slots [...]; what a latent layer keeps is gathered once."""
-    k = keys[slots].to(dtype)
-    return k, k[..., : layer.v_head_dim] if layer.latent else values[slots].to(dtype)
+    k = _numbers(cache.keys, cache.key_scales, slots, dtype)
+    return k, k[..., : layer.v_head_dim] if layer.latent else _numbers(cache.values, cache.value_scales, slots, dtype)
+
+
+def _numbers(
+    stored: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    if scales is None:
+        return stored[slots].to(dtype)
+    return (stored[slots] * scales[slots][..., None]).to(dtype)
 
 
 def _explicit(
@@ -193,15 +210,14 @@ def _explicit(
 
 def _extend(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: Cache,
     row: ExtendRow,
     layer: "RadixAttention",
     window: int | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [n, Hq, D] -> [n, Hq, Dv]."""
-    k, v = _gather(keys, values, row.slots, layer, q.dtype)
+    k, v = _gather(cache, row.slots, layer, q.dtype)
     if layer.logit_cap > 0 or sinks is not None:
         return _extend_explicit(q, k, v, row, layer, window, sinks)
     out = scaled_dot_product_attention(

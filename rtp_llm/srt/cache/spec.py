@@ -18,7 +18,7 @@ class CacheSpec:
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
-    dtype: str  # a torch dtype's name: "float32", "bfloat16", "float16"
+    dtype: str  # a torch dtype's name: "float32", "bfloat16", "float16"; "int8": with a float32 scale for each head
     window: int | None = None
     latent: bool = False
 
@@ -28,6 +28,8 @@ class CacheSpec:
                 f"a latent cache holds values within keys: v_head_dim must be at most head_dim={self.head_dim}, "
                 f"got {self.v_head_dim}"
             )
+        if self.latent and self.has_scales:
+            raise ValueError("a latent cache cannot be int8: its values, within keys, would need a scale of their own")
 
     @property
     def kind(self) -> Literal["full", "window", "latent"]:
@@ -36,10 +38,14 @@ class CacheSpec:
         return "full" if self.window is None else "window"
 
     @property
+    def has_scales(self) -> bool:
+        return self.dtype == "int8"
+
+    @property
     def bytes_per_token(self) -> int:
-        item_size = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        item_size = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.dtype]
         per_head = self.head_dim if self.latent else self.head_dim + self.v_head_dim
-        return self.num_kv_heads * per_head * item_size
+        return self.num_kv_heads * (per_head * item_size + (2 * 4 if self.has_scales else 0))
 
 
 @dataclass(frozen=True, slots=True)

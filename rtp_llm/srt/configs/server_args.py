@@ -101,12 +101,23 @@ class ServerArgs:
         "fcfs", help="who is admitted next: first come, or longest cached prefix", choices=("fcfs", "lpm")
     )
     page_size: int = _arg(1, help="tokens per cache page", low=1)
+    kv_cache_dtype: str = _arg(
+        "auto",
+        help="type that keys and values are stored in; auto: the model's; int8: with a scale for each token and head; "
+        "on a CPU alone",
+        choices=("auto", "bf16", "int8"),
+    )
     swa_full_tokens_ratio: float = _arg(
         0.8, help="tokens in the cache of sliding-window layers, relative to full-attention layers", low=0.01, high=1
     )
     disable_radix_cache: bool = _arg(False, help="do not reuse cached prefixes")
     attention_backend: str | None = _arg(
         None, help="unset: the fastest that works here", choices=("cpu", "torch_native")
+    )
+    disable_prefix_sharing: bool = _arg(
+        False,
+        help="read a cached prefix that running requests have in common once for each of them, not once for all; what "
+        "else runs then changes nothing in a request's results, not even their last digits",
     )
     enable_multimodal: bool = _arg(
         True, help="take images and videos where the model does; otherwise it is served as a language model"

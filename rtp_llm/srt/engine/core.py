@@ -121,6 +121,7 @@ class EngineCore:
             disable_radix_cache=self._args.disable_radix_cache,
             eos_ids=model_config.eos_token_ids,
             max_media_block=loaded.max_media_block,
+            share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
         )
         return Scheduler(config, loaded.layout, self.capacity.num_pages)
 
@@ -204,6 +205,7 @@ def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: st
         page_size=server_args.page_size,
         attention_backend=server_args.attention_backend,
         media_cache_bytes=server_args.mm_embedding_cache_size_mb << 20,
+        kv_cache_dtype=server_args.kv_cache_dtype,
         world_size=server_args.tp_size,
         log_level=server_args.log_level,
     )

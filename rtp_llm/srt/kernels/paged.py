@@ -26,6 +26,21 @@ class PagedRows:
     members: torch.Tensor = field(default_factory=_none)  # [M]
 
     @classmethod
-    def of(cls, table_rows: torch.Tensor | Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> "PagedRows":
-        """Rows that share nothing."""
-        return cls(*(torch.as_tensor(values, dtype=torch.int32) for values in (table_rows, starts, counts)))
+    def of(
+        cls,
+        table_rows: torch.Tensor | Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        shared: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> "PagedRows":
+        """``shared``: (end, members) of each shared prefix, shorter ones before what goes on from them."""
+        rows = [torch.as_tensor(values, dtype=torch.int32) for values in (table_rows, starts, counts)]
+        entries: list[tuple[int, int, int]] = []
+        members: list[int] = []
+        for end, several in shared:
+            entries.append((end, len(members), len(several)))
+            members.extend(several)
+        if not shared:
+            return cls(rows[0], rows[1], rows[2])
+        prefixes = torch.tensor(entries, dtype=torch.int32), torch.tensor(members, dtype=torch.int32)
+        return cls(rows[0], rows[1], rows[2], *prefixes)

@@ -17,10 +17,11 @@ from rtp_llm.srt.messages import (
     ToCore,
     TokenOutput,
 )
-from rtp_llm.srt.plan import PageWrite, RowResult, RowWork, SharedPrefix, StepPlan, StepResult
+from rtp_llm.srt.plan import PageWrite, RowResult, RowWork, StepPlan, StepResult
 from rtp_llm.srt.scheduler.memory import CacheMemory
 from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
+from rtp_llm.srt.scheduler.sharing import PrefixSharing, saved_tokens
 
 # A request waits for another that is computing the same prefix only if at least so many tokens are saved.
 MIN_SHARED_TOKENS = 8
@@ -55,6 +56,7 @@ class SchedulerStats:
     generated_tokens: int = 0
     finished_requests: int = 0
     retractions: int = 0
+    shared_tokens: int = 0  # that attention did not read again for another request of the step
 
 
 @dataclass(slots=True)
@@ -126,6 +128,7 @@ class Scheduler:
         self._in_flight: deque[StepInFlight] = deque()
         self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
         self._pending = PendingPlan()
+        self._sharing = PrefixSharing() if config.share_prefixes else None
         self._reserve = MIN_RESERVE_TOKENS
         self._num_arrivals = 0
         self._num_steps = 0
@@ -357,8 +360,10 @@ class Scheduler:
         plan.releases = self._pending.releases
         plan.page_writes = self._pending.page_writes + plan.page_writes
         self._pending = PendingPlan()
-        if self.config.share_prefixes:
-            plan.shared_prefixes = shared_prefixes(requests)
+        if self._sharing is not None:
+            decoding = [request for request, work in zip(requests, plan.work, strict=True) if work.num_tokens == 1]
+            plan.shared_prefixes = self._sharing.of(decoding)
+            self.stats.shared_tokens += saved_tokens(plan.shared_prefixes)
         self._in_flight.append(StepInFlight(plan, requests))
         self._num_steps += 1
         self._reserve = max(MIN_RESERVE_TOKENS, self._reserve * 0.99)
@@ -471,24 +476,3 @@ class Scheduler:
         rows = [r.row for r in [*self.running, *self._ending]]
         assert sorted([*rows, *self._free_rows]) == list(range(self.config.max_running_requests)), "a row is lost"
         assert all(not r.pages and r.row < 0 for r in self.waiting), "a waiting request holds something"
-
-
-def shared_prefixes(requests: Sequence[Request]) -> list[SharedPrefix]:
-    """The prefixes that several of these running requests hold in the same pages, each at its full length.
-
-    Prefixes may nest: 32 requests may share 1,000 tokens, and two of them 200 more.
-    """
-    rows_of: dict[object, list[int]] = {}
-    nodes: dict[object, int] = {}
-    deepest: dict[tuple[int, ...], tuple[int, object]] = {}
-    for request in requests:
-        node = request.lock.node
-        while node is not None and node.parent is not None:
-            rows_of.setdefault(node, []).append(request.row)
-            nodes[node] = node.end
-            node = node.parent
-    for node, rows in rows_of.items():
-        key = tuple(rows)
-        if len(rows) > 1 and nodes[node] > deepest.get(key, (0, None))[0]:
-            deepest[key] = (nodes[node], node)
-    return [SharedPrefix(num_tokens, list(rows)) for rows, (num_tokens, _) in sorted(deepest.items())]

@@ -1,7 +1,7 @@
 """Runs the model for one rank: from a StepPlan to a ForwardBatch to logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from rtp_llm.srt.multimodal.items import (
     pad_mm_tokens,
     vocabulary_ids,
 )
-from rtp_llm.srt.plan import Admission, NewPages, PaddedPrompt, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.plan import Admission, NewPages, PaddedPrompt, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
 from rtp_llm.srt.worker.device import to_device, to_device_together
 
@@ -61,11 +61,12 @@ class ModelRunner:
         model_impl: str = "auto",
         media_cache_bytes: int = 0,
         quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
         self.model = load_model(model_config, model_path, load_format, device, progress, model_impl, quantization)
-        self.layout = cache_layout(self.model, page_size)
+        self.layout = cache_layout(self.model, page_size, kv_cache_dtype, device)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
         self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
@@ -85,6 +86,10 @@ class ModelRunner:
     @property
     def max_media_block(self) -> int:
         return int(getattr(self.model, "max_media_block", 0))
+
+    @property
+    def reads_shared_prefixes(self) -> bool:
+        return self._attn_backend.reads_shared_prefixes
 
     def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
         """What the model's ``pad_input_ids`` makes of a prompt; without that method, pad ids at the items' offsets.
@@ -171,6 +176,7 @@ class ModelRunner:
         """Computes the plan's tokens. Logits come for work with ``sample``, in the order of ``plan.work``."""
         self.apply(plan)
         batch = self._batch(plan.work)
+        batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
@@ -305,6 +311,14 @@ def _check_output(output: object, model: nn.Module, batch: ForwardBatch) -> None
         )
 
 
+def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:
+    """Shared prefixes with rows of the batch instead of the worker's."""
+    if not prefixes:
+        return []
+    places = {w.row: place for place, w in enumerate(work)}
+    return [SharedPrefix(prefix.num_tokens, [places[row] for row in prefix.rows]) for prefix in prefixes]
+
+
 def _mode(counts: list[int]) -> ForwardMode:
     if not counts:
         return ForwardMode.IDLE
@@ -314,13 +328,20 @@ def _mode(counts: list[int]) -> ForwardMode:
     return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND
 
 
-def cache_layout(model: nn.Module, page_size: int) -> CacheLayout:
-    """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree."""
+def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
+    """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
+
+    Args:
+        kv_cache_dtype: "auto": as the model computes; or "bf16", "int8".
+
+    Raises:
+        ValueError: there are no attention layers, they do not agree, or their cache cannot be as it is asked for.
+    """
     specs: dict[int, CacheSpec] = {}
     length_scaling: LengthScaling | None = None
     for name, module in model.named_modules():
         if isinstance(module, RadixAttention):
-            spec = module.cache_spec()
+            spec = stored_as(module.cache_spec(), kv_cache_dtype, device)
             if specs.setdefault(module.layer_id, spec) != spec:
                 raise ValueError(f"{name}: layer {module.layer_id} is used twice with different caches")
         scaling: Any = getattr(module, "length_scaling", None)
@@ -336,3 +357,25 @@ def cache_layout(model: nn.Module, page_size: int) -> CacheLayout:
     return CacheLayout(
         tuple(CacheGroup(spec, tuple(layer_ids), page_size) for spec, layer_ids in groups.items()), length_scaling
     )
+
+
+def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:
+    """What a layer keeps, in the type that ``--kv-cache-dtype`` asks for.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    if kv_cache_dtype == "auto":
+        return spec
+    if device != "cpu":
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype} is for CPUs alone as yet; on {device} leave it at auto")
+    if kv_cache_dtype == "bf16":
+        if spec.dtype == "float16":
+            raise ValueError("kv_cache_dtype=bf16 saves nothing for a model in float16; leave it at auto")
+        return replace(spec, dtype="bfloat16")
+    if spec.latent:
+        raise ValueError(
+            "kv_cache_dtype=int8 is not possible for a model with multi-head latent attention, whose cache is small as "
+            "it is; leave it at auto"
+        )
+    return replace(spec, dtype="int8")

@@ -34,6 +34,7 @@ class WorkerConfig:
     page_size: int = 1
     attention_backend: str | None = None
     media_cache_bytes: int = 0
+    kv_cache_dtype: str = "auto"
     rank: int = 0
     world_size: int = 1
     log_level: str = "info"
@@ -46,6 +47,7 @@ class LoadedModel:
     layout: CacheLayout
     weight_bytes: int
     max_media_block: int = 0  # tokens of an image that see each other both ways, at most; 0: media are causal
+    reads_shared_prefixes: bool = False  # whether StepPlan.shared_prefixes is of use
 
 
 @dataclass(slots=True)
@@ -109,13 +111,15 @@ class Worker:
             config.model_impl,
             config.media_cache_bytes,
             config.quantization,
+            config.kv_cache_dtype,
         )
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device
         self._profiler = Profiler(config.rank)
 
     def loaded(self) -> LoadedModel:
-        return LoadedModel(self.runner.layout, self.runner.weight_bytes, self.runner.max_media_block)
+        runner = self.runner
+        return LoadedModel(runner.layout, runner.weight_bytes, runner.max_media_block, runner.reads_shared_prefixes)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len)

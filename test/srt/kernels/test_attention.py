@@ -232,3 +232,46 @@ def test_refusals() -> None:
         attention.paged_attention(problem.q, problem.keys, problem.values.float(), *problem.arguments[3:])
     with pytest.raises(ValueError, match="an int8 cache has scales"):
         attention.paged_attention(problem.q, problem.keys.char(), problem.values.char(), *problem.arguments[3:])
+
+
+def shared_problem(
+    rng: random.Random, activations: torch.dtype, stored: torch.dtype, group: int, window: int | None = None
+) -> Problem:
+    """Rows 0 to 4 share 150 tokens, 1 and 2 of them 100 more; row 5 shares nothing, row 6 computes several tokens."""
+    cached, new = [150, 260, 700, 180, 151, 300, 200], [1, 1, 1, 1, 1, 1, 5]
+    page_size = rng.choice([1, 5])
+    problem = make_problem(rng, activations, stored, cached, new, (group, 2), (32, 48), page_size)
+    table = problem.page_table
+    table[1:5, : 150 // page_size] = table[0, : 150 // page_size]
+    table[2, : 250 // page_size] = table[1, : 250 // page_size]
+    shared = [(150, [0, 1, 2, 3, 4]), (250, [1, 2])]
+    problem.rows = PagedRows.of(range(len(new)), cached, new, shared)
+    problem.window = window
+    problem.sinks = rng.choice([None, torch.randn(2 * group)])
+    problem.logit_cap = rng.choice([0.0, 1.5])
+    return problem
+
+
+@pytest.mark.parametrize("window", [None, 1000, 290, 20], ids=["full", "whole", "one is cut", "all are cut"])
+@pytest.mark.parametrize("group", [1, 3, 12, 100])
+@pytest.mark.parametrize(("activations", "stored"), KINDS)
+def test_shared_prefixes(
+    isa: str, activations: torch.dtype, stored: torch.dtype, group: int, window: int | None
+) -> None:
+    problem = shared_problem(random.Random(), activations, stored, group, window)
+    output = attention.paged_attention(*problem.arguments)
+    assert_right(output, problem)
+    rows = problem.rows
+    problem.rows = PagedRows(rows.table_rows, rows.starts, rows.counts)
+    alone = attention.paged_attention(*problem.arguments)
+    assert torch.equal(alone[5:], output[5:])  # rows that share nothing do not notice
+    if window == 20:
+        assert torch.equal(alone, output)
+
+
+def test_what_is_shared_is_read_from_one_row() -> None:
+    problem = shared_problem(random.Random(), torch.float32, torch.float32, 3)
+    expected = attention.paged_attention(*problem.arguments)
+    first_page = 10 if problem.page_size == 1 else 2
+    problem.page_table[2:5, first_page] = problem.page_table[6, 0]
+    assert torch.equal(attention.paged_attention(*problem.arguments), expected)

@@ -272,7 +272,7 @@ INLINE void prefetch(const void* p, int64_t bytes) {
 
 // ---- what a step has to do
 
-enum Kind { NARROW, WIDE, SHARED };
+enum Kind { NARROW, WIDE };
 
 struct Item {
     Kind kind;
@@ -280,9 +280,10 @@ struct Item {
     int32_t begin, end;  // keys
     int32_t head, num_heads;  // key heads; one of a wide item
     int32_t query, num_queries;  // tokens of the batch, or members of a shared prefix
-    int32_t in_group, group_size;  // of a wide item: query heads of the key head
+    int32_t in_group, group_size;  // query heads of each key head: the first, and how many
     int32_t row;  // of the batch
     int32_t partial;  // where a partial result goes; -1: the result is whole. Of a shared prefix: which of its splits
+    bool shared;  // by several rows
     int64_t cost;
 };
 
@@ -335,7 +336,7 @@ void use_shared(const Attention& a, Step& step, std::vector<int32_t>& used) {
     }
 }
 
-void add_shared(const Attention& a, Step& step, const std::vector<int32_t>& used) {
+void add_shared(const Attention& a, Step& step, const std::vector<int32_t>& used, int32_t heads_per_item) {
     int32_t group = int32_t(a.num_heads / a.num_kv_heads);
     int32_t heads = std::min(group, WIDE_COLUMNS), queries = std::max(1, WIDE_COLUMNS / group);
     for (int64_t s = 0; s < a.num_shared; s++) {
@@ -347,14 +348,22 @@ void add_shared(const Attention& a, Step& step, const std::vector<int32_t>& used
             step.member_partials[size_t(i)] = step.first_partial[size_t(row)] + step.num_partials[size_t(row)];
             step.num_partials[size_t(row)] += splits;
         }
-        for (int32_t i = 0; i < splits; i++)
+        for (int32_t i = 0; i < splits; i++) {
+            int32_t from = split_at(begin, end, i, splits), to = split_at(begin, end, i + 1, splits);
+            if (count * group <= NARROW_HEADS) {
+                for (int32_t head = 0; head < a.num_kv_heads; head += heads_per_item) {
+                    int32_t taken = std::min(heads_per_item, int32_t(a.num_kv_heads) - head);
+                    add(step, {NARROW, table, from, to, head, taken, first, count, 0, group, -1, i, true, 0}, taken * count * group);
+                }
+                continue;
+            }
             for (int32_t q = 0; q < count; q += queries)
                 for (int32_t g = 0; g < group; g += heads)
                     for (int32_t head = 0; head < a.num_kv_heads; head++) {
                         int32_t num_queries = std::min(queries, count - q), size = std::min(heads, group - g);
-                        add(step, {SHARED, table, split_at(begin, end, i, splits), split_at(begin, end, i + 1, splits), head, 1,
-                                   first + q, num_queries, g, size, -1, i, 0}, num_queries * size);
+                        add(step, {WIDE, table, from, to, head, 1, first + q, num_queries, g, size, -1, i, true, 0}, num_queries * size);
                     }
+        }
     }
 }
 
@@ -369,14 +378,14 @@ void add_single(const Attention& a, Step& step, int32_t row, int32_t heads_per_i
         if (group <= NARROW_HEADS) {
             for (int32_t head = 0; head < a.num_kv_heads; head += heads_per_item) {
                 int32_t heads = std::min(heads_per_item, int32_t(a.num_kv_heads) - head);
-                add(step, {NARROW, a.rows[row], from, to, head, heads, token, 1, 0, group, row, partial, 0}, heads * group);
+                add(step, {NARROW, a.rows[row], from, to, head, heads, token, 1, 0, group, row, partial, false, 0}, heads * group);
             }
             continue;
         }
         for (int32_t head = 0; head < a.num_kv_heads; head++)
             for (int32_t g = 0; g < group; g += WIDE_COLUMNS) {
                 int32_t size = std::min(WIDE_COLUMNS, group - g);
-                add(step, {WIDE, a.rows[row], from, to, head, 1, token, 1, g, size, row, partial, 0}, size);
+                add(step, {WIDE, a.rows[row], from, to, head, 1, token, 1, g, size, row, partial, false, 0}, size);
             }
     }
 }
@@ -394,7 +403,7 @@ void add_several(const Attention& a, Step& step, int32_t row) {
             for (int32_t head = 0; head < a.num_kv_heads; head++) {
                 int32_t size = std::min(heads, group - g);
                 add(step, {WIDE, a.rows[row], int32_t(first_visible(a, position)), int32_t(end), head, 1, token, num_queries, g,
-                           size, row, -1, 0}, num_queries * size);
+                           size, row, -1, false, 0}, num_queries * size);
             }
     }
 }
@@ -428,11 +437,11 @@ void plan(const Attention& a, Step& step) {
         step.first_partial[row] = int32_t(step.total_partials);
         step.total_partials += step.num_partials[row] + of_shared[row];
     }
-    add_shared(a, step, used);
     // One item takes all key heads of its keys, so that memory is read in long runs, unless threads would be idle.
     int64_t heads_per_item = a.num_kv_heads, wanted = 4 * omp_get_max_threads();
     while (heads_per_item > 1 && singles * ((a.num_kv_heads + heads_per_item - 1) / heads_per_item) < wanted)
         heads_per_item = (heads_per_item + 1) / 2;
+    add_shared(a, step, used, int32_t(heads_per_item));
     for (int32_t row = 0; row < a.num_rows; row++) {
         if (a.counts[row] == 1) add_single(a, step, row, int32_t(heads_per_item));
         if (a.counts[row] > 1) add_several(a, step, row);
@@ -495,6 +504,42 @@ void merge(const Attention& a, const Partials& partials, int64_t token, int64_t 
     }
     finish<T>(a, token, head, into, maximum, total);
 }
+
+// ---- items
+
+// An item's columns for one key head: query i, head g of the group is column i * group_size + g.
+struct Columns {
+    const Attention& a;
+    const Step& step;
+    const Item& item;
+
+    int count() const { return item.num_queries * item.group_size; }
+    int64_t row(int column) const {
+        return item.shared ? a.members[item.query + column / item.group_size] : item.row;
+    }
+    int64_t token(int column) const {
+        int query = column / item.group_size;
+        return item.shared ? step.tokens[size_t(row(column))] : item.query + query;
+    }
+    int64_t head(int column, int64_t kv_head) const {
+        return kv_head * (a.num_heads / a.num_kv_heads) + item.in_group + column % item.group_size;
+    }
+    int64_t position(int column) const { return a.starts[row(column)] + token(column) - step.tokens[size_t(row(column))]; }
+    int64_t partial(int column) const {
+        if (item.shared) return step.member_partials[size_t(item.query + column / item.group_size)] + item.partial;
+        return item.partial;
+    }
+    // Keys of the item that it sees.
+    void visible(int column, int32_t& from, int32_t& to) const {
+        from = item.begin;
+        to = item.end;
+        if (item.shared) return;
+        int64_t at = position(column), end = at + 1;
+        if (a.visible_ends) end = std::max(end, a.visible_ends[token(column)]);
+        from = int32_t(std::max<int64_t>(from, first_visible(a, at)));
+        to = int32_t(std::min<int64_t>(to, end));
+    }
+};
 
 // ---- narrow items
 
@@ -616,10 +661,11 @@ struct Rows {
 };
 
 template <class T, class S>
-void run_narrow(const Attention& a, const Item& item, const Partials& partials) {
+void run_narrow(const Attention& a, const Step& step, const Item& item, const Partials& partials) {
     using C = Computed<T>;
     constexpr bool CONVERTS = std::is_same<S, int8_t>::value;
-    int group = item.group_size;
+    const Columns columns{a, step, item};
+    int group = columns.count();
     int64_t k_size = round_up(a.head_dim, STEP<C>), v_size = round_up(a.v_head_dim, STEP<C>);
     int64_t queries = int64_t(item.num_heads) * group;
     scratch.reserve(Arena::bytes<C>(queries * k_size) + Arena::bytes<float>(queries * v_size) +
@@ -629,9 +675,10 @@ void run_narrow(const Attention& a, const Item& item, const Partials& partials) 
     float* maxima = scratch.take<float>(queries);
     float* totals = scratch.take<float>(queries);
     C* buffer = scratch.take<C>(NARROW_KEYS * std::max(k_size, v_size));
-    int64_t first_head = int64_t(item.head) * group;
+    auto token_of = [&](int64_t h) { return columns.token(int(h % group)); };
+    auto head_of = [&](int64_t h) { return columns.head(int(h % group), item.head + h / group); };
     for (int64_t h = 0; h < queries; h++) {
-        convert(static_cast<const T*>(a.q) + item.query * a.q_token + (first_head + h) * a.q_head, a.head_dim, q + h * k_size, k_size);
+        convert(static_cast<const T*>(a.q) + token_of(h) * a.q_token + head_of(h) * a.q_head, a.head_dim, q + h * k_size, k_size);
         maxima[h] = LOWEST;
         totals[h] = 0;
     }
@@ -714,8 +761,9 @@ void run_narrow(const Attention& a, const Item& item, const Partials& partials) 
     }
     for (int64_t h = 0; h < queries; h++) {
         natural_order<C>(weighted + h * v_size, v_size);
-        if (item.partial < 0) finish<T>(a, item.query, first_head + h, weighted + h * v_size, maxima[h], totals[h]);
-        else leave_partial(a, partials.at(item.partial, first_head + h), partials.size, weighted + h * v_size, maxima[h], totals[h]);
+        int64_t partial = columns.partial(int(h % group));
+        if (partial < 0) finish<T>(a, token_of(h), head_of(h), weighted + h * v_size, maxima[h], totals[h]);
+        else leave_partial(a, partials.at(partial, head_of(h)), partials.size, weighted + h * v_size, maxima[h], totals[h]);
     }
 }
 
@@ -877,40 +925,6 @@ void pack_values(const S* base, int64_t stride, const int64_t* slots, int num_ke
     }
 }
 
-// A wide item's columns: query i, head g of the group is column i * group_size + g.
-struct Columns {
-    const Attention& a;
-    const Step& step;
-    const Item& item;
-
-    int count() const { return item.num_queries * item.group_size; }
-    int64_t row(int column) const {
-        return item.kind == SHARED ? a.members[item.query + column / item.group_size] : item.row;
-    }
-    int64_t token(int column) const {
-        int query = column / item.group_size;
-        return item.kind == SHARED ? step.tokens[size_t(row(column))] : item.query + query;
-    }
-    int64_t head(int column) const {
-        return item.head * (a.num_heads / a.num_kv_heads) + item.in_group + column % item.group_size;
-    }
-    int64_t position(int column) const { return a.starts[row(column)] + token(column) - step.tokens[size_t(row(column))]; }
-    int64_t partial(int column) const {
-        if (item.kind == SHARED) return step.member_partials[size_t(item.query + column / item.group_size)] + item.partial;
-        return item.partial;
-    }
-    // Keys of the item that it sees.
-    void visible(int column, int32_t& from, int32_t& to) const {
-        from = item.begin;
-        to = item.end;
-        if (item.kind == SHARED) return;
-        int64_t at = position(column), end = at + 1;
-        if (a.visible_ends) end = std::max(end, a.visible_ends[token(column)]);
-        from = int32_t(std::max<int64_t>(from, first_visible(a, at)));
-        to = int32_t(std::min<int64_t>(to, end));
-    }
-};
-
 template <class T, class C>
 void fill_panel(const Columns& columns, int first, Panel& panel) {
     const Attention& a = columns.a;
@@ -933,7 +947,7 @@ void fill_panel(const Columns& columns, int first, Panel& panel) {
         panel.some_from = std::min(panel.some_from, panel.from[c]);
         panel.all_to = std::min(panel.all_to, panel.to[c]);
         panel.some_to = std::max(panel.some_to, panel.to[c]);
-        const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + columns.head(first + c) * a.q_head;
+        const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + columns.head(first + c, columns.item.head) * a.q_head;
         for (int64_t d = 0; d < a.head_dim; d++)
             queries[(d / PACK<C> * width + c) * PACK<C> + d % PACK<C>] = from_float<C>(to_float(q[d]));
     }
@@ -970,7 +984,7 @@ void finish_panel(const Columns& columns, int first, const Panel& panel, const P
     int width = panel.vecs * LANES, count = std::min(width, columns.count() - first);
     for (int c = 0; c < count; c++) {
         for (int64_t d = 0; d < a.v_head_dim; d++) row[d] = panel.weighted[d * width + c];
-        int64_t token = columns.token(first + c), head = columns.head(first + c), partial = columns.partial(first + c);
+        int64_t token = columns.token(first + c), head = columns.head(first + c, columns.item.head), partial = columns.partial(first + c);
         if (partial < 0) finish<T>(a, token, head, row, panel.maxima[c], panel.totals[c]);
         else leave_partial(a, partials.at(partial, head), partials.size, row, panel.maxima[c], panel.totals[c]);
     }
@@ -1066,7 +1080,7 @@ void attend(const Attention& a) {
 #pragma omp parallel for schedule(dynamic, 1) if (todo.total_cost > WORTH_THREADS && num_items > 1)
     for (int64_t i = 0; i < num_items; i++) {
         const Item& item = todo.items[size_t(i)];
-        if (item.kind == NARROW) run_narrow<T, S>(a, item, partials);
+        if (item.kind == NARROW) run_narrow<T, S>(a, todo, item, partials);
         else run_wide<T, S>(a, todo, item, partials);
     }
     if (todo.total_partials == 0) return;
