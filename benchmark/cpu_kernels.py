@@ -74,9 +74,9 @@ def experts(rows: int) -> Iterator[Case]:
 def expert_layer(on_kernels: bool) -> FusedMoE:
     with dispatch.cpu_kernels(on_kernels):
         layer = FusedMoE(64, HIDDEN, 512, params_dtype=torch.bfloat16, tp_group=TPGroup(0, 1))
-    for parameter in layer.parameters():
-        parameter.data.normal_(std=0.02)
-    process_weights(layer)
+        for parameter in layer.parameters():
+            parameter.data.normal_(std=0.02)
+        process_weights(layer)
     return layer
 
 

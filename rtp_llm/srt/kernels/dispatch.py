@@ -33,6 +33,9 @@ CPU_KERNELS: dict[str, str] = {  # kernel -> module of rtp_llm.srt.kernels.cpu
     "swiglu_oai_and_mul": "elementwise",
     "rotary_pair": "elementwise",
     "argmax": "sampling",
+    "group_rows": "moe",
+    "gather_rows": "moe",
+    "sum_rows": "moe",
 }
 
 _cpu_kernels = ContextVar("cpu_kernels", default=True)

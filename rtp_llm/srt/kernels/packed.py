@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.cpu import linear as cpu_linear
+from rtp_llm.srt.kernels.cpu import moe as cpu_moe
 from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 
 ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
@@ -142,6 +143,13 @@ def fast_dense(weight: torch.Tensor) -> PackedWeight | None:
     if weight.dtype != torch.bfloat16 or not weight.is_cpu or not uses_cpu_kernels():
         return None
     return cpu_linear.PackedBFloat16(weight)
+
+
+def fast_groups(weight: torch.Tensor) -> cpu_moe.PackedGroups | None:
+    """As ``fast_dense``, for [groups, N, K]."""
+    if weight.dtype != torch.bfloat16 or not weight.is_cpu or not uses_cpu_kernels():
+        return None
+    return cpu_moe.PackedGroups(weight)
 
 
 def _computes_bfloat16(weight: torch.Tensor) -> bool:

@@ -339,6 +339,37 @@ def _linear_float(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
+def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stable sort by group of ids, [n] int64 in [0, num_groups).
+
+    Returns:
+        rows_per_group: [num_groups]; order: [n], which element is in each sorted place; places: [n], in which place
+        each element is.
+    """
+    sorted_ids, order = ids.sort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return sorted_ids.bincount(minlength=num_groups), order, places
+
+
+def gather_rows(x: torch.Tensor, order: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Rows of x [N, size] by ``order`` [N * repeats], as if each of them were repeated."""
+    return x[order // repeats]
+
+
+def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """For each token the sum of ``weights[token, j] * rows[places[token * top_k + j]]``.
+
+    Args:
+        rows: [tokens * top_k, size]; places: [tokens * top_k]; weights: [tokens, top_k], taken in the dtype of rows.
+
+    Returns:
+        [tokens, size].
+    """
+    by_token = rows[places].view(*weights.shape, rows.shape[1])
+    return torch.bmm(weights.to(rows.dtype)[:, None], by_token)[:, 0]
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
     """Rotates pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
-from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.dispatch import pick
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn
 from rtp_llm.srt.layers.quantization.base import ExpertsMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.quantization.unquantized import UnquantizedExpertsMethod
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, load_part, make_parameter
 
 Routing = tuple[torch.Tensor, torch.Tensor]
@@ -142,8 +143,10 @@ class FusedMoE(nn.Module):
         self.tp_group = tp_group or get_tp_group()
         self.expert_names = expert_names
         self.quant_method = _experts_method(self, quant_config, prefix)
-        kinds = self.quant_method.kinds if self.quant_method else ("weight",)
-        self.weight_sources = expert_sources(num_experts, expert_names, bias, kinds)
+        self.weight_sources = expert_sources(num_experts, expert_names, bias, self.quant_method.kinds)
+        self._group_rows = pick("group_rows", self.params_dtype)
+        self._gather_rows = pick("gather_rows", self.params_dtype)
+        self._sum_rows = pick("sum_rows", self.params_dtype)
         self._create_parameters(bias)
 
     def _create_parameters(self, bias: bool) -> None:
@@ -159,10 +162,7 @@ class FusedMoE(nn.Module):
             self.register_parameter("w2_bias", None)
 
     def _create_weights(self, name: str, outputs: int, inputs: int, input_size: int) -> None:
-        if self.quant_method:
-            self.quant_method.create_weights(self, name, (self.num_experts, outputs, inputs), input_size)
-        else:
-            self.add_parameter(f"{name}_weight", self.num_experts, outputs, inputs)
+        self.quant_method.create_weights(self, name, (self.num_experts, outputs, inputs), input_size)
 
     def add_parameter(
         self,
@@ -188,25 +188,19 @@ class FusedMoE(nn.Module):
         Returns:
             [T, hidden_size] in the dtype of ``hidden_states``.
         """
-        num_tokens, top_k = topk_ids.shape
-        expert_ids, order = topk_ids.flatten().sort(stable=True)
-        rows_per_expert = expert_ids.bincount(minlength=self.num_experts)
-        rows = hidden_states[order // top_k]
+        rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)
+        rows = self._gather_rows(hidden_states, order, topk_ids.shape[1])
         gate_up = self._multiply("w13", rows, rows_per_expert, self.w13_bias)
         # One rank adds the bias, as in RowParallelLinear.
         down_bias = self.w2_bias if self.tp_group.rank == 0 else None
         rows = self._multiply("w2", self.act_fn(gate_up), rows_per_expert, down_bias)
-        by_token = torch.empty_like(rows).index_copy_(0, order, rows).view(num_tokens, top_k, self.hidden_size)
-        output = torch.bmm(topk_weights.to(rows.dtype)[:, None], by_token)[:, 0]
+        output = self._sum_rows(rows, places, topk_weights)
         return self.tp_group.all_reduce(output) if self.reduce_results else output
 
     def _multiply(
         self, name: str, rows: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.quant_method:
-            return self.quant_method.multiply(self, name, rows, rows_per_expert, bias)
-        weight = self.w13_weight if name == "w13" else self.w2_weight
-        return reference.grouped_linear(rows, weight, rows_per_expert, bias)
+        return self.quant_method.multiply(self, name, rows, rows_per_expert, bias)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copies this rank's part of a checkpoint tensor into ``param``.
@@ -261,9 +255,11 @@ class FusedMoE(nn.Module):
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
 
-def _experts_method(layer: FusedMoE, quant_config: QuantizationConfig | None, prefix: str) -> ExpertsMethodBase | None:
+def _experts_method(layer: FusedMoE, quant_config: QuantizationConfig | None, prefix: str) -> ExpertsMethodBase:
     method = quant_config.get_quant_method(layer, prefix) if quant_config else None
-    if method is not None and not isinstance(method, ExpertsMethodBase):
+    if method is None:
+        return UnquantizedExpertsMethod()
+    if not isinstance(method, ExpertsMethodBase):
         raise TypeError(f"{layer.name}: experts need an ExpertsMethodBase, got {type(method).__name__}")
     return method
 

@@ -1,6 +1,7 @@
 """Sorting by expert, grouped products and weighted sums in C++, on every instruction set, against plain torch."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,8 @@ def seed() -> None:
 def test_grouping(isa: str, num_ids: int) -> None:
     ids = torch.randint(0, 9, (num_ids,))
     ids[ids == 4] = 5  # a group without rows
-    starts, order, places = moe.group_rows(ids, 9)
-    assert torch.equal(order, ids.sort(stable=True).indices)
-    assert torch.equal(starts.diff(), ids.bincount(minlength=9)) and starts[0] == 0
-    assert torch.equal(order[places], torch.arange(num_ids))
+    for found, expected in zip(moe.group_rows(ids, 9), reference.group_rows(ids, 9), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_experts_that_do_not_exist_are_refused(isa: str) -> None:
@@ -43,25 +42,25 @@ def test_experts_that_do_not_exist_are_refused(isa: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (64, 96), (258, 130)])
 def test_grouped_products(isa: str, rows_per_group: list[int], shape: tuple[int, int]) -> None:
     counts = torch.tensor(rows_per_group)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     x, weight = torch.randn(int(counts.sum()), shape[1]).bfloat16(), torch.randn(3, *shape).bfloat16()
-    packed = moe.PackedExperts(weight)
+    packed = moe.PackedGroups(weight)
     for bias in (None, torch.randn(3, shape[0]).bfloat16()):
         expected = reference.grouped_linear(x.float(), weight.float(), counts, None if bias is None else bias.float())
-        result = packed.apply(x, starts, bias)
+        result = packed.apply(x, counts, bias)
         assert result.dtype == torch.bfloat16
         torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=1e-4)
-        for group in range(3):  # as if it were alone
-            rows = slice(int(starts[group]), int(starts[group + 1]))
+        for group, rows in enumerate(torch.arange(len(x)).split(rows_per_group)):  # as if it were alone
             alone = linear.PackedBFloat16(weight[group]).apply(x[rows], None if bias is None else bias[group])
             assert torch.equal(result[rows], alone)
 
 
 def test_wrong_rows_are_refused(isa: str) -> None:
-    packed, starts = moe.PackedExperts(torch.randn(2, 4, 6).bfloat16()), torch.tensor([0, 1, 2])
+    packed, counts = moe.PackedGroups(torch.randn(2, 4, 6).bfloat16()), torch.tensor([1, 1])
     for x in (torch.zeros(2, 6), torch.zeros(2, 5).bfloat16()):
-        with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 \[rows, 6\] and 3 starts"):
-            packed.apply(x, starts)
+        with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 \[rows, 6\] in 2 groups"):
+            packed.apply(x, counts)
+    with pytest.raises(ValueError, match=r"groups have \[1, 1\] rows, but x has 3"):
+        packed.apply(torch.zeros(3, 6).bfloat16(), counts)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k", "size"), [(0, 2, 8), (1, 8, 33), (7, 3, 100), (300, 4, 64)])
@@ -69,10 +68,12 @@ def test_gathering_and_weighted_sums(isa: str, num_tokens: int, top_k: int, size
     ids = torch.rand(num_tokens, 16).topk(top_k).indices
     x, weights = torch.randn(num_tokens, size).bfloat16(), torch.rand(num_tokens, top_k)
     _, order, places = moe.group_rows(ids.flatten(), 16)
-    rows = moe.gather_rows(x, order, top_k)
-    assert torch.equal(rows, x[order // top_k])
-    rows = torch.randn_like(rows)
-    expected = (weights.bfloat16().double()[..., None] * rows[places].view(num_tokens, top_k, size).double()).sum(1)
+    for source in (x, x.float(), torch.cat([x, x], dim=1)[:, :size]):
+        assert torch.equal(moe.gather_rows(source, order, top_k), reference.gather_rows(source, order, top_k))
+    rows = torch.randn(num_tokens * top_k, size)
+    assert torch.equal(moe.sum_rows(rows, places, weights), reference.sum_rows(rows, places, weights))
+    rows = rows.bfloat16()
+    expected = reference.sum_rows(rows.double(), places, weights.bfloat16())
     result = moe.sum_rows(rows, places, weights)
     torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-6)
     if num_tokens:
@@ -84,15 +85,17 @@ def test_gathering_and_weighted_sums(isa: str, num_tokens: int, top_k: int, size
 @pytest.mark.parametrize("activation", ["silu", SwigluOAIAndMul()])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int) -> None:
-    sizes = dict(num_experts=6, hidden_size=40, intermediate_size=96, activation=activation)
-    options = dict(bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=TPGroup(rank, 2))
+    sizes: dict[str, Any] = dict(num_experts=6, hidden_size=40, intermediate_size=96, activation=activation)
+    options: dict[str, Any] = dict(
+        bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=TPGroup(rank, 2)
+    )
     packed = FusedMoE(**sizes, **options)
     with dispatch.cpu_kernels(False):
         plain = FusedMoE(**sizes, **options)
     for ours, theirs in zip(packed.parameters(), plain.parameters(), strict=True):
         theirs.data = ours.data.normal_(std=0.3).clone()
-    process_weights(packed), process_weights(plain)
-    assert packed.packed is not None and plain.packed is None
+    process_weights(packed)
+    assert packed.packed.nbytes == sum(tensor.nbytes for tensor in packed.packed.tensors())
     assert not hasattr(packed, "w13_weight") and not hasattr(packed, "w2_weight")
     for num_tokens in (0, 1, 50):
         x, ids = torch.randn(num_tokens, 40).bfloat16(), torch.rand(num_tokens, 6).topk(3).indices

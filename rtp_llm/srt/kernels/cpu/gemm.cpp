@@ -412,20 +412,20 @@ KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* pa
     }
 }
 
-// Rows starts[g] to starts[g + 1] of out = those of x times the weight of group g, plus its bias, for all groups in one
-// call. packed: [groups] weights [N, K], one after the other; bias: [groups][N] float32 or null.
-KERNEL void grouped_gemm_bf16(const bf16* x, int64_t x_stride, const int64_t* starts, int64_t groups,
-                              const bf16* packed, int64_t N, int64_t K, const float* bias, bf16* out,
+// out [M, N] = x [M, K] times a weight and plus a bias of each row's group, for all groups in one call. Rows are sorted
+// by group, rows_per_group of each. packed: [groups] weights, one after the other; bias: [groups][N] bfloat16 or null.
+KERNEL void grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const int64_t* rows_per_group, int64_t groups,
+                              const bf16* packed, int64_t N, int64_t K, const bf16* bias, bf16* out,
                               int64_t out_stride) {
     int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
-    uint32_t* memory = scratch<uint32_t, 0>(starts[groups] * units);
-    std::vector<int64_t> ids;  // of groups that have rows
+    uint32_t* memory = scratch<uint32_t, 0>(M * units);
+    std::vector<int64_t> ids, starts;  // of groups that have rows
     std::vector<Input> inputs;
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t start = starts[g], rows = starts[g + 1] - start;
-        if (rows == 0) continue;
+    for (int64_t g = 0, start = 0; g < groups; start += rows_per_group[g++]) {
+        if (rows_per_group[g] == 0) continue;
         ids.push_back(g);
-        inputs.emplace_back(x + start * x_stride, x_stride, rows, K, memory + start * units);
+        starts.push_back(start);
+        inputs.emplace_back(x + start * x_stride, x_stride, rows_per_group[g], K, memory + start * units);
     }
     int64_t tasks = int64_t(ids.size()) * pieces;
 #pragma omp parallel
@@ -436,7 +436,8 @@ KERNEL void grouped_gemm_bf16(const bf16* x, int64_t x_stride, const int64_t* st
             const Input& input = inputs[task / pieces];
             int64_t g = ids[task / pieces], first = task % pieces * PANELS_AT_ONCE;
             int64_t last = std::min(first + PANELS_AT_ONCE, panels);
-            Output output{out + starts[g] * out_stride, out_stride, N, bias ? bias + g * N : nullptr, false};
+            bf16* rows_out = out + starts[task / pieces] * out_stride;
+            Output output{rows_out, out_stride, N, bias ? bias + g * N : nullptr, false, false};
             const uint32_t* weight = reinterpret_cast<const uint32_t*>(packed) + g * panels * units * PANEL;
             for (int64_t t = 0; t < input.tiles.count; t++) {
                 int64_t start = input.tiles.start(t);

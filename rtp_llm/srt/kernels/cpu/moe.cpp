@@ -3,16 +3,16 @@
 
 #include <vector>
 
-// A stable counting sort of n ids below `groups`. starts [groups + 1]: where each group's rows begin; order [n]: which
-// element is in a sorted place; places [n]: in which place an element is. Returns whether all ids are in range.
-KERNEL int group_rows(const int64_t* ids, int64_t n, int64_t groups, int64_t* starts, int64_t* order, int64_t* places) {
-    for (int64_t g = 0; g <= groups; g++) starts[g] = 0;
+// A stable counting sort of n ids below `groups`. counts [groups]: rows of each; order [n]: which element is in a sorted
+// place; places [n]: in which place an element is. Returns whether all ids are in range.
+KERNEL int group_rows(const int64_t* ids, int64_t n, int64_t groups, int64_t* counts, int64_t* order, int64_t* places) {
+    for (int64_t g = 0; g < groups; g++) counts[g] = 0;
     for (int64_t i = 0; i < n; i++) {
         if (ids[i] < 0 || ids[i] >= groups) return 0;
-        starts[ids[i] + 1]++;
+        counts[ids[i]]++;
     }
-    for (int64_t g = 0; g < groups; g++) starts[g + 1] += starts[g];
-    std::vector<int64_t> next(starts, starts + groups);
+    std::vector<int64_t> next(groups);
+    for (int64_t g = 1; g < groups; g++) next[g] = next[g - 1] + counts[g - 1];
     for (int64_t i = 0; i < n; i++) {
         places[i] = next[ids[i]]++;
         order[places[i]] = i;
@@ -22,11 +22,11 @@ KERNEL int group_rows(const int64_t* ids, int64_t n, int64_t groups, int64_t* st
 
 constexpr int64_t WORTH_THREADS = 32768;  // elements from which a parallel region saves more than it costs
 
-// Row i of y [n, size] = row order[i] / repeats of x.
-KERNEL void gather_rows(const bf16* x, int64_t x_stride, const int64_t* order, int64_t n, int64_t repeats, int64_t size,
-                        bf16* y) {
-#pragma omp parallel for schedule(static) if (n * size >= WORTH_THREADS)
-    for (int64_t i = 0; i < n; i++) std::memcpy(y + i * size, x + order[i] / repeats * x_stride, size * sizeof(bf16));
+// Row i of y = row order[i] / repeats of x, of so many bytes; x's are x_stride bytes apart.
+KERNEL void gather_rows(const char* x, int64_t x_stride, const int64_t* order, int64_t n, int64_t repeats,
+                        int64_t bytes, char* y) {
+#pragma omp parallel for schedule(static) if (n * bytes >= 2 * WORTH_THREADS)
+    for (int64_t i = 0; i < n; i++) std::memcpy(y + i * bytes, x + order[i] / repeats * x_stride, bytes);
 }
 
 // Row t of y [tokens, size] = the sum of weights[t][j] times row places[t][j] of x, in float32 and rounded once; weights

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, address, bind
 from rtp_llm.srt.kernels.cpu.linear import PANEL, PackedBFloat16
 
@@ -21,13 +22,11 @@ def _function(name: str) -> Callable[..., int]:
 
 @functools.cache
 def _grouped_gemm() -> Callable[..., int]:
-    return bind(
-        "gemm", "grouped_gemm_bf16",
-        POINTER, INT64, POINTER, INT64, POINTER, INT64, INT64, POINTER, POINTER, INT64,
-    )  # fmt: skip
+    types = POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64, POINTER, POINTER, INT64
+    return bind("gemm", "grouped_gemm_bf16", *types)
 
 
-class PackedExperts:
+class PackedGroups:
     """weight: [groups, N, K] bfloat16, a linear layer for each group of rows; packed as ``PackedBFloat16`` each."""
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -38,66 +37,58 @@ class PackedExperts:
         for matrix, packed in zip(weight, self.packed, strict=True):
             packed.copy_(PackedBFloat16(matrix).packed)
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.packed]
+
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
 
-    def apply(self, x: torch.Tensor, starts: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As ``reference.grouped_linear``: [rows, K] -> [rows, N], of rows sorted by group.
-
-        Args:
-            starts: [groups + 1] int64: where each group's rows begin, and how many there are.
-            bias: [groups, N].
-        """
-        if x.dtype != torch.bfloat16 or x.shape[1] != self.shape[1] or len(starts) != self.num_groups + 1:
+    def apply(self, x: torch.Tensor, rows_per_group: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """As ``reference.grouped_linear``, of bfloat16 rows."""
+        if x.dtype != torch.bfloat16 or x.shape[1] != self.shape[1] or len(rows_per_group) != self.num_groups:
             raise ValueError(
-                f"experts {[self.num_groups, *self.shape]} take bfloat16 [rows, {self.shape[1]}] and "
-                f"{self.num_groups + 1} starts, not {x.dtype} {list(x.shape)} and {len(starts)}"
+                f"experts {[self.num_groups, *self.shape]} take bfloat16 [rows, {self.shape[1]}] in {self.num_groups} "
+                f"groups, not {x.dtype} {list(x.shape)} in {len(rows_per_group)}"
             )
-        x, bias = x.contiguous(), None if bias is None else bias.float().contiguous()
+        if int(rows_per_group.sum()) != len(x):
+            raise ValueError(f"groups have {rows_per_group.tolist()} rows, but x has {len(x)}")
+        x, bias = x.contiguous(), None if bias is None else bias.bfloat16().contiguous()
         out = torch.empty(x.shape[0], self.shape[0], dtype=torch.bfloat16)
         _grouped_gemm()(
-            x.data_ptr(), x.shape[1], starts.data_ptr(), self.num_groups, self.packed.data_ptr(), *self.shape,
-            address(bias), out.data_ptr(), out.shape[1],
+            x.data_ptr(), x.shape[1], x.shape[0], rows_per_group.data_ptr(), self.num_groups, self.packed.data_ptr(),
+            *self.shape, address(bias), out.data_ptr(), out.shape[1],
         )  # fmt: skip
         return out
 
 
 def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stable sort of ids [n] int64 by group.
-
-    Returns:
-        starts: [num_groups + 1]: where each group begins; order: [n]: which element is in each sorted place;
-        places: [n]: in which place each element is.
-
-    Raises:
-        IndexError: an id is not in [0, num_groups).
-    """
+    """Raises IndexError: an id is not in [0, num_groups)."""
+    if ids.dtype != torch.int64 or not ids.is_cpu:
+        return reference.group_rows(ids, num_groups)
     ids = ids.contiguous()
-    starts, order, places = torch.empty(num_groups + 1, dtype=torch.int64), *torch.empty(2, len(ids), dtype=torch.int64)
-    pointers = starts.data_ptr(), order.data_ptr(), places.data_ptr()
+    counts, order, places = torch.empty(num_groups, dtype=torch.int64), torch.empty_like(ids), torch.empty_like(ids)
+    pointers = counts.data_ptr(), order.data_ptr(), places.data_ptr()
     if not _function("group_rows")(ids.data_ptr(), len(ids), num_groups, *pointers):
         raise IndexError(f"experts must be in [0, {num_groups}), not {int(ids.min())} to {int(ids.max())}")
-    return starts, order, places
+    return counts, order, places
 
 
 def gather_rows(x: torch.Tensor, order: torch.Tensor, repeats: int) -> torch.Tensor:
-    """``x[order // repeats]``, of x [rows, size] bfloat16."""
-    x = x.contiguous()
-    rows = torch.empty(len(order), x.shape[1], dtype=torch.bfloat16)
+    if not x.is_cpu or x.stride(1) != 1:
+        return reference.gather_rows(x, order, repeats)
+    rows = torch.empty(len(order), x.shape[1], dtype=x.dtype)
+    size = x.element_size()
     _function("gather_rows")(
-        x.data_ptr(), x.shape[1], order.data_ptr(), len(order), repeats, x.shape[1], rows.data_ptr()
+        x.data_ptr(), x.stride(0) * size, order.data_ptr(), len(order), repeats, x.shape[1] * size, rows.data_ptr()
     )
     return rows
 
 
 def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """For each token the sum of ``weights[token, j] * rows[places[token * top_k + j]]``, rounded once.
-
-    Args:
-        rows: [tokens * top_k, size] bfloat16; places: [tokens * top_k]; weights: [tokens, top_k], taken in bfloat16.
-    """
-    weights = weights.float().contiguous()
+    if rows.dtype != torch.bfloat16 or not rows.is_cpu:
+        return reference.sum_rows(rows, places, weights)
+    rows, weights = rows.contiguous(), weights.float().contiguous()
     num_tokens, top_k = weights.shape
     out = torch.empty(num_tokens, rows.shape[1], dtype=torch.bfloat16)
     _function("sum_rows")(

@@ -1,13 +1,16 @@
 """Weights as they are; packed where C++ kernels multiply with them."""
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.kernels.packed import PackedWeight, fast_dense
-from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, LinearMethodBase, free
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu.moe import PackedGroups
+from rtp_llm.srt.kernels.packed import PackedWeight, fast_dense, fast_groups
+from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, ExpertsMethodBase, LinearMethodBase, free
 from rtp_llm.srt.layers.weights import WeightLoader, make_parameter
 
 
@@ -62,6 +65,49 @@ class UnquantizedEmbeddingMethod(EmbeddingMethodBase):
     def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         packed = _packed(layer)
         return super().logits(layer, x, bias) if packed is None else packed.apply(x, bias, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedExperts:
+    """The weights of all experts, packed for products that take all of them in one call."""
+
+    w13: PackedGroups
+    w2: PackedGroups
+
+    @property
+    def nbytes(self) -> int:
+        return self.w13.nbytes + self.w2.nbytes
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.w13.tensors() + self.w2.tensors()
+
+
+class UnquantizedExpertsMethod(ExpertsMethodBase):
+    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+        cast(Any, layer).add_parameter(f"{name}_weight", *shape)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        packed = {}
+        for name in ("w13", "w2"):
+            groups = fast_groups(layer.get_parameter(f"{name}_weight").data)
+            if groups is None:
+                return
+            packed[name] = groups
+            free(layer, f"{name}_weight")
+        layer.packed = cast(Any, GroupedExperts(**packed))
+
+    def multiply(
+        self,
+        layer: nn.Module,
+        name: str,
+        rows: torch.Tensor,
+        rows_per_expert: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        packed = getattr(layer, "packed", None)
+        if packed is not None:
+            return getattr(packed, name).apply(rows, rows_per_expert, bias)
+        return reference.grouped_linear(rows, layer.get_parameter(f"{name}_weight"), rows_per_expert, bias)
 
 
 def _pack(layer: nn.Module) -> None:
