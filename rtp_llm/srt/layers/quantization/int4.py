@@ -60,7 +60,7 @@ def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ``sum(w w) - sum(w d)² / sum(d d)``.
     """
     low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
-    width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    width = (high - low).clamp(min=1e-30)  # of zeros alone: whatever divides
     zeros = (-15 * low / width).round()
     best = torch.full_like(width, -1.0)
     scales = torch.zeros_like(width)
