@@ -15,8 +15,15 @@ from torch import nn
 from rtp_llm.srt.configs.model_config import CONFIG_FILE, ModelConfig
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.quantization import mxfp4
-from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel
+from rtp_llm.srt.layers.quantization.base import (
+    ExpertsMethodBase,
+    QuantizationConfig,
+    QuantizationError,
+    QuantizedModel,
+)
+from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
 from rtp_llm.srt.layers.quantization.registry import quantization_config, scheme_name
+from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_files import Progress, WeightFileError, find_weight_files, read_weights
@@ -112,7 +119,19 @@ def _load(
                 weights = mxfp4.dequantize_experts(weights, torch.get_default_dtype(), device)
             load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
+    if quant_config:
+        _tell_of_quantization(model, quant_config)
     return model.eval().requires_grad_(False)
+
+
+def _tell_of_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
+    """Raises QuantizationError if no layer is quantized: what was asked for must have an effect."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    plain = sum(isinstance(method, UnquantizedLinearMethod) for method in methods)
+    quantized = sum(isinstance(method, (PackedLinearMethod, ExpertsMethodBase)) for method in methods)
+    if not quantized:
+        raise QuantizationError(f"{quant_config.get_name()} quantizes no layer of {type(model).__name__}")
+    logger.info("quantized by %s: %d linear layers; %d are as they were", quant_config.get_name(), quantized, plain)
 
 
 def _build(

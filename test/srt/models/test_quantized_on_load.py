@@ -14,10 +14,14 @@ from rtp_llm import Engine
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, QUANTIZATIONS
 from rtp_llm.srt.kernels.reference import dequantize_int4, quantize_rows
+from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.int4 import GROUP_SIZES, quantize_int4
+from rtp_llm.srt.layers.quantization.on_load import OnLoadLinearMethod, quantize_int8
 from rtp_llm.srt.layers.quantization.registry import DEQUANTIZED, SCHEMES
+from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 from tiny_models import make_tiny, random_prompts
+from tiny_seeing import make_seeing
 
 SIZES: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=172, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
@@ -131,6 +135,46 @@ def test_models_that_run_through_transformers_are_not_quantized(tmp_path: Path) 
     model_dir = make_tiny("OlmoForCausalLM", tmp_path, **SIZES)
     with pytest.raises(Exception, match=r"run through transformers are not quantized \(by int8\)"):
         Engine(model_path=model_dir, quantization="int8", model_impl="transformers", log_level="error")
+
+
+def test_models_that_see_keep_their_encoders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model_dir = make_seeing(tmp_path)
+    with caplog.at_level("INFO"):
+        model = load_model(ModelConfig.from_pretrained(model_dir), model_dir, quantization="int8")
+    assert "quantized by int8" in caplog.text
+    names = [name for name, module in model.named_modules() if isinstance(module, LinearBase)]
+    quantized = [name for name in names if isinstance(model.get_submodule(name).quant_method, OnLoadLinearMethod)]
+    assert quantized == [name for name in names if "language_model" in name]
+    assert len(quantized) < len(names)
+
+
+@pytest.mark.parametrize("group_size", [8, 32])
+def test_four_bits_are_met_as_well_as_can_be(group_size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 70, generator=generator) * torch.rand(40, 1, generator=generator)
+    weight[3] = 0
+    weight[5] = 0.25
+    values, scales, zeros = quantize_int4(weight, group_size)
+    assert scales.shape == zeros.shape == (40, -(-70 // group_size))
+    assert torch.equal(scales, scales.bfloat16().float())
+    error = dequantize_int4(values, scales, zeros, group_size) - weight
+    assert not error[3].any()
+    torch.testing.assert_close(error[5], torch.zeros(70), rtol=0, atol=1e-3)
+    for start in range(0, 70, group_size):
+        group = weight[:, start : start + group_size]
+        low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
+        steps = ((high - low) / 15).clamp(min=1e-9)
+        zero = (-low / steps).round()
+        plain = ((group / steps + zero).round().clamp(0, 15) - zero) * steps  # the whole range in 15 steps
+        assert error[:, start : start + group_size].square().sum() < 1.001 * (plain - group).square().sum()
+
+
+def test_a_weight_that_is_not_a_number_stays_so() -> None:
+    weight = torch.ones(2, 64)
+    weight[1, 5] = torch.nan
+    assert dequantize_int4(*quantize_int4(weight, 32), 32)[1, 5].isnan()
+    _, scales = quantize_int8(weight)
+    assert scales.isnan().tolist() == [False, True]
 
 
 def test_the_flag_has_all_schemes() -> None:

@@ -141,7 +141,7 @@ class GroupedLinearMethod(PackedLinearMethod):
         order = None if groups is None else input_order(groups, self.group_size, self.name)
         if order is not None:
             weight = reordered(weight, order, self.format.bits)
-        packed = pack_groups(weight, scales, zeros, self.group_size, self.format.bits)
+        packed = pack_groups(weight, scales, zeros, self.group_size, self.format)
         return packed if order is None else Reordered(packed, order)
 
 
@@ -212,8 +212,8 @@ class GroupedExpertsMethod(PackedExpertsMethod):
         zeros: Sequence[torch.Tensor | None] = [None] * len(weights)
         if self.format.zeros:
             zeros = layer.get_parameter(f"{name}_{self.format.zeros}").data.unbind()
-        group_size, bits = self.group_sizes[name], self.format.bits
-        return [pack_groups(*expert, group_size, bits) for expert in zip(weights, scales, zeros, strict=True)]
+        size = self.group_sizes[name]
+        return [pack_groups(*expert, size, self.format) for expert in zip(weights, scales, zeros, strict=True)]
 
 
 def check_sizes(name: str, group_format: GroupFormat, group_size: int, num_inputs: int, input_size: int) -> None:
@@ -228,14 +228,18 @@ def check_sizes(name: str, group_format: GroupFormat, group_size: int, num_input
 
 
 def pack_groups(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, bits: int
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    group_format: GroupFormat,
 ) -> PackedWeight:
-    """Groups of neighbours, in the cheapest form that says the same."""
-    if zeros is not None and bool((zeros == 1 << (bits - 1)).all()):
+    """Groups of neighbours. With 8 bits and a scale per output, products are of integers."""
+    if zeros is not None and bool((zeros == 1 << (group_format.bits - 1)).all()):
         zeros = None
-    if bits == 4:
+    if group_format.bits == 4:
         return pack_int4(weight, scales, zeros, group_size)
-    if zeros is None and scales.shape[1] == 1:
+    if zeros is None and group_format.group_size is None:
         return pack_int8((weight ^ 128).view(torch.int8), scales[:, 0].contiguous())
     return pack_uint8(weight, scales, zeros, group_size)
 

@@ -5,6 +5,7 @@ of squared errors.
 """
 
 import torch
+import torch.nn.functional as F
 
 from rtp_llm.srt.kernels.packed import PackedWeight, pack_int4, pack_int8
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8, row_blocks
@@ -47,9 +48,8 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
 
 
 def in_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    """[N, K] -> [N, groups, group_size]; the last group is filled up with its last weight."""
-    missing = -weight.shape[1] % group_size
-    return torch.cat((weight, weight[:, -1:].expand(-1, missing)), dim=1).unflatten(1, (-1, group_size))
+    """[N, K] -> [N, groups, group_size]; the last group is filled up with zeros, which no grid is worse for."""
+    return F.pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
 
 
 def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ``sum(w w) - sum(w d)² / sum(d d)``.
     """
     low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
-    width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    width = (high - low).clamp(min=1e-30)  # of zeros alone: whatever divides
     zeros = (-15 * low / width).round()
     best = torch.full_like(width, -1.0)
     scales = torch.zeros_like(width)
