@@ -60,14 +60,16 @@ class StubForCausalLM(nn.Module):
         return LogitsProcessorOutput(torch.zeros(batch.sample_rows.shape[0], VOCAB_SIZE), [])
 
 
-def make_core(folder: str, batch_size: int, max_len: int) -> tuple[EngineCore, QueueLink]:
+def make_core(folder: str, options: argparse.Namespace, max_len: int) -> tuple[EngineCore, QueueLink]:
     config = {"architectures": ["StubForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE}
     config |= {"max_position_embeddings": max_len, "num_hidden_layers": 1, "torch_dtype": "float32"}
     Path(folder, "config.json").write_text(json.dumps(config))
     ModelRegistry.models["StubForCausalLM"] = StubForCausalLM
     args = ServerArgs(
-        model_path=folder, load_format="dummy", device="cpu", dtype="float32", max_running_requests=batch_size,
-        chunked_prefill_size=PREFILL_CHUNK, max_total_tokens=(batch_size + 1) * max_len, decode_log_interval=1 << 30,
+        model_path=folder, load_format="dummy", device="cpu", dtype="float32", page_size=options.page_size,
+        max_running_requests=options.batch_size, chunked_prefill_size=PREFILL_CHUNK, decode_log_interval=1 << 30,
+        max_total_tokens=(options.batch_size + 1) * (max_len + options.page_size),
+        attention_backend=options.attention_backend,
     )  # fmt: skip
     link = QueueLink()
     link.client.on_messages(lambda messages: None)
@@ -113,7 +115,7 @@ def time_parts(core: EngineCore, watch: Stopwatch) -> None:
     watch.wrap(runner._attn_backend, "plan", ("runner: attention plan",))
     watch.wrap(worker, "sample", ("worker: rest",))
     watch.wrap(PendingResult, "result", ("worker: results",))
-    for method in ("sample", "observe", "bad_rows", "logprobs"):
+    for method in ("sample_and_check", "observe", "logprobs"):
         watch.wrap(sampler, method, (f"sampler: {method}",))
 
 
@@ -121,7 +123,7 @@ def measure_steps(args: argparse.Namespace) -> None:
     watch = Stopwatch(time.perf_counter if args.wall else time.thread_time)
     with tempfile.TemporaryDirectory() as folder:
         num_steps = 2 * args.rounds * args.steps + args.batch_size * args.input_len // PREFILL_CHUNK + 64
-        core, link = make_core(folder, args.batch_size, args.input_len + num_steps)
+        core, link = make_core(folder, args, args.input_len + num_steps)
         start_decoding(core, link, args, num_steps)
         bare_ms = [run_steps(core, args.steps, watch_clock(args)) for _ in range(args.rounds)]
         time_parts(core, watch)
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--wall", action="store_true", help="elapsed time instead of processor time")
     parser.add_argument("--page-size", type=int, default=1)
+    parser.add_argument("--attention-backend", help="whose planning is measured; unset: the default one")
     parser.add_argument("--match-lens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     args = parser.parse_args()
     torch.set_num_threads(1)

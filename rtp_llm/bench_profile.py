@@ -164,9 +164,7 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
     watch.wrap(runner, "_batch", ("runner", "batch"))
     watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
     watch.wrap(runner.kv_pool, "write", ("kv write",))
-    for method in ("sample_and_check", "observe", "logprobs"):
-        watch.wrap(worker.sampler, method, ("sampler",))
-    worker.sample = _with_timed_results(worker.sample, watch)  # type: ignore[method-assign]
+    worker.sample = watch.timed(("sampler",), _with_timed_results(worker.sample, watch))  # type: ignore[method-assign]
     for name, module in runner.model.named_modules():
         kind = next((kind for classes, kind in LAYER_KINDS if isinstance(module, classes)), None)
         if kind is not None:

@@ -106,7 +106,7 @@ def test_the_parts_of_a_step_are_there_and_add_up(stages: dict[str, StepTimes]) 
     for stage in stages.values():
         names = {name[0] for name in stage.parts}
         assert {"linear", "norm", "attention", "rotary", "activation", "logits", "embedding", "sampler"} <= names
-        assert {"scheduler", "runner", "kv write", "rest", "messages"} <= names
+        assert {"scheduler", "runner", "rest", "messages"} <= names
         for name in [("linear", "qkv_proj"), ("linear", "down_proj"), ("attention",), ("activation",)]:
             assert stage.parts[name].calls % stage.num_steps == 0
             num_layers = stage.parts[name].calls // stage.num_steps
