@@ -12,8 +12,8 @@ from rtp_llm.srt.worker.model_runner import stored_as
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied"]
-# How far log-probabilities may be off, in units of their own spread: at most, and on average. A key's components are off
-# by up to 2^-9 of themselves in bfloat16, and in int8 by 1/254 of the largest one.
+# How far log-probabilities may be off, in units of their own spread: at most, and on average. A key's components are
+# off by up to 2^-9 of themselves in bfloat16, and in int8 by 1/254 of the largest one.
 TOLERANCE = {"bf16": (0.03, 0.008), "int8": (0.08, 0.02)}
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")),

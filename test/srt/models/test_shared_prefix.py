@@ -6,6 +6,7 @@ import pytest
 
 from rtp_llm import Engine
 from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
+from rtp_llm.srt.scheduler import sharing
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 pytestmark = pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")
@@ -25,6 +26,11 @@ def answers(name: str, prompts: list[list[int]], **options: Any) -> tuple[list[d
     ) as engine:
         results = engine.generate(input_ids=prompts, sampling_params=greedy, return_logprob=True)
         return results, engine._runner.core.scheduler.stats.shared_tokens
+
+
+@pytest.fixture(autouse=True)
+def short_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "MIN_PREFIX_TOKENS", 64)
 
 
 @pytest.mark.parametrize("options", [{"page_size": 4}, {"max_total_tokens": 400}], ids=["pages", "little memory"])

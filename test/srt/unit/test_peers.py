@@ -1,4 +1,4 @@
-"""The comparison with our peers: workloads, the protocol with a fake engine, tables, GGUF names, setting up, the trace."""
+"""The comparison with our peers: workloads, protocol (with a fake engine), tables, GGUF names, setting up, the trace."""
 
 import io
 import json

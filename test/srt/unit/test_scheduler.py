@@ -479,13 +479,14 @@ def test_length_dependent_keys_are_not_mixed():
 
 
 def test_shared_prefixes_are_told_to_back_ends_that_use_them():
-    prefix = list(range(1, 101))
-    loop = Loop(config(share_prefixes=True, max_req_len=200), layout([None]), [2000])
+    prefix = list(range(1, 301))
+    loop = Loop(config(share_prefixes=True, max_req_len=400), layout([None]), [2000])
     requests = [request(f"r{i}", [*prefix, 40 + i, 50, 60], 9, params={"ignore_eos": True}) for i in range(4)]
     loop.run(requests)
     shared = [(s.num_tokens, len(s.rows)) for s in loop.plans[-2].shared_prefixes]
-    assert shared == [(100, 4)] or shared == [(100, 3)]
-    assert loop.scheduler.stats.shared_tokens >= 2 * 100 * 7
+    assert shared == [(300, 4)] or shared == [(300, 3)]
+    assert loop.scheduler.stats.shared_tokens >= 2 * 300 * 7
+    assert loop.worker.num_shared > 0
     assert loop.plans[-2].shared_prefixes is loop.plans[-3].shared_prefixes  # nothing has changed between the two
 
 

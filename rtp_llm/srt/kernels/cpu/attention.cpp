@@ -795,13 +795,14 @@ void multiply_panel(const C* keys, int64_t row, const float* queries, int64_t de
     }
 }
 
-// weighted [size, VECS * LANES] = itself times factors, and values [tile][num_units][TILE_ROWS] times weights
+// weighted [size, VECS * LANES] = itself times factors, and values [tile][num_units or more][TILE_ROWS] times weights
 // [num_units, VECS * LANES].
 template <class C, int VECS>
 void add_panel(
-    const uint32_t* values, const float* weights, int num_units, const float* factors, int64_t size, float* weighted
+    const uint32_t* values, int64_t tile_size, const float* weights, int num_units, const float* factors, int64_t size,
+    float* weighted
 ) {
-    for (int64_t d = 0; d < size; d += TILE_ROWS, values += num_units * TILE_ROWS) {
+    for (int64_t d = 0; d < size; d += TILE_ROWS, values += tile_size) {
         vec acc[TILE_ROWS][VECS];
         for (int v = 0; v < VECS; v++) {
             vec factor = load(factors + v * LANES);
@@ -948,16 +949,21 @@ void fill_panel(const Columns& columns, int first, Panel& panel) {
         panel.all_to = std::min(panel.all_to, panel.to[c]);
         panel.some_to = std::max(panel.some_to, panel.to[c]);
         const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + columns.head(first + c, columns.item.head) * a.q_head;
-        for (int64_t d = 0; d < a.head_dim; d++)
-            queries[(d / PACK<C> * width + c) * PACK<C> + d % PACK<C>] = from_float<C>(to_float(q[d]));
+        C* column = queries + c * PACK<C>;
+        int64_t whole = a.head_dim / PACK<C> * PACK<C>, step = int64_t(width) * PACK<C>;
+        for (int64_t d = 0; d < whole; d += PACK<C>, column += step) {
+            if constexpr (std::is_same<T, C>::value) std::memcpy(column, q + d, 4);
+            else *column = from_float<C>(to_float(q[d]));
+        }
+        if (whole < a.head_dim) *column = from_float<C>(to_float(q[whole]));
     }
 }
 
 template <class C, int VECS>
 void compute_panel(
     const Panel& panel, const Scores& to_scores, bool scaled, const C* keys, int64_t k_size, int64_t depth,
-    const uint32_t* values, int64_t size, int32_t begin, int num_keys, const float* key_scales, const float* value_scales,
-    float* scores, float* weights
+    const uint32_t* values, int64_t tile_size, int64_t size, int32_t begin, int num_keys, const float* key_scales,
+    const float* value_scales, float* scores, float* weights
 ) {
     constexpr int WIDTH = VECS * LANES;
     alignas(64) float factors[WIDTH];
@@ -975,15 +981,55 @@ void compute_panel(
         store(factors + at, masked ? (scaled ? softened(yes, yes) : softened(yes, no))
                                    : (scaled ? softened(no, yes) : softened(no, no)));
     }
-    add_panel<C, VECS>(values, weights, (num_keys + PACK<C> - 1) / PACK<C>, factors, size, panel.weighted);
+    add_panel<C, VECS>(values, tile_size, weights, (num_keys + PACK<C> - 1) / PACK<C>, factors, size, panel.weighted);
 }
 
+#if defined(__AVX512F__)
+// [16, from_step] -> [16, to_step], transposed
+INLINE void transpose(const float* from, int64_t from_step, float* to, int64_t to_step) {
+    __m512 x[16], y[16];
+    for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_ps(from + i * from_step);
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)  // quarter q of x[i + j] is column 4 q + j of rows i to i + 3
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)y[i + j], (__m512d)y[i + 2 + j]);
+            x[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)y[i + j], (__m512d)y[i + 2 + j]);
+        }
+    for (int j = 0; j < 4; j++) {
+        __m512 even_upper = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88), odd_upper = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xdd);
+        __m512 even_lower = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88);
+        __m512 odd_lower = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xdd);
+        _mm512_storeu_ps(to + j * to_step, _mm512_shuffle_f32x4(even_upper, even_lower, 0x88));
+        _mm512_storeu_ps(to + (4 + j) * to_step, _mm512_shuffle_f32x4(odd_upper, odd_lower, 0x88));
+        _mm512_storeu_ps(to + (8 + j) * to_step, _mm512_shuffle_f32x4(even_upper, even_lower, 0xdd));
+        _mm512_storeu_ps(to + (12 + j) * to_step, _mm512_shuffle_f32x4(odd_upper, odd_lower, 0xdd));
+    }
+}
+#endif
+
+// Rows of LANES columns, `step` apart.
+void take_columns(const float* weighted, int64_t width, int64_t size, float* rows, int64_t step) {
+    int64_t d = 0;
+#if defined(__AVX512F__)
+    for (; d + LANES <= size; d += LANES) transpose(weighted + d * width, width, rows + d, step);
+#endif
+    for (; d < size; d++)
+        for (int c = 0; c < LANES; c++) rows[c * step + d] = weighted[d * width + c];
+}
+
+// `rows` has room for LANES rows of `step` numbers.
 template <class T>
-void finish_panel(const Columns& columns, int first, const Panel& panel, const Partials& partials, float* row) {
+void finish_panel(
+    const Columns& columns, int first, const Panel& panel, const Partials& partials, float* rows, int64_t step
+) {
     const Attention& a = columns.a;
     int width = panel.vecs * LANES, count = std::min(width, columns.count() - first);
     for (int c = 0; c < count; c++) {
-        for (int64_t d = 0; d < a.v_head_dim; d++) row[d] = panel.weighted[d * width + c];
+        if (c % LANES == 0) take_columns(panel.weighted + c, width, a.v_head_dim, rows, step);
+        const float* row = rows + c % LANES * step;
         int64_t token = columns.token(first + c), head = columns.head(first + c, columns.item.head), partial = columns.partial(first + c);
         if (partial < 0) finish<T>(a, token, head, row, panel.maxima[c], panel.totals[c]);
         else leave_partial(a, partials.at(partial, head), partials.size, row, panel.maxima[c], panel.totals[c]);
@@ -999,14 +1045,14 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
     int64_t k_size = round_up(a.head_dim, STEP<C>), v_size = round_up(a.v_head_dim, STEP<C>);
     int64_t depth = (a.head_dim + PACK<C> - 1) / PACK<C>, size = round_up(a.v_head_dim, TILE_ROWS);
     int64_t width = PANEL_VECS * LANES;
-    scratch.reserve(Arena::bytes<C>(WIDE_KEYS * k_size) + Arena::bytes<C>(2 * v_size) + Arena::bytes<float>(v_size) +
+    scratch.reserve(Arena::bytes<C>(WIDE_KEYS * k_size) + Arena::bytes<C>(2 * v_size) + Arena::bytes<float>(LANES * v_size) +
                     Arena::bytes<uint32_t>(WIDE_KEYS / PACK<C> * v_size) + 2 * Arena::bytes<float>(WIDE_KEYS * width) +
                     2 * Arena::bytes<float>(WIDE_KEYS) + Arena::bytes<int64_t>(WIDE_KEYS) +
                     size_t(num_panels) * (Arena::bytes<float>(depth * width) + Arena::bytes<float>(size * width) +
                                           4 * Arena::bytes<float>(width)));
     C* keys = scratch.take<C>(WIDE_KEYS * k_size);
     C* value_rows = scratch.take<C>(2 * v_size);
-    float* out_row = scratch.take<float>(v_size);
+    float* out_rows = scratch.take<float>(LANES * v_size);
     uint32_t* values = scratch.take<uint32_t>(WIDE_KEYS / PACK<C> * v_size);
     float* scores = scratch.take<float>(WIDE_KEYS * width);
     float* weights = scratch.take<float>(WIDE_KEYS * width);
@@ -1051,15 +1097,16 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
             const Panel& panel = panels[p];
             if (panel.some_to <= begin || panel.some_from >= begin + count) continue;
             auto compute = [&](auto vecs_of) {
-                compute_panel<C, decltype(vecs_of)::value>(panel, to_scores, CONVERTS, keys, k_size, depth, values, size, begin,
-                                                           count, key_scales, value_scales, scores, weights);
+                compute_panel<C, decltype(vecs_of)::value>(
+                    panel, to_scores, CONVERTS, keys, k_size, depth, values, (count + PACK<C> - 1) / PACK<C> * TILE_ROWS, size,
+                    begin, std::min(count, panel.some_to - begin), key_scales, value_scales, scores, weights);
             };
             if (panel.vecs == 1) compute(std::integral_constant<int, 1>());
             if (panel.vecs == 2) compute(std::integral_constant<int, 2>());
             if (panel.vecs == 3) compute(std::integral_constant<int, 3>());
         }
     }
-    for (int p = 0; p < num_panels; p++) finish_panel<T>(columns, firsts[p], panels[p], partials, out_row);
+    for (int p = 0; p < num_panels; p++) finish_panel<T>(columns, firsts[p], panels[p], partials, out_rows, v_size);
 }
 
 // ---- a step
