@@ -1,11 +1,17 @@
-"""The comparison with our peers: workloads, protocol (with a fake engine), tables, GGUF names, setting up, the trace."""
+"""The comparison with our peers: workloads, protocol (with a fake engine), tables, GGUF names, setup, the trace."""
 
+import importlib
 import io
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from benchmark.make_checkpoint import SIZES, made_up_word, make_tokenizer
 from benchmark.peers import run, setup, trace
@@ -247,6 +253,52 @@ def test_a_setup_that_fails_says_so(
     assert setup.main(["llama.cpp", "--into", str(tmp_path)]) == setup.EXIT_ERROR
     assert "needs a C++ compiler" in capsys.readouterr().err
     assert not (tmp_path / "llama.cpp" / "complete.txt").exists()
+
+
+@pytest.fixture
+def to_gguf(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module without the gguf package, which is in llama.cpp's environment only."""
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(GGUFWriter=object))
+    monkeypatch.delitem(sys.modules, "benchmark.peers.to_gguf", raising=False)
+    module = importlib.import_module("benchmark.peers.to_gguf")
+    monkeypatch.delitem(sys.modules, "benchmark.peers.to_gguf")
+    return module
+
+
+def test_names_in_a_gguf_file(to_gguf: ModuleType) -> None:
+    assert to_gguf.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert to_gguf.gguf_name("model.layers.12.self_attn.q_norm.weight") == "blk.12.attn_q_norm.weight"
+    with pytest.raises(ValueError, match=r"no place for 'model.layers.0.mlp.router.weight'"):
+        to_gguf.gguf_name("model.layers.0.mlp.router.weight")
+
+
+def test_rope_factors_are_those_of_transformers(to_gguf: ModuleType) -> None:
+    config = SIZES["llama-1b"]
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 5e5 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    factors = to_gguf.rope_factors(config.to_dict())
+    numpy.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
+    assert to_gguf.rope_factors(SIZES["0.6b"].to_dict()) is None
+
+
+def test_bfloat16_is_read_bit_by_bit(to_gguf: ModuleType, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(4).bfloat16()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = dict(to_gguf.bfloat16_tensors(tmp_path))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        numpy.testing.assert_array_equal(read[name], tensor.view(torch.uint16).numpy())
+    save_file({"c": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="c is F32"):
+        list(to_gguf.bfloat16_tensors(tmp_path))
+
+
+def test_query_rows_become_pairs_for_llama(to_gguf: ModuleType) -> None:
+    rows = numpy.arange(8, dtype=numpy.uint16).reshape(8, 1)  # two heads of four
+    config = {"model_type": "llama", "head_dim": 4}
+    permuted = to_gguf._permuted("model.layers.0.self_attn.q_proj.weight", rows, config)
+    assert permuted[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert to_gguf._permuted("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
 
 
 def test_blocks_of_the_trace_become_runs_of_32_tokens(tmp_path: Path) -> None:
