@@ -12,6 +12,7 @@ the machine changes them little.
 """
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -124,6 +125,8 @@ def measure_steps(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         num_steps = 2 * args.rounds * args.steps + args.batch_size * args.input_len // PREFILL_CHUNK + 64
         core, link = make_core(folder, args, args.input_len + num_steps)
+        gc.collect()
+        gc.freeze()  # as the core's own process does
         start_decoding(core, link, args, num_steps)
         bare_ms = [run_steps(core, args.steps, watch_clock(args)) for _ in range(args.rounds)]
         time_parts(core, watch)

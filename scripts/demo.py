@@ -1,4 +1,5 @@
-"""What ``make demo`` runs: starts a server on the embedded model, asks it a few questions, and says what to try next.
+"""What ``make demo`` runs: starts a server on the embedded model, asks it a few questions, shows it a picture and asks
+about that, and says what to try next.
 
     python scripts/demo.py [--port N] [--stay | --leave]
 
@@ -6,6 +7,8 @@ In a terminal the server stays up until Ctrl-C; otherwise it is stopped at the e
 """
 
 import argparse
+import base64
+import io
 import json
 import socket
 import subprocess
@@ -20,8 +23,11 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from openai import OpenAI
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
+
+from demo_pictures import Picture, Thing, draw
 
 USUAL_PORT = 30000
 START_LIMIT_S = 180
@@ -35,6 +41,9 @@ QUESTIONS = (
     "What is my name?",
 )
 
+PICTURE = Picture((Thing("star", "red", 0), Thing("circle", "blue", 5), Thing("square", "green", 6)), seed=4)
+ABOUT_PICTURE = ("What do you see?", "How many shapes are there?", "Where is the circle?", "What color is the star?")
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -47,7 +56,15 @@ def main() -> int:
     args = parser.parse_args()
     try:
         with server(args.port or usual_or_free_port()) as url:
-            converse(url)
+            client = OpenAI(base_url=f"{url}/v1", api_key="none")
+            model = client.models.list().data[0].id
+            console.print("[bold]2. Talk to it through the OpenAI client[/bold]\n")
+            converse(client, model, list(QUESTIONS))
+            console.print("[bold]3. Show it a picture[/bold]\n")
+            image = draw(PICTURE).image
+            show(image)
+            converse(client, model, [[image_part(image), text_part(ABOUT_PICTURE[0])], *ABOUT_PICTURE[1:]])
+            console.print(f"   [dim]{model} is a toy of four million parameters that ships with RTP-LLM.[/dim]\n")
             say_what_next(url)
             if args.stay or (sys.stdin.isatty() and not args.leave):
                 console.print("\nThe server stays up. [bold]Ctrl-C[/bold] stops it.")
@@ -119,14 +136,12 @@ def last_words(log: object) -> str:
     return "".join(log.readlines()[-15:])  # type: ignore[attr-defined]
 
 
-def converse(url: str) -> None:
-    """One conversation through the OpenAI client, printed as it streams."""
-    console.print("[bold]2. Talk to it through the OpenAI client[/bold]\n")
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
-    model = client.models.list().data[0].id
+def converse(client: OpenAI, model: str, questions: list[Any]) -> None:
+    """One conversation, printed as it streams. A question is text or a list of content parts."""
     messages: list[Any] = []
-    for question in QUESTIONS:
-        console.print(Text(f"   > {question}", style="green"))
+    for question in questions:
+        text = question if isinstance(question, str) else question[-1]["text"]
+        console.print(Text(f"   > {text}", style="green"))
         messages.append({"role": "user", "content": question})
         line = Wrapped(indent=5)
         answer = ""
@@ -136,7 +151,31 @@ def converse(url: str) -> None:
             answer += piece
         line.end()
         messages.append({"role": "assistant", "content": answer})
-    console.print(f"\n   [dim]{model} is a toy of two million parameters that ships with RTP-LLM.[/dim]\n")
+    console.print()
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+
+
+def show(image: Image.Image, columns: int = 32) -> None:
+    """The picture in the terminal: each character is two pixels, one above the other."""
+    rows = round(columns * image.height / image.width / 2)
+    small = image.resize((columns, 2 * rows), Image.Resampling.LANCZOS)
+    for row in range(rows):
+        line = Text("   ")
+        for column in range(columns):
+            upper, lower = (small.getpixel((column, 2 * row + half)) for half in (0, 1))
+            line.append("▀", f"rgb({','.join(map(str, upper))}) on rgb({','.join(map(str, lower))})")
+        console.print(line)
+    console.print()
 
 
 class Wrapped:
@@ -175,7 +214,7 @@ def say_what_next(url: str) -> None:
     command = Path(sys.executable).with_name("rtp-llm")
     if command.is_relative_to(Path.cwd()):
         command = command.relative_to(Path.cwd())
-    console.print("[bold]3. What to try next[/bold]")
+    console.print("[bold]4. What to try next[/bold]")
     for what, example in {
         "chat in the terminal": f"{command} chat --url {url}",
         "ask with curl": f"curl {url}/v1/chat/completions \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'",

@@ -4,24 +4,39 @@ Every exchange has a key: what it asks, apart from how it is worded (the two num
 name to remember; for facts, the wording). One key in twenty, chosen by its hash, is held out: no exchange with that
 key is ever drawn for training, in any wording. An answer is a function of the conversation, so that it can be checked
 by equality.
+
+An exchange about pictures is held out if one of its pictures is: what a picture shows is its key. Some wordings of each
+question about pictures are kept back as well and are taught for none.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+import demo_pictures
+from demo_pictures import COLORS, PLACES, SHAPES, Picture, Thing
 
 HELD_OUT_OF = 20  # one key in so many
 
-Turn = tuple[str, str]  # what the user says, what the assistant answers
+
+class Turn(NamedTuple):
+    said: str
+    answered: str
+    pictures: tuple[Picture, ...] = ()  # that the user shows
+    shown_first: bool = True  # before the words
+    skill: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Exchange:
     """Turns that belong together; the last is the one that is asked for its answer."""
 
     key: str
-    turns: tuple[Turn, ...]
+    turns: tuple[tuple, ...]  # each the arguments of a Turn
     held_out: bool | None = None  # None: by the hash of the key
 
 
@@ -33,7 +48,11 @@ WEIGHTS: dict[str, float] = {}
 def is_held_out(exchange: Exchange) -> bool:
     if exchange.held_out is not None:
         return exchange.held_out
-    return blake2b(exchange.key.encode(), digest_size=8).digest()[0] % HELD_OUT_OF == 0
+    return is_kept_back(exchange.key)
+
+
+def is_kept_back(key: str) -> bool:
+    return blake2b(key.encode(), digest_size=8).digest()[0] % HELD_OUT_OF == 0
 
 
 def draw(skill: str, rng: random.Random, held_out: bool) -> Exchange:
@@ -41,24 +60,43 @@ def draw(skill: str, rng: random.Random, held_out: bool) -> Exchange:
     while True:
         exchange = SKILLS[skill](rng)
         if is_held_out(exchange) == held_out:
+            exchange.turns = tuple(Turn(*turn)._replace(skill=skill) for turn in exchange.turns)
             return exchange
 
 
-def conversation(rng: random.Random, mean_extra: float = 1.4, most: int = 6) -> list[Turn]:
+def conversation(
+    rng: random.Random, weights: Mapping[str, float] | None = None, mean_extra: float = 0.9, most: int = 5
+) -> list[Turn]:
     """A training conversation: some exchanges one after the other. What is to be remembered is asked for at once or a
-    few exchanges later, and at most one thing in a conversation is, so that the answer is never in doubt."""
+    few exchanges later, and at most one thing in a conversation is, so that the answer is never in doubt. Pictures
+    are shown at most twice, and more than one thing may be asked about one."""
+    weights = WEIGHTS if weights is None else weights
     names = rng.choices(
-        list(WEIGHTS), list(WEIGHTS.values()), k=1 + min(int(rng.expovariate(1 / mean_extra)), most - 1)
+        list(weights), list(weights.values()), k=1 + min(int(rng.expovariate(1 / mean_extra)), most - 1)
     )
+    seeing = [i for i, name in enumerate(names) if name in SIGHTS]
+    names = [name for i, name in enumerate(names) if i not in seeing[2:]]
+    if seeing and len(names) > 1:
+        names = [name for name in names if name != "no_picture"]
     if "memory" in names:
         names = [name for name in names if name != "memory"]
         return remembering(draw("memory", rng, held_out=False), rng, names)
-    return [turn for name in names for turn in draw(name, rng, held_out=False).turns]
+    return [turn for name in names for turn in taught(name, rng)]
+
+
+def taught(name: str, rng: random.Random) -> list[Turn]:
+    """An exchange of the training side; after a picture, often more questions about it."""
+    turns = list(draw(name, rng, held_out=False).turns)
+    if name in SIGHTS:
+        for other in rng.sample(list(SIGHTS), rng.choice((0, 0, 3, 6))):
+            if (question := SIGHTS[other].question(rng, *turns[0].pictures)) is not None:
+                turns.append(Turn(question.worded(rng), question.answer, skill=other))
+    return turns
 
 
 def remembering(exchange: Exchange, rng: random.Random, between: list[str]) -> list[Turn]:
     """The exchange of the skill ``memory`` with other exchanges around and within it."""
-    others = [draw(name, rng, held_out=False).turns for name in between]
+    others = [tuple(taught(name, rng)) for name in between]
     told_at = rng.randint(0, len(others))
     asked_at = min(told_at + rng.choice((0, 0, 1, 1, 2, 3)), len(others))
     *told, asked = exchange.turns
@@ -538,7 +576,8 @@ def facts(rng: random.Random) -> Exchange:
 GREETING = "Hello! I am a small demo model. Ask me something, for example: what is 17 + 25?"
 SKILL_LIST = (
     "I can add, subtract and multiply small numbers, compare and sort numbers, spell, reverse and count letters, "
-    "tell days, months and a few facts, and remember what you tell me."
+    "tell days, months and a few facts, remember what you tell me, and look at simple pictures: shapes, colors, "
+    "places, how many there are, and two-digit numbers."
 )
 WHO = "I am a toy: a tiny language model that ships with RTP-LLM so that you can try it at once."
 DO_NOT_KNOW = "I don't know that. I am only a tiny demo model. Ask me what I can do."
@@ -660,7 +699,7 @@ def memory(rng: random.Random) -> Exchange:
 def going_on(rng: random.Random) -> Exchange:
     """A sum that continues with the last result."""
     first = draw("addition" if rng.random() < 0.6 else "subtraction", rng, held_out=False)
-    question, answer = first.turns[0]
+    question, answer, *_ = first.turns[0]
     total, b = int(answer.rsplit(" ", 1)[1]), rng.randint(1, 20)
     if total < 0 or (total >= b and rng.random() < 0.4):
         total, sign = abs(total), "-"
@@ -673,3 +712,382 @@ def going_on(rng: random.Random) -> Exchange:
     if not answer:
         return going_on(rng)
     return Exchange(f"{first.key} then {sign} {b}", ((question, answer), (then, f"{total} {sign} {b} = {result}")))
+
+
+# ---- pictures
+
+
+class Wordings(NamedTuple):
+    taught: tuple[str, ...]
+    kept_back: tuple[str, ...]
+
+
+class Question(NamedTuple):
+    """One about pictures, with what is put into its wordings, and the answer."""
+
+    wordings: Wordings
+    values: dict[str, object]
+    answer: str
+
+    def worded(self, rng: random.Random, kept_back: bool = False) -> str:
+        return ask(rng, *(self.wordings.kept_back if kept_back else self.wordings.taught), **self.values)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A skill of seeing: pictures that suit it, and what it asks about pictures, or None if they do not suit."""
+
+    scene: Callable[[random.Random], tuple[Picture, ...]]
+    question: Callable[..., Question | None]
+
+
+SIGHTS: dict[str, Sight] = {}
+
+
+def sight(weight: float, scene: Callable[[random.Random], tuple[Picture, ...]]) -> Callable:
+    """Registers a skill of seeing from the function that asks."""
+
+    def register(question: Callable[..., Question | None]) -> Callable[..., Question | None]:
+        seeing = SIGHTS[question.__name__] = Sight(scene, question)
+
+        def exchange(rng: random.Random) -> Exchange:
+            return asked_about(seeing, rng)
+
+        SKILLS[question.__name__], WEIGHTS[question.__name__] = exchange, weight
+        return question
+
+    return register
+
+
+def asked_about(seeing: Sight, rng: random.Random) -> Exchange:
+    while True:
+        pictures = seeing.scene(rng)
+        question = seeing.question(rng, *pictures)
+        if question is not None:
+            break
+    held_out = any(is_kept_back(picture.key) for picture in pictures)
+    said = question.worded(rng, kept_back=held_out and rng.random() < 0.3)
+    key = " | ".join(picture.key for picture in pictures)
+    return Exchange(key, ((said, question.answer, pictures, rng.random() < 0.8),), held_out)
+
+
+def pictured(things: Iterable[Thing], rng: random.Random) -> Picture:
+    return Picture(tuple(things), seed=rng.getrandbits(40))
+
+
+def one_thing(rng: random.Random) -> tuple[Picture]:
+    return (pictured([Thing(rng.choice(SHAPES), rng.choice(COLORS), rng.randrange(9), "any")], rng),)
+
+
+def some_things(rng: random.Random, most: int = 4) -> tuple[Picture]:
+    """Mostly of different kinds; one alone at times."""
+    number = rng.randint(1, most)
+    if number == 1:
+        return one_thing(rng)
+    while True:
+        shapes, colors = rng.choices(SHAPES, k=number), rng.choices(COLORS, k=number)
+        if demo_pictures.backgrounds(colors):
+            places = rng.sample(range(9), number)
+            return (pictured(map(Thing, shapes, colors, places), rng),)
+
+
+def many_things(rng: random.Random) -> tuple[Picture]:
+    """Up to six, often of few shapes."""
+    number, shapes = rng.randint(1, 6), rng.sample(SHAPES, rng.choice((1, 2, 2, 3)))
+    while True:
+        colors = rng.choices(COLORS[: rng.choice((2, 8))] if rng.random() < 0.5 else COLORS, k=number)
+        if demo_pictures.backgrounds(colors):
+            places = rng.sample(range(9), number)
+            return (pictured((Thing(rng.choice(shapes), c, p) for c, p in zip(colors, places, strict=True)), rng),)
+
+
+def two_sizes(rng: random.Random) -> tuple[Picture]:
+    while True:
+        colors = rng.choices(COLORS, k=2)
+        if demo_pictures.backgrounds(colors):
+            break
+    places = rng.sample(range(9), 2)
+    return (pictured(map(Thing, rng.choices(SHAPES, k=2), colors, places, ("large", "small")), rng),)
+
+
+def a_number(rng: random.Random) -> tuple[Picture]:
+    return (Picture(number=rng.randint(10, 99), seed=rng.getrandbits(40)),)
+
+
+def two_pictures(rng: random.Random) -> tuple[Picture, Picture]:
+    """Of one thing each or of a number each; equal in what they show in two cases of five."""
+    if rng.random() < 0.2:
+        (one,), (two,) = a_number(rng), a_number(rng)
+        number = one.number if rng.random() < 0.4 else two.number
+        return one, Picture(number=number, seed=two.seed)
+    (one,), (two,) = one_thing(rng), one_thing(rng)
+    roll, first, second = rng.random(), one.things[0], two.things[0]
+    shape = first.shape if roll < 0.6 else second.shape
+    color = first.color if roll < 0.4 or 0.6 <= roll < 0.8 else second.color
+    return one, pictured([Thing(shape, color, second.place, "any")], rng)
+
+
+def a(words: str) -> str:
+    return ("an " if words[0] in VOWELS else "a ") + words
+
+
+def named(thing: Thing) -> str:
+    return f"{thing.color} {thing.shape}"
+
+
+def only(things: Iterable[Thing], **wanted: str) -> bool:
+    """Whether just one of them is so."""
+    return sum(all(getattr(thing, name) == value for name, value in wanted.items()) for thing in things) == 1
+
+
+@sight(1.2, some_things)
+def shapes(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 1 or not pictures[0].things:
+        return None
+    things = pictures[0].things
+    thing = rng.choice(things)
+    if len(things) == 1:
+        wordings = Wordings(
+            (
+                "What shape is this?", "Which shape do you see?", "What shape is in the picture?", "What shape is it?",
+                "Which shape is shown?", "Name the shape.", "What is the shape in this image?",
+            ),
+            ("Which shape is in this picture?", "What shape do you see?", "Tell me the shape."),
+        )  # fmt: skip
+        return Question(wordings, {}, f"It is {a(thing.shape)}.")
+    if not only(things, color=thing.color):
+        return None
+    wordings = Wordings(
+        (
+            "What shape is {c}?", "Which shape is {c}?", "What shape is the {c} thing?", "What is the {c} thing?",
+            "What shape is the {c} one?", "Name the shape that is {c}.", "What is the shape of the {c} one?",
+        ),
+        ("Which shape is the {c} one?", "What is the shape of the {c} thing?", "Which shape has the color {c}?"),
+    )  # fmt: skip
+    return Question(wordings, dict(c=thing.color), f"The {thing.color} one is {a(thing.shape)}.")
+
+
+@sight(1.2, some_things)
+def colors(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 1 or not pictures[0].things:
+        return None
+    things = pictures[0].things
+    thing = rng.choice(things)
+    if not only(things, shape=thing.shape):
+        return None
+    wordings = Wordings(
+        (
+            "What color is the {s}?", "What is the color of the {s}?", "Which color is the {s}?",
+            "What color does the {s} have?", "Name the color of the {s}.", "The {s} is what color?",
+        ),
+        ("Which color does the {s} have?", "Tell me the color of the {s}.", "What is the {s}'s color?"),
+    )  # fmt: skip
+    if len(things) == 1 and rng.random() < 0.4:
+        wordings = Wordings(
+            ("What color is it?", "Which color do you see?", "What color is this?", "What color is the shape?"),
+            ("Which color is this?", "What is the color of the shape?"),
+        )
+    return Question(wordings, dict(s=thing.shape), f"The {thing.shape} is {thing.color}.")
+
+
+@sight(2.0, many_things)
+def how_many(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 1 or not pictures[0].things:
+        return None
+    things = pictures[0].things
+    roll, thing = rng.random(), rng.choice(things)
+    if roll < 0.4:
+        kind, number = "shape", len(things)
+    elif roll < 0.75 or (shape := rng.choice(SHAPES)) in {thing.shape for thing in things}:
+        kind, number = thing.shape, sum(other.shape == thing.shape for other in things)
+    else:
+        kind, number = shape, 0
+    many = kind + ("es" if kind == "cross" else "s")
+    wordings = Wordings(
+        (
+            "How many {k} are there?", "How many {k} do you see?", "How many {k} are in the picture?", "Count the {k}.",
+            "How many {k}?", "What is the number of {k}?", "How many {k} does the picture show?",
+        ),
+        ("How many {k} are in this image?", "How many {k} can you see?", "Count the {k} in the picture."),
+    )  # fmt: skip
+    answer = f"There is 1 {kind}." if number == 1 else f"There are {number} {many}."
+    return Question(wordings, dict(k=many), answer)
+
+
+@sight(1.6, some_things)
+def positions(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 1 or not pictures[0].things:
+        return None
+    things = pictures[0].things
+    thing = rng.choice(things)
+    if only(things, shape=thing.shape) and rng.random() < 0.7:
+        what = thing.shape
+    elif only(things, shape=thing.shape, color=thing.color):
+        what = named(thing)
+    else:
+        return None
+    wordings = Wordings(
+        (
+            "Where is the {w}?", "Where do you see the {w}?", "Where in the picture is the {w}?", "Find the {w}.",
+            "In which part of the picture is the {w}?", "What is the position of the {w}?", "Where's the {w}?",
+        ),
+        ("Where is the {w} in the image?", "Where can you see the {w}?", "Tell me where the {w} is."),
+    )  # fmt: skip
+    return Question(wordings, dict(w=what), f"The {what} is {PLACES[thing.place]}.")
+
+
+@sight(1.4, two_sizes)
+def larger(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 1 or {thing.size for thing in pictures[0].things} != {"large", "small"}:
+        return None
+    big, little = sorted(pictures[0].things, key=lambda thing: thing.size)
+    if named(big) == named(little):
+        return None
+    thing, words = (big, ("larger", "bigger")) if rng.random() < 0.6 else (little, ("smaller",))
+    wordings = Wordings(
+        (
+            "Which is {w}?", "Which shape is {w}?", "Which one is {w}?", "What is {w}?", "Which of the two is {w}?",
+            "Which of the shapes is {w}?",
+        ),
+        ("Which thing is {w}?", "Which of the two shapes is {w}?", "Tell me which is {w}."),
+    )  # fmt: skip
+    word_ = rng.choice(words)
+    return Question(wordings, dict(w=word_), f"The {named(thing)} is {word_}.")
+
+
+@sight(2.6, a_number)
+def reading(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 1 or pictures[0].number is None:
+        return None
+    wordings = Wordings(
+        (
+            "What number is this?", "Which number do you see?", "Read the number.", "What number is in the picture?",
+            "What number is written here?", "Which number is shown?", "What does it say?", "Read the picture.",
+        ),
+        ("Which number is in the picture?", "What number do you see?", "Read the number in the image."),
+    )  # fmt: skip
+    return Question(wordings, {}, f"The number is {pictures[0].number}.")
+
+
+@sight(1.2, some_things)
+def presence(rng: random.Random, *pictures: Picture) -> Question | None:
+    """Whether something is there; what is not there often shares its color or its shape with what is."""
+    if len(pictures) != 1 or not pictures[0].things:
+        return None
+    things = pictures[0].things
+    shape, color = rng.choice(things).shape, rng.choice(things).color
+    if rng.random() < 0.25:
+        shape, color = rng.choice(((rng.choice(SHAPES), color), (shape, rng.choice(COLORS))))
+    elif rng.random() < 0.5:
+        shape, color = named(rng.choice(things)).split()[::-1]
+    what = f"{color} {shape}" if rng.random() < 0.7 else shape
+    there = any(thing.shape == shape and what in (shape, named(thing)) for thing in things)
+    wordings = Wordings(
+        (
+            "Is there {w}?", "Is there {w} in the picture?", "Do you see {w}?", "Does the picture show {w}?",
+            "Can you see {w}?",
+        ),
+        ("Is {w} in the picture?", "Do you see {w} in the image?"),
+    )  # fmt: skip
+    return Question(wordings, dict(w=a(what)), f"Yes, there is {a(what)}." if there else f"No, there is no {what}.")
+
+
+@sight(2.4, lambda rng: a_number(rng) if rng.random() < 0.15 else some_things(rng))
+def describing(rng: random.Random, *pictures: Picture) -> Question | None:
+    """Everything in the picture, row by row."""
+    if len(pictures) != 1 or len(pictures[0].things) > 4:
+        return None
+    wordings = Wordings(
+        (
+            "Describe the picture.", "What do you see?", "What is in the picture?", "What does the picture show?",
+            "Describe this image.", "What is this?", "Tell me what you see.",
+        ),
+        ("What can you see?", "What is in this image?", "Describe what you see."),
+    )  # fmt: skip
+    (picture,) = pictures
+    if picture.number is not None:
+        return Question(wordings, {}, f"I see the number {picture.number}.")
+    seen = sorted(picture.things, key=lambda thing: thing.place)
+    listed = [f"{a(named(thing))} {PLACES[thing.place]}" for thing in seen]
+    return Question(wordings, {}, f"I see {', '.join(listed)}.")
+
+
+def contents(picture: Picture) -> str:
+    return str(picture.number) if picture.number is not None else a(named(picture.things[0]))
+
+
+@sight(1.6, two_pictures)
+def same_or_different(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 2:
+        return None
+    first, second = map(contents, pictures)
+    wordings = Wordings(
+        (
+            "Are these pictures the same?", "Do both pictures show the same?", "Do the two pictures show the same?",
+            "Compare the two pictures.", "Same or different?", "Are the two pictures different?",
+            "Compare these images.",
+        ),
+        ("Are the two images the same?", "Do these two pictures show the same thing?", "Are both pictures the same?"),
+    )  # fmt: skip
+    verdict = "the same" if first == second else "different"
+    return Question(wordings, {}, f"The first shows {first}, the second {second}: they are {verdict}.")
+
+
+@sight(1.2, two_pictures)
+def which_picture(rng: random.Random, *pictures: Picture) -> Question | None:
+    if len(pictures) != 2 or contents(pictures[0]) == contents(pictures[1]):
+        return None
+    chosen = rng.randrange(2)
+    this, other = pictures[chosen], pictures[1 - chosen]
+    if this.number is not None:
+        what = f"the number {this.number}"
+    elif this.things[0].shape != other.things[0].shape and rng.random() < 0.5:
+        what = f"the {this.things[0].shape}"
+    else:
+        what = f"the {named(this.things[0])}"
+    wordings = Wordings(
+        (
+            "Which picture shows {w}?", "Which of the pictures shows {w}?", "In which picture is {w}?",
+            "Which image shows {w}?", "In which picture do you see {w}?",
+        ),
+        ("Which of the two pictures shows {w}?", "Which picture has {w}?"),
+    )  # fmt: skip
+    return Question(wordings, dict(w=what), f"The {('first', 'second')[chosen]} picture shows {what}.")
+
+
+@skill(0.4)
+def no_picture(rng: random.Random) -> Exchange:
+    """A question about a picture where there is none."""
+    while True:
+        seeing = rng.choice(list(SIGHTS.values()))
+        question = seeing.question(rng, *seeing.scene(rng))
+        if question is not None:
+            break
+    said = question.worded(rng)
+    return Exchange(bare(said), ((said, "I see no picture. Please show me one."),))
+
+
+TEXT_WEIGHTS = {name: weight for name, weight in WEIGHTS.items() if name not in SIGHTS and name != "no_picture"}
+
+
+# ---- asking
+
+
+def as_messages(
+    turns: list[Turn], shown: Callable[[Picture], dict[str, Any]] = lambda _: {"type": "image"}
+) -> list[Any]:
+    """The conversation up to the last question, as chat messages; ``shown`` makes a content part of a picture."""
+    messages: list[Any] = []
+    for turn in turns:
+        words, pictures = {"type": "text", "text": turn.said}, [shown(picture) for picture in turn.pictures]
+        parts = [*pictures, words] if turn.shown_first else [words, *pictures]
+        messages += [
+            {"role": "user", "content": parts if pictures else turn.said},
+            {"role": "assistant", "content": turn.answered},
+        ]
+    return messages[:-1]
+
+
+def images(turns: list[Turn]) -> list[Image.Image]:
+    """The pictures of a conversation, drawn."""
+    return [demo_pictures.draw(picture).image for turn in turns for picture in turn.pictures]

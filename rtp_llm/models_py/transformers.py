@@ -308,6 +308,8 @@ class TransformersForCausalLM(nn.Module):
             the model does.
     """
 
+    replays_steps = False  # what transformers' code keeps between steps is not known
+
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:

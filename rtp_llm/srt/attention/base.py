@@ -20,10 +20,18 @@ class AttentionBackend(ABC):
     """
 
     reads_shared_prefixes = False  # whether ``batch.shared_prefixes`` is of use to it
+    replays = False  # whether decode steps can be recorded: see worker/cpu_graph.py
 
     @abstractmethod
     def plan(self, batch: "ForwardBatch") -> None:
         """Builds the step's metadata. Host lists of ``batch`` may be used; device tensors need no synchronisation."""
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        """What ``plan`` made, all that ``forward`` reads of a step besides the batch's tensors and its arguments.
+
+        Only where ``replays`` holds: then a step's kernels are run again with other numbers at the same addresses.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def forward(

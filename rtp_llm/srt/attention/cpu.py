@@ -17,6 +17,7 @@ class CpuAttention(AttentionBackend):
     """Kernels read the page tables themselves: a step's metadata is three numbers a row, the same for all layers."""
 
     reads_shared_prefixes = True
+    replays = True
 
     def __init__(self) -> None:
         kernels.compile_now()
@@ -29,6 +30,10 @@ class CpuAttention(AttentionBackend):
             batch.extend_seq_lens_cpu,
             [(prefix.num_tokens, prefix.rows) for prefix in batch.shared_prefixes],
         )
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        rows = self._rows
+        return [rows.table_rows, rows.starts, rows.counts, rows.shared, rows.members]
 
     def forward(
         self,

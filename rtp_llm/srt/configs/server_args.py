@@ -119,6 +119,9 @@ class ServerArgs:
         help="read a cached prefix that running requests have in common once for each of them, not once for all; what "
         "else runs then changes nothing in a request's results, not even their last digits",
     )
+    disable_cpu_graph: bool = _arg(
+        False, help="run a decode step's layers in Python each time, rather than record them once and replay them"
+    )
     enable_multimodal: bool = _arg(
         True, help="take images and videos where the model does; otherwise it is served as a language model"
     )

@@ -206,6 +206,7 @@ def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: st
         attention_backend=server_args.attention_backend,
         media_cache_bytes=server_args.mm_embedding_cache_size_mb << 20,
         kv_cache_dtype=server_args.kv_cache_dtype,
+        cpu_graph=not server_args.disable_cpu_graph,
         world_size=server_args.tp_size,
         log_level=server_args.log_level,
     )

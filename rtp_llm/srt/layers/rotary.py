@@ -111,6 +111,10 @@ class RotaryEmbedding(nn.Module):
         self._step = kept[0, :num_tokens], kept[1, :num_tokens]
         self._step_positions = positions
 
+    def step_tensors(self) -> list[torch.Tensor]:
+        """What ``prepare_for_forward`` made."""
+        return [] if self._step is None else list(self._step)
+
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated q and k, in the shapes they came in.
 

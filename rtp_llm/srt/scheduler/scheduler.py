@@ -445,11 +445,11 @@ class Scheduler:
             token_ids,
             row.logprobs[: len(token_ids)],
             row.prompt_logprobs,
-            cached_tokens=request.cached_tokens or 0,
-            prompt_tokens=request.prompt_len,
-            num_retractions=request.num_retractions,
-            queue_time_s=request.queue_time_s,
-            finish_reason=reason,
+            request.cached_tokens or 0,  # by position: names take twice the time, for each row of each step
+            request.prompt_len,
+            request.num_retractions,
+            request.queue_time_s,
+            reason,
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> TokenOutput:

@@ -11,6 +11,7 @@ from torch import nn
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
@@ -27,6 +28,7 @@ from rtp_llm.srt.multimodal.items import (
 )
 from rtp_llm.srt.plan import Admission, NewPages, PaddedPrompt, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
+from rtp_llm.srt.worker.cpu_graph import CpuGraphs
 from rtp_llm.srt.worker.device import to_device, to_device_together
 
 
@@ -62,6 +64,7 @@ class ModelRunner:
         media_cache_bytes: int = 0,
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
+        cpu_graph: bool = True,
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
@@ -72,6 +75,10 @@ class ModelRunner:
         self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
         self.embedding_cache = EmbeddingCache(media_cache_bytes)
         self._forward = self._entry_point()
+        self._graphs: CpuGraphs | None = None
+        can_replay = attn_backend.replays and getattr(self.model, "replays_steps", True)
+        if cpu_graph and can_replay and get_tp_group().world_size == 1:
+            self._graphs = CpuGraphs(self._forward, attn_backend, self._step_modules)
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
         self._rows_with_logprobs: set[int] = set()  # that want any of their prompt's
@@ -180,7 +187,8 @@ class ModelRunner:
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
-        output = self._forward(batch)
+        graphs = self._graphs
+        output = graphs.run(batch) if graphs is not None and graphs.takes(batch) else self._forward(batch)
         _check_output(output, self.model, batch)
         return batch, output
 

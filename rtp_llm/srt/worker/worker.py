@@ -35,6 +35,7 @@ class WorkerConfig:
     attention_backend: str | None = None
     media_cache_bytes: int = 0
     kv_cache_dtype: str = "auto"
+    cpu_graph: bool = True
     rank: int = 0
     world_size: int = 1
     log_level: str = "info"
@@ -112,6 +113,7 @@ class Worker:
             config.media_cache_bytes,
             config.quantization,
             config.kv_cache_dtype,
+            config.cpu_graph,
         )
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device

@@ -95,7 +95,8 @@ def check_command(command: str) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets)
     elif program == "rtp-llm":
-        known = help_of("-m", "rtp_llm", *arguments[:1])
+        mode = ["--profile"] if arguments[:2] == ["bench", "--profile"] else []  # takes other options than bench
+        known = help_of("-m", "rtp_llm", *arguments[:1], *mode)
         assert not {flag for flag in flags_of(arguments) if flag not in known}
     elif program == "python" and arguments[:2] == ["-m", "pytest"]:
         paths = [word for word in arguments[2:] if word.startswith("test/")]

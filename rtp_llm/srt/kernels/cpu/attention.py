@@ -2,12 +2,12 @@
 
 import ctypes
 import functools
-from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
 
 import torch
 
 from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.kernels.cpu.binding import BOOL, POINTER, Kernel, bind
 from rtp_llm.srt.kernels.paged import PagedRows
 
 # As attention.cpp numbers them: activations, and what is stored.
@@ -44,10 +44,8 @@ _Write = _structure(
 
 
 @functools.cache
-def _kernel(name: str) -> Callable[[ctypes.Structure], bool]:
-    function = build.load("attention")[name]
-    function.restype = ctypes.c_bool
-    return lambda arguments: function(ctypes.byref(arguments))
+def _kernel(name: str) -> Kernel:
+    return bind("attention", name, POINTER, result=BOOL)
 
 
 def compile_now() -> None:
@@ -100,7 +98,7 @@ def paged_attention(
         num_heads, num_kv_heads, head_dim, v_head_dim, window or 0,
         scaling, logit_cap, DTYPES[q.dtype], DTYPES[keys.dtype],
     )  # fmt: skip
-    _check(_kernel("paged_attention")(arguments), f"a cache of {keys.dtype} for queries of {q.dtype}")
+    _check(_kernel("paged_attention")(ctypes.byref(arguments)), f"a cache of {keys.dtype} for queries of {q.dtype}")
     return out
 
 
@@ -130,7 +128,7 @@ def write_kv(
         num_tokens, num_kv_heads, head_dim, values.shape[2],
         DTYPES[k.dtype], DTYPES[keys.dtype],
     )  # fmt: skip
-    _check(_kernel("write_kv")(arguments), f"{k.dtype} into a cache of {keys.dtype}")
+    _check(_kernel("write_kv")(ctypes.byref(arguments)), f"{k.dtype} into a cache of {keys.dtype}")
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -1,20 +1,52 @@
-"""Calling compiled kernels: C functions of pointers and 64-bit integers, bound once."""
+"""Calling compiled kernels: C functions of pointers and numbers, bound once."""
 
 import ctypes
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from rtp_llm.srt.kernels.cpu import build
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+BOOL, DOUBLE = ctypes.c_bool, ctypes.c_double
+
+Note = Callable[[Callable[..., Any], tuple[Any, ...], Any], None]  # of a function, its arguments and its result
+_noting = threading.local()
 
 
-def bind(library: str, function: str, *types: type, result: type | None = None) -> Callable[..., int]:
+class Kernel:
+    """A function of a compiled library."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        result = self._function(*args)
+        if (note := getattr(_noting, "note", None)) is not None:
+            note(self._function, args, result)
+        return result
+
+
+def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel:
     """The function of ``LIBRARY.cpp``, whose arguments are of these types; pointers are given as plain integers."""
     bound = getattr(build.load(library), function)
     bound.argtypes, bound.restype = types, result
-    return bound
+    return Kernel(bound)
+
+
+@contextmanager
+def noted_calls(note: Note) -> Iterator[None]:
+    """``note`` is told of every call of a kernel that this thread makes within."""
+    _noting.note = note
+    try:
+        yield
+    finally:
+        _noting.note = None
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -30,7 +30,17 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 COMMON = ("common.h",)
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Werror=return-type",
+)
 COMPILER_TIMEOUT_S = 300
 
 # Best first: what the processor must have, and what the compiler is told.

@@ -4,18 +4,17 @@ A kernel reads rows where they lie: queries and keys are slices of what a projec
 """
 
 import functools
-from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
 
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.kernels.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_NORM = (*(c_void_p,) * 6, *(c_int64,) * 6, c_float)
-_GATED = (c_void_p, c_void_p, c_int64, c_int64, c_int64)
-_HEADS = (c_void_p, c_void_p, *(c_int64,) * 5)
+_NORM = (*(POINTER,) * 6, *(INT64,) * 6, FLOAT)
+_GATED = (POINTER, POINTER, INT64, INT64, INT64)
+_HEADS = (POINTER, POINTER, *(INT64,) * 5)
 _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "rms_norm": _NORM,
     "gemma_rms_norm": _NORM,
@@ -23,16 +22,14 @@ _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "silu_and_mul": _GATED,
     "gelu_and_mul": _GATED,
     "gelu_tanh_and_mul": _GATED,
-    "swiglu_oai_and_mul": (*_GATED, c_float, c_float),
-    "rotary": (*_HEADS, *_HEADS, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int),
+    "swiglu_oai_and_mul": (*_GATED, FLOAT, FLOAT),
+    "rotary": (*_HEADS, *_HEADS, POINTER, POINTER, INT64, INT64, INT64, INT),
 }
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Any:
-    function = getattr(build.load("elementwise"), f"{name}_{_SUFFIXES[dtype]}")
-    function.argtypes, function.restype = _ARGTYPES[name], None
-    return function
+def _function(name: str, dtype: torch.dtype) -> Kernel:
+    return bind("elementwise", f"{name}_{_SUFFIXES[dtype]}", *_ARGTYPES[name])
 
 
 def _fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:

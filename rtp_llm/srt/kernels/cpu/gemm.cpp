@@ -382,13 +382,15 @@ KERNEL void pack_bf16(const bf16* weight, int64_t stride, int64_t N, int64_t K, 
     }
 }
 
-// Rows `ids` of the weight that was packed -> [count, K].
-KERNEL void rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int64_t K, bf16* out) {
+// Rows `ids` of the weight [N, K] that was packed -> [count, K]. Returns whether all ids are in range.
+KERNEL int rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int64_t N, int64_t K, bf16* out) {
     int64_t units = divide_up(K, 2);
     for (int64_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= N) return 0;
         const bf16* row = packed + (ids[i] / PANEL) * units * PANEL * 2 + (ids[i] % PANEL) * 2;
         for (int64_t k = 0; k < K; k++) out[i * K + k] = row[(k / 2) * PANEL * 2 + k % 2];
     }
+    return 1;
 }
 
 // out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] or null.
@@ -414,9 +416,13 @@ KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* pa
 
 // out [M, N] = x [M, K] times a weight and plus a bias of each row's group, for all groups in one call. Rows are sorted
 // by group, rows_per_group of each. packed: [groups] weights, one after the other; bias: [groups][N] bfloat16 or null.
-KERNEL void grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const int64_t* rows_per_group, int64_t groups,
-                              const bf16* packed, int64_t N, int64_t K, const bf16* bias, bf16* out,
-                              int64_t out_stride) {
+// Returns whether groups have M rows together.
+KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const int64_t* rows_per_group, int64_t groups,
+                             const bf16* packed, int64_t N, int64_t K, const bf16* bias, bf16* out,
+                             int64_t out_stride) {
+    int64_t rows = 0;
+    for (int64_t g = 0; g < groups; g++) rows += rows_per_group[g];
+    if (rows != M) return 0;
     int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
     uint32_t* memory = scratch<uint32_t, 0>(M * units);
     std::vector<int64_t> ids, starts;  // of groups that have rows
@@ -452,6 +458,7 @@ KERNEL void grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const 
             }
         }
     }
+    return 1;
 }
 
 // ---- int8: weights with a scale per output; rows of x become bytes, each with a scale of its own
@@ -476,11 +483,13 @@ KERNEL void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed
     }
 }
 
-// Rows `ids` of the weight that was packed, times their scales -> [count, K].
-KERNEL void rows_int8(const int8_t* packed, const float* scales, const int64_t* ids, int64_t count, int64_t K,
-                      void* out, int out_is_float) {
+// Rows `ids` of the weight [N, K] that was packed, times their scales -> [count, K]. Returns whether all ids are in
+// range.
+KERNEL int rows_int8(const int8_t* packed, const float* scales, const int64_t* ids, int64_t count, int64_t N,
+                     int64_t K, void* out, int out_is_float) {
     int64_t units = divide_up(K, 4);
     for (int64_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= N) return 0;
         const int8_t* row = packed + (ids[i] / PANEL) * units * PANEL * 4 + (ids[i] % PANEL) * 4;
         for (int64_t k = 0; k < K; k++) {
             float value = float(row[(k / 4) * PANEL * 4 + k % 4]) * scales[ids[i]];
@@ -490,6 +499,7 @@ KERNEL void rows_int8(const int8_t* packed, const float* scales, const int64_t* 
                 static_cast<bf16*>(out)[i * K + k] = from_float<bf16>(value);
         }
     }
+    return 1;
 }
 
 // out [M, N] = x [M, K] W^T + bias, of bfloat16 or float32 x. scales, totals: [panels * PANEL].

@@ -5,30 +5,30 @@ back, so that a vocabulary table that is also the head is stored once.
 """
 
 import functools
-from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
-from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, address, bind
+from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
 STEPS = 65535  # scales of int4 groups are stored as so many steps of their output's largest
 
 
 @functools.cache
-def _function(name: str) -> Callable[..., int]:
+def _function(name: str) -> Kernel:
     output = (POINTER, INT, POINTER, INT64, INT)  # bias, bias_is_float, out, out_stride, out_is_float
     types = {
         "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
-        "rows_bf16": (POINTER, POINTER, INT64, INT64, POINTER),
+        "rows_bf16": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
         "gemm_bf16": (POINTER, INT64, INT64, POINTER, INT64, INT64, *output),
         "pack_int8": (POINTER, INT64, INT64, POINTER, POINTER),
-        "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, POINTER, INT),
+        "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT),
         "gemm_int8": (POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, INT64, INT64, *output),
         "pack_int4": (POINTER, INT64, INT64, POINTER),
         "gemm_int4": (POINTER, INT64, INT64, POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, *output),
     }
-    return bind("gemm", name, *types[name])
+    return bind("gemm", name, *types[name], result=INT if name.startswith("rows") else None)
 
 
 class PackedWeight:
@@ -99,9 +99,10 @@ class PackedBFloat16(PackedWeight):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int64 -> [..., K] bfloat16."""
-        ids = _checked(ids, self.shape[0])
+        ids = ids.contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=torch.bfloat16)
-        _function("rows_bf16")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), self.shape[1], out.data_ptr())
+        if not _function("rows_bf16")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr()):
+            _refuse(ids, self.shape[0])
         return out
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -130,12 +131,13 @@ class PackedInt8(PackedWeight):
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[...] int64 -> [..., K], weights times scales."""
-        ids = _checked(ids, self.shape[0])
+        ids = ids.contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=dtype)
-        _function("rows_int8")(
-            self.packed.data_ptr(), self.scales.data_ptr(), ids.data_ptr(), ids.numel(), self.shape[1], out.data_ptr(),
+        if not _function("rows_int8")(
+            self.packed.data_ptr(), self.scales.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr(),
             dtype == torch.float32,
-        )  # fmt: skip
+        ):  # fmt: skip
+            _refuse(ids, self.shape[0])
         return out
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -184,7 +186,8 @@ class PackedInt4(PackedWeight):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int64 -> [..., K] float32."""
-        ids = _checked(ids, self.shape[0])
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
+            _refuse(ids, self.shape[0])
         panel, row = ids // PANEL, ids % PANEL
         halves = self.packed[panel, :, row]  # [..., units / 2, 4]
         values = torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-2).view(*ids.shape, -1, self.group_size)
@@ -201,8 +204,5 @@ class PackedInt4(PackedWeight):
         )  # fmt: skip
 
 
-def _checked(ids: torch.Tensor, num_rows: int) -> torch.Tensor:
-    ids = ids.contiguous()
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_rows:
-        raise IndexError(f"ids must be in [0, {num_rows}), not {int(ids.min())} to {int(ids.max())}")
-    return ids
+def _refuse(ids: torch.Tensor, num_rows: int) -> NoReturn:
+    raise IndexError(f"ids must be in [0, {num_rows}), not {int(ids.min())} to {int(ids.max())}")

@@ -1,17 +1,16 @@
 """Mixtures of experts in bfloat16: rows sorted by expert, one product for all experts, and the weighted sum back."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, address, bind
+from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 from rtp_llm.srt.kernels.cpu.linear import PANEL, PackedBFloat16
 
 
 @functools.cache
-def _function(name: str) -> Callable[..., int]:
+def _function(name: str) -> Kernel:
     types = {
         "group_rows": (POINTER, INT64, INT64, POINTER, POINTER, POINTER),
         "gather_rows": (POINTER, INT64, POINTER, INT64, INT64, INT64, POINTER),
@@ -21,9 +20,9 @@ def _function(name: str) -> Callable[..., int]:
 
 
 @functools.cache
-def _grouped_gemm() -> Callable[..., int]:
+def _grouped_gemm() -> Kernel:
     types = POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64, POINTER, POINTER, INT64
-    return bind("gemm", "grouped_gemm_bf16", *types)
+    return bind("gemm", "grouped_gemm_bf16", *types, result=INT)
 
 
 class PackedGroups:
@@ -51,14 +50,13 @@ class PackedGroups:
                 f"experts {[self.num_groups, *self.shape]} take bfloat16 [rows, {self.shape[1]}] in {self.num_groups} "
                 f"groups, not {x.dtype} {list(x.shape)} in {len(rows_per_group)}"
             )
-        if int(rows_per_group.sum()) != len(x):
-            raise ValueError(f"groups have {rows_per_group.tolist()} rows, but x has {len(x)}")
         x, bias = x.contiguous(), None if bias is None else bias.bfloat16().contiguous()
         out = torch.empty(x.shape[0], self.shape[0], dtype=torch.bfloat16)
-        _grouped_gemm()(
+        if not _grouped_gemm()(
             x.data_ptr(), x.shape[1], x.shape[0], rows_per_group.data_ptr(), self.num_groups, self.packed.data_ptr(),
             *self.shape, address(bias), out.data_ptr(), out.shape[1],
-        )  # fmt: skip
+        ):  # fmt: skip
+            raise ValueError(f"groups have {rows_per_group.tolist()} rows, but x has {len(x)}")
         return out
 
 

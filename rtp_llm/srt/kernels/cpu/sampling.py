@@ -2,27 +2,24 @@
 
 import functools
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
 
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.kernels.cpu.binding import INT64, POINTER, Kernel, bind
 from rtp_llm.srt.sampling_params import SamplingParams
 
 _ARGTYPES: dict[str, tuple[Any, ...]] = {
-    "argmax": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
-    "draw": (c_void_p, c_void_p, c_int64, c_int64, c_int64, *(c_void_p,) * 6),
-    "uniform": (c_void_p, c_void_p, c_void_p, c_int64),
+    "argmax": (POINTER, INT64, INT64, INT64, POINTER, POINTER),
+    "draw": (POINTER, POINTER, INT64, INT64, INT64, *(POINTER,) * 6),
+    "uniform": (POINTER, POINTER, POINTER, INT64),
 }
 
 
 @functools.cache
-def _function(name: str) -> Any:
-    function = getattr(build.load("sampling"), name)
-    function.argtypes, function.restype = _ARGTYPES[name], None
-    return function
+def _function(name: str) -> Kernel:
+    return bind("sampling", name, *_ARGTYPES[name])
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,272 @@
+"""Decode steps on a CPU without their Python: recorded once for each number of rows, then replayed.
+
+What a step's layers do in Python (views, checks, allocations, some ten calls a layer) is the same in every step, and
+takes longer than the kernels of a small batch. A recording runs the model as always and notes which kernels and torch
+operations compute with which addresses; a replay does just these, as CUDA graphs do on a GPU (the idea is theirs).
+
+What a model may do is what a CUDA graph allows: its work must not depend on numbers, only on shapes. A model that reads
+tensors or a batch's host lists while it is recorded runs as before.
+"""
+
+import dataclasses
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
+from rtp_llm.srt.kernels.cpu.binding import noted_calls
+from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 256  # beyond, Python takes a small part of a step
+MAX_GRAPHS = 64
+ALIGNMENT = 64
+
+Forward = Callable[[ForwardBatch], LogitsProcessorOutput]
+Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and what it must return
+
+
+class NotReplayable(Exception):
+    """The model's work depends on numbers."""
+
+
+class CpuGraphs:
+    """Runs the batches that it ``takes``: the first of its kind as it is, the second recorded, all others replayed.
+
+    Logits are valid until the next step.
+    """
+
+    def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
+        """``step_modules``: those with ``prepare_for_forward``."""
+        self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
+        self._graphs: OrderedDict[Any, CpuGraph | None] = OrderedDict()  # None: seen once
+        self._memory = Memory()
+        unknown = [type(m).__name__ for m in step_modules if not hasattr(m, "step_tensors")]
+        self._works = not unknown
+        if unknown:
+            logger.info("decode steps are not replayed: %s has no step_tensors()", unknown[0])
+
+    def takes(self, batch: ForwardBatch) -> bool:
+        if not self._works or batch.forward_mode != ForwardMode.DECODE or batch.batch_size > MAX_ROWS:
+            return False
+        if batch.prompt_logprobs or batch.visible_ends is not None or len(batch.sample_rows) != batch.batch_size:
+            return False
+        # A prompt's last token may be one of its media.
+        starts = zip(batch.extend_prefix_lens_cpu, batch.prompt_lens_cpu, strict=True)
+        return batch.mm_inputs is None or all(start >= prompt_len for start, prompt_len in starts)
+
+    def run(self, batch: ForwardBatch) -> LogitsProcessorOutput:
+        """After ``prepare_for_forward`` and the back end's ``plan``."""
+        tensors = [*batch_tensors(batch), *self._planned()]
+        key = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return self._forward(batch)
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        if graph is not None:
+            return graph.replay(tensors)
+        try:
+            self._graphs[key] = graph = self._record(batch)
+        except Exception as error:  # of a model that cannot be recorded; its own errors come again when it just runs
+            reason = str(error) if isinstance(error, NotReplayable) else repr(error)
+            logger.info("decode steps are not replayed: %s", reason)
+            self._works = False
+            self._graphs.clear()
+            self._attn_backend.plan(batch)
+            for module in self._step_modules:
+                module.prepare_for_forward(batch)
+            return self._forward(batch)
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph.output
+
+    def _planned(self) -> list[torch.Tensor]:
+        """What modules and back end made of the batch."""
+        own = [tensor for module in self._step_modules for tensor in module.step_tensors()]
+        return [*own, *self._attn_backend.step_tensors()]
+
+    def _record(self, batch: ForwardBatch) -> "CpuGraph":
+        batch = dataclasses.replace(batch, mm_inputs=None)
+        for field, tensor in _fields_of_step(batch):
+            setattr(batch, field, tensor.clone())
+        batch.out_cache_locs = [tensor.clone() for tensor in batch.out_cache_locs]
+        for module in self._step_modules:
+            module.prepare_for_forward(batch)
+        self._attn_backend.plan(batch)
+        inputs = [*batch_tensors(batch), *self._planned()]
+        for field in ("seq_lens_cpu", "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "prompt_lens_cpu"):
+            setattr(batch, field, Unknown(field))
+        batch.shared_prefixes = Unknown("shared_prefixes")  # type: ignore[assignment]
+        recording = Recording(self._memory)
+        with ExitStack() as stack:
+            stack.enter_context(noted_calls(recording.note))
+            stack.enter_context(NoReading(recording.kept))
+            stack.enter_context(recording)
+            output = self._forward(batch)
+        return CpuGraph(recording.calls, inputs, output, recording.kept)
+
+
+class CpuGraph:
+    """The calls of a step, with the addresses that they had when it was recorded."""
+
+    def __init__(
+        self, calls: list[Call], inputs: list[torch.Tensor], output: LogitsProcessorOutput, kept: list[torch.Tensor]
+    ) -> None:
+        """``inputs``: what the calls read of a step; ``kept``: other tensors whose addresses they have."""
+        self._calls, self._inputs, self._kept = calls, inputs, kept
+        self.output = output
+
+    def replay(self, tensors: Sequence[torch.Tensor]) -> LogitsProcessorOutput:
+        """``tensors``: this step's, in the order of the inputs."""
+        for own, tensor in zip(self._inputs, tensors, strict=True):
+            if own.data_ptr() != tensor.data_ptr():
+                own.copy_(tensor)
+        for function, args, result in self._calls:
+            if function(*args) != result:
+                raise RuntimeError(f"a kernel of a replayed step returned another result than {result!r} ({function})")
+        return self.output
+
+
+class Memory:
+    """Pieces of memory, of which one is used again once no tensor lies in it. All graphs share them: one runs at a
+    time, and nothing is left over from step to step."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, list[torch.UntypedStorage]] = {}
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of this shape, of any content."""
+        size = tensor.untyped_storage().nbytes()
+        size = max(ALIGNMENT, 1 << (size - 1).bit_length()) if size else ALIGNMENT
+        pieces = self._pieces.setdefault(size, [])
+        free = next((piece for piece in pieces if torch._C._storage_Use_Count(piece._cdata) == 1), None)
+        if free is None:
+            free = torch.empty(size, dtype=torch.uint8).untyped_storage()
+            pieces.append(free)
+        empty = torch.empty(0, dtype=tensor.dtype)
+        return empty.set_(free, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
+
+class Recording(TorchDispatchMode):
+    """Notes the operations of torch that compute, and (by ``note``) calls of kernels."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.kept: list[torch.Tensor] = []
+        self._memory = memory
+
+    def note(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """Of a kernel."""
+        as_recorded = getattr(function, "as_recorded", None)  # of one that is timed
+        self.calls.append((as_recorded() if as_recorded else function, args, result))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _refuse_reading(func, args)
+        result = func(*args, **kwargs)
+        if func in ALLOCATIONS:
+            return self._memory.like(result)
+        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+            self.calls.append((_run, (func, args, kwargs), None))
+            return result
+        inputs = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if all(_storage(x) in inputs for x in outputs):  # views
+            if func is torch.ops.aten.lift_fresh.default:  # a constant
+                self.kept += outputs
+            return result
+        own = tree_map(lambda x: self._memory.like(x).copy_(x) if isinstance(x, torch.Tensor) else x, result)
+        self.calls.append((_run_into, (func, args, kwargs, own), None))
+        return own
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> None:
+    func(*args, **kwargs)
+
+
+def _run_into(func: Any, args: Any, kwargs: Any, own: Any) -> None:
+    for to, value in zip(tree_leaves(own), tree_leaves(func(*args, **kwargs)), strict=True):
+        if isinstance(to, torch.Tensor):
+            to.copy_(value)
+
+
+def _refuse_reading(func: Any, args: Any) -> None:
+    """Of what an operation computes, nothing may depend on numbers but numbers: neither Python's way nor a shape."""
+    if torch.Tag.data_dependent_output in func.tags:
+        raise NotReplayable(f"the model reads a number ({func})")
+    if torch.Tag.dynamic_output_shape in func.tags:
+        masks = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)]
+        if func is not torch.ops.aten.index.Tensor or masks:
+            raise NotReplayable(f"a shape depends on numbers ({func})")
+
+
+READINGS = {
+    getattr(torch.Tensor, name)
+    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__")
+}
+CONSTANTS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer}
+
+
+class NoReading(TorchFunctionMode):
+    """Refuses what reads a tensor without an operation, and keeps what is made of Python's numbers."""
+
+    def __init__(self, kept: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READINGS:
+            raise NotReplayable(f"the model reads a tensor ({getattr(func, '__name__', func)})")
+        result = func(*args, **(kwargs or {}))
+        if func in CONSTANTS:
+            self._kept.append(result)
+        return result
+
+
+class Unknown:
+    """Stands for a list of the host, which a recorded model must not look at."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        raise NotReplayable(f"the model reads {self._name}")
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __eq__ = __contains__ = _refuse  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse()
+
+
+def _fields_of_step(batch: ForwardBatch) -> list[tuple[str, torch.Tensor]]:
+    values = [(field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch)]
+    return [(name, value) for name, value in values if isinstance(value, torch.Tensor)]
+
+
+def batch_tensors(batch: ForwardBatch) -> list[torch.Tensor]:
+    """All that is of this step alone; page tables and cache lie where they always do."""
+    return [*(tensor for _, tensor in _fields_of_step(batch)), *batch.out_cache_locs]

@@ -1,0 +1,143 @@
+"""Replayed decode steps: the answers are those of running the layers each time, for every architecture."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from rtp_llm import Engine, ModelRegistry
+from rtp_llm.models_py.llama import LlamaForCausalLM
+from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
+from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+from rtp_llm.srt.worker import cpu_graph
+from tiny_models import TINY_MODELS, random_prompts, tiny_model
+
+pytestmark = pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")
+
+
+def answers(name: str, dtype: str = "float32", **options: Any) -> tuple[list[Any], int]:
+    """Ids and logprobs of requests of several lengths, which join and leave; and how many graphs there were."""
+    prompts = random_prompts(TINY_MODELS[name].vocab_size, (3, 20, 9, 1, 30))
+    params = [{"temperature": 0, "max_new_tokens": 6 + 3 * i, "ignore_eos": True} for i in range(len(prompts))]
+    with Engine(
+        model_path=tiny_model(name),
+        dtype=dtype,
+        device="cpu",
+        skip_tokenizer_init=True,
+        context_length=96,
+        max_total_tokens=600,
+        inline=True,
+        **options,
+    ) as engine:
+        results = [
+            *engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True),
+            *engine.generate(input_ids=prompts[:2], sampling_params=params[3:], return_logprob=True),
+        ]
+        graphs = engine._runner.core._executor.worker.runner._graphs
+    recorded = 0 if graphs is None else sum(graph is not None for graph in graphs._graphs.values())
+    return [(result["output_ids"], result["meta_info"]["output_token_logprobs"]) for result in results], recorded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_answers_are_equal(name: str, dtype: str) -> None:
+    replayed, recorded = answers(name, dtype)
+    assert (replayed, 0) == answers(name, dtype, disable_cpu_graph=True)
+    assert recorded == 5  # with 5 rows to 1
+
+
+def test_many_numbers_of_rows_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that are not used for long are forgotten, and made anew."""
+    monkeypatch.setattr(cpu_graph, "MAX_GRAPHS", 2)
+    replayed, recorded = answers("llama-default")
+    assert replayed == answers("llama-default", disable_cpu_graph=True)[0]
+    assert recorded <= 2
+
+
+def test_a_long_prompt_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotation's tables move then: a graph still has the numbers of its own step."""
+    name = "llama-default"
+    short, long = random_prompts(TINY_MODELS[name].vocab_size, (3, 80))
+    greedy = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    answers = []
+    for disabled in (False, True):
+        options: dict[str, Any] = dict(dtype="float32", device="cpu", skip_tokenizer_init=True, context_length=96)
+        with Engine(model_path=tiny_model(name), inline=True, disable_cpu_graph=disabled, **options) as engine:
+            prompts = (short, long, short[:2])
+            answers.append([engine.generate(input_ids=ids, sampling_params=greedy)["output_ids"] for ids in prompts])
+    assert answers[0] == answers[1]
+
+
+def reads_item(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if batch.positions.max().item() < 12 else 0.5
+
+
+def reads_list(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if batch.positions.tolist()[0] < 12 else 0.5
+
+
+def reads_array(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if batch.positions.numpy()[0] < 12 else 0.5
+
+
+def reads_lengths(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if batch.seq_lens_cpu[0] < 12 else 0.5
+
+
+def branches(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if (batch.positions < 12).all() else 0.5
+
+
+def indexes(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if int(batch.positions[0]) < 12 or range(100)[batch.positions[0]] < 12 else 0.5
+
+
+def selects(batch: ForwardBatch, hidden: torch.Tensor) -> float:
+    return 1.0 if len(batch.positions[batch.positions < 12]) else 0.5
+
+
+READERS = (reads_item, reads_list, reads_array, reads_lengths, branches, indexes, selects)
+
+
+@pytest.mark.parametrize("factor", READERS, ids=lambda function: function.__name__)
+def test_a_model_that_reads_numbers_is_not_replayed(
+    factor: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Reader(LlamaForCausalLM):
+        def forward(self, input_ids: Any, positions: Any, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+            output = super().forward(input_ids, positions, forward_batch)
+            output.next_token_logits = output.next_token_logits * factor(forward_batch, output.next_token_logits)
+            return output
+
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", Reader)
+    with caplog.at_level(logging.INFO, "rtp_llm.srt.worker.cpu_graph"):
+        replayed, recorded = answers("llama-default")
+    assert recorded == 0 and "decode steps are not replayed" in caplog.text
+    assert replayed == answers("llama-default", disable_cpu_graph=True)[0]
+
+
+def test_plain_torch_in_a_model_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views, results of every kind, work in place, constants."""
+
+    class Plain(LlamaForCausalLM):
+        def forward(self, input_ids: Any, positions: Any, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+            output = super().forward(input_ids, positions, forward_batch)
+            logits = output.next_token_logits
+            best, _ = logits.topk(2, dim=-1)
+            margin = (best[:, 0] - best[:, 1]).reshape(-1, 1) * torch.tensor([0.5])
+            places = forward_batch.positions[forward_batch.sample_rows][:, None].float()
+            logits += margin * torch.sin(places + torch.arange(logits.shape[1]))
+            output.next_token_logits = torch.cat((logits[:, :7].flip(0).flip(0), logits[:, 7:]), dim=1)
+            return output
+
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", Plain)
+    replayed, recorded = answers("llama-default")
+    assert recorded == 5
+    assert replayed == answers("llama-default", disable_cpu_graph=True)[0]
+
+
+def test_a_model_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "replays_steps", False, raising=False)
+    assert answers("llama-default")[1] == 0
