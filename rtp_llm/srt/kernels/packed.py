@@ -169,7 +169,7 @@ def pack_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | 
 
     C++ kernels compute them for models in bfloat16, whose roundings they are near to.
     """
-    if _computes_bfloat16(weight) and group_size % 8 == 0 and bool((scales >= 0).all()):
+    if _computes_bfloat16(weight) and group_size % 8 == 0:
         return cpu_linear.PackedInt4(reference.unpack_int4(weight), scales, zeros, group_size)
     return PackedGroups(weight, scales, zeros, group_size, bits=4)
 

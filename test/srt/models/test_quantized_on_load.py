@@ -162,9 +162,13 @@ def test_four_bits_are_met_as_well_as_can_be(group_size: int) -> None:
     torch.testing.assert_close(error[5], torch.zeros(70), rtol=0, atol=1e-3)
     for start in range(0, 70, group_size):
         group = weight[:, start : start + group_size]
-        low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
-        steps = ((high - low) / 15).clamp(min=1e-9)
-        zero = (-low / steps).round()
+        if group_size == 32:  # the extreme in -8 steps
+            steps = group.gather(1, group.abs().argmax(1, keepdim=True)) / -8
+            steps, zero = torch.where(steps == 0, 1e-9, steps), torch.tensor(8)
+        else:
+            low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
+            steps = ((high - low) / 15).clamp(min=1e-9)
+            zero = (-low / steps).round()
         plain = ((group / steps + zero).round().clamp(0, 15) - zero) * steps  # the whole range in 15 steps
         assert error[:, start : start + group_size].square().sum() < 1.001 * (plain - group).square().sum()
 

@@ -30,6 +30,7 @@ constexpr int UNITS_AHEAD = 24;             // weights are asked for so much bef
 typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
 
 typedef uint8_t bytes_vec __attribute__((vector_size(LANES), aligned(1)));
+typedef int16_t shorts_vec __attribute__((vector_size(LANES * 2), aligned(2)));
 
 INLINE ivec load_bits(const void* p) { return *static_cast<const ivec_unaligned*>(p); }
 
@@ -546,7 +547,7 @@ constexpr int ROWS_OF_INT4 = 6;  // in a tile: it keeps two sets of sums
 
 struct Int4 {
     const uint8_t* packed;   // [panels][units / 2][PANEL][4]
-    const uint16_t* scales;  // [panels][groups][PANEL], times what `steps` says
+    const int16_t* scales;   // [panels][groups][PANEL], times what `steps` says
     const uint8_t* zeros;    // [panels][groups][PANEL], or null: all 8
     const float* steps;      // [panels * PANEL]
     int64_t groups, group;   // group: inputs of one, a multiple of 8
@@ -554,8 +555,8 @@ struct Int4 {
     const uint8_t* quarters(int64_t panel) const { return packed + panel * groups * group / 2 * PANEL; }
 
     INLINE vec scale(int64_t panel, int64_t g, int v) const {
-        hvec bits = *reinterpret_cast<const hvec_unaligned*>(scales + (panel * groups + g) * PANEL + v * LANES);
-        return __builtin_convertvector(__builtin_convertvector(bits, ivec), vec);
+        const int16_t* at = scales + (panel * groups + g) * PANEL + v * LANES;
+        return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const shorts_vec*>(at), ivec), vec);
     }
 
     INLINE vec zero(int64_t panel, int64_t g, int v) const {
@@ -576,25 +577,32 @@ INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int
         for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
     int64_t unit = 0;
     for (int64_t g = 0; g < weight.groups; g++) {
+        const int32_t* totals = input.totals + start * input.groups + g;
+        const float* scales = input.scales + start * input.groups + g;
         ivec products[R][VECS];
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECS; v++) products[r][v] = ivec{};
+            for (int v = 0; v < VECS; v++) products[r][v] = ivec{} + (weight.zeros ? 0 : -8 * totals[r * input.groups]);
         for (int64_t end = unit + weight.group / 4; unit < end; unit += 2, w += PANEL * 4) {
             ahead(reinterpret_cast<const uint32_t*>(w));
+            ivec lower[VECS], upper[VECS];
             for (int v = 0; v < VECS; v++) {
-                ivec both = load_bits(w + v * LANES * 4), lower = both & 0x0f0f0f0f, upper = (both >> 4) & 0x0f0f0f0f;
-                for (int r = 0; r < R; r++) {
-                    products[r][v] = add_bytes(products[r][v], lower, ivec{} + int32_t(x.at(r, unit)));
-                    products[r][v] = add_bytes(products[r][v], upper, ivec{} + int32_t(x.at(r, unit + 1)));
+                ivec both = load_bits(w + v * LANES * 4);
+                lower[v] = both & 0x0f0f0f0f, upper[v] = (both >> 4) & 0x0f0f0f0f;
+            }
+            for (int r = 0; r < R; r++) {
+                ivec first = ivec{} + int32_t(x.at(r, unit)), second = ivec{} + int32_t(x.at(r, unit + 1));
+                for (int v = 0; v < VECS; v++) {
+                    products[r][v] = add_bytes(products[r][v], lower[v], first);
+                    products[r][v] = add_bytes(products[r][v], upper[v], second);
                 }
             }
         }
         for (int v = 0; v < VECS; v++) {
-            vec scale = weight.scale(panel, g, v), zero = weight.zero(panel, g, v);
+            vec scale = weight.scale(panel, g, v), zero = weight.zeros ? weight.zero(panel, g, v) : vec{};
             for (int r = 0; r < R; r++) {
-                int64_t at = (start + r) * input.groups + g;
-                vec product = __builtin_convertvector(products[r][v], vec) - zero * splat(float(input.totals[at]));
-                sums[r][v] += product * (scale * splat(input.scales[at]));
+                vec product = __builtin_convertvector(products[r][v], vec);
+                if (weight.zeros) product -= zero * splat(float(totals[r * input.groups]));
+                sums[r][v] += product * (scale * splat(scales[r * input.groups]));
             }
         }
     }
@@ -649,7 +657,7 @@ KERNEL void pack_int4(const uint8_t* values, int64_t N, int64_t inputs, uint8_t*
 }
 
 // out [M, N] = x [M, K] W^T + bias, of bfloat16 x; see Int4 for what the weight consists of.
-KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const uint16_t* scales,
+KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const int16_t* scales,
                       const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const void* bias,
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};

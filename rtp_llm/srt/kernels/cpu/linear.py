@@ -12,7 +12,7 @@ import torch
 from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
-STEPS = 65535  # scales of int4 groups are stored as so many steps of their output's largest
+STEPS = 32767  # scales of int4 groups are stored as so many steps of their output's largest
 
 
 @functools.cache
@@ -150,7 +150,7 @@ class PackedInt8(PackedWeight):
 class PackedInt4(PackedWeight):
     """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
 
-    scales: [N, groups] float32, none negative; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
+    scales: [N, groups] float32; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
     the last group may be shorter. Rows of x become int8 by group, or, where the processor does not multiply bytes,
     weights become bfloat16.
     """
@@ -168,9 +168,9 @@ class PackedInt4(PackedWeight):
         padded = torch.nn.functional.pad(weight, (0, groups * group_size - inputs)).contiguous()
         self.packed = torch.empty(self.num_panels, groups * group_size // 8, PANEL, 4, dtype=torch.uint8)
         _function("pack_int4")(padded.data_ptr(), rows, padded.shape[1], self.packed.data_ptr())
-        largest = scales.amax(dim=1)
+        largest = scales.abs().amax(dim=1)
         steps = (scales / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None] * STEPS).round()
-        self.scales = self._panels(steps.to(torch.int32).to(torch.uint16))
+        self.scales = self._panels(steps.to(torch.int16))
         self.steps = torch.nn.functional.pad(largest / STEPS, (0, self.num_panels * PANEL - rows))
         self.zeros = None if zeros is None or bool((zeros == 8).all()) else self._panels(zeros)
 
