@@ -1,11 +1,12 @@
 """Where a step's time goes: ``rtp-llm bench --profile``.
 
 A batch of random prompts runs through a real core in this process: scheduler, runner, model, sampler. Layers are timed
-by wrapping their ``forward``, kernels by ``timed_kernels``; each part's time is without that of the parts within it, so
-that all of them, with what is left between them (``rest``), add up to the step.
+by wrapping their ``forward``, kernels by ``timed_kernels`` (where a step is replayed, these alone); each part's time is
+without that of the parts within it, so that all of them, with what is left between them (``rest``), add up to the step.
 """
 
 import argparse
+import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor
 from rtp_llm.srt.entrypoints.frontend import read_model_config
-from rtp_llm.srt.kernels.cpu.timing import timed_kernels
+from rtp_llm.srt.kernels.cpu.timing import timed_kernels, within_part
 from rtp_llm.srt.layers.activation import ActAndMul, SiluAndMul, SwigluOAIAndMul
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
@@ -95,6 +96,7 @@ class ProfiledCore:
         self._link, self._watch, self._vocab_size = link, watch, model_config.vocab_size
         self._core = EngineCore(server_args, model_config, link.core)
         self._problem: str | None = None
+        self._products: dict[Name, tuple[float, float]] = {}
         if self._core.device != "cpu":
             self._core.shutdown()
             raise ProfileError(
@@ -117,7 +119,7 @@ class ProfiledCore:
         for i in range(args.batch_size):
             prompt = [draw.randrange(num_ids) for _ in range(args.input_len)]
             self._link.client.send(GenerateRequest(f"{seed}-{i}", prompt, params, seed=0))
-        stages = {"prefill": StepTimes(), "decode": StepTimes()}
+        stages = {"prefill": StepTimes(), "decode": StepTimes(self._products)}
         while True:
             with self._noted_plan() as plans, self._watch.part(REST):
                 self._core.step(block=False)
@@ -126,8 +128,9 @@ class ProfiledCore:
                 raise ProfileError(self._problem)
             if not plans:
                 return stages
-            decodes = all(work.num_tokens == 1 for work in plans[0].work)
-            stages["decode" if decodes else "prefill"].add(parts)
+            num_tokens = [work.num_tokens for work in plans[0].work]
+            if num_tokens:  # else requests only left
+                stages["decode" if max(num_tokens) == 1 else "prefill"].add(parts, sum(num_tokens))
 
     @contextmanager
     def _noted_plan(self) -> Iterator[list[StepPlan]]:
@@ -164,6 +167,8 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
     watch.wrap(runner, "_batch", ("runner", "batch"))
     watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
     watch.wrap(runner.kv_pool, "write", ("kv write",))
+    if runner._graphs is not None:
+        runner._graphs.as_recorded = functools.partial(within_part, watch)
     worker.sample = watch.timed(("sampler",), _with_timed_results(worker.sample, watch))  # type: ignore[method-assign]
     for name, module in runner.model.named_modules():
         kind = next((kind for classes, kind in LAYER_KINDS if isinstance(module, classes)), None)
@@ -215,14 +220,21 @@ def stored_bytes(module: nn.Module) -> int:
 class StepTimes:
     """What was timed in the steps of one kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, products: dict[Name, tuple[float, float]] | None = None) -> None:
+        """``products``: the bytes of a layer's call, and its operations for a row, as steps before this one told."""
         self.num_steps = 0
         self.parts: defaultdict[Name, Part] = defaultdict(Part)
+        self._products = {} if products is None else products
 
-    def add(self, parts: dict[Name, Part]) -> None:
+    def add(self, parts: dict[Name, Part], num_rows: int) -> None:
         self.num_steps += 1
         for name, part in parts.items():
             self.parts[name].add(part)
+            if part.bytes:
+                self._products[name] = part.bytes / part.calls, part.operations / part.calls / num_rows
+        for name, calls in _replayed_layers(parts).items():
+            num_bytes, operations = self._products.get(name, (0.0, 0.0))
+            self.parts[name].add(Part(0.0, calls, calls * num_bytes, calls * operations * num_rows))
 
     @property
     def total_s(self) -> float:
@@ -268,6 +280,15 @@ class StepTimes:
         table.add_section()
         table.add_row("a step", f"{1e3 * self.step_s:.3f}", "100.0 %")
         return table
+
+
+def _replayed_layers(parts: dict[Name, Part]) -> dict[Name, int]:
+    """Of a step whose layers were not called, only their kernels: how often each would have been."""
+    layers: dict[Name, int] = {}
+    for name, part in parts.items():
+        if _is_kernel(name) and name[:-1] not in parts:
+            layers[name[:-1]] = max(part.calls, layers.get(name[:-1], 0))
+    return layers
 
 
 def _is_kernel(name: Name) -> bool:

@@ -43,7 +43,13 @@ class CpuGraphs:
     """Runs the batches that it ``takes``: the first of its kind as it is, the second recorded, all others replayed.
 
     Logits are valid until the next step.
+
+    Attributes:
+        as_recorded: what a recording calls instead of an operation of torch, given its name and what computes it; for
+            a profile.
     """
+
+    as_recorded: Callable[[str, Callable[..., None]], Callable[..., None]] | None = None
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
         """``step_modules``: those with ``prepare_for_forward``."""
@@ -107,7 +113,7 @@ class CpuGraphs:
         for field in ("seq_lens_cpu", "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "prompt_lens_cpu"):
             setattr(batch, field, Unknown(field))
         batch.shared_prefixes = Unknown("shared_prefixes")  # type: ignore[assignment]
-        recording = Recording(self._memory)
+        recording = Recording(self._memory, self.as_recorded)
         with ExitStack() as stack:
             stack.enter_context(noted_calls(recording.note))
             stack.enter_context(NoReading(recording.kept))
@@ -169,8 +175,9 @@ ALLOCATIONS = {
 class Recording(TorchDispatchMode):
     """Notes the operations of torch that compute, and (by ``note``) calls of kernels."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, as_recorded: Any = None) -> None:
         super().__init__()
+        self._as_recorded = as_recorded
         self.calls: list[Call] = []
         self.kept: list[torch.Tensor] = []
         self._memory = memory
@@ -187,7 +194,7 @@ class Recording(TorchDispatchMode):
         if func in ALLOCATIONS:
             return self._memory.like(result)
         if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-            self.calls.append((_run, (func, args, kwargs), None))
+            self._note_operation(_run, func, args, kwargs)
             return result
         inputs = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
@@ -196,8 +203,13 @@ class Recording(TorchDispatchMode):
                 self.kept += outputs
             return result
         own = tree_map(lambda x: self._memory.like(x).copy_(x) if isinstance(x, torch.Tensor) else x, result)
-        self.calls.append((_run_into, (func, args, kwargs, own), None))
+        self._note_operation(_run_into, func, args, kwargs, own)
         return own
+
+    def _note_operation(self, run: Callable[..., None], func: Any, *args: Any) -> None:
+        if self._as_recorded is not None:
+            run = self._as_recorded(f"torch.{func.overloadpacket.__name__}", run)
+        self.calls.append((run, (func, *args), None))
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -30,6 +30,11 @@ def timed_kernels(watch: Stopwatch) -> Iterator[None]:
         build.load = load
 
 
+def within_part(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, timed as what is called within the part that is running now, whenever it is called."""
+    return watch.timed((*watch.name, name), function)
+
+
 class TimedLibrary:
     """Stands for a ``ctypes.CDLL``."""
 
@@ -55,13 +60,7 @@ class TimedFunction:
 
     def as_recorded(self) -> Callable[..., Any]:
         """As it is called now; in a replay no part is going on."""
-        name, watch, function = (*self._watch.name, *self._name), self._watch, self._function
-
-        def call(*args: Any) -> Any:
-            with watch.part(name):
-                return function(*args)
-
-        return call
+        return within_part(self._watch, self._name[0], self._function)
 
     @property
     def argtypes(self) -> Any:

@@ -59,9 +59,9 @@ def in_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, groups, size] float32 -> scales and zeros [N, groups], both float32, zeros of 0 .. 15.
 
-    A zero puts the group's range, extended to 0, on 0 .. 15; in large groups it is 8. For each width, weights w go to the nearest levels d,
-    counted from the zero; then the best scale is ``sum(w d) / sum(d d)``, and what it leaves of the squared error is
-    ``sum(w w) - sum(w d)² / sum(d d)``.
+    A zero puts the group's range, extended to 0, on 0 .. 15; in large groups it is 8. For each width, weights w go to
+    the nearest levels d, counted from the zero; then the best scale is ``sum(w d) / sum(d d)``, and what it leaves of
+    the squared error is ``sum(w w) - sum(w d)² / sum(d d)``.
     """
     low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
     if grouped.shape[-1] >= SYMMETRIC_FROM:
