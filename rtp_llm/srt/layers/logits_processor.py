@@ -63,8 +63,10 @@ class LogitsProcessor(nn.Module):
             lm_head: the head, or the embedding where they are tied.
             aux_hidden_states: captured layers' [T, hidden_size] each; returned side by side in ``hidden_states``.
         """
+        sample_rows = forward_batch.sample_rows  # in order: where there are as many as tokens, they are all
+        sampled = hidden_states if len(sample_rows) == len(hidden_states) else hidden_states[sample_rows]
         return LogitsProcessorOutput(
-            next_token_logits=self._logits(hidden_states[forward_batch.sample_rows], lm_head),
+            next_token_logits=self._logits(sampled, lm_head),
             prompt_logprobs=[
                 self._prompt_logprobs(hidden_states, lm_head, row) for row in forward_batch.prompt_logprobs
             ],

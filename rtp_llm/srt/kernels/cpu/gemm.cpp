@@ -25,6 +25,7 @@ constexpr int VECS = PANEL / LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 4;  // as many sums as there are registers for
 constexpr int TILES_IN_PLACE = 2;           // of rows that are read from where they are
 constexpr int PANELS_AT_ONCE = 4;           // that a thread takes; a tile of rows stays in its cache meanwhile
+constexpr int ROWS_OF_EACH = 4;             // so few every thread prepares for itself
 constexpr int UNITS_AHEAD = 24;             // weights are asked for so much before they are read
 
 typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -159,29 +160,19 @@ class Bytes {
         : tiles(M, most), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K),
           group_(group), units_(groups * group / 4), offset_(offset) {
         in_place_ = tiles.count <= TILES_IN_PLACE;
-        bytes_ = scratch<uint8_t, 1>(M * units_ * 4);
-        scales = scratch<float, 2>(M * groups);
-        totals = scratch<int32_t, 3>(M * groups);
+        reserve();
     }
 
-    // To be called by all threads of a team.
+    // To be called by all threads of a team, each with a copy. Of few rows each makes bytes of its own, which takes less
+    // time than to wait for one another.
     void pack() {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles.count; t++) {
-            int64_t start = tiles.start(t), count = tiles.start(t + 1) - start;
-            uint32_t* row = in_place_ ? nullptr : scratch<uint32_t, 4>(units_);
-            uint32_t* to = reinterpret_cast<uint32_t*>(bytes_) + start * units_;
-            for (int64_t r = 0; r < count; r++) {
-                if (is_float_)
-                    quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r,
-                             in_place_ ? to + r * units_ : row);
-                else
-                    quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r,
-                             in_place_ ? to + r * units_ : row);
-                if (!in_place_)
-                    for (int64_t u = 0; u < units_; u++) to[u * count + r] = row[u];
-            }
+        if (tiles.rows <= ROWS_OF_EACH) {
+            reserve();
+            for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
+            return;
         }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
     }
 
     Rows rows(int64_t start, int64_t count) const {
@@ -190,6 +181,28 @@ class Bytes {
     }
 
    private:
+    void reserve() {
+        bytes_ = scratch<uint8_t, 1>(tiles.rows * units_ * 4);
+        scales = scratch<float, 2>(tiles.rows * groups);
+        totals = scratch<int32_t, 3>(tiles.rows * groups);
+    }
+
+    void pack_tile(int64_t t) {
+        int64_t start = tiles.start(t), count = tiles.start(t + 1) - start;
+        uint32_t* row = in_place_ ? nullptr : scratch<uint32_t, 4>(units_);
+        uint32_t* to = reinterpret_cast<uint32_t*>(bytes_) + start * units_;
+        for (int64_t r = 0; r < count; r++) {
+            if (is_float_)
+                quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r,
+                         in_place_ ? to + r * units_ : row);
+            else
+                quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r,
+                         in_place_ ? to + r * units_ : row);
+            if (!in_place_)
+                for (int64_t u = 0; u < units_; u++) to[u * count + r] = row[u];
+        }
+    }
+
     template <class T>
     void quantize(const T* x, int64_t row, uint32_t* units) {
         uint8_t* to = reinterpret_cast<uint8_t*>(units);
@@ -299,13 +312,13 @@ INLINE void with_rows(int64_t rows, F&& f) {
     }
 }
 
-// Shares the panels of N outputs among the threads of a team: calls f(first panel, last, first row, number of rows as a
+// Shares the panels of N outputs among the threads of a team, the last thing that they do: calls f(first panel, last, first row, number of rows as a
 // constant) for each tile of rows and a few panels at a time.
 template <class F>
 void each_panel(int64_t N, const Tiles& tiles, F&& f) {
     int64_t panels = divide_up(N, PANEL);
     int64_t at_once = std::min<int64_t>(PANELS_AT_ONCE, std::max<int64_t>(1, panels / (4 * omp_get_num_threads())));
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t first = 0; first < panels; first += at_once)
         for (int64_t t = 0; t < tiles.count; t++)
             with_rows(tiles.start(t + 1) - tiles.start(t), [&](auto constant) {
@@ -509,9 +522,10 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
     int64_t units = divide_up(K, 4);
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
-    Bytes input(x, x_is_float != 0, x_stride, M, K, 4 * units, 128, ROWS);
+    const Bytes rows(x, x_is_float != 0, x_stride, M, K, 4 * units, 128, ROWS);
 #pragma omp parallel
     {
+        Bytes input = rows;
         input.pack();
         each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
             constexpr int R = decltype(constant)::value;
@@ -663,9 +677,10 @@ KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t*
     Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
     if constexpr (AS_BYTES) {
-        Bytes input(x, false, x_stride, M, K, group, 0, ROWS_OF_INT4);
+        const Bytes rows(x, false, x_stride, M, K, group, 0, ROWS_OF_INT4);
 #pragma omp parallel
         {
+            Bytes input = rows;
             input.pack();
             each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
                 constexpr int R = decltype(constant)::value;
