@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -42,14 +43,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     texts = draw_texts(args.model_path, args.texts, args.tokens, args.seed)
-    prompts, answers = ask_skills(args.questions, args.seed)
+    prompts, answers, images = ask_skills(args.questions, args.seed)
     rows = []
     for scheme in SCHEMES:
         rows.append(
             (
                 scheme or "bfloat16",
                 perplexity(args.model_path, scheme, texts, args.step_tokens),
-                right(scheme, prompts, answers),
+                right(scheme, prompts, answers, images),
             )
         )
     print(f"{len(texts)} texts of {args.tokens} tokens; {len(prompts)} questions; seed {args.seed}")
@@ -81,28 +82,25 @@ def perplexity(model_path: str, scheme: str | None, texts: list[list[int]], step
     return math.exp(-sum(scores) / len(scores))
 
 
-def ask_skills(questions: int, seed: int) -> tuple[list[str], list[str]]:
-    """Prompts to the demo model, and what is right."""
+def ask_skills(questions: int, seed: int) -> tuple[list[str], list[str], list[list[Image.Image]]]:
+    """Prompts to the demo model, what is right, and the images of each prompt."""
     rng = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    prompts, answers = [], []
+    prompts, answers, images = [], [], []
     for name in demo_skills.SKILLS:
         for _ in range(questions):
             turns = demo_skills.held_out_conversation(name, rng)
-            messages = [
-                {"role": role, "content": text}
-                for turn in turns
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            ]
-            prompts.append(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-            answers.append(turns[-1][1])
-    return prompts, answers
+            messages = demo_skills.as_messages(turns)
+            prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            answers.append(turns[-1].answered)
+            images.append(demo_skills.images(turns))
+    return prompts, answers, images
 
 
-def right(scheme: str | None, prompts: list[str], answers: list[str]) -> float:
+def right(scheme: str | None, prompts: list[str], answers: list[str], images: list[list[Image.Image]]) -> float:
     """The share of prompts that the demo model answers with exactly these words, greedily."""
     with start(DEMO_MODEL, scheme) as engine:
-        results = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 96})
+        results = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 96}, image_data=images)
     return sum(result["text"] == answer for result, answer in zip(results, answers, strict=True)) / len(answers)
 
 

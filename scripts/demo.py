@@ -166,7 +166,10 @@ def image_part(image: Image.Image) -> dict[str, Any]:
 
 
 def show(image: Image.Image, columns: int = 32) -> None:
-    """The picture in the terminal: each character is two pixels, one above the other."""
+    """The picture in the terminal: each character is two pixels, one above the other. Without colors, only its size."""
+    if console.color_system is None:
+        console.print(f"   (a picture of {image.width} x {image.height} pixels)\n")
+        return
     rows = round(columns * image.height / image.width / 2)
     small = image.resize((columns, 2 * rows), Image.Resampling.LANCZOS)
     for row in range(rows):

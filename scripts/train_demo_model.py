@@ -420,11 +420,7 @@ class Training:
         theirs = PreTrainedTokenizerFast.from_pretrained(args.start)
         self.tokenizer = extend_tokenizer(theirs, args.seed)
         self.network = DemoNetwork(make_config(self.tokenizer, text.config))
-        if args.more:
-            trained = Qwen2VLForConditionalGeneration.from_pretrained(args.more, dtype=torch.float32)
-            self.network.load_state_dict(unpublished(self.network, trained.state_dict()))
-        else:
-            start_from(self.network, text, [theirs, self.tokenizer])
+        start_from(self.network, text, [theirs, self.tokenizer])
         width = self.network.config.text_config.hidden_size
         sizes = dict(kind=len(demo_pictures.KINDS) + 1, color=len(demo_pictures.COLORS), row=3, column=3)
         self.naming = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
@@ -542,7 +538,7 @@ def train(args: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in training.network.parameters())
     console.print(f"{parameters / 1e6:.2f} million parameters")
     clock = Clock(training, saved)
-    if training.tokens == 0 and not args.more:
+    if training.tokens == 0:
         looking = in_own_process(Pictures(f"look {args.seed} {training.step}", 96))
         while training.pictures < args.looking_pictures:
             training.rate = min(1.0, (training.pictures + 96) / 5000)
@@ -555,8 +551,7 @@ def train(args: argparse.Namespace) -> None:
     )
     talking = in_own_process(data)
     while training.tokens < args.tokens:
-        done = training.tokens / args.tokens
-        training.rate = 0.6 * rate_at(done, decay=1.0) if args.more else rate_at(done)
+        training.rate = rate_at(training.tokens / args.tokens)
         clock.tick(training.converse(next(talking)), looking=False)
     training.save(args.out)
     saved.unlink(missing_ok=True)
@@ -743,7 +738,6 @@ def main() -> None:
     training.add_argument(
         "--looking-pictures", type=int, default=60_000, help="from which the tower learns alone first"
     )
-    training.add_argument("--more", type=Path, help="a trained checkpoint to go on from, with a rate that falls from the start")
     training.add_argument("--batch-tokens", type=int, default=4096)
     training.add_argument("--save-minutes", type=float, default=5, help="save and evaluate this often")
     training.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
