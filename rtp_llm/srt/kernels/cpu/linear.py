@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from rtp_llm.srt.kernels.cpu import memory
 from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
@@ -83,16 +84,20 @@ def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, b
     return address(bias), is_float, out.data_ptr(), out.shape[1], out.dtype == torch.float32
 
 
+def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
+    """[N, K], whose last dimension is contiguous -> [ceil(N / PANEL), ceil(K / 2), PANEL, 2]."""
+    if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
+        raise ValueError(f"expected contiguous rows in bfloat16, not {weight.dtype} of strides {weight.stride()}")
+    _function("pack_bf16")(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
+
+
 class PackedBFloat16(PackedWeight):
     """weight: [N, K] bfloat16, whose last dimension is contiguous."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
-        if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
-            raise ValueError(f"expected contiguous rows in bfloat16, not {weight.dtype} of strides {weight.stride()}")
-        rows, inputs = self.shape
-        self.packed = torch.empty(self.num_panels, -(-inputs // 2), PANEL, 2, dtype=torch.bfloat16)
-        _function("pack_bf16")(weight.data_ptr(), weight.stride(0), rows, inputs, self.packed.data_ptr())
+        self.packed = memory.weights.empty(self.num_panels, -(-self.shape[1] // 2), PANEL, 2, dtype=torch.bfloat16)
+        pack_bfloat16(weight, self.packed)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed]
@@ -120,7 +125,7 @@ class PackedInt8(PackedWeight):
         super().__init__((weight.shape[0], weight.shape[1]))
         weight = weight.contiguous()
         rows, inputs = self.shape
-        self.packed = torch.empty(self.num_panels, -(-inputs // 4), PANEL, 4, dtype=torch.int8)
+        self.packed = memory.weights.empty(self.num_panels, -(-inputs // 4), PANEL, 4, dtype=torch.int8)
         self.totals = torch.empty(self.num_panels * PANEL, dtype=torch.int32)
         self.scales = torch.zeros(self.num_panels * PANEL, dtype=torch.float32)
         self.scales[:rows] = scales
@@ -166,7 +171,7 @@ class PackedInt4(PackedWeight):
             )
         self.group_size = group_size
         padded = torch.nn.functional.pad(weight, (0, groups * group_size - inputs)).contiguous()
-        self.packed = torch.empty(self.num_panels, groups * group_size // 8, PANEL, 4, dtype=torch.uint8)
+        self.packed = memory.weights.empty(self.num_panels, groups * group_size // 8, PANEL, 4, dtype=torch.uint8)
         _function("pack_int4")(padded.data_ptr(), rows, padded.shape[1], self.packed.data_ptr())
         largest = scales.abs().amax(dim=1)
         steps = (scales / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None] * STEPS).round()
@@ -179,7 +184,7 @@ class PackedInt4(PackedWeight):
         rows, groups = table.shape
         result = torch.zeros(self.num_panels * PANEL, groups, dtype=table.dtype)
         result[:rows] = table
-        return result.view(self.num_panels, PANEL, groups).transpose(1, 2).contiguous()
+        return memory.weights.copy(result.view(self.num_panels, PANEL, groups).transpose(1, 2))
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in (self.packed, self.scales, self.steps, self.zeros) if t is not None]

@@ -5,8 +5,9 @@ import functools
 import torch
 
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu import memory
 from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
-from rtp_llm.srt.kernels.cpu.linear import PANEL, PackedBFloat16
+from rtp_llm.srt.kernels.cpu.linear import PANEL, pack_bfloat16
 
 
 @functools.cache
@@ -32,9 +33,9 @@ class PackedGroups:
         self.num_groups, *shape = weight.shape
         self.shape = shape[0], shape[1]
         panels, units = -(-self.shape[0] // PANEL), -(-self.shape[1] // 2)
-        self.packed = torch.empty(self.num_groups, panels, units, PANEL, 2, dtype=torch.bfloat16)
+        self.packed = memory.weights.empty(self.num_groups, panels, units, PANEL, 2, dtype=torch.bfloat16)
         for matrix, packed in zip(weight, self.packed, strict=True):
-            packed.copy_(PackedBFloat16(matrix).packed)
+            pack_bfloat16(matrix, packed)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed]
