@@ -1,11 +1,13 @@
 """The tensors behind page ids: per cache group and layer, pages of keys and values."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from rtp_llm.srt.cache.spec import CacheGroup
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu.memory import Arena
 
 
 class KVPool:
@@ -14,7 +16,7 @@ class KVPool:
     The values of a latent layer are a view of its keys. Where a group's ``dtype`` is int8, scales [slots, num_kv_heads]
     float32 lie beside keys and values.
 
-    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written. Page 0 is zeroed,
+    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written, in huge pages. Page 0 is zeroed,
     since padded page tables point to it.
     """
 
@@ -25,23 +27,22 @@ class KVPool:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        empty = Arena().empty if device == "cpu" else functools.partial(torch.empty, device=device)
         for g, (group, count) in enumerate(zip(groups, num_pages, strict=True)):
             spec, dtype = group.spec, getattr(torch, group.spec.dtype)
             num_slots = (count + 1) * group.page_size
             for layer_id in group.layer_ids:
                 self._group_of[layer_id] = g
-                keys = torch.empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
+                keys = empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=dtype)
                 if spec.latent:
                     values = keys[..., : spec.v_head_dim]
                 else:
-                    values = torch.empty(num_slots, spec.num_kv_heads, spec.v_head_dim, dtype=dtype, device=device)
+                    values = empty(num_slots, spec.num_kv_heads, spec.v_head_dim, dtype=dtype)
                 keys[: group.page_size].zero_()
                 values[: group.page_size].zero_()
                 self._keys[layer_id], self._values[layer_id] = keys, values
                 if spec.has_scales:
-                    scales = [
-                        torch.empty(num_slots, spec.num_kv_heads, device=device, dtype=torch.float32) for _ in "kv"
-                    ]
+                    scales = [empty(num_slots, spec.num_kv_heads, dtype=torch.float32) for _ in "kv"]
                     for scale in scales:
                         scale[: group.page_size].zero_()
                     self._scales[layer_id] = scales[0], scales[1]
