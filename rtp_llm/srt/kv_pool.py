@@ -16,8 +16,8 @@ class KVPool:
     The values of a latent layer are a view of its keys. Where a group's ``dtype`` is int8, scales [slots, num_kv_heads]
     float32 lie beside keys and values.
 
-    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written, in huge pages. Page 0 is zeroed,
-    since padded page tables point to it.
+    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written, in huge pages.
+    Page 0 is zeroed, since padded page tables point to it.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], num_pages: Sequence[int], device: str) -> None:
