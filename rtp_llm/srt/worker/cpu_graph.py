@@ -175,6 +175,11 @@ ALLOCATIONS = {
 class Recording(TorchDispatchMode):
     """Notes the operations of torch that compute, and (by ``note``) calls of kernels."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, which takes a second, only to keep it away from here."""
+        return False
+
     def __init__(self, memory: Memory, as_recorded: Any = None) -> None:
         super().__init__()
         self._as_recorded = as_recorded
