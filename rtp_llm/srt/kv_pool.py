@@ -7,7 +7,9 @@ import torch
 
 from rtp_llm.srt.cache.spec import CacheGroup
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu.memory import Arena
+from rtp_llm.srt.kernels.cpu.memory import Arena, take_in_background
+
+TAKEN_AT_START_BYTES = 1 << 30
 
 
 class KVPool:
@@ -16,8 +18,8 @@ class KVPool:
     The values of a latent layer are a view of its keys. Where a group's ``dtype`` is int8, scales [slots, num_kv_heads]
     float32 lie beside keys and values.
 
-    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written, in huge pages.
-    Page 0 is zeroed, since padded page tables point to it.
+    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written, in huge pages, but
+    for the first gigabyte, which is taken at the start. Page 0 is zeroed, since padded page tables point to it.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], num_pages: Sequence[int], device: str) -> None:
@@ -46,6 +48,9 @@ class KVPool:
                     for scale in scales:
                         scale[: group.page_size].zero_()
                     self._scales[layer_id] = scales[0], scales[1]
+        if device == "cpu":
+            tensors = [*self._keys.values(), *(v for v in self._values.values() if v.is_contiguous())]
+            take_in_background(tensors, TAKEN_AT_START_BYTES)
 
     def group_of(self, layer_id: int) -> int:
         return self._group_of[layer_id]
