@@ -70,18 +70,24 @@ def test_a_slice_of_a_weight(isa, generator):
 
 def test_a_row_does_not_depend_on_the_others(isa, generator):
     """Nor on the number of threads."""
-    weight = torch.randn(200, 130).bfloat16()
-    packed = linear.PackedBFloat16(weight)
-    x = torch.randn(61, 130).bfloat16()
-    whole = packed.apply(x)
+    weight = torch.randn(200, 136)
+    levels = torch.randint(0, 16, (200, 136), dtype=torch.uint8)
+    every = [
+        linear.PackedBFloat16(weight.bfloat16()),
+        linear.PackedInt8(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(200)),
+        linear.PackedInt4(levels, torch.rand(200, 5), None, 32),
+    ]
+    x = torch.randn(61, 136).bfloat16()
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(packed.apply(x), whole)
-    finally:
-        torch.set_num_threads(before)
-    for start, end in ((0, 13), (13, 30), (30, 61)):
-        assert torch.equal(packed.apply(x[start:end]), whole[start:end])
+    for packed in every:
+        whole = packed.apply(x, out_dtype=torch.float32)
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(packed.apply(x, out_dtype=torch.float32), whole)
+        finally:
+            torch.set_num_threads(before)
+        for start, end in ((0, 1), (1, 3), (3, 7), (7, 13), (13, 30), (30, 61)):
+            assert torch.equal(packed.apply(x[start:end], out_dtype=torch.float32), whole[start:end])
 
 
 def test_a_row_that_is_not_a_number_stays_alone(isa, generator):

@@ -35,6 +35,28 @@ typedef int16_t shorts_vec __attribute__((vector_size(LANES * 2), aligned(2)));
 
 INLINE ivec load_bits(const void* p) { return *static_cast<const ivec_unaligned*>(p); }
 
+INLINE ivec larger(ivec a, ivec b) { return a > b ? a : b; }
+
+INLINE int32_t largest(ivec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
+INLINE int32_t sum(ivec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+#endif
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory of the calling thread that is kept from call to call. Each SLOT is memory of its own.
@@ -73,9 +95,12 @@ INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
 #endif
 }
 
+// CACHE: 1, or 2, which waits for more of them at a time: to one row, which is all waiting, that is worth the longer
+// way.
+template <int CACHE = 1>
 INLINE void ahead(const uint32_t* w) {
-    __builtin_prefetch(w + UNITS_AHEAD * PANEL);
-    __builtin_prefetch(w + UNITS_AHEAD * PANEL + PANEL / 2);
+    __builtin_prefetch(w + UNITS_AHEAD * PANEL, 0, 4 - CACHE);
+    __builtin_prefetch(w + UNITS_AHEAD * PANEL + PANEL / 2, 0, 4 - CACHE);
 }
 
 // ---- rows of x
@@ -163,8 +188,8 @@ class Bytes {
         reserve();
     }
 
-    // To be called by all threads of a team, each with a copy. Of few rows each makes bytes of its own, which takes less
-    // time than to wait for one another.
+    // To be called by all threads of a team, each with a copy. Of few rows each makes bytes of its own, which takes
+    // less time than to wait for one another.
     void pack() {
         if (tiles.rows <= ROWS_OF_EACH) {
             reserve();
@@ -224,30 +249,21 @@ class Bytes {
             }
             for (k = count; k < group_; k++) to[k] = uint8_t(offset_);
             scales[row * groups + g] = scale;
-            totals[row * groups + g] = 0;
-            for (int i = 0; i < LANES; i++) totals[row * groups + g] += total[i];
+            totals[row * groups + g] = sum(total);
         }
     }
 
-    // The largest magnitude; NaN if there is one.
+    // The largest magnitude; NaN if there is one: without signs, bits compare as magnitudes do, and NaN is the largest.
     template <class T>
     static float amax(const T* x, int64_t count) {
-        vec most = vec{};
-        ivec bad = ivec{};
+        ivec most = ivec{};
         int64_t k = 0;
-        for (; k + LANES <= count; k += LANES) {
-            vec value = load(x + k);
-            bad |= (ivec)(value != value);
-            most = max((vec)((ivec)value & 0x7fffffff), most);
-        }
-        if (k < count) {
-            vec value = load_part(x + k, int(count - k));
-            bad |= (ivec)(value != value);
-            most = max((vec)((ivec)value & 0x7fffffff), most);
-        }
-        for (int i = 0; i < LANES; i++)
-            if (bad[i]) return NAN;
-        return largest(most);
+        for (; k + LANES <= count; k += LANES) most = larger(most, (ivec)load(x + k) & 0x7fffffff);
+        if (k < count) most = larger(most, (ivec)load_part(x + k, int(count - k)) & 0x7fffffff);
+        int32_t bits = largest(most);
+        float result;
+        std::memcpy(&result, &bits, 4);
+        return result;
     }
 
     // The nearest integers; of two as near, the even one.
@@ -330,27 +346,12 @@ void each_panel(int64_t N, const Tiles& tiles, F&& f) {
 
 template <int R>
 INLINE void tile_bf16(Rows x, const uint32_t* panel, int64_t units, vec (&sums)[R][VECS]) {
+    constexpr int CACHE = R == 1 ? 2 : 1;
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
-    int64_t u = 0;
-    if constexpr (R <= 4 && LANES == 16) {  // too few sums to hide the latency of a product: two sets of them
-        vec others[R][VECS] = {};
-        for (; u + 2 <= units; u += 2) {
-            const uint32_t* w = panel + u * PANEL;
-            ahead(w);
-            ahead(w + PANEL);
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < VECS; v++) {
-                    sums[r][v] = add_bf16(sums[r][v], x.at(r, u), w + v * LANES);
-                    others[r][v] = add_bf16(others[r][v], x.at(r, u + 1), w + PANEL + v * LANES);
-                }
-        }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECS; v++) sums[r][v] += others[r][v];
-    }
-    for (; u < units; u++) {
+    for (int64_t u = 0; u < units; u++) {
         const uint32_t* w = panel + u * PANEL;
-        ahead(w);
+        ahead<CACHE>(w);
         for (int r = 0; r < R; r++)
             for (int v = 0; v < VECS; v++) sums[r][v] = add_bf16(sums[r][v], x.at(r, u), w + v * LANES);
     }
@@ -358,11 +359,12 @@ INLINE void tile_bf16(Rows x, const uint32_t* panel, int64_t units, vec (&sums)[
 
 template <int R>
 INLINE void tile_int8(Rows x, const uint32_t* panel, int64_t units, ivec (&sums)[R][VECS]) {
+    constexpr int CACHE = R == 1 ? 2 : 1;
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECS; v++) sums[r][v] = ivec{};
     for (int64_t u = 0; u < units; u++) {
         const uint32_t* w = panel + u * PANEL;
-        ahead(w);
+        ahead<CACHE>(w);
         for (int r = 0; r < R; r++)
             for (int v = 0; v < VECS; v++)
                 sums[r][v] = add_bytes(sums[r][v], ivec{} + int32_t(x.at(r, u)), load_bits(w + v * LANES));
@@ -582,9 +584,11 @@ struct Int4 {
     INLINE vec step(int64_t panel, int v) const { return load(steps + panel * PANEL + v * LANES); }
 };
 
-// One panel times rows that were made bytes, group by group.
+// One panel times rows that were made bytes, group by group. For few rows there are registers for sums of the upper
+// halves as they are, 16 times what they stand for, which saves shifting the weights.
 template <int R>
 INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int64_t panel, vec (&sums)[R][VECS]) {
+    constexpr bool FEW = R <= 4;
     Rows x = input.rows(start, R);
     const uint8_t* w = weight.quarters(panel);
     for (int r = 0; r < R; r++)
@@ -593,7 +597,7 @@ INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int
     for (int64_t g = 0; g < weight.groups; g++) {
         const int32_t* totals = input.totals + start * input.groups + g;
         const float* scales = input.scales + start * input.groups + g;
-        ivec products[R][VECS];
+        ivec products[R][VECS], shifted[R][VECS] = {};
         for (int r = 0; r < R; r++)
             for (int v = 0; v < VECS; v++) products[r][v] = ivec{} + (weight.zeros ? 0 : -8 * totals[r * input.groups]);
         for (int64_t end = unit + weight.group / 4; unit < end; unit += 2, w += PANEL * 4) {
@@ -601,20 +605,21 @@ INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int
             ivec lower[VECS], upper[VECS];
             for (int v = 0; v < VECS; v++) {
                 ivec both = load_bits(w + v * LANES * 4);
-                lower[v] = both & 0x0f0f0f0f, upper[v] = (both >> 4) & 0x0f0f0f0f;
+                lower[v] = both & 0x0f0f0f0f, upper[v] = FEW ? both & int32_t(0xf0f0f0f0) : (both >> 4) & 0x0f0f0f0f;
             }
             for (int r = 0; r < R; r++) {
                 ivec first = ivec{} + int32_t(x.at(r, unit)), second = ivec{} + int32_t(x.at(r, unit + 1));
                 for (int v = 0; v < VECS; v++) {
                     products[r][v] = add_bytes(products[r][v], lower[v], first);
-                    products[r][v] = add_bytes(products[r][v], upper[v], second);
+                    ivec& sum = FEW ? shifted[r][v] : products[r][v];
+                    sum = add_bytes(sum, upper[v], second);
                 }
             }
         }
         for (int v = 0; v < VECS; v++) {
             vec scale = weight.scale(panel, g, v), zero = weight.zeros ? weight.zero(panel, g, v) : vec{};
             for (int r = 0; r < R; r++) {
-                vec product = __builtin_convertvector(products[r][v], vec);
+                vec product = __builtin_convertvector(products[r][v] + (shifted[r][v] >> 4), vec);
                 if (weight.zeros) product -= zero * splat(float(totals[r * input.groups]));
                 sums[r][v] += product * (scale * splat(scales[r * input.groups]));
             }
