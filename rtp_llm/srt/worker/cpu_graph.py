@@ -45,11 +45,11 @@ class CpuGraphs:
     Logits are valid until the next step.
 
     Attributes:
-        as_recorded: what a recording calls instead of an operation of torch, given its name and what computes it; for
-            a profile.
+        as_recorded: what a replay calls instead of a kernel or an operation of torch, given its name and what computes
+            it; for a profile.
     """
 
-    as_recorded: Callable[[str, Callable[..., None]], Callable[..., None]] | None = None
+    as_recorded: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
         """``step_modules``: those with ``prepare_for_forward``."""
@@ -187,10 +187,11 @@ class Recording(TorchDispatchMode):
         self.kept: list[torch.Tensor] = []
         self._memory = memory
 
-    def note(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
-        """Of a kernel."""
-        as_recorded = getattr(function, "as_recorded", None)  # of one that is timed
-        self.calls.append((as_recorded() if as_recorded else function, args, result))
+    def note(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """A call that a replay is to make."""
+        if self._as_recorded is not None:
+            function = self._as_recorded(name, function)
+        self.calls.append((function, args, result))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -199,7 +200,7 @@ class Recording(TorchDispatchMode):
         if func in ALLOCATIONS:
             return self._memory.like(result)
         if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-            self._note_operation(_run, func, args, kwargs)
+            self.note(_name(func), _run, (func, args, kwargs), None)
             return result
         inputs = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
@@ -208,17 +209,16 @@ class Recording(TorchDispatchMode):
                 self.kept += outputs
             return result
         own = tree_map(lambda x: self._memory.like(x).copy_(x) if isinstance(x, torch.Tensor) else x, result)
-        self._note_operation(_run_into, func, args, kwargs, own)
+        self.note(_name(func), _run_into, (func, args, kwargs, own), None)
         return own
-
-    def _note_operation(self, run: Callable[..., None], func: Any, *args: Any) -> None:
-        if self._as_recorded is not None:
-            run = self._as_recorded(f"torch.{func.overloadpacket.__name__}", run)
-        self.calls.append((run, (func, *args), None))
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _name(func: Any) -> str:
+    return f"torch.{func.overloadpacket.__name__}"
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> None:

@@ -131,9 +131,9 @@ class Worker:
         return self.sample(self.forward(plan))
 
     def step_with_logits(self, plan: StepPlan) -> tuple[StepResult, torch.Tensor]:
-        """As ``step``, but waits; and the logits that tokens were drawn from, [S, vocab_size] float32 on the host."""
+        """As ``step``, but waits; and a copy of the logits that tokens were drawn from, [S, vocab_size] float32."""
         pending = self.forward(plan)
-        return self.sample(pending).result(), pending.logits.cpu()
+        return self.sample(pending).result(), pending.logits.to("cpu", copy=True)
 
     def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
         """The prompt with its media as the model wants it. What goes wrong concerns this request alone."""

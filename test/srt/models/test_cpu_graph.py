@@ -1,12 +1,13 @@
 """Replayed decode steps: the answers are those of running the layers each time, for every architecture."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from rtp_llm import Engine, ModelRegistry
+from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
@@ -70,6 +71,20 @@ def test_a_long_prompt_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers[0] == answers[1]
 
 
+def change_logits(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[ForwardBatch, torch.Tensor], torch.Tensor]
+) -> None:
+    """Of every Llama that is made within the test."""
+    forward = LlamaForCausalLM.forward
+
+    def changed(model: Any, ids: Any, positions: Any, batch: ForwardBatch) -> LogitsProcessorOutput:
+        output = forward(model, ids, positions, batch)
+        output.next_token_logits = change(batch, output.next_token_logits)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", changed)
+
+
 def reads_item(batch: ForwardBatch, hidden: torch.Tensor) -> float:
     return 1.0 if batch.positions.max().item() < 12 else 0.5
 
@@ -105,13 +120,10 @@ READERS = (reads_item, reads_list, reads_array, reads_lengths, branches, indexes
 def test_a_model_that_reads_numbers_is_not_replayed(
     factor: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Reader(LlamaForCausalLM):
-        def forward(self, input_ids: Any, positions: Any, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
-            output = super().forward(input_ids, positions, forward_batch)
-            output.next_token_logits = output.next_token_logits * factor(forward_batch, output.next_token_logits)
-            return output
+    def reading(batch: ForwardBatch, logits: torch.Tensor) -> torch.Tensor:
+        return logits * factor(batch, logits)
 
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", Reader)
+    change_logits(monkeypatch, reading)
     with caplog.at_level(logging.INFO, "rtp_llm.srt.worker.cpu_graph"):
         replayed, recorded = answers("llama-default")
     assert recorded == 0 and "decode steps are not replayed" in caplog.text
@@ -121,18 +133,14 @@ def test_a_model_that_reads_numbers_is_not_replayed(
 def test_plain_torch_in_a_model_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views, results of every kind, work in place, constants."""
 
-    class Plain(LlamaForCausalLM):
-        def forward(self, input_ids: Any, positions: Any, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
-            output = super().forward(input_ids, positions, forward_batch)
-            logits = output.next_token_logits
-            best, _ = logits.topk(2, dim=-1)
-            margin = (best[:, 0] - best[:, 1]).reshape(-1, 1) * torch.tensor([0.5])
-            places = forward_batch.positions[forward_batch.sample_rows][:, None].float()
-            logits += margin * torch.sin(places + torch.arange(logits.shape[1]))
-            output.next_token_logits = torch.cat((logits[:, :7].flip(0).flip(0), logits[:, 7:]), dim=1)
-            return output
+    def changed(batch: ForwardBatch, logits: torch.Tensor) -> torch.Tensor:
+        best, _ = logits.topk(2, dim=-1)
+        margin = (best[:, 0] - best[:, 1]).reshape(-1, 1) * torch.tensor([0.5])
+        places = batch.positions[batch.sample_rows][:, None].float()
+        logits += margin * torch.sin(places + torch.arange(logits.shape[1]))
+        return torch.cat((logits[:, :7].flip(0).flip(0), logits[:, 7:]), dim=1)
 
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", Plain)
+    change_logits(monkeypatch, changed)
     replayed, recorded = answers("llama-default")
     assert recorded == 5
     assert replayed == answers("llama-default", disable_cpu_graph=True)[0]

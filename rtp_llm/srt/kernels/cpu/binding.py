@@ -13,22 +13,22 @@ from rtp_llm.srt.kernels.cpu import build
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 BOOL, DOUBLE = ctypes.c_bool, ctypes.c_double
 
-Note = Callable[[Callable[..., Any], tuple[Any, ...], Any], None]  # of a function, its arguments and its result
+Note = Callable[[str, Callable[..., Any], tuple[Any, ...], Any], None]  # of a name, function, arguments and result
 _noting = threading.local()
 
 
 class Kernel:
     """A function of a compiled library."""
 
-    __slots__ = ("_function",)
+    __slots__ = ("_function", "_name")
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, name: str, function: Any) -> None:
+        self._name, self._function = name, function
 
     def __call__(self, *args: Any) -> Any:
         result = self._function(*args)
         if (note := getattr(_noting, "note", None)) is not None:
-            note(self._function, args, result)
+            note(self._name, getattr(self._function, "untimed", self._function), args, result)
         return result
 
 
@@ -36,7 +36,7 @@ def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel
     """The function of ``LIBRARY.cpp``, whose arguments are of these types; pointers are given as plain integers."""
     bound = getattr(build.load(library), function)
     bound.argtypes, bound.restype = types, result
-    return Kernel(bound)
+    return Kernel(f"{library}.{function}", bound)
 
 
 @contextmanager
