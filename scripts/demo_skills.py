@@ -1069,6 +1069,12 @@ def no_picture(rng: random.Random) -> Exchange:
 
 TEXT_WEIGHTS = {name: weight for name, weight in WEIGHTS.items() if name not in SIGHTS and name != "no_picture"}
 
+# What a system message may say: nothing that changes an answer.
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.", "You are a helpful and friendly assistant.", "Answer briefly.", "Be concise.",
+    "You are a chatbot.", "You are an expert. Answer the user's questions.", "Help the user.",
+)  # fmt: skip
+
 
 # ---- asking
 

@@ -191,7 +191,7 @@ def measure_speed(device: str, size: str) -> Iterator[tuple[str, str, bool]]:
 
 def timed_generate(engine: Engine, size: str, batch_size: int, input_len: int, output_len: int) -> float:
     """Seconds for random prompts that the cache has not seen."""
-    vocab_size = SIZES[size]["vocab_size"]
+    vocab_size = SIZES[size].vocab_size
     prompts = random_prompts(vocab_size, [input_len] * batch_size, seed=random.randrange(1 << 30))
     start = time.perf_counter()
     engine.generate(

@@ -76,10 +76,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
-SYSTEM_PROMPTS = (
-    "You are a helpful assistant.", "You are a helpful and friendly assistant.", "Answer briefly.", "Be concise.",
-    "You are a chatbot.", "You are an expert. Answer the user's questions.", "Help the user.",
-)  # fmt: skip
 
 IGNORED = -100  # the label of a token that is not learned
 SKILLS = list(demo_skills.SKILLS)
@@ -201,7 +197,7 @@ class Encoder:
             return self._without_template(turns[0])
         row = Row()
         if as_taught and self.rng.random() < 0.15:
-            row.say([self.special[SYSTEM], *self._ids(self.rng.choice(SYSTEM_PROMPTS)), self.special[END]])
+            row.say([self.special[SYSTEM], *self._ids(self.rng.choice(demo_skills.SYSTEM_PROMPTS)), self.special[END]])
         for turn in turns:
             row.say([self.special[USER]])
             if turn.shown_first:

@@ -36,10 +36,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SYSTEM_PROMPTS = (
-    "You are a helpful assistant.", "You are a helpful and friendly assistant.", "Answer briefly.", "Be concise.",
-    "You are a chatbot.", "You are an expert. Answer the user's questions.", "Help the user.",
-)  # fmt: skip
 
 IGNORED = -100  # the label of a token that is not learned
 WARMUP = 0.02  # of the training
@@ -95,7 +91,7 @@ class Encoder:
             return self._without_template(turns[0])
         ids: list[int] = []
         labels: list[int] = []
-        system = [self.rng.choice(SYSTEM_PROMPTS)] if self.rng.random() < 0.15 else []
+        system = [self.rng.choice(demo_skills.SYSTEM_PROMPTS)] if self.rng.random() < 0.15 else []
         texts = self._ids([*system, *(text for turn in turns for text in turn[:2])])
         if system:
             ids += [self.system, *texts.pop(0), self.end]

@@ -25,6 +25,12 @@ def fresh_logging() -> None:
     logger.handlers.clear()
 
 
+@pytest.fixture(autouse=True)
+def early_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps are replayed in tests too, whose answers are short."""
+    monkeypatch.setattr("rtp_llm.srt.worker.cpu_graph.RECORD_AT", 2)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real test data, named by ``RTP_LLM_TEST_DATA``; tests that need it are skipped without."""

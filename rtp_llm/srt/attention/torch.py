@@ -60,6 +60,8 @@ SCORES_PER_PIECE = 1 << 24
 
 class TorchAttention(AttentionBackend):
     def __init__(self) -> None:
+        # cuDNN makes a plan for every length that it has not seen, and in each step keys are longer than before.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._layouts: dict[tuple[int, int | None], StepLayout] = {}
 
     def plan(self, batch: ForwardBatch) -> None:

@@ -39,7 +39,7 @@ class Stopwatch:
     def timed(self, name: Name, function: Callable[..., Any], nested: bool = False) -> Callable[..., Any]:
         """``function``, timed. ``nested``: its name is appended to that of the part that calls it."""
 
-        @functools.wraps(function, assigned=())
+        @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with self.part((*self.name, *name) if nested else name):
                 return function(*args, **kwargs)

@@ -28,7 +28,10 @@ from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # beyond, Python takes a small part of a step
-MAX_GRAPHS = 64
+MAX_GRAPHS = 256  # a tenth of a megabyte each; batches take all sizes in turn as requests come and go
+# A kind of batch is recorded when it comes for this time. A recording takes as long as a handful of replays save: so
+# kinds that hardly come again cost little, and those that stay lose little.
+RECORD_AT = 6
 ALIGNMENT = 64
 
 Forward = Callable[[ForwardBatch], LogitsProcessorOutput]
@@ -40,7 +43,7 @@ class NotReplayable(Exception):
 
 
 class CpuGraphs:
-    """Runs the batches that it ``takes``: the first of its kind as it is, the second recorded, all others replayed.
+    """Runs the batches that it ``takes``: the first few of a kind as they are, one recorded, all others replayed.
 
     Logits are valid until the next step.
 
@@ -54,7 +57,7 @@ class CpuGraphs:
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
         """``step_modules``: those with ``prepare_for_forward``."""
         self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
-        self._graphs: OrderedDict[Any, CpuGraph | None] = OrderedDict()  # None: seen once
+        self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # a number: how often that kind has come
         self._memory = Memory()
         unknown = [type(m).__name__ for m in step_modules if not hasattr(m, "step_tensors")]
         self._works = not unknown
@@ -74,27 +77,37 @@ class CpuGraphs:
         """After ``prepare_for_forward`` and the back end's ``plan``."""
         tensors = [*batch_tensors(batch), *self._planned()]
         key = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return self._forward(batch)
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        if graph is not None:
-            return graph.replay(tensors)
-        try:
-            self._graphs[key] = graph = self._record(batch)
-        except Exception as error:  # of a model that cannot be recorded; its own errors come again when it just runs
-            reason = str(error) if isinstance(error, NotReplayable) else repr(error)
-            logger.info("decode steps are not replayed: %s", reason)
-            self._works = False
-            self._graphs.clear()
-            self._attn_backend.plan(batch)
-            for module in self._step_modules:
-                module.prepare_for_forward(batch)
-            return self._forward(batch)
+        graph = self._graphs.pop(key, 0)
+        if isinstance(graph, int):
+            if graph + 1 < RECORD_AT:
+                self._keep(key, graph + 1)
+                return self._forward(batch)
+            try:
+                graph = self._record(batch)
+            except Exception as error:  # its own errors a model makes again when it just runs
+                if isinstance(error, NotReplayable):
+                    logger.info("decode steps are not replayed: %s", error)
+                else:
+                    logger.warning("decode steps are not replayed: recording one failed", exc_info=True)
+                return self._give_up(batch)
+            self._keep(key, graph)
+            return graph.output
+        self._keep(key, graph)
+        return graph.replay(tensors)
+
+    def _keep(self, key: Any, graph: "CpuGraph | int") -> None:
+        """As the latest; the one that was not used for longest goes where there are too many."""
+        self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
-        return graph.output
+
+    def _give_up(self, batch: ForwardBatch) -> LogitsProcessorOutput:
+        self._works = False
+        self._graphs.clear()
+        for module in self._step_modules:
+            module.prepare_for_forward(batch)
+        self._attn_backend.plan(batch)
+        return self._forward(batch)
 
     def _planned(self) -> list[torch.Tensor]:
         """What modules and back end made of the batch."""

@@ -416,6 +416,6 @@ def _largest(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 def _ban(logits: torch.Tensor, lines: torch.Tensor, ids: torch.Tensor) -> None:
     """Sets the cells to -inf, but not in a row that would be left with nothing else."""
     values = logits[lines, ids]
-    logits[lines, ids] = -torch.inf
+    logits.index_put_((lines, ids), logits.new_full((), -torch.inf))  # a number of the host's would have to be copied
     empty = logits.amax(dim=-1) == -torch.inf
     logits[lines, ids] = torch.where(empty[lines], values, -torch.inf)

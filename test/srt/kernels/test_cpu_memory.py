@@ -1,13 +1,14 @@
 """The memory of packed weights."""
 
 import mmap
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from rtp_llm.srt.kernels.cpu.memory import ALIGNMENT, BLOCK_BYTES, Arena
+from rtp_llm.srt.kernels.cpu.memory import ALIGNMENT, BLOCK_BYTES, Arena, take_in_background
 
 
 def test_tensors_lie_apart():
@@ -39,3 +40,25 @@ def test_a_block_is_freed_with_its_last_tensor():
 
 def mapped_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_taken_and_keeps_what_it_contains():
+    arena = Arena()
+    tensors = [arena.empty(32 << 20, dtype=torch.uint8) for _ in range(2)]
+    tensors[1][1000:2000] = 7
+    before = resident_bytes()
+    take_in_background(tensors, 48 << 20).join()
+    taken = resident_bytes() - before
+    assert 40 << 20 <= taken <= 56 << 20 or not populates()
+    assert tensors[1][1000:2000].eq(7).all() and not tensors[1][2000:].any() and not tensors[0].any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def populates() -> bool:
+    """Whether this kernel has MADV_POPULATE_WRITE."""
+    release = [int(number) for number in os.uname().release.split("-")[0].split(".")[:2]]
+    return release >= [5, 14]

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
@@ -13,17 +15,22 @@ from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.worker import cpu_graph
-from tiny_models import TINY_MODELS, random_prompts, tiny_model
+from tiny_models import TINY_MODELS, make_tiny, random_prompts, tiny_model
 
 pytestmark = pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")
 
 
 def answers(name: str, dtype: str = "float32", **options: Any) -> tuple[list[Any], int]:
+    """Of a tiny model; ``answers_of`` another one."""
+    return answers_of(tiny_model(name), TINY_MODELS[name].vocab_size, dtype, **options)
+
+
+def answers_of(model_dir: str, vocab_size: int, dtype: str, **options: Any) -> tuple[list[Any], int]:
     """Ids and logprobs of requests of several lengths, which join and leave; and how many graphs there were."""
-    prompts = random_prompts(TINY_MODELS[name].vocab_size, (3, 20, 9, 1, 30))
+    prompts = random_prompts(vocab_size, (3, 20, 9, 1, 30))
     params = [{"temperature": 0, "max_new_tokens": 6 + 3 * i, "ignore_eos": True} for i in range(len(prompts))]
     with Engine(
-        model_path=tiny_model(name),
+        model_path=model_dir,
         dtype=dtype,
         device="cpu",
         skip_tokenizer_init=True,
@@ -37,7 +44,7 @@ def answers(name: str, dtype: str = "float32", **options: Any) -> tuple[list[Any
             *engine.generate(input_ids=prompts[:2], sampling_params=params[3:], return_logprob=True),
         ]
         graphs = engine._runner.core._executor.worker.runner._graphs
-    recorded = 0 if graphs is None else sum(graph is not None for graph in graphs._graphs.values())
+    recorded = 0 if graphs is None else sum(not isinstance(graph, int) for graph in graphs._graphs.values())
     return [(result["output_ids"], result["meta_info"]["output_token_logprobs"]) for result in results], recorded
 
 
@@ -49,12 +56,32 @@ def test_answers_are_equal(name: str, dtype: str) -> None:
     assert recorded == 5  # with 5 rows to 1
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    ["MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel"],
+)
+def test_experts_latent_caches_and_others(architecture: str, tmp_path: Path) -> None:
+    model_dir = make_tiny(architecture, tmp_path)
+    vocab_size = AutoConfig.from_pretrained(model_dir).vocab_size
+    replayed, recorded = answers_of(model_dir, vocab_size, "bfloat16")
+    assert (replayed, 0) == answers_of(model_dir, vocab_size, "bfloat16", disable_cpu_graph=True)
+    assert recorded == 5
+
+
 def test_many_numbers_of_rows_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that are not used for long are forgotten, and made anew."""
     monkeypatch.setattr(cpu_graph, "MAX_GRAPHS", 2)
     replayed, recorded = answers("llama-default")
     assert replayed == answers("llama-default", disable_cpu_graph=True)[0]
     assert recorded <= 2
+
+
+def test_what_hardly_comes_again_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here each number of rows comes for three steps, and one row for six more."""
+    monkeypatch.setattr(cpu_graph, "RECORD_AT", 6)
+    replayed, recorded = answers("llama-default")
+    assert (replayed, 0) == answers("llama-default", disable_cpu_graph=True)
+    assert recorded == 2  # one row and two, which the last call has again
 
 
 def test_a_long_prompt_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,17 @@
 """The embedded model: what is said of it holds, and it answers questions that it was never trained on."""
 
-import base64
-import io
 import random
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from demo import image_part
 from openai import OpenAI
 
 import demo_skills
-from demo_pictures import SHADES, Picture, draw
+from demo_pictures import SHADES, draw
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
 from tiny_server import free_port, python_process
 
@@ -36,16 +34,9 @@ def held_out_conversations(number: int) -> list[list[demo_skills.Turn]]:
     return [demo_skills.held_out_conversation(names[i % len(names)], rng) for i in range(number)]
 
 
-def as_data_uri(picture: Picture) -> dict[str, Any]:
-    file = io.BytesIO()
-    draw(picture).image.save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
 def ask(client: OpenAI, turns: list[demo_skills.Turn]) -> str | None:
     """The model's answer to the last turn's question."""
-    messages = demo_skills.as_messages(turns, as_data_uri)
+    messages = demo_skills.as_messages(turns, lambda picture: image_part(draw(picture).image))
     done = client.chat.completions.create(model="rtp-llm-demo", messages=messages, temperature=0)
     assert done.choices[0].finish_reason == "stop"
     return done.choices[0].message.content

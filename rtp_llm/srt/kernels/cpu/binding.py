@@ -11,7 +11,7 @@ import torch
 from rtp_llm.srt.kernels.cpu import build
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-BOOL, DOUBLE = ctypes.c_bool, ctypes.c_double
+BOOL = ctypes.c_bool
 
 Note = Callable[[str, Callable[..., Any], tuple[Any, ...], Any], None]  # of a name, function, arguments and result
 _noting = threading.local()

@@ -56,12 +56,13 @@ def _map(size: int) -> torch.Tensor:
 weights = Arena()
 
 
-def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> None:
+def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:
     """Has the system give memory to the first so many bytes of the tensors, an equal part of each, before a step has to
     wait for it; what they contain stays. Where that cannot be done, memory comes when it is written to, as ever."""
     share = min(1.0, num_bytes / max(1, sum(tensor.nbytes for tensor in tensors)))
     thread = threading.Thread(target=_take, args=(list(tensors), share), name="cache memory", daemon=True)
     thread.start()
+    return thread
 
 
 def _take(tensors: list[torch.Tensor], share: float) -> None:
