@@ -74,12 +74,13 @@ namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float MASKED = -1e30f;  // the score of a key that is not seen: finite, so that nothing is infinity minus infinity
+constexpr float MASKED_PRODUCT = -1e33f;  // the same before it is scaled, by 0.001 to 10,000
 constexpr float LOWEST = -1e29f;  // where a maximum begins: above what is masked, so that 2^(masked - maximum) is 0
 
 constexpr int NARROW_KEYS = 32;  // keys that a narrow item looks at together
 constexpr int NARROW_HEADS = 8;  // most query heads per key head of a narrow item
 constexpr int WIDE_KEYS = 128;
-constexpr int WIDE_COLUMNS = 96;
+constexpr int WIDE_COLUMNS = 192;
 constexpr int PANEL_VECS = 3;  // columns of one tile, in vectors
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 8;
@@ -143,11 +144,13 @@ float exp2_of(float x) { return exp2<true>(splat(x))[0]; }
 // From products of queries and keys to exponents of two.
 struct Scores {
     float factor, cap, cap_factor;
+    bool plain;  // scores are products times a factor that MASKED_PRODUCT stands
 
     explicit Scores(const Attention& a)
         : factor(float(a.scaling) * LOG2E),
           cap(float(a.logit_cap) * LOG2E),
-          cap_factor(a.logit_cap > 0 ? float(a.scaling / a.logit_cap) : 0) {}
+          cap_factor(a.logit_cap > 0 ? float(a.scaling / a.logit_cap) : 0),
+          plain(cap <= 0 && factor >= 1e-3f && factor <= 1e4f) {}
 
     INLINE vec operator()(vec products, float key_scale) const {
         if (cap > 0) return cap * tanh(products * (cap_factor * key_scale));
@@ -269,6 +272,21 @@ void find_slots(const Attention& a, int64_t table, int64_t begin, int64_t count,
 INLINE void prefetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
+
+// Asks for rows of keys and of values some time before they are needed, a few at a time.
+struct Ahead {
+    const char *keys, *values;
+    int64_t key_step, value_step, key_bytes, value_bytes;
+    const int64_t* slots;
+    int count, at_a_time, next = 0;
+
+    INLINE void ask() {
+        for (int end = std::min(next + at_a_time, count); next < end; next++) {
+            prefetch(keys + slots[next] * key_step, key_bytes);
+            prefetch(values + slots[next] * value_step, value_bytes);
+        }
+    }
+};
 
 // ---- what a step has to do
 
@@ -786,8 +804,11 @@ INLINE void multiply_tile(
 
 // scores [num_keys, VECS * LANES] of keys [num_keys, row units] and queries [depth, VECS * LANES]
 template <class C, int VECS>
-void multiply_panel(const C* keys, int64_t row, const float* queries, int64_t depth, int num_keys, float* scores) {
+void multiply_panel(
+    const C* keys, int64_t row, const float* queries, int64_t depth, int num_keys, float* scores, Ahead& ahead
+) {
     for (int j = 0; j < num_keys; j += TILE_ROWS) {
+        ahead.ask();
         vec acc[TILE_ROWS][VECS] = {};
         multiply_tile<C, VECS>(reinterpret_cast<const uint32_t*>(keys) + j * row, row, 1, queries, depth, acc);
         for (int r = 0; r < TILE_ROWS; r++)
@@ -841,43 +862,48 @@ INLINE void store_weights(float* to, vec even, vec odd) {
     store(to, even);
 }
 
-// Turns one vector of columns of scores into weights, and returns by what earlier sums are to be multiplied.
-template <class C, bool MASKS, bool SCALES>
+// Turns one vector of columns of scores into weights, and returns by what earlier sums are to be multiplied. PLAIN: a
+// score is the product times to_scores.factor, and nothing else.
+template <class C, bool MASKS, bool PLAIN, bool SCALES>
 INLINE vec soften(
     const Scores& to_scores, float* scores, int64_t stride, int num_keys, int32_t begin, const float* key_scales,
     const float* value_scales, const int32_t* from, const int32_t* to, float* weights, float* maxima, float* totals
 ) {
-    vec top = load(maxima), before = top;
+    vec before = load(maxima), top = PLAIN ? splat(MASKED_PRODUCT) : before;
+    vec factor = splat(PLAIN ? to_scores.factor : 1.0f);
     ivec first, last;
     if (MASKS) {
         std::memcpy(&first, from, sizeof(first));
         std::memcpy(&last, to, sizeof(last));
     }
     for (int j = 0; j < num_keys; j++) {
-        vec x = to_scores(load(scores + j * stride), SCALES ? key_scales[j] : 1.0f);
+        vec x = load(scores + j * stride);
+        if (!PLAIN) x = to_scores(x, SCALES ? key_scales[j] : 1.0f);
         if (MASKS) {
             int32_t position = begin + j;
             ivec seen = (first <= position) & (last > position);
-            x = seen ? x : splat(MASKED);
+            x = seen ? x : splat(PLAIN ? MASKED_PRODUCT : MASKED);
         }
-        store(scores + j * stride, x);
+        if (!PLAIN || MASKS) store(scores + j * stride, x);
         top = max(x, top);
     }
+    if (PLAIN) top = max(top * factor, before);
     vec total = {};
     for (int j = 0; j < num_keys; j += PACK<C>) {
         vec p[2] = {};
         for (int i = 0; i < PACK<C>; i++) {
             if (j + i >= num_keys) break;
-            p[i] = exp2<sizeof(C) == 4>(load(scores + (j + i) * stride) - top);
+            vec x = load(scores + (j + i) * stride);
+            p[i] = exp2<sizeof(C) == 4>(PLAIN ? x * factor - top : x - top);
             total += p[i];
             if (SCALES) p[i] *= value_scales[j + i];
         }
         store_weights<C>(weights + j / PACK<C> * stride, p[0], p[1]);
     }
-    vec factor = exp2<true>(before - top);
+    vec scale = exp2<true>(before - top);
     store(maxima, top);
-    store(totals, load(totals) * factor + total);
-    return factor;
+    store(totals, load(totals) * scale + total);
+    return scale;
 }
 
 // Values of a block as `add_panel` wants them.
@@ -926,64 +952,6 @@ void pack_values(const S* base, int64_t stride, const int64_t* slots, int num_ke
     }
 }
 
-template <class T, class C>
-void fill_panel(const Columns& columns, int first, Panel& panel) {
-    const Attention& a = columns.a;
-    int width = panel.vecs * LANES, count = std::min(width, columns.count() - first);
-    int64_t depth = (a.head_dim + PACK<C> - 1) / PACK<C>;
-    C* queries = reinterpret_cast<C*>(panel.queries);
-    std::fill(queries, queries + depth * width * PACK<C>, C{});
-    panel.all_from = panel.some_to = 0;
-    panel.all_to = panel.some_from = INT_MAX;
-    for (int c = 0; c < width; c++) {
-        panel.maxima[c] = LOWEST;
-        panel.totals[c] = 0;
-        if (c >= count) {
-            panel.from[c] = 0;
-            panel.to[c] = INT_MAX;
-            continue;
-        }
-        columns.visible(first + c, panel.from[c], panel.to[c]);
-        panel.all_from = std::max(panel.all_from, panel.from[c]);
-        panel.some_from = std::min(panel.some_from, panel.from[c]);
-        panel.all_to = std::min(panel.all_to, panel.to[c]);
-        panel.some_to = std::max(panel.some_to, panel.to[c]);
-        const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + columns.head(first + c, columns.item.head) * a.q_head;
-        C* column = queries + c * PACK<C>;
-        int64_t whole = a.head_dim / PACK<C> * PACK<C>, step = int64_t(width) * PACK<C>;
-        for (int64_t d = 0; d < whole; d += PACK<C>, column += step) {
-            if constexpr (std::is_same<T, C>::value) std::memcpy(column, q + d, 4);
-            else *column = from_float<C>(to_float(q[d]));
-        }
-        if (whole < a.head_dim) *column = from_float<C>(to_float(q[whole]));
-    }
-}
-
-template <class C, int VECS>
-void compute_panel(
-    const Panel& panel, const Scores& to_scores, bool scaled, const C* keys, int64_t k_size, int64_t depth,
-    const uint32_t* values, int64_t tile_size, int64_t size, int32_t begin, int num_keys, const float* key_scales,
-    const float* value_scales, float* scores, float* weights
-) {
-    constexpr int WIDTH = VECS * LANES;
-    alignas(64) float factors[WIDTH];
-    bool masked = panel.all_from > begin || panel.all_to < begin + num_keys;
-    multiply_panel<C, VECS>(keys, k_size / PACK<C>, panel.queries, depth, num_keys, scores);
-    for (int v = 0; v < VECS; v++) {
-        int at = v * LANES;
-        auto softened = [&](auto masks, auto scales) {
-            return soften<C, decltype(masks)::value, decltype(scales)::value>(
-                to_scores, scores + at, WIDTH, num_keys, begin, key_scales, value_scales, panel.from + at, panel.to + at,
-                weights + at, panel.maxima + at, panel.totals + at);
-        };
-        std::true_type yes;
-        std::false_type no;
-        store(factors + at, masked ? (scaled ? softened(yes, yes) : softened(yes, no))
-                                   : (scaled ? softened(no, yes) : softened(no, no)));
-    }
-    add_panel<C, VECS>(values, tile_size, weights, (num_keys + PACK<C> - 1) / PACK<C>, factors, size, panel.weighted);
-}
-
 #if defined(__AVX512F__)
 // [16, from_step] -> [16, to_step], transposed
 INLINE void transpose(const float* from, int64_t from_step, float* to, int64_t to_step) {
@@ -1009,6 +977,73 @@ INLINE void transpose(const float* from, int64_t from_step, float* to, int64_t t
     }
 }
 #endif
+
+// LANES rows, `step` apart, as columns.
+void give_columns(const float* rows, int64_t step, int64_t size, float* columns, int64_t width) {
+    int64_t d = 0;
+#if defined(__AVX512F__)
+    for (; d + LANES <= size; d += LANES) transpose(rows + d, step, columns + d * width, width);
+#endif
+    for (; d < size; d++)
+        for (int c = 0; c < LANES; c++) columns[d * width + c] = rows[c * step + d];
+}
+
+// `rows` has room for LANES rows of `step` units.
+template <class T, class C>
+void fill_panel(const Columns& columns, int first, Panel& panel, float* rows, int64_t step) {
+    const Attention& a = columns.a;
+    int width = panel.vecs * LANES, count = std::min(width, columns.count() - first);
+    int64_t depth = (a.head_dim + PACK<C> - 1) / PACK<C>;
+    std::fill(rows, rows + LANES * step, 0.0f);
+    if (count < width) std::fill(panel.queries, panel.queries + depth * width, 0.0f);
+    panel.all_from = panel.some_to = 0;
+    panel.all_to = panel.some_from = INT_MAX;
+    for (int c = 0; c < width; c++) {
+        panel.maxima[c] = LOWEST;
+        panel.totals[c] = 0;
+        if (c >= count) {
+            panel.from[c] = 0;
+            panel.to[c] = INT_MAX;
+            continue;
+        }
+        columns.visible(first + c, panel.from[c], panel.to[c]);
+        panel.all_from = std::max(panel.all_from, panel.from[c]);
+        panel.some_from = std::min(panel.some_from, panel.from[c]);
+        panel.all_to = std::min(panel.all_to, panel.to[c]);
+        panel.some_to = std::max(panel.some_to, panel.to[c]);
+        const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + columns.head(first + c, columns.item.head) * a.q_head;
+        convert(q, a.head_dim, reinterpret_cast<C*>(rows + c % LANES * step), step * PACK<C>);
+        if (c % LANES == LANES - 1 || c == count - 1) give_columns(rows, step, depth, panel.queries + c / LANES * LANES, width);
+    }
+}
+
+template <class C, int VECS>
+void compute_panel(
+    const Panel& panel, const Scores& to_scores, bool scaled, const C* keys, int64_t k_size, int64_t depth,
+    const uint32_t* values, int64_t tile_size, int64_t size, int32_t begin, int num_keys, const float* key_scales,
+    const float* value_scales, float* scores, float* weights, Ahead& ahead
+) {
+    constexpr int WIDTH = VECS * LANES;
+    alignas(64) float factors[WIDTH];
+    bool masked = panel.all_from > begin || panel.all_to < begin + num_keys;
+    multiply_panel<C, VECS>(keys, k_size / PACK<C>, panel.queries, depth, num_keys, scores, ahead);
+    for (int v = 0; v < VECS; v++) {
+        int at = v * LANES;
+        auto softened = [&](auto masks, auto plain, auto scales) {
+            return soften<C, decltype(masks)::value, decltype(plain)::value, decltype(scales)::value>(
+                to_scores, scores + at, WIDTH, num_keys, begin, key_scales, value_scales, panel.from + at, panel.to + at,
+                weights + at, panel.maxima + at, panel.totals + at);
+        };
+        std::true_type yes;
+        std::false_type no;
+        vec factor;
+        if (scaled) factor = masked ? softened(yes, no, yes) : softened(no, no, yes);
+        else if (to_scores.plain) factor = masked ? softened(yes, yes, no) : softened(no, yes, no);
+        else factor = masked ? softened(yes, no, no) : softened(no, no, no);
+        store(factors + at, factor);
+    }
+    add_panel<C, VECS>(values, tile_size, weights, (num_keys + PACK<C> - 1) / PACK<C>, factors, size, panel.weighted);
+}
 
 // Rows of LANES columns, `step` apart.
 void take_columns(const float* weighted, int64_t width, int64_t size, float* rows, int64_t step) {
@@ -1045,20 +1080,20 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
     int64_t k_size = round_up(a.head_dim, STEP<C>), v_size = round_up(a.v_head_dim, STEP<C>);
     int64_t depth = (a.head_dim + PACK<C> - 1) / PACK<C>, size = round_up(a.v_head_dim, TILE_ROWS);
     int64_t width = PANEL_VECS * LANES;
-    scratch.reserve(Arena::bytes<C>(WIDE_KEYS * k_size) + Arena::bytes<C>(2 * v_size) + Arena::bytes<float>(LANES * v_size) +
+    scratch.reserve(Arena::bytes<C>(WIDE_KEYS * k_size) + Arena::bytes<C>(2 * v_size) + Arena::bytes<float>(LANES * std::max(k_size, v_size)) +
                     Arena::bytes<uint32_t>(WIDE_KEYS / PACK<C> * v_size) + 2 * Arena::bytes<float>(WIDE_KEYS * width) +
-                    2 * Arena::bytes<float>(WIDE_KEYS) + Arena::bytes<int64_t>(WIDE_KEYS) +
+                    2 * Arena::bytes<float>(WIDE_KEYS) + Arena::bytes<int64_t>(2 * WIDE_KEYS) +
                     size_t(num_panels) * (Arena::bytes<float>(depth * width) + Arena::bytes<float>(size * width) +
                                           4 * Arena::bytes<float>(width)));
     C* keys = scratch.take<C>(WIDE_KEYS * k_size);
     C* value_rows = scratch.take<C>(2 * v_size);
-    float* out_rows = scratch.take<float>(LANES * v_size);
+    float* rows = scratch.take<float>(LANES * std::max(k_size, v_size));
     uint32_t* values = scratch.take<uint32_t>(WIDE_KEYS / PACK<C> * v_size);
     float* scores = scratch.take<float>(WIDE_KEYS * width);
     float* weights = scratch.take<float>(WIDE_KEYS * width);
     float* key_scales = scratch.take<float>(WIDE_KEYS);
     float* value_scales = scratch.take<float>(WIDE_KEYS);
-    int64_t* slots = scratch.take<int64_t>(WIDE_KEYS);
+    int64_t* slots = scratch.take<int64_t>(2 * WIDE_KEYS);
     Panel panels[WIDE_COLUMNS];
     int firsts[WIDE_COLUMNS];
     for (int p = 0, first = 0; p < num_panels; p++) {
@@ -1071,21 +1106,26 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
         panel.from = scratch.take<int32_t>(width);
         panel.to = scratch.take<int32_t>(width);
         std::fill(panel.weighted, panel.weighted + size * panel.vecs * LANES, 0.0f);
-        fill_panel<T, C>(columns, first, panel);
+        fill_panel<T, C>(columns, first, panel, rows, k_size / PACK<C>);
         firsts[p] = first;
         first += panel.vecs * LANES;
     }
     const Scores to_scores(a);
     const S* key_base = static_cast<const S*>(a.keys) + item.head * a.key_head;
     const S* value_base = static_cast<const S*>(a.values) + item.head * a.value_head;
+    int64_t* next_slots = slots + WIDE_KEYS;
+    int count = std::min(WIDE_KEYS, item.end - item.begin);
+    find_slots(a, item.table, item.begin, count, slots);
+    Ahead ahead{reinterpret_cast<const char*>(key_base), reinterpret_cast<const char*>(value_base),
+                a.key_slot * int64_t(sizeof(S)), a.value_slot * int64_t(sizeof(S)),
+                a.head_dim * int64_t(sizeof(S)), a.v_head_dim * int64_t(sizeof(S)), slots, count, count};
+    ahead.ask();
     for (int32_t begin = item.begin; begin < item.end; begin += WIDE_KEYS) {
-        int count = std::min(WIDE_KEYS, item.end - begin);
-        find_slots(a, item.table, begin, count, slots);
+        int next_count = std::max(0, std::min(WIDE_KEYS, item.end - begin - WIDE_KEYS));
+        find_slots(a, item.table, begin + WIDE_KEYS, next_count, next_slots);
+        ahead.slots = next_slots, ahead.count = next_count, ahead.next = 0;
+        ahead.at_a_time = (TILE_ROWS * next_count + WIDE_KEYS * num_panels - 1) / (WIDE_KEYS * num_panels);
         for (int j = 0; j < count; j++) {
-            if (j + 4 < count) {
-                prefetch(key_base + slots[j + 4] * a.key_slot, a.head_dim * int64_t(sizeof(S)));
-                prefetch(value_base + slots[j + 4] * a.value_slot, a.v_head_dim * int64_t(sizeof(S)));
-            }
             convert(key_base + slots[j] * a.key_slot, a.head_dim, keys + j * k_size, k_size);
             if (CONVERTS) {
                 key_scales[j] = a.key_scales[slots[j] * a.num_kv_heads + item.head];
@@ -1099,14 +1139,16 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
             auto compute = [&](auto vecs_of) {
                 compute_panel<C, decltype(vecs_of)::value>(
                     panel, to_scores, CONVERTS, keys, k_size, depth, values, (count + PACK<C> - 1) / PACK<C> * TILE_ROWS, size,
-                    begin, std::min(count, panel.some_to - begin), key_scales, value_scales, scores, weights);
+                    begin, std::min(count, panel.some_to - begin), key_scales, value_scales, scores, weights, ahead);
             };
             if (panel.vecs == 1) compute(std::integral_constant<int, 1>());
             if (panel.vecs == 2) compute(std::integral_constant<int, 2>());
             if (panel.vecs == 3) compute(std::integral_constant<int, 3>());
         }
+        std::swap(slots, next_slots);
+        count = next_count;
     }
-    for (int p = 0; p < num_panels; p++) finish_panel<T>(columns, firsts[p], panels[p], partials, out_rows, v_size);
+    for (int p = 0; p < num_panels; p++) finish_panel<T>(columns, firsts[p], panels[p], partials, rows, v_size);
 }
 
 // ---- a step
