@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +58,31 @@ def test_memory_is_taken_and_keeps_what_it_contains():
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+FAULTS = """
+import resource, torch
+from rtp_llm.srt.kernels.cpu import memory
+
+def faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (20, 3, 30, 7) * 4:
+        torch.empty(size << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+memory.keep_freed()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_is_kept():
+    """In a process of its own: it is for the whole process and for good."""
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, run.stdout.split())
+    assert after < 100 < before
 
 
 def populates() -> bool:
