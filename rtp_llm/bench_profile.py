@@ -194,8 +194,8 @@ def _timed_layer(module: nn.Module, name: Name, watch: Stopwatch) -> Callable[..
         with watch.part(name) as part:
             result = forward(*args, **kwargs)
         if isinstance(module, LinearBase):
-            output = result[0]
-            _note_product(part, module, output.shape[0], module.input_size * output.shape[-1])
+            output, halves = result[0], 2 if len(args) > 1 else 1  # an activation multiplies one half by the other
+            _note_product(part, module, output.shape[0], module.input_size * output.shape[-1] * halves)
         elif isinstance(module, LogitsProcessor):
             head = kwargs.get("lm_head") or args[2]
             _note_product(part, head, result.next_token_logits.shape[0], head.num_embeddings * head.embedding_dim)

@@ -51,8 +51,7 @@ class LlamaMLP(nn.Module):
         self.act_fn = get_act_and_mul_fn(hidden_act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.gate_up_proj(x)
-        x, _ = self.down_proj(self.act_fn(gate_up))
+        x, _ = self.down_proj(self.gate_up_proj.activated(x, self.act_fn))
         return x
 
 

@@ -5,7 +5,7 @@ Where C++ kernels compute, that is a form of ``kernels.cpu.linear``; elsewhere p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,11 @@ class PackedGroups:
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return tuple(tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None)
+
+
+def ends_in(packed: object, activation: str) -> TypeGuard[cpu_linear.PackedWeight]:
+    """Whether products with the weight can compute a gated activation, by its kernel's name, on their way out."""
+    return isinstance(packed, cpu_linear.PackedWeight) and packed.ends_in(activation)
 
 
 def pack_dense(weight: torch.Tensor) -> PackedWeight:

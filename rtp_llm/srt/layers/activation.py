@@ -28,24 +28,35 @@ class ActAndMul(nn.Module):
 
 
 class SiluAndMul(nn.Module):
-    """``silu(first half) * second half``."""
+    """``silu(first half) * second half``.
+
+    Attributes:
+        kernel: its name in ``kernels``; a product that it follows may compute it, too.
+    """
+
+    kernel = "silu_and_mul"
 
     def __init__(self) -> None:
         super().__init__()
-        self._kernel = pick("silu_and_mul")
+        self._kernel = pick(self.kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._kernel(x)
 
 
 class GeluAndMul(nn.Module):
-    """``gelu(first half) * second half``; ``approximate`` as in ``torch.nn.functional.gelu``."""
+    """``gelu(first half) * second half``; ``approximate`` as in ``torch.nn.functional.gelu``.
+
+    Attributes:
+        kernel: as in SiluAndMul.
+    """
 
     def __init__(self, approximate: Literal["tanh", "none"] = "tanh") -> None:
         super().__init__()
         if approximate not in ("tanh", "none"):
             raise ValueError(f"unknown gelu approximation {approximate!r}; have ['tanh', 'none']")
-        self._kernel = pick("gelu_tanh_and_mul" if approximate == "tanh" else "gelu_and_mul")
+        self.kernel = "gelu_tanh_and_mul" if approximate == "tanh" else "gelu_and_mul"
+        self._kernel = pick(self.kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._kernel(x)

@@ -209,6 +209,24 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         self.gather_output = gather_output
         self._create_shards([self._even_shard(i, size) for i, size in enumerate(output_sizes)], bias)
 
+    def activated(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
+        """``activation(self(x)[0])``, of a gated activation, where possible without the output in memory between them.
+
+        Where either has forward hooks, they are called one after the other.
+        """
+        if self.skip_bias_add:
+            raise ValueError(f"{self.name}: the bias that skip_bias_add leaves out belongs before an activation")
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in (self, activation))
+        if not watched and not self.gather_output and self.quant_method.ends_in(self, activation):
+            return self(x, activation)[0]
+        return activation(self(x)[0])
+
+    def forward(self, x: torch.Tensor, activation: nn.Module | None = None) -> LinearOutput:
+        """``activation``: only by ``activated``."""
+        if activation is None:
+            return super().forward(x)
+        return self.quant_method.apply_gated(self, x, self.bias, activation), None
+
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values of attention in one product. Shard ids: ``"q"``, ``"k"``, ``"v"``.

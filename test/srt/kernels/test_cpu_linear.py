@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.kernels.cpu import binding, build, linear
+from rtp_llm.srt.kernels.cpu import binding, build, elementwise, linear
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
-ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 61)
-SHAPES = ((1, 1), (33, 7), (100, 77), (96, 64), (64, 172), (130, 258))
+ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 61, 205)
+SHAPES = ((1, 1), (33, 7), (100, 77), (96, 64), (64, 172), (130, 258), (640, 40))
 
 
 @pytest.fixture(params=build.supported_isas())
@@ -16,9 +16,11 @@ def isa(request, monkeypatch):
     """Kernels are those of this instruction set."""
     original = build.load
     monkeypatch.setattr(binding.build, "load", lambda name: original(name, request.param))
-    linear._function.cache_clear()
+    for bound in (linear._function, elementwise._function):
+        bound.cache_clear()
     yield request.param
-    linear._function.cache_clear()
+    for bound in (linear._function, elementwise._function):
+        bound.cache_clear()
 
 
 @pytest.fixture
@@ -68,15 +70,42 @@ def test_a_slice_of_a_weight(isa, generator):
     assert error(result, F.linear(x.double(), weight[:, 48:].double())) < 1e-5
 
 
+def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PackedWeight]:
+    """Of every form."""
+    weight = torch.randn(num_outputs, num_inputs)
+    levels = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8)
+    return [
+        linear.PackedBFloat16(weight.bfloat16()),
+        linear.PackedInt8(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(num_outputs) / 30),
+        linear.PackedInt4(levels, torch.rand(num_outputs, -(-num_inputs // 32)) / 8, None, 32),
+    ]
+
+
+@pytest.mark.parametrize("activation", linear.GATES)
+def test_a_product_that_ends_in_an_activation(isa, generator, activation):
+    """It is the activation's kernel after the product, to the last bit."""
+    for num_outputs, num_inputs in ((64, 7), (192, 77), (1280, 64)):
+        for packed in packed_weights(num_outputs, num_inputs):
+            for num_rows in ROWS:
+                x = torch.randn(num_rows, num_inputs).bfloat16()
+                for bias in (None, torch.randn(num_outputs), torch.randn(num_outputs).bfloat16()):
+                    separate = getattr(elementwise, activation)(packed.apply(x, bias))
+                    assert torch.equal(packed.apply(x, bias, activation=activation), separate)
+    x = torch.randn(3, 5, num_inputs).bfloat16()
+    assert torch.equal(packed.apply(x, activation=activation), getattr(elementwise, activation)(packed.apply(x)))
+
+
+def test_products_that_cannot_end_in_an_activation(isa, generator):
+    packed = linear.PackedBFloat16(torch.randn(96, 40).bfloat16())
+    assert not packed.ends_in("silu_and_mul")  # a half is no whole number of panels
+    with pytest.raises(ValueError, match=r"a weight of \[96, 40\] cannot end in 'silu_and_mul'"):
+        packed.apply(torch.randn(2, 40).bfloat16(), activation="silu_and_mul")
+    assert not linear.PackedBFloat16(torch.randn(128, 40).bfloat16()).ends_in("gelu_and_mul")
+
+
 def test_a_row_does_not_depend_on_the_others(isa, generator):
     """Nor on the number of threads."""
-    weight = torch.randn(200, 136)
-    levels = torch.randint(0, 16, (200, 136), dtype=torch.uint8)
-    every = [
-        linear.PackedBFloat16(weight.bfloat16()),
-        linear.PackedInt8(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(200)),
-        linear.PackedInt4(levels, torch.rand(200, 5), None, 32),
-    ]
+    every = packed_weights(200, 136)
     x = torch.randn(61, 136).bfloat16()
     before = torch.get_num_threads()
     for packed in every:

@@ -171,7 +171,10 @@ def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsy
     model_dir = tiny_model("llama-default")
     unset = run(model_dir, model_class=changed(tmp_path, "bias=qkv_bias,", "bias=True,"))
     assert not unset.agrees and "parameters were not set" in unset.failure and "qkv_proj.bias" in unset.failure
-    failing = run(model_dir, model_class=changed(tmp_path, "self.act_fn(gate_up)", "gate_up"))
+    failing = run(
+        model_dir,
+        model_class=changed(tmp_path, "self.gate_up_proj.activated(x, self.act_fn)", "self.gate_up_proj(x)[0]"),
+    )
     assert "fails while it computes" in failing.failure and "broken_llama.py" in failing.failure
     (tmp_path / "syntax.py").write_text("class A(:\n")
     assert cli.main(["verify", model_dir, *ENGINE, "--model-class", f"{tmp_path}/syntax.py:A"]) == 1
@@ -179,7 +182,7 @@ def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsy
 
 
 def test_numbers_that_are_none_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model_class = changed(tmp_path, "self.down_proj(self.act_fn(gate_up))", "self.down_proj(self.act_fn(gate_up) / 0)")
+    model_class = changed(tmp_path, "activated(x, self.act_fn)", "activated(x, self.act_fn) / 0")
     command = ["verify", tiny_model("llama-default"), *ENGINE, "--model-class", model_class, "--json"]
     assert cli.main(command) == 1
     report = json.loads(capsys.readouterr().out)

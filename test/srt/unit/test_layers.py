@@ -17,6 +17,7 @@ from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.forward_batch import LogprobRow
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.layers.activation import _ACT, GeluAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import (
@@ -102,6 +103,36 @@ def test_merged_shards(fused: bool) -> None:
         outputs.append(layer(x)[0].split([2, 3], dim=-1))
     torch.testing.assert_close(torch.cat([output[0] for output in outputs], dim=-1), x @ gate.T)
     torch.testing.assert_close(torch.cat([output[1] for output in outputs], dim=-1), x @ up.T)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_layer_and_its_activation(dtype: torch.dtype, name: str) -> None:
+    """In one pass or in two, it is the same; who watches either of the two sees it."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        activation = get_act_and_mul_fn(name)
+        layer = MergedColumnParallelLinear(16, [64, 64])
+        for param, shape in (("weight", (128, 16)), ("bias", (128,))):
+            load(layer, param, torch.randn(shape))
+        layer.quant_method.process_weights_after_loading(layer)
+    finally:
+        torch.set_default_dtype(previous)
+    has_kernel = name in ("silu", "gelu_pytorch_tanh") and dtype == torch.bfloat16 and cpu_kernels_work()
+    assert layer.quant_method.ends_in(layer, activation) == has_kernel
+    for shape in ((3, 16), (2, 5, 16), (0, 16)):
+        x, seen = torch.randn(shape).to(dtype), []
+        one_by_one = activation(layer(x)[0])
+        assert torch.equal(layer.activated(x, activation), one_by_one)
+        for module in (layer, activation):
+            hook = module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(module))
+            assert torch.equal(layer.activated(x, activation), one_by_one)
+            hook.remove()
+        assert seen == [layer, activation]
+    layer.skip_bias_add = True
+    with pytest.raises(ValueError, match="the bias that skip_bias_add leaves out belongs before an activation"):
+        layer.activated(x, activation)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -17,6 +17,7 @@
 
 #define KERNEL extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 // ---- bfloat16: the upper half of a float32
 
@@ -136,6 +137,26 @@ static INLINE vec exp(vec given) {
     p = p * r * r + r + 1.0f;
     vec result = (vec)((ivec)p + (power << 23));
     return given == given ? (vec)((ivec)result & ~too_small) : given;
+}
+
+static INLINE vec silu(vec x) { return x / (exp(-x) + 1.0f); }
+
+// x * Phi(x) with Phi's approximation by a hyperbolic tangent, 0.5 * (1 + tanh(z)) = 1 / (1 + exp(-2 z)).
+static INLINE vec gelu_tanh(vec x) {
+    vec z = (x * x * 0.044715f + 1.0f) * x * 0.79788456080286536f;
+    return x / (exp(z * -2.0f) + 1.0f);
+}
+
+// x as it would be after a store in T.
+template <class T>
+static INLINE vec rounded(vec x) {
+    T buffer[LANES];
+    store(buffer, x);
+    return load(buffer);
+}
+template <>
+INLINE vec rounded<float>(vec x) {
+    return x;
 }
 
 // Elements that are left over when a row is not a multiple of LANES go through a short buffer.

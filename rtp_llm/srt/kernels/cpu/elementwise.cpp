@@ -38,17 +38,6 @@ static INLINE void store(T* p, vec x, Whole) { store(p, x); }
 template <class T>
 static INLINE void store(T* p, vec x, int count) { store_part(p, x, count); }
 
-// x as it would be after a store in T.
-template <class T>
-static INLINE vec rounded(vec x) {
-    T buffer[LANES];
-    store(buffer, x);
-    return load(buffer);
-}
-template <>
-INLINE vec rounded<float>(vec x) {
-    return x;
-}
 template <class T>
 static INLINE float rounded(float x) {
     return to_float(from_float<T>(x));
@@ -119,14 +108,6 @@ EXPORT_NORM(layer_norm_f32, float, LAYER)
 EXPORT_NORM(layer_norm_bf16, bf16, LAYER)
 
 // ---- gated activations
-
-static INLINE vec silu(vec x) { return x / (exp(-x) + 1.0f); }
-
-// x * Phi(x) with Phi's approximation by a hyperbolic tangent, 0.5 * (1 + tanh(z)) = 1 / (1 + exp(-2 z)).
-static INLINE vec gelu_tanh(vec x) {
-    vec z = (x * x * 0.044715f + 1.0f) * x * 0.79788456080286536f;
-    return x / (exp(z * -2.0f) + 1.0f);
-}
 
 // The error function's complement for z >= 0, relative error below 1e-6, as in Cephes (Moshier).
 static INLINE vec erfc(vec z) {

@@ -14,6 +14,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -23,9 +24,11 @@ namespace {
 constexpr int PANEL = 32;
 constexpr int VECS = PANEL / LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 4;  // as many sums as there are registers for
-constexpr int TILES_IN_PLACE = 2;           // of rows that are read from where they are
 constexpr int PANELS_AT_ONCE = 4;           // that a thread takes; a tile of rows stays in its cache meanwhile
+constexpr int64_t UNITS_OF_EACH = 256;      // that one thread makes of a tile's rows
 constexpr int ROWS_OF_EACH = 4;             // so few every thread prepares for itself
+constexpr int FEW_TILES = 16;               // they go through a panel together
+constexpr int FEWEST_THAT_ASK = 4;          // rows: fewer leave no time to ask for what comes after them
 constexpr int UNITS_AHEAD = 24;             // weights are asked for so much before they are read
 
 typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -105,13 +108,6 @@ INLINE void ahead(const uint32_t* w) {
 
 // ---- rows of x
 
-// Unit u of row r is at units[r * row + u * unit].
-struct Rows {
-    const uint32_t* units;
-    int64_t row, unit;
-    INLINE uint32_t at(int64_t r, int64_t u) const { return units[r * row + u * unit]; }
-};
-
 // Cut into tiles of nearly equal size.
 struct Tiles {
     int64_t rows, count;
@@ -119,7 +115,7 @@ struct Tiles {
     int64_t start(int64_t tile) const { return rows * tile / count; }
 };
 
-// bfloat16 rows as units.
+// bfloat16 rows as units. Unit u of row r of a tile of R rows is number u * R + r of the tile.
 class Input {
    public:
     const Tiles tiles;
@@ -131,26 +127,29 @@ class Input {
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K, uint32_t* memory)
         : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
         even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
-        packed_ = even_ && tiles.count <= TILES_IN_PLACE ? nullptr : memory;
+        packed_ = even_ && M == 1 ? nullptr : memory;  // a single row lies as it should
     }
 
     // To be called by all threads of a team.
     void pack() {
         if (!packed_) return;
+        int64_t pieces = divide_up(units_, UNITS_OF_EACH);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles.count; t++) pack_tile(tiles.start(t), tiles.start(t + 1) - tiles.start(t));
+        for (int64_t i = 0; i < tiles.count * pieces; i++) {
+            int64_t t = i / pieces, first = i % pieces * UNITS_OF_EACH;
+            pack_tile(tiles.start(t), tiles.start(t + 1) - tiles.start(t), first, std::min(first + UNITS_OF_EACH, units_));
+        }
     }
 
-    Rows rows(int64_t start, int64_t count) const {
-        if (!packed_) return {reinterpret_cast<const uint32_t*>(x_ + start * stride_), stride_ / 2, 1};
-        return {packed_ + start * units_, 1, count};
+    const uint32_t* rows(int64_t start) const {
+        return packed_ ? packed_ + start * units_ : reinterpret_cast<const uint32_t*>(x_);
     }
 
    private:
-    void pack_tile(int64_t start, int64_t count) {
+    void pack_tile(int64_t start, int64_t count, int64_t first, int64_t last) {
         uint32_t* to = packed_ + start * units_;
-        for (int64_t block = 0; block < units_; block += 16) {  // a cache line of each row at a time
-            int64_t end = std::min(block + 16, units_);
+        for (int64_t block = first; block < last; block += 16) {  // a cache line of each row at a time
+            int64_t end = std::min(block + 16, last);
             for (int64_t r = 0; r < count; r++) {
                 const bf16* row = x_ + (start + r) * stride_;
                 if (even_) {
@@ -172,8 +171,8 @@ class Input {
     uint32_t* packed_;
 };
 
-// Rows as bytes: each group of `group` inputs by a scale of its own, so that the largest becomes 127. `offset` is added
-// to every byte. Rows end in zeros, so that groups are whole.
+// Rows as bytes, four to a unit, in the order of Input. Each group of `group` inputs has a scale of its own, so that the
+// largest becomes 127. `offset` is added to every byte. Rows end in zeros, so that groups are whole.
 class Bytes {
    public:
     const Tiles tiles;
@@ -184,7 +183,6 @@ class Bytes {
     Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset, int most)
         : tiles(M, most), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K),
           group_(group), units_(groups * group / 4), offset_(offset) {
-        in_place_ = tiles.count <= TILES_IN_PLACE;
         reserve();
     }
 
@@ -200,10 +198,7 @@ class Bytes {
         for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
     }
 
-    Rows rows(int64_t start, int64_t count) const {
-        const uint32_t* units = reinterpret_cast<const uint32_t*>(bytes_) + start * units_;
-        return in_place_ ? Rows{units, units_, 1} : Rows{units, 1, count};
-    }
+    const uint32_t* rows(int64_t start) const { return reinterpret_cast<const uint32_t*>(bytes_) + start * units_; }
 
    private:
     void reserve() {
@@ -214,16 +209,14 @@ class Bytes {
 
     void pack_tile(int64_t t) {
         int64_t start = tiles.start(t), count = tiles.start(t + 1) - start;
-        uint32_t* row = in_place_ ? nullptr : scratch<uint32_t, 4>(units_);
         uint32_t* to = reinterpret_cast<uint32_t*>(bytes_) + start * units_;
+        uint32_t* row = count == 1 ? to : scratch<uint32_t, 4>(units_);
         for (int64_t r = 0; r < count; r++) {
             if (is_float_)
-                quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r,
-                         in_place_ ? to + r * units_ : row);
+                quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r, row);
             else
-                quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r,
-                         in_place_ ? to + r * units_ : row);
-            if (!in_place_)
+                quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r, row);
+            if (count > 1)
                 for (int64_t u = 0; u < units_; u++) to[u * count + r] = row[u];
         }
     }
@@ -278,7 +271,7 @@ class Bytes {
     }
 
     const void* x_;
-    bool is_float_, in_place_;
+    bool is_float_;
     int64_t stride_, K_, group_, units_;
     int offset_;
     uint8_t* bytes_;
@@ -286,26 +279,46 @@ class Bytes {
 
 // ---- results
 
+// A function of the first half of the outputs that the second half is multiplied by.
+enum Gate { NO_GATE, SILU, GELU_TANH };
+
 struct Output {
     void* data;
-    int64_t stride, columns;
+    int64_t stride, columns;  // columns: outputs of the weight
     const void* bias;  // [columns] or null
     bool is_float, bias_is_float;
+    Gate gate = NO_GATE;
 
     INLINE void write(int64_t row, int64_t column, vec value) const {
         if (column >= columns) return;
         int count = int(std::min<int64_t>(columns - column, LANES));
-        if (bias)
-            value += bias_is_float ? read(static_cast<const float*>(bias) + column, count)
-                                   : read(static_cast<const bf16*>(bias) + column, count);
-        int64_t at = row * stride + column;
+        put(row * stride + column, with_bias(value, column, count), count);
+    }
+
+    // Of a whole vector of columns of the first half, with those of the second. Rounded where it would be if each step
+    // went through memory.
+    INLINE void write_gated(int64_t row, int64_t column, vec first, vec second) const {
+        first = round(with_bias(first, column, LANES));
+        second = round(with_bias(second, columns / 2 + column, LANES));
+        put(row * stride + column, round(gate == SILU ? silu(first) : gelu_tanh(first)) * second, LANES);
+    }
+
+   private:
+    INLINE vec with_bias(vec value, int64_t column, int count) const {
+        if (!bias) return value;
+        return value + (bias_is_float ? read(static_cast<const float*>(bias) + column, count)
+                                      : read(static_cast<const bf16*>(bias) + column, count));
+    }
+
+    INLINE vec round(vec value) const { return is_float ? value : rounded<bf16>(value); }
+
+    INLINE void put(int64_t at, vec value, int count) const {
         if (is_float)
             write_to(static_cast<float*>(data) + at, value, count);
         else
             write_to(static_cast<bf16*>(data) + at, value, count);
     }
 
-   private:
     template <class T>
     static INLINE vec read(const T* p, int count) {
         return count == LANES ? load(p) : load_part(p, count);
@@ -316,6 +329,10 @@ struct Output {
         count == LANES ? store(p, value) : store_part(p, value, count);
     }
 };
+
+// The number of rows of a tile's sums.
+template <class Sums>
+constexpr int ROWS_OF = std::extent<std::remove_reference_t<Sums>>::value;
 
 // Calls f(constant) with the number of rows as a constant.
 template <int R = ROWS, class F>
@@ -328,53 +345,134 @@ INLINE void with_rows(int64_t rows, F&& f) {
     }
 }
 
-// Shares the panels of N outputs among the threads of a team, the last thing that they do: calls f(first panel, last, first row, number of rows as a
-// constant) for each tile of rows and a few panels at a time.
-template <class F>
-void each_panel(int64_t N, const Tiles& tiles, F&& f) {
-    int64_t panels = divide_up(N, PANEL);
-    int64_t at_once = std::min<int64_t>(PANELS_AT_ONCE, std::max<int64_t>(1, panels / (4 * omp_get_num_threads())));
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t first = 0; first < panels; first += at_once)
-        for (int64_t t = 0; t < tiles.count; t++)
-            with_rows(tiles.start(t + 1) - tiles.start(t), [&](auto constant) {
-                f(first, std::min(first + at_once, panels), tiles.start(t), constant);
-            });
-}
-
 // ---- one tile of rows times one panel
 
+// What the tile after this one reads, and has to be nearer by then: `step` words for each unit.
+struct Next {
+    const uint32_t* at;
+    int step;
+
+    template <int R>
+    INLINE void ask(int64_t unit) const {
+        if (R >= FEWEST_THAT_ASK) __builtin_prefetch(at + unit * step, 0, 2);
+    }
+};
+
+// What a tile can ask for: half `half` of the panel that is `panels` further on, or, 0 panels on, the next tile's rows.
+struct Following {
+    int64_t panels;
+    int half;
+
+    template <int R>
+    INLINE Next of(const uint32_t* x, int64_t units, const uint32_t* panel, int64_t words) const {
+        if (panels) return {panel + panels * words + half * words / 2, 16};
+        return {x + units * R, R};
+    }
+};
+
 template <int R>
-INLINE void tile_bf16(Rows x, const uint32_t* panel, int64_t units, vec (&sums)[R][VECS]) {
+NOINLINE void tile_bf16(const uint32_t* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
     constexpr int CACHE = R == 1 ? 2 : 1;
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
+    vec sums[R][VECS] = {};
     for (int64_t u = 0; u < units; u++) {
         const uint32_t* w = panel + u * PANEL;
         ahead<CACHE>(w);
+        next.ask<R>(u);
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECS; v++) sums[r][v] = add_bf16(sums[r][v], x.at(r, u), w + v * LANES);
+            for (int v = 0; v < VECS; v++) sums[r][v] = add_bf16(sums[r][v], x[u * R + r], w + v * LANES);
     }
+    std::memcpy(result, sums, sizeof sums);
 }
 
 template <int R>
-INLINE void tile_int8(Rows x, const uint32_t* panel, int64_t units, ivec (&sums)[R][VECS]) {
+NOINLINE void tile_int8(const uint32_t* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
     constexpr int CACHE = R == 1 ? 2 : 1;
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECS; v++) sums[r][v] = ivec{};
+    ivec sums[R][VECS] = {};
     for (int64_t u = 0; u < units; u++) {
         const uint32_t* w = panel + u * PANEL;
         ahead<CACHE>(w);
+        next.ask<R>(u);
         for (int r = 0; r < R; r++)
             for (int v = 0; v < VECS; v++)
-                sums[r][v] = add_bytes(sums[r][v], ivec{} + int32_t(x.at(r, u)), load_bits(w + v * LANES));
+                sums[r][v] = add_bytes(sums[r][v], ivec{} + int32_t(x[u * R + r]), load_bits(w + v * LANES));
     }
+    std::memcpy(result, sums, sizeof sums);
 }
 
 template <int R>
 INLINE void write_tile(const Output& out, int64_t row, int64_t column, const vec (&sums)[R][VECS]) {
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECS; v++) out.write(row + r, column + v * LANES, sums[r][v]);
+}
+
+template <int R>
+INLINE void write_tile_gated(
+    const Output& out, int64_t row, int64_t column, const vec (&first)[R][VECS], const vec (&second)[R][VECS]
+) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) out.write_gated(row + r, column + v * LANES, first[r][v], second[r][v]);
+}
+
+// Panels of outputs, for the threads of a team to take: several at a time, and fewer towards the end, so that all end
+// together. With a gate, whose halves are whole panels, one of the first half stands for one of the second as well.
+class Panels {
+   public:
+    const int64_t count;
+
+    explicit Panels(const Output& out, int64_t most = PANELS_AT_ONCE)
+        : count(out.gate ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
+          most_(out.gate ? std::max<int64_t>(1, most / 2) : most) {}
+
+    // Whether there were any left: [first, last).
+    bool take(int64_t& first, int64_t& last) {
+        first = next_.load(std::memory_order_relaxed);
+        do {
+            if (first >= count) return false;
+            last = first + std::max<int64_t>(1, std::min(most_, (count - first) / (4 * omp_get_num_threads())));
+        } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
+        return true;
+    }
+
+   private:
+    const int64_t most_;
+    std::atomic<int64_t> next_{0};
+};
+
+// Computes every tile of rows by every panel, to be called by all threads of a team; tile(panel, first row, sums,
+// following) does one.
+//
+// Of few tiles all go through a panel before the next one, which is read from memory meanwhile: otherwise the first tile
+// would wait for memory, and the others for the multipliers. Of many each goes through several panels.
+template <class F>
+void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) {
+    auto compute = [&](int64_t p, int64_t t, Following following) {
+        int64_t start = tiles.start(t);
+        with_rows(tiles.start(t + 1) - start, [&](auto constant) {
+            constexpr int R = decltype(constant)::value;
+            vec sums[R][VECS], others[R][VECS];
+            tile(p, start, sums, following);
+            if (out.gate) {
+                tile(panels.count + p, start, others, following);
+                write_tile_gated<R>(out, start, p * PANEL, sums, others);
+            } else {
+                write_tile<R>(out, start, p * PANEL, sums);
+            }
+        });
+    };
+    int64_t first, last, next_first, next_last;
+    bool few = tiles.count > 1 && tiles.count <= FEW_TILES;
+    for (bool taken = panels.take(first, last); taken; first = next_first, last = next_last) {
+        taken = panels.take(next_first, next_last);
+        if (few) {
+            for (int64_t p = first; p < last; p++) {
+                int64_t next = p + 1 < last ? p + 1 : taken ? next_first : p;
+                for (int64_t t = 0; t < tiles.count; t++) compute(p, t, t < 2 ? Following{next - p, int(t)} : Following{});
+            }
+        } else {
+            for (int64_t t = 0; t < tiles.count; t++)
+                for (int64_t p = first; p < last; p++) compute(p, t, Following{});
+        }
+    }
 }
 
 }  // namespace
@@ -409,23 +507,21 @@ KERNEL int rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int6
     return 1;
 }
 
-// out [M, N] = x [M, K] W^T + bias. x: rows `x_stride` elements apart; bias: [N] or null.
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate. x: rows `x_stride` elements apart; bias: [N] or null.
 KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* packed, int64_t N, int64_t K,
-                      const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
+                      const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     int64_t units = divide_up(K, 2);
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
     Input input(x, x_stride, M, K);
+    Panels panels(output);
 #pragma omp parallel
     {
         input.pack();
-        each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
-            constexpr int R = decltype(constant)::value;
-            for (int64_t p = first; p < last; p++) {
-                vec sums[R][VECS];
-                tile_bf16<R>(input.rows(start, R), reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL, units,
-                             sums);
-                write_tile<R>(output, start, p * PANEL, sums);
-            }
+        each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following following) {
+            constexpr int R = ROWS_OF<decltype(sums)>;
+            const uint32_t* rows = input.rows(start);
+            const uint32_t* panel = reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL;
+            tile_bf16<R>(rows, panel, units, sums, following.of<R>(rows, units, panel, units * PANEL));
         });
     }
 }
@@ -467,7 +563,9 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
                     constexpr int R = decltype(constant)::value;
                     for (int64_t p = first; p < last; p++) {
                         vec sums[R][VECS];
-                        tile_bf16<R>(input.rows(start, R), weight + p * units * PANEL, units, sums);
+                        const uint32_t* rows = input.rows(start);
+                        const uint32_t* panel = weight + p * units * PANEL;
+                        tile_bf16<R>(rows, panel, units, sums, Following{}.of<R>(rows, units, panel, units * PANEL));
                         write_tile<R>(output, start, p * PANEL, sums);
                     }
                 });
@@ -518,32 +616,31 @@ KERNEL int rows_int8(const int8_t* packed, const float* scales, const int64_t* i
     return 1;
 }
 
-// out [M, N] = x [M, K] W^T + bias, of bfloat16 or float32 x. scales, totals: [panels * PANEL].
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate, of bfloat16 or float32 x. scales, totals:
+// [panels * PANEL].
 KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M, const int8_t* packed,
                       const float* scales, const int32_t* totals, int64_t N, int64_t K, const void* bias,
-                      int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     int64_t units = divide_up(K, 4);
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
     const Bytes rows(x, x_is_float != 0, x_stride, M, K, 4 * units, 128, ROWS);
+    Panels panels(output);
 #pragma omp parallel
     {
         Bytes input = rows;
         input.pack();
-        each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
-            constexpr int R = decltype(constant)::value;
-            for (int64_t p = first; p < last; p++) {
-                ivec sums[R][VECS];
-                vec results[R][VECS];
-                tile_int8<R>(input.rows(start, R), reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL, units,
-                             sums);
-                for (int v = 0; v < VECS; v++) {
-                    ivec total = load_bits(totals + p * PANEL + v * LANES);
-                    vec scale = load(scales + p * PANEL + v * LANES);
-                    for (int r = 0; r < R; r++)  // a byte of x is 128 more than what it stands for
-                        results[r][v] = __builtin_convertvector(sums[r][v] - 128 * total, vec) *
-                                        (scale * splat(input.scales[start + r]));
-                }
-                write_tile<R>(output, start, p * PANEL, results);
+        each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& results, Following following) {
+            constexpr int R = ROWS_OF<decltype(results)>;
+            ivec sums[R][VECS];
+            const uint32_t* rows = input.rows(start);
+            const uint32_t* panel = reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL;
+            tile_int8<R>(rows, panel, units, sums, following.of<R>(rows, units, panel, units * PANEL));
+            for (int v = 0; v < VECS; v++) {
+                ivec total = load_bits(totals + p * PANEL + v * LANES);
+                vec scale = load(scales + p * PANEL + v * LANES);
+                for (int r = 0; r < R; r++)  // a byte of x is 128 more than what it stands for
+                    results[r][v] = __builtin_convertvector(sums[r][v] - 128 * total, vec) *
+                                    (scale * splat(input.scales[start + r]));
             }
         });
     }
@@ -587,12 +684,15 @@ struct Int4 {
 // One panel times rows that were made bytes, group by group. For few rows there are registers for sums of the upper
 // halves as they are, 16 times what they stand for, which saves shifting the weights.
 template <int R>
-INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int64_t panel, vec (&sums)[R][VECS]) {
+NOINLINE void tile_int4(
+    const Bytes& input, int64_t start, const Int4& weight, int64_t panel, vec (&result)[R][VECS], Following following
+) {
     constexpr bool FEW = R <= 4;
-    Rows x = input.rows(start, R);
+    const uint32_t* x = input.rows(start);
     const uint8_t* w = weight.quarters(panel);
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
+    const int64_t units = weight.groups * weight.group / 4;
+    const Next next = following.of<R>(x, units, reinterpret_cast<const uint32_t*>(w), units / 2 * PANEL);
+    vec sums[R][VECS] = {};
     int64_t unit = 0;
     for (int64_t g = 0; g < weight.groups; g++) {
         const int32_t* totals = input.totals + start * input.groups + g;
@@ -602,13 +702,14 @@ INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int
             for (int v = 0; v < VECS; v++) products[r][v] = ivec{} + (weight.zeros ? 0 : -8 * totals[r * input.groups]);
         for (int64_t end = unit + weight.group / 4; unit < end; unit += 2, w += PANEL * 4) {
             ahead(reinterpret_cast<const uint32_t*>(w));
+            next.ask<R>(unit / 2);
             ivec lower[VECS], upper[VECS];
             for (int v = 0; v < VECS; v++) {
                 ivec both = load_bits(w + v * LANES * 4);
                 lower[v] = both & 0x0f0f0f0f, upper[v] = FEW ? both & int32_t(0xf0f0f0f0) : (both >> 4) & 0x0f0f0f0f;
             }
             for (int r = 0; r < R; r++) {
-                ivec first = ivec{} + int32_t(x.at(r, unit)), second = ivec{} + int32_t(x.at(r, unit + 1));
+                ivec first = ivec{} + int32_t(x[unit * R + r]), second = ivec{} + int32_t(x[(unit + 1) * R + r]);
                 for (int v = 0; v < VECS; v++) {
                     products[r][v] = add_bytes(products[r][v], lower[v], first);
                     ivec& sum = FEW ? shifted[r][v] : products[r][v];
@@ -626,7 +727,7 @@ INLINE void tile_int4(const Bytes& input, int64_t start, const Int4& weight, int
         }
     }
     for (int v = 0; v < VECS; v++)
-        for (int r = 0; r < R; r++) sums[r][v] *= weight.step(panel, v);
+        for (int r = 0; r < R; r++) result[r][v] = sums[r][v] * weight.step(panel, v);
 }
 
 INLINE ivec bf16_bits(vec x) {
@@ -675,48 +776,42 @@ KERNEL void pack_int4(const uint8_t* values, int64_t N, int64_t inputs, uint8_t*
         }
 }
 
-// out [M, N] = x [M, K] W^T + bias, of bfloat16 x; see Int4 for what the weight consists of.
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate, of bfloat16 x; see Int4 for what the weight consists of.
 KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const int16_t* scales,
                       const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const void* bias,
-                      int bias_is_float, void* out, int64_t out_stride, int out_is_float) {
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     Int4 weight{packed, scales, zeros, steps, divide_up(K, group), group};
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
     if constexpr (AS_BYTES) {
         const Bytes rows(x, false, x_stride, M, K, group, 0, ROWS_OF_INT4);
+        Panels panels(output);
 #pragma omp parallel
         {
             Bytes input = rows;
             input.pack();
-            each_panel(N, input.tiles, [&](int64_t first, int64_t last, int64_t start, auto constant) {
-                constexpr int R = decltype(constant)::value;
-                if constexpr (R <= ROWS_OF_INT4)
-                    for (int64_t p = first; p < last; p++) {
-                        vec sums[R][VECS];
-                        tile_int4<R>(input, start, weight, p, sums);
-                        write_tile<R>(output, start, p * PANEL, sums);
-                    }
+            each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following following) {
+                constexpr int R = ROWS_OF<decltype(sums)>;
+                if constexpr (R <= ROWS_OF_INT4) tile_int4<R>(input, start, weight, p, sums, following);
             });
         }
     } else {
         Input input(x, x_stride, M, K);
-        int64_t panels = divide_up(N, PANEL), units = divide_up(K, 2);
+        Panels panels(output, 1);
+        int64_t units = divide_up(K, 2), panel_units = weight.groups * group / 2 * PANEL;
 #pragma omp parallel
         {
-            uint32_t* panel = scratch<uint32_t, 5>(weight.groups * group / 2 * PANEL);
+            int64_t written[2] = {-1, -1};  // panels that are in memory now, of either half
+            uint32_t* memory = scratch<uint32_t, 5>(2 * panel_units);
             input.pack();
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t p = 0; p < panels; p++) {
-                write_out(weight, p, panel);
-                for (int64_t t = 0; t < input.tiles.count; t++) {
-                    int64_t start = input.tiles.start(t);
-                    with_rows(input.tiles.start(t + 1) - start, [&](auto constant) {
-                        constexpr int R = decltype(constant)::value;
-                        vec sums[R][VECS];
-                        tile_bf16<R>(input.rows(start, R), panel, units, sums);
-                        write_tile<R>(output, start, p * PANEL, sums);
-                    });
-                }
-            }
+            each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following) {
+                constexpr int R = ROWS_OF<decltype(sums)>;
+                int half = output.gate != NO_GATE && 2 * p * PANEL >= N;
+                uint32_t* panel = memory + half * panel_units;
+                if (written[half] != p) write_out(weight, p, panel);
+                written[half] = p;
+                const uint32_t* rows = input.rows(start);
+                tile_bf16<R>(rows, panel, units, sums, Following{}.of<R>(rows, units, panel, panel_units));
+            });
         }
     }
 }

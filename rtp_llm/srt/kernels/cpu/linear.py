@@ -5,7 +5,8 @@ back, so that a vocabulary table that is also the head is stored once.
 """
 
 import functools
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,12 +14,13 @@ from rtp_llm.srt.kernels.cpu import memory
 from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
+GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product; as gemm.cpp numbers them
 STEPS = 32767  # scales of int4 groups are stored as so many steps of their output's largest
 
 
 @functools.cache
 def _function(name: str) -> Kernel:
-    output = (POINTER, INT, POINTER, INT64, INT)  # bias, bias_is_float, out, out_stride, out_is_float
+    output = (POINTER, INT, POINTER, INT64, INT, INT)  # bias, bias_is_float, out, out_stride, out_is_float, gate
     types = {
         "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
         "rows_bf16": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
@@ -56,32 +58,44 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def apply(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        activation: str = "",
     ) -> torch.Tensor:
-        """[..., K] -> [..., N] in ``out_dtype``: bfloat16 or float32; None: that of x."""
+        """[..., K] -> [..., N] in ``out_dtype``: bfloat16 or float32; None: that of x. With an ``activation``, one that
+        ``ends_in`` is true of, [..., N / 2]: equal to the kernel of that name after the product."""
         inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         num_rows, num_inputs = inputs.shape
-        num_outputs = self.shape[0]
         if num_inputs != self.shape[1]:
             raise ValueError(
                 f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {num_inputs}"
             )
+        if activation and not self.ends_in(activation):
+            raise ValueError(f"a product with a weight of {list(self.shape)} cannot end in {activation!r}")
+        num_outputs = self.shape[0] // 2 if activation else self.shape[0]
         if inputs.stride(1) != 1 and num_inputs > 1:
             inputs = inputs.contiguous()
         if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
             bias = bias.float()
         out = torch.empty((num_rows, num_outputs), dtype=out_dtype or x.dtype)
         if num_rows:
-            self._multiply(inputs, bias, out)
+            is_float = bias is not None and bias.dtype == torch.float32
+            output = (
+                address(bias), is_float, out.data_ptr(), num_outputs, out.dtype == torch.float32,
+                GATES[activation] if activation else 0,
+            )  # fmt: skip
+            self._multiply(inputs, output)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], num_outputs)
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def ends_in(self, activation: str) -> bool:
+        """Whether a product can end in this gated activation, without another pass over memory."""
+        return activation in GATES and self.shape[0] % (2 * PANEL) == 0
+
+    def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
+        """``output``: the last arguments of every product in gemm.cpp."""
         raise NotImplementedError
-
-
-def _target(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int | None, bool, int, int, bool]:
-    is_float = bias is not None and bias.dtype == torch.float32
-    return address(bias), is_float, out.data_ptr(), out.shape[1], out.dtype == torch.float32
 
 
 def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
@@ -110,12 +124,10 @@ class PackedBFloat16(PackedWeight):
             _refuse(ids, self.shape[0])
         return out
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
         if x.dtype != torch.bfloat16:
             raise ValueError(f"a bfloat16 weight multiplies bfloat16, not {x.dtype}")
-        _function("gemm_bf16")(
-            x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *_target(out, bias)
-        )
+        _function("gemm_bf16")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
 
 
 class PackedInt8(PackedWeight):
@@ -145,10 +157,10 @@ class PackedInt8(PackedWeight):
             _refuse(ids, self.shape[0])
         return out
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
         _function("gemm_int8")(
             x.data_ptr(), x.dtype == torch.float32, x.stride(0), x.shape[0], self.packed.data_ptr(),
-            self.scales.data_ptr(), self.totals.data_ptr(), *self.shape, *_target(out, bias),
+            self.scales.data_ptr(), self.totals.data_ptr(), *self.shape, *output,
         )  # fmt: skip
 
 
@@ -200,12 +212,12 @@ class PackedInt4(PackedWeight):
         zeros = 8 if self.zeros is None else self.zeros[panel, :, row].float()[..., None]
         return ((values.float() - zeros) * scales[..., None]).flatten(-2)[..., : self.shape[1]]
 
-    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
         if x.dtype != torch.bfloat16:
             raise ValueError(f"a packed int4 weight multiplies bfloat16, not {x.dtype}")
         _function("gemm_int4")(
             x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), self.scales.data_ptr(), address(self.zeros),
-            self.steps.data_ptr(), self.group_size, *self.shape, *_target(out, bias),
+            self.steps.data_ptr(), self.group_size, *self.shape, *output,
         )  # fmt: skip
 
 

@@ -7,11 +7,12 @@ method and know nothing else of the scheme.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
+from rtp_llm.srt.kernels.packed import ends_in
 from rtp_llm.srt.layers.weights import WeightLoader
 
 
@@ -49,6 +50,16 @@ class LinearMethodBase(QuantizeMethodBase):
             output_partition_sizes: this rank's rows of each tensor that the layer fuses.
             input_size, output_size: of the whole layer, over all ranks.
         """
+
+    def ends_in(self, layer: nn.Module, activation: nn.Module) -> bool:
+        """Whether there is ``apply_gated`` for this activation: where ``layer.packed`` has it."""
+        return ends_in(getattr(layer, "packed", None), getattr(activation, "kernel", ""))
+
+    def apply_gated(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, activation: nn.Module
+    ) -> torch.Tensor:
+        """``activation(apply(...))`` in one pass, of a gated activation that ``ends_in`` is true of."""
+        return cast(Any, layer).packed.apply(x, bias, activation=activation.kernel)
 
     @abstractmethod
     def dequantized_weight(self, layer: nn.Module) -> torch.Tensor:
