@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels.cpu.binding import noted_calls
+from rtp_llm.srt.kernels.cpu.memory import Reused
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ MAX_GRAPHS = 256  # a tenth of a megabyte each; batches take all sizes in turn a
 # A kind of batch is recorded when it comes for this time. A recording takes as long as a handful of replays save: so
 # kinds that hardly come again cost little, and those that stay lose little.
 RECORD_AT = 6
-ALIGNMENT = 64
 
 Forward = Callable[[ForwardBatch], LogitsProcessorOutput]
 Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and what it must return
@@ -58,7 +58,7 @@ class CpuGraphs:
         """``step_modules``: those with ``prepare_for_forward``."""
         self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
         self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # a number: how often that kind has come
-        self._memory = Memory()
+        self._memory = Reused()  # for all graphs: one runs at a time, and nothing is left over from step to step
         unknown = [type(m).__name__ for m in step_modules if not hasattr(m, "step_tensors")]
         self._works = not unknown
         if unknown:
@@ -156,26 +156,6 @@ class CpuGraph:
         return self.output
 
 
-class Memory:
-    """Pieces of memory, of which one is used again once no tensor lies in it. All graphs share them: one runs at a
-    time, and nothing is left over from step to step."""
-
-    def __init__(self) -> None:
-        self._pieces: dict[int, list[torch.UntypedStorage]] = {}
-
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of this shape, of any content."""
-        size = tensor.untyped_storage().nbytes()
-        size = max(ALIGNMENT, 1 << (size - 1).bit_length()) if size else ALIGNMENT
-        pieces = self._pieces.setdefault(size, [])
-        free = next((piece for piece in pieces if torch._C._storage_Use_Count(piece._cdata) == 1), None)
-        if free is None:
-            free = torch.empty(size, dtype=torch.uint8).untyped_storage()
-            pieces.append(free)
-        empty = torch.empty(0, dtype=tensor.dtype)
-        return empty.set_(free, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
 ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -193,7 +173,7 @@ class Recording(TorchDispatchMode):
         """Else torch imports its compiler, which takes a second, only to keep it away from here."""
         return False
 
-    def __init__(self, memory: Memory, as_recorded: Any = None) -> None:
+    def __init__(self, memory: Reused, as_recorded: Any = None) -> None:
         super().__init__()
         self._as_recorded = as_recorded
         self.calls: list[Call] = []

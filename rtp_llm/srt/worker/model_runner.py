@@ -13,7 +13,6 @@ from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthSca
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
-from rtp_llm.srt.kernels.cpu import memory
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.multimodal import EmbeddingCache
@@ -71,8 +70,6 @@ class ModelRunner:
         self._torch_device = torch.device(device)
         self.model = load_model(model_config, model_path, load_format, device, progress, model_impl, quantization)
         self.layout = cache_layout(self.model, page_size, kv_cache_dtype, device)
-        if device == "cpu":
-            memory.keep_freed()
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
         self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())

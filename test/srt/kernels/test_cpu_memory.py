@@ -2,15 +2,14 @@
 
 import mmap
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from rtp_llm.srt.kernels.cpu.memory import ALIGNMENT, BLOCK_BYTES, Arena, take_in_background
+from rtp_llm.srt.kernels.cpu import elementwise, memory
+from rtp_llm.srt.kernels.cpu.memory import ALIGNMENT, BLOCK_BYTES, Arena, Reused, take_in_background
 
 
 def test_tensors_lie_apart():
@@ -60,29 +59,45 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-FAULTS = """
-import resource, torch
-from rtp_llm.srt.kernels.cpu import memory
-
-def faults() -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for size in (20, 3, 30, 7) * 4:
-        torch.empty(size << 20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-before = faults()
-memory.keep_freed()
-faults()
-print(before, faults())
-"""
+def test_memory_is_used_again_once_nothing_lies_in_it():
+    memory = Reused()
+    first = memory.empty((3, 5), torch.float32)
+    part, address = first[1:, 2], first.data_ptr()
+    assert first.is_contiguous() and first.shape == (3, 5) and first.dtype == torch.float32
+    del first
+    assert memory.empty((3, 5), torch.float32).untyped_storage().data_ptr() != address  # there is a view of it still
+    del part
+    assert memory.empty((30,), torch.bfloat16).data_ptr() == address
+    for shape, dtype in (((0, 4), torch.int8), ((), torch.float64), ((2, 3 << 20), torch.int16)):
+        tensor = memory.empty(shape, dtype)
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+        assert tensor.fill_(1).sum() == tensor.numel()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_freed_memory_is_kept():
-    """In a process of its own: it is for the whole process and for good."""
-    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
-    assert after < 100 < before
+def test_memory_like_another():
+    memory = Reused()
+    for tensor in (torch.randn(3, 4).t(), torch.randn(5, 6)[1:, 2:], torch.empty(0, 2)):
+        like = memory.like(tensor)
+        assert like.shape == tensor.shape and like.stride() == tensor.stride() and like.dtype == tensor.dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_other_sizes_is_given_back():
+    memory, before = Reused(most_bytes=100 << 20), mapped_bytes()
+    for megabytes in range(30, 60):
+        memory.empty((megabytes << 20,), torch.uint8)
+    assert mapped_bytes() - before <= 110 << 20
+    kept = [memory.empty((40 << 20,), torch.uint8).fill_(i) for i in range(4)]  # more than that is in use
+    memory.empty((50 << 20,), torch.uint8).fill_(9)
+    assert [tensor.unique().tolist() for tensor in kept] == [[0], [1], [2], [3]]
+
+
+def test_results_of_kernels_are_large_ones_of_it(monkeypatch):
+    monkeypatch.setattr(memory, "_results", Reused())
+    weight = torch.ones(1024).bfloat16()
+    for rows, num_pieces in ((8, 0), (600, 1), (600, 1), (1200, 2)):
+        elementwise.rms_norm(torch.randn(rows, 1024).bfloat16(), weight, 1e-6)
+        assert len(memory._results._pieces) == num_pieces
 
 
 def populates() -> bool:

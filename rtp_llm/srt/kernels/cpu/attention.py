@@ -6,7 +6,7 @@ from ctypes import c_double, c_int64, c_void_p
 
 import torch
 
-from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.kernels.cpu import build, memory
 from rtp_llm.srt.kernels.cpu.binding import BOOL, POINTER, Kernel, bind
 from rtp_llm.srt.kernels.paged import PagedRows
 
@@ -83,7 +83,7 @@ def paged_attention(
     _check(q.stride(2) == keys.stride(2) == values.stride(2) == 1, "the last dimension must be contiguous")
     _check(page_table.dtype == torch.int32 and page_table.stride(1) == 1, "the page table must be int32")
     _check((key_scales is None) == (keys.dtype != torch.int8), "an int8 cache has scales, and no other has")
-    out = torch.empty((num_tokens, num_heads, v_head_dim), dtype=q.dtype)
+    out = memory.empty((num_tokens, num_heads, v_head_dim), q.dtype)
     sinks = None if sinks is None else sinks.float().contiguous()
     ends = None if visible_ends is None else visible_ends.contiguous()
     arguments = _Attention(

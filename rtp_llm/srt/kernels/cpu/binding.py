@@ -49,6 +49,11 @@ def noted_calls(note: Note) -> Iterator[None]:
         _noting.note = None
 
 
+def are_noted() -> bool:
+    """Whether this thread's calls are noted now."""
+    return getattr(_noting, "note", None) is not None
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Where the tensor's first element is; None (a null pointer) for None."""
     return None if tensor is None else tensor.data_ptr()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.cpu import memory
 from rtp_llm.srt.kernels.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -92,7 +93,7 @@ def _norm(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         outer, inner, strides = x.shape[0], x.shape[1], (x.stride(0), x.stride(1))
     else:
         outer, inner, strides = x.shape[0], 1, (x.stride(0), 0)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = memory.empty(x.shape, x.dtype)
     bias_at = None if bias is None else bias.data_ptr()
     _function(name, x.dtype)(
         x.data_ptr(), None, weight.data_ptr(), bias_at, y.data_ptr(), None, outer, inner, *strides, 0, size, eps
@@ -105,7 +106,7 @@ def _add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size = _norm_size(x, weight)
     x, residual = x.contiguous(), residual.contiguous()
-    y, added = torch.empty_like(x), torch.empty_like(x)
+    y, added = memory.empty(x.shape, x.dtype), memory.empty(x.shape, x.dtype)
     bias_at = None if bias is None else bias.data_ptr()
     _function(name, x.dtype)(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), added.data_ptr(),
@@ -147,7 +148,7 @@ def _gated(name: str, x: torch.Tensor, *constants: float) -> torch.Tensor:
     if width % 2:
         raise ValueError(f"a gated activation needs as many gates as values, but x is {list(x.shape)}")
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, width).contiguous()
-    y = torch.empty((*x.shape[:-1], width // 2), dtype=x.dtype)
+    y = memory.empty((*x.shape[:-1], width // 2), x.dtype)
     _function(name, x.dtype)(rows.data_ptr(), y.data_ptr(), rows.shape[0], width // 2, rows.stride(0), *constants)
     return y
 
@@ -164,7 +165,7 @@ def rotary_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not _fits(q, k, cos, sin) or q.stride(2) != 1 or k.stride(2) != 1:
         return reference.rotary_pair(q, k, cos, sin, is_neox_style)
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    q_out, k_out = memory.empty(q.shape, q.dtype), memory.empty(k.shape, k.dtype)
     _rotate(q, q_out, k, k_out, cos, sin, is_neox_style)
     return q_out, k_out
 

@@ -19,6 +19,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
 
 constexpr int PANEL = 32;
@@ -71,6 +75,11 @@ T* scratch(int64_t count) {
     if (needed > capacity) {
         memory.reset(new char[needed]);
         capacity = needed;
+#if defined(__linux__)  // in large pages, if it is large
+        uintptr_t page = 2 << 20, start = (reinterpret_cast<uintptr_t>(memory.get()) + page - 1) / page * page;
+        uintptr_t end = (reinterpret_cast<uintptr_t>(memory.get()) + needed) / page * page;
+        if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
     }
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
 }

@@ -79,7 +79,7 @@ class PackedWeight:
             inputs = inputs.contiguous()
         if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
             bias = bias.float()
-        out = torch.empty((num_rows, num_outputs), dtype=out_dtype or x.dtype)
+        out = memory.empty((num_rows, num_outputs), out_dtype or x.dtype)
         if num_rows:
             is_float = bias is not None and bias.dtype == torch.float32
             output = (

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 
 import torch
 
+from rtp_llm.srt.kernels.cpu import binding
+
 BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64
 PIECE_BYTES = 2 << 20  # so short is a wait of others who change the process's memory
-KEPT_BYTES = 512 << 20
-LARGEST_KEPT_BYTES = 32 << 20  # the most that glibc allows
-MOST_TRIES = 16
 HUGE_PAGE_BYTES = 2 << 20
-TOP_PAD_BYTES = 128 << 10  # as it is without us
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # as glibc numbers them
+LEAST_REUSED_BYTES = 1 << 20
+KEPT_BYTES = 512 << 20  # of results; with more, pieces that are not in use are given back
 MADV_POPULATE_WRITE = 23  # since Linux 5.14
 
 
@@ -51,49 +50,83 @@ class Arena:
 
 
 def _map(size: int) -> torch.Tensor:
-    """[size] bytes, of which only what is touched takes memory."""
+    """[size] bytes from the start of a huge page on, of which only what is touched takes memory."""
     if sys.platform != "linux":
         return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE_BYTES
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
 
 
 weights = Arena()
 
 
-def keep_freed() -> None:
-    """Has the process keep memory that it frees, for what it computes next, ``KEPT_BYTES`` of it in huge pages.
+class Reused:
+    """Pieces of memory, of which one is used again once no tensor lies in it.
 
-    Every layer allocates its results, and the layer after the next frees them. By itself glibc gives megabytes back to
-    the system each time, and takes them again page by page: of a step of 2,048 tokens that is a twentieth, and small
-    pages another. Only of the main thread, and of glibc; elsewhere everything stays as it is.
+    Args:
+        most_bytes: with more than so many, pieces in which nothing lies are given back to the system; None: never.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "sbrk")):
-        return
-    libc.malloc_trim(0)
-    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
-    libc.mallopt(M_TOP_PAD, KEPT_BYTES)
-    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-    libc.malloc.argtypes, libc.sbrk.argtypes, libc.free.argtypes = (
-        [ctypes.c_size_t],
-        [ctypes.c_ssize_t],
-        [ctypes.c_void_p],
-    )
-    before = libc.sbrk(0)
-    taken: list[int] = []
-    while libc.sbrk(0) == before and len(taken) < MOST_TRIES:  # until the heap has grown, by M_TOP_PAD more
-        taken.append(libc.malloc(LARGEST_KEPT_BYTES - HUGE_PAGE_BYTES))
-    for memory in taken:
-        libc.free(memory)
-    libc.mallopt(M_TOP_PAD, TOP_PAD_BYTES)
-    start, end = (at // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES for at in (before + HUGE_PAGE_BYTES - 1, libc.sbrk(0)))
-    if start < end:
-        libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
+
+    def __init__(self, most_bytes: int | None = None) -> None:
+        self._most_bytes = most_bytes
+        self._pieces: dict[int, list[torch.UntypedStorage]] = {}
+        self._lock = threading.Lock()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """As ``torch.empty``."""
+        tensor, size = torch.empty(0, dtype=dtype), math.prod(shape) * dtype.itemsize
+        with self._lock:
+            return tensor.set_(self._piece(size), 0, shape)  # type: ignore[call-overload]
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of the tensor's shape and strides, of any content."""
+        empty, size = torch.empty(0, dtype=tensor.dtype), tensor.untyped_storage().nbytes()
+        with self._lock:
+            return empty.set_(self._piece(size), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def _piece(self, num_bytes: int) -> torch.UntypedStorage:
+        size = _rounded_up(num_bytes)
+        pieces = self._pieces.setdefault(size, [])
+        piece = next((piece for piece in pieces if _is_free(piece)), None)
+        if piece is None:
+            self._make_room(size)
+            memory = _map(size) if size >= HUGE_PAGE_BYTES else torch.empty(size, dtype=torch.uint8)
+            piece = memory.untyped_storage()
+            pieces.append(piece)
+        return piece
+
+    def _make_room(self, num_bytes: int) -> None:
+        held = sum(size * len(pieces) for size, pieces in self._pieces.items())
+        if self._most_bytes is not None and held + num_bytes > self._most_bytes:
+            for pieces in self._pieces.values():
+                pieces[:] = [piece for piece in pieces if not _is_free(piece)]
+
+
+def _is_free(piece: torch.UntypedStorage) -> bool:
+    return torch._C._storage_Use_Count(piece._cdata) == 1
+
+
+def _rounded_up(num_bytes: int) -> int:
+    """To an eighth of a power of two or less, so that tensors of nearly equal sizes fit the same pieces."""
+    step = max(ALIGNMENT, 1 << max(0, num_bytes.bit_length() - 3))
+    return max(1, -(-num_bytes // step)) * step
+
+
+_results = Reused(KEPT_BYTES)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As ``torch.empty``, for what a kernel computes.
+
+    Every layer allocates its results, and the layer after the next frees them. Large ones glibc would give back to the
+    system each time, and take again page by page, small pages at that: of a step of 2,048 tokens that is a tenth.
+    """
+    if math.prod(shape) * dtype.itemsize < LEAST_REUSED_BYTES or binding.are_noted():
+        return torch.empty(shape, dtype=dtype)  # a recording sees to its memory itself
+    return _results.empty(shape, dtype)
 
 
 def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:

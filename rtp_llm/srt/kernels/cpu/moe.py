@@ -52,7 +52,7 @@ class PackedGroups:
                 f"groups, not {x.dtype} {list(x.shape)} in {len(rows_per_group)}"
             )
         x, bias = x.contiguous(), None if bias is None else bias.bfloat16().contiguous()
-        out = torch.empty(x.shape[0], self.shape[0], dtype=torch.bfloat16)
+        out = memory.empty((x.shape[0], self.shape[0]), torch.bfloat16)
         if not _grouped_gemm()(
             x.data_ptr(), x.shape[1], x.shape[0], rows_per_group.data_ptr(), self.num_groups, self.packed.data_ptr(),
             *self.shape, address(bias), out.data_ptr(), out.shape[1],
@@ -76,7 +76,7 @@ def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.
 def gather_rows(x: torch.Tensor, order: torch.Tensor, repeats: int) -> torch.Tensor:
     if not x.is_cpu or x.stride(1) != 1:
         return reference.gather_rows(x, order, repeats)
-    rows = torch.empty(len(order), x.shape[1], dtype=x.dtype)
+    rows = memory.empty((len(order), x.shape[1]), x.dtype)
     size = x.element_size()
     _function("gather_rows")(
         x.data_ptr(), x.stride(0) * size, order.data_ptr(), len(order), repeats, x.shape[1] * size, rows.data_ptr()
@@ -89,7 +89,7 @@ def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) ->
         return reference.sum_rows(rows, places, weights)
     rows, weights = rows.contiguous(), weights.float().contiguous()
     num_tokens, top_k = weights.shape
-    out = torch.empty(num_tokens, rows.shape[1], dtype=torch.bfloat16)
+    out = memory.empty((num_tokens, rows.shape[1]), torch.bfloat16)
     _function("sum_rows")(
         rows.data_ptr(), places.data_ptr(), weights.data_ptr(), num_tokens, top_k, rows.shape[1], out.data_ptr()
     )
