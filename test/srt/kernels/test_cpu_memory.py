@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_memory_is_taken_and_keeps_what_it_contains():
     taken = resident_bytes() - before
     assert 40 << 20 <= taken <= 56 << 20 or not populates()
     assert tensors[1][1000:2000].eq(7).all() and not tensors[1][2000:].any() and not tensors[0].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is not taken elsewhere")
+def test_a_process_may_end_while_memory_is_taken():
+    script = (
+        "import torch\nfrom rtp_llm.srt.kernels.cpu.memory import Arena, take_in_background\n"
+        "tensors = [Arena().empty(1 << 20, dtype=torch.uint8) for _ in range(500)]\n"
+        "take_in_background(tensors, 500 << 20)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def resident_bytes() -> int:

@@ -134,22 +134,30 @@ def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threa
     wait for it; what they contain stays. Only where a core has nothing else to do: steps that come meanwhile go first.
     Where that cannot be done, memory comes when it is written to, as ever."""
     share = min(1.0, num_bytes / max(1, sum(tensor.nbytes for tensor in tensors)))
-    thread = threading.Thread(target=_take, args=(list(tensors), share), name="cache memory", daemon=True)
+    pieces = [piece for tensor in tensors for piece in _pieces(tensor.data_ptr(), int(tensor.nbytes * share))]
+    thread = threading.Thread(target=_take, args=(pieces, list(tensors)), name="cache memory", daemon=True)
     thread.start()
     return thread
 
 
-def _take(tensors: list[torch.Tensor], share: float) -> None:
+def _pieces(address: int, num_bytes: int) -> list[tuple[int, int]]:
+    """Addresses and sizes, in whole pages."""
+    start, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, address + num_bytes
+    pieces = [
+        (at, min(PIECE_BYTES, end - at) // mmap.PAGESIZE * mmap.PAGESIZE) for at in range(start, end, PIECE_BYTES)
+    ]
+    return [(at, size) for at, size in pieces if size]
+
+
+def _take(pieces: list[tuple[int, int]], tensors: list[torch.Tensor]) -> None:
+    """``tensors`` are only held. A process that ends meanwhile ends this thread at some place, which torch's functions
+    do not survive: none is called here."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     if madvise is None:
         return
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     with contextlib.suppress(OSError):  # forbidden: then it takes turns with steps
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread
-    for tensor in tensors:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = tensor.data_ptr() + int(tensor.nbytes * share)
-        for piece in range(start, end - mmap.PAGESIZE, PIECE_BYTES):
-            size = min(PIECE_BYTES, end - piece) // mmap.PAGESIZE * mmap.PAGESIZE
-            if madvise(piece, size, MADV_POPULATE_WRITE) != 0:  # an older kernel, or no memory left
-                return
+    for at, size in pieces:
+        if madvise(at, size, MADV_POPULATE_WRITE) != 0:  # an older kernel, or no memory left
+            return
