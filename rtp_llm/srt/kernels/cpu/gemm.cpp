@@ -468,19 +468,24 @@ void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) 
             }
         });
     };
-    int64_t first, last, next_first, next_last;
-    bool few = tiles.count > 1 && tiles.count <= FEW_TILES;
-    for (bool taken = panels.take(first, last); taken; first = next_first, last = next_last) {
-        taken = panels.take(next_first, next_last);
+    // To know what it reads next, a thread takes that early; not where the others would be left with nothing.
+    const bool few = tiles.count > 1 && tiles.count <= FEW_TILES;
+    const bool early = few && panels.count >= 4 * omp_get_num_threads();
+    int64_t first, last, next_first = 0, next_last = 0;
+    bool taken = panels.take(first, last);
+    while (taken) {
+        bool next_taken = early && panels.take(next_first, next_last);
         if (few) {
             for (int64_t p = first; p < last; p++) {
-                int64_t next = p + 1 < last ? p + 1 : taken ? next_first : p;
+                int64_t next = p + 1 < last ? p + 1 : next_taken ? next_first : p;
                 for (int64_t t = 0; t < tiles.count; t++) compute(p, t, t < 2 ? Following{next - p, int(t)} : Following{});
             }
         } else {
             for (int64_t t = 0; t < tiles.count; t++)
                 for (int64_t p = first; p < last; p++) compute(p, t, Following{});
         }
+        taken = early ? next_taken : panels.take(first, last);
+        if (early) first = next_first, last = next_last;
     }
 }
 

@@ -110,7 +110,7 @@ def _is_free(piece: torch.UntypedStorage) -> bool:
 
 
 def _rounded_up(num_bytes: int) -> int:
-    """To an eighth of a power of two or less, so that tensors of nearly equal sizes fit the same pieces."""
+    """To a quarter of a power of two, so that tensors of nearly equal sizes fit the same pieces."""
     step = max(ALIGNMENT, 1 << max(0, num_bytes.bit_length() - 3))
     return max(1, -(-num_bytes // step)) * step
 
