@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Self
 
 MAX_STOP_STRINGS = 32
+MAX_STOP_CHARS = 1024  # of each: several times the longest that marks an end, and few enough to compare with any text
 MAX_COMPLETIONS = 4096  # of one prompt: each is a request of its own, made before the first one runs
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -48,10 +49,18 @@ class SamplingParams:
     )
     stop: list[str] = field(
         default_factory=list,
-        metadata={"help": f"strings that end the text and are not part of it, at most {MAX_STOP_STRINGS}"},
+        metadata={
+            "help": f"strings that end the text, at most {MAX_STOP_STRINGS} of at most {MAX_STOP_CHARS} characters; "
+            "they are looked for in what the model writes, special tokens included"
+        },
     )
     stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "token ids that end the generation"})
     ignore_eos: bool = _param(False, "go on after an end-of-sequence token")
+    include_stop_str_in_output: bool = _param(
+        False,
+        "the text ends with the stop string, or with the token that ended it (as far as special tokens are shown)",
+    )
+    no_stop_trim: bool = _param(False, "another name of include_stop_str_in_output")
     skip_special_tokens: bool = _param(True, "leave special tokens out of the text")
     seed: int | None = _param(None, "makes the draws reproducible; unset: another one for each request")
     n: int = _param(1, f"completions per prompt, at most {MAX_COMPLETIONS}, drawn with seeds seed, seed + 1, ...")
@@ -72,6 +81,9 @@ class SamplingParams:
         self.stop = _stop_strings(self.stop)
         self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
         self.ignore_eos = _bool("ignore_eos", self.ignore_eos)
+        self.no_stop_trim = _bool("no_stop_trim", self.no_stop_trim)
+        includes_stop = _bool("include_stop_str_in_output", self.include_stop_str_in_output)
+        self.include_stop_str_in_output = includes_stop or self.no_stop_trim
         self.skip_special_tokens = _bool("skip_special_tokens", self.skip_special_tokens)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise InvalidRequest(
@@ -171,6 +183,10 @@ def _stop_strings(value: Any) -> list[str]:
     for i, string in enumerate(strings):
         if not isinstance(string, str) or not string:
             raise InvalidRequest(f"stop[{i}] must be a non-empty string, not {_show(string)}", "stop")
+        if len(string) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop[{i}] has {len(string)} characters; at most {MAX_STOP_CHARS} are allowed", "stop"
+            )
     return list(strings)
 
 

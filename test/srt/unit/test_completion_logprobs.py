@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
 from rtp_llm.srt.entrypoints.openai.logprobs import TextOffsets, TokenTexts, prompt_offsets
-from rtp_llm.srt.managers.detokenizer import special_ids
+from rtp_llm.srt.managers.incremental_text import special_ids
 
 
 @pytest.fixture(scope="module")

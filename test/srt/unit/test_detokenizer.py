@@ -9,17 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from rtp_llm.srt.managers.detokenizer import (
-    INCOMPLETE,
-    Completion,
-    Decoder,
-    Detokenizer,
-    IncrementalText,
-    common_prefix,
-    find_stop,
-    held_len,
-    plain_backend,
-)
+from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
+from rtp_llm.srt.managers.incremental_text import INCOMPLETE, Decoder, IncrementalText, common_prefix, plain_backend
+from rtp_llm.srt.managers.stop_strings import Match, StopMatcher
 from rtp_llm.srt.messages import FinishReason, GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -310,13 +302,50 @@ def test_stop_strings_against_a_slow_search(text: str, stop: list[str]) -> None:
         assert run(text, [1, 3, 2, 5], stop=stop) == want
 
 
-def test_helpers() -> None:
-    assert find_stop("abcabc", ["c", "bc", "bca"], 2) == (2, "c")
-    assert find_stop("abcabc", ["x"], 0) is None
-    assert find_stop("abc", [], 0) is None
-    assert held_len("xab", ["abc", "bd"]) == 2
-    assert held_len("abc", ["abc"]) == 0
-    assert held_len("", ["abc"]) == 0
+def test_the_matcher_alone() -> None:
+    assert StopMatcher(["c", "bc", "bca"]).push("xxbcabc") == Match(2, 5, "bca")
+    assert StopMatcher(["x"]).push("abcabc") is None
+    assert StopMatcher([]).push("abc") is None
+    for text, held in (("xab", 2), ("xabdab", 2), ("", 0), ("ab x", 0)):
+        matcher = StopMatcher(["abc", "be"])
+        assert matcher.push(text) is None
+        assert matcher.held_len == held
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=5), max_size=8),
+    stop=st.lists(st.text("ab", min_size=1, max_size=6), max_size=3),
+)
+def test_the_matcher_against_a_slow_one(pieces: list[str], stop: list[str]) -> None:
+    matcher, text = StopMatcher(stop), ""
+    for piece in pieces:
+        start, text = len(text), text + piece
+        ends = [(string, text.find(string, max(0, start - len(string) + 1))) for string in stop]
+        found = min(((at, -len(string), string) for string, at in ends if at >= 0), default=None)
+        match = matcher.push(piece)
+        assert match == (found and Match(found[0], found[0] - found[1], found[2]))
+        if match:
+            return
+        lengths = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
+        assert matcher.held_len == max(lengths, default=0)
+
+
+def test_long_stop_strings_cost_a_bounded_number_of_steps_per_character() -> None:
+    """Those of a text that is nearly all of each of 32 stop strings: linear in the characters, however they come."""
+    compared = 0
+
+    class Counted(str):
+        def __getitem__(self, index: Any) -> str:
+            nonlocal compared
+            compared += 1
+            return super().__getitem__(index)
+
+    length, size = 600, 40
+    matcher = StopMatcher([Counted("a" * length + chr(0x100 + i)) for i in range(4)])
+    for _ in range(size):
+        assert matcher.push("a" * 50) is None
+        assert matcher.held_len <= length
+    assert compared < 4 * 8 * (length + 50 * size)
 
 
 # Results

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS, InvalidRequest, SamplingParams
+from rtp_llm.srt.sampling_params import MAX_STOP_CHARS, MAX_STOP_STRINGS, InvalidRequest, SamplingParams
 
 
 def test_values_are_normalised() -> None:
@@ -62,10 +62,13 @@ def test_pickles() -> None:
         ("stop", ""),
         ("stop", ["a", 1]),
         ("stop", ["a"] * (MAX_STOP_STRINGS + 1)),
+        ("stop", ["a", "b" * (MAX_STOP_CHARS + 1)]),
         ("stop_token_ids", 5),
         ("stop_token_ids", [1.0]),
         ("stop_token_ids", [True]),
         ("ignore_eos", 1),
+        ("include_stop_str_in_output", 1),
+        ("no_stop_trim", "true"),
         ("skip_special_tokens", None),
         ("seed", 2**64),
         ("seed", -(2**63) - 1),
@@ -95,10 +98,22 @@ def test_wrong_values_are_refused_by_name(name: str, value: Any) -> None:
         {"seed": -(2**63)},
         {"stop": None, "logit_bias": None},
         {"stop": ("a", "b"), "stop_token_ids": (1, 2)},
+        {"stop": ["a" * MAX_STOP_CHARS] * MAX_STOP_STRINGS},
     ],
 )
 def test_bounds_are_accepted(values: dict[str, Any]) -> None:
     SamplingParams.from_dict(values)
+
+
+def test_a_stop_string_that_is_too_long_names_the_limit() -> None:
+    with pytest.raises(InvalidRequest, match=rf"stop\[1\] has 5000 characters; at most {MAX_STOP_CHARS} are allowed"):
+        SamplingParams(stop=["a", "b" * 5000])
+
+
+@pytest.mark.parametrize("name", ["include_stop_str_in_output", "no_stop_trim"])
+def test_two_names_of_one_option(name: str) -> None:
+    assert SamplingParams.from_dict({name: True}).include_stop_str_in_output
+    assert not SamplingParams.from_dict({name: False}).include_stop_str_in_output
 
 
 def test_min_above_max() -> None:

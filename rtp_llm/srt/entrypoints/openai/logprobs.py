@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from rtp_llm.srt.entrypoints.openai.protocol import ChatLogprobs, CompletionLogprobs, TopLogprob
-from rtp_llm.srt.managers.detokenizer import special_ids
+from rtp_llm.srt.managers.incremental_text import special_ids
 from rtp_llm.srt.plan import TokenLogprob
 
 LOWEST = -9999.0  # what OpenAI writes for minus infinity, which JSON does not have

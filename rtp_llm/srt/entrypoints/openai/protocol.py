@@ -69,6 +69,8 @@ class GenerationBody(Body):
     min_tokens: int | None = Field(None, ge=0, description="extension: no stop condition holds before so many tokens")
     stop_token_ids: TokenIds | None = Field(None, description="extension: ids that end the text")
     ignore_eos: bool | None = Field(None, description="extension: go on after an end-of-sequence token")
+    include_stop_str_in_output: bool | None = Field(None, description="extension: the stop string stays in the text")
+    no_stop_trim: bool | None = Field(None, description="extension: another name of include_stop_str_in_output")
     skip_special_tokens: bool | None = Field(None, description="extension: leave special tokens out of the text")
     cache_salt: str | None = Field(None, description="extension: share cached prefixes only with equal salts")
     rid: str | None = Field(None, min_length=1, max_length=256, description="extension: for /abort_request")

@@ -1,0 +1,189 @@
+"""A completion's text, and the stop strings that end it.
+
+Stop strings are looked for in what the model wrote, special tokens included; what is shown may leave these out:
+
+    written | ab<|im_end|>cd     stop "b<|im_end|>" cuts after "a"; "abcd" is not in there
+    shown   | abcd
+
+The two are the same text while no special token is near, and only then is one decoded in place of two.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from rtp_llm.srt.managers.incremental_text import CONTEXT_TOKENS, Decoder, IncrementalText, common_prefix
+from rtp_llm.srt.managers.stop_strings import Match, StopMatcher
+from rtp_llm.srt.sampling_params import SamplingParams
+
+
+class CompletionText:
+    """A completion's text up to its first stop string.
+
+    A stop string counts if it begins after the text of the first ``min_new_tokens`` ids. Of several that are complete
+    after the same id, the one that begins first is taken, then the longest. ``matched`` is the stop string, once found.
+
+    Args:
+        shown: decodes what the text shows; its ``skipped`` are the special tokens that are left out.
+        written: decodes everything.
+    """
+
+    def __init__(self, shown: Decoder, written: Decoder, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._shown = IncrementalText(shown, prompt_ids)
+        self._hidden = shown.skipped
+        self._decode_written = written
+        self._written: IncrementalText | None = None  # where it differs from what is shown
+        self._matcher = StopMatcher(params.stop) if params.stop else None
+        self._min_new_tokens = params.min_new_tokens
+        self._includes_stop = params.include_stop_str_in_output
+        self._match: Match | None = None
+        self._is_ended_by_id = False
+        self._num_ids = 0
+        self._num_written = 0  # characters
+        self._starts: list[int] = []  # per id, where its text begins in what is written; only with stop strings
+        self._shown_starts: list[int] = []  # and in what is shown
+        self._gaps: dict[int, int] = {}  # per hidden id, characters before it that are written, but never shown
+        self._held: dict[int, str] = {}  # what was held back of the shown text when this id, by its number, came
+        self.text = ""
+        if self._matcher is not None and not self._hidden.isdisjoint(prompt_ids):
+            self._written = IncrementalText(written, prompt_ids)
+            self._join()
+
+    @property
+    def matched(self) -> str | None:
+        return None if self._match is None else self._match.string
+
+    def push(self, token_id: int) -> None:
+        self._num_ids += 1
+        if self._matcher is None:
+            self.text += self._shown.push(token_id)
+        else:
+            self._push(self._matcher, token_id)
+
+    def push_last(self, token_id: int) -> None:
+        """Takes the id that ended the generation, and ends the text. Its own text is part of that only if stop strings
+        are. A stop string that ends in it cuts the text; one that begins in it does not, for the id came first.
+        """
+        self._is_ended_by_id = True
+        if self._matcher is None:
+            self._num_ids += 1
+            self.text += self._shown.push(token_id) if self._includes_stop else ""
+        elif self._includes_stop:
+            self.push(token_id)
+        else:
+            self._push_silent(self._matcher, token_id)
+        self.flush()
+
+    def flush(self) -> None:
+        """Ends the text; what was held back becomes part of it."""
+        if self._match is not None:
+            return
+        piece = self._shown.flush()
+        self.text += piece
+        if self._matcher is not None:
+            written = piece if self._written is None else self._written.flush()
+            self._search(self._matcher, written, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many of the ids belong to the text: those that begin before its end, if a stop string cut it."""
+        if self._match is None:
+            return self._num_ids
+        end = self._match.end if self._includes_stop else self._match.start
+        return max(bisect_left(self._starts, end), self._min_new_tokens)
+
+    def certain(self) -> str:
+        """The text without an end that may turn out to be the beginning of a stop string."""
+        if self._matcher is None or self._match is not None or not self._matcher.held_len:
+            return self.text
+        return self.text[: self._shown_position(self._num_written - self._matcher.held_len)]
+
+    @property
+    def num_certain_tokens(self) -> int:
+        """How many of the ids no stop string can cut any more: those that begin within the certain text."""
+        if self._matcher is None:
+            return self._num_ids
+        return bisect_left(self._starts, self._num_written - self._matcher.held_len)
+
+    def _push(self, matcher: StopMatcher, token_id: int) -> None:
+        is_hidden = token_id in self._hidden
+        if is_hidden and self._written is None:
+            self._written = self._shown.fork(self._decode_written)
+        if self._written is not None and self._shown.is_holding:
+            self._held[len(self._starts)] = self._shown.held()
+        shown_start, piece = self._pushed(self._shown, token_id)
+        start, written = shown_start, piece
+        if self._written is not None:
+            start, written = self._pushed(self._written, token_id)
+        if is_hidden:
+            start = self._hidden_start(written, token_id)
+        self._starts.append(self._num_written + start)
+        self._shown_starts.append(len(self.text) + shown_start)
+        self.text += piece
+        self._search(matcher, written, start)
+        self._join()
+
+    def _pushed(self, stream: IncrementalText, token_id: int) -> tuple[int, str]:
+        """The piece that an id gives, and how much of that is earlier ids', which were held back."""
+        held = stream.held()
+        piece = stream.push(token_id)
+        return len(common_prefix(held, piece)), piece
+
+    def _hidden_start(self, piece: str, token_id: int) -> int:
+        """Where a special token's own text begins in the piece it gave: after what was held, or a decoder's space."""
+        start = max(0, len(piece) - len(self._decode_written([token_id])))
+        self._gaps[len(self._starts)] = start
+        return start
+
+    def _push_silent(self, matcher: StopMatcher, token_id: int) -> None:
+        """An id that is written, but not shown in any case."""
+        written = self._written or self._shown.fork(self._decode_written)
+        if self._shown.is_holding:
+            self._held[len(self._starts)] = self._shown.held()
+        start, piece = self._pushed(written, token_id)
+        self._written = written
+        if token_id in self._hidden:
+            start = self._hidden_start(piece, token_id)
+        self._num_ids += 1
+        self._starts.append(self._num_written + start)
+        self._shown_starts.append(len(self.text))
+        self._search(matcher, piece, start)
+
+    def _search(self, matcher: StopMatcher, piece: str, start: int) -> None:
+        """Looks for stop strings in what is written now; ``start``: where the newest id's text begins in it."""
+        num_banned = 0
+        if self._num_ids <= self._min_new_tokens:
+            num_banned = len(piece)
+        elif self._num_ids == self._min_new_tokens + 1 and self._min_new_tokens:
+            num_banned = start
+        matcher.skip(num_banned)
+        self._num_written += len(piece)
+        match = matcher.push(piece[num_banned:])
+        if match is not None and not (self._is_ended_by_id and match.start >= self._starts[-1]):
+            self._match = match
+            self._cut(match)
+
+    def _cut(self, match: Match) -> None:
+        num_ids = bisect_left(self._starts, match.start)
+        text = self.text[: self._shown_position(match.start)]
+        if num_ids < len(self._starts) and self._starts[num_ids] == match.start:
+            text += self._held.get(num_ids, "")
+        self.text = text + (match.string if self._includes_stop else "")
+
+    def _shown_position(self, position: int) -> int:
+        """Where in the shown text a position of the written text is; for one in a hidden token, where that would be."""
+        num_ids = bisect_left(self._starts, position)  # that begin before it
+        if num_ids == 0:
+            return 0
+        is_last = num_ids == len(self._starts)
+        end = self._num_written if is_last else self._starts[num_ids] - self._gaps.get(num_ids, 0)
+        shown_end = len(self.text) if is_last else self._shown_starts[num_ids]
+        return min(shown_end, max(self._shown_starts[num_ids - 1], shown_end - (end - position)))
+
+    def _join(self) -> None:
+        """Goes back to one text once special tokens are so far behind that they do not change what follows."""
+        if self._written is None or self._written.is_holding or self._shown.is_holding:
+            return
+        written, shown = self._written.window, self._shown.window
+        recent = written[-CONTEXT_TOKENS:]
+        if written == shown or (len(recent) == CONTEXT_TOKENS and recent == shown[-CONTEXT_TOKENS:]):
+            self._written = None
