@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from benchmark.evaluation import EvaluationError, Reply, positive
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.entrypoints.frontend import read_end_tokens
 from rtp_llm.srt.platform import choose_device
 
 
@@ -55,7 +57,7 @@ class TransformersAnswers:
         self.model = args.model_path
         self.context_len: int | None = config.context_length
         self._batch_size = args.batch_size
-        self._eos_ids = config.eos_token_ids
+        self._eos_ids = end_ids(args.model_path, config, self._tokenizer)
         self._penalty = float(config.generation_defaults.get("repetition_penalty", 1.0))
         self._model = model.to(self._device).eval()
         self._model.generation_config = GenerationConfig()
@@ -102,6 +104,11 @@ class TransformersAnswers:
             stopping_criteria=StoppingCriteriaList([StopStrings(texts, width)] if stop else []),
         )
         return [text.reply(row) for text, row in zip(texts, output[:, width:].tolist(), strict=True)]
+
+
+def end_ids(model_path: str, config: ModelConfig, tokenizer: Any) -> list[int]:
+    """The ids that end a text where our server or engine runs this checkpoint."""
+    return [token.token_id for token in read_end_tokens(ServerArgs(model_path=model_path), config, tokenizer)]
 
 
 class Continuation:

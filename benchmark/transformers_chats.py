@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from benchmark.evaluation import Chat, EvaluationError, Reply
-from benchmark.transformers_answers import Continuation, StopStrings
+from benchmark.transformers_answers import Continuation, StopStrings, end_ids
 from rtp_llm.reference import load_processor, takes_pictures
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.multimodal.media import decode_image
@@ -41,7 +41,7 @@ class TransformersChats:
             raise EvaluationError(f"{args.model_path} has no chat template, so its server takes no chats either")
         self.model = args.model_path
         self._context_len = config.context_length
-        self._eos_ids = config.eos_token_ids
+        self._eos_ids = end_ids(args.model_path, config, self._processor.tokenizer)
         self._penalty = float(config.generation_defaults.get("repetition_penalty", 1.0))
         self._model = model.to(self._device).eval()
         self._model.generation_config = GenerationConfig()

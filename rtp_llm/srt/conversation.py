@@ -270,9 +270,9 @@ def load_chat_template(
         if chat_template is not None:
             raise ChatTemplateError("a chat template needs a tokenizer, and there is none", "chat_template")
         return None
-    own = tokenizer.chat_template or {}
+    own = getattr(tokenizer, "chat_template", None) or {}
     named = {"default": own} if isinstance(own, str) else dict(own)
-    special_tokens = tokenizer.special_tokens_map
+    special_tokens = getattr(tokenizer, "special_tokens_map", {})
     bos_token = special_tokens.get("bos_token")
     if chat_template is not None:
         if chat_template_exists(chat_template):

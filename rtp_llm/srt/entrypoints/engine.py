@@ -22,6 +22,7 @@ from rtp_llm.srt.entrypoints.frontend import (
     Results,
     completions_of,
     completions_with_media,
+    read_end_tokens,
     read_model_config,
     read_processor,
     read_tokenizer,
@@ -70,6 +71,7 @@ class Engine:
         configure_logging(args.log_level)
         self.model_config = read_model_config(args)
         tokenizer = read_tokenizer(args, self.model_config)
+        end_tokens = read_end_tokens(args, self.model_config, tokenizer)  # before the weights: an error is told at once
         link = QueueLink()
         self._client = EngineClient(link.client)
         build = partial(EngineCore, args, self.model_config, link.core, on_progress=on_progress)
@@ -86,6 +88,7 @@ class Engine:
             args.random_seed,
             read_processor(args, self.model_config, tokenizer, trusted=True),
             args.media_limits,
+            end_tokens,
         )
 
     @property
@@ -105,6 +108,7 @@ class Engine:
             "vocab_size": self.model_config.vocab_size,
             "max_total_num_tokens": self.max_total_tokens,
             "max_req_len": self.tokenizer_manager.max_req_len,
+            "end_tokens": [token.to_dict() for token in self.tokenizer_manager.end_tokens],
         }
 
     def generate(

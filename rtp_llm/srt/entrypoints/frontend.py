@@ -17,8 +17,9 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.conversation import Template, load_chat_template
+from rtp_llm.srt.conversation import ChatTemplateError, Template, load_chat_template
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
+from rtp_llm.srt.managers.end_tokens import EndToken, find_end_tokens
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
 from rtp_llm.srt.messages import TokenOutput
@@ -106,6 +107,19 @@ def prompts_with_pictures(
 def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:
     """What makes prompts of messages; None: nothing does."""
     return load_chat_template(tokenizer, args.chat_template, args.model_path, config.model_path, config.is_multimodal)
+
+
+def read_end_tokens(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> tuple[EndToken, ...]:
+    """What ends a text, by the checkpoint's configuration, its tokenizer and its chat template. A checkpoint's own
+    template that cannot be used counts for nothing here; one that was asked for is an error."""
+    template = None
+    try:
+        template = read_chat_template(args, config, tokenizer)
+    except ChatTemplateError as error:
+        if args.chat_template is not None:
+            raise
+        logger.warning("the model's chat template is not usable: %s", error)
+    return find_end_tokens(config.eos_token_ids, config.vocab_size, tokenizer, template)
 
 
 def completions_of(

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ from rtp_llm.srt.entrypoints.frontend import (
     Frontend,
     Observer,
     read_chat_template,
+    read_end_tokens,
     read_model_config,
     read_processor,
     read_tokenizer,
@@ -44,6 +45,7 @@ from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
 from rtp_llm.srt.entrypoints.request_log import RequestLog
 from rtp_llm.srt.entrypoints.serving import Core, Serving
+from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.utils.logging import LOG_FORMAT, configure_logging
@@ -166,7 +168,9 @@ class HTTPServer:
         self._gate.app = make_app(self._args, config, tokenizer, supervisor, self._loop)
         if self._launch_callback is not None:
             self._launch_callback()
-        print(_summary(self._args, config, supervisor, self._address(), time.perf_counter() - start_s), file=sys.stderr)
+        ends = read_end_tokens(self._args, config, tokenizer)
+        seconds = time.perf_counter() - start_s
+        print(_summary(self._args, config, supervisor, self._address(), seconds, ends), file=sys.stderr)
 
     def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
         config = read_model_config(self._args)
@@ -269,6 +273,7 @@ def make_app(
         args.random_seed,
         read_processor(args, config, tokenizer),
         args.media_limits,
+        read_end_tokens(args, config, tokenizer),
     )
     frontend = Frontend(core.client, manager, loop, observers)
     serving = Serving(args, config, core, frontend, read_chat_template(args, config, tokenizer))
@@ -316,7 +321,9 @@ def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> 
             )
 
 
-def _summary(args: ServerArgs, config: ModelConfig, core: Core, address: str, seconds: float) -> str:
+def _summary(
+    args: ServerArgs, config: ModelConfig, core: Core, address: str, seconds: float, ends: Sequence[EndToken]
+) -> str:
     info = core.info
     name = args.model_name
     lines = [
@@ -325,6 +332,7 @@ def _summary(args: ServerArgs, config: ModelConfig, core: Core, address: str, se
         f"  weights   {_size(info.weight_bytes)}",
         f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens",
         f"  capacity  {info.max_running_requests} requests at once, each of at most {info.max_req_len} tokens",
+        f"  ends      {', '.join(map(str, ends)) or 'none: texts go on to their limit'}",
     ]
     return "\n".join(lines)
 

@@ -218,6 +218,7 @@ class NativeEndpoints:
                 "dtype": config.dtype,
                 "context_length": config.context_length,
                 "vocab_size": config.vocab_size,
+                "end_tokens": [token.to_dict() for token in self._serving.manager.end_tokens],
                 "has_chat_template": self._serving.template is not None,
                 "sampling_defaults": self._serving.sampling_defaults,
             }

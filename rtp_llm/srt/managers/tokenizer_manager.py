@@ -3,7 +3,7 @@
 import asyncio
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from uuid import uuid4
 from transformers import AutoTokenizer
 
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
+from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import (
@@ -102,6 +103,7 @@ class TokenizerManager:
         random_seed: makes the seeds of requests that bring none reproducible.
         processor: of a multimodal model; None: the model takes text only.
         media_limits: how many media of a kind a prompt may have, by "image", "video", "audio".
+        end_tokens: what ends a text.
     """
 
     def __init__(
@@ -113,11 +115,13 @@ class TokenizerManager:
         random_seed: int | None = None,
         processor: "BaseMultimodalProcessor | None" = None,
         media_limits: Mapping[str, int] | None = None,
+        end_tokens: Sequence[EndToken] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.max_req_len = max_req_len
+        self.end_tokens = tuple(end_tokens)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._processor = processor
         self._media_limits = dict(media_limits or {})
@@ -191,6 +195,7 @@ class TokenizerManager:
                 cache_salt=salt,
                 media=prompt.media,
                 fills_context=prompt.fills_context,
+                eos_token_ids=[token.token_id for token in self.end_tokens],
                 **logprobs,
             )
             for i, rid in enumerate(_rids(prompt.rid, params.n))

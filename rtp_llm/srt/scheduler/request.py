@@ -67,7 +67,8 @@ class Request:
         namespace: Hashable,
     ) -> "Request":
         params = message.params
-        stop_ids = list(params.stop_token_ids) if params.ignore_eos else [*eos_ids, *params.stop_token_ids]
+        ends = [] if params.ignore_eos else [*eos_ids, *message.eos_token_ids]
+        stop_ids = [*ends, *params.stop_token_ids]
         logprob_from = message.logprob_start_len if message.return_logprob and message.logprob_start_len >= 0 else None
         ids = [*message.prompt_ids, *message.output_ids]
         request = cls(

@@ -120,6 +120,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
         architectures=["Scripted"],
         dtype="float32",
         is_multimodal=False,
+        eos_token_ids=(),
     )
     monkeypatch.setattr(engine_module, "EngineCore", ScriptedCore)
     monkeypatch.setattr(frontend_module, "has_tokenizer", lambda _: True)

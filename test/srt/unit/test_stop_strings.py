@@ -221,6 +221,11 @@ def test_min_new_tokens_holds_for_hidden_tokens() -> None:
     ids = [*a, end, *a, end, *a]
     assert complete(tokenizer, ids, iter([]), stop="<|end|>", min_new_tokens=2) == ("aa", ids[:3], "<|end|>")
     assert complete(tokenizer, ids, iter([]), stop="<|end|>", min_new_tokens=1) == ("a", ids[:1], "<|end|>")
+    part = tokenizer.encode("中")[:1]  # shown only when it is certain that no more of it comes, but it was first
+    ids = [*part, *a, *a]
+    for stop, matched in ((INCOMPLETE + "a", None), ("aa", "aa")):
+        whole = complete(tokenizer, ids, iter([]), stop=stop, min_new_tokens=1)
+        assert whole == ((INCOMPLETE, ids[:1], "aa") if matched else (f"{INCOMPLETE}aa", ids, None))
 
 
 @pytest.mark.parametrize("option", ["include_stop_str_in_output", "no_stop_trim"])
