@@ -42,7 +42,7 @@ class CompletionText:
         self._starts: list[int] = []  # per id, where its text begins in what is written; only with stop strings
         self._shown_starts: list[int] = []  # and in what is shown
         self._gaps: dict[int, int] = {}  # per hidden id, characters before it that are written, but never shown
-        self._held: dict[int, str] = {}  # what was held back of the shown text when this id, by its number, came
+        self._held: dict[int, str] = {}  # what was held back of the shown text before this id, and still is
         self.text = ""
         if self._matcher is not None and not self._hidden.isdisjoint(prompt_ids):
             self._written = IncrementalText(written, prompt_ids)
@@ -108,12 +108,12 @@ class CompletionText:
         is_hidden = token_id in self._hidden
         if is_hidden and self._written is None:
             self._written = self._shown.fork(self._decode_written)
-        if self._written is not None and self._shown.is_holding:
-            self._held[len(self._starts)] = self._shown.held()
-        shown_start, piece = self._pushed(self._shown, token_id)
+        shown_start, piece, held = self._pushed(self._shown, token_id)
         start, written = shown_start, piece
         if self._written is not None:
-            start, written = self._pushed(self._written, token_id)
+            start, written, shared = self._pushed(self._written, token_id)
+            if held and not shared:  # otherwise the id goes on with the character whose bytes are held
+                self._held[len(self._starts)] = held
         if is_hidden:
             start = self._hidden_start(written, token_id)
         self._starts.append(self._num_written + start)
@@ -122,11 +122,14 @@ class CompletionText:
         self._search(matcher, written, start)
         self._join()
 
-    def _pushed(self, stream: IncrementalText, token_id: int) -> tuple[int, str]:
-        """The piece that an id gives, and how much of that is earlier ids', which were held back."""
+    def _pushed(self, stream: IncrementalText, token_id: int) -> tuple[int, str, str]:
+        """``(start, piece, held)``: the id's text begins in the piece it gives where that of earlier ids ends, which
+        was held back; of which ``held`` is not in there.
+        """
         held = stream.held()
         piece = stream.push(token_id)
-        return len(common_prefix(held, piece)), piece
+        start = len(common_prefix(held, piece))
+        return start, piece, held[start:]
 
     def _hidden_start(self, piece: str, token_id: int) -> int:
         """Where a special token's own text begins in the piece it gave: after what was held, or a decoder's space."""
@@ -137,9 +140,9 @@ class CompletionText:
     def _push_silent(self, matcher: StopMatcher, token_id: int) -> None:
         """An id that is written, but not shown in any case."""
         written = self._written or self._shown.fork(self._decode_written)
-        if self._shown.is_holding:
+        start, piece, shared = self._pushed(written, token_id)
+        if not shared:
             self._held[len(self._starts)] = self._shown.held()
-        start, piece = self._pushed(written, token_id)
         self._written = written
         if token_id in self._hidden:
             start = self._hidden_start(piece, token_id)

@@ -158,6 +158,11 @@ def test_grouping_does_not_matter_for_any_ids(name: str, data: st.DataObject) ->
         complete(tokenizer, ids, iter(data.draw(st.lists(st.integers(1, 9), max_size=20))), **options) for _ in "12"
     )
     assert first == second
+    if first[2] in stop and first[1] and not options["include_stop_str_in_output"]:
+        alone = complete(
+            tokenizer, first[1], iter([]), prompt_ids=prompt_ids, skip_special_tokens=options["skip_special_tokens"]
+        )
+        assert alone[0].startswith(first[0])  # as if the model had ended there
     if first[2] not in stop:
         free = complete(tokenizer, ids, iter([]), **{**options, "stop": []})
         assert first == free  # what is shown is the same with stop strings that are not found
@@ -212,6 +217,9 @@ def test_a_part_of_a_character_before_a_special_token(sizes: list[int]) -> None:
             [*a, *part],
             stop,
         )
+    for ids in ([end, *part], [end, *part[:1], *part[:1]]):
+        text = Detokenizer(tokenizer).decode(ids, True)
+        assert complete(tokenizer, [*ids, *a, *a], iter(sizes), stop="aa") == (text, ids, "aa")
     assert complete(tokenizer, [*a, *part, *a, *a], iter(sizes), stop="aa") == (f"a{INCOMPLETE}", [*a, *part], "aa")
 
 
