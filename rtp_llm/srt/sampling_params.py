@@ -11,6 +11,8 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 1024  # of each: several times the longest that marks an end, and few enough to compare with any text
 MAX_COMPLETIONS = 4096  # of one prompt: each is a request of its own, made before the first one runs
 DEFAULT_MAX_NEW_TOKENS = 128
+MAX_INT = 2**63 - 1  # what kernels and messages can carry
+MAX_KEY_DIGITS = 19  # of a token id as a string
 
 
 class InvalidRequest(ValueError):
@@ -38,7 +40,10 @@ class SamplingParams:
     )
     min_new_tokens: int = _param(0, "no stop condition holds before this many tokens")
     temperature: float = _param(1.0, "0 is greedy; higher is more random")
-    top_p: float = _param(1.0, "sample from the smallest set of tokens with this total probability, in (0, 1]")
+    top_p: float = _param(
+        1.0,
+        "sample from the smallest set of tokens with this total probability, in [0, 1]; 0: the most probable",
+    )
     top_k: int = _param(-1, "sample from the k most probable tokens; -1 or 0: all")
     min_p: float = _param(0.0, "drop tokens less probable than this times the most probable one, in [0, 1]")
     frequency_penalty: float = _param(0.0, "subtracted from a logit per earlier occurrence in the output, in [-2, 2]")
@@ -72,7 +77,7 @@ class SamplingParams:
         self.n = _int("n", self.n, 1, MAX_COMPLETIONS)
         self.seed = None if self.seed is None else _int("seed", self.seed, -(2**63), 2**64 - 1)
         self.temperature = _float("temperature", self.temperature, 0)
-        self.top_p = _float("top_p", self.top_p, 0, 1, exclude_low=True)
+        self.top_p = _float("top_p", self.top_p, 0, 1)
         self.min_p = _float("min_p", self.min_p, 0, 1)
         self.frequency_penalty = _float("frequency_penalty", self.frequency_penalty, -2, 2)
         self.presence_penalty = _float("presence_penalty", self.presence_penalty, -2, 2)
@@ -106,7 +111,7 @@ class SamplingParams:
                 raise InvalidRequest(
                     f"unknown sampling parameter {name!r}; {hint}Known are: {', '.join(sorted(known))}", str(name)
                 )
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidRequest if a token id lies outside ``[0, vocab_size)``."""
@@ -115,7 +120,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < 1e-6 or self.top_k == 1
+        return self.temperature < 1e-6 or self.top_k == 1 or self.top_p == 0
 
 
 def token_ids(name: str, values: Any) -> list[int]:
@@ -141,8 +146,10 @@ def _int(name: str, value: Any, low: int | None = None, high: int | None = None,
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InvalidRequest(f"{name} must be an integer, not {_show(value)}", param or name)
     number = int(value)
-    if (low is not None and number < low) or (high is not None and number > high):
-        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+    most = MAX_INT if high is None else high
+    if (low is not None and number < low) or number > most:
+        wanted = f"at most {most}" if low is None else f"between {low} and {most}"
+        wanted = f"at least {low}" if high is None and low is not None and number < low else wanted
         raise InvalidRequest(f"{name} must be {wanted}, not {_show(number)}", param or name)
     return number
 
@@ -199,7 +206,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
 
 
 def _bias_key(key: Any) -> int:
-    if isinstance(key, str) and key.isascii() and key.isdigit():
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= MAX_KEY_DIGITS:
         return int(key)
     return _int(f"the key {key!r} of logit_bias", key, param="logit_bias")
 

@@ -184,6 +184,11 @@ class ServerArgs:
         server=True,
     )
     max_body_size: int = _arg(32 * 2**20, help="bytes of the largest request body", low=1024, server=True)
+    strict_requests: bool = _arg(
+        False,
+        help="refuse fields that are not supported even where their value asks for nothing, and hints",
+        server=True,
+    )
     shutdown_timeout: float = _arg(
         60.0, help="seconds that running requests have to finish after SIGTERM or Ctrl-C", low=0, server=True
     )

@@ -13,8 +13,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rtp_llm.srt.entrypoints.errors import ApiError, unavailable
+from rtp_llm.srt.entrypoints.edge import check_json
+from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall
+from rtp_llm.srt.entrypoints.neutral import strict_requests
+from rtp_llm.srt.sampling_params import InvalidRequest
 
 T = TypeVar("T")
 
@@ -99,6 +102,15 @@ class StrictRequest(Request):
         return self._body
 
     async def json(self) -> Any:
+        """The body, whose values are checked by type (see ``edge.check_json``)."""
+        value = await self._parsed()
+        try:
+            check_json(value)
+        except InvalidRequest as error:
+            raise invalid(error) from None
+        return value
+
+    async def _parsed(self) -> Any:
         try:
             return json.loads((await self.body()).decode(), parse_constant=_no_constant)
         except UnicodeDecodeError as error:
@@ -128,6 +140,7 @@ class StrictRoute(APIRoute):
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if takes_body and kind != "application/json":
                 raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {kind!a}")
+            strict_requests.set(request.app.state.strict_requests)
             try:
                 return await handle(StrictRequest(request.scope, request.receive))
             except ClientDisconnect:  # before the body was complete

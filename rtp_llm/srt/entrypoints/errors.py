@@ -94,6 +94,9 @@ def of_validation(error: RequestValidationError) -> ApiError:
     place = _place(first)
     path = ".".join(map(str, place))
     param = str(place[0]) if place else None
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidRequest):  # of a validator of ours, which knows the field
+        return invalid(cause)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {path!r}: this server does not know it", param, "unknown_parameter")
     if first["type"] == "missing":

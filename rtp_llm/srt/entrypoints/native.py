@@ -15,9 +15,11 @@ from rtp_llm import __version__
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completions_with_media
+from rtp_llm.srt.entrypoints.neutral import GENERATE, SAMPLING_PARAMS, TOKENIZE, without_neutral
 from rtp_llm.srt.entrypoints.openai.base import hung_up
-from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, TokenIds
+from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, off_loop, request_names
+from rtp_llm.srt.sampling_params import InvalidRequest
 
 PROBE_TIMEOUT_S = 20.0
 PROMPT_FIELDS = (
@@ -32,19 +34,34 @@ Media = str | dict[str, Any] | list[Any] | None
 class GenerateBody(Body):
     """For a list of prompts, each option is one for all or a list of as many."""
 
+    unsupported = GENERATE
+
+    @model_validator(mode="after")
+    def _sampling_params_that_ask(self) -> Self:
+        """Null and values that ask for nothing are left out of sampling parameters, too."""
+        given = self.sampling_params
+        if isinstance(given, list):
+            where = [f"sampling_params[{i}]." for i in range(len(given))]
+            self.sampling_params = [
+                without_neutral(item, SAMPLING_PARAMS, place) for item, place in zip(given, where, strict=True)
+            ]
+        elif given is not None:
+            self.sampling_params = without_neutral(given, SAMPLING_PARAMS, "sampling_params.")
+        return self
+
     text: str | list[str] | None = Field(None, description="the prompt, or a list of prompts")
     input_ids: TokenIds | list[TokenIds] | None = Field(None, description="instead of text: ids, or lists of them")
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = Field(
         None, description="max_new_tokens (128), temperature (1.0), top_p, top_k, min_p, stop, n, seed, ..."
     )
     stream: bool = Field(False, description="server-sent events, each with all of a completion so far")
-    rid: str | list[str] | None = Field(None, description="the request's name, for /abort_request")
+    rid: Name | list[Name] | None = Field(None, description="the request's name, for /abort_request")
     return_logprob: bool | list[bool] = Field(False, description="log-probabilities, in meta_info")
     logprob_start_len: int | list[int] | None = Field(None, description="prompt position to begin with; -1: none")
     top_logprobs_num: int | list[int] | None = Field(None, description="alternatives per position")
     token_ids_logprob: TokenIds | list[TokenIds] | None = Field(None, description="ids wanted at every position")
     return_text_in_logprobs: bool = Field(False, description="logprob entries carry their token's text")
-    cache_salt: str | list[str] | None = Field(None, description="share cached prefixes only with equal salts")
+    cache_salt: Salt | list[Salt] | None = Field(None, description="share cached prefixes only with equal salts")
     image_data: Media = Field(None, description="what image placeholders stand for: URLs, data: URIs, base64, paths")
     video_data: Media = Field(None, description="what video placeholders stand for")
     audio_data: Media = Field(None, description="what audio placeholders stand for")
@@ -52,6 +69,8 @@ class GenerateBody(Body):
 
 class TokenizeBody(Body):
     """One of ``prompt``, ``text`` (the same) and ``messages``."""
+
+    unsupported = TOKENIZE
 
     model: str | None = None
     prompt: str | None = None
@@ -66,7 +85,10 @@ class TokenizeBody(Body):
     def _one_source(self) -> Self:
         given = [name for name in ("prompt", "text", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give one of prompt, text and messages, not {' and '.join(given) or 'none'}")
+            shown = " and ".join(given) or "none"
+            raise InvalidRequest(
+                f"give one of prompt, text and messages, not {shown}", given[-1] if given else "prompt"
+            )
         return self
 
 
@@ -94,7 +116,7 @@ class AbortBody(Body):
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         if (self.rid is None) != self.abort_all:
-            raise ValueError("give either rid or abort_all=true")
+            raise InvalidRequest("give either rid or abort_all=true", "rid")
         return self
 
 

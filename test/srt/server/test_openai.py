@@ -231,8 +231,8 @@ def test_aborts(client: openai.OpenAI, server_process: Process) -> None:
 @pytest.mark.parametrize(
     ("options", "words", "param"),
     [
-        ({"suffix": "end"}, "suffix is not supported", None),
-        ({"best_of": 3}, "best_of is not supported", None),
+        ({"suffix": "end"}, "suffix is not supported", "suffix"),
+        ({"best_of": 3}, "best_of is not supported", "best_of"),
         ({"max_tokens": 600}, "max_tokens is 600, but the prompt of", "max_tokens"),
         ({"prompt": "cat " * 600}, "more than the context length of 512", "prompt"),
         ({"prompt": ""}, "prompt is empty", "prompt"),

@@ -106,7 +106,7 @@ def test_an_interrupt_ends_cleanly(fake: type[FakeEngine], capsys: pytest.Captur
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--top-p", "2"], "top_p must be greater than 0 and at most 1"),
+        (["--top-p", "2"], "top_p must be at least 0 and at most 1"),
         (["--mem-fraction-static", "7"], "mem_fraction_static must be between"),
         (["--skip-tokenizer-init"], "generate works on text"),
     ],

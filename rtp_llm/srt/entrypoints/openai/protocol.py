@@ -1,45 +1,39 @@
 """OpenAI's objects: what requests may hold, checked to the letter, and what answers hold.
 
 Types are strict (no "1" for 1), and unknown fields are errors. ``None`` is the same as leaving a field out. Fields that
-OpenAI knows and this server does not support are errors that say so, unless their value asks for nothing (``NEUTRAL``).
+others know and this server does not support are errors that say so, unless their value asks for nothing
+(``entrypoints/neutral.py``).
 """
 
-from typing import Annotated, Any, Literal, NotRequired, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
-from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS
+from rtp_llm.srt.entrypoints.neutral import CHAT, OPENAI, without_neutral
+from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS, InvalidRequest
 
 MAX_LOGPROBS = 20  # alternatives per token
 MAX_CHOICES = 128  # n
 MAX_PROMPTS = 2048
 
-# Values that ask for nothing, of fields that are not supported otherwise. None is always one.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
-
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Salt = Annotated[str, Field(max_length=256)]
 
 
 class Body(BaseModel):
+    """A JSON object of a request. ``unsupported``: see ``neutral.without_neutral``."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, values: Any) -> Any:
+        return without_neutral(values, cls.unsupported) if isinstance(values, dict) else values
 
 
 class StreamOptions(Body):
@@ -50,9 +44,13 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What chat and text completions have in common."""
 
+    unsupported = OPENAI
+
     model: str | None = Field(None, description="one of /v1/models; may be left out")
     temperature: Finite | None = Field(None, ge=0, description="0 is greedy; higher is more random")
-    top_p: Finite | None = Field(None, gt=0, le=1, description="sample from the smallest set with this probability")
+    top_p: Finite | None = Field(
+        None, ge=0, le=1, description="sample from the smallest set with this probability; 0: the most probable token"
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices per prompt")
     max_tokens: int | None = Field(None, ge=0, description="most tokens to generate")
     stop: str | list[str] | None = Field(None, description=f"at most {MAX_STOP_STRINGS} strings that end the text")
@@ -72,8 +70,8 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = Field(None, description="extension: the stop string stays in the text")
     no_stop_trim: bool | None = Field(None, description="extension: another name of include_stop_str_in_output")
     skip_special_tokens: bool | None = Field(None, description="extension: leave special tokens out of the text")
-    cache_salt: str | None = Field(None, description="extension: share cached prefixes only with equal salts")
-    rid: str | None = Field(None, min_length=1, max_length=256, description="extension: for /abort_request")
+    cache_salt: Salt | None = Field(None, description="extension: share cached prefixes only with equal salts")
+    rid: Name | None = Field(None, description="extension: for /abort_request")
 
     user: str | None = Field(None, description="accepted; not used")
     metadata: dict[str, str] | None = Field(None, description="accepted; not used")
@@ -82,21 +80,11 @@ class GenerationBody(Body):
     prompt_cache_retention: str | None = Field(None, description="accepted; not used")
     parallel_tool_calls: bool | None = Field(None, description="accepted; there are no tools")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_neutral(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {name: value for name, value in values.items() if value is not None}
-        for name in NEUTRAL.keys() & kept.keys():
-            if kept.pop(name) not in NEUTRAL[name]:
-                raise ValueError(f"{name} is not supported with this value")
-        return kept
-
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for stream=true")
+        options = self.stream_options
+        if options is not None and not self.stream and (options.include_usage or options.continuous_usage_stats):
+            raise InvalidRequest("stream_options is only for stream=true", "stream_options")
         return self
 
 
@@ -104,6 +92,17 @@ class Message(BaseModel):
     """A message of a conversation; what else a chat template understands may stand beside."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, values: Any) -> Any:
+        """Null is no field in a part either, and hints on messages and parts (``cache_control``) change nothing."""
+        if not isinstance(values, dict):
+            return values
+        values = without_neutral(values, {})
+        if isinstance(content := values.get("content"), list):
+            values["content"] = [without_neutral(part, {}) if isinstance(part, dict) else part for part in content]
+        return values
 
     role: str = Field(description="system, developer, user, assistant, or what the chat template knows")
     content: str | list[dict[str, Any]] | None = Field(
@@ -114,6 +113,8 @@ class Message(BaseModel):
 
 
 class ChatCompletionRequest(GenerationBody):
+    unsupported = CHAT
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0, description="most tokens to generate; unset: the room left")
     logprobs: bool | None = Field(None, description="log-probabilities of the answer's tokens")
@@ -125,10 +126,11 @@ class ChatCompletionRequest(GenerationBody):
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is only for logprobs=true")
+            raise InvalidRequest("top_logprobs is only for logprobs=true", "top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise ValueError(f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one")
+            message = f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one"
+            raise InvalidRequest(message, "max_completion_tokens")
         return self
 
 
@@ -136,14 +138,17 @@ class CompletionRequest(GenerationBody):
     prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="a text, token ids, or a list of either")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
     echo: bool | None = Field(None, description="the prompt comes first, its logprobs too")
+    add_special_tokens: bool | None = Field(None, description="extension: false: none are put around the prompt")
     best_of: int | None = Field(None, description="only the value of n")
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of is not supported but as the same number as n ({self.n or 1})")
+            raise InvalidRequest(f"best_of is not supported but as the same number as n ({self.n or 1})", "best_of")
         if isinstance(self.prompt, list) and len(self.prompt) > MAX_PROMPTS and not isinstance(self.prompt[0], int):
-            raise ValueError(f"prompt is a list of {len(self.prompt)}; at most {MAX_PROMPTS} are taken at once")
+            raise InvalidRequest(
+                f"prompt is a list of {len(self.prompt)}; at most {MAX_PROMPTS} are taken at once", "prompt"
+            )
         return self
 
 

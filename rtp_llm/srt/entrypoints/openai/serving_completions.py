@@ -68,7 +68,7 @@ class CompletionEndpoint(OpenAIEndpoint):
 
     async def _of_prompt(self, body: CompletionRequest, prompt: str | list[int], rid: str | None) -> list[Completion]:
         manager = self._serving.manager
-        ids = await self._serving.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        ids = prompt if isinstance(prompt, list) else await self._encode(body, prompt)
         wants_logprobs = body.logprobs is not None
         item = Prompt(
             input_ids=ids,
@@ -80,6 +80,9 @@ class CompletionEndpoint(OpenAIEndpoint):
             cache_salt=body.cache_salt,
         )
         return [manager.completion(request) for request in manager.requests(item)]
+
+    async def _encode(self, body: CompletionRequest, prompt: str) -> list[int]:
+        return await self._serving.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     def _echoes(self, body: CompletionRequest, completions: list[Completion]) -> list[str | None]:
         """Per choice the text to put before it."""

@@ -1,0 +1,165 @@
+"""Fields that other servers know and this one does not support, and the values of them that ask for nothing.
+
+A client often sends every field that it knows, at its default. A value that asks for nothing is left out of the body;
+any other value of such a field is an error that names it. A hint may be left undone, so any value of it is taken, and
+the log says so once.
+"""
+
+import logging
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from rtp_llm.srt.sampling_params import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+strict_requests: ContextVar[bool] = ContextVar("strict_requests", default=False)  # --strict-requests, while one is read
+
+ALWAYS: tuple[Any, ...] = (None, False, "", [], {}, "none")  # ask for nothing in any field
+
+HINTS = frozenset({"store", "service_tier", "verbosity", "prediction", "cache_control"})
+
+# Name -> values that ask for nothing beside ALWAYS.
+_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "custom_params": (),
+    "detokenize": (True,),
+    "early_stopping": (),
+    "ebnf": (),
+    "json_schema": (),
+    "length_penalty": (1.0, 1),
+    "logits_processors": (),
+    "regex": (),
+    "sampling_seed": (),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": (),
+    "stream_interval": (1,),
+    "structural_tag": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (),
+}
+_REQUEST: dict[str, tuple[Any, ...]] = {
+    "background": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "conversation_id": (),
+    "custom_labels": (),
+    "custom_logit_processor": (),
+    "data_parallel_rank": (),
+    "extra_key": (),
+    "input_embeds": (),
+    "log_metrics": (True,),
+    "lora_path": (),
+    "modalities": (["text"],),
+    "no_logs": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "require_reasoning": (),
+    "return_bytes": (),
+    "return_cached_tokens_details": (),
+    "return_entropy": (),
+    "return_hidden_states": (),
+    "return_routed_experts": (),
+    "routed_dp_rank": (),
+    "session_params": (),
+}
+OPENAI = {
+    **_SAMPLING,
+    **_REQUEST,
+    "audio": (),
+    "documents": (),
+    "function_call": (),
+    "functions": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "logprob_token_ids": (),
+    "max_thinking_tokens": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "moderation": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (),
+    "return_tokens_as_token_ids": (),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "structured_outputs": (),
+    "suffix": (),
+    "thinking_budget": (),
+    "thinking_token_budget": (),
+    "tool_choice": ("auto",),
+    "tools": (),
+    "vllm_xargs": (),
+    "web_search_options": (),
+}
+CHAT = {**OPENAI, "add_special_tokens": (), "best_of": (1,), "echo": ()}
+GENERATE = {**_REQUEST, "max_dynamic_patch": (), "min_dynamic_patch": (), "image_max_dynamic_patch": ()}
+SAMPLING_PARAMS = _SAMPLING
+TOKENIZE: dict[str, tuple[Any, ...]] = {
+    "documents": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "return_token_strs": (),
+    "tools": (),
+}
+
+# With --strict-requests: what is taken beside null.
+STRICT: dict[str, tuple[Any, ...]] = {
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+
+_logged: set[str] = set()
+
+
+def without_neutral(
+    values: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> dict[str, Any]:
+    """Return the fields of a JSON object that ask for something. With --strict-requests, STRICT is all that is neutral.
+
+    Args:
+        unsupported: names of fields that are not supported -> values of them that ask for nothing.
+        where: what stands before a field's name in messages, such as ``sampling_params.``.
+
+    Raises:
+        InvalidRequest: an unsupported field asks for something. Fields that nobody knows are kept.
+    """
+    strict = strict_requests.get()
+    kept = {name: value for name, value in values.items() if value is not None}
+    for name in list(kept):
+        if name not in unsupported and name not in HINTS:
+            continue
+        value = kept[name]
+        neutral = STRICT.get(name, ()) if strict else (*ALWAYS, *unsupported.get(name, ()))
+        if not any(_same(value, other) for other in neutral):
+            if name not in HINTS or strict:
+                raise InvalidRequest(f"{where}{name} is not supported with this value", name)
+            _log_once(name)
+        del kept[name]
+    return kept
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; false is not 0, nor true 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _log_once(name: str) -> None:
+    if name not in _logged:
+        _logged.add(name)
+        logger.info("requests set %s, which changes nothing here (said once)", name)
