@@ -23,6 +23,10 @@ class InvalidRequest(ValueError):
         self.param = param
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """A prompt, or a prompt with the tokens that are to follow it, is longer than a request may be."""
+
+
 def _param(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 

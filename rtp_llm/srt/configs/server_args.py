@@ -156,6 +156,12 @@ class ServerArgs:
     api_key: str | None = _arg(
         None, help="key that clients must show (Authorization: Bearer KEY), /health excepted", server=True
     )
+    allowed_origins: list[str] | None = _arg(  # noqa: RUF009
+        None,
+        help="origins of web pages whose scripts may ask this server (CORS), such as https://chat.example.com; *: any; "
+        "unset: none",
+        server=True,
+    )
     served_model_name: str | None = _arg(
         None,
         help=f"the model's name in the API; unset: the model path, or {DEMO_NAME} for the embedded one",

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeVar
+from uuid import uuid4
 
 import msgspec
 from fastapi.routing import APIRoute
@@ -21,7 +22,9 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 T = TypeVar("T")
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", "/ready", "/ping")
+REQUEST_ID = b"x-request-id"
+MAX_REQUEST_ID_CHARS = 128
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but logs show it
 DONE = b"data: [DONE]\n\n"
 
@@ -47,6 +50,7 @@ class Gate:
             raise RuntimeError(f"only HTTP is spoken here, not {scope['type']}")
         self._num_inside += 1
         self._empty.clear()
+        send = _with_request_id(scope, send)
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
@@ -60,7 +64,11 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if scope["path"] not in OPEN_PATHS and not self._may_pass(scope):
-            return ApiError(401, "wrong or missing API key: send Authorization: Bearer KEY", code="invalid_api_key")
+            return ApiError(
+                401,
+                "wrong or missing API key: send Authorization: Bearer KEY, or X-Api-Key: KEY",
+                code="invalid_api_key",
+            )
         if self.draining:
             return unavailable("the server is shutting down", "shutting_down")
         if self.app is None:
@@ -70,9 +78,11 @@ class Gate:
     def _may_pass(self, scope: Scope) -> bool:
         if self._api_key is None:
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key.encode())
+        headers = dict(reversed(scope["headers"]))  # of several, the first counts
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        shown = [key.strip()] if scheme.lower() == b"bearer" else []
+        shown += [headers[b"x-api-key"].strip()] if b"x-api-key" in headers else []
+        return any(hmac.compare_digest(key, self._api_key.encode()) for key in shown)
 
     async def wait_empty(self, timeout_s: float) -> bool:
         """Whether all requests have ended within the time."""
@@ -81,6 +91,20 @@ class Gate:
         except TimeoutError:
             return False
         return True
+
+
+def _with_request_id(scope: Scope, send: Send) -> Send:
+    """Name each answer in ``X-Request-Id``: as the client named its request, if that is printable and short."""
+    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+    is_sane = 0 < len(given) <= MAX_REQUEST_ID_CHARS and all(32 < byte < 127 for byte in given)
+    request_id = given if is_sane else uuid4().hex.encode()
+
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (REQUEST_ID, request_id)]}
+        await send(message)
+
+    return send_named
 
 
 class StrictRequest(Request):

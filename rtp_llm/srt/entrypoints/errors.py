@@ -16,7 +16,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from rtp_llm.srt.managers.engine_client import EngineStopped
-from rtp_llm.srt.sampling_params import InvalidRequest
+from rtp_llm.srt.sampling_params import ContextLengthExceeded, InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,9 @@ def invalid(error: InvalidRequest, names: Mapping[str, str] | None = None) -> Ap
     for ours, theirs in (names or {}).items():
         message = re.sub(rf"\b{ours}\b", theirs, message)
         param = theirs if param == ours else param
-    past_context = "leaves room for" in message or "leaves no room" in message or "context length of" in message
-    return ApiError(400, message, param, "context_length_exceeded" if past_context else None)
+    return ApiError(
+        400, message, param, "context_length_exceeded" if isinstance(error, ContextLengthExceeded) else None
+    )
 
 
 def unavailable(message: str, code: str) -> ApiError:

@@ -172,7 +172,7 @@ def _numbered(i: int, batched: bool) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        raise InvalidRequest(f"prompt {i}: {error}", error.param) if batched else error from None
+        raise type(error)(f"prompt {i}: {error}", error.param) if batched else error from None
 
 
 def _run_apart(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -329,6 +329,7 @@ class LiveCall(Call):
         self._changed: dict[int, None] = {}
         self._wake = asyncio.Event()
         self._error: Exception | None = None
+        self._is_left = False  # what still comes is of nobody's interest
         self._start_s = time.perf_counter()
         self._last_s: list[float | None] = [None] * len(completions)  # when tokens came last
 
@@ -344,6 +345,8 @@ class LiveCall(Call):
 
     def deliver(self, item: Item) -> None:
         """Takes what came, in the event loop. Never raises: what goes wrong is raised where the call is read."""
+        if self._is_left:  # it has told its observers how each request ended
+            return
         try:
             num_before = len(self._completions[item[0]].output_ids)
             if not self.take(item):
@@ -395,6 +398,7 @@ class LiveCall(Call):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
+        self._is_left = True
         elapsed_s = time.perf_counter() - self._start_s
         for completion in self._completions:
             if not completion.finished:

@@ -23,6 +23,8 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.datastructures import State
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from rtp_llm import __version__
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -39,7 +41,7 @@ from rtp_llm.srt.entrypoints.frontend import (
     read_processor,
     read_tokenizer,
 )
-from rtp_llm.srt.entrypoints.native import NativeEndpoints, Outcome, Text, Tokens
+from rtp_llm.srt.entrypoints.native import NativeEndpoints, Outcome, Text, Tokens, Version
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
@@ -58,6 +60,17 @@ OnProgress = Callable[[int, int], None]
 
 BACKLOG = 2048
 ABORT_GRACE_S = 2.0  # for requests that were told to end, to say so
+# Paths by which clients of other servers ask for the same.
+ALIASES = {
+    "/v1/chat/completions": ("/chat/completions",),
+    "/v1/completions": ("/completions",),
+    "/v1/models": ("/models",),
+    "/tokenize": ("/v1/tokenize",),
+    "/detokenize": ("/v1/detokenize",),
+    "/health": ("/ready", "/ping"),
+    "/model_info": ("/get_model_info",),
+    "/server_info": ("/get_server_info",),
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -135,8 +148,9 @@ class HTTPServer:
         self._on_progress = on_progress
         self._launch_callback = launch_callback
         self._gate = Gate(server_args.api_key)
+        app = with_cors(self._gate, server_args.allowed_origins)
         config = uvicorn.Config(
-            self._gate, log_config=None, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=1
+            app, log_config=None, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=1
         )
         self._uvicorn = Uvicorn(config)
         self._supervisor: Supervisor | None = None
@@ -291,6 +305,19 @@ def make_app(
     return app
 
 
+def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:
+    """Let pages of these origins ask: preflights are answered before the key is asked for, and errors can be read."""
+    if not allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
+
+
 def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> None:
     native = NativeEndpoints(serving, registry)
     for path, methods, handler, answer, tag in (
@@ -307,8 +334,11 @@ def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> 
         ("/server_info", ["GET"], native.server_info, None, "control"),
         ("/flush_cache", ["GET", "POST"], native.flush_cache, Outcome, "control"),
         ("/abort_request", ["POST"], native.abort_request, Outcome, "control"),
+        ("/version", ["GET"], native.version, Version, "control"),
         ("/metrics", ["GET"], native.metrics, None, "control"),
     ):
+        for alias in ALIASES.get(path, ()):
+            app.add_api_route(alias, handler, methods=methods, response_model=None, include_in_schema=False)
         for method in methods:
             app.add_api_route(
                 path,

@@ -125,6 +125,10 @@ class Outcome(TypedDict):
     message: str
 
 
+class Version(TypedDict):
+    version: str
+
+
 class NativeEndpoints:
     def __init__(self, serving: Serving, registry: CollectorRegistry) -> None:
         self._serving = serving
@@ -252,6 +256,10 @@ class NativeEndpoints:
         options = asdict(self._serving.args)
         options["api_key"] = None if options["api_key"] is None else "***"
         return JSON({**options, "version": __version__, **asdict(core.info), "stats": asdict(core.stats)})
+
+    async def version(self) -> Response:
+        """The server's version."""
+        return JSON(Version(version=__version__))
 
     async def flush_cache(self) -> Response:
         """Empties the prefix cache, if no request runs: 400 otherwise."""

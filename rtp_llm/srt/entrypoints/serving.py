@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
+from rtp_llm import __version__
 from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -52,6 +54,13 @@ class Serving:
     @property
     def model_name(self) -> str:
         return self.args.model_name
+
+    @property
+    def fingerprint(self) -> str:
+        """What changes when the same request, with the same seed, may get another answer."""
+        args, config = self.args, self.model_config
+        parts = (__version__, args.model_path, args.revision, config.dtype, args.quantization, args.kv_cache_dtype)
+        return "fp_" + sha256(repr(parts).encode()).hexdigest()[:10]
 
     @property
     def manager(self) -> TokenizerManager:

@@ -17,6 +17,7 @@ from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
+    ContextLengthExceeded,
     InvalidRequest,
     SamplingParams,
     check_vocabulary,
@@ -235,12 +236,12 @@ class TokenizerManager:
             raise InvalidRequest(f"{name} is empty: there must be at least one token to continue", name)
         check_vocabulary(name, ids, self.vocab_size)
         if len(ids) > self.context_length:
-            raise InvalidRequest(
+            raise self._too_long(
                 f"the prompt has {len(ids)} tokens, more than the context length of {self.context_length}", name
             )
         if len(ids) + wants_new > self.max_req_len:
             room = "room for a new one" if wants_new else "room"
-            raise InvalidRequest(f"the prompt has {len(ids)} tokens and leaves no {room}: {self._limit()}", name)
+            raise self._too_long(f"the prompt has {len(ids)} tokens and leaves no {room}: {self._limit()}", name)
         return ids
 
     def _max_new_tokens(self, params: SamplingParams, prompt_len: int) -> int:
@@ -249,11 +250,16 @@ class TokenizerManager:
         if asked is None:
             name, asked = "min_new_tokens", max(params.min_new_tokens, min(DEFAULT_MAX_NEW_TOKENS, room))
         if asked > room:
-            raise InvalidRequest(
+            raise self._too_long(
                 f"{name} is {asked}, but the prompt of {prompt_len} tokens leaves room for {room}: {self._limit()}",
                 name,
             )
         return asked
+
+    def _too_long(self, reason: str, param: str) -> ContextLengthExceeded:
+        """Begins with OpenAI's words, by which client libraries know this error."""
+        limit = min(self.context_length, self.max_req_len)
+        return ContextLengthExceeded(f"This model's maximum context length is {limit} tokens: {reason}", param)
 
     def _limit(self) -> str:
         if self.max_req_len < self.context_length:

@@ -267,6 +267,96 @@ def test_metrics(server: InProcess) -> None:
     assert value("queue_time_seconds_count") == value("num_requests_total") and value("queue_time_seconds_sum") > 0
 
 
+def test_each_request_counts_once_however_it_ends(server: InProcess) -> None:
+    def counts() -> list[float]:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        names = ("num_requests_total", "e2e_request_latency_seconds_count", "num_aborted_requests_total")
+        return [float(line.split()[-1]) for name in names for line in lines if line.startswith(f"rtp_llm:{name}{{")]
+
+    before = counts()
+    text = post(server, "/v1/completions", {"prompt": "the cat", "max_tokens": 20}).json()["choices"][0]["text"]
+    post(server, "/v1/completions", {"prompt": "the cat", "max_tokens": 20, "stop": text[4:6]})
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"rid": "told-to-end"}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        post(server, "/abort_request", {"rid": "told-to-end"})
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    with socket.create_connection(("127.0.0.1", port_of(server))) as connection:
+        connection.sendall(wire("/v1/completions", LONG))
+        wait_for(lambda: server.core.client.num_live)
+    wait_for(lambda: is_clean(server))
+    time.sleep(0.1)  # the core's answer to the abort
+    assert [now - old for now, old in zip(counts(), before, strict=True)] == [4, 4, 2]
+
+
+# Who may ask, and by which path
+
+
+@pytest.mark.parametrize("given", ["abc-1", "x" * 128, None, "x" * 129, "a b"])
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/models"])
+def test_answers_are_named(server: InProcess, path: str, given: str | None) -> None:
+    response = httpx.get(f"{server.url}{path}", headers={} if given is None else {"X-Request-Id": given})
+    [name] = response.headers.get_list("x-request-id")
+    is_taken = given is not None and len(given) <= 128 and " " not in given
+    assert name == given if is_taken else len(name) == 32
+
+
+@pytest.mark.parametrize(
+    ("path", "same"),
+    [
+        ("/models", "/v1/models"),
+        ("/get_model_info", "/model_info"),
+        ("/ready", "/health"),
+        ("/ping", "/health"),
+    ],
+)
+def test_other_paths_to_the_same(server: InProcess, path: str, same: str) -> None:
+    assert httpx.get(f"{server.url}{path}").json() == httpx.get(f"{server.url}{same}").json()
+
+
+def test_other_paths_of_posts(server: InProcess) -> None:
+    assert post(server, "/completions", {"prompt": "a", "max_tokens": 1}).json()["object"] == "text_completion"
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    assert post(server, "/chat/completions", chat).json()["object"] == "chat.completion"
+    tokens = post(server, "/v1/tokenize", {"prompt": "the cat"}).json()["tokens"]
+    assert post(server, "/v1/detokenize", {"tokens": tokens}).json()["text"] == "the cat"
+    assert httpx.get(f"{server.url}/version").json().keys() == {"version"}
+    assert httpx.get(f"{server.url}/get_server_info").json()["max_total_tokens"] == 4096
+
+
+def test_keys_and_pages_of_other_origins(tiny_checkpoint: str) -> None:
+    page = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    with in_process(tiny_checkpoint, api_key="secret", allowed_origins=["https://page.example"]) as guarded:
+        models = f"{guarded.url}/v1/models"
+        assert httpx.options(models, headers=page).status_code == 200
+        refused = httpx.get(models, headers=page)
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page["Origin"])
+        assert "access-control-allow-origin" not in httpx.get(models, headers={"Origin": "https://other"}).headers
+        for key, status in (("secret", 200), ("wrong", 401), ("", 401)):
+            assert httpx.get(models, headers={"X-Api-Key": key}).status_code == status
+        assert httpx.get(models, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert [httpx.get(guarded.url + path).status_code for path in ("/health", "/ready", "/ping")] == [200] * 3
+        assert [httpx.get(guarded.url + path).status_code for path in ("/models", "/version", "/metrics")] == [401] * 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "cat " * 600}),
+        ("/v1/completions", {"prompt": ["a", "cat " * 600]}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 512}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "cat " * 600}]}),
+        ("/generate", {"text": "cat " * 600}),
+        ("/generate", {"input_ids": [[40], [40] * 513]}),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 512}}),
+    ],
+)
+def test_an_overflow_is_told_in_words_that_clients_know(server: InProcess, path: str, body: dict[str, Any]) -> None:
+    error = error_of(post(server, path, body))
+    assert "This model's maximum context length is 512 tokens" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+
+
 # Streams on the wire
 
 

@@ -154,9 +154,11 @@ def test_streamed_completions_are_the_same(client: openai.OpenAI, options: dict[
         parts = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
         assert "".join(part.text for part in parts) == choice.text
         assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + [choice.finish_reason]
+        assert parts[-1].text == "" and parts[-1].logprobs is None
         if choice.logprobs is not None:
-            assert [token for part in parts for token in part.logprobs.tokens] == choice.logprobs.tokens
-            logprobs = [value for part in parts for value in part.logprobs.token_logprobs]
+            told = parts[:-1]
+            assert [token for part in told for token in part.logprobs.tokens] == choice.logprobs.tokens
+            logprobs = [value for part in told for value in part.logprobs.token_logprobs]
             assert logprobs == choice.logprobs.token_logprobs
 
 
@@ -168,7 +170,26 @@ def test_streamed_answers_are_the_same(client: openai.OpenAI) -> None:
         parts = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
         assert [part.delta.role for part in parts] == ["assistant"] + [None] * (len(parts) - 1)
         assert "".join(part.delta.content or "" for part in parts) == choice.message.content
-        assert sum(len(part.logprobs.content) for part in parts) == len(choice.logprobs.content)
+        assert sum(len(part.logprobs.content) for part in parts if part.logprobs) == len(choice.logprobs.content)
+        first, *middle, last = parts
+        assert (first.delta.content, first.finish_reason, first.logprobs) == ("", None, None)
+        assert all(part.delta.content is not None and part.finish_reason is None for part in middle)
+        assert (last.delta.content, last.delta.role, last.finish_reason) == (None, None, choice.finish_reason)
+
+
+def test_an_empty_answer_has_role_and_finish_reason(client: openai.OpenAI) -> None:
+    chunks = list(chat(client, stream=True, max_completion_tokens=0))
+    deltas = [(c.delta.role, c.delta.content, c.finish_reason) for chunk in chunks for c in chunk.choices]
+    assert deltas == [("assistant", "", None), (None, None, "length")]
+
+
+def test_fields_that_clients_read(client: openai.OpenAI) -> None:
+    whole, chunks = chat(client, logprobs=True), list(chat(client, stream=True))
+    assert whole.system_fingerprint.startswith("fp_")
+    assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
+    assert complete(client).system_fingerprint == whole.system_fingerprint
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 0
+    assert whole.choices[0].logprobs.refusal is None and "refusal" in whole.choices[0].logprobs.model_fields_set
 
 
 def test_usage_in_every_chunk(client: openai.OpenAI) -> None:
@@ -184,7 +205,7 @@ def test_streams_stop_as_answers_do(client: openai.OpenAI) -> None:
     whole = complete(client, max_tokens=30, stop=stop, logprobs=0)
     chunks = list(complete(client, max_tokens=30, stop=stop, logprobs=0, stream=True))
     assert "".join(c.text for chunk in chunks for c in chunk.choices) == whole.choices[0].text
-    tokens = [token for chunk in chunks for c in chunk.choices for token in c.logprobs.tokens]
+    tokens = [token for chunk in chunks for c in chunk.choices if c.logprobs for token in c.logprobs.tokens]
     assert tokens == whole.choices[0].logprobs.tokens
 
 

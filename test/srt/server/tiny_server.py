@@ -27,7 +27,7 @@ from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.asgi import Gate
 from rtp_llm.srt.entrypoints.engine import ThreadRunner
 from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
-from rtp_llm.srt.entrypoints.http_server import Uvicorn, make_app, open_listener
+from rtp_llm.srt.entrypoints.http_server import Uvicorn, make_app, open_listener, with_cors
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.utils.ipc import QueueLink
@@ -121,8 +121,9 @@ def in_process(model_path: str, **options: Any) -> Iterator[InProcess]:
 
         async def serve() -> None:
             gate = Gate(args.api_key)
+            app = with_cors(gate, args.allowed_origins)
             server = Uvicorn(
-                uvicorn.Config(gate, log_config=None, lifespan="off", access_log=False, timeout_graceful_shutdown=1)
+                uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, timeout_graceful_shutdown=1)
             )
             gate.app = make_app(args, config, read_tokenizer(args, config), core, asyncio.get_running_loop())
             parts.extend((gate, server))

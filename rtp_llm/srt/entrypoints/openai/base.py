@@ -51,6 +51,7 @@ class OpenAIEndpoint:
             "object": kind,
             "created": int(time.time()),
             "model": self._serving.model_name,
+            "system_fingerprint": self._serving.fingerprint,
         }
 
 
@@ -83,6 +84,7 @@ def usage(completions: list[Completion], num_choices: int) -> Usage:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in firsts)},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

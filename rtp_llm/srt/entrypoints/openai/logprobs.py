@@ -83,7 +83,8 @@ def chat_logprobs(texts: TokenTexts, items: Sequence[TokenLogprob], num_top: int
                 "top_logprobs": [entry(token_id, logprob) for logprob, token_id in item.top[:num_top]],
             }
             for item in items
-        ]
+        ],
+        "refusal": None,
     }
 
 

@@ -156,11 +156,16 @@ class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(TypedDict):
@@ -175,6 +180,7 @@ class ChatTokenLogprob(TopLogprob):
 
 class ChatLogprobs(TypedDict):
     content: list[ChatTokenLogprob]
+    refusal: None
 
 
 class CompletionLogprobs(TypedDict):
@@ -205,6 +211,7 @@ class ChatCompletion(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -226,6 +233,7 @@ class ChatCompletionChunk(TypedDict):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
 
@@ -244,6 +252,7 @@ class TextCompletion(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
 

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,15 +85,14 @@ class ChatEndpoint(OpenAIEndpoint):
     async def _events(
         self, call: LiveCall, body: ChatCompletionRequest, head: dict[str, Any]
     ) -> AsyncGenerator[bytes, None]:
-        """A choice's first chunk has the role, its last one the finish reason; either may have text."""
+        """Role, content and finish reason come in chunks of their own, in this order for each choice."""
         tells = StreamUsage(body, call.completions, len(call.completions))
         begun: set[int] = set()
         async with error_event() as failure:
             async for i, delta in call.deltas():
                 completion = call.completions[i]
                 check_not_failed([completion])
-                if delta.text or body.logprobs or completion.finished:
-                    choice = self._chunk_choice(body, i, completion, delta, is_first=i not in begun)
+                for choice in self._chunk_choices(body, i, completion, delta, is_first=i not in begun):
                     begun.add(i)
                     yield event({**head, "choices": [choice], **tells.of_chunk()})
             if tells.at_end:
@@ -101,18 +100,21 @@ class ChatEndpoint(OpenAIEndpoint):
         if failure.body is not None:
             yield event(failure.body)
 
-    def _chunk_choice(
+    def _chunk_choices(
         self, body: ChatCompletionRequest, i: int, completion: Completion, delta: Delta, is_first: bool
-    ) -> ChatChunkChoice:
-        content: ChatDelta = {"role": "assistant", "content": ""} if is_first else {}
-        if delta.text:
-            content["content"] = delta.text
-        return {
-            "index": i,
-            "delta": content,
-            "logprobs": self._logprobs(body, delta.logprobs),
-            "finish_reason": finish_reason(completion),
-        }
+    ) -> Iterator[ChatChunkChoice]:
+        if not (delta.text or body.logprobs or completion.finished):
+            return
+        if is_first:
+            yield _chunk_choice(i, {"role": "assistant", "content": ""})
+        if delta.text or (body.logprobs and delta.logprobs):
+            yield {**_chunk_choice(i, {"content": delta.text}), "logprobs": self._logprobs(body, delta.logprobs)}
+        if completion.finished:
+            yield {**_chunk_choice(i, {}), "finish_reason": finish_reason(completion)}
+
+
+def _chunk_choice(i: int, delta: ChatDelta) -> ChatChunkChoice:
+    return {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def _ending(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:

@@ -63,7 +63,7 @@ class CompletionEndpoint(OpenAIEndpoint):
                 except InvalidRequest as error:
                     if len(prompts) == 1:
                         raise
-                    raise InvalidRequest(f"prompt {i}: {error}", error.param) from None
+                    raise type(error)(f"prompt {i}: {error}", error.param) from None
         return completions
 
     async def _of_prompt(self, body: CompletionRequest, prompt: str | list[int], rid: str | None) -> list[Completion]:
@@ -130,13 +130,19 @@ class CompletionEndpoint(OpenAIEndpoint):
             async for i, delta in call.deltas():
                 completion = call.completions[i]
                 check_not_failed([completion])
-                if delta.text or body.logprobs is not None or completion.finished:
+                if delta.text or (body.logprobs is not None and delta.logprobs) or told[i].echo is not None:
                     choice = self._choice(body, i, completion, told[i], delta.text, delta.logprobs)
-                    yield event({**head, "choices": [choice], **tells.of_chunk()})
+                    yield event({**head, "choices": [{**choice, "finish_reason": None}], **tells.of_chunk()})
+                if completion.finished:
+                    yield event({**head, "choices": [_finish(i, completion)], **tells.of_chunk()})
             if tells.at_end:
                 yield event({**head, "choices": [], "usage": tells.now()})
         if failure.body is not None:
             yield event(failure.body)
+
+
+def _finish(i: int, completion: Completion) -> CompletionChoice:
+    return {"index": i, "text": "", "logprobs": None, "finish_reason": finish_reason(completion)}
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
