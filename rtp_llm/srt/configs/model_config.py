@@ -255,6 +255,11 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     config = _load_json(Path(directory) / CONFIG_FILE)
     wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
+    quantization = wanted.get("quantization_config")
+    if not isinstance(quantization, Mapping | None):
+        raise ModelConfigError(
+            f"`quantization_config` in {directory}/{CONFIG_FILE} must be an object, not {quantization!r}"
+        )
     try:
         if json.dumps(wanted) == json.dumps(config):  # in Python 2.0 equals 2
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
