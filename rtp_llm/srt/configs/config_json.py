@@ -4,18 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
-
+from rtp_llm.srt.configs.architectures import LIKE_LLAMA
 from rtp_llm.srt.configs.generation_config import usable_token_ids
 
 logger = logging.getLogger(__name__)
 
 DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
-LIKE_LLAMA = ("aquila", "internlm", "xverse")
-"""Model types that transformers does not know, whose code was a copy of Llama's: same names, same computation."""
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _ID_KEYS = ("bos_token_id", "eos_token_id")
@@ -82,11 +76,3 @@ def _as_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if base is not None:
             result.setdefault("rope_theta", base)
     return result
-
-
-def architecture_of(model_type: Any) -> str | None:
-    """The class that transformers has for generating text with models of this type; None if it has none."""
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-        if model_type in mapping:
-            return mapping[model_type]
-    return None

@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from rtp_llm.srt.configs.config_json import DTYPE_ALIASES, architecture_of, modernized
+from rtp_llm.srt.configs.architectures import architecture_of, with_other_names
+from rtp_llm.srt.configs.config_json import DTYPE_ALIASES, modernized
 from rtp_llm.srt.configs.generation_config import (
     GENERATION_CONFIG_FILE,
     generation_defaults,
@@ -286,7 +287,10 @@ def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: 
 
 
 def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
-    """As named in the file; where none is, transformers' class for the model type, which ``hf_config`` then names."""
+    """As named in the file, with other names for the same; where none is, transformers' class for the model type.
+
+    ``hf_config`` names them likewise then.
+    """
     names = hf_config.architectures
     if not names:
         name = architecture_of(hf_config.model_type)
@@ -296,10 +300,11 @@ def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
                 f"text for its `model_type` {hf_config.model_type!r}, so its model class is unknown"
             )
         logger.warning("%s/%s names no `architectures`; taken to be %s", directory, CONFIG_FILE, name)
-        names = hf_config.architectures = [name]
+        names = [name]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelConfigError(f"`architectures` in {directory}/{CONFIG_FILE} must be a list of names, not {names!r}")
-    return names
+    hf_config.architectures = with_other_names(names)
+    return hf_config.architectures
 
 
 def _attribute(name: str, hf_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Any:

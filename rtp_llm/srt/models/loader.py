@@ -36,6 +36,7 @@ ShardId = str | int | tuple[int, str] | None  # which source of a packed paramet
 
 FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no file here
 BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
+HEADS = ("lm_head.weight ", "embed_out.weight ")  # how lines about a missing head begin
 COMMON_IGNORE = (
     r"(^|\.)rotary_emb\.(original_)?inv_freq$",
     r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
@@ -544,9 +545,14 @@ def _error(model: nn.Module, problems: Mapping[str, list[str]]) -> WeightLoadErr
     for problem, lines in problems.items():
         if lines:
             parts.append(f"{len(lines)} {problem}:\n  " + "\n  ".join(sorted(lines)))
-    if any(line.startswith("lm_head.weight ") for line in problems.get("parameters were not set", [])):
+    if any(line.startswith(HEADS) for line in problems.get("parameters were not set", [])):
         parts.append(
             "If the head is meant to share the embedding's weights, set tie_word_embeddings: "
             "--json-model-override-args '{\"tie_word_embeddings\": true}'"
         )
+        if sum(map(len, problems.values())) == 1:
+            parts.append(
+                "Otherwise the checkpoint is of the bare model without a head, which gives hidden states (embeddings) "
+                "and no tokens: take the whole model's"
+            )
     return WeightLoadError("\n".join(parts))
