@@ -14,12 +14,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from rtp_llm.srt.configs.architectures import architecture_of, with_other_names
+from rtp_llm.srt.configs.config_json import DTYPE_ALIASES, modernized
+from rtp_llm.srt.configs.generation_config import (
+    GENERATION_CONFIG_FILE,
+    generation_defaults,
+    read_generation_config,
+    usable_token_ids,
+)
+
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
-DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
 DEFAULT_CONTEXT_LENGTH = 2048  # where a configuration names no length at all
 
 multimodal_model_archs: set[str] = {
@@ -44,7 +51,6 @@ _CONTEXT_LENGTH_KEYS = (
     "seq_length",
     "model_max_length",
 )
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 _WEIGHT_PATTERNS = {
     "auto": ("*.safetensors", "*.bin"),
@@ -180,8 +186,9 @@ class ModelConfig:
         overrides = _parse_overrides(json_model_override_args)
         hf_config = _load_hf_config(directory, overrides, trust_remote_code)
         text_config = hf_config.get_text_config()
-        bos = _attribute("bos_token_id", hf_config, text_config)
-        generation = _load_json(Path(directory) / GENERATION_CONFIG_FILE, required=False)
+        vocab_size = _size(text_config, "vocab_size")
+        generation = read_generation_config(directory)
+        ids = _token_ids(hf_config, text_config, generation, vocab_size, directory)
         return cls(
             model_path=directory,
             hf_config=hf_config,
@@ -189,26 +196,22 @@ class ModelConfig:
             architectures=_architectures(hf_config, directory),
             dtype=_resolve_dtype(dtype, hf_config, directory),
             context_length=_resolve_context_length(context_length, text_config),
-            vocab_size=_size(text_config, "vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=_size(text_config, "hidden_size"),
             num_layers=_size(text_config, "num_hidden_layers"),
             num_heads=_num_heads(text_config),
-            eos_token_ids=_union_of_ids(
-                _attribute("eos_token_id", hf_config, text_config), generation.get("eos_token_id")
-            ),
-            bos_token_id=generation.get("bos_token_id") if bos is None else bos,
-            generation_defaults=_generation_defaults(generation, directory),
+            eos_token_ids=_union_of_ids(*ids["eos_token_id"]),
+            bos_token_id=next(iter(_union_of_ids(*ids["bos_token_id"])), None),
+            generation_defaults=generation_defaults(generation, directory),
             enable_multimodal=enable_multimodal,
         )
 
 
-def _load_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if the file is absent and not required."""
+def _load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if not required:
-            return {}
         raise ModelNotFoundError(
             f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint directory"
         ) from None
@@ -252,10 +255,16 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     config = _load_json(Path(directory) / CONFIG_FILE)
+    wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
+    quantization = wanted.get("quantization_config")
+    if not isinstance(quantization, Mapping | None):
+        raise ModelConfigError(
+            f"`quantization_config` in {directory}/{CONFIG_FILE} must be an object, not {quantization!r}"
+        )
     try:
-        if not overrides:
+        if json.dumps(wanted) == json.dumps(config):  # in Python 2.0 equals 2
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        return _load_overridden(directory, apply_overrides(config, overrides), trust_remote_code)
+        return _load_overridden(directory, wanted, trust_remote_code)
     except _CONFIG_ERRORS as error:
         hint = ""
         if "auto_map" in config and not trust_remote_code:
@@ -278,12 +287,24 @@ def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: 
 
 
 def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
+    """As named in the file, with other names for the same; where none is, transformers' class for the model type.
+
+    ``hf_config`` names them likewise then.
+    """
     names = hf_config.architectures
     if not names:
-        raise ModelConfigError(f"{directory}/{CONFIG_FILE} names no `architectures`, so its model class is unknown")
+        name = architecture_of(hf_config.model_type)
+        if name is None:
+            raise ModelConfigError(
+                f"{directory}/{CONFIG_FILE} names no `architectures`, and transformers has no class that generates "
+                f"text for its `model_type` {hf_config.model_type!r}, so its model class is unknown"
+            )
+        logger.warning("%s/%s names no `architectures`; taken to be %s", directory, CONFIG_FILE, name)
+        names = [name]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelConfigError(f"`architectures` in {directory}/{CONFIG_FILE} must be a list of names, not {names!r}")
-    return names
+    hf_config.architectures = with_other_names(names)
+    return hf_config.architectures
 
 
 def _attribute(name: str, hf_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Any:
@@ -305,27 +326,33 @@ def _num_heads(config: PreTrainedConfig) -> int:
         return 0
 
 
+def _token_ids(
+    hf_config: PreTrainedConfig,
+    text_config: PreTrainedConfig,
+    generation: Mapping[str, Any],
+    vocab_size: int,
+    directory: str,
+) -> dict[str, list[int | list[int] | None]]:
+    """By key: what config.json and generation_config.json say, in this order, as far as it can be used."""
+    return {
+        key: [
+            usable_token_ids(value, vocab_size, f"`{key}` in {directory}/{file}")
+            for file, value in (
+                (CONFIG_FILE, _attribute(key, hf_config, text_config)),
+                (GENERATION_CONFIG_FILE, generation.get(key)),
+            )
+        ]
+        for key in ("eos_token_id", "bos_token_id")
+    }
+
+
 def _union_of_ids(*values: int | list[int] | None) -> tuple[int, ...]:
     ids: dict[int, None] = {}
     for value in values:
-        for token_id in value if isinstance(value, (list, tuple)) else [value]:
-            if token_id is None:
-                continue
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise ModelConfigError(f"`eos_token_id` must be an integer or a list of them, not {value!r}")
-            ids[token_id] = None
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None:
+                ids[token_id] = None
     return tuple(ids)
-
-
-def _generation_defaults(generation: Mapping[str, Any], directory: str) -> dict[str, float | int]:
-    """Sampling parameters of generation_config.json. ``do_sample: false`` means greedy, whatever else it says."""
-    defaults = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
-    for key, value in defaults.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ModelConfigError(f"`{key}` in {directory}/{GENERATION_CONFIG_FILE} must be a number, not {value!r}")
-    if generation.get("do_sample") is False:
-        defaults["temperature"] = 0.0
-    return defaults
 
 
 def _resolve_dtype(asked: str, hf_config: PreTrainedConfig, directory: str) -> str:

@@ -25,6 +25,7 @@ from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
 from rtp_llm.srt.layers.quantization.registry import quantization_config, scheme_name
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.rotary import share_ropes
+from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_files import Progress, WeightFileError, find_weight_files, read_weights
 
@@ -35,6 +36,7 @@ ShardId = str | int | tuple[int, str] | None  # which source of a packed paramet
 
 FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no file here
 BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
+HEADS = ("lm_head.weight ", "embed_out.weight ")  # how lines about a missing head begin
 COMMON_IGNORE = (
     r"(^|\.)rotary_emb\.(original_)?inv_freq$",
     r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
@@ -76,8 +78,8 @@ def load_model(
         WeightLoadError: they do not fit the model.
         QuantizationError: an unknown scheme, or one that does not go with the checkpoint.
     """
-    scheme = scheme_name(quantization, _quantization_settings(model_config))
-    source = model_path, load_format, device, progress, scheme
+    settings = quantization_settings(model_config)
+    source = model_path, load_format, device, progress, scheme_name(quantization, settings), settings
     if model_impl == "transformers":
         return _load(ModelRegistry.models[FALLBACK], model_config, *source)
     try:
@@ -106,8 +108,9 @@ def _load(
     device: str,
     progress: Progress | None,
     scheme: str | None,
+    settings: Mapping[str, Any],
 ) -> nn.Module:
-    quant_config = _quant_config(scheme, model_class, model_config)
+    quant_config = _quant_config(scheme, settings, model_class, model_config)
     files = [] if load_format == "dummy" else find_weight_files(model_path, load_format)
     with _built_as(model_config.dtype, device), share_ropes(), torch.no_grad():
         model = _build(model_class, model_config, quant_config)
@@ -169,26 +172,15 @@ def _check_model_class(model_class: type[nn.Module]) -> None:
         ) from error
 
 
-def _quantization_settings(model_config: ModelConfig) -> Mapping[str, Any]:
-    """The checkpoint's ``quantization_config``, or what came before it under another name; empty where it has none."""
-    configs = (model_config.hf_config, model_config.hf_text_config)
-    for name in ("quantization_config", "compression_config"):
-        for config in configs:
-            settings = getattr(config, name, None)
-            if settings:
-                return settings if isinstance(settings, Mapping) else settings.to_dict()
-    return {}
-
-
 def _quant_config(
-    scheme: str | None, model_class: type[nn.Module], model_config: ModelConfig
+    scheme: str | None, settings: Mapping[str, Any], model_class: type[nn.Module], model_config: ModelConfig
 ) -> QuantizationConfig | None:
     if scheme is None or scheme == mxfp4.QUANT_METHOD:
         return None
     return quantization_config(
         scheme,
         QuantizedModel(
-            settings=_quantization_settings(model_config),
+            settings=settings,
             packed_modules_mapping=getattr(model_class, "packed_modules_mapping", {}),
             rename=getattr(model_class, "rename", ()),
             has_encoders=model_config.hf_config is not model_config.hf_text_config,
@@ -553,9 +545,14 @@ def _error(model: nn.Module, problems: Mapping[str, list[str]]) -> WeightLoadErr
     for problem, lines in problems.items():
         if lines:
             parts.append(f"{len(lines)} {problem}:\n  " + "\n  ".join(sorted(lines)))
-    if any(line.startswith("lm_head.weight ") for line in problems.get("parameters were not set", [])):
+    if any(line.startswith(HEADS) for line in problems.get("parameters were not set", [])):
         parts.append(
             "If the head is meant to share the embedding's weights, set tie_word_embeddings: "
             "--json-model-override-args '{\"tie_word_embeddings\": true}'"
         )
+        if sum(map(len, problems.values())) == 1:
+            parts.append(
+                "Otherwise the checkpoint is of the bare model without a head, which gives hidden states (embeddings) "
+                "and no tokens: take the whole model's"
+            )
     return WeightLoadError("\n".join(parts))

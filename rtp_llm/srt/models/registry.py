@@ -18,6 +18,8 @@ from types import ModuleType
 
 from torch import nn
 
+from rtp_llm.srt.configs.architectures import with_other_names
+
 logger = logging.getLogger(__name__)
 
 ADDING_A_MODEL = "docs/supported_models/support_new_models.md"
@@ -182,6 +184,8 @@ class _ModelRegistry:
     def resolve_model_cls(self, architectures: str | Iterable[str]) -> tuple[type[nn.Module], str]:
         """The class for the first supported name, and that name. External classes are looked for first.
 
+        A name that nobody claims may be another one's, as ``LLaMAForCausalLM`` is (see ``configs.architectures``).
+
         Raises:
             UnknownArchitectureError: none is supported.
             ModelImportError: its file cannot be imported.
@@ -189,7 +193,7 @@ class _ModelRegistry:
         """
         names = [architectures] if isinstance(architectures, str) else list(architectures)
         for layer in self.models.layers:
-            for name in names:
+            for name in with_other_names(names):
                 if name in layer:
                     return self.models[name], name
         raise self._unknown(names)

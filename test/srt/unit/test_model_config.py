@@ -120,11 +120,6 @@ def test_generation_defaults(make_checkpoint, generation, expected):
     assert load(make_checkpoint(generation=generation)).generation_defaults == expected
 
 
-def test_generation_defaults_must_be_numbers(make_checkpoint):
-    with pytest.raises(ModelConfigError, match=r"`temperature` in .* must be a number, not 'hot'"):
-        load(make_checkpoint(generation={"temperature": "hot"}))
-
-
 # Dtype
 
 
@@ -297,15 +292,10 @@ def test_config_values_of_wrong_kinds(make_checkpoint):
         load(make_checkpoint(hidden_size="large"))
     with pytest.raises(ModelConfigError, match=r"`vocab_size` as a positive integer, not 0"):
         load(make_checkpoint(vocab_size=0))
-    with pytest.raises(ModelConfigError, match="names no `architectures`"):
-        load(make_checkpoint(without=("architectures",)))
-    for architectures in ("LlamaForCausalLM", [1]):
-        with pytest.raises(ModelConfigError, match=r"`architectures` in .* must be a list of names, not"):
-            load(make_checkpoint(architectures=architectures))
+    with pytest.raises(ModelConfigError, match=r"`architectures` in .* must be a list of names, not"):
+        load(make_checkpoint(architectures=[1]))
     with pytest.raises(ModelConfigError, match=r"transformers cannot use .*config.json"):
         load(make_checkpoint(num_attention_heads=0))
-    with pytest.raises(ModelConfigError, match="`eos_token_id` must be an integer"):
-        load(make_checkpoint(generation={"eos_token_id": ["</s>"]}))
 
 
 REMOTE_CODE = """

@@ -108,6 +108,45 @@ def test_what_the_user_sets_wins(make_registry):
     assert registry.is_arch_supported("Other") and not registry.is_arch_supported("Another")
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("LLaMAForCausalLM", "LlamaForCausalLM"),
+        ("AquilaForCausalLM", "LlamaForCausalLM"),
+        ("AquilaModel", "LlamaForCausalLM"),
+        ("InternLMForCausalLM", "LlamaForCausalLM"),
+        ("XverseForCausalLM", "LlamaForCausalLM"),
+        ("LlamaModel", "LlamaForCausalLM"),
+        ("MistralModel", "MistralForCausalLM"),
+        ("Qwen2Model", "Qwen2ForCausalLM"),
+        ("Qwen3Model", "Qwen3ForCausalLM"),
+        ("Gemma2Model", "Gemma2ForCausalLM"),
+        ("Gemma3TextModel", "Gemma3ForCausalLM"),
+        ("GPT2Model", "GPT2LMHeadModel"),
+    ],
+)
+def test_other_names_of_an_architecture(name, expected):
+    model_class, found = ModelRegistry.resolve_model_cls(["Unheard", name])
+    assert (model_class.__name__, found) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaForSequenceClassification", "QWenLMHeadModel", "YiForCausalLM", "llamaforcausallm", "LlavaModel", ""]
+)
+def test_what_may_compute_otherwise_is_no_other_name(name):
+    with pytest.raises(UnknownArchitectureError, match=f"no model for the architecture {name}"):
+        ModelRegistry.resolve_model_cls(name)
+
+
+def test_a_class_of_the_name_itself_wins_over_other_names(make_registry):
+    registry = make_registry(
+        llama="class LlamaForCausalLM: pass\nclass LlamaModel: pass\nEntryClass = LlamaForCausalLM"
+    )
+    assert registry.resolve_model_cls("LlamaModel")[1] == "LlamaForCausalLM"
+    registry.models["LlamaModel"] = Mine
+    assert registry.resolve_model_cls("LlamaModel") == (Mine, "LlamaModel")
+
+
 def test_an_architecture_in_two_files_names_both_and_harms_no_other(make_registry):
     registry = make_registry(alpha=ALPHA, beta="class AlphaOld: pass\nEntryClass = AlphaOld")
     with pytest.raises(ValueError, match=r"AlphaOld.*\.alpha:AlphaOld, .*\.beta:AlphaOld"):

@@ -18,8 +18,10 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizeMethodBase,
 )
 from rtp_llm.srt.layers.quantization.grouped import GroupFormat, grouped_method, name_in_checkpoint, unpack_words
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer
+from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, flag, integer, strings
 
+VERSION_KEYS = ("version", "format", "checkpoint_format")  # AutoAWQ's, transformers' and GPTQModel's word
+DEFAULT_GROUP_SIZE = 128  # AutoAWQ's
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = tuple(ORDER.index(output) for output in range(8))
 
@@ -28,16 +30,19 @@ class AWQConfig(QuantizationConfig):
     def __init__(self, model: QuantizedModel, group_format: GroupFormat) -> None:
         self.model = model
         self.format = group_format
-        self.rules = LayerRules(model, model.settings.get("modules_to_not_convert") or [])
+        self.rules = LayerRules(model, strings(model.settings, "modules_to_not_convert"))
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
-        settings = {key: value.lower() if isinstance(value, str) else value for key, value in model.settings.items()}
-        bits = choice(settings, "w_bit" if "w_bit" in settings else "bits", (4,))
-        choice(settings, "version", ("gemm",), "gemm")
-        if not settings.get("zero_point", True):
+        settings = model.settings
+        bits = choice(settings, "bits", (4,), 4)
+        version = next((key for key in VERSION_KEYS if settings.get(key)), VERSION_KEYS[0])
+        choice(settings, version, ("gemm",), "gemm")
+        if str(settings.get("backend")).lower() == "llm-awq":
+            raise QuantizationError("quantization_config: backend: llm-awq, which packs differently, is not supported")
+        if not flag(settings, "zero_point", True):
             raise QuantizationError("quantization_config: zero_point: false is not supported for AWQ")
-        group_size = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
+        group_size = integer(settings, "group_size", DEFAULT_GROUP_SIZE)
         return cls(model, awq_format(bits, group_size))
 
     def get_name(self) -> str:

@@ -29,10 +29,23 @@ from rtp_llm.srt.layers.quantization.grouped import (
     name_in_checkpoint,
     unpack_words,
 )
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, matches
+from rtp_llm.srt.layers.quantization.settings import (
+    REGEX,
+    LayerRules,
+    choice,
+    flag,
+    integer,
+    layer_name,
+    matches,
+    number,
+    strings,
+)
+from rtp_llm.srt.layers.quantization.spellings import is_stored_dense
 
 NAME = "compressed-tensors"
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
+ORDERS = {"weight": False, "static": False, "group": True, "dynamic": True, "true": True, "false": False}
+"""Values of ``actorder``, and whether groups are of inputs that are not neighbours: others order calibration only."""
 
 
 class CompressedTensorsConfig(QuantizationConfig):
@@ -41,22 +54,23 @@ class CompressedTensorsConfig(QuantizationConfig):
     def __init__(self, model: QuantizedModel, targets: Mapping[str, GroupFormat]) -> None:
         self.model = model
         self.targets = targets
-        self.rules = LayerRules(model, model.settings.get("ignore") or [])
+        self.rules = LayerRules(model, strings(model.settings, "ignore"))
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
         settings = model.settings
-        for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
-            if settings.get(key) and settings[key] != {"format": "dense"}:
-                raise QuantizationError(f"quantization_config: {key} is not supported for {NAME}")
+        _check_rest(settings)
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise QuantizationError(f"quantization_config of {NAME} must have `config_groups`, an object")
         targets: dict[str, GroupFormat] = {}
         for name, group in groups.items():
-            stored = group_format(group, group.get("format") or settings.get("format"), f"config_groups.{name}")
-            targets |= dict.fromkeys(group.get("targets") or ["Linear"], stored)
-        return cls(model, targets)
+            where = f"config_groups.{name}"
+            if not isinstance(group, Mapping):
+                raise QuantizationError(f"quantization_config: {where} must be an object, not {group!r}")
+            stored = group_format(group, group.get("format") or settings.get("format"), where)
+            targets |= dict.fromkeys(map(layer_name, strings(group, "targets") or ["Linear"]), stored)
+        return cls(model, dict(sorted(targets.items(), key=lambda item: item[0].startswith(REGEX))))
 
     def get_name(self) -> str:
         return NAME
@@ -70,7 +84,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         return grouped_method(layer, stored)
 
     def _format_of(self, prefix: str) -> GroupFormat | None:
-        """That of the first target that names the layer, or else its class."""
+        """That of the first target that names the layer, names before expressions, or else its class."""
         sources = self.model.sources(prefix)
         found = [next((stored for name, stored in self.targets.items() if matches(name, s)), None) for s in sources]
         if any(stored is not found[0] for stored in found):
@@ -91,33 +105,53 @@ def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> Gr
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise QuantizationError(f"quantization_config: {where} must have `weights`, an object")
-    if weights.get("type", "int") != "int":
+    if str(weights.get("type") or "int").lower() != "int":
         raise QuantizationError(
             f"quantization_config: {where}: weights of type {weights.get('type')!r} with "
             f"{weights.get('num_bits')} bits ({stored}) are not supported; have int of 4 and 8 bits"
         )
+    given, stored = stored, str(stored).lower().replace("_", "-")
     if stored not in (PACKED, *PLAIN):
         raise QuantizationError(
-            f"quantization_config: {where}: format {stored!r} is not supported; have {PACKED}, {', '.join(PLAIN)}"
+            f"quantization_config: {where}: format {given!r} is not supported; have {PACKED}, {', '.join(PLAIN)}"
         )
     bits = choice(weights, "num_bits", (4, 8) if stored == PACKED else (8,))
-    strategy = choice(weights, "strategy", ("group", "channel"), "group" if weights.get("group_size") else None)
-    _check_activations(group, bits, strategy, where)
-    group_size = weights.get("group_size") if strategy == "group" else None
-    if strategy == "group" and (not isinstance(group_size, int) or group_size < 1):
+    group_size = None if weights.get("group_size") is None else integer(weights, "group_size")
+    default = {None: None, -1: "channel"}.get(group_size, "group")
+    strategy = choice(weights, "strategy", ("group", "channel"), default)
+    if strategy == "group" and group_size in (None, -1):
         raise QuantizationError(f"quantization_config: {where}: group_size must be positive, not {group_size!r}")
+    _check_activations(group, bits, strategy, where)
     is_packed = stored == PACKED
     return GroupFormat(
         bits,
-        group_size,
+        group_size if strategy == "group" else None,
         weight="weight_packed" if is_packed else "weight",
         to_weight=(lambda words: bytes_of(words).flatten(1)) if is_packed else _with_offset,
         scales="weight_scale",
         to_scales=_two_dimensional,
-        zeros=None if weights.get("symmetric", True) else "weight_zero_point",
+        zeros=None if flag(weights, "symmetric", True) else "weight_zero_point",
         to_zeros=(lambda words: _unpack_zeros(words, bits)) if is_packed else _with_offset,
-        order="weight_g_idx" if weights.get("actorder") == "group" else None,
+        order="weight_g_idx" if ORDERS[choice(weights, "actorder", tuple(ORDERS), "false")] else None,
     )
+
+
+def _check_rest(settings: Mapping[str, Any]) -> None:
+    """Raises QuantizationError for what changes the arithmetic of more than the weights of linear layers."""
+    asks_for = {
+        "sparsity_config": not is_stored_dense(settings.get("sparsity_config") or {}),
+        "transform_config": bool(_without_empty(settings.get("transform_config"))),
+        "kv_cache_scheme": bool(settings.get("kv_cache_scheme")),
+        "moe_sparsity_config": bool(settings.get("moe_sparsity_config")),
+    }
+    for key, is_asked in asks_for.items():
+        if is_asked:
+            raise QuantizationError(f"quantization_config: {key} is not supported for {NAME}, got {settings[key]!r}")
+
+
+def _without_empty(config: Any) -> Any:
+    """A ``transform_config`` without what says nothing: an empty ``config_groups``."""
+    return {key: value for key, value in config.items() if value} if isinstance(config, Mapping) else config
 
 
 def _check_activations(group: Mapping[str, Any], bits: int, strategy: str, where: str) -> None:
@@ -126,8 +160,10 @@ def _check_activations(group: Mapping[str, Any], bits: int, strategy: str, where
     inputs = group.get("input_activations")
     if not inputs:
         return
-    is_usual = inputs.get("num_bits") == 8 and inputs.get("type", "int") == "int" and inputs.get("symmetric", True)
-    if not is_usual or not inputs.get("dynamic") or inputs.get("strategy") != "token":
+    words = {key: str(inputs.get(key) or default).lower() for key, default in (("type", "int"), ("strategy", None))}
+    is_usual = number(inputs.get("num_bits", 8)) == 8 and words == {"type": "int", "strategy": "token"}
+    is_dynamic = str(inputs.get("dynamic")).lower() in ("true", "1")
+    if not is_usual or not is_dynamic or not flag(inputs, "symmetric", True):
         raise QuantizationError(
             f"quantization_config: {where}: input_activations must be symmetric integers of 8 bits, per token and "
             f"dynamic, not {dict(inputs)}"

@@ -7,6 +7,7 @@ with ``checkpoint_format`` gptq_v2); ``g_idx`` [K], the group of each input, whi
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -27,7 +28,7 @@ from rtp_llm.srt.layers.quantization.grouped import (
     name_in_checkpoint,
     unpack_words,
 )
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, integer
+from rtp_llm.srt.layers.quantization.settings import REGEX, LayerRules, choice, flag, integer, number, strings
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 _IN_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block)\.\d+\.")
@@ -43,10 +44,16 @@ class GPTQConfig(QuantizationConfig):
     def from_model(cls, model: QuantizedModel) -> Self:
         settings = model.settings
         bits = choice(settings, "bits", (4, 8))
-        stored = choice(settings, "checkpoint_format", CHECKPOINT_FORMATS, "gptq")
-        if settings.get("lm_head"):
+        if flag(settings, "is_marlin_format", False):
+            raise QuantizationError(
+                "quantization_config: is_marlin_format: true, a layout made for one kernel, is not supported; have "
+                f"checkpoint_format {', '.join(CHECKPOINT_FORMATS)}"
+            )
+        stored = choice(settings, "checkpoint_format", CHECKPOINT_FORMATS, settings.get("format") or "gptq")
+        choice(settings, "pack_dtype", ("int32",), "int32")
+        if flag(settings, "lm_head", False):
             raise QuantizationError("quantization_config: lm_head: true, a quantized head, is not supported for GPTQ")
-        group_size = integer(settings, "group_size")
+        group_size = integer(settings, "group_size", -1)
         return cls(model, gptq_format(bits, group_size, is_v2=stored == "gptq_v2"), _rules(model))
 
     def get_name(self) -> str:
@@ -90,20 +97,23 @@ def gptq_format(bits: int, group_size: int, is_v2: bool) -> GroupFormat:
 def _rules(model: QuantizedModel) -> LayerRules:
     """``dynamic`` of GPTQModel: ``-:regex`` leaves layers out; one with settings of its own must not differ."""
     left: list[str] = []
-    for rule, own in (model.settings.get("dynamic") or {}).items():
+    dynamic = model.settings.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise QuantizationError(f"quantization_config: dynamic must be an object, not {dynamic!r}")
+    for rule, own in dynamic.items():
         if rule.startswith("-:"):
-            left.append("re:" + rule[2:])
+            left.append(REGEX + rule[2:])
         else:
-            _check_same(rule, own, model)
-    blocks: Any = model.settings.get("modules_in_block_to_quantize") or []
-    taken = [name for names in blocks for name in ([names] if isinstance(names, str) else names)]
-    left += model.settings.get("modules_to_not_convert") or []
-    return LayerRules(model, left, taken)
+            _check_same(rule, own or {}, model)
+    left += strings(model.settings, "modules_to_not_convert")
+    return LayerRules(model, left, strings(model.settings, "modules_in_block_to_quantize"))
 
 
 def _check_same(rule: str, own: Any, model: QuantizedModel) -> None:
+    if not isinstance(own, Mapping):
+        raise QuantizationError(f"quantization_config: dynamic must give layers {rule!r} an object, not {own!r}")
     for key in ("bits", "group_size"):
-        if key in own and own[key] != model.settings.get(key):
+        if key in own and number(own[key]) != number(model.settings.get(key)):
             raise QuantizationError(
                 f"quantization_config: dynamic gives layers {rule!r} a {key} of {own[key]}, where the others have "
                 f"{model.settings.get(key)}; only one for all is supported"

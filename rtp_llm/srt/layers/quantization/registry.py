@@ -25,6 +25,13 @@ def scheme_name(asked: str | None, settings: Mapping[str, Any]) -> str | None:
     """
     stored = settings.get("quant_method")
     known = (*SCHEMES, *DEQUANTIZED)
+    if settings and not stored and asked in known and asked not in ON_LOAD:
+        return asked
+    if settings and not stored:
+        raise QuantizationError(
+            f"quantization_config names no quant_method, and its keys ({', '.join(map(str, settings))}) tell none; "
+            f"have {', '.join(known)}"
+        )
     if settings and stored not in known:
         raise QuantizationError(
             f"the checkpoint is quantized by {stored!r}, which is not supported; have {', '.join(known)}"

@@ -1,0 +1,47 @@
+"""Finding what a checkpoint says of its quantization: in config.json, or in files that older programs wrote."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.layers.quantization.base import QuantizationError
+from rtp_llm.srt.layers.quantization.spellings import canonical
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("quantization_config", "compression_config")  # in config.json; the second came before the first
+FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ, and of AutoAWQ
+
+
+def quantization_settings(model_config: ModelConfig) -> dict[str, Any]:
+    """The checkpoint's settings in one spelling (see ``layers.quantization.spellings``); empty where it has none.
+
+    Those in config.json, its language model's part included, count before those in files of their own.
+
+    Raises:
+        QuantizationError: they are no object, or contradict each other.
+    """
+    for key in KEYS:
+        for config in (model_config.hf_config, model_config.hf_text_config):
+            settings = getattr(config, key, None)
+            if settings:
+                return canonical(settings.to_dict() if hasattr(settings, "to_dict") else settings)
+    for name, method in FILES.items():
+        settings = canonical(_read(Path(model_config.model_path) / name), default_method=method)
+        if "bits" in settings:  # programs for other formats use these names, too
+            logger.info("the checkpoint is quantized as %s says", name)
+            return settings
+    return {}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise QuantizationError(f"{path} cannot be read: {error}") from error
+    return value if isinstance(value, Mapping) else {}
