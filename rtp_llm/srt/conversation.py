@@ -231,6 +231,10 @@ class ConversationTemplate:
             stop_token_ids=list(conversation.stop_token_ids or []),
         )
 
+    def uses(self, name: str) -> bool:
+        """Whether ``chat_template_kwargs`` may set a variable of this name: there are none."""
+        return False
+
     def takes(self, kind: str) -> bool:
         return True
 

@@ -119,6 +119,10 @@ class ChatTemplate:
             text, sources_of(checked, "image"), sources_of(checked, "video"), self._wants_special_tokens(text)
         )
 
+    def uses(self, name: str) -> bool:
+        """Whether ``chat_template_kwargs`` may set a variable of this name."""
+        return name in RESERVED or any(_mentions(source, name) for source in (self.source, self.tool_use) if source)
+
     def takes(self, kind: str) -> bool:
         """Whether the template shows media of this kind, one of KINDS, in a user's message."""
         place = self._place(self.source, "user", kind)

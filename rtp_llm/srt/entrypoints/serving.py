@@ -15,6 +15,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, Template
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
+from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
@@ -93,6 +94,8 @@ class Serving:
         for name in variables or {}:
             if name in TEMPLATE_ARGUMENTS:
                 raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
+        if not strict_requests.get():  # what the template does not use asks for nothing
+            variables = {name: value for name, value in (variables or {}).items() if self.template.uses(name)}
         return self.template.prompt(
             messages,
             add_generation_prompt=add_generation_prompt,

@@ -137,10 +137,18 @@ def test_hints_are_taken(server: InProcess, options: dict[str, Any]) -> None:
     assert post(server, CHATS, MINIMAL[CHATS][1] | options).status_code == 200
 
 
+def test_variables_that_the_template_does_not_use(server: InProcess) -> None:
+    for name, status in (("enable_thinking", 200), ("suffix", 200), ("messages", 400), ("tools", 400)):
+        variables = {"chat_template_kwargs": {name: "x"}}
+        assert post(server, CHATS, MINIMAL[CHATS][1] | variables).status_code == status
+
+
 def test_strict_requests(tiny_checkpoint: str) -> None:
     body = MINIMAL[CHATS][1]
     with in_process(tiny_checkpoint, strict_requests=True) as strict:
         for options in ({"store": True}, {"priority": 0}, {"separate_reasoning": True}, {"reasoning_effort": "none"}):
+            assert blamed(post(strict, CHATS, body | options)) == next(iter(options))
+        for options in ({"chat_template_kwargs": {"enable_thinking": False}}, {"verbosity": "low"}):
             assert blamed(post(strict, CHATS, body | options)) == next(iter(options))
         taken = {"store": False, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
         assert post(strict, CHATS, body | taken | {"suffix": None}).status_code == 200
