@@ -109,6 +109,11 @@ class CoreStats:
     num_waiting: int = 0
     num_used_tokens: int = 0  # of the cache group that is fullest: held by requests, not just cached
     max_total_tokens: int = 0
+    num_held_tokens: int = 0  # of the first cache group: requests hold them,
+    num_evictable_tokens: int = 0  # only the prefix cache does,
+    num_free_tokens: int = 0  # or nobody: together max_total_tokens
+    evicted_tokens: int = 0  # in all, from the prefix cache of any group
+    recent_retractions: int = 0  # since the last report
     token_usage: float = 0.0  # num_used_tokens / max_total_tokens
     cache_hit_rate: float = 0.0  # of the prompt tokens admitted since the last report
     gen_throughput: float = 0.0  # tokens per second since the last report

@@ -58,6 +58,8 @@ class Meter:
     def _stats(self, before: CoreStats, elapsed_s: float) -> CoreStats:
         totals = self._scheduler.stats
         usage = self._scheduler.memory.usage()
+        memory = self._scheduler.memory
+        num_free, num_evictable = memory.free_tokens(0), memory.evictable_tokens(0)
         prompt_tokens = totals.prompt_tokens - before.prompt_tokens
         cached_tokens = totals.cached_tokens - before.cached_tokens
         generated_tokens = totals.generated_tokens - before.generated_tokens
@@ -66,6 +68,11 @@ class Meter:
             num_waiting=len(self._scheduler.waiting),
             num_used_tokens=round(usage * self._max_total_tokens),
             max_total_tokens=self._max_total_tokens,
+            num_held_tokens=max(0, self._max_total_tokens - num_free - num_evictable),
+            num_evictable_tokens=num_evictable,
+            num_free_tokens=num_free,
+            evicted_tokens=memory.evicted_tokens,
+            recent_retractions=totals.retractions - before.retractions,
             token_usage=usage,
             cache_hit_rate=cached_tokens / prompt_tokens if prompt_tokens else before.cache_hit_rate,
             gen_throughput=generated_tokens / elapsed_s if elapsed_s > 0 else 0.0,

@@ -179,7 +179,8 @@ class HTTPServer:
         start_s = time.perf_counter()
         config, tokenizer, supervisor = await on_daemon_thread(self._start_core)
         self._supervisor = supervisor
-        self._gate.app = make_app(self._args, config, tokenizer, supervisor, self._loop)
+        startup_s = time.perf_counter() - start_s
+        self._gate.app = make_app(self._args, config, tokenizer, supervisor, self._loop, startup_s)
         if self._launch_callback is not None:
             self._launch_callback()
         ends = read_end_tokens(self._args, config, tokenizer)
@@ -268,14 +269,24 @@ async def on_daemon_thread(function: Callable[[], T]) -> T:
 
 
 def make_app(
-    args: ServerArgs, config: ModelConfig, tokenizer: object, core: Core, loop: asyncio.AbstractEventLoop
+    args: ServerArgs,
+    config: ModelConfig,
+    tokenizer: object,
+    core: Core,
+    loop: asyncio.AbstractEventLoop,
+    startup_s: float = 0.0,
 ) -> FastAPI:
-    """The application for a core that is ready. Its requests must be handled in ``loop``."""
+    """The application for a core that is ready, which took ``startup_s``. Its requests must be handled in ``loop``."""
     info = core.info
     registry = CollectorRegistry()
     name = args.model_name
-    constants: dict[str, float] = {"context_len": config.context_length, "page_size": args.page_size}
-    registry.register(CoreMetrics(lambda: core.stats, name, constants))
+    constants: dict[str, float] = {
+        "context_len": config.context_length,
+        "page_size": args.page_size,
+        "num_pages": info.max_total_tokens // args.page_size,
+        "startup_time_seconds": startup_s,
+    }
+    registry.register(CoreMetrics(lambda: core.stats, name, constants, info.max_running_requests))
     observers: list[Observer] = [RequestMetrics(registry, name)]
     if args.log_requests:
         observers.append(RequestLog(args.log_requests_level))

@@ -1,6 +1,7 @@
 """What /metrics tells, in Prometheus' format. Gauges are read from the core's newest stats when somebody asks."""
 
 from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -32,6 +33,7 @@ class RequestMetrics:
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(PREFIX + name, help, [LABEL], buckets=buckets, registry=registry).labels(model_name)
 
+        self._first_s: WeakKeyDictionary[Completion, float] = WeakKeyDictionary()  # seconds to the first token
         self._requests = counter("num_requests", "Requests that have ended, aborted ones included.")
         self._aborted = counter("num_aborted_requests", "Requests that were aborted or whose client hung up.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of the requests that have ended.")
@@ -39,6 +41,11 @@ class RequestMetrics:
         self._cached_tokens = counter("cached_tokens", "Prompt tokens that came from the prefix cache.")
         self._first_token = histogram("time_to_first_token_seconds", "From arrival to first token.", FIRST_TOKEN_S)
         self._between = histogram("inter_token_latency_seconds", "Between two tokens of a request.", BETWEEN_TOKENS_S)
+        self._per_token = histogram(
+            "request_time_per_output_token_seconds",
+            "Per request, between two tokens on average.",
+            BETWEEN_TOKENS_S,
+        )
         self._queue = histogram("queue_time_seconds", "From arrival in the core to admission.", FIRST_TOKEN_S)
         self._request = histogram("e2e_request_latency_seconds", "From arrival to end.", REQUEST_S)
         self._prompt_len = histogram("prompt_tokens_histogram", "Prompt tokens per request.", TOKENS)
@@ -51,6 +58,7 @@ class RequestMetrics:
         self._generation_tokens.inc(num_new)
         if is_first:
             self._first_token.observe(elapsed_s)
+            self._first_s[completion] = elapsed_s
             return
         for _ in range(num_new):
             self._between.observe(elapsed_s / num_new)
@@ -65,7 +73,10 @@ class RequestMetrics:
         self._queue.observe(completion.queue_time_s)
         self._request.observe(elapsed_s)
         self._prompt_len.observe(prompt_len)
-        self._output_len.observe(len(completion.output_ids))
+        num_new = len(completion.output_ids)
+        self._output_len.observe(num_new)
+        if num_new > 1:
+            self._per_token.observe((elapsed_s - self._first_s.get(completion, 0.0)) / (num_new - 1))
 
 
 class CoreMetrics(Collector):
@@ -74,10 +85,18 @@ class CoreMetrics(Collector):
     Args:
         stats: gives the newest.
         constants: gauges that never change, by name.
+        max_running_requests: how many requests the core runs at once.
     """
 
-    def __init__(self, stats: Callable[[], CoreStats], model_name: str, constants: dict[str, float]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], CoreStats],
+        model_name: str,
+        constants: dict[str, float],
+        max_running_requests: int,
+    ) -> None:
         self._stats = stats
+        self._max_running_requests = max_running_requests
         self._model_name = model_name
         self._constants = constants
 
@@ -86,15 +105,27 @@ class CoreMetrics(Collector):
         yield self._gauge("num_running_reqs", "Requests that are being computed.", stats.num_running)
         yield self._gauge("num_queue_reqs", "Requests that wait.", stats.num_waiting)
         yield self._gauge("num_used_tokens", "Tokens in the cache that requests hold.", stats.num_used_tokens)
+        yield self._gauge("kv_used_tokens", "Tokens in the cache that requests hold.", stats.num_held_tokens)
+        yield self._gauge("kv_evictable_tokens", "Tokens that only the prefix cache holds.", stats.num_evictable_tokens)
+        yield self._gauge("kv_available_tokens", "Tokens of the cache that are free.", stats.num_free_tokens)
+        yield self._gauge("num_retracted_reqs", "Retractions since the report before.", stats.recent_retractions)
+        yield self._gauge("utilization", "Used share of slots or cache, the larger one.", self._used(stats))
         yield self._gauge("max_total_num_tokens", "Tokens that the cache has room for.", stats.max_total_tokens)
         yield self._gauge("token_usage", "num_used_tokens / max_total_num_tokens.", stats.token_usage)
         yield self._gauge("cache_hit_rate", "Part of the newest prompts' tokens found cached.", stats.cache_hit_rate)
         yield self._gauge("gen_throughput", "Tokens generated per second.", stats.gen_throughput)
         for name, value in self._constants.items():
             yield self._gauge(name, "Set when the server starts.", value)
-        retracted = CounterMetricFamily(PREFIX + "num_retracted_requests", "Retractions.", labels=[LABEL])
-        retracted.add_metric([self._model_name], stats.retractions)
-        yield retracted
+        yield self._counter("num_retracted_requests", "Retractions.", stats.retractions)
+        yield self._counter("evicted_tokens", "Tokens evicted from the prefix cache.", stats.evicted_tokens)
+
+    def _used(self, stats: CoreStats) -> float:
+        return max(stats.num_running / self._max_running_requests, stats.token_usage)
+
+    def _counter(self, name: str, help: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, help, labels=[LABEL])
+        family.add_metric([self._model_name], value)
+        return family
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, help, labels=[LABEL])

@@ -31,6 +31,7 @@ class CacheMemory:
         self._resident = [
             None if group.window is None else self._num_pages(group.window + max_chunk) + 2 for group in groups
         ]
+        self.evicted_tokens = 0  # in all, from the prefix cache
         # Duplicates that steps in flight still name: (last such step, group, pages).
         self._limbo: deque[tuple[int, int, list[int]]] = deque()
 
@@ -46,6 +47,14 @@ class CacheMemory:
     def usage(self) -> float:
         """The part of the fullest group's pages that requests hold, 0 to 1; what is only cached is free."""
         return max(1 - self.available(g) / allocator.num_pages for g, allocator in enumerate(self.allocators))
+
+    def free_tokens(self, group: int) -> int:
+        """Tokens of a group's cache that nobody holds."""
+        return self.allocators[group].num_free * self.page_size
+
+    def evictable_tokens(self, group: int) -> int:
+        """Tokens that only the prefix cache holds."""
+        return self.cache.evictable_pages(group) * self.page_size
 
     # Looking ahead
 
@@ -126,8 +135,10 @@ class CacheMemory:
 
     def _allocate(self, group: int, count: int) -> list[int]:
         allocator = self.allocators[group]
-        if allocator.num_free < count:
-            self.cache.evict(group, count - allocator.num_free)
+        num_free = allocator.num_free
+        if num_free < count:
+            self.cache.evict(group, count - num_free)
+            self.evicted_tokens += (allocator.num_free - num_free) * self.page_size
         return allocator.allocate(count)
 
     def has_pages_to_share(self, request: Request) -> bool:

@@ -262,7 +262,13 @@ def test_metrics(server: InProcess) -> None:
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 3, 2, 0]
     for gauge in ("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate", "gen_throughput"):
         assert value(gauge) >= 0
-    assert value("max_total_num_tokens") == 4096
+    assert value("max_total_num_tokens") == value("num_pages") == 4096
+    wait_for(lambda: server.core.core.scheduler.idle)
+    shares = [value(f"kv_{kind}_tokens") for kind in ("used", "evictable", "available")]
+    assert sum(shares) == 4096 and min(shares[1:]) > 0
+    for name in ("num_retracted_reqs", "utilization", "startup_time_seconds", "evicted_tokens_total"):
+        assert value(name) >= 0
+    assert value("request_time_per_output_token_seconds_count") > 0
     assert value("time_to_first_token_seconds_count") > 0
     assert value("queue_time_seconds_count") == value("num_requests_total") and value("queue_time_seconds_sum") > 0
 
