@@ -40,7 +40,8 @@ class EngineCore:
 
         Args:
             on_progress: called with (bytes loaded, bytes in all) while weights are read.
-            on_admission: called with the rids of requests that the next step is the first to compute.
+            on_admission: called with the rids of requests that the workers are about to see for the first time, in the
+                next step or, if they have media, before that.
             executor: instead of the one that ``server_args`` asks for.
         """
         self._args = server_args
@@ -171,6 +172,8 @@ class EngineCore:
             self._link.send([padded] if isinstance(padded, TokenOutput) else self.scheduler.receive([padded]))
 
     def _padded(self, message: GenerateRequest, media: bytes) -> GenerateRequest | TokenOutput:
+        if self._on_admission is not None:
+            self._on_admission([message.rid])
         prompt: PaddedPrompt = self._executor.rpc("pad_input_ids", message.prompt_ids, media)[0]
         if prompt.problem is not None:
             problem = f"the media cannot be placed in the prompt: {prompt.problem}"

@@ -198,8 +198,8 @@ class Call:
             self._client.submit_all(
                 [(item.request, partial(_put_item, put, i)) for i, item in enumerate(self._completions)]
             )
-        except (InvalidRequest, EngineStopped):
-            self._submitted = False  # the rids may be those of another call
+        except Exception:
+            self._submitted = False  # none was sent, and the rids may be those of another call
             raise
 
     def threadsafe_put(self, queue: "asyncio.Queue[Item]") -> Callable[[Item], None]:
@@ -339,9 +339,13 @@ class LiveCall(Call):
 
     def submit(self, put: Callable[[Item], None]) -> None:
         super().submit(put)
-        for completion in self._completions:
-            for observer in self._observers:
-                observer.started(completion)
+        try:
+            for completion in self._completions:
+                for observer in self._observers:
+                    observer.started(completion)
+        except BaseException:
+            super().__exit__()  # nobody will read what is running already
+            raise
 
     def deliver(self, item: Item) -> None:
         """Takes what came, in the event loop. Never raises: what goes wrong is raised where the call is read."""

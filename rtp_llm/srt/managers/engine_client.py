@@ -1,5 +1,6 @@
 """Keeps every live request on the client side of the link, and gives each what the core says about it."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence, Set
@@ -19,7 +20,9 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.sampling_params import InvalidRequest
-from rtp_llm.srt.utils.ipc import ClientEnd
+from rtp_llm.srt.utils.ipc import ClientEnd, MessageError
+
+logger = logging.getLogger(__name__)
 
 
 class EngineStopped(RuntimeError):
@@ -42,6 +45,7 @@ KILLER = FinishReason(
 )
 
 Deliver = Callable[[TokenOutput | EngineStopped], None]
+Ended = tuple["LiveRequest", TokenOutput]
 
 
 @dataclass(slots=True)
@@ -88,9 +92,11 @@ MAX_DEATHS = 2
 
 
 class EngineClient:
-    """Thread-safe. ``deliver`` callables run in the thread that receives from the core: quick, and never raising.
+    """Thread-safe. ``deliver`` callables run in the thread that receives from the core, and must be quick. One that
+    raises ends its own request, and is logged.
 
-    Every submitted request ends exactly once: by a TokenOutput with a finish reason, or by EngineStopped.
+    Every submitted request ends exactly once: by a TokenOutput with a finish reason, or by EngineStopped. None is live
+    that was not sent, or is about to be sent to a core that is starting.
 
     A core may die and another take its place: ``detach`` and ``attach``. Meanwhile nothing is lost, only late. One of
     the requests that the dead core was running may have killed it: the next core gets these suspects one after the
@@ -117,34 +123,45 @@ class EngineClient:
             link.on_messages(self._receive)
             self._unsent = deque(sorted(self._live, key=lambda rid: not self._live[rid].deaths))
             self._probe = None
-            self._send_unsent()
+            ended = self._send_unsent()
+        self._hand_out(ended)
 
     def detach(self, running: Set[str]) -> None:
         """The core died while it was running these requests, and its link is closed: nothing more comes from it."""
         with self._lock:
             self._link = None
             flushes, self._flushes = self._flushes, {}
-            ended: list[tuple[LiveRequest, FinishReason]] = []
+            ended: list[Ended] = []
             for rid in list(self._live):
                 entry = self._live[rid]
                 entry.deaths += rid in running
                 entry.predecessors = 0
-                if entry.aborted:
-                    ended.append((self._live.pop(rid), ABORTED))
-                elif entry.deaths >= MAX_DEATHS:
-                    ended.append((self._live.pop(rid), KILLER))
-        for entry, reason in ended:
-            entry.deliver(entry.take(TokenOutput(entry.request.rid, finish_reason=reason)))
+                if entry.aborted or entry.deaths >= MAX_DEATHS:
+                    ended.append(_end(self._live.pop(rid), ABORTED if entry.aborted else KILLER))
+        self._hand_out(ended)
         for future in flushes.values():
             future.set_result(FlushResult(False, "the engine core was restarted"))
 
-    def _send_unsent(self) -> None:
-        """Up to the next suspect, with which nothing new may run: it would be blamed for what that does."""
+    def _send_unsent(self) -> list[Ended]:
+        """Up to the next suspect, with which nothing new may run: it would be blamed for what that does.
+
+        Returns those that cannot be sent, which end; the others go on.
+        """
+        ended: list[Ended] = []
         while self._unsent and self._probe is None and self._link is not None:
-            entry = self._live[self._unsent.popleft()]
+            rid = self._unsent.popleft()
+            entry = self._live[rid]
+            try:
+                self._link.send(entry.resubmission())
+            except Exception as error:  # whatever it is: it must not cost the other requests their core
+                logger.exception("the request %r cannot be sent to the engine core", rid)
+                status = 400 if isinstance(error, MessageError) else 500
+                reason = FinishReason("abort", message=f"the request cannot be sent: {error}", status_code=status)
+                ended.append(_end(self._live.pop(rid), reason))
+                continue
             if entry.deaths:
-                self._probe = entry.request.rid
-            self._link.send(entry.resubmission())
+                self._probe = rid
+        return ended
 
     @property
     def num_live(self) -> int:
@@ -155,33 +172,39 @@ class EngineClient:
         self.submit_all([(request, deliver)])
 
     def submit_all(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> None:
-        """Sends all of the requests, or none.
+        """Sends all of the requests, or none: whatever is raised, none of them is live then.
 
         Raises:
             EngineStopped: the core is gone.
-            InvalidRequest: two of them, or one and a live request, have the same ``rid``.
+            InvalidRequest: two of them, or one and a live request, have the same ``rid``, or one cannot be sent.
         """
-        replaced: list[LiveRequest] = []
         with self._lock:
             self._check_running()
-            new: dict[str, LiveRequest] = {}
-            for request, deliver in entries:
-                old = self._live.get(request.rid)
-                if request.rid in new or (old is not None and not old.aborted):
-                    raise InvalidRequest(f"another running request has the rid {request.rid!r}; choose another", "rid")
-                new[request.rid] = LiveRequest(request, deliver)
-                if old is not None:
-                    new[request.rid].predecessors = old.predecessors + 1
-                    replaced.append(old)
-            self._live |= new
+            new = self._new_entries(entries)
+            now, later = list(new.values()), []
+            if self._link is None:
+                now = []
+            elif self._probe is not None:
+                now = [entry for entry in now if entry.predecessors]  # whose end the core will tell by the same rid
+                later = [rid for rid, entry in new.items() if not entry.predecessors]
             if self._link is not None:
-                for entry in new.values():
-                    if self._probe is None or entry.predecessors:  # whose end the core will tell by the same rid
-                        self._link.send(entry.request)
-                    else:
-                        self._unsent.append(entry.request.rid)
-        for old in replaced:
-            old.deliver(old.take(TokenOutput(old.request.rid, finish_reason=ABORTED)))
+                try:
+                    self._link.send_all([entry.request for entry in now])
+                except MessageError as error:
+                    raise InvalidRequest(f"the request cannot be sent to the engine core: {error}") from error
+            replaced = [self._live[rid] for rid in new if rid in self._live]
+            self._live |= new
+            self._unsent.extend(later)
+        self._hand_out([_end(entry, ABORTED) for entry in replaced])
+
+    def _new_entries(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> dict[str, LiveRequest]:
+        new: dict[str, LiveRequest] = {}
+        for request, deliver in entries:
+            old = self._live.get(request.rid)
+            if request.rid in new or (old is not None and not old.aborted):
+                raise InvalidRequest(f"another running request has the rid {request.rid!r}; choose another", "rid")
+            new[request.rid] = LiveRequest(request, deliver, predecessors=old.predecessors + 1 if old else 0)
+        return new
 
     def abort(self, rid: str | None) -> None:
         """Ends one request, or all if ``rid`` is None. Whoever waits for it gets its end from the core."""
@@ -195,8 +218,7 @@ class EngineClient:
             self._unsent = deque(rid for rid in self._unsent if rid in self._live)
             if self._link is not None and len(unsent) < len(entries):
                 self._link.send(AbortRequest(rid))
-        for entry in unsent:
-            entry.deliver(entry.take(TokenOutput(entry.request.rid, finish_reason=ABORTED)))
+        self._hand_out([_end(entry, ABORTED) for entry in unsent])
 
     def start_flush(self) -> Future[FlushResult]:
         """Asks the core to empty the prefix cache. See FlushResult."""
@@ -208,8 +230,8 @@ class EngineClient:
             if self._link is None:
                 future.set_result(FlushResult(False, "the engine core is being restarted"))
             else:
-                self._flushes[call_id] = future
                 self._link.send(FlushCache(call_id))
+                self._flushes[call_id] = future
         return future
 
     def flush_cache(self) -> FlushResult:
@@ -225,7 +247,7 @@ class EngineClient:
             self._unsent.clear()
             flushes, self._flushes = self._flushes, {}
         for entry in live.values():
-            entry.deliver(_stopped(message, cause))
+            self._hand(entry, _stopped(message, cause))
         for future in flushes.values():
             future.set_exception(_stopped(message, cause))
 
@@ -244,27 +266,46 @@ class EngineClient:
 
     def _deliver(self, output: TokenOutput) -> None:
         with self._lock:
+            ended: list[Ended] = []
             if output.rid == self._probe and (output.token_ids or output.finish_reason is not None):
                 self._probe = None
-                self._send_unsent()
-            entry = self._live.get(output.rid)
-            if entry is None:
-                return  # ended here while the core's last words were under way
-            if entry.predecessors:  # in the order of submission, each with one end
+                ended = self._send_unsent()
+            entry = self._live.get(output.rid)  # None: ended here while the core's last words were under way
+            if entry is not None and entry.predecessors:  # in the order of submission, each with one end
                 entry.predecessors -= output.finish_reason is not None
-                return
-            output = entry.take(output)
-            if output.finish_reason is not None:
-                del self._live[output.rid]
-            if output.token_ids or output.finish_reason is not None:
-                entry.deaths = 0
-        entry.deliver(output)
+                entry = None
+            if entry is not None:
+                output = entry.take(output)
+                if output.finish_reason is not None:
+                    del self._live[output.rid]
+                if output.token_ids or output.finish_reason is not None:
+                    entry.deaths = 0
+        if entry is not None:
+            self._hand(entry, output)
+        self._hand_out(ended)
+
+    def _hand_out(self, ended: Sequence[Ended]) -> None:
+        for entry, output in ended:
+            self._hand(entry, output)
+
+    def _hand(self, entry: LiveRequest, output: TokenOutput | EngineStopped) -> None:
+        """Gives an output to whoever waits for it. If that fails, nobody does any more: the request is aborted."""
+        try:
+            entry.deliver(output)
+        except Exception:
+            logger.exception("an output of the request %r could not be delivered; it is aborted", entry.request.rid)
+            if self._live.get(entry.request.rid) is entry:
+                self.abort(entry.request.rid)
 
     def _finish_flush(self, message: FlushCacheDone) -> None:
         with self._lock:
             future = self._flushes.pop(message.call_id, None)
         if future is not None:
             future.set_result(FlushResult(message.success, message.message))
+
+
+def _end(entry: LiveRequest, reason: FinishReason) -> Ended:
+    return entry, entry.take(TokenOutput(entry.request.rid, finish_reason=reason))
 
 
 def _stopped(message: str, cause: BaseException | None) -> EngineStopped:

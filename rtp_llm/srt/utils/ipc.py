@@ -4,19 +4,25 @@ The port, which a link between processes fills alike:
 
 - The core's end: ``drain(block)`` returns the messages that came since the last call, in order; with ``block`` it waits
   until there is at least one. ``send(messages)`` hands a step's messages over, in order.
-- The client's end: ``send(message)``, from any thread, in order per thread. ``on_messages`` registers the one callable
-  that gets what the core sends, as lists; it runs in the thread that receives (here: the core's) and must be quick.
+- The client's end: ``send(message)``, from any thread, in order per thread. ``send_all(messages)`` sends all, or raises
+  and sends none: MessageError for one that cannot be written, or that the core could not read. ``on_messages``
+  registers the one callable that gets what the core sends, as lists; it runs in the thread that receives (here: the
+  core's) and must be quick.
 
 Messages are those of ``rtp_llm.srt.messages``; the link does not look into them.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 Receiver = Callable[[list[Any]], None]
+
+
+class MessageError(ValueError):
+    """A message that cannot be written, or that the other end could not read; nothing was sent."""
 
 
 class CoreEnd(Protocol):
@@ -31,6 +37,8 @@ class ClientEnd(Protocol):
     """What the client side needs of a link."""
 
     def send(self, message: Any) -> None: ...
+
+    def send_all(self, messages: Sequence[Any]) -> None: ...
 
     def on_messages(self, receive: Receiver) -> None: ...
 
@@ -51,6 +59,10 @@ class QueueClientEnd:
 
     def send(self, message: Any) -> None:
         self._to_core.put(message)
+
+    def send_all(self, messages: Sequence[Any]) -> None:
+        for message in messages:
+            self._to_core.put(message)
 
     def on_messages(self, receive: Receiver) -> None:
         self._receive = receive

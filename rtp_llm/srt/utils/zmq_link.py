@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from rtp_llm.srt.utils.ipc import Receiver
+from rtp_llm.srt.utils.ipc import MessageError, Receiver
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,19 @@ class MessageCodec:
 
     def encode(self, message: Any) -> bytes:
         return self._kinds[type(message)] + self._encoder.encode(message)
+
+    def encode_checked(self, message: Any) -> bytes:
+        """As ``encode``, for messages that hold what others gave: also reads the frame as the other end will.
+
+        Raises:
+            MessageError: it cannot be written, or could not be read.
+        """
+        try:
+            frame = self.encode(message)
+            self.decode(frame)
+        except (TypeError, ValueError, OverflowError, LookupError, RecursionError, msgspec.MsgspecError) as error:
+            raise MessageError(f"{type(message).__name__} cannot be sent: {error}") from error
+        return frame
 
     def decode(self, frame: bytes) -> Any:
         return self._decoders[frame[0]].decode(memoryview(frame)[1:])
@@ -93,11 +106,20 @@ class ZmqClientEnd:
         self._thread.start()
 
     def send(self, message: Any) -> None:
-        """After ``close`` messages go nowhere: whoever closed the link looks after what they were about."""
-        frame = self._codec_out.encode(message)
+        """Sends one: see ``send_all``."""
+        self.send_all([message])
+
+    def send_all(self, messages: Sequence[Any]) -> None:
+        """Sends all of them, or none. After ``close`` they go nowhere: whoever closed the link looks after what they
+        were about.
+
+        Raises:
+            MessageError: see MessageCodec.encode_checked.
+        """
+        frames = [self._codec_out.encode_checked(message) for message in messages]
         with self._lock:
-            if self._outgoing is not None:
-                self._outgoing.send(frame)
+            if self._outgoing is not None and frames:
+                self._outgoing.send_multipart(frames)  # whose parts arrive together; the core reads them one by one
 
     def close(self) -> None:
         """Ends the receiving thread; when this returns, nothing more is handed on."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from rtp_llm.srt.messages import (
 )
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
-from rtp_llm.srt.utils.ipc import QueueLink
+from rtp_llm.srt.utils.ipc import QueueClientEnd, QueueLink
 
 ALPHABET = "abcdefghij"
 BOOM = "!"  # a prompt with this character breaks the core
@@ -191,6 +192,47 @@ def test_rids_are_unique_among_live_requests() -> None:
     with pytest.raises(InvalidRequest, match="rid 'c'"):
         client.submit_all([(request("c"), lambda _: None), (request("c"), lambda _: None)])
     assert len(link.core.drain(block=False)) == 1
+
+
+def test_a_callback_that_raises_costs_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever way its outputs come: from the core, on an abort, on a failure."""
+    link = QueueLink()
+    client = EngineClient(link.client)
+    got: list[Any] = []
+
+    def broken(_: Any) -> None:
+        raise KeyError("nobody listens")
+
+    client.submit_all([(request("a"), broken), (request("b"), got.append), (request("c"), broken)])
+    link.core.send([TokenOutput("a", [5]), TokenOutput("b", [6])])
+    assert link.core.drain(block=False)[3:] == [AbortRequest("a")], "nobody waits for it any more"
+    assert [output.token_ids for output in got] == [[6]]
+    link.core.send([TokenOutput("a", finish_reason=FinishReason("abort"))])
+    assert client.num_live == 2
+    client.fail_all(None)
+    assert isinstance(got[-1], EngineStopped) and client.num_live == 0
+    assert caplog.text.count("could not be delivered") == 3 and "nobody listens" in caplog.text
+
+
+def test_a_link_that_fails_leaves_nothing_live() -> None:
+    class BrokenLink(QueueClientEnd):
+        def send_all(self, messages: Any) -> None:
+            raise OSError("the socket is closed")
+
+    client = EngineClient(BrokenLink(SimpleQueue()))
+    with pytest.raises(OSError, match="socket"):
+        client.submit_all([(request("a"), pytest.fail), (request("b"), pytest.fail)])
+    assert client.num_live == 0
+
+
+def test_an_observer_that_raises_leaves_nothing_running() -> None:
+    link = QueueLink()
+    completions = [SimpleNamespace(request=request(rid), finished=False) for rid in "ab"]
+    observer = SimpleNamespace(started=lambda completion: 1 / 0)
+    call = frontend_module.LiveCall(EngineClient(link.client), completions, True, [observer])
+    with pytest.raises(ZeroDivisionError):
+        call.submit(pytest.fail)
+    assert link.core.drain(block=False)[2:] == [AbortRequest("a"), AbortRequest("b")]
 
 
 def test_aborts_of_ended_requests_are_not_sent() -> None:

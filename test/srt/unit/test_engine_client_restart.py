@@ -1,5 +1,6 @@
 """What the client side does when a core dies: what is resubmitted, in which order, and who is to blame."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +21,10 @@ class Link:
         self.say = lambda *outputs: receive(list(outputs))
 
     def send(self, message: Any) -> None:
-        self.sent.append(message)
+        self.send_all([message])
+
+    def send_all(self, messages: Sequence[Any]) -> None:
+        self.sent += messages
 
     @property
     def rids(self) -> list[str]:

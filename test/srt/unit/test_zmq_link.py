@@ -4,11 +4,13 @@ import queue
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 
 from rtp_llm.srt import messages
+from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import (
     AbortRequest,
     CoreStats,
@@ -21,7 +23,7 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.plan import TokenLogprob
-from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.utils.zmq_link import MessageCodec, ZmqClientEnd, ZmqCoreEnd, socket_addresses
 
 TO_CORE, FROM_CORE = get_args(messages.ToCore), get_args(messages.FromCore)
@@ -59,6 +61,66 @@ def test_every_message_survives_encoding(classes: tuple[type, ...], samples: lis
     codec = MessageCodec(classes)
     assert [codec.decode(codec.encode(message)) for message in samples] == samples
     assert {type(message) for message in samples} == set(classes), "a kind of message has no sample here"
+
+
+UNSENDABLE = {
+    "seed": 2**64,
+    "prompt_ids": [2**70],
+    "rid": "\ud800",
+    "cache_salt": "lone \udfff",
+    "top_logprobs_num": object(),
+    "logprob_start_len": 0.5,  # written, but the core could not read it
+    "return_logprob": "yes",
+    "token_ids_logprob": [None],
+    "params": SamplingParams(),
+}
+
+
+def unsendable(name: str) -> GenerateRequest:
+    request = GenerateRequest("bad", [1], SamplingParams(), seed=0)
+    if name == "params":
+        request.params = replace(request.params)
+        object.__setattr__(request.params, "stop", ["\ud800"])
+    else:
+        setattr(request, name, UNSENDABLE[name])
+    return request
+
+
+@pytest.mark.parametrize("name", UNSENDABLE)
+def test_what_the_core_could_not_read_is_never_sent(directory: str, name: str) -> None:
+    """Neither it nor the rest of its batch is live then, and whoever submits is told."""
+    link = ZmqClientEnd(directory, TO_CORE, FROM_CORE)
+    client = EngineClient(link)
+    core = ZmqCoreEnd(directory, TO_CORE, FROM_CORE)
+    good = [GenerateRequest(rid, [1], SamplingParams(), seed=0) for rid in ("first", "last", "after")]
+    try:
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            client.submit_all([(item, pytest.fail) for item in (good[0], unsendable(name), good[1])])
+        assert client.num_live == 0
+        client.submit_all([(good[2], pytest.fail)])
+        assert core.drain(block=True) == [good[2]] and core.drain(block=False) == []
+    finally:
+        core.close()
+        link.close()
+
+
+def test_what_cannot_be_sent_again_costs_nobody_else(directory: str) -> None:
+    """A request that came while no core was there, or whose rest cannot be sent to the next core."""
+    came: dict[str, list[Any]] = {rid: [] for rid in ("good", "bad")}
+    client = EngineClient()
+    client.submit_all([(unsendable("seed"), came["bad"].append)])
+    client.submit(GenerateRequest("good", [1], SamplingParams(), seed=0), came["good"].append)
+    link = ZmqClientEnd(directory, TO_CORE, FROM_CORE)
+    core = ZmqCoreEnd(directory, TO_CORE, FROM_CORE)
+    try:
+        client.attach(link)
+        assert [message.rid for message in core.drain(block=True)] == ["good"]
+        (output,) = came["bad"]
+        assert (output.finish_reason.type, output.finish_reason.status_code) == ("abort", 400)
+        assert client.num_live == 1 and came["good"] == []
+    finally:
+        core.close()
+        link.close()
 
 
 def test_both_ends(directory: str) -> None:
