@@ -1,6 +1,7 @@
 """From a caller's prompt and options to checked requests for the core."""
 
 import asyncio
+import os
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from transformers import AutoTokenizer
 
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
+from rtp_llm.srt.managers.sentencepiece_tokenizer import follow_sentencepiece, named_symbols
+from rtp_llm.srt.managers.tokenizer_files import VOCABULARIES, complaint
 from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import (
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor
 
 MEDIA_FIELDS = {modality: f"{modality.value}_data" for modality in Modality}
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", *VOCABULARIES)
 
 
 class TokenizerError(ValueError):
@@ -46,21 +49,32 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
     Raises:
         TokenizerError: there is none, or it is broken.
     """
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # else a file is taken for one that lay there before
     try:
+        names = named_symbols(tokenizer_path)
         tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_path, trust_remote_code=trust_remote_code, revision=revision or "main"
+            tokenizer_path, trust_remote_code=trust_remote_code, revision=revision or "main", **names
         )
+        is_empty = len(tokenizer) <= len(tokenizer.added_tokens_decoder)  # some classes come up so without files
+        if not is_empty:
+            follow_sentencepiece(tokenizer)
     except Exception as error:  # of many kinds, from files of many kinds and from remote code
-        raise TokenizerError(
-            f"cannot load a tokenizer from {tokenizer_path}: {_first_line(error)}. Name another place with "
-            "tokenizer_path, or use skip_tokenizer_init=True to give and get token ids"
-        ) from error
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # some classes come up empty where there are no files
-        raise TokenizerError(
-            f"there is no vocabulary in {tokenizer_path} (tokenizer.json is missing?). Name another place with "
-            "tokenizer_path, or use skip_tokenizer_init=True to give and get token ids"
+        raise _tokenizer_error(tokenizer_path, trust_remote_code, _first_line(error)) from error
+    if is_empty:
+        raise _tokenizer_error(
+            tokenizer_path, trust_remote_code, "its vocabulary is empty (tokenizer.json is missing?)"
         )
     return tokenizer
+
+
+def _tokenizer_error(tokenizer_path: str, trust_remote_code: bool, reason: str) -> TokenizerError:
+    """Says what is wrong with the files, if that can be seen, else ``reason``."""
+    directory = Path(tokenizer_path)
+    wrong = complaint(directory, trust_remote_code) if directory.is_dir() else None
+    return TokenizerError(
+        f"cannot load a tokenizer from {tokenizer_path}: {wrong or reason.rstrip('.')}. Or name another place with "
+        "tokenizer_path, or use skip_tokenizer_init=True to give and get token ids"
+    )
 
 
 def _first_line(error: Exception) -> str:
