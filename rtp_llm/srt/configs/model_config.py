@@ -262,7 +262,7 @@ def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code
             f"`quantization_config` in {directory}/{CONFIG_FILE} must be an object, not {quantization!r}"
         )
     try:
-        if json.dumps(wanted) == json.dumps(config):  # in Python 2.0 equals 2
+        if json.dumps(wanted) == json.dumps(config):  # tells 2.0 from 2
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         return _load_overridden(directory, wanted, trust_remote_code)
     except _CONFIG_ERRORS as error:
