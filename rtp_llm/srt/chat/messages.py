@@ -16,6 +16,9 @@ Message = Mapping[str, Any]
 ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 SPEAKS_WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 VIDEO_OPTIONS = ("fps", "max_frames", "min_frames")
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # of a message
+MAX_ROLES = 16  # each that is new costs a few renderings of the template
 DETAILS = ("auto", "low", "high")
 KINDS = {"image": ("an image", "images"), "video": ("a video", "videos"), "audio": ("audio", "audio")}
 KIND_OF_TYPE = {
@@ -143,7 +146,12 @@ def checked_messages(messages: Any, media: MediaRules = TEXT_ONLY) -> list[dict[
         raise ChatTemplateError(f"messages must be a list, not {type(messages).__name__}", "messages")
     if not messages:
         raise ChatTemplateError("messages is empty: there must be at least one", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise ChatTemplateError(f"there are {len(messages)} messages; at most {MAX_MESSAGES} are taken", "messages")
     checked = [_checked_message(f"messages[{i}]", message, media) for i, message in enumerate(messages)]
+    roles = {message["role"] for message in checked}
+    if len(roles) > MAX_ROLES:
+        raise ChatTemplateError(f"the messages have {len(roles)} roles; at most {MAX_ROLES} are taken", "messages")
     media.check_numbers(checked)
     return checked
 
@@ -161,16 +169,18 @@ def _checked_message(where: str, message: Any, media: MediaRules) -> dict[str, A
     content = message.get("content")
     if content is None and not (role == "assistant" and any(message.get(name) for name in SPEAKS_WITHOUT_CONTENT)):
         raise ChatTemplateError(f"{where}.content is missing", "messages")
+    if isinstance(content, (list, tuple)) and not content:
+        content = ""
     if content is not None and not isinstance(content, str):
         content = _checked_parts(f"{where}.content", content, media)
     return {name: value for name, value in {**message, "content": content}.items() if value is not None}
 
 
 def _checked_parts(where: str, parts: Any, media: MediaRules) -> list[dict[str, str] | MediaPart]:
-    if not isinstance(parts, (list, tuple)) or not parts:
-        raise ChatTemplateError(
-            f"{where} must be a string or a list of parts (at least one), not {_short(parts)}", "messages"
-        )
+    if not isinstance(parts, (list, tuple)):
+        raise ChatTemplateError(f"{where} must be a string or a list of parts, not {_short(parts)}", "messages")
+    if len(parts) > MAX_PARTS:
+        raise ChatTemplateError(f"{where} has {len(parts)} parts; at most {MAX_PARTS} are taken", "messages")
     return [_checked_part(f"{where}[{i}]", part, media) for i, part in enumerate(parts)]
 
 

@@ -10,12 +10,14 @@ tokens, are plain words for that reason.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from rtp_llm.srt.chat.histories import CALL_FORMS, CallForm, Twin, find_call_form, in_form, shape_of
 from rtp_llm.srt.chat.messages import (
     KINDS,
     TEXT_ONLY,
@@ -65,6 +67,8 @@ class ChatTemplate:
         self._adds_special_tokens = adds_special_tokens
         self._roles: dict[tuple[str, str], _Role] = {}
         self._places: dict[tuple[str, str, str], _Place | None] = {}
+        self._call_forms: dict[str, CallForm] = {}
+        self._left_out: dict[tuple[Any, ...], int | None] = {}  # shape -> the first message that is not shown wholly
         for template in filter(None, (source, tool_use)):
             _check_syntax(template)
 
@@ -114,6 +118,7 @@ class ChatTemplate:
             "tools": list(tools) if tools else None,
         }
         text = self._run_with_tools(source, fitted, options)
+        self._check_said(source, fitted, options)
         self._check_shown(source, checked, text, options)
         return ChatPrompt(
             text, sources_of(checked, "image"), sources_of(checked, "video"), self._wants_special_tokens(text)
@@ -158,7 +163,7 @@ class ChatTemplate:
                 f"messages[{i}]: the model's chat template leaves out messages of role {role!r}; use another role",
                 "messages",
             )
-        fitted = {**message, "role": role}
+        fitted = in_form({**message, "role": role}, self._call_form(source, message), f"messages[{i}]")
         content = message.get("content")
         if isinstance(content, str) and not takes.strings:
             fitted["content"] = [{"type": "text", "text": content}]
@@ -167,6 +172,35 @@ class ChatTemplate:
         elif isinstance(content, list) and not takes.parts:
             fitted["content"] = TEXT_BETWEEN_PARTS.join(part["text"] for part in content)
         return fitted
+
+    def _call_form(self, source: str, message: Mapping[str, Any]) -> CallForm:
+        if not message.get("tool_calls"):
+            return CALL_FORMS[0]
+        if source not in self._call_forms:
+            self._call_forms[source] = find_call_form(partial(self._run, source, add_generation_prompt=False))
+        return self._call_forms[source]
+
+    def _check_said(self, source: str, fitted: list[dict[str, Any]], options: Mapping[str, Any]) -> None:
+        """Refuse a conversation of which the template would leave something out without a word."""
+        shape = (source, bool(options["tools"]), shape_of(fitted))
+        if shape not in self._left_out:
+            twin = Twin(fitted, self._call_forms.get(source, CALL_FORMS[0]))
+            try:
+                left_out = twin.left_out(
+                    self._run(source, twin.messages, **{**options, "continue_final_message": False})
+                )
+            except ChatTemplateError:  # it looks into what is said: the real messages it has taken
+                left_out = []
+            if len(self._left_out) >= MAX_KNOWN_SHAPES:
+                self._left_out.clear()
+            self._left_out[shape] = left_out[0] if left_out else None
+        first = self._left_out[shape]
+        if first is not None:
+            raise ChatTemplateError(
+                f"messages[{first}] (role {fitted[first]['role']!r}): the model's chat template leaves out what it "
+                "says at this place; move it, or merge it with a message that is shown",
+                "messages",
+            )
 
     def _fit_part(self, source: str, role: str, part: Any) -> dict[str, Any]:
         if not isinstance(part, MediaPart):
@@ -270,6 +304,7 @@ class ChatTemplate:
 
 PROMPT_OPTIONS = {"add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs", "media"}
 CALLED = ("tool", "function")
+MAX_KNOWN_SHAPES = 256
 MAX_KNOWN_ROLES = 64  # role names come from requests
 ANY_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": NO_PARAMETERS}}
 WORD = "xylophone7q"

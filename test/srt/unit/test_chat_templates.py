@@ -220,7 +220,7 @@ def test_jinja_in_a_message_is_text() -> None:
         ([*USER, {"role": "user"}], r"messages\[1\].content is missing"),
         ([{"role": "assistant", "content": None}], r"messages\[0\].content is missing"),
         ([{"role": "user", "content": 5}], r"messages\[0\].content must be a string or a list of parts.* not int 5"),
-        ([{"role": "user", "content": []}], r"messages\[0\].content must be a string or a list of parts"),
+        ([{"role": "user", "content": {}}], r"messages\[0\].content must be a string or a list of parts"),
         ([{"role": "user", "content": ["hi"]}], r"messages\[0\].content\[0\] must be an object"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text must be a string, not nothing"),
         (
@@ -263,8 +263,8 @@ def test_developer_is_system_where_the_template_does_not_know_it() -> None:
 
 
 def test_fields_that_are_none_are_not_there_and_others_go_along() -> None:
-    source = "{% for m in messages %}{{ m.content }}{{ m.name is defined }}{{ m.tool_calls[0].id }}{% endfor %}"
-    message = {"role": "assistant", "content": "hi ", "name": None, "tool_calls": [{"id": "c1"}]}
+    source = "{% for m in messages %}{{ m.content }}{{ m.name is defined }}{{ m.refusal }}{% endfor %}"
+    message = {"role": "assistant", "content": "hi ", "name": None, "refusal": "c1"}
     assert ChatTemplate(source).render([message]) == "hi Falsec1"
 
 

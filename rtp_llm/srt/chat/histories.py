@@ -1,0 +1,172 @@
+"""Conversations with tool calls, and whether a template shows all that a conversation says.
+
+Clients write a call's arguments as a JSON string. Most templates want the object, some the string: given the other,
+they fail, or encode twice without a word. So a trial conversation is rendered in each form (``CALL_FORMS``), and the
+first that comes out right is used.
+
+Templates also leave out messages without a word, such as a second system message. So a twin of the conversation, of
+the same shape but with a distinctive word for all that is said, is rendered and searched for these words.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rtp_llm.srt.chat.messages import ChatTemplateError
+
+Render = Callable[[list[dict[str, Any]]], str]
+
+ARGUMENT, RESULT = "zq900001x", "zq900002x"  # words that no template writes
+TWIN_WORD = re.compile(r"zq\d+x")
+ENCODED_TWICE = re.compile(r'\\"|\{\{')
+SPOKEN_NOTHING = re.compile(r"\b(None|null)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template takes an assistant's calls.
+
+    Args:
+        as_object: arguments are an object, else the JSON text of one.
+        empty: the content of a message that consists of calls.
+    """
+
+    as_object: bool
+    empty: str | None
+
+
+CALL_FORMS = tuple(CallForm(as_object, empty) for empty in ("", None) for as_object in (True, False))
+
+
+def find_call_form(render: Render) -> CallForm:
+    """Return the form in which a template shows a call and its result right; the first if it shows them in none."""
+    shown: list[CallForm] = []
+    for form in CALL_FORMS:
+        try:
+            text = render(_trial(form))
+        except ChatTemplateError:
+            continue
+        if ARGUMENT not in text or RESULT not in text:
+            continue
+        if not ENCODED_TWICE.search(text) and not (form.empty is None and SPOKEN_NOTHING.search(text)):
+            return form
+        shown.append(form)
+    return shown[0] if shown else CALL_FORMS[0]
+
+
+def _trial(form: CallForm) -> list[dict[str, Any]]:
+    function = {"name": "find", "arguments": _written({"place": ARGUMENT, "number": 3}, form)}
+    call = {"id": "call00000", "type": "function", "function": function}
+    return [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": form.empty, "tool_calls": [call]},
+        {"role": "tool", "name": "find", "tool_call_id": "call00000", "content": RESULT},
+        {"role": "assistant", "content": "Found"},
+        {"role": "user", "content": "Good"},
+    ]
+
+
+def _written(arguments: Mapping[str, Any], form: CallForm) -> Any:
+    return dict(arguments) if form.as_object else json.dumps(arguments, ensure_ascii=False)
+
+
+def in_form(message: dict[str, Any], form: CallForm, where: str) -> dict[str, Any]:
+    """The message with its calls as the template takes them.
+
+    Raises:
+        ChatTemplateError: a call is malformed, or its arguments are no JSON object where the template wants one.
+    """
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not isinstance(calls, (list, tuple)):
+        raise ChatTemplateError(f"{where}.tool_calls must be a list of calls", "messages")
+    formed = [_call_in_form(call, form, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    return {**message, "content": message.get("content") or form.empty, "tool_calls": formed}
+
+
+def _call_in_form(call: Any, form: CallForm, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ChatTemplateError(
+            f'{where} must be an object such as {{"type": "function", "function": {{"name", "arguments"}}}}', "messages"
+        )
+    arguments = _arguments_in_form(function.get("arguments"), form, f"{where}.function.arguments")
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def _arguments_in_form(given: Any, form: CallForm, where: str) -> Any:
+    """No arguments, given as null or as an empty text, are an empty object."""
+    if isinstance(given, str) and given.strip():
+        try:
+            parsed = json.loads(given)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            if not form.as_object:
+                return given
+            raise ChatTemplateError(f"{where} must be the JSON text of an object, not {given[:40]!r}", "messages")
+        return parsed if form.as_object else given
+    if given is None or isinstance(given, str):
+        given = {}
+    if not isinstance(given, Mapping):
+        raise ChatTemplateError(f"{where} must be a JSON text or an object, not {type(given).__name__}", "messages")
+    return _written(given, form)
+
+
+def shape_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """What decides whether a template shows a conversation: roles, and kinds of content, but no words."""
+    return tuple(
+        (message["role"], _shape_of_content(message.get("content")), len(message.get("tool_calls") or ()))
+        for message in messages
+    )
+
+
+def _shape_of_content(content: Any) -> Any:
+    if isinstance(content, list):
+        return tuple(bool(part.get("text")) if part.get("type") == "text" else part.get("type") for part in content)
+    return content if content is None else bool(content.strip())
+
+
+class Twin:
+    """A conversation of the same shape as ``messages`` (as the template gets them), with a word for all that is said.
+
+    Attributes:
+        messages: the twin.
+    """
+
+    def __init__(self, messages: Sequence[dict[str, Any]], form: CallForm) -> None:
+        self._owners: list[int] = []  # per word, the message that says it
+        self._form = form
+        self.messages = [self._twin(i, message) for i, message in enumerate(messages)]
+
+    def left_out(self, text: str) -> list[int]:
+        """Indices of the messages of which something is missing in the rendered twin."""
+        found = {int(word[2:-1]) for word in TWIN_WORD.findall(text.lower())}
+        return sorted({owner for number, owner in enumerate(self._owners) if number not in found})
+
+    def _twin(self, i: int, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        twin: Any
+        if isinstance(content, list):
+            twin = [self._twin_part(i, part) for part in content]
+        else:
+            twin = self._word(i) if content and content.strip() else content
+        calls = message.get("tool_calls")
+        if not calls:
+            return {**message, "content": twin}
+        return {**message, "content": twin, "tool_calls": [self._twin_call(i, call) for call in calls]}
+
+    def _twin_part(self, i: int, part: dict[str, Any]) -> dict[str, Any]:
+        is_text = part.get("type") == "text" and isinstance(part.get("text"), str) and part["text"].strip()
+        return {**part, "text": self._word(i)} if is_text else part
+
+    def _twin_call(self, i: int, call: dict[str, Any]) -> dict[str, Any]:
+        arguments = _written({"value": self._word(i)}, self._form)
+        return {**call, "function": {**call["function"], "name": self._word(i), "arguments": arguments}}
+
+    def _word(self, i: int) -> str:
+        self._owners.append(i)
+        return f"zq{len(self._owners) - 1}x"
