@@ -136,7 +136,7 @@ class MultiProcessExecutor(Executor):
 
     The processes are this interpreter running ``rtp_llm.srt.worker.process`` with this process's ``sys.path``; each is
     reached over an inherited socket pair, which no other process can open. Rank 0 answers for all. They end when the
-    pair closes, and so when this process does.
+    pair closes, and are killed when this process ends.
     """
 
     depth = 0
