@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any, Self
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+
+from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +274,8 @@ def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code
 
 def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     """AutoConfig reads directories only, so it gets one: the same files by link, with another config.json."""
-    with tempfile.TemporaryDirectory() as scratch:
-        twin = Path(scratch) / Path(directory).resolve().name
+    with ScratchFolder() as scratch:
+        twin = scratch / Path(directory).resolve().name
         twin.mkdir()
         for entry in Path(directory).iterdir():
             if entry.name != CONFIG_FILE:

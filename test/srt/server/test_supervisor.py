@@ -245,7 +245,7 @@ def test_stop_leaves_nothing_behind(supervise):
     supervisor = supervise(tp_size=2)
     pid = core_pid(supervisor)
     children = children_of(pid)
-    directory = supervisor._core._directory
+    directory = supervisor._core._folder.path
     assert len(children) == 2 and Path(directory).is_dir()
     stream = Stream(supervisor, requests(1)[0])
     stream.wait_for_tokens(3)

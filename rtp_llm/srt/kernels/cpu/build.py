@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import torch
 
 from rtp_llm.srt.platform import cpu_flags
 from rtp_llm.srt.utils.private_files import problem_of_file, problem_of_folder
+from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
     folder = _sound_cache()
     if folder is not None:
         return _open(_built_in(folder, name, target))
-    with tempfile.TemporaryDirectory(prefix="rtp-llm-kernels-") as private:
-        return _open(_built_in(Path(private), name, target))  # what is loaded needs its file no longer
+    with ScratchFolder() as private:
+        return _open(_built_in(private, name, target))  # what is loaded needs its file no longer
 
 
 def _built_in(folder: Path, name: str, target: str) -> Path:
