@@ -3,8 +3,35 @@
 The names below are imported on first use, so that ``import rtp_llm`` costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+
+
+def _leave_out_working_directory() -> None:
+    """Takes off ``sys.path`` what ``python -m rtp_llm...`` puts first: the working directory, which may be a
+    checkpoint's, with files that are named like modules.
+
+    It stays where this package itself lies in it (a source checkout). It goes behind everything else where a package
+    lies in it that RTP_LLM_EXTERNAL_MODEL_PACKAGE names: whoever names that package trusts the directory.
+    """
+    named = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)] if sys.argv[:1] == ["-m"] else ""  # while it is imported
+    if not named.removeprefix("-m").startswith("rtp_llm") or sys.flags.safe_path:
+        return
+    directory = sys.path[0]
+    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if directory != os.getcwd() or os.path.realpath(directory) == os.path.realpath(own):
+        return
+    del sys.path[0]
+    packages = os.environ.get("RTP_LLM_EXTERNAL_MODEL_PACKAGE", "").split(",")
+    places = [os.path.join(directory, name.strip().split(".")[0]) for name in packages if name.strip()]
+    if any(os.path.isdir(place) or os.path.isfile(f"{place}.py") for place in places):
+        sys.path.append(directory)
+
+
+_leave_out_working_directory()
+
+from importlib import import_module  # noqa: E402 - nothing may be imported from the working directory
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from rtp_llm.srt.configs.generation_config import (
     read_generation_config,
     usable_token_ids,
 )
+from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ _CONTEXT_LENGTH_KEYS = (
     "seq_length",
     "model_max_length",
 )
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_CODE_FILES = ["*.py"]  # which run only with trust_remote_code
 _WEIGHT_PATTERNS = {
     "auto": ("*.safetensors", "*.bin"),
     "safetensors": ("*.safetensors",),
@@ -88,12 +89,17 @@ def is_multimodal_model(architectures: str | Iterable[str]) -> bool:
 
 
 def resolve_model_path(
-    model_path: str, revision: str | None = None, download_dir: str | None = None, load_format: str = "auto"
+    model_path: str,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    load_format: str = "auto",
+    trust_remote_code: bool = False,
 ) -> str:
     """The local directory of a checkpoint: ``model_path`` itself, or the snapshot of a hub id.
 
     A hub id is fetched by huggingface_hub (its progress bars, its cache or ``download_dir``, its ``HF_HUB_OFFLINE``):
-    small files, then weights of one format, safetensors if there are any. ``load_format="dummy"`` fetches no weights.
+    small files, Python code among them only with ``trust_remote_code``, then weights of one format, safetensors if
+    there are any. ``load_format="dummy"`` fetches no weights.
 
     Raises:
         ModelNotFoundError: no such directory, and no such hub id or no way to reach it.
@@ -106,7 +112,7 @@ def resolve_model_path(
     if model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or not model_path.strip():
         raise ModelNotFoundError(f"model path {model_path!r} does not exist (and cannot be a hub id like 'owner/name')")
     try:
-        return _download(model_path, revision, download_dir, load_format)
+        return _download(model_path, revision, download_dir, load_format, trust_remote_code)
     except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError) as error:
         wanted = model_path if revision is None else f"{model_path} at revision {revision!r}"
         raise ModelNotFoundError(
@@ -115,11 +121,13 @@ def resolve_model_path(
         ) from error
 
 
-def _download(repo_id: str, revision: str | None, download_dir: str | None, load_format: str) -> str:
+def _download(
+    repo_id: str, revision: str | None, download_dir: str | None, load_format: str, trust_remote_code: bool
+) -> str:
     def fetch(patterns: list[str], **kwargs: Any) -> str:
         return snapshot_download(repo_id, revision=revision, cache_dir=download_dir, allow_patterns=patterns, **kwargs)
 
-    directory = fetch(_SMALL_FILES)
+    directory = fetch(_SMALL_FILES + (_CODE_FILES if trust_remote_code else []))
     for pattern in _WEIGHT_PATTERNS[load_format]:
         # weights in subdirectories are the same model for other programs
         directory = fetch([pattern], ignore_patterns=["*/*", "consolidated*"])
@@ -182,7 +190,7 @@ class ModelConfig:
             ModelNotFoundError: no such model, or no config.json in it.
             ModelConfigError: a configuration that cannot be used, with the reason.
         """
-        directory = resolve_model_path(model_path, revision, download_dir, load_format)
+        directory = resolve_model_path(model_path, revision, download_dir, load_format, trust_remote_code)
         overrides = _parse_overrides(json_model_override_args)
         hf_config = _load_hf_config(directory, overrides, trust_remote_code)
         text_config = hf_config.get_text_config()
@@ -274,8 +282,8 @@ def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code
 
 def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     """AutoConfig reads directories only, so it gets one: the same files by link, with another config.json."""
-    with tempfile.TemporaryDirectory() as scratch:
-        twin = Path(scratch) / Path(directory).resolve().name
+    with ScratchFolder() as scratch:
+        twin = scratch / Path(directory).resolve().name
         twin.mkdir()
         for entry in Path(directory).iterdir():
             if entry.name != CONFIG_FILE:

@@ -1,7 +1,6 @@
 """How the core reaches its workers: in its own process, or one process per rank."""
 
 import subprocess
-import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from rtp_llm.srt.models.registrations import pack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.process import start_python
+from rtp_llm.srt.utils.scratch import ScratchFolder
 from rtp_llm.srt.worker.worker import LoadedModel, Masks, PendingLogits, PendingResult, Worker, WorkerConfig
 
 Progress = Callable[[int, int], None]
@@ -136,7 +136,7 @@ class MultiProcessExecutor(Executor):
 
     The processes are this interpreter running ``rtp_llm.srt.worker.process`` with this process's ``sys.path``; each is
     reached over an inherited socket pair, which no other process can open. Rank 0 answers for all. They end when the
-    pair closes, and so when this process does.
+    pair closes, and are killed when this process ends.
     """
 
     depth = 0
@@ -147,10 +147,10 @@ class MultiProcessExecutor(Executor):
         self._processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
         self._waiting: deque[_RemoteStep] = deque()
-        self._rendezvous = tempfile.TemporaryDirectory(prefix="rtp-llm-")
+        self._rendezvous = ScratchFolder()
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
-        init_method = f"file://{self._rendezvous.name}/store"
+        init_method = f"file://{self._rendezvous.path}/store"
         registrations = pack_registrations()
         for rank in range(self._config.world_size):
             config = replace(self._config, rank=rank)
@@ -238,7 +238,7 @@ class MultiProcessExecutor(Executor):
                 process.kill()
                 process.wait()
         self._pipes, self._processes = [], []
-        self._rendezvous.cleanup()
+        self._rendezvous.close()
 
 
 class _RemoteStep:

@@ -5,4 +5,4 @@ from rtp_llm.srt.utils.process import StartedPython, start_python
 
 def start_core_process() -> StartedPython:
     """A core that imports what it needs, then waits for its orders; it ends when its pipe closes."""
-    return start_python("rtp_llm.srt.engine")
+    return start_python("rtp_llm.srt.engine.process")

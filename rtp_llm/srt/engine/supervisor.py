@@ -1,9 +1,7 @@
 """Keeps a core process alive, and its requests across its deaths."""
 
 import logging
-import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -20,6 +18,7 @@ from rtp_llm.srt.messages import CoreInfo, CoreStats, FromCore, Ping, Shutdown, 
 from rtp_llm.srt.models.registrations import pack_registrations
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.process import StartedPython
+from rtp_llm.srt.utils.scratch import ScratchFolder
 from rtp_llm.srt.utils.zmq_link import ZmqClientEnd
 
 logger = logging.getLogger(__name__)
@@ -41,13 +40,14 @@ class CoreProcess:
     def __init__(
         self, server_args: ServerArgs, model_path: str, registrations: bytes, started: StartedPython | None = None
     ) -> None:
-        self._directory = tempfile.mkdtemp(prefix="rtp-llm-")
-        self.link = ZmqClientEnd(self._directory, get_args(ToCore), get_args(FromCore))
+        self._folder = ScratchFolder()
+        directory = str(self._folder.path)
+        self.link = ZmqClientEnd(directory, get_args(ToCore), get_args(FromCore))
         self.process, self._pipe, _ = started or start_core_process()
         self.error: str | None = None
         self.running: set[str] = set()  # rids that it has begun to compute
         with suppress(BrokenPipeError):  # if it died at once, wait_ready says how
-            send(self._pipe, Orders(server_args, model_path, registrations, self._directory))
+            send(self._pipe, Orders(server_args, model_path, registrations, directory))
 
     def wait_ready(self, on_progress: Progress | None) -> CoreInfo:
         """Raises CoreFailed if the process ends before it is ready."""
@@ -99,7 +99,7 @@ class CoreProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._folder.close()
 
 
 class Supervisor:

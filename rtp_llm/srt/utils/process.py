@@ -1,9 +1,13 @@
-"""Starting Python processes of our own, with a pipe to each."""
+"""Starting Python processes of our own, with a pipe to each, which never outlive this process."""
 
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -26,22 +30,69 @@ class StartedPython(NamedTuple):
 
 
 def start_python(module: str) -> StartedPython:
-    """``python -m module FD`` with this process's ``sys.path``, and our end of a socket pair whose other end is FD.
+    """A process that runs ``module.main(FD)`` with this process's ``sys.path``, and our end of a socket pair whose
+    other end is FD.
 
     The pair is inherited, never opened by name: no other process can reach it, and it closes when either side ends. The
-    child does not share our standard input.
+    child does not share our standard input. It imports nothing from the working directory (``-P``), which may be a
+    checkpoint's, unless that is on this process's ``sys.path``. It is killed when this process ends, whatever state
+    either is in: see ``child.py``.
     """
     ours, theirs = socket.socketpair()
     path = _python_path()
     with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path},
+        fd = theirs.fileno()
+        command = [sys.executable, "-P", "-m", "rtp_llm.srt.utils.child", module, str(fd), str(os.getpid())]
+        process = _starter.call(
+            lambda: subprocess.Popen(
+                command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}
+            )
         )
     return StartedPython(process, Connection(ours.detach()), path)
 
 
 def _python_path() -> str:
-    return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    """The entries of ``sys.path``. The empty one, which is the working directory of an interactive session, comes last,
+    where it shadows nothing."""
+    entries = [entry for entry in sys.path if entry]
+    return os.pathsep.join(entries if len(entries) == len(sys.path) else [*entries, os.getcwd()])
+
+
+class _Starter:
+    """Calls functions in one thread, which lives as long as the process: to the system, the parent of a process is the
+    thread that started it, and a child that is to end with its parent would end with that thread."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], subprocess.Popen], Future[subprocess.Popen]]]
+        self._calls = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def call(self, function: Callable[[], subprocess.Popen]) -> subprocess.Popen:
+        future: Future[subprocess.Popen] = Future()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="rtp-llm-starter", daemon=True)
+                self._thread.start()
+        self._calls.put((function, future))
+        return future.result()
+
+    def _run(self) -> None:
+        while True:
+            function, future = self._calls.get()
+            try:
+                future.set_result(function())
+            except BaseException as error:  # raised again in the thread that waits
+                future.set_exception(error)
+
+
+_starter = _Starter()
+
+
+def _start_afresh() -> None:
+    """In a process that was forked from one with a starter: its thread is not there."""
+    global _starter
+    _starter = _Starter()
+
+
+os.register_at_fork(after_in_child=_start_afresh)

@@ -106,7 +106,3 @@ def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
         backend = "gloo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     init_tensor_parallel(config.rank, config.world_size, backend, init_method, timeout_s)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

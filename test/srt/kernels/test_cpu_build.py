@@ -4,6 +4,8 @@ import ctypes
 import multiprocessing
 import os
 import shutil
+import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,14 @@ def test_there_is_one_pool_of_threads():
 
 @needs_compiler
 def test_what_was_compiled_is_kept(cache, monkeypatch):
-    build.load("probe")
+    """For this user alone, whatever the umask."""
+    before = os.umask(0)
+    try:
+        build.load("probe")
+    finally:
+        os.umask(before)
+    modes = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in cache.iterdir()}
+    assert (stat.S_IMODE(cache.stat().st_mode), modes) == (0o700, {".so": 0o700, ".lock": 0o600})
     (made,) = cache.glob("probe-*.so")
     build.load.cache_clear()
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
@@ -89,9 +98,9 @@ def test_another_source_is_another_kernel(cache, monkeypatch, tmp_path):
 
 @needs_compiler
 def test_a_lock_of_a_dead_process_holds_nobody_up(cache):
-    cache.mkdir()
-    path = build._cached("probe", build.isa())
-    holder = multiprocessing.get_context("fork").Process(target=_die_with_lock, args=(path.with_suffix(".lock"),))
+    cache.mkdir(mode=0o700)
+    path = cache / f"probe-{build.isa()}-{build._key('probe', build.isa())}.lock"
+    holder = multiprocessing.get_context("fork").Process(target=_die_with_lock, args=(path,))
     holder.start()
     holder.join()
     assert holder.exitcode == 7
@@ -113,6 +122,108 @@ def test_two_processes_compile_once(cache, caplog):
         builder.join()
         assert builder.exitcode == 0
     assert len(list(cache.glob("probe-*.so"))) == 1
+
+
+def _loosen(folder: Path) -> None:
+    folder.chmod(0o777)
+
+
+def _group_writes(folder: Path) -> None:
+    folder.chmod(0o770)
+
+
+def _loosen_above(folder: Path) -> None:
+    folder.parent.chmod(0o777)
+
+
+def _give_away(folder: Path) -> None:
+    os.chown(folder, 12345, -1)
+
+
+def _give_away_above(folder: Path) -> None:
+    os.chown(folder.parent, 12345, -1)
+
+
+def _link(folder: Path) -> None:
+    """To a folder of somebody else's making."""
+    target = folder.rename(folder.parent / "target")
+    target.chmod(0o777)
+    folder.symlink_to(target)
+
+
+def _no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+@pytest.fixture
+def planted(cache: Path) -> Path:
+    """A library in the cache, under the name that the next load looks for."""
+    cache.mkdir(mode=0o700)
+    path = cache / f"probe-{build.isa()}-{build._key('probe', build.isa())}.so"
+    path.write_bytes(b"not to be loaded")
+    path.chmod(0o600)
+    build._warn_of_cache.cache_clear()
+    return path
+
+
+@pytest.mark.parametrize(
+    "spoil", [None, _loosen, _group_writes, _loosen_above, _give_away, _give_away_above, _link, _no_folder]
+)
+def test_a_folder_that_others_can_write_to_is_no_cache(planted, cache, caplog, spoil):
+    if spoil in (_give_away, _give_away_above) and os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    if spoil is not None:
+        spoil(cache)
+    with caplog.at_level("WARNING", logger="rtp_llm"):
+        found = [build._sound_cache(), build._sound_cache()]
+    assert found == ([cache, cache] if spoil is None else [None, None])
+    assert caplog.text.count("neither loaded from the cache nor kept") == (spoil is not None)
+
+
+@needs_compiler
+def test_without_a_sound_cache_each_process_compiles_for_itself(planted, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _loosen(cache)
+    assert build.load("probe").num_threads() >= 1
+    assert planted.read_bytes() == b"not to be loaded" and list(tmp_path.glob("rtp-llm-*")) == []
+
+
+@pytest.mark.parametrize("kind", ["sound", "others write", "of another user", "link"])
+def test_a_file_that_others_could_have_written_is_compiled_anew(planted, cache, tmp_path, monkeypatch, caplog, kind):
+    if kind == "others write":
+        planted.chmod(0o666)
+    elif kind == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(planted, 12345, -1)
+    elif kind == "link":
+        planted.symlink_to(planted.rename(tmp_path / "elsewhere.so"))
+    compiled = []
+    monkeypatch.setattr(build, "_compile", lambda name, target, path: compiled.append(path))
+    with caplog.at_level("WARNING", logger="rtp_llm"):
+        assert build._built_in(cache, "probe", build.isa()) == planted
+    assert compiled == ([] if kind == "sound" else [planted])
+    assert caplog.text.count("is not loaded but compiled anew") == len(compiled)
+
+
+@needs_compiler
+def test_a_library_is_put_in_place_whole(planted, cache):
+    """Over one that is there, and over what an interrupted build left."""
+    planted.chmod(0o666)
+    planted.with_suffix(".new").symlink_to("/dev/null")
+    build.load("probe")
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
+    assert stat.S_IMODE(planted.stat().st_mode) == 0o700
+
+
+def test_a_compiler_in_the_working_directory_is_no_compiler(monkeypatch, tmp_path):
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", os.pathsep.join((".", "")))
+    assert build.compiler.__wrapped__() is None
 
 
 @needs_compiler

@@ -152,7 +152,7 @@ def test_an_installed_package(echo_checkpoint: str, tmp_path: Path, tp_size: str
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: external-models\nVersion: 1.0\n")
     lines = ["[rtp_llm.models]", f"{ARCHITECTURE} = external_models.echo:{ARCHITECTURE}"]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    with own_process(tmp_path, echo_checkpoint, "--tp-size", tp_size) as server:
+    with own_process(tmp_path, echo_checkpoint, "--tp-size", tp_size, modules=tmp_path) as server:
         assert_echoes(server)
 
 

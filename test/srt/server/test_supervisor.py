@@ -147,6 +147,12 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
+def children_of(pid: int) -> list[int]:
+    """What any thread of a process started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
 @pytest.mark.slow
 def test_a_killed_core_breaks_no_stream(supervise):
     supervisor = supervise()
@@ -238,8 +244,8 @@ def test_aborts_and_flushes_while_no_core_is_there(supervise):
 def test_stop_leaves_nothing_behind(supervise):
     supervisor = supervise(tp_size=2)
     pid = core_pid(supervisor)
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    directory = supervisor._core._directory
+    children = children_of(pid)
+    directory = supervisor._core._folder.path
     assert len(children) == 2 and Path(directory).is_dir()
     stream = Stream(supervisor, requests(1)[0])
     stream.wait_for_tokens(3)
@@ -252,22 +258,28 @@ def test_stop_leaves_nothing_behind(supervise):
     assert not Path(directory).exists()
 
 
-def test_the_core_ends_with_its_parent():
+@pytest.mark.parametrize("tp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_core_ends_with_its_parent(tp_size: int) -> None:
+    """And its workers do, even if all of them are stopped and notice nothing."""
     code = (
         "import sys, time\n"
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
         "import test_supervisor as t\n"
-        "s = t.start(t.tiny_model(t.MODEL))\n"
+        f"s = t.start(t.tiny_model(t.MODEL), tp_size={tp_size})\n"
         "print(t.core_pid(s), flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    pid = int(parent.stdout.readline())
-    assert is_alive(pid)
+    core = int(parent.stdout.readline())
+    children = children_of(core)
+    assert len(children) == (0 if tp_size == 1 else tp_size)
+    for pid in [core, *children]:
+        assert is_alive(pid)
+        os.kill(pid, signal.SIGSTOP)
     parent.kill()
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 10
-    while is_alive(pid):
-        assert time.monotonic() < deadline, "the core outlived its parent"
+    while any(map(is_alive, [core, *children])):
+        assert time.monotonic() < deadline, "a process outlived its parent"
         time.sleep(0.02)

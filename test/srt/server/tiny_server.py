@@ -163,28 +163,29 @@ class Process:
 
     def children(self) -> list[int]:
         """Process ids of what it started."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
 
     def stats(self) -> dict[str, Any]:
         return httpx.get(f"{self.url}/server_info", timeout=10).json()["stats"]
 
 
 @contextmanager
-def own_process(folder: Path, model_path: str, *flags: str) -> Iterator[Process]:
-    """``python -m rtp_llm.launch_server``, killed at the end if it still runs."""
+def own_process(folder: Path, model_path: str, *flags: str, modules: Path | None = None) -> Iterator[Process]:
+    """``python -m rtp_llm.launch_server``, killed at the end if it still runs. ``modules``: a folder of them."""
     port = free_port()
     command = ["-m", "rtp_llm.launch_server", "--model-path", model_path, "--port", str(port)]
     command += ["--device", "cpu", "--max-total-tokens", "4096", "--served-model-name", "tiny", *flags]
-    with python_process(folder, command, port) as running:
+    with python_process(folder, command, port, modules) as running:
         yield running
 
 
 @contextmanager
-def python_process(folder: Path, command: list[str], port: int) -> Iterator[Process]:
+def python_process(folder: Path, command: list[str], port: int, modules: Path | None = None) -> Iterator[Process]:
     """``python COMMAND`` in ``folder``, which is to serve at ``port``; killed at the end if it still runs."""
     log = folder / "server.log"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, (ROOT, modules) if modules else (ROOT,)))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder)
     try:

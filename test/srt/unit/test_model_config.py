@@ -365,6 +365,15 @@ def test_weights_of_one_format_are_fetched(tmp_path, monkeypatch, files, load_fo
     assert all(call == {"repo_id": "owner/name", "revision": "v2", "cache_dir": "/downloads"} for call in hub.calls)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_is_fetched_only_when_trusted(tmp_path, monkeypatch, trusted):
+    code = ["modeling_own.py", "zmq.py", "nested/processing_own.py"]
+    monkeypatch.setattr(module, "snapshot_download", FakeHub(tmp_path, SMALL + code))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    load("owner/name", trust_remote_code=trusted)
+    assert sorted(tmp_path.rglob("*.py")) == (sorted(tmp_path / name for name in code) if trusted else [])
+
+
 def test_a_hub_that_does_not_answer_is_one_clear_message(monkeypatch):
     def offline(*args, **kwargs):
         raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore.")

@@ -3,7 +3,9 @@
 A kernel file ``NAME.cpp`` stands beside this one, includes ``common.h`` and exports ``extern "C"`` functions of
 pointers and sizes: nothing of torch's headers, so that it compiles in seconds. Its OpenMP is the one that torch has
 loaded, so that there is one pool of threads. What was compiled is kept in ``~/.cache/rtp_llm/kernels``
-(``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of everything that it depends on.
+(``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of everything that it depends on. It is code, so it is
+loaded only from a folder, and a file, that nobody else could have written (``utils/private_files.py``). Where the
+folder is not like that, each process compiles for itself and keeps nothing.
 """
 
 import ctypes
@@ -16,7 +18,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from pathlib import Path
 import torch
 
 from rtp_llm.srt.platform import cpu_flags
+from rtp_llm.srt.utils.private_files import problem_of_file, problem_of_folder
+from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +84,11 @@ def isa() -> str:
 
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler: ``CXX``, else what is on the path; None: there is none."""
+    """The C++ compiler: ``CXX``, else what is on the path, relative entries of it excepted; None: there is none."""
     asked = os.environ.get("CXX")
     names = [shlex.split(asked)[0]] if asked else ["g++", "c++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+    folders = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
+    return next((path for name in names if (path := shutil.which(name, path=folders))), None)
 
 
 @functools.cache
@@ -95,19 +99,38 @@ def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
         KernelBuildError: there is no compiler, or it does not take the file, or the result does not load.
     """
     target = for_isa or isa()
-    path = _cached(name, target)
-    if not path.exists():
+    folder = _sound_cache()
+    if folder is not None:
+        return _open(_built_in(folder, name, target))
+    with ScratchFolder() as private:
+        return _open(_built_in(private, name, target))  # what is loaded needs its file no longer
+
+
+def _built_in(folder: Path, name: str, target: str) -> Path:
+    path = folder / f"{name}-{target}-{_key(name, target)}.so"
+    if _problem_of(path) is not None:
         with _lock(path.with_suffix(".lock")):
-            if not path.exists():  # another process may have made it while this one waited
+            problem = _problem_of(path)  # another process may have made it while this one waited
+            if problem:
+                logger.warning("a compiled CPU kernel is not loaded but compiled anew: %s", problem)
+            if problem is not None:
                 _compile(name, target, path)
+    return path
+
+
+def _problem_of(path: Path) -> str | None:
+    """Why a library cannot be loaded: it is not this user's own, or (an empty string) not there. None: it can."""
+    try:
+        return problem_of_file(path)
+    except FileNotFoundError:
+        return ""
+
+
+def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelBuildError(f"the compiled CPU kernel {path} does not load: {error}") from error
-
-
-def _cached(name: str, target: str) -> Path:
-    return cache_folder() / f"{name}-{target}-{_key(name, target)}.so"
 
 
 def cache_folder() -> Path:
@@ -115,6 +138,32 @@ def cache_folder() -> Path:
     if asked:
         return Path(asked)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtp_llm" / "kernels"
+
+
+def _sound_cache() -> Path | None:
+    """The cache's folder, which is made if need be; None where it cannot be used, which is told."""
+    try:
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = cache_folder().resolve(strict=True)
+        problem = problem_of_folder(folder)
+        if problem is None and not os.access(folder, os.W_OK | os.X_OK):
+            problem = f"{folder} cannot be written to"
+    except OSError as error:
+        problem = f"{cache_folder()}: {error.strerror}"
+    if problem is None:
+        return folder
+    _warn_of_cache(problem)
+    return None
+
+
+@functools.cache
+def _warn_of_cache(problem: str) -> None:
+    """Once for each problem, not for each kernel."""
+    logger.warning(
+        "compiled CPU kernels are neither loaded from the cache nor kept: %s. Every start compiles them anew, which "
+        "takes a minute. Make it a folder that is yours alone (chmod 700), or name one in RTP_LLM_KERNEL_CACHE",
+        problem,
+    )
 
 
 def _key(name: str, target: str) -> str:
@@ -155,27 +204,32 @@ def openmp_libraries() -> tuple[str, ...]:
 
 
 def _compile(name: str, target: str, path: Path) -> None:
+    """Makes ``path``, whole or not at all. What an interrupted call leaves is overwritten by the next one."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        try:
-            done = subprocess.run(
-                _command(name, target, made), capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S
-            )
-        except subprocess.TimeoutExpired as error:
-            raise KernelBuildError(f"compiling the CPU kernel {name} took over {COMPILER_TIMEOUT_S} s") from error
+    made = path.with_suffix(".new")
+    made.unlink(missing_ok=True)
+    command = _command(name, target, made)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S)
         if done.returncode:
             raise KernelBuildError(
                 f"{compiler()} does not compile the CPU kernel {name} for {target}:\n{done.stderr.strip()}"
             )
-        made.rename(path)
+        made.chmod(0o700)
+        made.replace(path)
+    except subprocess.TimeoutExpired as error:
+        raise KernelBuildError(f"compiling the CPU kernel {name} took over {COMPILER_TIMEOUT_S} s") from error
+    finally:
+        made.unlink(missing_ok=True)
     logger.info("compiled the CPU kernel %s for %s in %.1f s", name, target, time.monotonic() - started)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; the system frees it when its holder dies, however it does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(fd)

@@ -1,14 +1,13 @@
-"""The core in a process of its own: ``python -m rtp_llm.srt.engine FD``, started by the supervisor.
+"""The core in a process of its own: ``main`` is what ``start_core_process`` runs in it.
 
 FD is one end of a socket pair. Down it come, once, the process's orders; up it go events: progress of loading, that the
 core is ready, which requests it begins to compute (told before it does), and the error that ends it. The process ends
-when the other end closes, which is also what happens when the parent dies.
+when the other end closes; when the parent dies, it is killed.
 """
 
 import gc
 import os
 import signal
-import sys
 import threading
 import traceback
 from contextlib import suppress
@@ -83,7 +82,3 @@ def _end_with_parent(pipe: Connection) -> None:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
