@@ -76,7 +76,7 @@ class Stream:
         logprobs: dict[str, list[Any]] = {}
         for choice in choices:
             for key, values in (choice["logprobs"] or {}).items():
-                logprobs.setdefault(key, []).extend(values)
+                logprobs.setdefault(key, []).extend(values or [])  # of a refusal there are none
         return {
             "text": "".join(
                 choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices
