@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from rtp_llm.srt.configs.architectures import architecture_of, with_other_names
 from rtp_llm.srt.configs.config_json import DTYPE_ALIASES, modernized
+from rtp_llm.srt.configs.culprit import find_culprit, shown
 from rtp_llm.srt.configs.generation_config import (
     GENERATION_CONFIG_FILE,
     generation_defaults,
@@ -60,9 +61,12 @@ _WEIGHT_PATTERNS = {
     "dummy": (),
 }
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# what transformers raises over a config.json it cannot use
+_MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, of the format itself
+_PARTS = ("text_config", "vision_config", "audio_config", "quantization_config")  # objects, where they are given
+# what is raised over a config.json that cannot be used
 _CONFIG_ERRORS = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError, StrictDataclassError
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError, RecursionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
@@ -192,7 +196,24 @@ class ModelConfig:
         """
         directory = resolve_model_path(model_path, revision, download_dir, load_format, trust_remote_code)
         overrides = _parse_overrides(json_model_override_args)
-        hf_config = _load_hf_config(directory, overrides, trust_remote_code)
+        try:
+            hf_config = _load_hf_config(directory, overrides, trust_remote_code)
+            return cls._resolved(directory, hf_config, dtype, context_length, enable_multimodal)
+        except (ModelConfigError, ModelNotFoundError):
+            raise
+        except _CONFIG_ERRORS as error:
+            what = f"{type(error).__name__}: {_first_line(error)}"
+            raise ModelConfigError(f"{directory}/{CONFIG_FILE} cannot be used: {what}") from error
+
+    @classmethod
+    def _resolved(
+        cls,
+        directory: str,
+        hf_config: PreTrainedConfig,
+        dtype: str,
+        context_length: int | None,
+        enable_multimodal: bool,
+    ) -> Self:
         text_config = hf_config.get_text_config()
         vocab_size = _size(text_config, "vocab_size")
         generation = read_generation_config(directory)
@@ -223,8 +244,10 @@ def _load_json(path: Path) -> dict[str, Any]:
         raise ModelNotFoundError(
             f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint directory"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelConfigError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ModelConfigError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise ModelConfigError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
@@ -264,20 +287,27 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     config = _load_json(Path(directory) / CONFIG_FILE)
     wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
-    quantization = wanted.get("quantization_config")
-    if not isinstance(quantization, Mapping | None):
-        raise ModelConfigError(
-            f"`quantization_config` in {directory}/{CONFIG_FILE} must be an object, not {quantization!r}"
-        )
+    for key in _PARTS:
+        if not isinstance(wanted.get(key), Mapping | None):
+            given = shown(wanted[key])
+            raise ModelConfigError(f"`{key}` in {directory}/{CONFIG_FILE} must be an object, not {given}")
     try:
         if json.dumps(wanted) == json.dumps(config):  # tells 2.0 from 2
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         return _load_overridden(directory, wanted, trust_remote_code)
     except _CONFIG_ERRORS as error:
-        hint = ""
-        if "auto_map" in config and not trust_remote_code:
-            hint = ". It brings its own code, which runs only with --trust-remote-code"
-        raise ModelConfigError(f"transformers cannot use {directory}/{CONFIG_FILE}: {error}{hint}") from error
+        raise ModelConfigError(_complaint(directory, wanted, error, trust_remote_code)) from error
+
+
+def _complaint(directory: str, config: dict[str, Any], error: Exception, trust_remote_code: bool) -> str:
+    """What transformers says of a config.json, and of which entry it says it, as far as that can be found out."""
+    text = f"transformers cannot use {directory}/{CONFIG_FILE}: {error}"
+    if "auto_map" in config and not trust_remote_code:
+        text += ". It brings its own code, which runs only with --trust-remote-code"
+    if trust_remote_code:
+        return text  # and that code runs no more often than it must
+    key = find_culprit(config, lambda without: _load_overridden(directory, without, trust_remote_code=False), error)
+    return text if key is None else f"{text} (it is about `{key}`: {shown(config[key])})"
 
 
 def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
@@ -389,13 +419,13 @@ def _stored_dtype(directory: str) -> str | None:
     for path in sorted(Path(directory).glob("*.safetensors"))[:1]:
         try:
             with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (ValueError, OverflowError, MemoryError):
+                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MAX_SAFETENSORS_HEADER)))
+            sizes: Counter[str] = Counter()
+            for name, tensor in header.items():
+                if name != "__metadata__" and tensor["dtype"] in _SAFETENSORS_DTYPES:
+                    sizes[tensor["dtype"]] += prod(tensor["shape"])
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError):
             return None  # the loader says what is wrong with this file
-        sizes: Counter[str] = Counter()
-        for name, tensor in header.items():
-            if name != "__metadata__" and tensor["dtype"] in _SAFETENSORS_DTYPES:
-                sizes[tensor["dtype"]] += prod(tensor["shape"])
         return _SAFETENSORS_DTYPES[sizes.most_common(1)[0][0]] if sizes else None
     return None
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import logging
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, load_hf_processor
+from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, HfProcessor, load_hf_processor
 from rtp_llm.srt.multimodal.media import MediaLoader
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,39 @@ def make_processor(
         return None
     own_tokenizer = copy.deepcopy(tokenizer)  # used on other threads, and no tokenizer can be used on two at once
     hf_processor = load_hf_processor(config.model_path, own_tokenizer, server_args.trust_remote_code)
+    _check_settings(config.model_path, hf_processor)
     loader = MediaLoader.from_server_args(server_args, trusted)
     return get_mm_processor(config.hf_config, server_args, hf_processor, model_cls=model_cls, loader=loader)
+
+
+def _check_settings(model_path: str, hf_processor: HfProcessor) -> None:
+    """Tells at the start what would otherwise come up with the first image: settings that cannot be read, or a
+    processor that brings its own code, which is not trusted.
+
+    Raises:
+        ValueError: names the checkpoint, and what to do.
+    """
+    way_out = "Serve it as a language model: --no-enable-multimodal"
+    try:
+        settings = (hf_processor.image_settings, hf_processor.video_settings, hf_processor.settings)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"the processor settings in {model_path} (preprocessor_config.json, processor_config.json) cannot be read: "
+            f"{error}. {way_out}"
+        ) from error
+    for part in settings:
+        if not isinstance(part, Mapping):
+            raise ValueError(f"the processor settings in {model_path} must be objects, not {part!r:.60}. {way_out}")
+    if not any("auto_map" in part for part in settings):
+        return
+    try:
+        hf_processor.image_processor  # noqa: B018 - it is loaded when it is asked for
+    except Exception as error:  # whatever loading it, or its code, may raise; the cause is chained
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{model_path} brings code of its own for images (`auto_map` in its processor's settings), which runs only "
+            f"with --trust-remote-code: {first_line}. {way_out}"
+        ) from error
 
 
 def _name(model: type | str) -> str:

@@ -85,10 +85,31 @@ def _find_kind(directory: Path, single: str, pattern: str) -> list[Path]:
 
 def _read_index(path: Path) -> list[Path]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return [path.parent / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [path.parent / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise WeightFileError(f"{path} is not an index of weight files (a JSON object with `weight_map`)") from error
+    for name, file in zip(names, files, strict=True):
+        if problem := _problem_of_place(path.parent, name, file):
+            raise WeightFileError(f"{path} names {name!r}, which is refused: {problem}")
+    return files
+
+
+def _problem_of_place(directory: Path, name: str, file: Path) -> str | None:
+    """Why an index may not name this file: it is not one of the checkpoint's own. None: it may.
+
+    A snapshot in the hub's cache consists of links to ``blobs`` beside ``snapshots``: those are its own.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "weights lie in the index's own directory"
+    try:
+        own, target = directory.resolve(), file.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no system has
+        return str(error)
+    blobs = own.parents[1] / "blobs" if len(own.parents) > 1 and own.parent.name == "snapshots" else None
+    if target.is_relative_to(own) or (blobs is not None and target.parent == blobs):
+        return None
+    return f"it is a link out of the directory, to {target}"
 
 
 def read_weights(files: list[Path], progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:

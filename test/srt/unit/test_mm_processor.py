@@ -382,6 +382,26 @@ def test_what_the_server_makes(tmp_path):
         make_processor(args, config, unknown, TOKENIZER)
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"auto_map": {"AutoImageProcessor": "own.Own", "AutoProcessor": "own.Own"}}, "--trust-remote-code"),
+        ([1], "must be objects|cannot be read"),
+        ("{not json", "cannot be read"),
+    ],
+)
+def test_a_processor_that_cannot_be_loaded_is_told_at_the_start(tmp_path, name, content, message):
+    """Not with the first image."""
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    if name == "processor_config.json":  # beside which the image processor's own code is named
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoImageProcessor": "own.Own"}}))
+    config = SimpleNamespace(model_path=str(tmp_path), hf_config=CONFIG)
+    with pytest.raises(ValueError, match=message) as caught:
+        make_processor(ServerArgs(), config, XModel, TOKENIZER)
+    assert str(tmp_path) in str(caught.value) and "--no-enable-multimodal" in str(caught.value)
+
+
 def test_without_a_processor():
     with pytest.raises(ValueError, match="No processor registered for architecture: Unknown"):
         get_mm_processor(SimpleNamespace(architectures=["Unknown"]), None, TOKENIZER)

@@ -298,6 +298,54 @@ def test_config_values_of_wrong_kinds(make_checkpoint):
         load(make_checkpoint(num_attention_heads=0))
 
 
+EVIL = ["x", -1, 0, [], {}, 1.5, True, 10**30, [1, "a"], {"a": 1}, float("nan")]
+UNSURE = {"hidden_size", "num_attention_heads"}  # these are divided by each other: either could be to blame
+KEYS = [*CONFIG, "rope_scaling", "rope_parameters", "layer_types", "head_dim", "dtype", "auto_map", "rope_theta",
+        "quantization_config", "text_config", "torch_dtype", "num_key_value_heads"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_evil_values_are_told_by_file_and_key_or_harmless(make_checkpoint, key):
+    for value in EVIL:
+        try:
+            config = load(make_checkpoint(**{key: value}))
+        except ModelConfigError as error:
+            message = str(error)
+            named = (
+                key.removeprefix("torch_") in message
+                or key in UNSURE
+                or (key == "text_config" and "vocab_size" in message)
+            )
+            assert named, (value, message)
+            assert "config" in message
+        else:
+            assert config.vocab_size > 0 and config.context_length > 0, value
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}", "\ufeff{}", "\ud800"])
+def test_a_config_that_no_parser_takes(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ModelConfigError, match=r"config\.json"):
+        load(str(tmp_path))
+
+
+def test_a_config_that_is_no_file(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelConfigError, match=r"config\.json cannot be read"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"1", b'{"a": 1}', b'{"a": []}', b'{"a": {}}', b'{"a": {"dtype": [], "shape": 1}}',
+               b'{"a": {"dtype": "F32", "shape": 1}}', b'{"a": {"dtype": "F32", "shape": ["x"]}}', b"[" * 100_000]
+)  # fmt: skip
+def test_weights_with_a_broken_header_tell_no_dtype(make_checkpoint, tmp_path, header):
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert load(make_checkpoint()).dtype == "float32"
+    (tmp_path / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + header)
+    assert load(make_checkpoint()).dtype == "float32"
+
+
 REMOTE_CODE = """
 from transformers import PreTrainedConfig
 
