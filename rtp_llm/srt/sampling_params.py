@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Self
 
 MAX_STOP_STRINGS = 32
+MAX_BAD_WORDS = 256
 MAX_STOP_CHARS = 1024  # of each: several times the longest that marks an end, and few enough to compare with any text
 MAX_COMPLETIONS = 4096  # of one prompt: each is a request of its own, made before the first one runs
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -63,6 +64,17 @@ class SamplingParams:
             "they are looked for in what the model writes, special tokens included"
         },
     )
+    bad_words: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"texts not to generate, at most {MAX_BAD_WORDS} of at most {MAX_STOP_CHARS} characters"},
+    )
+    bad_words_ids: list[list[int]] = field(
+        default_factory=list,
+        metadata={"help": "likewise as token ids: the last one is banned after the others"},
+    )
+    allowed_token_ids: list[int] | None = _param(  # noqa: RUF009
+        None, "only these token ids are generated; unset: all"
+    )
     stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "token ids that end the generation"})
     ignore_eos: bool = _param(False, "go on after an end-of-sequence token")
     include_stop_str_in_output: bool = _param(
@@ -87,7 +99,10 @@ class SamplingParams:
         self.presence_penalty = _float("presence_penalty", self.presence_penalty, -2, 2)
         self.repetition_penalty = _float("repetition_penalty", self.repetition_penalty, 0, exclude_low=True)
         self.logit_bias = _logit_bias(self.logit_bias)
-        self.stop = _stop_strings(self.stop)
+        self.stop = _texts("stop", self.stop, MAX_STOP_STRINGS)
+        self.bad_words = _texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+        self.bad_words_ids = _bad_words_ids(self.bad_words_ids)
+        self.allowed_token_ids = _allowed_token_ids(self.allowed_token_ids)
         self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
         self.ignore_eos = _bool("ignore_eos", self.ignore_eos)
         self.no_stop_trim = _bool("no_stop_trim", self.no_stop_trim)
@@ -121,6 +136,14 @@ class SamplingParams:
         """Raises InvalidRequest if a token id lies outside ``[0, vocab_size)``."""
         check_vocabulary("logit_bias", self.logit_bias, vocab_size)
         check_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
+        check_vocabulary("allowed_token_ids", self.allowed_token_ids, vocab_size)
+        for word in self.bad_words_ids:
+            check_vocabulary("bad_words_ids", word, vocab_size)
+        banned = {word[0] for word in self.bad_words_ids if len(word) == 1}
+        if self.allowed_token_ids is not None and banned.issuperset(self.allowed_token_ids):
+            raise InvalidRequest("allowed_token_ids has no token that bad_words leaves", "allowed_token_ids")
+        if len(banned) == vocab_size:
+            raise InvalidRequest("bad_words leaves no token of the vocabulary", "bad_words")
 
     @property
     def is_greedy(self) -> bool:
@@ -185,20 +208,40 @@ def _bool(name: str, value: Any) -> bool:
     return value
 
 
-def _stop_strings(value: Any) -> list[str]:
-    strings = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(strings, (list, tuple)):
-        raise InvalidRequest(f"stop must be a string or a list of strings, not {_show(value)}", "stop")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop has {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
-    for i, string in enumerate(strings):
-        if not isinstance(string, str) or not string:
-            raise InvalidRequest(f"stop[{i}] must be a non-empty string, not {_show(string)}", "stop")
-        if len(string) > MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"stop[{i}] has {len(string)} characters; at most {MAX_STOP_CHARS} are allowed", "stop"
-            )
-    return list(strings)
+def _texts(name: str, value: Any, most: int) -> list[str]:
+    """Up to ``most`` texts; one may be given as it is."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, (list, tuple)):
+        raise InvalidRequest(f"{name} must be a string or a list of strings, not {_show(value)}", name)
+    if len(texts) > most:
+        raise InvalidRequest(f"{name} has {len(texts)} strings; at most {most} are allowed", name)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise InvalidRequest(f"{name}[{i}] must be a non-empty string, not {_show(text)}", name)
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequest(f"{name}[{i}] has {len(text)} characters; at most {MAX_STOP_CHARS} are allowed", name)
+    return list(texts)
+
+
+def _bad_words_ids(value: Any) -> list[list[int]]:
+    name = "bad_words_ids"
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise InvalidRequest(f"{name} must be a list of lists of token ids, not {_show(value)}", name)
+    if len(value) > 2 * MAX_BAD_WORDS:
+        raise InvalidRequest(f"{name} has {len(value)} words; at most {2 * MAX_BAD_WORDS} are allowed", name)
+    words = [token_ids(name, word) for word in value]
+    if not all(0 < len(word) <= MAX_STOP_CHARS for word in words):
+        raise InvalidRequest(f"{name}: a word has from 1 to {MAX_STOP_CHARS} token ids", name)
+    return words
+
+
+def _allowed_token_ids(value: Any) -> list[int] | None:
+    ids = None if value is None else token_ids("allowed_token_ids", value)
+    if ids == []:
+        raise InvalidRequest("allowed_token_ids must have at least one token id", "allowed_token_ids")
+    return ids
 
 
 def _logit_bias(value: Any) -> dict[int, float]:

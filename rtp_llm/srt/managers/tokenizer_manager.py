@@ -192,7 +192,7 @@ class TokenizerManager:
         """
         if prompt.has_media:
             raise InvalidRequest("the prompt's media were not processed: with_media comes first")
-        params = _sampling_params(prompt.sampling_params)
+        params = self._with_bad_words(_sampling_params(prompt.sampling_params))
         params.validate(self.vocab_size)
         if self.tokenizer is None and params.stop:
             raise InvalidRequest("stop strings need a tokenizer, and the engine runs without one", "stop")
@@ -215,6 +215,20 @@ class TokenizerManager:
             )
             for i, rid in enumerate(_rids(prompt.rid, params.n))
         ]
+
+    def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """With the token ids of ``bad_words``: of each word as it is, and with a space before it, as within a text."""
+        if not params.bad_words:
+            return params
+        if self.tokenizer is None:
+            raise InvalidRequest("bad_words needs a tokenizer, and the engine runs without one", "bad_words")
+        words = [list(word) for word in params.bad_words_ids]
+        for text in params.bad_words:
+            _check_text("bad_words", text)
+            for form in (text, " " + text.lstrip()):
+                ids = self.encode(form, add_special_tokens=False)
+                words += [ids] if ids and ids not in words else []
+        return replace(params, bad_words=[], bad_words_ids=words)
 
     def completion(self, request: GenerateRequest, text_in_logprobs: bool = False) -> Completion:
         """What collects the outputs of ``request`` and makes its result."""

@@ -13,6 +13,7 @@ from rtp_llm.srt.plan import Admission, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.philox import as_int64, uniform
+from rtp_llm.srt.worker.token_bans import TokenBans
 
 _DRAWN_AT_ONCE = 64  # rows; a draw keeps a few float64 copies of its logits
 _OFTEN_ENOUGH = 1024  # tokens that usually hold the mass that top_p asks for
@@ -50,6 +51,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._counts = _TokenCounts(vocab_size, self._device)
+        self._bans = TokenBans(vocab_size, self._device)
         self._on_kernels = self._device.type == "cpu" and uses_cpu_kernels(torch.float32)
         self._argmax = sampling.argmax if self._on_kernels else reference.argmax
         # The rows that need more than an argmax, so that a step is not asked row by row what it does not need:
@@ -77,7 +79,8 @@ class Sampler:
         )
         if penalised:
             self._counts.add(admission.row, admission.prompt_ids, admission.output_ids)
-        if penalised or params.logit_bias or params.min_new_tokens:
+        self._bans.add(admission.row, params, admission.output_ids)
+        if penalised or params.logit_bias or params.min_new_tokens or admission.row in self._bans:
             self._adjusted.add(admission.row)
         if not params.is_greedy:
             self._drawing.add(admission.row)
@@ -88,6 +91,7 @@ class Sampler:
         """Forgets a row; harmless if it is empty."""
         self._rows[row] = None
         self._counts.remove(row)
+        self._bans.remove(row)
         for kind in (self._adjusted, self._drawing, self._told):
             kind.discard(row)
 
@@ -95,6 +99,7 @@ class Sampler:
         """Counts ``token_ids[i]`` ([S] int64, on the device) as generated in ``rows[i]``."""
         if self._adjusted.isdisjoint(rows):
             return
+        self._bans.observe(rows, token_ids)
         counted = [i for i, row in enumerate(rows) if self._row(row).counted]
         if len(counted) < len(rows):
             token_ids = token_ids[self._tensor(counted)] if counted else token_ids[:0]
@@ -110,8 +115,8 @@ class Sampler:
         """One token per row.
 
         In order: frequency and presence penalties (over generated tokens), repetition penalty (over all), mask,
-        logit_bias, ban of the ids that would end the request too early. A ban that would leave nothing is lifted. Then
-        the largest logit for a greedy row, a draw for any other (see ``draw``).
+        logit_bias, ban of tokens (see TokenBans), ban of the ids that would end the request too early. A ban that
+        would leave nothing is lifted. Then the largest logit for a greedy row, a draw for any other (see ``draw``).
 
         Args:
             logits: [S, vocab_size] float32, left as they are.
@@ -224,7 +229,8 @@ class Sampler:
             biased.add(i, state.bias_ids, state.bias_values)
             if state.bans_stops_at(positions[i]):
                 banned.add(i, state.stop_ids)
-        if not (counted or masked or biased.lines or banned.lines):
+        restricted = any(row in self._bans for row in rows)
+        if not (counted or masked or biased.lines or banned.lines or restricted):
             return logits
         logits = logits.clone()
         if counted:
@@ -234,6 +240,8 @@ class Sampler:
         if biased.lines:
             cells = (self._tensor(biased.lines), self._tensor(biased.ids))
             logits.index_put_(cells, to_device(biased.values, torch.float32, self._device), accumulate=True)
+        if restricted:
+            self._bans.apply(logits, rows)
         logits.clamp_(max=_LARGEST)  # a penalty or a bias may have left the range; a draw could not weigh +inf
         if banned.lines:
             _ban(logits, self._tensor(banned.lines), self._tensor(banned.ids))

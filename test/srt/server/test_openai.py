@@ -209,6 +209,18 @@ def test_streams_stop_as_answers_do(client: openai.OpenAI) -> None:
     assert tokens == whole.choices[0].logprobs.tokens
 
 
+def test_bad_words_and_allowed_ids(client: openai.OpenAI, server_process: Process) -> None:
+    options = {"max_tokens": 24, "extra_body": {"ignore_eos": True}}
+    text = complete(client, **options).choices[0].text
+    words = sorted({word for word in text.split() if word.isalpha()})[:3]
+    assert words
+    without = complete(client, max_tokens=24, extra_body={"ignore_eos": True, "bad_words": words}).choices[0].text
+    assert without != text and not any(word in without.split() for word in words)
+    body = {"text": "the cat", "sampling_params": {"max_new_tokens": 24, "allowed_token_ids": [40, 41, 42], "seed": 1}}
+    ids = httpx.post(f"{server_process.url}/generate", json=body).json()["output_ids"]
+    assert len(ids) == 24 and set(ids) <= {40, 41, 42}
+
+
 def test_templates(client: openai.OpenAI) -> None:
     plain = chat(client).usage.prompt_tokens
     with_variable = chat(client, extra_body={"chat_template_kwargs": {"suffix": " hello"}})

@@ -16,8 +16,8 @@ from rtp_llm.srt.sampling_params import SamplingParams
 
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "logit_bias", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens",
-    "include_stop_str_in_output", "no_stop_trim",
+    "logit_bias", "bad_words", "allowed_token_ids", "seed", "n", "stop", "stop_token_ids", "ignore_eos",
+    "skip_special_tokens", "include_stop_str_in_output", "no_stop_trim",
 )  # fmt: skip
 
 

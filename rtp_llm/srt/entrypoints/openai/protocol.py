@@ -65,6 +65,8 @@ class GenerationBody(Body):
     min_p: Finite | None = Field(None, ge=0, le=1, description="extension: least probability relative to the best")
     repetition_penalty: Finite | None = Field(None, gt=0, description="extension: > 1 discourages what was said")
     min_tokens: int | None = Field(None, ge=0, description="extension: no stop condition holds before so many tokens")
+    bad_words: str | list[str] | None = Field(None, description="extension: texts that are not generated")
+    allowed_token_ids: TokenIds | None = Field(None, description="extension: only these token ids are generated")
     stop_token_ids: TokenIds | None = Field(None, description="extension: ids that end the text")
     ignore_eos: bool | None = Field(None, description="extension: go on after an end-of-sequence token")
     include_stop_str_in_output: bool | None = Field(None, description="extension: the stop string stays in the text")
