@@ -47,6 +47,7 @@ class GenerateRequest:
     cache_salt: str = ""  # requests share cached prefixes only with equal salts
     media: bytes | None = None  # MultimodalInputs.encode(): nobody but the workers reads them
     eos_token_ids: list[int] = field(default_factory=list)  # that end it unless ignore_eos; beside the configuration's
+    priority: int = 0  # the policy "priority" schedules lower numbers earlier; the others do not look at it
     fills_context: bool = False  # max_new_tokens is what room there is: less, if the model makes a prompt longer
 
     # What the core finds out about media before the scheduler gets the request:

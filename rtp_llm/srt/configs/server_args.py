@@ -98,7 +98,10 @@ class ServerArgs:
     )
     max_prefill_tokens: int = _arg(16384, help="prompt tokens of all requests in one step", low=1)
     schedule_policy: str = _arg(
-        "fcfs", help="who is admitted next: first come, or longest cached prefix", choices=("fcfs", "lpm")
+        "fcfs",
+        help="who is admitted next: first come; longest cached prefix; or lowest priority number, then first come, "
+        "where a request may wait for as long as more urgent ones come",
+        choices=("fcfs", "lpm", "priority"),
     )
     page_size: int = _arg(1, help="tokens per cache page", low=1)
     kv_cache_dtype: str = _arg(

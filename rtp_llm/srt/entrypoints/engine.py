@@ -89,6 +89,7 @@ class Engine:
             read_processor(args, self.model_config, tokenizer, trusted=True),
             args.media_limits,
             end_tokens,
+            args.schedule_policy == "priority",
         )
 
     @property
@@ -127,6 +128,7 @@ class Engine:
         image_data: Any = None,
         video_data: Any = None,
         audio_data: Any = None,
+        priority: int | Sequence[int] | None = None,
     ) -> Results | Iterator[Result]:
         """Continues one prompt, or a list of them: texts in ``prompt``, or ids in ``input_ids``.
 
@@ -147,6 +149,7 @@ class Engine:
                 bytes or PIL images; for a list of prompts, a list of as many of these.
             video_data: likewise, of videos.
             audio_data: likewise, of sounds.
+            priority: lower ones are scheduled earlier; other than 0 only with ``schedule_policy="priority"``.
 
         Returns:
             For one prompt and ``n=1`` a dict, else a list in order of prompts, then of completions:
@@ -162,7 +165,7 @@ class Engine:
             prompt, input_ids, sampling_params=sampling_params, return_logprob=return_logprob,
             logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
-            image_data=image_data, video_data=video_data, audio_data=audio_data,
+            image_data=image_data, video_data=video_data, audio_data=audio_data, priority=priority,
         )  # fmt: skip
         if not stream:
             return self._collect(call)
@@ -186,6 +189,7 @@ class Engine:
         image_data: Any = None,
         video_data: Any = None,
         audio_data: Any = None,
+        priority: int | Sequence[int] | None = None,
     ) -> Results | AsyncIterator[Result]:
         """As ``generate``, without blocking the event loop; cancelling it ends the requests.
 
@@ -197,7 +201,7 @@ class Engine:
             sampling_params=sampling_params, return_logprob=return_logprob,
             logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
-            image_data=image_data, video_data=video_data, audio_data=audio_data,
+            image_data=image_data, video_data=video_data, audio_data=audio_data, priority=priority,
         )  # fmt: skip
         completions, many = await completions_with_media(self.tokenizer_manager, prompt, input_ids, options)
         call = Call(self._client, completions, many)

@@ -299,6 +299,7 @@ def make_app(
         read_processor(args, config, tokenizer),
         args.media_limits,
         read_end_tokens(args, config, tokenizer),
+        args.schedule_policy == "priority",
     )
     frontend = Frontend(core.client, manager, loop, observers)
     serving = Serving(args, config, core, frontend, read_chat_template(args, config, tokenizer))

@@ -24,7 +24,8 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 PROBE_TIMEOUT_S = 20.0
 PROMPT_FIELDS = (
     "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
-    "return_text_in_logprobs", "rid", "cache_salt", "image_data", "video_data", "audio_data",
+    "return_text_in_logprobs", "rid", "cache_salt", "priority", "image_data", "video_data",
+    "audio_data",
 )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ class GenerateBody(Body):
     token_ids_logprob: TokenIds | list[TokenIds] | None = Field(None, description="ids wanted at every position")
     return_text_in_logprobs: bool = Field(False, description="logprob entries carry their token's text")
     cache_salt: Salt | list[Salt] | None = Field(None, description="share cached prefixes only with equal salts")
+    priority: int | list[int] | None = Field(None, description="lower is earlier; with --schedule-policy priority")
     image_data: Media = Field(None, description="what image placeholders stand for: URLs, data: URIs, base64, paths")
     video_data: Media = Field(None, description="what video placeholders stand for")
     audio_data: Media = Field(None, description="what audio placeholders stand for")

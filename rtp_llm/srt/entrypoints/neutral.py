@@ -53,7 +53,6 @@ _REQUEST: dict[str, tuple[Any, ...]] = {
     "lora_path": (),
     "modalities": (["text"],),
     "no_logs": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "require_reasoning": (),
     "return_bytes": (),

@@ -95,6 +95,7 @@ class Prompt:
     return_text_in_logprobs: Any = False
     rid: Any = None
     cache_salt: Any = None
+    priority: Any = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
@@ -119,6 +120,7 @@ class TokenizerManager:
         processor: of a multimodal model; None: the model takes text only.
         media_limits: how many media of a kind a prompt may have, by "image", "video", "audio".
         end_tokens: what ends a text.
+        takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class TokenizerManager:
         processor: "BaseMultimodalProcessor | None" = None,
         media_limits: Mapping[str, int] | None = None,
         end_tokens: Sequence[EndToken] = (),
+        takes_priorities: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -140,6 +143,7 @@ class TokenizerManager:
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._processor = processor
         self._media_limits = dict(media_limits or {})
+        self._takes_priorities = takes_priorities
         self._seeds = random.Random(random_seed)
         self._encode_lock = threading.Lock()
 
@@ -201,6 +205,7 @@ class TokenizerManager:
         logprobs = self._logprob_options(prompt, len(ids))
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         salt = _string("cache_salt", prompt.cache_salt) or ""
+        priority = self._priority(prompt)
         return [
             GenerateRequest(
                 rid,
@@ -208,6 +213,7 @@ class TokenizerManager:
                 params,
                 (seed + i) % 2**64,
                 cache_salt=salt,
+                priority=priority,
                 media=prompt.media,
                 fills_context=prompt.fills_context,
                 eos_token_ids=[token.token_id for token in self.end_tokens],
@@ -288,6 +294,16 @@ class TokenizerManager:
         """Begins with OpenAI's words, by which client libraries know this error."""
         limit = min(self.context_length, self.max_req_len)
         return ContextLengthExceeded(f"This model's maximum context length is {limit} tokens: {reason}", param)
+
+    def _priority(self, prompt: Prompt) -> int:
+        priority = 0 if prompt.priority is None else _in_range("priority", prompt.priority, -(2**63), 2**63 - 1)
+        if priority and not self._takes_priorities:
+            raise InvalidRequest(
+                f"priority is {priority}, but requests are not scheduled by priority here: leave it out, or start with "
+                "--schedule-policy priority",
+                "priority",
+            )
+        return priority
 
     def _limit(self) -> str:
         if self.max_req_len < self.context_length:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from rtp_llm.srt.scheduler.request import Request
 
-POLICIES = ("fcfs", "lpm")
+POLICIES = ("fcfs", "lpm", "priority")
 
 # Longest-prefix matching looks at every waiting request; beyond this many it would cost more than it gains.
 LPM_QUEUE_LIMIT = 128
@@ -14,7 +14,11 @@ OVERTAKEN_LIMIT = 64
 
 
 class WaitingQueue:
-    """Requests that hold nothing. ``fcfs``: by arrival. ``lpm``: longest cached prefix first, without starvation."""
+    """Requests that hold nothing, in the order in which they are tried.
+
+    ``fcfs``: by arrival. ``lpm``: longest cached prefix first, without starvation. ``priority``: lowest number first,
+    then by arrival; a request waits for as long as others come before it, without a bound.
+    """
 
     def __init__(self, policy: str, matched_len: Callable[[Request], int]) -> None:
         if policy not in POLICIES:
@@ -30,22 +34,28 @@ class WaitingQueue:
         return iter(self._requests)
 
     def add(self, request: Request) -> None:
-        """Also a retracted request: it gets its place by arrival back."""
-        insort(self._requests, request, key=lambda r: r.order)
+        """Also a retracted request: it gets its place back."""
+        insort(self._requests, request, key=self.place)
+
+    def place(self, request: Request) -> tuple[int, int]:
+        """By which requests are sorted; the one that runs and is last in it is retracted first."""
+        return request.priority if self._policy == "priority" else 0, request.order
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
 
     def admitted(self, request: Request) -> None:
-        """Takes a request out, and notes whom it overtook."""
+        """Takes a request out, and notes whom it overtook, where that counts."""
         self.remove(request)
+        if self._policy == "priority":
+            return
         for other in self._requests:
             if other.order > request.order:
                 break
             other.overtaken += 1
 
     def candidates(self) -> list[Request]:
-        if self._policy == "fcfs" or len(self._requests) > LPM_QUEUE_LIMIT:
+        if self._policy != "lpm" or len(self._requests) > LPM_QUEUE_LIMIT:
             return list(self._requests)
         overdue = [r for r in self._requests if r.overtaken >= OVERTAKEN_LIMIT]
         others = [r for r in self._requests if r.overtaken < OVERTAKEN_LIMIT]

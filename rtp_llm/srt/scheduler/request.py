@@ -38,6 +38,7 @@ class Request:
     token_ids_logprob: list[int] = field(default_factory=list)
     media: bytes | None = None
     atomic_spans: list[tuple[int, int]] = field(default_factory=list)
+    priority: int = 0  # lower ones are tried earlier, by the policy of that name
 
     row: int = -1
     pages: list[list[int]] = field(default_factory=list)  # per cache group, its page table; 0: freed, out of reach
@@ -88,6 +89,7 @@ class Request:
             token_ids_logprob=list(message.token_ids_logprob),
             media=message.media,
             atomic_spans=message.atomic_spans,
+            priority=message.priority,
         )
         request.take_prompt_logprobs(0)
         return request

@@ -105,8 +105,9 @@ class Scheduler:
 
     Steps are committed in the order in which they were planned; several may be in flight. A running request has a row
     in the workers; it gives up row and pages when it ends, or when memory runs out (retraction: it waits again and
-    resumes from its tokens; nothing is lost). The oldest request is never retracted while another runs, and a request
-    that fits into the cache alone is guaranteed to end.
+    resumes from its tokens; nothing is lost). The first request in the policy's order, by arrival but for the policy
+    ``priority``, is never retracted while another runs, and a request that fits into the cache alone is guaranteed to
+    end, but under ``priority``, where it waits for all that come before it.
     """
 
     def __init__(self, config: SchedulerConfig, layout: CacheLayout, num_pages: Sequence[int]) -> None:
@@ -370,10 +371,11 @@ class Scheduler:
         return plan
 
     def _retract(self) -> None:
-        """Takes memory and row from the running request that arrived last. Nothing is in flight."""
+        """Takes memory and row from the running request that is last in the policy's order: the one that arrived last,
+        of those with the highest priority number where that counts. Nothing is in flight."""
         if len(self.running) < 2:
             raise RuntimeError("a single request does not fit into the cache, though its length was checked")
-        request = max(self.running, key=lambda r: r.order)
+        request = max(self.running, key=self.waiting.place)
         self._leave(request)
         request.num_retractions += 1
         self.waiting.add(request)

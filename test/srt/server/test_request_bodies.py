@@ -146,12 +146,26 @@ def test_variables_that_the_template_does_not_use(server: InProcess) -> None:
 def test_strict_requests(tiny_checkpoint: str) -> None:
     body = MINIMAL[CHATS][1]
     with in_process(tiny_checkpoint, strict_requests=True) as strict:
-        for options in ({"store": True}, {"priority": 0}, {"separate_reasoning": True}, {"reasoning_effort": "none"}):
+        for options in ({"store": True}, {"lora_path": ""}, {"separate_reasoning": True}, {"reasoning_effort": "none"}):
             assert blamed(post(strict, CHATS, body | options)) == next(iter(options))
         for options in ({"chat_template_kwargs": {"enable_thinking": False}}, {"verbosity": "low"}):
             assert blamed(post(strict, CHATS, body | options)) == next(iter(options))
         taken = {"store": False, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
         assert post(strict, CHATS, body | taken | {"suffix": None}).status_code == 200
+
+
+def test_priorities(server: InProcess, tiny_checkpoint: str) -> None:
+    """In every body; 0 is always taken."""
+    with in_process(tiny_checkpoint, schedule_policy="priority") as prioritized:
+        for path in ("/generate", TEXTS, CHATS):
+            body = MINIMAL[path][1]
+            for value in (0, None):
+                assert post(server, path, body | {"priority": value}).status_code == 200
+            assert blamed(post(server, path, body | {"priority": 5})) == "priority"
+            for value in (5, -5):
+                assert post(prioritized, path, body | {"priority": value}).status_code == 200
+            for value in (1.5, "1", True):
+                assert blamed(post(prioritized, path, body | {"priority": value})) == "priority"
 
 
 BENCH_BODIES = [

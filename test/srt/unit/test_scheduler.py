@@ -442,6 +442,53 @@ def test_the_oldest_request_is_never_retracted():
     loop.check_empty()
 
 
+def test_priorities_then_arrival_decide_who_is_admitted():
+    """And a running request gives way to nobody."""
+    loop = Loop(config(max_running_requests=1, schedule_policy="priority"), layout([None]), [2000])
+    loop.turn([request("running", [1, 2], 9, params={"ignore_eos": True}, priority=9)])
+    priorities = {"a": 3, "b": -2, "c": 0, "d": -2, "e": 3}
+    loop.run([request(rid, [10 + i] * 5, 2, priority=p) for i, (rid, p) in enumerate(priorities.items())])
+    admitted = [admission.rid for plan in loop.plans for admission in plan.admissions]
+    assert admitted == ["running", "b", "d", "c", "a", "e"]
+    loop.check_empty()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_other_policies_do_not_look_at_priorities(policy):
+    loop = Loop(config(max_running_requests=1, schedule_policy=policy), layout([None]), [2000])
+    loop.run([request(f"r{i}", [10 + i] * 5, 2, priority=-i) for i in range(4)])
+    assert [admission.rid for plan in loop.plans for admission in plan.admissions] == ["r0", "r1", "r2", "r3"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_least_urgent_request_is_retracted(policy, depth):
+    """Of several the latest; by arrival alone under other policies. It loses nothing."""
+    loop = Loop(config(schedule_policy=policy), layout([None]), [90], depth)
+    forty = {"max_new_tokens": 40, "params": {"ignore_eos": True}}
+    requests = [request(f"r{i}", [10 + i] * 10, priority=p, **forty) for i, p in enumerate([5, 0, 5, -1])]
+    loop.run(requests)
+    order = ["r2", "r0", "r1", "r3"] if policy == "priority" else ["r3", "r2", "r1", "r0"]
+    counts = [loop.outputs[rid][-1].num_retractions for rid in order]
+    assert counts[0] > 0 and counts[-1] == 0 and counts == sorted(counts, reverse=True)
+    for each in requests:
+        assert loop.ids(each.rid) == loop.worker.expected(each)
+    loop.check_empty()
+
+
+def test_an_urgent_request_overtakes_one_that_was_retracted():
+    queue = WaitingQueue("priority", lambda r: 0)
+    requests = [
+        Request.from_message(request(rid, [1], priority=p), order, [], 8, "")
+        for order, (rid, p) in enumerate([("late", 2), ("urgent", 1), ("latest", 2)])
+    ]
+    for item in reversed(requests):
+        queue.add(item)
+    assert [r.rid for r in queue.candidates()] == ["urgent", "late", "latest"]
+    queue.admitted(requests[1])
+    assert [r.overtaken for r in requests] == [0, 0, 0], "there is no bound: nobody counts"
+
+
 def test_a_retracted_request_gets_its_place_by_arrival_back():
     queue = WaitingQueue("fcfs", lambda r: 0)
     early, middle, late = (
@@ -551,6 +598,7 @@ MAX_BLOCK = 9
         ([None], 1, {}),
         ([None], 4, {"chunked_prefill_size": 7}),
         ([None, 6], 1, {"chunked_prefill_size": 16, "schedule_policy": "lpm"}),
+        ([None, 6], 1, {"chunked_prefill_size": 16, "schedule_policy": "priority"}),
         ([9, None, 5], 1, {"chunked_prefill_size": 5}),
         ([6], 2, {"chunked_prefill_size": -1, "max_prefill_tokens": 30}),
         ([None, 7], 1, {"disable_radix_cache": True, "chunked_prefill_size": 16}),
@@ -576,6 +624,8 @@ def test_random_traffic(windows, page_size, options, depth, seed, monkeypatch):
         messages: list = []
         for _ in range(rng.choice([0, 0, 0, 1, 1, 4])):
             new = random_request(rng, f"r{len(sent)}", max_len)
+            if options.get("schedule_policy") == "priority":
+                new.priority = rng.randrange(-2, 3)
             sent[new.rid] = new
             messages.append(new)
         if sent and rng.random() < 0.1:

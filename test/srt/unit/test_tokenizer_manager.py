@@ -167,3 +167,19 @@ def test_no_tokenizer_files_of_any_family(tmp_path: Path, model_type: str) -> No
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}", "vocab_size": 8}}')
     with pytest.raises(TokenizerError):
         load_tokenizer(str(tmp_path))
+
+
+def test_priorities_are_for_servers_that_schedule_by_them():
+    taking, other = manager(takes_priorities=True), manager()
+    for value in (0, None):
+        assert [each.requests(Prompt("ab", priority=value))[0].priority for each in (taking, other)] == [0, 0]
+    for value in (1, -3, 2**63 - 1, -(2**63)):
+        assert [r.priority for r in taking.requests(Prompt("ab", priority=value))] == [value]
+        with pytest.raises(InvalidRequest, match="--schedule-policy priority") as caught:
+            other.requests(Prompt("ab", priority=value))
+        assert caught.value.param == "priority"
+    for value in (1.0, True, False, "1", "", [], 2**63):
+        for each in (taking, other):
+            with pytest.raises(InvalidRequest, match="priority must be") as caught:
+                each.requests(Prompt("ab", priority=value))
+            assert caught.value.param == "priority"

@@ -73,6 +73,7 @@ class GenerationBody(Body):
     no_stop_trim: bool | None = Field(None, description="extension: another name of include_stop_str_in_output")
     skip_special_tokens: bool | None = Field(None, description="extension: leave special tokens out of the text")
     cache_salt: Salt | None = Field(None, description="extension: share cached prefixes only with equal salts")
+    priority: int | None = Field(None, description="extension: lower is earlier; with --schedule-policy priority")
     rid: Name | None = Field(None, description="extension: for /abort_request")
 
     user: str | None = Field(None, description="accepted; not used")

@@ -68,6 +68,7 @@ class ChatEndpoint(OpenAIEndpoint):
                 top_logprobs_num=body.top_logprobs or 0,
                 rid=body.rid,
                 cache_salt=body.cache_salt,
+                priority=body.priority,
             )
             return [manager.completion(item) for item in manager.requests(prompt)]
 

@@ -78,6 +78,7 @@ class CompletionEndpoint(OpenAIEndpoint):
             top_logprobs_num=body.logprobs or 0,
             rid=rid,
             cache_salt=body.cache_salt,
+            priority=body.priority,
         )
         return [manager.completion(request) for request in manager.requests(item)]
 
