@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tiny_server import ROOT, Process, free_port, own_process, wait_for
+from tiny_server import ROOT, Process, free_port, own_process, python_process, wait_for
 
 pytestmark = pytest.mark.xdist_group("server-process")
 
@@ -156,6 +157,28 @@ def test_a_script_without_a_guard(tiny_checkpoint: str, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["module", "console script"])
+def test_files_beside_the_weights_are_not_imported(tiny_checkpoint: str, tmp_path: Path, start: str) -> None:
+    """Neither by the server nor by the core and its workers, though it is started in the checkpoint's folder."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    for name in ("zmq", "msgspec", "torch", "numpy", "rtp_llm_extras", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'told')!r}, 'a').write({name!r})\n")
+    command = ["-m", "rtp_llm"]
+    if start == "console script":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "rtp-llm").write_text("import sys\nfrom rtp_llm.cli import main\nsys.exit(main())\n")
+        command = [str(tmp_path / "bin" / "rtp-llm")]
+    port = free_port()
+    command += ["serve", "--model-path", ".", "--port", str(port), "--device", "cpu", "--max-total-tokens", "1024"]
+    with python_process(folder, [*command, "--tp-size", "2"], port) as server:
+        server.wait_ready()
+        body = {"text": "the cat", "sampling_params": {"max_new_tokens": 2}}
+        assert httpx.post(f"{server.url}/generate", json=body, timeout=60).status_code == 200
+    assert not (tmp_path / "told").exists(), (tmp_path / "told").read_text()
 
 
 @pytest.mark.slow
