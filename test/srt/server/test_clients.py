@@ -72,3 +72,44 @@ def test_lm_eval(server_process: Process, tiny_checkpoint: str, tmp_path: Path, 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "RESULT" in done.stdout
+
+
+def test_litellm(server_process: Process) -> None:
+    litellm = pytest.importorskip("litellm")
+    options = {"api_base": f"{server_process.url}/v1", "api_key": "none", "temperature": 0, "max_tokens": 8}
+    messages = [{"role": "system", "content": "a dog"}, {"role": "user", "content": "the cat"}]
+    whole = litellm.completion("openai/tiny", messages, **options)
+    chunks = list(litellm.completion("openai/tiny", messages, stream=True, **options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    with pytest.raises(litellm.ContextWindowExceededError):
+        litellm.completion("openai/tiny", [{"role": "user", "content": "cat " * 600}], **options)
+
+
+INSPECT = """
+import json
+from inspect_ai import Task, eval as evaluate
+from inspect_ai.dataset import Sample
+from inspect_ai.scorer import includes
+from inspect_ai.solver import generate
+
+task = Task(dataset=[Sample(id=i, input="the cat", target="a") for i in (1, 2)], solver=generate(), scorer=includes())
+[log] = evaluate(task, model="openai/tiny", model_base_url="URL/v1", max_tokens=8, temperature=0, display="none",
+                 log_dir="FOLDER")
+print("RESULT", json.dumps([log.status, log.results.completed_samples, str(log.error)]))
+"""
+
+
+def test_inspect_ai(server_process: Process, tmp_path: Path) -> None:
+    pytest.importorskip("inspect_ai")
+    script = INSPECT.replace("URL", server_process.url).replace("FOLDER", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=os.environ | {"OPENAI_API_KEY": "none", "XDG_DATA_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.partition("RESULT ")[2]) == ["success", 2, "None"]

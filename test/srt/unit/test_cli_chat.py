@@ -524,6 +524,7 @@ class Person:
     def __init__(self, *argv: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
             os.environ.update({"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
             os.execv(sys.executable, [sys.executable, *argv])
         self.seen = ""
