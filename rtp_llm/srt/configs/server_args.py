@@ -165,10 +165,14 @@ class ServerArgs:
         "unset: none",
         server=True,
     )
-    served_model_name: str | None = _arg(
+    served_model_name: str | list[str] | None = _arg(  # noqa: RUF009
         None,
-        help=f"the model's name in the API; unset: the model path, or {DEMO_NAME} for the embedded one",
+        help="the model's name in the API, or several, of which answers give the first; unset: the model path, or "
+        f"{DEMO_NAME} for the embedded one",
         server=True,
+    )
+    accept_any_model_name: bool = _arg(
+        False, help="answer requests whatever model they name; otherwise another name is a 404", server=True
     )
     allowed_local_media_path: str | None = _arg(
         None, help="directory below which requests may name files of media; unset: none may", server=True
@@ -230,9 +234,15 @@ class ServerArgs:
         return self.model_path == DEMO_MODEL
 
     @property
+    def model_names(self) -> list[str]:
+        """The model's names in the API, at least one."""
+        given = self.served_model_name
+        return [given] if isinstance(given, str) else list(given or [DEMO_NAME if self.is_demo else self.model_path])
+
+    @property
     def model_name(self) -> str:
-        """The model's name in the API."""
-        return self.served_model_name or (DEMO_NAME if self.is_demo else self.model_path)
+        """The model's name in answers."""
+        return self.model_names[0]
 
     @property
     def media_limits(self) -> dict[str, int]:
@@ -344,6 +354,8 @@ def _check(field: dataclasses.Field, kinds: tuple[type, ...], value: Any, is_lis
     kind, optional = kinds[0], NoneType in kinds
     if value is None and optional:
         return
+    if is_list and kinds.count(kind) > 1 and isinstance(value, kind):  # str | list[str]: one, or several
+        value = [value]
     if is_list:
         if not isinstance(value, (list, tuple)) or not value:
             raise ServerArgsError(f"{field.name} must be a list (not an empty one), not {value!r}")

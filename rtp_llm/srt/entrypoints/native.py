@@ -195,18 +195,19 @@ class NativeEndpoints:
         return JSON(Text(text=text, prompt=text))
 
     async def models(self) -> Response:
-        """The model that is served."""
-        return JSON(ModelList(object="list", data=[self._model()]))
+        """The model that is served, by each of its names."""
+        names = self._serving.args.model_names
+        return JSON(ModelList(object="list", data=[self._model(name) for name in names]))
 
     async def model(self, model: str) -> Response:
         """The model, by its name."""
         self._serving.check_model(model)
-        return JSON(self._model())
+        return JSON(self._model(model))
 
-    def _model(self) -> Model:
+    def _model(self, name: str) -> Model:
         serving = self._serving
         return {
-            "id": serving.model_name,
+            "id": name,
             "object": "model",
             "created": serving.created,
             "owned_by": "rtp-llm",

@@ -73,8 +73,10 @@ class Serving:
         return self.model_config.generation_defaults if self.args.sampling_defaults == "model" else {}
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            message = f"there is no model {name!a} here; this server has {self.model_name!r}"
+        if name is not None and name not in self.args.model_names and not self.args.accept_any_model_name:
+            message = (
+                f"there is no model {name!a} here; this server has {' and '.join(map(repr, self.args.model_names))}"
+            )
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_tokenizer(self) -> None:

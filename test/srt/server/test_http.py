@@ -345,6 +345,20 @@ def test_keys_and_pages_of_other_origins(tiny_checkpoint: str) -> None:
         assert [httpx.get(guarded.url + path).status_code for path in ("/models", "/version", "/metrics")] == [401] * 3
 
 
+def test_names_of_the_model(tiny_checkpoint: str) -> None:
+    def asked(server: InProcess, name: str) -> httpx.Response:
+        return post(server, "/v1/completions", {"prompt": "a", "max_tokens": 1, "model": name})
+
+    with in_process(tiny_checkpoint, served_model_name=["one", "two"]) as named:
+        assert [model["id"] for model in httpx.get(f"{named.url}/v1/models").json()["data"]] == ["one", "two"]
+        assert httpx.get(f"{named.url}/v1/models/two").json()["id"] == "two"
+        assert [asked(named, name).json()["model"] for name in ("one", "two")] == ["one", "one"]
+        refused = asked(named, "three")
+        assert refused.status_code == 404 and "this server has 'one' and 'two'" in error_of(refused)["message"]
+    with in_process(tiny_checkpoint, accept_any_model_name=True) as any_name:
+        assert asked(any_name, "gpt-4").json()["model"] == "tiny"
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

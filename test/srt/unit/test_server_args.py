@@ -97,7 +97,11 @@ def test_the_embedded_model_is_the_default() -> None:
         assert args.is_demo
         assert (Path(args.model_path) / "config.json").is_file()
         assert args.model_name == "rtp-llm-demo"
-    assert ServerArgs(served_model_name="mine").model_name == "mine"
+    assert ServerArgs(served_model_name="mine").model_names == ["mine"]
+    several = prepare_server_args(["--served-model-name", "mine", "yours"])
+    assert (several.model_name, several.model_names) == ("mine", ["mine", "yours"])
+    with pytest.raises(ServerArgsError, match="served_model_name must be"):
+        ServerArgs(served_model_name=["mine", 7])  # type: ignore[list-item]
     assert not ServerArgs(model_path="m").is_demo
     assert ServerArgs(model_path="m").model_name == "m"
 
