@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(CORES) --dist loadgroup
 
-.PHONY: demo test test-all lint format gpu-check clean
+.PHONY: demo test test-all test-isas lint format gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/python scripts/demo.py
@@ -16,6 +16,16 @@ test: lint
 
 test-all: lint $(VENV)/.installed-all
 	$(PYTEST)
+	$(MAKE) test-isas
+
+# The engine's tests under each instruction set of this processor but the best, under which all tests run anyway.
+# torch, by which the references compute, is held to what such a processor has, too.
+test-isas: $(VENV)/.installed
+	@set -e; for isa in $$($(BIN)/python -m rtp_llm.srt.kernels.cpu.build | tail -n +2); do \
+	  case $$isa in avx512*) torch=avx512 ;; avx2) torch=avx2 ;; *) torch=default ;; esac; \
+	  echo "With the instruction set $$isa:"; \
+	  RTP_LLM_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$torch $(PYTEST) -m "not slow" test/srt/models; \
+	done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -261,3 +263,9 @@ def test_kernels_can_be_switched_off():
     with dispatch.cpu_kernels(False):
         assert not dispatch.uses_cpu_kernels()
         assert dispatch.pick("rms_norm") is reference.rms_norm
+
+
+def test_the_module_lists_the_instruction_sets_of_this_processor() -> None:
+    command = [sys.executable, "-m", "rtp_llm.srt.kernels.cpu.build"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert listed == ISAS and listed[-1] == "portable"

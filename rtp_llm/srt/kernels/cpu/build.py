@@ -233,3 +233,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+if __name__ == "__main__":
+    print(*supported_isas(), sep="\n")
