@@ -1,7 +1,7 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 
-The number for (seed, position) is a pure function of both, so a request draws the same whoever else is in its batch and
-however often it is interrupted. 32-bit words live in int64 tensors: the low 64 bits of a product are right in two's
+The numbers for (seed, position) are a pure function of both, so a request draws the same whoever else is in its batch
+and however often it is interrupted. 32-bit words live in int64 tensors: the low 64 bits of a product are right in two's
 complement, whatever its sign.
 """
 
@@ -36,16 +36,39 @@ def philox4x32(
     return [c0, c1, c2, c3]
 
 
-def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Uniform float64 numbers in [0, 1), multiples of 2^-53: one per (seed, position).
+def exponential(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Exponentially distributed float64 numbers: one per (seed, position) and token, the token's own.
+
+    Each group of 64 tokens has 16 counters of four words. Words of two of Philox's streams are the upper and the lower
+    half of a number of 64 bits: even what is next to impossible keeps its probability.
 
     Args:
-        seeds: int64, any value (see ``as_int64``); positions: int64 of the same shape, not negative.
+        seeds: [D] int64, any value (see ``as_int64``); positions: [D] int64, not negative.
+
+    Returns:
+        [D, vocab_size], each greater than 0.
     """
-    zeros = torch.zeros_like(positions)
-    counter = [positions & _WORD, (positions >> 32) & _WORD, zeros, zeros]
-    words = philox4x32(counter, [seeds & _WORD, (seeds >> 32) & _WORD])
-    return ((words[0] << 21) | (words[1] >> 11)).to(torch.float64) * 2.0**-53
+    token_ids = torch.arange(vocab_size, device=seeds.device)
+    counters, word = token_ids // 64 * 16 + token_ids % 16, token_ids // 16 % 4
+    upper, lower = (_words(seeds, positions, counters, word, stream) for stream in (0, 1))
+    u = upper.double() * 2.0**-32 + (lower.double() + 0.5) * 2.0**-64
+    return -torch.log1p(-u)
+
+
+def _words(
+    seeds: torch.Tensor, positions: torch.Tensor, counters: torch.Tensor, word: torch.Tensor, stream: int
+) -> torch.Tensor:
+    shape = (len(seeds), len(counters))
+    counter = [
+        (positions & _WORD)[:, None].expand(shape),
+        ((positions >> 32) & _WORD)[:, None].expand(shape),
+        counters.expand(shape),
+        torch.full_like(counters, stream).expand(shape),
+    ]
+    words = philox4x32(counter, [(seeds & _WORD)[:, None], ((seeds >> 32) & _WORD)[:, None]])
+    return torch.where(
+        word == 0, words[0], torch.where(word == 1, words[1], torch.where(word == 2, words[2], words[3]))
+    )
 
 
 def as_int64(seed: int) -> int:

@@ -12,10 +12,10 @@ from rtp_llm.srt.layers.logits_processor import token_logprobs
 from rtp_llm.srt.plan import Admission, TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.device import to_device
-from rtp_llm.srt.worker.philox import as_int64, uniform
+from rtp_llm.srt.worker.philox import as_int64, exponential
 from rtp_llm.srt.worker.token_bans import TokenBans
 
-_DRAWN_AT_ONCE = 64  # rows; a draw keeps a few float64 copies of its logits
+_DRAWN_AT_ONCE = 16  # rows; a draw keeps a few dozen float64 copies of its logits
 _OFTEN_ENOUGH = 1024  # tokens that usually hold the mass that top_p asks for
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -160,12 +160,11 @@ class Sampler:
         params = [states[i].params for i in lines]
         seeds, at = self._tensor([states[i].seed for i in lines]), self._tensor([positions[i] for i in lines])
         if self._on_kernels:
-            return sampling.draw(logits, params, sampling.uniform(seeds, at), lines)
-        u = uniform(seeds, at)
+            return sampling.draw(logits, params, seeds, at, lines)
         tokens = torch.empty(len(lines), dtype=torch.int64, device=self._device)
         for start in range(0, len(lines), _DRAWN_AT_ONCE):
             part = slice(start, start + _DRAWN_AT_ONCE)
-            tokens[part] = draw(logits[self._tensor(lines[part])], params[part], u[part])
+            tokens[part] = draw(logits[self._tensor(lines[part])], params[part], seeds[part], at[part])
         return tokens
 
     def logprobs(
@@ -331,27 +330,25 @@ class _TokenCounts:
         return to_device(values, torch.int64, self._device)
 
 
-def draw(logits: torch.Tensor, params: Sequence[SamplingParams], u: torch.Tensor) -> torch.Tensor:
-    """One token per row from softmax(logits / temperature), cut to the tokens that ``kept`` leaves.
+def draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """One token per row from softmax(logits / temperature), cut to the tokens that ``kept_weights`` leaves.
 
-    The token is the first, in vocabulary order, at which the cumulative probability exceeds ``u``: inverse transform
-    sampling, in float64. A token of probability zero is never drawn.
+    An exponential race, which is the Gumbel-max trick (Gumbel 1954): every token has an exponentially distributed
+    number of its own, and the one whose number divided by its weight is smallest is drawn. So a small change of the
+    logits changes the draw only where two tokens are close, and never because of what the others are. A token of
+    probability zero is never drawn.
 
     Args:
         logits: [D, vocab_size] float32; each row has a finite maximum.
-        params: of each row, not greedy; u: [D] float64 in [0, 1).
+        params: of each row, not greedy; seeds, positions: [D] int64, see ``philox.exponential``.
 
     Returns:
         [D] int64.
     """
     weights = kept_weights(logits, params)
-    cumulative = weights.cumsum(dim=-1)
-    possible = weights > 0
-    # Parallel scans round differently from element to element, so the sums need not ascend exactly: the total is the
-    # largest sum at a possible token, and a step upwards counts only at one.
-    total = cumulative.masked_fill(~possible, 0).amax(dim=-1)
-    threshold = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return ((cumulative > threshold[:, None]) & possible).to(torch.uint8).argmax(dim=-1)
+    return (exponential(seeds, positions, logits.shape[-1]) / weights).argmin(dim=-1)
 
 
 def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

@@ -13,7 +13,6 @@ from rtp_llm.srt.worker.sampler import draw
 
 FUNCTIONS = [sampling._function]
 INF = torch.inf
-EDGES = [0.0, 2.0**-53, 0.5, 1 - 2.0**-53]
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +32,16 @@ def random_params() -> SamplingParams:
     )
 
 
-def check_draws(logits: torch.Tensor, params: list[SamplingParams], u: torch.Tensor | None = None) -> None:
-    if u is None:
-        u = torch.rand(len(params), dtype=torch.float64)
-        u[: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)[: len(u)]
-        u = u[torch.randperm(len(u))]
-    found, expected = sampling.draw(logits, params, u), draw(logits, params, u)
+def keys(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeds and positions of any size."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (count,)), torch.randint(0, 1 << 40, (count,))
+
+
+def check_draws(logits: torch.Tensor, params: list[SamplingParams]) -> None:
+    seeds, positions = keys(len(params))
+    found, expected = sampling.draw(logits, params, seeds, positions), draw(logits, params, seeds, positions)
     for i in (found != expected).nonzero().flatten().tolist():
-        raise AssertionError(f"row {i}: {found[i]}, not {expected[i]}; u {u[i]}, {params[i]}")
+        raise AssertionError(f"row {i}: {found[i]}, not {expected[i]}; {seeds[i]}, {positions[i]}, {params[i]}")
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 1000, 5003, 40001])
@@ -81,29 +82,32 @@ def test_draws_from_ascending_and_descending_logits(isa: str) -> None:
 
 
 def test_weights_that_are_next_to_nothing(isa: str) -> None:
-    """Subnormal numbers, and what underflows: u = 0 draws the first token that is possible at all."""
+    """Subnormal numbers, and what underflows."""
     x = -torch.cat([torch.linspace(700, 760, 5000), torch.tensor([0.0])])
-    u = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    check_draws(x.repeat(2, 1), [SamplingParams()] * 2, u)
-    check_draws(x.flip(0).repeat(2, 1), [SamplingParams(top_k=4000)] * 2, u)
+    check_draws(x.repeat(4, 1), [SamplingParams(), SamplingParams(temperature=700.0)] * 2)
+    check_draws(x.flip(0).repeat(4, 1), [SamplingParams(top_k=4000), SamplingParams(temperature=90.0)] * 2)
+    check_draws(torch.full((4, 3000), -3e38).index_fill(1, torch.tensor([7]), 3e38), [SamplingParams()] * 4)
 
 
 def test_lines_are_chosen(isa: str) -> None:
     logits = torch.randn(9, 501)[:, :500]  # lines with a gap between them
     lines = [8, 0, 0, 3]
-    params, u = [random_params() for _ in lines], torch.rand(4, dtype=torch.float64)
-    assert torch.equal(sampling.draw(logits, params, u, lines), sampling.draw(logits[lines], params, u))
-    with pytest.raises(ValueError, match="4 draws with 4 random numbers from lines"):
-        sampling.draw(logits, params, u, [9, 0, 0, 3])
+    params, random_keys = [random_params() for _ in lines], keys(4)
+    drawn = sampling.draw(logits, params, *random_keys, lines)
+    assert torch.equal(drawn, sampling.draw(logits[lines], params, *random_keys))
+    with pytest.raises(ValueError, match="4 draws with 4 seeds from lines"):
+        sampling.draw(logits, params, *random_keys, [9, 0, 0, 3])
     with pytest.raises(ValueError, match=r"not torch\.float64"):
-        sampling.draw(logits.double(), params, u)
+        sampling.draw(logits.double(), params, *random_keys)
+    with pytest.raises(ValueError, match=r"must be int64, not torch\.int32"):
+        sampling.draw(logits, params, random_keys[0].int(), random_keys[1], lines)
 
 
 def test_bad_rows_draw_token_0(isa: str) -> None:
     logits = torch.randn(8, 300)
     logits[0, 299], logits[1, 5], logits[2] = torch.nan, INF, -INF
     params = [SamplingParams(top_k=3, top_p=0.9)] * 8
-    assert sampling.draw(logits, params, torch.rand(8, dtype=torch.float64))[:3].tolist() == [0, 0, 0]
+    assert sampling.draw(logits, params, *keys(8))[:3].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 15, 64, 4095, 4097, 20011])
@@ -129,8 +133,10 @@ def test_argmax_of_what_does_not_fit(isa: str) -> None:
             assert torch.equal(found, expected)
 
 
-def test_random_numbers_are_those_of_philox(isa: str) -> None:
-    seeds = torch.randint(-(1 << 63), (1 << 63) - 1, (500,))
-    positions = torch.randint(0, 1 << 40, (500,))
-    positions[:10] = torch.arange(10)
-    assert torch.equal(sampling.uniform(seeds, positions), philox.uniform(seeds, positions))
+@pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000])
+def test_random_numbers_are_those_of_philox(isa: str, vocab_size: int) -> None:
+    seeds, positions = keys(6)
+    expected = philox.exponential(seeds, positions, vocab_size)
+    for i in range(6):
+        found = sampling.exponential(int(seeds[i]), int(positions[i]), vocab_size)
+        torch.testing.assert_close(found, expected[i], rtol=1e-15, atol=0)

@@ -19,7 +19,6 @@ from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink, send
-from rtp_llm.srt.worker.philox import uniform
 from rtp_llm.srt.worker.sampler import draw
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
@@ -118,8 +117,7 @@ def test_a_draw_is_keyed_by_the_seed_and_the_place_in_the_sequence():
         logits = torch.empty(1, vocab_size)
         for logprob, token_id in entry.top:
             logits[0, token_id] = logprob
-        u = uniform(torch.tensor([77]), torch.tensor([place]))
-        assert draw(logits, [params], u).tolist() == [entry.token_id]
+        assert draw(logits, [params], torch.tensor([77]), torch.tensor([place])).tolist() == [entry.token_id]
 
 
 @pytest.mark.parametrize("depth", [0, 1])

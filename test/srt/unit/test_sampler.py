@@ -17,7 +17,7 @@ from transformers import (
 
 from rtp_llm.srt.plan import Admission
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker.philox import as_int64, philox4x32, uniform
+from rtp_llm.srt.worker.philox import as_int64, exponential, philox4x32
 from rtp_llm.srt.worker.sampler import Sampler, draw, kept_weights
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -59,13 +59,14 @@ def test_philox_gives_the_known_answers(device, counter, key, expected):
     assert [int(word) for word in words] == expected
 
 
-def test_uniform_is_a_function_of_seed_and_position():
+def test_a_tokens_number_is_a_function_of_seed_position_and_token():
     seeds = [0, 1, -1, 2**63, 2**64 - 2, -(2**63) + 1]
     tensor = torch.tensor([as_int64(seed) for seed in seeds])
-    many = uniform(tensor, torch.arange(len(seeds)))
+    many = exponential(tensor, torch.arange(len(seeds)), 200)
     for i, seed in enumerate(seeds):
-        assert uniform(torch.tensor([as_int64(seed)]), torch.tensor([i])).item() == many[i].item()
-    assert len(set(uniform(tensor, torch.zeros(6, dtype=torch.int64)).tolist())) == 6
+        alone = exponential(torch.tensor([as_int64(seed)]), torch.tensor([i]), 130)[0]
+        assert torch.equal(alone, many[i, :130])
+    assert len(set(exponential(tensor, torch.zeros(6, dtype=torch.int64), 100).flatten().tolist())) == 600
 
 
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
@@ -74,15 +75,18 @@ def test_a_seed_out_of_range_is_refused(seed):
         as_int64(seed)
 
 
-def test_uniform_is_uniform_over_positions_and_over_seeds():
+def test_numbers_are_exponential_over_positions_seeds_and_tokens():
     n = 20000
-    for u in (
-        uniform(torch.full((n,), 7), torch.arange(n)),
-        uniform(torch.arange(n), torch.full((n,), 7)),
+    for numbers in (
+        exponential(torch.full((n,), 7), torch.arange(n), 65)[:, 64],
+        exponential(torch.arange(n), torch.full((n,), 7), 18)[:, 17],
+        exponential(torch.tensor([7]), torch.tensor([7]), n)[0],
     ):
-        assert u.min() >= 0 and u.max() < 1
+        u = -torch.expm1(-numbers)
+        assert numbers.min() > 0 and u.max() < 1
         assert chi_square(torch.bincount((u * 50).long(), minlength=50), torch.full((50,), 1 / 50)) < 95  # p ~ 1e-4
-        assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.03
+        for lag in (1, 16, 64):
+            assert abs(torch.corrcoef(torch.stack([u[lag:], u[:-lag]]))[0, 1]) < 0.03
 
 
 # Filters
@@ -194,23 +198,45 @@ def test_draws_follow_the_distribution(setting):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(device):
-    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
-    u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64, device=device)
-    tokens = draw(probs.log().expand(6, 6).to(device), [SamplingParams()] * 6, u)
-    assert tokens.tolist() == [1, 1, 3, 3, 4, 4]
+def test_the_token_with_the_smallest_number_by_weight_is_drawn(device):
+    torch.manual_seed(8)
+    logits, seeds, positions = torch.randn(32, 70), torch.arange(32), torch.arange(32) * 1000
+    tokens = draw(logits.to(device), [SamplingParams()] * 32, seeds.to(device), positions.to(device)).cpu()
+    assert torch.equal(tokens, (exponential(seeds, positions, 70) / logits.double().exp()).argmin(dim=-1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_edge_of_u_gives_an_impossible_token(device):
+def test_an_impossible_token_is_never_drawn(device):
     torch.manual_seed(3)
     logits = torch.full((64, 5000), -INF)
     possible = torch.randint(0, 5000, (64, 3))
     logits.scatter_(1, possible, torch.randn(64, 3) * 30)
-    for value in (0.0, 2**-53, 0.5, 1 - 2**-53):
-        u = torch.full((64,), value, dtype=torch.float64, device=device)
-        tokens = draw(logits.to(device), [SamplingParams()] * 64, u).cpu()
-        assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
+    seeds, positions = torch.arange(64, device=device), torch.arange(64, device=device)
+    tokens = draw(logits.to(device), [SamplingParams()] * 64, seeds, positions).cpu()
+    assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
+
+
+def test_a_small_change_of_the_logits_changes_few_draws():
+    """Where the two best tokens are close: as often as the change is large. The inverse of the cumulative distribution
+    gives another token ten times as often."""
+    torch.manual_seed(5)
+    n, vocab_size, change = 2000, 1000, 1e-3
+    logits = torch.randn(1, vocab_size).expand(n, vocab_size)
+    seeds, positions = torch.arange(n), torch.full((n,), 9)
+    params = [SamplingParams(temperature=1.5)] * n
+    before = draw(logits, params, seeds, positions)
+    after = draw(logits + change * torch.randn(n, vocab_size), params, seeds, positions)
+    assert (before != after).float().mean() < 5 * change
+
+
+def test_small_numbers_are_as_rare_as_they_should_be():
+    """A token of probability p wins where its number is below p or so: the lowest ones decide on rare tokens."""
+    numbers = exponential(torch.arange(1 << 10), torch.zeros(1 << 10, dtype=torch.int64), 1 << 12).flatten()
+    for bits in (8, 12, 16):
+        expected = len(numbers) * 2.0**-bits
+        assert abs((numbers < 2.0**-bits).sum().item() - expected) < 4 * expected**0.5
+    steps = numbers[numbers < 2.0**-12] * 2.0**32
+    assert (steps != steps.round()).all()  # finer than the upper words
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,6 @@
 // From logits to tokens: the largest, and draws of a temperature, top_k, top_p and min_p, without a sort of the
-// vocabulary. A draw is that of worker/sampler.py, step by step: float64 weights, sums in the order of the vocabulary,
-// and where numbers are equal the same one of them.
+// vocabulary. A draw is that of worker/sampler.py, step by step: float64 weights, numbers
+// of each token's own, and where any are equal the same one of them.
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -218,10 +218,105 @@ static void sort_descending(std::vector<float>& values, std::vector<float>& othe
     }
 }
 
+// ---- random numbers: Philox4x32-10 (Salmon et al., 2011), as in worker/philox.py
+
+typedef uint64_t uvec __attribute__((vector_size(DLANES * 8)));
+typedef uint32_t uvec32 __attribute__((vector_size(LANES * 4)));
+typedef uint32_t wvec __attribute__((vector_size(DLANES * 4)));
+typedef uint32_t wvec_unaligned __attribute__((vector_size(DLANES * 4), aligned(4)));
+
+constexpr uint64_t WORD = 0xFFFFFFFF;
+
+// Products of the lower halves of each lane.
+static INLINE uvec multiply(uvec a, uint64_t b) {
+#if defined(__AVX512F__)
+    return (uvec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+    return (uvec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+    return (a & WORD) * b;
+#endif
+}
+
+static INLINE uint64_t multiply(uint64_t a, uint64_t b) { return (a & WORD) * b; }
+
+// The words of a counter, in the lower halves of c0 .. c3; the upper halves mean nothing. T: one counter, or a vector.
+template <class T>
+static INLINE void philox(T& c0, T& c1, T& c2, T& c3, uint64_t seed) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        T low = multiply(c0, 0xD2511F53), high = multiply(c2, 0xCD9E8D57);
+        c0 = (high >> 32) ^ c1 ^ uint64_t(k0);
+        c1 = high;
+        c2 = (low >> 32) ^ c3 ^ uint64_t(k1);
+        c3 = low;
+        k0 += 0x9E3779B9;
+        k1 += 0xBB67AE85;
+    }
+}
+
+// The exponentially distributed numbers of a row's tokens.
+struct Noise {
+    static constexpr int GROUP = 64;  // tokens that have 16 counters of four words in common
+    uint64_t seed, position;
+
+    // The upper halves of the uniform numbers of GROUP tokens from `start` on, a multiple of GROUP.
+    INLINE void upper_words(int64_t start, uint32_t* words) const {
+        for (int part = 0; part < 16; part += DLANES) {
+            uvec c0 = uvec{} + (position & WORD), c1 = uvec{} + (position >> 32), c2, c3{};
+            for (int lane = 0; lane < DLANES; lane++) c2[lane] = start / 4 + part + lane;
+            philox(c0, c1, c2, c3, seed);
+            const uvec all[4] = {c0, c1, c2, c3};
+            for (int word = 0; word < 4; word++) {
+                *reinterpret_cast<wvec_unaligned*>(words + 16 * word + part) =
+                    __builtin_convertvector(all[word] & WORD, wvec);
+            }
+        }
+    }
+
+    NOINLINE uint32_t word(int64_t token, uint64_t stream) const {
+        uint64_t c0 = position & WORD, c1 = position >> 32, c2 = token / 64 * 16 + token % 16, c3 = stream;
+        philox(c0, c1, c2, c3, seed);
+        const uint64_t all[4] = {c0, c1, c2, c3};
+        return uint32_t(all[token / 16 % 4]);
+    }
+
+    double number(int64_t token, uint32_t upper) const {
+        double u = upper * 0x1p-32 + (word(token, 1) + 0.5) * 0x1p-64;
+        return -std::log1p(-u);
+    }
+};
+
+// The token whose number divided by its weight is smallest, of equal ones the first.
+struct Race {
+    const Noise& noise;
+    double best = std::numeric_limits<double>::infinity();
+    int64_t winner = -1;
+
+    void enter(int64_t token, double weight, uint32_t upper) {
+        if (upper * 0x1p-32 > weight * best) return;  // the number is larger still
+        double time = noise.number(token, upper) / weight;
+        if (time < best || (time == best && token < winner)) {
+            best = time;
+            winner = token;
+        }
+    }
+};
+
+KERNEL void exponential(int64_t seed, int64_t position, int64_t size, double* numbers) {
+    Noise noise{uint64_t(seed), uint64_t(position)};
+    uint32_t words[Noise::GROUP];
+    for (int64_t i = 0; i < size; i++) {
+        if (i % Noise::GROUP == 0) noise.upper_words(i, words);
+        numbers[i] = noise.number(i, words[i % Noise::GROUP]);
+    }
+}
+
 // ---- draws
 
 struct Row {
-    double temperature, top_p, min_p, u;
+    double temperature, top_p, min_p;
+    Noise noise;
     int64_t top_k;  // 0: all
 };
 
@@ -237,9 +332,6 @@ struct Scratch {
 
 constexpr int64_t PIECE = 512;  // weights that are computed at once
 
-// The first token at which the sum of weights exceeds u of the total.
-static double threshold_of(double u, double total) { return std::min(u * total, std::nextafter(total, 0.0)); }
-
 // sums[i]: of all weights up to the end of piece i, without those below min_p.
 static void add_up(const float* x, int64_t n, const Scale& scale, double min_p, std::vector<double>& sums) {
     double total = 0, w[PIECE];
@@ -252,20 +344,36 @@ static void add_up(const float* x, int64_t n, const Scale& scale, double min_p, 
     }
 }
 
-static int64_t draw_of_all(const float* x, int64_t n, const Scale& scale, const Row& row, Scratch& scratch) {
-    std::vector<double>& sums = scratch.sums;
-    add_up(x, n, scale, row.min_p, sums);
-    double threshold = threshold_of(row.u, sums.back()), w[PIECE];
-    size_t piece = 0;
-    while (sums[piece] <= threshold) piece++;
-    int64_t start = piece * PIECE, count = std::min(PIECE, n - start);
-    double sum = piece ? sums[piece - 1] : 0;
-    scale.weights(x + start, count, w);
-    for (int64_t j = 0; j < count; j++) {
-        sum += w[j] < row.min_p ? 0.0 : w[j];
-        if (sum > threshold) return start + j;
+static void enter(Race& race, float logit, int64_t token, uint32_t upper, const Scale& scale, const Row& row) {
+    double weight = scale.weight(logit);
+    if (weight > 0 && weight >= row.min_p) race.enter(token, weight, upper);
+}
+
+// A token can win only if its weight times the best time so far is at least its number, which is at least 2^(floor of
+// log2 of its upper word - 32): that compares logits with exponents of floats, so few weights are computed.
+static int64_t draw_of_all(const float* x, int64_t n, const Largest& most, const Scale& scale, const Row& row) {
+    constexpr float SLACK = 0.05f;  // for what float32 rounds
+    Race race{row.noise};
+    race.enter(most.index, 1.0, row.noise.word(most.index, 0));
+    const float factor = float(std::min(1.4426950408889634 / row.temperature, 1e30)), largest = most.value;
+    uint32_t words[Noise::GROUP];
+    for (int64_t start = 0; start < n; start += Noise::GROUP) {
+        row.noise.upper_words(start, words);
+        int64_t count = std::min<int64_t>(Noise::GROUP, n - start), j = 0;
+        float bound = float(-std::log2(std::max(race.best, 1e-300))) - 32.0f - SLACK;
+        for (; j + LANES <= count; j += LANES) {
+            vec weight = (load(x + start + j) - largest) * factor;  // log2 of it
+            ivec upper = *reinterpret_cast<const ivec*>(words + j);
+            // The exponent of the word without its last bit, which makes it positive; of 0 it is far below all.
+            vec half = __builtin_convertvector((ivec)((uvec32)upper >> 1), vec);
+            vec exponent = __builtin_convertvector(((ivec)half >> 23) - 126, vec);
+            if (!any((ivec)(weight >= exponent + bound))) continue;
+            for (int64_t i = j; i < j + LANES; i++) enter(race, x[start + i], start + i, words[i], scale, row);
+            bound = float(-std::log2(std::max(race.best, 1e-300))) - 32.0f - SLACK;
+        }
+        for (; j < count; j++) enter(race, x[start + j], start + j, words[j], scale, row);
     }
-    return start + count - 1;  // not reached
+    return race.winner;
 }
 
 // bound, or -inf where another logit below it has the same weight: what is equal is decided by weights.
@@ -327,14 +435,25 @@ static void cut_by_top_p(const Scale& scale, const Row& row, double total, Scrat
 }
 
 static int64_t draw_of_gathered(const Row& row, const Scratch& scratch) {
-    double total = 0, sum = 0;
-    for (double w : scratch.weights) total += w < row.min_p ? 0.0 : w;
-    double threshold = threshold_of(row.u, total);
+    Race race{row.noise};
+    uint32_t words[Noise::GROUP];
+    int64_t group = -1;  // whose words are there
+    const bool dense = scratch.ids.size() > 256;  // many of a group then, so that its words are made together
     for (size_t i = 0; i < scratch.weights.size(); i++) {
-        sum += scratch.weights[i] < row.min_p ? 0.0 : scratch.weights[i];
-        if (sum > threshold) return scratch.ids[i];
+        double weight = scratch.weights[i];
+        if (weight <= 0 || weight < row.min_p) continue;
+        int64_t token = scratch.ids[i];
+        if (!dense) {
+            race.enter(token, weight, row.noise.word(token, 0));
+            continue;
+        }
+        if (token / Noise::GROUP != group) {
+            group = token / Noise::GROUP;
+            row.noise.upper_words(group * Noise::GROUP, words);
+        }
+        race.enter(token, weight, words[token % Noise::GROUP]);
     }
-    return 0;  // not reached: the largest weight is 1
+    return race.winner;
 }
 
 static int64_t draw_row(const float* x, int64_t n, const Row& row, Scratch& scratch) {
@@ -361,7 +480,7 @@ static int64_t draw_row(const float* x, int64_t n, const Row& row, Scratch& scra
         gather(x, n, clear_bound(bound, scale), scale, scratch);
         cut_by_top_p(scale, row, total, scratch);
     } else {
-        return draw_of_all(x, n, scale, row, scratch);
+        return draw_of_all(x, n, best, scale, row);
     }
     return draw_of_gathered(row, scratch);
 }
@@ -369,35 +488,14 @@ static int64_t draw_row(const float* x, int64_t n, const Row& row, Scratch& scra
 // tokens[i]: drawn from line lines[i] (null: i) of logits with rows[i]'s parameters.
 KERNEL void draw(const float* logits, const int64_t* lines, int64_t count, int64_t stride, int64_t size,
                  const double* temperature, const int64_t* top_k, const double* top_p, const double* min_p,
-                 const double* u, int64_t* tokens) {
+                 const int64_t* seeds, const int64_t* positions, int64_t* tokens) {
 #pragma omp parallel if (count > 1)
     {
         Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) {
-            Row row{temperature[i], top_p[i], min_p[i], u[i], 0 < top_k[i] && top_k[i] < size ? top_k[i] : 0};
+            Row row{temperature[i], top_p[i], min_p[i], {uint64_t(seeds[i]), uint64_t(positions[i])}, 0 < top_k[i] && top_k[i] < size ? top_k[i] : 0};
             tokens[i] = draw_row(logits + (lines ? lines[i] : i) * stride, size, row, scratch);
         }
     }
-}
-
-// ---- random numbers: Philox4x32-10 (Salmon et al., 2011), as in worker/philox.py
-
-static double philox(uint64_t seed, uint64_t position) {
-    uint32_t c0 = uint32_t(position), c1 = uint32_t(position >> 32), c2 = 0, c3 = 0;
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t low = uint64_t(c0) * 0xD2511F53, high = uint64_t(c2) * 0xCD9E8D57;
-        c0 = uint32_t(high >> 32) ^ c1 ^ k0;
-        c1 = uint32_t(high);
-        c2 = uint32_t(low >> 32) ^ c3 ^ k1;
-        c3 = uint32_t(low);
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-    }
-    return double(uint64_t(c0) << 21 | c1 >> 11) * 0x1p-53;
-}
-
-KERNEL void uniform(const int64_t* seeds, const int64_t* positions, double* u, int64_t count) {
-    for (int64_t i = 0; i < count; i++) u[i] = philox(seeds[i], positions[i]);
 }

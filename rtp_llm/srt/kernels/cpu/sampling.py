@@ -12,8 +12,8 @@ from rtp_llm.srt.sampling_params import SamplingParams
 
 _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "argmax": (POINTER, INT64, INT64, INT64, POINTER, POINTER),
-    "draw": (POINTER, POINTER, INT64, INT64, INT64, *(POINTER,) * 6),
-    "uniform": (POINTER, POINTER, POINTER, INT64),
+    "draw": (POINTER, POINTER, INT64, INT64, INT64, *(POINTER,) * 7),
+    "exponential": (INT64, INT64, INT64, POINTER),
 }
 
 
@@ -32,13 +32,17 @@ def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw(
-    logits: torch.Tensor, params: Sequence[SamplingParams], u: torch.Tensor, lines: Sequence[int] | None = None
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    lines: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """One token per entry of ``params``: see ``draw`` in ``worker/sampler.py``.
 
     Args:
         logits: [S, vocab_size] float32 on the CPU. From a line that nothing can be drawn from, token 0 is.
-        params: of each draw; u: [D] float64 in [0, 1).
+        params: of each draw; seeds, positions: [D] int64 on the CPU.
         lines: the line of logits that each draw is from; None: one after the other.
 
     Returns:
@@ -47,25 +51,26 @@ def draw(
     if logits.dtype is not torch.float32 or not logits.is_cpu or logits.stride(1) != 1:
         raise ValueError(f"draws are from rows of float32 on the CPU, not {logits.dtype} on {logits.device}")
     lines = range(len(params)) if lines is None else lines
-    if not len(params) == len(u) == len(lines) or not all(0 <= line < len(logits) for line in lines):
-        raise ValueError(f"{len(params)} draws with {len(u)} random numbers from lines {lines} of {len(logits)}")
+    counts = {len(params), len(seeds), len(positions), len(lines)}
+    if len(counts) > 1 or not all(0 <= line < len(logits) for line in lines):
+        raise ValueError(f"{len(params)} draws with {len(seeds)} seeds from lines {lines} of {len(logits)}")
+    if not seeds.dtype is positions.dtype is torch.int64:
+        raise ValueError(f"seeds and positions must be int64, not {seeds.dtype} and {positions.dtype}")
     columns = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
-    real, u = torch.tensor(columns, dtype=torch.float64), u.double().contiguous()
+    real, seeds, positions = torch.tensor(columns, dtype=torch.float64), seeds.contiguous(), positions.contiguous()
     whole = torch.tensor([list(lines), [p.top_k for p in params]], dtype=torch.int64)
     tokens = torch.empty(len(params), dtype=torch.int64)
     (temperature, top_p, min_p), (line_ids, top_k) = real, whole
     _function("draw")(
         logits.data_ptr(), line_ids.data_ptr(), len(params), logits.stride(0), logits.shape[1], temperature.data_ptr(),
-        top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), u.data_ptr(), tokens.data_ptr(),
+        top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), seeds.data_ptr(), positions.data_ptr(),
+        tokens.data_ptr(),
     )  # fmt: skip
     return tokens
 
 
-def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """As ``worker/philox.py``: a number in [0, 1) per (seed, position), both int64 on the CPU."""
-    seeds, positions = seeds.contiguous(), positions.contiguous()
-    if not seeds.dtype is positions.dtype is torch.int64 or seeds.shape != positions.shape or not seeds.is_cpu:
-        raise ValueError(f"seeds and positions must be equally many int64, not {seeds.dtype} and {positions.dtype}")
-    u = torch.empty(seeds.shape, dtype=torch.float64)
-    _function("uniform")(seeds.data_ptr(), positions.data_ptr(), u.data_ptr(), u.numel())
-    return u
+def exponential(seed: int, position: int, vocab_size: int) -> torch.Tensor:
+    """As ``worker/philox.py``, for one seed (an int64) and position: [vocab_size] float64."""
+    numbers = torch.empty(vocab_size, dtype=torch.float64)
+    _function("exponential")(seed, position, vocab_size, numbers.data_ptr())
+    return numbers
