@@ -19,6 +19,8 @@ from rtp_llm.srt.chat.messages import ChatTemplateError
 Render = Callable[[list[dict[str, Any]]], str]
 
 ARGUMENT, RESULT = "zq900001x", "zq900002x"  # words that no template writes
+FUNCTION_ROLE = re.compile(r"""role[^%}\n]*['"]function['"]""")
+FORMER_CALL_ID = "call00000"  # of calls that have none: some templates want nine letters and digits
 TWIN_WORD = re.compile(r"zq\d+x")
 ENCODED_TWICE = re.compile(r'\\"|\{\{')
 SPOKEN_NOTHING = re.compile(r"\b(None|null)\b")
@@ -58,11 +60,11 @@ def find_call_form(render: Render) -> CallForm:
 
 def _trial(form: CallForm) -> list[dict[str, Any]]:
     function = {"name": "find", "arguments": _written({"place": ARGUMENT, "number": 3}, form)}
-    call = {"id": "call00000", "type": "function", "function": function}
+    call = {"id": FORMER_CALL_ID, "type": "function", "function": function}
     return [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": form.empty, "tool_calls": [call]},
-        {"role": "tool", "name": "find", "tool_call_id": "call00000", "content": RESULT},
+        {"role": "tool", "name": "find", "tool_call_id": FORMER_CALL_ID, "content": RESULT},
         {"role": "assistant", "content": "Found"},
         {"role": "user", "content": "Good"},
     ]
@@ -70,6 +72,19 @@ def _trial(form: CallForm) -> list[dict[str, Any]]:
 
 def _written(arguments: Mapping[str, Any], form: CallForm) -> Any:
     return dict(arguments) if form.as_object else json.dumps(arguments, ensure_ascii=False)
+
+
+def modern(source: str, message: dict[str, Any]) -> dict[str, Any]:
+    """The message with ``tool_calls`` and role ``tool`` in place of OpenAI's former ``function_call`` and role
+    ``function``, unless the template knows only these."""
+    if message["role"] == "function" and not FUNCTION_ROLE.search(source):
+        return {**message, "role": "tool", "tool_call_id": message.get("tool_call_id") or FORMER_CALL_ID}
+    call = message.get("function_call")
+    is_known = "function_call" in source and "tool_calls" not in source
+    if not call or message.get("tool_calls") or is_known:
+        return message
+    kept = {name: value for name, value in message.items() if name != "function_call"}
+    return {**kept, "tool_calls": [{"id": FORMER_CALL_ID, "type": "function", "function": call}]}
 
 
 def in_form(message: dict[str, Any], form: CallForm, where: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rtp_llm.srt.chat.histories import CALL_FORMS, CallForm, Twin, find_call_form, in_form, shape_of
+from rtp_llm.srt.chat.histories import CALL_FORMS, CallForm, Twin, find_call_form, in_form, modern, shape_of
 from rtp_llm.srt.chat.messages import (
     KINDS,
     TEXT_ONLY,
@@ -156,6 +156,7 @@ class ChatTemplate:
 
     def _fit(self, source: str, i: int, message: dict[str, Any]) -> dict[str, Any]:
         """The message in the form that the template takes."""
+        message = modern(source, message)
         role = _known_role(source, message["role"])
         takes = self._role(source, role)
         if not takes.strings and not takes.parts:

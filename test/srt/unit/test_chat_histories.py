@@ -31,6 +31,11 @@ HISTORIES = {
     "system in the middle": [USER, ANSWER, LATER, AGAIN],
     "call": [USER, CALL, RESULT],
     "call and answer": [USER, CALL, RESULT, ANSWER, AGAIN],
+    "former call": [
+        USER,
+        {"role": "assistant", "content": None, "function_call": {"name": "fun7q", "arguments": '{"pla4x": "val9z"}'}},
+        {"role": "function", "name": "fun7q", "content": "res5w"},
+    ],
     "empty list": [USER, {"role": "assistant", "content": []}, AGAIN],
 }
 WORDS = ("a1x", "b1x", "c1x", "d1x", "e1x", "fun7q", "pla4x", "val9z", "res5w")
@@ -68,6 +73,7 @@ def real(data_dir: Path) -> dict[str, ChatTemplate]:
         ("system in the middle", 50, 7),
         ("call", 54, 6),
         ("call and answer", 54, 6),
+        ("former call", 54, 6),
         ("empty list", 62, 0),
     ],
 )
