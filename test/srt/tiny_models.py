@@ -27,6 +27,8 @@ import tokenizers
 import torch
 import transformers
 
+from rtp_llm.srt.worker.philox import exponential
+
 ORIGINAL_LEN = 64  # the context length that every tiny model pretends to have been trained with
 TIE_GAP = 1e-4  # logits closer than this are a tie: either token is right
 
@@ -393,6 +395,13 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> li
     """One prompt of random ids per length; no id is the end-of-sequence id, which is the vocabulary's last."""
     draw = random.Random(seed)
     return [[draw.randrange(vocab_size - 1) for _ in range(length)] for length in lengths]
+
+
+def is_close_race(scores: torch.Tensor, params: dict[str, Any], position: int, ids: tuple[int, int]) -> bool:
+    """Whether last digits decide which of two tokens is drawn from these logits ([vocab_size] float64)."""
+    key = torch.tensor([params["seed"]]), torch.tensor([position])
+    times = exponential(*key, len(scores))[0].log() - scores / params["temperature"]
+    return bool((times[ids[0]] - times[ids[1]]).abs() < 1e-3)
 
 
 class Reference(NamedTuple):

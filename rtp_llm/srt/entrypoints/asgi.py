@@ -182,9 +182,17 @@ class JSON(Response):
         return msgspec.json.encode(content)
 
 
+# Ends of lines to Unicode, and so to clients that split a stream by lines of text, which JSON leaves as they are.
+LINE_ENDS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
+
+
 def event(value: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    """A server-sent event: one line by anybody's count."""
+    content = msgspec.json.encode(value)
+    if not content.isascii():
+        for character, escape in LINE_ENDS.items():
+            content = content.replace(character, escape)
+    return b"data: " + content + b"\n\n"
 
 
 class EventStream(Response):

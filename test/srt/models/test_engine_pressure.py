@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from rtp_llm import Engine
-from rtp_llm.srt.worker.philox import uniform
-from tiny_models import TIE_GAP, TINY_MODELS, random_prompts, tiny_model
+from tiny_models import TIE_GAP, TINY_MODELS, is_close_race, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied", "mistral-window16-yarn", "llama-dynamic-mlp-bias"]
 
@@ -40,16 +39,14 @@ def test_thirty_two_requests_compute_a_common_prefix_once(name: str) -> None:
 
 
 def is_tie(result: dict[str, Any], step: int, other_id: int, prompt_len: int, params: dict[str, Any]) -> bool:
-    """Whether rounding decides between the step's token and ``other_id``: two equal logits, or a draw on a border."""
+    """Whether rounding decides between the step's token and ``other_id``: two equal logits, or a close race."""
     logprobs = torch.full((len(result["meta_info"]["output_top_logprobs"][step]),), -torch.inf, dtype=torch.float64)
     for logprob, token_id, _ in result["meta_info"]["output_top_logprobs"][step]:
         logprobs[token_id] = logprob
     if params["temperature"] == 0:
         best = logprobs.topk(2).values
         return bool(best[0] - best[1] < TIE_GAP)
-    cumulative = (logprobs / params["temperature"]).softmax(-1).cumsum(-1)
-    u = uniform(torch.tensor([params["seed"]]), torch.tensor([prompt_len + step]))
-    return bool((cumulative[min(other_id, result["output_ids"][step])] - u).abs() < 1e-5)
+    return is_close_race(logprobs, params, prompt_len + step, (other_id, result["output_ids"][step]))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from rtp_llm import Engine
-from rtp_llm.srt.worker.philox import uniform
-from tiny_models import TIE_GAP, TINY_MODELS, tiny_model
+from tiny_models import TIE_GAP, TINY_MODELS, is_close_race, tiny_model
 
 CONTEXT_LEN = 200
 STORIES = "stories260K"
@@ -179,7 +178,7 @@ def numbers(lists: list[Any]) -> list[float]:
 
 
 def is_tie(job: Job, full: dict[str, Any], step: int, other_id: int) -> bool:
-    """Whether rounding decides between the step's token and ``other_id``: two equal logits, or a draw on a border."""
+    """Whether rounding decides between the step's token and ``other_id``: two equal logits, or a close race."""
     params, own_id, before = job.sampling_params, full["output_ids"][step], full["output_ids"][:step]
     entries = full["meta_info"]["output_top_logprobs"][step]
     logits = torch.zeros(len(entries), dtype=torch.float64)
@@ -189,9 +188,7 @@ def is_tie(job: Job, full: dict[str, Any], step: int, other_id: int) -> bool:
         logits[token_id] -= params["presence_penalty"] + params["frequency_penalty"] * before.count(token_id)
     if params["temperature"] == 0:
         return abs(float(logits[own_id] - logits[other_id])) < TIE_GAP
-    cumulative = (logits / params["temperature"]).softmax(-1).cumsum(-1)
-    u = uniform(torch.tensor([params["seed"]]), torch.tensor([len(job.input_ids) + step]))
-    return bool((cumulative[min(other_id, own_id)] - u).abs() < 1e-5)
+    return is_close_race(logits, params, len(job.input_ids) + step, (other_id, own_id))
 
 
 def check_nothing_is_left(engine: Engine) -> None:
