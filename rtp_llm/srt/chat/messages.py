@@ -18,6 +18,7 @@ SPEAKS_WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "r
 VIDEO_OPTIONS = ("fps", "max_frames", "min_frames")
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # of a message
+MAX_ALL_PARTS = 16_384  # of all messages
 MAX_ROLES = 16  # each that is new costs a few renderings of the template
 DETAILS = ("auto", "low", "high")
 KINDS = {"image": ("an image", "images"), "video": ("a video", "videos"), "audio": ("audio", "audio")}
@@ -148,12 +149,22 @@ def checked_messages(messages: Any, media: MediaRules = TEXT_ONLY) -> list[dict[
         raise ChatTemplateError("messages is empty: there must be at least one", "messages")
     if len(messages) > MAX_MESSAGES:
         raise ChatTemplateError(f"there are {len(messages)} messages; at most {MAX_MESSAGES} are taken", "messages")
+    num_parts = sum(_num_parts(message) for message in messages)
+    if num_parts > MAX_ALL_PARTS:
+        raise ChatTemplateError(
+            f"the messages have {num_parts} parts in all; at most {MAX_ALL_PARTS} are taken", "messages"
+        )
     checked = [_checked_message(f"messages[{i}]", message, media) for i, message in enumerate(messages)]
     roles = {message["role"] for message in checked}
     if len(roles) > MAX_ROLES:
         raise ChatTemplateError(f"the messages have {len(roles)} roles; at most {MAX_ROLES} are taken", "messages")
     media.check_numbers(checked)
     return checked
+
+
+def _num_parts(message: Any) -> int:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return len(content) if isinstance(content, (list, tuple)) else 0
 
 
 def _checked_message(where: str, message: Any, media: MediaRules) -> dict[str, Any]:

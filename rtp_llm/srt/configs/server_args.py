@@ -191,10 +191,14 @@ class ServerArgs:
         server=True,
     )
     max_queued_requests: int | None = _arg(
-        None,
-        help="most requests beyond those that may run at once, before new ones get a 503; unset: no limit",
+        2048,
+        help="most sequences (a request has one for each prompt and choice) beyond those that may run at once, before "
+        "new requests get a 503",
         low=0,
         server=True,
+    )
+    max_sequences_per_request: int = _arg(
+        1024, help="most sequences of one request: its prompts times its n", low=1, server=True
     )
     max_body_size: int = _arg(32 * 2**20, help="bytes of the largest request body", low=1024, server=True)
     strict_requests: bool = _arg(

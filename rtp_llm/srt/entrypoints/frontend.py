@@ -187,7 +187,7 @@ class Call:
     def __init__(self, client: EngineClient, completions: list[Completion], many: bool) -> None:
         self._client = client
         self._completions = completions
-        self._many = many
+        self.many = many  # whether the answer is a list
         self._submitted = False
         self.num_running = len(completions)
 
@@ -233,11 +233,11 @@ class Call:
     def result(self, i: int) -> Result:
         """Completion ``i`` so far, for a stream."""
         result = self._completions[i].result()
-        return {**result, "index": i} if self._many else result
+        return {**result, "index": i} if self.many else result
 
     def results(self) -> Results:
         results = [completion.result() for completion in self._completions]
-        return results if self._many else results[0]
+        return results if self.many else results[0]
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from rtp_llm.srt.entrypoints.neutral import GENERATE, SAMPLING_PARAMS, TOKENIZE,
 from rtp_llm.srt.entrypoints.openai.base import hung_up
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, off_loop, request_names
+from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 PROBE_TIMEOUT_S = 20.0
@@ -138,25 +139,26 @@ class NativeEndpoints:
 
     async def generate(self, body: GenerateBody, request: Request) -> Response:
         """Continues a prompt, or each of a list of them. The answer is ``{text, output_ids, meta_info}``, or a list."""
-        options = {name: getattr(body, name) for name in PROMPT_FIELDS}
-        manager = self._serving.manager
-        num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
-        with request_names({"prompt": "text"} if body.input_ids is None else {}):
-            if body.image_data or body.video_data or body.audio_data:
-                completions, many = await completions_with_media(manager, body.text, body.input_ids, options)
-            else:
-                completions, many = await off_loop(
-                    num_chars, lambda: completions_of(manager, body.text, body.input_ids, options)
-                )
-        call = self._serving.start(completions, many)
+        num_sequences = _num_sequences(body)
+        with self._serving.admission(num_sequences, "text" if body.input_ids is None else "input_ids"):
+            call = self._serving.start(*await self._completions(body))
         if body.stream:
             return EventStream(call, self._events(call))
         with call:
             if not await unless_disconnected(request.receive, call.wait()):
                 return hung_up()
-        if not many:
-            check_not_failed(completions)
+        if not call.many:
+            check_not_failed(call.completions)
         return JSON(call.results())
+
+    async def _completions(self, body: GenerateBody) -> tuple[list[Completion], bool]:
+        options = {name: getattr(body, name) for name in PROMPT_FIELDS}
+        manager = self._serving.manager
+        num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
+        with request_names({"prompt": "text"} if body.input_ids is None else {}):
+            if body.image_data or body.video_data or body.audio_data:
+                return await completions_with_media(manager, body.text, body.input_ids, options)
+            return await off_loop(num_chars, lambda: completions_of(manager, body.text, body.input_ids, options))
 
     async def _events(self, call: LiveCall) -> AsyncGenerator[bytes, None]:
         async with error_event() as failure:
@@ -226,7 +228,9 @@ class NativeEndpoints:
         prompt_ids = [self._serving.model_config.bos_token_id or 0]
         params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
         completions, _ = completions_of(self._serving.manager, None, prompt_ids, {"sampling_params": params})
-        with self._serving.start(completions) as call:
+        with self._serving.admission(1, "n"):
+            call = self._serving.start(completions)
+        with call:
             try:
                 await asyncio.wait_for(call.wait(), PROBE_TIMEOUT_S)
             except TimeoutError:
@@ -279,3 +283,19 @@ class NativeEndpoints:
     async def metrics(self) -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _num_sequences(body: GenerateBody) -> int:
+    """Prompts times ``n``, whose value is checked later, like the other sampling parameters."""
+    prompts = body.text if body.input_ids is None else body.input_ids
+    is_batch = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
+    num_prompts = len(prompts or ()) if is_batch else 1
+    params = body.sampling_params
+    if isinstance(params, list):
+        return sum(_n(item) for item in params)
+    return num_prompts * _n(params or {})
+
+
+def _n(params: dict[str, Any]) -> int:
+    n = params.get("n", 1)
+    return n if isinstance(n, int) and n > 0 else 1

@@ -51,6 +51,7 @@ class Serving:
     frontend: Frontend
     template: Template | None
     created: int = field(default_factory=lambda: int(time.time()))
+    _num_entering: int = 0  # sequences that were admitted and are not live yet
 
     @property
     def model_name(self) -> str:
@@ -132,18 +133,48 @@ class Serving:
         """Tokens that can follow a prompt."""
         return self.manager.max_req_len - len(prompt_ids)
 
-    def start(self, completions: list[Completion], many: bool = True) -> LiveCall:
-        """Submits. Raises a 503 where it is not the time for it."""
+    @contextmanager
+    def admission(self, num_sequences: int, param: str) -> Iterator[None]:
+        """Room for a request of so many sequences, kept until it is started: asked for before any work on it.
+
+        Raises:
+            ApiError: 400 where ``param`` asks for more sequences than one request may have; 503 where the core is
+                not ready, or the queue is full.
+        """
+        limit = self.args.max_sequences_per_request
+        if num_sequences > limit:
+            raise ApiError(
+                400,
+                f"the request asks for {num_sequences} sequences (prompts times n); at most {limit} are taken in one "
+                "request (--max-sequences-per-request): send several",
+                param,
+                "too_many_sequences",
+            )
+        self._check_room(num_sequences)
+        self._num_entering += num_sequences
+        try:
+            yield
+        finally:
+            self._num_entering -= num_sequences
+
+    def _check_room(self, num_sequences: int) -> None:
         if not self.core.is_ready:
             raise unavailable("the engine core is starting", "not_ready")
-        limit = self.args.max_queued_requests
-        if limit is not None:
-            most = self.core.info.max_running_requests + limit
-            if self.core.client.num_live + len(completions) > most:
-                raise unavailable(
-                    f"the queue is full: {self.core.client.num_live} requests run or wait, and at most {most} may",
-                    "queue_full",
-                )
+        if self.args.max_queued_requests is None:
+            return
+        most = self.core.info.max_running_requests + self.args.max_queued_requests
+        num_taken = self.core.client.num_live + self._num_entering
+        if num_taken + num_sequences > most:
+            raise unavailable(
+                f"the queue is full: {num_taken} sequences run or wait, this request has {num_sequences}, and at most "
+                f"{most} may (--max-queued-requests)",
+                "queue_full",
+            )
+
+    def start(self, completions: list[Completion], many: bool = True) -> LiveCall:
+        """Submit what was admitted. Raise a 503 if the core has died meanwhile."""
+        if not self.core.is_ready:
+            raise unavailable("the engine core is starting", "not_ready")
         return self.frontend.start(completions, many)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.srt.chat.messages import MAX_MESSAGES, MAX_PARTS, MAX_ROLES, ChatTemplateError
+from rtp_llm.srt.chat.messages import MAX_ALL_PARTS, MAX_MESSAGES, MAX_PARTS, MAX_ROLES, ChatTemplateError
 from rtp_llm.srt.chat.template import ChatTemplate
 
 USER, SYSTEM = {"role": "user", "content": "b1x"}, {"role": "system", "content": "a1x"}
@@ -168,6 +168,7 @@ def test_limits_come_before_the_work() -> None:
         ([USER] * (MAX_MESSAGES + 1), f"at most {MAX_MESSAGES} are taken"),
         (roles, f"{MAX_ROLES + 1} roles; at most {MAX_ROLES}"),
         ([{"role": "user", "content": parts}], f"at most {MAX_PARTS} are taken"),
+        ([{"role": "user", "content": parts[1:]}] * 5, f"{5 * MAX_PARTS} parts in all; at most {MAX_ALL_PARTS}"),
     ):
         with pytest.raises(ChatTemplateError, match=words):
             template.render(messages)

@@ -32,8 +32,9 @@ class ChatEndpoint(OpenAIEndpoint):
         serving = self._serving
         serving.check_model(body.model)
         serving.check_tokenizer()
-        completions = await self._completions(body)
-        call = serving.start(completions)
+        with serving.admission(body.n or 1, "n"):
+            completions = await self._completions(body)
+            call = serving.start(completions)
         head = self._head(body, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
         if body.stream:
             return EventStream(call, self._events(call, body, head))

@@ -37,9 +37,12 @@ class CompletionEndpoint(OpenAIEndpoint):
         serving = self._serving
         serving.check_model(body.model)
         serving.check_tokenizer()
-        completions = await self._completions(body)
-        echoes = self._echoes(body, completions)
-        call = serving.start(completions)
+        with request_names({}):
+            num_prompts = len(_prompts(body))
+        with serving.admission(num_prompts * (body.n or 1), "prompt" if num_prompts > 1 else "n"):
+            completions = await self._completions(body)
+            echoes = self._echoes(body, completions)
+            call = serving.start(completions)
         head = self._head(body, "cmpl", "text_completion")
         if body.stream:
             return EventStream(call, self._events(call, body, head, echoes))
