@@ -2,9 +2,10 @@
 
 A template is a program that comes with the checkpoint or from whoever starts the server, never from a request.
 It runs in transformers' sandbox: no attribute that leads out of the data, no changes to it. Endless loops cannot be
-prevented there. Messages are data: Jinja in them is text. What they hold of the tokenizer's control tokens
-(``<|im_end|>``) is read as such, though, as everywhere in the field; roles, which templates paste between control
-tokens, are plain words for that reason.
+prevented there: the server ends them (``--template-timeout``), and ``template_sizes.py`` bounds what a request may set
+as a size. Messages are data: Jinja in them is text. What they hold of the tokenizer's control tokens (``<|im_end|>``)
+is read as such, though, as everywhere in the field; roles, which templates paste between control tokens, are plain
+words for that reason.
 """
 
 import re
@@ -30,6 +31,7 @@ from rtp_llm.srt.chat.messages import (
     media_of,
     sources_of,
 )
+from rtp_llm.srt.chat.template_sizes import check_sizes
 
 TEXT_BETWEEN_PARTS = "\n"  # where a template takes strings only
 RESERVED = ("conversations", "messages", "tools", "documents", "chat_template", "return_assistant_tokens_mask") + (
@@ -365,6 +367,8 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any]) -> None:
             raise ChatTemplateError(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
         if not _mentions(source, name):
             raise ChatTemplateError(f"the model's chat template does not use {name!r}", "chat_template_kwargs")
+    if kwargs:
+        check_sizes(source, kwargs)
 
 
 def _known_role(source: str, role: str) -> str:

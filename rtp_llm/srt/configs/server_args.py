@@ -201,6 +201,9 @@ class ServerArgs:
         1024, help="most sequences of one request: its prompts times its n", low=1, server=True
     )
     max_body_size: int = _arg(32 * 2**20, help="bytes of the largest request body", low=1024, server=True)
+    template_timeout: float = _arg(
+        10.0, help="seconds that the chat template may take for a request's messages", low=0.001, server=True
+    )
     strict_requests: bool = _arg(
         False,
         help="refuse fields that are not supported even where their value asks for nothing, and hints",

@@ -5,6 +5,7 @@ import hmac
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
@@ -17,8 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rtp_llm.srt.entrypoints.edge import check_json
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall
+from rtp_llm.srt.entrypoints.json_size import check_json_size
 from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.sampling_params import InvalidRequest
+from rtp_llm.srt.utils.workers import Workers
 
 T = TypeVar("T")
 
@@ -27,6 +30,7 @@ REQUEST_ID = b"x-request-id"
 MAX_REQUEST_ID_CHARS = 128
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but logs show it
 DONE = b"data: [DONE]\n\n"
+LARGE_BODY = 256 * 1024  # bytes
 
 
 class Gate:
@@ -126,17 +130,27 @@ class StrictRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """The body, whose values are checked by type (see ``edge.check_json``)."""
-        value = await self._parsed()
+        """The body, whose values are checked by type (see ``edge.check_json``). A large one is read on another thread,
+        and its size in values is checked first."""
+        body = await self.body()
         try:
-            check_json(value)
+            if len(body) <= LARGE_BODY:
+                return self._checked(body)
+            workers: Workers = self.app.state.workers
+            return await workers.run(partial(self._checked, body, is_large=True))
         except InvalidRequest as error:
             raise invalid(error) from None
+
+    def _checked(self, body: bytes, is_large: bool = False) -> Any:
+        if is_large:
+            check_json_size(body)
+        value = self._parsed(body)
+        check_json(value)
         return value
 
-    async def _parsed(self) -> Any:
+    def _parsed(self, body: bytes) -> Any:
         try:
-            return json.loads((await self.body()).decode(), parse_constant=_no_constant)
+            return json.loads(body.decode(), parse_constant=_no_constant)
         except UnicodeDecodeError as error:
             raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
         except ValueError as error:

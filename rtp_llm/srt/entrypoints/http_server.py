@@ -311,7 +311,9 @@ def make_app(
         responses={status: {"model": ErrorBody} for status in (400, 401, 413, 415, 500, 503)},
     )
     app.router.route_class = StrictRoute
-    app.state = State({"max_body_size": args.max_body_size, "strict_requests": args.strict_requests})
+    app.state = State(
+        {"max_body_size": args.max_body_size, "strict_requests": args.strict_requests, "workers": serving.workers}
+    )
     add_handlers(app)
     _add_routes(app, serving, registry)
     return app

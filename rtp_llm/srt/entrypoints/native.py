@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Self
 
 from fastapi import Request
@@ -18,7 +19,7 @@ from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completio
 from rtp_llm.srt.entrypoints.neutral import GENERATE, SAMPLING_PARAMS, TOKENIZE, without_neutral
 from rtp_llm.srt.entrypoints.openai.base import hung_up
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
-from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, off_loop, request_names
+from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import InvalidRequest
 
@@ -158,7 +159,8 @@ class NativeEndpoints:
         with request_names({"prompt": "text"} if body.input_ids is None else {}):
             if body.image_data or body.video_data or body.audio_data:
                 return await completions_with_media(manager, body.text, body.input_ids, options)
-            return await off_loop(num_chars, lambda: completions_of(manager, body.text, body.input_ids, options))
+            work = partial(completions_of, manager, body.text, body.input_ids, options)
+            return await self._serving.off_loop(num_chars, work)
 
     async def _events(self, call: LiveCall) -> AsyncGenerator[bytes, None]:
         async with error_event() as failure:
@@ -177,7 +179,7 @@ class NativeEndpoints:
             text = body.prompt if body.text is None else body.text
             ids = await serving.encode(text or "", body.add_special_tokens is not False)
         else:
-            chat = serving.render(
+            chat = await serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],
                 add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
                 continue_final_message=body.continue_final_message,
@@ -192,8 +194,8 @@ class NativeEndpoints:
         """The text of token ids."""
         self._serving.check_model(body.model)
         self._serving.check_tokenizer()
-        manager = self._serving.manager
-        text = await off_loop(4 * len(body.tokens), lambda: manager.decode(body.tokens, body.skip_special_tokens))
+        work = partial(self._serving.manager.decode, body.tokens, body.skip_special_tokens)
+        text = await self._serving.off_loop(4 * len(body.tokens), work)
         return JSON(Text(text=text, prompt=text))
 
     async def models(self) -> Response:

@@ -1,10 +1,10 @@
 """What all endpoints share: the model and its core, and the steps between a request's body and a running call."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
@@ -21,10 +21,13 @@ from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.sampling_params import InvalidRequest
+from rtp_llm.srt.utils.workers import Busy, Overdue, Workers
 
 T = TypeVar("T")
 
 LONG_TEXT = 20_000  # characters from which on a text is encoded on another thread, so that streams go on meanwhile
+NUM_WORKERS = 4
+NUM_TEMPLATE_WORKERS = 2  # rendering is Python: more would only take turns
 ABORTED_BY_CALLER = 499
 MODEL_MEDIA = frozenset({"image", "video"})
 TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message", "tools")
@@ -51,6 +54,8 @@ class Serving:
     frontend: Frontend
     template: Template | None
     created: int = field(default_factory=lambda: int(time.time()))
+    workers: Workers = field(default_factory=lambda: Workers(NUM_WORKERS, "rtp-llm-text"))
+    _template_workers: Workers = field(default_factory=lambda: Workers(NUM_TEMPLATE_WORKERS, "rtp-llm-template"))
     _num_entering: int = 0  # sequences that were admitted and are not live yet
 
     @property
@@ -84,28 +89,45 @@ class Serving:
         if self.manager.tokenizer is None:
             raise ApiError(400, "the server runs without a tokenizer: use /generate with input_ids")
 
-    def render(
+    async def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None,
     ) -> ChatPrompt:
-        """The prompt that the chat template, with these further variables, makes of messages, and their media."""
-        if self.template is None:
+        """The prompt that the chat template, with these further variables, makes of messages, and their media.
+
+        A template is a program, and what it does depends on the request: it runs on a thread of its own, within
+        ``--template-timeout``.
+        """
+        template = self.template
+        if template is None:
             raise InvalidRequest(NO_CHAT_TEMPLATE, "messages")
         for name in variables or {}:
             if name in TEMPLATE_ARGUMENTS:
                 raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
         if not strict_requests.get():  # what the template does not use asks for nothing
-            variables = {name: value for name, value in (variables or {}).items() if self.template.uses(name)}
-        return self.template.prompt(
+            variables = {name: value for name, value in (variables or {}).items() if template.uses(name)}
+        prompt = partial(
+            template.prompt,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=variables,
             media=self.media_rules,
         )
+        timeout_s = self.args.template_timeout
+        try:
+            return await self._template_workers.run(prompt, timeout_s)
+        except Overdue:
+            raise InvalidRequest(
+                f"the model's chat template has not ended within {timeout_s:g} s on these messages "
+                "(--template-timeout)",
+                "messages",
+            ) from None
+        except Busy:
+            raise unavailable("the chat templates of other requests take too long", "templates_busy") from None
 
     @property
     def media_rules(self) -> MediaRules:
@@ -127,7 +149,11 @@ class Serving:
         )
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return await off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens))
+        return await self.off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens))
+
+    async def off_loop(self, num_chars: int, function: Callable[[], T]) -> T:
+        """``function()``, on another thread if there is much text to encode or decode in it."""
+        return await self.workers.run(function) if num_chars > LONG_TEXT else function()
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that can follow a prompt."""
@@ -176,11 +202,6 @@ class Serving:
         if not self.core.is_ready:
             raise unavailable("the engine core is starting", "not_ready")
         return self.frontend.start(completions, many)
-
-
-async def off_loop(num_chars: int, function: Callable[[], T]) -> T:
-    """``function()``, on another thread if there is much text to encode in it."""
-    return await asyncio.to_thread(function) if num_chars > LONG_TEXT else function()
 
 
 @contextmanager

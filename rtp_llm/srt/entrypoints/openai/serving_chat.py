@@ -51,7 +51,7 @@ class ChatEndpoint(OpenAIEndpoint):
         names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
         names |= {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
         with request_names(names):
-            chat = self._serving.render(
+            chat = await self._serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],
                 add_generation_prompt=_begins_turn(body),
                 continue_final_message=bool(body.continue_final_message),
