@@ -156,9 +156,55 @@ class ServerArgs:
     dist_timeout: float | None = _arg(None, help="seconds until a silent worker is an error; unset: 600", low=1)
     host: str = _arg("127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's", server=True)
     port: int = _arg(30000, help="port to listen on; 0: any free one", low=0, high=65535, server=True)
-    api_key: str | None = _arg(
-        None, help="key that clients must show (Authorization: Bearer KEY), /health excepted", server=True
+    header_timeout: float = _arg(
+        10.0, help="seconds in which a request's headers must have come", low=0.001, server=True
     )
+    body_timeout: float = _arg(
+        30.0,
+        help="seconds in which a request's body must have come; a body of which much has come, 16 KiB for each further "
+        "second, may take longer",
+        low=0.001,
+        server=True,
+    )
+    send_timeout: float = _arg(
+        120.0, help="seconds in which a client must take what has been written to it", low=0.001, server=True
+    )
+    keep_alive_timeout: float = _arg(
+        30.0, help="seconds that a connection may wait for its next request", low=0.001, server=True
+    )
+    max_connections: int = _arg(
+        1024,
+        help="most connections at once; where there are as many, one that only waits for a request is closed, else the "
+        "new one is told so",
+        low=1,
+        server=True,
+    )
+    api_key: str | None = _arg(
+        None,
+        help="key that clients must show (Authorization: Bearer KEY), /health and /metrics excepted; other users of "
+        "this machine can read it in the list of processes: rather use --api-key-file, or set RTP_LLM_API_KEY",
+        server=True,
+    )
+    api_key_file: str | None = _arg(None, help="file with such keys, one in each line", server=True)
+    admin_api_key: str | None = _arg(
+        None,
+        help="key for what changes the server (/flush_cache, aborting all requests), and for all else; unset: "
+        "RTP_LLM_ADMIN_API_KEY, else what clients have is enough",
+        server=True,
+    )
+    admin_api_key_file: str | None = _arg(None, help="file with such keys, one in each line", server=True)
+    allowed_hosts: list[str] | None = _arg(  # noqa: RUF009
+        None,
+        help="names by which clients may call this server (Host), such as llm.example.com, or .example.com for all "
+        "below; *: any; unset: any, but on a loopback address without a key no name with a dot in it, as pages from "
+        "elsewhere have",
+        server=True,
+    )
+    ssl_certfile: str | None = _arg(None, help="certificate, with its chain, in PEM: HTTPS is spoken", server=True)
+    ssl_keyfile: str | None = _arg(
+        None, help="the certificate's key in PEM; unset: it is in --ssl-certfile", server=True
+    )
+    ssl_keyfile_password: str | None = _arg(None, help="password of the key's file", server=True)
     allowed_origins: list[str] | None = _arg(  # noqa: RUF009
         None,
         help="origins of web pages whose scripts may ask this server (CORS), such as https://chat.example.com; *: any; "
@@ -233,6 +279,12 @@ class ServerArgs:
             raise ServerArgsError("chunked_prefill_size must be positive, or -1 to never cut prompts; not 0")
         if self.allowed_local_media_path is not None and not Path(self.allowed_local_media_path).is_dir():
             raise ServerArgsError(f"allowed_local_media_path: there is no directory {self.allowed_local_media_path!r}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ServerArgsError("ssl_keyfile is given without ssl_certfile; give the certificate, too")
+        for name in ("api_key_file", "admin_api_key_file", "ssl_certfile", "ssl_keyfile"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ServerArgsError(f"{name}: there is no file {path!r}")
         _media_limits(self.limit_mm_data_per_request)
 
     @property

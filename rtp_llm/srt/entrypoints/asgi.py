@@ -1,7 +1,6 @@
 """The layer between uvicorn and the routes: who may pass, what a body may be, and what a hang-up means."""
 
 import asyncio
-import hmac
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -15,6 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rtp_llm.srt.entrypoints.access import OPEN_PATHS, Access
+from rtp_llm.srt.entrypoints.connections import REFUSED
 from rtp_llm.srt.entrypoints.edge import check_json
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall
@@ -25,7 +26,6 @@ from rtp_llm.srt.utils.workers import Workers
 
 T = TypeVar("T")
 
-OPEN_PATHS = ("/health", "/ready", "/ping")
 REQUEST_ID = b"x-request-id"
 MAX_REQUEST_ID_CHARS = 128
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but logs show it
@@ -34,17 +34,17 @@ LARGE_BODY = 256 * 1024  # bytes
 
 
 class Gate:
-    """The outermost application: answers by itself while there is no other, checks keys, and counts who is inside.
+    """The outermost application: answers by itself while there is no other, checks who asks, and counts who is inside.
 
     Attributes:
         app: the application behind it; None while the model is being loaded.
         draining: only requests that are inside may finish.
     """
 
-    def __init__(self, api_key: str | None) -> None:
+    def __init__(self, access: Access) -> None:
         self.app: ASGIApp | None = None
         self.draining = False
-        self._api_key = api_key
+        self._access = access
         self._num_inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
@@ -67,26 +67,16 @@ class Gate:
                 self._empty.set()
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        if scope["path"] not in OPEN_PATHS and not self._may_pass(scope):
-            return ApiError(
-                401,
-                "wrong or missing API key: send Authorization: Bearer KEY, or X-Api-Key: KEY",
-                code="invalid_api_key",
-            )
+        refused = self._access.refusal(scope)
+        if refused is not None:
+            return refused
+        if scope.get("state", {}).get(REFUSED) and scope["path"] not in OPEN_PATHS:
+            return unavailable("there are too many connections", "too_many_connections")
         if self.draining:
             return unavailable("the server is shutting down", "shutting_down")
         if self.app is None:
             return unavailable("the model is being loaded", "not_ready")
         return None
-
-    def _may_pass(self, scope: Scope) -> bool:
-        if self._api_key is None:
-            return True
-        headers = dict(reversed(scope["headers"]))  # of several, the first counts
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        shown = [key.strip()] if scheme.lower() == b"bearer" else []
-        shown += [headers[b"x-api-key"].strip()] if b"x-api-key" in headers else []
-        return any(hmac.compare_digest(key, self._api_key.encode()) for key in shown)
 
     async def wait_empty(self, timeout_s: float) -> bool:
         """Whether all requests have ended within the time."""

@@ -22,7 +22,13 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
 MAX_MESSAGE_CHARS = 2000
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    503: "overloaded_error",
+}
 
 
 class ErrorDetail(TypedDict):

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.datastructures import State
@@ -30,7 +29,10 @@ from rtp_llm import __version__
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.supervisor import Supervisor
+from rtp_llm.srt.entrypoints.access import Access
 from rtp_llm.srt.entrypoints.asgi import Gate, StrictRoute
+from rtp_llm.srt.entrypoints.connections import Uvicorn
+from rtp_llm.srt.entrypoints.docs_page import docs_page
 from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import (
     Frontend,
@@ -147,12 +149,8 @@ class HTTPServer:
         self._listener = listener
         self._on_progress = on_progress
         self._launch_callback = launch_callback
-        self._gate = Gate(server_args.api_key)
-        app = with_cors(self._gate, server_args.allowed_origins)
-        config = uvicorn.Config(
-            app, log_config=None, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=1
-        )
-        self._uvicorn = Uvicorn(config)
+        self._gate = Gate(Access.from_server_args(server_args))
+        self._uvicorn = Uvicorn(with_cors(self._gate, server_args.allowed_origins), server_args)
         self._supervisor: Supervisor | None = None
         self._error: BaseException | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -203,7 +201,8 @@ class HTTPServer:
 
     def _address(self) -> str:
         host, port = self._listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._args.ssl_certfile is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -243,14 +242,6 @@ class HTTPServer:
         self._error = self._error or error
         self._gate.draining = True
         self._uvicorn.should_exit = True
-
-
-class Uvicorn(uvicorn.Server):
-    """uvicorn without its own ideas on signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
-        yield
 
 
 async def on_daemon_thread(function: Callable[[], T]) -> T:
@@ -308,7 +299,9 @@ def make_app(
         version=__version__,
         description="An inference engine for language models, by the APIs of OpenAI and SGLang.",
         redirect_slashes=False,
-        responses={status: {"model": ErrorBody} for status in (400, 401, 413, 415, 500, 503)},
+        docs_url=None,
+        redoc_url=None,
+        responses={status: {"model": ErrorBody} for status in (400, 401, 403, 408, 413, 415, 500, 503)},
     )
     app.router.route_class = StrictRoute
     app.state = State(
@@ -334,6 +327,7 @@ def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:
 
 def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> None:
     native = NativeEndpoints(serving, registry)
+    app.add_route("/docs", lambda _: docs_page(app.openapi()), include_in_schema=False)
     for path, methods, handler, answer, tag in (
         ("/v1/chat/completions", ["POST"], ChatEndpoint(serving).create, ChatCompletion, "OpenAI"),
         ("/v1/completions", ["POST"], CompletionEndpoint(serving).create, TextCompletion, "OpenAI"),

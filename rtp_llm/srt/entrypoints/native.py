@@ -13,6 +13,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from rtp_llm import __version__
+from rtp_llm.srt.entrypoints.access import check_admin
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completions_with_media
@@ -24,6 +25,7 @@ from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 PROBE_TIMEOUT_S = 20.0
+SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 PROMPT_FIELDS = (
     "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
     "return_text_in_logprobs", "rid", "cache_salt", "priority", "image_data", "video_data",
@@ -263,7 +265,7 @@ class NativeEndpoints:
         """The server's options, what was derived from model and machine, and how it is doing now."""
         core = self._serving.core
         options = asdict(self._serving.args)
-        options["api_key"] = None if options["api_key"] is None else "***"
+        options |= {name: "***" for name in SECRETS if options[name] is not None}
         return JSON({**options, "version": __version__, **asdict(core.info), "stats": asdict(core.stats)})
 
     async def version(self) -> Response:
@@ -277,8 +279,12 @@ class NativeEndpoints:
             raise ApiError(400, result.message, code="not_flushed")
         return JSON(Outcome(success=True, message="the prefix cache is empty"))
 
-    async def abort_request(self, body: AbortBody) -> Response:
-        """Ends a running request, or all. Their callers get what was generated, with the finish reason ``abort``."""
+    async def abort_request(self, body: AbortBody, request: Request) -> Response:
+        """Ends a running request, or, for the administrator, all. Callers get what there is, with the finish reason
+        ``abort``."""
+        refused = check_admin(request.scope) if body.abort_all else None
+        if refused is not None:
+            raise refused
         self._serving.core.client.abort(body.rid)
         return JSON(Outcome(success=True, message="aborted, if it was running"))
 

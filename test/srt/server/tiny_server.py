@@ -19,15 +19,16 @@ from typing import Any
 import httpx
 import torch
 import transformers
-import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
+from rtp_llm.srt.entrypoints.access import Access
 from rtp_llm.srt.entrypoints.asgi import Gate
+from rtp_llm.srt.entrypoints.connections import Uvicorn
 from rtp_llm.srt.entrypoints.engine import ThreadRunner
 from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
-from rtp_llm.srt.entrypoints.http_server import Uvicorn, make_app, open_listener, with_cors
+from rtp_llm.srt.entrypoints.http_server import make_app, open_listener, with_cors
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.utils.ipc import QueueLink
@@ -107,6 +108,8 @@ class InProcess:
     core: ThreadCore
     gate: Gate
     app: Any
+    uvicorn: Uvicorn
+    loop: asyncio.AbstractEventLoop
 
 
 @contextmanager
@@ -120,13 +123,10 @@ def in_process(model_path: str, **options: Any) -> Iterator[InProcess]:
         parts: list[Any] = []
 
         async def serve() -> None:
-            gate = Gate(args.api_key)
-            app = with_cors(gate, args.allowed_origins)
-            server = Uvicorn(
-                uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, timeout_graceful_shutdown=1)
-            )
+            gate = Gate(Access.from_server_args(args))
+            server = Uvicorn(with_cors(gate, args.allowed_origins), args)
             gate.app = make_app(args, config, read_tokenizer(args, config), core, asyncio.get_running_loop())
-            parts.extend((gate, server))
+            parts.extend((gate, server, asyncio.get_running_loop()))
             started.set()
             await server.serve([listener])
 
@@ -135,7 +135,7 @@ def in_process(model_path: str, **options: Any) -> Iterator[InProcess]:
         thread.start()
         assert started.wait(START_TIMEOUT_S)
         try:
-            yield InProcess(url, core, parts[0], parts[0].app)
+            yield InProcess(url, core, parts[0], parts[0].app, parts[1], parts[2])
         finally:
             parts[1].should_exit = True
             thread.join()
