@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -31,6 +31,7 @@ MAX_REQUEST_ID_CHARS = 128
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but logs show it
 DONE = b"data: [DONE]\n\n"
 LARGE_BODY = 256 * 1024  # bytes
+MAX_LARGE_BODIES = 16
 
 
 class Gate:
@@ -101,20 +102,48 @@ def _with_request_id(scope: Scope, send: Send) -> Send:
     return send_named
 
 
+class Bodies:
+    """The bytes of all bodies that are being read or handled, at most ``MAX_LARGE_BODIES`` of the largest.
+
+    Args:
+        max_body_size: bytes of the largest body.
+    """
+
+    def __init__(self, max_body_size: int) -> None:
+        self.max_body_size = max_body_size
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        if self.num_bytes + num_bytes > MAX_LARGE_BODIES * self.max_body_size:
+            raise unavailable("too many large bodies are being read", "too_many_bodies")
+        self.num_bytes += num_bytes
+
+
 class StrictRequest(Request):
-    """A request whose body is JSON in UTF-8 by the letter of RFC 8259, and not too large."""
+    """A request whose body is JSON in UTF-8 by the letter of RFC 8259, and not too large. As a context it gives back
+    the memory of its body when it is left."""
+
+    _num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.app.state.bodies.num_bytes -= self._num_bytes
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            limit: int = self.app.state.max_body_size
+            bodies: Bodies = self.app.state.bodies
+            limit = bodies.max_body_size
             length = self.headers.get("content-length", "")
             if length.isdecimal() and int(length) > limit:
                 raise _too_large(limit)
-            chunks, size = [], 0
+            chunks = []
             async for chunk in self.stream():
-                size += len(chunk)
-                if size > limit:
+                if self._num_bytes + len(chunk) > limit:
                     raise _too_large(limit)
+                bodies.add(len(chunk))
+                self._num_bytes += len(chunk)
                 chunks.append(chunk)
             self._body = b"".join(chunks)
         return self._body
@@ -170,7 +199,8 @@ class StrictRoute(APIRoute):
                 raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {kind!a}")
             strict_requests.set(request.app.state.strict_requests)
             try:
-                return await handle(StrictRequest(request.scope, request.receive))
+                with StrictRequest(request.scope, request.receive) as strict:
+                    return await handle(strict)
             except ClientDisconnect:  # before the body was complete
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
 

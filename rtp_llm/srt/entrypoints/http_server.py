@@ -30,7 +30,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.entrypoints.access import Access
-from rtp_llm.srt.entrypoints.asgi import Gate, StrictRoute
+from rtp_llm.srt.entrypoints.asgi import Bodies, Gate, StrictRoute
 from rtp_llm.srt.entrypoints.connections import Uvicorn
 from rtp_llm.srt.entrypoints.docs_page import docs_page
 from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
@@ -52,7 +52,7 @@ from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
-from rtp_llm.srt.utils.logging import LOG_FORMAT, configure_logging
+from rtp_llm.srt.utils.logging import LOG_FORMAT, Seldom, configure_logging
 from rtp_llm.srt.utils.process import StartedPython
 
 logger = logging.getLogger(__name__)
@@ -305,7 +305,7 @@ def make_app(
     )
     app.router.route_class = StrictRoute
     app.state = State(
-        {"max_body_size": args.max_body_size, "strict_requests": args.strict_requests, "workers": serving.workers}
+        {"bodies": Bodies(args.max_body_size), "strict_requests": args.strict_requests, "workers": serving.workers}
     )
     add_handlers(app)
     _add_routes(app, serving, registry)
@@ -382,6 +382,9 @@ def _size(num_bytes: int) -> str:
 def _configure_http_logging(level: str) -> None:
     logger = logging.getLogger("uvicorn")
     logger.setLevel(level.upper())
+    errors = logging.getLogger("uvicorn.error")
+    if not any(isinstance(known, Seldom) for known in errors.filters):
+        errors.addFilter(Seldom())
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(LOG_FORMAT))

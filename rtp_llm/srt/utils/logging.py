@@ -1,6 +1,7 @@
 """One log format for all processes."""
 
 import logging
+import time
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMAT = "[%(asctime)s %(levelname)s %(processName)s %(name)s] %(message)s"
@@ -20,3 +21,27 @@ def configure_logging(level: str) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logger.addHandler(handler)
+
+
+class Seldom(logging.Filter):
+    """Lets a warning through once in ``every_s`` seconds, and says how often it has come meanwhile: what clients can
+    make a server say at will must not fill the disk."""
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._last: dict[str, tuple[float, int]] = {}  # message -> when it was let through, and how many since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING or record.exc_info:
+            return True
+        message = record.msg
+        now_s = time.monotonic()
+        last_s, count = self._last.get(message, (-self._every_s, 0))
+        if now_s - last_s < self._every_s:
+            self._last[message] = (last_s, count + 1)
+            return False
+        self._last[message] = (now_s, 0)
+        if count:
+            record.msg = f"{message} (and {count} times in the last {now_s - last_s:.0f} s)"
+        return True

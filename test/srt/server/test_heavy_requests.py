@@ -3,10 +3,11 @@
 import asyncio
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from rtp_llm.srt.entrypoints import asgi
 from rtp_llm.srt.entrypoints.json_size import MAX_VALUES
-from tiny_server import InProcess, in_process, make_checkpoint, own_process
+from tiny_server import InProcess, in_process, make_checkpoint, own_process, wait_for
 
 pytestmark = pytest.mark.xdist_group("server-in-process")
 
@@ -104,3 +105,20 @@ def test_a_large_body_is_read_as_a_small_one(server: InProcess) -> None:
     wrong = json.dumps({"prompt": "a", "user": "x" * 2 * asgi.LARGE_BODY}).encode()[:-1]
     response = httpx.post(f"{server.url}/v1/completions", content=wrong, headers=JSON_HEADER, timeout=60)
     assert (response.status_code, "not JSON" in response.json()["error"]["message"]) == (400, True)
+
+
+def test_bodies_have_one_budget(tiny_checkpoint: str) -> None:
+    size = 2048
+    with in_process(tiny_checkpoint, max_body_size=size) as small, ExitStack() as stack:
+        bodies = small.app.state.bodies
+        port = int(small.url.rsplit(":", 1)[1])
+        for _ in range(asgi.MAX_LARGE_BODIES):  # of each all but a byte has come
+            held = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}"
+            held.sendall(head.encode() + b"\r\n\r\n" + b"x" * (size - 1))
+        wait_for(lambda: bodies.num_bytes == asgi.MAX_LARGE_BODIES * (size - 1))
+        refused = httpx.post(f"{small.url}/generate", json={"text": "a" * 100}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_bodies")
+        stack.close()
+        wait_for(lambda: bodies.num_bytes == 0)
+        assert httpx.post(f"{small.url}/tokenize", json={"text": "a" * 100}, timeout=60).status_code == 200

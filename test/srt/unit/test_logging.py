@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.srt.utils.logging import Seldom, configure_logging
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,3 +33,24 @@ def test_the_application_s_own_handlers_are_left_alone(monkeypatch: pytest.Monke
 def test_unknown_levels_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown log level 'loud'; have debug, info"):
         configure_logging("loud")
+
+
+def test_what_clients_make_a_server_say_is_said_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("rtp_llm.srt.utils.logging.time.monotonic", lambda: now_s)
+    seldom, said = Seldom(every_s=10), []
+    for message, level, later_s in [
+        ("bad", logging.WARNING, 0),
+        ("bad", logging.WARNING, 1),
+        ("bad", logging.WARNING, 1),
+        ("other", logging.WARNING, 0),
+        ("info", logging.INFO, 0),
+        ("info", logging.INFO, 0),
+        ("bad", logging.WARNING, 9),
+        ("bad", logging.ERROR, 0),
+    ]:
+        now_s += later_s
+        record = logging.LogRecord("name", level, "path", 1, message, None, None)
+        if seldom.filter(record):
+            said.append(record.getMessage())
+    assert said == ["bad", "other", "info", "info", "bad (and 2 times in the last 11 s)", "bad"]
