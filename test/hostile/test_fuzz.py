@@ -1,0 +1,103 @@
+"""A server under hostile requests: it answers all of them, stays well, and forgets them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fuzzer import Fuzzer, fuzzing
+from health_watch import HealthWatch, Look
+from rtp_llm.srt.configs.server_args import DEMO_MODEL
+from tiny_server import Process, free_port, python_process
+
+pytestmark = pytest.mark.xdist_group("hostile")
+
+NUM_QUICK = 300
+NUM_SLOW = 10_000
+NUM_WARM_UP = 500
+MAX_GROWTH_BYTES = 50 << 20
+MAX_SILENCE_S = 1.0
+WATCH_S = 0.1
+FLAGS = (
+    "--device", "cpu", "--max-total-tokens", "8192", "--max-running-requests", "32", "--context-length", "256",
+    "--served-model-name", "rtp-llm-demo", "--mm-embedding-cache-size-mb", "4",
+)  # fmt: skip
+# Of the embedded model's template, with a place for what chat_template_kwargs bring.
+TEMPLATE_EXTRAS = (
+    "{{ suffix|default('') }}{% for i in range(rounds|default(0)) %}.{% endfor %}{{ names|default([])|join }}"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """The embedded model, with a chat template that uses variables, in a process of its own."""
+    folder, port = tmp_path_factory.mktemp("hostile"), free_port()
+    template = folder / "template.jinja"
+    template.write_text((Path(DEMO_MODEL) / "chat_template.jinja").read_text() + TEMPLATE_EXTRAS)
+    command = ["-m", "rtp_llm.launch_server", "--port", str(port), "--chat-template", str(template), *FLAGS]
+    with python_process(folder, command, port) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture
+def fuzzer(server: Process, request: pytest.FixtureRequest) -> Iterator[Fuzzer]:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with fuzzing((host, int(port)), request.param, server.log) as made:
+        yield made
+
+
+def memory_bytes(server: Process) -> dict[str, int]:
+    """Resident bytes of the HTTP process and of the core."""
+    [core] = server.children()
+    return {"HTTP process": resident_bytes(server.process.pid), "core": resident_bytes(core)}
+
+
+def resident_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+def attack(fuzzer: Fuzzer, numbers: range) -> None:
+    fuzzer.run(numbers)
+    fuzzer.retry_given_up()
+    assert not fuzzer.report.failures, fuzzer.told()
+
+
+@pytest.mark.parametrize("fuzzer", [0], indirect=True)
+def test_some_hostile_requests(server: Process, fuzzer: Fuzzer) -> None:
+    attack(fuzzer, range(NUM_QUICK))
+    problems = fuzzer.check_after()
+    assert not problems, "\n".join([*problems, fuzzer.told()])
+    assert fuzzer.report.num_right > NUM_QUICK / 20
+    assert server.process.poll() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuzzer", [1], indirect=True)
+def test_ten_thousand_hostile_requests(server: Process, fuzzer: Fuzzer, tmp_path: Path) -> None:
+    children = server.children()
+    attack(fuzzer, range(NUM_WARM_UP))
+    assert fuzzer.wait_idle(60) is None
+    before = memory_bytes(server)
+    with HealthWatch(tmp_path / "health", fuzzer.address, WATCH_S) as watch:
+        attack(fuzzer, range(NUM_WARM_UP, NUM_SLOW))
+    assert_never_silent(watch.looks())
+    problems = fuzzer.check_after()
+    assert not problems, "\n".join([*problems, fuzzer.told()])
+    assert server.children() == children, "the core died"
+    for name, size in memory_bytes(server).items():
+        growth = size - before[name]
+        assert growth <= MAX_GROWTH_BYTES, (
+            f"the {name} has grown by {growth / 2**20:.0f} MiB from {before[name] / 2**20:.0f}"
+        )
+
+
+def assert_never_silent(looks: list[Look]) -> None:
+    """A second, and more where the machine let the watcher itself wait, who does nothing but sleep."""
+    assert len(looks) > 100
+    assert {look.status for look in looks} == {200}, [look for look in looks if look.status != 200][:5]
+    for i, look in enumerate(looks):
+        late_s = max(near.late_s for near in looks[max(0, i - 5) : i + 6])
+        limit_s = MAX_SILENCE_S + 20 * late_s
+        assert look.took_s <= limit_s, f"no answer to /health for {look.took_s:.2f} s; {limit_s:.2f} s may pass"
