@@ -46,6 +46,11 @@ class Report:
     statuses: Counter[str] = field(default_factory=Counter)  # "kind status"
     given_up: list[Case] = field(default_factory=list)
     num_right: int = 0
+    spans: list[tuple[float, float, int]] = field(default_factory=list)  # when each number began and ended; epoch
+
+    def in_flight(self, start_s: float, end_s: float) -> list[int]:
+        """Numbers of the requests that were under way in a stretch of time."""
+        return [number for begun_s, ended_s, number in self.spans if begun_s < end_s and ended_s > start_s]
 
     def table(self) -> str:
         kinds: dict[str, Counter[str]] = {}
@@ -134,7 +139,7 @@ class Fuzzer:
         with self._lock:
             aborts_before = self._num_aborts
             self._num_aborts += case.may_abort
-        problem = None
+        problem, begun_s = None, time.time()
         try:
             outcome = perform(self.address, case.plan, timeout_s)
         except (NotHTTP, OSError) as error:
@@ -143,9 +148,10 @@ class Fuzzer:
             was_aborted = self._num_aborts != aborts_before
             problem = problem or problem_of(case, outcome, self.known, was_aborted)
             problem = problem or self._log.new_bug() or self._visit()
-            self._take(case, outcome, problem, is_last_try)
+            self._take(case, outcome, problem, is_last_try, begun_s)
 
-    def _take(self, case: Case, outcome: Outcome, problem: str | None, is_last_try: bool) -> None:
+    def _take(self, case: Case, outcome: Outcome, problem: str | None, is_last_try: bool, begun_s: float) -> None:
+        self.report.spans.append((begun_s, time.time(), case.number))
         statuses = [str(answer.status) for answer in outcome.answers]
         self.report.statuses.update(f"{case.kind} {status}" for status in statuses or ["none"])
         if problem is not None:
