@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostile_checks import problem_of, text_of
+from hostile_heavy import HEAVY
 from hostile_requests import Case, Generator, Good, good_requests
 from hostile_wire import NotHTTP, Outcome, Plan, Send, json_request, perform, request
 
@@ -117,8 +118,7 @@ class Fuzzer:
             assert self.known.setdefault(good.question, text) == text, f"{good.key} gets another answer as a stream"
 
     def ask(self, good: Good) -> tuple[str, str | None]:
-        plan = Plan((Send(json_request("POST", good.path, good.body)),))
-        outcome = perform(self.address, plan, ALONE_TIMEOUT_S)
+        outcome = perform(self.address, _plan_of(good), ALONE_TIMEOUT_S)
         assert outcome.answers and outcome.answers[0].status == 200, outcome
         return text_of(good, outcome.answers[0])
 
@@ -172,6 +172,14 @@ class Fuzzer:
         connection.close()
         return "the server connected to an address of its own machine (or a request in flight beside this one made it)"
 
+    def run_heavy(self) -> None:
+        """Sends what is too much to be drawn, one after the other, each with a good request right behind it."""
+        for i in range(len(HEAVY)):
+            self.send(self.generator.case(-1 - i), ALONE_TIMEOUT_S, is_last_try=True)
+            self.send(
+                Case(-1 - i, "good after it", _plan_of(good := good_requests()[0]), (good,)), ALONE_TIMEOUT_S, True
+            )
+
     def retry_given_up(self) -> None:
         """What was not answered among many must be answered alone."""
         given_up, self.report.given_up = self.report.given_up, []
@@ -215,6 +223,10 @@ class Fuzzer:
             for failure in self.report.failures[:limit]
         ]
         return "\n\n".join([*shown, self.report.table()])
+
+
+def _plan_of(good: Good) -> Plan:
+    return Plan((Send(json_request("POST", good.path, good.body)),))
 
 
 class _Shared:
@@ -265,7 +277,7 @@ def main(show: Callable[[str], None] = print) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first request")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=NUM_CLIENTS, help="connections at once")
-    parser.add_argument("--only", type=int, help="send this one request, alone")
+    parser.add_argument("--only", type=int, help="send this one request, alone; below 0: one of hostile_heavy.py")
     parser.add_argument("--show", action="store_true", help="with --only: print what came back")
     parser.add_argument("--log", type=Path, help="file with the server's stderr, to look for tracebacks in")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ from typing import Any
 
 import hostile_heads as heads
 import hostile_values as values
+from hostile_heavy import HEAVY
 from hostile_media import bombs, data_uri, forbidden_sources, good_png, png
 from hostile_values import Pairs, Raw, Schemas, encode
 from hostile_wire import CloseWriting, HangUp, Pause, Plan, ReadSome, Send, Step, request
@@ -120,6 +121,10 @@ class Generator:
         }
 
     def case(self, number: int) -> Case:
+        """Of a number below 0: one of HEAVY, in its order."""
+        if number < 0:
+            name = list(HEAVY)[-1 - number]
+            return Case(number, name, HEAVY[name]())
         draw = Random(f"{self._seed}:{number}")
         weights = [weight for weight, _ in self.kinds.values()]
         kind = draw.choices(list(self.kinds), weights)[0]

@@ -90,6 +90,15 @@ def test_ten_thousand_hostile_requests(server: Process, fuzzer: Fuzzer, tmp_path
     assert not problems, "\n".join([*problems, fuzzer.told()])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fuzzer", [2], indirect=True)
+def test_heavy_requests(server: Process, fuzzer: Fuzzer, tmp_path: Path) -> None:
+    with HealthWatch(tmp_path / "health", fuzzer.address, WATCH_S) as watch:
+        fuzzer.run_heavy()
+    problems = fuzzer.check_after() + silences(watch.looks(), fuzzer)
+    assert not fuzzer.report.failures and not problems, "\n".join([*problems, fuzzer.told(30)])
+
+
 def silences(looks: list[Look], fuzzer: Fuzzer) -> list[str]:
     """When /health was not answered for a second; longer where the machine let the watcher itself wait, who does
     nothing but sleep."""
