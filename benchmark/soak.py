@@ -3,25 +3,22 @@
     python benchmark/soak.py --minutes 30 --kill --out soak.json
 
 Starts `rtp-llm serve` with the embedded model on a free port of this machine, and replays a recorded trace to it with
-good clients: greedy requests, some streamed, some with pictures,
-each of which has been asked alone before and must get
+good clients: greedy requests, some streamed, some with pictures, each of which has been asked alone before and must get
 the same answer again. Between them are hostile clients of many kinds. Meanwhile a process of its own asks for /health,
-and the memory of the server's processes is read. With --kill, the core is killed again and again, and in a last phase
-the HTTP process. A table says what came of it; the exit status is 1 if a requirement was missed,
-and 2 if the run could
-not be made. docs/reliability.md says what is required.
+and the memory of the server's processes is read. With --kill, the core is killed again and again, and in the last
+quarter of the time the HTTP process. A table says what came of it; the exit status is 1 if a requirement was missed,
+and 2 if the run could not be made. docs/reliability.md says what is required.
 """
 
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The repository, and the modules that these requests come from.
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "test" / "hostile")]
 
-from benchmark.health_watch import HealthWatch, Look
-from benchmark.soak_clients import GoodClients, HostileClients
-from benchmark.soak_server import MemoryWatch, Sample, ServerFailed, SoakServer
+from benchmark.health_watch import HealthWatch
+from benchmark.soak_good import GoodClients
+from benchmark.soak_hostile import HostileClients
+from benchmark.soak_report import Killing, Run, missed, record, table
+from benchmark.soak_server import MemoryWatch, ServerFailed, SoakServer
 from benchmark.soak_workload import GoodRequest, good_requests
 from hostile_requests import Generator
 from hostile_wire import Plan, Send, perform, request
@@ -41,52 +40,12 @@ EXIT_MISSED, EXIT_FAILED = 1, 2
 TRACE = Path("traces/mooncake/conversation_trace.jsonl")
 HEALTH_INTERVAL_S = 0.2
 MEMORY_INTERVAL_S = 5.0
-MEMORY_WINDOW_S = 30.0  # of which the median counts
-MAX_HEALTH_P99_S = 0.5
-MAX_GROWTH = 1.03
-MIN_MINUTES_FOR_MEMORY = 10.0
-SERVER_ARGUMENTS = ("--device", "cpu", "--served-model-name", "rtp-llm-demo", "--max-running-requests", "32",
-                    "--max-queued-requests", "64", "--max-total-tokens", "32768", "--mm-embedding-cache-size-mb",
-                    "16")  # fmt: skip
-MIB = 1 << 20
-
-
-@dataclass(slots=True)
-class Killing:
-    """One kill: when (epoch), of what, how many good requests were live, and how long /health was not 200 after it."""
-
-    at_s: float
-    role: str
-    num_live: int
-    recovered_s: float
-
-
-@dataclass(slots=True)
-class Run:
-    """All that was observed."""
-
-    begun_s: float = 0.0  # epoch, of the load
-    ended_s: float = 0.0
-    killings: list[Killing] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    restarts: list[tuple[float, float]] = field(default_factory=list)  # no server was there; epoch
-    looks: list[Look] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-
-    @property
-    def counted_looks(self) -> list[Look]:
-        """Of the times when there was a server to ask."""
-        return [
-            look
-            for look in self.looks
-            if self.begun_s <= look.at_s <= self.ended_s
-            and not any(begin <= look.at_s and look.at_s - look.took_s <= end for begin, end in self.restarts)
-        ]
-
-    def memory(self, role: str, at_s: float) -> float | None:
-        """Bytes: the median of half a minute up to a moment."""
-        near = sorted(s.num_bytes for s in self.samples if s.role == role and 0 <= at_s - s.at_s <= MEMORY_WINDOW_S)
-        return near[len(near) // 2] if near else None
+SERVER_ARGUMENTS = (
+    "--device", "cpu", "--served-model-name", "rtp-llm-demo", "--max-running-requests", "32",
+    "--max-queued-requests", "64", "--max-total-tokens", "32768", "--mm-embedding-cache-size-mb", "16",
+)  # fmt: skip
+IDLE_WITHIN_S = 60.0
+MIN_KILL_GAP_S = 25.0  # three deaths of a core within a minute end the server
 
 
 class Soak:
@@ -96,7 +55,7 @@ class Soak:
         self.args = args
         self.server = SoakServer(folder, (*SERVER_ARGUMENTS, *args.server_args))
         self.good = GoodClients(f"http://{self.server.address[0]}:{self.server.address[1]}")
-        self.run = Run()
+        self.run = Run(args, self.server.log, self.good.counts)
         self.hostile: HostileClients | None = None
         self._draw = random.Random(args.seed)
         self._health_file = folder / "health"
@@ -114,9 +73,9 @@ class Soak:
         start_s = time.monotonic()
         await self.good.learn(requests)
         say(f"{len(requests)} good requests have been asked alone, in {time.monotonic() - start_s:.1f} s")
-        document = perform(self.server.address, Plan((Send(request("GET", "/openapi.json")),), ("GET",)), 30.0)
-        generator = Generator(json.loads(document.answers[0].body), self.args.seed, canary_port=1)
+        generator = Generator(get_json(self.server.address, "/openapi.json"), self.args.seed, canary_port=1)
         self.hostile = HostileClients(self.server.address, generator, self.args.seed, self.args.hostile)
+        self.run.hostile = self.hostile.statuses
         memory = MemoryWatch(self.server, MEMORY_INTERVAL_S)
         memory.start()
         with HealthWatch(self._health_file, self.server.address, HEALTH_INTERVAL_S) as watch:
@@ -124,6 +83,19 @@ class Soak:
             self.run.looks = watch.looks()
         memory.stop()
         self.run.samples = memory.samples
+        self.run.problems += self._still_busy()
+
+    def _still_busy(self) -> list[str]:
+        """What runs although all clients have left."""
+        deadline_s = time.monotonic() + IDLE_WITHIN_S
+        while True:
+            stats = get_json(self.server.address, "/server_info")["stats"]
+            busy = {name: stats[name] for name in ("num_running", "num_waiting", "num_held_tokens") if stats[name]}
+            if not busy:
+                return []
+            if time.monotonic() > deadline_s:
+                return [f"{IDLE_WITHIN_S:g} s after all clients left there are still {busy}"]
+            time.sleep(0.2)
 
     async def _load(self, requests: list[GoodRequest]) -> None:
         self.run.begun_s = time.time()
@@ -148,19 +120,22 @@ class Soak:
 
     async def _kill(self, end_s: float) -> None:
         """The core at random in the first three quarters of the time, the HTTP process in the last."""
-        http_phase_s = time.monotonic() + 0.75 * (end_s - time.monotonic())
-        gap_s = 60 * self.args.kill_every
-        while True:
-            is_core = time.monotonic() < http_phase_s
-            wait_s = max(25.0, gap_s * self._draw.uniform(0.5, 1.5))  # three deaths within a minute end the server
-            if is_core and time.monotonic() + wait_s > http_phase_s:
-                wait_s = max(0.0, http_phase_s - time.monotonic()) + 5.0
-                is_core = False
-            if time.monotonic() + wait_s > end_s - 30:
-                return
-            await asyncio.sleep(wait_s)
-            await self._until_busy()
-            await (self._kill_core() if is_core else self._kill_http())
+        start_s = time.monotonic()
+        http_phase_s = start_s + 0.75 * (end_s - start_s)
+        while (at_s := time.monotonic() + self._kill_gap_s()) < http_phase_s:
+            await self._kill_at(at_s, self._kill_core)
+        at_s = http_phase_s
+        while at_s < end_s - 25:
+            await self._kill_at(at_s, self._kill_http)
+            at_s = time.monotonic() + self._kill_gap_s()
+
+    def _kill_gap_s(self) -> float:
+        return max(MIN_KILL_GAP_S, 60 * self.args.kill_every * self._draw.uniform(0.5, 1.5))
+
+    async def _kill_at(self, at_s: float, kill: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await asyncio.sleep(max(0.0, at_s - time.monotonic()))
+        await self._until_busy()
+        await kill()
 
     async def _until_busy(self) -> None:
         deadline_s = time.monotonic() + 30
@@ -197,120 +172,11 @@ class Soak:
         self.run.killings.append(Killing(at_s, "HTTP", num_live, time.monotonic() - start_s))
 
 
-# What came of it
-
-
-def missed(soak: Soak) -> list[str]:
-    """The requirements that were missed, as sentences."""
-    run, counts = soak.run, soak.good.counts
-    found = [*run.problems, *counts.wrong]
-    if counts.sent != counts.right + len(counts.wrong):
-        found.append(f"of {counts.sent} good requests {counts.right} were right and {len(counts.wrong)} wrong")
-    if not counts.right:
-        found.append("no good request was answered")
-    looks = run.counted_looks
-    p99_s = percentile([look.took_s for look in looks], 99)
-    if not p99_s < MAX_HEALTH_P99_S:
-        found.append(f"p99 of /health is {1000 * p99_s:.0f} ms; it must be under {1000 * MAX_HEALTH_P99_S:.0f} ms")
-    if soak.hostile is not None and (bad := soak.hostile.bad_statuses()):
-        found.append(f"hostile clients got errors of the server's own: {bad}")
-    if "Traceback (most recent call last)" in soak.server.log.read_text(errors="replace"):
-        found.append(f"the server logged a traceback: {soak.server.log}")
-    if soak.args.minutes >= MIN_MINUTES_FOR_MEMORY:
-        for role, begin, end, ratio in memory_rows(run, soak.args.minutes):
-            if not ratio <= MAX_GROWTH:
-                found.append(
-                    f"the {role} process grew from {begin:.0f} to {end:.0f} MiB, by more than {MAX_GROWTH - 1:.0%}"
-                )
-    return found
-
-
-def memory_rows(run: Run, minutes: float) -> list[tuple[str, float, float, float]]:
-    """(role, MiB at minute five or in the middle of a shorter run, MiB at the end, ratio)."""
-    rows = []
-    for role in ("HTTP", "core"):
-        begin = run.memory(role, run.begun_s + 60 * reference_minute(minutes))
-        end = run.memory(role, run.ended_s)
-        if begin is None or end is None:  # it was being restarted
-            rows.append((role, math.nan, math.nan, math.nan))
-        else:
-            rows.append((role, begin / MIB, end / MIB, end / begin))
-    return rows
-
-
-def reference_minute(minutes: float) -> float:
-    return 5.0 if minutes >= MIN_MINUTES_FOR_MEMORY else minutes / 2
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """The smallest value that so many percent do not exceed; nan of none."""
-    values = sorted(values)
-    return values[min(len(values) - 1, math.ceil(len(values) * percent / 100) - 1)] if values else math.nan
-
-
-def table(soak: Soak) -> str:
-    rows = [*good_rows(soak), *hostile_rows(soak), *server_rows(soak), *kill_rows(soak)]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def good_rows(soak: Soak) -> list[tuple[str, str]]:
-    counts, args = soak.good.counts, soak.args
-    rate = counts.sent / (60 * args.minutes)
-    kinds = f"{counts.streamed} streamed, {counts.with_image} with pictures"
-    return [
-        ("load", f"{args.minutes:g} minutes, {rate:.2f} good requests/s (the trace at {args.speed:g} times its speed)"),
-        ("good requests", f"{counts.sent} sent ({kinds}), {counts.right} right, {len(counts.wrong)} wrong"),
-        ("good requests refused with 503, and sent again", f"{counts.refused} times"),
-        ("good requests cut off by the HTTP process's death, and sent again", f"{counts.broken} times"),
-        ("good requests right over a core's death", f"{counts.over_a_death}"),
-    ]
-
-
-def hostile_rows(soak: Soak) -> list[tuple[str, str]]:
-    kinds = soak.hostile.statuses if soak.hostile else {}
-    return [
-        (f"hostile: {kind}", f"{counts.total()}: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
-        for kind, counts in sorted(kinds.items())
-    ]
-
-
-def server_rows(soak: Soak) -> list[tuple[str, str]]:
-    took_ms = [1000 * look.took_s for look in soak.run.counted_looks]
-    p50, p99, most = (percentile(took_ms, percent) for percent in (50, 99, 100))
-    rows = [("/health", f"{len(took_ms)} asked; p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.0f} ms")]
-    minute = f"minute {reference_minute(soak.args.minutes):g}"
-    for role, begin, end, ratio in memory_rows(soak.run, soak.args.minutes):
-        rows.append(
-            (f"memory of the {role} process", f"{minute}: {begin:.0f} MiB, end: {end:.0f} MiB, ratio {ratio:.3f}")
-        )
-    return rows
-
-
-def kill_rows(soak: Soak) -> list[tuple[str, str]]:
-    rows = []
-    for role in ("core", "HTTP"):
-        if kills := [killing for killing in soak.run.killings if killing.role == role]:
-            slowest_s = max(killing.recovered_s for killing in kills)
-            num_live = sum(killing.num_live for killing in kills)
-            told = f"{len(kills)}, with {num_live} good requests live; ready again within {slowest_s:.1f} s"
-            rows.append((f"kills of the {role} process", told))
-    return rows
-
-
-def record(soak: Soak, problems: list[str]) -> dict[str, Any]:
-    run, counts = soak.run, soak.good.counts
-    return {
-        "options": {name: str(value) for name, value in vars(soak.args).items()},
-        "begun_s": run.begun_s,
-        "ended_s": run.ended_s,
-        "good": asdict(counts),
-        "hostile": {kind: dict(statuses) for kind, statuses in (soak.hostile.statuses if soak.hostile else {}).items()},
-        "health": [asdict(look) for look in run.looks],
-        "restarts": run.restarts,
-        "memory": [asdict(sample) for sample in run.samples],
-        "killings": [asdict(killing) for killing in run.killings],
-        "missed": problems,
-    }
+def get_json(address: tuple[str, int], path: str) -> Any:
+    outcome = perform(address, Plan((Send(request("GET", path)),), ("GET",)), 60.0)
+    if not outcome.answers or outcome.answers[0].status != 200:
+        raise ServerFailed(f"{path} was not answered: {outcome}")
+    return json.loads(outcome.answers[0].body)
 
 
 def say(text: str) -> None:
@@ -364,11 +230,11 @@ def main() -> int:
     except (ServerFailed, RuntimeError) as error:
         say(f"the run could not be completed: {error}")
         return EXIT_FAILED
-    problems = missed(soak)
-    print(table(soak))
+    problems = missed(soak.run)
+    print(table(soak.run))
     print("\n".join(f"MISSED: {problem}" for problem in problems[:20]) or "every requirement was met")
     if args.out is not None:
-        args.out.write_text(json.dumps(record(soak, problems)))
+        args.out.write_text(json.dumps(record(soak.run, problems)))
     return EXIT_MISSED if problems else 0
 
 

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 MARK = "RTP_LLM_SOAK"  # an environment variable that the server's processes, and theirs, have
 SCRATCH = "rtp-llm-*"
+CORE_MODULE = b"rtp_llm.srt.engine.process"
 READY_WITHIN_S = 300.0
 STOPPED_WITHIN_S = 90.0
 GONE_WITHIN_S = 10.0
@@ -79,9 +80,8 @@ class SoakServer:
         return self._process is not None and self._process.poll() is None
 
     def core_pid(self) -> int | None:
-        """The core's process; None while there is none. Workers of --tp-size are the core's children, not ours."""
-        children = [pid for pid in self.processes() if parent_of(pid) == self.http_pid]
-        return children[0] if children else None
+        """The core's process; None while there is none."""
+        return next((pid for pid in self.processes() if parent_of(pid) == self.http_pid and is_core(pid)), None)
 
     def processes(self) -> list[int]:
         """All that was started for this soak and lives, whoever its parent is now."""
@@ -187,6 +187,14 @@ def resident_bytes(pid: int) -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def is_core(pid: int) -> bool:
+    """By its command line; a worker of --tp-size has another."""
+    try:
+        return CORE_MODULE in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def parent_of(pid: int) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmark.health_watch import HealthWatch, Look
+from benchmark.soak_server import is_core, resident_bytes
 from fuzzer import Fuzzer, fuzzing
 from hostile_requests import Case
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
@@ -50,13 +51,12 @@ def fuzzer(server: Process, request: pytest.FixtureRequest) -> Iterator[Fuzzer]:
 
 def memory_bytes(server: Process) -> dict[str, int]:
     """Resident bytes of the HTTP process and of the core."""
-    [core] = server.children()
-    return {"HTTP process": resident_bytes(server.process.pid), "core": resident_bytes(core)}
+    return {"HTTP process": resident_bytes(server.process.pid), "core": resident_bytes(core_of(server))}
 
 
-def resident_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+def core_of(server: Process) -> int:
+    [core] = filter(is_core, server.children())
+    return core
 
 
 def attack(fuzzer: Fuzzer, numbers: range) -> None:
@@ -77,7 +77,7 @@ def test_some_hostile_requests(server: Process, fuzzer: Fuzzer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fuzzer", [1], indirect=True)
 def test_ten_thousand_hostile_requests(server: Process, fuzzer: Fuzzer, tmp_path: Path) -> None:
-    children = server.children()
+    core = core_of(server)
     attack(fuzzer, range(NUM_WARM_UP))
     assert fuzzer.wait_idle(60) is None
     before = memory_bytes(server)
@@ -85,7 +85,7 @@ def test_ten_thousand_hostile_requests(server: Process, fuzzer: Fuzzer, tmp_path
         attack(fuzzer, range(NUM_WARM_UP, NUM_SLOW))
     problems = fuzzer.check_after()
     problems += silences(watch.looks(), fuzzer)
-    problems += [] if server.children() == children else ["the core died"]
+    problems += [] if core_of(server) == core else ["the core died"]
     problems += growth(before, memory_bytes(server))
     assert not problems, "\n".join([*problems, fuzzer.told()])
 
