@@ -2,7 +2,8 @@
 
     python health_watch.py HOST PORT INTERVAL_S
 
-writes a line of JSON for each question: when it was answered (seconds since the epoch), how long that took, the status (0: none came), and how late this process itself was woken, which tells how busy the machine is.
+writes a line of JSON for each question: when it was answered (seconds since the epoch), how long that took, the status
+(0: none came), and how late this process itself was woken, which tells how busy the machine is.
 """
 
 import http.client
