@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "test" / "hostile")
 from benchmark.health_watch import HealthWatch
 from benchmark.soak_good import GoodClients
 from benchmark.soak_hostile import HostileClients
-from benchmark.soak_report import Killing, Run, missed, record, table
+from benchmark.soak_report import HEALTH_INTERVAL_S, Killing, Run, missed, record, table
 from benchmark.soak_server import MemoryWatch, ServerFailed, SoakServer
 from benchmark.soak_workload import GoodRequest, good_requests
 from hostile_requests import Generator
@@ -38,7 +38,6 @@ from rtp_llm.bench.workloads import WorkloadError, mooncake_requests, within_con
 
 EXIT_MISSED, EXIT_FAILED = 1, 2
 TRACE = Path("traces/mooncake/conversation_trace.jsonl")
-HEALTH_INTERVAL_S = 0.2
 MEMORY_INTERVAL_S = 5.0
 SERVER_ARGUMENTS = (
     "--device", "cpu", "--served-model-name", "rtp-llm-demo", "--max-running-requests", "32",

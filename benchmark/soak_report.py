@@ -12,6 +12,7 @@ from benchmark.health_watch import Look
 from benchmark.soak_good import GoodCounts
 from benchmark.soak_server import Sample
 
+HEALTH_INTERVAL_S = 0.2
 MEMORY_WINDOW_S = 30.0  # of which the median counts
 MAX_HEALTH_P99_S = 0.5
 MAX_GROWTH = 1.03
@@ -55,6 +56,16 @@ class Run:
             and not any(begin <= look.at_s and look.at_s - look.took_s <= end for begin, end in self.restarts)
         ]
 
+    @property
+    def health_s(self) -> list[float]:
+        """Seconds that /health took. A question that was not asked because the one before it had no answer yet counts,
+        too, with what it would have waited from its time on."""
+        found = []
+        for look in self.counted_looks:
+            num_due = int(look.took_s / HEALTH_INTERVAL_S)
+            found += [look.took_s - i * HEALTH_INTERVAL_S for i in range(num_due + 1)]
+        return found
+
     def memory(self, samples: Sequence[Sample], at_s: float) -> float | None:
         """Bytes: the median of half a minute up to a moment."""
         near = sorted(sample.num_bytes for sample in samples if 0 <= at_s - sample.at_s <= MEMORY_WINDOW_S)
@@ -81,7 +92,7 @@ def missed(run: Run) -> list[str]:
     looks = run.counted_looks
     if odd := Counter(look.status for look in looks if look.status not in (200, 503)):
         found.append(f"/health was answered neither 200 nor 503 (status 0: not at all): {dict(odd)}")
-    p99_s = percentile([look.took_s for look in looks], 99)
+    p99_s = percentile(run.health_s, 99)
     if not p99_s < MAX_HEALTH_P99_S:
         found.append(f"p99 of /health is {1000 * p99_s:.0f} ms; it must be under {1000 * MAX_HEALTH_P99_S:.0f} ms")
     if bad := bad_statuses(run.hostile):
@@ -160,11 +171,11 @@ def hostile_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def server_rows(run: Run) -> list[tuple[str, str]]:
-    took_ms = [1000 * look.took_s for look in run.counted_looks]
+    took_ms = [1000 * seconds for seconds in run.health_s]
     p50, p99, most = (percentile(took_ms, percent) for percent in (50, 99, 100))
     statuses = Counter(look.status for look in run.counted_looks)
     told = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-    rows = [("/health", f"{len(took_ms)} asked: {told}; p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.0f} ms")]
+    rows = [("/health", f"{statuses.total()} asked: {told}; p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.0f} ms")]
     minute = f"minute {reference_minute(run.args.minutes):g}"
     for role, begin, end, ratio in memory_rows(run, run.args.minutes):
         rows.append(

@@ -254,7 +254,7 @@ def describe(case: Case, seed: int, address: tuple[str, int]) -> str:
         f"  python {program} --port {address[1]} --seed {seed} --only {case.number}",
     ]
     if len(sent) <= SHOWN_BYTES:
-        octal = "".join(chr(byte) if chr(byte).isalnum() else f"\\{byte:03o}" for byte in sent)
+        octal = "".join(chr(byte) if byte < 128 and chr(byte).isalnum() else f"\\{byte:03o}" for byte in sent)
         lines.append(f"  printf {shlex.quote(octal)} | nc -q 5 {address[0]} {address[1]}")
     return "\n".join(lines)
 

@@ -208,7 +208,7 @@ class Generator:
                 lambda: whole + draw.choice((b"x", b"{}", b"\0", b"]", whole)),
                 lambda: b"\xef\xbb\xbf" + whole,
                 lambda: whole.decode().encode(draw.choice(("utf-16", "utf-32", "utf-16-be"))),
-                lambda: gzip.compress(whole),
+                lambda: gzip.compress(whole, mtime=0),
                 lambda: bytes(draw.randrange(256) for _ in range(draw.randrange(1, 300))),
                 lambda: _flipped(whole, draw),
                 lambda: encode(values.anything(draw, big=0.05)),
