@@ -1,0 +1,140 @@
+"""What must be true of every answer, whatever was asked."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hostile_requests import Case, Good
+from hostile_wire import Answer, Outcome
+
+ERROR_FIELDS = {"message", "type", "param", "code"}
+MAX_MESSAGE_CHARS = 2000
+# What is told before there is a request that could be named or understood.
+PLAIN_REFUSALS = (400, 408, 413, 414, 431, 501, 503, 505)
+
+
+def problem_of(case: Case, outcome: Outcome, known: Mapping[str, str], may_be_aborted: bool = False) -> str | None:
+    """What is wrong with what came, as a sentence; None if nothing is. ``known``: question of a Good -> its answer."""
+    for answer in outcome.answers:
+        if problem := _problem_of_answer(answer, case.plan.methods[0]):
+            return problem
+    if outcome.timed_out or case.plan.hangs_up:
+        return None  # the runner's business
+    if case.plan.must_answer and len(outcome.answers) < len(case.plan.methods):
+        return f"{len(outcome.answers)} of {len(case.plan.methods)} answers came: {outcome.problem}"
+    for good, answer in zip(case.good, outcome.answers, strict=False):
+        if answer.status != 503 and (problem := wrong(good, answer, known, may_be_aborted)):
+            return problem
+    return None
+
+
+def _problem_of_answer(answer: Answer, method: str) -> str | None:
+    if answer.status >= 500 and answer.status not in (501, 503, 505):
+        return f"the status is {answer.status}: {answer.body[:300]!r}"
+    if answer.status in (501, 505) and not _is_plain_refusal(answer):
+        return f"the status is {answer.status}: {answer.body[:300]!r}"
+    if method == "HEAD":
+        return None
+    if answer.status >= 400 and not answer.is_json:
+        return (
+            None if _is_plain_refusal(answer) else f"an error that is not JSON: {answer.status} {answer.body[:300]!r}"
+        )
+    if answer.is_stream:
+        return _problem_of_stream(answer)
+    if answer.is_json:
+        return _problem_of_json(answer)
+    return None
+
+
+def _is_plain_refusal(answer: Answer) -> bool:
+    return (
+        answer.status in PLAIN_REFUSALS
+        and (answer.header("connection") or "").lower() == "close"
+        and len(answer.body) < 300
+    )
+
+
+def _problem_of_json(answer: Answer) -> str | None:
+    try:
+        value = json.loads(answer.body.decode(), parse_constant=_refuse)
+    except ValueError as error:
+        return f"{answer.status} with JSON that is none ({error}): {answer.body[:300]!r}"
+    if answer.status < 400:
+        return None
+    if problem := problem_of_error(value):
+        return f"{answer.status}: {problem}"
+    if answer.status == 503 and answer.header("retry-after") is None:
+        return "a 503 without Retry-After"
+    if not answer.header("x-request-id"):
+        return f"{answer.status} without X-Request-Id"
+    return None
+
+
+def problem_of_error(value: Any) -> str | None:
+    if not isinstance(value, dict) or set(value) != {"error"} or not isinstance(value["error"], dict):
+        return f"an error that is not {{'error': {{...}}}}: {str(value)[:300]}"
+    error = value["error"]
+    if set(error) != ERROR_FIELDS:
+        return f"an error with the fields {sorted(error)}"
+    kinds = {"message": str, "type": str, "param": str | None, "code": str | None}
+    for name, kind in kinds.items():
+        if not isinstance(error[name], kind):
+            return f"an error whose {name} is {str(error[name])[:100]!r}"
+    if not 0 < len(error["message"]) <= MAX_MESSAGE_CHARS:
+        return f"an error whose message has {len(error['message'])} characters"
+    return None
+
+
+def events_of(answer: Answer) -> list[Any]:
+    """The stream's values. Raises ValueError if it is none, or breaks off."""
+    parts = answer.body.decode().split("\n\n")
+    if parts[-2:] != ["data: [DONE]", ""]:
+        raise ValueError(f"a stream that ends {''.join(parts[-2:])[-100:]!r}")
+    if not all(part.startswith("data: ") and len(part.splitlines()) == 1 for part in parts[:-2]):
+        raise ValueError("a stream with an event that is not one line")
+    return [json.loads(part.removeprefix("data: "), parse_constant=_refuse) for part in parts[:-2]]
+
+
+def _problem_of_stream(answer: Answer) -> str | None:
+    try:
+        events = events_of(answer)
+    except ValueError as error:
+        return str(error)
+    for event in events:
+        if isinstance(event, dict) and "error" in event:
+            if problem := problem_of_error(event):
+                return problem
+            if event["error"]["code"] in ("internal_error", "request_failed", "engine_failed"):
+                return f"an error within a stream: {event['error']}"
+    return None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def wrong(good: Good, answer: Answer, known: Mapping[str, str], may_be_aborted: bool = False) -> str | None:
+    """Why an answer is not the known one; None if it is."""
+    if answer.status != 200:
+        return f"a good request got {answer.status}: {answer.body[:300]!r}"
+    try:
+        text, reason = text_of(good, answer)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        return f"a good request got no completion ({error!r}): {answer.body[:300]!r}"
+    expected = known[good.question]
+    if text == expected or (may_be_aborted and reason == "abort" and expected.startswith(text)):
+        return None
+    return f"a good request got {text!r} ({reason}), not {expected!r}"
+
+
+def text_of(good: Good, answer: Answer) -> tuple[str, str | None]:
+    """A completion's text and finish reason, streamed or not."""
+    if good.path == "/generate":
+        value = events_of(answer)[-1] if good.streams else json.loads(answer.body)
+        return value["text"], value["meta_info"]["finish_reason"]["type"]
+    if not good.streams:
+        choice = json.loads(answer.body)["choices"][0]
+        return choice["message"]["content"] if "message" in choice else choice["text"], choice["finish_reason"]
+    choices = [choice for event in events_of(answer) for choice in event["choices"]]
+    pieces = (c["delta"].get("content") or "" if "delta" in c else c["text"] for c in choices)
+    return "".join(pieces), choices[-1]["finish_reason"]
