@@ -12,6 +12,8 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 MIN_INT, MAX_INT = -(2**63), 2**64 - 1  # what messages to the core can carry
 MAX_ITEMS = 4096  # of a list, unless all are integers (token ids)
+MAX_NAMES = 4096  # of an object, unless they are token ids
+MAX_BIASES = 16_384
 MAX_CONTAINERS = 65_536  # lists and objects in a body
 SHOWN_CHARS = 40  # of a name or a number, in messages
 
@@ -24,6 +26,11 @@ def check_json(body: Any) -> None:
         path, value = pending.pop()
         if isinstance(value, Mapping):
             num_containers += 1
+            limit = MAX_BIASES if path and path[-1] == "logit_bias" else MAX_NAMES
+            if len(value) > limit:
+                raise InvalidRequest(
+                    f"{_path(path)} is an object of {len(value)} members; at most {limit} are taken", _field(path)
+                )
             _check_strings(path, value.keys(), "name")
             pending += [((*path, name), item) for name, item in value.items()]
         elif isinstance(value, list):

@@ -9,7 +9,7 @@ from rtp_llm.srt.entrypoints.edge import MAX_CONTAINERS
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 MAX_VALUES = 2**21  # token ids of a large batch are many
-MAX_MEMBERS = 2**18  # of all objects together; a logit_bias may name a whole vocabulary
+MAX_MEMBERS = 2**18  # of all objects together
 BLOCK = 2**20  # bytes counted at once
 
 

@@ -25,6 +25,7 @@ from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 PROBE_TIMEOUT_S = 20.0
+CHARS_PER_SEQUENCE = 500  # as many characters are encoded in the time that a request for the core takes
 SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 PROMPT_FIELDS = (
     "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
@@ -162,7 +163,7 @@ class NativeEndpoints:
             if body.image_data or body.video_data or body.audio_data:
                 return await completions_with_media(manager, body.text, body.input_ids, options)
             work = partial(completions_of, manager, body.text, body.input_ids, options)
-            return await self._serving.off_loop(num_chars, work)
+            return await self._serving.off_loop(num_chars + CHARS_PER_SEQUENCE * _num_sequences(body), work)
 
     async def _events(self, call: LiveCall) -> AsyncGenerator[bytes, None]:
         async with error_event() as failure:
@@ -179,7 +180,7 @@ class NativeEndpoints:
         serving.check_tokenizer()
         if body.messages is None:
             text = body.prompt if body.text is None else body.text
-            ids = await serving.encode(text or "", body.add_special_tokens is not False)
+            ids = await serving.encode(text or "", body.add_special_tokens is not False, is_prompt=False)
         else:
             chat = await serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],

@@ -18,6 +18,7 @@ from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
 from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.sampling_params import InvalidRequest
@@ -25,7 +26,6 @@ from rtp_llm.srt.utils.workers import Busy, Overdue, Workers
 
 T = TypeVar("T")
 
-LONG_TEXT = 20_000  # characters from which on a text is encoded on another thread, so that streams go on meanwhile
 NUM_WORKERS = 4
 NUM_TEMPLATE_WORKERS = 2  # rendering is Python: more would only take turns
 ABORTED_BY_CALLER = 499
@@ -148,8 +148,9 @@ class Serving:
             )
         )
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return await self.off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens))
+    async def encode(self, text: str, add_special_tokens: bool, is_prompt: bool = True) -> list[int]:
+        """See TokenizerManager.encode."""
+        return await self.off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens, is_prompt))
 
     async def off_loop(self, num_chars: int, function: Callable[[], T]) -> T:
         """``function()``, on another thread if there is much text to encode or decode in it."""

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.sentencepiece_tokenizer import follow_sentencepiece, named_symbols
+from rtp_llm.srt.managers.text_encoder import TextEncoder, TooManyTokens
 from rtp_llm.srt.managers.tokenizer_files import VOCABULARIES, complaint
 from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
@@ -145,7 +145,7 @@ class TokenizerManager:
         self._media_limits = dict(media_limits or {})
         self._takes_priorities = takes_priorities
         self._seeds = random.Random(random_seed)
-        self._encode_lock = threading.Lock()
+        self._encoder = None if tokenizer is None else TextEncoder(tokenizer, min(context_length, max_req_len))
 
     async def with_media(self, prompt: Prompt) -> Prompt:
         """The prompt with its media fetched, decoded and placed among its ids. One without media is returned as it is.
@@ -240,18 +240,25 @@ class TokenizerManager:
         """What collects the outputs of ``request`` and makes its result."""
         return Completion(request, self._detokenizer, text_in_logprobs)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids, with the tokenizer's special tokens around unless told otherwise, as transformers gives them."""
-        if self.tokenizer is None:
+    def encode(self, text: str, add_special_tokens: bool = True, is_prompt: bool = True) -> list[int]:
+        """Token ids, with the tokenizer's special tokens around unless told otherwise, as transformers gives them.
+
+        Args:
+            is_prompt: a text with far too many tokens for a prompt is an error, and not encoded to its end.
+        """
+        if self._encoder is None:
             raise InvalidRequest(
                 "a text prompt needs a tokenizer, and the engine runs without one; give input_ids", "prompt"
             )
         _check_text("prompt", text)
-        with self._encode_lock:  # transformers sets the tokenizer's state before each call
-            encoding = self.tokenizer(
-                text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-            )
-        return encoding["input_ids"]
+        if is_prompt:
+            try:
+                self._encoder.check_length(text)
+            except TooManyTokens:
+                raise self._too_long(
+                    f"the prompt of {len(text)} characters has more than twice as many; {self._limit()}", "prompt"
+                ) from None
+        return self._encoder.encode(text, add_special_tokens)
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises InvalidRequest for what is no id of this model, and without a tokenizer."""

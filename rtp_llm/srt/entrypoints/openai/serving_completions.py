@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ class CompletionEndpoint(OpenAIEndpoint):
         prompts = _prompts(body)
         completions: list[Completion] = []
         for i, prompt in enumerate(prompts):
+            if i:
+                await asyncio.sleep(0)  # others have their turn between two of many
             with request_names(NAMES):
                 try:
                     completions += await self._of_prompt(body, prompt, _rid(body, i, len(prompts)))
