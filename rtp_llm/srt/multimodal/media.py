@@ -178,8 +178,8 @@ class MediaLoader:
         sample: Sample | None = None,
         param: str = "video_data",
     ) -> VideoFrames:
-        """Frames of a video: those that ``sample`` names, else ``uniform_indices``. Frames given as an array
-        [n, height, width, 3] uint8 or as a list of images are taken as they are.
+        """Frames of a video: those that ``sample`` names, else ``uniform_indices``. VideoFrames, an array
+        [n, height, width, 3] uint8 and a list of images are taken as they are.
 
         A source that is a dict may have ``fps``, ``max_frames`` and ``min_frames`` of its own, beside ``url``; they
         come before ``sample``. Waits until there is room to decode it.
@@ -236,7 +236,7 @@ class MediaLoader:
         if options:
             sample = functools.partial(uniform_indices, **options)
         limits = self._video_limits
-        if isinstance(source, (np.ndarray, list, tuple)):
+        if isinstance(source, (VideoFrames, np.ndarray, list, tuple)):
             given = await self.run(_decoded, lambda: given_frames(source), param, "video")
             num_frames, height, width = given.frames.shape[:3]
             info = VideoInfo(num_frames, given.fps, given.duration, height, width)

@@ -221,6 +221,8 @@ def _read_frames(data: bytes, indices: list[int], info: VideoInfo, turns: int) -
 
 def given_frames(source: Any) -> VideoFrames:
     """Frames that a caller has decoded."""
+    if isinstance(source, VideoFrames):
+        return source
     if isinstance(source, np.ndarray):
         frames = source
     elif source and all(isinstance(frame, Image.Image) for frame in source):

@@ -99,11 +99,7 @@ def test_prompts_are_transformers(family: str, model_dir: str, monkeypatch: pyte
         VideoFrames(frames(2, 56, 56), 24.0, 2 / 24, [0, 1], []),
     ]
 
-    async def load_video(source: Any, **options: Any) -> VideoFrames:
-        return videos[source]
-
-    monkeypatch.setattr(processor.loader, "load_video", load_video)
-    output = process(processor, text, images, [0, 1])
+    output = process(processor, text, images, videos)
 
     mixin = transformers.processing_utils.ProcessorMixin
     monkeypatch.setattr(mixin, "check_argument_for_proper_class", lambda self, name, argument: type(argument))
@@ -119,7 +115,7 @@ def test_prompts_are_transformers(family: str, model_dir: str, monkeypatch: pyte
         seconds = joined(output, Modality.VIDEO, "second_per_grid_ts")
         assert torch.allclose(seconds, torch.as_tensor(expected["second_per_grid_ts"]))
     ids = processor.tokenizer.encode(text)
-    assert process(processor, ids, images, [0, 1]).input_ids == output.input_ids
+    assert process(processor, ids, images, videos).input_ids == output.input_ids
 
 
 def test_frames_have_their_times_before_them(model_dir: str) -> None:
