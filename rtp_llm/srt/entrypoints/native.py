@@ -143,7 +143,11 @@ class NativeEndpoints:
         num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
         with request_names({"prompt": "text"} if body.input_ids is None else {}):
             if body.image_data or body.video_data or body.audio_data:
-                completions, many = await completions_with_media(manager, body.text, body.input_ids, options)
+                loading = completions_with_media(manager, body.text, body.input_ids, options)
+                loaded = await unless_disconnected(request.receive, loading)
+                if loaded is None:
+                    return hung_up()
+                completions, many = loaded
             else:
                 completions, many = await off_loop(
                     num_chars, lambda: completions_of(manager, body.text, body.input_ids, options)
@@ -166,7 +170,7 @@ class NativeEndpoints:
         if failure.body is not None:
             yield event(failure.body)
 
-    async def tokenize(self, body: TokenizeBody) -> Response:
+    async def tokenize(self, body: TokenizeBody, request: Request) -> Response:
         """Token ids of a text, or of a conversation as the chat template writes it."""
         serving = self._serving
         serving.check_model(body.model)
@@ -183,7 +187,10 @@ class NativeEndpoints:
             )
             if body.add_special_tokens is not None:
                 chat = replace(chat, add_special_tokens=body.add_special_tokens)
-            ids = (await serving.encode_chat(chat)).input_ids
+            encoded = await unless_disconnected(request.receive, serving.encode_chat(chat))
+            if encoded is None:
+                return hung_up()
+            ids = encoded.input_ids
         return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
