@@ -90,7 +90,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS, is_low: bool = False)
             extra += PROGRESSIVE_BYTES * num_pixels
         if _orientation(image) >= 5:
             width, height = height, width
-        if is_low:
+        if is_low and max(width, height) > LOW_DETAIL_SIZE:
             low_width, low_height = low_size(width, height)
             if image.format == "JPEG":  # is decoded at a smaller size
                 image.draft(None, _draft_size(image))

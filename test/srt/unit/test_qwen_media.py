@@ -129,6 +129,26 @@ def test_frames_have_their_times_before_them(model_dir: str) -> None:
     assert patch_times([0, 30, 60, 90, 120], 30.0, 2) == [0.5, 2.5, 4.0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (56, 56), (300, 41), (41, 8000), (3000, 2000)])
+def test_what_is_told_before_decoding_is_what_is_made(family: str, size: tuple[int, int], model_dir: str) -> None:
+    processor = processor_of(family, model_dir)
+    output = process(processor, IMAGE, [picture(*size)])
+    told = processor.prepared_image(size[1], size[0])
+    assert told.num_tokens == output.mm_items[0].num_tokens
+    assert told.num_values == output.mm_items[0].feature.numel()
+    if max(size) < 1000:
+        output = process(processor, VIDEO, videos=[frames(5, *size)])
+        told = processor.prepared_video(5, size[1], size[0])
+        assert told.num_tokens == output.mm_items[0].num_tokens
+        assert told.num_values == output.mm_items[0].feature.numel()
+
+
+def test_extreme_shapes_are_refused_before_decoding(model_dir: str) -> None:
+    with pytest.raises(InvalidRequest, match="200 times"):
+        processor_of("Qwen2VL", model_dir).prepared_image(1, 201)
+
+
 # Positions
 
 
