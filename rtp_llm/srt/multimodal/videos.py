@@ -1,5 +1,6 @@
 """Video files: what they hold, and chosen frames of them."""
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 
 from rtp_llm.srt.multimodal.images import MAX_PIXELS, plain_image
 from rtp_llm.srt.multimodal.memory import Need
-from rtp_llm.srt.multimodal.work import WatchedFile, check_stopped
+from rtp_llm.srt.multimodal.work import check_stopped
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 MAX_VIDEO_PIXELS = 1 << 28  # of a video's chosen frames together: 0.8 GB as RGB
@@ -174,7 +175,8 @@ def _open_video(data: bytes, max_pixels: int) -> Any:
     it: FFmpeg limits the sizes that it rounds up itself, hence the margin."""
     limit = {"max_pixels": str(2 * max_pixels + (1 << 20))}
     options = {"protocol_whitelist": "none", "format_whitelist": VIDEO_FORMATS, **limit}
-    container = av.open(WatchedFile(data), mode="r", options=options)
+    check_stopped()  # not within reads, at whose errors PyAV may go on reading for ever
+    container = av.open(io.BytesIO(data), mode="r", options=options)
     for stream in container.streams.video:
         stream.codec_context.options = limit
     return container
