@@ -27,8 +27,8 @@ APART_PIXELS = 1 << 22
 KEEP_NOTHING = frozenset({"JPEG", "PNG", "BMP", "PPM"})  # beside the pixels, once they are decoded
 
 PIXEL_BYTES = 4  # of Pillow's RGB and RGBA
-# Bytes per pixel that are needed beside the image itself while it is decoded, turned, blended and converted: measured, with
-# a margin.
+# Bytes per pixel that are needed beside the image itself while it is decoded, turned, blended and converted: measured,
+# with a margin.
 EXTRA_BYTES = {"WEBP": 20, "AVIF": 20, "JPEG2000": 36, "TIFF": 12}
 OTHER_EXTRA_BYTES = 9
 PROGRESSIVE_BYTES = 6  # of a JPEG's coefficients, of which a progressive one needs all at once
