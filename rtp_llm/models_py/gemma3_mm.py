@@ -1,7 +1,7 @@
 """Gemma 3 (Gemma Team, 2025), with images: a SigLIP tower, and tokens of an image that see each other both ways."""
 
 from collections.abc import Sequence
-from math import isqrt
+from math import isqrt, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from rtp_llm.srt.layers.norm import GemmaRMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.utils import add_prefix
 
@@ -141,6 +142,11 @@ class Gemma3Processor(LlavaProcessor):
             "pan_and_scan_min_ratio_to_activate": 1.2,
         }
         return {name: value if settings.get(name) is None else settings[name] for name, value in defaults.items()}
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        options = self.image_options
+        num_pictures = 1 + options["do_pan_and_scan"] * options["pan_and_scan_max_num_crops"]
+        return Prepared(self.hf_config.mm_tokens_per_image, num_pictures * prod(self.tile_shape))
 
     def image_items(self, images: Sequence["Image.Image"]) -> list[MultimodalDataItem]:
         self.check_length(Modality.IMAGE, len(images) * self.hf_config.mm_tokens_per_image)

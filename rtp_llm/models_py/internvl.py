@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.vision import VisionAttention, VisionMLP, hidden_states_at, interpolate_grid
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo
 from rtp_llm.srt.utils import add_prefix, make_layers
@@ -285,6 +287,15 @@ class InternVLProcessor(LlavaProcessor):
     @property
     def tile_shape(self) -> list[int]:
         return [self.hf_config.vision_config.num_channels, *self.hf_config.vision_config.image_size]
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        return self._prepared_tiles(self.image_processor.get_number_of_image_patches(height, width, self.image_options))
+
+    def prepared_video(self, num_frames: int, height: int, width: int) -> Prepared:
+        return self._prepared_tiles(num_frames)
+
+    def _prepared_tiles(self, num_tiles: int) -> Prepared:
+        return Prepared(num_tiles * self.rows_per_tile, num_tiles * prod(self.tile_shape))
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         count = self.image_processor.get_number_of_image_patches

@@ -1,6 +1,7 @@
 """LLaVA 1.5 (Liu et al., 2023): the patches of a CLIP tower go through two linear layers into a language model."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils import add_prefix
@@ -193,6 +195,14 @@ class LlavaProcessor(BaseMultimodalProcessor):
         for item in output.mm_items:
             self.check(item)
         return output
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        longer, shorter = max(height, width), min(height, width)
+        if self.image_processor.do_pad:
+            num_pixels = min(longer, MAX_SIDE) ** 2
+        else:  # it is cut to a square when its shorter side is one's
+            num_pixels = self.tile_shape[-1] ** 2 * min(longer // shorter + 1, MAX_ASPECT)
+        return Prepared(num_features(self.hf_config), prod(self.tile_shape), num_pixels)
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         self.check_length(Modality.IMAGE, len(images) * num_features(self.hf_config))

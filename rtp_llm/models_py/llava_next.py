@@ -1,7 +1,7 @@
 """LLaVA-NeXT (Liu et al., 2024): LLaVA that also sees an image in tiles, as many as suit its size and shape."""
 
 from collections.abc import Iterator, Sequence
-from math import isqrt, sqrt
+from math import isqrt, prod, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from rtp_llm.models_py.llava import (
 )
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 
 if TYPE_CHECKING:
@@ -174,6 +175,10 @@ class LlavaNextProcessor(LlavaProcessor):
     models = [LlavaNextForConditionalGeneration]
     feature_dims = 4  # beside the pixels', the pictures
     max_tiles: int | None = None
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        num_tiles = tile_grid((height, width), self.hf_config, self.max_tiles).num_tiles
+        return Prepared(self.num_image_rows((height, width)), (1 + num_tiles) * prod(self.tile_shape))
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         rows = (self.num_image_rows((image.height, image.width)) for image in images)

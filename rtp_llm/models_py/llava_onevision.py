@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from rtp_llm.models_py.llava_next import (
 )
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens, one_item, split_item
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo, uniform_indices
 
@@ -103,6 +105,13 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
         self.mm_tokens = MultimodalSpecialTokens(
             image_token_id=hf_config.image_token_id, video_token_id=hf_config.video_token_id
         ).build(_processor)
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        """One of several has fewer tokens."""
+        return replace(super().prepared_image(height, width), num_tokens=num_features(self.hf_config) + 1)
+
+    def prepared_video(self, num_frames: int, height: int, width: int) -> Prepared:
+        return Prepared(self.num_video_rows(num_frames), num_frames * prod(self.tile_shape))
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         if len(images) == 1:

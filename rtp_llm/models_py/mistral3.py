@@ -13,6 +13,7 @@ from rtp_llm.models_py.pixtral_vision import PixtralVisionModel
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils import add_prefix
@@ -153,6 +154,12 @@ class Mistral3Processor(LlavaProcessor):
     @property
     def image_options(self) -> dict[str, Any]:
         return {"patch_size": self.square_size}
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        longest = self.image_processor.size.get("longest_edge") or max(height, width)
+        shrink = max(max(height, width) / longest, 1)
+        rows, columns = (max(int(side / shrink) - 1, 0) // self.square_size + 1 for side in (height, width))
+        return Prepared(rows * columns, 3 * rows * columns * self.square_size**2)
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         items: list[MultimodalDataItem] = []

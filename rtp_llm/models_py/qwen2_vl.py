@@ -35,6 +35,7 @@ from rtp_llm.srt.layers.vision import (
     prepare_vision_attention_metadata,
 )
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo
 from rtp_llm.srt.sampling_params import InvalidRequest
@@ -268,6 +269,17 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
         assert token is not None
         num_frames, num_rows, num_columns = grid_of(item)
         return token * (num_frames * num_rows * num_columns // self.merge_size**2)
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        check_aspect(height, width, "image_data")
+        return self._prepared_patches(self.hf_image_processor.get_number_of_image_patches(height, width))
+
+    def prepared_video(self, num_frames: int, height: int, width: int) -> Prepared:
+        num_times, num_rows, num_columns = self.video.grid(num_frames, *self.frame_size(num_frames, height, width))
+        return self._prepared_patches(num_times * num_rows * num_columns)
+
+    def _prepared_patches(self, num_patches: int) -> Prepared:
+        return Prepared(num_patches // self.merge_size**2, num_patches * self._patch_values)
 
     def image_item(self, image: Image.Image) -> MultimodalDataItem:
         check_aspect(image.height, image.width, "image_data")

@@ -143,8 +143,23 @@ def _asked(
         ids, media = engine.tokenizer_manager.encode(text), MultimodalInputs([])
     else:
         ids, media = prepared.input_ids, MultimodalInputs.decode(prepared.media)
+        check_estimates(engine.tokenizer_manager._processor, images, videos, media)
     options = {key: value for key, value in case.feed(ids, media).items() if value is not None}
     return Asked(name, text, images, videos, vision_reference(model, ids, options))
+
+
+def check_estimates(processor: Any, images: list[Image.Image], videos: list[Any], media: MultimodalInputs) -> None:
+    """What was told of media before they were decoded: no more tokens than there are, and no fewer numbers."""
+    told = [processor.prepared_image(image.height, image.width) for image in images]
+    told += [processor.prepared_video(*video.shape[:3]) for video in videos]
+    num_tokens = sum(each.num_tokens for each in told)
+    features = [
+        part for item in media.mm_items for part in ([item.feature] if torch.is_tensor(item.feature) else item.feature)
+    ]
+    num_values = sum(part.numel() for part in features)
+    most_tokens = sum(item.num_tokens for item in media.mm_items)
+    assert most_tokens / 8 < num_tokens <= most_tokens
+    assert num_values <= sum(each.num_values for each in told) <= 8 * num_values
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from rtp_llm.srt.utils.logging import LOG_LEVELS
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
 DEMO_NAME = "rtp-llm-demo"
 MEDIA_KINDS = ("image", "video", "audio")
+DEFAULT_MEDIA_LIMITS = {"image": 64, "video": 4}  # of a request
 QUANTIZATIONS = ("int8", "int4", "gptq", "awq", "compressed-tensors", "mxfp4")  # as in layers.quantization.registry
 
 
@@ -130,11 +131,18 @@ class ServerArgs:
     )
     limit_mm_data_per_request: str = _arg(
         "{}",
-        help='JSON object: most images, videos, sounds of a prompt, such as {"image": 4, "video": 0}; for a kind that '
-        "is not named: no limit",
+        help='JSON object: most images, videos, sounds of a request, such as {"image": 4, "video": 0}; for a kind that '
+        f"is not named: {DEFAULT_MEDIA_LIMITS['image']} images, {DEFAULT_MEDIA_LIMITS['video']} videos",
     )
     media_url_max_file_size_mb: float = _arg(
         64.0, help="largest image or video to fetch or decode, in MiB", low=2**-20, default_text="64"
+    )
+    media_memory_budget_mb: float = _arg(
+        2048.0,
+        help="MiB that the images and videos of all requests may take in the server's process while they are fetched, "
+        "decoded and prepared; what finds no room waits, and what needs more than there is by itself is refused",
+        low=1,
+        default_text="2048",
     )
     media_io_timeout: float = _arg(30.0, help="seconds until a URL must have been fetched", low=0.001)
     allowed_media_domains: list[str] | None = _arg(  # noqa: RUF009
@@ -306,7 +314,7 @@ class ServerArgs:
     @property
     def media_limits(self) -> dict[str, int]:
         """How many of a kind of media a request may hold; kinds without a limit are not there."""
-        return _media_limits(self.limit_mm_data_per_request)
+        return DEFAULT_MEDIA_LIMITS | _media_limits(self.limit_mm_data_per_request)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -150,6 +150,7 @@ async def completions_with_media(
 
 
 async def _with_media(manager: TokenizerManager, prompts: list[Prompt], batched: bool) -> list[Prompt]:
+    manager.check_media(prompts)
     done = []
     for i, item in enumerate(prompts):
         with _numbered(i, batched):

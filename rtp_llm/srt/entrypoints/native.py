@@ -145,7 +145,10 @@ class NativeEndpoints:
         """Continues a prompt, or each of a list of them. The answer is ``{text, output_ids, meta_info}``, or a list."""
         num_sequences = _num_sequences(body)
         with self._serving.admission(num_sequences, "text" if body.input_ids is None else "input_ids"):
-            call = self._serving.start(*await self._completions(body))
+            prepared = await self._prepared(body, request)
+            if prepared is None:
+                return hung_up()
+            call = self._serving.start(*prepared)
         if body.stream:
             return EventStream(call, self._events(call))
         with call:
@@ -155,13 +158,15 @@ class NativeEndpoints:
             check_not_failed(call.completions)
         return JSON(call.results())
 
-    async def _completions(self, body: GenerateBody) -> tuple[list[Completion], bool]:
+    async def _prepared(self, body: GenerateBody, request: Request) -> tuple[list[Completion], bool] | None:
+        """The completions, and whether the answer is a list of them; None if the client has hung up meanwhile."""
         options = {name: getattr(body, name) for name in PROMPT_FIELDS}
         manager = self._serving.manager
         num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
         with request_names({"prompt": "text"} if body.input_ids is None else {}):
             if body.image_data or body.video_data or body.audio_data:
-                return await completions_with_media(manager, body.text, body.input_ids, options)
+                loading = completions_with_media(manager, body.text, body.input_ids, options)
+                return await unless_disconnected(request.receive, loading)
             work = partial(completions_of, manager, body.text, body.input_ids, options)
             return await self._serving.off_loop(num_chars + CHARS_PER_SEQUENCE * _num_sequences(body), work)
 
@@ -173,7 +178,7 @@ class NativeEndpoints:
         if failure.body is not None:
             yield event(failure.body)
 
-    async def tokenize(self, body: TokenizeBody) -> Response:
+    async def tokenize(self, body: TokenizeBody, request: Request) -> Response:
         """Token ids of a text, or of a conversation as the chat template writes it."""
         serving = self._serving
         serving.check_model(body.model)
@@ -190,7 +195,10 @@ class NativeEndpoints:
             )
             if body.add_special_tokens is not None:
                 chat = replace(chat, add_special_tokens=body.add_special_tokens)
-            ids = (await serving.encode_chat(chat)).input_ids
+            encoded = await unless_disconnected(request.receive, serving.encode_chat(chat))
+            if encoded is None:
+                return hung_up()
+            ids = encoded.input_ids
         return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
 
     async def detokenize(self, body: DetokenizeBody) -> Response:

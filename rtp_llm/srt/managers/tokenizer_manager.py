@@ -1,6 +1,5 @@
 """From a caller's prompt and options to checked requests for the core."""
 
-import asyncio
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from rtp_llm.srt.managers.text_encoder import TextEncoder, TooManyTokens
 from rtp_llm.srt.managers.tokenizer_files import VOCABULARIES, complaint
 from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
+from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
+from rtp_llm.srt.multimodal.work import Workers
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     ContextLengthExceeded,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor
 
 MEDIA_FIELDS = {modality: f"{modality.value}_data" for modality in Modality}
+ENCODERS = 2  # threads that write media for the model
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", *VOCABULARIES)
 
 
@@ -118,7 +120,7 @@ class TokenizerManager:
         max_req_len: tokens of the longest request that can be served: the context, or what the cache holds if less.
         random_seed: makes the seeds of requests that bring none reproducible.
         processor: of a multimodal model; None: the model takes text only.
-        media_limits: how many media of a kind a prompt may have, by "image", "video", "audio".
+        media_limits: how many media of a kind a request may have, by "image", "video", "audio".
         end_tokens: what ends a text.
         takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
     """
@@ -144,6 +146,7 @@ class TokenizerManager:
         self._processor = processor
         self._media_limits = dict(media_limits or {})
         self._takes_priorities = takes_priorities
+        self._encoders = Workers(ENCODERS, "rtp-llm-media-encoder")
         self._seeds = random.Random(random_seed)
         self._encoder = None if tokenizer is None else TextEncoder(tokenizer, min(context_length, max_req_len))
 
@@ -155,26 +158,38 @@ class TokenizerManager:
         """
         if not prompt.has_media:
             return prompt
-        images, videos, sounds = map(_media_list, (prompt.image_data, prompt.video_data, prompt.audio_data))
-        for modality, data in ((Modality.IMAGE, images), (Modality.VIDEO, videos), (Modality.AUDIO, sounds)):
-            self._check_media_count(modality, MEDIA_FIELDS[modality], len(data))
+        self.check_media([prompt])
         assert self._processor is not None  # checked
+        images, videos, sounds = map(_media_list, (prompt.image_data, prompt.video_data, prompt.audio_data))
         text = prompt.text if prompt.input_ids is None else token_ids("input_ids", prompt.input_ids)
         if prompt.input_ids is None:
             _check_text("prompt", text)
-        output = await self._processor.process_mm_data_async(
-            image_data=images,
-            audio_data=sounds,
-            input_text=text,
-            request_obj=replace(prompt, image_data=images, video_data=videos, audio_data=sounds),
-        )
-        if isinstance(output, Mapping):
-            output = MultimodalProcessorOutput.from_dict(output)
-        encoded = await asyncio.to_thread(MultimodalInputs.from_processor_output(output).encode)
+        with media_scope(MediaScope(min(self.context_length, self.max_req_len))):
+            output = await self._processor.process_mm_data_async(
+                image_data=images,
+                audio_data=sounds,
+                input_text=text,
+                request_obj=replace(prompt, image_data=images, video_data=videos, audio_data=sounds),
+            )
+            if isinstance(output, Mapping):
+                output = MultimodalProcessorOutput.from_dict(output)
+            encoded = await self._encoders.run(MultimodalInputs.from_processor_output(output).encode)
         ids = list(output.input_ids)
         return replace(
             prompt, text=None, input_ids=ids, media=encoded, image_data=None, video_data=None, audio_data=None
         )
+
+    def check_media(self, prompts: Sequence[Prompt]) -> None:
+        """Counts a request's media before any is fetched. Callers in this process may send many prompts at once, each
+        with as many as a request may have.
+
+        Raises:
+            InvalidRequest: the model takes none, or there are more of a kind than a request may have.
+        """
+        for modality, name in MEDIA_FIELDS.items():
+            counts = [len(_media_list(getattr(prompt, name))) for prompt in prompts]
+            is_trusted = self._processor is not None and self._processor.loader.trusted
+            self._check_media_count(modality, name, max(counts) if is_trusted else sum(counts))
 
     def _check_media_count(self, modality: Modality, name: str, count: int) -> None:
         if not count:
@@ -184,7 +199,9 @@ class TokenizerManager:
         limit = self._media_limits.get(modality.value)
         if limit is not None and count > limit:
             raise InvalidRequest(
-                f"the prompt comes with {count} of kind {modality.value}, but at most {limit} are allowed", name
+                f"the request comes with {count} of kind {modality.value}, and this server takes at most {limit} in a "
+                "request (--limit-mm-data-per-request)",
+                name,
             )
 
     def requests(self, prompt: Prompt) -> list[GenerateRequest]:

@@ -39,14 +39,18 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
 
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.multimodal.estimates import Prepared, unknown, whole_need
+from rtp_llm.srt.multimodal.images import ImageHeader
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
-from rtp_llm.srt.multimodal.media import MediaLoader, VideoFrames, VideoInfo, uniform_indices
+from rtp_llm.srt.multimodal.media import MediaLoader, OpenedMedia, VideoFrames, VideoInfo, uniform_indices
+from rtp_llm.srt.multimodal.memory import Account, MediaScope, current_scope, total_need
+from rtp_llm.srt.multimodal.work import check_stopped
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_PROMPT_PIXELS = 1 << 28  # of a prompt's images and frames together, decoded: 0.8 GB as RGB
-LOADS_AT_ONCE = 8  # media of one prompt that are fetched and decoded side by side
+MAX_PROMPT_PIXELS = 1 << 28  # of a prompt's images and frames together: 1.1 GB as Pillow keeps them
+LOADS_AT_ONCE = 8  # media of one prompt that are fetched side by side
 
 PROCESSOR_OUTPUT = "processor_output"
 PRECOMPUTED_EMBEDDING = "precomputed_embedding"
@@ -279,6 +283,22 @@ class BaseMultimodalProcessor(ABC):
         return tokenizer_of(self._processor)
 
     @property
+    def hf_image_processor(self) -> Any:
+        """transformers'.
+
+        Raises:
+            InvalidRequest: the checkpoint has none.
+        """
+        image_processor = getattr(self._processor, "image_processor", None)
+        if image_processor is None:
+            raise InvalidRequest(
+                "images cannot be taken: the checkpoint has no preprocessor_config.json, which says how they are "
+                "prepared",
+                "image_data",
+            )
+        return image_processor
+
+    @property
     def image_options(self) -> Mapping[str, Any]:
         """What transformers' image processor is called with beside the image, where a model wants more than the
         checkpoint's settings."""
@@ -310,14 +330,9 @@ class BaseMultimodalProcessor(ABC):
     def image_item(self, image: Image.Image) -> MultimodalDataItem:
         """What the encoder takes of an RGB image: by default what transformers' image processor makes of it. Each
         image is processed by itself, so that it is the same, and known again, whatever stands beside it."""
-        image_processor = getattr(self._processor, "image_processor", None)
-        if image_processor is None:
-            raise InvalidRequest(
-                "images cannot be taken: the checkpoint has no preprocessor_config.json, which says how they are "
-                "prepared",
-                "image_data",
-            )
-        return one_item(Modality.IMAGE, image_processor(images=[image], return_tensors="pt", **self.image_options))
+        check_stopped()
+        output = self.hf_image_processor(images=[image], return_tensors="pt", **self.image_options)
+        return one_item(Modality.IMAGE, output)
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
         """Of all of a prompt's images, for models that take one alone otherwise than one of several."""
@@ -326,6 +341,15 @@ class BaseMultimodalProcessor(ABC):
     def video_item(self, video: VideoFrames) -> MultimodalDataItem:
         """What the encoder takes of a video."""
         raise InvalidRequest("this model takes no videos", "video_data")
+
+    def prepared_image(self, height: int, width: int) -> Prepared:
+        """What will be made of an image of this size, told before it is decoded: prompts that are too long are refused
+        by it, and memory is kept free for it."""
+        return unknown(height * width)
+
+    def prepared_video(self, num_frames: int, height: int, width: int) -> Prepared:
+        """What will be made of so many frames of a video."""
+        return unknown(height * width, num_frames)
 
     def sample_frames(self, video: VideoInfo) -> Sequence[int]:
         """Which frames of a video are looked at, where the request does not say: two per second, 4 to 768."""
@@ -338,15 +362,16 @@ class BaseMultimodalProcessor(ABC):
     ) -> MultimodalProcessorOutput:
         """The whole way with ``mm_tokens``: what most ``process_mm_data_async`` return, as it is or with positions
         added."""
-        base_output = await self.load_mm_data(
-            prompt=input_text,
-            multimodal_tokens=self.mm_tokens,
-            image_data=image_data,
-            video_data=getattr(request_obj, "video_data", None),
-            audio_data=audio_data,
-            add_special_tokens=getattr(request_obj, "add_special_tokens", None),
-        )
-        items, ids, _ = await self.process_and_combine_mm_data_async(base_output, self.mm_tokens)
+        with current_scope():
+            base_output = await self.load_mm_data(
+                prompt=input_text,
+                multimodal_tokens=self.mm_tokens,
+                image_data=image_data,
+                video_data=getattr(request_obj, "video_data", None),
+                audio_data=audio_data,
+                add_special_tokens=getattr(request_obj, "add_special_tokens", None),
+            )
+            items, ids, _ = await self.process_and_combine_mm_data_async(base_output, self.mm_tokens)
         return MultimodalProcessorOutput(
             input_ids=ids.tolist(),
             mm_items=items,
@@ -365,7 +390,7 @@ class BaseMultimodalProcessor(ABC):
         discard_alpha_channel: bool = True,
         add_special_tokens: bool | None = None,
     ) -> BaseMultiModalProcessorOutput:
-        """Fetches and decodes a prompt's media.
+        """Fetches and decodes a prompt's media, when there is room for all of them and what will be made of them.
 
         Args:
             discard_alpha_channel: images are RGB; otherwise those with transparency are RGBA.
@@ -385,38 +410,16 @@ class BaseMultimodalProcessor(ABC):
             self._check_sources(modality, sources)
             if not any(_is_preformatted(source) for source in sources):
                 check_counts(modality, self._count_placeholders(prompt, modality, multimodal_tokens), len(sources))
-        enough = asyncio.Semaphore(LOADS_AT_ONCE)
-        num_pixels = 0
-
-        async def load(modality: Modality, source: Any, number: int) -> Any:
-            nonlocal num_pixels
-            async with enough:
-                with _numbered(modality, number, len(given[modality])):
-                    loaded = await self._load(modality, source, keep_alpha=not discard_alpha_channel)
-            num_pixels += _num_pixels(loaded)
-            if num_pixels > MAX_PROMPT_PIXELS:
-                raise InvalidRequest(
-                    f"the prompt's images and video frames have more than {MAX_PROMPT_PIXELS:,} pixels together; send "
-                    "fewer, or smaller ones",
-                    f"{modality.value}_data",
-                )
-            return loaded
-
-        sources = [(modality, source, i) for modality in given for i, source in enumerate(given[modality], 1)]
-        loaded = await _gather([load(*source) for source in sources])
-        by_kind = {
-            kind: [item for (modality, _, _), item in zip(sources, loaded, strict=True) if modality is kind]
-            for kind in given
-        }
+        loaded = await self._load_all(given, keep_alpha=not discard_alpha_channel)
         if add_special_tokens is None:
             bos = getattr(self.tokenizer, "bos_token", None)
             add_special_tokens = not (bos and text.startswith(bos))
         return BaseMultiModalProcessorOutput(
             input_text=text,
             input_ids=None if isinstance(prompt, str) else list(prompt),
-            images=by_kind[Modality.IMAGE],
-            videos=by_kind[Modality.VIDEO],
-            audios=by_kind[Modality.AUDIO],
+            images=loaded[Modality.IMAGE],
+            videos=loaded[Modality.VIDEO],
+            audios=loaded[Modality.AUDIO],
             add_special_tokens=add_special_tokens,
         )
 
@@ -490,14 +493,76 @@ class BaseMultimodalProcessor(ABC):
         if len(sources) > 1:
             raise InvalidRequest(f"media that are processed already must be the only item of {name}", name)
 
-    async def _load(self, modality: Modality, source: Any, keep_alpha: bool) -> Any:
+    async def _load_all(self, given: Mapping[Modality, list[Any]], keep_alpha: bool) -> dict[Modality, list[Any]]:
+        """Opens all, which tells their sizes, and decodes them once it is known that they may be, and there is room.
+
+        What the prompt takes is given back when the scope that this runs in is left.
+        """
+        places = [(modality, i) for modality in given for i in range(len(given[modality]))]
+        with current_scope() as scope:
+            for modality, sources in given.items():
+                scope.check_tokens(len(sources), f"{modality.value}_data")  # each has one at least
+            sources = [given[modality][i] for modality, i in places]
+            files = scope.keep(self.loader.files_of(sources))
+            enough = asyncio.Semaphore(LOADS_AT_ONCE)
+
+            async def opened_at(modality: Modality, i: int) -> Any:
+                async with enough:
+                    with _numbered(modality, i + 1, len(given[modality])):
+                        return await self._open(modality, given[modality][i], files, keep_alpha)
+
+            async def decoded_at(modality: Modality, i: int, opened: Any) -> Any:
+                with _numbered(modality, i + 1, len(given[modality])):
+                    return await self.loader.decode(opened) if isinstance(opened, OpenedMedia) else opened
+
+            opened = await _gather([opened_at(*place) for place in places])
+            await self._take_room(scope, [item for item in opened if isinstance(item, OpenedMedia)])
+            loaded = await _gather([decoded_at(*place, item) for place, item in zip(places, opened, strict=True)])
+        return {
+            kind: [item for (modality, _), item in zip(places, loaded, strict=True) if modality is kind]
+            for kind in given
+        }
+
+    async def _open(self, modality: Modality, source: Any, files: Account, keep_alpha: bool) -> Any:
         if _is_preformatted(source):
             return source
         if modality is Modality.IMAGE:
-            return await self.loader.load_image(source, keep_alpha)
-        if modality is Modality.VIDEO:
-            return await self.loader.load_video(source, sample=self.sample_frames)
-        raise InvalidRequest("this model takes no audio", "audio_data")
+            opened = await self.loader.open_image(source, files, keep_alpha)
+        elif modality is Modality.VIDEO:
+            opened = await self.loader.open_video(source, files, self.sample_frames)
+        else:
+            raise InvalidRequest("this model takes no audio", "audio_data")
+        need = whole_need(opened.header, self._prepared(opened))
+        self.loader.memory.check_fits(need.alone, f"the {opened.what}", opened.param)
+        return opened
+
+    def _prepared(self, opened: OpenedMedia) -> Prepared:
+        header = opened.header
+        if isinstance(header, ImageHeader):
+            return self.prepared_image(header.height, header.width)
+        return self.prepared_video(len(header.indices), header.info.height, header.info.width)
+
+    async def _take_room(self, scope: MediaScope, opened: Sequence[OpenedMedia]) -> None:
+        """Waits until there is room for all that a prompt's media will take.
+
+        Raises:
+            InvalidRequest: there will never be, or they have more pixels than a prompt's may.
+            ContextLengthExceeded: they have more tokens than a prompt may.
+        """
+        if not opened:
+            return
+        param = opened[-1].param
+        if sum(item.num_pixels for item in opened) > MAX_PROMPT_PIXELS:
+            raise InvalidRequest(
+                f"the prompt's images and video frames have more than {MAX_PROMPT_PIXELS:,} pixels together; send "
+                "fewer, or smaller ones",
+                param,
+            )
+        prepared = [self._prepared(item) for item in opened]
+        scope.check_tokens(sum(each.num_tokens for each in prepared), param)
+        need = total_need([whole_need(item.header, each) for item, each in zip(opened, prepared, strict=True)])
+        self.loader.memory.check_fits(need, "the prompt's images and videos together", param)
+        await scope.keep(self.loader.memory.pixels.account(need)).take(need)
 
     # Placeholders
 
@@ -666,12 +731,6 @@ def _metadata(video: VideoFrames) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _num_pixels(loaded: Any) -> int:
-    if isinstance(loaded, Image.Image):
-        return loaded.width * loaded.height
-    return loaded.frames.size // 3 if isinstance(loaded, VideoFrames) else 0
-
-
 @contextmanager
 def _numbered(modality: Modality, number: int, count: int) -> Iterator[None]:
     """What is wrong with one of several says which."""
@@ -680,7 +739,7 @@ def _numbered(modality: Modality, number: int, count: int) -> Iterator[None]:
     except InvalidRequest as error:
         if count == 1:
             raise
-        raise InvalidRequest(f"{modality.value} {number} of {count}: {error}", error.param) from error.__cause__
+        raise type(error)(f"{modality.value} {number} of {count}: {error}", error.param) from error.__cause__
 
 
 async def _gather(loads: Sequence[Awaitable[Any]]) -> list[Any]:

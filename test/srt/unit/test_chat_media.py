@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.conversation import ChatTemplate, ConversationTemplate
 from rtp_llm.srt.entrypoints.errors import ApiError
-from rtp_llm.srt.entrypoints.native import NativeEndpoints, TokenizeBody
+from rtp_llm.srt.entrypoints.native import GenerateBody, NativeEndpoints, TokenizeBody
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.serving import Serving
@@ -49,6 +49,9 @@ class FakeManager:
         ids = self.encode(prompt.text, prompt.add_special_tokens) + [7, 7, 7] * len(prompt.image_data or [])
         return replace(prompt, text=None, input_ids=ids, image_data=None, video_data=None, media=b"media")
 
+    def check_media(self, prompts: Any) -> None:
+        pass
+
     def requests(self, prompt: Prompt) -> list[Any]:
         self.submitted.append(prompt)
         return []
@@ -58,6 +61,17 @@ def serving(template: Any, is_multimodal: bool = True, **options: Any) -> Servin
     args = ServerArgs(model_path="m", **options)
     config = SimpleNamespace(is_multimodal=is_multimodal, generation_defaults={})
     return Serving(args, config, None, SimpleNamespace(manager=FakeManager()), template)
+
+
+class Listening:
+    """A request whose client is there, until it hangs up."""
+
+    def __init__(self) -> None:
+        self.has_left = asyncio.Event()
+
+    async def receive(self) -> dict[str, str]:
+        await self.has_left.wait()
+        return {"type": "http.disconnect"}
 
 
 def submitted(served: Serving, *messages: dict[str, Any], **fields: Any) -> Prompt:
@@ -107,8 +121,39 @@ def test_a_conversation_s_stops_join_the_request_s() -> None:
 def test_tokenize_counts_media() -> None:
     served = serving(ChatTemplate(SEEING))
     body = TokenizeBody.model_validate({"messages": [user(IMAGE, TEXT)]})
-    answer = json.loads(asyncio.run(NativeEndpoints(served, CollectorRegistry()).tokenize(body)).body)
+    answer = json.loads(asyncio.run(NativeEndpoints(served, CollectorRegistry()).tokenize(body, Listening())).body)
     assert answer["count"] == len("<image>what?;") + 3 and answer["tokens"][-3:] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("kind", ["chat", "stream", "generate", "tokenize"])
+def test_hanging_up_ends_the_loading_of_media(kind: str) -> None:
+    served = serving(ChatTemplate(SEEING))
+    ended = []
+
+    async def with_media(prompt: Prompt) -> Prompt:
+        request.has_left.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(prompt)
+        return prompt
+
+    async def ask() -> int:
+        messages = [user(IMAGE, TEXT)]
+        native = NativeEndpoints(served, CollectorRegistry())
+        if kind == "generate":
+            answer = await native.generate(GenerateBody(text="<image>", image_data="u"), request)
+        elif kind == "tokenize":
+            answer = await native.tokenize(TokenizeBody.model_validate({"messages": messages}), request)
+        else:
+            body = ChatCompletionRequest.model_validate({"messages": messages, "stream": kind == "stream"})
+            answer = await ChatEndpoint(served).create(body, request)
+        return answer.status_code
+
+    request: Any = Listening()
+    served.manager.with_media = with_media
+    assert asyncio.run(asyncio.wait_for(ask(), 10)) == 499
+    assert len(ended) == 1 and not served.manager.submitted
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import asyncio
 import base64
 import io
-import ipaddress
 import os
 import struct
 import threading
 import time
+import urllib.parse
 import zlib
 from contextlib import suppress
 from fractions import Fraction
@@ -19,8 +19,8 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from rtp_llm.srt.multimodal import media
-from rtp_llm.srt.multimodal.media import MediaLoader, VideoInfo, decode_image, is_public, uniform_indices
+from rtp_llm.srt.multimodal import videos
+from rtp_llm.srt.multimodal.media import MediaLoader, VideoInfo, decode_image, uniform_indices
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 COLOURS = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3) * 2
@@ -105,7 +105,7 @@ class Server:
         if name == "nowhere":
             return web.Response(status=302)
         if name == "to":
-            raise web.HTTPFound(request.query["url"])
+            return web.Response(status=302, headers={"Location": request.query["url"]})
         return web.Response(status=404, text="secret")
 
     async def _stream(self, request: web.Request, chunks: int, pause_s: float = 0) -> web.StreamResponse:
@@ -136,34 +136,6 @@ def test_a_url_of_an_allowed_host_is_fetched_although_it_is_private(server, allo
     assert np.array_equal(np.asarray(load(allowing, {"url": server.url("image.png"), "detail": "high"})), COLOURS)
     assert np.array_equal(np.asarray(load(allowing, server.url("to?url=/image.png"))), COLOURS)
     assert load(allowing, server.url("image.png").replace("http://", "HTTP://name:word@")).size == (5, 6)
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "0x7f.1", "127.1", "0177.0.0.1",
-     "127.0.0.1.", "LOCALHOST", "[::]", "[::127.0.0.1]"],
-)  # fmt: skip
-def test_addresses_that_only_this_machine_reaches_are_refused(server, host):
-    server.requests.clear()
-    message = refusal(MediaLoader(), server.url("image.png", host))
-    assert "public internet" in message or "could not be fetched" in message
-    assert not server.requests, "the server was reached"
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "240.0.0.1", "0.0.0.0",
-     "255.255.255.255", "127.8.8.8", "::", "::1", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
-     "2002:7f00:1::", "2001:db8::1", "::a00:1", "fec0::1", "64:ff9b:1::a00:1", "2001:0:7f00:1::", "192.0.0.8",
-     "198.18.0.1"],
-)  # fmt: skip
-def test_addresses_that_are_not_public(address):
-    assert not is_public(ipaddress.ip_address(address))
-
-
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
-def test_addresses_that_are_public(address):
-    assert is_public(ipaddress.ip_address(address))
 
 
 def test_a_name_is_connected_to_at_the_address_that_was_checked(server, monkeypatch):
@@ -203,6 +175,14 @@ def test_a_redirect_is_checked_as_the_first_url_is(server, allowing, target):
     message = refusal(allowing, server.url(f"to?url={target.format(port=server.port)}"))
     assert "--allowed-media-domains" in message and "169.254" not in message
     assert server.requests == ["to"]
+
+
+@pytest.mark.parametrize("host", ["127.1", "0x7f.1", "2130706433", "127.0.0.1.", "0", "[::1%25lo]", "１２７.０.０.１"])
+def test_a_redirect_to_a_malformed_host_is_refused(server, allowing, host):
+    for target in (f"http://{host}:{server.port}/image.png", f"//{host}:{server.port}/image.png"):
+        server.requests.clear()
+        assert "its host is" in refusal(allowing, server.url("to") + f"?url={urllib.parse.quote(target)}")
+        assert server.requests == ["to"]
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/", "data:,x"])
@@ -610,9 +590,9 @@ def test_frames_that_outgrow_the_first_are_no_way_around_the_limits(monkeypatch)
         with pytest.raises(InvalidRequest, match=r"cannot be decoded|frames of 4000 x 4000 pixels, which is too many"):
             load_video(video_of_pictures(*sizes, header=header), small)
     pixels = 2 * 64 * 48 + 80 * 60
-    monkeypatch.setattr(media, "MAX_VIDEO_SOURCE_PIXELS", pixels)
+    monkeypatch.setattr(videos, "MAX_VIDEO_SOURCE_PIXELS", pixels)
     assert len(load_video(grows).frames) == 3
-    monkeypatch.setattr(media, "MAX_VIDEO_SOURCE_PIXELS", pixels - 1)
+    monkeypatch.setattr(videos, "MAX_VIDEO_SOURCE_PIXELS", pixels - 1)
     with pytest.raises(InvalidRequest, match="which is too many"):
         load_video(grows)
 

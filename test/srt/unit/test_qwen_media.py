@@ -99,11 +99,7 @@ def test_prompts_are_transformers(family: str, model_dir: str, monkeypatch: pyte
         VideoFrames(frames(2, 56, 56), 24.0, 2 / 24, [0, 1], []),
     ]
 
-    async def load_video(source: Any, **options: Any) -> VideoFrames:
-        return videos[source]
-
-    monkeypatch.setattr(processor.loader, "load_video", load_video)
-    output = process(processor, text, images, [0, 1])
+    output = process(processor, text, images, videos)
 
     mixin = transformers.processing_utils.ProcessorMixin
     monkeypatch.setattr(mixin, "check_argument_for_proper_class", lambda self, name, argument: type(argument))
@@ -119,7 +115,7 @@ def test_prompts_are_transformers(family: str, model_dir: str, monkeypatch: pyte
         seconds = joined(output, Modality.VIDEO, "second_per_grid_ts")
         assert torch.allclose(seconds, torch.as_tensor(expected["second_per_grid_ts"]))
     ids = processor.tokenizer.encode(text)
-    assert process(processor, ids, images, [0, 1]).input_ids == output.input_ids
+    assert process(processor, ids, images, videos).input_ids == output.input_ids
 
 
 def test_frames_have_their_times_before_them(model_dir: str) -> None:
@@ -131,6 +127,26 @@ def test_frames_have_their_times_before_them(model_dir: str) -> None:
     assert text == f"See<|vision_start|>{times}<|vision_end|>"
     assert [last - first + 1 for first, last in output.mm_items[0].offsets] == [4, 4, 4]
     assert patch_times([0, 30, 60, 90, 120], 30.0, 2) == [0.5, 2.5, 4.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (56, 56), (300, 41), (41, 8000), (3000, 2000)])
+def test_what_is_told_before_decoding_is_what_is_made(family: str, size: tuple[int, int], model_dir: str) -> None:
+    processor = processor_of(family, model_dir)
+    output = process(processor, IMAGE, [picture(*size)])
+    told = processor.prepared_image(size[1], size[0])
+    assert told.num_tokens == output.mm_items[0].num_tokens
+    assert told.num_values == output.mm_items[0].feature.numel()
+    if max(size) < 1000:
+        output = process(processor, VIDEO, videos=[frames(5, *size)])
+        told = processor.prepared_video(5, size[1], size[0])
+        assert told.num_tokens == output.mm_items[0].num_tokens
+        assert told.num_values == output.mm_items[0].feature.numel()
+
+
+def test_extreme_shapes_are_refused_before_decoding(model_dir: str) -> None:
+    with pytest.raises(InvalidRequest, match="200 times"):
+        processor_of("Qwen2VL", model_dir).prepared_image(1, 201)
 
 
 # Positions

@@ -123,7 +123,7 @@ def test_flags_of_media(tmp_path: Path) -> None:
     )
     assert args.media_limits == {"image": 4, "video": 0}
     assert prepare_server_args(["--enable-multimodal"]) == ServerArgs()
-    assert ServerArgs().enable_multimodal and ServerArgs().media_limits == {}
+    assert ServerArgs().enable_multimodal and ServerArgs().media_limits == {"image": 64, "video": 4}
 
 
 def test_documentation_is_up_to_date() -> None:

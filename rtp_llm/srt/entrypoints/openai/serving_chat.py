@@ -33,7 +33,10 @@ class ChatEndpoint(OpenAIEndpoint):
         serving.check_model(body.model)
         serving.check_tokenizer()
         with serving.admission(body.n or 1, "n"):
-            completions = await self._completions(body)
+            loading = self._completions(body)
+            completions = await (unless_disconnected(request.receive, loading) if _may_have_media(body) else loading)
+            if completions is None:
+                return hung_up()
             call = serving.start(completions)
         head = self._head(body, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
         if body.stream:
@@ -123,6 +126,10 @@ def _ending(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:
     """With what ends a turn in the conversation's format."""
     stop = list(dict.fromkeys([*params.stop, *chat.stop]))
     return replace(params, stop=stop, stop_token_ids=sorted({*params.stop_token_ids, *chat.stop_token_ids}))
+
+
+def _may_have_media(body: ChatCompletionRequest) -> bool:
+    return any(isinstance(message.content, list) for message in body.messages)
 
 
 def _begins_turn(body: ChatCompletionRequest) -> bool:

@@ -1,0 +1,297 @@
+"""How much memory media may take in this process, and who waits until there is room.
+
+A ``Room`` is a number of bytes that accounts share. Nothing fails for want of room that others will give back: it
+waits. Nothing deadlocks either, although an account may take more while it holds some, as a file does that grows while
+it is fetched. An account says first what it may come to hold (its claim), and more is only given where, in some order,
+every account that holds anything could still get all of its claim and be done (Dijkstra's banker's algorithm, for a
+single resource). Nobody starves: while an account waits, none that came after it begins to hold.
+
+``MediaMemory`` is the budget of ``--media-memory-budget-mb``, in two rooms: ``files`` for files as they were fetched,
+a quarter, and ``pixels`` for the rest. Prompts take from ``files`` first, then once, all at a time, from ``pixels``.
+Who holds pixels wants nothing more, and so gives them back; hence who holds files gets pixels in the end.
+"""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Self
+
+from rtp_llm.srt.sampling_params import ContextLengthExceeded, InvalidRequest
+
+FLAG = "--media-memory-budget-mb"
+MIB = 2**20
+FILES_SHARE = 4  # one part in so many is for files
+DECODERS = 4  # media that are decoded at once, in one thread each
+
+
+class Room:
+    """Bytes that accounts take and give back, in any thread and any event loop.
+
+    Attributes:
+        size: all of them.
+        held: those that are taken now.
+        most_held: the most that were taken at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held = 0
+        self.most_held = 0
+        self._lock = threading.Lock()
+        self._accounts: dict[int, Account] = {}  # by their numbers, oldest first
+        self._numbers = itertools.count()
+
+    def account(self, claim: int) -> "Account":
+        """One that may come to hold ``claim`` bytes, or all that there are if that is less. It must be closed."""
+        account = Account(self, claim)
+        with self._lock:
+            account.number = next(self._numbers)
+            self._accounts[account.number] = account
+        return account
+
+    @property
+    def num_waiting(self) -> int:
+        with self._lock:
+            return sum(len(account.asked) for account in self._accounts.values())
+
+    def _ask(self, account: "Account", num_bytes: int) -> "_Ask":
+        ask = _Ask(num_bytes)
+        with self._lock:
+            account.asked.append(ask)
+            self._hand_out()
+        return ask
+
+    def _withdraw(self, account: "Account", ask: "_Ask") -> None:
+        """It is not wanted any more, whether or not it has been given."""
+        with self._lock:
+            if ask in account.asked:
+                account.asked.remove(ask)
+            elif ask.is_given and account.number in self._accounts:
+                self._take_back(account, ask.num_bytes)
+            self._hand_out()
+
+    def _give(self, account: "Account", num_bytes: int, lower_claim: int = 0) -> None:
+        with self._lock:
+            if account.number in self._accounts:
+                self._take_back(account, num_bytes)
+                account.whole_claim = max(account.whole_claim - lower_claim, account.wanted)
+                self._hand_out()
+
+    def _close(self, account: "Account") -> None:
+        with self._lock:
+            if self._accounts.pop(account.number, None) is not None:
+                self._take_back(account, account.held)
+                self._hand_out()
+
+    def _take_back(self, account: "Account", num_bytes: int) -> None:
+        account.held -= num_bytes
+        self.held -= num_bytes
+
+    def _hand_out(self) -> None:
+        """Gives what may be given, to the oldest first."""
+        older_waits = False
+        for account in self._accounts.values():
+            while account.asked and (account.held or not older_waits):
+                ask = account.asked[0]
+                if not self._is_safe(account, ask.num_bytes):
+                    break
+                account.asked.pop(0)
+                if ask.future.set_running_or_notify_cancel():  # otherwise, who asked is gone
+                    ask.is_given = True
+                    account.held += ask.num_bytes
+                    self.held += ask.num_bytes
+                    self.most_held = max(self.most_held, self.held)
+                    ask.future.set_result(None)
+            older_waits = older_waits or bool(account.asked)
+
+    def _is_safe(self, account: "Account", num_bytes: int) -> bool:
+        """Whether all that hold something could still get their claims, one after the other, then."""
+        free = self.size - self.held - num_bytes
+        if free < 0:
+            return False
+        holders = [
+            (other.claim - other.held - (num_bytes if other is account else 0), other.held)
+            for other in self._accounts.values()
+            if other.held and other is not account
+        ]
+        holders.append((account.claim - account.held - num_bytes, account.held + num_bytes))
+        for missing, held in sorted(holders):
+            if missing > free:
+                return False
+            free += held
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class _Ask:
+    num_bytes: int
+    future: "Future[None]" = field(default_factory=Future)
+    is_given: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """What one prompt holds of a room. As a context it is closed when it is left.
+
+    Attributes:
+        whole_claim: the most that it may come to hold, if there were as much.
+    """
+
+    room: Room
+    whole_claim: int
+    held: int = 0
+    number: int = -1
+    asked: list[_Ask] = field(default_factory=list)
+
+    @property
+    def claim(self) -> int:
+        return min(self.whole_claim, self.room.size)
+
+    @property
+    def wanted(self) -> int:
+        """What it holds, and waits for."""
+        return self.held + sum(ask.num_bytes for ask in self.asked)
+
+    async def take(self, num_bytes: int) -> None:
+        """Waits until there is room. Bytes beyond the claim are never to be had, and an error of the caller's."""
+        if self.wanted + num_bytes > self.claim:
+            raise ValueError(f"{num_bytes} bytes more than {self.wanted} are asked for, but {self.claim} were claimed")
+        ask = self.room._ask(self, num_bytes)
+        try:
+            await asyncio.wrap_future(ask.future)
+        except BaseException:
+            self.room._withdraw(self, ask)
+            raise
+
+    def give(self, num_bytes: int, lower_claim: int = 0) -> None:
+        """Gives bytes back, and so many of the claim up."""
+        self.room._give(self, num_bytes, lower_claim)
+
+    def close(self) -> None:
+        """Gives everything back. Idempotent."""
+        self.room._close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class MediaMemory:
+    """The budget of a process."""
+
+    def __init__(self, budget_mb: float) -> None:
+        size = int(budget_mb * MIB)
+        self.files = Room(size // FILES_SHARE)
+        self.pixels = Room(size - size // FILES_SHARE)
+
+    def check_fits(self, num_bytes: int, what: str, param: str) -> None:
+        """Raises InvalidRequest where something needs more than there will ever be for pixels."""
+        if num_bytes > self.pixels.size:
+            raise InvalidRequest(
+                f"{what} would take about {-(-num_bytes // MIB):,} MiB of memory while being decoded and prepared, and "
+                f"there are {self.pixels.size // MIB:,} for that: send fewer, or smaller ones, or start the server "
+                f"with a larger {FLAG}",
+                param,
+            )
+
+    def check_file_fits(self, num_bytes: int, what: str, param: str) -> None:
+        """Raises InvalidRequest where files are larger than there will ever be room for."""
+        if num_bytes > self.files.size:
+            raise InvalidRequest(
+                f"{what} larger than the {self.files.size / MIB:.4g} MiB that there are for files: send fewer, or "
+                f"smaller ones, or start the server with a larger {FLAG}",
+                param,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that one of a prompt's media takes.
+
+    Args:
+        held: of its decoded pixels, from decoding until the whole prompt is prepared.
+        decoding: beyond these, while it is decoded; DECODERS are at once.
+        preparing: beyond these, while the model's processor works on it; one is at a time.
+        features: of what the processor makes of it, with the copies that are made to hand it to the model.
+    """
+
+    held: int
+    decoding: int = 0
+    preparing: int = 0
+    features: int = 0
+
+    @property
+    def alone(self) -> int:
+        return total_need([self])
+
+
+def total_need(needs: Sequence[Need]) -> int:
+    """Bytes that a prompt's media take together."""
+    stays = sum(need.held + need.features for need in needs)
+    decoding = sum(sorted((need.decoding for need in needs), reverse=True)[:DECODERS])
+    return stays + max([decoding, *(need.preparing for need in needs)])
+
+
+class MediaScope:
+    """A prompt's dealings with the budget, from its first fetch until what was made of it is handed on.
+
+    Args:
+        most_tokens: a prompt may have.
+        too_long: the error of one that has more, from a reason and a name of a parameter.
+    """
+
+    def __init__(self, most_tokens: int | None = None, too_long: type[InvalidRequest] = ContextLengthExceeded) -> None:
+        self.most_tokens = most_tokens
+        self._too_long = too_long
+        self._accounts: list[Account] = []
+
+    def keep(self, account: Account) -> Account:
+        """It is closed with the scope, at the latest."""
+        self._accounts.append(account)
+        return account
+
+    def close(self) -> None:
+        for account in self._accounts:
+            account.close()
+        self._accounts = []
+
+    def check_tokens(self, num_tokens: int, param: str) -> None:
+        """Raises ContextLengthExceeded where media alone have more tokens than a prompt may."""
+        if self.most_tokens is not None and num_tokens > self.most_tokens:
+            raise self._too_long(
+                f"This model's maximum context length is {self.most_tokens} tokens: the prompt's media alone have at "
+                f"least {num_tokens}; send fewer, or smaller ones",
+                param,
+            )
+
+
+_scope: ContextVar[MediaScope | None] = ContextVar("media_scope", default=None)
+
+
+@contextmanager
+def media_scope(scope: MediaScope) -> Iterator[MediaScope]:
+    """What is loaded within belongs to this scope, and all of it is given back in the end."""
+    token = _scope.set(scope)
+    try:
+        yield scope
+    finally:
+        _scope.reset(token)
+        scope.close()
+
+
+@contextmanager
+def current_scope() -> Iterator[MediaScope]:
+    """The scope that this runs in, or one of its own."""
+    scope = _scope.get()
+    if scope is not None:
+        yield scope
+        return
+    with media_scope(MediaScope()) as own:
+        yield own
