@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import h11
 import uvicorn
@@ -241,6 +242,8 @@ class Connection(H11Protocol):
 
     def _enter(self) -> None:
         """Begin a phase, if it is another than before."""
+        if self._is_lingering:
+            return
         if self.transport.is_closing():
             phase: tuple[str, Any] = ("closing", None)
         elif self.is_idle:
@@ -285,6 +288,7 @@ class Connection(H11Protocol):
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(content)).encode()),
+                (b"x-request-id", uuid4().hex.encode()),
                 (b"connection", b"close"),
             ]
             for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=content)):

@@ -39,7 +39,7 @@ class FakeManager:
         self.seen: list[Prompt] = []
         self.submitted: list[Prompt] = []
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, is_prompt: bool = True) -> list[int]:
         return [1] * add_special_tokens + [ord(char) for char in text]
 
     async def with_media(self, prompt: Prompt) -> Prompt:
@@ -60,7 +60,10 @@ class FakeManager:
 def serving(template: Any, is_multimodal: bool = True, **options: Any) -> Serving:
     args = ServerArgs(model_path="m", **options)
     config = SimpleNamespace(is_multimodal=is_multimodal, generation_defaults={})
-    return Serving(args, config, None, SimpleNamespace(manager=FakeManager()), template)
+    core = SimpleNamespace(
+        is_ready=True, client=SimpleNamespace(num_live=0), info=SimpleNamespace(max_running_requests=1)
+    )
+    return Serving(args, config, core, SimpleNamespace(manager=FakeManager()), template)
 
 
 class Listening:
