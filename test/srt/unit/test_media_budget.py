@@ -177,7 +177,7 @@ def test_an_image_above_the_budget_is_refused_by_its_header(kind: str) -> None:
     with pytest.raises(InvalidRequest, match=r"the image would take .* --media-memory-budget-mb") as caught:
         asyncio.run(manager.with_media(asked(bomb)))
     assert caught.value.param == "image_data"
-    with pytest.raises(InvalidRequest, match=r"^image 2 of 3: the image would take .* --media-memory-budget-mb"):
+    with pytest.raises(InvalidRequest, match=r"^image [23] of 3: the image would take .* --media-memory-budget-mb"):
         asyncio.run(manager.with_media(asked(encoded(noise(3, 3)), bomb, bomb)))
     with pytest.raises(InvalidRequest, match="--media-memory-budget-mb"):
         asyncio.run(MediaLoader(memory_budget_mb=100).load_image(bomb))
