@@ -322,7 +322,8 @@ class Connection(H11Protocol):
             return
         self.flow.resume_reading()
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with suppress(OSError):  # the client has gone already
+                self.transport.write_eof()
         self._deadline = self.loop.call_later(LINGER_S, self.drop)
 
     def eof_received(self) -> None:

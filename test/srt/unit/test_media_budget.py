@@ -205,6 +205,15 @@ def test_a_video_above_the_budget_is_refused_by_its_header() -> None:
         check_all_given_back(manager)
 
 
+def test_a_video_without_a_size_is_refused() -> None:
+    head = b"GIF89a" + b"\xff" * 4 + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    data = head + b"!\xf9\4\0\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D"
+    manager = manager_of(budget_mb=100)
+    with pytest.raises(InvalidRequest, match="0 x 0 pixels, which cannot be"):
+        asyncio.run(manager.with_media(asked(data, kind="video")))
+    check_all_given_back(manager)
+
+
 @pytest.mark.usefixtures("nothing_decoded")
 def test_files_above_the_budget_are_refused() -> None:
     manager = manager_of(budget_mb=2)
