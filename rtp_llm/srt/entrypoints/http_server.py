@@ -52,6 +52,7 @@ from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.utils.freed_memory import give_back_freed_memory
 from rtp_llm.srt.utils.logging import LOG_FORMAT, Seldom, configure_logging
 from rtp_llm.srt.utils.process import StartedPython
 
@@ -158,6 +159,7 @@ class HTTPServer:
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
         serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
+        trimming = asyncio.create_task(give_back_freed_memory())
         with self._signals():
             try:
                 loading = asyncio.create_task(self._load())
@@ -167,6 +169,7 @@ class HTTPServer:
                 loading.cancel()
                 await serving
             finally:
+                trimming.cancel()
                 if self._supervisor is not None:
                     await asyncio.to_thread(self._supervisor.stop)
         if self._error is not None:

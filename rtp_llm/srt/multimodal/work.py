@@ -1,9 +1,7 @@
-"""Work on media in threads, which ends soon when nobody waits for it any more, and gives its memory back."""
+"""Work on media in threads, which ends soon when nobody waits for it any more."""
 
 import asyncio
-import ctypes
 import io
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-TRIM_AFTER_S = 0.5  # without any work
 
 _current = threading.local()  # ``stop``: the event that ends what this thread is doing
 
@@ -41,8 +38,6 @@ class Workers:
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
-        self._num_running = 0
-        self._trimming: asyncio.TimerHandle | None = None
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """The function's result; the event loop goes on.
@@ -53,7 +48,6 @@ class Workers:
         stop = threading.Event()
         pending: Future[T] = self._pool.submit(_call, stop, function, *arguments)
         result = asyncio.wrap_future(pending)
-        self._num_running += 1
         try:
             return await asyncio.shield(result)
         except asyncio.CancelledError:
@@ -62,24 +56,7 @@ class Workers:
                 await _ended(result)
             raise
         finally:
-            self._num_running -= 1
-            self._trim_soon()
             del pending, result  # an error in them would hold this frame, which holds them
-
-    def _trim_soon(self) -> None:
-        """Has freed memory given back to the system once there is nothing to do: glibc keeps what many threads freed,
-        in pieces, to many times what is in use."""
-        if not self._num_running and sys.platform == "linux":
-            if self._trimming is not None:
-                self._trimming.cancel()
-            loop = asyncio.get_running_loop()
-            self._trimming = loop.call_later(TRIM_AFTER_S, lambda: self._pool.submit(_trim))
-
-
-def _trim() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
-    if trim is not None:
-        trim(0)
 
 
 def _call(stop: threading.Event, function: Callable[..., T], *arguments: Any) -> T:
