@@ -29,7 +29,8 @@ from rtp_llm.reference import (
     whole_text,
 )
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
+from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS, worker_config
 from rtp_llm.srt.engine.executor import make_executor

@@ -38,7 +38,7 @@ from rtp_llm.bench.workloads import (
     with_arrivals,
     within_context,
 )
-from rtp_llm.srt.configs.server_args import ArgumentParser, add_field_flags
+from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
 
 EXIT_FAILED_REQUESTS = 1
 EXIT_ERROR = 2

@@ -17,7 +17,8 @@ from rtp_llm import bench_serving
 from rtp_llm.bench import profile_options
 from rtp_llm.cli_chat import run_chat, tell_of_demo
 from rtp_llm.cli_models import run_models
-from rtp_llm.srt.configs.server_args import ArgumentParser, ServerArgs, add_field_flags
+from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.verify import options as verify_options

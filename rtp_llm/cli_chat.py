@@ -21,7 +21,8 @@ from rich.console import Console
 
 import rtp_llm
 from rtp_llm.http_client import ServerError, api_url, served_models, stream_json
-from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs, ServerArgsError
+from rtp_llm.srt.configs.options import ServerArgsError
+from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 SERVER_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # OpenAI's names of sampling parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 import rtp_llm
 from rtp_llm.http_client import api_url, served_models
-from rtp_llm.srt.configs.server_args import ServerArgsError
+from rtp_llm.srt.configs.options import ServerArgsError
 
 
 def run_models(args: argparse.Namespace) -> int:

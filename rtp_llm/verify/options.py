@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rtp_llm.srt.configs.server_args import ServerArgs, add_field_flags
+from rtp_llm.srt.configs.options import add_field_flags
+from rtp_llm.srt.configs.server_args import ServerArgs
 
 MIN_LONG_LEN = 128
 ENGINE_FLAGS = (

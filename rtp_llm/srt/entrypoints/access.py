@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
+from rtp_llm.srt.configs.options import ServerArgsError
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/health_generate", "/metrics"})

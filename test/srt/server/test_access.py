@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
+from rtp_llm.srt.configs.options import ServerArgsError
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.access import ADMIN_KEY_VARIABLE, KEY_VARIABLE, Access, check_admin
 from rtp_llm.srt.entrypoints.connections import tls_context
 from tiny_server import InProcess, in_process

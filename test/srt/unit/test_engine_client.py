@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
+from rtp_llm.srt.configs.options import ServerArgsError
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints import engine as engine_module
 from rtp_llm.srt.entrypoints import frontend as frontend_module
 from rtp_llm.srt.entrypoints.engine import Engine

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError, markdown, prepare_server_args
+from rtp_llm.srt.configs.options import ServerArgsError
+from rtp_llm.srt.configs.server_args import ServerArgs, markdown, prepare_server_args
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 

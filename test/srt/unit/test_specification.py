@@ -22,7 +22,7 @@ from torch import nn
 
 from rtp_llm import ModelRegistry, ServerArgs, bench_one_batch, reference
 from rtp_llm.models_py.llama import LlamaForCausalLM
-from rtp_llm.srt.configs.server_args import ArgumentParser
+from rtp_llm.srt.configs.options import ArgumentParser
 from rtp_llm.srt.entrypoints.http_server import launch_server
 from rtp_llm.srt.layers.activation import SiluAndMul
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
