@@ -166,7 +166,7 @@ class ServerArgs:
         30.0, help="seconds that a connection may wait for its next request", low=0.001, server=True
     )
     max_connections: int = option(
-        1024,
+        4096,
         help="most connections at once; where there are as many, one that only waits for a request is closed, else the "
         "new one is told so",
         low=1,
@@ -230,7 +230,7 @@ class ServerArgs:
         server=True,
     )
     max_queued_requests: int | None = option(
-        2048,
+        4096,
         help="most sequences (a request has one for each prompt and choice) beyond those that may run at once, before "
         "new requests get a 503",
         low=0,
