@@ -123,7 +123,9 @@ def read_header(data: bytes, sample: Sample, limits: VideoLimits) -> VideoHeader
         total = sum(packet.size > 0 for packet in _unless_stopped(container.demux(stream)))
         width, height = stream.width, stream.height
         if width < 1 or height < 1:
-            raise InvalidRequest(f"the video is said to be of {width} x {height} pixels, which cannot be")
+            raise InvalidRequest(
+                f"the video tells no size that its frames could have: at most {limits.max_pixels} pixels"
+            )
         if width * height > limits.max_pixels or width * height * total > MAX_VIDEO_SOURCE_PIXELS:
             raise _too_many_pixels(total, width, height)
         seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
