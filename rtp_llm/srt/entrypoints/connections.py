@@ -94,7 +94,7 @@ class Uvicorn(uvicorn.Server):
         self.limits = Limits.from_server_args(args)
         self._tls = tls_context(args)
         self._accepting: list[asyncio.Task[None]] = []
-        self._num_opening = 0
+        self._opening: dict[asyncio.Task[None], None] = {}  # connections whose TLS is not agreed on, oldest first
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
@@ -133,12 +133,13 @@ class Uvicorn(uvicorn.Server):
                     logger.warning("no connection can be accepted: %s", error.strerror)
                 await asyncio.sleep(RETRY_ACCEPT_S)
                 continue
-            self._num_opening += 1
-            loop.create_task(self._open(accepted)).add_done_callback(self._opened)
+            opening = loop.create_task(self._open(accepted))
+            self._opening[opening] = None
+            opening.add_done_callback(self._opening.pop)
 
     @property
     def num_connections(self) -> int:
-        return len(self.server_state.connections) + self._num_opening
+        return len(self.server_state.connections) + len(self._opening)
 
     async def _room(self) -> None:
         """Wait until one more connection is allowed. What only waits for a request makes room for it."""
@@ -154,6 +155,9 @@ class Uvicorn(uvicorn.Server):
         idle = [connection for connection in connections if connection.is_idle]
         for connection in heapq.nsmallest(count, idle, key=lambda connection: connection.idle_since_s):
             connection.drop()
+        if self._tls is not None and len(idle) < count:
+            for opening in list(self._opening)[: count - len(idle)]:
+                opening.cancel()
 
     async def _open(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -166,9 +170,6 @@ class Uvicorn(uvicorn.Server):
                 ssl=self._tls,
                 **timeouts,
             )
-
-    def _opened(self, _: asyncio.Task[None]) -> None:
-        self._num_opening -= 1
 
 
 def tls_context(args: ServerArgs) -> ssl.SSLContext | None:

@@ -2,7 +2,6 @@
 
 import re
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,19 +171,6 @@ def test_the_page_loads_nothing_from_elsewhere(server: InProcess) -> None:
     document = httpx.get(f"{server.url}/openapi.json").json()
     assert all(f"<code>{path}</code>" in page for path in document["paths"])
     assert "<code>chat_template_kwargs</code>" in page and "at most 32 strings that end the text" in page
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("there is no openssl here to make a certificate with")
-    return cert, key
 
 
 def test_tls(tiny_checkpoint: str, certificate: tuple[str, str]) -> None:

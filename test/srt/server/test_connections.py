@@ -140,6 +140,20 @@ def test_silent_connections_make_room(narrow: InProcess) -> None:
         wait_for(lambda: narrow.uvicorn.num_connections <= 4)
 
 
+def test_silent_connections_make_room_before_they_speak_tls(tiny_checkpoint: str, certificate: tuple[str, str]) -> None:
+    options = {
+        "max_connections": 3,
+        "header_timeout": 1000.0,
+        "ssl_certfile": certificate[0],
+        "ssl_keyfile": certificate[1],
+    }
+    with in_process(tiny_checkpoint, **options) as server, ExitStack() as stack:
+        for _ in range(100):  # more than the limit and what is beyond it
+            stack.enter_context(closing(connect(server)))
+        url = server.url.replace("http:", "https:")
+        assert httpx.get(f"{url}/health", verify=False, timeout=60).status_code == 200
+
+
 def test_connections_with_requests_are_kept(narrow: InProcess) -> None:
     body = json.dumps(LONG).encode()
     with ExitStack() as stack:
