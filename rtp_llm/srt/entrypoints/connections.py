@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -135,7 +136,7 @@ class Uvicorn(uvicorn.Server):
                 continue
             opening = loop.create_task(self._open(accepted))
             self._opening[opening] = None
-            opening.add_done_callback(self._opening.pop)
+            opening.add_done_callback(partial(self._opened, accepted))
 
     @property
     def num_connections(self) -> int:
@@ -170,6 +171,11 @@ class Uvicorn(uvicorn.Server):
                 ssl=self._tls,
                 **timeouts,
             )
+
+    def _opened(self, accepted: socket.socket, opening: asyncio.Task[None]) -> None:
+        del self._opening[opening]
+        if opening.cancelled():  # perhaps before it began
+            accepted.close()
 
 
 def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
@@ -292,9 +298,12 @@ class Connection(H11Protocol):
                 (b"x-request-id", uuid4().hex.encode()),
                 (b"connection", b"close"),
             ]
-            for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=content)):
-                self.transport.write(self.conn.send(event) or b"")
-            self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")
+            events = (
+                h11.Response(status_code=error.status, headers=headers),
+                h11.Data(data=content),
+                h11.EndOfMessage(),
+            )
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self._linger()
 
     def send_400_response(self, msg: str) -> None:

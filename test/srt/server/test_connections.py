@@ -90,6 +90,8 @@ def test_a_byte_now_and_then_is_not_enough(hasty: InProcess, head: bytes) -> Non
             except TimeoutError:
                 connection.sendall(b"a")
                 continue
+            connection.settimeout(60)
+            answer += rest(connection)
             break
     assert status_and_code(answer) == (408, "request_timeout")
 
