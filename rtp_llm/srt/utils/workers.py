@@ -110,6 +110,7 @@ class Workers:
                 pass
         with self._lock:
             self._num_stuck -= 1
+        self._start_threads()  # for calls that wait, and found no room for another
 
     def _work(self, job: _Job) -> bool:
         """Run a job; whether the thread may go on."""
