@@ -48,7 +48,7 @@ class Run:
 
     @property
     def counted_looks(self) -> list[Look]:
-        """Of the times when there was a server to ask."""
+        """Looks from the times when there was a server to ask."""
         return [
             look
             for look in self.looks
@@ -72,7 +72,7 @@ class Run:
         return near[len(near) // 2] if near else None
 
     def memory_of_http(self, at_s: float) -> list[Sample]:
-        """Of the HTTP process that was there at a moment, for as long as it lived."""
+        """Samples of the HTTP process that was there at a moment, for as long as it lived."""
         samples = [sample for sample in self.samples if sample.role == "HTTP"]
         pid = min(samples, key=lambda sample: abs(sample.at_s - at_s)).pid if samples else None
         return [sample for sample in samples if sample.pid == pid]

@@ -310,7 +310,7 @@ class InternVLProcessor(LlavaProcessor):
 
     @cached_property
     def _frame_processor(self) -> PilBackend:
-        """Of frames as images: transformers' own video processor needs torchvision."""
+        """The image processor that prepares frames: transformers' own video processor needs torchvision."""
         settings = VIDEO_SETTINGS | self._video_settings
         return PilBackend(**{name: settings[name] for name in VIDEO_SETTINGS})
 

@@ -244,7 +244,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
         return token * self.num_rows(item)
 
     def num_rows(self, item: MultimodalDataItem) -> int:
-        """Of the item's embedding."""
+        """Number of rows of the item's embedding."""
         if item.precomputed_embeddings is not None:
             return len(item.precomputed_embeddings)
         return self.num_feature_rows(item)

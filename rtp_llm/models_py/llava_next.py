@@ -75,7 +75,7 @@ def _limited(height: int, width: int, area: int) -> tuple[int, int]:
 
 
 def features_per_side(config: "PretrainedConfig") -> int:
-    """Of a tile."""
+    """Number of features along each side of a tile."""
     return isqrt(num_features(config))
 
 
@@ -141,7 +141,7 @@ def _put_together(tiles: torch.Tensor, grid: TileGrid) -> torch.Tensor:
 
 
 def tiles_of(item: MultimodalDataItem, config: "PretrainedConfig") -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Of each image its pictures [1 + tiles, channels, height, width], or [1, ...] without tiles, and its (height,
+    """Yield each image's pictures [1 + tiles, channels, height, width], or [1, ...] without tiles, and its (height,
     width) in pixels.
 
     An item is one image, or several as transformers' image processors give them, filled up to equally many tiles.
@@ -186,7 +186,7 @@ class LlavaNextProcessor(LlavaProcessor):
         return [self.image_item(image) for image in images]
 
     def num_image_rows(self, image_size: Sequence[int]) -> int:
-        """Of an image that is seen in tiles."""
+        """Number of rows in the embedding of an image that is seen in tiles."""
         grid = tile_grid(image_size, self.hf_config, self.max_tiles)
         return num_features(self.hf_config) + grid.height * (grid.width + 1)
 

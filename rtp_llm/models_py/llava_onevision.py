@@ -137,7 +137,7 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
 
     @cached_property
     def _video_processor(self) -> PilBackend:
-        """Of frames as images: transformers' own needs torchvision."""
+        """The image processor that prepares frames: transformers' own video processor needs torchvision."""
         settings = VIDEO_SETTINGS | getattr(self._processor, "video_settings", {})
         return PilBackend(**{name: settings[name] for name in VIDEO_SETTINGS})
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -153,11 +153,9 @@ class Process:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
-            try:
+            with suppress(httpx.TransportError):  # it does not listen yet
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
             time.sleep(0.1)
         raise AssertionError(f"not ready after {START_TIMEOUT_S} s: {self.log.read_text()}")
 
