@@ -21,7 +21,7 @@ test-all: lint $(VENV)/.installed-all
 # The engine's tests under each instruction set of this processor but the best, under which all tests run anyway.
 # torch, by which the references compute, is held to what such a processor has, too.
 test-isas: $(VENV)/.installed
-	@set -e; for isa in $$($(BIN)/python -m rtp_llm.srt.kernels.cpu.build | tail -n +2); do \
+	@set -e; for isa in $$($(BIN)/python -m rtp_llm.srt.devices.cpu.build | tail -n +2); do \
 	  case $$isa in avx512*) torch=avx512 ;; avx2) torch=avx2 ;; *) torch=default ;; esac; \
 	  echo "With the instruction set $$isa:"; \
 	  RTP_LLM_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$torch $(PYTEST) -m "not slow" test/srt/models; \

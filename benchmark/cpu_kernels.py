@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from rtp_llm.srt.devices.cpu import elementwise, sampling
+from rtp_llm.srt.devices.cpu.linear import PackedBFloat16
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import dispatch, reference
-from rtp_llm.srt.kernels.cpu import elementwise, sampling
-from rtp_llm.srt.kernels.cpu.linear import PackedBFloat16
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.models.loader import process_weights
 from rtp_llm.srt.sampling_params import SamplingParams

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from rtp_llm.srt.cache.spec import CacheGroup
+from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu.memory import Arena, take_in_background
 
 TAKEN_AT_START_BYTES = 1 << 30
 

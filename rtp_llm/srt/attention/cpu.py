@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.devices.cpu import attention as kernels
 from rtp_llm.srt.forward_batch import ForwardBatch
-from rtp_llm.srt.kernels.cpu import attention as kernels
 from rtp_llm.srt.kernels.paged import PagedRows
 
 if TYPE_CHECKING:

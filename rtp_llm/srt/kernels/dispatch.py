@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from rtp_llm.srt.devices.cpu import build
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import build
 
 logger = logging.getLogger(__name__)
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # of what kernels read and write
-CPU_KERNELS: dict[str, str] = {  # kernel -> module of rtp_llm.srt.kernels.cpu
+CPU_KERNELS: dict[str, str] = {  # kernel -> module of rtp_llm.srt.devices.cpu
     "rms_norm": "elementwise",
     "gemma_rms_norm": "elementwise",
     "layer_norm": "elementwise",
@@ -54,7 +54,7 @@ def cpu_kernels(enabled: bool) -> Iterator[None]:
 def pick(name: str, dtype: torch.dtype | None = None) -> Callable[..., Any]:
     """The kernel called ``name`` for the default device and ``dtype`` (None: the default dtype)."""
     if uses_cpu_kernels(dtype) and name in CPU_KERNELS:
-        return getattr(import_module(f"rtp_llm.srt.kernels.cpu.{CPU_KERNELS[name]}"), name)
+        return getattr(import_module(f"rtp_llm.srt.devices.cpu.{CPU_KERNELS[name]}"), name)
     return getattr(reference, name)
 
 

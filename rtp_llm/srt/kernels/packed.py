@@ -1,6 +1,6 @@
 """Weights in the form that products read them in. A layer packs its weight once, after loading, and keeps only this.
 
-Where C++ kernels compute, that is a form of ``kernels.cpu.linear``; elsewhere plain tensors and the reference.
+Where C++ kernels compute, that is a form of ``devices.cpu.linear``; elsewhere plain tensors and the reference.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from typing import Protocol, TypeGuard
 import torch
 import torch.nn.functional as F
 
+from rtp_llm.srt.devices.cpu import linear as cpu_linear
+from rtp_llm.srt.devices.cpu import moe as cpu_moe
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import linear as cpu_linear
-from rtp_llm.srt.kernels.cpu import moe as cpu_moe
 from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 
 ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.devices.cpu.binding import noted_calls
+from rtp_llm.srt.devices.cpu.memory import Reused
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
-from rtp_llm.srt.kernels.cpu.binding import noted_calls
-from rtp_llm.srt.kernels.cpu.memory import Reused
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rtp_llm.srt.devices.cpu import sampling
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import sampling
 from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 from rtp_llm.srt.layers.logits_processor import token_logprobs
 from rtp_llm.srt.plan import Admission, TokenLogprob

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.devices.cpu import build
 
 
 @pytest.fixture(params=build.supported_isas() if build.compiler() else [])

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from rtp_llm.srt.devices.cpu import attention, build
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import attention, build
 from rtp_llm.srt.kernels.paged import PagedRows
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")

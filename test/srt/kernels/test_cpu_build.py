@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rtp_llm.srt.devices.cpu import build
 from rtp_llm.srt.kernels import dispatch, reference
-from rtp_llm.srt.kernels.cpu import build
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 ISAS = build.supported_isas()
@@ -266,6 +266,6 @@ def test_kernels_can_be_switched_off():
 
 
 def test_the_module_lists_the_instruction_sets_of_this_processor() -> None:
-    command = [sys.executable, "-m", "rtp_llm.srt.kernels.cpu.build"]
+    command = [sys.executable, "-m", "rtp_llm.srt.devices.cpu.build"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert listed == ISAS and listed[-1] == "portable"

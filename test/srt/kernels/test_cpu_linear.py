@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.kernels.cpu import binding, build, elementwise, linear
+from rtp_llm.srt.devices.cpu import binding, build, elementwise, linear
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 61, 205)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rtp_llm.srt.kernels.cpu import elementwise, memory
-from rtp_llm.srt.kernels.cpu.memory import ALIGNMENT, BLOCK_BYTES, Arena, Reused, take_in_background
+from rtp_llm.srt.devices.cpu import elementwise, memory
+from rtp_llm.srt.devices.cpu.memory import ALIGNMENT, BLOCK_BYTES, Arena, Reused, take_in_background
 
 
 def test_tensors_lie_apart():
@@ -59,7 +59,7 @@ def test_memory_is_taken_and_keeps_what_it_contains():
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is not taken elsewhere")
 def test_a_process_may_end_while_memory_is_taken():
     script = (
-        "import torch\nfrom rtp_llm.srt.kernels.cpu.memory import Arena, take_in_background\n"
+        "import torch\nfrom rtp_llm.srt.devices.cpu.memory import Arena, take_in_background\n"
         "tensors = [Arena().empty(1 << 20, dtype=torch.uint8) for _ in range(500)]\n"
         "take_in_background(tensors, 500 << 20)"
     )

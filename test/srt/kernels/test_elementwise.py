@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rtp_llm.srt.devices.cpu import elementwise
 from rtp_llm.srt.kernels import dispatch, reference
-from rtp_llm.srt.kernels.cpu import elementwise
 
 FUNCTIONS = [elementwise._function]
 DTYPES = [torch.float32, torch.bfloat16]

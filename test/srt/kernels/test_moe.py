@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from rtp_llm.srt.devices.cpu import linear, moe
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import dispatch, reference
-from rtp_llm.srt.kernels.cpu import linear, moe
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.models.loader import process_weights

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from rtp_llm.srt.devices.cpu import sampling
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import sampling
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker import philox
 from rtp_llm.srt.worker.sampler import draw

@@ -12,8 +12,8 @@ from rtp_llm.bench.profile_options import ProfileArgs, ProfileError
 from rtp_llm.bench_profile import REST, StepTimes, profile_steps
 from rtp_llm.cli import main
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.kernels.cpu import build
-from rtp_llm.srt.kernels.cpu.timing import timed_kernels
+from rtp_llm.srt.devices.cpu import build
+from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.utils.stopwatch import Part, Stopwatch
 from tiny_models import tiny_model
 

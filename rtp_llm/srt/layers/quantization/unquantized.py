@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rtp_llm.srt.devices.cpu.moe import PackedGroups
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu.moe import PackedGroups
 from rtp_llm.srt.kernels.packed import PackedWeight, fast_dense, fast_groups
 from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, ExpertsMethodBase, LinearMethodBase, free
 from rtp_llm.srt.layers.weights import WeightLoader, make_parameter

@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <vector>
 
-// What kernels/cpu/attention.py fills. Strides in elements; the last dimension is contiguous everywhere.
+// What devices/cpu/attention.py fills. Strides in elements; the last dimension is contiguous everywhere.
 struct Attention {
     const void* q;  // [T, num_heads, head_dim]
     int64_t q_token, q_head;

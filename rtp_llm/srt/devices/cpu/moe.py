@@ -4,10 +4,10 @@ import functools
 
 import torch
 
+from rtp_llm.srt.devices.cpu import memory
+from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
+from rtp_llm.srt.devices.cpu.linear import PANEL, pack_bfloat16
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import memory
-from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
-from rtp_llm.srt.kernels.cpu.linear import PANEL, pack_bfloat16
 
 
 @functools.cache

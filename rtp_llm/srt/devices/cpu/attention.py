@@ -6,8 +6,8 @@ from ctypes import c_double, c_int64, c_void_p
 
 import torch
 
-from rtp_llm.srt.kernels.cpu import build, memory
-from rtp_llm.srt.kernels.cpu.binding import BOOL, POINTER, Kernel, bind
+from rtp_llm.srt.devices.cpu import build, memory
+from rtp_llm.srt.devices.cpu.binding import BOOL, POINTER, Kernel, bind
 from rtp_llm.srt.kernels.paged import PagedRows
 
 # As attention.cpp numbers them: activations, and what is stored.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.devices.cpu import build
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 BOOL = ctypes.c_bool

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from rtp_llm.srt.devices.cpu import memory
+from rtp_llm.srt.devices.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu import memory
-from rtp_llm.srt.kernels.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _NORM = (*(POINTER,) * 6, *(INT64,) * 6, FLOAT)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rtp_llm.srt.kernels.cpu import binding
+from rtp_llm.srt.devices.cpu import binding
 
 BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from rtp_llm.srt.kernels.cpu import memory
-from rtp_llm.srt.kernels.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
+from rtp_llm.srt.devices.cpu import memory
+from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
 GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product; as gemm.cpp numbers them

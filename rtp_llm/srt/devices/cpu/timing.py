@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rtp_llm.srt.kernels.cpu import build
+from rtp_llm.srt.devices.cpu import build
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 

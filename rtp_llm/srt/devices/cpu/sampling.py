@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from rtp_llm.srt.devices.cpu.binding import INT64, POINTER, Kernel, bind
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.cpu.binding import INT64, POINTER, Kernel, bind
 from rtp_llm.srt.sampling_params import SamplingParams
 
 _ARGTYPES: dict[str, tuple[Any, ...]] = {
