@@ -33,7 +33,7 @@ _leave_out_working_directory()
 from importlib import import_module  # noqa: E402 - nothing may be imported from the working directory
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-__version__ = "0.1.0"
+from rtp_llm.version import __version__ as __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from rtp_llm.srt.configs.server_args import ServerArgs as ServerArgs

@@ -32,7 +32,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
-from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS, worker_config
+from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS
 from rtp_llm.srt.engine.executor import make_executor
 from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
@@ -40,7 +40,7 @@ from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPl
 from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.logging import configure_logging
-from rtp_llm.srt.worker.worker import LoadedModel
+from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class OneBatch:
         device = choose_device(server_args.device)
         free_bytes, _ = memory_bytes(device)
         self._executor = make_executor(
-            worker_config(server_args, model_config, device),
+            WorkerConfig(server_args, model_config, device),
             depth=0,
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )

@@ -21,7 +21,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rtp_llm import __version__
 from rtp_llm.bench.async_http import BadAddress, HttpClient, RequestFailed
 from rtp_llm.bench.backends import BACKENDS, END_OF_STREAM, NATIVE, Ask, Backend, read_event
 from rtp_llm.bench.results import Figures, Observation, details, figures, table
@@ -39,6 +38,7 @@ from rtp_llm.bench.workloads import (
     within_context,
 )
 from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
+from rtp_llm.version import __version__
 
 EXIT_FAILED_REQUESTS = 1
 EXIT_ERROR = 2

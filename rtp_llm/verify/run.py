@@ -26,7 +26,6 @@ from rtp_llm.reference import (
 )
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.engine.core import worker_config
 from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
@@ -34,7 +33,7 @@ from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker.worker import Worker
+from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 from rtp_llm.verify.causes import Evidence, Finding, explain, explain_logits, pass_over_layout
 from rtp_llm.verify.feed import extras_for
 from rtp_llm.verify.locate import (
@@ -262,7 +261,7 @@ class OurModel:
     """Ours in this process, one prompt at a time, in pages of its own."""
 
     def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int) -> None:
-        self._worker = Worker(worker_config(args, config, choose_device(args.device)))
+        self._worker = Worker(WorkerConfig(args, config, choose_device(args.device)))
         self._num_groups = len(self._worker.loaded().layout.groups)
         self._num_pages = -(-max_len // args.page_size)
         self._worker.init_cache([self._num_pages] * self._num_groups, 1, max_len)

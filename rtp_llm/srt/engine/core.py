@@ -51,7 +51,7 @@ class EngineCore:
         self.device = choose_device(server_args.device)
         free_bytes, _ = memory_bytes(self.device)
         self._executor = executor or make_executor(
-            worker_config(server_args, model_config, self.device),
+            WorkerConfig(server_args, model_config, self.device),
             depth=0 if self.device == "cpu" or server_args.disable_overlap_schedule else 1,
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
@@ -195,21 +195,3 @@ class EngineCore:
         """Ends the workers. Requests that still run get no answer from here."""
         self._in_flight.clear()
         self._executor.shutdown()
-
-
-def worker_config(server_args: ServerArgs, model_config: ModelConfig, device: str) -> WorkerConfig:
-    return WorkerConfig(
-        model_config=model_config,
-        model_path=model_config.model_path,
-        load_format=server_args.load_format,
-        model_impl=server_args.model_impl,
-        quantization=server_args.quantization,
-        device=device,
-        page_size=server_args.page_size,
-        attention_backend=server_args.attention_backend,
-        media_cache_bytes=server_args.mm_embedding_cache_size_mb << 20,
-        kv_cache_dtype=server_args.kv_cache_dtype,
-        cpu_graph=not server_args.disable_cpu_graph,
-        world_size=server_args.tp_size,
-        log_level=server_args.log_level,
-    )

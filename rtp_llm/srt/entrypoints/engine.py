@@ -12,7 +12,6 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self
 
-from rtp_llm import __version__
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import (
@@ -33,6 +32,7 @@ from rtp_llm.srt.messages import Shutdown
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink
 from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from starlette.datastructures import State
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from rtp_llm import __version__
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.supervisor import Supervisor
@@ -55,6 +54,7 @@ from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.utils.freed_memory import give_back_freed_memory
 from rtp_llm.srt.utils.logging import LOG_FORMAT, Seldom, configure_logging
 from rtp_llm.srt.utils.process import StartedPython
+from rtp_llm.version import __version__
 
 logger = logging.getLogger(__name__)
 

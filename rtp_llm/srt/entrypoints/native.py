@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from rtp_llm import __version__
 from rtp_llm.srt.entrypoints.access import check_admin
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
@@ -23,6 +22,7 @@ from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelL
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import InvalidRequest
+from rtp_llm.version import __version__
 
 PROBE_TIMEOUT_S = 20.0
 CHARS_PER_SEQUENCE = 500  # as many characters are encoded in the time that a request for the core takes

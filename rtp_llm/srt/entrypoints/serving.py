@@ -8,7 +8,6 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
-from rtp_llm import __version__
 from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -23,6 +22,7 @@ from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils.workers import Busy, Overdue, Workers
+from rtp_llm.version import __version__
 
 T = TypeVar("T")
 

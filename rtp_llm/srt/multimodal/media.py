@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 from yarl import URL
 
-from rtp_llm import __version__
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.multimodal import images, videos
 from rtp_llm.srt.multimodal.decoder_process import decode_apart
@@ -52,6 +51,7 @@ from rtp_llm.srt.multimodal.videos import (
 )
 from rtp_llm.srt.multimodal.work import Workers
 from rtp_llm.srt.sampling_params import InvalidRequest
+from rtp_llm.version import __version__
 
 __all__ = ["MediaLoader", "OpenedMedia", "VideoFrames", "VideoInfo", "decode_image", "uniform_indices"]
 

@@ -11,6 +11,7 @@ from torch import nn
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
@@ -53,31 +54,32 @@ class ModelRunner:
 
     def __init__(
         self,
+        server_args: ServerArgs,
         model_config: ModelConfig,
-        model_path: str,
-        load_format: str,
         device: str,
-        page_size: int,
         attn_backend: AttentionBackend,
         progress: Callable[[int, int], None] | None = None,
-        model_impl: str = "auto",
-        media_cache_bytes: int = 0,
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        cpu_graph: bool = True,
     ) -> None:
         self.device = device
         self._torch_device = torch.device(device)
-        self.model = load_model(model_config, model_path, load_format, device, progress, model_impl, quantization)
-        self.layout = cache_layout(self.model, page_size, kv_cache_dtype, device)
+        self.model = load_model(
+            model_config,
+            model_config.model_path,
+            server_args.load_format,
+            device,
+            progress,
+            model_impl=server_args.model_impl,
+            quantization=server_args.quantization,
+        )
+        self.layout = cache_layout(self.model, server_args.page_size, server_args.kv_cache_dtype, device)
         self._attn_backend = attn_backend
         self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
         self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
-        self.embedding_cache = EmbeddingCache(media_cache_bytes)
+        self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
         self._graphs: CpuGraphs | None = None
         can_replay = attn_backend.replays and getattr(self.model, "replays_steps", True)
-        if cpu_graph and can_replay and get_tp_group().world_size == 1:
+        if can_replay and not server_args.disable_cpu_graph and get_tp_group().world_size == 1:
             self._graphs = CpuGraphs(self._forward, attn_backend, self._step_modules)
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()

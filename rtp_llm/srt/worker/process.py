@@ -84,7 +84,7 @@ def main(fd: int) -> None:
 
 def _serve(parent: Parent) -> None:
     config, init_method, timeout_s, registrations = parent.hear()
-    configure_logging(config.log_level)
+    configure_logging(config.server_args.log_level)
     unpack_registrations(registrations)
     _join(config, init_method, timeout_s)
     worker = Worker(config, lambda done, total: parent.tell("progress", (done, total)))

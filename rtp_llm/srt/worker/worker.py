@@ -9,6 +9,7 @@ import torch
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.plan import PaddedPrompt, RowResult, RowWork, StepPlan, StepResult, TokenLogprob
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
@@ -25,20 +26,14 @@ Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may co
 class WorkerConfig:
     """What a rank needs to know. It travels to worker processes."""
 
+    server_args: ServerArgs
     model_config: ModelConfig
-    model_path: str
-    load_format: str = "auto"
-    model_impl: str = "auto"
-    quantization: str | None = None
     device: str = "cpu"
-    page_size: int = 1
-    attention_backend: str | None = None
-    media_cache_bytes: int = 0
-    kv_cache_dtype: str = "auto"
-    cpu_graph: bool = True
     rank: int = 0
-    world_size: int = 1
-    log_level: str = "info"
+
+    @property
+    def world_size(self) -> int:
+        return self.server_args.tp_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +96,9 @@ class Worker:
     """``step(plan)`` is all that the plain case needs; with token masks, ``forward`` and ``sample`` are two calls."""
 
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
-        self.runner = ModelRunner(
-            config.model_config,
-            config.model_path,
-            config.load_format,
-            config.device,
-            config.page_size,
-            make_backend(config.attention_backend, config.device, getattr(torch, config.model_config.dtype)),
-            progress,
-            config.model_impl,
-            config.media_cache_bytes,
-            config.quantization,
-            config.kv_cache_dtype,
-            config.cpu_graph,
-        )
+        dtype = getattr(torch, config.model_config.dtype)
+        backend = make_backend(config.server_args.attention_backend, config.device, dtype)
+        self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)
         self._vocab_size = config.model_config.vocab_size
         self._device = config.device
         self._profiler = Profiler(config.rank)

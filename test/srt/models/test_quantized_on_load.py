@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rtp_llm import Engine
 from rtp_llm.bench_profile import stored_bytes
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.configs.server_args import DEMO_MODEL, QUANTIZATIONS
+from rtp_llm.srt.configs.server_args import DEMO_MODEL, QUANTIZATIONS, ServerArgs
 from rtp_llm.srt.kernels.reference import dequantize_int4, quantize_rows
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.int4 import GROUP_SIZES, quantize_int4
@@ -126,7 +126,7 @@ def test_weights_take_less_memory() -> None:
     def weight_bytes(scheme: str | None) -> int:
         """Of the language model: the tower stays as it is."""
         config = ModelConfig.from_pretrained(DEMO_MODEL)
-        worker = Worker(WorkerConfig(config, DEMO_MODEL, quantization=scheme))
+        worker = Worker(WorkerConfig(ServerArgs(model_path=DEMO_MODEL, quantization=scheme), config))
         tower = [module for name, module in worker.runner.model.named_modules() if ".visual." in f".{name}."]
         own = {id(module): stored_bytes(module) for module in tower}
         return worker.loaded().weight_bytes - sum(own.values())

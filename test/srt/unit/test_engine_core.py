@@ -12,7 +12,7 @@ import torch
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.engine.core import EngineCore, worker_config
+from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
@@ -20,6 +20,7 @@ from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink, send
 from rtp_llm.srt.worker.sampler import draw
+from rtp_llm.srt.worker.worker import WorkerConfig
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias"]
@@ -37,7 +38,7 @@ class Core:
         model_config = ModelConfig.from_pretrained(
             args.model_path, dtype=args.dtype, context_length=args.context_length
         )
-        executor = InProcessExecutor(worker_config(args, model_config, "cpu"), depth, delayed)
+        executor = InProcessExecutor(WorkerConfig(args, model_config, "cpu"), depth, delayed)
         self.link = QueueLink()
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.link.client.on_messages(self.take)
@@ -149,7 +150,7 @@ def test_shutdown_ends_the_loop():
 
 def make_executor(name: str, kind: str) -> Any:
     args = ServerArgs(model_path=tiny_model(name), device="cpu", dtype="float32", tp_size=1)
-    config = worker_config(args, ModelConfig.from_pretrained(args.model_path), "cpu")
+    config = WorkerConfig(args, ModelConfig.from_pretrained(args.model_path), "cpu")
     executor = MultiProcessExecutor(config, 60.0) if kind == "process" else InProcessExecutor(config, 1, kind == "late")
     loaded = executor.load()
     assert loaded.weight_bytes > 0 and len(loaded.layout.groups) == 1
@@ -206,7 +207,7 @@ def test_a_worker_process_that_dies_is_noticed():
 def two_ranks() -> Iterator[tuple[MultiProcessExecutor, list[Connection]]]:
     """An executor whose ranks do nothing, and the ends of the pipes that they would answer by."""
     args = ServerArgs(model_path=tiny_model("llama-tp"), device="cpu", tp_size=2)
-    executor = MultiProcessExecutor(worker_config(args, ModelConfig.from_pretrained(args.model_path), "cpu"), 60.0)
+    executor = MultiProcessExecutor(WorkerConfig(args, ModelConfig.from_pretrained(args.model_path), "cpu"), 60.0)
     pairs = [Pipe() for _ in range(2)]
     executor._pipes = [ours for ours, _ in pairs]
     executor._processes = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
