@@ -21,10 +21,11 @@ from rtp_llm.models_py.llava_next import (
     features_per_side,
 )
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens, one_item, split_item
+from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo, uniform_indices
+from rtp_llm.srt.multimodal.processor_output import one_item, split_item
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -12,7 +12,8 @@ from typing import Any
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, HfProcessor, load_hf_processor
+from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor
+from rtp_llm.srt.multimodal.hf_processor import HfProcessor
 from rtp_llm.srt.multimodal.media import MediaLoader
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def get_mm_processor(
 
     Args:
         hf_config: the model's configuration, which names its architectures.
-        hf_processor: what ``load_hf_processor`` returns, or a processor of transformers.
+        hf_processor: an ``HfProcessor``, or a processor of transformers.
         model_cls: the class that the architectures resolve to, whose file may hold the processor.
         args, kwargs: for the processor.
 
@@ -138,7 +139,7 @@ def make_processor(
     if tokenizer is None or not hasattr(model_cls, "pad_input_ids"):
         return None
     own_tokenizer = copy.deepcopy(tokenizer)  # used on other threads, and no tokenizer can be used on two at once
-    hf_processor = load_hf_processor(config.model_path, own_tokenizer, server_args.trust_remote_code)
+    hf_processor = HfProcessor(config.model_path, own_tokenizer, server_args.trust_remote_code)
     _check_settings(config.model_path, hf_processor)
     loader = MediaLoader.from_server_args(server_args, trusted)
     return get_mm_processor(config.hf_config, server_args, hf_processor, model_cls=model_cls, loader=loader)

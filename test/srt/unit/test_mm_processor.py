@@ -20,18 +20,13 @@ from rtp_llm.srt.managers.multimodal_processor import (
     make_processor,
     register_processor,
 )
-from rtp_llm.srt.multimodal import base_processor
-from rtp_llm.srt.multimodal.base_processor import (
-    BaseMultimodalProcessor,
-    HfProcessor,
-    MultimodalSpecialTokens,
-    load_hf_processor,
-    place,
-    runs,
-    split_item,
-)
+from rtp_llm.srt.multimodal import prompt_media
+from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.hf_processor import HfProcessor
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput, pad_mm_tokens
 from rtp_llm.srt.multimodal.media import MediaLoader
+from rtp_llm.srt.multimodal.placeholders import place, runs
+from rtp_llm.srt.multimodal.processor_output import split_item
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 WORDS = ["<bos>", "a", "b", "c", "aa", "<image>", "<pad>", "<open>", "<close>", "<break>", "<video>"]
@@ -313,13 +308,13 @@ IMAGE_PROCESSORS = [
 @pytest.mark.parametrize("name", IMAGE_PROCESSORS)
 def test_image_processors_load_without_torchvision(name, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": name}))
-    loaded = load_hf_processor(str(tmp_path), TOKENIZER).image_processor
+    loaded = HfProcessor(str(tmp_path), TOKENIZER).image_processor
     assert type(loaded).__name__ == f"{name}Pil"
 
     class Plain(XProcessor):
         image_item = BaseMultimodalProcessor.image_item
 
-    processor = Plain(CONFIG, None, load_hf_processor(str(tmp_path), TOKENIZER))
+    processor = Plain(CONFIG, None, HfProcessor(str(tmp_path), TOKENIZER))
     item = processor.image_item(picture(40, 60))
     assert item.feature.shape[0] >= 1 and item.feature.dtype == torch.float32
     assert len(item.digest) == 32
@@ -433,7 +428,7 @@ def test_a_package_of_processors(tmp_path, monkeypatch):
 
 
 def test_a_prompts_media_together_have_a_limit(monkeypatch):
-    monkeypatch.setattr(base_processor, "MAX_PROMPT_PIXELS", 4 * 30)
+    monkeypatch.setattr(prompt_media, "MAX_PROMPT_PIXELS", 4 * 30)
     images = [Image.new("RGB", (6, 5)) for _ in range(5)]
     assert len(processed("<image>" * 4, images[:4]).mm_items) == 4
     with pytest.raises(InvalidRequest, match="more than 120 pixels together"):

@@ -22,7 +22,8 @@ from rtp_llm.models_py.qwen3_vl import Qwen3VLForConditionalGeneration
 from rtp_llm.models_py.qwen_media import Segment, VideoSettings, fit_size, mrope_positions, patch_times, patchify
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.managers.multimodal_processor import get_mm_processor
-from rtp_llm.srt.multimodal.base_processor import load_hf_processor
+from rtp_llm.srt.managers.tokenizer_manager import load_tokenizer
+from rtp_llm.srt.multimodal.hf_processor import HfProcessor
 from rtp_llm.srt.multimodal.items import Modality, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.media import MediaLoader, VideoFrames, VideoInfo
 from rtp_llm.srt.sampling_params import InvalidRequest
@@ -47,7 +48,7 @@ def processor_of(family: str, model_dir: str, video: dict[str, Any] | None = Non
     text = CONFIG["text_config"] | {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
     config = CONFIG | {"vision_config": vision, "text_config": text}
     hf_config = getattr(transformers, f"{family}Config")(**config, architectures=[FAMILIES[family].__name__])
-    hf_processor = load_hf_processor(model_dir)
+    hf_processor = HfProcessor(model_dir, load_tokenizer(model_dir))
     hf_processor.__dict__["video_settings"] = VIDEO_SETTINGS if video is None else video
     args = ServerArgs(model_path=model_dir, **options)
     loader = MediaLoader(trusted=True)
@@ -218,7 +219,7 @@ def test_sizes_of_whole_videos_are_transformers(caps: bool, model_dir: str) -> N
 
 def test_a_picture_is_a_short_video(model_dir: str) -> None:
     """Its patches are those that transformers' image processor makes."""
-    parts = load_hf_processor(model_dir)
+    parts = HfProcessor(model_dir, load_tokenizer(model_dir))
     processor = processor_of("Qwen2VL", model_dir, parts.image_settings)
     image = picture(112, 84)
     expected = parts.image_processor(images=[image], return_tensors="pt")
