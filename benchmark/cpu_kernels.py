@@ -17,7 +17,7 @@ from rtp_llm.srt.devices.cpu.linear import PackedBFloat16
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import dispatch, reference
 from rtp_llm.srt.layers.moe import FusedMoE
-from rtp_llm.srt.models.loader import process_weights
+from rtp_llm.srt.layers.quantization.base import process_weights
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.sampler import draw
 

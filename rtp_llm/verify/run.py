@@ -27,8 +27,9 @@ from rtp_llm.reference import (
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
-from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
+from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
+from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.platform import choose_device

@@ -24,6 +24,11 @@ def make_parameter(
     return param
 
 
+def is_optional(target: torch.Tensor) -> bool:
+    """Whether a checkpoint may lack it: it has a value from the start."""
+    return getattr(target, "is_optional", False)
+
+
 def default_weight_loader(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
     """Loads the whole tensor; every rank has the same."""
     refuse_shard(shard_id, "parameter")

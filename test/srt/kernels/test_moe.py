@@ -12,7 +12,7 @@ from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import dispatch, reference
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.moe import FusedMoE
-from rtp_llm.srt.models.loader import process_weights
+from rtp_llm.srt.layers.quantization.base import process_weights
 
 FUNCTIONS = [moe._function, moe._grouped_gemm, linear._function]
 

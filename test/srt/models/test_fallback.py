@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rtp_llm import Engine
 from rtp_llm.models_py.transformers import UnservableModelError
-from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
+from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import UnknownArchitectureError
+from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_models import _TINY_SIZES, _disturb, make_tiny, random_prompts
 from tiny_seeing import make_seeing

@@ -25,7 +25,7 @@ from mm_parity import (
 )
 
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.srt.models.loader import ModelBuildError
+from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from tiny_models import make_tiny_vision, special_id
 

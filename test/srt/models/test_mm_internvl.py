@@ -24,7 +24,7 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from rtp_llm.models_py.internvl import pixel_shuffle
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.srt.models.loader import ModelBuildError
+from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media import VideoInfo
 from tiny_models import make_tiny_vision, special_id

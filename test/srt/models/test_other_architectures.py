@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.models.loader import WeightLoadError, load_model
+from rtp_llm.srt.models.loader import load_model
+from rtp_llm.srt.models.weight_loading import WeightLoadError
 from tiny_models import make_tiny
 
 BARE = {

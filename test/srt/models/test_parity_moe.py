@@ -18,7 +18,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from rtp_llm import Engine
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.layers.quantization import mxfp4
-from rtp_llm.srt.models.loader import WeightLoadError, load_model
+from rtp_llm.srt.models.loader import load_model
+from rtp_llm.srt.models.weight_loading import WeightLoadError
 from tiny_models import Reference, assert_same_ids, make_tiny, random_prompts, reference
 
 LENGTHS = (1, 18, 40, 100)

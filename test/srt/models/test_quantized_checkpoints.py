@@ -16,9 +16,10 @@ from rtp_llm import Engine
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.layers.linear import RowParallelLinear
-from rtp_llm.srt.layers.quantization.base import QuantizedModel
+from rtp_llm.srt.layers.quantization.base import QuantizedModel, process_weights
 from rtp_llm.srt.layers.quantization.registry import quantization_config
-from rtp_llm.srt.models.loader import WeightLoadError, load_model, process_weights
+from rtp_llm.srt.models.loader import load_model
+from rtp_llm.srt.models.weight_loading import WeightLoadError
 from tiny_models import make_tiny, random_prompts
 
 SIZES: dict[str, Any] = dict(

@@ -13,7 +13,8 @@ from rtp_llm import Engine, ModelRegistry
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.layers.weights import default_weight_loader
 from rtp_llm.srt.managers.engine_client import EngineStopped
-from rtp_llm.srt.models.loader import ModelBuildError, WeightLoadError
+from rtp_llm.srt.models.building import ModelBuildError
+from rtp_llm.srt.models.weight_loading import WeightLoadError
 from tiny_models import TINY_MODELS, Reference, assert_same_ids, random_prompts, reference, tiny_model
 
 MODEL = "llama-default"

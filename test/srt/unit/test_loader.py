@@ -14,15 +14,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.models.loader import (
-    ModelBuildError,
-    WeightLoadError,
-    load_model,
-    load_weights,
-    load_weights_declaratively,
-)
+from rtp_llm.srt.models.building import ModelBuildError
+from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.models.weight_files import WeightFileError, WeightsNotFoundError, find_weight_files, read_weights
+from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights, load_weights_declaratively
 
 HIDDEN, VOCAB = 4, 6
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5), "c.bias": torch.zeros(1).bfloat16()}
@@ -718,7 +714,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from torch import nn
-from rtp_llm.srt.models.loader import load_weights_declaratively
+from rtp_llm.srt.models.weight_loading import load_weights_declaratively
 from rtp_llm.srt.models.weight_files import find_weight_files, read_weights
 
 def anonymous_bytes() -> int:

@@ -24,7 +24,7 @@ from rtp_llm.srt.layers.moe import (
     softmax_topk,
     topk_softmax,
 )
-from rtp_llm.srt.models.loader import WeightLoadError, load_weights_declaratively
+from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights_declaratively
 
 HIDDEN, SIZE, EXPERTS, TOP_K = 10, 6, 12, 4
 

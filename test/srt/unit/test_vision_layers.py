@@ -37,7 +37,7 @@ from rtp_llm.srt.layers.vision import (
     patch_positions,
     prepare_vision_attention_metadata,
 )
-from rtp_llm.srt.models.loader import WeightLoadError, load_weights_declaratively
+from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights_declaratively
 
 SEGMENTS = [[7], [3, 3, 3], [1, 5, 0, 5, 2, 1], [4, 9]]
 

@@ -178,6 +178,15 @@ class QuantizationConfig(ABC):
         return False
 
 
+def process_weights(module: nn.Module) -> None:
+    """Has a layer's quantization method, if it has one, process what was loaded; once."""
+    method: Any = getattr(module, "quant_method", None)
+    process = getattr(method, "process_weights_after_loading", None)
+    if process and not getattr(module, "weights_are_processed", False):
+        process(module)
+        module.weights_are_processed = True  # type: ignore[assignment]
+
+
 def free(layer: nn.Module, *names: str) -> None:
     """Removes parameters, and their memory wherever else they are referred to."""
     for name in names:

@@ -1,0 +1,248 @@
+"""Tensors of a checkpoint into the parameters of a model: every one has its place, every place is filled."""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, process_weights
+from rtp_llm.srt.layers.weights import ShardId, is_optional
+from rtp_llm.srt.models.registry import reason
+from rtp_llm.srt.models.weight_files import WeightFileError
+from rtp_llm.srt.models.weight_names import BASE_MODEL_PREFIX, Place, WeightNames
+
+logger = logging.getLogger(__name__)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+HEADS = ("lm_head.weight ", "embed_out.weight ")  # how lines about a missing head begin
+
+
+class WeightLoadError(ValueError):
+    """Checkpoint and model do not fit; the message names every tensor and parameter concerned."""
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    num_layers: int | None = None,
+    quant_config: QuantizationConfig | None = None,
+) -> None:
+    """Loads by the model's own ``load_weights(weights)`` if it has one, else declaratively.
+
+    Where such a method returns the set of the parameter names it loaded, a parameter that is not in it is an error.
+    """
+    own_method: Any = getattr(model, "load_weights", None)
+    if own_method is None:
+        load_weights_declaratively(model, weights, num_layers, quant_config)
+        return
+    try:
+        loaded = own_method(weights)
+    except (WeightFileError, WeightLoadError):  # of the files, or of a helper that it calls: they speak for themselves
+        raise
+    except Exception as error:  # whatever a model's method may raise; the cause is chained
+        raise WeightLoadError(f"{type(model).__name__}.load_weights failed: {reason(error)}") from error
+    if isinstance(loaded, set):
+        unset = {name: parameter for name, parameter in model.named_parameters() if name not in loaded}
+        if unset:
+            lines = [f"{name} {_shape(parameter)}" for name, parameter in unset.items()]
+            raise _error(model, {"parameters were not set by its load_weights": lines})
+
+
+def load_weights_declaratively(
+    model: nn.Module,
+    weights: Weights,
+    num_layers: int | None = None,
+    quant_config: QuantizationConfig | None = None,
+) -> None:
+    """Puts every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
+
+    A tensor's name is first rewritten by ``rename``, ``[(regex, replacement), ...]``, each applied in turn. It then is
+    a parameter's or persistent buffer's own name, or becomes one through a module's ``weight_sources``, ``{checkpoint
+    name: (parameter, shard id)}`` relative to the module, or through ``packed_modules_mapping``, ``{packed module:
+    [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is supplied. What has no place may
+    match ``ignore`` (a list of regular expressions), COMMON_IGNORE, or belong to a layer from ``num_layers`` on, or
+    ``quant_config`` may leave it.
+
+    A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``, or copied to where it has none.
+
+    A parameter of which a checkpoint has nothing takes the values of another where ``weight_defaults`` says so,
+    ``{parameter: other parameter}``.
+
+    A head tied to the embedding may be stored beside it, alone, or not at all; stored with other values it is an error.
+
+    A module's weights are processed (see ``layers.quantization.base``) as soon as it has all its parameters, so that
+    never more than one module is in memory twice.
+
+    Raises:
+        WeightLoadError: tensors without a place, parameters not (wholly) set, shapes that do not fit: all of them.
+    """
+    load = _DeclarativeLoad(model, num_layers, quant_config)
+    for name, tensor in weights:
+        load.add(name, tensor)
+    load.finish()
+
+
+class _DeclarativeLoad:
+    """One run of ``load_weights_declaratively``: where each tensor goes, and what went wrong so far."""
+
+    def __init__(self, model: nn.Module, num_layers: int | None, quant_config: QuantizationConfig | None) -> None:
+        self.model = model
+        self.num_layers = num_layers
+        self.quant_config = quant_config
+        self.names = WeightNames(model)
+        self.targets = self.names.targets
+        self.loaded: dict[str, set[ShardId]] = {name: set() for name in self.targets}
+        self.tied: dict[str, tuple[str, torch.Tensor]] = {}  # what a parameter of several names was given, and as what
+        self.num_direct = 0
+        self.prefixed: list[str] = []  # tensors that have a place only with the prefix
+        self.ignored: Counter[str] = Counter()  # by reason
+        self.problems: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        name = self.names.renamed(name)
+        place = self.names.find(name)
+        if place:
+            self.num_direct += 1
+        else:
+            place = self.names.find(BASE_MODEL_PREFIX + name)
+            if place:
+                self.prefixed.append(f"{name} {_shape(tensor)}")
+        if place:
+            self._load(name, place, tensor)
+        else:
+            self._leave(name, tensor)
+
+    def _load(self, name: str, place: Place, tensor: torch.Tensor) -> None:
+        shards = self.loaded[place.name]
+        if place.name in self.tied:
+            self._compare_tied(name, place.name, tensor)
+        elif place.shard_id in shards or None in shards or (place.shard_id is None and shards):
+            self.problems["tensors came twice"].append(f"{name} {_shape(tensor)}")
+        else:
+            self._fill(name, place, tensor)
+            self._mark(name, place, tensor)
+            self._process(place.name.rpartition(".")[0])
+
+    def _fill(self, name: str, place: Place, tensor: torch.Tensor) -> None:
+        target = self.targets[place.name]
+        try:
+            _fill(target, tensor, place.shard_id)
+        except ValueError as error:
+            self.problems["tensors do not fit"].append(f"{name} {_shape(tensor)} into {place.name}: {error}")
+        except Exception as error:
+            error.add_note(f"while loading {name} {_shape(tensor)} into {place.name} {_shape(target)}")
+            raise
+
+    def _mark(self, name: str, place: Place, tensor: torch.Tensor) -> None:
+        names = self.names.aliases(place.name)
+        for alias in names:
+            self.loaded[alias].add(place.shard_id)
+            if len(names) > 1:
+                self.tied[alias] = (name, tensor)
+
+    def _process(self, path: str) -> None:
+        """Processes the weights of the module at ``path`` if it has all of them, those that it may lack included."""
+        module = self.model.get_submodule(path)
+        names = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        if not all(self._is_complete(name) for name in names):
+            return
+        try:
+            process_weights(module)
+        except ValueError as error:
+            self.problems["layers cannot be used"].append(f"{path}: {error}")
+
+    def _is_complete(self, name: str) -> bool:
+        shards = self.loaded[name]
+        return None in shards or (bool(shards) and shards >= self.names.wanted(name))
+
+    def _compare_tied(self, name: str, target_name: str, tensor: torch.Tensor) -> None:
+        first_name, first = self.tied[target_name]
+        if first.shape == tensor.shape and torch.equal(first, tensor):
+            self.ignored["tied to another tensor, and equal"] += 1
+            return
+        self.problems["tensors differ though the model ties them"].append(
+            f"{name} {_shape(tensor)} and {first_name} {_shape(first)}: to use both, set tie_word_embeddings to false "
+            "in config.json"
+        )
+
+    def _leave(self, name: str, tensor: torch.Tensor) -> None:
+        why = self.names.why_ignored(name, self.num_layers)
+        if why:
+            self.ignored[why] += 1
+        elif self.quant_config and self.quant_config.may_leave(name, tensor):
+            self.ignored[f"{self.quant_config.get_name()}, which does not need them"] += 1
+        else:
+            self.problems["tensors have no place in the model"].append(f"{name} {_shape(tensor)}")
+
+    def finish(self) -> None:
+        """Raises WeightLoadError if anything was wrong; else logs what was ignored."""
+        if self.prefixed and self.num_direct:  # a mixture is not a checkpoint of the base model
+            self.problems["tensors have no place in the model"] += self.prefixed
+        self._take_defaults()
+        unset = [line for name in self.names.distinct() for line in self._missing(name)]
+        self.problems["parameters were not set"] += unset
+        if any(self.problems.values()):
+            raise _error(self.model, self.problems)
+        if self.prefixed:
+            logger.info("the checkpoint was saved from the base model: its names were read as %s*", BASE_MODEL_PREFIX)
+        if self.ignored:
+            reasons = "; ".join(f"{count} by {reason}" for reason, count in self.ignored.items())
+            logger.info("ignored %d tensors of the checkpoint: %s", self.ignored.total(), reasons)
+
+    def _take_defaults(self) -> None:
+        for name, other in self.names.declared.weight_defaults.items():
+            if not self.loaded[name] and self.loaded[other]:
+                self.targets[name].data.copy_(self.targets[other])
+                self.loaded[name] = self.loaded[other]
+
+    def _missing(self, name: str) -> list[str]:
+        """Lines about what the parameter still lacks."""
+        shards, shape = self.loaded[name], _shape(self.targets[name])
+        if None in shards or (not shards and is_optional(self.targets[name])):
+            return []
+        parts = self.names.parts(name)
+        if not parts:
+            return [] if shards else [f"{name} {shape}"]
+        missing = [source for source, shard_id in parts if shard_id not in shards]
+        return [f"{name} {shape}, made of {', '.join(missing)}"] if missing else []
+
+
+def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None:
+    """Raises ValueError if the tensor does not fit."""
+    if target.is_floating_point() != tensor.is_floating_point():
+        raise ValueError(f"expected dtype {target.dtype}, got {tensor.dtype}")
+    weight_loader = getattr(target, "weight_loader", None)
+    if weight_loader:
+        weight_loader(target, tensor) if shard_id is None else weight_loader(target, tensor, shard_id)
+    elif shard_id is not None:
+        raise TypeError("a packed parameter needs a weight_loader that takes a shard id")
+    elif target.shape != tensor.shape:
+        raise ValueError(f"expected shape {_shape(target)}, got {_shape(tensor)}")
+    else:
+        target.data.copy_(tensor)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _error(model: nn.Module, problems: Mapping[str, list[str]]) -> WeightLoadError:
+    parts = [f"the checkpoint does not fit {type(model).__name__}:"]
+    for problem, lines in problems.items():
+        if lines:
+            parts.append(f"{len(lines)} {problem}:\n  " + "\n  ".join(sorted(lines)))
+    if any(line.startswith(HEADS) for line in problems.get("parameters were not set", [])):
+        parts.append(
+            "If the head is meant to share the embedding's weights, set tie_word_embeddings: "
+            "--json-model-override-args '{\"tie_word_embeddings\": true}'"
+        )
+        if sum(map(len, problems.values())) == 1:
+            parts.append(
+                "Otherwise the checkpoint is of the bare model without a head, which gives hidden states (embeddings) "
+                "and no tokens: take the whole model's"
+            )
+    return WeightLoadError("\n".join(parts))

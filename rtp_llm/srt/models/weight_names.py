@@ -1,0 +1,156 @@
+"""Where the tensors of a checkpoint belong in a model, by what the model and its modules declare of their names."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.layers.weights import ShardId
+
+BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
+COMMON_IGNORE = (
+    r"(^|\.)rotary_emb\.(original_)?inv_freq$",
+    r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
+    r"(^|\.)(self_)?(attn|attention)\.(bias|masked_bias)$",  # causal masks kept as buffers
+    r"(^|\.)embeddings\.position_ids$",  # 0, 1, 2, ... kept as a buffer
+    r"^(model\.)?mtp(_layers|_block)?\.",  # multi-token prediction
+)
+_LAYER_NUMBER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredNames:
+    """What a model, or its class, says of the names in its checkpoints (see ``load_weights_declaratively``)."""
+
+    rename: Sequence[tuple[str, str]]
+    ignore: Sequence[str]
+    packed_modules_mapping: Mapping[str, Sequence[str]]
+    weight_defaults: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module | type[nn.Module]) -> Self:
+        return cls(
+            rename=getattr(model, "rename", ()),
+            ignore=getattr(model, "ignore", ()),
+            packed_modules_mapping=getattr(model, "packed_modules_mapping", {}),
+            weight_defaults=getattr(model, "weight_defaults", {}),
+        )
+
+
+class Place(NamedTuple):
+    name: str  # of the parameter or buffer
+    shard_id: ShardId  # which of its sources; None: all of it
+
+
+class WeightNames:
+    """A checkpoint's names -> places in the model; and back, of what a parameter is made.
+
+    Attributes:
+        targets: every parameter and persistent buffer, under each of its names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.declared = DeclaredNames.of(model)
+        self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        self._model = model
+        self._ignore = [*self.declared.ignore, *COMMON_IGNORE]
+        self._sources = _declared_sources(model)
+        self._sources_of = _by_target(self._sources)
+        self._names_of = _names_by_tensor(self.targets)
+        self._wanted: dict[str, frozenset[ShardId]] = {}  # by parameter, once it was asked for
+
+    def renamed(self, name: str) -> str:
+        for pattern, replacement in self.declared.rename:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def find(self, name: str) -> Place | None:
+        """The place of a renamed tensor."""
+        if name in self.targets:
+            return Place(name, None)
+        if name in self._sources:
+            return self._sources[name]
+        for packed, sources in self.declared.packed_modules_mapping.items():
+            for i, source in enumerate(sources):
+                candidate = _swap(name, source, packed)
+                if candidate and candidate in self.targets:
+                    return Place(candidate, self._shard_ids(candidate, packed)[i])
+        return None
+
+    def why_ignored(self, name: str, num_layers: int | None) -> str | None:
+        """The reason for which a renamed tensor may be without a place; None: there is none."""
+        layer = _LAYER_NUMBER.match(name)
+        pattern = next((pattern for pattern in self._ignore if re.search(pattern, name)), None)
+        if pattern:
+            return pattern
+        if layer and num_layers is not None and int(layer[1]) >= num_layers:
+            return f"layers from number {num_layers} on"
+        return None
+
+    def aliases(self, name: str) -> list[str]:
+        """All names of a target, this one among them."""
+        return self._names_of[id(self.targets[name])]
+
+    def distinct(self) -> list[str]:
+        """One name of each target."""
+        return [names[0] for names in self._names_of.values()]
+
+    def parts(self, name: str) -> list[tuple[str, ShardId]]:
+        """The checkpoint's tensors that a parameter is made of together; empty if it is one tensor's."""
+        if name in self._sources_of:
+            return self._sources_of[name]
+        for packed, sources in self.declared.packed_modules_mapping.items():
+            names = [source for source in (_swap(name, packed, source) for source in sources) if source]
+            if names and len(names) == len(sources):
+                return list(zip(names, self._shard_ids(name, packed), strict=True))
+        return []
+
+    def wanted(self, name: str) -> frozenset[ShardId]:
+        """The ids of all that a parameter is made of; None alone if it is one tensor's."""
+        if name not in self._wanted:
+            self._wanted[name] = frozenset(shard_id for _, shard_id in self.parts(name)) or frozenset([None])
+        return self._wanted[name]
+
+    def _shard_ids(self, name: str, packed: str) -> tuple[ShardId, ...]:
+        """The ids that the layer's weight_loader knows the sources by, in the order of ``packed_modules_mapping``."""
+        layer = self._model.get_submodule(name.rpartition(".")[0])
+        sources = self.declared.packed_modules_mapping[packed]
+        default = ("q", "k", "v") if packed.endswith("qkv_proj") and len(sources) == 3 else tuple(range(len(sources)))
+        return tuple(getattr(layer, "shard_ids", default))
+
+
+def _declared_sources(model: nn.Module) -> dict[str, Place]:
+    """Full checkpoint names -> places, as modules declare them in ``weight_sources``."""
+    return {
+        f"{path}.{source}": Place(f"{path}.{parameter}", shard_id)
+        for path, module in model.named_modules()
+        for source, (parameter, shard_id) in getattr(module, "weight_sources", {}).items()
+    }
+
+
+def _by_target(sources: Mapping[str, Place]) -> dict[str, list[tuple[str, ShardId]]]:
+    """Parameters -> the sources that fill them together, with their shard ids; not those that fill them alone."""
+    by_target: defaultdict[str, list[tuple[str, ShardId]]] = defaultdict(list)
+    for source, place in sources.items():
+        if place.shard_id is not None:
+            by_target[place.name].append((source, place.shard_id))
+    return dict(by_target)
+
+
+def _names_by_tensor(targets: dict[str, torch.Tensor]) -> dict[int, list[str]]:
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, target in targets.items():
+        names[id(target)].append(name)
+    return dict(names)
+
+
+def _swap(name: str, part: str, other: str) -> str | None:
+    """``name`` with the dotted part replaced, or None if it has no such part."""
+    dotted = f".{name}."
+    if f".{part}." not in dotted:
+        return None
+    return dotted.replace(f".{part}.", f".{other}.", 1)[1:-1]
