@@ -32,235 +32,301 @@ class ServerArgs:
 
     model_path: str = option(
         DEMO_MODEL,
-        help="checkpoint directory, or Hugging Face hub id",
+        help="The model: a directory with its checkpoint, or its name on the Hugging Face hub.",
         aliases=("--model",),
         default_text="the embedded demo model",
     )
-    tokenizer_path: str | None = option(None, help="directory or hub id of the tokenizer; unset: the model's")
-    skip_tokenizer_init: bool = option(False, help="load no tokenizer: prompts and results are token ids")
+    tokenizer_path: str | None = option(
+        None, help="Directory or hub name of the tokenizer. If unset, the model's own is used."
+    )
+    skip_tokenizer_init: bool = option(False, help="Load no tokenizer. Prompts and answers are then token ids.")
     load_format: str = option(
         "auto",
-        help="which weight files to read; auto: safetensors, else pt; dummy: random weights, no files",
+        help="Which weight files to read. auto reads safetensors files and, where there are none, pt files "
+        "(.bin). dummy reads no files and fills the model with random weights.",
         choices=("auto", "safetensors", "pt", "dummy"),
     )
     model_impl: str = option(
         "auto",
-        help="whose code the model runs by; rtp_llm: a model file of ours; transformers: the library's, with our cache "
-        "and batching; auto: ours where there is one, else the library's",
+        help="Which implementation computes the model. rtp_llm is a model file of this engine; transformers is "
+        "the code of the transformers library, with this engine's cache and batching; auto takes rtp_llm "
+        "where there is a model file, otherwise transformers.",
         choices=("auto", "rtp_llm", "transformers"),
     )
-    trust_remote_code: bool = option(False, help="run Python code that comes with the checkpoint")
-    context_length: int | None = option(None, help="most tokens of a request; unset: the model's", low=1)
-    revision: str | None = option(None, help="branch, tag or commit on the hub")
-    download_dir: str | None = option(None, help="where hub downloads are kept; unset: the hub's cache")
+    trust_remote_code: bool = option(
+        False, help="Run the Python code that comes with the checkpoint. Use it only for checkpoints that you trust."
+    )
+    context_length: int | None = option(
+        None,
+        help="Largest number of tokens of a request, prompt and answer together. If unset, the model's own limit.",
+        low=1,
+    )
+    revision: str | None = option(None, help="Branch, tag or commit of the model on the hub.")
+    download_dir: str | None = option(
+        None, help="Directory that keeps models downloaded from the hub. If unset, the hub library's own cache."
+    )
     dtype: str = option(
         "auto",
-        help="type of weights and activations; auto: the checkpoint's; half is float16, float is float32",
+        help="Number type of weights and activations. auto is the checkpoint's own type; half means float16 and "
+        "float means float32.",
         choices=("auto", "float32", "bfloat16", "float16", "half", "float"),
     )
     quantization: str | None = option(
         None,
-        help="scheme of the weights; int8 and int4 quantize any checkpoint while it is loaded; unset: the checkpoint's "
-        "own, if it has one",
+        help="How the weights are stored in memory. int8 and int4 quantize any checkpoint while it is loaded; "
+        "the others read checkpoints that are stored so. If unset, the checkpoint's own scheme is used, if "
+        "it has one.",
         choices=QUANTIZATIONS,
     )
-    json_model_override_args: str = option("{}", help="JSON object that overrides entries of the model's config.json")
-    device: str | None = option(None, help="unset: cuda where there is a GPU, else cpu", choices=("cpu", "cuda"))
+    json_model_override_args: str = option(
+        "{}", help="JSON object whose entries replace those of the model's config.json."
+    )
+    device: str | None = option(
+        None, help="Where the model runs. If unset, cuda where there is a GPU, otherwise cpu.", choices=("cpu", "cuda")
+    )
     tp_size: int = option(
         1,
-        help="tensor parallelism: number of workers that share each layer",
+        help="Tensor parallelism: the number of worker processes that share the computation of each layer.",
         choices=(1, 2),
         aliases=("--tensor-parallel-size",),
     )
     mem_fraction_static: float | None = option(
-        None, help="fraction of the free memory for weights and cache; unset: 0.6 on CPU, 0.88 on GPU", low=0.01, high=1
+        None,
+        help="Fraction of the free memory that weights and cache may take. If unset, 0.6 on a CPU and 0.88 on a GPU.",
+        low=0.01,
+        high=1,
     )
-    max_total_tokens: int | None = option(None, help="tokens in the cache; unset: what memory allows", low=1)
-    max_running_requests: int | None = option(None, help="most requests running at once; unset: 256", low=1)
+    max_total_tokens: int | None = option(
+        None, help="Number of tokens that the cache can hold. If unset, as many as the memory allows.", low=1
+    )
+    max_running_requests: int | None = option(
+        None, help="Largest number of requests that are computed at the same time. If unset, 256.", low=1
+    )
     chunked_prefill_size: int | None = option(
         None,
-        help="prompt tokens per step; longer prompts are cut; unset: 2048 on CPU, 8192 on GPU; -1: never cut",
+        help="Number of prompt tokens computed in one step; longer prompts are cut into chunks of this size. -1 "
+        "never cuts a prompt. If unset, 2048 on a CPU and 8192 on a GPU.",
         low=-1,
     )
-    max_prefill_tokens: int = option(16384, help="prompt tokens of all requests in one step", low=1)
+    max_prefill_tokens: int = option(
+        16384, help="Largest number of prompt tokens that all requests together compute in one step.", low=1
+    )
     schedule_policy: str = option(
         "fcfs",
-        help="who is admitted next: first come; longest cached prefix; or lowest priority number, then first come, "
-        "where a request may wait for as long as more urgent ones come",
+        help="Which waiting request runs next. fcfs takes the one that came first; lpm the one with the longest "
+        "cached prefix; priority the one with the lowest priority number, and among equal ones the first. "
+        "Under priority, a request can wait as long as more urgent ones keep coming.",
         choices=("fcfs", "lpm", "priority"),
     )
-    page_size: int = option(1, help="tokens per cache page", low=1)
+    page_size: int = option(1, help="Number of tokens in a page of the cache.", low=1)
     kv_cache_dtype: str = option(
         "auto",
-        help="type that keys and values are stored in; auto: the model's; int8: with a scale for each token and head; "
-        "on a CPU alone",
+        help="Number type of the cached keys and values. auto is the model's own type. int8 stores a scale for "
+        "each token and head, and works on a CPU only.",
         choices=("auto", "bf16", "int8"),
     )
     swa_full_tokens_ratio: float = option(
-        0.8, help="tokens in the cache of sliding-window layers, relative to full-attention layers", low=0.01, high=1
+        0.8,
+        help="Size of the cache of sliding-window layers, as a fraction of the cache of full-attention layers.",
+        low=0.01,
+        high=1,
     )
-    disable_radix_cache: bool = option(False, help="do not reuse cached prefixes")
+    disable_radix_cache: bool = option(False, help="Do not reuse the cached prefixes of earlier requests.")
     attention_backend: str | None = option(
-        None, help="unset: the fastest that works here", choices=("cpu", "torch_native")
+        None,
+        help="Implementation of attention. If unset, the fastest one that works on this machine.",
+        choices=("cpu", "torch_native"),
     )
     disable_prefix_sharing: bool = option(
         False,
-        help="read a cached prefix that running requests have in common once for each of them, not once for all; what "
-        "else runs then changes nothing in a request's results, not even their last digits",
+        help="Read a cached prefix once for each running request that has it, instead of once for all of them. "
+        "Other requests then cannot change a result in its last digits.",
     )
     disable_cpu_graph: bool = option(
-        False, help="run a decode step's layers in Python each time, rather than record them once and replay them"
+        False,
+        help="Run the Python code of the layers in each decode step, instead of recording the step once and "
+        "replaying it.",
     )
     enable_multimodal: bool = option(
-        True, help="take images and videos where the model does; otherwise it is served as a language model"
+        True,
+        help="Accept images and videos if the model can take them. Otherwise the model is served as a language model.",
     )
     limit_mm_data_per_request: str = option(
         "{}",
-        help='JSON object: most images, videos, sounds of a request, such as {"image": 4, "video": 0}; for a kind that '
-        f"is not named: {DEFAULT_MEDIA_LIMITS['image']} images, {DEFAULT_MEDIA_LIMITS['video']} videos",
+        help='JSON object with the largest number of images, videos and sounds of a request, such as {"image": '
+        f"4}}. For a kind that is not named: {DEFAULT_MEDIA_LIMITS['image']} images, "
+        f"{DEFAULT_MEDIA_LIMITS['video']} videos.",
     )
     media_url_max_file_size_mb: float = option(
-        64.0, help="largest image or video to fetch or decode, in MiB", low=2**-20, default_text="64"
+        64.0, help="Largest image or video that is fetched or decoded, in MiB.", low=2**-20, default_text="64"
     )
     media_memory_budget_mb: float = option(
         2048.0,
-        help="MiB that the images and videos of all requests may take in the server's process while they are fetched, "
-        "decoded and prepared; what finds no room waits, and what needs more than there is by itself is refused",
+        help="Memory in MiB that the images and videos of all requests together may take in the server's process"
+        " while they are fetched, decoded and prepared. A medium that finds no room waits; one that needs "
+        "more than the whole budget is refused.",
         low=1,
         default_text="2048",
     )
-    media_io_timeout: float = option(30.0, help="seconds until a URL must have been fetched", low=0.001)
+    media_io_timeout: float = option(30.0, help="Seconds within which a URL must be fetched.", low=0.001)
     allowed_media_domains: list[str] | None = option(  # noqa: RUF009
         None,
-        help="hosts that URLs of media may name, addresses of private networks included; unset: all but those",
+        help="Hosts that the URLs of media may name, even if their addresses are private. If unset, all hosts "
+        "with public addresses.",
     )
     mm_embedding_cache_size_mb: int = option(
-        512, help="MiB for what the encoders of a multimodal model made of images and videos; 0: none is kept", low=0
+        512,
+        help="Memory in MiB that keeps what a multimodal model's encoders computed from images and videos. 0 "
+        "keeps nothing.",
+        low=0,
     )
-    disable_overlap_schedule: bool = option(False, help="plan a step only after the one before has ended")
+    disable_overlap_schedule: bool = option(False, help="Plan a step only after the one before it has ended.")
     random_seed: int | None = option(
-        None, help="makes the seeds of requests without one reproducible", low=0, high=2**63 - 1
+        None, help="Makes the seeds of requests that bring none reproducible.", low=0, high=2**63 - 1
     )
-    log_level: str = option("info", help="least severe messages to log", choices=LOG_LEVELS)
-    decode_log_interval: int = option(40, help="steps between two status lines of a busy core", low=1)
+    log_level: str = option("info", help="Least severe messages that are logged.", choices=LOG_LEVELS)
+    decode_log_interval: int = option(40, help="Number of steps between two status lines of a busy engine.", low=1)
     watchdog_timeout: float = option(
-        300.0, help="seconds of silence after which the core counts as dead and is restarted", low=1
+        300.0,
+        help="Seconds without a sign of life after which the engine's core counts as dead and is restarted.",
+        low=1,
     )
-    dist_timeout: float | None = option(None, help="seconds until a silent worker is an error; unset: 600", low=1)
-    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's", server=True)
-    port: int = option(30000, help="port to listen on; 0: any free one", low=0, high=65535, server=True)
+    dist_timeout: float | None = option(
+        None, help="Seconds after which a worker process that does not answer is an error. If unset, 600.", low=1
+    )
+    host: str = option(
+        "127.0.0.1", help="Address to listen on. 0.0.0.0 listens on all addresses of this machine.", server=True
+    )
+    port: int = option(30000, help="Port to listen on. 0 takes any free port.", low=0, high=65535, server=True)
     header_timeout: float = option(
-        10.0, help="seconds in which a request's headers must have come", low=0.001, server=True
+        10.0, help="Seconds within which all headers of a request must arrive.", low=0.001, server=True
     )
     body_timeout: float = option(
         30.0,
-        help="seconds in which a request's body must have come; a body of which much has come, 16 KiB for each further "
-        "second, may take longer",
+        help="Seconds within which the body of a request must arrive. A large body may take one second more for "
+        "each 16 KiB that have arrived.",
         low=0.001,
         server=True,
     )
     send_timeout: float = option(
-        120.0, help="seconds in which a client must take what has been written to it", low=0.001, server=True
+        120.0,
+        help="Seconds within which a client must receive what the server has written to it.",
+        low=0.001,
+        server=True,
     )
     keep_alive_timeout: float = option(
-        30.0, help="seconds that a connection may wait for its next request", low=0.001, server=True
+        30.0, help="Seconds that a connection may stay open without a request.", low=0.001, server=True
     )
     max_connections: int = option(
         4096,
-        help="most connections at once; where there are as many, one that only waits for a request is closed, else the "
-        "new one is told so",
+        help="Largest number of open connections. When it is reached, a connection without a running request is "
+        "closed to make room; if there is none, the new one is refused with an error.",
         low=1,
         server=True,
     )
     api_key: str | None = option(
         None,
-        help="key that clients must show (Authorization: Bearer KEY), /health and /metrics excepted; other users of "
-        "this machine can read it in the list of processes: rather use --api-key-file, or set RTP_LLM_API_KEY",
+        help="Key that clients must send (Authorization: Bearer KEY), except for /health and /metrics. Other "
+        "users of this machine can see it in the list of processes; --api-key-file and the variable "
+        "RTP_LLM_API_KEY hide it.",
         server=True,
     )
-    api_key_file: str | None = option(None, help="file with such keys, one in each line", server=True)
+    api_key_file: str | None = option(None, help="File with such keys, one on each line.", server=True)
     admin_api_key: str | None = option(
         None,
-        help="key for what changes the server (/flush_cache, aborting all requests), and for all else; unset: "
-        "RTP_LLM_ADMIN_API_KEY, else what clients have is enough",
+        help="Key for requests that change the server (/flush_cache, ending all requests); it is valid for all "
+        "other requests too. If unset, RTP_LLM_ADMIN_API_KEY; if that is unset too, the clients' key is "
+        "enough.",
         server=True,
     )
-    admin_api_key_file: str | None = option(None, help="file with such keys, one in each line", server=True)
+    admin_api_key_file: str | None = option(None, help="File with such keys, one on each line.", server=True)
     allowed_hosts: list[str] | None = option(  # noqa: RUF009
         None,
-        help="names by which clients may call this server (Host), such as llm.example.com, or .example.com for all "
-        "below; *: any; unset: any, but on a loopback address without a key no name with a dot in it, as pages from "
-        "elsewhere have",
+        help="Host names by which clients may call this server, such as llm.example.com, or .example.com for all"
+        " names below it; * allows any name. If unset, any name is allowed, except on a loopback address "
+        "without a key: there a name with a dot is refused, because foreign web pages use such names.",
         server=True,
     )
-    ssl_certfile: str | None = option(None, help="certificate, with its chain, in PEM: HTTPS is spoken", server=True)
-    ssl_keyfile: str | None = option(
-        None, help="the certificate's key in PEM; unset: it is in --ssl-certfile", server=True
+    ssl_certfile: str | None = option(
+        None, help="File with the certificate and its chain, in PEM format. The server then speaks HTTPS.", server=True
     )
-    ssl_keyfile_password: str | None = option(None, help="password of the key's file", server=True)
+    ssl_keyfile: str | None = option(
+        None,
+        help="File with the certificate's key, in PEM format. If unset, the key is in --ssl-certfile.",
+        server=True,
+    )
+    ssl_keyfile_password: str | None = option(None, help="Password of the key file.", server=True)
     allowed_origins: list[str] | None = option(  # noqa: RUF009
         None,
-        help="origins of web pages whose scripts may ask this server (CORS), such as https://chat.example.com; *: any; "
-        "unset: none",
+        help="Origins of web pages whose scripts may call this server (CORS), such as https://chat.example.com; "
+        "* allows any. If unset, none.",
         server=True,
     )
     served_model_name: str | list[str] | None = option(  # noqa: RUF009
         None,
-        help="the model's name in the API, or several, of which answers give the first; unset: the model path, or "
-        f"{DEMO_NAME} for the embedded one",
+        help="Name of the model in the API, or several names; answers contain the first. If unset, the model "
+        f"path, or {DEMO_NAME} for the embedded model.",
         server=True,
     )
     accept_any_model_name: bool = option(
-        False, help="answer requests whatever model they name; otherwise another name is a 404", server=True
+        False,
+        help="Answer requests whatever model they name. Otherwise a request for another model is a 404.",
+        server=True,
     )
     allowed_local_media_path: str | None = option(
-        None, help="directory below which requests may name files of media; unset: none may", server=True
+        None,
+        help="Directory whose image and video files requests may name. If unset, requests cannot name files.",
+        server=True,
     )
     chat_template: str | None = option(
         None,
-        help="what makes a prompt of messages: a .jinja file, a .json file, or the name of a registered conversation "
-        "or of one of the tokenizer's templates; unset: the tokenizer's own, else what the model's name suggests",
+        help="Chat template, which turns messages into a prompt: a .jinja file, a .json file, or the name of a "
+        "registered conversation or of one of the tokenizer's templates. If unset, the tokenizer's own "
+        "template, otherwise the one that belongs to the model's name.",
         server=True,
     )
     sampling_defaults: str = option(
         "model",
-        help="sampling parameters that a /v1 request does not give; model: as generation_config.json advises; "
-        "openai: as OpenAI documents them",
+        help="Sampling parameters of /v1 requests that do not give them. model takes those of the model's "
+        "generation_config.json; openai takes those that OpenAI documents.",
         choices=("model", "openai"),
         server=True,
     )
     max_queued_requests: int | None = option(
         4096,
-        help="most sequences (a request has one for each prompt and choice) beyond those that may run at once, before "
-        "new requests get a 503",
+        help="Largest number of sequences that may wait in addition to the running ones before new requests get "
+        "a 503. A request has one sequence for each prompt and each choice.",
         low=0,
         server=True,
     )
     max_sequences_per_request: int = option(
-        1024, help="most sequences of one request: its prompts times its n", low=1, server=True
+        1024, help="Largest number of sequences of one request: the number of its prompts times n.", low=1, server=True
     )
-    max_body_size: int = option(32 * 2**20, help="bytes of the largest request body", low=1024, server=True)
+    max_body_size: int = option(32 * 2**20, help="Largest request body, in bytes.", low=1024, server=True)
     template_timeout: float = option(
-        10.0, help="seconds that the chat template may take for a request's messages", low=0.001, server=True
+        10.0, help="Seconds that the chat template may take for the messages of one request.", low=0.001, server=True
     )
     strict_requests: bool = option(
         False,
-        help="refuse fields that are not supported even where their value asks for nothing, and hints",
+        help="Refuse every field that is not supported, even if it is only a hint or its value asks for nothing.",
         server=True,
     )
     shutdown_timeout: float = option(
-        60.0, help="seconds that running requests have to finish after SIGTERM or Ctrl-C", low=0, server=True
+        60.0, help="Seconds that running requests get to finish after SIGTERM or Ctrl-C.", low=0, server=True
     )
-    log_requests: bool = option(False, help="log every request when it comes and when it ends", server=True)
+    log_requests: bool = option(False, help="Log every request when it arrives and when it ends.", server=True)
     log_requests_level: int = option(
         2,
-        help="what is logged of a request; 0: ids and counts; 1: and sampling parameters; 2: and the beginnings of "
-        "prompt and output; 3: and all of both",
+        help="What is logged of a request. 0: ids and counts; 1: also the sampling parameters; 2: also the "
+        "beginning of prompt and answer; 3: also the whole prompt and answer.",
         choices=(0, 1, 2, 3),
         server=True,
     )
     log_level_http: str | None = option(
-        None, help="least severe messages of the HTTP layer to log; unset: --log-level", choices=LOG_LEVELS, server=True
+        None,
+        help="Least severe messages of the HTTP layer that are logged. If unset, the same as --log-level.",
+        choices=LOG_LEVELS,
+        server=True,
     )
 
     def __post_init__(self) -> None:
