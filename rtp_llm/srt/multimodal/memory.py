@@ -211,6 +211,37 @@ class MediaMemory:
             )
 
 
+class FileLimits:
+    """Sizes of files: of each, and of all that lie in ``memory``.
+
+    Args:
+        max_bytes: of the largest image or video, before it is decoded.
+    """
+
+    def __init__(self, max_bytes: int, memory: MediaMemory) -> None:
+        self.max_bytes = max_bytes
+        self._memory = memory
+
+    async def take(self, files: Account, num_bytes: int, param: str) -> None:
+        if files.wanted + num_bytes > files.claim:
+            self._memory.check_file_fits(
+                files.wanted + num_bytes, "the prompt's images and videos are, as files,", param
+            )
+        await files.take(num_bytes)
+
+    def check_size(self, num_bytes: int, param: str) -> None:
+        if num_bytes > self.max_bytes:
+            raise self.too_large(param)
+
+    def checked_size(self, data: bytes, param: str) -> bytes:
+        self.check_size(len(data), param)
+        return data
+
+    def too_large(self, param: str) -> InvalidRequest:
+        limit = self.max_bytes / MIB
+        return InvalidRequest(f"the media are larger than {limit:.4g} MiB (--media-url-max-file-size-mb)", param)
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes that one of a prompt's media takes.

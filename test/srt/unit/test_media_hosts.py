@@ -102,7 +102,7 @@ def test_the_loader_asks_nobody(host, monkeypatch):
         raise OSError("not here")
 
     monkeypatch.setattr(PublicResolver, "resolve", resolve)
-    monkeypatch.setattr("rtp_llm.srt.multimodal.media.public_socket", resolved.append)
+    monkeypatch.setattr("rtp_llm.srt.multimodal.url_fetcher.public_socket", resolved.append)
     with pytest.raises(InvalidRequest) as caught:
         asyncio.run(MediaLoader(timeout_s=5).load_image(url))
     assert "its host is" in str(caught.value) and caught.value.param == "image_data"
@@ -123,7 +123,9 @@ def test_allowed_hosts_are_compared_in_one_form():
 
 
 def test_a_host_that_a_library_reads_otherwise_is_refused(monkeypatch):
-    monkeypatch.setattr("rtp_llm.srt.multimodal.media.URL", lambda text: type("U", (), {"raw_host": "127.0.0.1"})())
+    monkeypatch.setattr(
+        "rtp_llm.srt.multimodal.url_fetcher.URL", lambda text: type("U", (), {"raw_host": "127.0.0.1"})()
+    )
     with pytest.raises(InvalidRequest, match="can be read in two ways"):
         asyncio.run(MediaLoader().load_image("http://example.org/x.png"))
 
