@@ -87,13 +87,11 @@ def attention_error(case: AttentionCase, dtype: str, device: str) -> float:
         ks.append(k[cached:])
         vs.append(v[cached:])
 
-    window_size = (case.window or 0) - 1  # the layer's convention: without the query's own token, -1 for none
-    layer = RadixAttention(
-        case.num_heads, case.head_dim, scaling, case.num_kv_heads, layer_id=0, sliding_window_size=window_size
-    )
-    batch = forward_batch(case, table, pool, device)
-    batch.attn_backend.plan(batch)
-    output = batch.attn_backend.forward(torch.cat(qs), torch.cat(ks), torch.cat(vs), layer, batch)
+    layer = RadixAttention(case.num_heads, case.head_dim, scaling, case.num_kv_heads, layer_id=0, window=case.window)
+    attention = TorchAttention()
+    batch = forward_batch(case, table, pool, device, attention)
+    attention.plan(batch)
+    output = layer(torch.cat(qs), torch.cat(ks), torch.cat(vs), batch)
     return (output.float() - torch.cat(expected).flatten(1)).abs().max().item()
 
 
@@ -106,7 +104,9 @@ def random_page_table(pages: list[int]) -> torch.Tensor:
     return table
 
 
-def forward_batch(case: AttentionCase, table: torch.Tensor, pool: KVPool, device: str) -> ForwardBatch:
+def forward_batch(
+    case: AttentionCase, table: torch.Tensor, pool: KVPool, device: str, attention: TorchAttention
+) -> ForwardBatch:
     cached, new = [list(lens) for lens in zip(*case.rows, strict=True)]
     seq_lens = [a + b for a, b in case.rows]
     rows = torch.cat([torch.full((n,), row) for row, n in enumerate(new)]).to(device)
@@ -133,7 +133,7 @@ def forward_batch(case: AttentionCase, table: torch.Tensor, pool: KVPool, device
         page_tables=[table],
         out_cache_locs=[slots_of(table, rows, positions, case.page_size)],
         kv_pool=pool,
-        attn_backend=TorchAttention(),
+        attn_backend=attention,
         sample_rows=on_device([]),
     )
 

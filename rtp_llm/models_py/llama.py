@@ -107,7 +107,7 @@ class GroupedQueryAttention(nn.Module):
             num_kv_heads=self.qkv_proj.num_kv_heads,
             layer_id=layer_id,
             logit_cap=logit_cap,
-            sliding_window_size=-1 if sliding_window is None else sliding_window - 1,
+            window=sliding_window,
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )

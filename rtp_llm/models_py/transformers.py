@@ -181,7 +181,7 @@ class PagedAttention:
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         sinks = options.get("s_aux")
         out = layer(q, k, v, self._batch, save_kv_cache=not is_shared, sinks=None if sinks is None else sinks.view(-1))
-        return out.view(1, -1, layer.tp_q_head_num, layer.v_head_dim)
+        return out.view(1, -1, layer.spec.num_heads, layer.spec.v_head_dim)
 
 
 def _layer(call: AttentionCall, layer_id: int) -> RadixAttention:
@@ -193,7 +193,7 @@ def _layer(call: AttentionCall, layer_id: int) -> RadixAttention:
         layer_id,
         logit_cap=call.logit_cap,
         v_head_dim=call.v_head_dim,
-        sliding_window_size=None if call.window is None else call.window - 1,
+        window=call.window,
     )
 
 
@@ -396,11 +396,12 @@ class TransformersForCausalLM(nn.Module):
         specs = {layer.layer_id: layer.cache_spec() for layer in self._attention.layers}
         groups = [CacheGroup(spec, (layer_id,)) for layer_id, spec in specs.items()]
         pool = KVPool(groups, [sum(CHECKED_LENS)] * len(groups), str(sequences[0].device))
+        attention = TorchAttention()
         logits: list[list[torch.Tensor]] = [[] for _ in sequences]
         starts = (0,) * len(sequences)
         for ends in CHECKED_PIECES:
-            batch = _check_batch(sequences, starts, ends, pool)
-            batch.attn_backend.plan(batch)
+            batch = _check_batch(sequences, starts, ends, pool, attention)
+            attention.plan(batch)
             rows = torch.arange(batch.num_tokens, device=batch.input_ids.device)
             with self._attention.serving(batch):
                 pieces = self._logits(batch.input_ids, batch.positions, rows).split(batch.extend_seq_lens_cpu)
@@ -517,7 +518,11 @@ def _check_sequences(config: "PretrainedConfig", device: torch.device) -> list[t
 
 
 def _check_batch(
-    sequences: list[torch.Tensor], starts: tuple[int, ...], ends: tuple[int, ...], pool: KVPool
+    sequences: list[torch.Tensor],
+    starts: tuple[int, ...],
+    ends: tuple[int, ...],
+    pool: KVPool,
+    attention: TorchAttention,
 ) -> ForwardBatch:
     """Tokens [start, end) of each sequence; its tokens lie in the cache one after the other, from page 1 on."""
     device = sequences[0].device
@@ -547,7 +552,7 @@ def _check_batch(
         page_tables=[table] * len(pool.groups),
         out_cache_locs=[slots] * len(pool.groups),
         kv_pool=pool,
-        attn_backend=TorchAttention(),
+        attn_backend=attention,
         sample_rows=tensor([]),
     )
 

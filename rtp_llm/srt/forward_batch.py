@@ -1,18 +1,15 @@
-"""The contract between runner and model: everything a forward pass may read besides ids and positions."""
+"""The contract between runner, model and attention: everything a forward pass may read besides ids and positions."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from rtp_llm.srt.kv_pool import KVPool
+from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
+from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.plan import SharedPrefix
-
-if TYPE_CHECKING:
-    from rtp_llm.srt.attention.base import AttentionBackend
-    from rtp_llm.srt.kv_pool import KVPool
-    from rtp_llm.srt.layers.multimodal import EmbeddingCache
-    from rtp_llm.srt.multimodal.items import MultimodalInputs
 
 
 class ForwardMode(IntEnum):
@@ -39,6 +36,45 @@ class ForwardMode(IntEnum):
 
     def is_decode_or_idle(self) -> bool:
         return self in (ForwardMode.DECODE, ForwardMode.IDLE)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What an attention layer computes, on this rank. Its layer makes it once; a back end reads nothing else of it.
+
+    The score of query i and key j is ``scaling * (q_i . k_j)``, then ``logit_cap * tanh(score / logit_cap)`` where
+    there is a cap. Query head h reads key head ``h // (num_heads // num_kv_heads)``.
+    """
+
+    layer_id: int  # of the cache that is read and written; several layers may share one
+    num_heads: int  # of queries
+    num_kv_heads: int  # of keys and values; divides num_heads
+    head_dim: int  # of queries and keys
+    v_head_dim: int  # of values, and so of the output
+    scaling: float
+    logit_cap: float = 0.0  # 0: none
+    # Tokens visible, the query's own included: key j is visible to query i iff ``i - window < j <= i``. None: all.
+    window: int | None = None
+    latent: bool = False  # a token's value is the first v_head_dim components of its key, which alone is stored
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window counts the query's own token, so it is at least 1, not {self.window}")
+
+
+class StepAttention(Protocol):
+    """An attention back end that has planned the step: all that layers know of it. See attention/base.py."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: AttentionSpec,
+        batch: "ForwardBatch",
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(slots=True)
@@ -79,13 +115,13 @@ class ForwardBatch:
 
     page_tables: list[torch.Tensor]  # per cache group [max_rows, max_pages] int32, page ids; index by req_pool_indices
     out_cache_locs: list[torch.Tensor]  # per cache group [T] int64: token slots that this step's keys are written to
-    kv_pool: "KVPool"
-    attn_backend: "AttentionBackend"
+    kv_pool: KVPool
+    attn_backend: StepAttention
 
     sample_rows: torch.Tensor  # [S] int64: the flattened tokens whose logits are sampled from
     prompt_logprobs: list[LogprobRow] = field(default_factory=list)
-    mm_inputs: list["MultimodalInputs | None"] | None = None  # per row, its prompt's media; None: no row has any
-    embedding_cache: "EmbeddingCache | None" = None  # what encoders made of media before
+    mm_inputs: list[MultimodalInputs | None] | None = None  # per row, its prompt's media; None: no row has any
+    embedding_cache: EmbeddingCache | None = None  # what encoders made of media before
     # [3, T] int64: each token's time, height and width for M-RoPE, all three its position where it is text; None: a
     # model with M-RoPE takes ``positions``.
     mrope_positions: torch.Tensor | None = None

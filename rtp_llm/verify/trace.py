@@ -318,11 +318,11 @@ class OurRecorder(Recorder):
                 self.trace.add(name, part, tensor)
             sinks = next((arg for arg in args[3:] if isinstance(arg, torch.Tensor)), None)
             self.trace.calls[name] = AttentionCall(
-                layer.tp_q_head_num,
-                layer.tp_k_head_num,
-                layer.scaling,
-                layer.cache_spec().window,
-                layer.logit_cap,
+                layer.spec.num_heads,
+                layer.spec.num_kv_heads,
+                layer.spec.scaling,
+                layer.spec.window,
+                layer.spec.logit_cap,
                 None if sinks is None else sinks.detach().float().cpu(),
             )
 

@@ -12,10 +12,9 @@ from transformers import AutoConfig
 
 from rtp_llm.models_py import llama, mistral, qwen2, qwen3
 from rtp_llm.srt.attention.base import AttentionBackend
-from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
+from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
-from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import share_ropes
 
 ENTRY_CLASSES = {module.EntryClass.__name__: module.EntryClass for module in (llama, mistral, qwen2, qwen3)}
@@ -36,7 +35,7 @@ class DenseAttention(AttentionBackend):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: RadixAttention,
+        layer: AttentionSpec,
         batch: ForwardBatch,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
@@ -48,8 +47,8 @@ class DenseAttention(AttentionBackend):
             old_k, old_v = self.kept[layer.layer_id]
             k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
         self.kept[layer.layer_id] = k, v
-        start, window = batch.extend_prefix_lens_cpu[0], layer.cache_spec().window
-        return reference.attention(q, k, v, layer.scaling, start, window, layer.logit_cap, sinks).flatten(1)
+        start = batch.extend_prefix_lens_cpu[0]
+        return reference.attention(q, k, v, layer.scaling, start, layer.window, layer.logit_cap, sinks).flatten(1)
 
 
 def make_batch(ids: list[int], start: int, prompt_len: int, backend: AttentionBackend | None = None) -> ForwardBatch:

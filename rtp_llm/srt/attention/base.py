@@ -1,13 +1,10 @@
 """The port that attention back ends fill."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from rtp_llm.srt.forward_batch import ForwardBatch
-    from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 
 
 class AttentionBackend(ABC):
@@ -23,7 +20,7 @@ class AttentionBackend(ABC):
     replays = False  # whether decode steps can be recorded: see worker/cpu_graph.py
 
     @abstractmethod
-    def plan(self, batch: "ForwardBatch") -> None:
+    def plan(self, batch: ForwardBatch) -> None:
         """Builds the step's metadata. Host lists of ``batch`` may be used; device tensors need no synchronisation."""
 
     def step_tensors(self) -> list[torch.Tensor]:
@@ -39,8 +36,8 @@ class AttentionBackend(ABC):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: "RadixAttention",
-        batch: "ForwardBatch",
+        layer: AttentionSpec,
+        batch: ForwardBatch,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:

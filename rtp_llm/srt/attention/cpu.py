@@ -1,16 +1,11 @@
 """Attention by C++ kernels, on a CPU."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cpu import attention as kernels
-from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels.paged import PagedRows
-
-if TYPE_CHECKING:
-    from rtp_llm.srt.layers.radix_attention import RadixAttention
 
 
 class CpuAttention(AttentionBackend):
@@ -40,7 +35,7 @@ class CpuAttention(AttentionBackend):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: "RadixAttention",
+        layer: AttentionSpec,
         batch: ForwardBatch,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
@@ -60,7 +55,7 @@ class CpuAttention(AttentionBackend):
             pool.groups[group].page_size,
             self._rows,
             layer.scaling,
-            layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None,
+            layer.window,
             layer.logit_cap,
             sinks,
             batch.visible_ends,

@@ -1,18 +1,14 @@
 """Attention in plain torch, on any device. Slow beside a kernel, and the one that kernels are compared with."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rtp_llm.srt.attention.base import AttentionBackend
-from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kv_pool import slots_of
-
-if TYPE_CHECKING:
-    from rtp_llm.srt.layers.radix_attention import RadixAttention
 
 
 @dataclass(slots=True)
@@ -72,7 +68,7 @@ class TorchAttention(AttentionBackend):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: "RadixAttention",
+        layer: AttentionSpec,
         batch: ForwardBatch,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
@@ -81,13 +77,12 @@ class TorchAttention(AttentionBackend):
         if save_kv_cache and k is not None:
             batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[group], k, v)
         cache = Cache(*batch.kv_pool.read(layer.layer_id), *batch.kv_pool.scales(layer.layer_id))
-        window = layer.sliding_window_size + 1 if layer.sliding_window_size >= 0 else None
-        layout = self._layout(batch, group, window)
-        out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        layout = self._layout(batch, group, layer.window)
+        out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
         for bucket in layout.decode:
             out[bucket.token_rows] = _decode(q[bucket.token_rows], cache, bucket, layer, sinks)
         for row in layout.extend:
-            out[row.start : row.end] = _extend(q[row.start : row.end], cache, row, layer, window, sinks)
+            out[row.start : row.end] = _extend(q[row.start : row.end], cache, row, layer, sinks)
         return out.flatten(1)
 
     def _layout(self, batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
@@ -158,11 +153,11 @@ def _decode(
     q: torch.Tensor,
     cache: Cache,
     bucket: DecodeBucket,
-    layer: "RadixAttention",
+    layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [B, Hq, D] -> [B, Hq, Dv]. The query heads of a group are the 'sequence' of one matrix product."""
-    num_rows, num_kv_heads = q.shape[0], layer.tp_k_head_num
+    num_rows, num_kv_heads = q.shape[0], layer.num_kv_heads
     grouped = q.reshape(num_rows, num_kv_heads, -1, q.shape[-1])
     k, v = _gather(cache, bucket.slots, layer, q.dtype)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -170,11 +165,11 @@ def _decode(
         out = _explicit(grouped, k, v, bucket.visible, layer, sinks)
     else:
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.visible, scale=layer.scaling)
-    return out.reshape(num_rows, layer.tp_q_head_num, layer.v_head_dim)
+    return out.reshape(num_rows, layer.num_heads, layer.v_head_dim)
 
 
 def _gather(
-    cache: Cache, slots: torch.Tensor, layer: "RadixAttention", dtype: torch.dtype
+    cache: Cache, slots: torch.Tensor, layer: AttentionSpec, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [..., Hkv, D] and values [..., Hkv, Dv] at slots [...]; what a latent layer keeps is gathered once."""
     k = _numbers(cache.keys, cache.key_scales, slots, dtype)
@@ -194,7 +189,7 @@ def _explicit(
     k: torch.Tensor,
     v: torch.Tensor,
     visible: torch.Tensor,
-    layer: "RadixAttention",
+    layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [B, Hkv, G, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hkv, G, Dv], by scores capped or with sinks."""
@@ -214,14 +209,13 @@ def _extend(
     q: torch.Tensor,
     cache: Cache,
     row: ExtendRow,
-    layer: "RadixAttention",
-    window: int | None,
+    layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [n, Hq, D] -> [n, Hq, Dv]."""
     k, v = _gather(cache, row.slots, layer, q.dtype)
     if layer.logit_cap > 0 or sinks is not None:
-        return _extend_explicit(q, k, v, row, layer, window, sinks)
+        return _extend_explicit(q, k, v, row, layer, sinks)
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -229,7 +223,7 @@ def _extend(
         attn_mask=row.visible,
         is_causal=row.visible is None,
         scale=layer.scaling,
-        enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+        enable_gqa=layer.num_heads != layer.num_kv_heads,
     )
     return out[0].transpose(0, 1)
 
@@ -239,12 +233,11 @@ def _extend_explicit(
     k: torch.Tensor,
     v: torch.Tensor,
     row: ExtendRow,
-    layer: "RadixAttention",
-    window: int | None,
+    layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Some queries at a time, with the keys that they see, so that a long prompt's scores never exist all at once."""
-    pieces, start = [], 0
+    window, pieces, start = layer.window, [], 0
     for piece in q.split(max(1, SCORES_PER_PIECE // (q.shape[1] * len(k)))):
         q_start, end = row.q_offset + start, start + len(piece)
         first = 0 if window is None else max(0, q_start - window + 1)

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
+from rtp_llm.srt.forward_batch import ForwardBatch, LogprobRow
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.plan import TokenLogprob
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from rtp_llm.srt.forward_batch import ForwardBatch, LogprobRow
 
 # Prompt logits are made for so many tokens at a time: 128 rows of a vocabulary of 150,000 are 77 MB in float32.
 ROWS_PER_PIECE = 128
@@ -52,7 +51,7 @@ class LogitsProcessor(nn.Module):
         input_ids: torch.Tensor | None,
         hidden_states: torch.Tensor,
         lm_head: VocabParallelEmbedding,
-        forward_batch: "ForwardBatch",
+        forward_batch: ForwardBatch,
         aux_hidden_states: Sequence[torch.Tensor] | None = None,
     ) -> LogitsProcessorOutput:
         """Logits to sample from, and the prompt logprobs that were asked for.
@@ -86,7 +85,7 @@ class LogitsProcessor(nn.Module):
         return logits
 
     def _prompt_logprobs(
-        self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, row: "LogprobRow"
+        self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, row: LogprobRow
     ) -> list[TokenLogprob]:
         result: list[TokenLogprob] = []
         for start in range(0, len(row.token_rows), ROWS_PER_PIECE):

@@ -1,50 +1,16 @@
 """How media get into a forward pass: encoded once, and put where the prompt has their placeholders."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from rtp_llm.srt.forward_batch import ForwardBatch
-
 Encoder = Callable[[list[MultimodalDataItem]], torch.Tensor]
-
-
-class EmbeddingCache:
-    """What encoders made of items, by their digests; beyond ``max_bytes`` the least recently used are forgotten.
-
-    A prompt that is computed in chunks, a picture that comes up again in a conversation, and a request that resumes
-    find it here.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.num_bytes = 0
-
-    def get(self, digest: bytes) -> torch.Tensor | None:
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-        return self._entries.get(digest)
-
-    def put(self, digest: bytes, embedding: torch.Tensor) -> None:
-        if digest in self._entries or embedding.nbytes > self.max_bytes:
-            return
-        self._entries[digest] = embedding
-        self.num_bytes += embedding.nbytes
-        while self.num_bytes > self.max_bytes:
-            _, forgotten = self._entries.popitem(last=False)
-            self.num_bytes -= forgotten.nbytes
 
 
 class Placement(NamedTuple):
@@ -55,7 +21,7 @@ class Placement(NamedTuple):
     token_rows: list[int]
 
 
-def placements(forward_batch: "ForwardBatch") -> list[Placement]:
+def placements(forward_batch: ForwardBatch) -> list[Placement]:
     """Where items lie in what this step computes; those that it does not reach are left out."""
     placed = []
     start = 0
@@ -85,8 +51,8 @@ def rows_within(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tup
 
 def general_mm_embed_routine(
     input_ids: torch.Tensor,
-    forward_batch: "ForwardBatch",
-    language_model: "nn.Module",
+    forward_batch: ForwardBatch,
+    language_model: nn.Module,
     multimodal_model: Any = None,
     data_embedding_funcs: Mapping[Modality, Encoder] | None = None,
     placeholder_tokens: Mapping[Modality, Sequence[int]] | None = None,
@@ -149,7 +115,7 @@ def _encoders(
 
 
 def _encode(
-    placed: list[Placement], encoders: Mapping[Modality, Encoder], forward_batch: "ForwardBatch"
+    placed: list[Placement], encoders: Mapping[Modality, Encoder], forward_batch: ForwardBatch
 ) -> list[torch.Tensor]:
     """Of each placement's item all rows: its own, from the cache, or encoded together with others of its kind."""
     cache = forward_batch.embedding_cache or EmbeddingCache(0)

@@ -1,16 +1,13 @@
-"""The attention layer of model files: it holds shapes, the back end on the ForwardBatch computes."""
+"""The attention layer of model files: it says what is computed, the back end on the ForwardBatch computes."""
 
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from rtp_llm.srt.cache.spec import CacheSpec
+from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-
-if TYPE_CHECKING:
-    from rtp_llm.srt.forward_batch import ForwardBatch
 
 
 class AttentionType(Enum):
@@ -28,8 +25,10 @@ class RadixAttention(nn.Module):
         layer_id: the layer whose cache is written and read.
         logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
         v_head_dim: -1: head_dim.
-        sliding_window_size: keys visible besides the query's own, that is one less than a Hugging Face
-            configuration's ``sliding_window``; -1 or None: all of them.
+        window: tokens visible, the query's own included, as a Hugging Face configuration's ``sliding_window``; None:
+            all of them.
+        sliding_window_size: the same in the field's other count, for files that are ported: without the query's own
+            token, so one less than ``window``, and -1 or None for all of them.
         latent: a token's value is the first ``v_head_dim`` components of its key, stored once and never passed
             (multi-head latent attention; DeepSeek-V2, 2024).
     """
@@ -48,39 +47,55 @@ class RadixAttention(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         latent: bool = False,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if attn_type != AttentionType.DECODER:
             raise ValueError(
                 f"{prefix or 'RadixAttention'}: attention type {attn_type} is not supported; have [DECODER]"
             )
-        self.tp_q_head_num = num_heads
-        self.tp_k_head_num = num_kv_heads
-        self.tp_v_head_num = num_kv_heads
-        self.head_dim = head_dim
-        self.qk_head_dim = head_dim
-        self.v_head_dim = head_dim if v_head_dim == -1 else v_head_dim
-        self.scaling = scaling
-        self.layer_id = layer_id
-        self.logit_cap = logit_cap
-        self.sliding_window_size = -1 if sliding_window_size is None else sliding_window_size
+        if sliding_window_size is not None and sliding_window_size >= 0:
+            if window is not None:
+                raise ValueError(f"{prefix or 'RadixAttention'}: give window or sliding_window_size, not both")
+            window = sliding_window_size + 1
+        self.spec = AttentionSpec(
+            layer_id=layer_id,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=head_dim if v_head_dim == -1 else v_head_dim,
+            scaling=scaling,
+            logit_cap=logit_cap,
+            window=window,
+            latent=latent,
+        )
         self.attn_type = attn_type
-        self.latent = latent
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         if quant_config is not None and quant_config.get_quant_method(self, prefix) is not None:
             raise ValueError(f"{prefix or 'RadixAttention'}: {quant_config.get_name()} cannot quantize attention yet")
 
     def cache_spec(self) -> CacheSpec:
         """What this layer keeps per token; layers with equal specs share pages."""
-        window = None if self.sliding_window_size < 0 else self.sliding_window_size + 1
-        return CacheSpec(self.tp_k_head_num, self.qk_head_dim, self.v_head_dim, self.cache_dtype, window, self.latent)
+        spec = self.spec
+        return CacheSpec(spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.cache_dtype, spec.window, spec.latent)
+
+    # Names that model files know these by.
+    layer_id = property(lambda self: self.spec.layer_id)
+    tp_q_head_num = property(lambda self: self.spec.num_heads)
+    tp_k_head_num = tp_v_head_num = property(lambda self: self.spec.num_kv_heads)
+    head_dim = qk_head_dim = property(lambda self: self.spec.head_dim)
+    v_head_dim = property(lambda self: self.spec.v_head_dim)
+    scaling = property(lambda self: self.spec.scaling)
+    logit_cap = property(lambda self: self.spec.logit_cap)
+    latent = property(lambda self: self.spec.latent)
+    sliding_window_size = property(lambda self: -1 if self.spec.window is None else self.spec.window - 1)
 
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        forward_batch: "ForwardBatch",
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -96,15 +111,16 @@ class RadixAttention(nn.Module):
         Returns:
             [T, num_heads * v_head_dim].
         """
-        q = q.view(-1, self.tp_q_head_num, self.qk_head_dim)
-        if self.latent and v is not None:
+        spec = self.spec
+        q = q.view(-1, spec.num_heads, spec.head_dim)
+        if spec.latent and v is not None:
             raise ValueError("a latent RadixAttention takes its values from the keys: pass None for v")
-        if not self.latent and (k is None) != (v is None):
+        if not spec.latent and (k is None) != (v is None):
             raise ValueError("RadixAttention needs both k and v, or neither")
-        if sinks is not None and sinks.shape != (self.tp_q_head_num,):
-            raise ValueError(f"sinks must be of shape ({self.tp_q_head_num},), one per head, got {tuple(sinks.shape)}")
+        if sinks is not None and sinks.shape != (spec.num_heads,):
+            raise ValueError(f"sinks must be of shape ({spec.num_heads},), one per head, got {tuple(sinks.shape)}")
         if k is not None:
-            k = k.view(-1, self.tp_k_head_num, self.qk_head_dim)
+            k = k.view(-1, spec.num_kv_heads, spec.head_dim)
         if v is not None:
-            v = v.view(-1, self.tp_v_head_num, self.v_head_dim)
-        return forward_batch.attn_backend.forward(q, k, v, self, forward_batch, save_kv_cache, sinks)
+            v = v.view(-1, spec.num_kv_heads, spec.v_head_dim)
+        return forward_batch.attn_backend.forward(q, k, v, spec, forward_batch, save_kv_cache, sinks)

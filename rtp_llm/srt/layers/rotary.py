@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.cache.spec import LengthScaling
+from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.kernels.dispatch import pick
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from rtp_llm.srt.forward_batch import ForwardBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ class RotaryEmbedding(nn.Module):
         self._step: tuple[torch.Tensor, torch.Tensor] | None = None  # this step's cosines and sines, views of it
         self._rotate = pick("rotary_pair", spec.dtype)
 
-    def prepare_for_forward(self, forward_batch: "ForwardBatch") -> None:
+    def prepare_for_forward(self, forward_batch: ForwardBatch) -> None:
         """Computes this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
         positions = self._positions_of(forward_batch)
         cos_sin = self._cos_sin(positions, self._inv_freq_of(forward_batch))
@@ -143,10 +142,10 @@ class RotaryEmbedding(nn.Module):
         angles = positions[:, None].float() * inv_freq
         return (torch.stack((angles.cos(), angles.sin())) * self.attention_factor).to(self.dtype)
 
-    def _positions_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+    def _positions_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         return forward_batch.positions
 
-    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+    def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         return self.inv_freq
 
 
@@ -180,7 +179,7 @@ class MRotaryEmbedding(RotaryEmbedding):
         axes = _mrope_axes(len(inv_freq), mrope_section, mrope_interleaved)
         self.register_buffer("axes", axes.to(torch.get_default_device()), persistent=False)
 
-    def _positions_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+    def _positions_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         positions = forward_batch.mrope_positions
         return forward_batch.positions if positions is None else positions
 
@@ -224,7 +223,7 @@ class LengthScaledRotaryEmbedding(RotaryEmbedding):
             )
         return super()._cos_and_sin_at(positions)
 
-    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+    def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -239,7 +238,7 @@ class DynamicNTKRotaryEmbedding(LengthScaledRotaryEmbedding):
         self.factor = spec.needed("factor")
         self.length_scaling = LengthScaling(spec.max_position, per_length=True)
 
-    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+    def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         # One length at a time, on the host: vectorised powers depend in the last bit on a token's place in the batch,
         # which positions multiply. A prompt is one length, a decoding row another.
         lens, token_to_len = rope_lens(forward_batch).unique(return_inverse=True)
@@ -268,12 +267,12 @@ class LongRopeRotaryEmbedding(LengthScaledRotaryEmbedding):
         long_inv_freq = _longrope_inv_freq(spec, "long_factor")
         self.register_buffer("long_inv_freq", long_inv_freq.to(torch.get_default_device()), persistent=False)
 
-    def _inv_freq_of(self, forward_batch: "ForwardBatch") -> torch.Tensor:
+    def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         is_long = rope_lens(forward_batch) > self.length_scaling.original_len
         return torch.where(is_long.to(self.inv_freq.device)[:, None], self.long_inv_freq, self.inv_freq)
 
 
-def rope_lens(forward_batch: "ForwardBatch") -> torch.Tensor:
+def rope_lens(forward_batch: ForwardBatch) -> torch.Tensor:
     """[T] int64 on the host: the sequence length that each token of the step is rotated for."""
     rows = zip(
         forward_batch.prompt_lens_cpu,

@@ -16,10 +16,10 @@ from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
-from rtp_llm.srt.layers.multimodal import EmbeddingCache
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import MRotaryEmbedding
 from rtp_llm.srt.models.loader import load_model
+from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import (
     MediaError,
     MultimodalInputs,

@@ -10,8 +10,9 @@ from mm_parity import joined, open_vision_engine, token_types, vision_reference
 
 from rtp_llm import Engine
 from rtp_llm.srt.entrypoints.frontend import Call
-from rtp_llm.srt.layers.multimodal import EmbeddingCache, general_mm_embed_routine, rows_within
+from rtp_llm.srt.layers.multimodal import general_mm_embed_routine, rows_within
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs, pad_mm_tokens
 from tiny_models import Reference, assert_same_ids
 from tiny_seeing import END, IMAGE_PAD, START, make_seeing

@@ -54,7 +54,6 @@ CASES = {
 
 
 def make_layer(case: Case) -> RadixAttention:
-    size = -1 if case.window is None else case.window - 1
     return RadixAttention(
         case.num_heads,
         case.head_dim,
@@ -62,12 +61,13 @@ def make_layer(case: Case) -> RadixAttention:
         case.num_kv_heads,
         layer_id=0,
         v_head_dim=case.v_head_dim,
-        sliding_window_size=size,
+        window=case.window,
         **case.options,
     )
 
 
 def make_batch(case: Case, pool: KVPool, table: torch.Tensor, backend: str) -> ForwardBatch:
+    attention = make_backend(backend)
     cached, new = [list(lens) for lens in zip(*ROWS, strict=True)]
     seq_lens = [a + b for a, b in ROWS]
     rows = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(new))
@@ -89,10 +89,10 @@ def make_batch(case: Case, pool: KVPool, table: torch.Tensor, backend: str) -> F
         page_tables=[table],
         out_cache_locs=[slots_of(table, rows, positions, case.page_size)],
         kv_pool=pool,
-        attn_backend=make_backend(backend),
+        attn_backend=attention,
         sample_rows=torch.tensor([]),
     )
-    batch.attn_backend.plan(batch)
+    attention.plan(batch)
     return batch
 
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import Path
 
@@ -51,18 +52,20 @@ def room_of(module: str) -> str:
 
 
 class ImportReader(ast.NodeVisitor):
-    """Collects (line, module) of every import of this package in a file, those inside functions too.
+    """Collects (line, module) of every import of this package in a file, those inside functions and for types too.
 
+    What lazily imports says in ``_HOMES`` where names live, and repeats it for type checkers: that is no import.
     ``rtp_llm.Engine`` after ``import rtp_llm`` counts as an import of the module that Engine lives in.
     """
 
     def __init__(self, module: str, is_package: bool) -> None:
         self.package = module if is_package else module.rpartition(".")[0]
+        self.is_lazy = bool(lazy_homes(module))
         self.found: list[tuple[int, str]] = []
         self.module_of: dict[str, str] = {}  # name in this file -> the module it is bound to
 
     def visit_If(self, node: ast.If) -> None:
-        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if self.is_lazy and ast.unparse(node.test) == "TYPE_CHECKING":
             for statement in node.orelse:
                 self.visit(statement)
         else:
@@ -119,6 +122,7 @@ def lazy_homes(package: str) -> dict[str, str]:
     return {}
 
 
+@cache
 def imports_of(module: str) -> list[tuple[int, str]]:
     file = MODULES[module]
     reader = ImportReader(module, file.name == "__init__.py")
@@ -153,6 +157,44 @@ def test_imports_run_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def import_cycles(imports: Mapping[str, Set[str]]) -> list[list[str]]:
+    """The sets of modules in which each reaches each other, by Tarjan's algorithm (1972)."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    open_modules: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        number[module] = lowest[module] = len(number)
+        open_modules.append(module)
+        for imported in sorted(imports.get(module, ())):
+            if imported not in number:
+                visit(imported)
+            if imported in open_modules:
+                lowest[module] = min(lowest[module], lowest[imported])
+        if lowest[module] == number[module]:
+            place = open_modules.index(module)
+            members = open_modules[place:]
+            del open_modules[place:]
+            if len(members) > 1 or module in imports.get(module, ()):
+                found.append(sorted(members))
+
+    for module in imports:
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_no_files_import_each_other() -> None:
+    circles = import_cycles({module: {imported for _, imported in imports_of(module)} for module in MODULES})
+    assert not circles, "files that import each other, for types or else: " + "; ".join(map(", ".join, circles))
+
+
+def test_cycles_are_found() -> None:
+    imports = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"e", "torch"}, "f": {"a", "d"}}
+    assert sorted(import_cycles(imports)) == [["a", "b", "c"], ["e"]]
+
+
 def test_the_reader_sees_every_kind_of_import() -> None:
     source = """
 from typing import TYPE_CHECKING
@@ -176,6 +218,7 @@ helpers.make_layers
         "rtp_llm.srt.entrypoints.engine",
         "rtp_llm.srt.messages",
         "rtp_llm.srt.cache.spec",
+        "rtp_llm.srt.layers.linear",
         "rtp_llm.srt.utils.modules",
         "rtp_llm.srt.engine.core",
         "rtp_llm.srt.models.registry",

@@ -15,7 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.distributed.parallel_state import TPGroup
-from rtp_llm.srt.forward_batch import LogprobRow
+from rtp_llm.srt.forward_batch import AttentionSpec, LogprobRow
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.layers.activation import _ACT, GeluAndMul, get_act_and_mul_fn, get_act_fn
@@ -344,7 +344,7 @@ def test_radix_attention_reshapes_and_delegates() -> None:
     seen: dict[str, Any] = {}
 
     def forward(q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool, sinks: Any) -> torch.Tensor:
-        assert sinks is None
+        assert sinks is None and layer == AttentionSpec(3, 4, 2, 6, 5, scaling=0.5)
         seen.update(q=q.shape, k=None if k is None else k.shape, v=None if v is None else v.shape, save=save_kv_cache)
         return q.new_zeros(q.shape[0], 20)
 
@@ -367,8 +367,30 @@ def test_cache_spec_counts_the_query_itself() -> None:
     assert spec(sliding_window_size=None, v_head_dim=3) == CacheSpec(2, 6, 3, "float32", None)
     assert spec(sliding_window_size=6).window == 7
     assert spec(sliding_window_size=0).window == 1
+    assert spec(window=7) == spec(sliding_window_size=6)
+    assert spec(window=None).window is None
     with pytest.raises(ValueError, match="ENCODER_ONLY"):
         RadixAttention(4, 6, 0.5, 2, 0, attn_type=AttentionType.ENCODER_ONLY)
+
+
+def test_a_window_is_given_in_one_count() -> None:
+    layer = RadixAttention(4, 6, 0.5, 2, 0, window=7)
+    assert layer.spec.window == 7 and layer.sliding_window_size == 6
+    assert RadixAttention(4, 6, 0.5, 2, 0).sliding_window_size == -1
+    with pytest.raises(ValueError, match=r"layers\.0\.attn: give window or sliding_window_size, not both"):
+        RadixAttention(4, 6, 0.5, 2, 0, window=7, sliding_window_size=6, prefix="layers.0.attn")
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        RadixAttention(4, 6, 0.5, 2, 0, window=0)
+
+
+def test_what_an_attention_layer_said_stays() -> None:
+    """Its description is made once, so a name of it that is set later would change nothing."""
+    layer = RadixAttention(4, 6, 0.5, 2, 3, v_head_dim=5, logit_cap=30.0)
+    assert (layer.tp_q_head_num, layer.tp_k_head_num, layer.tp_v_head_num) == (4, 2, 2)
+    assert (layer.layer_id, layer.head_dim, layer.qk_head_dim, layer.v_head_dim) == (3, 6, 6, 5)
+    assert (layer.scaling, layer.logit_cap, layer.latent) == (0.5, 30.0, False)
+    with pytest.raises(AttributeError):
+        layer.scaling = 1.0
 
 
 # Logits
