@@ -38,6 +38,7 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.messages import FromCore, GenerateRequest, TokenOutput
 from rtp_llm.srt.models.registry import ModelRegistry
+from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink
 from rtp_llm.srt.utils.stopwatch import Stopwatch
@@ -91,7 +92,7 @@ def start_decoding(core: EngineCore, link: QueueLink, args: argparse.Namespace, 
     params = sampling(args.sampling, num_steps)
     for i in range(args.batch_size):
         prompt = [draw.randrange(VOCAB_SIZE) for _ in range(args.input_len)]
-        link.client.send(GenerateRequest(f"request-{i}", prompt, params, seed=i))
+        link.client.send(GenerateRequest(f"request-{i}", prompt, RequestSpec(params, seed=i)))
     core.step(block=False)
     while any(request.uncomputed != 1 for request in core.scheduler.running) or len(core.scheduler.waiting):
         core.step(block=False)
@@ -173,7 +174,7 @@ def measure_tokens(args: argparse.Namespace) -> None:
     draw = random.Random(0)
     prompt = [draw.randrange(config.vocab_size) for _ in range(32)]
     completions = [
-        Completion(GenerateRequest(output.rid, prompt, sampling("greedy", 1 << 20), 0), detokenizer)
+        Completion(GenerateRequest(output.rid, prompt, RequestSpec(sampling("greedy", 1 << 20), 0)), detokenizer)
         for output in outputs
     ]
 

@@ -38,6 +38,7 @@ from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_c
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan, StepResult
 from rtp_llm.srt.platform import choose_device, memory_bytes
+from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
@@ -48,7 +49,7 @@ EXIT_ERROR = 2
 WARMUP_OUTPUT_LEN = 32
 NUM_SHOWN_DECODES = 5
 NUM_RANDOM_IDS = 10000  # ids of random prompts lie below this
-PARAMS = SamplingParams(temperature=0, ignore_eos=True)
+GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
 # Options of ServerArgs that only a scheduler heeds. Those that only the HTTP server heeds are marked so in ServerArgs.
 SCHEDULER_OPTIONS = (
     "chunked_prefill_size", "max_prefill_tokens", "schedule_policy", "disable_radix_cache", "disable_overlap_schedule",
@@ -250,10 +251,7 @@ class OneBatch:
         num_pages = -(-(max(map(len, prompts)) + num_new) // self._args.page_size)
         releases = list(range(len(self._lens)))
         admissions = [
-            Admission(
-                row, str(row), prompt_ids=ids, output_ids=[], params=PARAMS, stop_ids=[], seed=0,
-                media=None if media is None else media[row],
-            )
+            Admission(row, str(row), ids, [], replace(GREEDY, media=None if media is None else media[row]))
             for row, ids in enumerate(prompts)
         ]  # fmt: skip
         writes = [

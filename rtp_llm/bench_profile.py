@@ -35,6 +35,7 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import StepPlan
+from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink
 from rtp_llm.srt.utils.logging import configure_logging
@@ -116,9 +117,10 @@ class ProfiledCore:
         draw = random.Random(seed)
         num_ids = min(NUM_RANDOM_IDS, self._vocab_size)
         params = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=args.output_len)
+        spec = RequestSpec(params, seed=0)
         for i in range(args.batch_size):
             prompt = [draw.randrange(num_ids) for _ in range(args.input_len)]
-            self._link.client.send(GenerateRequest(f"{seed}-{i}", prompt, params, seed=0))
+            self._link.client.send(GenerateRequest(f"{seed}-{i}", prompt, spec))
         stages = {"prefill": StepTimes(), "decode": StepTimes(self._products)}
         while True:
             with self._noted_plan() as plans, self._watch.part(REST):

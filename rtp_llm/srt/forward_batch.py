@@ -1,5 +1,6 @@
 """The contract between runner, model and attention: everything a forward pass may read besides ids and positions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -88,7 +89,7 @@ class LogprobRow:
     token_rows: list[int]
     targets: list[int]
     top_num: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
 
 
 @dataclass(slots=True)

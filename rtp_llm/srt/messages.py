@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rtp_llm.srt.plan import TokenLogprob
-from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.request_spec import RequestSpec
 
 
 @dataclass(slots=True)
@@ -30,24 +30,15 @@ class FinishReason:
 class GenerateRequest:
     """One sequence to generate. ``n > 1`` is several requests with seeds ``seed + i``.
 
-    ``output_ids`` is what was generated before (a resubmission after the core died): the core goes on from there, with
-    penalties, lengths and random positions counted from ``prompt_ids`` on. ``logprob_start_len`` is in
-    ``[0, len(prompt_ids)]``; -1 asks for no prompt logprobs.
+    ``output_ids`` and ``num_prompt_logprobs`` are what came before (a resubmission after the core died): the core goes
+    on from there, with penalties, lengths and random positions counted from ``prompt_ids`` on.
     """
 
     rid: str
     prompt_ids: list[int]
-    params: SamplingParams
-    seed: int
+    spec: RequestSpec
     output_ids: list[int] = field(default_factory=list)
-    return_logprob: bool = False
-    logprob_start_len: int = -1
-    top_logprobs_num: int = 0
-    token_ids_logprob: list[int] = field(default_factory=list)
-    cache_salt: str = ""  # requests share cached prefixes only with equal salts
-    media: bytes | None = None  # MultimodalInputs.encode(): nobody but the workers reads them
-    eos_token_ids: list[int] = field(default_factory=list)  # that end it unless ignore_eos; beside the configuration's
-    priority: int = 0  # the policy "priority" schedules lower numbers earlier; the others do not look at it
+    num_prompt_logprobs: int = 0
     fills_context: bool = False  # max_new_tokens is what room there is: less, if the model makes a prompt longer
 
     # What the core finds out about media before the scheduler gets the request:

@@ -8,7 +8,7 @@ Order within one plan: ``releases``, ``admissions``, ``page_writes``, ``new_page
 
 from dataclasses import dataclass, field
 
-from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.request_spec import RequestSpec
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: list[tuple[float, int]] = field(default_factory=list)  # (logprob, token id), best first
-    chosen: list[tuple[float, int]] = field(default_factory=list)  # for token_ids_logprob, in the asked order
+    chosen: list[tuple[float, int]] = field(default_factory=list)  # the ids asked for, in their order
 
 
 @dataclass(slots=True)
@@ -29,14 +29,8 @@ class Admission:
     rid: str
     prompt_ids: list[int]
     output_ids: list[int]
-    params: SamplingParams
-    stop_ids: list[int]  # ids that end the request; banned while fewer than min_new_tokens are generated
-    seed: int
+    spec: RequestSpec
     logprob_from: int | None = None  # prompt logprobs are wanted from the logits of this position on; None: none
-    return_logprob: bool = False
-    top_logprobs_num: int = 0
-    token_ids_logprob: list[int] = field(default_factory=list)
-    media: bytes | None = None  # MultimodalInputs.encode()
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.platform import choose_device
+from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 from rtp_llm.verify.causes import Evidence, Finding, explain, explain_logits, pass_over_layout
@@ -48,7 +49,7 @@ from rtp_llm.verify.locate import (
 from rtp_llm.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
 from rtp_llm.verify.trace import OurRecorder, Parts, TheirRecorder, Trace
 
-PARAMS = SamplingParams(temperature=0, ignore_eos=True)
+GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
 TOP = 5
 TIE_GAP = 1e-4  # logits closer than this are a tie: either token is right
 MAX_KEPT_TOKENS = 256  # of a long prompt, so many of its last tokens are recorded (and all keys and values)
@@ -312,7 +313,7 @@ class OurModel:
         plan = StepPlan(self._num_steps, work=[RowWork(0, start, end - start, sample=True)])
         if start == 0:
             plan.releases = [0] if self._num_steps else []
-            admission = Admission(0, "0", prompt.ids, [], PARAMS, stop_ids=[], seed=0, media=prompt.media)
+            admission = Admission(0, "0", prompt.ids, [], replace(GREEDY, media=prompt.media))
             plan.admissions = [admission]
             pages = list(range(1, 1 + self._num_pages))  # 0 is the dummy
             plan.page_writes = [PageWrite(0, group, 0, pages) for group in range(self._num_groups)]

@@ -120,7 +120,6 @@ class EngineCore:
             max_prefill_tokens=self._args.max_prefill_tokens,
             schedule_policy=self._args.schedule_policy,
             disable_radix_cache=self._args.disable_radix_cache,
-            eos_ids=model_config.eos_token_ids,
             max_media_block=loaded.max_media_block,
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
         )
@@ -167,8 +166,8 @@ class EngineCore:
         """Hands messages to the scheduler, once the model has said where media go in a prompt."""
         for message in messages:
             padded: ToCore | TokenOutput = message
-            if isinstance(message, GenerateRequest) and message.media is not None:
-                padded = self._padded(message, message.media)
+            if isinstance(message, GenerateRequest) and message.spec.media is not None:
+                padded = self._padded(message, message.spec.media)
             self._link.send([padded] if isinstance(padded, TokenOutput) else self.scheduler.receive([padded]))
 
     def _padded(self, message: GenerateRequest, media: bytes) -> GenerateRequest | TokenOutput:
@@ -178,16 +177,16 @@ class EngineCore:
         if prompt.problem is not None:
             problem = f"the media cannot be placed in the prompt: {prompt.problem}"
             return TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))
-        params = message.params
-        if message.fills_context and params.max_new_tokens is not None:
+        spec = replace(message.spec, media=prompt.media)
+        if message.fills_context:
             room = self.max_req_len - len(prompt.prompt_ids)
-            params = replace(params, max_new_tokens=max(1, min(params.max_new_tokens, room)))
+            max_new_tokens = max(1, min(spec.max_new_tokens, room))
+            spec = replace(spec, params=replace(spec.params, max_new_tokens=max_new_tokens))
         return replace(
             message,
-            params=params,
+            spec=spec,
             prompt_ids=prompt.prompt_ids,
             cache_keys=prompt.cache_keys,
-            media=prompt.media,
             atomic_spans=prompt.atomic_spans,
         )
 

@@ -163,7 +163,7 @@ def _completions(manager: TokenizerManager, prompts: list[Prompt], batched: bool
     for i, item in enumerate(prompts):
         with _numbered(i, batched):
             requests = manager.requests(item)
-        completions += [manager.completion(request, item.return_text_in_logprobs) for request in requests]
+        completions += [manager.completion(request) for request in requests]
     return completions, batched or len(completions) > 1
 
 

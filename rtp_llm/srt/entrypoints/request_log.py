@@ -23,7 +23,7 @@ class RequestLog:
         request = completion.request
         fields: dict[str, Any] = {"rid": request.rid, "prompt_tokens": len(request.prompt_ids)}
         if self._level >= 1:
-            fields |= {"seed": request.seed, "sampling_params": asdict(request.params)}
+            fields |= {"seed": request.spec.seed, "sampling_params": asdict(request.spec.params)}
         if self._level >= 2:
             fields["prompt_ids"] = self._shown(request.prompt_ids)
         logger.info("request %s", json.dumps(fields))

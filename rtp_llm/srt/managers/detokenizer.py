@@ -13,6 +13,7 @@ from rtp_llm.srt.managers.completion_text import CompletionText
 from rtp_llm.srt.managers.incremental_text import Decoder
 from rtp_llm.srt.messages import FinishReason, GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.request_spec import LogprobSpec
 
 
 @dataclass(slots=True)
@@ -33,16 +34,12 @@ class Completion:
 
     Args:
         detokenizer: None gives no text at all.
-        text_in_logprobs: logprob entries carry their token's text.
     """
 
-    def __init__(
-        self, request: GenerateRequest, detokenizer: "Detokenizer | None", text_in_logprobs: bool = False
-    ) -> None:
+    def __init__(self, request: GenerateRequest, detokenizer: "Detokenizer | None") -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._detokenizer = detokenizer
-        self._text_in_logprobs = text_in_logprobs
         self._text = None if detokenizer is None else detokenizer.completion_text(request)
         self._output_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -157,22 +154,22 @@ class Completion:
         }
         if self.finished:
             meta["e2e_latency"] = self._latency_s
-        if self.request.return_logprob:
-            meta |= self._logprob_lists()
+        if self.request.spec.logprobs is not None:
+            meta |= self._logprob_lists(self.request.spec.logprobs)
         return meta
 
-    def _logprob_lists(self) -> dict[str, Any]:
-        request = self.request
-        first = request.prompt_ids[request.logprob_start_len :][:1] if request.logprob_start_len >= 0 else []
+    def _logprob_lists(self, asked: LogprobSpec) -> dict[str, Any]:
+        start_len = asked.logprob_start_len
+        first = self.request.prompt_ids[start_len : start_len + 1] if start_len >= 0 else []
         lists: dict[str, Any] = {
             "input_token_logprobs": [self._entry(None, token_id) for token_id in first]
             + [self._entry(item.logprob, item.token_id) for item in self._prompt_logprobs],
             "output_token_logprobs": [self._entry(item.logprob, item.token_id) for item in self._logprobs],
         }
-        if request.top_logprobs_num:
+        if asked.top_logprobs_num:
             lists["input_top_logprobs"] = [None] * len(first) + [self._entries(i.top) for i in self._prompt_logprobs]
             lists["output_top_logprobs"] = [self._entries(item.top) for item in self._logprobs]
-        if request.token_ids_logprob:
+        if asked.token_ids_logprob:
             lists["input_token_ids_logprobs"] = [None] * len(first) + [
                 self._entries(item.chosen) for item in self._prompt_logprobs
             ]
@@ -183,7 +180,8 @@ class Completion:
         return [self._entry(logprob, token_id) for logprob, token_id in pairs]
 
     def _entry(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
-        if self._text_in_logprobs and self._detokenizer is not None:
+        asked = self.request.spec.logprobs
+        if asked is not None and asked.return_text_in_logprobs and self._detokenizer is not None:
             return logprob, token_id, self._detokenizer.token_text(token_id)
         return logprob, token_id, None
 
@@ -196,8 +194,8 @@ class Detokenizer:
         self._with_special = Decoder(tokenizer, skip_special_tokens=False)
 
     def completion_text(self, request: GenerateRequest) -> CompletionText:
-        shown = self._plain if request.params.skip_special_tokens else self._with_special
-        return CompletionText(shown, self._with_special, request.prompt_ids, request.params)
+        shown = self._plain if request.spec.params.skip_special_tokens else self._with_special
+        return CompletionText(shown, self._with_special, request.prompt_ids, request.spec.params)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return (self._plain if skip_special_tokens else self._with_special)(ids)

@@ -76,15 +76,14 @@ class LiveRequest:
         return output
 
     def resubmission(self) -> GenerateRequest:
-        """The rest of the request. Prompt logprobs that came already are not asked for again."""
+        """The rest of the request. What came already is not asked for again."""
         request = self.request
         self.earlier_retractions = self.num_retractions
-        start = request.logprob_start_len
-        if start >= 0:
-            start += self.num_prompt_logprobs
-            if start >= len(request.prompt_ids) - 1:
-                start = -1
-        return replace(request, output_ids=request.output_ids + self.output_ids, logprob_start_len=start)
+        return replace(
+            request,
+            output_ids=request.output_ids + self.output_ids,
+            num_prompt_logprobs=request.num_prompt_logprobs + self.num_prompt_logprobs,
+        )
 
 
 # Requests that a core was running when it died, so many times without progress in between, are what killed it.

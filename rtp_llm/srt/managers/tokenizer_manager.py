@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
 from rtp_llm.srt.multimodal.work import Workers
+from rtp_llm.srt.request_spec import LogprobSpec, RequestSpec
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     ContextLengthExceeded,
@@ -219,23 +220,17 @@ class TokenizerManager:
             raise InvalidRequest("stop strings need a tokenizer, and the engine runs without one", "stop")
         ids = self._prompt_ids(prompt, wants_new=params.max_new_tokens != 0)
         params = replace(params, max_new_tokens=self._max_new_tokens(params, len(ids)))
-        logprobs = self._logprob_options(prompt, len(ids))
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        salt = _string("cache_salt", prompt.cache_salt) or ""
-        priority = self._priority(prompt)
+        spec = RequestSpec(
+            params,
+            seed=self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64,
+            logprobs=self._logprobs(prompt, len(ids)),
+            media=prompt.media,
+            cache_salt=_string("cache_salt", prompt.cache_salt) or "",
+            priority=self._priority(prompt),
+            eos_token_ids=tuple(token.token_id for token in self.end_tokens),
+        )
         return [
-            GenerateRequest(
-                rid,
-                ids,
-                params,
-                (seed + i) % 2**64,
-                cache_salt=salt,
-                priority=priority,
-                media=prompt.media,
-                fills_context=prompt.fills_context,
-                eos_token_ids=[token.token_id for token in self.end_tokens],
-                **logprobs,
-            )
+            GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64), fills_context=prompt.fills_context)
             for i, rid in enumerate(_rids(prompt.rid, params.n))
         ]
 
@@ -253,9 +248,9 @@ class TokenizerManager:
                 words += [ids] if ids and ids not in words else []
         return replace(params, bad_words=[], bad_words_ids=words)
 
-    def completion(self, request: GenerateRequest, text_in_logprobs: bool = False) -> Completion:
+    def completion(self, request: GenerateRequest) -> Completion:
         """What collects the outputs of ``request`` and makes its result."""
-        return Completion(request, self._detokenizer, text_in_logprobs)
+        return Completion(request, self._detokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True, is_prompt: bool = True) -> list[int]:
         """Token ids, with the tokenizer's special tokens around unless told otherwise, as transformers gives them.
@@ -337,30 +332,25 @@ class TokenizerManager:
             )
         return f"a request may have {self.max_req_len} tokens, the context length"
 
-    def _logprob_options(self, prompt: Prompt, prompt_len: int) -> dict[str, Any]:
+    def _logprobs(self, prompt: Prompt, prompt_len: int) -> LogprobSpec | None:
         start = prompt.logprob_start_len
-        options = {
-            "return_logprob": _flag("return_logprob", prompt.return_logprob),
-            "logprob_start_len": -1 if start is None else _in_range("logprob_start_len", start, -1, prompt_len),
-            "top_logprobs_num": _in_range("top_logprobs_num", prompt.top_logprobs_num or 0, 0, self.vocab_size),
-            "token_ids_logprob": token_ids("token_ids_logprob", prompt.token_ids_logprob or []),
-        }
-        check_vocabulary("token_ids_logprob", options["token_ids_logprob"], self.vocab_size)
-        text = _flag("return_text_in_logprobs", prompt.return_text_in_logprobs)
-        if text and self.tokenizer is None:
+        asked = LogprobSpec(
+            logprob_start_len=-1 if start is None else _in_range("logprob_start_len", start, -1, prompt_len),
+            top_logprobs_num=_in_range("top_logprobs_num", prompt.top_logprobs_num or 0, 0, self.vocab_size),
+            token_ids_logprob=tuple(token_ids("token_ids_logprob", prompt.token_ids_logprob or [])),
+            return_text_in_logprobs=_flag("return_text_in_logprobs", prompt.return_text_in_logprobs),
+        )
+        check_vocabulary("token_ids_logprob", asked.token_ids_logprob, self.vocab_size)
+        if asked.return_text_in_logprobs and self.tokenizer is None:
             raise InvalidRequest(
                 "texts of logprobs need a tokenizer, and the engine runs without one", "return_text_in_logprobs"
             )
-        if not options["return_logprob"]:
-            asked = {
-                **options,
-                "logprob_start_len": options["logprob_start_len"] != -1,
-                "return_text_in_logprobs": text,
-            }
-            for name, value in asked.items():
-                if value:
-                    raise InvalidRequest(f"{name} is given, but no logprobs are asked for: set return_logprob", name)
-        return options
+        if _flag("return_logprob", prompt.return_logprob):
+            return asked
+        for name, unset in asdict(LogprobSpec()).items():
+            if getattr(asked, name) != unset:
+                raise InvalidRequest(f"{name} is given, but no logprobs are asked for: set return_logprob", name)
+        return None
 
 
 def _sampling_params(value: Any) -> SamplingParams:

@@ -39,7 +39,7 @@ class WaitingQueue:
 
     def place(self, request: Request) -> tuple[int, int]:
         """By which requests are sorted; the one that runs and is last in it is retracted first."""
-        return request.priority if self._policy == "priority" else 0, request.order
+        return request.spec.priority if self._policy == "priority" else 0, request.order
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)

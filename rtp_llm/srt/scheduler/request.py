@@ -5,9 +5,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from rtp_llm.srt.cache.prefix_cache import Lock
+from rtp_llm.srt.cache.spec import LengthScaling
 from rtp_llm.srt.messages import FinishReason, GenerateRequest
 from rtp_llm.srt.plan import Admission
-from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.request_spec import RequestSpec
 
 # A request's tokens, from left to right:
 #
@@ -27,18 +28,12 @@ class Request:
     ids: list[int]
     keys: list[int]
     prompt_len: int
-    params: SamplingParams
-    max_new_tokens: int
-    seed: int
+    spec: RequestSpec
+    max_new_tokens: int  # spec's, as are stop_ids: looked at for each row and step
     stop_ids: list[int]
-    namespace: Hashable
-    return_logprob: bool = False
+    namespace: Hashable  # of the prefix cache
     logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
-    top_logprobs_num: int = 0
-    token_ids_logprob: list[int] = field(default_factory=list)
-    media: bytes | None = None
     atomic_spans: list[tuple[int, int]] = field(default_factory=list)
-    priority: int = 0  # lower ones are tried earlier, by the policy of that name
 
     row: int = -1
     pages: list[list[int]] = field(default_factory=list)  # per cache group, its page table; 0: freed, out of reach
@@ -60,38 +55,26 @@ class Request:
 
     @classmethod
     def from_message(
-        cls,
-        message: GenerateRequest,
-        order: int,
-        eos_ids: list[int],
-        default_max_new_tokens: int,
-        namespace: Hashable,
+        cls, message: GenerateRequest, order: int, length_scaling: LengthScaling | None = None
     ) -> "Request":
-        params = message.params
-        ends = [] if params.ignore_eos else [*eos_ids, *message.eos_token_ids]
-        stop_ids = [*ends, *params.stop_token_ids]
-        logprob_from = message.logprob_start_len if message.return_logprob and message.logprob_start_len >= 0 else None
+        spec, prompt_len = message.spec, len(message.prompt_ids)
+        logprob_start_len = -1 if spec.logprobs is None else spec.logprobs.logprob_start_len
+        key_class = 0 if length_scaling is None else length_scaling.key_class(prompt_len)
         ids = [*message.prompt_ids, *message.output_ids]
         request = cls(
             rid=message.rid,
             order=order,
             ids=ids,
             keys=[*message.cache_keys, *message.output_ids] if message.cache_keys else ids,
-            prompt_len=len(message.prompt_ids),
-            params=params,
-            max_new_tokens=default_max_new_tokens if params.max_new_tokens is None else params.max_new_tokens,
-            seed=message.seed,
-            stop_ids=list(dict.fromkeys(stop_ids)),
-            namespace=namespace,
-            return_logprob=message.return_logprob,
-            logprob_from=logprob_from,
-            top_logprobs_num=message.top_logprobs_num,
-            token_ids_logprob=list(message.token_ids_logprob),
-            media=message.media,
+            prompt_len=prompt_len,
+            spec=spec,
+            max_new_tokens=spec.max_new_tokens,
+            stop_ids=spec.stop_ids,
+            namespace=(spec.cache_salt, key_class),
+            logprob_from=None if logprob_start_len < 0 else logprob_start_len,
             atomic_spans=message.atomic_spans,
-            priority=message.priority,
         )
-        request.take_prompt_logprobs(0)
+        request.take_prompt_logprobs(message.num_prompt_logprobs)
         return request
 
     @property
@@ -173,20 +156,14 @@ class Request:
             rid=self.rid,
             prompt_ids=self.ids[: self.prompt_len],
             output_ids=self.ids[self.prompt_len :],
-            params=self.params,
-            stop_ids=self.stop_ids,
-            seed=self.seed,
+            spec=self.spec,
             logprob_from=self.logprob_from,
-            return_logprob=self.return_logprob,
-            top_logprobs_num=self.top_logprobs_num,
-            token_ids_logprob=self.token_ids_logprob,
-            media=self.media,
         )
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Whether ``token_id``, just appended to ``ids``, ends the request."""
         num_generated = self.num_generated
-        if token_id in self.stop_ids and num_generated > self.params.min_new_tokens:
+        if token_id in self.stop_ids and num_generated > self.spec.params.min_new_tokens:
             return FinishReason("stop", matched=token_id)
         if num_generated >= self.max_new_tokens:
             return FinishReason("length", length=num_generated)

@@ -42,8 +42,6 @@ class SchedulerConfig:
     disable_radix_cache: bool = False
     max_media_block: int = 0  # tokens of media that a step must compute together, at most
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
-    default_max_new_tokens: int = 128
-    eos_ids: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -158,15 +156,7 @@ class Scheduler:
         problem = self._refusal(message)
         if problem:
             return [TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))]
-        prompt_len = len(message.prompt_ids)
-        scaling = self._length_scaling
-        request = Request.from_message(
-            message,
-            order=self._num_arrivals,
-            eos_ids=list(self.config.eos_ids),
-            default_max_new_tokens=min(self.config.default_max_new_tokens, self.config.max_req_len - prompt_len),
-            namespace=(message.cache_salt, 0 if scaling is None else scaling.key_class(prompt_len)),
-        )
+        request = Request.from_message(message, self._num_arrivals, self._length_scaling)
         self._num_arrivals += 1
         if message.output_ids:
             reason = request.finish_reason_after(request.ids[-1])
@@ -182,8 +172,7 @@ class Scheduler:
             return f"a request with the id {message.rid!r} is running already"
         if not message.prompt_ids:
             return "the prompt is empty: it needs at least one token"
-        num_new = 1 if message.params.max_new_tokens is None else message.params.max_new_tokens
-        total = len(message.prompt_ids) + max(num_new, len(message.output_ids))
+        total = len(message.prompt_ids) + max(message.spec.max_new_tokens, len(message.output_ids))
         if total > self.config.max_req_len:
             return (
                 f"the request needs {total} tokens ({len(message.prompt_ids)} of the prompt), "

@@ -162,7 +162,7 @@ class ModelRunner:
 
     def _admit(self, admission: Admission) -> None:
         row = admission.row
-        media = None if admission.media is None else MultimodalInputs.decode(admission.media)
+        media = None if admission.spec.media is None else MultimodalInputs.decode(admission.spec.media)
         ids = np.array([*admission.prompt_ids, *admission.output_ids], dtype=np.int64)
         self._rows[row] = RowState(admission, ids, media)
         self._num_known[row], self._prompt_lens[row] = len(ids), len(admission.prompt_ids)
@@ -282,8 +282,8 @@ class ModelRunner:
     def _logprob_row(self, batch_index: int, work: RowWork, offset: int) -> LogprobRow | None:
         """Prompt logprobs wanted from this work: of the tokens that follow ``[start, end)`` within the prompt."""
         state = self._rows[work.row]
-        admission = state.admission
-        if admission.logprob_from is None:
+        admission, asked = state.admission, state.admission.spec.logprobs
+        if admission.logprob_from is None or asked is None:
             return None
         first = max(work.start, admission.logprob_from)
         last = min(work.start + work.num_tokens, state.prompt_len - 1)
@@ -293,8 +293,8 @@ class ModelRunner:
             batch_index,
             token_rows=list(range(offset + first - work.start, offset + last - work.start)),
             targets=admission.prompt_ids[first + 1 : last + 1],
-            top_num=admission.top_logprobs_num,
-            token_ids=admission.token_ids_logprob,
+            top_num=asked.top_logprobs_num,
+            token_ids=asked.token_ids_logprob,
         )
 
 

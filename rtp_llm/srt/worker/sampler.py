@@ -10,6 +10,7 @@ from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 from rtp_llm.srt.layers.logits_processor import token_logprobs
 from rtp_llm.srt.plan import Admission, TokenLogprob
+from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.philox import as_int64, exponential
@@ -30,9 +31,7 @@ class _Row:
     seed: int  # as int64
     bias_ids: list[int]
     bias_values: list[float]
-    return_logprob: bool
-    top_logprobs_num: int
-    token_ids_logprob: list[int]
+    logprobs: LogprobSpec | None
     counted: bool  # its penalties need counts of its tokens
 
     def bans_stops_at(self, position: int) -> bool:
@@ -61,20 +60,18 @@ class Sampler:
 
     def admit(self, admission: Admission) -> None:
         """Takes a request in; what it generated before (``output_ids``) counts as generated."""
-        params = admission.params
+        params = admission.spec.params
         penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
         self.release(admission.row)
         self._rows[admission.row] = _Row(
             params=params,
             prompt_len=len(admission.prompt_ids),
-            stop_ids=[i for i in admission.stop_ids if 0 <= i < self._vocab_size],  # others cannot be drawn anyway
-            seed=as_int64(admission.seed),
+            stop_ids=[i for i in admission.spec.stop_ids if 0 <= i < self._vocab_size],  # others cannot be drawn anyway
+            seed=as_int64(admission.spec.seed),
             bias_ids=list(params.logit_bias),
             # a larger value than float32 has would make NaN of a logit that is -inf
             bias_values=[min(max(value, -_LARGEST), _LARGEST) for value in params.logit_bias.values()],
-            return_logprob=admission.return_logprob,
-            top_logprobs_num=admission.top_logprobs_num,
-            token_ids_logprob=admission.token_ids_logprob,
+            logprobs=admission.spec.logprobs,
             counted=bool(penalised),
         )
         if penalised:
@@ -84,7 +81,7 @@ class Sampler:
             self._adjusted.add(admission.row)
         if not params.is_greedy:
             self._drawing.add(admission.row)
-        if admission.return_logprob:
+        if admission.spec.logprobs is not None:
             self._told.add(admission.row)
 
     def release(self, row: int) -> None:
@@ -178,14 +175,13 @@ class Sampler:
         results: list[list[TokenLogprob] | None] = [None] * len(rows)
         if self._told.isdisjoint(rows):
             return results
-        states = self._states(rows)
-        asked = [i for i, state in enumerate(states) if state.return_logprob]
-        index = self._tensor(asked)
+        asked = {i: spec for i, state in enumerate(self._states(rows)) if (spec := state.logprobs) is not None}
+        index = self._tensor(list(asked))
         found = token_logprobs(
             raw_logits[index],
             token_ids[index],
-            [states[i].top_logprobs_num for i in asked],
-            [states[i].token_ids_logprob for i in asked],
+            [spec.top_logprobs_num for spec in asked.values()],
+            [spec.token_ids_logprob for spec in asked.values()],
         )
         for i, logprob in zip(asked, found, strict=True):
             results[i] = [logprob]

@@ -15,6 +15,7 @@ from typing import Any
 
 import killer_model
 import pytest
+from made_requests import generate_request
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -131,7 +132,7 @@ def requests(count: int = 8, max_new_tokens: int = 120) -> list[GenerateRequest]
             max_new_tokens=max_new_tokens, ignore_eos=True, logit_bias={killer_model.DEADLY_ID: -1e4}, **variants[i % 4]
         )
         logprobs = {"return_logprob": True, "logprob_start_len": 3} if i % 2 else {}
-        result.append(GenerateRequest(f"r{i}", prompt, params, seed=50 + i, **logprobs))
+        result.append(generate_request(f"r{i}", prompt, params, seed=50 + i, **logprobs))
     return result
 
 
@@ -175,7 +176,7 @@ def test_the_request_that_kills_is_found_and_the_others_finish(supervise, killer
     streams = [Stream(supervisor, request) for request in requests()]
     for stream in streams:
         stream.wait_for_tokens(5)
-    deadly = Stream(supervisor, GenerateRequest("deadly", [1, 2, killer_model.DEADLY_ID], SamplingParams(), 0))
+    deadly = Stream(supervisor, generate_request("deadly", [1, 2, killer_model.DEADLY_ID], SamplingParams(), 0))
     answers = [stream.answer() for stream in streams]
     assert deadly.ended.wait(30)
     reason = deadly.outputs[-1].finish_reason
@@ -191,7 +192,7 @@ def test_three_deaths_end_it_with_the_cores_own_error(supervise, killer_checkpoi
     supervisor.on_dead = dead.put
     deadly = SamplingParams(max_new_tokens=5)
     streams = [
-        Stream(supervisor, GenerateRequest(f"d{i}", [1, killer_model.DEADLY_ID, i], deadly, 0)) for i in range(4)
+        Stream(supervisor, generate_request(f"d{i}", [1, killer_model.DEADLY_ID, i], deadly, 0)) for i in range(4)
     ]
     error = dead.get(timeout=60)
     assert isinstance(error, CoreFailed) and "died 3 times within 60 s" in str(error)
@@ -232,7 +233,7 @@ def test_aborts_and_flushes_while_no_core_is_there(supervise):
     os.kill(core_pid(supervisor), signal.SIGKILL)
     while supervisor.is_ready:
         time.sleep(0.001)
-    late = Stream(supervisor, GenerateRequest("late", [4, 5], SamplingParams(max_new_tokens=3, ignore_eos=True), 0))
+    late = Stream(supervisor, generate_request("late", [4, 5], SamplingParams(max_new_tokens=3, ignore_eos=True), 0))
     supervisor.client.abort("r1")
     assert not supervisor.client.flush_cache()
     assert streams[1].ended.wait(5) and streams[1].outputs[-1].finish_reason.type == "abort"

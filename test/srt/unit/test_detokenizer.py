@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_requests import generate_request
 from transformers import AutoTokenizer
 
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.incremental_text import INCOMPLETE, Decoder, IncrementalText, common_prefix, plain_backend
 from rtp_llm.srt.managers.stop_strings import Match, StopMatcher
-from rtp_llm.srt.messages import FinishReason, GenerateRequest, TokenOutput
+from rtp_llm.srt.messages import FinishReason, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -65,7 +66,7 @@ def completion_of(
     ids: list[int], detokenizer: Detokenizer | None, prompt_ids: list[int], groups: Any, **params: Any
 ) -> Completion:
     """Feeds ``ids``, grouped by the lengths in ``groups``, and ends by length; checks each result on the way."""
-    completion = Completion(GenerateRequest("r", prompt_ids, SamplingParams(**params), 0), detokenizer)
+    completion = Completion(generate_request("r", prompt_ids, SamplingParams(**params), 0), detokenizer)
     shown = ""
     while ids and not completion.finished:
         size = max(1, min(len(ids), next(groups, 1)))
@@ -240,7 +241,7 @@ def test_the_first_of_several_then_the_longest() -> None:
 
 def test_the_beginning_of_a_stop_string_is_held_back() -> None:
     completion = Completion(
-        GenerateRequest("r", [65], SamplingParams(stop=["</end>"]), 0), Detokenizer(CharTokenizer())
+        generate_request("r", [65], SamplingParams(stop=["</end>"]), 0), Detokenizer(CharTokenizer())
     )
     shown = []
     for part in ("ab<", "/e", "<", "/en", "x"):
@@ -261,7 +262,7 @@ def test_min_new_tokens_forbids_stop_strings(sizes: list[int]) -> None:
 def test_a_stop_string_in_the_last_message_wins_over_its_reason() -> None:
     detokenizer = Detokenizer(CharTokenizer())
     for reason in (FinishReason("length", length=5), FinishReason("stop", matched=ord("!"))):
-        completion = Completion(GenerateRequest("r", [65], SamplingParams(stop=["b"]), 0), detokenizer)
+        completion = Completion(generate_request("r", [65], SamplingParams(stop=["b"]), 0), detokenizer)
         completion.add(TokenOutput("r", chars("abcd!"), finish_reason=reason))
         result = completion.result()
         assert (result["text"], result["output_ids"]) == ("a", chars("a"))
@@ -269,7 +270,7 @@ def test_a_stop_string_in_the_last_message_wins_over_its_reason() -> None:
 
 
 def test_what_comes_after_a_stop_string_is_ignored() -> None:
-    completion = Completion(GenerateRequest("r", [65], SamplingParams(stop=["b"]), 0), Detokenizer(CharTokenizer()))
+    completion = Completion(generate_request("r", [65], SamplingParams(stop=["b"]), 0), Detokenizer(CharTokenizer()))
     completion.add(TokenOutput("r", chars("ab")))
     completion.add(TokenOutput("r", chars("cd"), finish_reason=FinishReason("abort", message="aborted")))
     assert completion.finished
@@ -352,7 +353,7 @@ def test_long_stop_strings_cost_a_bounded_number_of_steps_per_character() -> Non
 
 
 def test_the_id_that_stopped_counts_but_has_no_text() -> None:
-    completion = Completion(GenerateRequest("r", [65], SamplingParams(), 0), Detokenizer(CharTokenizer()))
+    completion = Completion(generate_request("r", [65], SamplingParams(), 0), Detokenizer(CharTokenizer()))
     completion.add(TokenOutput("r", chars("ab"), cached_tokens=1))
     assert completion.result()["meta_info"]["finish_reason"] is None
     completion.add(TokenOutput("r", chars("c!"), finish_reason=FinishReason("stop", matched=ord("!"))))
@@ -374,11 +375,11 @@ def test_the_id_that_stopped_counts_but_has_no_text() -> None:
 
 
 def test_logprobs() -> None:
-    request = GenerateRequest(
+    request = generate_request(
         "r", chars("pqrs"), SamplingParams(stop=["c"]), 0, return_logprob=True, logprob_start_len=1,
-        top_logprobs_num=1, token_ids_logprob=[97, 98],
+        top_logprobs_num=1, token_ids_logprob=(97, 98), return_text_in_logprobs=True,
     )  # fmt: skip
-    completion = Completion(request, Detokenizer(CharTokenizer()), text_in_logprobs=True)
+    completion = Completion(request, Detokenizer(CharTokenizer()))
 
     def item(character: str) -> TokenLogprob:
         return TokenLogprob(ord(character), -1.0, [(-0.5, 120)], [(-2.0, 97), (-3.0, 98)])
@@ -398,7 +399,7 @@ def test_logprobs() -> None:
 
 @pytest.mark.parametrize("start, num_input", [(-1, 0), (0, 2), (1, 1), (2, 0)])
 def test_logprobs_only_as_asked(start: int, num_input: int) -> None:
-    request = GenerateRequest("r", chars("pq"), SamplingParams(), 0, return_logprob=True, logprob_start_len=start)
+    request = generate_request("r", chars("pq"), SamplingParams(), 0, return_logprob=True, logprob_start_len=start)
     completion = Completion(request, Detokenizer(CharTokenizer()))
     prompt = [TokenLogprob(113, -1.0)] if start == 0 else []
     completion.add(

@@ -11,8 +11,6 @@ from rtp_llm.srt.conversation import ChatTemplate, ConversationTemplate, load_ch
 from rtp_llm.srt.managers.end_tokens import EndToken, end_of_turn, find_end_tokens
 from rtp_llm.srt.managers.engine_client import LiveRequest
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
-from rtp_llm.srt.messages import GenerateRequest
-from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.scheduler.request import Request
 
 SPECIAL = (
@@ -145,11 +143,10 @@ def test_a_fine_tuned_model_with_the_configuration_of_its_base(data_dir: Path) -
 
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_they_go_to_the_core_with_each_request_and_again_after_its_death(ignore_eos: bool) -> None:
-    manager = TokenizerManager(None, 100, 50, 50, end_tokens=[EndToken(7, None, ("tokenizer",))])
+    manager = TokenizerManager(
+        None, 100, 50, 50, end_tokens=[EndToken(3, None, ("config",)), EndToken(7, None, ("tokenizer",))]
+    )
     params = {"ignore_eos": ignore_eos, "stop_token_ids": [9], "max_new_tokens": 4}
     (request,) = manager.requests(Prompt(input_ids=[5], sampling_params=params))
     for message in (request, LiveRequest(request, lambda output: None).resubmission()):
-        made = Request.from_message(message, 0, [3, 7], 4, None)
-        assert made.stop_ids == ([9] if ignore_eos else [3, 7, 9])
-    bare = Request.from_message(GenerateRequest("r", [5], SamplingParams(), 0), 0, [3], 4, None)
-    assert bare.stop_ids == [3]
+        assert Request.from_message(message, 0).stop_ids == ([9] if ignore_eos else [3, 7, 9])

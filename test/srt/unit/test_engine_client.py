@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from made_requests import generate_request
 
 from rtp_llm.srt.configs.options import ServerArgsError
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -96,13 +97,13 @@ class ScriptedCore:
 
     def next_letter(self, rid: str) -> TokenOutput:
         request, count = self.live[rid]
-        letter = ord(ALPHABET[(count + request.seed) % len(ALPHABET)])
+        letter = ord(ALPHABET[(count + request.spec.seed) % len(ALPHABET)])
         self.live[rid] = (request, count + 1)
         reason = None
-        if count + 1 == request.params.max_new_tokens:
+        if count + 1 == request.spec.max_new_tokens:
             reason = FinishReason("length", length=count + 1)
             del self.live[rid]
-        logprobs = [TokenLogprob(letter, -1.0)] if request.return_logprob else []
+        logprobs = [TokenLogprob(letter, -1.0)] if request.spec.logprobs is not None else []
         return TokenOutput(rid, [letter], logprobs, finish_reason=reason)
 
     def shutdown(self) -> None:
@@ -165,7 +166,7 @@ def aborted() -> list[str | None]:
 
 
 def request(rid: str) -> GenerateRequest:
-    return GenerateRequest(rid, [1], SamplingParams(), 0)
+    return generate_request(rid, [1], SamplingParams(), 0)
 
 
 def test_messages_reach_whom_they_are_for() -> None:

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from made_requests import generate_request
 
 from rtp_llm.srt.managers.engine_client import EngineClient
-from rtp_llm.srt.messages import AbortRequest, FinishReason, GenerateRequest, TokenOutput
+from rtp_llm.srt.messages import AbortRequest, FinishReason, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.srt.scheduler.request import Request
 
 
 class Link:
@@ -35,7 +37,7 @@ def submit(client: EngineClient, *rids: str, **options: Any) -> dict[str, list[T
     came: dict[str, list[TokenOutput]] = {rid: [] for rid in rids}
     for rid in rids:
         params = SamplingParams(max_new_tokens=50)
-        client.submit(GenerateRequest(rid, [1, 2, 3, 4, 5], params, seed=9, **options), came[rid].append)
+        client.submit(generate_request(rid, [1, 2, 3, 4, 5], params, seed=9, **options), came[rid].append)
     return came
 
 
@@ -48,13 +50,14 @@ def test_what_came_is_kept_apart_from_the_prompt():
     client.detach({"r"})
     client.attach(second)
     (again,) = second.sent
-    assert (again.prompt_ids, again.output_ids, again.logprob_start_len, again.seed) == ([1, 2, 3, 4, 5], [], 3, 9)
+    assert (again.prompt_ids, again.output_ids) == ([1, 2, 3, 4, 5], []) and again.spec.seed == 9
+    assert Request.from_message(again, 0).logprob_from == 3
     second.say(TokenOutput("r", [7, 8], prompt_logprobs=[TokenLogprob(5, -1.0)], cached_tokens=3, num_retractions=2))
     client.detach({"r"})
     third = Link()
     client.attach(third)
     (again,) = third.sent
-    assert (again.output_ids, again.logprob_start_len) == ([7, 8], -1)
+    assert again.output_ids == [7, 8] and Request.from_message(again, 0).logprob_from is None
     third.say(TokenOutput("r", [9], num_retractions=1, finish_reason=FinishReason("stop", matched=9)))
     assert [output.cached_tokens for output in came["r"]] == [1, 1, 1], "usage is that of the first admission"
     assert came["r"][-1].num_retractions == 3

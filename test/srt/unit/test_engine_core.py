@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_requests import generate_request, request_spec
 
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -75,8 +76,14 @@ def mixed_requests(vocab_size: int) -> list[GenerateRequest]:
         params = SamplingParams(max_new_tokens=12 + i, **variants[i % len(variants)])
         logprob = i % 3 == 0
         requests.append(
-            GenerateRequest(
-                f"r{i}", prompt, params, seed=1000 + i, return_logprob=logprob, logprob_start_len=0 if logprob else -1
+            generate_request(
+                f"r{i}",
+                prompt,
+                params,
+                1000 + i,
+                return_logprob=logprob,
+                logprob_start_len=0,
+                eos_token_ids=(vocab_size - 1,),
             )
         )
     return requests
@@ -103,7 +110,6 @@ def test_options_reach_the_part_that_they_are_for():
     assert {name: getattr(core.scheduler.config, name) for name in options} == options
     assert core.scheduler.config.max_running_requests == 32
     assert core.scheduler.config.chunked_prefill_size == 16
-    assert tuple(core.scheduler.config.eos_ids) == (TINY_MODELS["qwen3-mixed-window7-tied"].vocab_size - 1,)
     assert sorted(core.capacity.num_pages) == [1000, 2000]
 
 
@@ -111,7 +117,7 @@ def test_a_draw_is_keyed_by_the_seed_and_the_place_in_the_sequence():
     params = SamplingParams(max_new_tokens=16, temperature=1.0, ignore_eos=True)
     prompt, vocab_size = [5, 9, 2, 40], TINY_MODELS["llama-default"].vocab_size
     core = Core("llama-default")
-    core.run([GenerateRequest("r", prompt, params, seed=77, return_logprob=True, top_logprobs_num=vocab_size)])
+    core.run([generate_request("r", prompt, params, seed=77, return_logprob=True, top_logprobs_num=vocab_size)])
     entries = [entry for output in core.outputs["r"] for entry in output.logprobs]
     assert len(entries) == 16
     for place, entry in enumerate(entries, start=len(prompt)):
@@ -125,7 +131,7 @@ def test_a_draw_is_keyed_by_the_seed_and_the_place_in_the_sequence():
 def test_an_abort_ends_one_request_and_no_other(depth):
     name = "llama-default"
     requests = [
-        GenerateRequest(f"r{i}", prompt, SamplingParams(max_new_tokens=30, temperature=0, ignore_eos=True), seed=0)
+        generate_request(f"r{i}", prompt, SamplingParams(max_new_tokens=30, temperature=0, ignore_eos=True), seed=0)
         for i, prompt in enumerate(random_prompts(131, (9, 8, 7)))
     ]
     expected = Core(name).run(requests)
@@ -160,7 +166,7 @@ def make_executor(name: str, kind: str) -> Any:
 
 def first_plan(**kwargs: Any) -> StepPlan:
     params = SamplingParams(temperature=0, max_new_tokens=4)
-    admission = Admission(2, "r", [5, 6, 7], [], params, stop_ids=[], seed=0)
+    admission = Admission(2, "r", [5, 6, 7], [], request_spec(params))
     return StepPlan(0, [], [admission], [PageWrite(2, 0, 0, [9, 3, 7, 11])], [RowWork(2, 0, 3, True)], **kwargs)
 
 
@@ -239,7 +245,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone():
     weights = core.core._executor.worker.runner.model.model.embed_tokens.weight
     weights.data[77] = float("nan")
     params = SamplingParams(max_new_tokens=3, temperature=0.7, ignore_eos=True)
-    core.run([GenerateRequest("bad", [1, 77], params, 0), GenerateRequest("good", [1, 2, 3], params, 0)])
+    core.run([generate_request("bad", [1, 77], params, 0), generate_request("good", [1, 2, 3], params, 0)])
     assert core.outputs["bad"][-1].finish_reason.status_code == 500
     assert "not finite" in core.outputs["bad"][-1].finish_reason.message
     assert core.outputs["good"][-1].finish_reason.type == "length"
@@ -256,7 +262,7 @@ def test_prompts_that_are_not_cut_fit_a_window_model_or_are_refused(max_total_to
     core = Core("mistral-window16-yarn", max_total_tokens=max_total_tokens, chunked_prefill_size=-1)
     assert core.core.max_req_len == max_total_tokens
     (prompt,) = random_prompts(127, (max_total_tokens - 2,))
-    core.run([GenerateRequest("r", prompt, SamplingParams(max_new_tokens=2, ignore_eos=True), 0)])
+    core.run([generate_request("r", prompt, SamplingParams(max_new_tokens=2, ignore_eos=True), 0)])
     assert core.outputs["r"][-1].finish_reason.type == "length"
 
 

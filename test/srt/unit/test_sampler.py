@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from made_requests import request_spec
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -26,10 +27,8 @@ INF = math.inf
 
 def admit(sampler: Sampler, row: int, prompt_ids=(0,), output_ids=(), stop_ids=(), seed=0, **kwargs) -> None:
     logprob = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(("logprob", "logprobs_num"))}
-    params = SamplingParams(**kwargs)
-    sampler.admit(
-        Admission(row, f"r{row}", list(prompt_ids), list(output_ids), params, list(stop_ids), seed, **logprob)
-    )
+    spec = request_spec(SamplingParams(**kwargs), seed, eos_token_ids=tuple(stop_ids), **logprob)
+    sampler.admit(Admission(row, f"r{row}", list(prompt_ids), list(output_ids), spec))
 
 
 def one_row_sampler(vocab_size: int, device: str = "cpu", **kwargs) -> Sampler:

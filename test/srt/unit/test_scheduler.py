@@ -3,8 +3,10 @@
 import json
 import random
 from collections import Counter, deque
+from dataclasses import replace
 
 import pytest
+from made_requests import generate_request
 
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.messages import AbortRequest, FlushCache, FlushCacheDone, GenerateRequest, TokenOutput
@@ -108,8 +110,8 @@ class StubWorker:
                 result.prompt_logprobs.append(TokenLogprob(admission.prompt_ids[position + 1], -1.0 * position))
         if work.sample:
             assert work.start + work.num_tokens == len(ids)
-            banned = len(ids) - len(admission.prompt_ids) < admission.params.min_new_tokens
-            token = self.next_token(tuple(known), admission.stop_ids, banned)
+            banned = len(ids) - len(admission.prompt_ids) < admission.spec.params.min_new_tokens
+            token = self.next_token(tuple(known), admission.spec.stop_ids, banned)
             ids.append(token)
             result.token_ids = [token]
         return result
@@ -128,7 +130,7 @@ class StubWorker:
 
     def expected(self, request: GenerateRequest) -> list[int]:
         """What a lone request must give."""
-        ids, params = [*(request.cache_keys or request.prompt_ids)], request.params
+        ids, params = [*(request.cache_keys or request.prompt_ids)], request.spec.params
         stop_ids = [*([] if params.ignore_eos else [EOS]), *params.stop_token_ids]
         output: list[int] = []
         while len(output) < params.max_new_tokens:
@@ -142,7 +144,7 @@ class StubWorker:
 
 def media_of(admission: Admission) -> tuple[list[int], list[list[int]]]:
     """The keys of a prompt, and the blocks that see themselves both ways: what tests write into ``media``."""
-    return json.loads(admission.media) if admission.media else (admission.prompt_ids, [])
+    return json.loads(admission.spec.media) if admission.spec.media else (admission.prompt_ids, [])
 
 
 class Loop:
@@ -207,11 +209,11 @@ class Loop:
 
 def request(rid: str, prompt: list[int], max_new_tokens: int = 8, **kwargs) -> GenerateRequest:
     params = SamplingParams(max_new_tokens=max_new_tokens, **kwargs.pop("params", {}))
-    return GenerateRequest(rid, prompt, params, seed=0, **kwargs)
+    return generate_request(rid, prompt, params, **{"eos_token_ids": (EOS,), **kwargs})
 
 
 def config(**kwargs) -> SchedulerConfig:
-    return SchedulerConfig(**{"max_req_len": 100, "max_running_requests": 64, "eos_ids": [EOS], **kwargs})
+    return SchedulerConfig(**{"max_req_len": 100, "max_running_requests": 64, **kwargs})
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -337,8 +339,8 @@ def with_image(message: GenerateRequest, first: int, keys: list[int], block: boo
     message.prompt_ids = [*ids[:first], *[IMAGE] * len(keys), *ids[first:]]
     message.cache_keys = [*ids[:first], *keys, *ids[first:]]
     message.atomic_spans = [(first, first + len(keys) - 1)] if block else []
-    message.media = json.dumps([message.cache_keys, message.atomic_spans]).encode()
-    return message
+    media = json.dumps([message.cache_keys, message.atomic_spans]).encode()
+    return replace(message, spec=replace(message.spec, media=media))
 
 
 @pytest.mark.parametrize("block", [False, True])
@@ -410,8 +412,8 @@ def test_a_stop_id_within_the_minimum_does_not_end_a_request():
     ],
 )
 def test_what_ends_a_request(params, last_id, ends):
-    loop = Loop(config(eos_ids=[EOS, 7]), layout([None]), [500])
-    loop.run([request("r", [4, 5, 6], 3, params=params, output_ids=[last_id])])
+    loop = Loop(config(), layout([None]), [500])
+    loop.run([request("r", [4, 5, 6], 3, params=params, output_ids=[last_id], eos_token_ids=(EOS, 7))])
     assert (loop.outputs["r"][-1].finish_reason.matched == last_id and not loop.ids("r")) == ends
 
 
@@ -479,7 +481,7 @@ def test_the_least_urgent_request_is_retracted(policy, depth):
 def test_an_urgent_request_overtakes_one_that_was_retracted():
     queue = WaitingQueue("priority", lambda r: 0)
     requests = [
-        Request.from_message(request(rid, [1], priority=p), order, [], 8, "")
+        Request.from_message(request(rid, [1], priority=p), order)
         for order, (rid, p) in enumerate([("late", 2), ("urgent", 1), ("latest", 2)])
     ]
     for item in reversed(requests):
@@ -491,9 +493,7 @@ def test_an_urgent_request_overtakes_one_that_was_retracted():
 
 def test_a_retracted_request_gets_its_place_by_arrival_back():
     queue = WaitingQueue("fcfs", lambda r: 0)
-    early, middle, late = (
-        Request.from_message(request(rid, [1], 1), order, [], 1, "") for order, rid in enumerate("abc")
-    )
+    early, middle, late = (Request.from_message(request(rid, [1], 1), order) for order, rid in enumerate("abc"))
     for waiting in (middle, late, early):
         queue.add(waiting)
     assert queue.candidates() == [early, middle, late]
@@ -625,7 +625,7 @@ def test_random_traffic(windows, page_size, options, depth, seed, monkeypatch):
         for _ in range(rng.choice([0, 0, 0, 1, 1, 4])):
             new = random_request(rng, f"r{len(sent)}", max_len)
             if options.get("schedule_policy") == "priority":
-                new.priority = rng.randrange(-2, 3)
+                new.spec = replace(new.spec, priority=rng.randrange(-2, 3))
             sent[new.rid] = new
             messages.append(new)
         if sent and rng.random() < 0.1:
@@ -651,5 +651,6 @@ def test_random_traffic(windows, page_size, options, depth, seed, monkeypatch):
 
 def check_logprobs(message: GenerateRequest, outputs: list[TokenOutput]) -> None:
     got = [entry.token_id for output in outputs for entry in output.prompt_logprobs]
-    wanted = message.prompt_ids[message.logprob_start_len + 1 :] if message.return_logprob else []
+    asked = message.spec.logprobs
+    wanted = [] if asked is None else message.prompt_ids[asked.logprob_start_len + 1 :]
     assert got == wanted

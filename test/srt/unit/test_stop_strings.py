@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_requests import generate_request
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.incremental_text import INCOMPLETE
-from rtp_llm.srt.messages import FinishReason, GenerateRequest, TokenOutput
+from rtp_llm.srt.messages import FinishReason, TokenOutput
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -58,7 +59,7 @@ def complete(
 ) -> tuple[str, list[int], Any]:
     """``(text, ids kept, what matched)``. Deltas are the whole, and nothing is given that is not in the end kept."""
     by_id = options.pop("by_id", False)
-    request = GenerateRequest("r", prompt_ids or [], SamplingParams(**options), 0)
+    request = generate_request("r", prompt_ids or [], SamplingParams(**options), 0)
     completion = Completion(request, Detokenizer(tokenizer))
     text, kept = "", []
     while ids and not completion.finished:
@@ -195,7 +196,7 @@ def test_what_is_shown_together_is_not_written_together() -> None:
 def test_the_beginning_of_a_hidden_stop_string_is_held_back() -> None:
     tokenizer = build("byte-level")
     end, turn = id_of(tokenizer, "<|end|>"), id_of(tokenizer, "<|turn|>")
-    request = GenerateRequest("r", [turn], SamplingParams(stop=["b<|end|>\nx"]), 0)
+    request = generate_request("r", [turn], SamplingParams(stop=["b<|end|>\nx"]), 0)
     completion = Completion(request, Detokenizer(tokenizer))
     shown = []
     for ids in (tokenizer.encode("ab"), [end], tokenizer.encode("\n"), tokenizer.encode("y"), tokenizer.encode("b")):
@@ -280,6 +281,6 @@ def test_one_text_is_decoded_where_no_special_token_is_near(monkeypatch: pytest.
 
         decoder._backend = Counted()
     prompt = [id_of(tokenizer, "<|turn|>")]
-    completion = Completion(GenerateRequest("r", prompt, SamplingParams(stop=["<|end|>"]), 0), detokenizer)
+    completion = Completion(generate_request("r", prompt, SamplingParams(stop=["<|end|>"]), 0), detokenizer)
     completion.add(TokenOutput("r", tokenizer.encode("x" * 500)))
     assert decoded["written"] < 15 < 450 < decoded["shown"]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerError, TokenizerManager, load_tokenizer
+from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 
@@ -31,9 +32,8 @@ def test_a_request() -> None:
     (request,) = manager().requests(
         Prompt("abc", sampling_params={"max_new_tokens": 5, "seed": 9}, rid="r", cache_salt="s")
     )
-    assert (request.rid, request.prompt_ids, request.seed, request.cache_salt) == ("r", [97, 98, 99], 9, "s")
-    assert (request.return_logprob, request.logprob_start_len) == (False, -1)
-    assert request.params.max_new_tokens == 5
+    assert (request.rid, request.prompt_ids, request.spec.seed, request.spec.cache_salt) == ("r", [97, 98, 99], 9, "s")
+    assert request.spec.logprobs is None and request.spec.max_new_tokens == 5
 
 
 def test_ids_pass_as_they_are() -> None:
@@ -44,16 +44,16 @@ def test_ids_pass_as_they_are() -> None:
 
 def test_several_completions_have_consecutive_seeds() -> None:
     requests = manager().requests(Prompt("a", sampling_params={"n": 3, "seed": 2**64 - 2}, rid="r"))
-    assert [request.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
+    assert [request.spec.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
     assert [request.rid for request in requests] == ["r-0", "r-1", "r-2"]
     (negative,) = manager().requests(Prompt("a", sampling_params={"seed": -1}))
-    assert negative.seed == 2**64 - 1
+    assert negative.spec.seed == 2**64 - 1
 
 
 def test_random_seeds_are_reproducible() -> None:
     def seeds(random_seed: int | None) -> list[int]:
         tokenizer_manager = manager(random_seed=random_seed)
-        return [tokenizer_manager.requests(Prompt("a"))[0].seed for _ in range(3)]
+        return [tokenizer_manager.requests(Prompt("a"))[0].spec.seed for _ in range(3)]
 
     assert seeds(4) == seeds(4)
     assert len({*seeds(4), *seeds(5), *seeds(None), *seeds(None)}) == 12
@@ -66,7 +66,7 @@ def test_random_seeds_are_reproducible() -> None:
 def test_default_length(prompt_len: int, params: dict[str, int], expected: int) -> None:
     tokenizer_manager = manager(context_length=200, max_req_len=200)
     (request,) = tokenizer_manager.requests(Prompt("a" * prompt_len, sampling_params=params))
-    assert request.params.max_new_tokens == expected
+    assert request.spec.max_new_tokens == expected
 
 
 def test_the_callers_params_stay_as_they_are() -> None:
@@ -120,7 +120,7 @@ def test_wrong_prompts_are_refused_by_name(prompt: Prompt, param: str, words: st
 
 def test_a_prompt_may_fill_the_context_if_nothing_new_is_wanted() -> None:
     (request,) = manager().requests(Prompt("a" * 20, sampling_params={"max_new_tokens": 0}))
-    assert request.params.max_new_tokens == 0
+    assert request.spec.max_new_tokens == 0
     with pytest.raises(InvalidRequest, match="12 tokens and leaves no room: a request may have 10"):
         manager(max_req_len=10).requests(Prompt("a" * 12, sampling_params={"max_new_tokens": 0}))
 
@@ -134,9 +134,9 @@ def test_logprob_options() -> None:
     (request,) = manager().requests(
         Prompt("abc", return_logprob=True, logprob_start_len=3, top_logprobs_num=1000, token_ids_logprob=(1, 2))
     )
-    assert (request.logprob_start_len, request.top_logprobs_num, request.token_ids_logprob) == (3, 1000, [1, 2])
+    assert request.spec.logprobs == LogprobSpec(3, 1000, (1, 2))
     (request,) = manager().requests(Prompt("abc", logprob_start_len=-1, top_logprobs_num=0))
-    assert not request.return_logprob
+    assert request.spec.logprobs is None
 
 
 def test_without_a_tokenizer() -> None:
@@ -172,9 +172,9 @@ def test_no_tokenizer_files_of_any_family(tmp_path: Path, model_type: str) -> No
 def test_priorities_are_for_servers_that_schedule_by_them():
     taking, other = manager(takes_priorities=True), manager()
     for value in (0, None):
-        assert [each.requests(Prompt("ab", priority=value))[0].priority for each in (taking, other)] == [0, 0]
+        assert [each.requests(Prompt("ab", priority=value))[0].spec.priority for each in (taking, other)] == [0, 0]
     for value in (1, -3, 2**63 - 1, -(2**63)):
-        assert [r.priority for r in taking.requests(Prompt("ab", priority=value))] == [value]
+        assert [r.spec.priority for r in taking.requests(Prompt("ab", priority=value))] == [value]
         with pytest.raises(InvalidRequest, match="--schedule-policy priority") as caught:
             other.requests(Prompt("ab", priority=value))
         assert caught.value.param == "priority"

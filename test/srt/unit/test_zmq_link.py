@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
+from made_requests import LOGPROBS, generate_request
 
 from rtp_llm.srt import messages
 from rtp_llm.srt.managers.engine_client import EngineClient
@@ -23,6 +24,7 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.utils.zmq_link import MessageCodec, ZmqClientEnd, ZmqCoreEnd, socket_addresses
 
@@ -32,8 +34,9 @@ PARAMS = SamplingParams(
     max_new_tokens=None, temperature=0.3, logit_bias={5: -1.5, 7: 100.0}, stop=["é\n", "</s>"], stop_token_ids=[1, 2]
 )
 SENT = [
-    GenerateRequest("r", [1, 2**31], PARAMS, seed=2**64 - 1, output_ids=[3], return_logprob=True, logprob_start_len=0),
-    GenerateRequest("leer", [0], SamplingParams(), seed=0, token_ids_logprob=[9], cache_salt="Ω"),
+    generate_request("r", [1, 2**31], PARAMS, seed=2**64 - 1, output_ids=[3], return_logprob=True, logprob_start_len=0),
+    generate_request("leer", [0], return_logprob=True, token_ids_logprob=(9,), eos_token_ids=(1, 2), cache_salt="Ω"),
+    generate_request("media", [7, 7], media=b"\x00m", cache_keys=[2**61, 3], atomic_spans=[(0, 1)]),
     AbortRequest("r"),
     AbortRequest(None),
     FlushCache("call"),
@@ -70,19 +73,23 @@ UNSENDABLE = {
     "cache_salt": "lone \udfff",
     "top_logprobs_num": object(),
     "logprob_start_len": 0.5,  # written, but the core could not read it
-    "return_logprob": "yes",
-    "token_ids_logprob": [None],
+    "num_prompt_logprobs": "yes",
+    "token_ids_logprob": (None,),
     "params": SamplingParams(),
 }
 
 
 def unsendable(name: str) -> GenerateRequest:
-    request = GenerateRequest("bad", [1], SamplingParams(), seed=0)
+    request = generate_request("bad", [1], return_logprob=True)
+    value = UNSENDABLE[name]
     if name == "params":
-        request.params = replace(request.params)
-        object.__setattr__(request.params, "stop", ["\ud800"])
+        request.spec.params.stop = ["\ud800"]
+    elif name in LOGPROBS:
+        request.spec = replace(request.spec, logprobs=LogprobSpec(**{name: value}))
+    elif hasattr(request.spec, name):
+        request.spec = replace(request.spec, **{name: value})
     else:
-        setattr(request, name, UNSENDABLE[name])
+        setattr(request, name, value)
     return request
 
 
@@ -92,7 +99,7 @@ def test_what_the_core_could_not_read_is_never_sent(directory: str, name: str) -
     link = ZmqClientEnd(directory, TO_CORE, FROM_CORE)
     client = EngineClient(link)
     core = ZmqCoreEnd(directory, TO_CORE, FROM_CORE)
-    good = [GenerateRequest(rid, [1], SamplingParams(), seed=0) for rid in ("first", "last", "after")]
+    good = [generate_request(rid, [1], SamplingParams(), seed=0) for rid in ("first", "last", "after")]
     try:
         with pytest.raises(InvalidRequest, match="cannot be sent"):
             client.submit_all([(item, pytest.fail) for item in (good[0], unsendable(name), good[1])])
@@ -109,7 +116,7 @@ def test_what_cannot_be_sent_again_costs_nobody_else(directory: str) -> None:
     came: dict[str, list[Any]] = {rid: [] for rid in ("good", "bad")}
     client = EngineClient()
     client.submit_all([(unsendable("seed"), came["bad"].append)])
-    client.submit(GenerateRequest("good", [1], SamplingParams(), seed=0), came["good"].append)
+    client.submit(generate_request("good", [1], SamplingParams(), seed=0), came["good"].append)
     link = ZmqClientEnd(directory, TO_CORE, FROM_CORE)
     core = ZmqCoreEnd(directory, TO_CORE, FROM_CORE)
     try:

@@ -125,7 +125,7 @@ class CompletionEndpoint(OpenAIEndpoint):
         return {"index": i, "text": text, "logprobs": told, "finish_reason": finish_reason(completion)}
 
     def _nothing_told(self, completion: Completion, echo: str | None) -> ChoiceSoFar:
-        skips = completion.request.params.skip_special_tokens
+        skips = completion.request.spec.params.skip_special_tokens
         return ChoiceSoFar(echo, TextOffsets(self.token_texts, skips))
 
     async def _events(
