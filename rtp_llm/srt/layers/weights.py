@@ -4,11 +4,12 @@ Every parameter carries ``weight_loader(param, tensor, shard_id=None)``. ``tenso
 file: a loader checks shapes, cuts this rank's part, and only then copies, converting to the parameter's dtype.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
+Weights = Iterable[tuple[str, torch.Tensor]]  # the tensors of a checkpoint, by name
 ShardId = str | int | tuple[int, str] | None  # (expert, "w1" | "w2" | "w3") for experts
 WeightLoader = Callable[[nn.Parameter, torch.Tensor, ShardId], None]
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.layers.quantization import mxfp4
 from rtp_llm.srt.layers.quantization.base import (
     ExpertsMethodBase,
     QuantizationConfig,
@@ -21,6 +20,7 @@ from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
 from rtp_llm.srt.layers.quantization.registry import quantization_config, scheme_name
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.rotary import share_ropes
+from rtp_llm.srt.layers.weights import Weights
 from rtp_llm.srt.models.building import ModelBuildError, build_model, built_as
 from rtp_llm.srt.models.dummy_weights import fill_with_dummy_weights
 from rtp_llm.srt.models.quantization_settings import quantization_settings
@@ -96,19 +96,20 @@ def _load_fallback(unknown: UnknownArchitectureError, source: _Source) -> nn.Mod
 def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     model_config = source.model_config
     quant_config = _quant_config(model_class, source)
+    quantizes_layers = quant_config is not None and quant_config.quantizes_layers
     is_dummy = source.load_format == "dummy"
     files = [] if is_dummy else find_weight_files(source.model_path, source.load_format)
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
-        model = build_model(model_class, model_config, quant_config)
+        model = build_model(model_class, model_config, quant_config if quantizes_layers else None)
         if is_dummy:
             fill_with_dummy_weights(model)
         else:
-            weights = read_weights(files, source.progress)
-            if source.scheme == mxfp4.QUANT_METHOD:
-                weights = mxfp4.dequantize_experts(weights, torch.get_default_dtype(), source.device)
+            weights: Weights = read_weights(files, source.progress)
+            if quant_config:
+                weights = quant_config.translate(weights, torch.get_default_dtype(), source.device)
             load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
-    if quant_config:
+    if quant_config and quantizes_layers:
         _tell_of_quantization(model, quant_config)
     return model.eval().requires_grad_(False)
 
@@ -124,7 +125,7 @@ def _tell_of_quantization(model: nn.Module, quant_config: QuantizationConfig) ->
 
 
 def _quant_config(model_class: type[nn.Module], source: _Source) -> QuantizationConfig | None:
-    if source.scheme is None or source.scheme == mxfp4.QUANT_METHOD:
+    if source.scheme is None:
         return None
     names, config = DeclaredNames.of(model_class), source.model_config
     model = QuantizedModel(

@@ -2,21 +2,19 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig, process_weights
-from rtp_llm.srt.layers.weights import ShardId, is_optional
+from rtp_llm.srt.layers.weights import ShardId, Weights, is_optional
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.models.weight_files import WeightFileError
 from rtp_llm.srt.models.weight_names import BASE_MODEL_PREFIX, Place, WeightNames
 
 logger = logging.getLogger(__name__)
-
-Weights = Iterable[tuple[str, torch.Tensor]]
 
 HEADS = ("lm_head.weight ", "embed_out.weight ")  # how lines about a missing head begin
 

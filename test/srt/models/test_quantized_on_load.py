@@ -18,7 +18,7 @@ from rtp_llm.srt.kernels.reference import dequantize_int4, quantize_rows
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.int4 import GROUP_SIZES, quantize_int4
 from rtp_llm.srt.layers.quantization.on_load import OnLoadLinearMethod, quantize_int8
-from rtp_llm.srt.layers.quantization.registry import DEQUANTIZED, SCHEMES
+from rtp_llm.srt.layers.quantization.registry import SCHEMES
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 from tiny_models import make_tiny, random_prompts
@@ -187,4 +187,4 @@ def test_a_weight_that_is_not_a_number_stays_so() -> None:
 
 
 def test_the_flag_has_all_schemes() -> None:
-    assert set(QUANTIZATIONS) == {*SCHEMES, *DEQUANTIZED}
+    assert set(QUANTIZATIONS) == set(SCHEMES)

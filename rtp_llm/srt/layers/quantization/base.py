@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.kernels.packed import ends_in
-from rtp_llm.srt.layers.weights import WeightLoader
+from rtp_llm.srt.layers.weights import WeightLoader, Weights
 
 
 class QuantizeMethodBase(ABC):
@@ -156,6 +156,15 @@ class QuantizedModel:
 
 
 class QuantizationConfig(ABC):
+    """A scheme, for one model: which method each layer gets, and how the checkpoint's tensors become its parameters'.
+
+    Attributes:
+        quantizes_layers: False: tensors are dequantized by ``translate``, and the model is built as if they never were
+            quantized.
+    """
+
+    quantizes_layers = True
+
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
         """The scheme for a model.
@@ -172,6 +181,17 @@ class QuantizationConfig(ABC):
     @abstractmethod
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         """The method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
+
+    def translate(self, weights: Weights, dtype: torch.dtype, device: str) -> Weights:
+        """A checkpoint's tensors, in the names and forms that parameters are loaded from. As they are by default.
+
+        Names are the checkpoint's, before ``rename``; tensors are views of its files, taken one by one. Several may
+        become one, one several.
+
+        Args:
+            dtype, device: of the model, for what is computed.
+        """
+        return weights
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a checkpoint's tensor that has no place in the model says nothing that is missed."""

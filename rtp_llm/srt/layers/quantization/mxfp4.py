@@ -4,11 +4,15 @@
 a scale is a power of two, stored as its exponent plus 127.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Self
 
 import torch
+from torch import nn
 
-QUANT_METHOD = "mxfp4"  # in config.json
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizedModel
+from rtp_llm.srt.layers.weights import Weights
+
 BLOCKS, SCALES = "_blocks", "_scales"
 BYTES_PER_GROUP = 16
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -16,8 +20,25 @@ _VALUES = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
 _VALUES_OF_BYTES = [(_VALUES[byte & 0xF], _VALUES[byte >> 4]) for byte in range(256)]
 
 
+class Mxfp4Config(QuantizationConfig):
+    quantizes_layers = False
+
+    @classmethod
+    def from_model(cls, model: QuantizedModel) -> Self:
+        return cls()
+
+    def get_name(self) -> str:
+        return "mxfp4"
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
+        return None
+
+    def translate(self, weights: Weights, dtype: torch.dtype, device: str) -> Weights:
+        return dequantize_experts(weights, dtype, device)
+
+
 def dequantize_experts(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: torch.device | str
+    weights: Weights, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Checkpoint tensors, with ``x`` [experts, inputs, outputs] in place of each pair ``x_blocks`` and ``x_scales``.
 

@@ -13,8 +13,8 @@ SCHEMES: dict[str, str] = {
     "gptq": "gptq.GPTQConfig",
     "awq": "awq.AWQConfig",
     "compressed-tensors": "compressed_tensors.CompressedTensorsConfig",
+    "mxfp4": "mxfp4.Mxfp4Config",
 }
-DEQUANTIZED = ("mxfp4",)  # by the loader, before layers see it
 
 
 def scheme_name(asked: str | None, settings: Mapping[str, Any]) -> str | None:
@@ -24,22 +24,21 @@ def scheme_name(asked: str | None, settings: Mapping[str, Any]) -> str | None:
         QuantizationError: unknown, or the two do not go together.
     """
     stored = settings.get("quant_method")
-    known = (*SCHEMES, *DEQUANTIZED)
-    if settings and not stored and asked in known and asked not in ON_LOAD:
+    if settings and not stored and asked in SCHEMES and asked not in ON_LOAD:
         return asked
     if settings and not stored:
         raise QuantizationError(
             f"quantization_config names no quant_method, and its keys ({', '.join(map(str, settings))}) tell none; "
-            f"have {', '.join(known)}"
+            f"have {', '.join(SCHEMES)}"
         )
-    if settings and stored not in known:
+    if settings and stored not in SCHEMES:
         raise QuantizationError(
-            f"the checkpoint is quantized by {stored!r}, which is not supported; have {', '.join(known)}"
+            f"the checkpoint is quantized by {stored!r}, which is not supported; have {', '.join(SCHEMES)}"
         )
     if asked is None or asked == stored:
         return stored
-    if asked not in known:
-        raise QuantizationError(f"unknown quantization {asked!r}; have {', '.join(known)}")
+    if asked not in SCHEMES:
+        raise QuantizationError(f"unknown quantization {asked!r}; have {', '.join(SCHEMES)}")
     if stored:
         raise QuantizationError(f"quantization {asked!r} was asked for, but the checkpoint is quantized by {stored!r}")
     if asked not in ON_LOAD:
