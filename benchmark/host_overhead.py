@@ -28,10 +28,10 @@ from torch import nn
 from rtp_llm.srt.cache.allocator import PageAllocator
 from rtp_llm.srt.cache.radix_cache import RadixCache
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
+from rtp_llm.srt.checkpoint import read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
-from rtp_llm.srt.entrypoints.frontend import read_tokenizer
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.radix_attention import RadixAttention

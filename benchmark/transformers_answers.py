@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from benchmark.evaluation import EvaluationError, Reply, positive
+from rtp_llm.srt.checkpoint import read_end_tokens
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import read_end_tokens
 from rtp_llm.srt.platform import choose_device
 
 

@@ -28,13 +28,13 @@ from rtp_llm.reference import (
     read_prompts,
     whole_text,
 )
+from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS
 from rtp_llm.srt.engine.executor import make_executor
-from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.plan import Admission, PaddedPrompt, PageWrite, RowWork, StepPlan, StepResult
 from rtp_llm.srt.platform import choose_device, memory_bytes

@@ -19,12 +19,12 @@ from rich.table import Table
 from torch import nn
 
 from rtp_llm.bench.profile_options import ProfileArgs, ProfileError
+from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.devices.cpu.timing import timed_kernels, within_part
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor
-from rtp_llm.srt.entrypoints.frontend import read_model_config
 from rtp_llm.srt.layers.activation import ActAndMul, SiluAndMul, SwigluOAIAndMul
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase

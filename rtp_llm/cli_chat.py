@@ -88,8 +88,8 @@ def run_chat(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: Lo
 @contextmanager
 def _engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: LoadingBar) -> Iterator[Voice]:
     from rtp_llm.srt.chat.messages import MediaRules  # heavy, and not for --url
+    from rtp_llm.srt.checkpoint import read_chat_template
     from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE
-    from rtp_llm.srt.entrypoints.frontend import read_chat_template
 
     if args.model_path is None:
         args.model_path = DEMO_MODEL

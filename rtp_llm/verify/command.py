@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.verify.options import VerifyOptions
 from rtp_llm.verify.run import TOP, PromptResult, Report, verify

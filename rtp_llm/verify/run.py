@@ -24,9 +24,9 @@ from rtp_llm.reference import (
     read_pictures,
     read_prompts,
 )
+from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError

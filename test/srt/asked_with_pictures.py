@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from rtp_llm.reference import Answer, TransformersModel, drawn_picture, top_logprobs
+from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.verify.feed import extras_for
 from rtp_llm.verify.run import picture_prompt

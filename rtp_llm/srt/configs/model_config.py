@@ -22,6 +22,7 @@ from rtp_llm.srt.configs.generation_config import (
     read_generation_config,
     usable_token_ids,
 )
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,21 @@ class ModelConfig:
         except _CONFIG_ERRORS as error:
             what = f"{type(error).__name__}: {_first_line(error)}"
             raise ModelConfigError(f"{directory}/{CONFIG_FILE} cannot be used: {what}") from error
+
+    @classmethod
+    def from_server_args(cls, args: ServerArgs) -> Self:
+        """Reads the configuration of the checkpoint that an engine runs, as ``from_pretrained`` does."""
+        return cls.from_pretrained(
+            args.model_path,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            dtype=args.dtype,
+            context_length=args.context_length,
+            json_model_override_args=args.json_model_override_args,
+            download_dir=args.download_dir,
+            load_format=args.load_format,
+            enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # whose code gets text only
+        )
 
     @classmethod
     def _resolved(

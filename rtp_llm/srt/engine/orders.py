@@ -9,7 +9,6 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 class Orders:
     """Sent once, by value, over the pipe that the process inherits."""
 
-    server_args: ServerArgs
-    model_path: str  # the local directory
+    server_args: ServerArgs  # whose model_path is the checkpoint's local directory
     registrations: bytes  # see models/registrations.py
     socket_dir: str  # private to this process and its parent

@@ -47,14 +47,7 @@ def _run(orders: Orders, pipe: Connection) -> None:
     args = orders.server_args
     configure_logging(args.log_level)
     unpack_registrations(orders.registrations)
-    model_config = ModelConfig.from_pretrained(
-        orders.model_path,
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        context_length=args.context_length,
-        json_model_override_args=args.json_model_override_args,
-        load_format=args.load_format,
-    )
+    model_config = ModelConfig.from_server_args(args)
     link = ZmqCoreEnd(orders.socket_dir, get_args(ToCore), get_args(FromCore))
     core = EngineCore(
         args,

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import get_args
 
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -37,9 +38,7 @@ class CoreFailed(RuntimeError):
 class CoreProcess:
     """One incarnation of the core: its process, its pipe, its link."""
 
-    def __init__(
-        self, server_args: ServerArgs, model_path: str, registrations: bytes, started: StartedPython | None = None
-    ) -> None:
+    def __init__(self, server_args: ServerArgs, registrations: bytes, started: StartedPython | None = None) -> None:
         self._folder = ScratchFolder()
         directory = str(self._folder.path)
         self.link = ZmqClientEnd(directory, get_args(ToCore), get_args(FromCore))
@@ -47,7 +46,7 @@ class CoreProcess:
         self.error: str | None = None
         self.running: set[str] = set()  # rids that it has begun to compute
         with suppress(BrokenPipeError):  # if it died at once, wait_ready says how
-            send(self._pipe, Orders(server_args, model_path, registrations, directory))
+            send(self._pipe, Orders(server_args, registrations, directory))
 
     def wait_ready(self, on_progress: Progress | None) -> CoreInfo:
         """Raises CoreFailed if the process ends before it is ready."""
@@ -118,8 +117,7 @@ class Supervisor:
     ) -> None:
         """``started``: a core process for the first start, so that it need not be waited for as long."""
         self._started = started
-        self._args = server_args
-        self._model_path = model_config.model_path
+        self._args = replace(server_args, model_path=model_config.model_path)  # a core downloads nothing
         self._on_progress = on_progress
         self._registrations = pack_registrations()
         self.client = EngineClient()
@@ -173,7 +171,7 @@ class Supervisor:
         if started is not None and not started.is_current:
             started.discard()
             started = None
-        return CoreProcess(self._args, self._model_path, self._registrations, started)
+        return CoreProcess(self._args, self._registrations, started)
 
     def _take_up(self, core: CoreProcess) -> bool:
         """False if ``stop`` came first."""

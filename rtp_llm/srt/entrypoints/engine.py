@@ -12,20 +12,10 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self
 
+from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
-from rtp_llm.srt.entrypoints.frontend import (
-    Call,
-    Item,
-    Result,
-    Results,
-    completions_of,
-    completions_with_media,
-    read_end_tokens,
-    read_model_config,
-    read_processor,
-    read_tokenizer,
-)
+from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.messages import Shutdown

@@ -11,19 +11,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.conversation import ChatTemplateError, Template, load_chat_template
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
-from rtp_llm.srt.managers.end_tokens import EndToken, find_end_tokens
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
-from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import TokenOutput
-from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -32,94 +27,6 @@ T = TypeVar("T")
 Result = dict[str, Any]
 Results = Result | list[Result]
 Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, what came for it)
-
-
-def read_model_config(args: ServerArgs) -> ModelConfig:
-    """The checkpoint's configuration. The file of a model that takes media, or comes from outside, is imported with it:
-    it may bring what this process needs, such as a conversation or a processor."""
-    config = ModelConfig.from_pretrained(
-        args.model_path,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        context_length=args.context_length,
-        json_model_override_args=args.json_model_override_args,
-        download_dir=args.download_dir,
-        load_format=args.load_format,
-        enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # whose code gets text only
-    )
-    if config.is_multimodal or any(ModelRegistry.is_external(name) for name in config.architectures):
-        with suppress(UnknownArchitectureError):  # told where the model is built, which may be by other means
-            ModelRegistry.resolve_model_cls(config.architectures)
-    return config
-
-
-def read_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
-    """None with ``skip_tokenizer_init`` and, with a warning, where the checkpoint brings none: ids still work."""
-    if args.skip_tokenizer_init:
-        return None
-    if args.tokenizer_path is None and not has_tokenizer(config.model_path):
-        logger.warning("%s has no tokenizer: only token ids are taken and given", config.model_path)
-        return None
-    if args.tokenizer_path is None:
-        return load_tokenizer(config.model_path, args.trust_remote_code)
-    return load_tokenizer(args.tokenizer_path, args.trust_remote_code, args.revision)
-
-
-def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, trusted: bool = False) -> Any:
-    """What puts media into the prompts of a multimodal model; None for a model that takes text only, or runs without a
-    tokenizer and knows no processor.
-
-    Args:
-        trusted: callers are this process's own code, which may name any file.
-    """
-    if not config.is_multimodal:
-        return None
-    from rtp_llm.srt.managers.multimodal_processor import make_processor  # decoders of media, only needed here
-
-    try:
-        model_cls = ModelRegistry.resolve_model_cls(config.architectures)[0]
-    except UnknownArchitectureError:
-        return None  # it runs by other means, which take text only, or not at all
-    return make_processor(args, config, model_cls, tokenizer, trusted)
-
-
-def prompts_with_pictures(
-    args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: Sequence[str], pictures: Sequence[Any]
-) -> list[Prompt]:
-    """Texts that hold placeholders for the pictures, and all special tokens, as ids and media: for tools of this
-    process that work without a frontend.
-
-    Raises:
-        InvalidRequest: the pictures do not fit a text, or the model.
-    """
-    processor = read_processor(args, config, tokenizer, trusted=True)
-    context_length = config.context_length
-    manager = TokenizerManager(tokenizer, config.vocab_size, context_length, context_length, processor=processor)
-
-    async def with_pictures() -> list[Prompt]:
-        prompts = [Prompt(text=text, image_data=list(pictures), add_special_tokens=False) for text in texts]
-        return [await manager.with_media(prompt) for prompt in prompts]
-
-    return asyncio.run(with_pictures())
-
-
-def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:
-    """What makes prompts of messages; None: nothing does."""
-    return load_chat_template(tokenizer, args.chat_template, args.model_path, config.model_path, config.is_multimodal)
-
-
-def read_end_tokens(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> tuple[EndToken, ...]:
-    """What ends a text, by the checkpoint's configuration, its tokenizer and its chat template. A checkpoint's own
-    template that cannot be used counts for nothing here; one that was asked for is an error."""
-    template = None
-    try:
-        template = read_chat_template(args, config, tokenizer)
-    except ChatTemplateError as error:
-        if args.chat_template is not None:
-            raise
-        logger.warning("the model's chat template is not usable: %s", error)
-    return find_end_tokens(config.eos_token_ids, config.vocab_size, tokenizer, template)
 
 
 def completions_of(

@@ -25,6 +25,13 @@ from starlette.datastructures import State
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from rtp_llm.srt.checkpoint import (
+    read_chat_template,
+    read_end_tokens,
+    read_model_config,
+    read_processor,
+    read_tokenizer,
+)
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.supervisor import Supervisor
@@ -33,15 +40,7 @@ from rtp_llm.srt.entrypoints.asgi import Bodies, Gate, StrictRoute
 from rtp_llm.srt.entrypoints.connections import Uvicorn
 from rtp_llm.srt.entrypoints.docs_page import docs_page
 from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
-from rtp_llm.srt.entrypoints.frontend import (
-    Frontend,
-    Observer,
-    read_chat_template,
-    read_end_tokens,
-    read_model_config,
-    read_processor,
-    read_tokenizer,
-)
+from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
 from rtp_llm.srt.entrypoints.native import NativeEndpoints, Outcome, Text, Tokens, Version
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint

@@ -33,9 +33,9 @@ from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
 from rtp_llm.reference import Answer, answers
+from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.model_config import ModelNotFoundError, resolve_model_path
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import read_model_config
 from tiny_models import make_tiny
 
 TINY = "tiny/"

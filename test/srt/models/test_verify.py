@@ -12,8 +12,8 @@ from seeing_twins import SEEING_TWINS
 
 from rtp_llm import ModelRegistry, cli
 from rtp_llm.models_py.clip_vision import CLIPVisionEmbeddings
+from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import read_model_config
 from rtp_llm.verify.locate import compare, first_difference
 from rtp_llm.verify.run import OurModel, Prompt, Report, TheirModel, VerifyOptions, record, verify
 from rtp_llm.verify.trace import EMBEDDINGS, Place

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from rtp_llm import Engine
+from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import read_end_tokens, read_model_config, read_tokenizer
 from rtp_llm.srt.entrypoints.http_server import _summary
 from tiny_server import InProcess, in_process, make_checkpoint
 

@@ -17,8 +17,8 @@ import transformers
 from mm_parity import joined, of_kind, picture, token_types, vision_reference
 from PIL import Image
 
+from rtp_llm.srt.checkpoint import read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.entrypoints.frontend import read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from tiny_models import assert_same_ids

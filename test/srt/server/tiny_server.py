@@ -21,13 +21,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.access import Access
 from rtp_llm.srt.entrypoints.asgi import Gate
 from rtp_llm.srt.entrypoints.connections import Uvicorn
 from rtp_llm.srt.entrypoints.engine import ThreadRunner
-from rtp_llm.srt.entrypoints.frontend import read_model_config, read_tokenizer
 from rtp_llm.srt.entrypoints.http_server import make_app, open_listener, with_cors
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats

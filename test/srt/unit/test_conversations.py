@@ -11,6 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from rtp_llm.srt import conversation as module
 from rtp_llm.srt.chat.formats import _LAYOUTS as LAYOUTS
 from rtp_llm.srt.chat.formats import BUILT_IN, FORMAT_OF_NAME
+from rtp_llm.srt.checkpoint import read_chat_template, read_model_config
 from rtp_llm.srt.configs import model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.conversation import (
@@ -29,7 +30,6 @@ from rtp_llm.srt.conversation import (
     register_conv_template,
     register_conv_template_matching_function,
 )
-from rtp_llm.srt.entrypoints.frontend import read_chat_template, read_model_config
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from rtp_llm.srt.models.registry import ModelFile, ModelRegistry
 from rtp_llm.srt.sampling_params import InvalidRequest

@@ -20,6 +20,7 @@ from rtp_llm.srt.configs.model_config import (
     register_multimodal_model,
     resolve_model_path,
 )
+from rtp_llm.srt.configs.server_args import ServerArgs
 
 TEST_DATA = Path(os.environ.get("RTP_LLM_TEST_DATA", Path(__file__).parents[4] / "shared/data"))
 STORIES = TEST_DATA / "models/stories260K-hf"
@@ -255,6 +256,27 @@ def test_without_overrides_the_config_is_transformers_own(make_checkpoint):
 
 
 # What can be wrong
+
+
+def test_server_arguments_give_what_their_options_say(make_checkpoint):
+    directory = make_checkpoint(model_type="llava", text_config=CONFIG)
+    overrides = '{"text_config": {"vocab_size": 70}}'
+    args = ServerArgs(model_path=directory, dtype="float16", context_length=50, json_model_override_args=overrides)
+    config = ModelConfig.from_server_args(args)
+    assert (config.dtype, config.context_length, config.vocab_size) == ("float16", 50, 70)
+    assert config.is_multimodal
+    for without_media in ({"enable_multimodal": False}, {"model_impl": "transformers"}):
+        assert not ModelConfig.from_server_args(ServerArgs(model_path=directory, **without_media)).is_multimodal
+
+
+def test_server_arguments_of_a_hub_id_say_where_it_is_fetched(make_checkpoint, monkeypatch):
+    directory, asked = make_checkpoint(), []
+    monkeypatch.setattr(module, "resolve_model_path", lambda *args: asked.append(args) or directory)
+    args = ServerArgs(
+        model_path="owner/name", revision="v1", download_dir="/cache", load_format="pt", trust_remote_code=True
+    )
+    assert ModelConfig.from_server_args(args).model_path == directory
+    assert asked == [("owner/name", "v1", "/cache", "pt", True)]
 
 
 def test_no_such_directory(tmp_path):
