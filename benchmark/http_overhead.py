@@ -28,8 +28,8 @@ from pathlib import Path
 import transformers
 
 from rtp_llm import Engine
-from rtp_llm.bench.async_http import HttpClient, RequestFailed
-from rtp_llm.bench_serving import BenchArgs, run_benchmark
+from rtp_llm.tools.bench_serving.async_http import HttpClient, RequestFailed
+from rtp_llm.tools.bench_serving.command import BenchArgs, run_benchmark
 
 READY_WITHIN_S = 300
 IDLE_OUTPUT_LEN = 256

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from benchmark.evaluation import EvaluationError, Reply, positive
-from rtp_llm.bench.async_http import BadAddress, BrokenResponse, HttpClient, RequestFailed
-from rtp_llm.bench.workloads import WorkloadError, load_tokenizer
+from rtp_llm.tools.bench_serving.async_http import BadAddress, BrokenResponse, HttpClient, RequestFailed
+from rtp_llm.tools.bench_serving.workloads import WorkloadError, load_tokenizer
 
 CHARS_PER_TOKEN = 4  # the estimate where nobody counts
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmark.evaluation import Chat, Reply
 from benchmark.server_answers import ServerAnswers, add_address_options
-from rtp_llm.bench.async_http import BrokenResponse, RequestFailed
+from rtp_llm.tools.bench_serving.async_http import BrokenResponse, RequestFailed
 
 MAX_AT_ONCE = 16  # pictures are large
 SIGNATURES = {

@@ -34,7 +34,7 @@ from benchmark.soak_server import MemoryWatch, ServerFailed, SoakServer
 from benchmark.soak_workload import GoodRequest, good_requests
 from hostile_requests import Generator
 from hostile_wire import Plan, Send, perform, request
-from rtp_llm.bench.workloads import WorkloadError, mooncake_requests, within_context
+from rtp_llm.tools.bench_serving.workloads import WorkloadError, mooncake_requests, within_context
 
 EXIT_MISSED, EXIT_FAILED = 1, 2
 TRACE = Path("traces/mooncake/conversation_trace.jsonl")

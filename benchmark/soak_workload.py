@@ -14,7 +14,7 @@ from typing import Any
 
 import demo_skills
 from demo_pictures import Picture, draw
-from rtp_llm.bench.workloads import BenchRequest
+from rtp_llm.tools.bench_serving.workloads import BenchRequest
 
 TOKENS_PER_EXCHANGE = 25  # of the embedded model's conversations, about
 MIN_OUTPUT, MAX_OUTPUT = 4, 96

@@ -10,10 +10,10 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from benchmark.evaluation import Chat, EvaluationError, Reply
 from benchmark.transformers_answers import Continuation, StopStrings, end_ids
-from rtp_llm.reference import load_processor, takes_pictures
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.multimodal.media import decode_image
 from rtp_llm.srt.platform import choose_device
+from rtp_llm.tools.reference import load_processor, takes_pictures
 
 
 class TransformersChats:

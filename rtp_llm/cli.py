@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import rtp_llm
-from rtp_llm import bench_serving
-from rtp_llm.bench import profile_options
-from rtp_llm.cli_chat import run_chat, tell_of_demo
-from rtp_llm.cli_models import run_models
 from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
-from rtp_llm.verify import options as verify_options
+from rtp_llm.tools.bench_profile import options as profile_options
+from rtp_llm.tools.bench_serving import command as bench_serving
+from rtp_llm.tools.chat.command import run_chat, tell_of_demo
+from rtp_llm.tools.models import run_models
+from rtp_llm.tools.verify import options as verify_options
 
 EXIT_ADDRESS = 1
 EXIT_ERROR = 2
@@ -231,7 +231,7 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from rtp_llm.bench_profile import run_profile  # torch, only needed here
+    from rtp_llm.tools.bench_profile.command import run_profile  # torch, only needed here
 
     return run_profile(args)
 
@@ -240,7 +240,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from rtp_llm.verify.command import run_verify  # torch and transformers, only needed here
+    from rtp_llm.tools.verify.command import run_verify  # torch and transformers, only needed here
 
     return run_verify(args)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rtp_llm.reference import (
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.tools.reference import (
     MAX_NEW_TOKENS,
     PICTURE_PROMPTS,
     Extras,
@@ -26,7 +27,6 @@ from rtp_llm.reference import (
     takes_pictures,
     whole_text,
 )
-from rtp_llm.srt.configs.model_config import ModelConfig
 
 EXIT_ERROR = 2
 

@@ -18,7 +18,7 @@ from hostile_checks import problem_of
 from hostile_heavy import HEAVY
 from hostile_requests import Case, Generator, Good, good_requests
 from hostile_wire import Answer, HangUp, NotHTTP, Outcome, Plan, ReadSome, Send, perform, request
-from rtp_llm.bench.workloads import BenchRequest, Piece, Source
+from rtp_llm.tools.bench_serving.workloads import BenchRequest, Piece, Source
 
 JSON_TYPE, NAMED = ("content-type", "application/json"), ("x-request-id", "a")
 DOCUMENT = {

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from rtp_llm.reference import Answer, TransformersModel, drawn_picture, top_logprobs
 from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.multimodal.items import MultimodalInputs
-from rtp_llm.verify.feed import extras_for
-from rtp_llm.verify.run import picture_prompt
+from rtp_llm.tools.reference import Answer, TransformersModel, drawn_picture, top_logprobs
+from rtp_llm.tools.verify.feed import extras_for
+from rtp_llm.tools.verify.run import picture_prompt
 
 QUESTIONS = ("Describe this image.", "What is the difference?")  # about one picture, about two
 

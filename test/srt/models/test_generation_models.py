@@ -32,10 +32,10 @@ from asked_with_pictures import PicturePrompt, picture_prompts, their_picture_an
 from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
-from rtp_llm.reference import Answer, answers
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.model_config import ModelNotFoundError, resolve_model_path
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.tools.reference import Answer, answers
 from tiny_models import make_tiny
 
 TINY = "tiny/"

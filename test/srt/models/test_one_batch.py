@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from rtp_llm import bench_one_batch
-from rtp_llm.bench_one_batch import OneBatch, run_correctness
-from rtp_llm.reference import PROMPTS, TransformersModel, drawn_picture, encode, logits_text, read_prompts
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.plan import PaddedPrompt
+from rtp_llm.tools.bench_one_batch import command as bench_one_batch
+from rtp_llm.tools.bench_one_batch.command import OneBatch, run_correctness
+from rtp_llm.tools.reference import PROMPTS, TransformersModel, drawn_picture, encode, logits_text, read_prompts
 from tiny_models import TINY_MODELS, assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 from tiny_seeing import make_seeing
 

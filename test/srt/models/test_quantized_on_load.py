@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rtp_llm import Engine
-from rtp_llm.bench_profile import stored_bytes
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, QUANTIZATIONS, ServerArgs
 from rtp_llm.srt.kernels.reference import dequantize_int4, quantize_rows
@@ -21,6 +20,7 @@ from rtp_llm.srt.layers.quantization.on_load import OnLoadLinearMethod, quantize
 from rtp_llm.srt.layers.quantization.registry import SCHEMES
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
+from rtp_llm.tools.bench_profile.command import stored_bytes
 from tiny_models import make_tiny, random_prompts
 from tiny_seeing import make_seeing
 

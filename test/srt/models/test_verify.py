@@ -14,9 +14,9 @@ from rtp_llm import ModelRegistry, cli
 from rtp_llm.models_py.clip_vision import CLIPVisionEmbeddings
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.verify.locate import compare, first_difference
-from rtp_llm.verify.run import OurModel, Prompt, Report, TheirModel, VerifyOptions, record, verify
-from rtp_llm.verify.trace import EMBEDDINGS, Place
+from rtp_llm.tools.verify.locate import compare, first_difference
+from rtp_llm.tools.verify.run import OurModel, Prompt, Report, TheirModel, VerifyOptions, record, verify
+from rtp_llm.tools.verify.trace import EMBEDDINGS, Place
 from tiny_models import make_tiny, tiny_model
 
 ENGINE = ["--device", "cpu", "--context-length", "512", "--max-new-tokens", "4"]

@@ -15,10 +15,11 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from rtp_llm.bench.async_http import BadAddress, BrokenResponse, HttpClient, SseDecoder
-from rtp_llm.bench.backends import BACKENDS, CHAT, COMPLETIONS, NATIVE, RequestFailed, read_event
-from rtp_llm.bench.results import Observation, figures, table
-from rtp_llm.bench.workloads import (
+from rtp_llm.tools.bench_serving.async_http import BadAddress, BrokenResponse, HttpClient, SseDecoder
+from rtp_llm.tools.bench_serving.backends import BACKENDS, CHAT, COMPLETIONS, NATIVE, RequestFailed, read_event
+from rtp_llm.tools.bench_serving.command import DATASET_OPTIONS, BenchArgs, BenchError, main, run_benchmark, workload
+from rtp_llm.tools.bench_serving.results import Observation, figures, table
+from rtp_llm.tools.bench_serving.workloads import (
     BenchRequest,
     Piece,
     Source,
@@ -31,7 +32,6 @@ from rtp_llm.bench.workloads import (
     shared_prefix_requests,
     with_arrivals,
 )
-from rtp_llm.bench_serving import DATASET_OPTIONS, BenchArgs, BenchError, main, run_benchmark, workload
 
 FIRST_S, NEXT_S = 0.06, 0.02  # the server's delays
 SLACK_S = 0.04  # what a busy machine may add to a mean

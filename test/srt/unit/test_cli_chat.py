@@ -24,9 +24,9 @@ import pytest
 
 import rtp_llm
 from rtp_llm.cli import main
-from rtp_llm.cli_chat import Usage, picture_kind, statistics, without_controls
-from rtp_llm.http_client import ServerError, api_url
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.tools.chat.command import Usage, picture_kind, statistics, without_controls
+from rtp_llm.tools.http_client import ServerError, api_url
 
 ROOT = Path(__file__).resolve().parents[3]
 CHAT = ["chat", "--model", "m"]

@@ -17,7 +17,7 @@ from benchmark.evaluation import EvaluationError, Outcome, Question, Reply, Task
 from benchmark.gsm8k import bench_rtp_llm, gsm8k
 from benchmark.mmlu import mmlu
 from benchmark.server_answers import read_completion
-from rtp_llm.bench.async_http import BrokenResponse
+from rtp_llm.tools.bench_serving.async_http import BrokenResponse
 
 GSM8K_ROWS = [
     ("1+1?", "1+1=<<1+1=2>>2\n#### 2"),

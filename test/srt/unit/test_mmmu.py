@@ -26,8 +26,8 @@ from benchmark.mmmu_pro import bench_rtp_llm as bench_pro
 from benchmark.mmmu_pro import mmmu_pro
 from benchmark.transformers_answers import add_model_options
 from benchmark.transformers_chats import TransformersChats
-from rtp_llm.bench.async_http import BrokenResponse
-from rtp_llm.reference import load_processor
+from rtp_llm.tools.bench_serving.async_http import BrokenResponse
+from rtp_llm.tools.reference import load_processor
 from tiny_models import make_tiny
 from tiny_seeing import make_seeing
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import supported_models
-from rtp_llm import ModelRegistry, bench_one_batch
+from rtp_llm import ModelRegistry
 from rtp_llm.models_py.qwen2_vl import Qwen2VLForConditionalGeneration
 from rtp_llm.srt import conversation
 from rtp_llm.srt.cache.allocator import PageAllocator
@@ -32,6 +32,7 @@ from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs, pad_mm_tokens
 from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.tools.bench_one_batch import command as bench_one_batch
 from tiny_seeing import IMAGE_PAD, make_seeing
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -21,8 +21,8 @@ from benchmark.peers.protocol import Job, NotOffered, Stopwatch, Timing, Work, s
 from benchmark.peers.report import bound, compare, table
 from benchmark.peers.side import Side
 from benchmark.peers.workloads import DECODE, FIRST_TOKEN, OUTPUT, PREFILL, WORKLOADS
-from rtp_llm.bench.workloads import Piece, Source
-from rtp_llm.bench_serving import workload
+from rtp_llm.tools.bench_serving.command import workload
+from rtp_llm.tools.bench_serving.workloads import Piece, Source
 
 FAKE_ENGINE = """
 import os, sys

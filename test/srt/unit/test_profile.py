@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from rtp_llm.bench.profile_options import ProfileArgs, ProfileError
-from rtp_llm.bench_profile import REST, StepTimes, profile_steps
 from rtp_llm.cli import main
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.devices.cpu import build
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.utils.stopwatch import Part, Stopwatch
+from rtp_llm.tools.bench_profile.command import REST, StepTimes, profile_steps
+from rtp_llm.tools.bench_profile.options import ProfileArgs, ProfileError
 from tiny_models import tiny_model
 
 MODEL = "qwen3-default"

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from rtp_llm import ModelRegistry, ServerArgs, bench_one_batch, reference
+from rtp_llm import ModelRegistry, ServerArgs
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.configs.options import ArgumentParser
 from rtp_llm.srt.entrypoints.http_server import launch_server
@@ -31,6 +31,8 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.models.registrations import pack_registrations, unpack_registrations
 from rtp_llm.srt.models.registry import _ModelRegistry
 from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.tools import reference
+from rtp_llm.tools.bench_one_batch import command as bench_one_batch
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "test" / "srt"

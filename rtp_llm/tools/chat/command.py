@@ -20,10 +20,10 @@ from typing import Any
 from rich.console import Console
 
 import rtp_llm
-from rtp_llm.http_client import ServerError, api_url, served_models, stream_json
 from rtp_llm.srt.configs.options import ServerArgsError
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.tools.http_client import ServerError, api_url, served_models, stream_json
 
 SERVER_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # OpenAI's names of sampling parameters
 CONTEXT_WORDS = ("context_length", "context length", "maximum context")  # in a server's error, code or message

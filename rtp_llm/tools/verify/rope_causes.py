@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, get_rope, get_rope_config, rope_kind
-from rtp_llm.verify.locate import relative_error
+from rtp_llm.tools.verify.locate import relative_error
 
 COMMON_BASES = (10000.0, 500000.0, 1000000.0)
 MAX_TRIED_TOKENS = 64

@@ -13,8 +13,8 @@ from rich.table import Table
 from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.utils.logging import configure_logging
-from rtp_llm.verify.options import VerifyOptions
-from rtp_llm.verify.run import TOP, PromptResult, Report, verify
+from rtp_llm.tools.verify.options import VerifyOptions
+from rtp_llm.tools.verify.run import TOP, PromptResult, Report, verify
 
 EXIT_DIFFERENT = 1
 WIDTH = 80

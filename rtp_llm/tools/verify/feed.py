@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from rtp_llm.reference import Extras
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
+from rtp_llm.tools.reference import Extras
 
 FEATURES = {
     Modality.IMAGE: "pixel_values",

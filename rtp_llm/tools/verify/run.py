@@ -15,15 +15,6 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.transformers import TransformersForCausalLM
-from rtp_llm.reference import (
-    PICTURE_PROMPTS,
-    Extras,
-    TransformersModel,
-    chat_text,
-    encode,
-    read_pictures,
-    read_prompts,
-)
 from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -36,9 +27,18 @@ from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
-from rtp_llm.verify.causes import Evidence, Finding, explain, explain_logits, pass_over_layout
-from rtp_llm.verify.feed import extras_for
-from rtp_llm.verify.locate import (
+from rtp_llm.tools.reference import (
+    PICTURE_PROMPTS,
+    Extras,
+    TransformersModel,
+    chat_text,
+    encode,
+    read_pictures,
+    read_prompts,
+)
+from rtp_llm.tools.verify.causes import Evidence, Finding, explain, explain_logits, pass_over_layout
+from rtp_llm.tools.verify.feed import extras_for
+from rtp_llm.tools.verify.locate import (
     LOGITS_TOLERANCE,
     MODULE_TOLERANCE,
     Difference,
@@ -46,8 +46,8 @@ from rtp_llm.verify.locate import (
     first_difference,
     logits_error,
 )
-from rtp_llm.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
-from rtp_llm.verify.trace import OurRecorder, Parts, TheirRecorder, Trace
+from rtp_llm.tools.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
+from rtp_llm.tools.verify.trace import OurRecorder, Parts, TheirRecorder, Trace
 
 GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
 TOP = 5

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from rtp_llm.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
+from rtp_llm.tools.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
 
 # Relative difference, of a token at worst, that is more than rounding: of a module's tensors, and of logits.
 MODULE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rtp_llm.srt.kernels import reference
-from rtp_llm.verify.locate import relative_error
-from rtp_llm.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
+from rtp_llm.tools.verify.locate import relative_error
+from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
 
 MAX_CHANGES = 2
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.verify.locate import relative_error
-from rtp_llm.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
+from rtp_llm.tools.verify.locate import relative_error
+from rtp_llm.tools.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
 
 Trial = tuple[float, tuple[int, ...], str]  # (scaling, patches of each segment, how queries and keys are turned)
 AS_IT_IS = "as the reference"

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import rtp_llm
-from rtp_llm.http_client import api_url, served_models
 from rtp_llm.srt.configs.options import ServerArgsError
+from rtp_llm.tools.http_client import api_url, served_models
 
 
 def run_models(args: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rtp_llm.bench.profile_options import ProfileArgs, ProfileError
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -41,6 +40,7 @@ from rtp_llm.srt.utils.ipc import QueueLink
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.utils.stopwatch import Name, Part, Stopwatch
 from rtp_llm.srt.worker.worker import PendingResult, Worker
+from rtp_llm.tools.bench_profile.options import ProfileArgs, ProfileError
 
 REST: Name = ("rest",)  # of a step: what lies between its parts
 NUM_RANDOM_IDS = 10000  # ids of random prompts lie below this

@@ -16,12 +16,12 @@ from torch import nn
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
-from rtp_llm.verify.attention_causes import AttentionTrials
-from rtp_llm.verify.locate import Difference, layer_of, relative_error
-from rtp_llm.verify.rope_causes import Rotated, RotationTrials
-from rtp_llm.verify.trace import ATTENDED, EMBEDDINGS, INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place, Trace
-from rtp_llm.verify.vision_causes import VisionTrials, explain_missing
-from rtp_llm.verify.weight_causes import explain_linear, explain_norm, weight_of
+from rtp_llm.tools.verify.attention_causes import AttentionTrials
+from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
+from rtp_llm.tools.verify.rope_causes import Rotated, RotationTrials
+from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place, Trace
+from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing
+from rtp_llm.tools.verify.weight_causes import explain_linear, explain_norm, weight_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
 NEARBY = 24  # places of the reference before and after one that are looked through

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from rtp_llm.bench.backends import Chunk
+from rtp_llm.tools.bench_serving.backends import Chunk
 
 Figures = dict[str, Any]
 TABLE_WIDTH = 78
