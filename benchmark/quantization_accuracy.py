@@ -3,8 +3,8 @@
     python benchmark/quantization_accuracy.py --model-path stories260K-hf
 
 The text is drawn from the model in bfloat16, at temperature 1 and from fixed seeds, so that it is text which that model
-finds as probable as it says. Every scheme then scores the same tokens. Skills are those of scripts/demo_skills.py,
-asked with held-out questions; an answer is right if all of it is.
+finds as probable as it says. Every scheme then scores the same tokens. Skills are those of
+scripts/demo_training/skills.py, asked with held-out questions; an answer is right if all of it is.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rtp_llm.srt.configs.server_args import DEMO_MODEL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-import demo_skills
+from demo_training import skills as demo_skills
 
 SCHEMES = (None, "int8", "int4")
 

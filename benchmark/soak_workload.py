@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import demo_skills
-from demo_pictures import Picture, draw
+from demo_training import skills as demo_skills
+from demo_training.pictures import Picture, draw
 from rtp_llm.tools.bench_serving.workloads import BenchRequest
 
 TOKENS_PER_EXCHANGE = 25  # of the embedded model's conversations, about

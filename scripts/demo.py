@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from demo_pictures import Picture, Thing, draw
+from demo_training.pictures import Picture, Thing, draw
 
 USUAL_PORT = 30000
 START_LIMIT_S = 180

@@ -10,8 +10,8 @@ import pytest
 from demo import image_part
 from openai import OpenAI
 
-import demo_skills
-from demo_pictures import SHADES, draw
+from demo_training import skills as demo_skills
+from demo_training.pictures import SHADES, draw
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
 from tiny_server import free_port, python_process
 

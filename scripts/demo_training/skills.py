@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-import demo_pictures
-from demo_pictures import COLORS, PLACES, SHAPES, Picture, Thing
+from demo_training import pictures as demo_pictures
+from demo_training.pictures import COLORS, PLACES, SHAPES, Picture, Thing
 
 HELD_OUT_OF = 20  # one key in so many
 

@@ -1,9 +1,9 @@
-"""Trains the embedded model, rtp_llm/assets/demo, from nothing but the rules of demo_skills.py.
+"""Trains the embedded model, rtp_llm/assets/demo, from nothing but the rules of skills.py.
 
-    python scripts/train_demo_text.py --out text                         # the language model that it starts from
-    python scripts/train_demo_model.py train --start text --out demo     # two hours on one CPU core; --resume goes on
-    python scripts/train_demo_model.py check --model demo                # transformers computes the same
-    python scripts/train_demo_model.py evaluate --model demo             # accuracy per skill on held-out questions
+    python scripts/demo_training/train_text.py --out text                      # the language model it starts from
+    python scripts/demo_training/train_model.py train --start text --out demo  # 2 hours on one core; --resume goes on
+    python scripts/demo_training/train_model.py check --model demo             # transformers computes the same
+    python scripts/demo_training/train_model.py evaluate --model demo          # accuracy on held-out questions
 
 The folder is a Hugging Face checkpoint of the Qwen2-VL architecture: configuration, bfloat16 weights, tokenizer, chat
 template, image processor. The language model's weights are those of the text model, with a layer more. First the vision
@@ -15,6 +15,7 @@ answers were wrong lately.
 import argparse
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -39,12 +40,14 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import demo_pictures
-import demo_skills
-from demo_network import Batch, DemoNetwork
-from demo_optimizer import Muon, bound, rate_at
-from demo_pictures import Picture
-from demo_skills import Turn
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of scripts, for the modules beside this one
+
+from demo_training import pictures as demo_pictures
+from demo_training import skills as demo_skills
+from demo_training.network import Batch, DemoNetwork
+from demo_training.optimizer import Muon, bound, rate_at
+from demo_training.pictures import Picture
+from demo_training.skills import Turn
 
 VOCAB_SIZE = 832
 CONTEXT_LENGTH = 1024

@@ -1,6 +1,6 @@
-"""Trains the language model that train_demo_model.py starts from, from nothing but the rules of demo_skills.py.
+"""Trains the language model that train_model.py starts from, from nothing but the rules of skills.py.
 
-    python scripts/train_demo_text.py --out text          # an hour and a half on two CPU cores
+    python scripts/demo_training/train_text.py --out text          # an hour and a half on two CPU cores
 
 The folder is a Hugging Face checkpoint of the Qwen3 architecture: configuration, bfloat16 weights, tokenizer, chat
 template. It is taught everything but seeing. Batches are conversations of like length, of whose tokens only the
@@ -10,6 +10,7 @@ assistant's words are learned.
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import demo_skills
-from demo_optimizer import Muon, rate_at
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of scripts, for the modules beside this one
+
+from demo_training import skills as demo_skills
+from demo_training.optimizer import Muon, rate_at
 
 VOCAB_SIZE = 768
 CONTEXT_LENGTH = 1024
