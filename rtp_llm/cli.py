@@ -19,7 +19,8 @@ from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.tools.bench_profile import options as profile_options
 from rtp_llm.tools.bench_serving import command as bench_serving
-from rtp_llm.tools.chat.command import run_chat, tell_of_demo
+from rtp_llm.tools.chat.command import run_chat
+from rtp_llm.tools.chat.engine_voice import tell_of_demo
 from rtp_llm.tools.models import run_models
 from rtp_llm.tools.verify import options as verify_options
 

@@ -25,7 +25,9 @@ import pytest
 import rtp_llm
 from rtp_llm.cli import main
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.tools.chat.command import Usage, picture_kind, statistics, without_controls
+from rtp_llm.tools.chat.conversation import Usage
+from rtp_llm.tools.chat.pictures import picture_kind
+from rtp_llm.tools.chat.terminal import statistics, without_controls
 from rtp_llm.tools.http_client import ServerError, api_url
 
 ROOT = Path(__file__).resolve().parents[3]
