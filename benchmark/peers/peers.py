@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 DEFAULT_INTO = HERE / ".envs"
 OURS = "ours"
+BEFORE = "before"
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,17 @@ class Peer:
     title: str
     adapter: str
     variables: Callable[[Path], dict[str, str]] = lambda environment: {}
+    repository: Path = REPOSITORY  # whose code, and whose adapters, the process imports
 
     def python(self, into: Path) -> Path:
-        """The interpreter of the engine's environment; ours runs in that of the caller."""
-        return Path(sys.executable) if self.name == OURS else into / self.name / "bin" / "python"
+        """The interpreter of the engine's environment; ours, of any commit, runs in that of the caller."""
+        return Path(sys.executable) if self.name in (OURS, BEFORE) else into / self.name / "bin" / "python"
 
     def process_variables(self, into: Path, threads: int) -> dict[str, str]:
         """The whole environment of the engine's process: ours, the same threads for all, no hub."""
         return (
             {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-            | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            | {"PYTHONPATH": str(self.repository), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
             | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             | self.variables(into / self.name)
         )
@@ -65,3 +67,8 @@ PEERS = {
         Peer("transformers", "transformers", "transformers_"),
     )
 }
+
+
+def add_before(checkout: Path) -> None:
+    """Make a checkout of another commit of this repository a peer."""
+    PEERS[BEFORE] = Peer(BEFORE, "rtp_llm before", "ours", repository=checkout.resolve())

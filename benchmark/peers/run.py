@@ -2,6 +2,7 @@
 
     python benchmark/peers/setup.py llama.cpp openvino vllm transformers
     python benchmark/peers/run.py --precision 16 --shape 0.6b --rounds 3
+    python benchmark/peers/run.py --before CHECKOUT
 
 Prints each round, a markdown table with medians, ratios to the best peer and to what the machine allows, and the
 machine's ceilings, measured before the first and after the last round. README.md tells what makes this fair.
@@ -23,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for the modules beside this one
 
-from benchmark.peers.peers import DEFAULT_INTO, HERE, OURS, PEERS, REPOSITORY, Peer
+from benchmark.peers.peers import BEFORE, DEFAULT_INTO, HERE, OURS, PEERS, REPOSITORY, Peer, add_before
 from benchmark.peers.process import SideFailed
 from benchmark.peers.protocol import Job, NotOffered
 from benchmark.peers.report import FIGURES, Comparison, bound, compare, table
@@ -82,7 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="0.6b", help="random checkpoint, made if it is not there")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder in bfloat16 instead of --shape")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="sides; all by default")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="sides; all by default, or with --before ours alone")
+    parser.add_argument("--before", type=Path, help="a checkout of another commit of ours, which is one more side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--into", type=Path, default=DEFAULT_INTO, help="where setup.py put the environments")
@@ -91,6 +93,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
+    args.peers = args.peers or ([OURS] if args.before else list(PEERS))
+    if args.before:
+        if not (args.before / "benchmark" / "peers").is_dir():
+            parser.error(f"--before {args.before} is no checkout of this repository")
+        add_before(args.before)
+        args.peers.append(BEFORE)
     # each side has its own working directory
     args.into, args.work_dir = args.into.resolve(), args.work_dir.resolve()
     args.checkpoint = args.checkpoint and args.checkpoint.resolve()

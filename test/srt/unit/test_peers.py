@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from benchmark.make_checkpoint import SIZES, made_up_word, make_tokenizer
 from benchmark.peers import run, setup, trace
-from benchmark.peers.peers import OURS, PEERS, REPOSITORY
+from benchmark.peers.peers import BEFORE, OURS, PEERS, REPOSITORY
 from benchmark.peers.process import ProcessGroup, SideFailed
 from benchmark.peers.protocol import Job, NotOffered, Stopwatch, Timing, Work, serve_lines
 from benchmark.peers.report import bound, compare, table
@@ -217,6 +217,22 @@ def test_a_missing_environment_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     args = run.parse(["--peers", "openvino", "--into", str(tmp_path)])
     state = run.start(args, tmp_path, tmp_path)
     assert state.failed and "setup.py openvino" in capsys.readouterr().out
+
+
+def test_another_commit_is_a_side_of_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(PEERS, BEFORE, raising=False)
+    (tmp_path / "benchmark" / "peers").mkdir(parents=True)
+    assert run.parse(["--before", str(tmp_path)]).peers == [OURS, BEFORE]
+    assert PEERS[BEFORE].python(tmp_path) == Path(sys.executable)
+    assert PEERS[BEFORE].process_variables(tmp_path, 2)["PYTHONPATH"] == str(tmp_path)
+    assert PEERS[OURS].process_variables(tmp_path, 2)["PYTHONPATH"] == str(REPOSITORY)
+    del PEERS[BEFORE]
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--before", str(tmp_path)])
+    assert "is no checkout" in capsys.readouterr().err
 
 
 def test_every_peer_has_versions_and_an_adapter() -> None:
