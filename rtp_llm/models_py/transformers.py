@@ -32,7 +32,7 @@ from rtp_llm.srt.cache.spec import CacheGroup
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kv_pool import KVPool
-from rtp_llm.srt.layers.logits_processor import ROWS_PER_PIECE, LogitsProcessorOutput, token_logprobs
+from rtp_llm.srt.layers.logits_processor import ROWS_PER_PIECE, LogitsProcessorOutput, Logprobs, prompt_logprobs
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from rtp_llm.srt.forward_batch import LogprobRow
-    from rtp_llm.srt.plan import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -425,25 +424,19 @@ class TransformersForCausalLM(nn.Module):
         sample_rows, wanted = forward_batch.sample_rows, forward_batch.prompt_logprobs
         if not len(input_ids):
             return LogitsProcessorOutput(torch.empty(0, self.vocab_size, device=input_ids.device), [])
-        logprob_rows = [row for one in wanted for row in one.token_rows]
-        rows = torch.cat((sample_rows, torch.tensor(logprob_rows, dtype=torch.int64, device=input_ids.device)))
+        rows = torch.cat((sample_rows, *(row.token_rows for row in wanted)))
         with self._attention.serving(forward_batch):
             logits = self._logits(input_ids, positions, rows)
-        next_token_logits, logprob_logits = logits.split((len(sample_rows), len(logprob_rows)))
-        pieces = logprob_logits.split([len(row.token_rows) for row in wanted])
+        next_token_logits, *pieces = logits.split([len(sample_rows), *(len(row.token_rows) for row in wanted)])
         return LogitsProcessorOutput(
-            next_token_logits,
-            [_prompt_logprobs(piece, row) for piece, row in zip(pieces, wanted, strict=True)],
+            next_token_logits, [_prompt_logprobs(row, piece) for row, piece in zip(wanted, pieces, strict=True)]
         )
 
 
-def _prompt_logprobs(logits: torch.Tensor, row: "LogprobRow") -> "list[TokenLogprob]":
-    """Some rows at a time: their softmax is as large as the logits."""
-    result: list[TokenLogprob] = []
-    for start in range(0, len(logits), ROWS_PER_PIECE):
-        piece, targets = logits[start : start + ROWS_PER_PIECE], row.targets[start : start + ROWS_PER_PIECE]
-        result += token_logprobs(piece, targets, [row.top_num] * len(piece), [row.token_ids] * len(piece))
-    return result
+def _prompt_logprobs(row: "LogprobRow", logits: torch.Tensor) -> Logprobs:
+    """``logits``: [tokens of the row, vocab_size]."""
+    pieces = iter(logits.split(ROWS_PER_PIECE))
+    return prompt_logprobs(row, lambda token_rows: next(pieces))
 
 
 def _build(config: "PretrainedConfig") -> PreTrainedModel:

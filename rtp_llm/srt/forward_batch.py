@@ -1,6 +1,5 @@
 """The contract between runner, model and attention: everything a forward pass may read besides ids and positions."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -86,10 +85,10 @@ class LogprobRow:
     """
 
     batch_index: int
-    token_rows: list[int]
-    targets: list[int]
+    token_rows: torch.Tensor  # [N] int64
+    targets: torch.Tensor  # [N] int64
     top_num: int
-    token_ids: Sequence[int]
+    token_ids: torch.Tensor  # [chosen] int64, whose logprobs are wanted in each of these places
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """One sequence through a model without pages or runner: attention over everything seen, kept in plain lists."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class DenseAttention(AttentionBackend):
         return reference.attention(q, k, v, layer.scaling, start, layer.window, layer.logit_cap, sinks).flatten(1)
 
 
+def logprob_row(token_rows: list[int], targets: list[int], top_num: int = 0, chosen: Sequence[int] = ()) -> LogprobRow:
+    rows, tokens, ids = (torch.tensor(values, dtype=torch.int64) for values in (token_rows, targets, chosen))
+    return LogprobRow(0, rows, tokens, top_num, ids)
+
+
 def make_batch(ids: list[int], start: int, prompt_len: int, backend: AttentionBackend | None = None) -> ForwardBatch:
     """Tokens ``[start, start + len(ids))`` of one sequence; samples from the last, asks for all prompt logprobs."""
     end = start + len(ids)
@@ -74,7 +79,7 @@ def make_batch(ids: list[int], start: int, prompt_len: int, backend: AttentionBa
         kv_pool=None,  # type: ignore[arg-type]
         attn_backend=backend or DenseAttention(),
         sample_rows=torch.tensor([len(ids) - 1]),
-        prompt_logprobs=[LogprobRow(0, list(range(len(targets))), targets, 0, [])] if targets else [],
+        prompt_logprobs=[logprob_row(list(range(len(targets))), targets)] if targets else [],
     )
 
 

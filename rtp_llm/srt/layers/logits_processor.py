@@ -1,6 +1,6 @@
 """From hidden states to logits, and from logits to log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,43 @@ if TYPE_CHECKING:
 ROWS_PER_PIECE = 128
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of N tokens and of others in their places. They stay on the device until they are read.
+
+    Line i holds the token itself, then the best ones, then those that were chosen; ``ids`` [N, columns] int64 and
+    ``values`` [N, columns] float32. A line may want fewer than there are columns: ``top_nums[i]``, ``chosen_nums[i]``.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
+    top_nums: Sequence[int]
+    chosen_nums: Sequence[int]
+
+    @classmethod
+    def join(cls, pieces: "Sequence[Logprobs]") -> "Logprobs":
+        """One after the other; each has as many columns."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(
+            torch.cat([piece.ids for piece in pieces]),
+            torch.cat([piece.values for piece in pieces]),
+            [num for piece in pieces for num in piece.top_nums],
+            [num for piece in pieces for num in piece.chosen_nums],
+        )
+
+    def read(self) -> list[TokenLogprob]:
+        """The numbers themselves. Waits where they are on a device."""
+        first_chosen = self.ids.shape[1] - max(self.chosen_nums, default=0)
+        lines = zip(self.ids.tolist(), self.values.tolist(), self.top_nums, self.chosen_nums, strict=True)
+        result = []
+        for ids, values, top_num, chosen_num in lines:
+            entries = list(zip(values, ids, strict=True))
+            top = entries[1 : min(1 + top_num, first_chosen)]
+            result.append(TokenLogprob(ids[0], values[0], top, entries[first_chosen : first_chosen + chosen_num]))
+        return result
+
+
 @dataclass(slots=True)
 class LogitsProcessorOutput:
     """What a model's forward returns.
@@ -29,7 +66,7 @@ class LogitsProcessorOutput:
     """
 
     next_token_logits: torch.Tensor
-    prompt_logprobs: list[list[TokenLogprob]]
+    prompt_logprobs: list[Logprobs]
     hidden_states: torch.Tensor | None = None
 
 
@@ -67,7 +104,8 @@ class LogitsProcessor(nn.Module):
         return LogitsProcessorOutput(
             next_token_logits=self._logits(sampled, lm_head),
             prompt_logprobs=[
-                self._prompt_logprobs(hidden_states, lm_head, row) for row in forward_batch.prompt_logprobs
+                prompt_logprobs(row, lambda token_rows: self._logits(hidden_states[token_rows], lm_head))
+                for row in forward_batch.prompt_logprobs
             ],
             hidden_states=torch.cat(list(aux_hidden_states), dim=-1) if aux_hidden_states else None,
         )
@@ -84,62 +122,54 @@ class LogitsProcessor(nn.Module):
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
 
-    def _prompt_logprobs(
-        self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, row: LogprobRow
-    ) -> list[TokenLogprob]:
-        result: list[TokenLogprob] = []
-        for start in range(0, len(row.token_rows), ROWS_PER_PIECE):
-            token_rows = row.token_rows[start : start + ROWS_PER_PIECE]
-            targets = row.targets[start : start + ROWS_PER_PIECE]
-            logits = self._logits(hidden_states[torch.tensor(token_rows, device=hidden_states.device)], lm_head)
-            num_rows = len(token_rows)
-            result += token_logprobs(logits, targets, [row.top_num] * num_rows, [row.token_ids] * num_rows)
-        return result
+
+def prompt_logprobs(row: LogprobRow, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> Logprobs:
+    """What is wanted of a row's prompt. Some tokens at a time: their softmax is as large as their logits.
+
+    Args:
+        logits_of: from some of ``row.token_rows`` [N] to their logits [N, vocab_size].
+    """
+    pieces = []
+    for token_rows, targets in zip(
+        row.token_rows.split(ROWS_PER_PIECE), row.targets.split(ROWS_PER_PIECE), strict=True
+    ):
+        num_rows, num_chosen = len(token_rows), len(row.token_ids)
+        chosen = row.token_ids.expand(num_rows, -1)
+        top_nums, chosen_nums = [row.top_num] * num_rows, [num_chosen] * num_rows
+        pieces.append(token_logprobs(logits_of(token_rows), targets, top_nums, chosen, chosen_nums))
+    return Logprobs.join(pieces)
 
 
 def token_logprobs(
     logits: torch.Tensor,
-    targets: torch.Tensor | Sequence[int],
+    targets: torch.Tensor,
     top_nums: Sequence[int],
-    chosen: Sequence[Sequence[int]],
-) -> list[TokenLogprob]:
+    chosen: torch.Tensor | None = None,
+    chosen_nums: Sequence[int] | None = None,
+) -> Logprobs:
     """Log-probabilities of one token per row of logits, with the best ones and chosen ones beside it.
 
     Args:
         logits: [N, vocab_size], unmodified by sampling parameters; the softmax is taken in float32.
-        targets: N token ids.
+        targets: [N] int64 token ids.
         top_nums: how many of the best tokens to list, per row (more than the vocabulary gives the vocabulary).
-        chosen: per row, the ids whose log-probabilities are wanted, in the order of the answer.
+        chosen: [N, most] int64, the ids whose log-probabilities are wanted, in the order of the answer; None: none.
+        chosen_nums: how many of its line of ``chosen`` each row wants; some row wants all.
     """
-    num_rows = logits.shape[0]
-    if not len(targets) == len(top_nums) == len(chosen) == num_rows:
+    num_rows, vocab_size = logits.shape
+    chosen_nums = [0] * num_rows if chosen_nums is None else chosen_nums
+    num_chosen = num_rows if chosen is None else len(chosen)
+    if not len(targets) == len(top_nums) == len(chosen_nums) == num_chosen == num_rows:
         raise ValueError(
             f"token_logprobs needs one target, top_num and list of chosen ids per row of logits: "
-            f"{num_rows} rows, but {len(targets)}, {len(top_nums)} and {len(chosen)}"
+            f"{num_rows} rows, but {len(targets)}, {len(top_nums)} and {num_chosen} ({len(chosen_nums)} lengths)"
         )
-    if num_rows == 0:
-        return []
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    target_ids = torch.as_tensor(targets, dtype=torch.int64, device=logits.device)
-    target_logprobs = logprobs.gather(1, target_ids[:, None])[:, 0].tolist()
-    tops = _top_logprobs(logprobs, top_nums)
-    chosens = _chosen_logprobs(logprobs, chosen)
-    return [TokenLogprob(*fields) for fields in zip(target_ids.tolist(), target_logprobs, tops, chosens, strict=True)]
-
-
-def _top_logprobs(logprobs: torch.Tensor, top_nums: Sequence[int]) -> list[list[tuple[float, int]]]:
-    max_num = min(max(top_nums), logprobs.shape[1])
-    if max_num == 0:
-        return [[] for _ in top_nums]
-    values, ids = logprobs.topk(max_num, dim=-1)
-    rows = zip(values.tolist(), ids.tolist(), top_nums, strict=True)
-    return [list(zip(row_values[:num], row_ids[:num], strict=True)) for row_values, row_ids, num in rows]
-
-
-def _chosen_logprobs(logprobs: torch.Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[float, int]]]:
-    max_num = max(len(ids) for ids in chosen)
-    if max_num == 0:
-        return [[] for _ in chosen]
-    padded = [[*ids, *([0] * (max_num - len(ids)))] for ids in chosen]
-    values = logprobs.gather(1, torch.tensor(padded, device=logprobs.device)).tolist()
-    return [list(zip(row[: len(ids)], ids, strict=True)) for row, ids in zip(values, chosen, strict=True)]
+    columns = [targets[:, None]]
+    max_top = min(max(top_nums, default=0), vocab_size)
+    if max_top:
+        columns.append(logprobs.topk(max_top, dim=-1).indices)
+    if chosen is not None:
+        columns.append(chosen)
+    ids = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+    return Logprobs(ids, logprobs.gather(1, ids), top_nums, chosen_nums)

@@ -289,13 +289,13 @@ class ModelRunner:
         last = min(work.start + work.num_tokens, state.prompt_len - 1)
         if first >= last:
             return None
-        return LogprobRow(
-            batch_index,
-            token_rows=list(range(offset + first - work.start, offset + last - work.start)),
-            targets=admission.prompt_ids[first + 1 : last + 1],
-            top_num=asked.top_logprobs_num,
-            token_ids=asked.token_ids_logprob,
+        columns = (
+            np.arange(offset + first - work.start, offset + last - work.start),
+            state.ids[first + 1 : last + 1],
+            np.array(asked.token_ids_logprob, dtype=np.int64),
         )
+        token_rows, targets, token_ids = to_device_together(columns, self._torch_device)
+        return LogprobRow(batch_index, token_rows, targets, asked.top_logprobs_num, token_ids)
 
 
 def _entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:

@@ -8,8 +8,8 @@ import torch
 from rtp_llm.srt.devices.cpu import sampling
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
-from rtp_llm.srt.layers.logits_processor import token_logprobs
-from rtp_llm.srt.plan import Admission, TokenLogprob
+from rtp_llm.srt.layers.logits_processor import Logprobs, token_logprobs
+from rtp_llm.srt.plan import Admission
 from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.device import to_device
@@ -41,8 +41,7 @@ class _Row:
 class Sampler:
     """Draws tokens for the rows of a step. Keeps, per admitted row, its parameters and, if penalised, token counts.
 
-    A row's token depends on its own logits, parameters, seed and position only. Nothing here waits for the device,
-    except ``logprobs``.
+    A row's token depends on its own logits, parameters, seed and position only. Nothing here waits for the device.
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: str | torch.device) -> None:
@@ -166,26 +165,22 @@ class Sampler:
 
     def logprobs(
         self, raw_logits: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[int]
-    ) -> list[list[TokenLogprob] | None]:
-        """Per line, the log-probability of its token in a list, or None where the request did not ask. Waits.
+    ) -> tuple[list[int], Logprobs | None]:
+        """The lines whose requests asked for log-probabilities, and those of their tokens; None where there are none.
 
         Args:
             raw_logits: [S, vocab_size], as the model gave them; token_ids: [S], what was drawn.
         """
-        results: list[list[TokenLogprob] | None] = [None] * len(rows)
         if self._told.isdisjoint(rows):
-            return results
+            return [], None
         asked = {i: spec for i, state in enumerate(self._states(rows)) if (spec := state.logprobs) is not None}
-        index = self._tensor(list(asked))
-        found = token_logprobs(
-            raw_logits[index],
-            token_ids[index],
-            [spec.top_logprobs_num for spec in asked.values()],
-            [spec.token_ids_logprob for spec in asked.values()],
-        )
-        for i, logprob in zip(asked, found, strict=True):
-            results[i] = [logprob]
-        return results
+        specs, index = list(asked.values()), self._tensor(list(asked))
+        chosen_nums = [len(spec.token_ids_logprob) for spec in specs]
+        chosen = None
+        if most := max(chosen_nums):
+            chosen = self._tensor([([*spec.token_ids_logprob] + [0] * most)[:most] for spec in specs])
+        top_nums = [spec.top_logprobs_num for spec in specs]
+        return list(asked), token_logprobs(raw_logits[index], token_ids[index], top_nums, chosen, chosen_nums)
 
     def _states(self, rows: Sequence[int]) -> list[_Row]:
         return [self._rows[row] or self._row(row) for row in rows]
@@ -203,7 +198,7 @@ class Sampler:
                 f"{list(logits.shape)} with {len(positions)} positions"
             )
 
-    def _tensor(self, values: list[int]) -> torch.Tensor:
+    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         return to_device(values, torch.int64, self._device)
 
     def _adjust(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,8 @@ from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.plan import PaddedPrompt, RowResult, RowWork, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.layers.logits_processor import Logprobs
+from rtp_llm.srt.plan import PaddedPrompt, RowResult, RowWork, StepPlan, StepResult
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
@@ -52,44 +53,65 @@ class PendingLogits:
 
     plan: StepPlan
     logits: torch.Tensor  # [S, vocab_size] float32, one row per work with ``sample``
-    prompt_logprobs: dict[int, list[TokenLogprob]]  # by index into ``plan.work``
+    prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
 
 
 class PendingResult:
-    """A step that is launched. ``result()`` waits for the device and brings it to the host."""
+    """A step that is launched, its numbers on their way to the host. Nothing but ``result()`` waits for the device."""
 
     def __init__(
         self,
         plan: StepPlan,
         token_ids: torch.Tensor,
         bad_rows: torch.Tensor,
-        logprobs: list[list[TokenLogprob] | None],
-        prompt_logprobs: dict[int, list[TokenLogprob]],
+        asked: list[int],
+        logprobs: Logprobs | None,
+        prompt_logprobs: dict[int, Logprobs],
     ) -> None:
+        """
+        Args:
+            token_ids: [S] int64, the drawn tokens; bad_rows: [S] bool, those that mean nothing.
+            asked: places in ``token_ids`` that ``logprobs`` are of.
+            prompt_logprobs: by index into ``plan.work``.
+        """
         self._plan = plan
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
-        self._token_ids = token_ids.to("cpu", non_blocking=True)
-        self._bad_rows = bad_rows.to("cpu", non_blocking=True)
-        self._ready = None
-        if token_ids.is_cuda:
-            self._ready = torch.cuda.Event()
-            self._ready.record()
+        self._asked, self._prompts = asked, list(prompt_logprobs)
+        self._logprobs = [*prompt_logprobs.values(), *([] if logprobs is None else [logprobs])]
+        tensors = (tensor for each in self._logprobs for tensor in (each.ids, each.values))
+        self._arrived = _to_host([token_ids, bad_rows, *tensors])
 
     def result(self) -> StepResult:
-        if self._ready is not None:
-            self._ready.synchronize()
-        drawn = iter(zip(self._token_ids.tolist(), self._bad_rows.tolist(), self._logprobs, strict=True))
+        token_ids, bad_rows, *tensors = self._arrived()
+        pairs = zip(self._logprobs, tensors[::2], tensors[1::2], strict=True)
+        read = [replace(logprobs, ids=ids, values=values).read() for logprobs, ids, values in pairs]
+        logprobs = dict(zip(self._asked, read[len(self._prompts)] if self._asked else [], strict=True))
+        drawn = enumerate(zip(token_ids.tolist(), bad_rows.tolist(), strict=True))
         rows = []
         for work in self._plan.work:
             if not work.sample:
                 rows.append(RowResult())
                 continue
-            token_id, bad, logprobs = next(drawn)
-            rows.append(RowResult(error=BAD_LOGITS) if bad else RowResult([token_id], logprobs or [], []))
-        for index, prompt_logprobs in self._prompt_logprobs.items():
+            place, (token_id, bad) = next(drawn)
+            logprob = [logprobs[place]] if place in logprobs else []
+            rows.append(RowResult(error=BAD_LOGITS) if bad else RowResult([token_id], logprob, []))
+        for index, prompt_logprobs in zip(self._prompts, read, strict=False):
             rows[index].prompt_logprobs = prompt_logprobs
         return StepResult(self._plan.step_id, rows)
+
+
+def _to_host(tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """Start copying to the host; what is returned waits for it, and gives the copies."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if not tensors[0].is_cuda:
+        return lambda: copies
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def wait() -> list[torch.Tensor]:
+        ready.synchronize()
+        return copies
+
+    return wait
 
 
 class Worker:
@@ -150,13 +172,8 @@ class Worker:
         logits = pending.logits
         rows = [w.row for w in work]
         token_ids, bad_rows = self._draw(logits, rows, work, masks)
-        return PendingResult(
-            pending.plan,
-            token_ids,
-            bad_rows,
-            self.sampler.logprobs(logits, token_ids, rows),
-            pending.prompt_logprobs,
-        )
+        asked, logprobs = self.sampler.logprobs(logits, token_ids, rows)
+        return PendingResult(pending.plan, token_ids, bad_rows, asked, logprobs, pending.prompt_logprobs)
 
     def _draw(
         self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: Masks | None

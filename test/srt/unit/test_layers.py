@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_forward import make_batch
+from dense_forward import logprob_row, make_batch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
@@ -15,7 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.distributed.parallel_state import TPGroup
-from rtp_llm.srt.forward_batch import AttentionSpec, LogprobRow
+from rtp_llm.srt.forward_batch import AttentionSpec
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.layers.activation import _ACT, GeluAndMul, get_act_and_mul_fn, get_act_fn
@@ -399,7 +399,8 @@ def test_what_an_attention_layer_said_stays() -> None:
 def test_token_logprobs() -> None:
     logits = torch.randn(3, 11) * 5
     expected = logits.log_softmax(-1)
-    results = token_logprobs(logits, torch.tensor([4, 0, 10]), [0, 2, 99], [[], [7, 7, 1], [3]])
+    chosen = torch.tensor([[0, 0, 0], [7, 7, 1], [3, 0, 0]])
+    results = token_logprobs(logits, torch.tensor([4, 0, 10]), [0, 2, 99], chosen, [0, 3, 1]).read()
     assert [result.token_id for result in results] == [4, 0, 10]
     for row, result in enumerate(results):
         assert result.logprob == pytest.approx(expected[row, result.token_id].item(), abs=1e-6)
@@ -410,14 +411,14 @@ def test_token_logprobs() -> None:
     assert [len(result.top) for result in results] == [0, 2, 11]
     assert [[i for _, i in result.chosen] for result in results] == [[], [7, 7, 1], [3]]
     assert results[1].top[0][1] == logits[1].argmax().item()
-    assert token_logprobs(torch.empty(0, 11), [], [], []) == []
+    assert token_logprobs(torch.empty(0, 11), torch.empty(0, dtype=torch.int64), []).read() == []
     with pytest.raises(ValueError, match="3 rows, but 1, 3 and 3"):
-        token_logprobs(logits, [1], [0] * 3, [[]] * 3)
+        token_logprobs(logits, torch.tensor([1]), [0] * 3)
 
 
 def test_token_logprobs_of_half_precision_logits_are_float32() -> None:
     logits = torch.randn(2, 300).to(torch.bfloat16)
-    [first, _] = token_logprobs(logits, [5, 6], [0, 0], [[], []])
+    [first, _] = token_logprobs(logits, torch.tensor([5, 6]), [0, 0]).read()
     assert first.logprob == pytest.approx(logits.float().log_softmax(-1)[0, 5].item(), abs=1e-6)
 
 
@@ -430,13 +431,13 @@ def test_logits_processor(num_tokens: int) -> None:
     batch = make_batch([1] * num_tokens, 0, num_tokens)
     targets = torch.randint(9, (num_tokens,)).tolist()
     rows = list(range(num_tokens))
-    batch.prompt_logprobs = [LogprobRow(0, rows, targets, 2, [8, 3]), LogprobRow(0, rows[-1:], [0], 0, [])]
+    batch.prompt_logprobs = [logprob_row(rows, targets, 2, [8, 3]), logprob_row(rows[-1:], [0])]
 
     output = LogitsProcessor(config, logit_scale=0.5)(batch.input_ids, hidden, head, batch)
     expected = 3.0 * torch.tanh(F.linear(hidden, head.weight, head.bias) * 0.5 / 3.0)
     torch.testing.assert_close(output.next_token_logits, expected[-1:])
     assert output.hidden_states is None
-    first, second = output.prompt_logprobs
+    first, second = (logprobs.read() for logprobs in output.prompt_logprobs)
     assert [result.token_id for result in first] == targets and len(second) == 1
     logprobs = expected.log_softmax(-1)
     for row, result in enumerate(first):

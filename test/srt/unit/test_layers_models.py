@@ -37,7 +37,7 @@ def test_same_answers_as_transformers(name: str, prompt_len: int) -> None:
     expected: Reference = reference(model_dir, tuple(prompt), NUM_NEW)
 
     whole = run_step(model, make_batch(prompt, 0, prompt_len))
-    prompt_logprobs = [logprob.logprob for logprob in whole.prompt_logprobs[0]]
+    prompt_logprobs = [logprob.logprob for logprob in whole.prompt_logprobs[0].read()]
     assert prompt_logprobs == pytest.approx(expected.prompt_logprobs, abs=1e-4)
 
     for chunk in (prompt_len, 16):

@@ -409,14 +409,17 @@ def test_logprobs_are_the_models_own():
     admit(sampler, 1)
     admit(sampler, 2, logit_bias={1: 50.0}, return_logprob=True, token_ids_logprob=[8, 0])
     tokens = sampler.sample(logits, [0, 1, 2], [1, 1, 1])
-    first, second, third = sampler.logprobs(logits, tokens, [0, 1, 2])
+    asked, found = sampler.logprobs(logits, tokens, [0, 1, 2])
     expected = logits.log_softmax(dim=-1)
-    assert second is None
-    assert first[0].token_id == tokens[0] and third[0].token_id == 1
-    assert first[0].logprob == pytest.approx(expected[0, tokens[0]].item(), abs=1e-6)
-    assert third[0].logprob == pytest.approx(expected[2, 1].item(), abs=1e-6)
-    assert [token for _, token in first[0].top] == expected[0].topk(2).indices.tolist()
-    assert [token for _, token in third[0].chosen] == [8, 0]
+    assert asked == [0, 2]
+    first, third = found.read()
+    assert first.token_id == tokens[0] and third.token_id == 1
+    assert first.logprob == pytest.approx(expected[0, tokens[0]].item(), abs=1e-6)
+    assert third.logprob == pytest.approx(expected[2, 1].item(), abs=1e-6)
+    assert [token for _, token in first.top] == expected[0].topk(2).indices.tolist()
+    assert [token for _, token in third.chosen] == [8, 0]
+    assert third.top == first.chosen == []
+    assert sampler.logprobs(logits[1:2], tokens[1:2], [1]) == ([], None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -428,9 +431,10 @@ def test_sampling_does_not_wait_for_the_gpu():
     def step() -> None:
         tokens, _ = sampler.sample_and_check(logits, range(8), [9] * 8, masks)
         sampler.observe(range(8), tokens)
+        sampler.logprobs(logits, tokens, range(8))
 
     for row in range(8):
-        setting = SETTINGS[-1 - row]
+        setting = SETTINGS[-1 - row] | {"return_logprob": True, "top_logprobs_num": row, "token_ids_logprob": [row]}
         admit(sampler, row, min_new_tokens=20, stop_ids=[3], frequency_penalty=0.5, logit_bias={5: 1.0}, **setting)
     step()  # first uses of kernels may wait
     with warnings.catch_warnings(action="ignore"):  # it tells that it does not find everything yet
