@@ -156,6 +156,7 @@ class MRotaryEmbedding(RotaryEmbedding):
     are rotated as without M-RoPE.
     """
 
+    takes_mrope_positions = True
     axes: torch.Tensor
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor
 from rtp_llm.srt.multimodal.hf_processor import HfProcessor
 from rtp_llm.srt.multimodal.media import MediaLoader
@@ -136,7 +137,7 @@ def make_processor(
     Raises:
         ValueError: the model takes media, but nobody knows how to prepare them.
     """
-    if tokenizer is None or not hasattr(model_cls, "pad_input_ids"):
+    if tokenizer is None or ModelTraits.of(model_cls).pad_input_ids is None:
         return None
     own_tokenizer = copy.deepcopy(tokenizer)  # used on other threads, and no tokenizer can be used on two at once
     hf_processor = HfProcessor(config.model_path, own_tokenizer, server_args.trust_remote_code)

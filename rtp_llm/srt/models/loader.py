@@ -21,13 +21,13 @@ from rtp_llm.srt.layers.quantization.registry import quantization_config, scheme
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.layers.weights import Weights
+from rtp_llm.srt.model_traits import FinishesLoad, ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError, build_model, built_as
 from rtp_llm.srt.models.dummy_weights import fill_with_dummy_weights
 from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_files import Progress, find_weight_files, read_weights
 from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights
-from rtp_llm.srt.models.weight_names import DeclaredNames
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,11 @@ def _tell_of_quantization(model: nn.Module, quant_config: QuantizationConfig) ->
 def _quant_config(model_class: type[nn.Module], source: _Source) -> QuantizationConfig | None:
     if source.scheme is None:
         return None
-    names, config = DeclaredNames.of(model_class), source.model_config
+    traits, config = ModelTraits.of(model_class), source.model_config
     model = QuantizedModel(
         settings=source.settings,
-        packed_modules_mapping=names.packed_modules_mapping,
-        rename=names.rename,
+        packed_modules_mapping=traits.packed_modules_mapping,
+        rename=traits.rename,
         has_encoders=config.hf_config is not config.hf_text_config,
     )
     return quantization_config(source.scheme, model)
@@ -144,10 +144,9 @@ def _finish(model: nn.Module, model_config: ModelConfig) -> None:
         except ValueError as error:
             raise WeightLoadError(f"{name} of {model_config.model_path} cannot be used: {error}") from error
     for module in model.modules():
-        finish_load: Any = getattr(module, "finish_load", None)
-        if finish_load:
+        if isinstance(module, FinishesLoad):
             try:
-                finish_load()
+                module.finish_load()
             except Exception as error:  # whatever a model's method may raise; the cause is chained
                 raise ModelBuildError(
                     f"{type(module).__name__} of {model_config.model_path} cannot be used: {reason(error)}"

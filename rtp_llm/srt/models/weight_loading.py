@@ -3,13 +3,13 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig, process_weights
 from rtp_llm.srt.layers.weights import ShardId, Weights, is_optional
+from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.models.weight_files import WeightFileError
 from rtp_llm.srt.models.weight_names import BASE_MODEL_PREFIX, Place, WeightNames
@@ -33,7 +33,7 @@ def load_weights(
 
     Where such a method returns the set of the parameter names it loaded, a parameter that is not in it is an error.
     """
-    own_method: Any = getattr(model, "load_weights", None)
+    own_method = ModelTraits.of(model).load_weights
     if own_method is None:
         load_weights_declaratively(model, weights, num_layers, quant_config)
         return

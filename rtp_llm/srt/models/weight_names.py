@@ -2,14 +2,14 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Self
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from rtp_llm.srt.layers.weights import ShardId
+from rtp_llm.srt.model_traits import ModelTraits, NamesSources
 
 BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
 COMMON_IGNORE = (
@@ -20,25 +20,6 @@ COMMON_IGNORE = (
     r"^(model\.)?mtp(_layers|_block)?\.",  # multi-token prediction
 )
 _LAYER_NUMBER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
-
-
-@dataclass(frozen=True, slots=True)
-class DeclaredNames:
-    """What a model, or its class, says of the names in its checkpoints (see ``load_weights_declaratively``)."""
-
-    rename: Sequence[tuple[str, str]]
-    ignore: Sequence[str]
-    packed_modules_mapping: Mapping[str, Sequence[str]]
-    weight_defaults: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: nn.Module | type[nn.Module]) -> Self:
-        return cls(
-            rename=getattr(model, "rename", ()),
-            ignore=getattr(model, "ignore", ()),
-            packed_modules_mapping=getattr(model, "packed_modules_mapping", {}),
-            weight_defaults=getattr(model, "weight_defaults", {}),
-        )
 
 
 class Place(NamedTuple):
@@ -54,7 +35,7 @@ class WeightNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.declared = DeclaredNames.of(model)
+        self.declared = ModelTraits.of(model)
         self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self._model = model
         self._ignore = [*self.declared.ignore, *COMMON_IGNORE]
@@ -128,7 +109,8 @@ def _declared_sources(model: nn.Module) -> dict[str, Place]:
     return {
         f"{path}.{source}": Place(f"{path}.{parameter}", shard_id)
         for path, module in model.named_modules()
-        for source, (parameter, shard_id) in getattr(module, "weight_sources", {}).items()
+        if isinstance(module, NamesSources)
+        for source, (parameter, shard_id) in module.weight_sources.items()
     }
 
 

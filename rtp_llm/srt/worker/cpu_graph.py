@@ -25,6 +25,7 @@ from rtp_llm.srt.devices.cpu.binding import noted_calls
 from rtp_llm.srt.devices.cpu.memory import Reused
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+from rtp_llm.srt.model_traits import ReplaysForward
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class CpuGraphs:
         self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
         self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # a number: how often that kind has come
         self._memory = Reused()  # for all graphs: one runs at a time, and nothing is left over from step to step
-        unknown = [type(m).__name__ for m in step_modules if not hasattr(m, "step_tensors")]
+        unknown = [type(m).__name__ for m in step_modules if not isinstance(m, ReplaysForward)]
         self._works = not unknown
         if unknown:
             logger.info("decode steps are not replayed: %s has no step_tensors()", unknown[0])

@@ -16,8 +16,13 @@ from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
-from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.layers.rotary import MRotaryEmbedding
+from rtp_llm.srt.model_traits import (
+    KeepsCache,
+    ModelTraits,
+    PreparesForward,
+    ScalesWithLength,
+    TakesMropePositions,
+)
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import (
@@ -71,14 +76,15 @@ class ModelRunner:
             model_impl=server_args.model_impl,
             quantization=server_args.quantization,
         )
+        self.traits = ModelTraits.of(self.model)
         self.layout = cache_layout(self.model, server_args.page_size, server_args.kv_cache_dtype, device)
         self._attn_backend = attn_backend
-        self._step_modules: list[Any] = [m for m in self.model.modules() if hasattr(m, "prepare_for_forward")]
-        self._takes_mrope = any(isinstance(m, MRotaryEmbedding) for m in self.model.modules())
+        self._step_modules = [module for module in self.model.modules() if isinstance(module, PreparesForward)]
+        self._takes_mrope = takes_mrope_positions(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
         self._graphs: CpuGraphs | None = None
-        can_replay = attn_backend.replays and getattr(self.model, "replays_steps", True)
+        can_replay = attn_backend.replays and self.traits.replays_steps
         if can_replay and not server_args.disable_cpu_graph and get_tp_group().world_size == 1:
             self._graphs = CpuGraphs(self._forward, attn_backend, self._step_modules)
         self._rows: dict[int, RowState] = {}
@@ -87,14 +93,12 @@ class ModelRunner:
 
     def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
         """``forward_batch(batch)`` where the model has it, else ``forward(input_ids, positions, batch)``."""
-        own: Any = getattr(self.model, "forward_batch", None)
-        if callable(own):
-            return own
-        return lambda batch: self.model(batch.input_ids, batch.positions, batch)
+        own = self.traits.forward_batch
+        return own if own is not None else lambda batch: self.model(batch.input_ids, batch.positions, batch)
 
     @property
     def max_media_block(self) -> int:
-        return int(getattr(self.model, "max_media_block", 0))
+        return self.traits.max_media_block
 
     @property
     def reads_shared_prefixes(self) -> bool:
@@ -108,7 +112,7 @@ class ModelRunner:
         """
         inputs = MultimodalInputs.decode(media)
         before = [list(item.offsets) for item in inputs.mm_items]
-        own: Any = getattr(self.model, "pad_input_ids", pad_mm_tokens)
+        own = self.traits.pad_input_ids or pad_mm_tokens
         padded = [int(token_id) for token_id in own(list(prompt_ids), inputs)]
         ids = vocabulary_ids(padded, inputs)
         blocks = media_blocks(inputs) if self.max_media_block else []
@@ -130,7 +134,7 @@ class ModelRunner:
         Raises:
             ValueError: the model has learned positions, and fewer (``max_positions``).
         """
-        max_positions = getattr(self.model, "max_positions", None)
+        max_positions = self.traits.max_positions
         if max_positions is not None and max_len > max_positions:
             raise ValueError(
                 f"the model has learned positions for {max_positions} tokens only, but requests may be of {max_len}; "
@@ -191,7 +195,7 @@ class ModelRunner:
         self._attn_backend.plan(batch)
         graphs = self._graphs
         output = graphs.run(batch) if graphs is not None and graphs.takes(batch) else self._forward(batch)
-        _check_output(output, self.model, batch)
+        _check_output(output, self.model, self.traits, batch)
         return batch, output
 
     def _batch(self, work: list[RowWork]) -> ForwardBatch:
@@ -304,11 +308,11 @@ def _entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:
     return [row for row, _ in entries], [place for _, place in entries], list(entries.values())
 
 
-def _check_output(output: object, model: nn.Module, batch: ForwardBatch) -> None:
+def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: ForwardBatch) -> None:
     """A model may return anything; what is wrong with it must not show up only when tokens are drawn."""
     name = type(model).__name__
     if not isinstance(output, LogitsProcessorOutput):
-        method = "forward_batch" if callable(getattr(model, "forward_batch", None)) else "forward"
+        method = "forward" if traits.forward_batch is None else "forward_batch"
         raise TypeError(
             f"{name}.{method} must return a LogitsProcessorOutput, which LogitsProcessor makes, not "
             f"{type(output).__name__}"
@@ -338,6 +342,10 @@ def _mode(counts: list[int]) -> ForwardMode:
     return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND
 
 
+def takes_mrope_positions(model: nn.Module) -> bool:
+    return any(isinstance(module, TakesMropePositions) and module.takes_mrope_positions for module in model.modules())
+
+
 def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
     """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
 
@@ -350,11 +358,11 @@ def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto",
     specs: dict[int, CacheSpec] = {}
     length_scaling: LengthScaling | None = None
     for name, module in model.named_modules():
-        if isinstance(module, RadixAttention):
+        if isinstance(module, KeepsCache):
             spec = stored_as(module.cache_spec(), kv_cache_dtype, device)
             if specs.setdefault(module.layer_id, spec) != spec:
                 raise ValueError(f"{name}: layer {module.layer_id} is used twice with different caches")
-        scaling: Any = getattr(module, "length_scaling", None)
+        scaling = module.length_scaling if isinstance(module, ScalesWithLength) else None
         if scaling is not None:
             if length_scaling not in (None, scaling):
                 raise ValueError(f"{name}: the model mixes rotations that depend on the sequence length differently")

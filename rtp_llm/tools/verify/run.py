@@ -18,6 +18,7 @@ from rtp_llm.models_py.transformers import TransformersForCausalLM
 from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError
@@ -242,7 +243,7 @@ def _has_own_processor(config: ModelConfig) -> bool:
         model_cls, _ = ModelRegistry.resolve_model_cls(config.architectures)
     except UnknownArchitectureError:
         return False
-    return hasattr(model_cls, "pad_input_ids")
+    return ModelTraits.of(model_cls).pad_input_ids is not None
 
 
 def picture_prompt(args: ServerArgs, config: ModelConfig, tokenizer: Any, text: str, num_pictures: int) -> str:

@@ -7,7 +7,7 @@ that add the residual count it as their input, a decoder layer that hands the re
 import inspect
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
+from rtp_llm.srt.model_traits import ModelTraits
 
 RECORDING = "rtp_llm_verify"  # name of the attention function that records what transformers' models give it
 INPUT, OUTPUT = "input", "output"
@@ -274,7 +275,7 @@ class OurRecorder(Recorder):
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         super().__init__(model, trace)
-        self._packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
+        self._packed = ModelTraits.of(model).packed_modules_mapping
         self._rotation: tuple[Any, ...] | None = None  # (queries, keys) that the last rotation was given
 
     def watch(self, name: str, module: nn.Module) -> None:
@@ -359,7 +360,7 @@ def vision_aliases(model: nn.Module, name: str) -> list[str]:
     return [f"{parent}.{other}" for other in others.get(last, ())]
 
 
-def packed_sources(name: str, module: LinearBase, packed: dict[str, list[str]]) -> list[tuple[str, int]]:
+def packed_sources(name: str, module: LinearBase, packed: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
     """(checkpoint name, number of outputs) of what a linear layer holds; itself where nothing is packed in it."""
     parent, _, last = name.rpartition(".")
     sources = packed.get(last, [])

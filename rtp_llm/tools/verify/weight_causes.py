@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.trace import packed_sources, vision_aliases
 
@@ -20,7 +21,7 @@ def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tens
     Empty tensors where it has none, or there is no such module.
     """
     modules = dict(model.named_modules())
-    packed: dict[str, list[str]] = dict(getattr(model, "packed_modules_mapping", {}))
+    packed = ModelTraits.of(model).packed_modules_mapping
     parent, _, last = name.rpartition(".")
     holders = [name, *(f"{parent}.{key}" for key, sources in packed.items() if last in sources)]
     whole = [

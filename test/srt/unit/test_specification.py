@@ -28,6 +28,7 @@ from rtp_llm.srt.layers.activation import SiluAndMul
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registrations import pack_registrations, unpack_registrations
 from rtp_llm.srt.models.registry import _ModelRegistry
 from rtp_llm.srt.worker.model_runner import ModelRunner
@@ -223,7 +224,7 @@ def test_s16_forward_batch_is_called_where_it_is_defined() -> None:
         (WithForward(), ("forward", [5], [0], batch)),
         (WithBoth(), ("forward_batch", batch)),
     ):
-        assert ModelRunner._entry_point(SimpleNamespace(model=model))(batch) == expected  # type: ignore[arg-type]
+        assert ModelRunner._entry_point(SimpleNamespace(model=model, traits=ModelTraits.of(model)))(batch) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
