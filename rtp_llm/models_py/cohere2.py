@@ -88,11 +88,7 @@ class Cohere2DecoderLayer(nn.Module):
         forward_batch: "ForwardBatch",
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            residual = hidden_states
-            normed = self.input_layernorm(hidden_states)
-        else:
-            normed, residual = self.input_layernorm(hidden_states, residual)
+        normed, residual = self.input_layernorm(hidden_states, residual)
         return self.self_attn(positions, normed, forward_batch) + self.mlp(normed), residual
 
 

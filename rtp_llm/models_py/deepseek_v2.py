@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import LlamaForCausalLM, LlamaMLP
+from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from rtp_llm.srt.layers.moe import FusedMoE, Routing, softmax_grouped_topk, softmax_topk
@@ -42,31 +42,7 @@ class DeepseekV2Attention(nn.Module):
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_dim, self.v_head_dim = config.kv_lora_rank, config.v_head_dim
         self.qk_head_dim = self.nope_dim + self.rope_dim
-        self.q_lora_rank = config.q_lora_rank
-        if self.q_lora_rank is None:
-            self.q_proj = ColumnParallelLinear(
-                hidden_size,
-                num_heads * self.qk_head_dim,
-                bias=False,
-                quant_config=quant_config,
-                prefix=add_prefix("q_proj", prefix),
-            )
-        else:
-            self.q_a_proj = ReplicatedLinear(
-                hidden_size,
-                self.q_lora_rank,
-                bias=config.attention_bias,
-                quant_config=quant_config,
-                prefix=add_prefix("q_a_proj", prefix),
-            )
-            self.q_a_layernorm = RMSNorm(self.q_lora_rank, eps=1e-6)
-            self.q_b_proj = ColumnParallelLinear(
-                self.q_lora_rank,
-                num_heads * self.qk_head_dim,
-                bias=False,
-                quant_config=quant_config,
-                prefix=add_prefix("q_b_proj", prefix),
-            )
+        self._make_query_projections(config, quant_config, prefix)
         self.kv_a_proj_with_mqa = ReplicatedLinear(
             hidden_size,
             self.latent_dim + self.rope_dim,
@@ -100,6 +76,29 @@ class DeepseekV2Attention(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
             latent=True,
+        )
+
+    def _make_query_projections(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        """One projection, or two of low rank with a norm between them."""
+        self.q_lora_rank = config.q_lora_rank
+        q_size = config.num_attention_heads * self.qk_head_dim
+        if self.q_lora_rank is None:
+            self.q_proj = ColumnParallelLinear(
+                config.hidden_size, q_size, bias=False, quant_config=quant_config, prefix=add_prefix("q_proj", prefix)
+            )
+            return
+        self.q_a_proj = ReplicatedLinear(
+            config.hidden_size,
+            self.q_lora_rank,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=add_prefix("q_a_proj", prefix),
+        )
+        self.q_a_layernorm = RMSNorm(self.q_lora_rank, eps=1e-6)
+        self.q_b_proj = ColumnParallelLinear(
+            self.q_lora_rank, q_size, bias=False, quant_config=quant_config, prefix=add_prefix("q_b_proj", prefix)
         )
 
     def make_rope(self, config: "PretrainedConfig", is_interleaved: bool = True) -> RotaryEmbedding:
@@ -235,55 +234,17 @@ def check_groups(config: "PretrainedConfig") -> None:
         )
 
 
-class DeepseekV2DecoderLayer(nn.Module):
-    """Attention and feed-forward, each after a norm, each added to the residual, which is handed on apart."""
+class DeepseekV2DecoderLayer(LlamaDecoderLayer):
+    """The first layers are dense, of the others every ``moe_layer_freq``-th (counted from 0) has experts."""
 
     moe_type: type[nn.Module] = DeepseekV2MoE
 
-    def __init__(
-        self,
-        config: "PretrainedConfig",
-        layer_id: int,
-        quant_config: QuantizationConfig | None = None,
-        prefix: str = "",
-        attention_type: type[nn.Module] = DeepseekV2Attention,
-    ) -> None:
-        super().__init__()
-        self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
-        self.mlp = self._make_mlp(config, layer_id, quant_config, add_prefix("mlp", prefix))
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def _make_mlp(
+    def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> nn.Module:
-        """The first layers are dense, of the others every ``moe_layer_freq``-th (counted from 0) has experts."""
         if layer_id >= config.first_k_dense_replace and layer_id % getattr(config, "moe_layer_freq", 1) == 0:
             return self.moe_type(config, quant_config, prefix)
-        return LlamaMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            quant_config=quant_config,
-            prefix=prefix,
-            bias=getattr(config, "mlp_bias", False),
-        )
-
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        forward_batch: "ForwardBatch",
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        return super().make_mlp(config, layer_id, quant_config, prefix)
 
 
 class DeepseekV2ForCausalLM(LlamaForCausalLM):

@@ -68,11 +68,7 @@ class Glm4DecoderLayer(LlamaDecoderLayer):
         forward_batch: "ForwardBatch",
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states, forward_batch)
         hidden_states = self.post_self_attn_layernorm(hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)

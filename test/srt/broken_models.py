@@ -47,13 +47,12 @@ NORM_QUERIES = """        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
 """
 ROTATE = "        return self.rotary_emb(positions, q, k)\n\n\nclass Qwen3ForCausalLM"
-FIRST_NORM = """            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
+FIRST_NORM = """        hidden_states, residual = self.input_layernorm(hidden_states, residual)
 """
-NORMS_AND_BLOCKS = f"""        if residual is None:
-{FIRST_NORM}        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+NORMED_RESIDUAL = f"""        is_first = residual is None
+{FIRST_NORM}        residual = hidden_states if is_first else residual
+"""
+NORMS_AND_BLOCKS = f"""{FIRST_NORM}        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
 """
 SWAPPED_NORMS = (
@@ -138,7 +137,7 @@ TEN_BROKEN_MODELS = (
     BrokenModel(
         "residual taken after the norm",
         "llama",
-        ((FIRST_NORM, "".join(reversed(FIRST_NORM.splitlines(keepends=True)))),),
+        ((FIRST_NORM, NORMED_RESIDUAL),),
         "llama-default",
         "model.layers.0.post_attention_layernorm",
         "input",

@@ -1,16 +1,19 @@
 """Normalisation of the last dimension.
 
 ``norm(x)`` returns the normalised x. ``norm(x, residual)`` first adds: it returns ``(norm(x + residual), x +
-residual)``, so that a layer hands its residual on. Any leading shape: [T, hidden_size], [T, heads, head_dim].
+residual)``, so that a layer hands its residual on; in a first layer, which has none yet, ``norm(x, None)`` returns
+``(norm(x), x)``. Any leading shape: [T, hidden_size], [T, heads, head_dim].
 """
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from rtp_llm.srt.kernels.dispatch import pick
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
+
+_NOT_GIVEN: Any = object()
 
 
 class Norm(nn.Module):
@@ -24,15 +27,17 @@ class Norm(nn.Module):
         self.variance_epsilon = eps
 
     @overload
-    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
 
     @overload
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None = _NOT_GIVEN
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return self.normalise(x) if residual is None else self.add_and_normalise(x, residual)
+        if residual is _NOT_GIVEN:
+            return self.normalise(x)
+        return (self.normalise(x), x) if residual is None else self.add_and_normalise(x, residual)
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -262,6 +262,8 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(norm(x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-2)
     normed, added = norm(x, residual)
     assert torch.equal(added, x + residual) and torch.equal(normed, norm(x + residual))
+    normed, handed_on = norm(x, None)
+    assert handed_on is x and torch.equal(normed, norm(x))
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 3, 7), (0, 7)])
