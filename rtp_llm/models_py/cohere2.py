@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.gemma2 import layer_window
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaMLP, LlamaModel
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
@@ -72,7 +73,7 @@ class Cohere2DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
-        self.mlp = LlamaMLP(
+        self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,

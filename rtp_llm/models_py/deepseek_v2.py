@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import FusedMoE, Routing, softmax_grouped_topk, softmax_topk
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -181,7 +182,7 @@ class DeepseekV2MoE(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("experts", prefix),
         )
-        self.shared_experts = LlamaMLP(
+        self.shared_experts = GatedMLP(
             config.hidden_size,
             config.moe_intermediate_size * config.n_shared_experts,
             config.hidden_act,

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaMLP, LlamaModel
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.utils import add_prefix
@@ -88,7 +89,7 @@ class Gemma2DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
-        self.mlp = LlamaMLP(
+        self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_activation,

@@ -10,8 +10,8 @@ from torch import nn
 
 from rtp_llm.models_py.gemma2 import Gemma2DecoderLayer, Gemma2Model
 from rtp_llm.models_py.gemma3 import Gemma3Attention
-from rtp_llm.models_py.image_text import ImageTextModel
 from rtp_llm.models_py.llava import RENAME, LlavaProcessor, make_vision_tower, parts_of
+from rtp_llm.srt.layers.image_text import ImageTextModel
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter

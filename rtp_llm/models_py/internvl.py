@@ -10,14 +10,17 @@ from PIL import Image
 from torch import nn
 from transformers.image_processing_backends import PilBackend
 
-from rtp_llm.models_py.image_text import ImageTextModel
 from rtp_llm.models_py.llava import RENAME, LlavaProcessor, make_language_model, parts_of
 from rtp_llm.models_py.llava_onevision import VIDEO_SETTINGS
 from rtp_llm.srt.layers.activation import get_act_fn
+from rtp_llm.srt.layers.image_text import ImageTextModel
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from rtp_llm.srt.layers.mlp import VisionMLP
 from rtp_llm.srt.layers.norm import LayerNorm, RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.vision import VisionAttention, VisionMLP, hidden_states_at, interpolate_grid
+from rtp_llm.srt.layers.towers.grid import interpolate_grid
+from rtp_llm.srt.layers.towers.tower import hidden_states_at
+from rtp_llm.srt.layers.vision import VisionAttention
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 from rtp_llm.srt.multimodal.base_processor import MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.estimates import Prepared

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.srt.layers.activation import get_act_and_mul_fn
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from rtp_llm.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
@@ -19,40 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from rtp_llm.srt.forward_batch import ForwardBatch
-
-
-class LlamaMLP(nn.Module):
-    """Gated feed-forward block: ``down(act(gate(x)) * up(x))``."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        hidden_act: str,
-        quant_config: QuantizationConfig | None = None,
-        prefix: str = "",
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size,
-            [intermediate_size] * 2,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=add_prefix("gate_up_proj", prefix),
-        )
-        self.down_proj = RowParallelLinear(
-            intermediate_size,
-            hidden_size,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=add_prefix("down_proj", prefix),
-        )
-        self.act_fn = get_act_and_mul_fn(hidden_act)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, _ = self.down_proj(self.gate_up_proj.activated(x, self.act_fn))
-        return x
 
 
 class GroupedQueryAttention(nn.Module):
@@ -177,7 +143,7 @@ class LlamaDecoderLayer(nn.Module):
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> nn.Module:
         """Dense: a model with experts overrides this."""
-        return LlamaMLP(
+        return GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rtp_llm.models_py.clip_vision import CLIPVisionModel
-from rtp_llm.models_py.image_text import ImageTextModel
 from rtp_llm.models_py.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 from rtp_llm.models_py.mistral import Ministral3Attention, MistralAttention
 from rtp_llm.models_py.qwen2 import Qwen2Attention
 from rtp_llm.models_py.qwen2_moe import QwenMoeDecoderLayer
 from rtp_llm.models_py.qwen3 import Qwen3Attention
-from rtp_llm.models_py.siglip_vision import SiglipVisionModel
 from rtp_llm.srt.layers.activation import get_act_fn
+from rtp_llm.srt.layers.image_text import ImageTextModel
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.towers.clip import CLIPVisionModel
+from rtp_llm.srt.layers.towers.siglip import SiglipVisionModel
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput

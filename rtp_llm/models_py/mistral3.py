@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rtp_llm.models_py.image_text import ImageTextModel
 from rtp_llm.models_py.llava import RENAME, LlavaMultiModalProjector, LlavaProcessor, make_language_model, parts_of
-from rtp_llm.models_py.pixtral_vision import PixtralVisionModel
+from rtp_llm.srt.layers.image_text import ImageTextModel
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.towers.pixtral import PixtralVisionModel
 from rtp_llm.srt.multimodal.estimates import Prepared
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from rtp_llm.srt.sampling_params import InvalidRequest

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaMLP, LlamaModel
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.layers.linear import OutputShard
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import Norm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
@@ -111,7 +112,7 @@ class Olmo2DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
-        self.mlp = LlamaMLP(
+        self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,

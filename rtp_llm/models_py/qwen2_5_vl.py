@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import LlamaMLP
 from rtp_llm.models_py.qwen2_vl import (
     Grids,
     PatchEmbed,
@@ -18,20 +17,19 @@ from rtp_llm.models_py.qwen2_vl import (
     Qwen2VLProcessor,
     vision_inv_freq,
 )
-from rtp_llm.models_py.qwen_media import grid_of
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.towers.grid import axial_cos_sin, frame_cu_seqlens, patch_positions
 from rtp_llm.srt.layers.vision import (
     CosSin,
     VisionAttention,
     VisionAttentionMetadata,
-    axial_cos_sin,
-    frame_cu_seqlens,
-    patch_positions,
     prepare_vision_attention_metadata,
 )
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 from rtp_llm.srt.multimodal.media import VideoFrames
+from rtp_llm.srt.multimodal.qwen_media import grid_of
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ class VisionBlock(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )
-        self.mlp = LlamaMLP(
+        self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.models_py.qwen2 import layer_window
 from rtp_llm.srt.layers.linear import ReplicatedLinear
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import FusedMoE, softmax_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.utils import add_prefix
@@ -69,7 +70,7 @@ class Qwen2MoeSparseMoeBlock(QwenSparseMoeBlock):
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__(config, quant_config, prefix)
-        self.shared_expert = LlamaMLP(
+        self.shared_expert = GatedMLP(
             config.hidden_size,
             config.shared_expert_intermediate_size,
             config.hidden_act,

@@ -8,10 +8,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from rtp_llm.models_py.image_text import ImageTextModel
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaModel
 from rtp_llm.models_py.qwen2 import Qwen2Attention
-from rtp_llm.models_py.qwen_media import (
+from rtp_llm.srt.layers.image_text import ImageTextModel
+from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from rtp_llm.srt.layers.mlp import VisionMLP
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.towers.grid import axial_cos_sin, axial_inv_freq, frame_cu_seqlens, patch_positions
+from rtp_llm.srt.layers.vision import (
+    CosSin,
+    VisionAttention,
+    VisionAttentionMetadata,
+    prepare_vision_attention_metadata,
+)
+from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
+from rtp_llm.srt.multimodal.estimates import Prepared
+from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
+from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo
+from rtp_llm.srt.multimodal.qwen_media import (
     Segment,
     VideoSettings,
     check_aspect,
@@ -20,24 +35,6 @@ from rtp_llm.models_py.qwen_media import (
     mrope_positions,
     patchify,
 )
-from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
-from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
-from rtp_llm.srt.layers.vision import (
-    CosSin,
-    VisionAttention,
-    VisionAttentionMetadata,
-    VisionMLP,
-    axial_cos_sin,
-    axial_inv_freq,
-    frame_cu_seqlens,
-    patch_positions,
-    prepare_vision_attention_metadata,
-)
-from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
-from rtp_llm.srt.multimodal.estimates import Prepared
-from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalProcessorOutput
-from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils import add_prefix, make_layers
 

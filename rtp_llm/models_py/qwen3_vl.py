@@ -21,23 +21,20 @@ from rtp_llm.models_py.qwen2_vl import (
     vision_inv_freq,
 )
 from rtp_llm.models_py.qwen3 import Qwen3Attention
-from rtp_llm.models_py.qwen_media import check_aspect, fit_size, grid_of, patch_times
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.layers.towers.grid import axial_cos_sin, frame_cu_seqlens, interpolate_grid, patch_positions
 from rtp_llm.srt.layers.vision import (
     CosSin,
     VisionAttention,
     VisionAttentionMetadata,
-    axial_cos_sin,
-    frame_cu_seqlens,
-    interpolate_grid,
-    patch_positions,
     prepare_vision_attention_metadata,
 )
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 from rtp_llm.srt.multimodal.media import VideoFrames, VideoInfo
+from rtp_llm.srt.multimodal.qwen_media import check_aspect, fit_size, grid_of, patch_times
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils import add_prefix, make_layers
 

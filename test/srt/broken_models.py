@@ -128,7 +128,7 @@ TEN_BROKEN_MODELS = (
     BrokenModel(
         "wrong activation",
         "llama",
-        (("get_act_and_mul_fn(hidden_act)", 'get_act_and_mul_fn("gelu")'),),
+        (("            config.hidden_act,\n", '            "gelu",\n'),),
         "llama-default",
         "model.layers.0.mlp.act_fn",
         "input",

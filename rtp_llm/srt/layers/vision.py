@@ -1,13 +1,12 @@
-"""What vision towers are made of: attention within segments, two-dimensional positions, and their feed-forward block.
+"""The attention of vision towers, within segments.
 
 A tower sees the patches of several images or frames at once, one after another; no patch sees beyond its own segment.
 Nothing is cached.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isqrt
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
-from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -413,138 +411,3 @@ def _is_of_other_segment(metadata: VisionAttentionMetadata, num_rows: int, row_l
     tokens = torch.arange(num_rows * row_len, device=metadata.cu_seqlens.device, dtype=torch.int32)
     segments = torch.bucketize(tokens, metadata.cu_seqlens[1:], right=True).view(num_rows, row_len)
     return segments[:, None, :, None] != segments[:, None, None, :]
-
-
-class VisionMLP(nn.Module):
-    """``fc2(act(fc1(x)))``."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        hidden_act: str,
-        quant_config: QuantizationConfig | None = None,
-        prefix: str = "",
-    ) -> None:
-        super().__init__()
-        self.fc1 = ColumnParallelLinear(
-            hidden_size, intermediate_size, quant_config=quant_config, prefix=add_prefix("fc1", prefix)
-        )
-        self.fc2 = RowParallelLinear(
-            intermediate_size, hidden_size, quant_config=quant_config, prefix=add_prefix("fc2", prefix)
-        )
-        self.act_fn = get_act_fn(hidden_act)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, _ = self.fc1(x)
-        x, _ = self.fc2(self.act_fn(x))
-        return x
-
-
-def patch_positions(
-    grids: Iterable[Sequence[int]], merge_size: int = 1, device: torch.device | str | None = None
-) -> torch.Tensor:
-    """[patches, 2] int64, (row, column) of every patch of several images or videos.
-
-    Args:
-        grids: (frames, rows, columns) of each, in patches.
-        merge_size: patches come by squares of ``merge_size ** 2``, those of a square together, as they are merged
-            after the tower (Qwen2-VL, 2024); 1: row by row.
-
-    Raises:
-        ValueError: rows or columns are not a multiple of ``merge_size``.
-    """
-    return torch.cat([_grid_positions([int(size) for size in grid], merge_size, device) for grid in grids])
-
-
-def _grid_positions(grid: Sequence[int], merge_size: int, device: torch.device | str | None) -> torch.Tensor:
-    num_frames, num_rows, num_columns = grid
-    if num_rows % merge_size or num_columns % merge_size:
-        raise ValueError(
-            f"a grid of {num_rows} x {num_columns} patches cannot be merged by {merge_size} x {merge_size}"
-        )
-    rows = torch.arange(num_rows, device=device)[:, None].expand(-1, num_columns)
-    columns = torch.arange(num_columns, device=device).expand(num_rows, -1)
-    squares = torch.stack((rows, columns), dim=-1).unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size))
-    return squares.transpose(1, 2).reshape(-1, 2).repeat(num_frames, 1)
-
-
-def frame_cu_seqlens(grids: Iterable[Sequence[int]]) -> torch.Tensor:
-    """[frames of all + 1] int32 on the host: each frame of (frames, rows, columns) grids is a segment."""
-    lengths = [rows * columns for frames, rows, columns in (map(int, grid) for grid in grids) for _ in range(frames)]
-    return torch.tensor([0, *lengths], device="cpu").cumsum(0, dtype=torch.int32)
-
-
-def axial_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor) -> CosSin:
-    """(cos, sin), each [patches, head_dim / 2] float32: the first of them turn by the row, the others by the column.
-
-    Args:
-        positions: [patches, 2], as of ``patch_positions``.
-        inv_freq: [head_dim / 4], or [2, head_dim / 4] where rows and columns differ; float32, radians per patch.
-    """
-    angles = (positions[:, :, None].float() * inv_freq.to(positions.device)).flatten(1)
-    return angles.cos(), angles.sin()
-
-
-def axial_inv_freq(head_dim: int, base: float = 10000.0) -> torch.Tensor:
-    """[head_dim / 4] float32 on the host: Qwen2-VL's frequencies of a row or column (2024), for ``axial_cos_sin``."""
-    if head_dim % 4:
-        raise ValueError(f"rotation by rows and columns needs heads of a multiple of 4 components, got {head_dim}")
-    size = head_dim // 2
-    return 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
-
-
-def interpolate_grid(
-    table: torch.Tensor, num_rows: int, num_columns: int, mode: str = "bicubic", align_corners: bool = False
-) -> torch.Tensor:
-    """Learned positions of a square grid, [side ** 2, d] -> [num_rows * num_columns, d], bicubically (ViT, 2021).
-
-    ``mode`` and ``align_corners`` as of ``torch.nn.functional.interpolate``.
-    """
-    side = isqrt(len(table))
-    if side * side != len(table):
-        raise ValueError(f"{len(table)} learned positions are not those of a square grid")
-    if (num_rows, num_columns) == (side, side):
-        return table
-    grid = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
-    grid = F.interpolate(grid, size=(num_rows, num_columns), mode=mode, align_corners=align_corners)
-    return grid[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
-
-
-def hidden_states_at(
-    run: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    layers: Sequence[nn.Module] | nn.ModuleList,
-    x: torch.Tensor,
-    wanted: int | Sequence[int],
-) -> torch.Tensor | list[torch.Tensor]:
-    """The hidden state of each number in ``wanted``, a list of them for a list; later layers are not run.
-
-    As in Hugging Face's ``hidden_states``, 0 is ``x``, i the output of the i-th layer, and -1 that of the last.
-
-    Raises:
-        ValueError: there is no such state.
-    """
-    numbers = [wanted] if isinstance(wanted, int) else list(wanted)
-    num_states = len(layers) + 1
-    wrong = [number for number in numbers if not -num_states <= number < num_states]
-    if wrong or not numbers:
-        raise ValueError(
-            f"a tower of {len(layers)} layers has hidden states {-num_states} to {len(layers)}, not {wrong}"
-        )
-    places = [number % num_states for number in numbers]
-    states = {0: x}
-    for i in range(max(places)):
-        x = run(layers[i], x)
-        if i + 1 in places:
-            states[i + 1] = x
-    return states[places[0]] if isinstance(wanted, int) else [states[place] for place in places]
-
-
-def sources_below(prefix: str, tower: nn.Module) -> Sources:
-    """``weight_sources`` for a tower whose names also occur in checkpoints with ``prefix`` before them."""
-    sources: Sources = {f"{prefix}.{name}": (name, None) for name, _ in tower.named_parameters()}
-    for path, module in tower.named_modules():
-        if path:
-            for source, (parameter, shard_id) in getattr(module, "weight_sources", {}).items():
-                sources[f"{prefix}.{path}.{source}"] = (f"{path}.{parameter}", shard_id)
-    return sources

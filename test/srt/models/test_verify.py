@@ -11,9 +11,9 @@ from PIL import Image
 from seeing_twins import SEEING_TWINS
 
 from rtp_llm import ModelRegistry, cli
-from rtp_llm.models_py.clip_vision import CLIPVisionEmbeddings
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.layers.towers.clip import CLIPVisionEmbeddings
 from rtp_llm.tools.verify.locate import compare, first_difference
 from rtp_llm.tools.verify.run import OurModel, Prompt, Report, TheirModel, VerifyOptions, record, verify
 from rtp_llm.tools.verify.trace import EMBEDDINGS, Place

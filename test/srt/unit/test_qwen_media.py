@@ -19,13 +19,13 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from rtp_llm.models_py.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from rtp_llm.models_py.qwen2_vl import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from rtp_llm.models_py.qwen3_vl import Qwen3VLForConditionalGeneration
-from rtp_llm.models_py.qwen_media import Segment, VideoSettings, fit_size, mrope_positions, patch_times, patchify
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.managers.multimodal_processor import get_mm_processor
 from rtp_llm.srt.managers.tokenizer_manager import load_tokenizer
 from rtp_llm.srt.multimodal.hf_processor import HfProcessor
 from rtp_llm.srt.multimodal.items import Modality, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.media import MediaLoader, VideoFrames, VideoInfo
+from rtp_llm.srt.multimodal.qwen_media import Segment, VideoSettings, fit_size, mrope_positions, patch_times, patchify
 from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_seeing import CONFIG, IMAGE, VIDEO, make_seeing
 

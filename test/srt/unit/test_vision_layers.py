@@ -22,21 +22,19 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention as Qw
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-from rtp_llm.models_py.clip_vision import CLIPVisionModel
-from rtp_llm.models_py.pixtral_vision import PixtralVisionModel
-from rtp_llm.models_py.siglip_vision import SiglipVisionModel
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, get_rope, get_rope_config
-from rtp_llm.srt.layers.vision import (
-    SingletonCache,
-    VisionAttention,
+from rtp_llm.srt.layers.towers.clip import CLIPVisionModel
+from rtp_llm.srt.layers.towers.grid import (
     axial_cos_sin,
     axial_inv_freq,
     frame_cu_seqlens,
     interpolate_grid,
     patch_positions,
-    prepare_vision_attention_metadata,
 )
+from rtp_llm.srt.layers.towers.pixtral import PixtralVisionModel
+from rtp_llm.srt.layers.towers.siglip import SiglipVisionModel
+from rtp_llm.srt.layers.vision import SingletonCache, VisionAttention, prepare_vision_attention_metadata
 from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights_declaratively
 
 SEGMENTS = [[7], [3, 3, 3], [1, 5, 0, 5, 2, 1], [4, 9]]

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import LlamaMLP
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import get_rope_config
+from rtp_llm.srt.layers.towers.grid import axial_cos_sin, frame_cu_seqlens, patch_positions
+from rtp_llm.srt.layers.towers.tower import hidden_states_at
 from rtp_llm.srt.layers.vision import (
     CosSin,
     VisionAttention,
     VisionAttentionMetadata,
-    axial_cos_sin,
-    frame_cu_seqlens,
-    hidden_states_at,
-    patch_positions,
     prepare_vision_attention_metadata,
 )
 from rtp_llm.srt.utils import add_prefix, make_layers
@@ -44,7 +42,7 @@ class PixtralAttentionLayer(nn.Module):
             qkv_bias=False,
         )
         self.ffn_norm = RMSNorm(config.hidden_size, eps=NORM_EPS)
-        self.feed_forward = LlamaMLP(
+        self.feed_forward = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.clip_vision import CLIPEncoder, CLIPVisionEmbeddings
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.vision import Sources, sources_below
+from rtp_llm.srt.layers.towers.clip import CLIPEncoder, CLIPVisionEmbeddings
+from rtp_llm.srt.layers.towers.tower import sources_below
+from rtp_llm.srt.layers.vision import Sources
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:

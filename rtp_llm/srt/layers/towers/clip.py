@@ -6,16 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rtp_llm.srt.layers.mlp import VisionMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.vision import (
-    Sources,
-    VisionAttention,
-    VisionMLP,
-    hidden_states_at,
-    interpolate_grid,
-    sources_below,
-)
+from rtp_llm.srt.layers.towers.grid import interpolate_grid
+from rtp_llm.srt.layers.towers.tower import hidden_states_at, sources_below
+from rtp_llm.srt.layers.vision import Sources, VisionAttention
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 from rtp_llm.srt.utils import add_prefix, make_layers
 
