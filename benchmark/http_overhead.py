@@ -29,7 +29,8 @@ import transformers
 
 from rtp_llm import Engine
 from rtp_llm.tools.bench_serving.async_http import HttpClient, RequestFailed
-from rtp_llm.tools.bench_serving.command import BenchArgs, run_benchmark
+from rtp_llm.tools.bench_serving.benchmark import run_benchmark
+from rtp_llm.tools.bench_serving.options import BenchArgs
 
 READY_WITHIN_S = 300
 IDLE_OUTPUT_LEN = 256

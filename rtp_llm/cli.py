@@ -19,6 +19,7 @@ from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.tools.bench_profile import options as profile_options
 from rtp_llm.tools.bench_serving import command as bench_serving
+from rtp_llm.tools.bench_serving import options as bench_options
 from rtp_llm.tools.chat.command import run_chat
 from rtp_llm.tools.chat.engine_voice import tell_of_demo
 from rtp_llm.tools.models import run_models
@@ -226,7 +227,7 @@ def _add_server_flags(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
-    bench_serving.add_cli_args(parser)
+    bench_options.add_cli_args(parser)
     text = f"no server: show where a step's time goes, part by part; see rtp-llm bench {PROFILE_FLAG} --help"
     parser.add_argument(PROFILE_FLAG, action="store_true", help=text)
 

@@ -32,7 +32,8 @@ from benchmark.peers.peers import DEFAULT_INTO, HERE, OURS, PEERS, REPOSITORY, l
 from benchmark.peers.process import ProcessGroup, SideFailed
 from benchmark.peers.run import EXIT_FAILED, SHAPES, shape_checkpoint, vocab_size
 from rtp_llm.tools.bench_serving.async_http import HttpClient, RequestFailed
-from rtp_llm.tools.bench_serving.command import BenchArgs, BenchError, run_benchmark, workload
+from rtp_llm.tools.bench_serving.benchmark import run_benchmark, workload
+from rtp_llm.tools.bench_serving.options import BenchArgs, BenchError
 
 TRACE = Path("traces/mooncake/conversation_trace.jsonl")
 SCALE = 16.0

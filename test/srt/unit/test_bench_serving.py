@@ -17,7 +17,9 @@ from tokenizers.models import WordLevel
 
 from rtp_llm.tools.bench_serving.async_http import BadAddress, BrokenResponse, HttpClient, SseDecoder
 from rtp_llm.tools.bench_serving.backends import BACKENDS, CHAT, COMPLETIONS, NATIVE, RequestFailed, read_event
-from rtp_llm.tools.bench_serving.command import DATASET_OPTIONS, BenchArgs, BenchError, main, run_benchmark, workload
+from rtp_llm.tools.bench_serving.benchmark import run_benchmark, workload
+from rtp_llm.tools.bench_serving.command import main
+from rtp_llm.tools.bench_serving.options import DATASET_OPTIONS, BenchArgs, BenchError
 from rtp_llm.tools.bench_serving.results import Observation, figures, table
 from rtp_llm.tools.bench_serving.workloads import (
     BenchRequest,

@@ -21,7 +21,7 @@ from benchmark.peers.protocol import Job, NotOffered, Stopwatch, Timing, Work, s
 from benchmark.peers.report import bound, compare, table
 from benchmark.peers.side import Side
 from benchmark.peers.workloads import DECODE, FIRST_TOKEN, OUTPUT, PREFILL, WORKLOADS
-from rtp_llm.tools.bench_serving.command import workload
+from rtp_llm.tools.bench_serving.benchmark import workload
 from rtp_llm.tools.bench_serving.workloads import Piece, Source
 
 FAKE_ENGINE = """
