@@ -19,7 +19,10 @@ from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.plan import PaddedPrompt
 from rtp_llm.tools.bench_one_batch import command as bench_one_batch
-from rtp_llm.tools.bench_one_batch.command import OneBatch, run_correctness
+from rtp_llm.tools.bench_one_batch import correctness
+from rtp_llm.tools.bench_one_batch.batch import OneBatch
+from rtp_llm.tools.bench_one_batch.correctness import run_correctness
+from rtp_llm.tools.bench_one_batch.options import OneBatchError
 from rtp_llm.tools.reference import PROMPTS, TransformersModel, drawn_picture, encode, logits_text, read_prompts
 from tiny_models import TINY_MODELS, assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 from tiny_seeing import make_seeing
@@ -300,10 +303,10 @@ def test_pictures_that_cannot_be_shown(
 def test_a_cut_within_what_is_computed_at_once() -> None:
     prompt = PaddedPrompt(list(range(20)), atomic_spans=[(4, 9)])
     for cut_len in (0, 4, 10, 19):
-        bench_one_batch._check_cut(cut_len, "?", prompt)
+        correctness._check_cut(cut_len, "?", prompt)
     for cut_len in (5, 9):
-        with pytest.raises(bench_one_batch.OneBatchError, match=r"4 and less, or 10 and more, do not"):
-            bench_one_batch._check_cut(cut_len, "?", prompt)
+        with pytest.raises(OneBatchError, match=r"4 and less, or 10 and more, do not"):
+            correctness._check_cut(cut_len, "?", prompt)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs, pad_mm_tokens
 from rtp_llm.srt.worker.model_runner import ModelRunner
-from rtp_llm.tools.bench_one_batch import command as bench_one_batch
+from rtp_llm.tools.bench_one_batch import correctness
 from tiny_seeing import IMAGE_PAD, make_seeing
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -201,7 +201,7 @@ def test_m06_reference_hf_answers_for_images(seeing: str, tmp_path: Path, capsys
     assert spec is not None and spec.loader is not None
     reference_hf = module_from_spec(spec)
     spec.loader.exec_module(reference_hf)
-    assert reference_hf.read_pictures is bench_one_batch.read_pictures
+    assert reference_hf.read_pictures is correctness.read_pictures
     printed = []
     for colour in ("red", "blue"):
         Image.new("RGB", (60, 40), colour).save(tmp_path / "picture.png")

@@ -34,6 +34,7 @@ from rtp_llm.srt.models.registry import _ModelRegistry
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.tools import reference
 from rtp_llm.tools.bench_one_batch import command as bench_one_batch
+from rtp_llm.tools.bench_one_batch import correctness, options
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "test" / "srt"
@@ -109,8 +110,9 @@ def test_s03_the_page_tells_how_to_port() -> None:
 
 def test_s04_both_commands_keep_the_same_rules() -> None:
     reference_hf = import_file(ROOT / "scripts" / "playground" / "reference_hf.py")
-    for name in ("read_prompts", "encode", "logits_text", "whole_text", "MAX_NEW_TOKENS"):
-        assert getattr(reference_hf, name) is getattr(bench_one_batch, name) is getattr(reference, name)
+    for name in ("read_prompts", "encode", "logits_text", "whole_text"):
+        assert getattr(reference_hf, name) is getattr(correctness, name) is getattr(reference, name)
+    assert reference_hf.MAX_NEW_TOKENS is options.MAX_NEW_TOKENS is reference.MAX_NEW_TOKENS
     dtypes = reference_hf.parse_args(["--model-path", "X"]).dtype, ServerArgs(model_path="X").dtype
     assert dtypes == ("auto", "auto")
 
@@ -124,9 +126,9 @@ def test_s05_reference_hf_takes_the_command_line() -> None:
 
 def test_s06_bench_one_batch_takes_the_command_line() -> None:
     parser = ArgumentParser()
-    bench_one_batch.add_cli_args(parser)
+    options.add_cli_args(parser)
     parsed = parser.parse_args(["--correct", "--model", "X"])
-    assert bench_one_batch.OneBatchArgs.from_cli_args(parsed).correctness_test
+    assert options.OneBatchArgs.from_cli_args(parsed).correctness_test
     assert ServerArgs.from_cli_args(parsed).model_path == "X"
     assert import_file(ROOT / "RTP-LLM" / "bench_one_batch.py").main is bench_one_batch.main
 

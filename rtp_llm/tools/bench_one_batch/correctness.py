@@ -1,0 +1,109 @@
+"""``--correctness-test``: logits and texts, to be compared with those of transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_tokenizer
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.plan import PaddedPrompt
+from rtp_llm.tools.bench_one_batch.batch import OneBatch
+from rtp_llm.tools.bench_one_batch.options import OneBatchArgs, OneBatchError
+from rtp_llm.tools.reference import (
+    PICTURE_PROMPTS,
+    chat_text,
+    encode,
+    logits_text,
+    read_pictures,
+    read_prompts,
+    whole_text,
+)
+
+
+@dataclass(frozen=True)
+class Correctness:
+    """Logits [number of prompts, vocab_size] after the first tokens of each prompt, and after all of it."""
+
+    first_half: torch.Tensor | None  # None if nothing was computed before the rest
+    final: torch.Tensor
+    output_ids: list[list[int]]
+
+
+def run_correctness(
+    batch: OneBatch,
+    prompts: list[list[int]],
+    cut_len: int,
+    output_len: int,
+    media: Sequence[bytes | None] | None = None,
+) -> Correctness:
+    """Computes ``cut_len`` tokens of each prompt, then the rest beside what is in the cache, then decodes."""
+    batch.start(prompts, output_len, media)
+    first_half = batch.step_with_logits([cut_len] * len(prompts))[1] if cut_len else None
+    token_ids, final = batch.step_with_logits([len(ids) - cut_len for ids in prompts])
+    outputs = [[token_id] for token_id in token_ids]
+    for _ in range(output_len - 1):
+        for output, token_id in zip(outputs, batch.step([1] * len(prompts)), strict=True):
+            output.append(token_id)
+    return Correctness(first_half, final, outputs)
+
+
+def correctness_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
+    if server_args.skip_tokenizer_init:
+        raise OneBatchError("--correctness-test works on text: it cannot run with --skip-tokenizer-init")
+    model_config = read_model_config(server_args)
+    tokenizer = read_tokenizer(server_args, model_config)
+    if tokenizer is None:
+        raise OneBatchError(f"{server_args.model_path} has no tokenizer; name one with --tokenizer-path")
+    texts, unplaced = _prompts(server_args, args, model_config, tokenizer)
+    output_len = args.output_len[0]
+    with OneBatch(server_args, model_config) as batch:
+        padded = [
+            PaddedPrompt(prompt.input_ids) if prompt.media is None else batch.padded(prompt.input_ids, prompt.media)
+            for prompt in unplaced
+        ]
+        for text, prompt in zip(texts, padded, strict=True):
+            _check_cut(args.cut_len, text, prompt)
+        prompts, media = [prompt.prompt_ids for prompt in padded], [prompt.media or None for prompt in padded]
+        print(f"max_total_num_tokens={batch.max_total_tokens}")
+        batch.reserve(len(prompts), max(map(len, prompts)) + output_len)
+        print(f"\ninput_ids={prompts}\n")
+        found = run_correctness(batch, prompts, args.cut_len, output_len, media)
+    if found.first_half is not None:
+        print(f"prefill logits (first half): {logits_text(found.first_half)} \n")
+    print(f"prefill logits (final): {logits_text(found.final)} \n")
+    for i, (prompt_ids, output_ids) in enumerate(zip(prompts, found.output_ids, strict=True)):
+        print(f"========== Prompt {i} ==========")
+        print(whole_text(tokenizer, prompt_ids, output_ids), "\n")
+
+
+def _prompts(
+    server_args: ServerArgs, args: OneBatchArgs, model_config: ModelConfig, tokenizer: Any
+) -> tuple[list[str], list[Prompt]]:
+    """Texts, and what they are as ids and media."""
+    model_type = args.model_type or ("mllm" if model_config.is_multimodal or args.image else "text")
+    num_prompts = args.batch_size[0] if args.batch_size else None
+    if model_type == "text":
+        texts = read_prompts(args.prompt_filename)[:num_prompts]
+        return texts, [Prompt(input_ids=encode(tokenizer, text)) for text in texts]
+    if not model_config.is_multimodal:
+        name = ", ".join(model_config.architectures)
+        raise OneBatchError(f"{server_args.model_path} ({name}) takes no pictures; use --model-type text")
+    texts, pictures = read_prompts(args.prompt_filename, PICTURE_PROMPTS)[:num_prompts], read_pictures(args.image)
+    chats = [chat_text(model_config.model_path, tokenizer, text, len(pictures)) for text in texts]
+    return texts, prompts_with_pictures(server_args, model_config, tokenizer, chats, pictures)
+
+
+def _check_cut(cut_len: int, text: str, prompt: PaddedPrompt) -> None:
+    num_tokens = len(prompt.prompt_ids)
+    if num_tokens <= cut_len:
+        raise OneBatchError(f"--cut-len {cut_len} leaves nothing of the prompt {text!r}, which has {num_tokens} tokens")
+    for first, last in prompt.atomic_spans:
+        if first < cut_len <= last:
+            raise OneBatchError(
+                f"--cut-len {cut_len} cuts a picture, tokens {first} to {last} of {text!r}, which this model computes "
+                f"at once; {first} and less, or {last + 1} and more, do not"
+            )

@@ -1,0 +1,78 @@
+"""Batches of prompts through workers, step by step: for tools that need neither a scheduler nor a prefix cache."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from rtp_llm.srt.engine.executor import Executor
+from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
+from rtp_llm.srt.request_spec import RequestSpec
+from rtp_llm.srt.sampling_params import SamplingParams
+
+GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
+NUM_RANDOM_IDS = 10000  # ids of random prompts lie below this
+
+
+def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Prompts of equally long token ids, the same ones for a seed."""
+    num_ids, draw = min(NUM_RANDOM_IDS, vocab_size), random.Random(seed)
+    return [[draw.randrange(num_ids) for _ in range(length)] for _ in range(num_prompts)]
+
+
+class StepDriver:
+    """Computes one batch of prompts at a time, each prompt in the pages that lie at its place.
+
+    Args:
+        executor: has a model loaded, and the cache reserved before the first step.
+        num_groups: cache groups of the model.
+    """
+
+    def __init__(self, executor: Executor, num_groups: int, page_size: int) -> None:
+        self._executor = executor
+        self._num_groups = num_groups
+        self._page_size = page_size
+        self._step_id = 0
+        self._lens: list[int] = []  # computed tokens of each row
+        self._next = StepPlan(0)  # what the next step brings beside its work
+
+    def start(self, prompts: Sequence[list[int]], num_new: int, media: Sequence[bytes | None] | None = None) -> None:
+        """Put a batch in the place of the one before.
+
+        Args:
+            num_new: tokens that each prompt may be continued by.
+            media: what goes with each prompt, encoded.
+        """
+        num_pages = -(-(max(map(len, prompts)) + num_new) // self._page_size)
+        specs = [replace(GREEDY, media=each) for each in media or [None] * len(prompts)]
+        admissions = [
+            Admission(row, str(row), ids, [], spec) for row, (ids, spec) in enumerate(zip(prompts, specs, strict=True))
+        ]
+        writes = [
+            PageWrite(row, group, 0, list(range(1 + row * num_pages, 1 + (row + 1) * num_pages)))  # 0 is the dummy
+            for row in range(len(prompts))
+            for group in range(self._num_groups)
+        ]
+        self._next = StepPlan(0, list(range(len(self._lens))), admissions, writes)
+        self._lens = [0] * len(prompts)
+
+    def step(self, num_tokens: Sequence[int]) -> StepResult:
+        """Compute so many further tokens of each row; the result has the token after them."""
+        return self._executor.submit(self._plan(num_tokens)).result()
+
+    def step_with_logits(self, num_tokens: Sequence[int]) -> tuple[StepResult, torch.Tensor]:
+        """As ``step``, and the logits [batch_size, vocab_size], float32 on the host."""
+        return self._executor.rpc("step_with_logits", self._plan(num_tokens))[0]
+
+    def _plan(self, num_tokens: Sequence[int]) -> StepPlan:
+        """Every row is asked for a token, even within its prompt, whose logits nobody would see otherwise."""
+        plan, self._next = self._next, StepPlan(0)
+        self._step_id += 1
+        ends = [start + num for start, num in zip(self._lens, num_tokens, strict=True)]
+        work = [
+            RowWork(row, start, end - start, sample=True)
+            for row, (start, end) in enumerate(zip(self._lens, ends, strict=True))
+        ]
+        self._lens = ends
+        return replace(plan, step_id=self._step_id, work=work)
