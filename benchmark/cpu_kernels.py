@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import elementwise, sampling
 from rtp_llm.srt.devices.cpu.linear import PackedBFloat16
 from rtp_llm.srt.distributed.parallel_state import TPGroup
-from rtp_llm.srt.kernels import dispatch, reference
+from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import process_weights
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -72,7 +73,7 @@ def experts(rows: int) -> Iterator[Case]:
 
 
 def expert_layer(on_kernels: bool) -> FusedMoE:
-    with dispatch.cpu_kernels(on_kernels):
+    with building_for(provider_named("cpu" if on_kernels else "reference")):
         layer = FusedMoE(64, HIDDEN, 512, params_dtype=torch.bfloat16, tp_group=TPGroup(0, 1))
         for parameter in layer.parameters():
             parameter.data.normal_(std=0.02)

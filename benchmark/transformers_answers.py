@@ -11,7 +11,7 @@ from benchmark.evaluation import EvaluationError, Reply, positive
 from rtp_llm.srt.checkpoint import read_end_tokens
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.platform import choose_device
+from rtp_llm.srt.device.choice import choose_torch_device
 
 
 def add_transformers_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ class TransformersAnswers:
     def __init__(self, args: argparse.Namespace) -> None:
         try:
             config = ModelConfig.from_pretrained(args.model_path, dtype=args.dtype, context_length=args.context_length)
-            self._device = choose_device(args.device)
+            self._device = choose_torch_device(args.device)
             self._tokenizer = AutoTokenizer.from_pretrained(config.model_path)
             model = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=getattr(torch, config.dtype))
         except (ValueError, OSError, RuntimeError) as error:

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from benchmark.evaluation import Chat, EvaluationError, Reply
 from benchmark.transformers_answers import Continuation, StopStrings, end_ids
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.device.choice import choose_torch_device
 from rtp_llm.srt.multimodal.media import decode_image
-from rtp_llm.srt.platform import choose_device
 from rtp_llm.tools.reference import load_processor, takes_pictures
 
 
@@ -32,7 +32,7 @@ class TransformersChats:
             config = ModelConfig.from_pretrained(args.model_path, dtype=args.dtype, context_length=args.context_length)
             if not takes_pictures(config.hf_config):
                 raise EvaluationError(f"{args.model_path} ({', '.join(config.architectures)}) takes no pictures")
-            self._device = choose_device(args.device)
+            self._device = choose_torch_device(args.device)
             self._processor = load_processor(config.model_path)
             model = AutoModelForImageTextToText.from_pretrained(config.model_path, dtype=getattr(torch, config.dtype))
         except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -1,15 +1,12 @@
 """The tensors behind page ids: per cache group and layer, pages of keys and values."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
 from rtp_llm.srt.cache.spec import CacheGroup
-from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.kernels import reference
-
-TAKEN_AT_START_BYTES = 1 << 30
 
 
 class KVPool:
@@ -18,8 +15,7 @@ class KVPool:
     The values of a latent layer are a view of its keys. Where a group's ``dtype`` is int8, scales [slots, num_kv_heads]
     float32 lie beside keys and values.
 
-    Memory is reserved, not touched: on a CPU it is taken from the system as pages are first written, in huge pages, but
-    for the first gigabyte, which is taken at the start. Page 0 is zeroed, since padded page tables point to it.
+    Memory is reserved by the device, and not touched but for page 0, which is zeroed: padded page tables point to it.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], num_pages: Sequence[int], device: str) -> None:
@@ -29,7 +25,8 @@ class KVPool:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        empty = Arena().empty if device == "cpu" else functools.partial(torch.empty, device=device)
+        provider = provider_named(device)
+        empty = provider.cache_allocator()
         for g, (group, count) in enumerate(zip(groups, num_pages, strict=True)):
             spec, dtype = group.spec, getattr(torch, group.spec.dtype)
             num_slots = (count + 1) * group.page_size
@@ -48,9 +45,7 @@ class KVPool:
                     for scale in scales:
                         scale[: group.page_size].zero_()
                     self._scales[layer_id] = scales[0], scales[1]
-        if device == "cpu":
-            tensors = [*self._keys.values(), *(v for v in self._values.values() if v.is_contiguous())]
-            take_in_background(tensors, TAKEN_AT_START_BYTES)
+        provider.take_cache([*self._keys.values(), *(v for v in self._values.values() if v.is_contiguous())])
 
     def group_of(self, layer_id: int) -> int:
         return self._group_of[layer_id]

@@ -1,25 +1,10 @@
-"""The only place that asks which device this is."""
+"""The machine that this process runs on: its processors and its memory."""
 
 import functools
 import os
 import platform
 import re
 from pathlib import Path
-
-import torch
-
-
-def default_device() -> str:
-    """``cuda`` where a GPU is usable, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def choose_device(asked: str | None) -> str:
-    """The device that was asked for, if it is there, else the default one. Raises RuntimeError."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        reason = "has no CUDA support" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) sees no GPU"
-        raise RuntimeError(f"device is 'cuda', but torch {torch.__version__} {reason}; choose device 'cpu'")
-    return asked or default_device()
 
 
 def num_cpus() -> int:
@@ -39,10 +24,8 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found[1].split()) if found else frozenset()
 
 
-def memory_bytes(device: str) -> tuple[int, int]:
-    """``(free, total)`` bytes of the device's memory; for the CPU, of this container if it is limited."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(torch.device(device))
+def host_memory_bytes() -> tuple[int, int]:
+    """``(free, total)`` bytes of the machine's memory, or of this container's if it is limited."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = min(total, _container_limit())
     return min(_available_memory(), total), total

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.platform import choose_device
+from rtp_llm.srt.device.choice import choose_torch_device
 
 PROMPTS = (
     "The capital of France is",
@@ -200,7 +200,7 @@ class TransformersModel:
         self, model_path: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
     ) -> None:
         config = ModelConfig.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
-        self.device = choose_device(device)
+        self.device = choose_torch_device(device)
         self.model_path = config.model_path
         self.context_length = config.context_length
         self._load_tokenizer = partial(

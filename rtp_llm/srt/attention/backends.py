@@ -1,16 +1,10 @@
 """Attention back ends by name."""
 
-from importlib import import_module
-
 import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
-from rtp_llm.srt.kernels.dispatch import CPU_DTYPES, uses_cpu_kernels
-
-_BACKENDS = {
-    "cpu": ("rtp_llm.srt.attention.cpu", "CpuAttention"),
-    "torch_native": ("rtp_llm.srt.attention.torch", "TorchAttention"),
-}
+from rtp_llm.srt.device.choice import provider_named
+from rtp_llm.srt.device.registry import ATTENTION_BACKENDS
 
 
 def make_backend(name: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionBackend:
@@ -18,17 +12,11 @@ def make_backend(name: str | None, device: str = "cpu", dtype: torch.dtype = tor
 
     Raises:
         ValueError: there is no such back end, or it is not for this device or dtype.
-        KernelBuildError: "cpu" is asked for, and its kernels do not compile here.
+        RuntimeError: the back end's kernels cannot be had here.
     """
-    if name is None:
-        name = "cpu" if device == "cpu" and uses_cpu_kernels(dtype) else "torch_native"
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; have {sorted(_BACKENDS)}")
-    if name == "cpu" and (device != "cpu" or dtype not in CPU_DTYPES):
-        known = ", ".join(str(known).removeprefix("torch.") for known in CPU_DTYPES)
-        raise ValueError(
-            f"the attention backend 'cpu' is for models in {known} on a CPU, not {str(dtype).removeprefix('torch.')} "
-            f"on {device}: use 'torch_native', or leave it unset"
-        )
-    module, attribute = _BACKENDS[name]
-    return getattr(import_module(module), attribute)()
+    provider = provider_named(device)
+    chosen: type[AttentionBackend] = ATTENTION_BACKENDS.load(name or provider.attention_backend(dtype))
+    problem = chosen.problem(provider.torch_device, dtype)
+    if problem is not None:
+        raise ValueError(problem)
+    return chosen()

@@ -19,6 +19,11 @@ class AttentionBackend(ABC):
     reads_shared_prefixes = False  # whether ``batch.shared_prefixes`` is of use to it
     replays = False  # whether decode steps can be recorded: see worker/cpu_graph.py
 
+    @classmethod
+    def problem(cls, torch_device: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve models in ``dtype`` on a device, as a sentence; None: it can."""
+        return None
+
     @abstractmethod
     def plan(self, batch: ForwardBatch) -> None:
         """Builds the step's metadata. Host lists of ``batch`` may be used; device tensors need no synchronisation."""

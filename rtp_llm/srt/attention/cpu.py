@@ -14,6 +14,16 @@ class CpuAttention(AttentionBackend):
     reads_shared_prefixes = True
     replays = True
 
+    @classmethod
+    def problem(cls, torch_device: str, dtype: torch.dtype) -> str | None:
+        if torch_device == "cpu" and dtype in kernels.STORED:
+            return None
+        known = ", ".join(str(known).removeprefix("torch.") for known in kernels.STORED)
+        return (
+            f"the attention backend 'cpu' is for models in {known} on a CPU, not {str(dtype).removeprefix('torch.')} "
+            f"on {torch_device}: use 'torch_native', or leave it unset"
+        )
+
     def __init__(self) -> None:
         kernels.compile_now()
         self._rows = PagedRows.of([], [], [])

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -17,7 +17,7 @@ def option(
     default: Any,
     *,
     help: str,
-    choices: Sequence[Any] = (),
+    choices: Sequence[Any] | Callable[[], Sequence[Any]] = (),
     aliases: Sequence[str] = (),
     low: float | None = None,
     high: float | None = None,
@@ -25,8 +25,9 @@ def option(
     default_text: str | None = None,
 ) -> Any:
     """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``; ``server``: of the HTTP server alone;
-    ``default_text`` is shown for the default."""
-    metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases), "low": low, "high": high}
+    ``default_text`` is shown for the default; ``choices`` that may still grow are given as a function."""
+    fixed = choices if callable(choices) else tuple(choices)
+    metadata: dict[str, Any] = {"help": help, "choices": fixed, "aliases": tuple(aliases), "low": low, "high": high}
     metadata |= {"server": server, "default_text": default_text}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -81,7 +82,7 @@ def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], de
         action = argparse.BooleanOptionalAction if default is True else "store_true"
         parser.add_argument(*flags, action=action, **options)
         return
-    choices = field.metadata.get("choices")
+    choices = _choices(field)
     options |= {"choices": choices} if choices else {"metavar": {int: "N", float: "X", str: "TEXT"}[kinds[0]]}
     options |= {"nargs": "+", "action": "extend"} if is_list else {}
     parser.add_argument(*flags, type=kinds[0], **options)
@@ -89,6 +90,11 @@ def _add_flag(parser: Any, field: dataclasses.Field, kinds: tuple[type, ...], de
 
 def _flag(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
+
+
+def _choices(field: dataclasses.Field) -> Sequence[Any]:
+    choices = field.metadata.get("choices", ())
+    return choices() if callable(choices) else choices
 
 
 def _is_list(cls: type, field: dataclasses.Field) -> bool:
@@ -123,7 +129,7 @@ def _check(field: dataclasses.Field, kinds: tuple[type, ...], value: Any, is_lis
     if not fits:
         unset = " or None" if optional else ""
         raise ServerArgsError(f"{field.name} must be {kind.__name__}{unset}, not {type(value).__name__} {value!r}")
-    choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
+    choices, low, high = _choices(field), field.metadata["low"], field.metadata["high"]
     if choices and value not in choices:
         raise ServerArgsError(f"{field.name} cannot be {value!r}; have {', '.join(map(str, choices))}")
     # written so that NaN, which compares false with everything, is refused
@@ -145,6 +151,6 @@ def markdown_rows(cls: type) -> list[str]:
 def _markdown_row(field: dataclasses.Field, kinds: tuple[type, ...]) -> str:
     negated = [f"--no-{_flag(field)[2:]}"] if field.default is True else []
     flags = ", ".join(f"`{flag}`" for flag in (_flag(field), *negated, *field.metadata["aliases"]))
-    choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
+    choices = ", ".join(f"`{choice}`" for choice in _choices(field))
     default = field.metadata["default_text"] or ("unset" if field.default is None else f"`{field.default}`")
     return f"| {flags} | {choices or kinds[0].__name__} | {default} | {field.metadata['help']} |"

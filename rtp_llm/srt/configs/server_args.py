@@ -17,6 +17,7 @@ from rtp_llm.srt.configs.options import (
     nearest,
     option,
 )
+from rtp_llm.srt.device.registry import ATTENTION_BACKENDS, DEVICES
 from rtp_llm.srt.utils.logging import LOG_LEVELS
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
@@ -82,7 +83,7 @@ class ServerArgs:
         "{}", help="JSON object whose entries replace those of the model's config.json."
     )
     device: str | None = option(
-        None, help="Where the model runs. If unset, cuda where there is a GPU, otherwise cpu.", choices=("cpu", "cuda")
+        None, help="Where the model runs. If unset, cuda where there is a GPU, otherwise cpu.", choices=DEVICES.names
     )
     tp_size: int = option(
         1,
@@ -135,7 +136,7 @@ class ServerArgs:
     attention_backend: str | None = option(
         None,
         help="Implementation of attention. If unset, the fastest one that works on this machine.",
-        choices=("cpu", "torch_native"),
+        choices=ATTENTION_BACKENDS.names,
     )
     disable_prefix_sharing: bool = option(
         False,

@@ -41,13 +41,21 @@ class TPGroup:
 _tp_group = TPGroup(rank=0, world_size=1)
 
 
-def init_tensor_parallel(rank: int, world_size: int, backend: str, init_method: str, timeout_s: float) -> TPGroup:
+def init_tensor_parallel(
+    rank: int,
+    world_size: int,
+    backend: str,
+    init_method: str,
+    timeout_s: float,
+    device: torch.device | str = "cpu",
+) -> TPGroup:
     """Joins the group; returns when every rank has.
 
     Args:
-        backend: ``gloo`` (CPU) or ``nccl`` (the CUDA device numbered ``rank``).
+        backend: of torch.distributed: ``gloo``, ``nccl`` and what else it has here.
         init_method: where the ranks meet, as ``torch.distributed`` spells it (``tcp://host:port``, ``file:///path``).
         timeout_s: how long joining, and any later exchange, may wait for the other ranks.
+        device: this rank's; with an index where it is one of several that the process could use.
 
     Raises:
         RuntimeError: a group was already joined in this process.
@@ -56,9 +64,9 @@ def init_tensor_parallel(rank: int, world_size: int, backend: str, init_method: 
     global _tp_group
     if dist.is_initialized():
         raise RuntimeError("tensor parallelism is already initialised: call destroy_tensor_parallel() first")
-    if backend not in ("gloo", "nccl"):
-        raise ValueError(f"unknown distributed backend {backend!r}; have ['gloo', 'nccl']")
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    backends = [name for name in dist.Backend.default_device_backend_map.values() if dist.is_backend_available(name)]
+    if backend not in backends:
+        raise ValueError(f"unknown distributed backend {backend!r}; have {backends}")
     group = TPGroup(rank, world_size, device)
     if world_size > 1:
         dist.init_process_group(
@@ -67,7 +75,7 @@ def init_tensor_parallel(rank: int, world_size: int, backend: str, init_method: 
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
-            device_id=device if backend == "nccl" else None,
+            device_id=group.device if group.device.index is not None else None,
         )
     _tp_group = group
     return group

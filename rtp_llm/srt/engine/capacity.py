@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from rtp_llm.srt.cache.spec import CacheGroup
 
-# Fraction of the memory that is free before loading which weights and cache may take together.
-DEFAULT_MEM_FRACTION = {"cpu": 0.6, "cuda": 0.88}
 # Without a limit given, no more tokens than this are reserved: small models would fill the memory for nothing.
 MAX_AUTO_TOKENS = 1 << 22
 MIN_AUTO_TOKENS = 1 << 18

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
+from rtp_llm.srt.device.choice import choose_device, provider_named
+from rtp_llm.srt.engine.capacity import Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
 from rtp_llm.srt.engine.meter import Meter
 from rtp_llm.srt.messages import CoreInfo, FinishReason, GenerateRequest, Ping, Shutdown, ToCore, TokenOutput
 from rtp_llm.srt.plan import PaddedPrompt
-from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
@@ -20,7 +20,6 @@ from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING_REQUESTS = 256
-DEFAULT_CHUNK = {"cpu": 2048, "cuda": 8192}
 DEFAULT_DIST_TIMEOUT_S = 600.0
 
 
@@ -49,10 +48,11 @@ class EngineCore:
         self._on_admission = on_admission
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
-        free_bytes, _ = memory_bytes(self.device)
+        self._provider = provider_named(self.device)
+        free_bytes, _ = self._provider.memory_bytes()
         self._executor = executor or make_executor(
             WorkerConfig(server_args, model_config, self.device),
-            depth=0 if self.device == "cpu" or server_args.disable_overlap_schedule else 1,
+            depth=int(self._provider.overlaps_steps and not server_args.disable_overlap_schedule),
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
         try:
@@ -93,15 +93,15 @@ class EngineCore:
 
     @property
     def chunked_prefill_size(self) -> int:
-        return self._args.chunked_prefill_size or DEFAULT_CHUNK[self.device]
+        return self._args.chunked_prefill_size or self._provider.chunked_prefill_size
 
     @property
     def max_running_requests(self) -> int:
         return self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
 
     def _plan_capacity(self, loaded: LoadedModel, model_config: ModelConfig, free_bytes: int) -> Capacity:
-        fraction = self._args.mem_fraction_static or DEFAULT_MEM_FRACTION[self.device]
-        ranks_sharing = self._args.tp_size if self.device == "cpu" else 1
+        fraction = self._args.mem_fraction_static or self._provider.mem_fraction_static
+        ranks_sharing = self._args.tp_size if self._provider.ranks_share_memory else 1
         return plan_capacity(
             loaded.layout.groups,
             model_config.context_length,

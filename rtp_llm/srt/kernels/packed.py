@@ -1,19 +1,17 @@
 """Weights in the form that products read them in. A layer packs its weight once, after loading, and keeps only this.
 
-Where C++ kernels compute, that is a form of ``devices.cpu.linear``; elsewhere plain tensors and the reference.
+The forms here are plain tensors, and their products the reference's. A device may have others
+(``DeviceProvider.pack_dense`` and its neighbours).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.devices.cpu import linear as cpu_linear
-from rtp_llm.srt.devices.cpu import moe as cpu_moe
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
 
 ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
 
@@ -32,6 +30,36 @@ class PackedWeight(Protocol):
     @property
     def num_rows(self) -> int:
         """N."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """What it is made of."""
+
+
+class GatedWeight(PackedWeight, Protocol):
+    """A weight whose products can go on to a gated activation."""
+
+    def ends_in(self, activation: str) -> bool:
+        """Whether they can, to the one whose kernel has this name."""
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        activation: str = "",
+    ) -> torch.Tensor:
+        """With an ``activation``, one that ``ends_in`` is true of: [..., K] -> [..., N / 2]."""
+
+
+class GroupedWeight(Protocol):
+    """A weight of [groups, N, K], such as that of all experts."""
+
+    def apply(self, rows: torch.Tensor, rows_per_group: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See ``reference.grouped_linear``."""
 
     @property
     def nbytes(self) -> int:
@@ -133,60 +161,10 @@ class PackedGroups:
         return tuple(tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None)
 
 
-def ends_in(packed: object, activation: str) -> TypeGuard[cpu_linear.PackedWeight]:
+def ends_in(packed: object, activation: str) -> TypeGuard[GatedWeight]:
     """Whether products with the weight can compute a gated activation, by its kernel's name, on their way out."""
-    return isinstance(packed, cpu_linear.PackedWeight) and packed.ends_in(activation)
-
-
-def pack_dense(weight: torch.Tensor) -> PackedWeight:
-    """[N, K], float32 or a type of 16 bits."""
-    return fast_dense(weight) or PackedDense(weight)
-
-
-def fast_dense(weight: torch.Tensor) -> PackedWeight | None:
-    """The weight as C++ kernels read it; None where they do not compute: then it had better stay as it is."""
-    if weight.dtype != torch.bfloat16 or not weight.is_cpu or not uses_cpu_kernels():
-        return None
-    return cpu_linear.PackedBFloat16(weight)
-
-
-def fast_groups(weight: torch.Tensor) -> cpu_moe.PackedGroups | None:
-    """As ``fast_dense``, for [groups, N, K]."""
-    if weight.dtype != torch.bfloat16 or not weight.is_cpu or not uses_cpu_kernels():
-        return None
-    return cpu_moe.PackedGroups(weight)
-
-
-def _computes_bfloat16(weight: torch.Tensor) -> bool:
-    """Whether a model in bfloat16 is being made, for C++ kernels."""
-    return weight.is_cpu and torch.get_default_dtype() == torch.bfloat16 and uses_cpu_kernels()
-
-
-def pack_int8(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
-    """[N, K] int8 and [N] float32; products are those of ``reference.linear_int8``."""
-    if weight.is_cpu and uses_cpu_kernels():
-        return cpu_linear.PackedInt8(weight, scales)
-    return PackedInt8(weight, scales)
-
-
-def pack_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> PackedWeight:
-    """[N, K / 2] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_int4``.
-
-    C++ kernels compute them for models in bfloat16, whose roundings they are near to.
-    """
-    if _computes_bfloat16(weight) and group_size % 8 == 0:
-        return cpu_linear.PackedInt4(reference.unpack_int4(weight), scales, zeros, group_size)
-    return PackedGroups(weight, scales, zeros, group_size, bits=4)
-
-
-def pack_uint8(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> PackedWeight:
-    """[N, K] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_uint8``.
-
-    Models in bfloat16 get them as bfloat16 where C++ kernels compute: twice the memory, and as fast as any.
-    """
-    if _computes_bfloat16(weight):
-        return pack_dense(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
-    return PackedGroups(weight, scales, zeros, group_size, bits=8)
+    own: Any = getattr(packed, "ends_in", None)
+    return own is not None and own(activation)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

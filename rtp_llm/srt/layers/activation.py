@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.kernels.dispatch import pick
+from rtp_llm.srt.device.choice import pick
 
 
 class ActAndMul(nn.Module):

@@ -7,8 +7,8 @@ Routing turns logits [T, num_experts] into ``(topk_weights, topk_ids)``, both [T
 import torch
 from torch import nn
 
+from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
-from rtp_llm.srt.kernels.dispatch import pick
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn
 from rtp_llm.srt.layers.quantization.base import ExpertsMethodBase, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedExpertsMethod

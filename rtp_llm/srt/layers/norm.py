@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from rtp_llm.srt.kernels.dispatch import pick
+from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 
 _NOT_GIVEN: Any = object()

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.cache.spec import LengthScaling
+from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.forward_batch import ForwardBatch
-from rtp_llm.srt.kernels.dispatch import pick
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import CONFIG_FILE, ModelConfig
+from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.models.registry import reason
@@ -20,11 +21,12 @@ class ModelBuildError(ValueError):
 
 @contextmanager
 def built_as(dtype: str, device: str) -> Iterator[None]:
-    """New tensors are of this dtype and on this device; the default dtype of before comes back."""
+    """New tensors are of this dtype and on this device, and layers for it; the default dtype of before comes back."""
+    provider = provider_named(device)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        with torch.device(device):
+        with torch.device(provider.torch_device), building_for(provider):
             yield
     finally:
         torch.set_default_dtype(before)

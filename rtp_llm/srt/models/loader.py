@@ -106,7 +106,7 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
         else:
             weights: Weights = read_weights(files, source.progress)
             if quant_config:
-                weights = quant_config.translate(weights, torch.get_default_dtype(), source.device)
+                weights = quant_config.translate(weights, torch.get_default_dtype(), torch.get_default_device())
             load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
     if quant_config and quantizes_layers:

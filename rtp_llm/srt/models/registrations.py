@@ -1,8 +1,11 @@
-"""What the caller registered, on its way to other processes."""
+"""What the caller registered, models, devices and attention back ends, on its way to other processes."""
 
 import pickle
 
+from rtp_llm.srt.device.registry import ATTENTION_BACKENDS, DEVICES
 from rtp_llm.srt.models.registry import Entry, ModelRegistry
+
+TARGETS = (DEVICES, ATTENTION_BACKENDS)
 
 
 class RegistrationError(TypeError):
@@ -10,15 +13,17 @@ class RegistrationError(TypeError):
 
 
 def pack_registrations() -> bytes:
-    """What was set in ``ModelRegistry.models``: by name where a class can be imported, by value otherwise.
+    """What was set in ``ModelRegistry.models``: by name where a class can be imported, by value otherwise. And where
+    devices and attention back ends that were added are found.
 
     The environment and installed packages need not travel: other processes find them as this one does.
 
     Raises:
         RegistrationError: a class refers to something that cannot be sent; the message names both.
     """
-    overrides = ModelRegistry.models.overrides
-    return pickle.dumps({name: _pack(name, entry) for name, entry in overrides.items()}) if overrides else b""
+    models = {name: _pack(name, entry) for name, entry in ModelRegistry.models.overrides.items()}
+    added = [registry.added for registry in TARGETS]
+    return pickle.dumps((models, added)) if models or any(added) else b""
 
 
 def _pack(name: str, entry: Entry) -> bytes:
@@ -40,8 +45,10 @@ def unpack_registrations(packed: bytes) -> None:
         RegistrationError: a class cannot be imported here.
     """
     if packed:
-        entries = {name: _unpack(name, data) for name, data in pickle.loads(packed).items()}
-        ModelRegistry.models.overrides.update(entries)
+        models, added = pickle.loads(packed)
+        for registry, targets in zip(TARGETS, added, strict=True):
+            registry.added.update(targets)
+        ModelRegistry.models.overrides.update({name: _unpack(name, data) for name, data in models.items()})
 
 
 def _unpack(name: str, data: bytes) -> Entry:

@@ -46,6 +46,10 @@ class Stopwatch:
 
         return wrapper
 
+    def within_part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, timed as what is called within the part that is running now, whenever it is called."""
+        return self.timed((*self.name, name), function)
+
     def take(self) -> dict[Name, Part]:
         """What was timed since the last call; the watch begins anew. No part is running."""
         parts, self.parts = self.parts, {}

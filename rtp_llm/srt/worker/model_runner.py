@@ -12,6 +12,7 @@ from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
@@ -35,7 +36,6 @@ from rtp_llm.srt.multimodal.items import (
 from rtp_llm.srt.plan import Admission, NewPages, PaddedPrompt, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
 from rtp_llm.srt.worker.cpu_graph import CpuGraphs
-from rtp_llm.srt.worker.device import to_device, to_device_together
 
 
 @dataclass(slots=True)
@@ -66,7 +66,8 @@ class ModelRunner:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.device = device
-        self._torch_device = torch.device(device)
+        self._provider = provider_named(device)
+        self._torch_device = torch.device(self._provider.torch_device)
         self.model = load_model(
             model_config,
             model_config.model_path,
@@ -142,10 +143,10 @@ class ModelRunner:
             )
         self.kv_pool = KVPool(self.layout.groups, num_pages, self.device)
         self._page_tables = [
-            torch.zeros(max_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self.device)
+            torch.zeros(max_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self._torch_device)
             for group in self.layout.groups
         ]
-        self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=self._torch_device)
         self._num_known = np.zeros(max_rows, dtype=np.int64)  # per row, len(ids) of its RowState
         self._prompt_lens = np.zeros(max_rows, dtype=np.int64)
 
@@ -181,7 +182,7 @@ class ModelRunner:
         entries = [columns for columns in entries if columns[0]]
         if entries:
             columns = [np.concatenate(column) for column in zip(*entries, strict=True)]
-            rows, places, pages = to_device_together(columns, self._torch_device)
+            rows, places, pages = self._provider.to_device_together(columns)
             table[rows, places] = pages.int()
 
     @torch.inference_mode()
@@ -200,7 +201,7 @@ class ModelRunner:
 
     def _batch(self, work: list[RowWork]) -> ForwardBatch:
         host = step_columns(work)
-        step: StepColumns[torch.Tensor] = StepColumns(*to_device_together(host, self._torch_device))
+        step: StepColumns[torch.Tensor] = StepColumns(*self._provider.to_device_together(host))
         counts, offsets = host.counts.tolist(), host.offsets.tolist()
         has_media = not self._rows_with_media.isdisjoint(w.row for w in work)
         return ForwardBatch(
@@ -256,7 +257,7 @@ class ModelRunner:
                 if w.start <= first <= last < w.start + w.num_tokens:
                     place = offset + first - w.start
                     ends[place : place + last - first + 1] = [last + 1] * (last - first + 1)
-        return to_device(ends, torch.int64, self._torch_device) if any(ends) else None
+        return self._provider.to_device(ends, torch.int64) if any(ends) else None
 
     def _input_ids(self, host: StepColumns[np.ndarray], step: StepColumns[torch.Tensor]) -> torch.Tensor:
         """[T]: known ids from the admissions; past them, the last drawn token of the row."""
@@ -272,7 +273,7 @@ class ModelRunner:
             offset, start, end = host.offsets[b], host.starts[b], host.ends[b]
             ids[offset : offset + end - start] = self._rows[int(host.rows[b])].ids[start:end]
         columns = ids, host.offsets[is_drawn], host.rows[is_drawn]
-        input_ids, places, rows = to_device_together(columns, self._torch_device)
+        input_ids, places, rows = self._provider.to_device_together(columns)
         if len(places):
             input_ids[places] = self.last_tokens[rows]
         return input_ids
@@ -298,7 +299,7 @@ class ModelRunner:
             state.ids[first + 1 : last + 1],
             np.array(asked.token_ids_logprob, dtype=np.int64),
         )
-        token_rows, targets, token_ids = to_device_together(columns, self._torch_device)
+        token_rows, targets, token_ids = self._provider.to_device_together(columns)
         return LogprobRow(batch_index, token_rows, targets, asked.top_logprobs_num, token_ids)
 
 
@@ -385,8 +386,12 @@ def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:
     """
     if kv_cache_dtype == "auto":
         return spec
-    if device != "cpu":
-        raise ValueError(f"kv_cache_dtype={kv_cache_dtype} is for CPUs alone as yet; on {device} leave it at auto")
+    possible = provider_named(device).kv_cache_dtypes
+    if kv_cache_dtype not in possible:
+        raise ValueError(
+            f"kv_cache_dtype={kv_cache_dtype} is not for the device {device}, which has {', '.join(possible)}; leave "
+            "it at auto"
+        )
     if kv_cache_dtype == "bf16":
         if spec.dtype == "float16":
             raise ValueError("kv_cache_dtype=bf16 saves nothing for a model in float16; leave it at auto")

@@ -8,12 +8,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.distributed.parallel_state import init_tensor_parallel
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
-from rtp_llm.srt.platform import num_cpus
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.worker import Masks, PendingLogits, Worker, WorkerConfig
@@ -98,11 +96,6 @@ def _serve(parent: Parent) -> None:
 
 
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
-    if torch.device(config.device).type == "cuda":
-        torch.cuda.set_device(config.rank)
-        backend = "nccl"
-    else:
-        torch.set_num_threads(max(1, num_cpus() // config.world_size))
-        backend = "gloo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    init_tensor_parallel(config.rank, config.world_size, backend, init_method, timeout_s)
+    provider = provider_named(config.device)
+    device = provider.prepare_rank(config.rank, config.world_size)
+    init_tensor_parallel(config.rank, config.world_size, provider.process_group, init_method, timeout_s, device)

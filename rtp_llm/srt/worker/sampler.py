@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rtp_llm.srt.devices.cpu import sampling
-from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.dispatch import uses_cpu_kernels
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.layers.logits_processor import Logprobs, token_logprobs
 from rtp_llm.srt.plan import Admission
 from rtp_llm.srt.request_spec import LogprobSpec
@@ -44,14 +42,15 @@ class Sampler:
     A row's token depends on its own logits, parameters, seed and position only. Nothing here waits for the device.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: str | torch.device) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, device: str) -> None:
         self._rows: list[_Row | None] = [None] * max_rows
         self._vocab_size = vocab_size
-        self._device = torch.device(device)
+        provider = provider_named(device)
+        self._device = torch.device(provider.torch_device)
         self._counts = _TokenCounts(vocab_size, self._device)
         self._bans = TokenBans(vocab_size, self._device)
-        self._on_kernels = self._device.type == "cpu" and uses_cpu_kernels(torch.float32)
-        self._argmax = sampling.argmax if self._on_kernels else reference.argmax
+        self._argmax = provider.pick("argmax", torch.float32)
+        self._draw_kernel = provider.find("draw", torch.float32)
         # The rows that need more than an argmax, so that a step is not asked row by row what it does not need:
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
         self._drawing: set[int] = set()  # not greedy
@@ -155,8 +154,8 @@ class Sampler:
         """The tokens of these lines of logits."""
         params = [states[i].params for i in lines]
         seeds, at = self._tensor([states[i].seed for i in lines]), self._tensor([positions[i] for i in lines])
-        if self._on_kernels:
-            return sampling.draw(logits, params, seeds, at, lines)
+        if self._draw_kernel is not None:
+            return self._draw_kernel(logits, params, seeds, at, lines)
         tokens = torch.empty(len(lines), dtype=torch.int64, device=self._device)
         for start in range(0, len(lines), _DRAWN_AT_ONCE):
             part = slice(start, start + _DRAWN_AT_ONCE)

@@ -9,11 +9,11 @@ import torch
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.engine.capacity import DEFAULT_MEM_FRACTION, Capacity, auto_max_tokens, plan_capacity
+from rtp_llm.srt.device.choice import choose_device, provider_named
+from rtp_llm.srt.engine.capacity import Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS
 from rtp_llm.srt.engine.executor import make_executor
 from rtp_llm.srt.plan import PaddedPrompt, StepResult
-from rtp_llm.srt.platform import choose_device, memory_bytes
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
 from rtp_llm.tools.bench_one_batch.options import OneBatchError, flag_of
 from rtp_llm.tools.step_driver import StepDriver
@@ -42,7 +42,7 @@ class OneBatch:
         self._args = server_args
         self.model_config = model_config
         device = choose_device(server_args.device)
-        free_bytes, _ = memory_bytes(device)
+        free_bytes, _ = provider_named(device).memory_bytes()
         self._executor = make_executor(
             WorkerConfig(server_args, model_config, device),
             depth=0,
@@ -58,8 +58,9 @@ class OneBatch:
 
     def _plan_capacity(self, loaded: LoadedModel, device: str, free_bytes: int) -> Capacity:
         """Windows get as many pages as the others: nothing slides here."""
-        fraction = self._args.mem_fraction_static or DEFAULT_MEM_FRACTION[device]
-        ranks_sharing = self._args.tp_size if device == "cpu" else 1
+        provider = provider_named(device)
+        fraction = self._args.mem_fraction_static or provider.mem_fraction_static
+        ranks_sharing = self._args.tp_size if provider.ranks_share_memory else 1
         return plan_capacity(
             loaded.layout.groups,
             self.model_config.context_length,

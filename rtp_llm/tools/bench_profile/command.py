@@ -1,12 +1,11 @@
 """Where a step's time goes: ``rtp-llm bench --profile``.
 
 A batch of random prompts runs through a real core in this process: scheduler, runner, model, sampler. Layers are timed
-by wrapping their ``forward``, kernels by ``timed_kernels`` (where a step is replayed, these alone); each part's time is
-without that of the parts within it, so that all of them, with what is left between them (``rest``), add up to the step.
+by wrapping their ``forward``, kernels by the device (where a step is replayed, these alone). Each part's time is
+without that of the parts within it, so that all, with what is left between them (``rest``), add up to the step.
 """
 
 import argparse
-import functools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import nn
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.devices.cpu.timing import timed_kernels, within_part
+from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor
 from rtp_llm.srt.layers.activation import ActAndMul, SiluAndMul, SwigluOAIAndMul
@@ -82,8 +81,14 @@ def profile_steps(server_args: ServerArgs, args: ProfileArgs) -> dict[str, "Step
     """The times of the steps of one batch, ``prefill`` and ``decode``, after another one has warmed up."""
     if server_args.tp_size != 1:
         raise ProfileError("the profile is of one process: it cannot be made with --tp-size above 1")
+    provider = provider_named(choose_device(server_args.device))
+    if provider.overlaps_steps:
+        raise ProfileError(
+            f"the profile times calls, and calls to {provider.name} return before the work is done: give "
+            "--device cpu, or use python -m rtp_llm.bench_one_batch --profile"
+        )
     watch = Stopwatch()
-    with timed_kernels(watch), ProfiledCore(server_args, read_model_config(server_args), watch) as core:
+    with provider.timed_kernels(watch), ProfiledCore(server_args, read_model_config(server_args), watch) as core:
         core.run(args, seed=0)
         return core.run(args, seed=1)
 
@@ -98,12 +103,6 @@ class ProfiledCore:
         self._core = EngineCore(server_args, model_config, link.core)
         self._problem: str | None = None
         self._products: dict[Name, tuple[float, float]] = {}
-        if self._core.device != "cpu":
-            self._core.shutdown()
-            raise ProfileError(
-                f"the profile times calls, and calls to {self._core.device} return before the work is done: give "
-                "--device cpu, or use python -m rtp_llm.bench_one_batch --profile"
-            )
         self._executor: InProcessExecutor = self._core._executor  # type: ignore[assignment]
         time_core(self._core, watch)
         time_worker(self._executor.worker, watch)
@@ -170,7 +169,7 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
     watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
     watch.wrap(runner.kv_pool, "write", ("kv write",))
     if runner._graphs is not None:
-        runner._graphs.as_recorded = functools.partial(within_part, watch)
+        runner._graphs.as_recorded = watch.within_part
     worker.sample = watch.timed(("sampler",), _with_timed_results(worker.sample, watch))  # type: ignore[method-assign]
     for name, module in runner.model.named_modules():
         kind = next((kind for classes, kind in LAYER_KINDS if isinstance(module, classes)), None)

@@ -18,13 +18,13 @@ from rtp_llm.models_py.transformers import TransformersForCausalLM
 from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_processor, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.device.choice import choose_device
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
-from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rtp_llm.srt.device.choice import building_for, pick, provider_named
 from rtp_llm.srt.devices.cpu import build
-from rtp_llm.srt.kernels import dispatch, reference
+from rtp_llm.srt.kernels import reference
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 ISAS = build.supported_isas()
@@ -239,12 +240,12 @@ def test_a_file_that_does_not_compile_says_why(cache, monkeypatch, tmp_path):
 
 def test_without_a_compiler_the_reference_runs(cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    caches = (build.compiler, build._compiler_version, dispatch.cpu_kernels_work)
+    caches = (build.compiler, build._compiler_version, build.kernels_work)
     for cached in caches:
         cached.cache_clear()
     try:
         with caplog.at_level("WARNING", logger="rtp_llm"):
-            assert dispatch.pick("rms_norm") is reference.rms_norm
+            assert pick("rms_norm") is reference.rms_norm
         assert "there is no C++ compiler" in caplog.text
         assert "several times slower" in caplog.text
     finally:
@@ -259,10 +260,9 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch):
         build.isa.__wrapped__()
 
 
-def test_kernels_can_be_switched_off():
-    with dispatch.cpu_kernels(False):
-        assert not dispatch.uses_cpu_kernels()
-        assert dispatch.pick("rms_norm") is reference.rms_norm
+def test_layers_for_the_reference_take_no_kernels():
+    with building_for(provider_named("reference")):
+        assert pick("rms_norm") is reference.rms_norm
 
 
 def test_the_module_lists_the_instruction_sets_of_this_processor() -> None:

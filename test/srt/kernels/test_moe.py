@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import linear, moe
 from rtp_llm.srt.distributed.parallel_state import TPGroup
-from rtp_llm.srt.kernels import dispatch, reference
+from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import process_weights
@@ -90,7 +91,7 @@ def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int) -> Non
         bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=TPGroup(rank, 2)
     )
     packed = FusedMoE(**sizes, **options)
-    with dispatch.cpu_kernels(False):
+    with building_for(provider_named("reference")):
         plain = FusedMoE(**sizes, **options)
     for ours, theirs in zip(packed.parameters(), plain.parameters(), strict=True):
         theirs.data = ours.data.normal_(std=0.3).clone()

@@ -11,13 +11,13 @@ from transformers import AutoConfig
 
 from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
+from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.forward_batch import ForwardBatch
-from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.worker import cpu_graph
 from tiny_models import TINY_MODELS, make_tiny, random_prompts, tiny_model
 
-pytestmark = pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")
 
 
 def answers(name: str, dtype: str = "float32", **options: Any) -> tuple[list[Any], int]:

@@ -7,7 +7,7 @@ import torch
 
 from rtp_llm import Engine
 from rtp_llm.srt.cache.spec import CacheSpec
-from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
+from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.worker.model_runner import stored_as
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
@@ -16,7 +16,7 @@ MODELS = ["llama-default", "qwen3-mixed-window7-tied"]
 # off by up to 2^-9 of themselves in bfloat16, and in int8 by 1/254 of the largest one.
 TOLERANCE = {"bf16": (0.03, 0.008), "int8": (0.08, 0.02)}
 BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")),
     "torch_native",
 ]
 
@@ -52,7 +52,7 @@ def test_answers_hardly_differ(name: str, kv_cache_dtype: str, backend: str) -> 
     assert 0 < difference.max() < most and difference.mean() < average
 
 
-@pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")
+@pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")
 def test_the_cache_is_smaller() -> None:
     sizes = {}
     for dtype, kv_cache_dtype in (("float32", "auto"), ("float32", "bf16"), ("bfloat16", "auto"), ("bfloat16", "int8")):
@@ -74,7 +74,7 @@ def test_refusals() -> None:
         stored_as(latent, "int8", "cpu")
     with pytest.raises(ValueError, match="a latent cache cannot be int8"):
         CacheSpec(1, 576, 512, "int8", latent=True)
-    with pytest.raises(ValueError, match="for CPUs alone as yet; on cuda"):
+    with pytest.raises(ValueError, match="is not for the device cuda, which has auto"):
         stored_as(CacheSpec(1, 8, 8, "bfloat16"), "int8", "cuda")
     with pytest.raises(ValueError, match="saves nothing for a model in float16"):
         stored_as(CacheSpec(1, 8, 8, "float16"), "bf16", "cpu")

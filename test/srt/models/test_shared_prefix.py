@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from rtp_llm import Engine
-from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
+from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.scheduler import sharing
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
-pytestmark = pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")
 
 
 def answers(name: str, prompts: list[list[int]], **options: Any) -> tuple[list[dict[str, Any]], int]:

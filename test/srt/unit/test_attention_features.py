@@ -13,9 +13,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from rtp_llm.srt.attention import torch as torch_backend
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
+from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 
@@ -119,7 +119,7 @@ def visible_ends(cached: int, blocks: list[tuple[int, int]], new: int) -> torch.
         ("torch_native", 1 << 24),
         ("torch_native", 200),
         ("torch_native", 1),
-        pytest.param("cpu", 0, marks=pytest.mark.skipif(not cpu_kernels_work(), reason="there is no C++ compiler")),
+        pytest.param("cpu", 0, marks=pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")),
     ],
 )
 @pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "blocks"])

@@ -13,11 +13,11 @@ from made_requests import generate_request, request_spec
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.device.choice import choose_device
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
-from rtp_llm.srt.platform import choose_device
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import QueueLink, send
 from rtp_llm.srt.worker.sampler import draw

@@ -14,10 +14,10 @@ from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from rtp_llm.srt.cache.spec import CacheSpec
+from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.forward_batch import AttentionSpec
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.dispatch import cpu_kernels_work
 from rtp_llm.srt.layers.activation import _ACT, GeluAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import (
@@ -119,7 +119,7 @@ def test_a_merged_layer_and_its_activation(dtype: torch.dtype, name: str) -> Non
         layer.quant_method.process_weights_after_loading(layer)
     finally:
         torch.set_default_dtype(previous)
-    has_kernel = name in ("silu", "gelu_pytorch_tanh") and dtype == torch.bfloat16 and cpu_kernels_work()
+    has_kernel = name in ("silu", "gelu_pytorch_tanh") and dtype == torch.bfloat16 and kernels_work()
     assert layer.quant_method.ends_in(layer, activation) == has_kernel
     for shape in ((3, 16), (2, 5, 16), (0, 16)):
         x, seen = torch.randn(shape).to(dtype), []

@@ -106,6 +106,21 @@ def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
         return _open(_built_in(private, name, target))  # what is loaded needs its file no longer
 
 
+@functools.cache
+def kernels_work() -> bool:
+    """Whether this machine can compile and load kernels. Says once why not."""
+    try:
+        load("probe")
+    except KernelBuildError as error:
+        logger.warning(
+            "no CPU kernels: %s\nPlain torch computes instead, several times slower in bfloat16. Install g++ "
+            "(Debian: apt-get install g++), or name a C++ compiler in CXX.",
+            error,
+        )
+        return False
+    return True
+
+
 def _built_in(folder: Path, name: str, target: str) -> Path:
     path = folder / f"{name}-{target}-{_key(name, target)}.so"
     if _problem_of(path) is not None:

@@ -6,7 +6,7 @@ Wrappers bind a kernel's C function once, so it is the binding that is replaced:
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,11 +28,6 @@ def timed_kernels(watch: Stopwatch) -> Iterator[None]:
         yield
     finally:
         build.load = load
-
-
-def within_part(watch: Stopwatch, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, timed as what is called within the part that is running now, whenever it is called."""
-    return watch.timed((*watch.name, name), function)
 
 
 class TimedLibrary:

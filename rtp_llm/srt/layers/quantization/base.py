@@ -182,7 +182,7 @@ class QuantizationConfig(ABC):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         """The method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
 
-    def translate(self, weights: Weights, dtype: torch.dtype, device: str) -> Weights:
+    def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
         """A checkpoint's tensors, in the names and forms that parameters are loaded from. As they are by default.
 
         Names are the checkpoint's, before ``rename``; tensors are views of its files, taken one by one. Several may

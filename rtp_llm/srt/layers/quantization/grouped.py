@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide, pack_int4, pack_int8, pack_uint8
+from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod
@@ -238,10 +239,10 @@ def pack_groups(
     if zeros is not None and bool((zeros == 1 << (group_format.bits - 1)).all()):
         zeros = None
     if group_format.bits == 4:
-        return pack_int4(weight, scales, zeros, group_size)
+        return built_for().pack_int4(weight, scales, zeros, group_size)
     if zeros is None and group_format.group_size is None:
-        return pack_int8((weight ^ 128).view(torch.int8), scales[:, 0].contiguous())
-    return pack_uint8(weight, scales, zeros, group_size)
+        return built_for().pack_int8((weight ^ 128).view(torch.int8), scales[:, 0].contiguous())
+    return built_for().pack_uint8(weight, scales, zeros, group_size)
 
 
 def _converted(weight_loader: WeightLoader, convert: Conversion) -> WeightLoader:

@@ -8,7 +8,8 @@ errors.
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.kernels.packed import PackedWeight, pack_int4, pack_int8
+from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8, row_blocks
 
 # The least number of inputs that groups of a size are for: the fewer there are, the less their errors cancel.
@@ -26,9 +27,9 @@ class Int4Config(OnLoadConfig):
 
     def pack(self, weight: torch.Tensor) -> PackedWeight:
         if weight.shape[1] % 2:  # two values share a byte
-            return pack_int8(*quantize_int8(weight))
+            return built_for().pack_int8(*quantize_int8(weight))
         group_size = next(size for least, size in GROUP_SIZES.items() if weight.shape[1] >= least)
-        return pack_int4(*quantize_int4(weight, group_size), group_size)
+        return built_for().pack_int4(*quantize_int4(weight, group_size), group_size)
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

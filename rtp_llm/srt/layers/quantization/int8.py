@@ -6,7 +6,8 @@ without its outliers in 16 bits).
 
 import torch
 
-from rtp_llm.srt.kernels.packed import PackedWeight, pack_int8
+from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8
 
 
@@ -15,4 +16,4 @@ class Int8Config(OnLoadConfig):
         return "int8"
 
     def pack(self, weight: torch.Tensor) -> PackedWeight:
-        return pack_int8(*quantize_int8(weight))
+        return built_for().pack_int8(*quantize_int8(weight))

@@ -33,7 +33,7 @@ class Mxfp4Config(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> None:
         return None
 
-    def translate(self, weights: Weights, dtype: torch.dtype, device: str) -> Weights:
+    def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
         return dequantize_experts(weights, dtype, device)
 
 

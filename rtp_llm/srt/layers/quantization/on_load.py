@@ -12,7 +12,8 @@ from typing import Self, cast
 import torch
 from torch import nn
 
-from rtp_llm.srt.kernels.packed import PackedWeight, pack_int8
+from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.kernels.reference import quantize_rows
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
@@ -102,7 +103,7 @@ class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.is_head:
-            set_packed(layer, pack_int8(*quantize_int8(layer.get_parameter("weight").data)))
+            set_packed(layer, built_for().pack_int8(*quantize_int8(layer.get_parameter("weight").data)))
             free(layer, "weight")
 
     def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Weights as they are; packed where C++ kernels multiply with them."""
+"""Weights as they are; packed where the device has products that are faster so."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.devices.cpu.moe import PackedGroups
+from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.packed import PackedWeight, fast_dense, fast_groups
+from rtp_llm.srt.kernels.packed import GroupedWeight, PackedWeight
 from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, ExpertsMethodBase, LinearMethodBase, free
 from rtp_llm.srt.layers.weights import WeightLoader, make_parameter
 
@@ -71,15 +71,15 @@ class UnquantizedEmbeddingMethod(EmbeddingMethodBase):
 class GroupedExperts:
     """The weights of all experts, packed for products that take all of them in one call."""
 
-    w13: PackedGroups
-    w2: PackedGroups
+    w13: GroupedWeight
+    w2: GroupedWeight
 
     @property
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
     def tensors(self) -> list[torch.Tensor]:
-        return self.w13.tensors() + self.w2.tensors()
+        return [*self.w13.tensors(), *self.w2.tensors()]
 
 
 class UnquantizedExpertsMethod(ExpertsMethodBase):
@@ -89,7 +89,7 @@ class UnquantizedExpertsMethod(ExpertsMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         packed = {}
         for name in ("w13", "w2"):
-            groups = fast_groups(layer.get_parameter(f"{name}_weight").data)
+            groups = built_for().pack_groups(layer.get_parameter(f"{name}_weight").data)
             if groups is None:
                 return
             packed[name] = groups
@@ -112,7 +112,7 @@ class UnquantizedExpertsMethod(ExpertsMethodBase):
 
 def _pack(layer: nn.Module) -> None:
     """The packed weight takes the place of ``layer.weight``, if there is a packed form of it here."""
-    packed = fast_dense(layer.get_parameter("weight").data)
+    packed = built_for().pack_dense(layer.get_parameter("weight").data)
     if packed is not None:
         layer.packed = packed  # type: ignore[assignment]
         free(layer, "weight")

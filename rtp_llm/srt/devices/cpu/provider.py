@@ -1,0 +1,95 @@
+"""CPUs, by C++ kernels where a compiler is found; for models in float16, and without a compiler, by the reference."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
+
+import torch
+
+from rtp_llm.srt.device.provider import Kernel
+from rtp_llm.srt.devices.cpu import linear, moe
+from rtp_llm.srt.devices.cpu.build import kernels_work
+from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
+from rtp_llm.srt.devices.cpu.timing import timed_kernels
+from rtp_llm.srt.devices.reference.provider import ReferenceProvider
+from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.packed import GroupedWeight, PackedWeight
+from rtp_llm.srt.utils.stopwatch import Stopwatch
+
+DTYPES = (torch.float32, torch.bfloat16)  # of what kernels read and write
+KERNELS: dict[str, str] = {  # kernel -> module of this folder
+    "rms_norm": "elementwise",
+    "gemma_rms_norm": "elementwise",
+    "layer_norm": "elementwise",
+    "add_rms_norm": "elementwise",
+    "add_gemma_rms_norm": "elementwise",
+    "add_layer_norm": "elementwise",
+    "silu_and_mul": "elementwise",
+    "gelu_and_mul": "elementwise",
+    "gelu_tanh_and_mul": "elementwise",
+    "swiglu_oai_and_mul": "elementwise",
+    "rotary_pair": "elementwise",
+    "argmax": "sampling",
+    "draw": "sampling",
+    "group_rows": "moe",
+    "gather_rows": "moe",
+    "sum_rows": "moe",
+}
+CACHE_TAKEN_AT_START_BYTES = 1 << 30
+
+
+class CpuProvider(ReferenceProvider):
+    def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
+        if name not in KERNELS or dtype not in DTYPES or not kernels_work():
+            return None
+        return getattr(import_module(f"{__package__}.{KERNELS[name]}"), name)
+
+    def attention_backend(self, dtype: torch.dtype) -> str:
+        return "cpu" if dtype in DTYPES and kernels_work() else super().attention_backend(dtype)
+
+    def pack_dense(self, weight: torch.Tensor) -> PackedWeight | None:
+        return linear.PackedBFloat16(weight) if _takes(weight) else None
+
+    def pack_groups(self, weight: torch.Tensor) -> GroupedWeight | None:
+        return moe.PackedGroups(weight) if _takes(weight) else None
+
+    def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+        if weight.is_cpu and _builds_for_kernels(DTYPES):
+            return linear.PackedInt8(weight, scales)
+        return super().pack_int8(weight, scales)
+
+    def pack_int4(
+        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+    ) -> PackedWeight:
+        """Models in bfloat16 get kernels, whose roundings they are near to."""
+        if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)) and group_size % 8 == 0:
+            return linear.PackedInt4(reference.unpack_int4(weight), scales, zeros, group_size)
+        return super().pack_int4(weight, scales, zeros, group_size)
+
+    def pack_uint8(
+        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+    ) -> PackedWeight:
+        """Models in bfloat16 get them as bfloat16: twice the memory, and as fast as any."""
+        if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
+            return linear.PackedBFloat16(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
+        return super().pack_uint8(weight, scales, zeros, group_size)
+
+    def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
+        return timed_kernels(watch)
+
+    def cache_allocator(self) -> Callable[..., torch.Tensor]:
+        """Memory in huge pages, taken from the system as it is first written."""
+        return Arena().empty
+
+    def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The first gigabyte now, so that the first steps need not."""
+        take_in_background(tensors, CACHE_TAKEN_AT_START_BYTES)
+
+
+def _takes(weight: torch.Tensor) -> bool:
+    return weight.is_cpu and weight.dtype == torch.bfloat16 and _builds_for_kernels(DTYPES)
+
+
+def _builds_for_kernels(dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a model in one of these dtypes is being built, for kernels that compile."""
+    return torch.get_default_dtype() in dtypes and kernels_work()

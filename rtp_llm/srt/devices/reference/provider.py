@@ -1,0 +1,89 @@
+"""Plain torch on the host: documentation and oracle of every other device, and what they derive from."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity
+
+from rtp_llm.srt.device.provider import DeviceProvider, Kernel
+from rtp_llm.srt.kernels import packed, reference
+from rtp_llm.srt.platform import host_memory_bytes, num_cpus
+from rtp_llm.srt.utils.stopwatch import Stopwatch
+
+
+class ReferenceProvider(DeviceProvider):
+    torch_device = "cpu"
+    chunked_prefill_size = 2048
+    mem_fraction_static = 0.6
+    overlaps_steps = False
+    ranks_share_memory = True
+    process_group = "gloo"
+    kv_cache_dtypes: tuple[str, ...] = ("auto", "bf16", "int8")
+    step_recorder: str | None = None
+    activities: Mapping[str, ProfilerActivity] = {"CPU": ProfilerActivity.CPU}
+
+    def problem(self) -> str | None:
+        return None
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return host_memory_bytes()
+
+    def prepare_rank(self, rank: int, world_size: int) -> torch.device:
+        torch.set_num_threads(max(1, num_cpus() // world_size))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return torch.device(self.torch_device)
+
+    def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
+        return None
+
+    def pick(self, name: str, dtype: torch.dtype) -> Kernel:
+        return self.find(name, dtype) or getattr(reference, name)
+
+    def attention_backend(self, dtype: torch.dtype) -> str:
+        return "torch_native"
+
+    def pack_dense(self, weight: torch.Tensor) -> packed.PackedWeight | None:
+        return None
+
+    def pack_groups(self, weight: torch.Tensor) -> packed.GroupedWeight | None:
+        return None
+
+    def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> packed.PackedWeight:
+        return packed.PackedInt8(weight, scales)
+
+    def pack_int4(
+        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+    ) -> packed.PackedWeight:
+        return packed.PackedGroups(weight, scales, zeros, group_size, bits=4)
+
+    def pack_uint8(
+        self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
+    ) -> packed.PackedWeight:
+        return packed.PackedGroups(weight, scales, zeros, group_size, bits=8)
+
+    def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def cache_allocator(self) -> Callable[..., torch.Tensor]:
+        return partial(torch.empty, device=self.torch_device)
+
+    def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+        if dtype == torch.int64:  # half the time of torch.tensor, for the lists that every step has
+            return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.torch_device)
+        return torch.tensor(values, dtype=dtype, device=self.torch_device)
+
+    def to_device_together(self, arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
+        together = torch.from_numpy(np.concatenate(arrays)).to(self.torch_device)
+        return together.split([len(array) for array in arrays])
+
+    def to_host(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        copies = [tensor.to("cpu") for tensor in tensors]
+        return lambda: copies
