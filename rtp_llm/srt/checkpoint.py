@@ -14,7 +14,10 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.conversation import ChatTemplateError, Template, load_chat_template
 from rtp_llm.srt.managers.end_tokens import EndToken, find_end_tokens
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
+from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
+from rtp_llm.srt.multimodal.items import pad_placeholders
+from rtp_llm.srt.multimodal.placement import MediaPlacer
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,25 @@ def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, truste
     return make_processor(args, config, model_cls, tokenizer, trusted)
 
 
+def read_placer(config: ModelConfig) -> MediaPlacer:
+    """What puts media into the prompts of the model."""
+    if not config.is_multimodal:
+        return MediaPlacer()
+    try:
+        model_cls = ModelRegistry.resolve_model_cls(config.architectures)[0]
+    except UnknownArchitectureError:
+        return MediaPlacer()
+    if ModelTraits.of(model_cls).pad_input_ids in (None, pad_placeholders):
+        return MediaPlacer()
+
+    def build() -> Any:
+        from rtp_llm.srt.models.weightless import build_without_weights  # layers, only needed by some models
+
+        return build_without_weights(model_cls, config)
+
+    return MediaPlacer(build)
+
+
 def prompts_with_pictures(
     args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: Sequence[str], pictures: Sequence[Any]
 ) -> list[Prompt]:
@@ -70,7 +92,14 @@ def prompts_with_pictures(
     """
     processor = read_processor(args, config, tokenizer, trusted=True)
     context_length = config.context_length
-    manager = TokenizerManager(tokenizer, config.vocab_size, context_length, context_length, processor=processor)
+    manager = TokenizerManager(
+        tokenizer,
+        config.vocab_size,
+        context_length,
+        context_length,
+        processor=processor,
+        placer=read_placer(config),
+    )
 
     async def with_pictures() -> list[Prompt]:
         prompts = [Prompt(text=text, image_data=list(pictures), add_special_tokens=False) for text in texts]

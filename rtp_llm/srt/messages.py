@@ -39,11 +39,6 @@ class GenerateRequest:
     spec: RequestSpec
     output_ids: list[int] = field(default_factory=list)
     num_prompt_logprobs: int = 0
-    fills_context: bool = False  # max_new_tokens is what room there is: less, if the model makes a prompt longer
-
-    # What the core finds out about media before the scheduler gets the request:
-    cache_keys: list[int] = field(default_factory=list)  # the prompt, with media by content; empty: prompt_ids
-    atomic_spans: list[tuple[int, int]] = field(default_factory=list)  # (first, last): computed in one step each
 
 
 @dataclass(slots=True)

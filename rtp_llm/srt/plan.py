@@ -87,21 +87,6 @@ class SharedPrefix:
 
 
 @dataclass(slots=True)
-class PaddedPrompt:
-    """A prompt with media, as the model's ``pad_input_ids`` wants it: perhaps longer than it came.
-
-    ``cache_keys`` are its ids with pad ids, made of the media's contents, where the media are. ``problem`` says why it
-    cannot be served; the rest is empty then.
-    """
-
-    prompt_ids: list[int] = field(default_factory=list)
-    cache_keys: list[int] = field(default_factory=list)
-    media: bytes = b""
-    atomic_spans: list[tuple[int, int]] = field(default_factory=list)
-    problem: str | None = None
-
-
-@dataclass(slots=True)
 class StepPlan:
     step_id: int
     releases: list[int] = field(default_factory=list)  # rows whose request has ended or was retracted

@@ -8,7 +8,7 @@ beside it: ids, what has been answered already, pages. An adapter's name and a g
 by the workers that load the one and make masks of the other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -24,6 +24,20 @@ class LogprobSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptMedia:
+    """A prompt's media, placed among its ids.
+
+    ``content`` is what ``MultimodalInputs.encode`` made: nobody but the workers reads it. ``cache_keys`` are the prompt
+    as the prefix cache knows it, with ids made of the media's contents where these are. ``blocks`` are runs (first,
+    last) of positions that hold media, neighbours joined: some models compute each in one step.
+    """
+
+    content: bytes = field(repr=False)
+    cache_keys: list[int]
+    blocks: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestSpec:
     """One request, checked: every value is in range, and ``params.max_new_tokens`` is decided.
 
@@ -34,7 +48,7 @@ class RequestSpec:
     params: SamplingParams  # a copy that nobody changes
     seed: int  # in [0, 2**64)
     logprobs: LogprobSpec | None = None
-    media: bytes | None = None  # MultimodalInputs.encode(): nobody but the workers reads them
+    media: PromptMedia | None = None
     cache_salt: str = ""  # requests share cached prefixes only with equal salts
     priority: int = 0  # the policy "priority" schedules lower numbers earlier; the others do not look at it
     eos_token_ids: tuple[int, ...] = ()  # end it unless ignore_eos

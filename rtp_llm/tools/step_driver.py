@@ -8,7 +8,7 @@ import torch
 
 from rtp_llm.srt.engine.executor import Executor
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
-from rtp_llm.srt.request_spec import RequestSpec
+from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 
 GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
@@ -37,12 +37,14 @@ class StepDriver:
         self._lens: list[int] = []  # computed tokens of each row
         self._next = StepPlan(0)  # what the next step brings beside its work
 
-    def start(self, prompts: Sequence[list[int]], num_new: int, media: Sequence[bytes | None] | None = None) -> None:
+    def start(
+        self, prompts: Sequence[list[int]], num_new: int, media: Sequence[PromptMedia | None] | None = None
+    ) -> None:
         """Put a batch in the place of the one before.
 
         Args:
             num_new: tokens that each prompt may be continued by.
-            media: what goes with each prompt, encoded.
+            media: what goes with each prompt.
         """
         num_pages = -(-(max(map(len, prompts)) + num_new) // self._page_size)
         specs = [replace(GREEDY, media=each) for each in media or [None] * len(prompts)]

@@ -8,6 +8,7 @@ from PIL import Image
 from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.reference import Answer, TransformersModel, drawn_picture, top_logprobs
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.run import picture_prompt
@@ -22,7 +23,7 @@ class PicturePrompt:
     text: str
     pictures: list[Image.Image]
     ids: list[int]
-    media: bytes
+    media: PromptMedia
 
 
 def picture_prompts(args: ServerArgs) -> list[PicturePrompt]:
@@ -44,7 +45,7 @@ def their_picture_answers(
     model = TransformersModel(model_dir, dtype, trust_remote_code=trust_remote_code)
     found = []
     for prompt in prompts:
-        extras = extras_for(model.model, prompt.ids, MultimodalInputs.decode(prompt.media))
+        extras = extras_for(model.model, prompt.ids, MultimodalInputs.decode(prompt.media.content))
         output_ids, logits = model.generate(prompt.ids, max_new_tokens, extras)
         text = model.tokenizer.decode(output_ids, skip_special_tokens=True)
         prefill = top_logprobs(model.prompt_logits(prompt.ids, extras), top_num)
@@ -57,7 +58,7 @@ def their_prompt_logprobs(model_dir: str, prompts: list[PicturePrompt], dtype: s
     model = TransformersModel(model_dir, dtype, "cpu")
     found = []
     for prompt in prompts:
-        extras = extras_for(model.model, prompt.ids, MultimodalInputs.decode(prompt.media))
+        extras = extras_for(model.model, prompt.ids, MultimodalInputs.decode(prompt.media.content))
         logprobs = model.prompt_logits(prompt.ids, extras).float().log_softmax(-1)
         found.append(logprobs[:-1].gather(1, torch.tensor(prompt.ids[1:])[:, None])[:, 0])
     return torch.cat(found)

@@ -8,7 +8,7 @@ from rtp_llm.srt.request_spec import LogprobSpec, RequestSpec
 from rtp_llm.srt.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 
 LOGPROBS = ("logprob_start_len", "top_logprobs_num", "token_ids_logprob", "return_text_in_logprobs")
-BESIDE = ("output_ids", "num_prompt_logprobs", "cache_keys", "atomic_spans")
+BESIDE = ("output_ids", "num_prompt_logprobs")
 
 
 def request_spec(params: SamplingParams | None = None, seed: int = 0, **options: Any) -> RequestSpec:

@@ -142,7 +142,7 @@ def _asked(
     if prepared.media is None:
         ids, media = engine.tokenizer_manager.encode(text), MultimodalInputs([])
     else:
-        ids, media = prepared.input_ids, MultimodalInputs.decode(prepared.media)
+        ids, media = prepared.input_ids, MultimodalInputs.decode(prepared.media.content)
         check_estimates(engine.tokenizer_manager._processor, images, videos, media)
     options = {key: value for key, value in case.feed(ids, media).items() if value is not None}
     return Asked(name, text, images, videos, vision_reference(model, ids, options))

@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -11,8 +10,7 @@ from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.capacity import Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
 from rtp_llm.srt.engine.meter import Meter
-from rtp_llm.srt.messages import CoreInfo, FinishReason, GenerateRequest, Ping, Shutdown, ToCore, TokenOutput
-from rtp_llm.srt.plan import PaddedPrompt
+from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
@@ -39,8 +37,7 @@ class EngineCore:
 
         Args:
             on_progress: called with (bytes loaded, bytes in all) while weights are read.
-            on_admission: called with the rids of requests that the workers are about to see for the first time, in the
-                next step or, if they have media, before that.
+            on_admission: called with the rids of requests that the workers see for the first time in the next step.
             executor: instead of the one that ``server_args`` asks for.
         """
         self._args = server_args
@@ -149,7 +146,7 @@ class EngineCore:
             return False
         if any(isinstance(message, Ping) for message in messages):
             self._link.send([self._meter.report()])
-        self._receive([message for message in messages if not isinstance(message, Ping)])
+        self._link.send(self.scheduler.receive([message for message in messages if not isinstance(message, Ping)]))
         plan = self.scheduler.plan()
         if plan is not None:
             if plan.admissions and self._on_admission is not None:
@@ -161,34 +158,6 @@ class EngineCore:
         if stats is not None:
             self._link.send([stats])
         return True
-
-    def _receive(self, messages: list[ToCore]) -> None:
-        """Hands messages to the scheduler, once the model has said where media go in a prompt."""
-        for message in messages:
-            padded: ToCore | TokenOutput = message
-            if isinstance(message, GenerateRequest) and message.spec.media is not None:
-                padded = self._padded(message, message.spec.media)
-            self._link.send([padded] if isinstance(padded, TokenOutput) else self.scheduler.receive([padded]))
-
-    def _padded(self, message: GenerateRequest, media: bytes) -> GenerateRequest | TokenOutput:
-        if self._on_admission is not None:
-            self._on_admission([message.rid])
-        prompt: PaddedPrompt = self._executor.rpc("pad_input_ids", message.prompt_ids, media)[0]
-        if prompt.problem is not None:
-            problem = f"the media cannot be placed in the prompt: {prompt.problem}"
-            return TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))
-        spec = replace(message.spec, media=prompt.media)
-        if message.fills_context:
-            room = self.max_req_len - len(prompt.prompt_ids)
-            max_new_tokens = max(1, min(spec.max_new_tokens, room))
-            spec = replace(spec, params=replace(spec.params, max_new_tokens=max_new_tokens))
-        return replace(
-            message,
-            spec=spec,
-            prompt_ids=prompt.prompt_ids,
-            cache_keys=prompt.cache_keys,
-            atomic_spans=prompt.atomic_spans,
-        )
 
     def shutdown(self) -> None:
         """Ends the workers. Requests that still run get no answer from here."""

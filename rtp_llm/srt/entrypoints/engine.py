@@ -12,7 +12,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self
 
-from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_processor, read_tokenizer
+from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_placer, read_processor, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
@@ -80,6 +80,7 @@ class Engine:
             args.media_limits,
             end_tokens,
             args.schedule_policy == "priority",
+            read_placer(self.model_config),
         )
 
     @property

@@ -29,6 +29,7 @@ from rtp_llm.srt.checkpoint import (
     read_chat_template,
     read_end_tokens,
     read_model_config,
+    read_placer,
     read_processor,
     read_tokenizer,
 )
@@ -293,6 +294,7 @@ def make_app(
         args.media_limits,
         read_end_tokens(args, config, tokenizer),
         args.schedule_policy == "priority",
+        read_placer(config),
     )
     frontend = Frontend(core.client, manager, loop, observers)
     serving = Serving(args, config, core, frontend, read_chat_template(args, config, tokenizer))

@@ -10,7 +10,7 @@ from rtp_llm.srt.layers.embedding import ParallelLMHead
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from rtp_llm.srt.layers.multimodal import general_mm_embed_routine
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, pad_mm_tokens
+from rtp_llm.srt.multimodal.items import Modality, pad_placeholders
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class ImageTextModel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_submodule("embed_tokens")
 
-    def pad_input_ids(self, input_ids: list[int], mm_inputs: MultimodalInputs) -> list[int]:
-        return pad_mm_tokens(input_ids, mm_inputs)
+    pad_input_ids = pad_placeholders
 
     def forward_batch(self, batch: "ForwardBatch") -> LogitsProcessorOutput:
         positions = batch.positions if batch.mrope_positions is None else batch.mrope_positions

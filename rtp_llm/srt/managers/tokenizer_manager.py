@@ -18,8 +18,9 @@ from rtp_llm.srt.managers.tokenizer_files import VOCABULARIES, complaint
 from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
 from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
+from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.srt.multimodal.work import Workers
-from rtp_llm.srt.request_spec import LogprobSpec, RequestSpec
+from rtp_llm.srt.request_spec import LogprobSpec, PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     ContextLengthExceeded,
@@ -103,8 +104,7 @@ class Prompt:
     video_data: Any = None
     audio_data: Any = None
     add_special_tokens: bool = True  # to a text
-    media: bytes | None = None  # what became of the media, in ``with_media``
-    fills_context: bool = False  # nobody asked for max_new_tokens, it is all that the context seems to have left
+    media: PromptMedia | None = None  # what became of the media, in ``with_media``
 
     @property
     def has_media(self) -> bool:
@@ -121,6 +121,7 @@ class TokenizerManager:
         max_req_len: tokens of the longest request that can be served: the context, or what the cache holds if less.
         random_seed: makes the seeds of requests that bring none reproducible.
         processor: of a multimodal model; None: the model takes text only.
+        placer: puts media into its prompts; None: as most models want them.
         media_limits: how many media of a kind a request may have, by "image", "video", "audio".
         end_tokens: what ends a text.
         takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
@@ -137,6 +138,7 @@ class TokenizerManager:
         media_limits: Mapping[str, int] | None = None,
         end_tokens: Sequence[EndToken] = (),
         takes_priorities: bool = False,
+        placer: MediaPlacer | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -145,6 +147,7 @@ class TokenizerManager:
         self.end_tokens = tuple(end_tokens)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._processor = processor
+        self._placer = placer or MediaPlacer()
         self._media_limits = dict(media_limits or {})
         self._takes_priorities = takes_priorities
         self._encoders = Workers(ENCODERS, "rtp-llm-media-encoder")
@@ -156,6 +159,7 @@ class TokenizerManager:
 
         Raises:
             InvalidRequest: the model takes no such media, there are too many, or one is broken.
+            MediaPlacementError: the model cannot place them.
         """
         if not prompt.has_media:
             return prompt
@@ -174,11 +178,9 @@ class TokenizerManager:
             )
             if isinstance(output, Mapping):
                 output = MultimodalProcessorOutput.from_dict(output)
-            encoded = await self._encoders.run(MultimodalInputs.from_processor_output(output).encode)
-        ids = list(output.input_ids)
-        return replace(
-            prompt, text=None, input_ids=ids, media=encoded, image_data=None, video_data=None, audio_data=None
-        )
+            inputs = MultimodalInputs.from_processor_output(output)
+            ids, media = await self._encoders.run(self._placer.place, output.input_ids, inputs)
+        return replace(prompt, text=None, input_ids=ids, media=media, image_data=None, video_data=None, audio_data=None)
 
     def check_media(self, prompts: Sequence[Prompt]) -> None:
         """Counts a request's media before any is fetched. Callers in this process may send many prompts at once, each
@@ -230,7 +232,7 @@ class TokenizerManager:
             eos_token_ids=tuple(token.token_id for token in self.end_tokens),
         )
         return [
-            GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64), fills_context=prompt.fills_context)
+            GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64))
             for i, rid in enumerate(_rids(prompt.rid, params.n))
         ]
 

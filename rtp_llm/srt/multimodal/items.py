@@ -309,6 +309,11 @@ def pad_mm_tokens(input_ids: Sequence[int], mm_inputs: MultimodalInputs) -> list
     return padded
 
 
+def pad_placeholders(_model: object, input_ids: list[int], mm_inputs: MultimodalInputs) -> list[int]:
+    """``pad_mm_tokens`` as a model's method: ``pad_input_ids = pad_placeholders``. It asks nothing of the model."""
+    return pad_mm_tokens(input_ids, mm_inputs)
+
+
 def pad_mm_token_pairs(
     input_ids: Sequence[int],
     mm_inputs: MultimodalInputs,

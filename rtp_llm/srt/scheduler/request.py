@@ -55,8 +55,13 @@ class Request:
 
     @classmethod
     def from_message(
-        cls, message: GenerateRequest, order: int, length_scaling: LengthScaling | None = None
+        cls,
+        message: GenerateRequest,
+        order: int,
+        length_scaling: LengthScaling | None = None,
+        computes_blocks: bool = False,
     ) -> "Request":
+        """``computes_blocks``: the model computes each block of media in one step."""
         spec, prompt_len = message.spec, len(message.prompt_ids)
         logprob_start_len = -1 if spec.logprobs is None else spec.logprobs.logprob_start_len
         key_class = 0 if length_scaling is None else length_scaling.key_class(prompt_len)
@@ -65,14 +70,14 @@ class Request:
             rid=message.rid,
             order=order,
             ids=ids,
-            keys=[*message.cache_keys, *message.output_ids] if message.cache_keys else ids,
+            keys=ids if spec.media is None else [*spec.media.cache_keys, *message.output_ids],
             prompt_len=prompt_len,
             spec=spec,
             max_new_tokens=spec.max_new_tokens,
             stop_ids=spec.stop_ids,
             namespace=(spec.cache_salt, key_class),
             logprob_from=None if logprob_start_len < 0 else logprob_start_len,
-            atomic_spans=message.atomic_spans,
+            atomic_spans=spec.media.blocks if spec.media is not None and computes_blocks else [],
         )
         request.take_prompt_logprobs(message.num_prompt_logprobs)
         return request

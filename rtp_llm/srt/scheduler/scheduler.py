@@ -156,7 +156,9 @@ class Scheduler:
         problem = self._refusal(message)
         if problem:
             return [TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))]
-        request = Request.from_message(message, self._num_arrivals, self._length_scaling)
+        request = Request.from_message(
+            message, self._num_arrivals, self._length_scaling, computes_blocks=self.config.max_media_block > 0
+        )
         self._num_arrivals += 1
         if message.output_ids:
             reason = request.finish_reason_after(request.ids[-1])
@@ -178,9 +180,10 @@ class Scheduler:
                 f"the request needs {total} tokens ({len(message.prompt_ids)} of the prompt), "
                 f"but at most {self.config.max_req_len} can be served"
             )
-        longest = max((last - first + 1 for first, last in message.atomic_spans), default=0)
-        if longest > self.config.max_media_block:
-            return f"an image takes {longest} tokens, but the model's take {self.config.max_media_block} at most"
+        if message.spec.media is not None and self.config.max_media_block:
+            longest = max((last - first + 1 for first, last in message.spec.media.blocks), default=0)
+            if longest > self.config.max_media_block:
+                return f"an image takes {longest} tokens, but the model's take {self.config.max_media_block} at most"
         return None
 
     def _abort(self, rid: str | None) -> list[FromCore]:

@@ -26,14 +26,8 @@ from rtp_llm.srt.model_traits import (
 )
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
-from rtp_llm.srt.multimodal.items import (
-    MediaError,
-    MultimodalInputs,
-    media_blocks,
-    pad_mm_tokens,
-    vocabulary_ids,
-)
-from rtp_llm.srt.plan import Admission, NewPages, PaddedPrompt, PageWrite, RowWork, SharedPrefix, StepPlan
+from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
+from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
 from rtp_llm.srt.worker.cpu_graph import CpuGraphs
 
@@ -105,23 +99,6 @@ class ModelRunner:
     def reads_shared_prefixes(self) -> bool:
         return self._attn_backend.reads_shared_prefixes
 
-    def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
-        """What the model's ``pad_input_ids`` makes of a prompt; without that method, pad ids at the items' offsets.
-
-        Raises:
-            MediaError: what it returned is not consistent with the media. And whatever the method raises.
-        """
-        inputs = MultimodalInputs.decode(media)
-        before = [list(item.offsets) for item in inputs.mm_items]
-        own = self.traits.pad_input_ids or pad_mm_tokens
-        padded = [int(token_id) for token_id in own(list(prompt_ids), inputs)]
-        ids = vocabulary_ids(padded, inputs)
-        blocks = media_blocks(inputs) if self.max_media_block else []
-        moved = before != [item.offsets for item in inputs.mm_items]
-        if moved and inputs.mrope_positions is not None:
-            raise MediaError("pad_input_ids moved media whose rotary positions the processor had already computed")
-        return PaddedPrompt(ids, padded, inputs.encode() if moved else media, blocks)
-
     @property
     def weight_bytes(self) -> int:
         """Of parameters, buffers and packed weights."""
@@ -167,7 +144,7 @@ class ModelRunner:
 
     def _admit(self, admission: Admission) -> None:
         row = admission.row
-        media = None if admission.spec.media is None else MultimodalInputs.decode(admission.spec.media)
+        media = None if admission.spec.media is None else MultimodalInputs.decode(admission.spec.media.content)
         ids = np.array([*admission.prompt_ids, *admission.output_ids], dtype=np.int64)
         self._rows[row] = RowState(admission, ids, media)
         self._num_known[row], self._prompt_lens[row] = len(ids), len(admission.prompt_ids)

@@ -1,6 +1,5 @@
 """One rank's worker: it executes StepPlans. It knows neither requests' texts nor clients."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,13 +10,11 @@ from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.layers.logits_processor import Logprobs
-from rtp_llm.srt.plan import PaddedPrompt, RowResult, RowWork, StepPlan, StepResult
+from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult
 from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
-
-logger = logging.getLogger(__name__)
 
 BAD_LOGITS = "the model's logits are not finite numbers for this request"
 Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may come next
@@ -140,14 +137,6 @@ class Worker:
         """As ``step``, but waits; and a copy of the logits that tokens were drawn from, [S, vocab_size] float32."""
         pending = self.forward(plan)
         return self.sample(pending).result(), pending.logits.to("cpu", copy=True)
-
-    def pad_input_ids(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
-        """The prompt with its media as the model wants it. What goes wrong concerns this request alone."""
-        try:
-            return self.runner.pad_input_ids(prompt_ids, media)
-        except Exception as error:  # whatever a model's method may raise; told to whoever asked
-            logger.debug("media cannot be placed in the prompt", exc_info=True)
-            return PaddedPrompt(problem=f"{type(error).__name__}: {error}")
 
     def start_profile(self, activities: list[str], record_shapes: bool) -> None:
         self._profiler.start(activities, record_shapes)

@@ -13,7 +13,8 @@ from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.capacity import Capacity, auto_max_tokens, plan_capacity
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS
 from rtp_llm.srt.engine.executor import make_executor
-from rtp_llm.srt.plan import PaddedPrompt, StepResult
+from rtp_llm.srt.plan import StepResult
+from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
 from rtp_llm.tools.bench_one_batch.options import OneBatchError, flag_of
 from rtp_llm.tools.step_driver import StepDriver
@@ -54,6 +55,7 @@ class OneBatch:
         except BaseException:
             self._executor.shutdown()
             raise
+        self.computes_blocks = loaded.max_media_block > 0  # of media: each in one step
         self._driver = StepDriver(self._executor, len(loaded.layout.groups), server_args.page_size)
 
     def _plan_capacity(self, loaded: LoadedModel, device: str, free_bytes: int) -> Capacity:
@@ -89,19 +91,12 @@ class OneBatch:
         """Reserves the cache. To be called once, before the first batch."""
         self._executor.init_cache(list(self._capacity.num_pages), max_batch_size, max_len)
 
-    def padded(self, prompt_ids: list[int], media: bytes) -> PaddedPrompt:
-        """A prompt with media as the model wants it. Raises OneBatchError."""
-        prompt: PaddedPrompt = self._executor.rpc("pad_input_ids", prompt_ids, media)[0]
-        if prompt.problem is not None:
-            raise OneBatchError(f"the media cannot be placed in the prompt: {prompt.problem}")
-        return prompt
-
-    def start(self, prompts: list[list[int]], num_new: int, media: Sequence[bytes | None] | None = None) -> None:
+    def start(self, prompts: list[list[int]], num_new: int, media: Sequence[PromptMedia | None] | None = None) -> None:
         """Puts a batch in the place of the one before.
 
         Args:
             num_new: tokens that each prompt may be continued by.
-            media: what goes with each prompt, as ``padded`` returns both.
+            media: what goes with each prompt.
         """
         reason = self.why_not(len(prompts), max(map(len, prompts)) + num_new)
         if reason is not None:

@@ -10,7 +10,7 @@ from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, rea
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.srt.plan import PaddedPrompt
+from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.bench_one_batch.batch import OneBatch
 from rtp_llm.tools.bench_one_batch.options import OneBatchArgs, OneBatchError
 from rtp_llm.tools.reference import (
@@ -38,7 +38,7 @@ def run_correctness(
     prompts: list[list[int]],
     cut_len: int,
     output_len: int,
-    media: Sequence[bytes | None] | None = None,
+    media: Sequence[PromptMedia | None] | None = None,
 ) -> Correctness:
     """Computes ``cut_len`` tokens of each prompt, then the rest beside what is in the cache, then decodes."""
     batch.start(prompts, output_len, media)
@@ -58,24 +58,20 @@ def correctness_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
     tokenizer = read_tokenizer(server_args, model_config)
     if tokenizer is None:
         raise OneBatchError(f"{server_args.model_path} has no tokenizer; name one with --tokenizer-path")
-    texts, unplaced = _prompts(server_args, args, model_config, tokenizer)
+    texts, prompts = _prompts(server_args, args, model_config, tokenizer)
     output_len = args.output_len[0]
     with OneBatch(server_args, model_config) as batch:
-        padded = [
-            PaddedPrompt(prompt.input_ids) if prompt.media is None else batch.padded(prompt.input_ids, prompt.media)
-            for prompt in unplaced
-        ]
-        for text, prompt in zip(texts, padded, strict=True):
-            _check_cut(args.cut_len, text, prompt)
-        prompts, media = [prompt.prompt_ids for prompt in padded], [prompt.media or None for prompt in padded]
+        for text, prompt in zip(texts, prompts, strict=True):
+            _check_cut(args.cut_len, text, prompt, batch.computes_blocks)
+        ids, media = [prompt.input_ids for prompt in prompts], [prompt.media for prompt in prompts]
         print(f"max_total_num_tokens={batch.max_total_tokens}")
-        batch.reserve(len(prompts), max(map(len, prompts)) + output_len)
-        print(f"\ninput_ids={prompts}\n")
-        found = run_correctness(batch, prompts, args.cut_len, output_len, media)
+        batch.reserve(len(ids), max(map(len, ids)) + output_len)
+        print(f"\ninput_ids={ids}\n")
+        found = run_correctness(batch, ids, args.cut_len, output_len, media)
     if found.first_half is not None:
         print(f"prefill logits (first half): {logits_text(found.first_half)} \n")
     print(f"prefill logits (final): {logits_text(found.final)} \n")
-    for i, (prompt_ids, output_ids) in enumerate(zip(prompts, found.output_ids, strict=True)):
+    for i, (prompt_ids, output_ids) in enumerate(zip(ids, found.output_ids, strict=True)):
         print(f"========== Prompt {i} ==========")
         print(whole_text(tokenizer, prompt_ids, output_ids), "\n")
 
@@ -97,11 +93,11 @@ def _prompts(
     return texts, prompts_with_pictures(server_args, model_config, tokenizer, chats, pictures)
 
 
-def _check_cut(cut_len: int, text: str, prompt: PaddedPrompt) -> None:
-    num_tokens = len(prompt.prompt_ids)
+def _check_cut(cut_len: int, text: str, prompt: Prompt, computes_blocks: bool) -> None:
+    num_tokens = len(prompt.input_ids)
     if num_tokens <= cut_len:
         raise OneBatchError(f"--cut-len {cut_len} leaves nothing of the prompt {text!r}, which has {num_tokens} tokens")
-    for first, last in prompt.atomic_spans:
+    for first, last in prompt.media.blocks if prompt.media and computes_blocks else ():
         if first < cut_len <= last:
             raise OneBatchError(
                 f"--cut-len {cut_len} cuts a picture, tokens {first} to {last} of {text!r}, which this model computes "

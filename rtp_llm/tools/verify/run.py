@@ -23,9 +23,10 @@ from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError
-from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
+from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.multimodal.placement import MediaPlacementError
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
-from rtp_llm.srt.request_spec import RequestSpec
+from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 from rtp_llm.tools.reference import (
@@ -64,11 +65,11 @@ class ForwardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """``media``: what MultimodalInputs.encode gives, for ids with placeholders; None: text alone."""
+    """``media`` go with ids that have placeholders; None: text alone."""
 
     text: str
     ids: list[int]
-    media: bytes | None = field(default=None, repr=False)
+    media: PromptMedia | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,9 @@ def verify(args: ServerArgs, options: VerifyOptions) -> Report:
         with _registered(config, options.model_class):
             prompts += _with_pictures(args, config, tokenizer, options)
             ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
-        prompts = [ours.padded(prompt) for prompt in prompts]
         theirs = TheirModel(args, config)
         results = [_compare_prompt(ours, theirs, prompt, options) for prompt in prompts]
-    except (WeightLoadError, ModelBuildError, ModelImportError, ForwardError) as error:
+    except (WeightLoadError, ModelBuildError, ModelImportError, MediaPlacementError, ForwardError) as error:
         name = options.model_class or ", ".join(config.architectures)
         return Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], [], failure=str(error))
     report = Report(config.model_path, type(ours.model).__name__, dtype, LOGITS_TOLERANCE[dtype], results)
@@ -274,23 +274,11 @@ class OurModel:
     def model(self) -> nn.Module:
         return self._worker.runner.model
 
-    def padded(self, prompt: Prompt) -> Prompt:
-        """A prompt with media as the model wants it."""
-        if prompt.media is None:
-            return prompt
-        try:
-            placed = self._worker.runner.pad_input_ids(prompt.ids, prompt.media)
-        except Exception as error:  # whatever a model's method may raise; the cause is chained
-            name = type(self.model).__name__
-            raise ForwardError(f"{name}.pad_input_ids cannot place the media: {reason(error)}") from error
-        return Prompt(prompt.text, placed.prompt_ids, placed.media)
-
     def cut_of(self, prompt: Prompt, cut_len: int) -> int:
         """``cut_len``, or less where that would cut a picture that the model computes at once."""
         if prompt.media is None or not self._worker.runner.max_media_block:
             return cut_len
-        blocks = media_blocks(MultimodalInputs.decode(prompt.media))
-        return next((first for first, last in blocks if first < cut_len <= last), cut_len)
+        return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
 
     def run(
         self, prompt: Prompt, cut_len: int, num_new: int, trace: Trace | None = None
@@ -351,7 +339,7 @@ class TheirModel:
         """Logits as of ``OurModel.run``, if these output ids follow."""
         ids, extras = prompt.ids, {}
         if prompt.media is not None:
-            extras = extras_for(self.model, ids, MultimodalInputs.decode(prompt.media))
+            extras = extras_for(self.model, ids, MultimodalInputs.decode(prompt.media.content))
         with trace.step(0, len(ids)) if trace else _no_trace():
             output = self._forward(ids, None, extras)
         rows = [output.logits[:, cut_len - 1], output.logits[:, -1]] if cut_len else [output.logits[:, -1]]

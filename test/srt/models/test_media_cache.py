@@ -13,7 +13,8 @@ from rtp_llm.srt.entrypoints.frontend import Call
 from rtp_llm.srt.layers.multimodal import general_mm_embed_routine, rows_within
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
-from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs, pad_mm_tokens
+from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
+from rtp_llm.srt.multimodal.placement import MediaPlacer
 from tiny_models import Reference, assert_same_ids
 from tiny_seeing import END, IMAGE_PAD, START, make_seeing
 
@@ -87,7 +88,8 @@ def ask(engine: Engine, model: Model, *prompts: Sequence[int | Picture], **optio
     params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True} | options
     for parts in prompts:
         ids, media = model.prompt(parts)
-        prompt = Prompt(input_ids=ids, sampling_params=params, media=media.encode() if media.mm_items else None)
+        placed = MediaPlacer().place(ids, media)[1] if media.mm_items else None
+        prompt = Prompt(input_ids=ids, sampling_params=params, media=placed)
         manager = engine.tokenizer_manager
         completions += [manager.completion(request) for request in manager.requests(prompt)]
     return engine._collect(Call(engine._client, completions, True))
@@ -185,38 +187,6 @@ def test_pictures_are_encoded_once_if_there_is_room(model: Model, size_mb: int) 
         assert sum(encoded) == (1 if size_mb else 2)  # two chunks of five tokens hold some of the picture
         check(engine, model, [6, CAT, 7], [7, CAT, DOG])
         assert sum(encoded) == 2 if size_mb else sum(encoded) > 4
-
-
-def test_what_the_model_does_with_media_is_its_own_problem_only(engine: Engine, model: Model) -> None:
-    """A prompt whose media do not fit it ends with an error; the engine goes on."""
-    ids, media = model.prompt([5, CAT, 7])
-    media.mm_items[0].offsets = [(1, 40)]
-    manager = engine.tokenizer_manager
-    [request] = manager.requests(Prompt(input_ids=ids, media=media.encode()))
-    result = engine._collect(Call(engine._client, [manager.completion(request)], False))
-    reason = result["meta_info"]["finish_reason"]
-    assert reason["type"] == "abort" and reason["status_code"] == 400
-    assert "do not lie in the prompt of 10 tokens" in reason["message"]
-    check(engine, model, [5, CAT, 7])
-
-
-def test_an_answer_of_any_length_has_the_room_that_media_leave(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model makes the prompt longer than whoever computed the room could know."""
-    with open_vision_engine(model.model_dir, context_length=40, **HAND_MADE) as engine:
-        worker_model = engine._runner.core._executor.worker.runner.model
-        monkeypatch.setattr(worker_model, "pad_input_ids", lambda ids, media: [*pad_mm_tokens(ids, media), 9, 9, 9])
-        ids, media = model.prompt([5, CAT, 7])
-        params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 40 - len(ids)}
-
-        def answer(fills_context: bool) -> dict[str, Any]:
-            manager = engine.tokenizer_manager
-            prompt = Prompt(input_ids=ids, sampling_params=params, media=media.encode(), fills_context=fills_context)
-            [request] = manager.requests(prompt)
-            return engine._collect(Call(engine._client, [manager.completion(request)], False))["meta_info"]
-
-        filled, asked = answer(fills_context=True), answer(fills_context=False)
-    assert filled["prompt_tokens"] == len(ids) + 3 and filled["prompt_tokens"] + filled["completion_tokens"] == 40
-    assert asked["finish_reason"]["status_code"] == 400 and "needs 43 tokens" in asked["finish_reason"]["message"]
 
 
 def test_the_embedding_cache_forgets_the_least_recently_used() -> None:

@@ -107,7 +107,7 @@ def test_the_processor_is_transformers(served: ServedVision) -> None:
     scan = SCAN if image_processor.do_pan_and_scan else {}
     for asked in served.asked[1:]:
         prepared = asyncio.run(served.engine.tokenizer_manager.with_media(Prompt(asked.text, image_data=asked.images)))
-        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media))
+        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media.content))
         expected = theirs(images=[asked.images], text=[asked.text], return_tensors="pt", **scan)
         assert prepared.input_ids == expected["input_ids"][0].tolist(), asked.name
         torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
@@ -119,7 +119,7 @@ def test_an_image_far_from_square_is_cropped(tmp_path: Path) -> None:
     with open_vision_engine(make(tmp_path, preprocessor=SCAN)) as engine:
         prompt = Prompt(f"See {BEGIN}", image_data=[picture(96, 32)])
         prepared = asyncio.run(engine.tokenizer_manager.with_media(prompt))
-    (item,) = MultimodalInputs.decode(prepared.media).mm_items
+    (item,) = MultimodalInputs.decode(prepared.media.content).mm_items
     assert [last - first + 1 for first, last in item.offsets] == [16] * 4
 
 

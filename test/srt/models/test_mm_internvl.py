@@ -148,7 +148,7 @@ def test_the_processor_is_transformers(served: ServedVision) -> None:
     for asked in served.asked[1:]:
         prompt = Prompt(asked.text, image_data=asked.images or None, video_data=asked.videos or None)
         prepared = asyncio.run(served.engine.tokenizer_manager.with_media(prompt))
-        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media))
+        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media.content))
         images = [asked.images] if asked.images else None
         expected = theirs(images=images, videos=asked.videos or None, text=[asked.text], return_tensors="pt")
         assert prepared.input_ids == expected["input_ids"][0].tolist(), asked.name

@@ -208,7 +208,7 @@ def test_the_processor_is_transformers(served: ServedVision) -> None:
 def prepared(served: ServedVision, prompt: Prompt) -> tuple[list[int], MultimodalInputs]:
     """Ids and media, by our processor."""
     done = asyncio.run(served.engine.tokenizer_manager.with_media(prompt))
-    return done.input_ids, MultimodalInputs.decode(done.media)
+    return done.input_ids, MultimodalInputs.decode(done.media.content)
 
 
 def hf_processor(model_dir: str) -> Any:

@@ -126,7 +126,7 @@ def test_the_processor_is_transformers(served: ServedVision) -> None:
     side = PATCH * transformers.AutoConfig.from_pretrained(served.model_dir).spatial_merge_size
     for asked in served.asked[1:]:
         prepared = asyncio.run(served.engine.tokenizer_manager.with_media(Prompt(asked.text, image_data=asked.images)))
-        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media))
+        ours = feed(prepared.input_ids, MultimodalInputs.decode(prepared.media.content))
         expected = image_processor(images=asked.images, patch_size=side, return_tensors="pt")
         torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
         assert torch.equal(ours["image_sizes"], torch.as_tensor(expected["image_sizes"]))

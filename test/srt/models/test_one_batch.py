@@ -17,7 +17,8 @@ from PIL import ExifTags, Image
 
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.plan import PaddedPrompt
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.bench_one_batch import command as bench_one_batch
 from rtp_llm.tools.bench_one_batch import correctness
 from rtp_llm.tools.bench_one_batch.batch import OneBatch
@@ -301,12 +302,13 @@ def test_pictures_that_cannot_be_shown(
 
 
 def test_a_cut_within_what_is_computed_at_once() -> None:
-    prompt = PaddedPrompt(list(range(20)), atomic_spans=[(4, 9)])
+    prompt = Prompt(input_ids=list(range(20)), media=PromptMedia(b"", [], [(4, 9)]))
     for cut_len in (0, 4, 10, 19):
-        correctness._check_cut(cut_len, "?", prompt)
+        correctness._check_cut(cut_len, "?", prompt, computes_blocks=True)
+    correctness._check_cut(5, "?", prompt, computes_blocks=False)
     for cut_len in (5, 9):
         with pytest.raises(OneBatchError, match=r"4 and less, or 10 and more, do not"):
-            correctness._check_cut(cut_len, "?", prompt)
+            correctness._check_cut(cut_len, "?", prompt, computes_blocks=True)
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def expected_ids(
     manager = TokenizerManager(tokenizer, config.vocab_size, 1024, 1024, processor=processor)
     asked = Prompt(text=text, image_data=list(images), video_data=video, add_special_tokens=False)
     prompt = asyncio.run(manager.with_media(asked))
-    media = MultimodalInputs.decode(prompt.media)
+    media = MultimodalInputs.decode(prompt.media.content)
     model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir, dtype="float32").eval()
     seen, watched = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
     options = {

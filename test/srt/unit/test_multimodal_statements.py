@@ -28,11 +28,10 @@ from rtp_llm.srt.layers.multimodal import general_mm_embed_routine
 from rtp_llm.srt.layers.vision import VisionAttention
 from rtp_llm.srt.managers import multimodal_processor
 from rtp_llm.srt.managers.multimodal_processor import get_mm_processor, register_processor
-from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs, pad_mm_tokens
-from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.tools.bench_one_batch import correctness
 from tiny_seeing import IMAGE_PAD, make_seeing
 
@@ -162,11 +161,11 @@ class Expanding:
 
 
 def test_m04_pad_input_ids_may_expand() -> None:
-    runner: Any = SimpleNamespace(traits=ModelTraits.of(Expanding()), max_media_block=0)
-    prompt = ModelRunner.pad_input_ids(runner, [5, PAD, 6], media(0.5, num_rows=1).encode())
-    assert prompt.prompt_ids == [5, PAD, PAD, PAD, 6]
-    assert prompt.cache_keys[1:4] == media(0.5, num_rows=1).mm_items[0].pad_ids(3)
-    assert MultimodalInputs.decode(prompt.media).mm_items[0].offsets == [(1, 3)]
+    ids, placed = MediaPlacer(Expanding).place([5, PAD, 6], media(0.5, num_rows=1))
+    assert ids == [5, PAD, PAD, PAD, 6]
+    assert placed.cache_keys[1:4] == media(0.5, num_rows=1).mm_items[0].pad_ids(3)
+    assert placed.blocks == [(1, 3)]
+    assert MultimodalInputs.decode(placed.content).mm_items[0].offsets == [(1, 3)]
 
 
 def test_m05_vision_attention_is_attention_within_segments() -> None:

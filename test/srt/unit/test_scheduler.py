@@ -1,6 +1,5 @@
 """The scheduler against a stub of the model: examples, then random traffic with invariants checked at every step."""
 
-import json
 import random
 from collections import Counter, deque
 from dataclasses import replace
@@ -11,6 +10,7 @@ from made_requests import generate_request
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.messages import AbortRequest, FlushCache, FlushCacheDone, GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import Admission, RowResult, StepPlan, StepResult, TokenLogprob
+from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.scheduler import sharing
 from rtp_llm.srt.scheduler.policy import WaitingQueue
@@ -130,7 +130,10 @@ class StubWorker:
 
     def expected(self, request: GenerateRequest) -> list[int]:
         """What a lone request must give."""
-        ids, params = [*(request.cache_keys or request.prompt_ids)], request.spec.params
+        ids, params = (
+            [*(request.spec.media.cache_keys if request.spec.media else request.prompt_ids)],
+            request.spec.params,
+        )
         stop_ids = [*([] if params.ignore_eos else [EOS]), *params.stop_token_ids]
         output: list[int] = []
         while len(output) < params.max_new_tokens:
@@ -143,8 +146,9 @@ class StubWorker:
 
 
 def media_of(admission: Admission) -> tuple[list[int], list[list[int]]]:
-    """The keys of a prompt, and the blocks that see themselves both ways: what tests write into ``media``."""
-    return json.loads(admission.spec.media) if admission.spec.media else (admission.prompt_ids, [])
+    """The keys of a prompt, and the blocks that see themselves both ways."""
+    media = admission.spec.media
+    return (admission.prompt_ids, []) if media is None else (media.cache_keys, media.blocks)
 
 
 class Loop:
@@ -337,10 +341,9 @@ def with_image(message: GenerateRequest, first: int, keys: list[int], block: boo
     """Its prompt with an image at ``first``, whose placeholders have these keys."""
     ids = message.prompt_ids
     message.prompt_ids = [*ids[:first], *[IMAGE] * len(keys), *ids[first:]]
-    message.cache_keys = [*ids[:first], *keys, *ids[first:]]
-    message.atomic_spans = [(first, first + len(keys) - 1)] if block else []
-    media = json.dumps([message.cache_keys, message.atomic_spans]).encode()
-    return replace(message, spec=replace(message.spec, media=media))
+    cache_keys = [*ids[:first], *keys, *ids[first:]]
+    blocks = [(first, first + len(keys) - 1)] if block else []
+    return replace(message, spec=replace(message.spec, media=PromptMedia(b"", cache_keys, blocks)))
 
 
 @pytest.mark.parametrize("block", [False, True])

@@ -24,7 +24,7 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.plan import TokenLogprob
-from rtp_llm.srt.request_spec import LogprobSpec
+from rtp_llm.srt.request_spec import LogprobSpec, PromptMedia
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.utils.zmq_link import MessageCodec, ZmqClientEnd, ZmqCoreEnd, socket_addresses
 
@@ -36,7 +36,7 @@ PARAMS = SamplingParams(
 SENT = [
     generate_request("r", [1, 2**31], PARAMS, seed=2**64 - 1, output_ids=[3], return_logprob=True, logprob_start_len=0),
     generate_request("leer", [0], return_logprob=True, token_ids_logprob=(9,), eos_token_ids=(1, 2), cache_salt="Ω"),
-    generate_request("media", [7, 7], media=b"\x00m", cache_keys=[2**61, 3], atomic_spans=[(0, 1)]),
+    generate_request("media", [7, 7], media=PromptMedia(b"\x00m", [2**61, 3], [(0, 1)])),
     AbortRequest("r"),
     AbortRequest(None),
     FlushCache("call"),

@@ -67,7 +67,6 @@ class ChatEndpoint(OpenAIEndpoint):
             prompt = replace(
                 encoded,
                 sampling_params=_ending(params, chat),
-                fills_context=max_tokens is None,
                 return_logprob=bool(body.logprobs),
                 top_logprobs_num=body.top_logprobs or 0,
                 rid=body.rid,
