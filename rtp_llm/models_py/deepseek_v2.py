@@ -13,7 +13,8 @@ from rtp_llm.srt.layers.moe import FusedMoE, Routing, softmax_grouped_topk, soft
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config, yarn_get_mscale
+from rtp_llm.srt.layers.rope_scaling import yarn_get_mscale
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:

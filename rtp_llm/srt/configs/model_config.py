@@ -9,25 +9,21 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from rtp_llm.srt.configs.architectures import architecture_of, with_other_names
-from rtp_llm.srt.configs.config_json import DTYPE_ALIASES, modernized
-from rtp_llm.srt.configs.culprit import find_culprit, shown
+from rtp_llm.srt.configs.config_json import DTYPE_ALIASES
 from rtp_llm.srt.configs.generation_config import (
     GENERATION_CONFIG_FILE,
     generation_defaults,
     read_generation_config,
     usable_token_ids,
 )
+from rtp_llm.srt.configs.hf_config import CONFIG_ERRORS, ModelConfigError, load_hf_config, parse_overrides
+from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError, first_line, resolve_model_path
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_CONTEXT_LENGTH = 2048  # where a configuration names no length at all
 
@@ -53,30 +49,8 @@ _CONTEXT_LENGTH_KEYS = (
     "seq_length",
     "model_max_length",
 )
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-_CODE_FILES = ["*.py"]  # which run only with trust_remote_code
-_WEIGHT_PATTERNS = {
-    "auto": ("*.safetensors", "*.bin"),
-    "safetensors": ("*.safetensors",),
-    "pt": ("*.bin", "*.pt"),
-    "dummy": (),
-}
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, of the format itself
-_PARTS = ("text_config", "vision_config", "audio_config", "quantization_config")  # objects, where they are given
-# what is raised over a config.json that cannot be used
-_CONFIG_ERRORS = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError, RecursionError,
-    StrictDataclassError,
-)  # fmt: skip
-
-
-class ModelNotFoundError(FileNotFoundError):
-    """The model path is neither a usable directory nor a hub id that can be had."""
-
-
-class ModelConfigError(ValueError):
-    """A checkpoint's configuration, or what the user asked of it, makes no sense."""
 
 
 def register_multimodal_model(architecture: str) -> None:
@@ -91,54 +65,6 @@ def is_multimodal_model(architectures: str | Iterable[str]) -> bool:
     """Whether any of these architecture names stands in ``multimodal_model_archs``."""
     names = {architectures} if isinstance(architectures, str) else set(architectures)
     return not names.isdisjoint(multimodal_model_archs)
-
-
-def resolve_model_path(
-    model_path: str,
-    revision: str | None = None,
-    download_dir: str | None = None,
-    load_format: str = "auto",
-    trust_remote_code: bool = False,
-) -> str:
-    """The local directory of a checkpoint: ``model_path`` itself, or the snapshot of a hub id.
-
-    A hub id is fetched by huggingface_hub (its progress bars, its cache or ``download_dir``, its ``HF_HUB_OFFLINE``):
-    small files, Python code among them only with ``trust_remote_code``, then weights of one format, safetensors if
-    there are any. ``load_format="dummy"`` fetches no weights.
-
-    Raises:
-        ModelNotFoundError: no such directory, and no such hub id or no way to reach it.
-    """
-    path = Path(model_path).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelNotFoundError(f"model path {model_path!r} is a file; give the directory that holds {CONFIG_FILE}")
-    if model_path.startswith((".", "/", "~")) or model_path.count("/") > 1 or not model_path.strip():
-        raise ModelNotFoundError(f"model path {model_path!r} does not exist (and cannot be a hub id like 'owner/name')")
-    try:
-        return _download(model_path, revision, download_dir, load_format, trust_remote_code)
-    except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError) as error:
-        wanted = model_path if revision is None else f"{model_path} at revision {revision!r}"
-        raise ModelNotFoundError(
-            f"there is no directory {model_path!r}, and the hub gave no model {wanted}: {_first_line(error)}. Check "
-            "the spelling; if this machine is offline, give a local directory or download the model beforehand"
-        ) from error
-
-
-def _download(
-    repo_id: str, revision: str | None, download_dir: str | None, load_format: str, trust_remote_code: bool
-) -> str:
-    def fetch(patterns: list[str], **kwargs: Any) -> str:
-        return snapshot_download(repo_id, revision=revision, cache_dir=download_dir, allow_patterns=patterns, **kwargs)
-
-    directory = fetch(_SMALL_FILES + (_CODE_FILES if trust_remote_code else []))
-    for pattern in _WEIGHT_PATTERNS[load_format]:
-        # weights in subdirectories are the same model for other programs
-        directory = fetch([pattern], ignore_patterns=["*/*", "consolidated*"])
-        if any(Path(directory).glob(pattern)):
-            break
-    return directory
 
 
 @dataclass(frozen=True)
@@ -196,14 +122,14 @@ class ModelConfig:
             ModelConfigError: a configuration that cannot be used, with the reason.
         """
         directory = resolve_model_path(model_path, revision, download_dir, load_format, trust_remote_code)
-        overrides = _parse_overrides(json_model_override_args)
+        overrides = parse_overrides(json_model_override_args)
         try:
-            hf_config = _load_hf_config(directory, overrides, trust_remote_code)
+            hf_config = load_hf_config(directory, overrides, trust_remote_code)
             return cls._resolved(directory, hf_config, dtype, context_length, enable_multimodal)
         except (ModelConfigError, ModelNotFoundError):
             raise
-        except _CONFIG_ERRORS as error:
-            what = f"{type(error).__name__}: {_first_line(error)}"
+        except CONFIG_ERRORS as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
             raise ModelConfigError(f"{directory}/{CONFIG_FILE} cannot be used: {what}") from error
 
     @classmethod
@@ -250,94 +176,6 @@ class ModelConfig:
             generation_defaults=generation_defaults(generation, directory),
             enable_multimodal=enable_multimodal,
         )
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelNotFoundError(
-            f"{path.parent} has no {path.name}: it is not a Hugging Face checkpoint directory"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ModelConfigError(f"{path} is not JSON: {error}") from error
-    except OSError as error:
-        raise ModelConfigError(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise ModelConfigError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _parse_overrides(overrides: str | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(overrides, str):
-        try:
-            overrides = json.loads(overrides)
-        except ValueError as error:
-            raise ModelConfigError(f"json_model_override_args is not JSON: {error}; got {overrides!r}") from error
-    if not isinstance(overrides, Mapping):
-        raise ModelConfigError(f"json_model_override_args must be a JSON object, not {overrides!r}")
-    return dict(overrides)
-
-
-def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json's content with ``overrides`` in it. An object under a key ``*_config`` merges; all else replaces.
-
-    ``rope_scaling`` means the older spelling throughout, so a base and a partial factor that the file keeps in
-    ``rope_parameters`` move to where that spelling has them; otherwise naming a scaling would forget the base.
-    """
-    merged = dict(config)
-    for key, value in overrides.items():
-        old = merged.get(key)
-        if key.endswith("_config") and isinstance(value, Mapping) and isinstance(old, Mapping):
-            value = apply_overrides(old, value)
-        merged[key] = value
-    if "rope_scaling" in overrides and "rope_parameters" not in overrides:
-        parameters = merged.pop("rope_parameters", None) or {}
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if key in parameters:
-                merged.setdefault(key, parameters[key])
-    return merged
-
-
-def _load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    config = _load_json(Path(directory) / CONFIG_FILE)
-    wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
-    for key in _PARTS:
-        if not isinstance(wanted.get(key), Mapping | None):
-            given = shown(wanted[key])
-            raise ModelConfigError(f"`{key}` in {directory}/{CONFIG_FILE} must be an object, not {given}")
-    try:
-        if json.dumps(wanted) == json.dumps(config):  # tells 2.0 from 2
-            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        return _load_overridden(directory, wanted, trust_remote_code)
-    except _CONFIG_ERRORS as error:
-        raise ModelConfigError(_complaint(directory, wanted, error, trust_remote_code)) from error
-
-
-def _complaint(directory: str, config: dict[str, Any], error: Exception, trust_remote_code: bool) -> str:
-    """What transformers says of a config.json, and of which entry it says it, as far as that can be found out."""
-    text = f"transformers cannot use {directory}/{CONFIG_FILE}: {error}"
-    if "auto_map" in config and not trust_remote_code:
-        text += ". It brings its own code, which runs only with --trust-remote-code"
-    if trust_remote_code:
-        return text  # and that code runs no more often than it must
-    key = find_culprit(config, lambda without: _load_overridden(directory, without, trust_remote_code=False), error)
-    return text if key is None else f"{text} (it is about `{key}`: {shown(config[key])})"
-
-
-def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    """AutoConfig reads directories only, so it gets one: the same files by link, with another config.json."""
-    with ScratchFolder() as scratch:
-        twin = scratch / Path(directory).resolve().name
-        twin.mkdir()
-        for entry in Path(directory).iterdir():
-            if entry.name != CONFIG_FILE:
-                (twin / entry.name).symlink_to(entry.resolve())
-        (twin / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        hf_config = AutoConfig.from_pretrained(twin, trust_remote_code=trust_remote_code)
-    hf_config._name_or_path = directory
-    return hf_config
 
 
 def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
@@ -479,7 +317,3 @@ def derived_context_length(config: PreTrainedConfig) -> int | None:
     if kind in ("linear", "dynamic") and original is None:
         return int(length * factor)
     return length
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,17 +1,15 @@
-"""Rotary position embeddings (RoFormer; Su et al., 2021) and the ways of stretching them over longer contexts.
+"""Rotary position embeddings (RoFormer; Su et al., 2021).
 
-The frequencies of each kind are those that Hugging Face's ``ROPE_INIT_FUNCTIONS`` compute, in float32. Angles are
-computed from positions, so no position is too far.
+Angles are computed from positions, so no position is too far. How frequencies are stretched over longer contexts
+is told in ``rope_scaling.py``.
 
 A step's cosines and sines are computed once: the runner calls ``prepare_for_forward(forward_batch)`` on every module
 that has it, and all layers that share the module read the result.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,58 +18,16 @@ from torch import nn
 from rtp_llm.srt.cache.spec import LengthScaling
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.layers.rope_scaling import (
+    FREQUENCIES,
+    RopeSpec,
+    longrope_attention_factor,
+    longrope_inv_freq,
+    rope_kind,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """What ``get_rope`` was asked for."""
-
-    head_size: int
-    rotary_dim: int
-    max_position: int
-    base: float
-    is_neox_style: bool
-    scaling: dict[str, Any]  # empty: the default kind
-    dtype: torch.dtype  # of cosines and sines
-
-    def __post_init__(self) -> None:
-        num_rotated = self.rotary_dim + self.rotary_dim % 2  # pairs: an odd number is rounded up
-        if not 0 < num_rotated <= self.head_size:
-            raise ValueError(f"cannot rotate {self.rotary_dim} components of heads of size {self.head_size}")
-
-    @property
-    def kind(self) -> str:
-        return rope_kind(self.scaling)
-
-    @property
-    def original_len(self) -> int:
-        """The length that frequencies were trained for."""
-        return self.scaling.get("original_max_position_embeddings") or self.max_position
-
-    def needed(self, name: str) -> Any:
-        if self.scaling.get(name) is None:
-            raise ValueError(f"rope kind {self.kind!r} needs {name!r} in rope_scaling; it has {sorted(self.scaling)}")
-        return self.scaling[name]
-
-    @property
-    def exponents(self) -> torch.Tensor:
-        """[rotary_dim / 2]: ``2i / rotary_dim``."""
-        # On the CPU always: other devices' powers differ in the last bit, and positions multiply that.
-        return torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
-
-    @property
-    def inv_freq(self) -> torch.Tensor:
-        """[rotary_dim / 2] float32, radians per position, unscaled."""
-        return 1.0 / self.base**self.exponents
-
-
-def rope_kind(scaling: dict[str, Any]) -> str:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    # The names that the first checkpoints of Phi-3 and of Qwen2-VL used; M-RoPE is not a kind but goes with one.
-    return {"su": "longrope", "mrope": "default"}.get(kind, kind)
 
 
 class RotaryEmbedding(nn.Module):
@@ -263,14 +219,20 @@ class LongRopeRotaryEmbedding(LengthScaledRotaryEmbedding):
     long_inv_freq: torch.Tensor
 
     def __init__(self, spec: RopeSpec) -> None:
-        super().__init__(spec, _longrope_inv_freq(spec, "short_factor"), _longrope_attention_factor(spec))
+        super().__init__(spec, longrope_inv_freq(spec, "short_factor"), longrope_attention_factor(spec))
         self.length_scaling = LengthScaling(spec.original_len, per_length=False)
-        long_inv_freq = _longrope_inv_freq(spec, "long_factor")
+        long_inv_freq = longrope_inv_freq(spec, "long_factor")
         self.register_buffer("long_inv_freq", long_inv_freq.to(torch.get_default_device()), persistent=False)
 
     def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         is_long = rope_lens(forward_batch) > self.length_scaling.original_len
         return torch.where(is_long.to(self.inv_freq.device)[:, None], self.long_inv_freq, self.inv_freq)
+
+
+_LENGTH_SCALED: dict[str, Callable[[RopeSpec], LengthScaledRotaryEmbedding]] = {
+    "dynamic": DynamicNTKRotaryEmbedding,
+    "longrope": LongRopeRotaryEmbedding,
+}
 
 
 def rope_lens(forward_batch: ForwardBatch) -> torch.Tensor:
@@ -337,8 +299,9 @@ def get_rope(
         scaling=rope_scaling or {},
         dtype=dtype or torch.get_default_dtype(),
     )
-    if spec.kind not in _BUILDERS:
-        raise ValueError(f"unknown rope kind {spec.kind!r}; have {sorted(_BUILDERS)}")
+    kinds = sorted({*FREQUENCIES, *_LENGTH_SCALED})
+    if spec.kind not in kinds:
+        raise ValueError(f"unknown rope kind {spec.kind!r}; have {kinds}")
     built = _ropes_of_build.get()
     if built is None:
         return _build(spec)
@@ -349,7 +312,8 @@ def get_rope(
 
 
 def _build(spec: RopeSpec) -> RotaryEmbedding:
-    rope = _BUILDERS[spec.kind](spec)
+    length_scaled = _LENGTH_SCALED.get(spec.kind)
+    rope = length_scaled(spec) if length_scaled else RotaryEmbedding(spec, *FREQUENCIES[spec.kind](spec))
     section = spec.scaling.get("mrope_section")
     if section is None:
         return rope
@@ -392,91 +356,3 @@ def get_rope_config(
         if original_len is not None:
             scaling["original_max_position_embeddings"] = original_len
     return base, scaling, partial
-
-
-def _default_rope(spec: RopeSpec) -> RotaryEmbedding:
-    return RotaryEmbedding(spec, spec.inv_freq)
-
-
-def _linear_rope(spec: RopeSpec) -> RotaryEmbedding:
-    """Position interpolation (Chen et al., 2023; kaiokendev, 2023)."""
-    return RotaryEmbedding(spec, spec.inv_freq / spec.needed("factor"))
-
-
-def _llama3_rope(spec: RopeSpec) -> RotaryEmbedding:
-    """Long wavelengths are divided, short ones kept, those between interpolated (Llama 3.1, 2024)."""
-    inv_freq, factor = spec.inv_freq, spec.needed("factor")
-    low, high = spec.needed("low_freq_factor"), spec.needed("high_freq_factor")
-    wavelengths = 2 * math.pi / inv_freq
-    keep = (spec.original_len / wavelengths - low) / (high - low)
-    between = (1 - keep) * inv_freq / factor + keep * inv_freq
-    is_long = wavelengths > spec.original_len / low
-    is_short = wavelengths < spec.original_len / high
-    return RotaryEmbedding(spec, torch.where(is_long, inv_freq / factor, torch.where(is_short, inv_freq, between)))
-
-
-def _yarn_rope(spec: RopeSpec) -> RotaryEmbedding:
-    """YaRN (Peng et al., 2023): interpolates the frequencies that turn seldom within the original length."""
-    factor = spec.scaling.get("factor") or spec.max_position / spec.original_len
-    frequencies = spec.base**spec.exponents
-    keep = 1 - _yarn_ramp(spec)
-    inv_freq = 1.0 / (factor * frequencies) * (1 - keep) + 1.0 / frequencies * keep
-    return RotaryEmbedding(spec, inv_freq, _yarn_attention_factor(factor, spec.scaling))
-
-
-def _yarn_ramp(spec: RopeSpec) -> torch.Tensor:
-    """[rotary_dim / 2] from 0 to 1: 0 for pairs that turn more than beta_fast times, 1 for less than beta_slow."""
-
-    def pair_that_turns(num_turns: float) -> float:
-        return spec.rotary_dim * math.log(spec.original_len / (num_turns * 2 * math.pi)) / (2 * math.log(spec.base))
-
-    low = pair_that_turns(spec.scaling.get("beta_fast") or 32)
-    high = pair_that_turns(spec.scaling.get("beta_slow") or 1)
-    if spec.scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
-    if low == high:
-        high += 0.001  # a step instead of a division by zero
-    pairs = torch.arange(len(spec.exponents), dtype=torch.float32, device="cpu")
-    return ((pairs - low) / (high - low)).clamp(0, 1)
-
-
-def _yarn_attention_factor(factor: float, scaling: dict[str, Any]) -> float:
-    if scaling.get("attention_factor") is not None:
-        return scaling["attention_factor"]
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return yarn_get_mscale(factor, scaling["mscale"]) / yarn_get_mscale(factor, scaling["mscale_all_dim"])
-    return yarn_get_mscale(factor)
-
-
-def yarn_get_mscale(scale: float, mscale: float = 1.0) -> float:
-    """YaRN's factor of queries and keys for a context ``scale`` times the original one.
-
-    DeepSeek's models multiply scores by ``yarn_get_mscale(factor, mscale_all_dim) ** 2`` beside what ``get_rope`` does.
-    """
-    return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
-
-
-def _longrope_inv_freq(spec: RopeSpec, name: str) -> torch.Tensor:
-    factors = torch.tensor(spec.needed(name), dtype=torch.float32, device="cpu")
-    if factors.shape != spec.exponents.shape:
-        raise ValueError(f"rope kind 'longrope' needs {len(spec.exponents)} numbers in {name!r}, got {len(factors)}")
-    return 1.0 / (factors * spec.base**spec.exponents)
-
-
-def _longrope_attention_factor(spec: RopeSpec) -> float:
-    if spec.scaling.get("attention_factor") is not None:
-        return spec.scaling["attention_factor"]
-    factor = spec.scaling.get("factor") or spec.max_position / spec.original_len
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(spec.original_len))
-
-
-_BUILDERS: dict[str, Callable[[RopeSpec], RotaryEmbedding]] = {
-    "default": _default_rope,
-    "linear": _linear_rope,
-    "dynamic": DynamicNTKRotaryEmbedding,
-    "llama3": _llama3_rope,
-    "yarn": _yarn_rope,
-    "longrope": LongRopeRotaryEmbedding,
-}

@@ -33,7 +33,7 @@ from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
 from rtp_llm.srt.checkpoint import read_model_config
-from rtp_llm.srt.configs.model_config import ModelNotFoundError, resolve_model_path
+from rtp_llm.srt.configs.model_path import ModelNotFoundError, resolve_model_path
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.tools.reference import Answer, answers
 from tiny_models import make_tiny
@@ -311,7 +311,7 @@ class TestTheComparison(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "NoSuchForCausalLM"):
                 TestGenerationModels().test_others()
             patch.setenv("ONLY_RUN", "nobody/no-such-model")
-            patch.setattr("rtp_llm.srt.configs.model_config._download", _unreachable)
+            patch.setattr("rtp_llm.srt.configs.model_path._download", _unreachable)
             with self.assertRaisesRegex(ModelNotFoundError, "nobody/no-such-model"):
                 TestGenerationModels().test_others()
 

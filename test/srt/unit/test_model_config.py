@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from rtp_llm.srt.configs import model_config as module
+from rtp_llm.srt.configs import model_path
+from rtp_llm.srt.configs.hf_config import apply_overrides
 from rtp_llm.srt.configs.model_config import (
     ModelConfig,
     ModelConfigError,
@@ -239,7 +241,7 @@ def test_overrides_replace_but_merge_into_configs(make_checkpoint):
     assert config.hf_config.name_or_path == config.model_path
     before = {"text_config": {"a": 1, "b": {"c": 1}}, "rope": {"x": 1}}
     changes = {"text_config": {"b": {"d": 2}}, "rope": {"y": 2}, "vision_config": {"e": 3}}
-    assert module.apply_overrides(before, changes) == {
+    assert apply_overrides(before, changes) == {
         "text_config": {"a": 1, "b": {"d": 2}}, "rope": {"y": 2}, "vision_config": {"e": 3}
     }  # fmt: skip
 
@@ -428,7 +430,7 @@ SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "chat_
 )  # fmt: skip
 def test_weights_of_one_format_are_fetched(tmp_path, monkeypatch, files, load_format, weights):
     hub = FakeHub(tmp_path, SMALL + files)
-    monkeypatch.setattr(module, "snapshot_download", hub)
+    monkeypatch.setattr(model_path, "snapshot_download", hub)
     assert resolve_model_path("owner/name", "v2", "/downloads", load_format) == str(tmp_path)
     fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert fetched == {*SMALL, *weights}
@@ -438,7 +440,7 @@ def test_weights_of_one_format_are_fetched(tmp_path, monkeypatch, files, load_fo
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_is_fetched_only_when_trusted(tmp_path, monkeypatch, trusted):
     code = ["modeling_own.py", "zmq.py", "nested/processing_own.py"]
-    monkeypatch.setattr(module, "snapshot_download", FakeHub(tmp_path, SMALL + code))
+    monkeypatch.setattr(model_path, "snapshot_download", FakeHub(tmp_path, SMALL + code))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     load("owner/name", trust_remote_code=trusted)
     assert sorted(tmp_path.rglob("*.py")) == (sorted(tmp_path / name for name in code) if trusted else [])
@@ -448,7 +450,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_message(monkeypatch):
     def offline(*args, **kwargs):
         raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore.")
 
-    monkeypatch.setattr(module, "snapshot_download", offline)
+    monkeypatch.setattr(model_path, "snapshot_download", offline)
     with pytest.raises(ModelNotFoundError) as caught:
         resolve_model_path("owner/name", revision="v2")
     message = str(caught.value)

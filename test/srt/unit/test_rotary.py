@@ -24,13 +24,13 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
 
 from rtp_llm.srt.cache.spec import LengthScaling
+from rtp_llm.srt.layers.rope_scaling import yarn_get_mscale
 from rtp_llm.srt.layers.rotary import (
     RotaryEmbedding,
     get_rope,
     get_rope_config,
     rope_lens,
     share_ropes,
-    yarn_get_mscale,
 )
 
 MAX_POSITION = 96  # what the length-dependent kinds take as original length, unless they name another
