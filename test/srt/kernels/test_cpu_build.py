@@ -100,6 +100,18 @@ def test_another_source_is_another_kernel(cache, monkeypatch, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("part", ["attention.cpp", "attention_wide.h", "attention_arguments.h", "common.h"])
+def test_every_file_that_a_kernel_includes_counts(part, monkeypatch, tmp_path):
+    sources = shutil.copytree(build.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    before = {name: build._key(name, "portable") for name in ("attention", "gemm")}
+    with (sources / part).open("a") as file:
+        file.write("// changed\n")
+    assert build._key("attention", "portable") != before["attention"]
+    assert (build._key("gemm", "portable") == before["gemm"]) == part.startswith("attention")
+
+
+@needs_compiler
 def test_a_lock_of_a_dead_process_holds_nobody_up(cache):
     cache.mkdir(mode=0o700)
     path = cache / f"probe-{build.isa()}-{build._key('probe', build.isa())}.lock"

@@ -1,7 +1,8 @@
 """Compiles a C++ kernel file at its first use, for this machine, and loads it.
 
-A kernel file ``NAME.cpp`` stands beside this one, includes ``common.h`` and exports ``extern "C"`` functions of
-pointers and sizes: nothing of torch's headers, so that it compiles in seconds. Its OpenMP is the one that torch has
+A kernel file ``NAME.cpp`` stands beside this one, includes headers that do as well (``common.h``, and its own parts,
+``NAME_PART.h``) and exports ``extern "C"`` functions of pointers and sizes: nothing of torch's headers, so that it
+compiles in seconds. Its OpenMP is the one that torch has
 loaded, so that there is one pool of threads. What was compiled is kept in ``~/.cache/rtp_llm/kernels``
 (``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of everything that it depends on. It is code, so it is
 loaded only from a folder, and a file, that nobody else could have written (``utils/private_files.py``). Where the
@@ -32,7 +33,6 @@ from rtp_llm.srt.utils.scratch import ScratchFolder
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-COMMON = ("common.h",)
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -184,11 +184,20 @@ def _warn_of_cache(problem: str) -> None:
 def _key(name: str, target: str) -> str:
     """Of sources, flags, compiler, processor and torch."""
     digest = hashlib.sha256()
-    for file in (*COMMON, f"{name}.cpp"):
+    for file in _sources(f"{name}.cpp"):
         digest.update((SOURCES / file).read_bytes())
     for part in (*_command(name, target, Path("x")), _compiler_version(), torch.__version__, *sorted(cpu_flags())):
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def _sources(file: str) -> list[str]:
+    """A file, and what it includes of the files beside it, each once."""
+    files = [file]
+    for known in files:
+        included = re.findall(r'^#include "([^"]+)"$', (SOURCES / known).read_text(encoding="utf-8"), re.MULTILINE)
+        files += [name for name in dict.fromkeys(included) if name not in files]
+    return files
 
 
 @functools.cache

@@ -1,0 +1,46 @@
+// What the attention kernels are given.
+#pragma once
+
+#include "common.h"
+
+// What devices/cpu/attention.py fills. Strides in elements; the last dimension is contiguous everywhere.
+struct Attention {
+    const void* q;  // [T, num_heads, head_dim]
+    int64_t q_token, q_head;
+    const void* keys;  // [slots, num_kv_heads, head_dim]
+    int64_t key_slot, key_head;
+    const void* values;  // [slots, num_kv_heads, v_head_dim]
+    int64_t value_slot, value_head;
+    const float* key_scales;  // [slots, num_kv_heads], of an int8 cache
+    const float* value_scales;
+    void* out;  // [T, num_heads, v_head_dim], contiguous
+    const int32_t* page_table;
+    int64_t table_row, page_size;
+    const int32_t* rows;  // per row of the batch: its row of the page table,
+    const int32_t* starts;  // the position of its first token,
+    const int32_t* counts;  // and how many tokens it computes
+    int64_t num_rows;
+    const int32_t* shared;  // [num_shared, 3]: keys [0, end) begin at the end of the prefix before; first member, count
+    const int32_t* members;  // rows of the batch
+    int64_t num_shared;
+    const int64_t* visible_ends;  // [T] or null
+    const float* sinks;  // [num_heads] or null
+    int64_t num_heads, num_kv_heads, head_dim, v_head_dim;
+    int64_t window;  // visible tokens, the query's own included; 0: all
+    double scaling, logit_cap;  // cap 0: none
+    int64_t activations, stored;  // 0: float32, 1: bfloat16, 2: int8 (stored alone)
+};
+
+struct Write {
+    const void* k;  // [T, num_kv_heads, head_dim]
+    int64_t k_token, k_head;
+    const void* v;  // [T, num_kv_heads, v_head_dim]; null: latent
+    int64_t v_token, v_head;
+    void* keys;  // contiguous [slots, num_kv_heads, head_dim]
+    void* values;
+    float* key_scales;
+    float* value_scales;
+    const int64_t* slots;  // [T]
+    int64_t num_tokens, num_kv_heads, head_dim, v_head_dim;
+    int64_t activations, stored;
+};

@@ -1,0 +1,104 @@
+// Panels and units, a thread's memory, and what one unit of the inputs adds to the sums.
+#pragma once
+
+#include "common.h"
+
+#include <memory>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+constexpr int PANEL = 32;
+constexpr int VECS = PANEL / LANES;
+constexpr int ROWS = LANES == 16 ? 12 : 4;  // as many sums as there are registers for
+constexpr int PANELS_AT_ONCE = 4;           // that a thread takes; a tile of rows stays in its cache meanwhile
+constexpr int64_t UNITS_OF_EACH = 256;      // that one thread makes of a tile's rows
+constexpr int ROWS_OF_EACH = 4;             // so few every thread prepares for itself
+constexpr int FEW_TILES = 16;               // they go through a panel together
+constexpr int FEWEST_THAT_ASK = 4;          // rows: fewer leave no time to ask for what comes after them
+constexpr int UNITS_AHEAD = 24;             // weights are asked for so much before they are read
+
+typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
+
+typedef uint8_t bytes_vec __attribute__((vector_size(LANES), aligned(1)));
+typedef int16_t shorts_vec __attribute__((vector_size(LANES * 2), aligned(2)));
+
+INLINE ivec load_bits(const void* p) { return *static_cast<const ivec_unaligned*>(p); }
+
+INLINE ivec larger(ivec a, ivec b) { return a > b ? a : b; }
+
+INLINE int32_t largest(ivec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
+INLINE int32_t sum(ivec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+#endif
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory of the calling thread that is kept from call to call. Each SLOT is memory of its own.
+template <class T, int SLOT>
+T* scratch(int64_t count) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local int64_t capacity = 0;
+    int64_t needed = count * int64_t(sizeof(T)) + 64;
+    if (needed > capacity) {
+        memory.reset(new char[needed]);
+        capacity = needed;
+#if defined(__linux__)  // in large pages, if it is large
+        uintptr_t page = 2 << 20, start = (reinterpret_cast<uintptr_t>(memory.get()) + page - 1) / page * page;
+        uintptr_t end = (reinterpret_cast<uintptr_t>(memory.get()) + needed) / page * page;
+        if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+    }
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
+}
+
+// ---- what one unit of the inputs adds to the sums of one register of outputs
+
+INLINE vec add_bf16(vec sum, uint32_t x, const uint32_t* w) {
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(int(x)));
+#else
+    ivec pair = load_bits(w);
+    sum += splat(to_float(bf16{uint16_t(x)})) * (vec)(pair << 16);
+    return sum + splat(to_float(bf16{uint16_t(x >> 16)})) * (vec)(pair & int32_t(0xffff0000));
+#endif
+}
+
+// Four unsigned bytes of one factor and four signed ones of the other.
+INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#else
+    for (int i = 0; i < 4; i++)
+        sum += ((unsigned_bytes >> (8 * i)) & 0xff) * ((signed_bytes << (24 - 8 * i)) >> 24);
+    return sum;
+#endif
+}
+
+// CACHE: 1, or 2, which waits for more of them at a time: to one row, which is all waiting, that is worth the longer
+// way.
+template <int CACHE = 1>
+INLINE void ahead(const uint32_t* w) {
+    __builtin_prefetch(w + UNITS_AHEAD * PANEL, 0, 4 - CACHE);
+    __builtin_prefetch(w + UNITS_AHEAD * PANEL + PANEL / 2, 0, 4 - CACHE);
+}
+
+}  // namespace

@@ -1,0 +1,182 @@
+// Rows of x, in the order in which they are read.
+#pragma once
+
+#include "gemm_panels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+// Cut into tiles of nearly equal size.
+struct Tiles {
+    int64_t rows, count;
+    explicit Tiles(int64_t rows, int most = ROWS) : rows(rows), count(divide_up(rows, most)) {}
+    int64_t start(int64_t tile) const { return rows * tile / count; }
+};
+
+// bfloat16 rows as units. Unit u of row r of a tile of R rows is number u * R + r of the tile.
+class Input {
+   public:
+    const Tiles tiles;
+
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K)
+        : Input(x, stride, M, K, scratch<uint32_t, 0>(M * divide_up(K, 2))) {}
+
+    // In memory of the caller's, [M * ceil(K / 2)].
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, uint32_t* memory)
+        : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
+        even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
+        packed_ = even_ && M == 1 ? nullptr : memory;  // a single row lies as it should
+    }
+
+    // To be called by all threads of a team.
+    void pack() {
+        if (!packed_) return;
+        int64_t pieces = divide_up(units_, UNITS_OF_EACH);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tiles.count * pieces; i++) {
+            int64_t t = i / pieces, first = i % pieces * UNITS_OF_EACH;
+            pack_tile(tiles.start(t), tiles.start(t + 1) - tiles.start(t), first, std::min(first + UNITS_OF_EACH, units_));
+        }
+    }
+
+    const uint32_t* rows(int64_t start) const {
+        return packed_ ? packed_ + start * units_ : reinterpret_cast<const uint32_t*>(x_);
+    }
+
+   private:
+    void pack_tile(int64_t start, int64_t count, int64_t first, int64_t last) {
+        uint32_t* to = packed_ + start * units_;
+        for (int64_t block = first; block < last; block += 16) {  // a cache line of each row at a time
+            int64_t end = std::min(block + 16, last);
+            for (int64_t r = 0; r < count; r++) {
+                const bf16* row = x_ + (start + r) * stride_;
+                if (even_) {
+                    const uint32_t* from = reinterpret_cast<const uint32_t*>(row);
+                    for (int64_t u = block; u < end; u++) to[u * count + r] = from[u];
+                } else {
+                    for (int64_t u = block; u < end; u++) {
+                        uint32_t second = 2 * u + 1 < K_ ? row[2 * u + 1].bits : 0;
+                        to[u * count + r] = row[2 * u].bits | second << 16;
+                    }
+                }
+            }
+        }
+    }
+
+    const bf16* x_;
+    int64_t stride_, K_, units_;
+    bool even_;
+    uint32_t* packed_;
+};
+
+// Rows as bytes, four to a unit, in the order of Input. Each group of `group` inputs has a scale of its own, so that the
+// largest becomes 127. `offset` is added to every byte. Rows end in zeros, so that groups are whole.
+class Bytes {
+   public:
+    const Tiles tiles;
+    const int64_t groups;
+    float* scales;    // [M][groups]
+    int32_t* totals;  // [M][groups], without the offset
+
+    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset, int most)
+        : tiles(M, most), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K),
+          group_(group), units_(groups * group / 4), offset_(offset) {
+        reserve();
+    }
+
+    // To be called by all threads of a team, each with a copy. Of few rows each makes bytes of its own, which takes
+    // less time than to wait for one another.
+    void pack() {
+        if (tiles.rows <= ROWS_OF_EACH) {
+            reserve();
+            for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
+            return;
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
+    }
+
+    const uint32_t* rows(int64_t start) const { return reinterpret_cast<const uint32_t*>(bytes_) + start * units_; }
+
+   private:
+    void reserve() {
+        bytes_ = scratch<uint8_t, 1>(tiles.rows * units_ * 4);
+        scales = scratch<float, 2>(tiles.rows * groups);
+        totals = scratch<int32_t, 3>(tiles.rows * groups);
+    }
+
+    void pack_tile(int64_t t) {
+        int64_t start = tiles.start(t), count = tiles.start(t + 1) - start;
+        uint32_t* to = reinterpret_cast<uint32_t*>(bytes_) + start * units_;
+        uint32_t* row = count == 1 ? to : scratch<uint32_t, 4>(units_);
+        for (int64_t r = 0; r < count; r++) {
+            if (is_float_)
+                quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r, row);
+            else
+                quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r, row);
+            if (count > 1)
+                for (int64_t u = 0; u < units_; u++) to[u * count + r] = row[u];
+        }
+    }
+
+    template <class T>
+    void quantize(const T* x, int64_t row, uint32_t* units) {
+        uint8_t* to = reinterpret_cast<uint8_t*>(units);
+        for (int64_t g = 0; g < groups; g++, to += group_) {
+            int64_t first = g * group_, count = std::min(group_, K_ - first);
+            float most = amax(x + first, count), scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+            ivec total = ivec{};
+            int64_t k = 0;
+            for (; k + LANES <= count; k += LANES) {
+                ivec whole = nearest(load(x + first + k) * inverse);
+                total += whole;
+                bytes_vec bytes = __builtin_convertvector(whole + offset_, bytes_vec);
+                std::memcpy(to + k, &bytes, LANES);
+            }
+            if (k < count) {
+                ivec whole = nearest(load_part(x + first + k, int(count - k)) * inverse);
+                total += whole;
+                for (int i = 0; i < count - k; i++) to[k + i] = uint8_t(whole[i] + offset_);
+            }
+            for (k = count; k < group_; k++) to[k] = uint8_t(offset_);
+            scales[row * groups + g] = scale;
+            totals[row * groups + g] = sum(total);
+        }
+    }
+
+    // The largest magnitude; NaN if there is one: without signs, bits compare as magnitudes do, and NaN is the largest.
+    template <class T>
+    static float amax(const T* x, int64_t count) {
+        ivec most = ivec{};
+        int64_t k = 0;
+        for (; k + LANES <= count; k += LANES) most = larger(most, (ivec)load(x + k) & 0x7fffffff);
+        if (k < count) most = larger(most, (ivec)load_part(x + k, int(count - k)) & 0x7fffffff);
+        int32_t bits = largest(most);
+        float result;
+        std::memcpy(&result, &bits, 4);
+        return result;
+    }
+
+    // The nearest integers; of two as near, the even one.
+    static INLINE ivec nearest(vec x) {
+#if defined(__AVX512F__)
+        return (ivec)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+        return (ivec)_mm256_cvtps_epi32((__m256)x);
+#else
+        return (ivec)(x + 12582912.0f) - (ivec)splat(12582912.0f);
+#endif
+    }
+
+    const void* x_;
+    bool is_float_;
+    int64_t stride_, K_, group_, units_;
+    int offset_;
+    uint8_t* bytes_;
+};
+
+}  // namespace

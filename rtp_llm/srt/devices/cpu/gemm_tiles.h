@@ -1,0 +1,211 @@
+// Results, and one tile of rows times one panel.
+#pragma once
+
+#include "gemm_rows.h"
+
+namespace {
+
+// ---- results
+
+// A function of the first half of the outputs that the second half is multiplied by.
+enum Gate { NO_GATE, SILU, GELU_TANH };
+
+struct Output {
+    void* data;
+    int64_t stride, columns;  // columns: outputs of the weight
+    const void* bias;  // [columns] or null
+    bool is_float, bias_is_float;
+    Gate gate = NO_GATE;
+
+    INLINE void write(int64_t row, int64_t column, vec value) const {
+        if (column >= columns) return;
+        int count = int(std::min<int64_t>(columns - column, LANES));
+        put(row * stride + column, with_bias(value, column, count), count);
+    }
+
+    // Of a whole vector of columns of the first half, with those of the second. Rounded where it would be if each step
+    // went through memory.
+    INLINE void write_gated(int64_t row, int64_t column, vec first, vec second) const {
+        first = round(with_bias(first, column, LANES));
+        second = round(with_bias(second, columns / 2 + column, LANES));
+        put(row * stride + column, round(gate == SILU ? silu(first) : gelu_tanh(first)) * second, LANES);
+    }
+
+   private:
+    INLINE vec with_bias(vec value, int64_t column, int count) const {
+        if (!bias) return value;
+        return value + (bias_is_float ? read(static_cast<const float*>(bias) + column, count)
+                                      : read(static_cast<const bf16*>(bias) + column, count));
+    }
+
+    INLINE vec round(vec value) const { return is_float ? value : rounded<bf16>(value); }
+
+    INLINE void put(int64_t at, vec value, int count) const {
+        if (is_float)
+            write_to(static_cast<float*>(data) + at, value, count);
+        else
+            write_to(static_cast<bf16*>(data) + at, value, count);
+    }
+
+    template <class T>
+    static INLINE vec read(const T* p, int count) {
+        return count == LANES ? load(p) : load_part(p, count);
+    }
+
+    template <class T>
+    static INLINE void write_to(T* p, vec value, int count) {
+        count == LANES ? store(p, value) : store_part(p, value, count);
+    }
+};
+
+// The number of rows of a tile's sums.
+template <class Sums>
+constexpr int ROWS_OF = std::extent<std::remove_reference_t<Sums>>::value;
+
+// Calls f(constant) with the number of rows as a constant.
+template <int R = ROWS, class F>
+INLINE void with_rows(int64_t rows, F&& f) {
+    if constexpr (R >= 1) {
+        if (rows == R)
+            f(std::integral_constant<int, R>{});
+        else
+            with_rows<R - 1>(rows, f);
+    }
+}
+
+// ---- one tile of rows times one panel
+
+// What the tile after this one reads, and has to be nearer by then: `step` words for each unit.
+struct Next {
+    const uint32_t* at;
+    int step;
+
+    template <int R>
+    INLINE void ask(int64_t unit) const {
+        if (R >= FEWEST_THAT_ASK) __builtin_prefetch(at + unit * step, 0, 2);
+    }
+};
+
+// What a tile can ask for: half `half` of the panel that is `panels` further on, or, 0 panels on, the next tile's rows.
+struct Following {
+    int64_t panels;
+    int half;
+
+    template <int R>
+    INLINE Next of(const uint32_t* x, int64_t units, const uint32_t* panel, int64_t words) const {
+        if (panels) return {panel + panels * words + half * words / 2, 16};
+        return {x + units * R, R};
+    }
+};
+
+template <int R>
+NOINLINE void tile_bf16(const uint32_t* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
+    constexpr int CACHE = R == 1 ? 2 : 1;
+    vec sums[R][VECS] = {};
+    for (int64_t u = 0; u < units; u++) {
+        const uint32_t* w = panel + u * PANEL;
+        ahead<CACHE>(w);
+        next.ask<R>(u);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) sums[r][v] = add_bf16(sums[r][v], x[u * R + r], w + v * LANES);
+    }
+    std::memcpy(result, sums, sizeof sums);
+}
+
+template <int R>
+NOINLINE void tile_int8(const uint32_t* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
+    constexpr int CACHE = R == 1 ? 2 : 1;
+    ivec sums[R][VECS] = {};
+    for (int64_t u = 0; u < units; u++) {
+        const uint32_t* w = panel + u * PANEL;
+        ahead<CACHE>(w);
+        next.ask<R>(u);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++)
+                sums[r][v] = add_bytes(sums[r][v], ivec{} + int32_t(x[u * R + r]), load_bits(w + v * LANES));
+    }
+    std::memcpy(result, sums, sizeof sums);
+}
+
+template <int R>
+INLINE void write_tile(const Output& out, int64_t row, int64_t column, const vec (&sums)[R][VECS]) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) out.write(row + r, column + v * LANES, sums[r][v]);
+}
+
+template <int R>
+INLINE void write_tile_gated(
+    const Output& out, int64_t row, int64_t column, const vec (&first)[R][VECS], const vec (&second)[R][VECS]
+) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) out.write_gated(row + r, column + v * LANES, first[r][v], second[r][v]);
+}
+
+// Panels of outputs, for the threads of a team to take: several at a time, and fewer towards the end, so that all end
+// together. With a gate, whose halves are whole panels, one of the first half stands for one of the second as well.
+class Panels {
+   public:
+    const int64_t count;
+
+    explicit Panels(const Output& out, int64_t most = PANELS_AT_ONCE)
+        : count(out.gate ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
+          most_(out.gate ? std::max<int64_t>(1, most / 2) : most) {}
+
+    // Whether there were any left: [first, last).
+    bool take(int64_t& first, int64_t& last) {
+        first = next_.load(std::memory_order_relaxed);
+        do {
+            if (first >= count) return false;
+            last = first + std::max<int64_t>(1, std::min(most_, (count - first) / (4 * omp_get_num_threads())));
+        } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
+        return true;
+    }
+
+   private:
+    const int64_t most_;
+    std::atomic<int64_t> next_{0};
+};
+
+// Computes every tile of rows by every panel, to be called by all threads of a team; tile(panel, first row, sums,
+// following) does one.
+//
+// Of few tiles all go through a panel before the next one, which is read from memory meanwhile: otherwise the first tile
+// would wait for memory, and the others for the multipliers. Of many each goes through several panels.
+template <class F>
+void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) {
+    auto compute = [&](int64_t p, int64_t t, Following following) {
+        int64_t start = tiles.start(t);
+        with_rows(tiles.start(t + 1) - start, [&](auto constant) {
+            constexpr int R = decltype(constant)::value;
+            vec sums[R][VECS], others[R][VECS];
+            tile(p, start, sums, following);
+            if (out.gate) {
+                tile(panels.count + p, start, others, following);
+                write_tile_gated<R>(out, start, p * PANEL, sums, others);
+            } else {
+                write_tile<R>(out, start, p * PANEL, sums);
+            }
+        });
+    };
+    // To know what it reads next, a thread takes that early; not where the others would be left with nothing.
+    const bool few = tiles.count > 1 && tiles.count <= FEW_TILES;
+    const bool early = few && panels.count >= 4 * omp_get_num_threads();
+    int64_t first, last, next_first = 0, next_last = 0;
+    bool taken = panels.take(first, last);
+    while (taken) {
+        bool next_taken = early && panels.take(next_first, next_last);
+        if (few) {
+            for (int64_t p = first; p < last; p++) {
+                int64_t next = p + 1 < last ? p + 1 : next_taken ? next_first : p;
+                for (int64_t t = 0; t < tiles.count; t++) compute(p, t, t < 2 ? Following{next - p, int(t)} : Following{});
+            }
+        } else {
+            for (int64_t t = 0; t < tiles.count; t++)
+                for (int64_t p = first; p < last; p++) compute(p, t, Following{});
+        }
+        taken = early ? next_taken : panels.take(first, last);
+        if (early) first = next_first, last = next_last;
+    }
+}
+
+}  // namespace
