@@ -49,7 +49,8 @@ from rtp_llm.tools.verify.locate import (
     logits_error,
 )
 from rtp_llm.tools.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
-from rtp_llm.tools.verify.trace import OurRecorder, Parts, TheirRecorder, Trace
+from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
+from rtp_llm.tools.verify.trace import Parts, Trace
 
 GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
 TOP = 5

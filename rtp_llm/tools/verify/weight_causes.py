@@ -10,7 +10,7 @@ from torch import nn
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.locate import relative_error
-from rtp_llm.tools.verify.trace import packed_sources, vision_aliases
+from rtp_llm.tools.verify.recorders import packed_sources, vision_aliases
 
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
 

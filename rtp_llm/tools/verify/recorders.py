@@ -1,0 +1,305 @@
+"""Hooks that fill a trace: one kind for a model file of ours, one for a model of transformers."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
+from rtp_llm.srt.layers.radix_attention import RadixAttention
+from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
+from rtp_llm.srt.model_traits import ModelTraits
+from rtp_llm.tools.verify.trace import (
+    ATTENDED,
+    EMBEDDINGS,
+    INPUT,
+    KEYS,
+    OUTPUT,
+    QUERIES,
+    UNROTATED,
+    VALUES,
+    AttentionCall,
+    Trace,
+    VisionCall,
+    kept,
+)
+
+RECORDING = "rtp_llm_verify"  # name of the attention function that records what transformers' models give it
+
+
+class Recorder:
+    """Hooks that fill a trace while the context is open. What a module is, the two sides decide."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model = model
+        self.trace = trace
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Recorder":
+        for name, module in self.model.named_modules():
+            self.watch(name, module)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        if name and name == self.trace.parts.language_model:
+            self.called(module, lambda given: self.trace.add(name, EMBEDDINGS, _embeddings(given)))
+        if next(module.children(), None) is not None:
+            self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _summed(output)))
+        elif next(module.parameters(recurse=False), None) is not None:
+            self.before(module, lambda args: self.trace.add(name, INPUT, _summed(args)))
+            self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _first(output)))
+
+    def before(self, module: nn.Module, action: Callable[[tuple[Any, ...]], None]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            action((*args, *kwargs.values()))
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def called(self, module: nn.Module, action: Callable[[dict[str, Any]], None]) -> None:
+        """``action`` gets a call's arguments by their names in ``forward``, those in ``**kwargs`` among them."""
+        signature = inspect.signature(module.forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(name, {})
+            action(arguments)
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, action: Callable[[tuple[Any, ...], Any], None]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            action((*args, *kwargs.values()), output)
+
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+
+def _embeddings(given: dict[str, Any]) -> Any:
+    """Of a language model's arguments: ours and transformers' differ in the name by a letter."""
+    return given.get("input_embeds", given.get("inputs_embeds"))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _summed(values: Any) -> Any:
+    """A tensor and, beside it, the residual that belongs to it."""
+    if not isinstance(values, (tuple, list)):
+        return values
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+        return tensors[0] + tensors[1]
+    return tensors[0] if tensors else None
+
+
+class OurRecorder(Recorder):
+    """For a model file of ours."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        super().__init__(model, trace)
+        self._packed = ModelTraits.of(model).packed_modules_mapping
+        self._rotation: tuple[Any, ...] | None = None  # (queries, keys) that the last rotation was given
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, RotaryEmbedding):
+            self.before(module, self._keep_rotation)
+        elif isinstance(module, RadixAttention):
+            self._watch_attention(name.rpartition(".")[0], module)
+        elif isinstance(module, VisionAttention):
+            super().watch(name, module)
+            self.called(module, lambda given: self.trace.add_vision_call(name, _our_vision_call(module, given)))
+        elif isinstance(module, LinearBase):
+            sources = packed_sources(name, module, self._packed)
+            aliases = vision_aliases(self.model, name)
+            names = [*(source for source, _ in sources), *aliases]
+            self.before(module, lambda args: self._add_everywhere(names, INPUT, args[0]))
+            self.after(module, lambda args, output: self._add_everywhere(aliases, OUTPUT, output[0]))
+            self.after(module, lambda args, output: self._add_shards(sources, output[0]))
+        else:
+            super().watch(name, module)
+
+    def _add_everywhere(self, names: list[str], part: str, tensor: torch.Tensor) -> None:
+        for name in names:
+            self.trace.add(name, part, tensor)
+
+    def _add_shards(self, sources: list[tuple[str, int]], output: torch.Tensor) -> None:
+        shards = output.split([size for _, size in sources], dim=-1)
+        for (source, _), shard in zip(sources, shards, strict=True):
+            self.trace.add(source, OUTPUT, shard)
+
+    def _keep_rotation(self, args: tuple[Any, ...]) -> None:
+        self.trace.add_positions(args[0])
+        self._rotation = tuple(tensor.clone() for tensor in args[1:3])
+
+    def _watch_attention(self, name: str, layer: RadixAttention) -> None:
+        def before(args: tuple[Any, ...]) -> None:
+            if self._rotation is not None:
+                for part, tensor in zip((QUERIES, KEYS), self._rotation, strict=True):
+                    self.trace.add(name, UNROTATED[part], tensor)
+                self._rotation = None
+            for part, tensor in zip((QUERIES, KEYS, VALUES), args[:3], strict=True):
+                self.trace.add(name, part, tensor)
+            sinks = next((arg for arg in args[3:] if isinstance(arg, torch.Tensor)), None)
+            self.trace.calls[name] = AttentionCall(
+                layer.spec.num_heads,
+                layer.spec.num_kv_heads,
+                layer.spec.scaling,
+                layer.spec.window,
+                layer.spec.logit_cap,
+                None if sinks is None else sinks.detach().float().cpu(),
+            )
+
+        self.before(layer, before)
+        self.after(layer, lambda args, output: self.trace.add(name, ATTENDED, output))
+
+
+def _our_vision_call(layer: VisionAttention, given: dict[str, Any]) -> VisionCall:
+    x, metadata, cu_seqlens = given["x"], given.get("forward_metadata"), given.get("cu_seqlens")
+    if isinstance(metadata, VisionAttentionMetadata):
+        lengths = metadata.seq_lens.tolist()
+    elif isinstance(cu_seqlens, torch.Tensor):
+        lengths = cu_seqlens.diff().tolist()
+    else:
+        lengths = [x.shape[-2]] * (x[..., 0].numel() // x.shape[-2])
+    return VisionCall(layer.num_heads, layer.scaling, tuple(lengths), _cos_sin(given, layer.head_dim))
+
+
+def _cos_sin(given: dict[str, Any], head_dim: int) -> torch.Tensor | None:
+    """[patches, 2 * head_dim] float32 of (cos, sin), each [patches, head_dim] or one half of it for both."""
+    tables = given.get("position_embeddings") or (given.get("rotary_pos_emb_cos"), given.get("rotary_pos_emb_sin"))
+    if not isinstance(tables, (tuple, list)) or not all(isinstance(table, torch.Tensor) for table in tables):
+        return None
+    rows = [table.reshape(-1, table.shape[-1]) for table in tables]
+    return torch.cat([kept(row.repeat(1, head_dim // row.shape[1])) for row in rows], dim=1)
+
+
+def vision_aliases(model: nn.Module, name: str) -> list[str]:
+    """What checkpoints call a projection of a VisionAttention, taken as a whole."""
+    parent, _, last = name.rpartition(".")
+    if not isinstance(dict(model.named_modules()).get(parent), VisionAttention):
+        return []
+    others: dict[str, tuple[str, ...]] = {"qkv_proj": ("qkv",), "proj": VisionAttention.proj_sources}
+    return [f"{parent}.{other}" for other in others.get(last, ())]
+
+
+def packed_sources(name: str, module: LinearBase, packed: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
+    """(checkpoint name, number of outputs) of what a linear layer holds; itself where nothing is packed in it."""
+    parent, _, last = name.rpartition(".")
+    sources = packed.get(last, [])
+    if isinstance(module, ColumnParallelLinear) and len(module.shards) == len(sources) > 0:
+        return [
+            (f"{parent}.{source}" if parent else source, shard.size)
+            for source, shard in zip(sources, module.shards, strict=True)
+        ]
+    sizes = sum(shard.size for shard in module.shards) if isinstance(module, ColumnParallelLinear) else None
+    return [(name, sizes or module.output_size)]
+
+
+class TheirRecorder(Recorder):
+    """For a model of transformers, whose attention function is RECORDING while the context is open.
+
+    Of a model that computes attention by itself, attention is not recorded.
+    """
+
+    def __init__(self, model: Any, trace: Trace) -> None:
+        super().__init__(model, trace)
+        self._names = {module: name for name, module in model.named_modules()}
+        self._implementation = model.config._attn_implementation
+        self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> what it was called with last
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        super().watch(name, module)
+        if self.trace.parts.is_tower(name):
+            self.called(module, lambda given: self._given.__setitem__(name, given))
+        elif name.rpartition(".")[2] == "rotary_emb":
+            self.before(module, self._add_positions)
+
+    def _add_positions(self, args: tuple[Any, ...]) -> None:
+        for arg in args:
+            self.trace.add_positions(arg)
+
+    def __enter__(self) -> "TheirRecorder":
+        super().__enter__()
+        for module in self._names:
+            module.rtp_llm_recorder = self  # type: ignore[assignment]
+        if self.model._can_set_attn_implementation():  # type: ignore[operator]
+            self.model.set_attn_implementation(RECORDING)  # type: ignore[operator]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self.model._can_set_attn_implementation():  # type: ignore[operator]
+            self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]
+        for module in self._names:
+            del module.rtp_llm_recorder
+
+    def add_attention(
+        self,
+        module: nn.Module,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: Any,
+        options: dict[str, Any],
+        output: torch.Tensor,
+    ) -> None:
+        name, num = self._names[module], states[0].shape[2]
+        if self.trace.parts.is_tower(name):
+            self._add_vision_attention(name, states, options)
+            return
+        for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
+            self.trace.add(name, part, tensor[:, :, -num:])
+        self.trace.add(name, ATTENDED, output)
+        scaling, sinks = options.get("scaling"), options.get("s_aux")
+        self.trace.calls[name] = AttentionCall(
+            states[0].shape[1],
+            states[1].shape[1],
+            states[0].shape[3] ** -0.5 if scaling is None else float(scaling),
+            _window(mask, num),
+            float(options.get("softcap") or 0.0),
+            None if sinks is None else sinks.detach().float().cpu().view(-1),
+        )
+
+    def _add_vision_attention(self, name: str, states: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+        """Called for a row of packed patches, for its segments one by one, or for a batch of pictures."""
+        for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
+            self.trace.add_in_pieces(name, part, tensor)
+        num_rows, num_heads, length, head_dim = states[0].shape
+        scaling = options.get("scaling")
+        cos_sin = _cos_sin(self._given.pop(name, {}), head_dim)  # of all segments, kept with the first
+        scale = head_dim**-0.5 if scaling is None else float(scaling)
+        self.trace.add_vision_call(name, VisionCall(num_heads, scale, (length,) * num_rows, cos_sin))
+
+
+def _window(mask: Any, num_tokens: int) -> int | None:
+    """How many keys the last query sees; None: all."""
+    if not isinstance(mask, torch.Tensor):
+        return None
+    last = mask[0, 0, -1, :num_tokens]
+    seen = int(last.sum()) if mask.dtype == torch.bool else int((last >= 0).sum())
+    return None if seen == num_tokens else seen
+
+
+def _record_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """What the model's own file does where attention is ``eager``, recorded."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    output, weights = eager(module, query, key, value, attention_mask, **options)
+    recorder: Any = module.rtp_llm_recorder
+    recorder.add_attention(module, (query, key, value), attention_mask, options, output)
+    return output, weights
+
+
+AttentionInterface.register(RECORDING, _record_attention)
+AttentionMaskInterface.register(RECORDING, eager_mask)
