@@ -371,7 +371,7 @@ def test_what_the_server_makes(tmp_path):
     assert make_processor(args, config, XModel, TOKENIZER, trusted=True).loader.trusted
     assert make_processor(args, config, XModel, None) is None
     assert make_processor(args, config, torch.nn.Linear, TOKENIZER) is None
-    unknown = type("Blind", (), {"pad_input_ids": None, "__module__": "elsewhere"})
+    unknown = type("Blind", (), {"pad_input_ids": pad_mm_tokens, "__module__": "elsewhere"})
     config.hf_config = SimpleNamespace(architectures=["Blind"])
     with pytest.raises(ValueError, match="--no-enable-multimodal"):
         make_processor(args, config, unknown, TOKENIZER)
