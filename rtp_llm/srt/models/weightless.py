@@ -8,7 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.kernels.dispatch import cpu_kernels
+from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import reason
@@ -34,7 +34,7 @@ def build_without_weights(model_class: type, model_config: ModelConfig) -> nn.Mo
     modes: tuple[AbstractContextManager, ...] = (torch.device("meta"), _LargeOnMeta())
     for mode in modes:
         try:
-            with mode, cpu_kernels(False), share_ropes(), torch.no_grad():
+            with mode, building_for(provider_named("reference")), share_ropes(), torch.no_grad():
                 return model_class(config=model_config.hf_config, quant_config=None)
         except Exception as error:  # whatever a model's constructor may raise; the cause is chained
             failure = error

@@ -146,5 +146,7 @@ def test_the_example(tmp_path: Path, tp_size: int) -> None:
         answer = client.chat.completions.create(**options, extra_body=extra)
         assert answer.usage.total_tokens == CONTEXT_LENGTH
         too_many = CONTEXT_LENGTH - num_tokens + 1
-        with pytest.raises(openai.BadRequestError, match=f"the prompt of {num_tokens} tokens leaves room for {too_many - 1}"):
+        with pytest.raises(
+            openai.BadRequestError, match=f"the prompt of {num_tokens} tokens leaves room for {too_many - 1}"
+        ):
             client.chat.completions.create(**options, max_tokens=too_many)

@@ -148,6 +148,7 @@ def test_imports_run_one_way() -> None:
     for module in MODULES:
         for line, imported in imports_of(module):
             importer_room, imported_room = room_of(module), room_of(imported)
+            assert imported in MODULES, f"{MODULES[module]}:{line} imports {imported}, which is no file of the package"
             assert imported_room, f"{MODULES[module]}:{line} imports {imported}, which no row of the table holds"
             if not is_allowed(importer_room, imported_room):
                 wrong.append(
