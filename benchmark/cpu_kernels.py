@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import elementwise, sampling
-from rtp_llm.srt.devices.cpu.linear import PackedBFloat16
+from rtp_llm.srt.devices.cpu.linear import BFloat16Panels
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.moe import FusedMoE
@@ -60,7 +60,7 @@ def rotations(rows: int) -> Iterator[Case]:
 
 def products(rows: int) -> Iterator[Case]:
     x, weight = torch.randn(rows, HIDDEN).bfloat16(), torch.randn(2 * SIZE, HIDDEN).bfloat16()
-    packed = PackedBFloat16(weight)
+    packed = BFloat16Panels(weight)
     yield Case(f"linear bfloat16, {rows} rows", lambda: packed.apply(x), lambda: F.linear(x, weight))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from rtp_llm.srt.kernels.packed import GroupedWeight, PackedWeight
+from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 Kernel = Callable[..., Any]
@@ -84,8 +84,8 @@ class DeviceProvider(ABC):
         """[N, K] as products read it, a copy. None: nothing is faster than the tensor as it is."""
 
     @abstractmethod
-    def pack_groups(self, weight: torch.Tensor) -> GroupedWeight | None:
-        """As ``pack_dense``, for [groups, N, K]."""
+    def pack_experts(self, weight: torch.Tensor) -> PackedExperts | None:
+        """As ``pack_dense``, for [experts, N, K]."""
 
     @abstractmethod
     def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:

@@ -4,9 +4,9 @@ The forms here are plain tensors, and their products the reference's. A device m
 (``DeviceProvider.pack_dense`` and its neighbours).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,61 +16,56 @@ from rtp_llm.srt.kernels import reference
 ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
 
 
-class PackedWeight(Protocol):
+class Packed(ABC):
+    """What a layer keeps of its weights."""
+
+    @abstractmethod
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """What it is made of."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+class PackedWeight(Packed):
     """A weight of [N, K]."""
 
+    @abstractmethod
     def apply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """``x @ weight.T + bias``: [..., K] -> [..., N] in ``out_dtype``; None: in x's dtype."""
 
+    def ends_in(self, activation: str) -> bool:
+        """Whether there is ``apply_gated`` for this activation, by its kernel's name."""
+        return False
+
+    def apply_gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """[..., K] -> [..., N / 2]: ``apply``, and the gated activation on the way out."""
+        raise NotImplementedError(f"{type(self).__name__} has no products that end in {activation}")
+
+    @abstractmethod
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, K]: rows of the weight; float32, or the dtype of a weight that is not quantized."""
 
     @property
+    @abstractmethod
     def num_rows(self) -> int:
         """N."""
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
 
-    def tensors(self) -> Sequence[torch.Tensor]:
-        """What it is made of."""
+class PackedExperts(Packed):
+    """A weight of [experts, N, K]."""
 
-
-class GatedWeight(PackedWeight, Protocol):
-    """A weight whose products can go on to a gated activation."""
-
-    def ends_in(self, activation: str) -> bool:
-        """Whether they can, to the one whose kernel has this name."""
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-        activation: str = "",
-    ) -> torch.Tensor:
-        """With an ``activation``, one that ``ends_in`` is true of: [..., K] -> [..., N / 2]."""
-
-
-class GroupedWeight(Protocol):
-    """A weight of [groups, N, K], such as that of all experts."""
-
-    def apply(self, rows: torch.Tensor, rows_per_group: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See ``reference.grouped_linear``."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-
-    def tensors(self) -> Sequence[torch.Tensor]:
-        """What it is made of."""
+    @abstractmethod
+    def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """What ``reference.grouped_linear`` computes: rows of x are sorted by expert."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedDense:
+class PlainDense(PackedWeight):
     """A weight as it is, [N, K]."""
 
     weight: torch.Tensor
@@ -81,22 +76,18 @@ class PackedDense:
         return F.linear(x, self.weight, bias).to(out_dtype or x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[ids]
+        return F.embedding(ids, self.weight)
 
     @property
     def num_rows(self) -> int:
         return len(self.weight)
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return (self.weight,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedInt8:
+class PlainInt8(PackedWeight):
     """See ``reference.linear_int8``."""
 
     weight: torch.Tensor
@@ -114,16 +105,12 @@ class PackedInt8:
     def num_rows(self) -> int:
         return len(self.weight)
 
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scales.nbytes
-
     def tensors(self) -> Sequence[torch.Tensor]:
         return (self.weight, self.scales)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedGroups:
+class PlainGroups(PackedWeight):
     """Values of 4 or 8 bits in groups: see ``reference.linear_int4`` and ``linear_uint8``."""
 
     weight: torch.Tensor
@@ -153,22 +140,12 @@ class PackedGroups:
     def _cut(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.weight[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
-
     def tensors(self) -> Sequence[torch.Tensor]:
         return tuple(tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None)
 
 
-def ends_in(packed: object, activation: str) -> TypeGuard[GatedWeight]:
-    """Whether products with the weight can compute a gated activation, by its kernel's name, on their way out."""
-    own: Any = getattr(packed, "ends_in", None)
-    return own is not None and own(activation)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Reordered:
+class Reordered(PackedWeight):
     """A weight whose columns stand in another order: column i is that of input ``order[i]``."""
 
     packed: PackedWeight
@@ -187,16 +164,12 @@ class Reordered:
     def num_rows(self) -> int:
         return self.packed.num_rows
 
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.order.nbytes
-
     def tensors(self) -> Sequence[torch.Tensor]:
         return (*self.packed.tensors(), self.order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SideBySide:
+class SideBySide(PackedWeight):
     """Weights of the same inputs, their outputs one after the other; ``sizes``: how many outputs each has."""
 
     parts: Sequence[PackedWeight]
@@ -216,9 +189,37 @@ class SideBySide:
     def num_rows(self) -> int:
         return sum(self.sizes)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
     def tensors(self) -> Sequence[torch.Tensor]:
         return tuple(tensor for part in self.parts for tensor in part.tensors())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainExperts(PackedExperts):
+    """Experts' weights as they are, [experts, N, K]."""
+
+    weight: torch.Tensor
+
+    def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return reference.grouped_linear(x, self.weight, rows_per_expert, bias)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self.weight,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneByOne(PackedExperts):
+    """A weight for each expert, each in a form of its own, and a product for each that has rows."""
+
+    experts: Sequence[PackedWeight]
+
+    def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        pieces = x.split(rows_per_expert.tolist())
+        outputs = [
+            weight.apply(piece, None if bias is None else bias[expert])
+            for expert, (weight, piece) in enumerate(zip(self.experts, pieces, strict=True))
+            if len(piece) or expert == 0
+        ]
+        return torch.cat(outputs)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return tuple(tensor for weight in self.experts for tensor in weight.tensors())

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.distributed.parallel_state import TPGroup, get_tp_group
-from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, PackedLayer, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod
 from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter, refuse_shard
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(PackedLayer):
     """[T] token ids -> [T, embedding_dim].
 
     Rank r holds rows ``[r * n, (r + 1) * n)`` of the table with ``n = ceil(num_embeddings / ranks)``; rows past the
@@ -19,7 +19,6 @@ class VocabParallelEmbedding(nn.Module):
         is_head: logits are made with it; the loader sets this once the model is built.
     """
 
-    is_head = False
     quant_method: EmbeddingMethodBase
     bias: nn.Parameter | None
 

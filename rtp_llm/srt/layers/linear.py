@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
-from rtp_llm.srt.layers.quantization.base import LinearMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.quantization.base import LinearMethodBase, PackedLayer, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, check_shape, load_part, make_parameter, refuse_shard
 
@@ -32,7 +32,7 @@ class OutputShard:
         return self.size * self.num_parts
 
 
-class LinearBase(nn.Module):
+class LinearBase(PackedLayer):
     """Holds a weight of [sum(output_partition_sizes), input_size_per_partition], made by the quantization method."""
 
     quant_method: LinearMethodBase
@@ -146,6 +146,7 @@ class ColumnParallelLinear(LinearBase):
 
     def _create_shards(self, shards: list[OutputShard], bias: bool) -> None:
         self.shards = shards
+        self.part_ids = [shard.id for shard in shards]
         self._create_parameters(self.input_size, [shard.size for shard in shards], bias)
 
     def forward(self, x: torch.Tensor) -> LinearOutput:

@@ -10,7 +10,7 @@ from torch import nn
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn
-from rtp_llm.srt.layers.quantization.base import ExpertsMethodBase, QuantizationConfig
+from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedExpertsMethod
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, load_part, make_parameter
 
@@ -87,7 +87,7 @@ def _in_top_groups(group_scores: torch.Tensor, topk_group: int, num_experts: int
     return is_best.repeat_interleave(num_experts // group_scores.shape[-1], dim=-1)
 
 
-class FusedMoE(nn.Module):
+class FusedMoE(ExpertsLayer):
     """Gated feed-forward experts, of which each token passes through the few it was routed to.
 
     Each rank holds a part of the intermediate size of every expert; outputs are summed over ranks.
@@ -171,10 +171,11 @@ class FusedMoE(nn.Module):
         dtype: torch.dtype | None = None,
         weight_loader: WeightLoader | None = None,
         is_split: bool = True,
+        is_optional: bool = False,
     ) -> nn.Parameter:
-        """Registers one that belongs to ``w13`` or ``w2``. ``is_split``: ranks share the inputs of ``w2``."""
         data = torch.empty(shape, dtype=dtype or self.params_dtype)
-        param = make_parameter(data, weight_loader or self.weight_loader, input_dim=2 if is_split else None)
+        loader, input_dim = weight_loader or self.weight_loader, 2 if is_split else None
+        param = make_parameter(data, loader, input_dim=input_dim, is_optional=is_optional)
         param.is_down = name.startswith("w2_")  # type: ignore[attr-defined]
         self.register_parameter(name, param)
         return param
@@ -190,17 +191,12 @@ class FusedMoE(nn.Module):
         """
         rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)
         rows = self._gather_rows(hidden_states, order, topk_ids.shape[1])
-        gate_up = self._multiply("w13", rows, rows_per_expert, self.w13_bias)
+        gate_up = self.packed["w13"].apply(rows, rows_per_expert, self.w13_bias)
         # One rank adds the bias, as in RowParallelLinear.
         down_bias = self.w2_bias if self.tp_group.rank == 0 else None
-        rows = self._multiply("w2", self.act_fn(gate_up), rows_per_expert, down_bias)
+        rows = self.packed["w2"].apply(self.act_fn(gate_up), rows_per_expert, down_bias)
         output = self._sum_rows(rows, places, topk_weights)
         return self.tp_group.all_reduce(output) if self.reduce_results else output
-
-    def _multiply(
-        self, name: str, rows: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.quant_method.multiply(self, name, rows, rows_per_expert, bias)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copies this rank's part of a checkpoint tensor into ``param``.

@@ -15,18 +15,28 @@ WeightLoader = Callable[[nn.Parameter, torch.Tensor, ShardId], None]
 
 
 def make_parameter(
-    data: torch.Tensor, weight_loader: WeightLoader, input_dim: int | None = None, output_dim: int | None = None
+    data: torch.Tensor,
+    weight_loader: WeightLoader,
+    input_dim: int | None = None,
+    output_dim: int | None = None,
+    is_optional: bool = False,
 ) -> nn.Parameter:
-    """A parameter without gradient. ``input_dim`` and ``output_dim`` are the dimensions that ranks split."""
+    """A parameter without gradient.
+
+    Args:
+        input_dim, output_dim: the dimensions that ranks split.
+        is_optional: a checkpoint may lack it: ``data`` is a value.
+    """
     param = nn.Parameter(data, requires_grad=False)
     param.weight_loader = weight_loader  # type: ignore[attr-defined]
     param.input_dim = input_dim  # type: ignore[attr-defined]
     param.output_dim = output_dim  # type: ignore[attr-defined]
+    param.is_optional = is_optional  # type: ignore[attr-defined]
     return param
 
 
 def is_optional(target: torch.Tensor) -> bool:
-    """Whether a checkpoint may lack it: it has a value from the start."""
+    """Whether a checkpoint may lack a parameter or buffer: it has a value from the start."""
     return getattr(target, "is_optional", False)
 
 

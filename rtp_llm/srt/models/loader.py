@@ -10,13 +10,12 @@ from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.layers.quantization.base import (
-    ExpertsMethodBase,
     QuantizationConfig,
     QuantizationError,
     QuantizedModel,
     process_weights,
 )
-from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
+from rtp_llm.srt.layers.quantization.methods import PackedExpertsMethod, PackedLinearMethod
 from rtp_llm.srt.layers.quantization.registry import quantization_config, scheme_name
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.rotary import share_ropes
@@ -118,7 +117,7 @@ def _tell_of_quantization(model: nn.Module, quant_config: QuantizationConfig) ->
     """Raises QuantizationError if no layer is quantized: what was asked for must have an effect."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     plain = sum(isinstance(method, UnquantizedLinearMethod) for method in methods)
-    quantized = sum(isinstance(method, (PackedLinearMethod, ExpertsMethodBase)) for method in methods)
+    quantized = sum(isinstance(method, (PackedLinearMethod, PackedExpertsMethod)) for method in methods)
     if not quantized:
         raise QuantizationError(f"{quant_config.get_name()} quantizes no layer of {type(model).__name__}")
     logger.info("quantized by %s: %d linear layers; %d are as they were", quant_config.get_name(), quantized, plain)

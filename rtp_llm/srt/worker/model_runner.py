@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+from rtp_llm.srt.layers.quantization.base import stored_bytes
 from rtp_llm.srt.model_traits import (
     KeepsCache,
     ModelTraits,
@@ -102,9 +102,7 @@ class ModelRunner:
     @property
     def weight_bytes(self) -> int:
         """Of parameters, buffers and packed weights."""
-        tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        packed: list[Any] = [module.packed for module in self.model.modules() if hasattr(module, "packed")]
-        return sum(tensors.values()) + sum(weights.nbytes for weights in packed)
+        return stored_bytes(self.model)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.

@@ -29,6 +29,7 @@ from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.norm import Norm
+from rtp_llm.srt.layers.quantization.base import stored_bytes
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.messages import GenerateRequest, TokenOutput
@@ -207,15 +208,8 @@ def _timed_layer(module: nn.Module, name: Name, watch: Stopwatch) -> Callable[..
 
 def _note_product(part: Part, module: nn.Module, num_rows: int, num_weights: int) -> None:
     if num_rows:
-        part.bytes += stored_bytes(module)
+        part.bytes += stored_bytes(module, recurse=False)
         part.operations += 2.0 * num_rows * num_weights
-
-
-def stored_bytes(module: nn.Module) -> int:
-    """Of its parameters and buffers, and of packed weights that are neither."""
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    packed = [getattr(value, "nbytes", 0) for value in vars(module).values()]
-    return sum(tensor.nbytes for tensor in tensors) + sum(size for size in packed if isinstance(size, int))
 
 
 class StepTimes:

@@ -47,7 +47,7 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16(isa, generator, shape):
     weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
-    packed = linear.PackedBFloat16(weight)
+    packed = linear.BFloat16Panels(weight)
     for num_rows in ROWS:
         for x in inputs(num_rows, shape[1]):
             expected = F.linear(x.double(), weight.double())
@@ -58,26 +58,26 @@ def test_bfloat16(isa, generator, shape):
 def test_bfloat16_rows_of_a_table(isa, generator):
     table = torch.randn(101, 37).bfloat16()
     ids = torch.randint(0, 101, (3, 9))
-    assert torch.equal(linear.PackedBFloat16(table).rows(ids), table[ids])
+    assert torch.equal(linear.BFloat16Panels(table).rows(ids), table[ids])
     with pytest.raises(IndexError, match=r"ids must be in \[0, 101\), not 0 to 101"):
-        linear.PackedBFloat16(table).rows(torch.tensor([0, 101]))
+        linear.BFloat16Panels(table).rows(torch.tensor([0, 101]))
 
 
 def test_a_slice_of_a_weight(isa, generator):
     weight = torch.randn(64, 96).bfloat16()
     x = torch.randn(4, 48).bfloat16()
-    result = linear.PackedBFloat16(weight[:, 48:]).apply(x, out_dtype=torch.float32)
+    result = linear.BFloat16Panels(weight[:, 48:]).apply(x, out_dtype=torch.float32)
     assert error(result, F.linear(x.double(), weight[:, 48:].double())) < 1e-5
 
 
-def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PackedWeight]:
+def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PanelWeight]:
     """Of every form."""
     weight = torch.randn(num_outputs, num_inputs)
     levels = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8)
     return [
-        linear.PackedBFloat16(weight.bfloat16()),
-        linear.PackedInt8(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(num_outputs) / 30),
-        linear.PackedInt4(levels, torch.rand(num_outputs, -(-num_inputs // 32)) / 8, None, 32),
+        linear.BFloat16Panels(weight.bfloat16()),
+        linear.Int8Panels(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(num_outputs) / 30),
+        linear.Int4Panels(levels, torch.rand(num_outputs, -(-num_inputs // 32)) / 8, None, 32),
     ]
 
 
@@ -96,11 +96,11 @@ def test_a_product_that_ends_in_an_activation(isa, generator, activation):
 
 
 def test_products_that_cannot_end_in_an_activation(isa, generator):
-    packed = linear.PackedBFloat16(torch.randn(96, 40).bfloat16())
+    packed = linear.BFloat16Panels(torch.randn(96, 40).bfloat16())
     assert not packed.ends_in("silu_and_mul")  # a half is no whole number of panels
     with pytest.raises(ValueError, match=r"a weight of \[96, 40\] cannot end in 'silu_and_mul'"):
         packed.apply(torch.randn(2, 40).bfloat16(), activation="silu_and_mul")
-    assert not linear.PackedBFloat16(torch.randn(128, 40).bfloat16()).ends_in("gelu_and_mul")
+    assert not linear.BFloat16Panels(torch.randn(128, 40).bfloat16()).ends_in("gelu_and_mul")
 
 
 def test_a_row_does_not_depend_on_the_others(isa, generator):
@@ -122,9 +122,9 @@ def test_a_row_does_not_depend_on_the_others(isa, generator):
 def test_a_row_that_is_not_a_number_stays_alone(isa, generator):
     weight = torch.randn(64, 40)
     packed = [
-        linear.PackedBFloat16(weight.bfloat16()),
-        linear.PackedInt8(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(64)),
-        linear.PackedInt4(torch.randint(0, 16, (64, 40), dtype=torch.uint8), torch.rand(64, 2), None, 32),
+        linear.BFloat16Panels(weight.bfloat16()),
+        linear.Int8Panels(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(64)),
+        linear.Int4Panels(torch.randint(0, 16, (64, 40), dtype=torch.uint8), torch.rand(64, 2), None, 32),
     ]
     for num_rows in (5, 30):
         x = torch.randn(num_rows, 40).bfloat16()
@@ -150,7 +150,7 @@ def quantized(x: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
 def test_int8(isa, generator, shape, dtype):
     weight = torch.randint(-127, 128, shape, dtype=torch.int8)
     scales, bias = torch.rand(shape[0]) * 0.01, torch.randn(shape[0])
-    packed = linear.PackedInt8(weight, scales)
+    packed = linear.Int8Panels(weight, scales)
     for num_rows in ROWS:
         for x in inputs(num_rows, shape[1], dtype):
             expected = F.linear(quantized(x), weight.double() * scales.double()[:, None])
@@ -162,7 +162,7 @@ def test_int8(isa, generator, shape, dtype):
 def test_int8_rows_of_a_table(isa, generator):
     weight, scales = torch.randint(-127, 128, (50, 31), dtype=torch.int8), torch.rand(50)
     ids = torch.randint(0, 50, (7,))
-    packed = linear.PackedInt8(weight, scales)
+    packed = linear.Int8Panels(weight, scales)
     assert torch.equal(packed.rows(ids), weight[ids].float() * scales[ids, None])
     assert torch.equal(packed.rows(ids, torch.bfloat16), (weight[ids].float() * scales[ids, None]).bfloat16())
 
@@ -178,7 +178,7 @@ def test_int4(isa, generator, shape, group_size, asymmetric):
     zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if asymmetric else None
     offset = 8 if zeros is None else zeros.repeat_interleave(group_size, 1)[:, :size].double()
     values = (weight.double() - offset) * scales.repeat_interleave(group_size, 1)[:, :size].double()
-    packed = linear.PackedInt4(weight, scales, zeros, group_size)
+    packed = linear.Int4Panels(weight, scales, zeros, group_size)
     for num_rows in ROWS:
         for x in inputs(num_rows, size):
             as_bytes = isa == "avx512_bf16"
@@ -194,7 +194,7 @@ def test_int4(isa, generator, shape, group_size, asymmetric):
 def test_int4_equals_what_it_stands_for(isa, generator):
     """Where x is whole numbers, nothing is lost."""
     weight, scales = torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.ones(64, 2)
-    packed = linear.PackedInt4(weight, scales, None, 32)
+    packed = linear.Int4Panels(weight, scales, None, 32)
     for num_rows in (3, 20, 60):
         x = torch.randint(-8, 9, (num_rows, 64))
         x[:, ::32] = 8 if isa != "avx512_bf16" else 127  # so that steps of int8 are whole
@@ -204,13 +204,13 @@ def test_int4_equals_what_it_stands_for(isa, generator):
 
 
 def test_wrong_inputs_are_refused():
-    packed = linear.PackedBFloat16(torch.randn(8, 6).bfloat16())
+    packed = linear.BFloat16Panels(torch.randn(8, 6).bfloat16())
     with pytest.raises(ValueError, match="takes 6 inputs, not 5"):
         packed.apply(torch.randn(2, 5).bfloat16())
     with pytest.raises(ValueError, match=r"multiplies bfloat16, not torch\.float32"):
         packed.apply(torch.randn(2, 6))
     with pytest.raises(ValueError, match="multiple of 8 inputs"):
-        linear.PackedInt4(torch.zeros(4, 12, dtype=torch.uint8), torch.ones(4, 1), None, 12)
+        linear.Int4Panels(torch.zeros(4, 12, dtype=torch.uint8), torch.ones(4, 1), None, 12)
 
 
 def test_int4_rows(isa, generator):
@@ -218,4 +218,4 @@ def test_int4_rows(isa, generator):
     zeros = torch.randint(0, 16, (50, 2), dtype=torch.uint8)
     values = (weight.float() - zeros.repeat_interleave(32, 1)[:, :40]) * scales.repeat_interleave(32, 1)[:, :40]
     ids = torch.randint(0, 50, (7,))
-    assert error(linear.PackedInt4(weight, scales, zeros, 32).rows(ids), values[ids].double()) < 1e-4
+    assert error(linear.Int4Panels(weight, scales, zeros, 32).rows(ids), values[ids].double()) < 1e-4

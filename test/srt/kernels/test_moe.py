@@ -44,19 +44,19 @@ def test_experts_that_do_not_exist_are_refused(isa: str) -> None:
 def test_grouped_products(isa: str, rows_per_group: list[int], shape: tuple[int, int]) -> None:
     counts = torch.tensor(rows_per_group)
     x, weight = torch.randn(int(counts.sum()), shape[1]).bfloat16(), torch.randn(3, *shape).bfloat16()
-    packed = moe.PackedGroups(weight)
+    packed = moe.ExpertPanels(weight)
     for bias in (None, torch.randn(3, shape[0]).bfloat16()):
         expected = reference.grouped_linear(x.float(), weight.float(), counts, None if bias is None else bias.float())
         result = packed.apply(x, counts, bias)
         assert result.dtype == torch.bfloat16
         torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=1e-4)
         for group, rows in enumerate(torch.arange(len(x)).split(rows_per_group)):  # as if it were alone
-            alone = linear.PackedBFloat16(weight[group]).apply(x[rows], None if bias is None else bias[group])
+            alone = linear.BFloat16Panels(weight[group]).apply(x[rows], None if bias is None else bias[group])
             assert torch.equal(result[rows], alone)
 
 
 def test_wrong_rows_are_refused(isa: str) -> None:
-    packed, counts = moe.PackedGroups(torch.randn(2, 4, 6).bfloat16()), torch.tensor([1, 1])
+    packed, counts = moe.ExpertPanels(torch.randn(2, 4, 6).bfloat16()), torch.tensor([1, 1])
     for x in (torch.zeros(2, 6), torch.zeros(2, 5).bfloat16()):
         with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 \[rows, 6\] in 2 groups"):
             packed.apply(x, counts)
@@ -96,7 +96,7 @@ def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int) -> Non
     for ours, theirs in zip(packed.parameters(), plain.parameters(), strict=True):
         theirs.data = ours.data.normal_(std=0.3).clone()
     process_weights(packed)
-    assert packed.packed.nbytes == sum(tensor.nbytes for tensor in packed.packed.tensors())
+    assert [type(weight) for weight in packed.packed.values()] == [moe.ExpertPanels, moe.ExpertPanels]
     assert not hasattr(packed, "w13_weight") and not hasattr(packed, "w2_weight")
     for num_tokens in (0, 1, 50):
         x, ids = torch.randn(num_tokens, 40).bfloat16(), torch.rand(num_tokens, 6).topk(3).indices

@@ -17,7 +17,7 @@ from quantized import Format
 
 from rtp_llm.srt.configs.model_config import ModelConfig, ModelConfigError
 from rtp_llm.srt.layers.quantization.base import QuantizationError
-from rtp_llm.srt.layers.quantization.packed import PackedLinearMethod
+from rtp_llm.srt.layers.quantization.methods import PackedLinearMethod
 from rtp_llm.srt.layers.quantization.registry import scheme_name
 from rtp_llm.srt.layers.quantization.spellings import canonical
 from rtp_llm.srt.models.loader import load_model

@@ -15,12 +15,12 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, QUANTIZATIONS, ServerArgs
 from rtp_llm.srt.kernels.reference import dequantize_int4, quantize_rows
 from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import stored_bytes
 from rtp_llm.srt.layers.quantization.int4 import GROUP_SIZES, quantize_int4
 from rtp_llm.srt.layers.quantization.on_load import OnLoadLinearMethod, quantize_int8
 from rtp_llm.srt.layers.quantization.registry import SCHEMES
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
-from rtp_llm.tools.bench_profile.command import stored_bytes
 from tiny_models import make_tiny, random_prompts
 from tiny_seeing import make_seeing
 
@@ -128,7 +128,7 @@ def test_weights_take_less_memory() -> None:
         config = ModelConfig.from_pretrained(DEMO_MODEL)
         worker = Worker(WorkerConfig(ServerArgs(model_path=DEMO_MODEL, quantization=scheme), config))
         tower = [module for name, module in worker.runner.model.named_modules() if ".visual." in f".{name}."]
-        own = {id(module): stored_bytes(module) for module in tower}
+        own = {id(module): stored_bytes(module, recurse=False) for module in tower}
         return worker.loaded().weight_bytes - sum(own.values())
 
     plain, int8, int4 = (weight_bytes(scheme) for scheme in (None, "int8", "int4"))

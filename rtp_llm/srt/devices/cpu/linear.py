@@ -5,6 +5,7 @@ back, so that a vocabulary table that is also the head is stored once.
 """
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ import torch
 
 from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
+from rtp_llm.srt.kernels.packed import PackedWeight
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
 GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product; as gemm.cpp numbers them
@@ -34,8 +36,8 @@ def _function(name: str) -> Kernel:
     return bind("gemm", name, *types[name], result=INT if name.startswith("rows") else None)
 
 
-class PackedWeight:
-    """What the packed forms share."""
+class PanelWeight(PackedWeight):
+    """What the packed forms share: outputs lie together in panels."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -44,18 +46,6 @@ class PackedWeight:
     @property
     def num_rows(self) -> int:
         return self.shape[0]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is stored."""
-        raise NotImplementedError
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """[...] int64 -> [..., K]: rows of the weight, in float32 or its own dtype."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
 
     def apply(
         self,
@@ -93,9 +83,12 @@ class PackedWeight:
         """Whether a product can end in this gated activation, without another pass over memory."""
         return activation in GATES and self.shape[0] % (2 * PANEL) == 0
 
+    def apply_gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        return self.apply(x, bias, activation=activation)
+
+    @abstractmethod
     def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
         """``output``: the last arguments of every product in gemm.cpp."""
-        raise NotImplementedError
 
 
 def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
@@ -105,7 +98,7 @@ def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
     _function("pack_bf16")(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
 
 
-class PackedBFloat16(PackedWeight):
+class BFloat16Panels(PanelWeight):
     """weight: [N, K] bfloat16, whose last dimension is contiguous."""
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -130,7 +123,7 @@ class PackedBFloat16(PackedWeight):
         _function("gemm_bf16")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
 
 
-class PackedInt8(PackedWeight):
+class Int8Panels(PanelWeight):
     """weight: [N, K] int8, times scales: [N] float32. Rows of x become int8 too, each by a scale of its own."""
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
@@ -164,7 +157,7 @@ class PackedInt8(PackedWeight):
         )  # fmt: skip
 
 
-class PackedInt4(PackedWeight):
+class Int4Panels(PanelWeight):
     """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
 
     scales: [N, groups] float32; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;

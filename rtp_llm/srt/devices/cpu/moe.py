@@ -8,6 +8,7 @@ from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 from rtp_llm.srt.devices.cpu.linear import PANEL, pack_bfloat16
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.packed import PackedExperts
 
 
 @functools.cache
@@ -26,8 +27,8 @@ def _grouped_gemm() -> Kernel:
     return bind("gemm", "grouped_gemm_bf16", *types, result=INT)
 
 
-class PackedGroups:
-    """weight: [groups, N, K] bfloat16, a linear layer for each group of rows; packed as ``PackedBFloat16`` each."""
+class ExpertPanels(PackedExperts):
+    """weight: [groups, N, K] bfloat16, a linear layer for each group of rows; packed as ``BFloat16Panels`` each."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.num_groups, *shape = weight.shape
@@ -40,24 +41,20 @@ class PackedGroups:
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed]
 
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes
-
-    def apply(self, x: torch.Tensor, rows_per_group: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """As ``reference.grouped_linear``, of bfloat16 rows."""
-        if x.dtype != torch.bfloat16 or x.shape[1] != self.shape[1] or len(rows_per_group) != self.num_groups:
+        if x.dtype != torch.bfloat16 or x.shape[1] != self.shape[1] or len(rows_per_expert) != self.num_groups:
             raise ValueError(
                 f"experts {[self.num_groups, *self.shape]} take bfloat16 [rows, {self.shape[1]}] in {self.num_groups} "
-                f"groups, not {x.dtype} {list(x.shape)} in {len(rows_per_group)}"
+                f"groups, not {x.dtype} {list(x.shape)} in {len(rows_per_expert)}"
             )
         x, bias = x.contiguous(), None if bias is None else bias.bfloat16().contiguous()
         out = memory.empty((x.shape[0], self.shape[0]), torch.bfloat16)
         if not _grouped_gemm()(
-            x.data_ptr(), x.shape[1], x.shape[0], rows_per_group.data_ptr(), self.num_groups, self.packed.data_ptr(),
+            x.data_ptr(), x.shape[1], x.shape[0], rows_per_expert.data_ptr(), self.num_groups, self.packed.data_ptr(),
             *self.shape, address(bias), out.data_ptr(), out.shape[1],
         ):  # fmt: skip
-            raise ValueError(f"groups have {rows_per_group.tolist()} rows, but x has {len(x)}")
+            raise ValueError(f"groups have {rows_per_expert.tolist()} rows, but x has {len(x)}")
         return out
 
 

@@ -13,7 +13,7 @@ from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.devices.reference.provider import ReferenceProvider
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.packed import GroupedWeight, PackedWeight
+from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 DTYPES = (torch.float32, torch.bfloat16)  # of what kernels read and write
@@ -48,14 +48,14 @@ class CpuProvider(ReferenceProvider):
         return "cpu" if dtype in DTYPES and kernels_work() else super().attention_backend(dtype)
 
     def pack_dense(self, weight: torch.Tensor) -> PackedWeight | None:
-        return linear.PackedBFloat16(weight) if _takes(weight) else None
+        return linear.BFloat16Panels(weight) if _takes(weight) else None
 
-    def pack_groups(self, weight: torch.Tensor) -> GroupedWeight | None:
-        return moe.PackedGroups(weight) if _takes(weight) else None
+    def pack_experts(self, weight: torch.Tensor) -> PackedExperts | None:
+        return moe.ExpertPanels(weight) if _takes(weight) else None
 
     def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
         if weight.is_cpu and _builds_for_kernels(DTYPES):
-            return linear.PackedInt8(weight, scales)
+            return linear.Int8Panels(weight, scales)
         return super().pack_int8(weight, scales)
 
     def pack_int4(
@@ -63,7 +63,7 @@ class CpuProvider(ReferenceProvider):
     ) -> PackedWeight:
         """Models in bfloat16 get kernels, whose roundings they are near to."""
         if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)) and group_size % 8 == 0:
-            return linear.PackedInt4(reference.unpack_int4(weight), scales, zeros, group_size)
+            return linear.Int4Panels(reference.unpack_int4(weight), scales, zeros, group_size)
         return super().pack_int4(weight, scales, zeros, group_size)
 
     def pack_uint8(
@@ -71,7 +71,7 @@ class CpuProvider(ReferenceProvider):
     ) -> PackedWeight:
         """Models in bfloat16 get them as bfloat16: twice the memory, and as fast as any."""
         if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
-            return linear.PackedBFloat16(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
+            return linear.BFloat16Panels(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
         return super().pack_uint8(weight, scales, zeros, group_size)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:

@@ -50,21 +50,21 @@ class ReferenceProvider(DeviceProvider):
     def pack_dense(self, weight: torch.Tensor) -> packed.PackedWeight | None:
         return None
 
-    def pack_groups(self, weight: torch.Tensor) -> packed.GroupedWeight | None:
+    def pack_experts(self, weight: torch.Tensor) -> packed.PackedExperts | None:
         return None
 
     def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> packed.PackedWeight:
-        return packed.PackedInt8(weight, scales)
+        return packed.PlainInt8(weight, scales)
 
     def pack_int4(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> packed.PackedWeight:
-        return packed.PackedGroups(weight, scales, zeros, group_size, bits=4)
+        return packed.PlainGroups(weight, scales, zeros, group_size, bits=4)
 
     def pack_uint8(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> packed.PackedWeight:
-        return packed.PackedGroups(weight, scales, zeros, group_size, bits=8)
+        return packed.PlainGroups(weight, scales, zeros, group_size, bits=8)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return nullcontext()

@@ -5,18 +5,105 @@ method and know nothing else of the scheme.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
 
-from rtp_llm.srt.kernels.packed import ends_in
-from rtp_llm.srt.layers.weights import WeightLoader, Weights
+from rtp_llm.srt.kernels.packed import Packed, PackedExperts, PackedWeight
+from rtp_llm.srt.layers.weights import ShardId, WeightLoader, Weights
 
 
-class QuantizeMethodBase(ABC):
+class NotLoaded(PackedWeight):
+    """In place of a weight that is not there yet."""
+
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        self._refuse()
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        self._refuse()
+
+    @property
+    def num_rows(self) -> int:
+        self._refuse()
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return ()
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError("a layer's weight is used before process_weights_after_loading has made it")
+
+
+class PackedLayer(nn.Module):
+    """A layer whose weight is one object, made by its quantization method of parameters that the loader fills.
+
+    Attributes:
+        packed: the weight.
+        part_ids: the ids of the checkpoint's tensors that it is made of, side by side; none where it is of one.
+        is_head: logits are made with it.
+    """
+
+    name: str
+    params_dtype: torch.dtype
+    packed: PackedWeight = NotLoaded()
+    part_ids: Sequence[ShardId] = ()
+    is_head = False
+
+    def stored(self) -> Iterable[Packed]:
+        return (self.packed,)
+
+
+class ExpertsLayer(nn.Module):
+    """As PackedLayer, of experts.
+
+    Attributes:
+        packed: ``w13`` (gate and up) and ``w2`` (down).
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[str, PackedExperts] = {}
+
+    def stored(self) -> Iterable[Packed]:
+        return self.packed.values()
+
+    @abstractmethod
+    def add_parameter(
+        self,
+        name: str,
+        *shape: int,
+        dtype: torch.dtype | None = None,
+        weight_loader: WeightLoader | None = None,
+        is_split: bool = True,
+        is_optional: bool = False,
+    ) -> nn.Parameter:
+        """Registers one that belongs to ``w13`` or ``w2``. ``is_split``: ranks share the inputs of ``w2``."""
+
+    @abstractmethod
+    def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copies this rank's part of a checkpoint tensor into ``param``."""
+
+
+def tensors_of(model: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
+    """All that a model keeps: parameters, buffers, and what weights are packed in; some of it perhaps twice."""
+    modules = model.modules() if recurse else [model]
+    weights = [weight for m in modules if isinstance(m, (PackedLayer, ExpertsLayer)) for weight in m.stored()]
+    packed = [tensor for weight in weights for tensor in weight.tensors()]
+    return [*model.parameters(recurse), *model.buffers(recurse), *packed]
+
+
+def stored_bytes(model: nn.Module, recurse: bool = True) -> int:
+    """Memory of ``tensors_of``, each counted once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(model, recurse)}.values())
+
+
+class QuantizeMethodBase:
     """Owns a layer's parameters: creates them before loading, may transform them after, computes with them.
 
     Order: ``create_weights`` in the layer's constructor; the loader fills the parameters; it then calls
@@ -24,19 +111,19 @@ class QuantizeMethodBase(ABC):
     module's parameters; then ``apply``.
     """
 
-    @abstractmethod
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias`` with this rank's weight: [..., input_size] -> [..., output_size]."""
+        return layer.packed.apply(x, bias)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:  # noqa: B027
+    def process_weights_after_loading(self, layer: PackedLayer) -> None:
         """Packs, transposes or replaces what was loaded. Nothing by default."""
 
 
-class LinearMethodBase(QuantizeMethodBase):
+class LinearMethodBase(QuantizeMethodBase, ABC):
     @abstractmethod
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: PackedLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -51,28 +138,30 @@ class LinearMethodBase(QuantizeMethodBase):
             input_size, output_size: of the whole layer, over all ranks.
         """
 
-    def ends_in(self, layer: nn.Module, activation: nn.Module) -> bool:
-        """Whether there is ``apply_gated`` for this activation: where ``layer.packed`` has it."""
-        return ends_in(getattr(layer, "packed", None), getattr(activation, "kernel", ""))
+    def ends_in(self, layer: PackedLayer, activation: nn.Module) -> bool:
+        """Whether there is ``apply_gated`` for this activation."""
+        return layer.packed.ends_in(getattr(activation, "kernel", ""))
 
     def apply_gated(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, activation: nn.Module
+        self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None, activation: nn.Module
     ) -> torch.Tensor:
         """``activation(apply(...))`` in one pass, of a gated activation that ``ends_in`` is true of."""
-        return cast(Any, layer).packed.apply(x, bias, activation=activation.kernel)
+        return layer.packed.apply_gated(x, bias, str(activation.kernel))
 
-    @abstractmethod
-    def dequantized_weight(self, layer: nn.Module) -> torch.Tensor:
+    def dequantized_weight(self, layer: PackedLayer) -> torch.Tensor:
         """This rank's weight [output_size, input_size] in the layer's dtype, once it has been processed."""
+        packed = layer.packed
+        ids = torch.arange(packed.num_rows, device=packed.tensors()[0].device)
+        return packed.rows(ids).to(layer.params_dtype)
 
 
-class EmbeddingMethodBase(QuantizeMethodBase):
+class EmbeddingMethodBase(QuantizeMethodBase, ABC):
     """Of a vocabulary table, which looks rows up and, as a head, multiplies with them (``apply``)."""
 
     @abstractmethod
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: PackedLayer,
         num_embeddings_per_partition: int,
         embedding_dim: int,
         params_dtype: torch.dtype,
@@ -80,13 +169,13 @@ class EmbeddingMethodBase(QuantizeMethodBase):
     ) -> None:
         """Registers this rank's rows on ``layer``."""
 
-    @abstractmethod
-    def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: PackedLayer, row_ids: torch.Tensor) -> torch.Tensor:
         """[T] indices of this rank's rows -> [T, embedding_dim]."""
+        return layer.packed.rows(row_ids).to(layer.params_dtype)
 
-    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``apply`` with a result in float32."""
-        return self.apply(layer, x, bias).float()
+        return layer.packed.apply(x, bias, torch.float32)
 
 
 class ExpertsMethodBase(ABC):
@@ -100,7 +189,7 @@ class ExpertsMethodBase(ABC):
     kinds: tuple[str, ...] = ("weight",)
 
     @abstractmethod
-    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+    def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:
         """Registers the parameters of ``w13`` or ``w2`` on ``layer``, by its ``add_parameter``.
 
         Args:
@@ -108,19 +197,8 @@ class ExpertsMethodBase(ABC):
         """
 
     @abstractmethod
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """As in QuantizeMethodBase."""
-
-    @abstractmethod
-    def multiply(
-        self,
-        layer: nn.Module,
-        name: str,
-        rows: torch.Tensor,
-        rows_per_expert: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """What ``reference.grouped_linear`` computes, with ``w13`` or ``w2``."""
+    def process_weights_after_loading(self, layer: ExpertsLayer) -> None:
+        """As in QuantizeMethodBase: makes ``layer.packed``."""
 
 
 class QuantizationError(ValueError):

@@ -15,7 +15,8 @@ from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import FusedMoE
-from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod
+from rtp_llm.srt.layers.quantization.base import ExpertsLayer, PackedLayer
+from rtp_llm.srt.layers.quantization.methods import PackedExpertsMethod, PackedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, make_parameter
 
 Conversion = Callable[[torch.Tensor], torch.Tensor]
@@ -51,7 +52,7 @@ class GroupedLinearMethod(PackedLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: PackedLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -59,13 +60,13 @@ class GroupedLinearMethod(PackedLinearMethod):
         params_dtype: torch.dtype,
         weight_loader: WeightLoader,
     ) -> None:
-        self.name = str(layer.name)
+        self.name = layer.name
         self.num_outputs = sum(output_partition_sizes)
         self.output_sizes = output_partition_sizes
         self.num_inputs = input_size_per_partition
         self.is_cut = input_size_per_partition != input_size
         self.group_size = min(self.format.group_size or input_size, input_size)
-        self.shard_ids: list[ShardId] = [shard.id for shard in getattr(layer, "shards", ())]
+        self.part_ids = layer.part_ids
         check_sizes(self.name, self.format, self.group_size, self.num_inputs, input_size)
         num_columns = input_size * self.format.bits // 8
 
@@ -86,7 +87,7 @@ class GroupedLinearMethod(PackedLinearMethod):
 
     def _add(
         self,
-        layer: nn.Module,
+        layer: PackedLayer,
         name: str,
         dtype: torch.dtype,
         num_columns: int,
@@ -96,13 +97,11 @@ class GroupedLinearMethod(PackedLinearMethod):
         data = torch.empty(self.num_outputs, num_columns, dtype=dtype)
         layer.register_parameter(name, make_parameter(data, weight_loader, input_dim=input_dim, output_dim=0))
 
-    def _add_order(self, layer: nn.Module, name: str) -> None:
+    def _add_order(self, layer: PackedLayer, name: str) -> None:
         """[layers that are fused, K]: each has an order of its own."""
         groups = torch.arange(self.num_inputs) // self.group_size
-        data = groups.int().repeat(max(1, len(self.shard_ids)), 1)
-        param = make_parameter(data, self._load_order)
-        param.is_optional = True  # type: ignore[attr-defined]
-        layer.register_parameter(name, param)
+        data = groups.int().repeat(max(1, len(self.part_ids)), 1)
+        layer.register_parameter(name, make_parameter(data, self._load_order, is_optional=True))
 
     def _load_order(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         if self.is_cut:
@@ -114,14 +113,14 @@ class GroupedLinearMethod(PackedLinearMethod):
                 )
             return
         check_shape(tensor, param.shape[1:], self.name)
-        places = slice(None) if shard_id is None else self.shard_ids.index(shard_id)
+        places = slice(None) if shard_id is None else self.part_ids.index(shard_id)
         param.data[places] = tensor.to(param.dtype)
 
     def parameter_names(self) -> tuple[str, ...]:
         names = (self.format.weight, self.format.scales, self.format.zeros, self.format.order)
         return tuple(name for name in names if name)
 
-    def pack(self, layer: nn.Module) -> PackedWeight:
+    def pack(self, layer: PackedLayer) -> PackedWeight:
         weight, scales = (layer.get_parameter(name).data for name in (self.format.weight, self.format.scales))
         zeros = layer.get_parameter(self.format.zeros).data if self.format.zeros else None
         orders = layer.get_parameter(self.format.order).data.unbind() if self.format.order else ()
@@ -165,15 +164,14 @@ class GroupedExpertsMethod(PackedExpertsMethod):
         self.kinds = tuple(name for name in names if name)
         self.group_sizes: dict[str, int] = {}
 
-    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+    def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:
         num_experts, num_outputs, num_inputs = shape
-        self.name = str(layer.name)
+        self.name = layer.name
         group_size = self.group_sizes[name] = min(self.format.group_size or input_size, input_size)
         check_sizes(f"{self.name}.{name}", self.format, group_size, num_inputs, input_size)
         num_columns = input_size * self.format.bits // 8
         num_groups, is_split = -(-num_inputs // group_size), group_size < input_size
-        add = cast(FusedMoE, layer).add_parameter
-        load = cast(FusedMoE, layer).weight_loader
+        add, load = layer.add_parameter, layer.weight_loader
 
         def add_groups(kind: str, dtype: torch.dtype, convert: Conversion) -> None:
             loader = _converted(load, convert)
@@ -194,10 +192,8 @@ class GroupedExpertsMethod(PackedExpertsMethod):
         if self.format.zeros:
             add_groups(self.format.zeros, torch.uint8, self.format.to_zeros)
         if self.format.order:
-            order = add(
-                f"{name}_{self.format.order}", 0, dtype=torch.int32, weight_loader=self._check_order(group_size)
-            )
-            order.is_optional = True  # type: ignore[attr-defined]
+            order, check = f"{name}_{self.format.order}", self._check_order(group_size)
+            add(order, 0, dtype=torch.int32, weight_loader=check, is_optional=True)
 
     def _check_order(self, group_size: int) -> WeightLoader:
         def check(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -208,7 +204,7 @@ class GroupedExpertsMethod(PackedExpertsMethod):
 
         return cast(WeightLoader, check)
 
-    def pack(self, layer: nn.Module, name: str) -> list[PackedWeight]:
+    def pack(self, layer: ExpertsLayer, name: str) -> list[PackedWeight]:
         weights, scales = (layer.get_parameter(f"{name}_{kind}").data for kind in self.kinds[:2])
         zeros: Sequence[torch.Tensor | None] = [None] * len(weights)
         if self.format.zeros:

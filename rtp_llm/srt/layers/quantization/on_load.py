@@ -7,7 +7,7 @@ stay as they are.
 """
 
 from abc import abstractmethod
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import nn
@@ -19,13 +19,15 @@ from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import (
+    ExpertsLayer,
     ExpertsMethodBase,
+    PackedLayer,
     QuantizationConfig,
     QuantizedModel,
     QuantizeMethodBase,
     free,
 )
-from rtp_llm.srt.layers.quantization.packed import PackedExpertsMethod, PackedLinearMethod, packed_of, set_packed
+from rtp_llm.srt.layers.quantization.methods import PackedExpertsMethod, PackedLinearMethod
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import WeightLoader
 
@@ -61,7 +63,7 @@ class OnLoadLinearMethod(PackedLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: PackedLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -69,7 +71,6 @@ class OnLoadLinearMethod(PackedLinearMethod):
         params_dtype: torch.dtype,
         weight_loader: WeightLoader,
     ) -> None:
-        self.num_outputs = sum(output_partition_sizes)
         UnquantizedLinearMethod().create_weights(
             layer,
             input_size_per_partition,
@@ -83,7 +84,7 @@ class OnLoadLinearMethod(PackedLinearMethod):
     def parameter_names(self) -> tuple[str, ...]:
         return ("weight",)
 
-    def pack(self, layer: nn.Module) -> PackedWeight:
+    def pack(self, layer: PackedLayer) -> PackedWeight:
         return self.scheme.pack(layer.get_parameter("weight").data)
 
 
@@ -91,31 +92,20 @@ class OnLoadExpertsMethod(PackedExpertsMethod):
     def __init__(self, scheme: OnLoadConfig) -> None:
         self.scheme = scheme
 
-    def create_weights(self, layer: nn.Module, name: str, shape: tuple[int, int, int], input_size: int) -> None:
-        cast(FusedMoE, layer).add_parameter(f"{name}_weight", *shape)
+    def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:
+        layer.add_parameter(f"{name}_weight", *shape)
 
-    def pack(self, layer: nn.Module, name: str) -> list[PackedWeight]:
+    def pack(self, layer: ExpertsLayer, name: str) -> list[PackedWeight]:
         return [self.scheme.pack(weight) for weight in layer.get_parameter(f"{name}_weight").data]
 
 
 class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
     """Of a head 8 bits, a scale per token."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: PackedLayer) -> None:
         if layer.is_head:
-            set_packed(layer, built_for().pack_int8(*quantize_int8(layer.get_parameter("weight").data)))
+            layer.packed = built_for().pack_int8(*quantize_int8(layer.get_parameter("weight").data))
             free(layer, "weight")
-
-    def embedding(self, layer: nn.Module, row_ids: torch.Tensor) -> torch.Tensor:
-        if not layer.is_head:
-            return super().embedding(layer, row_ids)
-        return packed_of(layer).rows(row_ids).to(cast(torch.dtype, layer.params_dtype))
-
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return packed_of(layer).apply(x, bias)
-
-    def logits(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return packed_of(layer).apply(x, bias, torch.float32)
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
