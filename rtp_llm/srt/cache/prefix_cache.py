@@ -5,6 +5,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rtp_llm.srt.cache.spec import CacheGroup, whole_pages
+
 
 @dataclass(slots=True)
 class Match:
@@ -24,7 +26,7 @@ class Lock:
     """A request's hold on the cached prefix ``[0, num_tokens)``: none of it that the request may read is evicted."""
 
     num_tokens: int
-    node: Any = None
+    node: Any = None  # the implementation's own; the same so long as the same prefix is held
     held_from: list[int] = field(default_factory=list)  # per group: tokens before this are no longer held
 
 
@@ -44,16 +46,28 @@ class Insertion:
     duplicates: list[list[int]] = field(default_factory=list)  # per group: the request's own pages that it must free
 
 
+@dataclass(frozen=True, slots=True)
+class SharedByLocks:
+    """The first ``num_tokens`` tokens are held by the locks at these places, and by no others of those asked about."""
+
+    num_tokens: int
+    places: list[int]
+
+
 class PrefixCache(ABC):
     """Maps token ids, within a namespace, to pages of every cache group.
 
     Invariants:
+    - Prefixes are cached in units of ``unit`` tokens, which are whole pages of every group.
     - A page is owned by the cache or by one request, never by both. Tokens ``[0, lock.num_tokens)`` of a request lie in
       the cache's pages; what follows is its own.
     - What a lock holds is never evicted: of full groups the whole prefix, of window groups what is within reach.
     - ``match`` changes neither capacity nor structure; locks alone move pages between evictable and held.
     - ``insert`` takes over the request's pages, except those that are cached already: they are returned as duplicates.
     """
+
+    def __init__(self, groups: Sequence[CacheGroup]) -> None:
+        self.unit = whole_pages(groups)
 
     @abstractmethod
     def match(self, namespace: Hashable, ids: Sequence[int], limit: int) -> Match:
@@ -75,10 +89,20 @@ class PrefixCache(ABC):
         """Enters a request's computed tokens and moves its lock to their end.
 
         Args:
-            ids: the tokens whose pages are complete; the rest of an incomplete last page stays the request's.
-            pages: per group, the request's page table (0 where a window page was freed already).
+            ids: the tokens that are computed; the rest of an incomplete last unit stays the request's.
+            pages: per group, the request's page table (0 where a window page was freed already, in whole units).
             lock: the request's lock, which is used up: the returned one replaces it.
         """
+
+    def common_len(self, ids: Sequence[int], other_ids: Sequence[int], limit: int) -> int:
+        """How many of the first ``limit`` tokens of two sequences the cache would hold once for both."""
+        common = common_length(ids, 0, other_ids, 0, limit)
+        return common - common % self.unit
+
+    @abstractmethod
+    def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:
+        """Prefixes that two or more of the locks hold in the same pages: the longest for each set of locks, and
+        shorter ones first."""
 
     @abstractmethod
     def evict(self, group: int, num_pages: int) -> None:
@@ -86,6 +110,10 @@ class PrefixCache(ABC):
 
     @abstractmethod
     def evictable_pages(self, group: int) -> int: ...
+
+    @abstractmethod
+    def num_pages(self, group: int) -> int:
+        """Pages of a group that the cache owns. For tests."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -99,8 +127,9 @@ class PrefixCache(ABC):
 class NoPrefixCache(PrefixCache):
     """Caches nothing: requests own all their pages (``--disable-radix-cache``)."""
 
-    def __init__(self, num_groups: int) -> None:
-        self._num_groups = num_groups
+    def __init__(self, groups: Sequence[CacheGroup]) -> None:
+        super().__init__(groups)
+        self._num_groups = len(groups)
 
     def match(self, namespace: Hashable, ids: Sequence[int], limit: int) -> Match:
         return Match(0, [[] for _ in range(self._num_groups)])
@@ -117,10 +146,19 @@ class NoPrefixCache(PrefixCache):
     def insert(self, namespace: Hashable, ids: Sequence[int], pages: list[list[int]], lock: Lock) -> Insertion:
         return Insertion(lock, [], [[] for _ in range(self._num_groups)])
 
+    def common_len(self, ids: Sequence[int], other_ids: Sequence[int], limit: int) -> int:
+        return 0
+
+    def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:
+        return []
+
     def evict(self, group: int, num_pages: int) -> None:
         return None
 
     def evictable_pages(self, group: int) -> int:
+        return 0
+
+    def num_pages(self, group: int) -> int:
         return 0
 
     def reset(self) -> None:
@@ -128,3 +166,17 @@ class NoPrefixCache(PrefixCache):
 
     def check_integrity(self) -> None:
         return None
+
+
+def common_length(a: Sequence[int], a_start: int, b: Sequence[int], b_start: int, limit: int) -> int:
+    """How many of the first ``limit`` items from ``a[a_start]`` and ``b[b_start]`` on are equal."""
+    if a[a_start : a_start + limit] == b[b_start : b_start + limit]:
+        return limit
+    low, high = 0, limit  # the first `low` items are equal, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[a_start + low : a_start + middle] == b[b_start + low : b_start + middle]:
+            low = middle
+        else:
+            high = middle
+    return low

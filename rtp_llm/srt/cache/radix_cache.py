@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Hashable, Iterator, Sequence
 
 from rtp_llm.srt.cache.allocator import PageAllocator
-from rtp_llm.srt.cache.prefix_cache import Exchange, Insertion, Lock, Match, PrefixCache
+from rtp_llm.srt.cache.prefix_cache import Exchange, Insertion, Lock, Match, PrefixCache, SharedByLocks, common_length
 from rtp_llm.srt.cache.spec import CacheGroup
 
 
@@ -47,7 +47,7 @@ class TreeNode:
 class RadixCache(PrefixCache):
     """See PrefixCache for the invariants; these are the tree's own.
 
-    - Node boundaries are multiples of the page size, which all groups share.
+    - Node boundaries are multiples of ``unit``.
     - In a full group every node has pages. In a window group a node has all of its pages or None (a tombstone).
     - A lock counts on every node from its end up to the root in full groups, and up to ``held_from`` in window groups;
       ``held_from`` is always a node boundary, so that splitting a node keeps every count right.
@@ -56,10 +56,8 @@ class RadixCache(PrefixCache):
     """
 
     def __init__(self, groups: Sequence[CacheGroup], allocators: Sequence[PageAllocator]) -> None:
-        page_sizes = {group.page_size for group in groups}
-        if len(page_sizes) != 1:
-            raise ValueError(f"the radix cache needs one page size for all cache groups, got {sorted(page_sizes)}")
-        self._page_size = page_sizes.pop()
+        super().__init__(groups)
+        self._page_sizes = [group.page_size for group in groups]
         self._groups = list(groups)
         self._allocators = list(allocators)
         # Tokens before a position that its query can see: None for all of them.
@@ -79,7 +77,7 @@ class RadixCache(PrefixCache):
         if node is None:
             return best
         best.node = node
-        limit -= limit % self._page_size
+        limit -= limit % self.unit
         live_from = [0] * len(self._groups)  # per group: where the unbroken run of pages up to here begins
         path: list[tuple[TreeNode, int]] = []
         best_depth = 0
@@ -90,7 +88,7 @@ class RadixCache(PrefixCache):
                 break
             length = min(len(child.ids), limit - position)
             common = common_length(child.ids, 0, ids, position, length)
-            common -= common % self._page_size
+            common -= common % self.unit
             position += common
             path.append((child, common))
             for g, pages in enumerate(child.pages):
@@ -103,7 +101,7 @@ class RadixCache(PrefixCache):
             node = child
         for child, common in path[:best_depth]:
             for g, pages in enumerate(child.pages):
-                count = common // self._page_size
+                count = common // self._page_sizes[g]
                 best.pages[g].extend([0] * count if pages is None else pages[:count])
         return best
 
@@ -178,6 +176,20 @@ class RadixCache(PrefixCache):
         self._prune(lock.node)
         lock.node = None
 
+    def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:
+        held_by: dict[TreeNode, list[int]] = {}
+        for place, lock in enumerate(locks):
+            for step in lock.node.path() if lock.node is not None else ():
+                held_by.setdefault(step, []).append(place)
+        shared = sorted((node for node, places in held_by.items() if len(places) > 1), key=lambda node: node.end)
+        # Above a node that as many locks hold, a prefix goes on.
+        goes_on = {
+            parent
+            for node in shared
+            if (parent := node.parent) in held_by and len(held_by[parent]) == len(held_by[node])
+        }
+        return [SharedByLocks(node.end, held_by[node]) for node in shared if node not in goes_on]
+
     # Inserting
 
     def insert(self, namespace: Hashable, ids: Sequence[int], pages: list[list[int]], lock: Lock) -> Insertion:
@@ -194,7 +206,7 @@ class RadixCache(PrefixCache):
                 break
             length = min(len(child.ids), num_tokens - position)
             common = common_length(child.ids, 0, ids, position, length)
-            common -= common % self._page_size
+            common -= common % self.unit
             if common < len(child.ids):
                 child = self._split(child, position + common)
             self._merge(child, pages, result)
@@ -208,14 +220,13 @@ class RadixCache(PrefixCache):
         """New nodes for ``[start, end)``, cut where a window group's pages begin (before it they are freed already)."""
         cuts = {end}
         for g in range(len(self._groups)):
-            first_live = self._first_live(pages[g], start, end)
+            first_live = self._first_live(g, pages[g], start, end)
             if start < first_live < end:
                 cuts.add(first_live)
         for cut in sorted(cuts):
-            first, last = start // self._page_size, cut // self._page_size
             shares: list[list[int] | None] = []
-            for group_pages in pages:
-                share = group_pages[first:last]
+            for group_pages, page_size in zip(pages, self._page_sizes, strict=True):
+                share = group_pages[start // page_size : cut // page_size]
                 shares.append(share if all(share) else None)
             node = self._add_child(node, list(ids[start:cut]), cut, shares)
             start = cut
@@ -232,7 +243,9 @@ class RadixCache(PrefixCache):
     def _merge(self, node: TreeNode, pages: list[list[int]], result: Insertion) -> None:
         """A request's pages meet a node that has its tokens already: fill tombstones, hand back duplicates."""
         cuts = {
-            self._first_live(pages[g], node.start, node.end) for g in range(len(self._groups)) if node.pages[g] is None
+            self._first_live(g, pages[g], node.start, node.end)
+            for g in range(len(self._groups))
+            if node.pages[g] is None
         }
         segments = [self._split(node, cut) for cut in sorted(cuts) if node.start < cut < node.end]
         for segment in [*segments, node]:
@@ -240,7 +253,7 @@ class RadixCache(PrefixCache):
                 self._merge_group(segment, g, pages[g], result)
 
     def _merge_group(self, node: TreeNode, g: int, group_pages: list[int], result: Insertion) -> None:
-        first, last = node.start // self._page_size, node.end // self._page_size
+        first, last = node.start // self._page_sizes[g], node.end // self._page_sizes[g]
         own = [page for page in group_pages[first:last] if page]
         if not own:
             return
@@ -254,12 +267,12 @@ class RadixCache(PrefixCache):
             self._evictable[g] += len(own)
         self._queue(node, g)
 
-    def _first_live(self, group_pages: list[int], start: int, end: int) -> int:
+    def _first_live(self, g: int, group_pages: list[int], start: int, end: int) -> int:
         """The first token of ``[start, end)`` whose page the request still has; ``end`` if none."""
-        first, last = start // self._page_size, end // self._page_size
-        for index in range(first, last):
+        page_size = self._page_sizes[g]
+        for index in range(start // page_size, end // page_size):
             if group_pages[index]:
-                return index * self._page_size
+                return index * page_size
         return end
 
     # Evicting
@@ -341,12 +354,12 @@ class RadixCache(PrefixCache):
     # The tree
 
     def _align(self, num_tokens: int) -> int:
-        return num_tokens - num_tokens % self._page_size
+        return num_tokens - num_tokens % self.unit
 
     def _key(self, ids: Sequence[int], position: int) -> Hashable:
-        if self._page_size == 1:
+        if self.unit == 1:
             return ids[position]
-        return tuple(ids[position : position + self._page_size])
+        return tuple(ids[position : position + self.unit])
 
     def _root(self, namespace: Hashable) -> TreeNode:
         root = self._roots.get(namespace)
@@ -367,15 +380,16 @@ class RadixCache(PrefixCache):
         parent = node.parent
         assert parent is not None and node.start < position < node.end
         cut = position - node.start
-        page_cut = cut // self._page_size
-        upper = TreeNode(
-            parent, node.ids[:cut], position, [None if pages is None else pages[:page_cut] for pages in node.pages]
-        )
+        shares: list[list[int] | None] = []
+        for g, page_size in enumerate(self._page_sizes):
+            pages = node.pages[g]
+            shares.append(None if pages is None else pages[: cut // page_size])
+            node.pages[g] = None if pages is None else pages[cut // page_size :]
+        upper = TreeNode(parent, node.ids[:cut], position, shares)
         upper.locks = list(node.locks)
         upper.last_access = node.last_access
         parent.children[self._key(upper.ids, 0)] = upper
         node.ids = node.ids[cut:]
-        node.pages = [None if pages is None else pages[page_cut:] for pages in node.pages]
         node.parent = upper
         upper.children[self._key(node.ids, 0)] = node
         for g in range(len(self._groups)):
@@ -401,10 +415,10 @@ class RadixCache(PrefixCache):
     def _check_node(self, node: TreeNode) -> None:
         parent = node.parent
         assert parent is not None and parent.end == node.start and node.ids
-        assert len(node.ids) % self._page_size == 0
+        assert len(node.ids) % self.unit == 0
         assert parent.children[self._key(node.ids, 0)] is node
         for g, pages in enumerate(node.pages):
-            assert pages is None or len(pages) * self._page_size == len(node.ids)
+            assert pages is None or len(pages) * self._page_sizes[g] == len(node.ids)
             assert node.locks[g] >= 0
             assert not (node.locks[g] and pages is None), "a held node has lost its pages"
             if self._reach[g] is None:
@@ -415,7 +429,6 @@ class RadixCache(PrefixCache):
             assert all(p is not None or r == 0 for p, r in zip(node.pages, self._reach, strict=True)), "a useless leaf"
 
     def num_pages(self, group: int) -> int:
-        """Pages of a group that the tree owns."""
         return sum(len(node.pages[group] or []) for root in self._roots.values() for node in _descendants(root))
 
 
@@ -425,17 +438,3 @@ def _descendants(root: TreeNode) -> Iterator[TreeNode]:
         node = stack.pop()
         yield node
         stack.extend(node.children.values())
-
-
-def common_length(a: Sequence[int], a_start: int, b: Sequence[int], b_start: int, limit: int) -> int:
-    """How many of the first ``limit`` items from ``a[a_start]`` and ``b[b_start]`` on are equal."""
-    if a[a_start : a_start + limit] == b[b_start : b_start + limit]:
-        return limit
-    low, high = 0, limit  # the first `low` items are equal, the first `high` are not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[a_start + low : a_start + middle] == b[b_start + low : b_start + middle]:
-            low = middle
-        else:
-            high = middle
-    return low

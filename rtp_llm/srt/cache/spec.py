@@ -1,5 +1,7 @@
 """What a layer keeps between steps, and how layers that keep the same are grouped. Host only, no torch."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +65,11 @@ class CacheGroup:
     @property
     def bytes_per_page(self) -> int:
         return self.spec.bytes_per_token * len(self.layer_ids) * self.page_size
+
+
+def whole_pages(groups: Sequence[CacheGroup]) -> int:
+    """The least number of tokens that are whole pages of every group."""
+    return math.lcm(*(group.page_size for group in groups))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rtp_llm.srt.cache.spec import CacheGroup
+from rtp_llm.srt.cache.spec import CacheGroup, whole_pages
 
 # Without a limit given, no more tokens than this are reserved: small models would fill the memory for nothing.
 MAX_AUTO_TOKENS = 1 << 22
@@ -49,7 +49,7 @@ def plan_capacity(
         pages = total // group.page_size
         if group.window is None or not has_full:
             return pages
-        alone = -(-(group.window + (max_chunk or context_length)) // group.page_size) + 2
+        alone = -(-(group.window + (max_chunk or context_length) + unit) // group.page_size) + 1
         return max(int(total * window_ratio) // group.page_size, min(pages, alone))
 
     def pages_for(total: int) -> list[int]:
@@ -58,6 +58,7 @@ def plan_capacity(
     def bytes_for(total: int) -> int:
         return sum(pages * group.bytes_per_page for pages, group in zip(pages_for(total), groups, strict=True))
 
+    unit = whole_pages(groups)
     has_full = any(group.window is None for group in groups)
     page_size = max(group.page_size for group in groups)
     if max_total_tokens is not None:
@@ -78,7 +79,7 @@ def plan_capacity(
         )
     num_pages = pages_for(total)
     slides = max_chunk is not None
-    longest = [_longest(group, pages, slides) for group, pages in zip(groups, num_pages, strict=True)]
+    longest = [_longest(group, pages, slides, unit) for group, pages in zip(groups, num_pages, strict=True)]
     if min(longest) < 2:
         raise NotEnoughMemory(
             f"the cache holds {total} token, but a request needs two at least: one of the prompt and a new one. "
@@ -87,11 +88,11 @@ def plan_capacity(
     return Capacity(tuple(num_pages), total // page_size * page_size, min([context_length, *longest]), bytes_for(total))
 
 
-def _longest(group: CacheGroup, num_pages: int, slides: bool) -> int:
+def _longest(group: CacheGroup, num_pages: int, slides: bool, unit: int) -> int:
     """The longest request that a group of ``num_pages`` can serve alone. ``slides``: a window, even within a prompt."""
     num_tokens = num_pages * group.page_size
-    # A window slides: its reach, the token being computed, and the broken pages at both ends.
-    if slides and group.window is not None and num_tokens >= group.window + 2 * group.page_size:
+    # A window slides: its reach, the token being computed, a broken unit before them and a broken page after them.
+    if slides and group.window is not None and num_tokens >= group.window + unit + group.page_size:
         return 1 << 62
     return num_tokens
 

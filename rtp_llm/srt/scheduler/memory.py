@@ -21,22 +21,23 @@ class CacheMemory:
         self, groups: Sequence[CacheGroup], num_pages: Sequence[int], max_chunk: int, disable_prefix_cache: bool
     ) -> None:
         self.groups = list(groups)
-        self.page_size = groups[0].page_size
         self.allocators = [PageAllocator(count) for count in num_pages]
-        self.cache: PrefixCache = (
-            NoPrefixCache(len(groups)) if disable_prefix_cache else RadixCache(groups, self.allocators)
-        )
+        self.cache: PrefixCache = NoPrefixCache(groups) if disable_prefix_cache else RadixCache(groups, self.allocators)
+        self._page_sizes = [group.page_size for group in groups]
+        self._unit = self.cache.unit
         self._has_windows = any(group.window is not None for group in groups)
-        # Pages that a request can hold at once in a window group: its reach, a chunk, and two broken pages.
+        # Pages that a request can hold at once in a window group: its reach, a chunk, a broken unit before and a
+        # broken page after them.
         self._resident = [
-            None if group.window is None else self._num_pages(group.window + max_chunk) + 2 for group in groups
+            None if group.window is None else self._num_pages(g, group.window + max_chunk + self._unit) + 1
+            for g, group in enumerate(groups)
         ]
         self.evicted_tokens = 0  # in all, from the prefix cache
         # Duplicates that steps in flight still name: (last such step, group, pages).
         self._limbo: deque[tuple[int, int, list[int]]] = deque()
 
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+    def _num_pages(self, group: int, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_sizes[group])
 
     def available(self, group: int) -> int:
         return self.allocators[group].num_free + self.cache.evictable_pages(group)
@@ -50,32 +51,31 @@ class CacheMemory:
 
     def free_tokens(self, group: int) -> int:
         """Tokens of a group's cache that nobody holds."""
-        return self.allocators[group].num_free * self.page_size
+        return self.allocators[group].num_free * self._page_sizes[group]
 
     def evictable_tokens(self, group: int) -> int:
         """Tokens that only the prefix cache holds."""
-        return self.cache.evictable_pages(group) * self.page_size
+        return self.cache.evictable_pages(group) * self._page_sizes[group]
 
     # Looking ahead
 
     def pages_to_grow(self, request: Request, num_tokens: int) -> list[int]:
         """Pages per group that the next ``num_tokens`` tokens take."""
-        wanted = self._num_pages(request.num_computed + num_tokens)
-        return [wanted - len(table) for table in request.pages]
+        num_tokens += request.num_computed
+        return [self._num_pages(g, num_tokens) - len(table) for g, table in enumerate(request.pages)]
 
     def pages_to_hold(self, request: Request, num_tokens: int) -> list[int]:
         """Pages per group that the request will take at most until it has ``num_tokens`` tokens."""
-        wanted = self._num_pages(num_tokens)
         pages = []
-        for table, first, resident in zip(request.pages, request.first_page, self._resident, strict=True):
-            growth = max(0, wanted - len(table))
+        for g, (table, first) in enumerate(zip(request.pages, request.first_page, strict=True)):
+            growth, resident = max(0, self._num_pages(g, num_tokens) - len(table)), self._resident[g]
             pages.append(growth if resident is None else min(growth, max(0, resident - (len(table) - first))))
         return pages
 
     def room(self, request: Request) -> int:
         """How many tokens the request can grow by now."""
         return min(
-            (len(table) + self.available(g)) * self.page_size - request.num_computed
+            (len(table) + self.available(g)) * self._page_sizes[g] - request.num_computed
             for g, table in enumerate(request.pages)
         )
 
@@ -89,7 +89,7 @@ class CacheMemory:
 
     def _without_page(self, requests: Sequence[Request], group: int) -> list[Request]:
         """Those whose next token begins a page that they do not have yet."""
-        page_size = self.page_size
+        page_size = self._page_sizes[group]
         return [r for r in requests if r.num_computed >= len(r.pages[group]) * page_size]
 
     # A request's life
@@ -138,12 +138,12 @@ class CacheMemory:
         num_free = allocator.num_free
         if num_free < count:
             self.cache.evict(group, count - num_free)
-            self.evicted_tokens += (allocator.num_free - num_free) * self.page_size
+            self.evicted_tokens += (allocator.num_free - num_free) * self._page_sizes[group]
         return allocator.allocate(count)
 
     def has_pages_to_share(self, request: Request) -> bool:
-        """Whether a page that is not in the prefix cache yet is complete."""
-        return request.insertable_len // self.page_size > request.cached_len // self.page_size
+        """Whether pages that are not in the prefix cache yet are complete."""
+        return request.insertable_len // self._unit > request.cached_len // self._unit
 
     def share(self, request: Request, last_step: int) -> list[PageWrite]:
         """Enters the request's computed tokens into the prefix cache.
@@ -174,13 +174,14 @@ class CacheMemory:
         self._pass_by(request)
 
     def _pass_by(self, request: Request) -> None:
-        own_from = request.cached_len // self.page_size
         for g, group in enumerate(self.groups):
             if group.window is None:
                 continue
             table = request.pages[g]
-            reachable = max(0, request.num_committed - (group.window - 1)) // self.page_size
-            reachable = min(reachable, len(table))
+            page_size = self._page_sizes[g]
+            own_from = request.cached_len // page_size
+            reachable = max(0, request.num_committed - (group.window - 1)) // self._unit * self._unit
+            reachable = min(reachable // page_size, len(table))
             passed = table[max(own_from, request.first_page[g]) : reachable]
             self.allocators[g].free([page for page in passed if page])
             if reachable > request.first_page[g]:
@@ -191,10 +192,10 @@ class CacheMemory:
         """The request gives back everything; what it computed stays cached. No step in flight names it."""
         if request.insertable_len > request.cached_len:
             self.share(request, last_step=-1)
-        own_from = request.cached_len // self.page_size
+        cached_len = request.cached_len
         self.cache.unlock(request.lock)
         for g, table in enumerate(request.pages):
-            self.allocators[g].free([page for page in table[own_from:] if page])
+            self.allocators[g].free([page for page in table[cached_len // self._page_sizes[g] :] if page])
         request.pages, request.first_page, request.lock = [], [], Lock(0)
         request.num_computed = request.num_committed = 0
 
@@ -211,8 +212,9 @@ class CacheMemory:
             owned: list[int] = []
             for request in requests:
                 if request.pages:
-                    owned.extend(page for page in request.pages[g][request.cached_len // self.page_size :] if page)
+                    owned.extend(page for page in request.pages[g][request.cached_len // self._page_sizes[g] :] if page)
             owned.extend(page for _, group, pages in self._limbo if group == g for page in pages)
             assert len(owned) == len(set(owned)), f"group {g}: a page has two owners"
-            in_cache = self.cache.num_pages(g) if isinstance(self.cache, RadixCache) else 0
-            assert allocator.num_used == len(owned) + in_cache, f"group {g}: {allocator.num_used} pages are in use"
+            assert allocator.num_used == len(owned) + self.cache.num_pages(g), (
+                f"group {g}: {allocator.num_used} pages are in use"
+            )

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rtp_llm.srt.cache.radix_cache import common_length
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.messages import (
     AbortRequest,
@@ -127,7 +126,7 @@ class Scheduler:
         self._in_flight: deque[StepInFlight] = deque()
         self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
         self._pending = PendingPlan()
-        self._sharing = PrefixSharing() if config.share_prefixes else None
+        self._sharing = PrefixSharing(self.memory.cache) if config.share_prefixes else None
         self._reserve = MIN_RESERVE_TOKENS
         self._num_arrivals = 0
         self._num_steps = 0
@@ -307,16 +306,13 @@ class Scheduler:
 
     def _is_being_computed(self, request: Request, matched: int, prefilling: Sequence[Request]) -> bool:
         """Whether one of these is computing tokens that ``request`` shares and the cache does not have yet."""
-        if self.config.disable_radix_cache:
-            return False
         for other in prefilling:
             if other.namespace != request.namespace:
                 continue
             limit = min(request.match_limit, other.prefill_len)
             if limit - matched < MIN_SHARED_TOKENS or request.keys[matched] != other.keys[matched]:
                 continue
-            common = common_length(request.keys, 0, other.keys, 0, limit)
-            if common - common % self.memory.page_size - matched >= MIN_SHARED_TOKENS:
+            if self.memory.cache.common_len(request.keys, other.keys, limit) - matched >= MIN_SHARED_TOKENS:
                 return True
         return False
 

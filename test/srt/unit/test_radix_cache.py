@@ -5,17 +5,21 @@ import random
 import pytest
 
 from rtp_llm.srt.cache.allocator import OutOfPages, PageAllocator
-from rtp_llm.srt.cache.prefix_cache import Insertion, Lock
-from rtp_llm.srt.cache.radix_cache import RadixCache, common_length
+from rtp_llm.srt.cache.prefix_cache import Insertion, Lock, common_length
+from rtp_llm.srt.cache.radix_cache import RadixCache
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec, LengthScaling
 
 NAMESPACE = ("", 0)
 
 
-def make(windows: list[int | None], num_pages: int = 64, page_size: int = 1) -> tuple[RadixCache, list[PageAllocator]]:
+def make(
+    windows: list[int | None], num_pages: int = 64, page_size: int | list[int] = 1
+) -> tuple[RadixCache, list[PageAllocator]]:
+    """``page_size``: of all groups, or of each."""
+    page_sizes = page_size if isinstance(page_size, list) else [page_size] * len(windows)
     groups = [
-        CacheGroup(CacheSpec(1, 8, 8, "float32", window=window), (layer,), page_size)
-        for layer, window in enumerate(windows)
+        CacheGroup(CacheSpec(1, 8, 8, "float32", window=window), (layer,), size)
+        for layer, (window, size) in enumerate(zip(windows, page_sizes, strict=True))
     ]
     allocators = [PageAllocator(num_pages) for _ in groups]
     return RadixCache(groups, allocators), allocators
@@ -155,10 +159,22 @@ def test_only_whole_pages_are_shared():
     cache.check_integrity()
 
 
-def test_groups_must_agree_on_the_page_size():
-    groups = [CacheGroup(CacheSpec(1, 8, 8, "float32"), (0,), 1), CacheGroup(CacheSpec(1, 8, 8, "float32"), (1,), 4)]
-    with pytest.raises(ValueError, match="one page size"):
-        RadixCache(groups, [PageAllocator(4), PageAllocator(4)])
+def test_what_is_shared_is_whole_pages_of_every_group():
+    cache, allocators = make([None, None, 5], page_size=[4, 6, 1])
+    assert cache.unit == 12
+    ids = list(range(30))
+    pages = [allocators[0].allocate(8), allocators[1].allocate(5), [0] * 12 + allocators[2].allocate(18)]
+    result = cache.insert(NAMESPACE, ids, pages, Lock(0, None, [0, 0, 0]))
+    cache.check_integrity()
+    assert result.lock.num_tokens == 24
+    assert [cache.num_pages(g) for g in range(3)] == [6, 4, 12]
+    match = cache.match(NAMESPACE, ids, 29)
+    assert match.num_tokens == 24 and match.pages == [pages[0][:6], pages[1][:4], pages[2][:24]]
+    assert cache.match(NAMESPACE, ids, 23).num_tokens == 0, "the last group has lost what is needed at 12"
+    assert cache.match(NAMESPACE, [*ids[:20], 99, 99, 99, 99, 99], 25).num_tokens == 0
+    assert cache.common_len(ids, [*ids[:20], 99], 20) == 12
+    cache.unlock(result.lock)
+    cache.reset()
 
 
 def test_reset_refuses_while_something_is_held():
@@ -190,10 +206,10 @@ def test_length_scaling_separates_keys():
 class Simulation:
     """Requests that are admitted, computed chunk by chunk, inserted, advanced and ended in random order."""
 
-    def __init__(self, seed: int, windows: list[int | None], page_size: int) -> None:
+    def __init__(self, seed: int, windows: list[int | None], page_size: int | list[int]) -> None:
         self.rng = random.Random(seed)
         self.windows = windows
-        self.page_size = page_size
+        self.page_sizes = page_size if isinstance(page_size, list) else [page_size] * len(windows)
         self.cache, self.allocators = make(windows, num_pages=60, page_size=page_size)
         # What each page holds: the tokens up to its end. A page found in the cache must hold what is asked for.
         self.content: list[dict[int, tuple]] = [{} for _ in windows]
@@ -222,9 +238,9 @@ class Simulation:
 
     def check_content(self, namespace: tuple, ids: list[int], num_tokens: int, pages: list[list[int]]) -> None:
         for g, window in enumerate(self.windows):
-            assert len(pages[g]) * self.page_size == num_tokens
+            assert len(pages[g]) * self.page_sizes[g] == num_tokens
             for i, page in enumerate(pages[g]):
-                end = (i + 1) * self.page_size
+                end = (i + 1) * self.page_sizes[g]
                 if window is None or end > num_tokens - (window - 1):
                     assert page, "a page within reach is missing"
                 if page:
@@ -235,7 +251,7 @@ class Simulation:
         target = min(len(ids), done + self.rng.randrange(1, 12))
         grown = []
         for g in range(len(self.windows)):
-            need = -(-target // self.page_size) - len(request["pages"][g])
+            need = -(-target // self.page_sizes[g]) - len(request["pages"][g])
             pages = self.reserve(g, need)
             if pages is None:
                 for other, taken in enumerate(grown):
@@ -244,9 +260,10 @@ class Simulation:
             grown.append(pages)
         for g, pages in enumerate(grown):
             request["pages"][g].extend(pages)
-            for i in range(done // self.page_size, target // self.page_size):
+            size = self.page_sizes[g]
+            for i in range(done // size, target // size):
                 page = request["pages"][g][i]
-                self.content[g][page] = (request["ns"], tuple(ids[: (i + 1) * self.page_size]))
+                self.content[g][page] = (request["ns"], tuple(ids[: (i + 1) * size]))
         request["done"] = target
         if self.rng.random() < 0.6:
             self.insert(request)
@@ -267,9 +284,9 @@ class Simulation:
             if window is None:
                 continue
             table = request["pages"][g]
-            keep_from = max(0, request["done"] - (window - 1)) // self.page_size
-            own_from = request["lock"].num_tokens // self.page_size
-            for i in range(own_from, min(keep_from, len(table))):
+            passed = max(0, request["done"] - (window - 1)) // self.cache.unit * self.cache.unit
+            own_from = request["lock"].num_tokens // self.page_sizes[g]
+            for i in range(own_from, min(passed // self.page_sizes[g], len(table))):
                 if table[i]:
                     self.allocators[g].free([table[i]])
                     table[i] = 0
@@ -277,24 +294,24 @@ class Simulation:
     def end(self, request: dict) -> None:
         if self.rng.random() < 0.8:
             self.insert(request)
-        own_from = request["lock"].num_tokens // self.page_size
+        num_tokens = request["lock"].num_tokens
         self.cache.unlock(request["lock"])
         for g, table in enumerate(request["pages"]):
-            self.allocators[g].free([page for page in table[own_from:] if page])
+            self.allocators[g].free([page for page in table[num_tokens // self.page_sizes[g] :] if page])
         self.live.remove(request)
 
     def check(self) -> None:
         self.cache.check_integrity()
         for g, allocator in enumerate(self.allocators):
-            owned = sum(
-                sum(1 for page in r["pages"][g][r["lock"].num_tokens // self.page_size :] if page) for r in self.live
-            )
+            size = self.page_sizes[g]
+            owned = sum(sum(1 for page in r["pages"][g][r["lock"].num_tokens // size :] if page) for r in self.live)
             assert allocator.num_used == owned + self.cache.num_pages(g), "a page is lost or counted twice"
         for request in self.live:
             for g, window in enumerate(self.windows):
                 low = 0 if window is None else max(0, request["done"] - (window - 1))
-                for i in range(low // self.page_size, request["done"] // self.page_size):
-                    expected = (request["ns"], tuple(request["ids"][: (i + 1) * self.page_size]))
+                size = self.page_sizes[g]
+                for i in range(low // size, request["done"] // size):
+                    expected = (request["ns"], tuple(request["ids"][: (i + 1) * size]))
                     assert self.content[g][request["pages"][g][i]] == expected, "a page in use was overwritten"
 
     def run(self, operations: int) -> None:
@@ -320,8 +337,19 @@ class Simulation:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("windows", "page_size"),
-    [([None], 1), ([None, 6], 1), ([6, None, 11], 1), ([5], 1), ([1, None], 1), ([None], 4), ([None, 6], 4)],
+    [
+        ([None], 1),
+        ([None, 6], 1),
+        ([6, None, 11], 1),
+        ([5], 1),
+        ([1, None], 1),
+        ([None], 4),
+        ([None, 6], 4),
+        ([None, None], [1, 2]),
+        ([None, 6], [4, 1]),
+        ([7, None], [2, 3]),
+    ],
     ids=str,
 )
-def test_random_operations(windows: list[int | None], page_size: int, seed: int):
+def test_random_operations(windows: list[int | None], page_size: int | list[int], seed: int):
     Simulation(seed, windows, page_size).run(10_000)

@@ -20,10 +20,14 @@ from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 EOS = 0
 
 
-def layout(windows: list[int | None], page_size: int = 1, scaling: LengthScaling | None = None) -> CacheLayout:
+def layout(
+    windows: list[int | None], page_size: int | list[int] = 1, scaling: LengthScaling | None = None
+) -> CacheLayout:
+    """``page_size``: of all groups, or of each."""
+    page_sizes = page_size if isinstance(page_size, list) else [page_size] * len(windows)
     groups = tuple(
-        CacheGroup(CacheSpec(1, 8, 8, "float32", window=window), (layer,), page_size)
-        for layer, window in enumerate(windows)
+        CacheGroup(CacheSpec(1, 8, 8, "float32", window=window), (layer,), size)
+        for layer, (window, size) in enumerate(zip(windows, page_sizes, strict=True))
     )
     return CacheLayout(groups, scaling)
 
@@ -605,6 +609,9 @@ MAX_BLOCK = 9
         ([9, None, 5], 1, {"chunked_prefill_size": 5}),
         ([6], 2, {"chunked_prefill_size": -1, "max_prefill_tokens": 30}),
         ([None, 7], 1, {"disable_radix_cache": True, "chunked_prefill_size": 16}),
+        ([None, 6], [4, 1], {"chunked_prefill_size": 7}),
+        ([5, None], [2, 3], {"chunked_prefill_size": 16, "schedule_policy": "lpm"}),
+        ([None, 6], [1, 4], {"disable_radix_cache": True, "chunked_prefill_size": 5}),
         ([None, 1], 1, {"max_running_requests": 3}),
         ([None], 1, {"chunked_prefill_size": 8, "scaling": LengthScaling(12, per_length=True)}),
         ([None, 6], 1, {"chunked_prefill_size": 8, "scaling": LengthScaling(12, per_length=False)}),
@@ -618,7 +625,7 @@ def test_random_traffic(windows, page_size, options, depth, seed, monkeypatch):
     options = dict(options)
     cache_layout = layout(windows, page_size, options.pop("scaling", None))
     max_len = 60
-    num_pages = [-(-rng.choice([70, 90, 200]) // page_size) for _ in windows]
+    num_pages = [-(-rng.choice([70, 90, 200]) // group.page_size) for group in cache_layout.groups]
     options = {"max_running_requests": 12, "max_media_block": MAX_BLOCK, "share_prefixes": True, **options}
     loop = Loop(config(max_req_len=max_len, **options), cache_layout, num_pages, depth)
     sent: dict[str, GenerateRequest] = {}

@@ -1,8 +1,13 @@
 """Which prefixes attention reads once, by hand."""
 
-from rtp_llm.srt.cache.radix_cache import TreeNode
+from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.prefix_cache import Lock, NoPrefixCache
+from rtp_llm.srt.cache.radix_cache import RadixCache, TreeNode
+from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
 from rtp_llm.srt.plan import SharedPrefix
-from rtp_llm.srt.scheduler.sharing import saved_tokens, shared_prefixes
+from rtp_llm.srt.scheduler.sharing import saved_tokens, worth_reading_once
+
+GROUP = CacheGroup(CacheSpec(1, 8, 8, "float32"), (0,), 1)
 
 
 def root() -> TreeNode:
@@ -15,7 +20,9 @@ def child(parent: TreeNode, num_tokens: int) -> TreeNode:
 
 def found(nodes: list[TreeNode | None], min_tokens: int = 10) -> list[tuple[int, list[int]]]:
     """Rows are 7, 8, 9, ..."""
-    prefixes = shared_prefixes(range(7, 7 + len(nodes)), nodes, min_tokens)
+    locks = [Lock(0 if node is None else node.end, node) for node in nodes]
+    shared = RadixCache([GROUP], [PageAllocator(1)]).shared_prefixes(locks)
+    prefixes = worth_reading_once(range(7, 7 + len(nodes)), shared, min_tokens)
     return [(prefix.num_tokens, prefix.rows) for prefix in prefixes]
 
 
@@ -37,6 +44,11 @@ def test_nodes_that_the_same_rows_hold_are_one_prefix() -> None:
     assert found([third, third]) == [(18, [7, 8])]
     assert found([third, third, second]) == [(12, [7, 8, 9])]  # six more tokens are not worth it
     assert found([third, third, second], min_tokens=6) == [(12, [7, 8, 9]), (18, [7, 8])]
+
+
+def test_without_a_prefix_cache_nothing_is_shared() -> None:
+    cache = NoPrefixCache([GROUP])
+    assert cache.shared_prefixes([Lock(0), Lock(0)]) == [] and cache.common_len([1, 2], [1, 2], 2) == 0
 
 
 def test_prefixes_nest() -> None:
