@@ -93,14 +93,14 @@ class LogprobRow:
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """A step's inputs. Tokens of all rows are flattened: no batch dimension, no padding.
+    """A step's inputs. Tokens of all rows are flattened: no batch dimension, and no row is padded.
 
     Shapes: [T] is the number of tokens, [B] the number of rows. Tensors ending in ``_cpu`` are host lists of the same
     values. Row b computes tokens ``[extend_prefix_lens[b], seq_lens[b])`` of its sequence.
     """
 
     forward_mode: ForwardMode
-    batch_size: int
+    batch_size: int  # rows, dummies included
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     req_pool_indices: torch.Tensor  # [B] int64: the row of each request in the page tables
@@ -129,6 +129,9 @@ class ForwardBatch:
     # tokens sees itself wholly; a sliding window still bounds it from below. A block is computed in one step: no end
     # exceeds its row's ``seq_lens``. None: plain causal attention, as where all ends are ``p + 1`` or less.
     visible_ends: torch.Tensor | None = None
+    # So many of the last rows only fill the batch up to a size that steps are recorded for. They are like rows that
+    # decode, in a page that belongs to nobody; what a model computes for them is dropped.
+    num_dummies: int = 0
     # Of the plan, but ``rows`` are rows of the batch. A back end may read these once; it need not.
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
 

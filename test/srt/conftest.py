@@ -28,7 +28,7 @@ def fresh_logging() -> None:
 @pytest.fixture(autouse=True)
 def early_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode steps are replayed in tests too, whose answers are short."""
-    monkeypatch.setattr("rtp_llm.srt.worker.cpu_graph.RECORD_AT", 2)
+    monkeypatch.setattr("rtp_llm.srt.devices.cpu.graphs.RECORD_AT", 2)
 
 
 @pytest.fixture(scope="session")

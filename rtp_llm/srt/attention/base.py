@@ -17,7 +17,7 @@ class AttentionBackend(ABC):
     """
 
     reads_shared_prefixes = False  # whether ``batch.shared_prefixes`` is of use to it
-    replays = False  # whether decode steps can be recorded: see worker/cpu_graph.py
+    replays = False  # whether decode steps can be recorded: see worker/step_recorder.py
 
     @classmethod
     def problem(cls, torch_device: str, dtype: torch.dtype) -> str | None:

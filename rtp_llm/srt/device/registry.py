@@ -66,7 +66,7 @@ DEVICES = Registry(
 ATTENTION_BACKENDS = Registry(
     "attention backend",
     {
-        "cpu": "rtp_llm.srt.attention.cpu:CpuAttention",
+        "cpu": "rtp_llm.srt.devices.cpu.backend:CpuAttention",
         "torch_native": "rtp_llm.srt.attention.torch:TorchAttention",
     },
 )

@@ -1,5 +1,6 @@
 """Runs the model for one rank: from a StepPlan to a ForwardBatch to logits."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthSca
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
+from rtp_llm.srt.device.registry import load_target
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
@@ -29,7 +31,7 @@ from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
-from rtp_llm.srt.worker.cpu_graph import CpuGraphs
+from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 
 @dataclass(slots=True)
@@ -78,10 +80,10 @@ class ModelRunner:
         self._takes_mrope = takes_mrope_positions(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
-        self._graphs: CpuGraphs | None = None
+        self.recorder: StepRecorder | None = None
         can_replay = attn_backend.replays and self.traits.replays_steps
         if can_replay and not server_args.disable_cpu_graph and get_tp_group().world_size == 1:
-            self._graphs = CpuGraphs(self._forward, attn_backend, self._step_modules)
+            self.recorder = self._make_recorder()
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
         self._rows_with_logprobs: set[int] = set()  # that want any of their prompt's
@@ -90,6 +92,12 @@ class ModelRunner:
         """``forward_batch(batch)`` where the model has it, else ``forward(input_ids, positions, batch)``."""
         own = self.traits.forward_batch
         return own if own is not None else lambda batch: self.model(batch.input_ids, batch.positions, batch)
+
+    def _make_recorder(self) -> StepRecorder | None:
+        if self._provider.step_recorder is None:
+            return None
+        recorder: type[StepRecorder] = load_target(self._provider.step_recorder)
+        return recorder(self._forward, self._attn_backend, self._step_modules)
 
     @property
     def max_media_block(self) -> int:
@@ -116,14 +124,19 @@ class ModelRunner:
                 f"the model has learned positions for {max_positions} tokens only, but requests may be of {max_len}; "
                 f"set --context-length to {max_positions} or less"
             )
-        self.kv_pool = KVPool(self.layout.groups, num_pages, self.device)
+        pads = self.recorder is not None and bool(self.recorder.sizes)
+        self._dummy_row, num_rows = max_rows, max_rows + pads
+        self.kv_pool = KVPool(self.layout.groups, [count + pads for count in num_pages], self.device)
         self._page_tables = [
-            torch.zeros(max_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self._torch_device)
+            torch.zeros(num_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self._torch_device)
             for group in self.layout.groups
         ]
-        self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=self._torch_device)
-        self._num_known = np.zeros(max_rows, dtype=np.int64)  # per row, len(ids) of its RowState
-        self._prompt_lens = np.zeros(max_rows, dtype=np.int64)
+        if pads:  # the last page, which belongs to no request: what dummies write is never read, not even masked
+            for table, count in zip(self._page_tables, num_pages, strict=True):
+                table[self._dummy_row] = count + 1
+        self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._torch_device)
+        self._num_known = np.zeros(num_rows, dtype=np.int64)  # per row, len(ids) of its RowState
+        self._prompt_lens = np.zeros(num_rows, dtype=np.int64)
 
     def row(self, row: int) -> RowState:
         return self._rows[row]
@@ -164,24 +177,35 @@ class ModelRunner:
     def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
         """Computes the plan's tokens. Logits come for work with ``sample``, in the order of ``plan.work``."""
         self.apply(plan)
-        batch = self._batch(plan.work)
+        batch = self._batch(plan.work, self._num_dummies(plan.work))
         batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
-        graphs = self._graphs
-        output = graphs.run(batch) if graphs is not None and graphs.takes(batch) else self._forward(batch)
+        recorder = self.recorder
+        output = recorder.run(batch) if recorder is not None and recorder.takes(batch) else self._forward(batch)
         _check_output(output, self.model, self.traits, batch)
-        return batch, output
+        return batch, _without_dummies(output, batch.num_dummies)
 
-    def _batch(self, work: list[RowWork]) -> ForwardBatch:
-        host = step_columns(work)
+    def _num_dummies(self, work: list[RowWork]) -> int:
+        """Rows that are missing to the next size that decode steps are recorded for; 0 for other steps."""
+        sizes = () if self.recorder is None else self.recorder.sizes
+        place = bisect_left(sizes, len(work))
+        if place == len(sizes) or not work or not all(w.num_tokens == 1 and w.sample for w in work):
+            return 0
+        return sizes[place] - len(work)
+
+    def _batch(self, work: list[RowWork], num_dummies: int) -> ForwardBatch:
+        """The rows of ``work``, and dummies of one token each after them."""
+        rows = work + [RowWork(self._dummy_row, 0, 1, sample=True)] * num_dummies
+        host = step_columns(rows)
         step: StepColumns[torch.Tensor] = StepColumns(*self._provider.to_device_together(host))
         counts, offsets = host.counts.tolist(), host.offsets.tolist()
         has_media = not self._rows_with_media.isdisjoint(w.row for w in work)
         return ForwardBatch(
             forward_mode=_mode(counts),
-            batch_size=len(work),
+            batch_size=len(rows),
+            num_dummies=num_dummies,
             input_ids=self._input_ids(host, step),
             positions=step.positions,
             req_pool_indices=step.rows,
@@ -202,9 +226,9 @@ class ModelRunner:
             attn_backend=self._attn_backend,
             sample_rows=step.sample_rows,
             prompt_logprobs=self._logprob_rows(work, offsets),
-            mm_inputs=[self._rows[w.row].media for w in work] if has_media else None,
+            mm_inputs=[*(self._rows[w.row].media for w in work), *[None] * num_dummies] if has_media else None,
             embedding_cache=self.embedding_cache,
-            mrope_positions=self._mrope_positions(work) if has_media and self._takes_mrope else None,
+            mrope_positions=self._mrope_positions(rows) if has_media and self._takes_mrope else None,
             visible_ends=self._visible_ends(work, offsets, len(host.positions))
             if has_media and self.max_media_block
             else None,
@@ -214,11 +238,11 @@ class ModelRunner:
         """[3, T]: of a prompt with media as its processor made them, and going on from there; else the positions."""
         pieces = []
         for w in work:
-            state = self._rows[w.row]
+            media = None if w.row == self._dummy_row else self._rows[w.row].media
             positions = torch.arange(w.start, w.start + w.num_tokens).expand(3, -1)
-            if state.media is not None and state.media.mrope_positions is not None:
-                known = state.media.mrope_positions[:, w.start : w.start + w.num_tokens]
-                drawn = positions[:, known.shape[1] :] + state.media.mrope_position_delta
+            if media is not None and media.mrope_positions is not None:
+                known = media.mrope_positions[:, w.start : w.start + w.num_tokens]
+                drawn = positions[:, known.shape[1] :] + media.mrope_position_delta
                 positions = torch.cat([known, drawn], dim=1)
             pieces.append(positions)
         return torch.cat(pieces, dim=1).to(self._torch_device)
@@ -299,6 +323,14 @@ def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: 
             f"{name} returned {num_rows} rows of next_token_logits, not {expected}: there must be one for each of "
             "forward_batch.sample_rows, which LogitsProcessor picks out"
         )
+
+
+def _without_dummies(output: LogitsProcessorOutput, num_dummies: int) -> LogitsProcessorOutput:
+    """Without the results of the last rows."""
+    if not num_dummies:
+        return output
+    hidden_states = None if output.hidden_states is None else output.hidden_states[:-num_dummies]
+    return replace(output, next_token_logits=output.next_token_logits[:-num_dummies], hidden_states=hidden_states)
 
 
 def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:

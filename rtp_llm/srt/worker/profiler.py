@@ -1,23 +1,21 @@
 """Traces of what a worker's process computes, for chrome://tracing or Perfetto."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
-
-_ACTIVITIES = {"CPU": ProfilerActivity.CPU, "GPU": ProfilerActivity.CUDA}
 
 
 class Profiler:
     """At most one trace at a time."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, activities: Mapping[str, ProfilerActivity]) -> None:
+        """``activities``: what can be recorded here."""
+        self._rank, self._activities = rank, activities
         self._profile: profile | None = None
 
     def start(self, activities: Sequence[str], record_shapes: bool) -> None:
-        """``activities``: of ``CPU`` and ``GPU``; the latter counts where there is one.
+        """``activities``: of ``CPU`` and ``GPU``; what cannot be recorded here does not count.
 
         Raises:
             ValueError: nothing of what is asked for can be recorded here.
@@ -25,10 +23,10 @@ class Profiler:
         """
         if self._profile is not None:
             raise RuntimeError("a profile is being recorded already")
-        names = [name for name in activities if name != "GPU" or torch.cuda.is_available()]
-        if not names:
-            raise ValueError(f"there is no GPU to profile; activities {list(activities)} must include CPU")
-        self._profile = profile(activities=[_ACTIVITIES[name] for name in names], record_shapes=record_shapes)
+        wanted = [self._activities[name] for name in activities if name in self._activities]
+        if not wanted:
+            raise ValueError(f"nothing of {list(activities)} can be profiled here; have {list(self._activities)}")
+        self._profile = profile(activities=wanted, record_shapes=record_shapes)
         self._profile.start()
 
     def stop(self, path_prefix: str) -> str:

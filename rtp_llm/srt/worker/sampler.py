@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from rtp_llm.srt.device.choice import provider_named
+from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.layers.logits_processor import Logprobs, token_logprobs
 from rtp_llm.srt.plan import Admission
 from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.philox import as_int64, exponential
 from rtp_llm.srt.worker.token_bans import TokenBans
 
@@ -45,12 +45,12 @@ class Sampler:
     def __init__(self, max_rows: int, vocab_size: int, device: str) -> None:
         self._rows: list[_Row | None] = [None] * max_rows
         self._vocab_size = vocab_size
-        provider = provider_named(device)
-        self._device = torch.device(provider.torch_device)
-        self._counts = _TokenCounts(vocab_size, self._device)
-        self._bans = TokenBans(vocab_size, self._device)
-        self._argmax = provider.pick("argmax", torch.float32)
-        self._draw_kernel = provider.find("draw", torch.float32)
+        self._provider = provider_named(device)
+        self._device = torch.device(self._provider.torch_device)
+        self._counts = _TokenCounts(vocab_size, self._provider)
+        self._bans = TokenBans(vocab_size, self._provider)
+        self._argmax = self._provider.pick("argmax", torch.float32)
+        self._draw_kernel = self._provider.find("draw", torch.float32)
         # The rows that need more than an argmax, so that a step is not asked row by row what it does not need:
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
         self._drawing: set[int] = set()  # not greedy
@@ -159,7 +159,7 @@ class Sampler:
         tokens = torch.empty(len(lines), dtype=torch.int64, device=self._device)
         for start in range(0, len(lines), _DRAWN_AT_ONCE):
             part = slice(start, start + _DRAWN_AT_ONCE)
-            tokens[part] = draw(logits[self._tensor(lines[part])], params[part], seeds[part], at[part])
+            tokens[part] = draw(logits[self._tensor(lines[part])], params[part], seeds[part], at[part], self._provider)
         return tokens
 
     def logprobs(
@@ -198,7 +198,7 @@ class Sampler:
             )
 
     def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
-        return to_device(values, torch.int64, self._device)
+        return self._provider.to_device(values, torch.int64)
 
     def _adjust(
         self,
@@ -228,7 +228,7 @@ class Sampler:
             self._mask(logits, masked, [masks[rows[i]] for i in masked])
         if biased.lines:
             cells = (self._tensor(biased.lines), self._tensor(biased.ids))
-            logits.index_put_(cells, to_device(biased.values, torch.float32, self._device), accumulate=True)
+            logits.index_put_(cells, self._provider.to_device(biased.values, torch.float32), accumulate=True)
         if restricted:
             self._bans.apply(logits, rows)
         logits.clamp_(max=_LARGEST)  # a penalty or a bias may have left the range; a draw could not weigh +inf
@@ -241,7 +241,7 @@ class Sampler:
         scores = logits[index]
         counts, seen = self._counts.of(rows)
         table = [[p.frequency_penalty, p.presence_penalty, p.repetition_penalty] for p in params]
-        frequency, presence, repetition = to_device(table, torch.float32, self._device).split(1, dim=1)
+        frequency, presence, repetition = self._provider.to_device(table, torch.float32).split(1, dim=1)
         scores -= counts * frequency
         scores -= (counts > 0) * presence
         scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
@@ -273,13 +273,13 @@ class _Cells:
 class _TokenCounts:
     """How often each token was generated, and whether it stands in the prompt, for rows that were added."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, provider: DeviceProvider) -> None:
         self._vocab_size = vocab_size
-        self._device = device
+        self._provider, self._device = provider, provider.torch_device
         self._slots: dict[int, int] = {}  # row -> line of the tensors, which grow with the number of rows that need it
         self._free: list[int] = []
-        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=self._device)
+        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=self._device)
 
     def add(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         if not self._free:
@@ -317,11 +317,15 @@ class _TokenCounts:
         self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(new - old, self._vocab_size)])
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
-        return to_device(values, torch.int64, self._device)
+        return self._provider.to_device(values, torch.int64)
 
 
 def draw(
-    logits: torch.Tensor, params: Sequence[SamplingParams], seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    provider: DeviceProvider,
 ) -> torch.Tensor:
     """One token per row from softmax(logits / temperature), cut to the tokens that ``kept_weights`` leaves.
 
@@ -333,15 +337,16 @@ def draw(
     Args:
         logits: [D, vocab_size] float32; each row has a finite maximum.
         params: of each row, not greedy; seeds, positions: [D] int64, see ``philox.exponential``.
+        provider: of the device that all of these are on.
 
     Returns:
         [D] int64.
     """
-    weights = kept_weights(logits, params)
+    weights = kept_weights(logits, params, provider)
     return (exponential(seeds, positions, logits.shape[-1]) / weights).argmin(dim=-1)
 
 
-def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams], provider: DeviceProvider) -> torch.Tensor:
     """exp((logit - largest) / temperature) of every token, zero for those that top_k, top_p and min_p drop.
 
     As transformers does it: top_k keeps the k largest and all that equal the k-th; top_p keeps, of what top_k left and
@@ -354,23 +359,23 @@ def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torc
     Returns:
         [D, vocab_size] float64, not normalised.
     """
-    vocab_size, device = logits.shape[-1], logits.device
+    vocab_size = logits.shape[-1]
     table = [[p.temperature, p.min_p] for p in params]
-    temperature, min_p = to_device(table, torch.float64, device).split(1, dim=1)
+    temperature, min_p = provider.to_device(table, torch.float64).split(1, dim=1)
     weights = logits.double().sub_(logits.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
     by_top_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
     by_top_p = [i for i, p in enumerate(params) if p.top_p < 1 and not 0 < p.top_k < vocab_size]
     for lines in (by_top_k, by_top_p):
         if lines:
-            index = to_device(lines, torch.int64, device)
+            index = provider.to_device(lines, torch.int64)
             chosen = [params[i] for i in lines]
-            weights[index] = _cut(weights[index], chosen)
+            weights[index] = _cut(weights[index], chosen, provider)
     if any(p.min_p for p in params):
         weights.masked_fill_(weights < min_p, 0)
     return weights
 
 
-def _cut(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def _cut(weights: torch.Tensor, params: list[SamplingParams], provider: DeviceProvider) -> torch.Tensor:
     """Applies top_k and top_p, to rows that all have a top_k or all have none: only the latter may be sorted whole.
 
     What is kept is "all weights above a cutoff, and the first so many that equal it": found on the largest weights,
@@ -378,8 +383,8 @@ def _cut(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """
     vocab_size, device = weights.shape[-1], weights.device
     top_ks = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-    top_k = to_device([[k] for k in top_ks], torch.int64, device)
-    top_p = to_device([[p.top_p if p.top_p < 1 else torch.inf] for p in params], torch.float64, device)
+    top_k = provider.to_device([[k] for k in top_ks], torch.int64)
+    top_p = provider.to_device([[p.top_p if p.top_p < 1 else torch.inf] for p in params], torch.float64)
     if max(top_ks) < vocab_size:
         largest = weights.topk(max(top_ks), dim=-1).values
         weights = weights.masked_fill(weights < largest.gather(1, top_k - 1), 0)
@@ -388,7 +393,7 @@ def _cut(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
         return weights
     total = weights.cumsum(dim=-1)[:, -1:]  # a sum whose rounding does not depend on the number of rows
     if max(top_ks) == vocab_size:
-        largest = _largest(weights, top_p * total)
+        largest = _largest(weights, top_p * total, may_wait=not provider.overlaps_steps)
     before = (largest.cumsum(dim=-1) - largest) / total
     num_kept = ((before < top_p) & (largest > 0)).sum(dim=-1, keepdim=True).clamp_(min=1)
     cutoff = largest.gather(1, num_kept - 1)
@@ -399,9 +404,12 @@ def _cut(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     return weights.masked_fill(~keep, 0)
 
 
-def _largest(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """Each row's weights in descending order, at least as many as sum to more than ``mass`` ([rows, 1])."""
-    if weights.is_cpu and weights.shape[-1] > _OFTEN_ENOUGH:  # sorting is slow there, and looking costs nothing
+def _largest(weights: torch.Tensor, mass: torch.Tensor, may_wait: bool) -> torch.Tensor:
+    """Each row's weights in descending order, at least as many as sum to more than ``mass`` ([rows, 1]).
+
+    ``may_wait``: the host may look whether a part of them is enough, which is faster than sorting all.
+    """
+    if may_wait and weights.shape[-1] > _OFTEN_ENOUGH:
         largest = weights.topk(_OFTEN_ENOUGH, dim=-1).values
         if bool((largest.sum(dim=-1, keepdim=True) > mass * (1 + 1e-9)).all()):
             return largest

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker.device import to_device
 
 ANY = -1  # in a word's beginning: matches what was generated, and also where nothing was
 NOTHING = -2  # in a row's last tokens: before the first
@@ -36,9 +36,9 @@ class _Bans:
 class TokenBans:
     """The bans of all rows that have any."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, provider: DeviceProvider) -> None:
         self._vocab_size = vocab_size
-        self._device = device
+        self._provider = provider
         self._rows: dict[int, _Bans] = {}
 
     def __contains__(self, row: int) -> bool:
@@ -63,7 +63,7 @@ class TokenBans:
         single = [word[0] for word in params.bad_words_ids if len(word) == 1]
         if params.allowed_token_ids is None and not single:
             return None
-        banned = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+        banned = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._provider.torch_device)
         if params.allowed_token_ids is not None:
             banned.fill_(True)
             banned[self._tensor(params.allowed_token_ids)] = False
@@ -96,4 +96,4 @@ class TokenBans:
                 line.copy_(torch.where(left.amax() == -torch.inf, line, left))
 
     def _tensor(self, values: list) -> torch.Tensor:
-        return to_device(values, torch.int64, self._device)
+        return self._provider.to_device(values, torch.int64)

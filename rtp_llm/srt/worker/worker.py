@@ -9,9 +9,10 @@ from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.device.choice import provider_named
+from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.layers.logits_processor import Logprobs
 from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult
-from rtp_llm.srt.worker.device import to_device
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
@@ -58,6 +59,7 @@ class PendingResult:
 
     def __init__(
         self,
+        provider: DeviceProvider,
         plan: StepPlan,
         token_ids: torch.Tensor,
         bad_rows: torch.Tensor,
@@ -75,7 +77,7 @@ class PendingResult:
         self._asked, self._prompts = asked, list(prompt_logprobs)
         self._logprobs = [*prompt_logprobs.values(), *([] if logprobs is None else [logprobs])]
         tensors = (tensor for each in self._logprobs for tensor in (each.ids, each.values))
-        self._arrived = _to_host([token_ids, bad_rows, *tensors])
+        self._arrived = provider.to_host([token_ids, bad_rows, *tensors])
 
     def result(self) -> StepResult:
         token_ids, bad_rows, *tensors = self._arrived()
@@ -96,21 +98,6 @@ class PendingResult:
         return StepResult(self._plan.step_id, rows)
 
 
-def _to_host(tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-    """Start copying to the host; what is returned waits for it, and gives the copies."""
-    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    if not tensors[0].is_cuda:
-        return lambda: copies
-    ready = torch.cuda.Event()
-    ready.record()
-
-    def wait() -> list[torch.Tensor]:
-        ready.synchronize()
-        return copies
-
-    return wait
-
-
 class Worker:
     """``step(plan)`` is all that the plain case needs; with token masks, ``forward`` and ``sample`` are two calls."""
 
@@ -119,8 +106,8 @@ class Worker:
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)
         self._vocab_size = config.model_config.vocab_size
-        self._device = config.device
-        self._profiler = Profiler(config.rank)
+        self._provider = provider_named(config.device)
+        self._profiler = Profiler(config.rank, self._provider.activities)
 
     def loaded(self) -> LoadedModel:
         runner = self.runner
@@ -128,7 +115,7 @@ class Worker:
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len)
-        self.sampler = Sampler(max_rows, self._vocab_size, self._device)
+        self.sampler = Sampler(max_rows, self._vocab_size, self._provider.name)
 
     def step(self, plan: StepPlan) -> PendingResult:
         return self.sample(self.forward(plan))
@@ -162,7 +149,9 @@ class Worker:
         rows = [w.row for w in work]
         token_ids, bad_rows = self._draw(logits, rows, work, masks)
         asked, logprobs = self.sampler.logprobs(logits, token_ids, rows)
-        return PendingResult(pending.plan, token_ids, bad_rows, asked, logprobs, pending.prompt_logprobs)
+        return PendingResult(
+            self._provider, pending.plan, token_ids, bad_rows, asked, logprobs, pending.prompt_logprobs
+        )
 
     def _draw(
         self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: Masks | None
@@ -173,5 +162,5 @@ class Worker:
         positions = [w.start + w.num_tokens for w in work]
         token_ids, bad_rows = self.sampler.sample_and_check(logits, rows, positions, masks)
         self.sampler.observe(rows, token_ids)
-        self.runner.last_tokens[to_device(rows, torch.int64, logits.device)] = token_ids
+        self.runner.last_tokens[self._provider.to_device(rows, torch.int64)] = token_ids
         return token_ids, bad_rows

@@ -169,8 +169,8 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
     watch.wrap(runner, "_batch", ("runner", "batch"))
     watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
     watch.wrap(runner.kv_pool, "write", ("kv write",))
-    if runner._graphs is not None:
-        runner._graphs.as_recorded = watch.within_part
+    if runner.recorder is not None:
+        runner.recorder.as_recorded = watch.within_part
     worker.sample = watch.timed(("sampler",), _with_timed_results(worker.sample, watch))  # type: ignore[method-assign]
     for name, module in runner.model.named_modules():
         kind = next((kind for classes, kind in LAYER_KINDS if isinstance(module, classes)), None)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.devices.cpu import sampling
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -39,7 +40,10 @@ def keys(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_draws(logits: torch.Tensor, params: list[SamplingParams]) -> None:
     seeds, positions = keys(len(params))
-    found, expected = sampling.draw(logits, params, seeds, positions), draw(logits, params, seeds, positions)
+    found, expected = (
+        sampling.draw(logits, params, seeds, positions),
+        draw(logits, params, seeds, positions, provider_named("reference")),
+    )
     for i in (found != expected).nonzero().flatten().tolist():
         raise AssertionError(f"row {i}: {found[i]}, not {expected[i]}; {seeds[i]}, {positions[i]}, {params[i]}")
 

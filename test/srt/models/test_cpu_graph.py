@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
+from rtp_llm.srt.devices.cpu import graphs as cpu_graph
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
-from rtp_llm.srt.worker import cpu_graph
 from tiny_models import TINY_MODELS, make_tiny, random_prompts, tiny_model
 
 pytestmark = pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")
@@ -43,7 +43,7 @@ def answers_of(model_dir: str, vocab_size: int, dtype: str, **options: Any) -> t
             *engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True),
             *engine.generate(input_ids=prompts[:2], sampling_params=params[3:], return_logprob=True),
         ]
-        graphs = engine._runner.core._executor.worker.runner._graphs
+        graphs = engine._runner.core._executor.worker.runner.recorder
     recorded = 0 if graphs is None else sum(not isinstance(graph, int) for graph in graphs._graphs.values())
     return [(result["output_ids"], result["meta_info"]["output_token_logprobs"]) for result in results], recorded
 
@@ -151,7 +151,7 @@ def test_a_model_that_reads_numbers_is_not_replayed(
         return logits * factor(batch, logits)
 
     change_logits(monkeypatch, reading)
-    with caplog.at_level(logging.INFO, "rtp_llm.srt.worker.cpu_graph"):
+    with caplog.at_level(logging.INFO, "rtp_llm.srt.devices.cpu.graphs"):
         replayed, recorded = answers("llama-default")
     assert recorded == 0 and "decode steps are not replayed" in caplog.text
     assert replayed == answers("llama-default", disable_cpu_graph=True)[0]

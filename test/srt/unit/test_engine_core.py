@@ -13,7 +13,7 @@ from made_requests import generate_request, request_spec
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.device.choice import choose_device
+from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
@@ -124,7 +124,9 @@ def test_a_draw_is_keyed_by_the_seed_and_the_place_in_the_sequence():
         logits = torch.empty(1, vocab_size)
         for logprob, token_id in entry.top:
             logits[0, token_id] = logprob
-        assert draw(logits, [params], torch.tensor([77]), torch.tensor([place])).tolist() == [entry.token_id]
+        assert draw(logits, [params], torch.tensor([77]), torch.tensor([place]), provider_named("cpu")).tolist() == [
+            entry.token_id
+        ]
 
 
 @pytest.mark.parametrize("depth", [0, 1])

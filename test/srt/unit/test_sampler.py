@@ -16,11 +16,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.plan import Admission
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.philox import as_int64, exponential, philox4x32
 from rtp_llm.srt.worker.sampler import Sampler, draw, kept_weights
 
+CPU = provider_named("cpu")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 INF = math.inf
 
@@ -125,7 +127,7 @@ def test_filters_keep_what_transformers_keeps(device):
     torch.manual_seed(0)
     params = [SamplingParams(**setting) for setting in SETTINGS]
     logits = torch.randn(len(params), 300) * 3
-    weights = kept_weights(logits.to(device), params).cpu()
+    weights = kept_weights(logits.to(device), params, provider_named(device)).cpu()
     probs = weights / weights.sum(dim=-1, keepdim=True)
     for i, setting in enumerate(SETTINGS):
         expected = transformers_probs(logits[i : i + 1].double(), params[i])[0]
@@ -137,9 +139,9 @@ def test_a_row_is_filtered_as_if_it_were_alone():
     torch.manual_seed(1)
     params = [SamplingParams(**setting) for setting in SETTINGS]
     logits = torch.randn(len(params), 1000).bfloat16().float() * 2
-    together = kept_weights(logits, params)
+    together = kept_weights(logits, params, CPU)
     for i in range(len(params)):
-        assert torch.equal(together[i], kept_weights(logits[i : i + 1], params[i : i + 1])[0])
+        assert torch.equal(together[i], kept_weights(logits[i : i + 1], params[i : i + 1], CPU)[0])
 
 
 def test_large_vocabularies_flat_and_peaked():
@@ -147,16 +149,16 @@ def test_large_vocabularies_flat_and_peaked():
     torch.manual_seed(8)
     logits = torch.randn(4, 5000) * torch.tensor([[0.1], [1.0], [4.0], [9.0]])
     params = [SamplingParams(top_p=0.9)] * 4
-    weights = kept_weights(logits, params)
+    weights = kept_weights(logits, params, CPU)
     expected = transformers_probs(logits.double(), params[0])
     assert torch.equal(weights > 0, expected > 0)
     assert (weights > 0).sum(dim=-1)[0] > 1024 > (weights > 0).sum(dim=-1)[3]
     for i in range(4):
-        assert torch.equal(kept_weights(logits[[i]], params[:1])[0], weights[i])
+        assert torch.equal(kept_weights(logits[[i]], params[:1], CPU)[0], weights[i])
 
 
 def kept_ids(values: list[float], **kwargs) -> list[int]:
-    weights = kept_weights(torch.tensor([values]), [SamplingParams(**kwargs)])[0]
+    weights = kept_weights(torch.tensor([values]), [SamplingParams(**kwargs)], CPU)[0]
     return weights.nonzero()[:, 0].tolist()
 
 
@@ -200,7 +202,9 @@ def test_draws_follow_the_distribution(setting):
 def test_the_token_with_the_smallest_number_by_weight_is_drawn(device):
     torch.manual_seed(8)
     logits, seeds, positions = torch.randn(32, 70), torch.arange(32), torch.arange(32) * 1000
-    tokens = draw(logits.to(device), [SamplingParams()] * 32, seeds.to(device), positions.to(device)).cpu()
+    tokens = draw(
+        logits.to(device), [SamplingParams()] * 32, seeds.to(device), positions.to(device), provider_named(device)
+    ).cpu()
     assert torch.equal(tokens, (exponential(seeds, positions, 70) / logits.double().exp()).argmin(dim=-1))
 
 
@@ -211,7 +215,7 @@ def test_an_impossible_token_is_never_drawn(device):
     possible = torch.randint(0, 5000, (64, 3))
     logits.scatter_(1, possible, torch.randn(64, 3) * 30)
     seeds, positions = torch.arange(64, device=device), torch.arange(64, device=device)
-    tokens = draw(logits.to(device), [SamplingParams()] * 64, seeds, positions).cpu()
+    tokens = draw(logits.to(device), [SamplingParams()] * 64, seeds, positions, provider_named(device)).cpu()
     assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
 
 
@@ -223,8 +227,8 @@ def test_a_small_change_of_the_logits_changes_few_draws():
     logits = torch.randn(1, vocab_size).expand(n, vocab_size)
     seeds, positions = torch.arange(n), torch.full((n,), 9)
     params = [SamplingParams(temperature=1.5)] * n
-    before = draw(logits, params, seeds, positions)
-    after = draw(logits + change * torch.randn(n, vocab_size), params, seeds, positions)
+    before = draw(logits, params, seeds, positions, CPU)
+    after = draw(logits + change * torch.randn(n, vocab_size), params, seeds, positions, CPU)
     assert (before != after).float().mean() < 5 * change
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.plan import RowWork
 from rtp_llm.srt.worker.columns import step_columns
-from rtp_llm.srt.worker.device import to_device, to_device_together
 
 
 def random_work(draw: random.Random, longest: int) -> list[RowWork]:
@@ -39,12 +39,12 @@ def test_columns_describe_the_work(seed: int, longest: int) -> None:
 
 def test_arrays_that_travel_together_arrive_apart() -> None:
     arrays = [np.arange(3), np.empty(0, dtype=np.int64), np.array([7, 1 << 40])]
-    tensors = to_device_together(arrays, torch.device("cpu"))
+    tensors = provider_named("cpu").to_device_together(arrays)
     assert [tensor.tolist() for tensor in tensors] == [array.tolist() for array in arrays]
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in tensors)
 
 
 @pytest.mark.parametrize("values", [[], [3, -1], [[1, 2], [3, 4]]])
 def test_lists_become_tensors_of_their_shape(values: list) -> None:
-    tensor = to_device(values, torch.int64, torch.device("cpu"))
+    tensor = provider_named("cpu").to_device(values, torch.int64)
     assert tensor.dtype == torch.int64 and torch.equal(tensor, torch.tensor(values, dtype=torch.int64))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.worker.token_bans import TokenBans
 
@@ -32,7 +33,7 @@ def test_bans_are_those_of_the_rule(seed: int) -> None:
     except InvalidRequest:
         return
     output = [draw.randrange(4) for _ in range(draw.randrange(6))]
-    bans = TokenBans(VOCAB, torch.device("cpu"))
+    bans = TokenBans(VOCAB, provider_named("cpu"))
     bans.add(2, params, output)
     for _ in range(12):
         logits = torch.zeros(2, VOCAB)
@@ -46,7 +47,7 @@ def test_bans_are_those_of_the_rule(seed: int) -> None:
 
 
 def test_a_beginning_that_was_not_generated_bans_nothing() -> None:
-    bans = TokenBans(VOCAB, torch.device("cpu"))
+    bans = TokenBans(VOCAB, provider_named("cpu"))
     bans.add(0, SamplingParams(bad_words_ids=[[1, 2, 3]]), [2])
     logits = torch.zeros(1, VOCAB)
     bans.apply(logits, [0])

@@ -39,6 +39,8 @@ CACHE_TAKEN_AT_START_BYTES = 1 << 30
 
 
 class CpuProvider(ReferenceProvider):
+    step_recorder = "rtp_llm.srt.devices.cpu.graphs:CpuGraphs"
+
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         if name not in KERNELS or dtype not in DTYPES or not kernels_work():
             return None

@@ -26,6 +26,7 @@ from rtp_llm.srt.devices.cpu.memory import Reused
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.model_traits import ReplaysForward
+from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ MAX_GRAPHS = 256  # a tenth of a megabyte each; batches take all sizes in turn a
 # kinds that hardly come again cost little, and those that stay lose little.
 RECORD_AT = 6
 
-Forward = Callable[[ForwardBatch], LogitsProcessorOutput]
 Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and what it must return
 
 
@@ -43,21 +43,14 @@ class NotReplayable(Exception):
     """The model's work depends on numbers."""
 
 
-class CpuGraphs:
+class CpuGraphs(StepRecorder):
     """Runs the batches that it ``takes``: the first few of a kind as they are, one recorded, all others replayed.
 
-    Logits are valid until the next step.
-
-    Attributes:
-        as_recorded: what a replay calls instead of a kernel or an operation of torch, given its name and what computes
-            it; for a profile.
+    A kind is a number of rows, so no batch is padded.
     """
 
-    as_recorded: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
-
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
-        """``step_modules``: those with ``prepare_for_forward``."""
-        self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
+        super().__init__(forward, attn_backend, step_modules)
         self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # a number: how often that kind has come
         self._memory = Reused()  # for all graphs: one runs at a time, and nothing is left over from step to step
         unknown = [type(m).__name__ for m in step_modules if not isinstance(m, ReplaysForward)]
@@ -75,7 +68,6 @@ class CpuGraphs:
         return batch.mm_inputs is None or all(start >= prompt_len for start, prompt_len in starts)
 
     def run(self, batch: ForwardBatch) -> LogitsProcessorOutput:
-        """After ``prepare_for_forward`` and the back end's ``plan``."""
         tensors = [*batch_tensors(batch), *self._planned()]
         key = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
         graph = self._graphs.pop(key, 0)
