@@ -11,7 +11,7 @@ from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.reference import Answer, TransformersModel, drawn_picture, top_logprobs
 from rtp_llm.tools.verify.feed import extras_for
-from rtp_llm.tools.verify.run import picture_prompt
+from rtp_llm.tools.verify.prompts import picture_prompt
 
 QUESTIONS = ("Describe this image.", "What is the difference?")  # about one picture, about two
 

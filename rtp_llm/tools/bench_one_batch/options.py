@@ -7,9 +7,7 @@ from typing import Any, Self
 
 from rtp_llm.srt.configs.options import add_field_flags
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.tools.reference import (
-    MAX_NEW_TOKENS,
-)
+from rtp_llm.tools.reference import MAX_NEW_TOKENS
 
 NUM_SHOWN_DECODES = 5
 CORRECTNESS_OPTIONS = ("cut_len", "prompt_filename", "model_type", "image")

@@ -15,7 +15,10 @@ from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.layers.towers.clip import CLIPVisionEmbeddings
 from rtp_llm.tools.verify.locate import compare, first_difference
-from rtp_llm.tools.verify.run import OurModel, Prompt, Report, TheirModel, VerifyOptions, record, verify
+from rtp_llm.tools.verify.options import VerifyOptions
+from rtp_llm.tools.verify.prompts import Prompt
+from rtp_llm.tools.verify.run import Report, record, verify
+from rtp_llm.tools.verify.sides import OurModel, TheirModel
 from rtp_llm.tools.verify.trace import EMBEDDINGS, Place
 from tiny_models import make_tiny, tiny_model
 

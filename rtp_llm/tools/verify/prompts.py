@@ -1,0 +1,96 @@
+"""The prompts that both sides are given."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtp_llm.srt.checkpoint import prompts_with_pictures, read_processor
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.model_traits import ModelTraits
+from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
+from rtp_llm.srt.request_spec import PromptMedia
+from rtp_llm.tools.reference import PICTURE_PROMPTS, chat_text, encode, read_pictures, read_prompts
+from rtp_llm.tools.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
+
+RANDOM_LENS = (5, 9, 12)  # of prompts where there is no tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``media`` go with ids that have placeholders; None: text alone."""
+
+    text: str
+    ids: list[int]
+    media: PromptMedia | None = field(default=None, repr=False)
+
+
+def read_or_usual_prompts(config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> Iterator[Prompt]:
+    """Those of the file or the usual ones, then the long one."""
+    room = config.context_length - options.max_new_tokens
+    if tokenizer is None:
+        if options.prompt_filename:
+            raise VerifyError(f"{config.model_path} has no tokenizer, so it cannot read --prompt-filename")
+        draw = random.Random(0)
+        ids = [draw.randrange(config.vocab_size) for _ in range(max(room, 1))]
+        prompts = [Prompt(f"{num} random ids", ids[:num]) for num in RANDOM_LENS]
+    else:
+        prompts = [Prompt(text, encode(tokenizer, text)) for text in read_prompts(options.prompt_filename)]
+        ids = encode(tokenizer, " ".join(prompt.text for prompt in prompts))
+    for prompt in prompts:
+        _check_len(prompt, room, options)
+        yield prompt
+    long_len = min(_long_len(config) if options.long_len is None else options.long_len, room)
+    if long_len > max(len(prompt.ids) for prompt in prompts):
+        yield Prompt(f"({long_len} tokens)", (ids * (long_len // len(ids) + 1))[:long_len])
+
+
+def picture_prompts(args: ServerArgs, config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
+    """For a model that sees: the prompts of the file, or the usual one, after the pictures of ``--image``."""
+    if tokenizer is None or not config.is_multimodal or not _has_own_processor(config):
+        if options.image:
+            reason = (
+                "has no tokenizer" if tokenizer is None else f"({', '.join(config.architectures)}) takes no pictures"
+            )
+            raise VerifyError(f"{config.model_path} {reason}: --image means nothing here")
+        return []
+    texts, pictures = read_prompts(options.prompt_filename, PICTURE_PROMPTS), read_pictures(options.image or ())
+    chats = [picture_prompt(args, config, tokenizer, text, len(pictures)) for text in texts]
+    found = prompts_with_pictures(args, config, tokenizer, chats, pictures)
+    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    prompts = [Prompt(f"({count}) {text}", p.input_ids, p.media) for text, p in zip(texts, found, strict=True)]
+    for prompt in prompts:
+        _check_len(prompt, config.context_length - options.max_new_tokens, options)
+    return prompts
+
+
+def _check_len(prompt: Prompt, room: int, options: VerifyOptions) -> None:
+    if not options.cut_len < len(prompt.ids) <= room:
+        raise VerifyError(
+            f"the prompt {prompt.text!r} has {len(prompt.ids)} tokens: it must be more than --cut-len "
+            f"({options.cut_len}) and at most {room}, which leaves {options.max_new_tokens} of the context"
+        )
+
+
+def _has_own_processor(config: ModelConfig) -> bool:
+    """Whether a file of ours runs the model, and takes media. Raises ModelImportError."""
+    try:
+        model_cls, _ = ModelRegistry.resolve_model_cls(config.architectures)
+    except UnknownArchitectureError:
+        return False
+    return ModelTraits.of(model_cls).pad_input_ids is not None
+
+
+def picture_prompt(args: ServerArgs, config: ModelConfig, tokenizer: Any, text: str, num_pictures: int) -> str:
+    """In the model's chat template; where it has none, the pictures' placeholders come before the text, a line each."""
+    try:
+        return chat_text(config.model_path, tokenizer, text, num_pictures)
+    except ValueError:
+        token = read_processor(args, config, tokenizer, trusted=True).mm_tokens.image_token
+        return f"{token}\n" * num_pictures + text
+
+
+def _long_len(config: ModelConfig) -> int:
+    window = getattr(config.hf_text_config, "sliding_window", None)
+    return max(MIN_LONG_LEN, 0 if window is None else window + window // 8 + 16)

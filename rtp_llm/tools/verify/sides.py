@@ -1,0 +1,123 @@
+"""The two models that are compared, each run on one prompt at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.device.choice import choose_device
+from rtp_llm.srt.models.registry import reason
+from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.request_spec import RequestSpec
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.worker.worker import Worker, WorkerConfig
+from rtp_llm.tools.reference import Extras, TransformersModel
+from rtp_llm.tools.verify.feed import extras_for
+from rtp_llm.tools.verify.options import VerifyError
+from rtp_llm.tools.verify.prompts import Prompt
+from rtp_llm.tools.verify.trace import Trace
+
+GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
+
+
+class ForwardError(RuntimeError):
+    """Our model cannot compute; the cause is chained."""
+
+
+class OurModel:
+    """Ours in this process, one prompt at a time, in pages of its own."""
+
+    def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int) -> None:
+        self._worker = Worker(WorkerConfig(args, config, choose_device(args.device)))
+        self._num_groups = len(self._worker.loaded().layout.groups)
+        self._num_pages = -(-max_len // args.page_size)
+        self._worker.init_cache([self._num_pages] * self._num_groups, 1, max_len)
+        self._num_steps = 0
+
+    @property
+    def model(self) -> nn.Module:
+        return self._worker.runner.model
+
+    def cut_of(self, prompt: Prompt, cut_len: int) -> int:
+        """``cut_len``, or less where that would cut a picture that the model computes at once."""
+        if prompt.media is None or not self._worker.runner.max_media_block:
+            return cut_len
+        return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
+
+    def run(
+        self, prompt: Prompt, cut_len: int, num_new: int, trace: Trace | None = None
+    ) -> tuple[list[int], torch.Tensor]:
+        """``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each id
+        but the last. A trace gets what belongs to the prompt. Pictures are encoded anew."""
+        self._worker.runner.embedding_cache.clear()
+        ids = prompt.ids
+        pieces = [(0, cut_len), (cut_len, len(ids))] if cut_len else [(0, len(ids))]
+        pieces += [(len(ids) + i, len(ids) + i + 1) for i in range(num_new - 1)]
+        output_ids, logits = [], []
+        for start, end in pieces:
+            with trace.step(start, end - start) if trace and end <= len(ids) else _no_trace():
+                token_id, row = self._step(prompt, start, end)
+            logits.append(row)
+            if end >= len(ids):
+                output_ids.append(token_id)
+        return output_ids, torch.cat(logits)
+
+    def _step(self, prompt: Prompt, start: int, end: int) -> tuple[int, torch.Tensor]:
+        plan = StepPlan(self._num_steps, work=[RowWork(0, start, end - start, sample=True)])
+        if start == 0:
+            plan.releases = [0] if self._num_steps else []
+            admission = Admission(0, "0", prompt.ids, [], replace(GREEDY, media=prompt.media))
+            plan.admissions = [admission]
+            pages = list(range(1, 1 + self._num_pages))  # 0 is the dummy
+            plan.page_writes = [PageWrite(0, group, 0, pages) for group in range(self._num_groups)]
+        self._num_steps += 1
+        try:
+            result, logits = self._worker.step_with_logits(plan)
+        except Exception as error:  # whatever a model's forward may raise; the cause is chained
+            raise ForwardError(f"{type(self.model).__name__} fails while it computes: {reason(error)}") from error
+        if result.rows[0].error is not None:
+            return int(logits[0].nan_to_num().argmax()), logits
+        return result.rows[0].token_ids[0], logits
+
+
+@contextmanager
+def _no_trace() -> Iterator[None]:
+    yield
+
+
+class TheirModel:
+    """Transformers', with its own cache."""
+
+    def __init__(self, args: ServerArgs, config: ModelConfig) -> None:
+        try:
+            reference = TransformersModel(config.model_path, config.dtype, args.device, args.trust_remote_code)
+        except (ValueError, KeyError, AttributeError, ImportError) as error:
+            raise VerifyError(
+                f"transformers cannot build {', '.join(config.architectures) or 'this model'}, so there is nothing to "
+                f"compare with: {str(error).partition(' Model type should be one of')[0]}"
+            ) from error
+        self.model, self._device = reference.model, reference.device
+
+    @torch.inference_mode()
+    def run(self, prompt: Prompt, cut_len: int, output_ids: list[int], trace: Trace | None = None) -> torch.Tensor:
+        """Logits as of ``OurModel.run``, if these output ids follow."""
+        ids, extras = prompt.ids, {}
+        if prompt.media is not None:
+            extras = extras_for(self.model, ids, MultimodalInputs.decode(prompt.media.content))
+        with trace.step(0, len(ids)) if trace else _no_trace():
+            output = self._forward(ids, None, extras)
+        rows = [output.logits[:, cut_len - 1], output.logits[:, -1]] if cut_len else [output.logits[:, -1]]
+        for token_id in output_ids[:-1]:
+            output = self._forward([token_id], output.past_key_values, {})
+            rows.append(output.logits[:, -1])
+        return torch.cat(rows).float().cpu()
+
+    def _forward(self, ids: list[int], cache: Any, extras: Extras) -> Any:
+        input_ids = torch.tensor([ids], device=self._device)
+        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extras)
