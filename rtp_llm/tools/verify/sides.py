@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,19 +10,16 @@ from torch import nn
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device
+from rtp_llm.srt.engine.executor import InProcessExecutor
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.multimodal.items import MultimodalInputs
-from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
-from rtp_llm.srt.request_spec import RequestSpec
-from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker.worker import Worker, WorkerConfig
+from rtp_llm.srt.worker.worker import WorkerConfig
 from rtp_llm.tools.reference import Extras, TransformersModel
+from rtp_llm.tools.step_driver import StepDriver
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.options import VerifyError
 from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.trace import Trace
-
-GREEDY = RequestSpec(SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=0), seed=0)
 
 
 class ForwardError(RuntimeError):
@@ -34,19 +30,19 @@ class OurModel:
     """Ours in this process, one prompt at a time, in pages of its own."""
 
     def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int) -> None:
-        self._worker = Worker(WorkerConfig(args, config, choose_device(args.device)))
-        self._num_groups = len(self._worker.loaded().layout.groups)
-        self._num_pages = -(-max_len // args.page_size)
-        self._worker.init_cache([self._num_pages] * self._num_groups, 1, max_len)
-        self._num_steps = 0
+        executor = InProcessExecutor(WorkerConfig(args, config, choose_device(args.device)))
+        num_groups = len(executor.load().layout.groups)
+        executor.init_cache([-(-max_len // args.page_size)] * num_groups, 1, max_len)
+        self._runner = executor.worker.runner
+        self._driver = StepDriver(executor, num_groups, args.page_size)
 
     @property
     def model(self) -> nn.Module:
-        return self._worker.runner.model
+        return self._runner.model
 
     def cut_of(self, prompt: Prompt, cut_len: int) -> int:
         """``cut_len``, or less where that would cut a picture that the model computes at once."""
-        if prompt.media is None or not self._worker.runner.max_media_block:
+        if prompt.media is None or not self._runner.max_media_block:
             return cut_len
         return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
 
@@ -55,30 +51,23 @@ class OurModel:
     ) -> tuple[list[int], torch.Tensor]:
         """``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each id
         but the last. A trace gets what belongs to the prompt. Pictures are encoded anew."""
-        self._worker.runner.embedding_cache.clear()
+        self._runner.embedding_cache.clear()
+        self._driver.start([prompt.ids], num_new, [prompt.media])
         ids = prompt.ids
         pieces = [(0, cut_len), (cut_len, len(ids))] if cut_len else [(0, len(ids))]
         pieces += [(len(ids) + i, len(ids) + i + 1) for i in range(num_new - 1)]
         output_ids, logits = [], []
         for start, end in pieces:
             with trace.step(start, end - start) if trace and end <= len(ids) else _no_trace():
-                token_id, row = self._step(prompt, start, end)
+                token_id, row = self._step(end - start)
             logits.append(row)
             if end >= len(ids):
                 output_ids.append(token_id)
         return output_ids, torch.cat(logits)
 
-    def _step(self, prompt: Prompt, start: int, end: int) -> tuple[int, torch.Tensor]:
-        plan = StepPlan(self._num_steps, work=[RowWork(0, start, end - start, sample=True)])
-        if start == 0:
-            plan.releases = [0] if self._num_steps else []
-            admission = Admission(0, "0", prompt.ids, [], replace(GREEDY, media=prompt.media))
-            plan.admissions = [admission]
-            pages = list(range(1, 1 + self._num_pages))  # 0 is the dummy
-            plan.page_writes = [PageWrite(0, group, 0, pages) for group in range(self._num_groups)]
-        self._num_steps += 1
+    def _step(self, num_tokens: int) -> tuple[int, torch.Tensor]:
         try:
-            result, logits = self._worker.step_with_logits(plan)
+            result, logits = self._driver.step_with_logits([num_tokens])
         except Exception as error:  # whatever a model's forward may raise; the cause is chained
             raise ForwardError(f"{type(self.model).__name__} fails while it computes: {reason(error)}") from error
         if result.rows[0].error is not None:
