@@ -6,9 +6,11 @@ Everything here is host data. ``MultimodalInputs.encode`` makes bytes of it, whi
 
 import hashlib
 import json
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import cached_property
 from typing import Any, Self
 
 import safetensors.torch
@@ -69,9 +71,9 @@ class MultimodalDataItem:
         self.model_specific_data = {**(model_specific_data or {}), **more}
 
     def __getattr__(self, name: str) -> Any:
-        data = self.__dict__.get("model_specific_data", {})
-        if name in data:
-            return data[name]
+        is_own = name.startswith("_") or name in _ITEM_FIELDS
+        if not is_own and name in self.model_specific_data:
+            return self.model_specific_data[name]
         raise AttributeError(f"a MultimodalDataItem of this model has no {name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -197,10 +199,12 @@ class MultimodalInputs:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "mm_items"}
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
-        """What ``encode`` made."""
-        *items, rest = _unpack(data)
-        return cls([_item(form) for form in items], **rest)
+    def decode(cls, data: bytes | mmap.mmap) -> Self:
+        """What ``encode`` made. It takes no longer for large images: what encoders read is made when they ask for it,
+        of a mapped file without a copy."""
+        packed = _Packed(data)
+        *items, rest = packed.structure
+        return cls([_PackedItem(form, packed) for form in items], **packed.value(rest))
 
 
 @dataclass(slots=True)
@@ -227,15 +231,31 @@ def _form_of(item: MultimodalDataItem) -> dict[str, Any]:
         "offsets": item.offsets,
         "precomputed_embeddings": item.precomputed_embeddings,
         "model_specific_data": item.model_specific_data,
-        "digest": item.digest,
+        "digest": item.digest.hex(),
     }
 
 
-def _item(form: dict[str, Any]) -> MultimodalDataItem:
-    digest = form.pop("digest")
-    item = MultimodalDataItem(Modality(form.pop("modality")), **form)
-    item._digest = digest
-    return item
+class _PackedItem(MultimodalDataItem):
+    """An item of decoded inputs: what its encoder reads is made of the bytes when it is first asked for."""
+
+    def __init__(self, form: Mapping[str, Any], packed: "_Packed") -> None:
+        self.modality = Modality(form["modality"])
+        self.offsets = [(first, last) for first, last in form["offsets"]]
+        self._digest = bytes.fromhex(form["digest"])
+        self._form = form
+        self._packed = packed
+
+    @cached_property
+    def feature(self) -> Any:  # type: ignore[override]  # it may be set, as any cached property
+        return self._packed.value(self._form["feature"])
+
+    @cached_property
+    def precomputed_embeddings(self) -> Any:  # type: ignore[override]
+        return self._packed.value(self._form["precomputed_embeddings"])
+
+    @cached_property
+    def model_specific_data(self) -> Any:  # type: ignore[override]
+        return self._packed.value(self._form["model_specific_data"])
 
 
 _STRUCTURE = "structure"  # of encoded media: everything but the tensors, as JSON
@@ -258,9 +278,13 @@ def _take_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {_TENSOR_KEY: name}
+        return {_TENSOR_KEY: [name, str(value.dtype).removeprefix("torch.")]}
     if isinstance(value, bytes):
-        return {_BYTES_KEY: value.hex()}
+        name = str(len(tensors))
+        tensors[name] = (
+            torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+        )
+        return {_BYTES_KEY: name}
     if isinstance(value, Mapping):
         return {str(key): _take_apart(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -270,21 +294,38 @@ def _take_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise MediaError(f"media data may hold tensors, numbers, strings, bytes, lists and dicts, not {_kind(value)}")
 
 
-def _unpack(data: bytes) -> Any:
-    tensors = safetensors.torch.load(data)
-    return _put_together(json.loads(tensors.pop(_STRUCTURE).numpy().tobytes()), tensors)
+class _Packed:
+    """What ``_pack`` made, read piece by piece."""
 
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self._data = memoryview(data)
+        self._begin = 8 + int.from_bytes(self._data[:8], "little")
+        self._header = json.loads(bytes(self._data[8 : self._begin]))
+        self.structure = json.loads(bytes(self._piece(_STRUCTURE)))
 
-def _put_together(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_put_together(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {_TENSOR_KEY}:
-        return tensors[value[_TENSOR_KEY]]
-    if value.keys() == {_BYTES_KEY}:
-        return bytes.fromhex(value[_BYTES_KEY])
-    return {key: _put_together(item, tensors) for key, item in value.items()}
+    def _piece(self, name: str) -> memoryview:
+        begin, end = self._header[name]["data_offsets"]
+        return self._data[self._begin + begin : self._begin + end]
+
+    def value(self, structure: Any) -> Any:
+        """The value of a part of the structure, tensors and all."""
+        if isinstance(structure, list):
+            return [self.value(item) for item in structure]
+        if not isinstance(structure, dict):
+            return structure
+        if structure.keys() == {_TENSOR_KEY}:
+            return self._tensor(*structure[_TENSOR_KEY])
+        if structure.keys() == {_BYTES_KEY}:
+            return bytes(self._piece(structure[_BYTES_KEY]))
+        return {key: self.value(item) for key, item in structure.items()}
+
+    def _tensor(self, name: str, dtype: str) -> torch.Tensor:
+        piece, shape = self._piece(name), self._header[name]["shape"]
+        if not piece.nbytes:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        # An encoder may write to what it is given; others may read the same bytes.
+        memory = bytearray(piece) if piece.readonly else piece
+        return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(shape)
 
 
 def _kind(value: Any) -> str:

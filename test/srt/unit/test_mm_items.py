@@ -1,5 +1,9 @@
 """Media: their digests and pad ids, where they lie in a prompt, and the bytes that they travel as."""
 
+import mmap
+import tracemalloc
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -88,6 +92,40 @@ def test_bytes_and_back(dtype: torch.dtype) -> None:
     assert back.times[:4] == [0.5, None, "x", b"\0\1"] and back.times[4]["deep"][0] == 7
     back.__dict__.pop("_digest")
     assert back.digest == item.digest  # anew, from what came
+
+
+def test_decoding_does_not_grow_with_the_image() -> None:
+    """It reads a header; what an encoder reads is made when it asks, and no other reader sees what it writes."""
+    sent = MultimodalInputs([MultimodalDataItem(Modality.IMAGE, torch.ones(1 << 22), [(1, 2)], extra=b"x" * 1000)])
+    content = sent.encode()
+    tracemalloc.start()
+    try:
+        [item] = MultimodalInputs.decode(content).mm_items
+        assert item.num_tokens == 2 and item.digest == sent.mm_items[0].digest
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+        assert item.feature.sum() == 1 << 22 and item.extra == b"x" * 1000
+        assert tracemalloc.get_traced_memory()[1] >= 1 << 24  # of bytes that others read too, a copy
+    finally:
+        tracemalloc.stop()
+    item.feature += 1
+    assert MultimodalInputs.decode(content).mm_items[0].feature[0] == 1
+    item.feature = torch.zeros(1)
+    assert item.feature.shape == (1,) and item.digest != sent.mm_items[0].digest
+
+
+def test_a_mapped_file_is_not_copied(tmp_path: Path) -> None:
+    sent = MultimodalInputs([MultimodalDataItem(Modality.IMAGE, torch.ones(1 << 22), [(1, 2)])])
+    (tmp_path / "media").write_bytes(sent.encode())
+    with (tmp_path / "media").open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tracemalloc.start()
+    try:
+        [item] = MultimodalInputs.decode(content).mm_items
+        item.feature += 1
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+    assert item.feature[0] == 2 and (tmp_path / "media").read_bytes() == sent.encode()
 
 
 def test_what_cannot_travel_is_refused() -> None:
