@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.messages import (
@@ -21,6 +21,7 @@ from rtp_llm.srt.scheduler.memory import CacheMemory
 from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
 from rtp_llm.srt.scheduler.sharing import PrefixSharing, saved_tokens
+from rtp_llm.srt.scheduler.steps import Budget, PendingPlan, SchedulerStats, StepInFlight
 
 # A request waits for another that is computing the same prefix only if at least so many tokens are saved.
 MIN_SHARED_TOKENS = 8
@@ -41,60 +42,6 @@ class SchedulerConfig:
     disable_radix_cache: bool = False
     max_media_block: int = 0  # tokens of media that a step must compute together, at most
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Totals since the start, in tokens and requests."""
-
-    computed_tokens: int = 0
-    prompt_tokens: int = 0  # of requests when first admitted
-    cached_tokens: int = 0  # and of these, found in the prefix cache
-    generated_tokens: int = 0
-    finished_requests: int = 0
-    retractions: int = 0
-    shared_tokens: int = 0  # that attention did not read again for another request of the step
-
-
-@dataclass(slots=True)
-class StepInFlight:
-    plan: StepPlan
-    requests: list[Request]
-
-
-@dataclass(slots=True)
-class Budget:
-    """Prompt tokens that a step may still compute."""
-
-    tokens: int
-    cut: bool  # prompts may be cut
-    untouched: bool = True
-
-    def share_of(self, uncomputed: int, room: int) -> int:
-        """How many of its tokens a request computes in this step."""
-        if uncomputed == 1:
-            return min(1, room)
-        if self.cut:
-            return max(0, min(uncomputed, self.tokens, room))
-        fits = uncomputed <= room and (uncomputed <= self.tokens or self.untouched)
-        return uncomputed if fits else 0
-
-    @property
-    def is_spent(self) -> bool:
-        return self.tokens <= 0
-
-    def spend(self, num_tokens: int) -> None:
-        if num_tokens > 1:
-            self.tokens -= num_tokens
-            self.untouched = False
-
-
-@dataclass(slots=True)
-class PendingPlan:
-    """What the next plan must carry besides its work."""
-
-    releases: list[int] = field(default_factory=list)
-    page_writes: list[PageWrite] = field(default_factory=list)
 
 
 class Scheduler:

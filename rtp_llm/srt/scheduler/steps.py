@@ -1,0 +1,60 @@
+"""What the scheduler keeps of steps: the budget of one in the making, those in flight, and totals of all."""
+
+from dataclasses import dataclass, field
+
+from rtp_llm.srt.plan import PageWrite, StepPlan
+from rtp_llm.srt.scheduler.request import Request
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Totals since the start, in tokens and requests."""
+
+    computed_tokens: int = 0
+    prompt_tokens: int = 0  # of requests when first admitted
+    cached_tokens: int = 0  # and of these, found in the prefix cache
+    generated_tokens: int = 0
+    finished_requests: int = 0
+    retractions: int = 0
+    shared_tokens: int = 0  # that attention did not read again for another request of the step
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    plan: StepPlan
+    requests: list[Request]
+
+
+@dataclass(slots=True)
+class Budget:
+    """Prompt tokens that a step may still compute."""
+
+    tokens: int
+    cut: bool  # prompts may be cut
+    untouched: bool = True
+
+    def share_of(self, uncomputed: int, room: int) -> int:
+        """How many of its tokens a request computes in this step."""
+        if uncomputed == 1:
+            return min(1, room)
+        if self.cut:
+            return max(0, min(uncomputed, self.tokens, room))
+        fits = uncomputed <= room and (uncomputed <= self.tokens or self.untouched)
+        return uncomputed if fits else 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.tokens <= 0
+
+    def spend(self, num_tokens: int) -> None:
+        if num_tokens > 1:
+            self.tokens -= num_tokens
+            self.untouched = False
+
+
+@dataclass(slots=True)
+class PendingPlan:
+    """What the next plan must carry besides its work."""
+
+    releases: list[int] = field(default_factory=list)
+    page_writes: list[PageWrite] = field(default_factory=list)
