@@ -10,13 +10,14 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_placer, read_processor, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
+from rtp_llm.srt.managers.generate_options import GenerateOptions, check_names, takes_options
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.messages import Shutdown
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -103,23 +104,14 @@ class Engine:
             "end_tokens": [token.to_dict() for token in self.tokenizer_manager.end_tokens],
         }
 
+    @takes_options
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
         sampling_params: dict[str, Any] | SamplingParams | Sequence[dict[str, Any] | SamplingParams] | None = None,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         stream: bool = False,
-        return_logprob: bool | Sequence[bool] = False,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        return_text_in_logprobs: bool = False,
-        rid: str | Sequence[str] | None = None,
-        cache_salt: str | Sequence[str] | None = None,
-        image_data: Any = None,
-        video_data: Any = None,
-        audio_data: Any = None,
-        priority: int | Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Results | Iterator[Result]:
         """Continues one prompt, or a list of them: texts in ``prompt``, or ids in ``input_ids``.
 
@@ -129,18 +121,7 @@ class Engine:
             sampling_params: fields of SamplingParams.
             stream: return an iterator of results so far instead; closing it ends the requests. Several completions
                 come interleaved, told apart by ``index``.
-            return_logprob: put log-probabilities of the output tokens into ``meta_info``.
-            logprob_start_len: and those of the prompt's tokens from this position on; -1 or unset: none of them.
-            top_logprobs_num: alternatives per position, best first.
-            token_ids_logprob: ids whose log-probability is wanted at every position.
-            return_text_in_logprobs: entries carry their token's text.
-            rid: the request's name, unique among the running ones.
-            cache_salt: prompts share cached prefixes only with those of the same salt.
-            image_data: what the prompt's image placeholders stand for, one or a list: paths, URLs, ``data:`` URIs,
-                bytes or PIL images; for a list of prompts, a list of as many of these.
-            video_data: likewise, of videos.
-            audio_data: likewise, of sounds.
-            priority: lower ones are scheduled earlier; other than 0 only with ``schedule_policy="priority"``.
+            options: see GenerateOptions.
 
         Returns:
             For one prompt and ``n=1`` a dict, else a list in order of prompts, then of completions:
@@ -152,35 +133,24 @@ class Engine:
             InvalidRequest: a prompt or an option is wrong.
             EngineStopped: the engine was shut down, or failed: then with the cause.
         """
-        call = self._call(
-            prompt, input_ids, sampling_params=sampling_params, return_logprob=return_logprob,
-            logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
-            return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
-            image_data=image_data, video_data=video_data, audio_data=audio_data, priority=priority,
-        )  # fmt: skip
+        self._check_process()
+        check_names(options)
+        given = {"sampling_params": sampling_params, **options}
+        call = Call(self._client, *completions_of(self.tokenizer_manager, prompt, input_ids, given))
         if not stream:
             return self._collect(call)
         iterator = self._stream(call)
         next(iterator)  # submits, and makes sure that dropping the iterator ends the requests
         return iterator
 
+    @takes_options
     async def async_generate(
         self,
         prompt: str | Sequence[str] | None = None,
         sampling_params: dict[str, Any] | SamplingParams | Sequence[dict[str, Any] | SamplingParams] | None = None,
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         stream: bool = False,
-        return_logprob: bool | Sequence[bool] = False,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        token_ids_logprob: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        return_text_in_logprobs: bool = False,
-        rid: str | Sequence[str] | None = None,
-        cache_salt: str | Sequence[str] | None = None,
-        image_data: Any = None,
-        video_data: Any = None,
-        audio_data: Any = None,
-        priority: int | Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Results | AsyncIterator[Result]:
         """As ``generate``, without blocking the event loop; cancelling it ends the requests.
 
@@ -188,14 +158,9 @@ class Engine:
         ``async for result in await engine.async_generate(prompt, stream=True)``.
         """
         self._check_process()
-        options = dict(
-            sampling_params=sampling_params, return_logprob=return_logprob,
-            logprob_start_len=logprob_start_len, top_logprobs_num=top_logprobs_num, token_ids_logprob=token_ids_logprob,
-            return_text_in_logprobs=return_text_in_logprobs, rid=rid, cache_salt=cache_salt,
-            image_data=image_data, video_data=video_data, audio_data=audio_data, priority=priority,
-        )  # fmt: skip
-        completions, many = await completions_with_media(self.tokenizer_manager, prompt, input_ids, options)
-        call = Call(self._client, completions, many)
+        check_names(options)
+        given = {"sampling_params": sampling_params, **options}
+        call = Call(self._client, *await completions_with_media(self.tokenizer_manager, prompt, input_ids, given))
         if not stream:
             return await self._collect_async(call)
         iterator = self._stream_async(call)
@@ -224,11 +189,6 @@ class Engine:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise EngineStopped("this process was forked from the engine's, without its threads: make an engine here")
-
-    def _call(self, prompt: Any, input_ids: Any, **options: Any) -> Call:
-        self._check_process()
-        completions, many = completions_of(self.tokenizer_manager, prompt, input_ids, options)
-        return Call(self._client, completions, many)
 
     def _collect(self, call: Call) -> Results:
         queue: SimpleQueue[Item] = SimpleQueue()

@@ -9,19 +9,22 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
-from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
+from rtp_llm.srt.managers.generate_options import GenerateOptions, per_prompt
+from rtp_llm.srt.managers.tokenizer_manager import MEDIA_FIELDS, Prompt, TokenizerManager
 from rtp_llm.srt.messages import TokenOutput
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
+
+PROMPT_FIELDS = ("sampling_params", *MEDIA_FIELDS.values())  # of a call's options, those that Prompt names
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -30,14 +33,14 @@ Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, w
 
 
 def completions_of(
-    manager: TokenizerManager, prompt: Any, input_ids: Any, options: dict[str, Any]
+    manager: TokenizerManager, prompt: Any, input_ids: Any, options: Mapping[str, Any]
 ) -> tuple[list[Completion], bool]:
     """The completions that a call asks for, in order of prompts, and whether its answer is a list.
 
     Args:
         prompt: one text, or a list of them.
         input_ids: instead, one prompt's token ids, or a list of them.
-        options: fields of Prompt; for a list of prompts each is one for all, or a list of as many.
+        options: GenerateOptions, and ``sampling_params``.
 
     Raises:
         InvalidRequest: names the prompt, if it is one of a list.
@@ -49,7 +52,7 @@ def completions_of(
 
 
 async def completions_with_media(
-    manager: TokenizerManager, prompt: Any, input_ids: Any, options: dict[str, Any]
+    manager: TokenizerManager, prompt: Any, input_ids: Any, options: Mapping[str, Any]
 ) -> tuple[list[Completion], bool]:
     """As ``completions_of``, within an event loop that goes on while media are fetched and decoded."""
     prompts, batched = _prompts(prompt, input_ids, options)
@@ -318,36 +321,29 @@ class LiveCall(Call):
                     observer.ended(completion, elapsed_s)
 
 
-def _prompts(prompt: Any, input_ids: Any, options: dict[str, Any]) -> tuple[list[Prompt], bool]:
-    """The single prompts of a call, and whether it gave a list of them. ``options`` are fields of Prompt."""
+def _prompts(prompt: Any, input_ids: Any, options: Mapping[str, Any]) -> tuple[list[Prompt], bool]:
+    """The single prompts of a call, and whether it gave a list of them."""
     if (prompt is None) == (input_ids is None):
         given = "neither" if prompt is None else "both"
         raise InvalidRequest(f"give either prompt or input_ids; {given} is given", "prompt")
     name, value = ("prompt", prompt) if input_ids is None else ("input_ids", input_ids)
     field_name = "text" if name == "prompt" else "input_ids"
     if not _is_batch(name, value):
-        return [Prompt(**{field_name: value}, **options)], False
+        return [_prompt(field_name, value, options)], False
     if not value:
         raise InvalidRequest(f"{name} is an empty list", name)
-    columns = {key: _per_prompt(key, option, len(value)) for key, option in options.items()}
+    columns = {key: per_prompt(key, option, len(value)) for key, option in options.items()}
     rows = [{key: column[i] for key, column in columns.items()} for i in range(len(value))]
-    return [Prompt(**{field_name: item}, **row) for item, row in zip(value, rows, strict=True)], True
+    return [_prompt(field_name, item, row) for item, row in zip(value, rows, strict=True)], True
+
+
+def _prompt(field_name: str, value: Any, options: Mapping[str, Any]) -> Prompt:
+    own = {key: option for key, option in options.items() if key in PROMPT_FIELDS}
+    others = {key: option for key, option in options.items() if key not in PROMPT_FIELDS}
+    return Prompt(**{field_name: value}, **own, options=cast(GenerateOptions, others))
 
 
 def _is_batch(name: str, value: Any) -> bool:
     if not isinstance(value, (list, tuple)):
         return False
     return name == "prompt" or (len(value) > 0 and isinstance(value[0], (list, tuple)))
-
-
-def _per_prompt(name: str, option: Any, num_prompts: int) -> Sequence[Any]:
-    """The option's value for each prompt of a batch: given as a list of as many, or one for all."""
-    if not isinstance(option, (list, tuple)) or (
-        name == "token_ids_logprob" and not any(item is None or isinstance(item, (list, tuple)) for item in option)
-    ):
-        if name == "rid" and option is not None:
-            raise InvalidRequest(f"rid must be a list of {num_prompts} names for {num_prompts} prompts", "rid")
-        return [option] * num_prompts
-    if len(option) != num_prompts:
-        raise InvalidRequest(f"{name} is a list of {len(option)} values for {num_prompts} prompts", name)
-    return option

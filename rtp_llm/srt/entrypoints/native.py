@@ -19,7 +19,7 @@ from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completio
 from rtp_llm.srt.entrypoints.neutral import GENERATE, SAMPLING_PARAMS, TOKENIZE, without_neutral
 from rtp_llm.srt.entrypoints.openai.base import hung_up
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
-from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, request_names
+from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.version import __version__
@@ -27,13 +27,6 @@ from rtp_llm.version import __version__
 PROBE_TIMEOUT_S = 20.0
 CHARS_PER_SEQUENCE = 500  # as many characters are encoded in the time that a request for the core takes
 SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
-PROMPT_FIELDS = (
-    "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob",
-    "return_text_in_logprobs", "rid", "cache_salt", "priority", "image_data", "video_data",
-    "audio_data",
-)  # fmt: skip
-
-
 Media = str | dict[str, Any] | list[Any] | None
 
 
@@ -160,7 +153,7 @@ class NativeEndpoints:
 
     async def _prepared(self, body: GenerateBody, request: Request) -> tuple[list[Completion], bool] | None:
         """The completions, and whether the answer is a list of them; None if the client has hung up meanwhile."""
-        options = {name: getattr(body, name) for name in PROMPT_FIELDS}
+        options = {**options_of(body), "sampling_params": body.sampling_params}
         manager = self._serving.manager
         num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
         with request_names({"prompt": "text"} if body.input_ids is None else {}):

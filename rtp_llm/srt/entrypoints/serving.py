@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
+
+from pydantic import BaseModel
 
 from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -17,6 +19,7 @@ from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
 from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.managers.generate_options import OPTION_NAMES, GenerateOptions
 from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
@@ -156,10 +159,6 @@ class Serving:
         """``function()``, on another thread if there is much text to encode or decode in it."""
         return await self.workers.run(function) if num_chars > LONG_TEXT else function()
 
-    def room(self, prompt_ids: Sequence[int]) -> int:
-        """Tokens that can follow a prompt."""
-        return self.manager.max_req_len - len(prompt_ids)
-
     @contextmanager
     def admission(self, num_sequences: int, param: str) -> Iterator[None]:
         """Room for a request of so many sequences, kept until it is started: asked for before any work on it.
@@ -203,6 +202,12 @@ class Serving:
         if not self.core.is_ready:
             raise unavailable("the engine core is starting", "not_ready")
         return self.frontend.start(completions, many)
+
+
+def options_of(body: BaseModel) -> GenerateOptions:
+    """The options that are given in a body, whose fields for them have their names."""
+    given = {name: getattr(body, name) for name in OPTION_NAMES if name in type(body).model_fields}
+    return cast(GenerateOptions, {name: value for name, value in given.items() if value is not None})
 
 
 @contextmanager

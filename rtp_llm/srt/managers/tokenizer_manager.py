@@ -3,15 +3,22 @@
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from transformers import AutoTokenizer
 
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
+from rtp_llm.srt.managers.generate_options import (
+    GenerateOptions,
+    cache_salt,
+    check_text,
+    logprob_spec,
+    priority,
+    rids,
+)
 from rtp_llm.srt.managers.sentencepiece_tokenizer import follow_sentencepiece, named_symbols
 from rtp_llm.srt.managers.text_encoder import TextEncoder, TooManyTokens
 from rtp_llm.srt.managers.tokenizer_files import VOCABULARIES, complaint
@@ -20,7 +27,7 @@ from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalP
 from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.srt.multimodal.work import Workers
-from rtp_llm.srt.request_spec import LogprobSpec, PromptMedia, RequestSpec
+from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     ContextLengthExceeded,
@@ -92,19 +99,13 @@ class Prompt:
     text: Any = None
     input_ids: Any = None
     sampling_params: Any = None
-    return_logprob: Any = False
-    logprob_start_len: Any = None
-    top_logprobs_num: Any = None
-    token_ids_logprob: Any = None
-    return_text_in_logprobs: Any = False
-    rid: Any = None
-    cache_salt: Any = None
-    priority: Any = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
     add_special_tokens: bool = True  # to a text
     media: PromptMedia | None = None  # what became of the media, in ``with_media``
+    options: GenerateOptions = field(default_factory=GenerateOptions)  # but the media
+    default_max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # or what room there is if less; None: all of it
 
     @property
     def has_media(self) -> bool:
@@ -168,7 +169,7 @@ class TokenizerManager:
         images, videos, sounds = map(_media_list, (prompt.image_data, prompt.video_data, prompt.audio_data))
         text = prompt.text if prompt.input_ids is None else token_ids("input_ids", prompt.input_ids)
         if prompt.input_ids is None:
-            _check_text("prompt", text)
+            check_text("prompt", text)
         with media_scope(MediaScope(min(self.context_length, self.max_req_len))):
             output = await self._processor.process_mm_data_async(
                 image_data=images,
@@ -221,19 +222,18 @@ class TokenizerManager:
         if self.tokenizer is None and params.stop:
             raise InvalidRequest("stop strings need a tokenizer, and the engine runs without one", "stop")
         ids = self._prompt_ids(prompt, wants_new=params.max_new_tokens != 0)
-        params = replace(params, max_new_tokens=self._max_new_tokens(params, len(ids)))
         spec = RequestSpec(
-            params,
+            replace(params, max_new_tokens=self._max_new_tokens(params, len(ids), prompt.default_max_new_tokens)),
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64,
-            logprobs=self._logprobs(prompt, len(ids)),
+            logprobs=logprob_spec(prompt.options, len(ids), self.vocab_size, has_text=self.tokenizer is not None),
             media=prompt.media,
-            cache_salt=_string("cache_salt", prompt.cache_salt) or "",
-            priority=self._priority(prompt),
+            cache_salt=cache_salt(prompt.options),
+            priority=priority(prompt.options, self._takes_priorities),
             eos_token_ids=tuple(token.token_id for token in self.end_tokens),
         )
         return [
             GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64))
-            for i, rid in enumerate(_rids(prompt.rid, params.n))
+            for i, rid in enumerate(rids(prompt.options, params.n))
         ]
 
     def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
@@ -244,7 +244,7 @@ class TokenizerManager:
             raise InvalidRequest("bad_words needs a tokenizer, and the engine runs without one", "bad_words")
         words = [list(word) for word in params.bad_words_ids]
         for text in params.bad_words:
-            _check_text("bad_words", text)
+            check_text("bad_words", text)
             for form in (text, " " + text.lstrip()):
                 ids = self.encode(form, add_special_tokens=False)
                 words += [ids] if ids and ids not in words else []
@@ -264,7 +264,7 @@ class TokenizerManager:
             raise InvalidRequest(
                 "a text prompt needs a tokenizer, and the engine runs without one; give input_ids", "prompt"
             )
-        _check_text("prompt", text)
+        check_text("prompt", text)
         if is_prompt:
             try:
                 self._encoder.check_length(text)
@@ -299,11 +299,12 @@ class TokenizerManager:
             raise self._too_long(f"the prompt has {len(ids)} tokens and leaves no {room}: {self._limit()}", name)
         return ids
 
-    def _max_new_tokens(self, params: SamplingParams, prompt_len: int) -> int:
+    def _max_new_tokens(self, params: SamplingParams, prompt_len: int, default: int | None) -> int:
+        """What is asked for, or else ``default``, as far as there is room: all of it if that is None too."""
         room = self.max_req_len - prompt_len
         name, asked = "max_new_tokens", params.max_new_tokens
         if asked is None:
-            name, asked = "min_new_tokens", max(params.min_new_tokens, min(DEFAULT_MAX_NEW_TOKENS, room))
+            name, asked = "min_new_tokens", max(params.min_new_tokens, room if default is None else min(default, room))
         if asked > room:
             raise self._too_long(
                 f"{name} is {asked}, but the prompt of {prompt_len} tokens leaves room for {room}: {self._limit()}",
@@ -316,16 +317,6 @@ class TokenizerManager:
         limit = min(self.context_length, self.max_req_len)
         return ContextLengthExceeded(f"This model's maximum context length is {limit} tokens: {reason}", param)
 
-    def _priority(self, prompt: Prompt) -> int:
-        priority = 0 if prompt.priority is None else _in_range("priority", prompt.priority, -(2**63), 2**63 - 1)
-        if priority and not self._takes_priorities:
-            raise InvalidRequest(
-                f"priority is {priority}, but requests are not scheduled by priority here: leave it out, or start with "
-                "--schedule-policy priority",
-                "priority",
-            )
-        return priority
-
     def _limit(self) -> str:
         if self.max_req_len < self.context_length:
             return (
@@ -333,26 +324,6 @@ class TokenizerManager:
                 f"(the context length is {self.context_length})"
             )
         return f"a request may have {self.max_req_len} tokens, the context length"
-
-    def _logprobs(self, prompt: Prompt, prompt_len: int) -> LogprobSpec | None:
-        start = prompt.logprob_start_len
-        asked = LogprobSpec(
-            logprob_start_len=-1 if start is None else _in_range("logprob_start_len", start, -1, prompt_len),
-            top_logprobs_num=_in_range("top_logprobs_num", prompt.top_logprobs_num or 0, 0, self.vocab_size),
-            token_ids_logprob=tuple(token_ids("token_ids_logprob", prompt.token_ids_logprob or [])),
-            return_text_in_logprobs=_flag("return_text_in_logprobs", prompt.return_text_in_logprobs),
-        )
-        check_vocabulary("token_ids_logprob", asked.token_ids_logprob, self.vocab_size)
-        if asked.return_text_in_logprobs and self.tokenizer is None:
-            raise InvalidRequest(
-                "texts of logprobs need a tokenizer, and the engine runs without one", "return_text_in_logprobs"
-            )
-        if _flag("return_logprob", prompt.return_logprob):
-            return asked
-        for name, unset in asdict(LogprobSpec()).items():
-            if getattr(asked, name) != unset:
-                raise InvalidRequest(f"{name} is given, but no logprobs are asked for: set return_logprob", name)
-        return None
 
 
 def _sampling_params(value: Any) -> SamplingParams:
@@ -367,47 +338,8 @@ def _sampling_params(value: Any) -> SamplingParams:
     )
 
 
-def _rids(rid: Any, n: int) -> list[str]:
-    if rid is None:
-        return [uuid4().hex for _ in range(n)]
-    if not _string("rid", rid):
-        raise InvalidRequest("rid must not be empty", "rid")
-    return [rid] if n == 1 else [f"{rid}-{i}" for i in range(n)]
-
-
 def _media_list(data: Any) -> list[Any]:
     """One medium or a list of them; a list of bytes or pixels is not meant."""
     if data is None:
         return []
     return list(data) if isinstance(data, (list, tuple)) else [data]
-
-
-def _string(name: str, value: Any) -> str | None:
-    if value is not None:
-        _check_text(name, value)
-    return value
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{name} must be a string, not {type(value).__name__}", name)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"{name} is not valid Unicode: character {error.start} is the lone surrogate {value[error.start]!a}", name
-        ) from None
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false, not {value!r}", name)
-    return value
-
-
-def _in_range(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} must be an integer, not {value!r}", name)
-    if not low <= value <= high:
-        raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}", name)
-    return value

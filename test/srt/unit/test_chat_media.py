@@ -98,8 +98,8 @@ def test_media_go_through_the_manager_and_texts_do_not() -> None:
         False,
     )
     assert prompt.media == b"media" and prompt.input_ids[-3:] == [7, 7, 7]
-    assert (prompt.rid, prompt.cache_salt, prompt.return_logprob) == ("r", "s", True)
-    assert prompt.sampling_params.max_new_tokens == 100 - len(prompt.input_ids)  # room beside the image's ids
+    assert prompt.options == {"rid": "r", "cache_salt": "s", "return_logprob": True, "top_logprobs_num": 0}
+    assert prompt.sampling_params.max_new_tokens is None and prompt.default_max_new_tokens is None, "all that is left"
     text = submitted(served, user(TEXT))
     assert text.media is None and len(served.manager.seen) == 1
 

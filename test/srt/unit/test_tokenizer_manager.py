@@ -28,9 +28,13 @@ def manager(**kwargs: Any) -> TokenizerManager:
     return TokenizerManager(CharTokenizer(), **options)
 
 
+def asked(text: str, **options: Any) -> Prompt:
+    return Prompt(text, options=options)
+
+
 def test_a_request() -> None:
     (request,) = manager().requests(
-        Prompt("abc", sampling_params={"max_new_tokens": 5, "seed": 9}, rid="r", cache_salt="s")
+        Prompt("abc", sampling_params={"max_new_tokens": 5, "seed": 9}, options={"rid": "r", "cache_salt": "s"})
     )
     assert (request.rid, request.prompt_ids, request.spec.seed, request.spec.cache_salt) == ("r", [97, 98, 99], 9, "s")
     assert request.spec.logprobs is None and request.spec.max_new_tokens == 5
@@ -43,7 +47,7 @@ def test_ids_pass_as_they_are() -> None:
 
 
 def test_several_completions_have_consecutive_seeds() -> None:
-    requests = manager().requests(Prompt("a", sampling_params={"n": 3, "seed": 2**64 - 2}, rid="r"))
+    requests = manager().requests(Prompt("a", sampling_params={"n": 3, "seed": 2**64 - 2}, options={"rid": "r"}))
     assert [request.spec.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
     assert [request.rid for request in requests] == ["r-0", "r-1", "r-2"]
     (negative,) = manager().requests(Prompt("a", sampling_params={"seed": -1}))
@@ -60,12 +64,24 @@ def test_random_seeds_are_reproducible() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt_len, params, expected",
-    [(1, {}, 128), (150, {}, 50), (100, {"min_new_tokens": 99}, 100), (9, {"max_new_tokens": 0}, 0)],
+    ("prompt_len", "params", "default", "expected"),
+    [
+        (1, {}, 128, 128),
+        (150, {}, 128, 50),
+        (100, {"min_new_tokens": 99}, 128, 100),
+        (9, {"max_new_tokens": 0}, 128, 0),
+        (150, {}, 16, 16),
+        (150, {"min_new_tokens": 20}, 16, 20),
+        (190, {}, 16, 10),
+        (1, {}, None, 199),
+        (1, {"max_new_tokens": 7}, None, 7),
+        (1, {"min_new_tokens": 7}, None, 199),
+    ],
 )
-def test_default_length(prompt_len: int, params: dict[str, int], expected: int) -> None:
+def test_default_length(prompt_len: int, params: dict[str, int], default: int | None, expected: int) -> None:
     tokenizer_manager = manager(context_length=200, max_req_len=200)
-    (request,) = tokenizer_manager.requests(Prompt("a" * prompt_len, sampling_params=params))
+    prompt = Prompt("a" * prompt_len, sampling_params=params, default_max_new_tokens=default)
+    (request,) = tokenizer_manager.requests(prompt)
     assert request.spec.max_new_tokens == expected
 
 
@@ -95,21 +111,21 @@ def test_the_callers_params_stay_as_they_are() -> None:
         (Prompt("a", sampling_params=[{}]), "sampling_params", "must be a dict"),
         (Prompt("a", sampling_params={"temp": 1}), "temp", "unknown"),
         (Prompt("a", sampling_params={"stop_token_ids": [1000]}), "stop_token_ids", "1000"),
-        (Prompt("a", rid=""), "rid", "empty"),
-        (Prompt("a", rid=5), "rid", "string"),
-        (Prompt("a", cache_salt=5), "cache_salt", "string"),
-        (Prompt("a", return_logprob=1), "return_logprob", "true or false"),
-        (Prompt("a", return_logprob=True, logprob_start_len=-2), "logprob_start_len", "between -1 and 1"),
-        (Prompt("a", return_logprob=True, logprob_start_len=2), "logprob_start_len", "between -1 and 1"),
-        (Prompt("a", return_logprob=True, logprob_start_len=True), "logprob_start_len", "integer"),
-        (Prompt("a", return_logprob=True, top_logprobs_num=1001), "top_logprobs_num", "between 0 and 1000"),
-        (Prompt("a", return_logprob=True, top_logprobs_num=-1), "top_logprobs_num", "between 0 and 1000"),
-        (Prompt("a", return_logprob=True, token_ids_logprob=[1000]), "token_ids_logprob", "1000"),
-        (Prompt("a", return_logprob=True, token_ids_logprob=3), "token_ids_logprob", "list"),
-        (Prompt("a", top_logprobs_num=1), "top_logprobs_num", "set return_logprob"),
-        (Prompt("a", logprob_start_len=0), "logprob_start_len", "set return_logprob"),
-        (Prompt("a", token_ids_logprob=[1]), "token_ids_logprob", "set return_logprob"),
-        (Prompt("a", return_text_in_logprobs=True), "return_text_in_logprobs", "set return_logprob"),
+        (asked("a", rid=""), "rid", "empty"),
+        (asked("a", rid=5), "rid", "string"),
+        (asked("a", cache_salt=5), "cache_salt", "string"),
+        (asked("a", return_logprob=1), "return_logprob", "true or false"),
+        (asked("a", return_logprob=True, logprob_start_len=-2), "logprob_start_len", "between -1 and 1"),
+        (asked("a", return_logprob=True, logprob_start_len=2), "logprob_start_len", "between -1 and 1"),
+        (asked("a", return_logprob=True, logprob_start_len=True), "logprob_start_len", "integer"),
+        (asked("a", return_logprob=True, top_logprobs_num=1001), "top_logprobs_num", "between 0 and 1000"),
+        (asked("a", return_logprob=True, top_logprobs_num=-1), "top_logprobs_num", "between 0 and 1000"),
+        (asked("a", return_logprob=True, token_ids_logprob=[1000]), "token_ids_logprob", "1000"),
+        (asked("a", return_logprob=True, token_ids_logprob=3), "token_ids_logprob", "list"),
+        (asked("a", top_logprobs_num=1), "top_logprobs_num", "set return_logprob"),
+        (asked("a", logprob_start_len=0), "logprob_start_len", "set return_logprob"),
+        (asked("a", token_ids_logprob=[1]), "token_ids_logprob", "set return_logprob"),
+        (asked("a", return_text_in_logprobs=True), "return_text_in_logprobs", "set return_logprob"),
     ],
 )  # fmt: skip
 def test_wrong_prompts_are_refused_by_name(prompt: Prompt, param: str, words: str) -> None:
@@ -132,10 +148,18 @@ def test_a_small_cache_is_named_as_the_limit() -> None:
 
 def test_logprob_options() -> None:
     (request,) = manager().requests(
-        Prompt("abc", return_logprob=True, logprob_start_len=3, top_logprobs_num=1000, token_ids_logprob=(1, 2))
+        Prompt(
+            "abc",
+            options={
+                "return_logprob": True,
+                "logprob_start_len": 3,
+                "top_logprobs_num": 1000,
+                "token_ids_logprob": (1, 2),
+            },
+        )
     )
     assert request.spec.logprobs == LogprobSpec(3, 1000, (1, 2))
-    (request,) = manager().requests(Prompt("abc", logprob_start_len=-1, top_logprobs_num=0))
+    (request,) = manager().requests(asked("abc", logprob_start_len=-1, top_logprobs_num=0))
     assert request.spec.logprobs is None
 
 
@@ -172,14 +196,14 @@ def test_no_tokenizer_files_of_any_family(tmp_path: Path, model_type: str) -> No
 def test_priorities_are_for_servers_that_schedule_by_them():
     taking, other = manager(takes_priorities=True), manager()
     for value in (0, None):
-        assert [each.requests(Prompt("ab", priority=value))[0].spec.priority for each in (taking, other)] == [0, 0]
+        assert [each.requests(asked("ab", priority=value))[0].spec.priority for each in (taking, other)] == [0, 0]
     for value in (1, -3, 2**63 - 1, -(2**63)):
-        assert [r.spec.priority for r in taking.requests(Prompt("ab", priority=value))] == [value]
+        assert [r.spec.priority for r in taking.requests(asked("ab", priority=value))] == [value]
         with pytest.raises(InvalidRequest, match="--schedule-policy priority") as caught:
-            other.requests(Prompt("ab", priority=value))
+            other.requests(asked("ab", priority=value))
         assert caught.value.param == "priority"
     for value in (1.0, True, False, "1", "", [], 2**63):
         for each in (taking, other):
             with pytest.raises(InvalidRequest, match="priority must be") as caught:
-                each.requests(Prompt("ab", priority=value))
+                each.requests(asked("ab", priority=value))
             assert caught.value.param == "priority"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 from uuid import uuid4
 
@@ -14,11 +15,8 @@ from rtp_llm.srt.entrypoints.serving import Serving
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import SamplingParams
 
-SAMPLING_FIELDS = (
-    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "logit_bias", "bad_words", "allowed_token_ids", "seed", "n", "stop", "stop_token_ids", "ignore_eos",
-    "skip_special_tokens", "include_stop_str_in_output", "no_stop_trim",
-)  # fmt: skip
+# max_tokens and min_tokens have names of their own there
+SAMPLING_FIELDS = tuple(item.name for item in fields(SamplingParams) if item.name in GenerationBody.model_fields)
 
 
 class OpenAIEndpoint:
@@ -32,16 +30,9 @@ class OpenAIEndpoint:
             self._token_texts = TokenTexts(self._serving.manager.tokenizer)
         return self._token_texts
 
-    def _sampling_params(
-        self, body: GenerationBody, max_tokens: int | None, prompt_ids: list[int], default_max_tokens: int
-    ) -> SamplingParams:
-        """``default_max_tokens`` holds where ``max_tokens`` is None, as far as there is room."""
+    def _sampling_params(self, body: GenerationBody, max_tokens: int | None) -> SamplingParams:
         given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-        min_tokens = body.min_tokens or 0
-        room = self._serving.room(prompt_ids)
-        if max_tokens is None and room > 0:  # otherwise the prompt is refused, with the reason
-            max_tokens = max(min_tokens, min(default_max_tokens, room))
-        lengths = {"max_new_tokens": max_tokens, "min_new_tokens": min_tokens}
+        lengths = {"max_new_tokens": max_tokens, "min_new_tokens": body.min_tokens}
         return SamplingParams.from_dict(self._serving.sampling_defaults | given | lengths)
 
     def _head(self, body: GenerationBody, prefix: str, kind: str) -> dict[str, Any]:

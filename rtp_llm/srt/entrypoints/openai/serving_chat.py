@@ -20,7 +20,7 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
     ChatDelta,
     ChatLogprobs,
 )
-from rtp_llm.srt.entrypoints.serving import check_not_failed, request_names
+from rtp_llm.srt.entrypoints.serving import check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -61,17 +61,16 @@ class ChatEndpoint(OpenAIEndpoint):
                 variables=body.chat_template_kwargs,
             )
             encoded = await self._serving.encode_chat(chat)
-            ids = encoded.input_ids
             max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-            params = self._sampling_params(body, max_tokens, ids, self._serving.room(ids))
             prompt = replace(
                 encoded,
-                sampling_params=_ending(params, chat),
-                return_logprob=bool(body.logprobs),
-                top_logprobs_num=body.top_logprobs or 0,
-                rid=body.rid,
-                cache_salt=body.cache_salt,
-                priority=body.priority,
+                sampling_params=_ending(self._sampling_params(body, max_tokens), chat),
+                default_max_new_tokens=None,
+                options={
+                    **options_of(body),
+                    "return_logprob": bool(body.logprobs),
+                    "top_logprobs_num": body.top_logprobs or 0,
+                },
             )
             return [manager.completion(item) for item in manager.requests(prompt)]
 

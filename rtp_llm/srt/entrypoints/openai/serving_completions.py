@@ -14,7 +14,7 @@ from rtp_llm.srt.entrypoints.frontend import LiveCall
 from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, finish_reason, hung_up, usage
 from rtp_llm.srt.entrypoints.openai.logprobs import TextOffsets, completion_logprobs, prompt_offsets
 from rtp_llm.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest
-from rtp_llm.srt.entrypoints.serving import check_not_failed, request_names
+from rtp_llm.srt.entrypoints.serving import check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.plan import TokenLogprob
@@ -78,13 +78,15 @@ class CompletionEndpoint(OpenAIEndpoint):
         wants_logprobs = body.logprobs is not None
         item = Prompt(
             input_ids=ids,
-            sampling_params=self._sampling_params(body, body.max_tokens, ids, DEFAULT_MAX_TOKENS),
-            return_logprob=wants_logprobs,
-            logprob_start_len=0 if wants_logprobs and body.echo else None,
-            top_logprobs_num=body.logprobs or 0,
-            rid=rid,
-            cache_salt=body.cache_salt,
-            priority=body.priority,
+            sampling_params=self._sampling_params(body, body.max_tokens),
+            default_max_new_tokens=DEFAULT_MAX_TOKENS,
+            options={
+                **options_of(body),
+                "rid": rid,
+                "return_logprob": wants_logprobs,
+                "logprob_start_len": 0 if wants_logprobs and body.echo else None,
+                "top_logprobs_num": body.logprobs or 0,
+            },
         )
         return [manager.completion(request) for request in manager.requests(item)]
 
