@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from made_requests import generate_request
 
+from rtp_llm.srt import checkpoint as checkpoint_module
 from rtp_llm.srt.configs.options import ServerArgsError
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints import engine as engine_module
@@ -126,9 +127,9 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
         eos_token_ids=(),
     )
     monkeypatch.setattr(engine_module, "EngineCore", ScriptedCore)
-    monkeypatch.setattr(frontend_module, "has_tokenizer", lambda _: True)
-    monkeypatch.setattr(frontend_module, "load_tokenizer", lambda *_: CharTokenizer())
-    monkeypatch.setattr(frontend_module.ModelConfig, "from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr(checkpoint_module, "has_tokenizer", lambda _: True)
+    monkeypatch.setattr(checkpoint_module, "load_tokenizer", lambda *_: CharTokenizer())
+    monkeypatch.setattr(checkpoint_module.ModelConfig, "from_pretrained", lambda *_, **__: config)
     engines: list[Engine] = []
     before = core_threads()
 
