@@ -100,21 +100,21 @@ def start_decoding(core: EngineCore, link: QueueLink, args: argparse.Namespace, 
         raise SystemExit(f"{len(core.scheduler.running)} of {args.batch_size} requests run")
 
 
-def time_parts(core: EngineCore, watch: Stopwatch) -> None:
+def time_parts(core: EngineCore, link: QueueLink, watch: Stopwatch) -> None:
     """Each part is measured without the parts that it calls."""
-    worker = core._executor.worker  # type: ignore[attr-defined]
+    worker = core.executor.worker  # type: ignore[attr-defined]
     runner, sampler = worker.runner, worker.sampler
     watch.wrap(core, "step", ("core: rest",))
     watch.wrap(core.scheduler, "plan", ("scheduler: plan",))
     watch.wrap(core.scheduler, "commit", ("scheduler: commit",))
     watch.wrap(core._meter, "step", ("core: meter",))
-    watch.wrap(core._link, "drain", ("messages: to the core",))
-    watch.wrap(core._link, "send", ("messages: from the core",))
+    watch.wrap(link.core, "drain", ("messages: to the core",))
+    watch.wrap(link.core, "send", ("messages: from the core",))
     watch.wrap(runner, "forward", ("runner: rest",))
     watch.wrap(runner, "apply", ("runner: page tables",))
-    watch.wrap(runner, "_batch", ("runner: batch",))
+    watch.wrap(runner, "make_batch", ("runner: batch",))
     watch.wrap(runner, "_forward", ("(the model)",))
-    watch.wrap(runner._attn_backend, "plan", ("runner: attention plan",))
+    watch.wrap(runner.attn_backend, "plan", ("runner: attention plan",))
     watch.wrap(worker, "sample", ("worker: rest",))
     watch.wrap(PendingResult, "result", ("worker: results",))
     for method in ("sample_and_check", "observe", "logprobs"):
@@ -130,7 +130,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         gc.freeze()  # as the core's own process does
         start_decoding(core, link, args, num_steps)
         bare_ms = [run_steps(core, args.steps, watch_clock(args)) for _ in range(args.rounds)]
-        time_parts(core, watch)
+        time_parts(core, link, watch)
         rounds: list[dict[str, float]] = []
         for _ in range(args.rounds):
             run_steps(core, args.steps, watch_clock(args))

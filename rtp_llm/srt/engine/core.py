@@ -47,20 +47,20 @@ class EngineCore:
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
         free_bytes, _ = self._provider.memory_bytes()
-        self._executor = executor or make_executor(
+        self.executor = executor or make_executor(
             WorkerConfig(server_args, model_config, self.device),
             depth=int(self._provider.overlaps_steps and not server_args.disable_overlap_schedule),
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
         try:
-            loaded = self._executor.load(on_progress)
+            loaded = self.executor.load(on_progress)
             self.capacity = self._plan_capacity(loaded, model_config, free_bytes)
             self.scheduler = self._make_scheduler(loaded, model_config)
-            self._executor.init_cache(
+            self.executor.init_cache(
                 list(self.capacity.num_pages), self.scheduler.config.max_running_requests, self.max_req_len
             )
         except BaseException:
-            self._executor.shutdown()
+            self.executor.shutdown()
             raise
         self._meter = Meter(self.scheduler, self.max_total_tokens, server_args.decode_log_interval)
         self._weight_bytes = loaded.weight_bytes
@@ -151,8 +151,8 @@ class EngineCore:
         if plan is not None:
             if plan.admissions and self._on_admission is not None:
                 self._on_admission([admission.rid for admission in plan.admissions])
-            self._in_flight.append(self._executor.submit(plan))
-        while self._in_flight and (plan is None or len(self._in_flight) > self._executor.depth):
+            self._in_flight.append(self.executor.submit(plan))
+        while self._in_flight and (plan is None or len(self._in_flight) > self.executor.depth):
             self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
         stats = self._meter.step()
         if stats is not None:
@@ -162,4 +162,4 @@ class EngineCore:
     def shutdown(self) -> None:
         """Ends the workers. Requests that still run get no answer from here."""
         self._in_flight.clear()
-        self._executor.shutdown()
+        self.executor.shutdown()

@@ -75,7 +75,7 @@ class ModelRunner:
         )
         self.traits = ModelTraits.of(self.model)
         self.layout = cache_layout(self.model, server_args.page_size, server_args.kv_cache_dtype, device)
-        self._attn_backend = attn_backend
+        self.attn_backend = attn_backend
         self._step_modules = [module for module in self.model.modules() if isinstance(module, PreparesForward)]
         self._takes_mrope = takes_mrope_positions(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
@@ -97,7 +97,7 @@ class ModelRunner:
         if self._provider.step_recorder is None:
             return None
         recorder: type[StepRecorder] = load_target(self._provider.step_recorder)
-        return recorder(self._forward, self._attn_backend, self._step_modules)
+        return recorder(self._forward, self.attn_backend, self._step_modules)
 
     @property
     def max_media_block(self) -> int:
@@ -105,7 +105,7 @@ class ModelRunner:
 
     @property
     def reads_shared_prefixes(self) -> bool:
-        return self._attn_backend.reads_shared_prefixes
+        return self.attn_backend.reads_shared_prefixes
 
     @property
     def weight_bytes(self) -> int:
@@ -177,11 +177,11 @@ class ModelRunner:
     def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
         """Computes the plan's tokens. Logits come for work with ``sample``, in the order of ``plan.work``."""
         self.apply(plan)
-        batch = self._batch(plan.work, self._num_dummies(plan.work))
+        batch = self.make_batch(plan.work, self._num_dummies(plan.work))
         batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
         for module in self._step_modules:
             module.prepare_for_forward(batch)
-        self._attn_backend.plan(batch)
+        self.attn_backend.plan(batch)
         recorder = self.recorder
         output = recorder.run(batch) if recorder is not None and recorder.takes(batch) else self._forward(batch)
         _check_output(output, self.model, self.traits, batch)
@@ -195,7 +195,7 @@ class ModelRunner:
             return 0
         return sizes[place] - len(work)
 
-    def _batch(self, work: list[RowWork], num_dummies: int) -> ForwardBatch:
+    def make_batch(self, work: list[RowWork], num_dummies: int) -> ForwardBatch:
         """The rows of ``work``, and dummies of one token each after them."""
         rows = work + [RowWork(self._dummy_row, 0, 1, sample=True)] * num_dummies
         host = step_columns(rows)
@@ -223,7 +223,7 @@ class ModelRunner:
                 for table, group in zip(self._page_tables, self.layout.groups, strict=True)
             ],
             kv_pool=self.kv_pool,
-            attn_backend=self._attn_backend,
+            attn_backend=self.attn_backend,
             sample_rows=step.sample_rows,
             prompt_logprobs=self._logprob_rows(work, offsets),
             mm_inputs=[*(self._rows[w.row].media for w in work), *[None] * num_dummies] if has_media else None,

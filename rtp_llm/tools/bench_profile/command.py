@@ -6,10 +6,8 @@ without that of the parts within it, so that all, with what is left between them
 """
 
 import argparse
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +20,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.core import EngineCore
-from rtp_llm.srt.engine.executor import InProcessExecutor
+from rtp_llm.srt.engine.executor import InProcessExecutor, StepHandle
 from rtp_llm.srt.layers.activation import ActAndMul, SiluAndMul, SwigluOAIAndMul
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
@@ -36,14 +34,14 @@ from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import StepPlan
 from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.utils.ipc import QueueLink
+from rtp_llm.srt.utils.ipc import CoreEnd, QueueLink
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.utils.stopwatch import Name, Part, Stopwatch
-from rtp_llm.srt.worker.worker import PendingResult, Worker
+from rtp_llm.srt.worker.worker import PendingResult, Worker, WorkerConfig
 from rtp_llm.tools.bench_profile.options import ProfileArgs, ProfileError
+from rtp_llm.tools.step_driver import random_prompts
 
 REST: Name = ("rest",)  # of a step: what lies between its parts
-NUM_RANDOM_IDS = 10000  # ids of random prompts lie below this
 # What a layer is called in the table; the first class that fits.
 LAYER_KINDS: Sequence[tuple[tuple[type, ...], str]] = (
     ((LinearBase,), "linear"),
@@ -94,6 +92,18 @@ def profile_steps(server_args: ServerArgs, args: ProfileArgs) -> dict[str, "Step
         return core.run(args, seed=1)
 
 
+class NotingExecutor(InProcessExecutor):
+    """Keeps the plans that it is given."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self.plans: list[StepPlan] = []
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        self.plans.append(plan)
+        return super().submit(plan)
+
+
 class ProfiledCore:
     """A core, its model timed part by part, and one batch at a time through it."""
 
@@ -101,11 +111,11 @@ class ProfiledCore:
         link = QueueLink()
         link.client.on_messages(self._take)
         self._link, self._watch, self._vocab_size = link, watch, model_config.vocab_size
-        self._core = EngineCore(server_args, model_config, link.core)
+        self._executor = NotingExecutor(WorkerConfig(server_args, model_config, choose_device(server_args.device)))
+        self._core = EngineCore(server_args, model_config, link.core, executor=self._executor)
         self._problem: str | None = None
         self._products: dict[Name, tuple[float, float]] = {}
-        self._executor: InProcessExecutor = self._core._executor  # type: ignore[assignment]
-        time_core(self._core, watch)
+        time_core(self._core, link.core, watch)
         time_worker(self._executor.worker, watch)
 
     def _take(self, messages: list) -> None:
@@ -114,40 +124,23 @@ class ProfiledCore:
                 self._problem = message.finish_reason.message
 
     def run(self, args: ProfileArgs, seed: int) -> dict[str, "StepTimes"]:
-        draw = random.Random(seed)
-        num_ids = min(NUM_RANDOM_IDS, self._vocab_size)
         params = SamplingParams(temperature=0, ignore_eos=True, max_new_tokens=args.output_len)
-        spec = RequestSpec(params, seed=0)
-        for i in range(args.batch_size):
-            prompt = [draw.randrange(num_ids) for _ in range(args.input_len)]
-            self._link.client.send(GenerateRequest(f"{seed}-{i}", prompt, spec))
+        prompts = random_prompts(args.batch_size, args.input_len, self._vocab_size, seed)
+        for i, prompt in enumerate(prompts):
+            self._link.client.send(GenerateRequest(f"{seed}-{i}", prompt, RequestSpec(params, seed=0)))
         stages = {"prefill": StepTimes(), "decode": StepTimes(self._products)}
         while True:
-            with self._noted_plan() as plans, self._watch.part(REST):
+            self._executor.plans.clear()
+            with self._watch.part(REST):
                 self._core.step(block=False)
             parts = self._watch.take()
             if self._problem is not None:
                 raise ProfileError(self._problem)
-            if not plans:
+            if not self._executor.plans:
                 return stages
-            num_tokens = [work.num_tokens for work in plans[0].work]
+            num_tokens = [work.num_tokens for work in self._executor.plans[0].work]
             if num_tokens:  # else requests only left
                 stages["decode" if max(num_tokens) == 1 else "prefill"].add(parts, sum(num_tokens))
-
-    @contextmanager
-    def _noted_plan(self) -> Iterator[list[StepPlan]]:
-        plans: list[StepPlan] = []
-        submit = self._executor.submit
-
-        def noted(plan: StepPlan) -> Any:
-            plans.append(plan)
-            return submit(plan)
-
-        self._executor.submit = noted  # type: ignore[method-assign]
-        try:
-            yield plans
-        finally:
-            self._executor.submit = submit  # type: ignore[method-assign]
 
     def __enter__(self) -> "ProfiledCore":
         return self
@@ -156,18 +149,18 @@ class ProfiledCore:
         self._core.shutdown()
 
 
-def time_core(core: EngineCore, watch: Stopwatch) -> None:
+def time_core(core: EngineCore, end: CoreEnd, watch: Stopwatch) -> None:
     watch.wrap(core.scheduler, "plan", ("scheduler", "plan"))
     watch.wrap(core.scheduler, "commit", ("scheduler", "commit"))
-    watch.wrap(core._link, "drain", ("messages",))
-    watch.wrap(core._link, "send", ("messages",))
+    watch.wrap(end, "drain", ("messages",))
+    watch.wrap(end, "send", ("messages",))
 
 
 def time_worker(worker: Worker, watch: Stopwatch) -> None:
     runner = worker.runner
     watch.wrap(runner, "apply", ("runner", "page tables"))
-    watch.wrap(runner, "_batch", ("runner", "batch"))
-    watch.wrap(runner._attn_backend, "plan", ("attention", "plan"))
+    watch.wrap(runner, "make_batch", ("runner", "batch"))
+    watch.wrap(runner.attn_backend, "plan", ("attention", "plan"))
     watch.wrap(runner.kv_pool, "write", ("kv write",))
     if runner.recorder is not None:
         runner.recorder.as_recorded = watch.within_part

@@ -43,7 +43,7 @@ def answers_of(model_dir: str, vocab_size: int, dtype: str, **options: Any) -> t
             *engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True),
             *engine.generate(input_ids=prompts[:2], sampling_params=params[3:], return_logprob=True),
         ]
-        graphs = engine._runner.core._executor.worker.runner.recorder
+        graphs = engine._runner.core.executor.worker.runner.recorder
     recorded = 0 if graphs is None else sum(not isinstance(graph, int) for graph in graphs._graphs.values())
     return [(result["output_ids"], result["meta_info"]["output_token_logprobs"]) for result in results], recorded
 

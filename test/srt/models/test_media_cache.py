@@ -179,7 +179,7 @@ def test_penalties_count_the_placeholder_as_transformers_does(engine: Engine, mo
 @pytest.mark.parametrize("size_mb", [0, 512])
 def test_pictures_are_encoded_once_if_there_is_room(model: Model, size_mb: int) -> None:
     with open_vision_engine(model.model_dir, mm_embedding_cache_size_mb=size_mb, **CHUNKS, **HAND_MADE) as engine:
-        worker_model = engine._runner.core._executor.worker.runner.model
+        worker_model = engine._runner.core.executor.worker.runner.model
         encoded: list[int] = []
         encode = worker_model.get_image_feature
         worker_model.get_image_feature = lambda items: encoded.append(len(items)) or encode(items)

@@ -194,7 +194,7 @@ def answers(name: str, device: str, **options: Any) -> list[Any]:
         **{"dtype": "float32", **options},
     ) as engine:
         results = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
-        check(engine._runner.core._executor.worker.runner)
+        check(engine._runner.core.executor.worker.runner)
     return [(result["output_ids"], result["meta_info"]["output_token_logprobs"]) for result in results]
 
 
@@ -224,7 +224,7 @@ def test_a_folder_of_its_own_serves(registries, tmp_path: Path, monkeypatch) -> 
     def check_kernels(runner: Any) -> None:
         assert type(runner._provider).__name__ == "Mirror"
         assert runner.model.model.norm._norm is reference.rms_norm
-        assert isinstance(runner._attn_backend, TorchAttention)
+        assert isinstance(runner.attn_backend, TorchAttention)
 
     monkeypatch.setitem(globals(), "check", check_kernels)
     mirrored = answers("llama-default", "mirror")

@@ -244,7 +244,7 @@ def test_a_rank_that_died_is_blamed_and_not_its_neighbour(two_ranks):
 
 def test_logits_that_are_no_numbers_end_their_request_alone():
     core = Core("llama-default")
-    weights = core.core._executor.worker.runner.model.model.embed_tokens.weight
+    weights = core.core.executor.worker.runner.model.model.embed_tokens.weight
     weights.data[77] = float("nan")
     params = SamplingParams(max_new_tokens=3, temperature=0.7, ignore_eos=True)
     core.run([generate_request("bad", [1, 77], params, 0), generate_request("good", [1, 2, 3], params, 0)])
