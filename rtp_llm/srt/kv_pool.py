@@ -1,6 +1,7 @@
 """The tensors behind page ids: per cache group and layer, pages of keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 
@@ -9,11 +10,38 @@ from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.kernels import reference
 
 
-class KVPool:
-    """Keys and values of all layers. A token's *slot* is ``page_id * page_size + offset``.
+class LayerCache(NamedTuple):
+    """Where one layer's keys and values lie: a token's are at its *slot*, ``page_id * page_size + offset``.
 
-    The values of a latent layer are a view of its keys. Where a group's ``dtype`` is int8, scales [slots, num_kv_heads]
-    float32 lie beside keys and values.
+    ``key_scales`` and ``value_scales`` are what int8 keys and values are multiplied by; else None.
+    """
+
+    group: int  # its cache group: the index in ``batch.page_tables`` and ``batch.out_cache_locs``
+    page_size: int
+    keys: torch.Tensor  # [slots, num_kv_heads, head_dim]
+    values: torch.Tensor  # [slots, num_kv_heads, v_head_dim]; of a latent layer a view of its keys
+    key_scales: torch.Tensor | None = None  # [slots, num_kv_heads] float32
+    value_scales: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, index: int, group: CacheGroup, num_pages: int, allocate: Callable[..., torch.Tensor]) -> Self:
+        """Room for ``num_pages`` pages besides page 0, which is zeroed; nothing else is touched."""
+        spec, dtype = group.spec, getattr(torch, group.spec.dtype)
+        heads = (num_pages + 1) * group.page_size, spec.num_kv_heads
+        keys = allocate(*heads, spec.head_dim, dtype=dtype)
+        values = keys[..., : spec.v_head_dim] if spec.latent else allocate(*heads, spec.v_head_dim, dtype=dtype)
+        scales = [allocate(*heads, dtype=torch.float32) for _ in "kv"] if spec.has_scales else []
+        for tensor in (keys, values, *scales):
+            tensor[: group.page_size].zero_()
+        return cls(index, group.page_size, keys, values, *scales)
+
+    def numbers(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [..., num_kv_heads, head_dim] and values at slots [...], in ``dtype``; copies."""
+        return _scaled(self.keys, self.key_scales, slots, dtype), _scaled(self.values, self.value_scales, slots, dtype)
+
+
+class KVPool:
+    """Keys and values of all layers.
 
     Memory is reserved by the device, and not touched but for page 0, which is zeroed: padded page tables point to it.
     """
@@ -21,55 +49,36 @@ class KVPool:
     def __init__(self, groups: Sequence[CacheGroup], num_pages: Sequence[int], device: str) -> None:
         self.groups = list(groups)
         self.num_pages = list(num_pages)
-        self._group_of: dict[int, int] = {}
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
-        self._scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         provider = provider_named(device)
-        empty = provider.cache_allocator()
-        for g, (group, count) in enumerate(zip(groups, num_pages, strict=True)):
-            spec, dtype = group.spec, getattr(torch, group.spec.dtype)
-            num_slots = (count + 1) * group.page_size
-            for layer_id in group.layer_ids:
-                self._group_of[layer_id] = g
-                keys = empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=dtype)
-                if spec.latent:
-                    values = keys[..., : spec.v_head_dim]
-                else:
-                    values = empty(num_slots, spec.num_kv_heads, spec.v_head_dim, dtype=dtype)
-                keys[: group.page_size].zero_()
-                values[: group.page_size].zero_()
-                self._keys[layer_id], self._values[layer_id] = keys, values
-                if spec.has_scales:
-                    scales = [empty(num_slots, spec.num_kv_heads, dtype=torch.float32) for _ in "kv"]
-                    for scale in scales:
-                        scale[: group.page_size].zero_()
-                    self._scales[layer_id] = scales[0], scales[1]
-        provider.take_cache([*self._keys.values(), *(v for v in self._values.values() if v.is_contiguous())])
+        allocate = provider.cache_allocator()
+        self._layers = {
+            layer_id: LayerCache.empty(index, group, count, allocate)
+            for index, (group, count) in enumerate(zip(groups, num_pages, strict=True))
+            for layer_id in group.layer_ids
+        }
+        caches = self._layers.values()
+        values = [cache.values for cache in caches if cache.values.is_contiguous()]
+        provider.take_cache([*(cache.keys for cache in caches), *values])
 
-    def group_of(self, layer_id: int) -> int:
-        return self._group_of[layer_id]
+    def layer(self, layer_id: int) -> LayerCache:
+        return self._layers[layer_id]
 
     def write(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
-        """Stores k [T, num_kv_heads, head_dim] and v [T, num_kv_heads, v_head_dim] at slots [T].
+        """Store k [T, num_kv_heads, head_dim] and v [T, num_kv_heads, v_head_dim] at slots [T].
 
-        ``v`` is None for latent layers, and for them alone.
+        Raises:
+            ValueError: ``v`` is not None for a latent layer, or is None for another.
         """
-        self.check_values(layer_id, v)
-        reference.write_kv(k, v, *self.read(layer_id), slots, *self.scales(layer_id))
-
-    def check_values(self, layer_id: int, v: torch.Tensor | None) -> None:
-        """Raises ValueError where values are given to a latent layer, or none to another."""
-        if (v is None) != self.groups[self._group_of[layer_id]].spec.latent:
+        cache = self._layers[layer_id]
+        if (v is None) != self.groups[cache.group].spec.latent:
             raise ValueError(f"layer {layer_id}: a latent cache is written without values, any other with them")
+        reference.write_kv(k, v, cache.keys, cache.values, slots, cache.key_scales, cache.value_scales)
 
-    def read(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All slots of a layer: keys [slots, num_kv_heads, head_dim], values [slots, num_kv_heads, v_head_dim]."""
-        return self._keys[layer_id], self._values[layer_id]
 
-    def scales(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """What a layer's int8 keys and values are multiplied by, [slots, num_kv_heads] float32 each; else None."""
-        return self._scales.get(layer_id, (None, None))
+def _scaled(stored: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if scales is None:
+        return stored[slots].to(dtype)
+    return (stored[slots] * scales[slots][..., None]).to(dtype)
 
 
 def slots_of(page_table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:

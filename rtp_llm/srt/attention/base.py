@@ -1,4 +1,4 @@
-"""The port that attention back ends fill."""
+"""The port that attention back ends fill. docs/attention_backends.md shows a whole one."""
 
 from abc import ABC, abstractmethod
 
@@ -10,14 +10,24 @@ from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 class AttentionBackend(ABC):
     """Plans a step once for all layers, then runs each layer's attention over the paged cache.
 
-    Invariants: ``plan`` is called once per step before any ``forward``; ``forward`` first writes the step's keys and
-    values to ``batch.out_cache_locs``, then attends over everything the request has in the cache, so that a token sees
-    itself. Only pages of tokens that a query can see are read: others may already belong to someone else. Attention is
-    causal, but for what ``batch.visible_ends`` adds.
+    There is one for each worker, made without arguments; the runner calls ``plan`` once for each step, and then each
+    layer ``forward``, in the order of the model. A step has rows, one for each request that computes tokens in it, and
+    row b computes tokens ``[extend_prefix_lens[b], seq_lens[b])`` of its sequence; there may be no rows. Tokens of all
+    rows lie one after the other in q, k and v.
+
+    Row b's token at position p lies in page ``batch.page_tables[group][batch.req_pool_indices[b], p // page_size]`` of
+    its layer's cache (``batch.kv_pool.layer(layer.layer_id)``), at offset ``p % page_size``. Only pages of tokens that
+    some query of the row sees may be read: others may already be someone else's, or are page 0, which is nobody's.
+
+    Attributes:
+        reads_shared_prefixes: ``batch.shared_prefixes`` is of use to it; else the scheduler need not look for any.
+        replays: decode steps can be recorded (worker/step_recorder.py). Then ``plan`` is the only place that reads host
+            lists of the batch, and ``forward`` does the same calls in all steps of the same shapes; ``step_tensors``
+            lists what differs.
     """
 
-    reads_shared_prefixes = False  # whether ``batch.shared_prefixes`` is of use to it
-    replays = False  # whether decode steps can be recorded: see worker/step_recorder.py
+    reads_shared_prefixes = False
+    replays = False
 
     @classmethod
     def problem(cls, torch_device: str, dtype: torch.dtype) -> str | None:
@@ -26,12 +36,16 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def plan(self, batch: ForwardBatch) -> None:
-        """Builds the step's metadata. Host lists of ``batch`` may be used; device tensors need no synchronisation."""
+        """Prepare what all layers have in common. Page tables and slots are filled already, keys are not.
+
+        Layers differ in cache group and window, so what depends on these is made here for all of ``batch.kv_pool``'s
+        groups, or by the first layer that needs it. Nothing here may wait for the device.
+        """
 
     def step_tensors(self) -> list[torch.Tensor]:
-        """What ``plan`` made, all that ``forward`` reads of a step besides the batch's tensors and its arguments.
+        """List what ``plan`` made: all that ``forward`` reads of a step besides the batch's tensors and its arguments.
 
-        Only where ``replays`` holds: then a step's kernels are run again with other numbers at the same addresses.
+        Asked only where ``replays`` holds: a recorded step runs again with the next step's numbers at its addresses.
         """
         raise NotImplementedError
 
@@ -46,13 +60,21 @@ class AttentionBackend(ABC):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of one layer.
+        """Write the step's keys and values, then attend over the cache, so that a token sees itself.
+
+        A query at position p sees the keys up to p, the last ``layer.window`` of them if that is not None; where
+        ``batch.visible_ends`` is given, also later ones before that position. For one row it is what ``attention`` of
+        ``kernels/reference.py`` computes.
 
         Args:
-            q: [T, num_heads, head_dim]; k: [T, num_kv_heads, head_dim]; v: [T, num_kv_heads, v_head_dim].
-                ``k`` and ``v`` are None where the layer reads another layer's cache, ``v`` alone where it is latent.
-            sinks: [num_heads], see ``RadixAttention``; None: no sinks.
+            q: [T, num_heads, head_dim], T the tokens of all rows.
+            k, v: [T, num_kv_heads, head_dim] and [T, num_kv_heads, v_head_dim], to be written at the slots
+                ``batch.out_cache_locs[group]`` [T]. Both None: the layer reads what another wrote in this step. ``v``
+                alone None: the layer is latent, values are the first ``v_head_dim`` components of its keys.
+            layer: what the layer computes; the same object in every step.
+            save_kv_cache: False: write nothing.
+            sinks: [num_heads], one score for each head that takes part in the softmax and carries no value.
 
         Returns:
-            [T, num_heads * v_head_dim].
+            [T, num_heads * v_head_dim], in q's dtype.
         """

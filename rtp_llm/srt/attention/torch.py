@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kv_pool import slots_of
+from rtp_llm.srt.kv_pool import LayerCache, slots_of
 
 
 @dataclass(slots=True)
@@ -30,16 +30,6 @@ class ExtendRow:
     visible: torch.Tensor | None  # [n, L] bool; None: plain causal, no history
     q_offset: int  # position of the first query among the L keys
     visible_ends: torch.Tensor | None  # [n] int64, positions among the L keys; None: causal
-
-
-@dataclass(slots=True)
-class Cache:
-    """All slots of a layer; see KVPool."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scales: torch.Tensor | None
-    value_scales: torch.Tensor | None
 
 
 @dataclass(slots=True)
@@ -73,11 +63,10 @@ class TorchAttention(AttentionBackend):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        group = batch.kv_pool.group_of(layer.layer_id)
+        cache = batch.kv_pool.layer(layer.layer_id)
         if save_kv_cache and k is not None:
-            batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[group], k, v)
-        cache = Cache(*batch.kv_pool.read(layer.layer_id), *batch.kv_pool.scales(layer.layer_id))
-        layout = self._layout(batch, group, layer.window)
+            batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[cache.group], k, v)
+        layout = self._layout(batch, cache.group, layer.window)
         out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
         for bucket in layout.decode:
             out[bucket.token_rows] = _decode(q[bucket.token_rows], cache, bucket, layer, sinks)
@@ -151,7 +140,7 @@ def _visible(
 
 def _decode(
     q: torch.Tensor,
-    cache: Cache,
+    cache: LayerCache,
     bucket: DecodeBucket,
     layer: AttentionSpec,
     sinks: torch.Tensor | None,
@@ -169,19 +158,13 @@ def _decode(
 
 
 def _gather(
-    cache: Cache, slots: torch.Tensor, layer: AttentionSpec, dtype: torch.dtype
+    cache: LayerCache, slots: torch.Tensor, layer: AttentionSpec, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys [..., Hkv, D] and values [..., Hkv, Dv] at slots [...]; what a latent layer keeps is gathered once."""
-    k = _numbers(cache.keys, cache.key_scales, slots, dtype)
-    return k, k[..., : layer.v_head_dim] if layer.latent else _numbers(cache.values, cache.value_scales, slots, dtype)
-
-
-def _numbers(
-    stored: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    if scales is None:
-        return stored[slots].to(dtype)
-    return (stored[slots] * scales[slots][..., None]).to(dtype)
+    if not layer.latent:
+        return cache.numbers(slots, dtype)
+    k = cache.keys[slots].to(dtype)
+    return k, k[..., : layer.v_head_dim]
 
 
 def _explicit(
@@ -207,7 +190,7 @@ def _explicit(
 
 def _extend(
     q: torch.Tensor,
-    cache: Cache,
+    cache: LayerCache,
     row: ExtendRow,
     layer: AttentionSpec,
     sinks: torch.Tensor | None,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +11,39 @@ from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from rtp_llm import Engine
 from rtp_llm.srt.attention import torch as torch_backend
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
+from rtp_llm.srt.device.registry import ATTENTION_BACKENDS
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.radix_attention import RadixAttention
+from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, tiny_model
+from tiny_models import reference as reference_answer
 
 ROWS = [(0, 9), (5, 1), (11, 6), (30, 1), (0, 1), (14, 1)]  # (tokens in the cache, tokens of the step)
 # Blocks of each row's step that see themselves wholly, beginning and ending with it or not; alone, they are causal.
 BLOCKS = [[(0, 5), (7, 9)], [(0, 1)], [(1, 4)], [], [(0, 1)], []]
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "attention_backend"
+# Names, and how many scores torch_native may make at a time.
+BACKENDS = [
+    ("torch_native", 1 << 24),
+    ("torch_native", 200),
+    ("torch_native", 1),
+    pytest.param("cpu", 0, marks=pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")),
+    ("row_by_row", 0),
+]
+
+
+@pytest.fixture(autouse=True)
+def example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documented example of a back end, which registers itself when it is imported."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    monkeypatch.setattr(ATTENTION_BACKENDS, "added", {"row_by_row": "row_by_row:RowByRow"})
 
 
 @dataclass
@@ -113,15 +135,7 @@ def visible_ends(cached: int, blocks: list[tuple[int, int]], new: int) -> torch.
     return ends
 
 
-@pytest.mark.parametrize(
-    ("backend", "scores_per_piece"),
-    [
-        ("torch_native", 1 << 24),
-        ("torch_native", 200),
-        ("torch_native", 1),
-        pytest.param("cpu", 0, marks=pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")),
-    ],
-)
+@pytest.mark.parametrize(("backend", "scores_per_piece"), BACKENDS)
 @pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_row_of_a_step(
@@ -219,8 +233,28 @@ def test_a_latent_is_stored_once() -> None:
     pool = KVPool([CacheGroup(spec, (0, 1))], [3], "cpu")
     k = torch.randn(2, 1, 10)
     pool.write(1, torch.tensor([3, 1]), k, None)
-    keys, values = pool.read(1)
+    keys, values = pool.layer(1).keys, pool.layer(1).values
     assert torch.equal(values[[3, 1]], k[..., :7]) and values.data_ptr() == keys.data_ptr()
+
+
+def test_a_back_end_from_outside_serves() -> None:
+    """Windows whose pages are given back, prompts in chunks, several requests in a step, and int8 pages."""
+    name, new_tokens = "qwen3-mixed-window7-tied", 12
+    prompts = random_prompts(TINY_MODELS[name].vocab_size, (3, 21, 40))
+    options = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "page_size": 4}
+    params = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+
+    def answers(backend: str, **more: Any) -> list[dict[str, Any]]:
+        with Engine(model_path=tiny_model(name), attention_backend=backend, **options, **more) as engine:
+            assert engine.server_args.attention_backend == backend
+            return engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+
+    for prompt, answer in zip(prompts, answers("row_by_row", chunked_prefill_size=16), strict=True):
+        assert_same_ids(answer["output_ids"], reference_answer(tiny_model(name), tuple(prompt), new_tokens))
+    ours, plain = (answers(backend, kv_cache_dtype="int8") for backend in ("row_by_row", "torch_native"))
+    for mine, yours in zip(ours, plain, strict=True):
+        first, other = (answer["meta_info"]["output_token_logprobs"][0][0] for answer in (mine, yours))
+        assert first == pytest.approx(other, abs=1e-4)
 
 
 def test_errors() -> None:

@@ -50,19 +50,15 @@ class CpuAttention(AttentionBackend):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        pool = batch.kv_pool
-        group = pool.group_of(layer.layer_id)
-        keys, values = pool.read(layer.layer_id)
-        scales = pool.scales(layer.layer_id)
+        group, page_size, keys, values, *scales = batch.kv_pool.layer(layer.layer_id)
         if save_kv_cache and k is not None:
-            pool.check_values(layer.layer_id, v)
             kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], *scales)
         out = kernels.paged_attention(
             q,
             keys,
             values,
             batch.page_tables[group],
-            pool.groups[group].page_size,
+            page_size,
             self._rows,
             layer.scaling,
             layer.window,
