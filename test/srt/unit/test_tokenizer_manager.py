@@ -163,6 +163,19 @@ def test_logprob_options() -> None:
     assert request.spec.logprobs is None
 
 
+def test_bad_words_become_ids_as_they_are_and_after_a_space() -> None:
+    params = {"bad_words": ["ab", " c", "ab"], "bad_words_ids": [[7, 8]], "allowed_token_ids": [5, 6]}
+    (request,) = manager().requests(Prompt("a", sampling_params=params))
+    made = request.spec.params
+    assert made.bad_words_ids == [[7, 8], [97, 98], [32, 97, 98], [32, 99]] and made.bad_words == []
+    assert made.allowed_token_ids == [5, 6]
+    with pytest.raises(InvalidRequest, match="allowed_token_ids has no token that bad_words leaves"):
+        manager().requests(Prompt("a", sampling_params={"bad_words": ["b"], "allowed_token_ids": [98]}))
+    bare = TokenizerManager(None, vocab_size=10, context_length=20, max_req_len=20)
+    with pytest.raises(InvalidRequest, match="bad_words needs a tokenizer"):
+        bare.requests(Prompt(input_ids=[1], sampling_params={"bad_words": ["a"]}))
+
+
 def test_without_a_tokenizer() -> None:
     bare = TokenizerManager(None, vocab_size=10, context_length=20, max_req_len=20)
     (request,) = bare.requests(Prompt(input_ids=[1]))
