@@ -9,6 +9,8 @@ An exchange about pictures is held out if one of its pictures is: what a picture
 question about pictures are kept back as well and are taught for none.
 """
 
+# long: one list of all that is taught, whose order the draws depend on
+
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
