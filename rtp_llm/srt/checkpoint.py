@@ -17,6 +17,7 @@ from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
 from rtp_llm.srt.multimodal.items import pad_placeholders
+from rtp_llm.srt.multimodal.media_store import MediaStore
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 
 logger = logging.getLogger(__name__)
@@ -62,23 +63,28 @@ def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, truste
     return make_processor(args, config, model_cls, tokenizer, trusted)
 
 
-def read_placer(config: ModelConfig) -> MediaPlacer:
-    """What puts media into the prompts of the model."""
+def read_placer(config: ModelConfig, workers_are_here: bool = True) -> MediaPlacer:
+    """What puts media into the prompts of the model.
+
+    Args:
+        workers_are_here: in this process; others are not sent media, but told where they lie.
+    """
+    store = None if workers_are_here else MediaStore()
     if not config.is_multimodal:
-        return MediaPlacer()
+        return MediaPlacer(store=store)
     try:
         model_cls = ModelRegistry.resolve_model_cls(config.architectures)[0]
     except UnknownArchitectureError:
-        return MediaPlacer()
+        return MediaPlacer(store=store)
     if ModelTraits.of(model_cls).pad_input_ids in (None, pad_placeholders):
-        return MediaPlacer()
+        return MediaPlacer(store=store)
 
     def build() -> Any:
         from rtp_llm.srt.models.weightless import build_without_weights  # layers, only needed by some models
 
         return build_without_weights(model_cls, config)
 
-    return MediaPlacer(build)
+    return MediaPlacer(build, store)
 
 
 def prompts_with_pictures(

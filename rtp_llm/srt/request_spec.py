@@ -23,16 +23,24 @@ class LogprobSpec:
     return_text_in_logprobs: bool = False
 
 
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class MediaFile:
+    """A file of encoded media. It lives as long as the object that ``MediaStore.put`` gave for it."""
+
+    path: str
+
+
 @dataclass(frozen=True, slots=True)
 class PromptMedia:
     """A prompt's media, placed among its ids.
 
-    ``content`` is what ``MultimodalInputs.encode`` made: nobody but the workers reads it. ``cache_keys`` are the prompt
-    as the prefix cache knows it, with ids made of the media's contents where these are. ``blocks`` are runs (first,
-    last) of positions that hold media, neighbours joined: some models compute each in one step.
+    ``content`` is what ``MultimodalInputs.encode`` made, or, for workers in other processes, the file that holds it:
+    nobody but the workers reads it. ``cache_keys`` are the prompt as the prefix cache knows it, with ids made of the
+    media's contents where these are. ``blocks`` are runs (first, last) of positions that hold media, neighbours joined:
+    some models compute each in one step.
     """
 
-    content: bytes = field(repr=False)
+    content: bytes | MediaFile = field(repr=False)
     cache_keys: list[int]
     blocks: list[tuple[int, int]]
 

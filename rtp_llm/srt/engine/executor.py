@@ -1,15 +1,17 @@
 """How the core reaches its workers: in its own process, or one process per rank."""
 
+import os
 import subprocess
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from rtp_llm.srt.models.registrations import pack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.request_spec import MediaFile
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.process import start_python
 from rtp_llm.srt.utils.scratch import ScratchFolder
@@ -211,10 +213,24 @@ class MultiProcessExecutor(Executor):
         return self._gather()
 
     def submit(self, plan: StepPlan) -> StepHandle:
+        media_files = self._keep_media(plan)
         self._send("submit", plan)
-        step = _RemoteStep(self, bool(plan.masked_rows))
+        step = _RemoteStep(self, bool(plan.masked_rows), media_files)
         self._waiting.append(step)
         return step
+
+    def _keep_media(self, plan: StepPlan) -> list[str]:
+        """Gives files of media names of our own, until the step is done: a request may end, and its file go, before
+        every worker has taken the plan in."""
+        names = []
+        for admission in plan.admissions:
+            media = admission.spec.media
+            if media is not None and isinstance(media.content, MediaFile):
+                name = f"{self._rendezvous.path}/media-{plan.step_id}-{admission.row}"
+                os.link(media.content.path, name)
+                admission.spec = replace(admission.spec, media=replace(media, content=MediaFile(name)))
+                names.append(name)
+        return names
 
     def sample(self, masks: Masks) -> None:
         self._waiting[-1].needs_masks = False
@@ -226,7 +242,10 @@ class MultiProcessExecutor(Executor):
         if step.needs_masks:
             raise RuntimeError("the step waits for its masks")
         self._waiting.popleft()
-        return self._gather()[0]
+        result = self._gather()[0]
+        for name in step.media_files:
+            os.unlink(name)
+        return result
 
     def shutdown(self) -> None:
         for pipe in self._pipes:
@@ -242,9 +261,10 @@ class MultiProcessExecutor(Executor):
 
 
 class _RemoteStep:
-    def __init__(self, executor: MultiProcessExecutor, needs_masks: bool) -> None:
+    def __init__(self, executor: MultiProcessExecutor, needs_masks: bool, media_files: Sequence[str]) -> None:
         self._executor = executor
         self.needs_masks = needs_masks
+        self.media_files = media_files
 
     def result(self) -> StepResult:
         return self._executor._finish(self)

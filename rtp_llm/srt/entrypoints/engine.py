@@ -81,7 +81,7 @@ class Engine:
             args.media_limits,
             end_tokens,
             args.schedule_policy == "priority",
-            read_placer(self.model_config),
+            read_placer(self.model_config, workers_are_here=args.tp_size == 1),
         )
 
     @property

@@ -294,7 +294,7 @@ def make_app(
         args.media_limits,
         read_end_tokens(args, config, tokenizer),
         args.schedule_policy == "priority",
-        read_placer(config),
+        read_placer(config, workers_are_here=False),
     )
     frontend = Frontend(core.client, manager, loop, observers)
     serving = Serving(args, config, core, frontend, read_chat_template(args, config, tokenizer))

@@ -62,7 +62,8 @@ class LiveRequest:
     earlier_retractions: int = 0  # in cores that died
     deaths: int = 0  # of cores that were running it, since it last made progress
     aborted: bool = False
-    predecessors: int = 0  # aborted requests of the same rid whose end the core has not told yet
+    # Aborted requests of the same rid whose end the core has not told yet: until then it may look at their media.
+    predecessors: list["LiveRequest"] = field(default_factory=list)
 
     def take(self, output: TokenOutput) -> TokenOutput:
         """Notes what came, and returns it, made what it would be from a core that never died."""
@@ -134,7 +135,7 @@ class EngineClient:
             for rid in list(self._live):
                 entry = self._live[rid]
                 entry.deaths += rid in running
-                entry.predecessors = 0
+                entry.predecessors = []
                 if entry.aborted or entry.deaths >= MAX_DEATHS:
                     ended.append(_end(self._live.pop(rid), ABORTED if entry.aborted else KILLER))
         self._hand_out(ended)
@@ -202,7 +203,7 @@ class EngineClient:
             old = self._live.get(request.rid)
             if request.rid in new or (old is not None and not old.aborted):
                 raise InvalidRequest(f"another running request has the rid {request.rid!r}; choose another", "rid")
-            new[request.rid] = LiveRequest(request, deliver, predecessors=old.predecessors + 1 if old else 0)
+            new[request.rid] = LiveRequest(request, deliver, predecessors=[*old.predecessors, old] if old else [])
         return new
 
     def abort(self, rid: str | None) -> None:
@@ -271,7 +272,8 @@ class EngineClient:
                 ended = self._send_unsent()
             entry = self._live.get(output.rid)  # None: ended here while the core's last words were under way
             if entry is not None and entry.predecessors:  # in the order of submission, each with one end
-                entry.predecessors -= output.finish_reason is not None
+                if output.finish_reason is not None:
+                    entry.predecessors.pop(0)
                 entry = None
             if entry is not None:
                 output = entry.take(output)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rtp_llm.srt.multimodal.items import MediaError, MultimodalInputs, media_blocks, pad_placeholders, vocabulary_ids
+from rtp_llm.srt.multimodal.media_store import MediaStore
 from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.srt.sampling_params import InvalidRequest
 
@@ -23,10 +24,12 @@ class MediaPlacer:
     Args:
         build: makes an instance of the model without weights, to be asked. It is called once, when the first prompt
             comes. None: ``pad_placeholders``, which asks nothing of the model.
+        store: keeps the media for workers in other processes. None: they are in this one.
     """
 
-    def __init__(self, build: Callable[[], Any] | None = None) -> None:
+    def __init__(self, build: Callable[[], Any] | None = None, store: MediaStore | None = None) -> None:
         self._build = build
+        self._store = store
         self._model: Any = None
         self._lock = threading.Lock()
 
@@ -36,6 +39,7 @@ class MediaPlacer:
         Raises:
             MediaPlacementError: what ``pad_input_ids`` returned is not consistent with the media, or it fails.
             MediaError: the media are nothing that can be given to a model.
+            OSError: they cannot be stored.
         """
         for item in inputs.mm_items:
             _ = item.digest  # else media that no model could get would seem to be in the wrong place
@@ -45,7 +49,9 @@ class MediaPlacer:
             logger.debug("media cannot be placed in the prompt", exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             raise MediaPlacementError(f"the media cannot be placed in the prompt: {reason}") from error
-        return ids, PromptMedia(inputs.encode(), cache_keys, media_blocks(inputs))
+        content = inputs.encode()
+        stored = content if self._store is None else self._store.put(content)
+        return ids, PromptMedia(stored, cache_keys, media_blocks(inputs))
 
     def _padded(self, prompt_ids: Sequence[int], inputs: MultimodalInputs) -> tuple[list[int], list[int]]:
         """The prompt's ids, and with pad ids where media are."""

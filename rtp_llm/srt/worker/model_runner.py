@@ -29,6 +29,7 @@ from rtp_llm.srt.model_traits import (
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
+from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
 from rtp_llm.srt.worker.step_recorder import StepRecorder
@@ -155,7 +156,8 @@ class ModelRunner:
 
     def _admit(self, admission: Admission) -> None:
         row = admission.row
-        media = None if admission.spec.media is None else MultimodalInputs.decode(admission.spec.media.content)
+        asked = admission.spec.media
+        media = None if asked is None else MultimodalInputs.decode(open_content(asked.content))
         ids = np.array([*admission.prompt_ids, *admission.output_ids], dtype=np.int64)
         self._rows[row] = RowState(admission, ids, media)
         self._num_known[row], self._prompt_lens[row] = len(ids), len(admission.prompt_ids)
