@@ -36,15 +36,15 @@ from rtp_llm.tools import reference
 from rtp_llm.tools.bench_one_batch import command as bench_one_batch
 from rtp_llm.tools.bench_one_batch import correctness, options
 
-ROOT = Path(__file__).resolve().parents[3]
-TESTS = ROOT / "test" / "srt"
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "test"
 PAGE = ROOT / "docs" / "specification.md"
 GUIDE = ROOT / "docs" / "supported_models" / "support_new_models.md"
 PORTING = "## A file written for vLLM\n"
 MODEL_FILES = sorted(path for path in (ROOT / "rtp_llm" / "models_py").glob("*.py") if path.name != "__init__.py")
 PARTS_OF_MODELS = [ROOT / "rtp_llm" / "srt" / "layers" / name for name in ("image_text.py", "mlp.py")]
 PARTS_OF_MODELS += sorted((ROOT / "rtp_llm" / "srt" / "layers" / "towers").glob("[a-z]*.py"))
-FILES = {"S": "unit/test_specification.py", "M": "unit/test_multimodal_statements.py"}  # by the statement's letter
+FILES = {"S": "docs/test_specification.py", "M": "docs/test_multimodal_statements.py"}  # by the statement's letter
 
 
 class Mine(nn.Module):
@@ -134,7 +134,7 @@ def test_s06_bench_one_batch_takes_the_command_line() -> None:
 
 
 def generation_tests(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TESTS / "models"))
+    monkeypatch.syspath_prepend(str(TESTS / "srt" / "models"))
     return import_module("test_generation_models")
 
 

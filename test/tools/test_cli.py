@@ -164,7 +164,7 @@ def test_a_story(data_dir: Path) -> None:
         "--max-new-tokens",
         "60",
     ]
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, env=os.environ)
     assert done.returncode == 0, done.stderr
     text = done.stdout.removesuffix("\n")

@@ -28,7 +28,7 @@ from rtp_llm.tools.reference import PROMPTS, TransformersModel, drawn_picture, e
 from tiny_models import TINY_MODELS, assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 from tiny_seeing import make_seeing
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
 
 

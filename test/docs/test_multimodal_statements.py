@@ -35,7 +35,7 @@ from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.tools.bench_one_batch import correctness
 from tiny_seeing import IMAGE_PAD, make_seeing
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PAD = 9  # stands for images in the prompts here
 
 

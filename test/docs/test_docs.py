@@ -28,7 +28,7 @@ from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
 from tiny_models import assert_same_ids, make_tiny, random_prompts, reference
 from tiny_seeing import make_seeing
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"(?:<!-- test: (?P<mark>[\w ./]+) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.DOTALL)
 SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88} | {

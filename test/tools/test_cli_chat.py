@@ -30,7 +30,7 @@ from rtp_llm.tools.chat.pictures import picture_kind
 from rtp_llm.tools.chat.terminal import statistics, without_controls
 from rtp_llm.tools.http_client import ServerError, api_url
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 CHAT = ["chat", "--model", "m"]
 TEMPLATE = "{% for m in messages %}{{ m.role }}={{ m.content }}|{% endfor %}"
 
@@ -570,7 +570,7 @@ class Person:
 SLOW_ENGINE = """
 import sys, time
 import rtp_llm
-sys.path.insert(0, "test/srt/unit")
+sys.path.insert(0, "test/tools")
 import test_cli_chat
 
 class Slow(test_cli_chat.FakeEngine):

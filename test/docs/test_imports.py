@@ -12,7 +12,7 @@ import pytest
 
 from tiny_models import tiny_model
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rtp_llm"
 
 
