@@ -227,7 +227,7 @@ def _head(path: str, size: int) -> bytes:
 
 
 async def _status(reader: asyncio.StreamReader) -> str:
-    """Of the answer's first line. Raises OSError if the connection ends before."""
+    """Read the status from the answer's first line. Raises OSError if the connection ends before."""
     line = await reader.readline()
     if not line:
         return "closed"

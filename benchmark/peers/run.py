@@ -207,7 +207,7 @@ def model_size(checkpoint: Path, precision: int) -> dict[str, float]:
 
 
 def count_parameters(file: Path) -> int:
-    """Of a safetensors file, from its header."""
+    """Count the parameters of a safetensors file, from its header."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -104,7 +104,7 @@ def server_variables(name: str, place: Place) -> dict[str, str]:
 
 
 def kv_bytes_per_token(checkpoint: Path) -> int:
-    """Of keys and values in 16 bits."""
+    """Bytes of a token's keys and values in 16 bits."""
     config = json.loads((checkpoint / "config.json").read_text())
     return config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
 

@@ -114,7 +114,7 @@ class DeepseekV2Attention(nn.Module):
         )
 
     def finish_load(self) -> None:
-        """Of kv_b_proj: w_uk [heads, qk_nope_head_dim, kv_lora_rank], w_uv [heads, kv_lora_rank, v_head_dim]."""
+        """Split kv_b_proj into w_uk [heads, qk_nope_head_dim, kv_lora_rank], w_uv [heads, kv_lora_rank, v_head_dim]."""
         by_head = self.kv_b_proj.dequantized_weight().unflatten(0, (self.num_heads, self.nope_dim + self.v_head_dim))
         self.w_uk, w_uv = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         self.w_uv = w_uv.transpose(1, 2)

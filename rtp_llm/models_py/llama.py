@@ -79,7 +79,7 @@ class GroupedQueryAttention(nn.Module):
         )
 
     def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        """Of whole heads: where a model does not override this, a ``partial_rotary_factor`` has no effect."""
+        """Return the rotation of whole heads. A model that uses ``partial_rotary_factor`` overrides this."""
         rope_theta, rope_scaling, _ = get_rope_config(config)
         return get_rope(
             self.head_dim,

@@ -350,7 +350,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
 
     @property
     def _embedding_size(self) -> int:
-        """Of a token: what goes into the first layer, and what is added behind others."""
+        """Values of a token's embedding: the first layer's input, and what is added after other layers."""
         num_views = len(getattr(self.hf_config.vision_config, "deepstack_visual_indexes", ()))
         return self.hf_config.get_text_config().hidden_size * (1 + num_views)
 

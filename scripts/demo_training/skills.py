@@ -817,7 +817,7 @@ def a_number(rng: random.Random) -> tuple[Picture]:
 
 
 def two_pictures(rng: random.Random) -> tuple[Picture, Picture]:
-    """Of one thing each or of a number each; equal in what they show in two cases of five."""
+    """Two images of one thing each, or of a number each; equal in what they show in two cases of five."""
     if rng.random() < 0.2:
         (one,), (two,) = a_number(rng), a_number(rng)
         number = one.number if rng.random() < 0.4 else two.number

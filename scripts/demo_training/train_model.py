@@ -183,7 +183,7 @@ class Training:
         return wrong
 
     def naming_loss(self, x: Tensor, seen: Tensor) -> tuple[Tensor, float]:
-        """Of saying for each merged patch what has its center there: kind, color, and third of height and width."""
+        """Loss of naming what has its center in each merged patch: kind, color, and third of height and width."""
         weight = torch.ones(len(demo_pictures.KINDS) + 1)
         weight[-1] = 0.3
         kinds = torch.where(seen[:, 0] < 0, len(demo_pictures.KINDS), seen[:, 0])

@@ -232,7 +232,7 @@ def test_every_mark_is_known() -> None:
 
 
 def test_files_of_models_that_are_named_exist() -> None:
-    """Of the pages that speak of them by name alone."""
+    """Checks the pages that mention model files by name alone."""
     page = ROOT / "docs" / "supported_models" / "support_new_models.md"
     named = set(re.findall(r"`(\w+\.py)`", page.read_text())) - {"your_model.py"}
     assert len(named) > 10

@@ -15,7 +15,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes | None = None) -> bytes:
-    """Of 8-bit RGB. ``pixels``: rows with their filter bytes; None: all black, as many as the header says."""
+    """Return a PNG of 8-bit RGB. ``pixels``: rows with their filter bytes; None: all black."""
     rows = b"\0" * (height * (3 * width + 1)) if pixels is None else pixels
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows, 9)) + _chunk(b"IEND", b"")

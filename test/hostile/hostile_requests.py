@@ -121,7 +121,7 @@ class Generator:
         }
 
     def case(self, number: int) -> Case:
-        """Of a number below 0: one of HEAVY, in its order."""
+        """Return the case of a number; numbers below 0 are those of HEAVY, in order."""
         if number < 0:
             name = list(HEAVY)[-1 - number]
             return Case(number, name, HEAVY[name]())

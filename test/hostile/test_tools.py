@@ -192,7 +192,7 @@ def test_answers_are_read_as_they_are() -> None:
 
 
 def a_run(tmp_path: Path, **changes: object) -> Run:
-    """Of twenty minutes in which all went well."""
+    """A run of twenty minutes in which all went well."""
     log = tmp_path / "log"
     log.write_text("all is well\n")
     run = Run(

@@ -54,7 +54,7 @@ def their_picture_answers(
 
 
 def their_prompt_logprobs(model_dir: str, prompts: list[PicturePrompt], dtype: str) -> torch.Tensor:
-    """Of the prompts' tokens but the first, one prompt after the other."""
+    """Log-probabilities of the prompts' tokens except the first, one prompt after the other."""
     model = TransformersModel(model_dir, dtype, "cpu")
     found = []
     for prompt in prompts:

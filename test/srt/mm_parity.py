@@ -188,7 +188,7 @@ def vision_reference(model: Any, prompt_ids: list[int], options: dict[str, Any])
 
 
 def ask(engine: Engine, asked: Asked | list[Asked], **options: Any) -> Any:
-    """Of a list: all at once."""
+    """Ask one question, or a list of them at once."""
     params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     if isinstance(asked, Asked):
         return engine.generate(sampling_params=params, **asked.call, **options)

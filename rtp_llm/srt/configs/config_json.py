@@ -30,7 +30,7 @@ def modernized(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _with_spellings(config: Mapping[str, Any], vocab_size: Any, where: str) -> dict[str, Any]:
-    """Of a configuration, and of those in it under ``text_config`` and the like."""
+    """Apply the spellings to a configuration and to those in it, under ``text_config`` and the like."""
     result = dict(config)
     for key in _DTYPE_KEYS:
         if isinstance(result.get(key), str):

@@ -78,7 +78,7 @@ class Serving:
 
     @property
     def sampling_defaults(self) -> dict[str, float | int]:
-        """Of requests to /v1."""
+        """Sampling parameters of /v1 requests that do not give them."""
         return self.model_config.generation_defaults if self.args.sampling_defaults == "model" else {}
 
     def check_model(self, name: str | None) -> None:
@@ -134,7 +134,7 @@ class Serving:
 
     @property
     def media_rules(self) -> MediaRules:
-        """Of messages."""
+        """Which media the messages of a chat may hold."""
         kinds = MODEL_MEDIA if self.model_config.is_multimodal else frozenset()
         return MediaRules(kinds, self.args.media_limits)
 

@@ -399,7 +399,7 @@ def rotary_pair(
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of [S, vocab_size] the first largest, and whether nothing can be drawn from the row.
+    """Return the index of each row's first largest logit, and whether nothing can be drawn from the row.
 
     Returns:
         [S] int64 ids; [S] bool: there is a NaN, a +inf, or nothing but -inf.

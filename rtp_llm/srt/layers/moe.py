@@ -226,7 +226,7 @@ class FusedMoE(ExpertsLayer):
             self._load_outputs(self._half(param.data[expert], name, 0), tensor, 0)
 
     def _stores_transposed(self, tensor: torch.Tensor, is_down: bool) -> bool:
-        """Of a tensor of all experts' weights: whether inputs come before outputs."""
+        """Whether inputs come before outputs in a tensor of all experts' weights."""
         if self.is_transposed is None:
             return tensor.shape[1] != (self.hidden_size if is_down else 2 * self.intermediate_size)
         return self.is_transposed

@@ -117,7 +117,7 @@ def _encoders(
 def _encode(
     placed: list[Placement], encoders: Mapping[Modality, Encoder], forward_batch: ForwardBatch
 ) -> list[torch.Tensor]:
-    """Of each placement's item all rows: its own, from the cache, or encoded together with others of its kind."""
+    """Return all rows of each placement's item: its own, from the cache, or encoded with others of its kind."""
     cache = forward_batch.embedding_cache or EmbeddingCache(0)
     found: dict[bytes, torch.Tensor] = {}
     missing: dict[Modality, dict[bytes, MultimodalDataItem]] = {}

@@ -146,4 +146,4 @@ FREQUENCIES: dict[str, Callable[[RopeSpec], Frequencies]] = {
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""Of the kinds whose frequencies are the same for all lengths."""
+"""Kinds whose frequencies are the same for all lengths."""

@@ -87,7 +87,7 @@ class SingletonCache:
         return self._data is None
 
     def metadata(self, num_rows: int, row_len: int, device: torch.device) -> VisionAttentionMetadata:
-        """Of what it holds; of one segment per row where it was empty."""
+        """Return the metadata of what it holds; if it is empty, of one segment per row."""
         if self._data is None:
             self.set_data(_rows_as_segments(num_rows, row_len))
         if self._metadata is None:

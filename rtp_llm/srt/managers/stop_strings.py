@@ -31,7 +31,7 @@ class StopMatcher:
         self._num_chars += num_chars
 
     def push(self, piece: str) -> Match | None:
-        """Of the stop strings that are complete with this piece, the one that begins first, then the longest."""
+        """Return the stop string that this piece completes: the one that begins first, then the longest."""
         matches = []
         for pattern in self._patterns:
             end = pattern.push(piece)

@@ -168,7 +168,7 @@ class BaseMultimodalProcessor(ABC):
         return one_item(Modality.IMAGE, output)
 
     def image_items(self, images: Sequence[Image.Image]) -> list[MultimodalDataItem]:
-        """Of all of a prompt's images, for models that take one alone otherwise than one of several."""
+        """Return the items of all images of a prompt, for models that treat a single image differently."""
         return [self.image_item(image) for image in images]
 
     def video_item(self, video: VideoFrames) -> MultimodalDataItem:

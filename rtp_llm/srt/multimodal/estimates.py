@@ -35,13 +35,13 @@ class Prepared:
 
 
 def unknown(num_pixels: int, num_frames: int = 1) -> Prepared:
-    """Of a processor that does not say: one token, and each picture within usual bounds."""
+    """Estimate for a processor that gives none: one token, and each image within usual bounds."""
     each = min(max(num_pixels, SMALLEST_PIXELS), LARGEST_PIXELS)
     return Prepared(1, 3 * each * num_frames)
 
 
 def whole_need(header: ImageHeader | VideoHeader, prepared: Prepared) -> Need:
-    """Of an image or a video, from decoding until it is sent to the model."""
+    """Memory that an image or a video needs from decoding until it is sent to the model."""
     need = header.need
     copies = PIXEL_COPIES * max(header.num_pixels, prepared.num_pixels) if isinstance(header, ImageHeader) else 0
     return replace(

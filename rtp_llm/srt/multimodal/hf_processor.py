@@ -49,7 +49,7 @@ class HfProcessor:
         return self._settings("video_processor", "video_preprocessor_config.json", "preprocessor_config.json")
 
     def _settings(self, part: str, *files: str) -> dict[str, Any]:
-        """Of the first of these files that exists, or the part of processor_config.json."""
+        """Settings from the first of these files that exists, or from the part of processor_config.json."""
         whole = _read_json(Path(self._model_path) / "processor_config.json")
         if part in whole:
             return whole[part]

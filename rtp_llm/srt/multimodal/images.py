@@ -73,7 +73,7 @@ class ImageHeader:
 
     @property
     def need(self) -> Need:
-        """Of its pixels alone."""
+        """Memory that its pixels need."""
         return Need(held=PIXEL_BYTES * self.num_pixels, decoding=self.num_extra_bytes)
 
 
@@ -102,7 +102,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS, is_low: bool = False)
 
 
 def header_of(image: Image.Image, is_low: bool = False) -> ImageHeader:
-    """Of one that a caller has decoded."""
+    """Return the header of an image that a caller has decoded."""
     width, height = low_size(*image.size) if is_low else image.size
     num_pixels = image.width * image.height
     return ImageHeader("", width, height, num_pixels, OTHER_EXTRA_BYTES * num_pixels)

@@ -69,7 +69,7 @@ class OpenedMedia:
 
     @property
     def need(self) -> Need:
-        """Of its pixels alone."""
+        """Memory that its pixels need."""
         return self.header.need
 
 

@@ -84,12 +84,12 @@ class VideoHeader:
 
     @property
     def num_pixels(self) -> int:
-        """Of the chosen frames."""
+        """Pixels of the chosen frames together."""
         return len(self.indices) * self.info.width * self.info.height
 
     @property
     def need(self) -> Need:
-        """Of its pixels alone."""
+        """Memory that its pixels need."""
         return Need(
             held=RGB_BYTES * self.num_pixels,
             decoding=DECODER_BYTES * self.info.width * self.info.height,
@@ -193,7 +193,7 @@ def _unless_stopped(values: Iterator[Any]) -> Iterator[Any]:
 
 
 def _upright(data: bytes, info: VideoInfo) -> tuple[VideoInfo, int]:
-    """Of the frames as they are shown, which the first one tells; and by how many quarter turns, counterclockwise, they
+    """Return the sizes of the frames as they are shown, and by how many quarter turns, counterclockwise, they
     have to be turned."""
     with _open_video(data, info.width * info.height) as container:
         frame = next(_unless_stopped(container.decode(video=0)))

@@ -110,7 +110,7 @@ class ModelRunner:
 
     @property
     def weight_bytes(self) -> int:
-        """Of parameters, buffers and packed weights."""
+        """Memory of parameters, buffers and packed weights."""
         return stored_bytes(self.model)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:

@@ -271,7 +271,7 @@ class StepTimes:
 
 
 def _replayed_layers(parts: dict[Name, Part]) -> dict[Name, int]:
-    """Of a step whose layers were not called, only their kernels: how often each would have been."""
+    """Return how often each layer would have been called in a step that calls kernels only."""
     layers: dict[Name, int] = {}
     for name, part in parts.items():
         if _is_kernel(name) and name[:-1] not in parts:

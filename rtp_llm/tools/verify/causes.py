@@ -165,7 +165,7 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
 
 
 def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
-    """Of the rows that are wrong alone."""
+    """Causes that concern only the rows that differ."""
     nearest = torch.cdist(ours, theirs).argmin(dim=1)
     if len(set(nearest.tolist())) == len(theirs) and torch.allclose(ours, theirs[nearest], rtol=1e-3, atol=1e-4):
         return ["they are the reference's in another order"]

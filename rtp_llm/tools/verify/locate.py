@@ -25,7 +25,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def logits_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of [positions, vocab_size]: the worst position's distance, relative to how far its logits are apart."""
+    """Return the worst position's distance, relative to the spread of its logits. Both are [positions, vocab_size]."""
     spread = (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1)
     return float(((ours - theirs).norm(dim=-1) / spread.clamp(min=1e-30)).nan_to_num(torch.inf).max())
 

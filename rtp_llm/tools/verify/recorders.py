@@ -86,7 +86,7 @@ class Recorder:
 
 
 def _embeddings(given: dict[str, Any]) -> Any:
-    """Of a language model's arguments: ours and transformers' differ in the name by a letter."""
+    """Return the embeddings among a language model's arguments. Our name and transformers' differ by a letter."""
     return given.get("input_embeds", given.get("inputs_embeds"))
 
 

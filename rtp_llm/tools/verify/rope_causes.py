@@ -63,7 +63,7 @@ class RotationTrials:
         self._dims = [dim for dim in dict.fromkeys(dims) if 2 <= dim <= head_dim]
 
     def _own_base(self, rotary_dim: int) -> list[float]:
-        """Of our module, if its frequencies are those of a base: inv_freq[i] = base ** (-2 i / rotary_dim)."""
+        """Return the base of our module, if it has one: inv_freq[i] = base ** (-2 i / rotary_dim)."""
         inv_freq = self._rope.inv_freq.double().cpu()
         if len(inv_freq) < 2 or float(inv_freq[0]) != 1.0:
             return []

@@ -37,7 +37,7 @@ NUM_SHOWN = 3  # places shown before and after the first that differs
 
 @dataclass(frozen=True)
 class PromptResult:
-    """Of the logits after the first tokens, after the prompt and after each new token but the last."""
+    """Differences of logits after the first tokens, after the prompt, and after each new token except the last."""
 
     prompt: Prompt
     max_difference: float

@@ -69,7 +69,7 @@ class Parts:
 
     @classmethod
     def of(cls, model: Any) -> "Parts":
-        """Of a model of transformers that sees."""
+        """Return the parts of a multimodal transformers model."""
         names = {module: name for name, module in model.named_modules()}
         embedding = names[model.get_input_embeddings()]
         return cls(embedding.rpartition(".")[0], embedding, names.get(model.get_output_embeddings(), ""))
@@ -161,7 +161,7 @@ class Trace:
         self._pieces[place].append(kept(rows[skipped:]))
 
     def first_position(self, place: Place) -> int:
-        """Of the rows that are kept."""
+        """Position of the first row that is kept."""
         return self.num_tokens - len(self.tensors[place])
 
 

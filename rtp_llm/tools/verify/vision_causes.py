@@ -70,7 +70,7 @@ class VisionTrials:
 
 
 def _rows_and_columns_exchanged(table: torch.Tensor) -> torch.Tensor:
-    """Of cosines or sines [patches, 1, head_dim], whose halves each turn first by the row, then by the column."""
+    """Exchange rows and columns in cosines or sines [patches, 1, head_dim], whose halves each turn first by the row."""
     return torch.cat([half.roll(half.shape[-1] // 2, -1) for half in table.chunk(2, dim=-1)], dim=-1)
 
 

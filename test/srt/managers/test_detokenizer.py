@@ -58,7 +58,7 @@ def load(path: Path) -> Any:
 
 @pytest.fixture(params=TOKENIZERS)
 def path(request: pytest.FixtureRequest, data_dir: Path) -> Path:
-    """Of a tokenizer; hypothesis prints its arguments, and a tokenizer prints thousands of tokens."""
+    """A tokenizer's path: hypothesis prints its arguments, and a tokenizer would print thousands of tokens."""
     return data_dir / request.param
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not kernels_work(), reason="there is no C++ comp
 
 
 def answers(name: str, dtype: str = "float32", **options: Any) -> tuple[list[Any], int]:
-    """Of a tiny model; ``answers_of`` another one."""
+    """Answers of a tiny model; see ``answers_of`` for any other."""
     return answers_of(tiny_model(name), TINY_MODELS[name].vocab_size, dtype, **options)
 
 
@@ -101,7 +101,7 @@ def test_a_long_prompt_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def change_logits(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[ForwardBatch, torch.Tensor], torch.Tensor]
 ) -> None:
-    """Of every Llama that is made within the test."""
+    """Changes the logits of every Llama that the test makes."""
     forward = LlamaForCausalLM.forward
 
     def changed(model: Any, ids: Any, positions: Any, batch: ForwardBatch) -> LogitsProcessorOutput:

@@ -28,7 +28,7 @@ def engine(name: str, **options: Any) -> Engine:
 
 
 def prompt_logprobs(name: str, **options: Any) -> torch.Tensor:
-    """Of prompts computed in chunks, so that most of it is read from the cache."""
+    """Log-probabilities of prompts computed in chunks, so that most keys are read from the cache."""
     prompts = random_prompts(TINY_MODELS[name].vocab_size, (60, 17))
     options = {"dtype": "float32", "max_total_tokens": 500, **options}
     with engine(name, chunked_prefill_size=8, page_size=4, **options) as ours:

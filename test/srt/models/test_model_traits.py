@@ -145,7 +145,7 @@ MISSPELT = {
 
 @pytest.mark.parametrize("name", MISSPELT)
 def test_a_misspelt_name_is_refused(name: str) -> None:
-    """Of a class whose parent has the right one, too; and of an instance."""
+    """On a class whose parent has the right one, too, and on an instance."""
     model = LlamaForCausalLM.__new__(LlamaForCausalLM)
     nn.Module.__init__(model)
     setattr(model, name, None)

@@ -134,7 +134,7 @@ class PlainModel:
         raise AssertionError(f"no prompt of {length} tokens without a tie")
 
     def logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
-        """Of each prompt's tokens but the first."""
+        """Log-probabilities of each prompt's tokens except the first."""
         self._margin = 0.5
         results = []
         for ids in prompts:

@@ -124,7 +124,7 @@ def test_the_demo_model_answers_as_before(scheme: str, demo_texts: dict[str | No
 
 def test_weights_take_less_memory() -> None:
     def weight_bytes(scheme: str | None) -> int:
-        """Of the language model: the tower stays as it is."""
+        """Bytes of the language model's weights: the tower stays as it is."""
         config = ModelConfig.from_pretrained(DEMO_MODEL)
         worker = Worker(WorkerConfig(ServerArgs(model_path=DEMO_MODEL, quantization=scheme), config))
         tower = [module for name, module in worker.runner.model.named_modules() if ".visual." in f".{name}."]

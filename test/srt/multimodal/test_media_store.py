@@ -90,7 +90,7 @@ def test_messages_to_the_core_do_not_grow_with_the_image() -> None:
 
 
 class Pipes(MultiProcessExecutor):
-    """Of one rank, which answers every step by its number."""
+    """Pretend to be one rank that answers every step by its number."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(None, 1.0)

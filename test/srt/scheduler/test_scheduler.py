@@ -70,7 +70,7 @@ class StubWorker:
         return StepResult(plan.step_id, [self.compute(work) for work in plan.work])
 
     def check_shared(self, plan: StepPlan) -> None:
-        """Of each shared prefix, rows that see it wholly have it in the same pages; they nest in the plan's order."""
+        """Rows that see a shared prefix wholly have it in the same pages; prefixes nest in the plan's order."""
         work = {w.row: w for w in plan.work}
         covered: dict[int, int] = {}
         for prefix in plan.shared_prefixes:
@@ -472,7 +472,7 @@ def test_other_policies_do_not_look_at_priorities(policy):
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_the_least_urgent_request_is_retracted(policy, depth):
-    """Of several the latest; by arrival alone under other policies. It loses nothing."""
+    """Among several, the latest; by arrival alone under other policies. It loses nothing."""
     loop = Loop(config(schedule_policy=policy), layout([None]), [90], depth)
     forty = {"max_new_tokens": 40, "params": {"ignore_eos": True}}
     requests = [request(f"r{i}", [10 + i] * 10, priority=p, **forty) for i, p in enumerate([5, 0, 5, -1])]

@@ -28,7 +28,7 @@ def claimed() -> list[str]:
 
 
 def held_out_conversations(number: int) -> list[list[demo_skills.Turn]]:
-    """Of the skills in turn."""
+    """Return conversations of all skills in turn."""
     rng = random.Random(SEED)
     names = claimed()
     return [demo_skills.held_out_conversation(names[i % len(names)], rng) for i in range(number)]
@@ -59,7 +59,7 @@ def test_held_out_questions_over_http(tmp_path: Path) -> None:
 
 
 def test_held_out_questions_never_occur_in_training() -> None:
-    """Of what continues a sum, both questions together; of what is to be remembered, the turn that tells it; of what is
+    """Compares both questions where a sum goes on; the telling turn where something is to be remembered; of what is
     asked about pictures, what one of the pictures shows."""
     rng = random.Random(SEED)
     asked = set()
@@ -105,7 +105,7 @@ def test_answers_are_right() -> None:
 
 
 def test_what_is_drawn_is_what_is_told() -> None:
-    """Of things drawn alone: their pixels have their color, and lie where they are said to be."""
+    """Things drawn alone have pixels of their color, where they are said to be."""
     rng = random.Random(SEED)
     for _ in range(100):
         (picture,) = demo_skills.one_thing(rng)

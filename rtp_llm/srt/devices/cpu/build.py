@@ -182,7 +182,7 @@ def _warn_of_cache(problem: str) -> None:
 
 
 def _key(name: str, target: str) -> str:
-    """Of sources, flags, compiler, processor and torch."""
+    """Hash of sources, flags, compiler, processor and torch."""
     digest = hashlib.sha256()
     for file in _sources(f"{name}.cpp"):
         digest.update((SOURCES / file).read_bytes())

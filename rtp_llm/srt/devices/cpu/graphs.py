@@ -218,7 +218,7 @@ def _run_into(func: Any, args: Any, kwargs: Any, own: Any) -> None:
 
 
 def _refuse_reading(func: Any, args: Any) -> None:
-    """Of what an operation computes, nothing may depend on numbers but numbers: neither Python's way nor a shape."""
+    """Raise if the operation reads a number into Python, or makes a shape that depends on numbers."""
     if torch.Tag.data_dependent_output in func.tags:
         raise NotReplayable(f"the model reads a number ({func})")
     if torch.Tag.dynamic_output_shape in func.tags:

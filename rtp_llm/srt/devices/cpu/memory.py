@@ -82,7 +82,7 @@ class Reused:
             return tensor.set_(self._piece(size), 0, shape)  # type: ignore[call-overload]
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Of the tensor's shape and strides, of any content."""
+        """Return a tensor of the same shape and strides, not initialised."""
         empty, size = torch.empty(0, dtype=tensor.dtype), tensor.untyped_storage().nbytes()
         with self._lock:
             return empty.set_(self._piece(size), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -66,7 +66,7 @@ class StreamUsage:
 
 
 def usage(completions: list[Completion], num_choices: int) -> Usage:
-    """Of a whole request: ``num_choices`` completions in turn have one prompt, which counts once."""
+    """Usage of a whole request. Each ``num_choices`` completions in a row share a prompt, which counts once."""
     firsts = completions[::num_choices]
     prompt_tokens = sum(completion.prompt_tokens for completion in firsts)
     completion_tokens = sum(len(completion.output_ids) for completion in completions)

@@ -126,7 +126,7 @@ def prompt_offsets(texts: TokenTexts, ids: Sequence[int], text: str) -> list[int
 def completion_logprobs(
     texts: TokenTexts, items: Sequence[TokenLogprob], offsets: Sequence[int], first_id: int | None = None
 ) -> CompletionLogprobs:
-    """Of the tokens ``items``, which begin at ``offsets`` in the choice's text.
+    """Log-probabilities of the tokens ``items``, which begin at ``offsets`` in the choice's text.
 
     ``first_id`` is the prompt's first token, of which nothing is known, where they begin with the prompt; it stands at
     ``offsets[0]``. ``top_logprobs`` hold the token itself too. Of tokens with equal texts the most probable stays.

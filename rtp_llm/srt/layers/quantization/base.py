@@ -156,7 +156,7 @@ class LinearMethodBase(QuantizeMethodBase, ABC):
 
 
 class EmbeddingMethodBase(QuantizeMethodBase, ABC):
-    """Of a vocabulary table, which looks rows up and, as a head, multiplies with them (``apply``)."""
+    """The method of a vocabulary table, which looks rows up and, as a head, multiplies with them (``apply``)."""
 
     @abstractmethod
     def create_weights(
@@ -179,7 +179,7 @@ class EmbeddingMethodBase(QuantizeMethodBase, ABC):
 
 
 class ExpertsMethodBase(ABC):
-    """Of a layer of experts, whose weights are ``w13`` (gate and up) and ``w2`` (down); see ``FusedMoE``.
+    """The method of a layer of experts, with the weights ``w13`` (gate and up) and ``w2`` (down); see ``FusedMoE``.
 
     Attributes:
         kinds: what follows an expert's projection in names of the checkpoint; its parameters are ``w13_KIND`` and

@@ -100,7 +100,7 @@ class OnLoadExpertsMethod(PackedExpertsMethod):
 
 
 class OnLoadEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """Of a head 8 bits, a scale per token."""
+    """Packs a head in 8 bits, with a scale for each token of the vocabulary."""
 
     def process_weights_after_loading(self, layer: PackedLayer) -> None:
         if layer.is_head:

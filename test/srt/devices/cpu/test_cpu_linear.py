@@ -39,7 +39,7 @@ def inputs(num_rows: int, size: int, dtype: torch.dtype = torch.bfloat16) -> lis
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the largest magnitude."""
+    """Largest error, relative to the largest magnitude."""
     assert result.shape == expected.shape
     return ((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
@@ -71,7 +71,7 @@ def test_a_slice_of_a_weight(isa, generator):
 
 
 def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PanelWeight]:
-    """Of every form."""
+    """Return a weight of each packed form."""
     weight = torch.randn(num_outputs, num_inputs)
     levels = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8)
     return [
