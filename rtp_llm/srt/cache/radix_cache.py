@@ -179,8 +179,10 @@ class RadixCache(PrefixCache):
     def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:
         held_by: dict[TreeNode, list[int]] = {}
         for place, lock in enumerate(locks):
-            for step in lock.node.path() if lock.node is not None else ():
-                held_by.setdefault(step, []).append(place)
+            node = lock.node
+            while node is not None and node.parent is not None:  # path(), without a generator for each of many locks
+                held_by.setdefault(node, []).append(place)
+                node = node.parent
         shared = sorted((node for node, places in held_by.items() if len(places) > 1), key=lambda node: node.end)
         # Above a node that as many locks hold, a prefix goes on.
         goes_on = {
