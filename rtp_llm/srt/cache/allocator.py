@@ -1,4 +1,4 @@
-"""Which pages of a cache group are free. Host only, no torch."""
+"""The free pages of a cache group. Host only, no torch."""
 
 
 class OutOfPages(RuntimeError):
@@ -29,7 +29,11 @@ class PageAllocator:
         return self.num_pages - self.num_free
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` page ids. Raises OutOfPages, and takes none, if fewer are free."""
+        """Return ``count`` page ids.
+
+        Raises:
+            OutOfPages: fewer are free; none is taken.
+        """
         if count > self.num_free:
             raise OutOfPages(f"{count} pages wanted, {self.num_free} of {self.num_pages} free")
         from_freed = min(count, len(self._freed))
@@ -43,7 +47,11 @@ class PageAllocator:
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Takes pages back. A page that is not in use (freed twice, the dummy, out of range) is a broken invariant."""
+        """Take pages back.
+
+        Raises:
+            RuntimeError: a page is not in use (freed twice, the dummy, out of range).
+        """
         for page in pages:
             if not 0 < page <= self.num_pages or not self._in_use[page]:
                 raise RuntimeError(f"page {page} was freed but is not in use")

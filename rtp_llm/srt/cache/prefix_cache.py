@@ -1,4 +1,4 @@
-"""The port for prefix caches: where computed pages are kept and found again by their tokens. Host only, no torch."""
+"""The port for prefix caches, which keep computed pages and find them by their tokens. Host only, no torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
@@ -18,7 +18,7 @@ class Match:
 
     num_tokens: int
     pages: list[list[int]]
-    node: Any = None  # the implementation's own
+    node: Any = None  # private to the implementation
 
 
 @dataclass(slots=True)
@@ -26,13 +26,13 @@ class Lock:
     """A request's hold on the cached prefix ``[0, num_tokens)``: none of it that the request may read is evicted."""
 
     num_tokens: int
-    node: Any = None  # the implementation's own; the same so long as the same prefix is held
+    node: Any = None  # private to the implementation; the same while the same prefix is held
     held_from: list[int] = field(default_factory=list)  # per group: tokens before this are no longer held
 
 
 @dataclass(slots=True)
 class Exchange:
-    """The request's pages ``[start, start + len(page_ids))`` of a group were duplicates: use these instead."""
+    """Pages that replace a request's duplicates at ``[start, start + len(page_ids))`` of a group's page table."""
 
     group: int
     start: int
@@ -48,7 +48,7 @@ class Insertion:
 
 @dataclass(frozen=True, slots=True)
 class SharedByLocks:
-    """The first ``num_tokens`` tokens are held by the locks at these places, and by no others of those asked about."""
+    """A prefix of ``num_tokens`` tokens that exactly the locks at ``places`` hold, of all those passed in."""
 
     num_tokens: int
     places: list[int]
@@ -59,11 +59,11 @@ class PrefixCache(ABC):
 
     Invariants:
     - Prefixes are cached in units of ``unit`` tokens, which are whole pages of every group.
-    - A page is owned by the cache or by one request, never by both. Tokens ``[0, lock.num_tokens)`` of a request lie in
-      the cache's pages; what follows is its own.
-    - What a lock holds is never evicted: of full groups the whole prefix, of window groups what is within reach.
+    - A page is owned by the cache or by one request, never by both. Tokens ``[0, lock.num_tokens)`` of a request are in
+      the cache's pages; all later ones are in its own.
+    - Locked pages are never evicted: in full groups the whole prefix, in window groups the part within reach.
     - ``match`` changes neither capacity nor structure; locks alone move pages between evictable and held.
-    - ``insert`` takes over the request's pages, except those that are cached already: they are returned as duplicates.
+    - ``insert`` takes over the request's pages, except those that are cached already: it returns them as duplicates.
     """
 
     def __init__(self, groups: Sequence[CacheGroup]) -> None:
@@ -71,42 +71,42 @@ class PrefixCache(ABC):
 
     @abstractmethod
     def match(self, namespace: Hashable, ids: Sequence[int], limit: int) -> Match:
-        """The longest usable cached prefix of ``ids[:limit]``."""
+        """Return the longest usable cached prefix of ``ids[:limit]``."""
 
     @abstractmethod
     def lock(self, match: Match) -> Lock:
-        """Holds a match. Nothing may be evicted or inserted between ``match`` and ``lock``."""
+        """Lock a match. Nothing may be evicted or inserted between ``match`` and ``lock``."""
 
     @abstractmethod
     def advance(self, lock: Lock, num_tokens: int) -> None:
-        """The request will compute nothing before ``num_tokens`` again: window pages out of reach are let go."""
+        """Unlock window pages that are out of reach: the request will compute nothing before ``num_tokens`` again."""
 
     @abstractmethod
     def unlock(self, lock: Lock) -> None: ...
 
     @abstractmethod
     def insert(self, namespace: Hashable, ids: Sequence[int], pages: list[list[int]], lock: Lock) -> Insertion:
-        """Enters a request's computed tokens and moves its lock to their end.
+        """Enter a request's computed tokens and move its lock to their end.
 
         Args:
-            ids: the tokens that are computed; the rest of an incomplete last unit stays the request's.
+            ids: the computed tokens; an incomplete last unit stays the request's.
             pages: per group, the request's page table (0 where a window page was freed already, in whole units).
-            lock: the request's lock, which is used up: the returned one replaces it.
+            lock: the request's lock; the returned one replaces it.
         """
 
     def common_len(self, ids: Sequence[int], other_ids: Sequence[int], limit: int) -> int:
-        """How many of the first ``limit`` tokens of two sequences the cache would hold once for both."""
+        """Number of leading tokens, of ``limit``, that the cache would hold once for two sequences."""
         common = common_length(ids, 0, other_ids, 0, limit)
         return common - common % self.unit
 
     @abstractmethod
     def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:
-        """Prefixes that two or more of the locks hold in the same pages: the longest for each set of locks, and
-        shorter ones first."""
+        """Prefixes that two or more locks hold in the same pages: the longest for each set of locks; shorter ones
+        first."""
 
     @abstractmethod
     def evict(self, group: int, num_pages: int) -> None:
-        """Frees at least ``num_pages`` of a group, least recently used first, or all that can be."""
+        """Free at least ``num_pages`` of a group, or all evictable ones; least recently used first."""
 
     @abstractmethod
     def evictable_pages(self, group: int) -> int: ...
@@ -117,11 +117,15 @@ class PrefixCache(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Frees everything. A broken invariant if anything is held."""
+        """Free everything.
+
+        Raises:
+            RuntimeError: a request holds a lock.
+        """
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """Raises AssertionError if an invariant does not hold. For tests."""
+        """Raise AssertionError if an invariant does not hold. For tests."""
 
 
 class NoPrefixCache(PrefixCache):
@@ -169,7 +173,7 @@ class NoPrefixCache(PrefixCache):
 
 
 def common_length(a: Sequence[int], a_start: int, b: Sequence[int], b_start: int, limit: int) -> int:
-    """How many of the first ``limit`` items from ``a[a_start]`` and ``b[b_start]`` on are equal."""
+    """Number of equal leading items, of ``limit``, from ``a[a_start]`` and ``b[b_start]`` on."""
     if a[a_start : a_start + limit] == b[b_start : b_start + limit]:
         return limit
     low, high = 0, limit  # the first `low` items are equal, the first `high` are not

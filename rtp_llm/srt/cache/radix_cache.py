@@ -1,4 +1,4 @@
-"""A radix tree over token ids that owns the pages of finished and shared prefixes.
+"""A radix tree over cache keys that owns the pages of computed prefixes.
 
 After RadixAttention (Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024), extended
 to several cache groups: a node may have lost its pages in a window group and still serve the others.
@@ -25,7 +25,7 @@ class TreeNode:
         self.children: dict[Hashable, TreeNode] = {}
         self.locks = [0] * len(pages)
         self.queued = [False] * len(pages)
-        self.holders = 0  # locks that end here: they keep the node, even where they let go of all its pages
+        self.holders = 0  # locks that end here: they keep the node, even after they released all its pages
         self.last_access = 0
 
     @property
@@ -37,7 +37,7 @@ class TreeNode:
         return not self.children and not self.holders and not any(self.locks)
 
     def path(self) -> "Iterator[TreeNode]":
-        """From this node up to, without, the root."""
+        """Yield the nodes from this one up to the root, the root excluded."""
         node = self
         while node.parent is not None:
             yield node
@@ -45,14 +45,15 @@ class TreeNode:
 
 
 class RadixCache(PrefixCache):
-    """See PrefixCache for the invariants; these are the tree's own.
+    """See PrefixCache for the invariants of all prefix caches; these are the tree's own.
 
     - Node boundaries are multiples of ``unit``.
     - In a full group every node has pages. In a window group a node has all of its pages or None (a tombstone).
     - A lock counts on every node from its end up to the root in full groups, and up to ``held_from`` in window groups;
       ``held_from`` is always a node boundary, so that splitting a node keeps every count right.
-    - Evictable is a node's share of a group with pages and no lock. In full groups descendants go first, and a node
-      goes as a whole; in window groups any node may lose its pages. An unlocked leaf that nothing can resume from goes.
+    - A node's pages in a group are evictable if no lock counts there. In full groups descendants go first, and a node
+      goes as a whole; in window groups any node may lose its pages. An unlocked leaf that no request can resume from
+      is removed.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], allocators: Sequence[PageAllocator]) -> None:
@@ -60,7 +61,7 @@ class RadixCache(PrefixCache):
         self._page_sizes = [group.page_size for group in groups]
         self._groups = list(groups)
         self._allocators = list(allocators)
-        # Tokens before a position that its query can see: None for all of them.
+        # Tokens before a position that its query can see; None: all of them.
         self._reach = [None if group.window is None else group.window - 1 for group in groups]
         self._roots: dict[Hashable, TreeNode] = {}
         self._namespaces: dict[TreeNode, Hashable] = {}
@@ -130,7 +131,7 @@ class RadixCache(PrefixCache):
         return lock
 
     def _boundary(self, node: TreeNode, position: int) -> int:
-        """Makes ``position`` a node boundary on the path to ``node``."""
+        """Make ``position`` a node boundary on the path to ``node``."""
         for step in node.path():
             if step.start < position < step.end:
                 self._split(step, position)
@@ -139,7 +140,7 @@ class RadixCache(PrefixCache):
         return position
 
     def _count_locks(self, lock: Lock, group: int, change: int, up_to: int | None = None) -> None:
-        """Adds ``change`` to the group's lock counts of the nodes in ``[held_from, up_to)``."""
+        """Add ``change`` to the group's lock counts of the nodes in ``[held_from, up_to)``."""
         for node in lock.node.path():
             if node.end <= lock.held_from[group]:
                 break
@@ -219,7 +220,7 @@ class RadixCache(PrefixCache):
         return result
 
     def _append(self, node: TreeNode, ids: Sequence[int], pages: list[list[int]], start: int, end: int) -> TreeNode:
-        """New nodes for ``[start, end)``, cut where a window group's pages begin (before it they are freed already)."""
+        """Add nodes for ``[start, end)``, cut where a window group's pages begin (those before are freed already)."""
         cuts = {end}
         for g in range(len(self._groups)):
             first_live = self._first_live(g, pages[g], start, end)
@@ -243,7 +244,7 @@ class RadixCache(PrefixCache):
         return node
 
     def _merge(self, node: TreeNode, pages: list[list[int]], result: Insertion) -> None:
-        """A request's pages meet a node that has its tokens already: fill tombstones, hand back duplicates."""
+        """Merge a request's pages into a node of the same tokens: fill tombstones, return duplicates."""
         cuts = {
             self._first_live(g, pages[g], node.start, node.end)
             for g in range(len(self._groups))
@@ -270,7 +271,7 @@ class RadixCache(PrefixCache):
         self._queue(node, g)
 
     def _first_live(self, g: int, group_pages: list[int], start: int, end: int) -> int:
-        """The first token of ``[start, end)`` whose page the request still has; ``end`` if none."""
+        """Return the first token of ``[start, end)`` whose page the request still has; ``end`` if none."""
         page_size = self._page_sizes[g]
         for index in range(start // page_size, end // page_size):
             if group_pages[index]:
@@ -287,7 +288,7 @@ class RadixCache(PrefixCache):
             access, _, _, node = heapq.heappop(queue)
             node.queued[group] = False
             if node.parent is None or not self._is_evictable(node, group):
-                continue  # removed, or held again: it is queued anew when that changes
+                continue  # removed, or locked again: it is queued anew when unlocked
             if access != node.last_access:
                 self._queue(node, group)
                 continue
@@ -303,11 +304,11 @@ class RadixCache(PrefixCache):
         return self._reach[group] is not None or not node.children
 
     def _queue(self, node: TreeNode, group: int) -> None:
-        """Queues a node for eviction if it has become evictable and is not queued yet."""
+        """Queue a node for eviction if it has become evictable and is not queued yet."""
         if not node.queued[group] and self._is_evictable(node, group):
             node.queued[group] = True
             self._ticket += 1
-            # Of equal age the earlier tokens go first: a conversation goes on from its end.
+            # Of equal age, earlier tokens go first: a conversation continues from its end.
             heapq.heappush(self._queues[group], (node.last_access, node.end, self._ticket, node))
 
     def _drop_pages(self, node: TreeNode, group: int) -> None:
@@ -318,7 +319,7 @@ class RadixCache(PrefixCache):
             self._allocators[group].free(pages)
 
     def _remove(self, node: TreeNode) -> None:
-        """Takes an unlocked leaf out of the tree, and ancestors that are of no use without it."""
+        """Remove an unlocked leaf, and ancestors that no request can use without it."""
         parent = node.parent
         assert parent is not None and node.is_free_leaf
         for g in range(len(self._groups)):
@@ -333,7 +334,7 @@ class RadixCache(PrefixCache):
             del self._roots[self._namespaces.pop(parent)]
 
     def _prune(self, node: TreeNode) -> None:
-        """Removes a leaf that nobody holds and nothing can resume from."""
+        """Remove an unlocked leaf that no request can resume from."""
         useless = any(p is None and reach != 0 for p, reach in zip(node.pages, self._reach, strict=True))
         if useless and node.is_free_leaf:
             self._remove(node)
@@ -378,7 +379,7 @@ class RadixCache(PrefixCache):
                 self._queue(step, g)
 
     def _split(self, node: TreeNode, position: int) -> TreeNode:
-        """Cuts a node at ``position``; it keeps the lower part, a new parent gets the upper and is returned."""
+        """Split a node at ``position``: it keeps the later tokens; return its new parent, which gets the earlier."""
         parent = node.parent
         assert parent is not None and node.start < position < node.end
         cut = position - node.start

@@ -1,4 +1,4 @@
-"""What a layer keeps between steps, and how layers that keep the same are grouped. Host only, no torch."""
+"""What a layer keeps between steps, and groups of layers that keep the same. Host only, no torch."""
 
 import math
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class CacheGroup:
 
 
 def whole_pages(groups: Sequence[CacheGroup]) -> int:
-    """The least number of tokens that are whole pages of every group."""
+    """Return the least number of tokens that fills whole pages of every group."""
     return math.lcm(*(group.page_size for group in groups))
 
 
@@ -78,15 +78,15 @@ class LengthScaling:
 
     As in transformers, prompt tokens are rotated for the prompt's length, each later token for its own. Up to
     ``original_len`` tokens all lengths give the same keys. Beyond, with ``per_length`` each length gives others
-    (dynamic NTK), without it all longer ones give the same (LongRoPE). The prefix cache must not mix them: it keeps
-    the classes of ``key_class`` apart, and within a class a token's key depends on nothing but the tokens up to it.
+    (dynamic NTK), without it all longer ones give the same (LongRoPE). The prefix cache must not mix them: classes of
+    ``key_class`` are separate namespaces. Within a class a token's key depends only on the tokens up to it.
     """
 
     original_len: int
     per_length: bool
 
     def key_class(self, prompt_len: int) -> int:
-        """Requests may share cached prefixes only if this number is the same for their prompts."""
+        """Return a prompt's class: requests share cached prefixes only within a class."""
         if prompt_len <= self.original_len:
             return 0
         return prompt_len if self.per_length else self.original_len + 1
@@ -94,7 +94,7 @@ class LengthScaling:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What the worker tells the core after loading: the groups, and whether keys depend on the sequence length."""
+    """The worker's report after loading: its cache groups, and whether keys depend on the sequence length."""
 
     groups: tuple[CacheGroup, ...]
     length_scaling: LengthScaling | None = None

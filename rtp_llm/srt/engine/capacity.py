@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rtp_llm.srt.cache.spec import CacheGroup, whole_pages
 
-# Without a limit given, no more tokens than this are reserved: small models would fill the memory for nothing.
+# Without a limit, no more tokens than this are reserved: small models would fill the memory without need.
 MAX_AUTO_TOKENS = 1 << 22
 MIN_AUTO_TOKENS = 1 << 18
 
@@ -25,7 +25,7 @@ class Capacity:
 
 
 def auto_max_tokens(context_length: int, max_running_requests: int) -> int:
-    """All that running requests could use, within bounds."""
+    """Tokens that all running requests could use, within bounds."""
     return min(max(context_length * max_running_requests, MIN_AUTO_TOKENS), MAX_AUTO_TOKENS)
 
 
@@ -38,11 +38,14 @@ def plan_capacity(
     auto_tokens: int,
     window_ratio: float,
 ) -> Capacity:
-    """Shares ``budget_bytes`` (per rank) among the groups.
+    """Share ``budget_bytes`` (per rank) among the groups.
 
     A window group gets ``window_ratio`` of the tokens of a full one, but no less than one request needs for its window
-    and a chunk of ``max_chunk`` tokens (None: prompts are not cut, and a whole one lies in the cache at once).
-    ``max_total_tokens`` is taken as it is, and refused where memory does not allow it.
+    and a chunk of ``max_chunk`` tokens (None: prompts are not cut, and a whole one is in the cache at once).
+    ``max_total_tokens`` is used as it is.
+
+    Raises:
+        NotEnoughMemory: ``max_total_tokens``, or the least that serves a request, does not fit.
     """
 
     def pages_of(group: CacheGroup, total: int) -> int:
@@ -89,7 +92,7 @@ def plan_capacity(
 
 
 def _longest(group: CacheGroup, num_pages: int, slides: bool, unit: int) -> int:
-    """The longest request that a group of ``num_pages`` can serve alone. ``slides``: a window, even within a prompt."""
+    """Tokens of the longest request that fits alone. ``slides``: pages leave a window even within a prompt."""
     num_tokens = num_pages * group.page_size
     # A window slides: its reach, the token being computed, a broken unit before them and a broken page after them.
     if slides and group.window is not None and num_tokens >= group.window + unit + group.page_size:
@@ -98,7 +101,7 @@ def _longest(group: CacheGroup, num_pages: int, slides: bool, unit: int) -> int:
 
 
 def _largest(bytes_for: Callable[[int], int], budget_bytes: int, limit: int) -> int:
-    """The largest number up to ``limit`` whose bytes stay within the budget."""
+    """Return the largest number up to ``limit`` whose bytes stay within the budget."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -22,7 +22,7 @@ DEFAULT_DIST_TIMEOUT_S = 600.0
 
 
 class EngineCore:
-    """Executor and scheduler behind one end of a link. Everything here runs on the thread that calls it."""
+    """Executor and scheduler behind one end of a link. All methods run on the caller's thread."""
 
     def __init__(
         self,
@@ -33,12 +33,12 @@ class EngineCore:
         on_admission: Callable[[list[str]], None] | None = None,
         executor: Executor | None = None,
     ) -> None:
-        """Loads the model and reserves the cache.
+        """Load the model and reserve the cache.
 
         Args:
             on_progress: called with (bytes loaded, bytes in all) while weights are read.
             on_admission: called with the rids of requests that the workers see for the first time in the next step.
-            executor: instead of the one that ``server_args`` asks for.
+            executor: used instead of the one that ``server_args`` asks for.
         """
         self._args = server_args
         self._link = link
@@ -135,12 +135,12 @@ class EngineCore:
         )
 
     def run(self) -> None:
-        """Loops until a Shutdown message."""
+        """Loop until a Shutdown message."""
         while self.step(block=True):
             pass
 
     def step(self, block: bool) -> bool:
-        """One turn of the loop; False after a Shutdown message. ``block``: wait while there is nothing to do."""
+        """Run one turn of the loop; return False after a Shutdown message. ``block``: wait while nothing is to do."""
         messages = self._link.drain(block=block and self.scheduler.idle)
         if any(isinstance(message, Shutdown) for message in messages):
             return False
@@ -160,6 +160,6 @@ class EngineCore:
         return True
 
     def shutdown(self) -> None:
-        """Ends the workers. Requests that still run get no answer from here."""
+        """End the workers. Requests that still run get no answer."""
         self._in_flight.clear()
         self.executor.shutdown()

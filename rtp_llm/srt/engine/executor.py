@@ -1,4 +1,4 @@
-"""How the core reaches its workers: in its own process, or one process per rank."""
+"""Executors: the core's access to its workers, in its own process or in one process per rank."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 
 class StepHandle(Protocol):
-    """A submitted step. ``result()`` waits for it; steps are asked for in the order of their submission."""
+    """A submitted step. ``result()`` waits for it; call it in the order of submission."""
 
     def result(self) -> StepResult: ...
 
@@ -31,7 +31,7 @@ class Executor(ABC):
 
     At most ``depth`` steps are in flight when the host plans the next one: 0 where the worker computes in ``submit``,
     1 where a device computes on its own. Steps are executed in the order of submission. A step with ``masked_rows``
-    draws its tokens only when ``sample`` brings the masks; that may be after the step before has been committed.
+    draws its tokens only when ``sample`` passes the masks, which may be after the step before has been committed.
     """
 
     depth: int
@@ -47,13 +47,13 @@ class Executor(ABC):
 
     @abstractmethod
     def sample(self, masks: Masks) -> None:
-        """Masks for the ``masked_rows`` of the step that was submitted last."""
+        """Pass the masks for the ``masked_rows`` of the step that was submitted last."""
 
     @abstractmethod
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        """Calls a method of every rank's worker; one answer per rank.
+        """Call a method of every rank's worker; return one answer per rank.
 
-        Either no step is in flight, or the method touches neither the device nor what steps touch.
+        Either no step is in flight, or the method uses neither the device nor the state of steps.
         """
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Executor(ABC):
 
 
 class _Step:
-    """A step of an in-process worker: waiting for its turn, for its masks, or launched."""
+    """A step of an in-process worker: not launched, waiting for its masks, or launched."""
 
     def __init__(self, plan: StepPlan, worker: Worker) -> None:
         self.plan = plan
@@ -76,7 +76,7 @@ class _Step:
         if self._launched is None and (self._masks is not None or not self.plan.masked_rows):
             self._launched = self._worker.sample(self._logits, self._masks)
 
-    def give_masks(self, masks: Masks) -> None:
+    def set_masks(self, masks: Masks) -> None:
         missing = set(self.plan.masked_rows) - set(masks)
         if missing:
             raise ValueError(f"step {self.plan.step_id} needs a mask for rows {sorted(missing)} too")
@@ -92,8 +92,8 @@ class _Step:
 class InProcessExecutor(Executor):
     """One worker in the core's process.
 
-    ``delayed`` puts a step off until its result is asked for, as if a device were busy with it: at depth 1 the host
-    then plans each step without knowing the tokens of the one before.
+    ``delayed`` defers a step until its result is asked for, as if a device were busy with it: at depth 1 the host then
+    plans each step without knowing the tokens of the one before.
     """
 
     def __init__(self, config: WorkerConfig, depth: int = 0, delayed: bool = False) -> None:
@@ -118,7 +118,7 @@ class InProcessExecutor(Executor):
     def sample(self, masks: Masks) -> None:
         if self._last is None:
             raise RuntimeError("masks came before any step was submitted")
-        self._last.give_masks(masks)
+        self._last.set_masks(masks)
         if not self._delayed:
             self._last.launch()
 
@@ -130,15 +130,15 @@ class InProcessExecutor(Executor):
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed or died. The message carries the worker's own error, a note its traceback."""
+    """A worker process failed or died. The message contains the worker's own error, a note its traceback."""
 
 
 class MultiProcessExecutor(Executor):
-    """One worker process per rank of tensor parallelism, all fed the same plans.
+    """One worker process per rank of tensor parallelism; all get the same plans.
 
     The processes are this interpreter running ``rtp_llm.srt.worker.process`` with this process's ``sys.path``; each is
-    reached over an inherited socket pair, which no other process can open. Rank 0 answers for all. They end when the
-    pair closes, and are killed when this process ends.
+    reached over an inherited socket pair, which no other process can open. Step results come from rank 0. The processes
+    end when the pair closes, and are killed when this process ends.
     """
 
     depth = 0
@@ -163,7 +163,11 @@ class MultiProcessExecutor(Executor):
         return self._gather(progress)[0]
 
     def _receive(self, rank: int) -> tuple[str, Any]:
-        """The rank's next message: ``("result", answer)`` or ``("progress", (bytes done, bytes in all))``."""
+        """Return the rank's next message: ``("result", answer)`` or ``("progress", (bytes done, bytes in all))``.
+
+        Raises:
+            WorkerError: the rank sent an error, or died.
+        """
         try:
             kind, value = receive(self._pipes[rank])
         except (EOFError, ConnectionResetError) as error:
@@ -176,7 +180,7 @@ class MultiProcessExecutor(Executor):
         return WorkerError(f"the worker process of rank {rank} died with exit code {self._processes[rank].wait()}")
 
     def _failed(self, rank: int, summary: str, details: str) -> WorkerError:
-        """The error that a rank told; but if a rank has died, that is why the others fail in their next exchange."""
+        """Return the error that a rank sent; if another has died, that one's: it makes the others fail."""
         for other, process in enumerate(self._processes):
             if process.poll():
                 return self._died(other)
@@ -185,7 +189,7 @@ class MultiProcessExecutor(Executor):
         return error
 
     def _gather(self, progress: Progress | None = None) -> list[Any]:
-        """One answer per rank. They are taken as they come: the first failure is the cause of those after it."""
+        """Return one answer per rank, received as they come: the first failure is the cause of those after it."""
         answers: dict[int, Any] = {}
         while len(answers) < len(self._pipes):
             ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answers])
@@ -202,7 +206,7 @@ class MultiProcessExecutor(Executor):
             try:
                 send(pipe, (method, args))
             except (BrokenPipeError, ConnectionResetError):
-                self._receive(rank)  # raises what the rank has to say
+                self._receive(rank)  # raises the rank's error
                 raise
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
@@ -220,8 +224,8 @@ class MultiProcessExecutor(Executor):
         return step
 
     def _keep_media(self, plan: StepPlan) -> list[str]:
-        """Gives files of media names of our own, until the step is done: a request may end, and its file go, before
-        every worker has taken the plan in."""
+        """Link the plan's media files under names that last until the step is done: a request may end, and its file
+        be deleted, before every worker has read the plan."""
         names = []
         for admission in plan.admissions:
             media = admission.spec.media

@@ -1,4 +1,4 @@
-"""How the core is doing: the figures for metrics, and the status line."""
+"""Statistics of the core: for metrics, and for the status line in the log."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ REPORT_INTERVAL_S = 1.0
 
 
 class Meter:
-    """Watches a scheduler. Rates are taken since the report before; a pause without work does not lower them."""
+    """Measures a scheduler. Rates count from the report before; a pause without work does not lower them."""
 
     def __init__(self, scheduler: Scheduler, max_total_tokens: int, log_interval: int) -> None:
         self._scheduler = scheduler
@@ -24,7 +24,7 @@ class Meter:
         self._reported_at = self._logged_at = time.monotonic()
 
     def step(self) -> CoreStats | None:
-        """After every turn of the loop: a report if one is due, that is every second and when the work is done."""
+        """Return a report if one is due: every second, and when the work is done. Call it after every loop turn."""
         now = time.monotonic()
         idle = self._scheduler.idle
         if self._was_idle and not idle:

@@ -1,4 +1,4 @@
-"""What the supervisor tells a core process to be."""
+"""The message with which the supervisor configures a core process."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """Sent once, by value, over the pipe that the process inherits."""
+    """The configuration of a core process, sent once over the pipe that it inherits."""
 
-    server_args: ServerArgs  # whose model_path is the checkpoint's local directory
+    server_args: ServerArgs  # its model_path is the checkpoint's local directory
     registrations: bytes  # see models/registrations.py
     socket_dir: str  # private to this process and its parent

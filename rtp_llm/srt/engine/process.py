@@ -1,8 +1,8 @@
-"""The core in a process of its own: ``main`` is what ``start_core_process`` runs in it.
+"""The core in a process of its own: ``start_core_process`` runs ``main`` in it.
 
-FD is one end of a socket pair. Down it come, once, the process's orders; up it go events: progress of loading, that the
-core is ready, which requests it begins to compute (told before it does), and the error that ends it. The process ends
-when the other end closes; when the parent dies, it is killed.
+``fd`` is one end of a socket pair. The process receives its orders there, once, and sends events: progress of loading,
+that the core is ready, which requests it is about to compute, and the error that ends it. The process ends when the
+other end closes; when the parent dies, it is killed.
 """
 
 import gc
@@ -25,7 +25,7 @@ from rtp_llm.srt.utils.zmq_link import ZmqCoreEnd
 
 
 def main(fd: int) -> None:
-    # Ctrl-C, and a SIGTERM to the whole process group, are the parent's to decide on: it lets running requests end.
+    # The parent handles Ctrl-C, and a SIGTERM to the whole process group: it lets running requests end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe = Connection(fd)
@@ -57,7 +57,7 @@ def _run(orders: Orders, pipe: Connection) -> None:
         on_admission=lambda rids: send(pipe, ("running", rids)),
     )
     gc.collect()
-    gc.freeze()  # what is there now stays: full collections need not look at the libraries' objects again and again
+    gc.freeze()  # these objects stay for good: full collections need not traverse them again and again
     try:
         send(pipe, ("ready", core.info))
         core.run()
@@ -67,7 +67,7 @@ def _run(orders: Orders, pipe: Connection) -> None:
 
 
 def _end_with_parent(pipe: Connection) -> None:
-    """Nothing comes down the pipe after the orders: whatever ends this wait is the other end closing."""
+    """End this process when the pipe closes. Nothing is sent over it after the orders."""
     with suppress(EOFError, OSError):
         receive(pipe)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Keeps a core process alive, and its requests across its deaths."""
+"""Restart a core process when it dies, and resume its requests."""
 
 import logging
 import subprocess
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
-MAX_DEATHS = 3  # within DEATHS_WINDOW_S: then another start would only be another death
+MAX_DEATHS = 3  # within DEATHS_WINDOW_S: after these the core is not started again
 DEATHS_WINDOW_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
 
 class CoreFailed(RuntimeError):
-    """The core process failed or died. The message carries its own error."""
+    """The core process failed or died. The message contains its own error."""
 
 
 class CoreProcess:
-    """One incarnation of the core: its process, its pipe, its link."""
+    """One process of the core, with its pipe and its link."""
 
     def __init__(self, server_args: ServerArgs, registrations: bytes, started: StartedPython | None = None) -> None:
         self._folder = ScratchFolder()
@@ -45,15 +45,19 @@ class CoreProcess:
         self.process, self._pipe, _ = started or start_core_process()
         self.error: str | None = None
         self.running: set[str] = set()  # rids that it has begun to compute
-        with suppress(BrokenPipeError):  # if it died at once, wait_ready says how
+        with suppress(BrokenPipeError):  # if it died at once, wait_ready raises its error
             send(self._pipe, Orders(server_args, registrations, directory))
 
     def wait_ready(self, on_progress: Progress | None) -> CoreInfo:
-        """Raises CoreFailed if the process ends before it is ready."""
+        """Wait until the core is ready.
+
+        Raises:
+            CoreFailed: the process ended before.
+        """
         while True:
             event = self._next_event()
             if event is None:
-                raise CoreFailed(self.obituary())
+                raise CoreFailed(self.describe_end())
             kind, value = event
             if kind == "ready":
                 return value
@@ -61,14 +65,14 @@ class CoreProcess:
                 on_progress(*value)
 
     def watch(self) -> None:
-        """Follows the process until it dies."""
+        """Receive the process's events until it dies."""
         while (event := self._next_event()) is not None:
             kind, value = event
             if kind == "running":
                 self.running.update(value)
 
     def _next_event(self) -> tuple | None:
-        """None once the process is dead."""
+        """Wait for the next event ``(kind, value)``; return None once the process is dead."""
         try:
             kind, value = receive(self._pipe)
         except (EOFError, OSError):
@@ -79,7 +83,7 @@ class CoreProcess:
             logger.debug("%s", trace)
         return kind, value
 
-    def obituary(self) -> str:
+    def describe_end(self) -> str:
         if self.error is not None:
             return f"the engine core failed: {self.error}"
         code = self.process.wait()
@@ -90,7 +94,7 @@ class CoreProcess:
         self.process.kill()
 
     def close(self, timeout_s: float = 0.0) -> None:
-        """Ends the process, by force after ``timeout_s``, and frees what belongs to it."""
+        """End the process, by force after ``timeout_s``, and free its resources."""
         self.link.close()
         self._pipe.close()
         try:
@@ -105,7 +109,7 @@ class Supervisor:
     """Starts the core, watches it, and starts another when it dies; live requests go on where they were.
 
     The core counts as dead when its process ends or is silent for longer than ``watchdog_timeout``. Three deaths within
-    a minute, or one before it is ready, are the end: ``on_dead`` gets the error, and so does every pending call.
+    a minute, or one before it is ready, are final: ``on_dead`` gets the error, and so does every pending call.
     """
 
     def __init__(
@@ -115,7 +119,7 @@ class Supervisor:
         on_progress: Progress | None = None,
         started: StartedPython | None = None,
     ) -> None:
-        """``started``: a core process for the first start, so that it need not be waited for as long."""
+        """``started``: a process for the first core, started earlier so that it is ready sooner."""
         self._started = started
         self._args = replace(server_args, model_path=model_config.model_path)  # a core downloads nothing
         self._on_progress = on_progress
@@ -134,7 +138,7 @@ class Supervisor:
 
     @property
     def is_ready(self) -> bool:
-        """False while a core is starting, and for good after the end."""
+        """False while a core is starting, and after the supervisor has stopped or given up."""
         return self._core is not None
 
     @property
@@ -142,7 +146,11 @@ class Supervisor:
         return self.client.stats
 
     def start(self) -> None:
-        """Returns when the core is ready. Raises CoreFailed with the core's own error."""
+        """Start the core and wait until it is ready.
+
+        Raises:
+            CoreFailed: with the core's own error.
+        """
         core = self._spawn()
         try:
             self.info = core.wait_ready(self._on_progress)
@@ -154,7 +162,7 @@ class Supervisor:
             thread.start()
 
     def stop(self) -> None:
-        """Ends the core; what is still pending fails. Idempotent."""
+        """End the core; pending requests fail. Idempotent."""
         with self._lock:
             self._stopping.set()
             core, self._core = self._core, None
@@ -174,7 +182,7 @@ class Supervisor:
         return CoreProcess(self._args, self._registrations, started)
 
     def _take_up(self, core: CoreProcess) -> bool:
-        """False if ``stop`` came first."""
+        """Let a ready core serve; return False if ``stop`` came first."""
         with self._lock:
             if self._stopping.is_set():
                 return False
@@ -188,23 +196,25 @@ class Supervisor:
                 core.watch()
                 if self._stopping.is_set():
                     return
-                self._bury(core)
+                self._detach(core)
                 if not self._restart(core):
                     return
         except BaseException as error:
             self._give_up(error)
 
-    def _bury(self, core: CoreProcess) -> None:
+    def _detach(self, core: CoreProcess) -> None:
+        """Release what a dead core held, and record its death."""
         self._core = None
         self._deaths.append(time.monotonic())
-        logger.error("%s while %d requests were live", core.obituary(), self.client.num_live)
+        logger.error("%s while %d requests were live", core.describe_end(), self.client.num_live)
         core.close()
         self.client.detach(core.running)
 
     def _restart(self, dead: CoreProcess) -> bool:
-        """False if it is not to be, or came to nothing."""
+        """Start another core after ``dead``; return False if there were too many deaths or the start failed."""
         if len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] <= DEATHS_WINDOW_S:
-            text = f"the engine core died {MAX_DEATHS} times within {DEATHS_WINDOW_S:.0f} s; at last: {dead.obituary()}"
+            window = f"{DEATHS_WINDOW_S:.0f} s"
+            text = f"the engine core died {MAX_DEATHS} times within {window}; at last: {dead.describe_end()}"
             self._give_up(CoreFailed(text))
             return False
         logger.warning("starting another engine core")
@@ -228,7 +238,7 @@ class Supervisor:
         self.on_dead(error)
 
     def _ping(self) -> None:
-        """The watchdog. Pings are rare, and the answers tell that the core's loop turns."""
+        """Send pings, and kill a core that does not answer in time: the watchdog."""
         timeout_s = self._args.watchdog_timeout
         while not self._stopping.wait(timeout_s / 4):
             core = self._core

@@ -14,7 +14,7 @@ from rtp_llm.srt.scheduler.request import Request
 class CacheMemory:
     """Pages of every cache group, as requests take and return them.
 
-    ``available`` pages are free or can be made free by evicting: a promise that ``grow`` keeps.
+    ``available`` pages are free or can be freed by evicting: ``grow`` can always get that many.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class CacheMemory:
             for g, group in enumerate(groups)
         ]
         self.evicted_tokens = 0  # in all, from the prefix cache
-        # Duplicates that steps in flight still name: (last such step, group, pages).
-        self._limbo: deque[tuple[int, int, list[int]]] = deque()
+        # Duplicates that steps in flight still read: (last such step, group, pages).
+        self._pending_frees: deque[tuple[int, int, list[int]]] = deque()
 
     def _num_pages(self, group: int, num_tokens: int) -> int:
         return -(-num_tokens // self._page_sizes[group])
@@ -46,11 +46,11 @@ class CacheMemory:
         return [self.available(g) for g in range(len(self.groups))]
 
     def usage(self) -> float:
-        """The part of the fullest group's pages that requests hold, 0 to 1; what is only cached is free."""
+        """Return the share of the fullest group's pages that requests hold, 0 to 1; cached pages count as free."""
         return max(1 - self.available(g) / allocator.num_pages for g, allocator in enumerate(self.allocators))
 
     def free_tokens(self, group: int) -> int:
-        """Tokens of a group's cache that nobody holds."""
+        """Tokens of a group that neither a request nor the prefix cache holds."""
         return self.allocators[group].num_free * self._page_sizes[group]
 
     def evictable_tokens(self, group: int) -> int:
@@ -80,7 +80,7 @@ class CacheMemory:
         )
 
     def can_grow_by_one(self, requests: Sequence[Request]) -> bool:
-        """Whether each of them can get the page of its next token."""
+        """Whether each request can get the page of its next token."""
         available = self.available_everywhere()
         if len(requests) <= min(available):
             return True
@@ -88,7 +88,7 @@ class CacheMemory:
         return all(n <= a for n, a in zip(needed, available, strict=True))
 
     def _without_page(self, requests: Sequence[Request], group: int) -> list[Request]:
-        """Those whose next token begins a page that they do not have yet."""
+        """Requests whose next token begins a page that they do not have yet."""
         page_size = self._page_sizes[group]
         return [r for r in requests if r.num_computed >= len(r.pages[group]) * page_size]
 
@@ -101,15 +101,15 @@ class CacheMemory:
         return match
 
     def enter(self, request: Request, match: Match) -> None:
-        """The request holds its cached prefix."""
+        """Make the request hold its cached prefix."""
         request.lock = self.cache.lock(match)
         request.pages = match.pages
         request.first_page = [0] * len(self.groups)
         request.num_computed = request.num_committed = match.num_tokens
-        self._pass_by(request)
+        self._free_out_of_reach(request)
 
     def grow(self, request: Request, num_tokens: int) -> list[PageWrite]:
-        """Pages for the next ``num_tokens`` tokens. The caller has made sure that they are available."""
+        """Allocate pages for the next ``num_tokens`` tokens. The caller has made sure that they are available."""
         writes = []
         for g, count in enumerate(self.pages_to_grow(request, num_tokens)):
             if count > 0:
@@ -120,7 +120,7 @@ class CacheMemory:
         return writes
 
     def grow_by_one(self, requests: Sequence[Request]) -> list[NewPages]:
-        """As ``grow(request, 1)`` for each of them, told in a few words. ``can_grow_by_one`` has been asked."""
+        """Do ``grow(request, 1)`` for each request, in one message per group. Call ``can_grow_by_one`` before."""
         new_pages = []
         for g in range(len(self.groups)):
             growing = self._without_page(requests, g)
@@ -142,14 +142,14 @@ class CacheMemory:
         return allocator.allocate(count)
 
     def has_pages_to_share(self, request: Request) -> bool:
-        """Whether pages that are not in the prefix cache yet are complete."""
+        """Whether the request has complete pages that are not in the prefix cache yet."""
         return request.insertable_len // self._unit > request.cached_len // self._unit
 
     def share(self, request: Request, last_step: int) -> list[PageWrite]:
-        """Enters the request's computed tokens into the prefix cache.
+        """Enter the request's computed tokens into the prefix cache.
 
-        Returns the writes that exchange its duplicates for the cache's pages. Steps up to ``last_step`` may still name
-        the duplicates: they are freed by ``settle``.
+        Return the writes that exchange its duplicates for the cache's pages. Steps up to ``last_step`` may still read
+        the duplicates: ``settle`` frees them.
         """
         keys = request.keys[: request.insertable_len]
         insertion = self.cache.insert(request.namespace, keys, request.pages, request.lock)
@@ -161,19 +161,19 @@ class CacheMemory:
             writes.append(PageWrite(request.row, exchange.group, exchange.start, exchange.page_ids))
         for g, pages in enumerate(insertion.duplicates):
             if pages and request.in_flight:
-                self._limbo.append((last_step, g, pages))
+                self._pending_frees.append((last_step, g, pages))
             else:
                 self.allocators[g].free(pages)
         return writes
 
     def advance(self, request: Request) -> None:
-        """Window pages that the request cannot reach any more are freed, or let go if the cache owns them."""
+        """Free window pages that the request can no longer reach, or unlock them if the cache owns them."""
         if not self._has_windows:
             return
         self.cache.advance(request.lock, request.num_committed)
-        self._pass_by(request)
+        self._free_out_of_reach(request)
 
-    def _pass_by(self, request: Request) -> None:
+    def _free_out_of_reach(self, request: Request) -> None:
         for g, group in enumerate(self.groups):
             if group.window is None:
                 continue
@@ -182,14 +182,14 @@ class CacheMemory:
             own_from = request.cached_len // page_size
             reachable = max(0, request.num_committed - (group.window - 1)) // self._unit * self._unit
             reachable = min(reachable // page_size, len(table))
-            passed = table[max(own_from, request.first_page[g]) : reachable]
-            self.allocators[g].free([page for page in passed if page])
+            unreachable = table[max(own_from, request.first_page[g]) : reachable]
+            self.allocators[g].free([page for page in unreachable if page])
             if reachable > request.first_page[g]:
                 table[request.first_page[g] : reachable] = [0] * (reachable - request.first_page[g])
                 request.first_page[g] = reachable
 
     def release(self, request: Request) -> None:
-        """The request gives back everything; what it computed stays cached. No step in flight names it."""
+        """Take back all that the request holds; computed tokens stay cached. No step in flight names it."""
         if request.insertable_len > request.cached_len:
             self.share(request, last_step=-1)
         cached_len = request.cached_len
@@ -200,20 +200,20 @@ class CacheMemory:
         request.num_computed = request.num_committed = 0
 
     def settle(self, committed_step: int) -> None:
-        """Frees the duplicates that only steps up to ``committed_step`` name."""
-        while self._limbo and self._limbo[0][0] <= committed_step:
-            _, group, pages = self._limbo.popleft()
+        """Free the duplicates that no step after ``committed_step`` reads."""
+        while self._pending_frees and self._pending_frees[0][0] <= committed_step:
+            _, group, pages = self._pending_frees.popleft()
             self.allocators[group].free(pages)
 
     def check_integrity(self, requests: Sequence[Request]) -> None:
-        """Every page is free, the cache's, exactly one request's, or in limbo. For tests."""
+        """Check that every page is free, the cache's, exactly one request's, or waiting to be freed. For tests."""
         self.cache.check_integrity()
         for g, allocator in enumerate(self.allocators):
             owned: list[int] = []
             for request in requests:
                 if request.pages:
                     owned.extend(page for page in request.pages[g][request.cached_len // self._page_sizes[g] :] if page)
-            owned.extend(page for _, group, pages in self._limbo if group == g for page in pages)
+            owned.extend(page for _, group, pages in self._pending_frees if group == g for page in pages)
             assert len(owned) == len(set(owned)), f"group {g}: a page has two owners"
             assert allocator.num_used == len(owned) + self.cache.num_pages(g), (
                 f"group {g}: {allocator.num_used} pages are in use"

@@ -1,4 +1,4 @@
-"""In which order waiting requests are tried. Host only, no torch."""
+"""The order in which waiting requests are tried. Host only, no torch."""
 
 from bisect import insort
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from rtp_llm.srt.scheduler.request import Request
 
 POLICIES = ("fcfs", "lpm", "priority")
 
-# Longest-prefix matching looks at every waiting request; beyond this many it would cost more than it gains.
+# Longest-prefix matching looks at every waiting request; with more than these it would cost more than it gains.
 LPM_QUEUE_LIMIT = 128
 # A request that so many later ones have overtaken goes first, whatever the policy.
 OVERTAKEN_LIMIT = 64
@@ -34,18 +34,18 @@ class WaitingQueue:
         return iter(self._requests)
 
     def add(self, request: Request) -> None:
-        """Also a retracted request: it gets its place back."""
+        """Add a request; a retracted one gets its old place back."""
         insort(self._requests, request, key=self.place)
 
     def place(self, request: Request) -> tuple[int, int]:
-        """By which requests are sorted; the one that runs and is last in it is retracted first."""
+        """Return the key that requests are sorted by; of the running ones, the last is retracted first."""
         return request.spec.priority if self._policy == "priority" else 0, request.order
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
 
     def admitted(self, request: Request) -> None:
-        """Takes a request out, and notes whom it overtook, where that counts."""
+        """Take a request out, and count it for those that it overtook, unless the policy is ``priority``."""
         self.remove(request)
         if self._policy == "priority":
             return

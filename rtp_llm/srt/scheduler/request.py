@@ -17,8 +17,8 @@ from rtp_llm.srt.request_spec import RequestSpec
 #   [num_committed, num_computed)  being computed by steps in flight
 #   [num_computed, num_tokens)  known, or certain to be known (`num_pending`), and still to be computed
 #
-# `ids` holds the known ones: the prompt, then what was generated. `keys` are what the prefix cache knows them by: the
-# same list, but for requests with media, whose keys tell one picture's placeholders from another's.
+# `ids` holds the known ones: the prompt, then what was generated. `keys` are their cache keys: the same list, except
+# for requests with media, whose keys distinguish the placeholders of different images.
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +29,7 @@ class Request:
     keys: list[int]
     prompt_len: int
     spec: RequestSpec
-    max_new_tokens: int  # spec's, as are stop_ids: looked at for each row and step
+    max_new_tokens: int  # copied from spec, as are stop_ids: read for each row and step
     stop_ids: list[int]
     namespace: Hashable  # of the prefix cache
     logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
@@ -45,7 +45,7 @@ class Request:
     num_pending: int = 0  # tokens that steps in flight are drawing
     in_flight: int = 0  # steps in flight that name it
     finished: bool = False
-    is_broken: bool = False  # its logits were no numbers: what it computed is not to be shared
+    is_broken: bool = False  # its logits were not finite: its computed tokens must not be shared
 
     cached_tokens: int | None = None  # of the prompt, found in the cache when first admitted
     arrived_at: float = field(default_factory=time.monotonic)
@@ -61,7 +61,11 @@ class Request:
         length_scaling: LengthScaling | None = None,
         computes_blocks: bool = False,
     ) -> "Request":
-        """``computes_blocks``: the model computes each block of media in one step."""
+        """Make a request of a message.
+
+        Args:
+            computes_blocks: the model computes each block of media in one step.
+        """
         spec, prompt_len = message.spec, len(message.prompt_ids)
         logprob_start_len = -1 if spec.logprobs is None else spec.logprobs.logprob_start_len
         key_class = 0 if length_scaling is None else length_scaling.key_class(prompt_len)
@@ -92,8 +96,8 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its last token is all that is left to compute, and of use: draws in flight may end it anyway."""
-        num_tokens = len(self.ids) + self.num_pending  # the properties' own terms: this is asked for each row and step
+        """Whether only its last token is left to compute, and draws in flight cannot have ended it before."""
+        num_tokens = len(self.ids) + self.num_pending  # no calls of properties: this runs for each row and step
         if num_tokens - self.num_computed != 1:
             return False
         return num_tokens - self.prompt_len < self.max_new_tokens or self.num_computed < self.prompt_len
@@ -113,18 +117,18 @@ class Request:
 
     @property
     def match_limit(self) -> int:
-        """How much of it the prefix cache may supply: logits are needed of the last token, and for prompt logprobs."""
+        """Tokens that the prefix cache may supply: logits of the last one, and for prompt logprobs, are computed."""
         limit = len(self.ids) - 1
         return limit if self.logprob_from is None else min(limit, self.logprob_from)
 
     @property
     def insertable_len(self) -> int:
-        """Leading tokens that are computed, known, and reusable by others."""
+        """Leading tokens that are computed, known, and usable by other requests."""
         return 0 if self.is_broken else min(self.num_committed, len(self.ids))
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether tokens that others may be waiting for are still to enter the prefix cache."""
+        """Whether tokens that other requests may wait for are not in the prefix cache yet."""
         return self.cached_len < self.prefill_len
 
     def append(self, token_id: int) -> None:
@@ -133,12 +137,12 @@ class Request:
             self.keys.append(token_id)
 
     def span_around(self, position: int) -> tuple[int, int] | None:
-        """The atomic span that a cut before ``position`` would go through."""
+        """Return the atomic span that a cut before ``position`` would split, if any."""
         return next((span for span in self.atomic_spans if span[0] < position <= span[1]), None)
 
     def uncut(self, num_tokens: int, room: int) -> int:
-        """``num_tokens`` of the next tokens, or fewer, or if need be more, so that no atomic span is cut; 0 if that
-        takes more than ``room``."""
+        """Return ``num_tokens``, or the nearest number of next tokens that splits no atomic span; 0 if it exceeds
+        ``room``."""
         span = self.span_around(self.num_computed + num_tokens) if num_tokens else None
         if span is None:
             return num_tokens
@@ -149,7 +153,7 @@ class Request:
         return whole if whole <= room else 0
 
     def take_prompt_logprobs(self, count: int) -> None:
-        """``count`` prompt logprobs have arrived; the last token's logits are no prompt logprob."""
+        """Count ``count`` prompt logprobs as arrived; the last token's logits give none."""
         if self.logprob_from is not None:
             self.logprob_from += count
             if self.logprob_from >= self.prompt_len - 1:
@@ -166,7 +170,7 @@ class Request:
         )
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
-        """Whether ``token_id``, just appended to ``ids``, ends the request."""
+        """Return why ``token_id``, just appended to ``ids``, ends the request; None if it does not."""
         num_generated = self.num_generated
         if token_id in self.stop_ids and num_generated > self.spec.params.min_new_tokens:
             return FinishReason("stop", matched=token_id)

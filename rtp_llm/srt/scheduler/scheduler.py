@@ -34,10 +34,10 @@ MAX_CANDIDATES = 256
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    max_req_len: int  # tokens of the longest request: what the context and the cache have room for
+    max_req_len: int  # tokens of the longest request that fits the context and the cache
     max_running_requests: int = 256
     chunked_prefill_size: int = 2048  # prompt tokens per step; -1: prompts are not cut
-    max_prefill_tokens: int = 16384  # also where prompts are not cut (but for a longer one alone)
+    max_prefill_tokens: int = 16384  # prompt tokens per step, also where prompts are not cut (a longer one runs alone)
     schedule_policy: str = "fcfs"
     disable_radix_cache: bool = False
     max_media_block: int = 0  # tokens of media that a step must compute together, at most
@@ -45,13 +45,13 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """``receive`` messages, ``plan`` a step, ``commit`` its result.
+    """The state machine of all requests: ``receive`` messages, ``plan`` a step, ``commit`` its result.
 
     Steps are committed in the order in which they were planned; several may be in flight. A running request has a row
     in the workers; it gives up row and pages when it ends, or when memory runs out (retraction: it waits again and
-    resumes from its tokens; nothing is lost). The first request in the policy's order, by arrival but for the policy
-    ``priority``, is never retracted while another runs, and a request that fits into the cache alone is guaranteed to
-    end, but under ``priority``, where it waits for all that come before it.
+    resumes from its tokens; nothing is lost). The first request in the policy's order (by arrival, except with
+    ``priority``) is never retracted while another runs. A request that fits into the cache alone is sure to end;
+    with ``priority`` it waits for all that come before it.
     """
 
     def __init__(self, config: SchedulerConfig, layout: CacheLayout, num_pages: Sequence[int]) -> None:
@@ -85,7 +85,7 @@ class Scheduler:
     # Receiving
 
     def receive(self, messages: Sequence[ToCore]) -> list[FromCore]:
-        """Takes in messages; returns what can be answered at once."""
+        """Take in messages; return the answers that can be given at once."""
         outputs: list[FromCore] = []
         for message in messages:
             if isinstance(message, GenerateRequest):
@@ -115,7 +115,7 @@ class Scheduler:
         return []
 
     def _refusal(self, message: GenerateRequest) -> str | None:
-        """Why a request can never be served, for clients that do not check themselves."""
+        """Return why a request can never be served; None if it can. For clients that do not check themselves."""
         if message.rid in self._live:
             return f"a request with the id {message.rid!r} is running already"
         if not message.prompt_ids:
@@ -147,7 +147,7 @@ class Scheduler:
     # Planning
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None: nothing to do, or nothing that can be done before a step in flight is committed."""
+        """Return the next step; None if nothing can be done, or not before a step in flight is committed."""
         while True:
             decoding = self._make_room()
             if decoding is None:
@@ -168,7 +168,7 @@ class Scheduler:
             self._retract()
 
     def _make_room(self) -> list[Request] | None:
-        """The requests that are decoding; each can get its next page now. None if steps in flight come first."""
+        """Return the decoding requests, each of which can get its next page now; None if a commit must come first."""
         while True:
             decoding = [request for request in self.running if request.is_decoding]
             if self.memory.can_grow_by_one(decoding):
@@ -178,7 +178,7 @@ class Scheduler:
             self._retract()
 
     def _plan_decoding(self, plan: StepPlan, requests: list[Request], decoding: list[Request]) -> None:
-        """As ``_add_work`` with a token each; there may be hundreds."""
+        """Do ``_add_work`` with one token for each request, in one go: there may be hundreds."""
         plan.new_pages = self.memory.grow_by_one(decoding)
         for request in decoding:
             start = request.num_computed
@@ -227,7 +227,7 @@ class Scheduler:
                 promised[g] -= min(promised[g], max(0, count))
 
     def _share(self, request: Request, budget: Budget) -> int:
-        """How many of its tokens the request computes in this step."""
+        """Number of its tokens that the request computes in this step."""
         room = self.memory.room(request)
         return request.uncut(budget.share_of(request.uncomputed, room), room)
 
@@ -236,7 +236,7 @@ class Scheduler:
         return self.memory.pages_to_hold(request, request.num_tokens + reserve)
 
     def _promised(self) -> list[int]:
-        """Pages per group that running requests are expected to take yet."""
+        """Pages per group that running requests are still expected to take."""
         promised = [0] * len(self.memory.groups)
         for request in self.running:
             for g, count in enumerate(self._to_hold(request)):
@@ -244,7 +244,7 @@ class Scheduler:
         return promised
 
     def _fits(self, request: Request, promised: list[int]) -> bool:
-        """Whether there is room for it beside those that run. Alone, it fits: it was refused otherwise."""
+        """Whether the request fits beside those that run. Alone it does: it would have been refused."""
         if not self.running and not self._ending:
             return True
         wanted = self._to_hold(request)
@@ -252,7 +252,7 @@ class Scheduler:
         return all(w + p <= a for w, p, a in zip(wanted, promised, available, strict=True))
 
     def _is_being_computed(self, request: Request, matched: int, prefilling: Sequence[Request]) -> bool:
-        """Whether one of these is computing tokens that ``request`` shares and the cache does not have yet."""
+        """Whether one of ``prefilling`` is computing tokens that ``request`` shares and the cache does not have yet."""
         for other in prefilling:
             if other.namespace != request.namespace:
                 continue
@@ -306,8 +306,7 @@ class Scheduler:
         return plan
 
     def _retract(self) -> None:
-        """Takes memory and row from the running request that is last in the policy's order: the one that arrived last,
-        of those with the highest priority number where that counts. Nothing is in flight."""
+        """Take memory and row from the last running request in the policy's order. No step is in flight."""
         if len(self.running) < 2:
             raise RuntimeError("a single request does not fit into the cache, though its length was checked")
         request = max(self.running, key=self.waiting.place)
@@ -318,7 +317,7 @@ class Scheduler:
         self._reserve = min(MAX_RESERVE_TOKENS, self._reserve * 2)
 
     def _leave(self, request: Request) -> None:
-        """A request gives up its row and its pages. No step in flight names it."""
+        """Take a request's row and pages back. No step in flight names it."""
         self.memory.release(request)
         if request in self.running:
             self.running.remove(request)
@@ -330,7 +329,7 @@ class Scheduler:
     # Committing
 
     def commit(self, result: StepResult) -> list[FromCore]:
-        """Takes in the result of the oldest step in flight; returns news for clients."""
+        """Take in the result of the oldest step in flight; return its outputs for clients."""
         step = self._in_flight.popleft()
         if step.plan.step_id != result.step_id:
             raise RuntimeError(f"step {step.plan.step_id} is due, but the result of step {result.step_id} came")
@@ -374,15 +373,17 @@ class Scheduler:
                 return None
         else:
             self._end(request)
-        return self._news(request, reason, token_ids, row)
+        return self._output(request, reason, token_ids, row)
 
-    def _news(self, request: Request, reason: FinishReason | None, token_ids: list[int], row: RowResult) -> TokenOutput:
+    def _output(
+        self, request: Request, reason: FinishReason | None, token_ids: list[int], row: RowResult
+    ) -> TokenOutput:
         return TokenOutput(
             request.rid,
             token_ids,
             row.logprobs[: len(token_ids)],
             row.prompt_logprobs,
-            request.cached_tokens or 0,  # by position: names take twice the time, for each row of each step
+            request.cached_tokens or 0,  # by position: keywords take twice the time, for each row of each step
             request.prompt_len,
             request.num_retractions,
             request.queue_time_s,
@@ -390,12 +391,12 @@ class Scheduler:
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> TokenOutput:
-        """Ends a request without further tokens, whatever it was doing."""
+        """End a request in any state, without further tokens."""
         self._end(request)
-        return self._news(request, reason, [], RowResult())
+        return self._output(request, reason, [], RowResult())
 
     def _end(self, request: Request) -> None:
-        """Its pages go back when no step in flight names it."""
+        """Mark a request as ended; its pages go back when no step in flight names it."""
         request.finished = True
         del self._live[request.rid]
         self.stats.finished_requests += 1
@@ -408,7 +409,7 @@ class Scheduler:
             self._leave(request)
 
     def check_integrity(self) -> None:
-        """For tests: see CacheMemory.check_integrity."""
+        """Check memory (see CacheMemory.check_integrity) and rows. For tests."""
         self.memory.check_integrity([*self.running, *self._ending])
         rows = [r.row for r in [*self.running, *self._ending]]
         assert sorted([*rows, *self._free_rows]) == list(range(self.config.max_running_requests)), "a row is lost"

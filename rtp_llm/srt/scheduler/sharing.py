@@ -1,4 +1,4 @@
-"""Which cached prefixes attention reads once for several running requests. Host only, no torch."""
+"""Cached prefixes that attention reads once for several running requests. Host only, no torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,16 +7,16 @@ from rtp_llm.srt.cache.prefix_cache import PrefixCache, SharedByLocks
 from rtp_llm.srt.plan import SharedPrefix
 from rtp_llm.srt.scheduler.request import Request
 
-# Fewer tokens are not worth a part of their own, which is to be merged with the rest. Measured with 2 to 32 rows of 16
-# query heads by 8 key heads of 128: the costs meet between 100 and 280 tokens.
+# With fewer tokens, merging the results of prefix and rest costs more than reading once saves. Measured with 2 to 32
+# rows of 16 query heads by 8 key heads of 128: the costs meet between 100 and 280 tokens.
 MIN_PREFIX_TOKENS = 256
 
 
 class PrefixSharing:
-    """Finds the prefixes that decoding requests hold together, as the prefix cache knows them.
+    """Finds the prefixes that several decoding requests hold in the prefix cache.
 
-    What requests hold changes as they come, go, or enter a chunk into the cache, not from token to token: so long as
-    nothing has changed, the answer of the step before is given again.
+    Locks change when requests come, go, or enter a chunk into the cache, not with each token: while rows and locks
+    are the same, the result of the step before is returned.
     """
 
     def __init__(self, cache: PrefixCache) -> None:
@@ -26,7 +26,7 @@ class PrefixSharing:
         self._found: list[SharedPrefix] = []
 
     def of(self, requests: Sequence[Request]) -> list[SharedPrefix]:
-        """For requests that compute one token each. Prefixes come before what goes on from them."""
+        """Prefixes shared by requests that compute one token each; shorter ones come before longer ones."""
         rows, nodes = [request.row for request in requests], [request.lock.node for request in requests]
         if rows != self._rows or nodes != self._nodes:
             shared = self._cache.shared_prefixes([request.lock for request in requests])
@@ -35,10 +35,10 @@ class PrefixSharing:
 
 
 def worth_reading_once(rows: Sequence[int], shared: Sequence[SharedByLocks], min_tokens: int) -> list[SharedPrefix]:
-    """Those that add ``min_tokens`` to what is read once already. ``shared`` names places in ``rows``.
+    """Return the prefixes that add ``min_tokens`` to shorter ones already chosen. ``shared`` names places in ``rows``.
 
-    Prefixes may nest: 32 rows may share 1,000 tokens, and two of them 200 more. One that adds less is part of what is
-    found below it.
+    Prefixes may nest: 32 rows may share 1,000 tokens, and two of them 200 more. A prefix that adds too little still
+    counts as part of a longer one.
     """
     found: list[SharedPrefix] = []
     covered: dict[int, int] = {}
@@ -51,7 +51,7 @@ def worth_reading_once(rows: Sequence[int], shared: Sequence[SharedByLocks], min
 
 
 def saved_tokens(prefixes: Sequence[SharedPrefix]) -> int:
-    """How many tokens' keys and values are not read, of those that rows would read one by one."""
+    """Tokens whose keys and values rows need not read because another row does, summed over rows."""
     saved = 0
     covered: dict[int, int] = {}
     for prefix in prefixes:

@@ -1,4 +1,4 @@
-"""What the scheduler keeps of steps: the budget of one in the making, those in flight, and totals of all."""
+"""The scheduler's records of steps: the budget of the one being planned, those in flight, totals of all."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ class SchedulerStats:
 
     computed_tokens: int = 0
     prompt_tokens: int = 0  # of requests when first admitted
-    cached_tokens: int = 0  # and of these, found in the prefix cache
+    cached_tokens: int = 0  # of prompt_tokens: found in the prefix cache
     generated_tokens: int = 0
     finished_requests: int = 0
     retractions: int = 0
@@ -34,7 +34,7 @@ class Budget:
     untouched: bool = True
 
     def share_of(self, uncomputed: int, room: int) -> int:
-        """How many of its tokens a request computes in this step."""
+        """Number of its ``uncomputed`` tokens that a request computes in this step."""
         if uncomputed == 1:
             return min(1, room)
         if self.cut:
@@ -54,7 +54,7 @@ class Budget:
 
 @dataclass(slots=True)
 class PendingPlan:
-    """What the next plan must carry besides its work."""
+    """Releases and page writes that the next plan must carry besides its work."""
 
     releases: list[int] = field(default_factory=list)
     page_writes: list[PageWrite] = field(default_factory=list)
