@@ -1,4 +1,4 @@
-"""A step's work as arrays: a step of hundreds of rows is described in a few calls of numpy, and copied at once."""
+"""A step's work as arrays: a few numpy calls describe a step of hundreds of rows, and one copy moves it."""
 
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -12,11 +12,11 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 class StepColumns(NamedTuple, Generic[Array]):
-    """All int64, on the host (numpy) or on the device (torch). [B] rows of the batch, [T] tokens, [S] sampled rows."""
+    """Columns of int64, on the host (numpy) or on the device (torch): [B] rows, [T] tokens, [S] sampled rows."""
 
     rows: Array  # [B]
     starts: Array  # [B] position of the first token that is computed
-    counts: Array  # [B] how many
+    counts: Array  # [B] number of tokens that are computed
     ends: Array  # [B] starts + counts
     offsets: Array  # [B] where a row's tokens begin in [T]
     token_rows: Array  # [T]

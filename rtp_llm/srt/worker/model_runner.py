@@ -37,7 +37,7 @@ from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 @dataclass(slots=True)
 class RowState:
-    """What a row's admission said. ``ids`` are the tokens that the host knew then, int64."""
+    """A row's admission. ``ids`` are the tokens that the host knew then, int64."""
 
     admission: Admission
     ids: np.ndarray
@@ -87,10 +87,10 @@ class ModelRunner:
             self.recorder = self._make_recorder()
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
-        self._rows_with_logprobs: set[int] = set()  # that want any of their prompt's
+        self._rows_with_logprobs: set[int] = set()  # rows that want prompt logprobs
 
     def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
-        """``forward_batch(batch)`` where the model has it, else ``forward(input_ids, positions, batch)``."""
+        """Return the model's ``forward_batch``, else a call of ``forward(input_ids, positions, batch)``."""
         own = self.traits.forward_batch
         return own if own is not None else lambda batch: self.model(batch.input_ids, batch.positions, batch)
 
@@ -114,10 +114,10 @@ class ModelRunner:
         return stored_bytes(self.model)
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
-        """Reserves cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
+        """Reserve cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
 
         Raises:
-            ValueError: the model has learned positions, and fewer (``max_positions``).
+            ValueError: the model has fewer learned positions (``max_positions``) than ``max_len``.
         """
         max_positions = self.traits.max_positions
         if max_positions is not None and max_len > max_positions:
@@ -132,7 +132,7 @@ class ModelRunner:
             torch.zeros(num_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self._torch_device)
             for group in self.layout.groups
         ]
-        if pads:  # the last page, which belongs to no request: what dummies write is never read, not even masked
+        if pads:  # the last page belongs to no request: no row reads what dummies write, not even masked
             for table, count in zip(self._page_tables, num_pages, strict=True):
                 table[self._dummy_row] = count + 1
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._torch_device)
@@ -143,7 +143,7 @@ class ModelRunner:
         return self._rows[row]
 
     def apply(self, plan: StepPlan) -> None:
-        """Takes in everything of a plan but its work."""
+        """Apply all of a plan except its work: releases, admissions, page writes."""
         for row in plan.releases:
             del self._rows[row]
             self._rows_with_media.discard(row)
@@ -167,7 +167,7 @@ class ModelRunner:
             self._rows_with_logprobs.add(row)
 
     def _write_pages(self, table: torch.Tensor, writes: list[PageWrite], new_pages: list[NewPages]) -> None:
-        """One scatter for all of a group."""
+        """Write a group's page table in one scatter."""
         entries = [_entries(writes), *((new.rows, new.places, new.page_ids) for new in new_pages)]
         entries = [columns for columns in entries if columns[0]]
         if entries:
@@ -177,7 +177,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
-        """Computes the plan's tokens. Logits come for work with ``sample``, in the order of ``plan.work``."""
+        """Compute the plan's tokens. Logits are of the work with ``sample``, in the order of ``plan.work``."""
         self.apply(plan)
         batch = self.make_batch(plan.work, self._num_dummies(plan.work))
         batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
@@ -190,7 +190,7 @@ class ModelRunner:
         return batch, _without_dummies(output, batch.num_dummies)
 
     def _num_dummies(self, work: list[RowWork]) -> int:
-        """Rows that are missing to the next size that decode steps are recorded for; 0 for other steps."""
+        """Number of rows to add up to the next size that decode steps are recorded for; 0 for other steps."""
         sizes = () if self.recorder is None else self.recorder.sizes
         place = bisect_left(sizes, len(work))
         if place == len(sizes) or not work or not all(w.num_tokens == 1 and w.sample for w in work):
@@ -198,7 +198,7 @@ class ModelRunner:
         return sizes[place] - len(work)
 
     def make_batch(self, work: list[RowWork], num_dummies: int) -> ForwardBatch:
-        """The rows of ``work``, and dummies of one token each after them."""
+        """Make a batch of the rows of ``work``, and after them dummies of one token each."""
         rows = work + [RowWork(self._dummy_row, 0, 1, sample=True)] * num_dummies
         host = step_columns(rows)
         step: StepColumns[torch.Tensor] = StepColumns(*self._provider.to_device_together(host))
@@ -237,7 +237,7 @@ class ModelRunner:
         )
 
     def _mrope_positions(self, work: list[RowWork]) -> torch.Tensor:
-        """[3, T]: of a prompt with media as its processor made them, and going on from there; else the positions."""
+        """[3, T]: a prompt with media has its processor's, which output tokens continue; other rows have positions."""
         pieces = []
         for w in work:
             media = None if w.row == self._dummy_row else self._rows[w.row].media
@@ -261,7 +261,7 @@ class ModelRunner:
         return self._provider.to_device(ends, torch.int64) if any(ends) else None
 
     def _input_ids(self, host: StepColumns[np.ndarray], step: StepColumns[torch.Tensor]) -> torch.Tensor:
-        """[T]: known ids from the admissions; past them, the last drawn token of the row."""
+        """[T] int64: known ids from the admissions; after them, the row's last drawn token."""
         is_drawn = host.starts >= self._num_known[host.rows]
         if is_drawn.all() and len(host.positions) == len(host.rows):
             return self.last_tokens[step.rows]
@@ -286,7 +286,7 @@ class ModelRunner:
         return [row for row in wanted if row is not None]
 
     def _logprob_row(self, batch_index: int, work: RowWork, offset: int) -> LogprobRow | None:
-        """Prompt logprobs wanted from this work: of the tokens that follow ``[start, end)`` within the prompt."""
+        """Prompt logprobs wanted from this work: those of the prompt tokens that follow ``[start, end)``."""
         state = self._rows[work.row]
         admission, asked = state.admission, state.admission.spec.logprobs
         if admission.logprob_from is None or asked is None:
@@ -305,13 +305,13 @@ class ModelRunner:
 
 
 def _entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:
-    """Rows, places and page ids; of several writes to an entry the last."""
+    """Return rows, places and page ids of the writes; of several writes to an entry, the last."""
     entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
     return [row for row, _ in entries], [place for _, place in entries], list(entries.values())
 
 
 def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: ForwardBatch) -> None:
-    """A model may return anything; what is wrong with it must not show up only when tokens are drawn."""
+    """Raise TypeError or ValueError for an output of the wrong type or size, before it fails in the sampler."""
     name = type(model).__name__
     if not isinstance(output, LogitsProcessorOutput):
         method = "forward" if traits.forward_batch is None else "forward_batch"
@@ -328,7 +328,7 @@ def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: 
 
 
 def _without_dummies(output: LogitsProcessorOutput, num_dummies: int) -> LogitsProcessorOutput:
-    """Without the results of the last rows."""
+    """Return the output without the rows of dummies, which are last."""
     if not num_dummies:
         return output
     hidden_states = None if output.hidden_states is None else output.hidden_states[:-num_dummies]
@@ -336,7 +336,7 @@ def _without_dummies(output: LogitsProcessorOutput, num_dummies: int) -> LogitsP
 
 
 def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:
-    """Shared prefixes with rows of the batch instead of the worker's."""
+    """Return shared prefixes with rows of the batch in place of the worker's."""
     if not prefixes:
         return []
     places = {w.row: place for place, w in enumerate(work)}
@@ -357,13 +357,13 @@ def takes_mrope_positions(model: nn.Module) -> bool:
 
 
 def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
-    """Groups the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
+    """Group the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
 
     Args:
-        kv_cache_dtype: "auto": as the model computes; or "bf16", "int8".
+        kv_cache_dtype: "auto": the model's dtype; or "bf16", "int8".
 
     Raises:
-        ValueError: there are no attention layers, they do not agree, or their cache cannot be as it is asked for.
+        ValueError: there are no attention layers, they do not agree, or their cache cannot have ``kv_cache_dtype``.
     """
     specs: dict[int, CacheSpec] = {}
     length_scaling: LengthScaling | None = None
@@ -388,10 +388,10 @@ def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto",
 
 
 def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:
-    """What a layer keeps, in the type that ``--kv-cache-dtype`` asks for.
+    """Return a layer's spec in the type that ``--kv-cache-dtype`` asks for.
 
     Raises:
-        ValueError: it cannot be.
+        ValueError: the device or the layer cannot store that type.
     """
     if kv_cache_dtype == "auto":
         return spec

@@ -1,8 +1,8 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 
-The numbers for (seed, position) are a pure function of both, so a request draws the same whoever else is in its batch
-and however often it is interrupted. 32-bit words live in int64 tensors: the low 64 bits of a product are right in two's
-complement, whatever its sign.
+The numbers for (seed, position) are a pure function of both, so a request draws the same tokens whichever requests are
+in its batch and however often it is interrupted. 32-bit words are held in int64 tensors: the low 64 bits of a product
+are right in two's complement, whatever its sign.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ def philox4x32(
 
 
 def exponential(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Exponentially distributed float64 numbers: one per (seed, position) and token, the token's own.
+    """Exponentially distributed float64 numbers: one per (seed, position) and token.
 
     Each group of 64 tokens has 16 counters of four words. Words of two of Philox's streams are the upper and the lower
-    half of a number of 64 bits: even what is next to impossible keeps its probability.
+    half of a number of 64 bits: even very rare tokens keep their probability.
 
     Args:
         seeds: [D] int64, any value (see ``as_int64``); positions: [D] int64, not negative.
@@ -72,7 +72,7 @@ def _words(
 
 
 def as_int64(seed: int) -> int:
-    """The int64 with the same 64 bits as a seed in [-2^63, 2^64)."""
+    """Return the int64 with the same 64 bits as a seed in [-2^63, 2^64)."""
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"a seed must be in [-2**63, 2**64), not {seed}")
     return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -25,7 +25,7 @@ class RankServer:
         self._pending: PendingLogits | None = None
 
     def submit(self, plan: StepPlan) -> StepResult | None:
-        """The step's result; None if it waits for masks."""
+        """Return the step's result; None if it waits for masks."""
         if plan.masked_rows:
             self._pending = self._worker.forward(plan)
             return None
@@ -43,22 +43,22 @@ class RankServer:
 
 
 class ParentGone(Exception):
-    """The other end of the pipe is closed: this is how a worker is told to end."""
+    """The other end of the pipe is closed, so the worker must end."""
 
 
 class Parent:
-    """The other end of the pipe."""
+    """The pipe to the parent process. ``send`` and ``receive`` raise ParentGone when it is closed."""
 
     def __init__(self, fd: int) -> None:
         self._pipe = Connection(fd)
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         try:
             return receive(self._pipe)
         except (EOFError, ConnectionResetError):
             raise ParentGone from None
 
-    def tell(self, kind: str, value: Any) -> None:
+    def send(self, kind: str, value: Any) -> None:
         try:
             send(self._pipe, (kind, value))
         except (BrokenPipeError, ConnectionResetError):
@@ -74,25 +74,25 @@ def main(fd: int) -> None:
         pass
     except Exception as error:
         with suppress(ParentGone):
-            parent.tell("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
+            parent.send("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # taking the interpreter apart takes seconds, and nobody needs it
+    os._exit(0)  # without the interpreter's finalization, which takes seconds
 
 
 def _serve(parent: Parent) -> None:
-    config, init_method, timeout_s, registrations = parent.hear()
+    config, init_method, timeout_s, registrations = parent.receive()
     configure_logging(config.server_args.log_level)
     unpack_registrations(registrations)
     _join(config, init_method, timeout_s)
-    worker = Worker(config, lambda done, total: parent.tell("progress", (done, total)))
-    parent.tell("result", worker.loaded())
+    worker = Worker(config, lambda done, total: parent.send("progress", (done, total)))
+    parent.send("result", worker.loaded())
     server = RankServer(worker)
     while True:
-        method, args = parent.hear()
+        method, args = parent.receive()
         answer = server.call(method, args)
         if method != "submit" or answer is not None:
-            parent.tell("result", answer)
+            parent.send("result", answer)
 
 
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:

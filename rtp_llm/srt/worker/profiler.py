@@ -1,4 +1,4 @@
-"""Traces of what a worker's process computes, for chrome://tracing or Perfetto."""
+"""Traces of a worker's process, for chrome://tracing or Perfetto."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,19 +7,22 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Profiler:
-    """At most one trace at a time."""
+    """Records traces, at most one at a time."""
 
     def __init__(self, rank: int, activities: Mapping[str, ProfilerActivity]) -> None:
-        """``activities``: what can be recorded here."""
+        """``activities``: those that this device can record, by name."""
         self._rank, self._activities = rank, activities
         self._profile: profile | None = None
 
     def start(self, activities: Sequence[str], record_shapes: bool) -> None:
-        """``activities``: of ``CPU`` and ``GPU``; what cannot be recorded here does not count.
+        """Start a trace.
+
+        Args:
+            activities: of ``CPU`` and ``GPU``; those that cannot be recorded here are ignored.
 
         Raises:
-            ValueError: nothing of what is asked for can be recorded here.
-            RuntimeError: a trace is being recorded.
+            ValueError: none of the activities can be recorded here.
+            RuntimeError: a trace is being recorded already.
         """
         if self._profile is not None:
             raise RuntimeError("a profile is being recorded already")
@@ -30,7 +33,7 @@ class Profiler:
         self._profile.start()
 
     def stop(self, path_prefix: str) -> str:
-        """Writes the trace, and returns the path: ``path_prefix``, the rank, and ``.trace.json.gz``.
+        """Write the trace, and return the path: ``path_prefix``, the rank, and ``.trace.json.gz``.
 
         Raises:
             RuntimeError: nothing is being recorded.

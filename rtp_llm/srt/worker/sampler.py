@@ -15,13 +15,13 @@ from rtp_llm.srt.worker.philox import as_int64, exponential
 from rtp_llm.srt.worker.token_bans import TokenBans
 
 _DRAWN_AT_ONCE = 16  # rows; a draw keeps a few dozen float64 copies of its logits
-_OFTEN_ENOUGH = 1024  # tokens that usually hold the mass that top_p asks for
+_USUAL_NUCLEUS = 1024  # this many of the most probable tokens usually reach top_p
 _LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """What the sampler knows of the request in a row."""
+    """The sampler's state of the request in a row."""
 
     params: SamplingParams
     prompt_len: int
@@ -30,7 +30,7 @@ class _Row:
     bias_ids: list[int]
     bias_values: list[float]
     logprobs: LogprobSpec | None
-    counted: bool  # its penalties need counts of its tokens
+    counted: bool  # has penalties, which need counts of its tokens
 
     def bans_stops_at(self, position: int) -> bool:
         return position - self.prompt_len < self.params.min_new_tokens
@@ -51,13 +51,13 @@ class Sampler:
         self._bans = TokenBans(vocab_size, self._provider)
         self._argmax = self._provider.pick("argmax", torch.float32)
         self._draw_kernel = self._provider.find("draw", torch.float32)
-        # The rows that need more than an argmax, so that a step is not asked row by row what it does not need:
+        # Rows that need more than an argmax; a step with none of them is not examined row by row.
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
         self._drawing: set[int] = set()  # not greedy
-        self._told: set[int] = set()  # log-probabilities are wanted
+        self._with_logprobs: set[int] = set()  # log-probabilities are wanted
 
     def admit(self, admission: Admission) -> None:
-        """Takes a request in; what it generated before (``output_ids``) counts as generated."""
+        """Add a request; ``output_ids``, which it generated before, count as generated."""
         params = admission.spec.params
         penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
         self.release(admission.row)
@@ -80,18 +80,18 @@ class Sampler:
         if not params.is_greedy:
             self._drawing.add(admission.row)
         if admission.spec.logprobs is not None:
-            self._told.add(admission.row)
+            self._with_logprobs.add(admission.row)
 
     def release(self, row: int) -> None:
-        """Forgets a row; harmless if it is empty."""
+        """Forget a row; harmless if it is empty."""
         self._rows[row] = None
         self._counts.remove(row)
         self._bans.remove(row)
-        for kind in (self._adjusted, self._drawing, self._told):
+        for kind in (self._adjusted, self._drawing, self._with_logprobs):
             kind.discard(row)
 
     def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
-        """Counts ``token_ids[i]`` ([S] int64, on the device) as generated in ``rows[i]``."""
+        """Count ``token_ids[i]`` ([S] int64, on the device) as generated in ``rows[i]``."""
         if self._adjusted.isdisjoint(rows):
             return
         self._bans.observe(rows, token_ids)
@@ -107,16 +107,17 @@ class Sampler:
         positions: Sequence[int],
         masks: Mapping[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """One token per row.
+        """Return one token per row.
 
-        In order: frequency and presence penalties (over generated tokens), repetition penalty (over all), mask,
-        logit_bias, ban of tokens (see TokenBans), ban of the ids that would end the request too early. A ban that
-        would leave nothing is lifted. Then the largest logit for a greedy row, a draw for any other (see ``draw``).
+        Logits are changed in this order: frequency and presence penalties (over generated tokens), repetition penalty
+        (over all), mask, logit_bias, bans of tokens (see TokenBans), ban of the ids that would end the request too
+        early. A ban that would leave no token is lifted. A greedy row then takes its largest logit, any other row a
+        draw (see ``draw``).
 
         Args:
-            logits: [S, vocab_size] float32, left as they are.
+            logits: [S, vocab_size] float32, not changed.
             rows: the row of each line of logits.
-            positions: index in its sequence of the token that is drawn: how many tokens stand before it.
+            positions: index in its sequence of the token that is drawn.
             masks: per row, [vocab_size] bool, False for tokens that must not be drawn; at least one is True.
 
         Returns:
@@ -131,9 +132,9 @@ class Sampler:
         positions: Sequence[int],
         masks: Mapping[int, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``sample``, and with the tokens, [S] bool: rows whose ``logits`` are bad, and their tokens mean nothing.
+        """As ``sample``; also return [S] bool: rows whose ``logits`` are bad, and whose tokens are meaningless.
 
-        Bad is what nothing can be drawn from: a NaN, a +inf, or nothing but -inf.
+        Bad logits, from which no token can be drawn, have a NaN, a +inf, or only -inf.
         """
         self._check_shape(logits, rows, positions)
         states = self._states(rows)
@@ -151,7 +152,7 @@ class Sampler:
     def _draw(
         self, logits: torch.Tensor, lines: list[int], states: list[_Row], positions: Sequence[int]
     ) -> torch.Tensor:
-        """The tokens of these lines of logits."""
+        """Draw the tokens of these lines of logits."""
         params = [states[i].params for i in lines]
         seeds, at = self._tensor([states[i].seed for i in lines]), self._tensor([positions[i] for i in lines])
         if self._draw_kernel is not None:
@@ -165,12 +166,12 @@ class Sampler:
     def logprobs(
         self, raw_logits: torch.Tensor, token_ids: torch.Tensor, rows: Sequence[int]
     ) -> tuple[list[int], Logprobs | None]:
-        """The lines whose requests asked for log-probabilities, and those of their tokens; None where there are none.
+        """Return the lines whose requests want log-probabilities, and these (None if there are no such lines).
 
         Args:
-            raw_logits: [S, vocab_size], as the model gave them; token_ids: [S], what was drawn.
+            raw_logits: [S, vocab_size], the model's; token_ids: [S], the drawn tokens.
         """
-        if self._told.isdisjoint(rows):
+        if self._with_logprobs.isdisjoint(rows):
             return [], None
         asked = {i: spec for i, state in enumerate(self._states(rows)) if (spec := state.logprobs) is not None}
         specs, index = list(asked.values()), self._tensor(list(asked))
@@ -208,7 +209,7 @@ class Sampler:
         positions: Sequence[int],
         masks: Mapping[int, torch.Tensor],
     ) -> torch.Tensor:
-        """The logits after penalties, masks, biases and bans: a copy, or the same tensor where there are none."""
+        """Return logits after penalties, masks, biases and bans: a copy, or the same tensor if there are none."""
         counted = [i for i, state in enumerate(states) if state.counted]
         masked = [i for i, row in enumerate(rows) if row in masks]
         if len(masks) > len({rows[i] for i in masked}):
@@ -231,7 +232,7 @@ class Sampler:
             logits.index_put_(cells, self._provider.to_device(biased.values, torch.float32), accumulate=True)
         if restricted:
             self._bans.apply(logits, rows)
-        logits.clamp_(max=_LARGEST)  # a penalty or a bias may have left the range; a draw could not weigh +inf
+        logits.clamp_(max=_LARGEST)  # a penalty or a bias may have overflowed, and a draw cannot weigh +inf
         if banned.lines:
             _ban(logits, self._tensor(banned.lines), self._tensor(banned.ids))
         return logits
@@ -271,12 +272,12 @@ class _Cells:
 
 
 class _TokenCounts:
-    """How often each token was generated, and whether it stands in the prompt, for rows that were added."""
+    """Counts of each generated token, and whether it is in the prompt, for rows that were added."""
 
     def __init__(self, vocab_size: int, provider: DeviceProvider) -> None:
         self._vocab_size = vocab_size
         self._provider, self._device = provider, provider.torch_device
-        self._slots: dict[int, int] = {}  # row -> line of the tensors, which grow with the number of rows that need it
+        self._lines: dict[int, int] = {}  # row -> line of the tensors, which grow with the number of added rows
         self._free: list[int] = []
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=self._device)
         self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=self._device)
@@ -284,30 +285,30 @@ class _TokenCounts:
     def add(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         if not self._free:
             self._grow()
-        slot = self._slots[row] = self._free.pop()
-        self._counts[slot] = 0
-        self._in_prompt[slot] = False
+        line = self._lines[row] = self._free.pop()
+        self._counts[line] = 0
+        self._in_prompt[line] = False
         # ids that stand for media lie outside the vocabulary
         prompt = self._tensor([i for i in prompt_ids if 0 <= i < self._vocab_size])
-        self._in_prompt[slot].index_fill_(0, prompt, True)
+        self._in_prompt[line].index_fill_(0, prompt, True)
         self.count([row] * len(output_ids), self._tensor(list(output_ids)))
 
     def remove(self, row: int) -> None:
-        if row in self._slots:
-            self._free.append(self._slots.pop(row))
+        if row in self._lines:
+            self._free.append(self._lines.pop(row))
 
     def count(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
-        """Adds one occurrence of ``token_ids[i]`` in ``rows[i]``."""
+        """Add one occurrence of ``token_ids[i]`` in ``rows[i]``."""
         if rows:
-            slots = self._tensor([self._slots[row] for row in rows])
+            lines = self._tensor([self._lines[row] for row in rows])
             ones = torch.ones(len(rows), dtype=torch.int32, device=self._device)
-            self._counts.index_put_((slots, token_ids), ones, accumulate=True)
+            self._counts.index_put_((lines, token_ids), ones, accumulate=True)
 
     def of(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """[R, vocab_size]: counts of generated tokens (int32), and whether a token occurs at all (bool)."""
-        slots = self._tensor([self._slots[row] for row in rows])
-        counts = self._counts[slots]
-        return counts, self._in_prompt[slots] | (counts > 0)
+        lines = self._tensor([self._lines[row] for row in rows])
+        counts = self._counts[lines]
+        return counts, self._in_prompt[lines] | (counts > 0)
 
     def _grow(self) -> None:
         old = len(self._counts)
@@ -327,12 +328,12 @@ def draw(
     positions: torch.Tensor,
     provider: DeviceProvider,
 ) -> torch.Tensor:
-    """One token per row from softmax(logits / temperature), cut to the tokens that ``kept_weights`` leaves.
+    """Draw one token per row from softmax(logits / temperature), cut to the tokens that ``kept_weights`` keeps.
 
-    An exponential race, which is the Gumbel-max trick (Gumbel 1954): every token has an exponentially distributed
-    number of its own, and the one whose number divided by its weight is smallest is drawn. So a small change of the
-    logits changes the draw only where two tokens are close, and never because of what the others are. A token of
-    probability zero is never drawn.
+    This is an exponential race, equal to the Gumbel-max trick (Gumbel 1954): every token has an exponentially
+    distributed number, and the token with the smallest number divided by weight is drawn. So a small change of the
+    logits changes the draw only where two tokens are close, whatever the other tokens are. A token of probability zero
+    is never drawn.
 
     Args:
         logits: [D, vocab_size] float32; each row has a finite maximum.
@@ -347,7 +348,7 @@ def draw(
 
 
 def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams], provider: DeviceProvider) -> torch.Tensor:
-    """exp((logit - largest) / temperature) of every token, zero for those that top_k, top_p and min_p drop.
+    """Return exp((logit - largest) / temperature) of every token, zero for those that top_k, top_p and min_p drop.
 
     As transformers does it: top_k keeps the k largest and all that equal the k-th; top_p keeps, of what top_k left and
     with its probabilities scaled to one, the fewest tokens that reach p (of equal ones the lowest ids), at least one;
@@ -376,10 +377,10 @@ def kept_weights(logits: torch.Tensor, params: Sequence[SamplingParams], provide
 
 
 def _cut(weights: torch.Tensor, params: list[SamplingParams], provider: DeviceProvider) -> torch.Tensor:
-    """Applies top_k and top_p, to rows that all have a top_k or all have none: only the latter may be sorted whole.
+    """Apply top_k and top_p to rows that all have a top_k or all have none (only the latter may need a full sort).
 
-    What is kept is "all weights above a cutoff, and the first so many that equal it": found on the largest weights,
-    it needs no way back from sorted to vocabulary order.
+    All weights above a cutoff are kept, and the first few that equal it. Cutoff and number come from the largest
+    weights, sorted; applying them needs no mapping from sorted to vocabulary order.
     """
     vocab_size, device = weights.shape[-1], weights.device
     top_ks = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
@@ -405,20 +406,20 @@ def _cut(weights: torch.Tensor, params: list[SamplingParams], provider: DevicePr
 
 
 def _largest(weights: torch.Tensor, mass: torch.Tensor, may_wait: bool) -> torch.Tensor:
-    """Each row's weights in descending order, at least as many as sum to more than ``mass`` ([rows, 1]).
+    """Return each row's largest weights in descending order: enough to sum to more than ``mass`` ([rows, 1]).
 
-    ``may_wait``: the host may look whether a part of them is enough, which is faster than sorting all.
+    ``may_wait``: the host may check whether a few of them are enough, which is faster than sorting all.
     """
-    if may_wait and weights.shape[-1] > _OFTEN_ENOUGH:
-        largest = weights.topk(_OFTEN_ENOUGH, dim=-1).values
+    if may_wait and weights.shape[-1] > _USUAL_NUCLEUS:
+        largest = weights.topk(_USUAL_NUCLEUS, dim=-1).values
         if bool((largest.sum(dim=-1, keepdim=True) > mass * (1 + 1e-9)).all()):
             return largest
     return weights.sort(dim=-1, descending=True).values
 
 
 def _ban(logits: torch.Tensor, lines: torch.Tensor, ids: torch.Tensor) -> None:
-    """Sets the cells to -inf, but not in a row that would be left with nothing else."""
+    """Set the cells to -inf, except in a row that would have no other value left."""
     values = logits[lines, ids]
-    logits.index_put_((lines, ids), logits.new_full((), -torch.inf))  # a number of the host's would have to be copied
+    logits.index_put_((lines, ids), logits.new_full((), -torch.inf))  # a host number would need a copy to the device
     empty = logits.amax(dim=-1) == -torch.inf
     logits[lines, ids] = torch.where(empty[lines], values, -torch.inf)

@@ -1,7 +1,7 @@
-"""Tokens that a request must not generate: all but ``allowed_token_ids``, and what would complete a bad word.
+"""Tokens that a request must not generate: all but ``allowed_token_ids``, and those that would complete a bad word.
 
-Everything stays on the device: a bad word of several tokens bans its last one where the tokens before it are the last
-that were generated, which is a comparison of two small tensors.
+Everything stays on the device: a bad word of several tokens bans its last one if the tokens before it were generated
+last, which is a comparison of two small tensors.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ import torch
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.sampling_params import SamplingParams
 
-ANY = -1  # in a word's beginning: matches what was generated, and also where nothing was
+ANY = -1  # in a word's beginning: matches any token, and no token
 NOTHING = -2  # in a row's last tokens: before the first
 
 
 @dataclass(slots=True, eq=False)
 class _Bans:
-    """What one request must not generate.
+    """The bans of one request.
 
     Args:
         always: [vocab_size] bool, the ids that are banned at every position; None: there are none.
@@ -45,7 +45,7 @@ class TokenBans:
         return row in self._rows
 
     def add(self, row: int, params: SamplingParams, output_ids: Sequence[int]) -> None:
-        """Take in what a request must not generate, if anything; ``output_ids`` it has generated already."""
+        """Add a request's bans, if it has any. ``output_ids``: tokens that it has generated already."""
         if params.allowed_token_ids is None and not params.bad_words_ids:
             return
         several = [word for word in params.bad_words_ids if len(word) > 1]
@@ -81,7 +81,7 @@ class TokenBans:
                 bans.last_tokens = torch.cat([bans.last_tokens[1:], token_ids[i : i + 1]])
 
     def apply(self, logits: torch.Tensor, rows: Sequence[int]) -> None:
-        """Set what is banned to -inf, in place. A bad word whose ban would leave nothing is not banned."""
+        """Set the logits of banned tokens to -inf, in place. A bad word whose ban would leave no token is allowed."""
         for i, row in enumerate(rows):
             bans = self._rows.get(row)
             if bans is None:

@@ -1,4 +1,4 @@
-"""One rank's worker: it executes StepPlans. It knows neither requests' texts nor clients."""
+"""One rank's worker, which executes step plans. It knows neither texts nor clients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may co
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """What a rank needs to know. It travels to worker processes."""
+    """The configuration of one rank; sent to worker processes."""
 
     server_args: ServerArgs
     model_config: ModelConfig
@@ -37,12 +37,12 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What the core learns from a worker that has loaded its model."""
+    """A worker's report to the core after loading its model."""
 
     layout: CacheLayout
     weight_bytes: int
-    max_media_block: int = 0  # tokens of an image that see each other both ways, at most; 0: media are causal
-    reads_shared_prefixes: bool = False  # whether StepPlan.shared_prefixes is of use
+    max_media_block: int = 0  # most tokens of an image that see each other both ways; 0: media are causal
+    reads_shared_prefixes: bool = False  # whether attention uses StepPlan.shared_prefixes
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class PendingLogits:
 
 
 class PendingResult:
-    """A step that is launched, its numbers on their way to the host. Nothing but ``result()`` waits for the device."""
+    """A launched step whose results are being copied to the host. Only ``result()`` waits for the device."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class PendingResult:
     ) -> None:
         """
         Args:
-            token_ids: [S] int64, the drawn tokens; bad_rows: [S] bool, those that mean nothing.
-            asked: places in ``token_ids`` that ``logprobs`` are of.
+            token_ids: [S] int64, the drawn tokens; bad_rows: [S] bool, those from bad logits, which are meaningless.
+            asked: places in ``token_ids`` of the tokens that ``logprobs`` belong to.
             prompt_logprobs: by index into ``plan.work``.
         """
         self._plan = plan
@@ -99,7 +99,7 @@ class PendingResult:
 
 
 class Worker:
-    """``step(plan)`` is all that the plain case needs; with token masks, ``forward`` and ``sample`` are two calls."""
+    """Executes plans: ``step(plan)``, or ``forward`` and then ``sample`` where token masks come in between."""
 
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
         dtype = getattr(torch, config.model_config.dtype)
@@ -121,7 +121,7 @@ class Worker:
         return self.sample(self.forward(plan))
 
     def step_with_logits(self, plan: StepPlan) -> tuple[StepResult, torch.Tensor]:
-        """As ``step``, but waits; and a copy of the logits that tokens were drawn from, [S, vocab_size] float32."""
+        """As ``step``, but wait; also return a copy of the logits that were drawn from, [S, vocab_size] float32."""
         pending = self.forward(plan)
         return self.sample(pending).result(), pending.logits.to("cpu", copy=True)
 
@@ -143,7 +143,7 @@ class Worker:
 
     @torch.inference_mode()
     def sample(self, pending: PendingLogits, masks: Masks | None = None) -> PendingResult:
-        """Draws the step's tokens, under ``masks`` for ``plan.masked_rows``."""
+        """Draw the step's tokens, under ``masks`` for ``plan.masked_rows``."""
         work = [w for w in pending.plan.work if w.sample]
         logits = pending.logits
         rows = [w.row for w in work]
