@@ -53,7 +53,7 @@ class Cohere2Attention(GroupedQueryAttention):
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotates in float32, in layers with a window; the others know no positions."""
+        """Rotate in float32, in layers with a window; the others know no positions."""
         if not self.has_positions:
             return q, k
         rotated_q, rotated_k = self.rotary_emb(positions, q.float(), k.float())

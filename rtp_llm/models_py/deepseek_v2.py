@@ -193,7 +193,7 @@ class DeepseekV2MoE(nn.Module):
         )
 
     def check_routing(self, config: "PretrainedConfig") -> None:
-        """Raises ValueError for a routing that this class does not compute."""
+        """Raise ValueError for a routing that this class does not compute."""
         require(config, "topk_method", ("greedy", "group_limited_greedy"))
         require(config, "scoring_func", ("softmax",))
         require(config, "norm_topk_prob", (False,))  # implementations differ in whether such weights are scaled
@@ -220,14 +220,14 @@ class DeepseekV2MoE(nn.Module):
 
 
 def require(config: "PretrainedConfig", name: str, supported: tuple[object, ...]) -> None:
-    """Raises ValueError if the configuration has the field with another value."""
+    """Raise ValueError if the configuration has the field with another value."""
     value = getattr(config, name, supported[0])
     if value not in supported:
         raise ValueError(f"{name}={value!r} is not supported for {config.model_type}; have {list(supported)}")
 
 
 def check_groups(config: "PretrainedConfig") -> None:
-    """Raises ValueError if experts cannot be grouped as the configuration says."""
+    """Raise ValueError if experts cannot be grouped as the configuration says."""
     num_experts, num_groups, num_top = config.n_routed_experts, config.n_group, config.topk_group
     if not num_groups or not num_top or num_experts % num_groups or num_top > num_groups:
         raise ValueError(

@@ -270,7 +270,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
         self.check_rows(item)
 
     def check_rows(self, item: MultimodalDataItem) -> None:
-        """Raises InvalidRequest where an item does not fill its places in the prompt."""
+        """Raise InvalidRequest where an item does not fill its places in the prompt."""
         if self.num_rows(item) != item.num_tokens:
             raise InvalidRequest(
                 f"the prompt has {item.num_tokens} places for what has {self.num_rows(item)} embeddings",
@@ -278,7 +278,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
             )
 
     def check_length(self, modality: Modality, num_rows: int) -> None:
-        """Raises InvalidRequest before pixels are worked on that could never be served."""
+        """Raise InvalidRequest before pixels are worked on that could never be served."""
         limit = getattr(self.server_args, "context_length", None)
         limit = limit or self.hf_config.get_text_config().max_position_embeddings
         if num_rows > limit:

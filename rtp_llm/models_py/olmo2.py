@@ -94,7 +94,7 @@ class Olmo2Attention(GroupedQueryAttention):
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotates in float32."""
+        """Rotate in float32."""
         rotated_q, rotated_k = self.rotary_emb(positions, self.q_norm(q).float(), self.k_norm(k).float())
         return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 

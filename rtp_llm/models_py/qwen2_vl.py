@@ -322,7 +322,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
             )
 
     def _check_rows(self, item: MultimodalDataItem) -> None:
-        """Raises InvalidRequest where what the caller has processed itself does not fit its grid."""
+        """Raise InvalidRequest where what the caller has processed itself does not fit its grid."""
         num_frames, num_rows, num_columns = grid_of(item)
         name = item.modality.value
         if num_rows % self.merge_size or num_columns % self.merge_size:

@@ -75,7 +75,7 @@ class TransformersForCausalLM(nn.Module):
         self.attentions = nn.ModuleList()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Loads as transformers does: renamings, conversions and ties are its own. What is missing is an error."""
+        """Load as transformers does: renamings, conversions and ties are its own. What is missing is an error."""
         model_class, config, device = type(self.model), self.model.config, self.model.device
         del self.model  # its tensors, which nobody has touched, before the next take their place
         with torch.device("cpu"), _without_progress_bar():
@@ -96,7 +96,7 @@ class TransformersForCausalLM(nn.Module):
             raise ValueError(f"the checkpoint does not fit {model_class.__name__}:\n" + "\n".join(problems))
 
     def finish_load(self) -> None:
-        """Finds out what attention needs, and makes sure that the model computes the same with it."""
+        """Find out what attention needs, and make sure that the model computes the same with it."""
         self.model.eval()
         sequences = check_sequences(self.model.config, self.model.device)
         expected = self._run_plain(sequences)

@@ -182,7 +182,7 @@ _FOREIGN = {"abc", "builtins", "torch", "transformers", "transformers_modules", 
 
 
 def _check_spelling(model: object) -> None:
-    """Raises TraitError where a name is almost one that the engine reads: unread, it would silently do nothing.
+    """Raise TraitError where a name is almost one that the engine reads: unread, it would silently do nothing.
 
     All other names are a model's own; files from elsewhere bring many.
     """

@@ -133,7 +133,7 @@ class SamplingParams:
         return cls(**{name: value for name, value in values.items() if value is not None})
 
     def validate(self, vocab_size: int) -> None:
-        """Raises InvalidRequest if a token id lies outside ``[0, vocab_size)``."""
+        """Raise InvalidRequest if a token id lies outside ``[0, vocab_size)``."""
         check_vocabulary("logit_bias", self.logit_bias, vocab_size)
         check_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
         check_vocabulary("allowed_token_ids", self.allowed_token_ids, vocab_size)
@@ -160,7 +160,7 @@ def token_ids(name: str, values: Any) -> list[int]:
 
 
 def check_vocabulary(name: str, ids: Any, vocab_size: int) -> None:
-    """Raises InvalidRequest naming the first of ``ids`` (a collection of ints) that the vocabulary does not have."""
+    """Raise InvalidRequest naming the first of ``ids`` (a collection of ints) that the vocabulary does not have."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise InvalidRequest(

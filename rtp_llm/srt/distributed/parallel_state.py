@@ -49,7 +49,7 @@ def init_tensor_parallel(
     timeout_s: float,
     device: torch.device | str = "cpu",
 ) -> TPGroup:
-    """Joins the group; returns when every rank has.
+    """Join the group; return when every rank has joined.
 
     Args:
         backend: of torch.distributed: ``gloo``, ``nccl`` and what else it has here.
@@ -82,7 +82,7 @@ def init_tensor_parallel(
 
 
 def destroy_tensor_parallel() -> None:
-    """Leaves the group. Layers built before keep their old group and must not be used any more."""
+    """Leave the group. Layers built before keep their old group and must not be used any more."""
     global _tp_group
     if dist.is_initialized():
         dist.destroy_process_group()

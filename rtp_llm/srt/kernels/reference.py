@@ -120,7 +120,7 @@ def write_kv(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> None:
-    """Stores k [T, num_kv_heads, head_dim] in keys [slots, num_kv_heads, head_dim] at slots [T], and v likewise.
+    """Store k [T, num_kv_heads, head_dim] in keys [slots, num_kv_heads, head_dim] at slots [T], and v likewise.
 
     Where keys are int8, each head's numbers are divided by a scale, so that the largest is 127, and rounded; scales go
     to ``key_scales`` and ``value_scales`` [slots, num_kv_heads] float32. ``v`` is None where values are a view of keys.
@@ -371,7 +371,7 @@ def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) ->
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
-    """Rotates pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
+    """Rotate pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
 
     Pair i is components ``(i, i + half)`` in NeoX style, ``(2i, 2i + 1)`` in interleaved style.
 

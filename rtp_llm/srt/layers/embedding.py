@@ -56,7 +56,7 @@ class VocabParallelEmbedding(PackedLayer):
         return self.tp_group.all_reduce(rows.masked_fill(~is_here[..., None], 0))
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        """Copies this rank's rows of the whole table (or bias) ``tensor``, which is cut before it is copied."""
+        """Copy this rank's rows of the whole table (or bias) ``tensor``, which is cut before it is copied."""
         refuse_shard(shard_id, self.name)
         check_shape(tensor, (self.num_embeddings, *param.shape[1:]), self.name)
         num_rows = self.end_id - self.start_id

@@ -85,7 +85,7 @@ class LinearBase(PackedLayer):
         return self.quant_method.dequantized_weight(self)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        """Copies this rank's part of a checkpoint tensor into ``param``.
+        """Copy this rank's part of a checkpoint tensor into ``param``.
 
         Args:
             tensor: the whole checkpoint tensor; it is cut before it is copied.

@@ -199,7 +199,7 @@ class FusedMoE(ExpertsLayer):
         return self.tp_group.all_reduce(output) if self.reduce_results else output
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        """Copies this rank's part of a checkpoint tensor into ``param``.
+        """Copy this rank's part of a checkpoint tensor into ``param``.
 
         Args:
             tensor: the whole checkpoint tensor; it is cut before it is copied.

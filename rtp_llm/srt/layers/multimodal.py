@@ -59,7 +59,7 @@ def general_mm_embed_routine(
     use_deepstack: Mapping[Modality, bool] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Embeds text and media, and runs ``language_model(input_ids=None, forward_batch=, input_embeds=, **kwargs)``.
+    """Embed text and media, then run ``language_model(input_ids=None, forward_batch=, input_embeds=, **kwargs)``.
 
     Args:
         input_ids: [T], the vocabulary's ids, placeholders where media are.

@@ -54,7 +54,7 @@ class RotaryEmbedding(nn.Module):
         self._rotate = pick("rotary_pair", spec.dtype)
 
     def prepare_for_forward(self, forward_batch: ForwardBatch) -> None:
-        """Computes this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
+        """Compute this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
         positions = self._positions_of(forward_batch)
         cos_sin = self._cos_sin(positions, self._inv_freq_of(forward_batch))
         kept, num_tokens = self._step_cos_sin, positions.shape[-1]

@@ -397,7 +397,7 @@ def _head_dim(name: str, num_heads: int, projection_size: int, head_dim: int | N
 
 
 def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (i, i + half) of [T, heads, head_dim] by tables [T, 1, head_dim] float32."""
+    """Rotate pairs (i, i + half) of [T, heads, head_dim] by tables [T, 1, head_dim] float32."""
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 

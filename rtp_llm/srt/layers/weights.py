@@ -41,7 +41,7 @@ def is_optional(target: torch.Tensor) -> bool:
 
 
 def default_weight_loader(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-    """Loads the whole tensor; every rank has the same."""
+    """Load the whole tensor; every rank has the same."""
     refuse_shard(shard_id, "parameter")
     check_shape(tensor, param.shape, "parameter")
     param.data.copy_(tensor)
@@ -50,7 +50,7 @@ def default_weight_loader(param: nn.Parameter, tensor: torch.Tensor, shard_id: S
 def load_part(
     target: torch.Tensor, tensor: torch.Tensor, dim: int | None, part: int, num_parts: int, name: str
 ) -> None:
-    """Copies part ``part`` of ``num_parts`` equal parts of ``tensor`` along ``dim`` (None: all of it) to ``target``."""
+    """Copy part ``part`` of ``num_parts`` equal parts of ``tensor`` along ``dim`` (None: all of it) to ``target``."""
     expected = list(target.shape)
     if dim is not None:
         expected[dim] *= num_parts

@@ -42,7 +42,7 @@ def load_model(
     model_impl: str = "auto",
     quantization: str | None = None,
 ) -> nn.Module:
-    """Builds the model of ``model_config`` on ``device``, in its dtype, and loads its weights from a local directory.
+    """Build the model of ``model_config`` on ``device``, in its dtype, and load its weights from a local directory.
 
     ``load_format="dummy"`` needs no weight file: parameters get small random values, the same at every call.
     ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter where
@@ -84,7 +84,7 @@ class _Source:
 
 
 def _load_fallback(unknown: UnknownArchitectureError, source: _Source) -> nn.Module:
-    """Raises ``unknown``, extended, if transformers cannot step in either."""
+    """Raise ``unknown``, extended, if transformers cannot step in either."""
     logger.info("no model file for %s: it runs through transformers", ", ".join(source.model_config.architectures))
     try:
         return _load(ModelRegistry.models[FALLBACK], source)
@@ -114,7 +114,7 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
 
 
 def _tell_of_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
-    """Raises QuantizationError if no layer is quantized: what was asked for must have an effect."""
+    """Raise QuantizationError if no layer is quantized: what was asked for must have an effect."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     plain = sum(isinstance(method, UnquantizedLinearMethod) for method in methods)
     quantized = sum(isinstance(method, (PackedLinearMethod, PackedExpertsMethod)) for method in methods)

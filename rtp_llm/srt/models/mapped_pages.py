@@ -18,7 +18,7 @@ class MappedFile:
         self._ranges: list[range] | None = None  # found when the first tensor is dropped: by then it is mapped
 
     def drop(self, tensor: torch.Tensor) -> None:
-        """Gives the tensor's whole pages back to the system; they are read from the file again if they are touched.
+        """Give the tensor's whole pages back to the system; they are read from the file again if they are touched.
 
         Only pages of the file's own mapping are dropped: memory that has no file behind it would lose its content.
         What was written to a private mapping is lost.

@@ -39,7 +39,7 @@ def _pack(name: str, entry: Entry) -> bytes:
 
 
 def unpack_registrations(packed: bytes) -> None:
-    """Enters what ``pack_registrations`` gave into this process's registry.
+    """Enter what ``pack_registrations`` gave into this process's registry.
 
     Raises:
         RegistrationError: a class cannot be imported here.

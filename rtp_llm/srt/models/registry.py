@@ -50,7 +50,7 @@ class ModelFile:
     places: tuple[str, ...]
 
     def load(self) -> type[nn.Module]:
-        """Raises ModelImportError or DuplicateModelError."""
+        """Raise ModelImportError or DuplicateModelError."""
         if len(self.places) > 1:
             raise DuplicateModelError(
                 f"architecture {self.arch} is claimed by several files: {', '.join(self.places)}; keep one"
@@ -132,7 +132,7 @@ class ModelMap(MutableMapping[str, type[nn.Module]]):
         return f"<models: {', '.join(sorted(self))}>"
 
     def clear(self) -> None:
-        """Deletes what was set."""
+        """Delete what was set."""
         self.overrides.clear()
 
 
@@ -150,7 +150,7 @@ class _ModelRegistry:
         self.models = ModelMap(package)
 
     def register(self, package_name: str, overwrite: bool = False, strict: bool = False) -> None:
-        """Imports the modules of a package and sets the classes that they name in ``EntryClass``.
+        """Import the modules of a package and add the classes that they name in ``EntryClass``.
 
         A module that cannot be imported is logged, and its error is raised when its architecture is asked for, or, if
         ``strict``, at once. Nothing is set if anything is raised.
@@ -294,7 +294,7 @@ def _read_entry_points() -> _Found:
 
 
 def _read_package(package: str) -> _Found:
-    """Reads the ``EntryClass`` of a module, or of a package and its modules, without importing them."""
+    """Read the ``EntryClass`` of a module, or of a package and its modules, without importing them."""
     found = _Found()
     for module, path in _files_of(package):
         _claim_by_source(found, module, path)

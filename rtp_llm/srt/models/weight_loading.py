@@ -29,7 +29,7 @@ def load_weights(
     num_layers: int | None = None,
     quant_config: QuantizationConfig | None = None,
 ) -> None:
-    """Loads by the model's own ``load_weights(weights)`` if it has one, else declaratively.
+    """Load by the model's own ``load_weights(weights)`` if it has one, else declaratively.
 
     Where such a method returns the set of the parameter names it loaded, a parameter that is not in it is an error.
     """
@@ -56,7 +56,7 @@ def load_weights_declaratively(
     num_layers: int | None = None,
     quant_config: QuantizationConfig | None = None,
 ) -> None:
-    """Puts every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
+    """Put every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
 
     A tensor's name is first rewritten by ``rename``, ``[(regex, replacement), ...]``, each applied in turn. It then is
     a parameter's or persistent buffer's own name, or becomes one through a module's ``weight_sources``, ``{checkpoint
@@ -177,7 +177,7 @@ class _DeclarativeLoad:
             self.problems["tensors have no place in the model"].append(f"{name} {_shape(tensor)}")
 
     def finish(self) -> None:
-        """Raises WeightLoadError if anything was wrong; else logs what was ignored."""
+        """Raise WeightLoadError if anything was wrong; else log what was ignored."""
         if self.prefixed and self.num_direct:  # a mixture is not a checkpoint of the base model
             self.problems["tensors have no place in the model"] += self.prefixed
         self._take_defaults()
@@ -210,7 +210,7 @@ class _DeclarativeLoad:
 
 
 def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None:
-    """Raises ValueError if the tensor does not fit."""
+    """Raise ValueError if the tensor does not fit."""
     if target.is_floating_point() != tensor.is_floating_point():
         raise ValueError(f"expected dtype {target.dtype}, got {tensor.dtype}")
     weight_loader = getattr(target, "weight_loader", None)

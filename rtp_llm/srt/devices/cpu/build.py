@@ -228,7 +228,7 @@ def openmp_libraries() -> tuple[str, ...]:
 
 
 def _compile(name: str, target: str, path: Path) -> None:
-    """Makes ``path``, whole or not at all. What an interrupted call leaves is overwritten by the next one."""
+    """Make ``path``, whole or not at all. What an interrupted call leaves is overwritten by the next one."""
     started = time.monotonic()
     made = path.with_suffix(".new")
     made.unlink(missing_ok=True)

@@ -59,7 +59,11 @@ class ExpertPanels(PackedExperts):
 
 
 def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Raises IndexError: an id is not in [0, num_groups)."""
+    """See ``reference.group_rows``.
+
+    Raises:
+        IndexError: an id is not in [0, num_groups).
+    """
     if ids.dtype != torch.int64 or not ids.is_cpu:
         return reference.group_rows(ids, num_groups)
     ids = ids.contiguous()

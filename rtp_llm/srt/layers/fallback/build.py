@@ -48,7 +48,7 @@ def build(config: "PretrainedConfig") -> PreTrainedModel:
 
 
 def refuse_unservable(model: PreTrainedModel) -> None:
-    """Raises for what the configuration or the class tells."""
+    """Raise for what the configuration or the class tells."""
     for missing in (_missing_state(model), _missing_interface(model)):
         if missing:
             raise UnservableModelError(f"{type(model).__name__} {missing}")

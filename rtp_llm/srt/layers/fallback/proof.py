@@ -72,7 +72,7 @@ def check_batch(
 
 
 def compare(expected: list[torch.Tensor], ours: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Raises if logits [tokens, vocab_size] of the sequences differ by more than rounding."""
+    """Raise if logits [tokens, vocab_size] of the sequences differ by more than rounding."""
     worst = 0.0
     for index, (theirs, mine) in enumerate(zip(expected, ours, strict=True)):
         for piece in errors(mine, theirs[:, : mine.shape[1]]).split(

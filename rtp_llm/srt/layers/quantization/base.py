@@ -83,11 +83,11 @@ class ExpertsLayer(nn.Module):
         is_split: bool = True,
         is_optional: bool = False,
     ) -> nn.Parameter:
-        """Registers one that belongs to ``w13`` or ``w2``. ``is_split``: ranks share the inputs of ``w2``."""
+        """Register one that belongs to ``w13`` or ``w2``. ``is_split``: ranks share the inputs of ``w2``."""
 
     @abstractmethod
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        """Copies this rank's part of a checkpoint tensor into ``param``."""
+        """Copy this rank's part of a checkpoint tensor into ``param``."""
 
 
 def tensors_of(model: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ class QuantizeMethodBase:
         return layer.packed.apply(x, bias)
 
     def process_weights_after_loading(self, layer: PackedLayer) -> None:
-        """Packs, transposes or replaces what was loaded. Nothing by default."""
+        """Pack, transpose or replace the loaded parameters. By default, do nothing."""
 
 
 class LinearMethodBase(QuantizeMethodBase, ABC):
@@ -131,7 +131,7 @@ class LinearMethodBase(QuantizeMethodBase, ABC):
         params_dtype: torch.dtype,
         weight_loader: WeightLoader,
     ) -> None:
-        """Registers the parameters of this rank's part (see ``layers.weights.make_parameter``) on ``layer``.
+        """Register the parameters of this rank's part (see ``layers.weights.make_parameter``) on ``layer``.
 
         Args:
             output_partition_sizes: this rank's rows of each tensor that the layer fuses.
@@ -167,7 +167,7 @@ class EmbeddingMethodBase(QuantizeMethodBase, ABC):
         params_dtype: torch.dtype,
         weight_loader: WeightLoader,
     ) -> None:
-        """Registers this rank's rows on ``layer``."""
+        """Register this rank's rows on ``layer``."""
 
     def embedding(self, layer: PackedLayer, row_ids: torch.Tensor) -> torch.Tensor:
         """[T] indices of this rank's rows -> [T, embedding_dim]."""
@@ -190,7 +190,7 @@ class ExpertsMethodBase(ABC):
 
     @abstractmethod
     def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:
-        """Registers the parameters of ``w13`` or ``w2`` on ``layer``, by its ``add_parameter``.
+        """Register the parameters of ``w13`` or ``w2`` on ``layer``, by its ``add_parameter``.
 
         Args:
             shape: experts, and this rank's outputs and inputs; input_size: inputs of all ranks.
@@ -286,7 +286,7 @@ def process_weights(module: nn.Module) -> None:
 
 
 def free(layer: nn.Module, *names: str) -> None:
-    """Removes parameters, and their memory wherever else they are referred to."""
+    """Remove parameters, and their memory wherever else they are referred to."""
     for name in names:
         param = layer.get_parameter(name)
         delattr(layer, name)

@@ -137,7 +137,7 @@ def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> Gr
 
 
 def _check_rest(settings: Mapping[str, Any]) -> None:
-    """Raises QuantizationError for what changes the arithmetic of more than the weights of linear layers."""
+    """Raise QuantizationError for what changes the arithmetic of more than the weights of linear layers."""
     asks_for = {
         "sparsity_config": not is_stored_dense(settings.get("sparsity_config") or {}),
         "transform_config": bool(_without_empty(settings.get("transform_config"))),

@@ -214,7 +214,7 @@ class GroupedExpertsMethod(PackedExpertsMethod):
 
 
 def check_sizes(name: str, group_format: GroupFormat, group_size: int, num_inputs: int, input_size: int) -> None:
-    """Raises ValueError if a rank's part of a weight's inputs would not be of whole bytes and groups."""
+    """Raise ValueError if a rank's part of a weight's inputs would not be of whole bytes and groups."""
     if num_inputs * group_format.bits % 8:
         raise ValueError(f"{name}: {num_inputs} inputs of {group_format.bits} bits do not fill bytes")
     if num_inputs < input_size and group_size < input_size and num_inputs % group_size:
@@ -231,7 +231,7 @@ def pack_groups(
     group_size: int,
     group_format: GroupFormat,
 ) -> PackedWeight:
-    """Groups of neighbours. With 8 bits and a scale per output, products are of integers."""
+    """Pack a weight whose groups are neighbouring inputs. With 8 bits and a scale per output, products use integers."""
     if zeros is not None and bool((zeros == 1 << (group_format.bits - 1)).all()):
         zeros = None
     if group_format.bits == 4:
