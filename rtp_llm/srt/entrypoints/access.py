@@ -1,12 +1,12 @@
-"""Who may ask the server for what: keys, hosts, and pages of other origins.
+"""Who may use which endpoint: keys, hosts, and pages of other origins.
 
     /health, /ready, /ping, /health_generate, /metrics, preflights   anyone
     /flush_cache, aborting all requests                              the administrator, if there is such a key
-    all else                                                         a key, if there is one
+    everything else                                                  a key, if there is one
 
-A browser can be made to send requests by any page that it shows. Such a page cannot send JSON to another origin without
-a preflight; what takes no JSON is refused to it here. And a page whose own name leads to this machine (DNS rebinding)
-is told by the ``Host`` that its requests carry.
+Any page can make a browser send requests. Without a preflight a page cannot send JSON to another origin; its requests
+to endpoints that take no JSON are refused here. A page whose own name resolves to this machine (DNS rebinding) is
+recognised by the ``Host`` of its requests.
 """
 
 import hmac
@@ -34,11 +34,11 @@ class Access:
     """The rules of one server.
 
     Args:
-        keys: any of them opens what is not for the administrator alone; none: no key is asked for.
-        admin_keys: any of them opens all; none: the administrator needs what everybody needs.
-        hosts: names that ``Host`` may give, ``*`` for any, a leading dot for all names below; None: any address, and
-            any name without a dot, which no page from elsewhere can have.
-        origins: of pages whose scripts may ask, ``*`` for any.
+        keys: any of them is accepted except for administration; none: no key is needed.
+        admin_keys: any of them is accepted everywhere; none: administration needs a key of ``keys``.
+        hosts: allowed ``Host`` names, ``*`` for any, a leading dot for all subdomains; None: any address, and any name
+            without a dot, which no page of another site can have.
+        origins: of pages whose scripts may send requests, ``*`` for any.
     """
 
     keys: Sequence[str] = field(default=(), repr=False)
@@ -48,7 +48,7 @@ class Access:
 
     @classmethod
     def from_server_args(cls, args: ServerArgs) -> "Access":
-        """Raises ServerArgsError where a key is empty, or its file cannot be read."""
+        """Raise ServerArgsError where a key is empty, or its file cannot be read."""
         keys = _keys("api_key", args.api_key, args.api_key_file, KEY_VARIABLE)
         hosts: Sequence[str] | None = args.allowed_hosts
         if hosts is None and (keys or not _is_loopback(args.host)):
@@ -61,7 +61,7 @@ class Access:
         )
 
     def refusal(self, scope: Scope) -> ApiError | None:
-        """Why a request is refused, if it is. Notes in the scope's state whether the administrator asks."""
+        """Return the error of a refused request, else None. Note in the scope's state whether it has an admin key."""
         path, headers = scope["path"], _headers(scope)
         if path in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
@@ -106,7 +106,7 @@ class Access:
 
 
 def check_admin(scope: Scope) -> ApiError | None:
-    """Why a request that changes the server is refused, if it is."""
+    """Return the error of a request for administration that is refused, else None."""
     return None if scope.get("state", {}).get(IS_ADMIN, True) else _wrong_key("administrator's key (--admin-api-key)")
 
 
@@ -116,7 +116,7 @@ def _wrong_key(what: str) -> ApiError:
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:
-    return dict(reversed(scope["headers"]))  # of several, the first counts
+    return dict(reversed(scope["headers"]))  # of equal names, the first counts
 
 
 def _shown_keys(headers: Mapping[bytes, bytes]) -> list[bytes]:
@@ -126,12 +126,12 @@ def _shown_keys(headers: Mapping[bytes, bytes]) -> list[bytes]:
 
 
 def _is_one_of(shown: Sequence[bytes], keys: Sequence[str]) -> bool:
-    found = [hmac.compare_digest(one, key.encode()) for one in shown for key in keys]  # all: time tells nothing
+    found = [hmac.compare_digest(one, key.encode()) for one in shown for key in keys]  # all: constant time
     return any(found)
 
 
 def _keys(name: str, given: str | None, path: str | None, variable: str) -> tuple[str, ...]:
-    """Keys of an option, of a file with one in each line, or of the environment: the first of these that is set."""
+    """Read keys from an option, a file with one in each line, or the environment: the first that is set."""
     if given is not None and path is not None:
         raise ServerArgsError(f"{name} and {name}_file are both given; give one")
     if path is not None:

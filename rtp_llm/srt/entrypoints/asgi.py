@@ -1,4 +1,4 @@
-"""The layer between uvicorn and the routes: who may pass, what a body may be, and what a hang-up means."""
+"""The layer between uvicorn and the routes: access, request bodies, and disconnected clients."""
 
 import asyncio
 import json
@@ -28,18 +28,18 @@ T = TypeVar("T")
 
 REQUEST_ID = b"x-request-id"
 MAX_REQUEST_ID_CHARS = 128
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it, but logs show it
+CLIENT_CLOSED_REQUEST = 499  # for logs: the client has gone
 DONE = b"data: [DONE]\n\n"
 LARGE_BODY = 256 * 1024  # bytes
 MAX_LARGE_BODIES = 16
 
 
 class Gate:
-    """The outermost application: answers by itself while there is no other, checks who asks, and counts who is inside.
+    """The outermost application: checks access, counts open requests, and answers 503 while the model is loading.
 
     Attributes:
         app: the application behind it; None while the model is being loaded.
-        draining: only requests that are inside may finish.
+        draining: open requests may finish, new ones are refused.
     """
 
     def __init__(self, access: Access) -> None:
@@ -80,7 +80,7 @@ class Gate:
         return None
 
     async def wait_empty(self, timeout_s: float) -> bool:
-        """Whether all requests have ended within the time."""
+        """Wait for all requests to end; return whether they did within the time."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         except TimeoutError:
@@ -120,8 +120,8 @@ class Bodies:
 
 
 class StrictRequest(Request):
-    """A request whose body is JSON in UTF-8 by the letter of RFC 8259, and not too large. As a context it gives back
-    the memory of its body when it is left."""
+    """A request whose body is strict JSON (RFC 8259) in UTF-8, and not too large. Leaving its context releases the
+    body's bytes in ``Bodies``."""
 
     _num_bytes = 0
 
@@ -149,8 +149,8 @@ class StrictRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """The body, whose values are checked by type (see ``edge.check_json``). A large one is read on another thread,
-        and its size in values is checked first."""
+        """Return the body, checked by ``edge.check_json``. A large one is parsed on another thread, after its number of
+        values has been checked."""
         body = await self.body()
         try:
             if len(body) <= LARGE_BODY:
@@ -208,7 +208,7 @@ class StrictRoute(APIRoute):
 
 
 class JSON(Response):
-    """Any value that msgspec can encode."""
+    """A JSON response of any value that msgspec can encode."""
 
     media_type = "application/json"
 
@@ -216,12 +216,12 @@ class JSON(Response):
         return msgspec.json.encode(content)
 
 
-# Ends of lines to Unicode, and so to clients that split a stream by lines of text, which JSON leaves as they are.
+# Line ends in Unicode that JSON does not escape: clients may split a stream of text at them.
 LINE_ENDS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
 
 
 def event(value: Any) -> bytes:
-    """A server-sent event: one line by anybody's count."""
+    """Return a server-sent event of one line, by ASCII and by Unicode."""
     content = msgspec.json.encode(value)
     if not content.isascii():
         for character, escape in LINE_ENDS.items():
@@ -230,7 +230,7 @@ def event(value: Any) -> bytes:
 
 
 class EventStream(Response):
-    """A call's server-sent events, ``[DONE]`` at the end. Hanging up ends the call at once, wherever it is."""
+    """A call's server-sent events, ``[DONE]`` at the end. If the client disconnects, the call ends at once."""
 
     media_type = "text/event-stream"
 
@@ -257,7 +257,7 @@ def _part(body: bytes, more: bool) -> Message:
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """What ``work`` gives. If the client hangs up before, ``work`` is cancelled, and there is None."""
+    """Return the result of ``work``; if the client disconnects first, cancel it and return None."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnection(receive))
     try:
@@ -272,6 +272,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
 
 async def _disconnection(receive: Receive) -> None:
-    """Returns when the client is gone; the body must have been read."""
+    """Wait until the client has disconnected; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,9 +1,9 @@
 """Connections to the HTTP server: accepted while there is room, and closed when their client is too slow.
 
-uvicorn speaks HTTP; what it leaves open is bounded here. Each connection is in one phase, which has a deadline:
+uvicorn speaks HTTP, without these limits. Each connection is in one phase, which has a deadline:
 
     waiting for a request's headers   --header-timeout, from the connection or the request's first byte on
-    reading a request's body          --body-timeout, longer where much has come (MIN_BODY_RATE)
+    reading a request's body          --body-timeout, longer for large bodies (MIN_BODY_RATE)
     computing, or streaming           none; but a client must take what is written within --send-timeout
     between two requests              --keep-alive-timeout
 """
@@ -34,15 +34,15 @@ from rtp_llm.srt.entrypoints.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-MIN_BODY_RATE = 16 * 1024  # bytes a second, beyond which a body may take longer than its timeout
-LINGER_S = 2.0  # in which a client can read why its body is not
+MIN_BODY_RATE = 16 * 1024  # bytes a second: a body that comes as fast may take longer than its timeout
+LINGER_S = 2.0  # for the client to read the answer to a request whose body is not read
 LINGER_BYTES = 256 * 1024
-SPARE_CONNECTIONS = 64  # beyond the limit: they are told so, and asked for nothing but /health
+SPARE_CONNECTIONS = 64  # beyond the limit: answered 503, except for /health
 OTHER_DESCRIPTORS = 128  # files and sockets of this process that are not connections
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 RETRY_ACCEPT_S = 0.2
 WARN_EVERY_S = 10.0
-REFUSED = "is_refused"  # in a scope's state: the connection is one too many
+REFUSED = "is_refused"  # in a scope's state: the connection is beyond the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Limits:
 
 
 def _descriptors() -> int:
-    """Files and sockets that this process may open, after asking for as many as the system lets it have."""
+    """Raise the limit of open files as far as the system allows, and return it."""
     try:
         import resource
     except ImportError:  # not on this system
@@ -78,7 +78,7 @@ def _descriptors() -> int:
 
 
 class Uvicorn(uvicorn.Server):
-    """uvicorn with our own connections, and without its own ideas on signals."""
+    """uvicorn with our own connections, and without its signal handlers."""
 
     def __init__(self, app: ASGIApp, args: ServerArgs) -> None:
         config = uvicorn.Config(
@@ -95,7 +95,7 @@ class Uvicorn(uvicorn.Server):
         self.limits = Limits.from_server_args(args)
         self._tls = tls_context(args)
         self._accepting: list[asyncio.Task[None]] = []
-        self._opening: dict[asyncio.Task[None], None] = {}  # connections whose TLS is not agreed on, oldest first
+        self._opening: dict[asyncio.Task[None], None] = {}  # connections in their TLS handshake, oldest first
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
@@ -115,7 +115,7 @@ class Uvicorn(uvicorn.Server):
                 connection.transport.abort()
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Accept connections for as long as there is room; otherwise they wait in the system's queue."""
+        """Accept connections while there is room; others wait in the system's queue."""
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
         warned_s = -WARN_EVERY_S
@@ -143,7 +143,7 @@ class Uvicorn(uvicorn.Server):
         return len(self.server_state.connections) + len(self._opening)
 
     async def _room(self) -> None:
-        """Wait until one more connection is allowed. What only waits for a request makes room for it."""
+        """Wait until one more connection is allowed, closing idle ones to make room."""
         if self.num_connections >= self.limits.max_connections:
             self._drop_idle(self.num_connections - self.limits.max_connections + 1)
         while self.num_connections >= self.limits.max_connections + SPARE_CONNECTIONS:
@@ -164,7 +164,7 @@ class Uvicorn(uvicorn.Server):
         loop = asyncio.get_running_loop()
         is_refused = len(self.server_state.connections) >= self.limits.max_connections
         timeouts = {"ssl_handshake_timeout": self.limits.header_s} if self._tls is not None else {}
-        with suppress(OSError, TimeoutError):  # ssl.SSLError is one: who does not speak TLS is let go
+        with suppress(OSError, TimeoutError):  # ssl.SSLError is one: clients that do not speak TLS are dropped
             await loop.connect_accepted_socket(
                 lambda: Connection(self.config, self.server_state, {REFUSED: is_refused}, self.limits, loop),
                 accepted,
@@ -179,7 +179,7 @@ class Uvicorn(uvicorn.Server):
 
 
 def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
-    """The context of ``--ssl-certfile`` and ``--ssl-keyfile``. Raises ValueError that says what is wrong with them."""
+    """Return the context of ``--ssl-certfile`` and ``--ssl-keyfile``. Raise ValueError if they cannot be used."""
     if args.ssl_certfile is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -208,8 +208,8 @@ class Connection(H11Protocol):
         super().__init__(config, server_state, app_state, loop)
         self._limits = limits
         self._phase: tuple[str, Any] = ("", None)
-        self._phase_s = 0.0  # when it began
-        self._num_bytes = 0  # received in it
+        self._phase_s = 0.0  # start of the phase
+        self._num_bytes = 0  # received in the phase
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
         self._is_lingering = False
@@ -224,7 +224,7 @@ class Connection(H11Protocol):
     def drop(self) -> None:
         self.transport.abort()
 
-    # What comes
+    # Incoming
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -248,7 +248,7 @@ class Connection(H11Protocol):
                 deadline.cancel()
 
     def _enter(self) -> None:
-        """Begin a phase, if it is another than before."""
+        """Begin a phase, if it differs from the current one."""
         if self._is_lingering:
             return
         if self.transport.is_closing():
@@ -276,7 +276,7 @@ class Connection(H11Protocol):
         if phase == "body":
             timeout_s = self._limits.body_s + self._num_bytes / MIN_BODY_RATE
             left_s = self._phase_s + timeout_s - self.loop.time()
-            if self.flow.read_paused:  # it is we who do not read
+            if self.flow.read_paused:  # the server has paused reading
                 left_s = self._limits.body_s
             if left_s > 0:
                 self._deadline = self.loop.call_later(left_s, self._on_deadline)
@@ -307,10 +307,10 @@ class Connection(H11Protocol):
         self._linger()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what is not HTTP."""
+        """Answer what is not HTTP; uvicorn calls this."""
         self._refuse(ApiError(400, "the request is not valid HTTP/1.1", code="invalid_http"))
 
-    # What goes
+    # Outgoing
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -321,7 +321,7 @@ class Connection(H11Protocol):
             self._enter()
 
     def _linger(self) -> None:
-        """Close, but let the client read the answer first: closing with unread data would take it back."""
+        """Close after the client has had time to read the answer: closing with unread data would discard it."""
         self._is_lingering = True
         self._num_bytes = 0
         self._unset_keepalive_if_required()
@@ -337,7 +337,7 @@ class Connection(H11Protocol):
         self._deadline = self.loop.call_later(LINGER_S, self.drop)
 
     def eof_received(self) -> None:
-        """The client writes no more: asyncio closes the connection."""
+        """Return None: asyncio closes the connection when the client writes no more."""
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()

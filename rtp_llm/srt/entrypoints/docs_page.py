@@ -1,4 +1,4 @@
-"""GET /docs: the OpenAPI document as a page for people. It loads nothing from anywhere, and runs no script."""
+"""GET /docs: the OpenAPI document as an HTML page, which loads no other file and runs no script."""
 
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -22,7 +22,7 @@ Schema = Mapping[str, Any]
 
 
 def docs_page(document: Schema) -> HTMLResponse:
-    """The page of an OpenAPI document."""
+    """Return the page of an OpenAPI document."""
     return HTMLResponse("".join(_page(document)), headers=HEADERS)
 
 

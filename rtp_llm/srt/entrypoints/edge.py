@@ -1,7 +1,7 @@
-"""What is checked of a request's JSON by its type alone, wherever it stands, before any field is looked at.
+"""Checks of a request's JSON that need no knowledge of its fields, made before any field is read.
 
-One walk over the parsed body: text can be encoded as UTF-8, numbers fit in 64 bits and are finite, and the body is no
-larger than validation can answer for in good time. Its cost is linear, and a wrong value ends it.
+One walk over the parsed body: text can be encoded as UTF-8, numbers fit in 64 bits and are finite, and the body is
+small enough to be validated in good time. Its cost is linear, and a wrong value ends it.
 """
 
 import math
@@ -19,7 +19,7 @@ SHOWN_CHARS = 40  # of a name or a number, in messages
 
 
 def check_json(body: Any) -> None:
-    """Raise InvalidRequest, with the path and the top-level field, for a value that nothing here could take."""
+    """Raise InvalidRequest, with the path and the top-level field, for a value that no field accepts."""
     pending: list[tuple[tuple[str | int, ...], Any]] = [((), body)]
     num_containers = 0
     while pending:
@@ -43,7 +43,7 @@ def check_json(body: Any) -> None:
 
 
 def _needs_walk(path: tuple[str | int, ...], items: list[Any]) -> bool:
-    """Check a list at once where it is all of one kind; whether its items must be looked at one by one."""
+    """Check a list at once if it is of one type; return whether its items must be checked one by one."""
     kinds = set(map(type, items))
     if kinds <= {int}:
         for value in (min(items), max(items)) if items else ():
@@ -92,7 +92,7 @@ def _encodable(text: str) -> bool:
 
 
 def _path(path: tuple[str | int, ...]) -> str:
-    """``("messages", 2, "content")`` as ``messages[2].content``."""
+    """Return ``messages[2].content`` for ``("messages", 2, "content")``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part[:SHOWN_CHARS]}"

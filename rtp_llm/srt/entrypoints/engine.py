@@ -32,7 +32,7 @@ OnProgress = Callable[[int, int], None]
 
 class Engine:
     """A model, ready to generate. Use it from any number of threads and event loops at once, but not from a process
-    that was forked after it was made: the engine's threads are not in there, and calls are refused.
+    forked after it was made: the engine's threads do not exist there, and calls raise.
 
     Args:
         model_path: checkpoint directory or hub id.
@@ -62,7 +62,7 @@ class Engine:
         configure_logging(args.log_level)
         self.model_config = read_model_config(args)
         tokenizer = read_tokenizer(args, self.model_config)
-        end_tokens = read_end_tokens(args, self.model_config, tokenizer)  # before the weights: an error is told at once
+        end_tokens = read_end_tokens(args, self.model_config, tokenizer)  # before the weights: errors come early
         link = QueueLink()
         self._client = EngineClient(link.client)
         build = partial(EngineCore, args, self.model_config, link.core, on_progress=on_progress)
@@ -91,7 +91,7 @@ class Engine:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What this engine is: its options, and what was derived from model and machine."""
+        """Return the engine's options, and what was derived from model and machine."""
         return {
             **asdict(self.server_args),
             "version": __version__,
@@ -113,14 +113,14 @@ class Engine:
         stream: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> Results | Iterator[Result]:
-        """Continues one prompt, or a list of them: texts in ``prompt``, or ids in ``input_ids``.
+        """Generate for one prompt, or a list of them: texts in ``prompt``, or ids in ``input_ids``.
 
         For a list, each option is one for all or a list of as many. All are checked before any is started.
 
         Args:
             sampling_params: fields of SamplingParams.
             stream: return an iterator of results so far instead; closing it ends the requests. Several completions
-                come interleaved, told apart by ``index``.
+                come interleaved, with an ``index``.
             options: see GenerateOptions.
 
         Returns:
@@ -152,7 +152,7 @@ class Engine:
         stream: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> Results | AsyncIterator[Result]:
-        """As ``generate``, without blocking the event loop; cancelling it ends the requests.
+        """Do the same as ``generate`` without blocking the event loop; cancelling it ends the requests.
 
         With ``stream`` the awaited value is an asynchronous iterator:
         ``async for result in await engine.async_generate(prompt, stream=True)``.
@@ -168,16 +168,16 @@ class Engine:
         return iterator
 
     def abort(self, rid: str | None = None) -> None:
-        """Ends a running request, or all of them. Its caller gets what was generated, with finish reason ``abort``."""
+        """End a running request, or all of them. Its caller gets what was generated, with finish reason ``abort``."""
         self._client.abort(rid)
 
     def flush_cache(self) -> FlushResult:
-        """Empties the prefix cache, if no request runs."""
+        """Empty the prefix cache, if no request runs."""
         self._check_process()
         return self._runner.wait_for(self._client.start_flush())
 
     def shutdown(self) -> None:
-        """Ends the core and every pending call, and frees the memory. Further calls are refused. Idempotent."""
+        """End the core and every pending call, and free the memory. Further calls are refused. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -226,7 +226,7 @@ class Engine:
 
 
 class ThreadRunner:
-    """Builds and runs the core on a thread of its own. What the constructor raises is what building the core raised."""
+    """Builds and runs the core on a thread of its own. The constructor raises what building the core raises."""
 
     def __init__(self, build: Callable[[], EngineCore], client: EngineClient, link: QueueLink) -> None:
         self._link = link
@@ -236,7 +236,7 @@ class ThreadRunner:
         try:
             self.core = ready.result()
         except BaseException:
-            link.client.send(Shutdown())  # if it is this thread that was interrupted, the core ends once it is built
+            link.client.send(Shutdown())  # if this thread was interrupted, the core ends once it is built
             if ready.done():
                 self._thread.join()
             raise
@@ -252,7 +252,7 @@ class ThreadRunner:
 
     def stop(self) -> None:
         self._link.client.send(Shutdown())
-        if threading.current_thread() is not self._thread:  # which may happen to collect the garbage that an engine is
+        if threading.current_thread() is not self._thread:  # the garbage collector may run there
             self._thread.join()
         del self.core
 
@@ -275,7 +275,7 @@ def _run_core(build: Callable[[], EngineCore], ready: "Future[EngineCore]", clie
 
 
 class InlineRunner:
-    """Steps the core in whichever thread waits for a result."""
+    """Steps the core in the thread that waits for a result."""
 
     def __init__(self, build: Callable[[], EngineCore], client: EngineClient, link: QueueLink) -> None:
         self._client = client
@@ -308,7 +308,7 @@ class InlineRunner:
         with self._lock:
             try:
                 self.core.step(block=False)
-            except BaseException as error:  # even an interrupt: a step that was left halfway cannot be taken up again
+            except BaseException as error:  # even an interrupt: a half-done step cannot be resumed
                 self._client.fail_all(error)
                 raise
 

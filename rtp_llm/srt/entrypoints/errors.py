@@ -1,4 +1,4 @@
-"""Errors as clients see them: ``{"error": {"message", "type", "param", "code"}}``, whatever went wrong where."""
+"""Errors in the form that clients get: ``{"error": {"message", "type", "param", "code"}}``."""
 
 import json
 import logging
@@ -43,9 +43,9 @@ class ErrorBody(TypedDict):
 
 
 class ApiError(HTTPException):
-    """An answer other than success. ``code`` is for programs; ``param`` names the field that is to blame, if one is.
+    """An answer other than success. ``code`` is for programs; ``param`` names the wrong field, if it is one.
 
-    An HTTPException, since FastAPI hides every other exception that comes up while a body is read.
+    An HTTPException, since FastAPI hides every other exception raised while a body is read.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -71,12 +71,12 @@ class ApiError(HTTPException):
             extra["Retry-After"] = str(RETRY_AFTER_S)
         if self.status == 401:
             extra["WWW-Authenticate"] = "Bearer"
-        content = json.dumps(self.body)  # in ASCII: what is quoted from a request may be no valid Unicode
+        content = json.dumps(self.body)  # in ASCII: quotes from a request may be invalid Unicode
         return Response(content, self.status, media_type="application/json", headers=extra)
 
 
 def invalid(error: InvalidRequest, names: Mapping[str, str] | None = None) -> ApiError:
-    """A 400. ``names`` are the fields' names in the request, where they are others than the engine's."""
+    """Return a 400. ``names``: engine's field names -> the request's, where they differ."""
     message, param = str(error), error.param
     for ours, theirs in (names or {}).items():
         message = re.sub(rf"\b{ours}\b", theirs, message)
@@ -95,14 +95,14 @@ def stopped(error: EngineStopped) -> ApiError:
 
 
 def of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request's fields, and where."""
+    """Return a 400 for the first wrong field of a request."""
     problems: Sequence[Any] = error.errors()
     first = min(problems, key=lambda problem: (problem["type"] != "extra_forbidden", problem["loc"]))
     place = _place(first)
     path = ".".join(map(str, place))
     param = str(place[0]) if place else None
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InvalidRequest):  # of a validator of ours, which knows the field
+    if isinstance(cause, InvalidRequest):  # from a validator of ours, which names the field
         return invalid(cause)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {path!r}: this server does not know it", param, "unknown_parameter")
@@ -118,13 +118,13 @@ _KINDS = ("str", "int", "float", "bool", "dict", "list")
 
 
 def _place(problem: Mapping[str, Any]) -> list[str | int]:
-    """Where in the body, without the names of alternatives that a field may be, such as ``list[str]``."""
+    """Return the path in the body, without the names of a union's types, such as ``list[str]``."""
     inner = [part for part in problem["loc"][1:] if not (isinstance(part, str) and "[" in part)]
     return inner[:-1] if len(inner) > 1 and inner[-1] in _KINDS else inner
 
 
 def _expected(messages: Sequence[str]) -> str | None:
-    """All kinds of value that a field may have, if that is what is wrong."""
+    """Return the types that a field may have, if its type is what is wrong."""
     beginning = "Input should be a valid "
     kinds = dict.fromkeys(message.removeprefix(beginning) for message in messages if message.startswith(beginning))
     return beginning + " or ".join(kinds) if len(kinds) > 1 else None
@@ -142,7 +142,7 @@ class Failure:
 
 @asynccontextmanager
 async def error_event() -> AsyncIterator[Failure]:
-    """For a stream under way, where the status has been sent: keeps what went wrong as the body of a last event."""
+    """Keep an error as the body of a stream's last event, since its status has been sent."""
     failure = Failure()
     try:
         yield failure
@@ -160,7 +160,7 @@ def internal() -> ApiError:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Makes every error of an application take this shape."""
+    """Make an application answer every error in this form."""
 
     async def on_api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -188,7 +188,7 @@ def add_handlers(app: FastAPI) -> None:
         return stopped(error).response()
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        """uvicorn logs the traceback; the client need not know it."""
+        """Answer 500 without the traceback, which uvicorn logs."""
         return internal().response()
 
     app.add_exception_handler(ApiError, on_api_error)

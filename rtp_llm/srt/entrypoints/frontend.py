@@ -1,8 +1,8 @@
-"""What the offline API and the server share: from a call's arguments to its completions and back.
+"""Calls, as the offline API and the server share them: from arguments to completions and back.
 
 A call is checked and turned into completions (``completions_of``), which a ``Call`` submits, feeds and, when left,
-ends. ``Frontend`` runs calls for one event loop: outputs are decoded as they come, however slowly they are read, so
-that a reader that lags behind finds one longer delta, and costs the others nothing.
+ends. ``Frontend`` runs calls for one event loop: outputs are decoded as they come, however slowly they are read: a
+slow reader finds one longer delta, and does not delay the others.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-PROMPT_FIELDS = ("sampling_params", *MEDIA_FIELDS.values())  # of a call's options, those that Prompt names
+PROMPT_FIELDS = ("sampling_params", *MEDIA_FIELDS.values())  # options of a call that are fields of Prompt
 
 T = TypeVar("T")
 Result = dict[str, Any]
 Results = Result | list[Result]
-Item = tuple[int, TokenOutput | EngineStopped]  # (which completion of a call, what came for it)
+Item = tuple[int, TokenOutput | EngineStopped]  # (index of a completion in its call, output for it)
 
 
 def completions_of(
     manager: TokenizerManager, prompt: Any, input_ids: Any, options: Mapping[str, Any]
 ) -> tuple[list[Completion], bool]:
-    """The completions that a call asks for, in order of prompts, and whether its answer is a list.
+    """Return the completions of a call, in order of prompts, and whether its answer is a list.
 
     Args:
         prompt: one text, or a list of them.
@@ -47,14 +47,14 @@ def completions_of(
     """
     prompts, batched = _prompts(prompt, input_ids, options)
     if any(item.has_media for item in prompts):
-        prompts = _run_apart(partial(_with_media, manager, prompts, batched))
+        prompts = _run_in_thread(partial(_with_media, manager, prompts, batched))
     return _completions(manager, prompts, batched)
 
 
 async def completions_with_media(
     manager: TokenizerManager, prompt: Any, input_ids: Any, options: Mapping[str, Any]
 ) -> tuple[list[Completion], bool]:
-    """As ``completions_of``, within an event loop that goes on while media are fetched and decoded."""
+    """Do the same as ``completions_of`` without blocking the event loop while media are fetched and decoded."""
     prompts, batched = _prompts(prompt, input_ids, options)
     return _completions(manager, await _with_media(manager, prompts, batched), batched)
 
@@ -79,21 +79,21 @@ def _completions(manager: TokenizerManager, prompts: list[Prompt], batched: bool
 
 @contextmanager
 def _numbered(i: int, batched: bool) -> Iterator[None]:
-    """What is wrong with one prompt of a list says which."""
+    """Put the prompt's index into an InvalidRequest raised within, if the prompt is one of a list."""
     try:
         yield
     except InvalidRequest as error:
         raise type(error)(f"prompt {i}: {error}", error.param) if batched else error from None
 
 
-def _run_apart(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The result of a coroutine, for callers that wait; in a thread of its own, since theirs may run an event loop."""
+def _run_in_thread(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in a new thread and wait for its result: the caller's thread may run an event loop."""
     with ThreadPoolExecutor(1, thread_name_prefix="rtp-llm-media") as pool:
         return pool.submit(lambda: asyncio.run(make_coroutine())).result()
 
 
 class Call:
-    """The completions of one ``generate``. As a context it ends in the core whatever still runs when it is left."""
+    """The completions of one ``generate``. Leaving its context aborts the requests that still run."""
 
     def __init__(self, client: EngineClient, completions: list[Completion], many: bool) -> None:
         self._client = client
@@ -103,7 +103,7 @@ class Call:
         self.num_running = len(completions)
 
     def submit(self, put: Callable[[Item], None]) -> None:
-        """Starts all requests; ``put`` gets their outputs in the core's thread."""
+        """Start all requests; ``put`` gets their outputs in the core's thread."""
         self._submitted = True
         try:
             self._client.submit_all(
@@ -114,7 +114,7 @@ class Call:
             raise
 
     def threadsafe_put(self, queue: "asyncio.Queue[Item]") -> Callable[[Item], None]:
-        """A ``put`` into the running event loop's ``queue``. If the loop is gone, nobody waits: the request ends."""
+        """Return a ``put`` into the running event loop's ``queue``. If the loop is closed, the request is aborted."""
         loop = asyncio.get_running_loop()
         client, rids = self._client, [item.request.rid for item in self._completions]
 
@@ -127,7 +127,7 @@ class Call:
         return put
 
     def take(self, item: Item) -> bool:
-        """Adds to the completion that ``item`` is for; false if that has ended already."""
+        """Add an output to its completion; return False if that has finished already."""
         i, output = item
         if isinstance(output, EngineStopped):
             raise output
@@ -137,12 +137,12 @@ class Call:
         completion.add(output)
         if completion.finished:
             self.num_running -= 1
-            if output.finish_reason is None:  # by a stop string, of which the core knows nothing
+            if output.finish_reason is None:  # by a stop string, which the core does not look for
                 self._client.abort(completion.request.rid)
         return True
 
     def result(self, i: int) -> Result:
-        """Completion ``i`` so far, for a stream."""
+        """Return the result so far of completion ``i``, for a stream."""
         result = self._completions[i].result()
         return {**result, "index": i} if self.many else result
 
@@ -165,7 +165,7 @@ def _put_item(put: Callable[[Item], None], i: int, output: TokenOutput | EngineS
 
 
 class Observer(Protocol):
-    """Is told, in the event loop, how the requests of a Frontend fare."""
+    """Gets the events of a Frontend's requests, in the event loop."""
 
     def started(self, completion: Completion) -> None: ...
 
@@ -174,7 +174,7 @@ class Observer(Protocol):
         ...
 
     def ended(self, completion: Completion, elapsed_s: float) -> None:
-        """It finished, or its caller gave it up: then ``completion.finished`` is false."""
+        """The request finished, or its caller cancelled it: then ``completion.finished`` is false."""
         ...
 
 
@@ -190,22 +190,22 @@ class Frontend:
     ) -> None:
         self.client = client
         self.manager = manager
-        self._post = Post(loop)
+        self._mailbox = LoopMailbox(loop)
         self._observers = observers
 
     def start(self, completions: list[Completion], many: bool = True) -> "LiveCall":
-        """Submits. The call that is returned must be left (``with``), which ends what still runs of it.
+        """Submit a call and return it. Use it in a ``with`` block, which aborts what still runs.
 
         Raises:
             EngineStopped, InvalidRequest: see EngineClient.submit_all.
         """
         call = LiveCall(self.client, completions, many, self._observers)
-        call.submit(partial(self._post.put, call.deliver))
+        call.submit(partial(self._mailbox.put, call.deliver))
         return call
 
 
-class Post:
-    """Takes items from any thread into the event loop, which is woken once for as many as have come by then."""
+class LoopMailbox:
+    """Hands items from any thread to the event loop, which is woken once for all that have come by then."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -218,11 +218,11 @@ class Post:
             if len(self._items) > 1:
                 return  # a wake-up is under way
         try:
-            self._loop.call_soon_threadsafe(self._hand_out)
-        except RuntimeError:  # the loop is closed, and with it every call that could wait for this
+            self._loop.call_soon_threadsafe(self._deliver_all)
+        except RuntimeError:  # the loop is closed, and with it every call that waits
             logger.debug("an output came after the event loop was closed")
 
-    def _hand_out(self) -> None:
+    def _deliver_all(self) -> None:
         with self._lock:
             items, self._items = self._items, []
         for deliver, item in items:
@@ -240,7 +240,7 @@ class LiveCall(Call):
         self._changed: dict[int, None] = {}
         self._wake = asyncio.Event()
         self._error: Exception | None = None
-        self._is_left = False  # what still comes is of nobody's interest
+        self._is_left = False  # outputs that still come are ignored
         self._start_s = time.perf_counter()
         self._last_s: list[float | None] = [None] * len(completions)  # when tokens came last
 
@@ -255,12 +255,12 @@ class LiveCall(Call):
                 for observer in self._observers:
                     observer.started(completion)
         except BaseException:
-            super().__exit__()  # nobody will read what is running already
+            super().__exit__()  # the caller gets no call to read: abort its requests
             raise
 
     def deliver(self, item: Item) -> None:
-        """Takes what came, in the event loop. Never raises: what goes wrong is raised where the call is read."""
-        if self._is_left:  # it has told its observers how each request ended
+        """Take an output, in the event loop. Never raise: errors are raised where the call is read."""
+        if self._is_left:  # its observers know how each request ended
             return
         try:
             num_before = len(self._completions[item[0]].output_ids)
@@ -284,7 +284,7 @@ class LiveCall(Call):
                 observer.ended(completion, now_s - self._start_s)
 
     async def changes(self) -> AsyncIterator[list[int]]:
-        """Which completions have news, each time there are any, until all have ended."""
+        """Yield the indices of completions with new output, until all have finished."""
         num_left = len(self._completions)
         while num_left:
             await self._wake.wait()
@@ -297,7 +297,7 @@ class LiveCall(Call):
                 yield changed
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(completion, what is new of it). The one with which a completion ends comes even if it is empty."""
+        """Yield (index of a completion, its delta). The last delta of each comes even if it is empty."""
         async for changed in self.changes():
             for i in changed:
                 finished = self._completions[i].finished
@@ -306,7 +306,7 @@ class LiveCall(Call):
                     yield i, delta
 
     async def wait(self) -> Literal[True]:
-        """Returns when all completions have ended."""
+        """Return when all completions have finished."""
         async for _ in self.changes():
             pass
         return True
@@ -322,7 +322,7 @@ class LiveCall(Call):
 
 
 def _prompts(prompt: Any, input_ids: Any, options: Mapping[str, Any]) -> tuple[list[Prompt], bool]:
-    """The single prompts of a call, and whether it gave a list of them."""
+    """Return the prompts of a call, and whether it gave a list of them."""
     if (prompt is None) == (input_ids is None):
         given = "neither" if prompt is None else "both"
         raise InvalidRequest(f"give either prompt or input_ids; {given} is given", "prompt")

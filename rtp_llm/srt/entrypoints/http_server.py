@@ -1,9 +1,9 @@
 """The HTTP server: from options to a running server, and to its end.
 
-    launch_server(ServerArgs(model_path="Qwen/Qwen3-0.6B"))   # blocks until the server is told to end
+    launch_server(ServerArgs(model_path="Qwen/Qwen3-0.6B"))   # blocks until the server ends
 
-The socket is opened first, so that a port in use is told at once and a probe gets an answer (503) while the model is
-being loaded. The core runs in a child process, which ends with this one, whatever happens to it.
+The socket is opened first, so that a port in use is an error at once and probes get an answer (503) while the model
+is loaded. The core runs in a child process, which ends with this one.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ from rtp_llm.srt.entrypoints.connections import Uvicorn
 from rtp_llm.srt.entrypoints.docs_page import docs_page
 from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
-from rtp_llm.srt.entrypoints.native import NativeEndpoints, Outcome, Text, Tokens, Version
+from rtp_llm.srt.entrypoints.native import Confirmation, NativeEndpoints, Text, Tokens, Version
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
@@ -62,8 +62,8 @@ T = TypeVar("T")
 OnProgress = Callable[[int, int], None]
 
 BACKLOG = 2048
-ABORT_GRACE_S = 2.0  # for requests that were told to end, to say so
-# Paths by which clients of other servers ask for the same.
+ABORT_GRACE_S = 2.0  # for aborted requests to send their last answer
+# Further paths of an endpoint, for clients of other servers.
 ALIASES = {
     "/v1/chat/completions": ("/chat/completions",),
     "/v1/completions": ("/completions",),
@@ -82,7 +82,7 @@ class AddressError(OSError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A second Ctrl-C: running requests were not waited for."""
+    """Ctrl-C came twice: the server did not wait for running requests."""
 
 
 def launch_server(
@@ -92,7 +92,7 @@ def launch_server(
     launch_callback: Callable[[], None] | None = None,
     core_process: StartedPython | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, then lets running requests finish within ``shutdown_timeout``.
+    """Serve until SIGTERM or Ctrl-C, then let running requests finish within ``shutdown_timeout``.
 
     Works at a script's module level, without an ``if __name__ == "__main__"`` guard.
 
@@ -116,7 +116,7 @@ def launch_server(
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises AddressError."""
+    """Return a listening socket. Raise AddressError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -176,7 +176,7 @@ class HTTPServer:
             raise self._error
 
     async def _load(self) -> None:
-        """Opens the gate once the core is ready."""
+        """Open the gate once the core is ready."""
         start_s = time.perf_counter()
         config, tokenizer, supervisor = await on_daemon_thread(self._start_core)
         self._supervisor = supervisor
@@ -191,14 +191,14 @@ class HTTPServer:
     def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
         config = read_model_config(self._args)
         tokenizer = read_tokenizer(self._args, config)
-        read_chat_template(self._args, config, tokenizer)  # a wrong one is told before the weights are loaded
+        read_chat_template(self._args, config, tokenizer)  # before the weights: errors come early
         supervisor = Supervisor(self._args, config, self._on_progress, self._core_process)
         supervisor.on_dead = self._on_core_dead
         supervisor.start()
         return config, tokenizer, supervisor
 
     def _on_core_dead(self, error: BaseException) -> None:
-        """From the supervisor's thread."""
+        """Stop the server; called in the supervisor's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended already
             self._loop.call_soon_threadsafe(self._stop, error)
 
@@ -209,7 +209,7 @@ class HTTPServer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Signals come to ``_on_signal``, if this is the main thread."""
+        """Handle signals by ``_on_signal``, if this is the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -241,14 +241,14 @@ class HTTPServer:
         self._stop(None)
 
     def _stop(self, error: BaseException | None) -> None:
-        """Ends the server; ``run`` raises the first error."""
+        """End the server; ``run`` raises the first error."""
         self._error = self._error or error
         self._gate.draining = True
         self._uvicorn.should_exit = True
 
 
 async def on_daemon_thread(function: Callable[[], T]) -> T:
-    """``function()`` on a thread that nobody waits for when the program ends."""
+    """Run ``function()`` on a thread that does not keep the program alive."""
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()  # a waiter that gives up must not make set_result() raise
 
@@ -270,7 +270,7 @@ def make_app(
     loop: asyncio.AbstractEventLoop,
     startup_s: float = 0.0,
 ) -> FastAPI:
-    """The application for a core that is ready, which took ``startup_s``. Its requests must be handled in ``loop``."""
+    """Build the application for a ready core, which started in ``startup_s``. Requests are handled in ``loop``."""
     info = core.info
     registry = CollectorRegistry()
     name = args.model_name
@@ -317,7 +317,7 @@ def make_app(
 
 
 def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:
-    """Let pages of these origins ask: preflights are answered before the key is asked for, and errors can be read."""
+    """Allow pages of these origins: preflights need no key, and pages can read errors."""
     if not allowed_origins:
         return app
     return CORSMiddleware(
@@ -344,8 +344,8 @@ def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> 
         ("/health_generate", ["GET"], native.health_generate, None, "control"),
         ("/model_info", ["GET"], native.model_info, None, "control"),
         ("/server_info", ["GET"], native.server_info, None, "control"),
-        ("/flush_cache", ["GET", "POST"], native.flush_cache, Outcome, "control"),
-        ("/abort_request", ["POST"], native.abort_request, Outcome, "control"),
+        ("/flush_cache", ["GET", "POST"], native.flush_cache, Confirmation, "control"),
+        ("/abort_request", ["POST"], native.abort_request, Confirmation, "control"),
         ("/version", ["GET"], native.version, Version, "control"),
         ("/metrics", ["GET"], native.metrics, None, "control"),
     ):

@@ -1,4 +1,4 @@
-"""How much a JSON text holds, counted without parsing it: parsing makes an object of each value, and cannot be stopped.
+"""Counts the values of a JSON text without parsing it: parsing makes an object of each, and cannot be stopped.
 
 32 MiB of ``[],[],[],...`` take seconds and a gigabyte to parse; counting takes a few hundredths of a second.
 """
@@ -14,14 +14,14 @@ BLOCK = 2**20  # bytes counted at once
 
 
 def check_json_size(body: bytes) -> None:
-    """Raise InvalidRequest where a body holds more lists and objects, members or values than are taken.
+    """Raise InvalidRequest if a body holds too many lists and objects, members or values.
 
-    Exact for valid JSON; of anything else, parsing tells what is wrong.
+    Exact for valid JSON; other texts fail when they are parsed.
     """
-    # What is left of a string in which no backslash or quotation mark is escaped has no quotation mark within.
+    # Without escaped backslashes and escaped quotation marks, every quotation mark left begins or ends a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     containers = members = values = 0
-    is_inside = np.uint8(0)  # of a string, at the end of the block before
+    is_inside = np.uint8(0)  # whether the block before ended inside a string
     for start in range(0, len(plain), BLOCK):
         block = np.frombuffer(plain, np.uint8, min(BLOCK, len(plain) - start), start)
         inside = np.bitwise_xor.accumulate((block == ord('"')).view(np.uint8)) ^ is_inside

@@ -25,19 +25,19 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.version import __version__
 
 PROBE_TIMEOUT_S = 20.0
-CHARS_PER_SEQUENCE = 500  # as many characters are encoded in the time that a request for the core takes
+CHARS_PER_SEQUENCE = 500  # encoding so many characters takes as long as handling a sequence
 SECRETS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 Media = str | dict[str, Any] | list[Any] | None
 
 
 class GenerateBody(Body):
-    """For a list of prompts, each option is one for all or a list of as many."""
+    """The body of /generate. For a list of prompts, each option is one for all or a list of as many."""
 
     unsupported = GENERATE
 
     @model_validator(mode="after")
-    def _sampling_params_that_ask(self) -> Self:
-        """Null and values that ask for nothing are left out of sampling parameters, too."""
+    def _leave_out_neutral_params(self) -> Self:
+        """Leave null and neutral values out of sampling parameters, too."""
         given = self.sampling_params
         if isinstance(given, list):
             where = [f"sampling_params[{i}]." for i in range(len(given))]
@@ -68,7 +68,7 @@ class GenerateBody(Body):
 
 
 class TokenizeBody(Body):
-    """One of ``prompt``, ``text`` (the same) and ``messages``."""
+    """The body of /tokenize: one of ``prompt``, ``text`` (the same) and ``messages``."""
 
     unsupported = TOKENIZE
 
@@ -120,7 +120,7 @@ class AbortBody(Body):
         return self
 
 
-class Outcome(TypedDict):
+class Confirmation(TypedDict):
     success: bool
     message: str
 
@@ -135,10 +135,10 @@ class NativeEndpoints:
         self._registry = registry
 
     async def generate(self, body: GenerateBody, request: Request) -> Response:
-        """Continues a prompt, or each of a list of them. The answer is ``{text, output_ids, meta_info}``, or a list."""
+        """Generate for a prompt, or for each of a list. The answer is ``{text, output_ids, meta_info}``, or a list."""
         num_sequences = _num_sequences(body)
         with self._serving.admission(num_sequences, "text" if body.input_ids is None else "input_ids"):
-            prepared = await self._prepared(body, request)
+            prepared = await self._load_completions(body, request)
             if prepared is None:
                 return hung_up()
             call = self._serving.start(*prepared)
@@ -151,8 +151,8 @@ class NativeEndpoints:
             check_not_failed(call.completions)
         return JSON(call.results())
 
-    async def _prepared(self, body: GenerateBody, request: Request) -> tuple[list[Completion], bool] | None:
-        """The completions, and whether the answer is a list of them; None if the client has hung up meanwhile."""
+    async def _load_completions(self, body: GenerateBody, request: Request) -> tuple[list[Completion], bool] | None:
+        """Return the completions, and whether the answer is a list; None if the client has disconnected."""
         options = {**options_of(body), "sampling_params": body.sampling_params}
         manager = self._serving.manager
         num_chars = len(body.text) if isinstance(body.text, str) else sum(map(len, body.text or ()))
@@ -172,7 +172,7 @@ class NativeEndpoints:
             yield event(failure.body)
 
     async def tokenize(self, body: TokenizeBody, request: Request) -> Response:
-        """Token ids of a text, or of a conversation as the chat template writes it."""
+        """Return the token ids of a text, or of a conversation in the chat template's form."""
         serving = self._serving
         serving.check_model(body.model)
         serving.check_tokenizer()
@@ -195,7 +195,7 @@ class NativeEndpoints:
         return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
-        """The text of token ids."""
+        """Return the text of token ids."""
         self._serving.check_model(body.model)
         self._serving.check_tokenizer()
         work = partial(self._serving.manager.decode, body.tokens, body.skip_special_tokens)
@@ -203,12 +203,12 @@ class NativeEndpoints:
         return JSON(Text(text=text, prompt=text))
 
     async def models(self) -> Response:
-        """The model that is served, by each of its names."""
+        """Return the served model, once for each of its names."""
         names = self._serving.args.model_names
         return JSON(ModelList(object="list", data=[self._model(name) for name in names]))
 
     async def model(self, model: str) -> Response:
-        """The model, by its name."""
+        """Return the model of this name."""
         self._serving.check_model(model)
         return JSON(self._model(model))
 
@@ -224,13 +224,13 @@ class NativeEndpoints:
         }
 
     async def health(self) -> Response:
-        """200 while requests are taken, 503 while the core is starting or the server is ending."""
+        """Answer 200 while requests are taken, 503 while the core is starting or the server is ending."""
         if not self._serving.core.is_ready:
             raise unavailable("the engine core is starting", "not_ready")
         return JSON({"status": "ok"})
 
     async def health_generate(self) -> Response:
-        """As /health, after one token has been generated."""
+        """Answer as /health does, after generating one token."""
         prompt_ids = [self._serving.model_config.bos_token_id or 0]
         params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
         completions, _ = completions_of(self._serving.manager, None, prompt_ids, {"sampling_params": params})
@@ -245,7 +245,7 @@ class NativeEndpoints:
         return JSON({"status": "ok"})
 
     async def model_info(self) -> Response:
-        """The model's architecture and limits."""
+        """Return the model's architecture and limits."""
         args, config = self._serving.args, self._serving.model_config
         return JSON(
             {
@@ -264,39 +264,39 @@ class NativeEndpoints:
         )
 
     async def server_info(self) -> Response:
-        """The server's options, what was derived from model and machine, and how it is doing now."""
+        """Return the server's options, what was derived from model and machine, and its current state."""
         core = self._serving.core
         options = asdict(self._serving.args)
         options |= {name: "***" for name in SECRETS if options[name] is not None}
         return JSON({**options, "version": __version__, **asdict(core.info), "stats": asdict(core.stats)})
 
     async def version(self) -> Response:
-        """The server's version."""
+        """Return the server's version."""
         return JSON(Version(version=__version__))
 
     async def flush_cache(self) -> Response:
-        """Empties the prefix cache, if no request runs: 400 otherwise."""
+        """Empty the prefix cache, if no request runs: 400 otherwise."""
         result = await asyncio.wrap_future(self._serving.core.client.start_flush())
         if not result:
             raise ApiError(400, result.message, code="not_flushed")
-        return JSON(Outcome(success=True, message="the prefix cache is empty"))
+        return JSON(Confirmation(success=True, message="the prefix cache is empty"))
 
     async def abort_request(self, body: AbortBody, request: Request) -> Response:
-        """Ends a running request, or, for the administrator, all. Callers get what there is, with the finish reason
+        """Abort a running request or, with an admin key, all. Callers get the output so far, with finish reason
         ``abort``."""
         refused = check_admin(request.scope) if body.abort_all else None
         if refused is not None:
             raise refused
         self._serving.core.client.abort(body.rid)
-        return JSON(Outcome(success=True, message="aborted, if it was running"))
+        return JSON(Confirmation(success=True, message="aborted, if it was running"))
 
     async def metrics(self) -> Response:
-        """Prometheus metrics."""
+        """Return Prometheus metrics."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _num_sequences(body: GenerateBody) -> int:
-    """Prompts times ``n``, whose value is checked later, like the other sampling parameters."""
+    """Return prompts times ``n``; the value of ``n`` is checked later."""
     prompts = body.text if body.input_ids is None else body.input_ids
     is_batch = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
     num_prompts = len(prompts or ()) if is_batch else 1

@@ -1,8 +1,8 @@
-"""Fields that other servers know and this one does not support, and the values of them that ask for nothing.
+"""Fields that other servers know and this one does not support, and their neutral values.
 
-A client often sends every field that it knows, at its default. A value that asks for nothing is left out of the body;
-any other value of such a field is an error that names it. A hint may be left undone, so any value of it is taken, and
-the log says so once.
+Clients often send every field that they know, at its default. A neutral value changes nothing and is left out of the
+body; any other value of such a field is an error that names it. Hints may be ignored: any value is accepted, and
+logged once.
 """
 
 import logging
@@ -14,13 +14,13 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-strict_requests: ContextVar[bool] = ContextVar("strict_requests", default=False)  # --strict-requests, while one is read
+strict_requests: ContextVar[bool] = ContextVar("strict_requests", default=False)  # of the request being read
 
-ALWAYS: tuple[Any, ...] = (None, False, "", [], {}, "none")  # ask for nothing in any field
+ALWAYS: tuple[Any, ...] = (None, False, "", [], {}, "none")  # neutral in any field
 
 HINTS = frozenset({"store", "service_tier", "verbosity", "prediction", "cache_control"})
 
-# Name -> values that ask for nothing beside ALWAYS.
+# Name -> neutral values beside ALWAYS.
 _SAMPLING: dict[str, tuple[Any, ...]] = {
     "custom_params": (),
     "detokenize": (True,),
@@ -111,7 +111,7 @@ TOKENIZE: dict[str, tuple[Any, ...]] = {
     "tools": (),
 }
 
-# With --strict-requests: what is taken beside null.
+# With --strict-requests: neutral values beside null.
 STRICT: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
@@ -129,14 +129,14 @@ _logged: set[str] = set()
 def without_neutral(
     values: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str = ""
 ) -> dict[str, Any]:
-    """Return the fields of a JSON object that ask for something. With --strict-requests, STRICT is all that is neutral.
+    """Return a JSON object without its neutral fields. With --strict-requests, only values in STRICT are neutral.
 
     Args:
-        unsupported: names of fields that are not supported -> values of them that ask for nothing.
-        where: what stands before a field's name in messages, such as ``sampling_params.``.
+        unsupported: name of an unsupported field -> its neutral values.
+        where: prefix of a field's name in messages, such as ``sampling_params.``.
 
     Raises:
-        InvalidRequest: an unsupported field asks for something. Fields that nobody knows are kept.
+        InvalidRequest: an unsupported field has another value. Unknown fields are kept.
     """
     strict = strict_requests.get()
     kept = {name: value for name, value in values.items() if value is not None}
@@ -154,7 +154,7 @@ def without_neutral(
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two JSON values are equal; false is not 0, nor true 1."""
+    """Return whether two JSON values are equal; false is not 0, nor true 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 

@@ -1,4 +1,4 @@
-"""What all endpoints share: the model and its core, and the steps between a request's body and a running call."""
+"""State and steps that all endpoints share, from a request's body to a running call."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,14 +30,14 @@ from rtp_llm.version import __version__
 T = TypeVar("T")
 
 NUM_WORKERS = 4
-NUM_TEMPLATE_WORKERS = 2  # rendering is Python: more would only take turns
+NUM_TEMPLATE_WORKERS = 2  # rendering is Python: more threads would share the GIL
 ABORTED_BY_CALLER = 499
 MODEL_MEDIA = frozenset({"image", "video"})
 TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_final_message", "tools")
 
 
 class Core(Protocol):
-    """The core as the server sees it: engine.supervisor.Supervisor, or a test's own."""
+    """The server's view of the core: engine.supervisor.Supervisor, or a test's own."""
 
     @property
     def client(self) -> EngineClient: ...
@@ -67,7 +67,7 @@ class Serving:
 
     @property
     def fingerprint(self) -> str:
-        """What changes when the same request, with the same seed, may get another answer."""
+        """A hash that changes when the same request with the same seed may get another answer."""
         args, config = self.args, self.model_config
         parts = (__version__, args.model_path, args.revision, config.dtype, args.quantization, args.kv_cache_dtype)
         return "fp_" + sha256(repr(parts).encode()).hexdigest()[:10]
@@ -99,9 +99,9 @@ class Serving:
         continue_final_message: bool,
         variables: Mapping[str, Any] | None,
     ) -> ChatPrompt:
-        """The prompt that the chat template, with these further variables, makes of messages, and their media.
+        """Render messages with the chat template and these further variables into a prompt with media.
 
-        A template is a program, and what it does depends on the request: it runs on a thread of its own, within
+        A template is a program whose run time depends on the request: it runs on another thread, within
         ``--template-timeout``.
         """
         template = self.template
@@ -110,7 +110,7 @@ class Serving:
         for name in variables or {}:
             if name in TEMPLATE_ARGUMENTS:
                 raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")
-        if not strict_requests.get():  # what the template does not use asks for nothing
+        if not strict_requests.get():  # unused variables are neutral
             variables = {name: value for name, value in (variables or {}).items() if template.uses(name)}
         prompt = partial(
             template.prompt,
@@ -134,12 +134,12 @@ class Serving:
 
     @property
     def media_rules(self) -> MediaRules:
-        """Which media the messages of a chat may hold."""
+        """The media that messages of a chat may hold."""
         kinds = MODEL_MEDIA if self.model_config.is_multimodal else frozenset()
         return MediaRules(kinds, self.args.media_limits)
 
     async def encode_chat(self, chat: ChatPrompt) -> Prompt:
-        """The ids of a chat's prompt, with its media fetched, decoded and in their places."""
+        """Encode a chat's prompt, and fetch, decode and place its media."""
         if not chat.has_media:
             return Prompt(input_ids=await self.encode(chat.text, chat.add_special_tokens))
         return await self.manager.with_media(
@@ -156,16 +156,16 @@ class Serving:
         return await self.off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens, is_prompt))
 
     async def off_loop(self, num_chars: int, function: Callable[[], T]) -> T:
-        """``function()``, on another thread if there is much text to encode or decode in it."""
+        """Return ``function()``, run on another thread if it encodes or decodes a long text."""
         return await self.workers.run(function) if num_chars > LONG_TEXT else function()
 
     @contextmanager
     def admission(self, num_sequences: int, param: str) -> Iterator[None]:
-        """Room for a request of so many sequences, kept until it is started: asked for before any work on it.
+        """Reserve room for the sequences of a request until it is started, before any work on it.
 
         Raises:
-            ApiError: 400 where ``param`` asks for more sequences than one request may have; 503 where the core is
-                not ready, or the queue is full.
+            ApiError: 400 if ``param`` asks for more sequences than a request may have; 503 if the core is not
+                ready, or the queue is full.
         """
         limit = self.args.max_sequences_per_request
         if num_sequences > limit:
@@ -198,21 +198,21 @@ class Serving:
             )
 
     def start(self, completions: list[Completion], many: bool = True) -> LiveCall:
-        """Submit what was admitted. Raise a 503 if the core has died meanwhile."""
+        """Submit admitted completions. Raise a 503 if the core has died meanwhile."""
         if not self.core.is_ready:
             raise unavailable("the engine core is starting", "not_ready")
         return self.frontend.start(completions, many)
 
 
 def options_of(body: BaseModel) -> GenerateOptions:
-    """The options that are given in a body, whose fields for them have their names."""
+    """Return the options given in a body, whose fields have the options' names."""
     given = {name: getattr(body, name) for name in OPTION_NAMES if name in type(body).model_fields}
     return cast(GenerateOptions, {name: value for name, value in given.items() if value is not None})
 
 
 @contextmanager
 def request_names(names: Mapping[str, str]) -> Iterator[None]:
-    """What is wrong with a request is told in the request's own names: ``names`` maps the engine's to those."""
+    """Turn InvalidRequest into an ApiError with the request's field names. ``names``: engine's name -> request's."""
     try:
         yield
     except InvalidRequest as error:
@@ -220,7 +220,7 @@ def request_names(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_not_failed(completions: Iterable[Completion]) -> None:
-    """Raises the error of a request that failed by itself. One that was aborted has not."""
+    """Raise the error of a request that failed; one that its caller aborted has not failed."""
     for completion in completions:
         reason = completion.finish_reason
         if reason is not None and reason.type == "abort" and reason.status_code != ABORTED_BY_CALLER:

@@ -1,4 +1,4 @@
-"""What chat and text completions share."""
+"""Parts that chat and text completions share."""
 
 import time
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from rtp_llm.srt.entrypoints.serving import Serving
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.sampling_params import SamplingParams
 
-# max_tokens and min_tokens have names of their own there
+# max_tokens and min_tokens have other names in SamplingParams
 SAMPLING_FIELDS = tuple(item.name for item in fields(SamplingParams) if item.name in GenerationBody.model_fields)
 
 
@@ -36,7 +36,7 @@ class OpenAIEndpoint:
         return SamplingParams.from_dict(self._serving.sampling_defaults | given | lengths)
 
     def _head(self, body: GenerationBody, prefix: str, kind: str) -> dict[str, Any]:
-        """What an answer and each of its chunks begin with."""
+        """Return the fields that an answer and each of its chunks begin with."""
         return {
             "id": f"{prefix}-{body.rid or uuid4().hex}",
             "object": kind,
@@ -47,7 +47,7 @@ class OpenAIEndpoint:
 
 
 class StreamUsage:
-    """When a stream tells its usage, and how."""
+    """The usage fields of a stream's chunks."""
 
     def __init__(self, body: GenerationBody, completions: Iterable[Completion], num_choices: int) -> None:
         options = body.stream_options
@@ -56,17 +56,17 @@ class StreamUsage:
         self._completions = list(completions)
         self._num_choices = num_choices
 
-    def of_chunk(self) -> dict[str, Usage | None]:
+    def chunk_fields(self) -> dict[str, Usage | None]:
         if self.continuous:
-            return {"usage": self.now()}
+            return {"usage": self.current()}
         return {"usage": None} if self.at_end else {}
 
-    def now(self) -> Usage:
+    def current(self) -> Usage:
         return usage(self._completions, self._num_choices)
 
 
 def usage(completions: list[Completion], num_choices: int) -> Usage:
-    """Usage of a whole request. Each ``num_choices`` completions in a row share a prompt, which counts once."""
+    """Return the usage of a request. Each ``num_choices`` completions in a row share a prompt, counted once."""
     firsts = completions[::num_choices]
     prompt_tokens = sum(completion.prompt_tokens for completion in firsts)
     completion_tokens = sum(len(completion.output_ids) for completion in completions)

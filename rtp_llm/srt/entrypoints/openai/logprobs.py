@@ -16,7 +16,7 @@ PROBE = "a"  # a text before a token, so that the token keeps its space
 
 
 class TokenTexts:
-    """Each token's own text and bytes, as they occur within a text. Remembers what it was asked."""
+    """Each token's own text and bytes, as they occur within a text, with a cache."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -29,11 +29,11 @@ class TokenTexts:
         return self._entry(token_id)[0]
 
     def utf8(self, token_id: int) -> list[int]:
-        """UTF-8, or the few bytes that the token adds to a character."""
+        """Return the token's UTF-8, or the bytes that it adds to a character."""
         return self._entry(token_id)[1]
 
     def name(self, token_id: int) -> str:
-        r"""Its text, or ``bytes:\xe6\x9d`` for a part of a character: so that different tokens have different names."""
+        r"""Return the text, or ``bytes:\xe6\x9d`` for a part of a character, so that names of tokens differ."""
         text = self.text(token_id)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.utf8(token_id)) if "\ufffd" in text else text
 
@@ -63,7 +63,7 @@ class TokenTexts:
 
 @cache
 def byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in the vocabularies of byte-level BPE (Radford et al. 2019).
+    """Return character -> byte, as in the vocabularies of byte-level BPE (Radford et al. 2019).
 
     Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on, in order.
     """
@@ -89,11 +89,11 @@ def chat_logprobs(texts: TokenTexts, items: Sequence[TokenLogprob], num_top: int
 
 
 class TextOffsets:
-    """Where the tokens of a completion begin in its text, token by token: it does not matter how they come in chunks.
+    """Where the tokens of a completion begin in its text, token by token, however they are grouped in chunks.
 
     A token begins after the characters that those before it complete. Tokens that share a character begin where it
-    does; bytes that are no UTF-8 count as the replacement characters that the text has for them; a token that is left
-    out of the text takes no room.
+    does; bytes that are no UTF-8 count as the replacement characters that the text has for them; a token left out of
+    the text has no characters.
     """
 
     def __init__(self, texts: TokenTexts, skip_special_tokens: bool) -> None:
@@ -103,11 +103,11 @@ class TextOffsets:
         self._num_chars = 0
 
     def add_text(self, text: str) -> None:
-        """Text that is not of these tokens: the echoed prompt."""
+        """Add text that is not made of these tokens: the echoed prompt."""
         self._num_chars += len(text)
 
     def add(self, token_id: int) -> int:
-        """The offset of the next token."""
+        """Add the next token; return its offset."""
         start = self._num_chars
         if token_id not in self._skipped:
             self._num_chars += len(self._utf8.decode(bytes(self._texts.utf8(token_id))))
@@ -115,7 +115,7 @@ class TextOffsets:
 
 
 def prompt_offsets(texts: TokenTexts, ids: Sequence[int], text: str) -> list[int]:
-    """Where a prompt's tokens stand in its text, in which special tokens may be missing."""
+    """Return the offsets of a prompt's tokens in its text, in which special tokens may be missing."""
     offsets, end = [], 0
     for token_id in ids:
         start, end = find_token(text, end, texts.text(token_id))
@@ -126,10 +126,10 @@ def prompt_offsets(texts: TokenTexts, ids: Sequence[int], text: str) -> list[int
 def completion_logprobs(
     texts: TokenTexts, items: Sequence[TokenLogprob], offsets: Sequence[int], first_id: int | None = None
 ) -> CompletionLogprobs:
-    """Log-probabilities of the tokens ``items``, which begin at ``offsets`` in the choice's text.
+    """Return log-probabilities of the tokens ``items``, which begin at ``offsets`` in the choice's text.
 
-    ``first_id`` is the prompt's first token, of which nothing is known, where they begin with the prompt; it stands at
-    ``offsets[0]``. ``top_logprobs`` hold the token itself too. Of tokens with equal texts the most probable stays.
+    ``first_id``: the prompt's first token, at ``offsets[0]``, which has no log-probability; None: the prompt is not
+    part of the text. ``top_logprobs`` hold the token itself too. Of tokens with equal texts the most probable stays.
     """
     result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(offsets)}
 
@@ -150,10 +150,10 @@ def completion_logprobs(
 
 
 def find_token(text: str, start: int, token: str) -> tuple[int, int]:
-    """Where a token stands in ``text``, at ``start`` or, after a character of several tokens, one further.
+    """Return ``[start, end)`` of a token in ``text``, from ``start`` or, after a character of several tokens, the next.
 
-    A text's first token may have lost its space. A special token, or a part of a character, stands nowhere: it takes
-    no room at ``start``.
+    A text's first token may have lost its space. A special token, or a part of a character, is not found:
+    it is empty at ``start``.
     """
     for candidate in filter(None, (token, token.removeprefix(" "))):
         found = text.find(candidate, start, start + len(candidate) + 1)

@@ -1,7 +1,7 @@
-"""OpenAI's objects: what requests may hold, checked to the letter, and what answers hold.
+"""OpenAI's objects: requests, strictly checked, and answers.
 
 Types are strict (no "1" for 1), and unknown fields are errors. ``None`` is the same as leaving a field out. Fields that
-others know and this server does not support are errors that say so, unless their value asks for nothing
+other servers know and this one does not support are errors, unless their value is neutral
 (``entrypoints/neutral.py``).
 """
 
@@ -42,7 +42,7 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What chat and text completions have in common."""
+    """Fields that chat and text completions share."""
 
     unsupported = OPENAI
 
@@ -92,14 +92,14 @@ class GenerationBody(Body):
 
 
 class Message(BaseModel):
-    """A message of a conversation; what else a chat template understands may stand beside."""
+    """A message of a conversation; it may have further fields for the chat template."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral(cls, values: Any) -> Any:
-        """Null is no field in a part either, and hints on messages and parts (``cache_control``) change nothing."""
+        """Leave out null fields of parts, and hints on messages and parts (``cache_control``)."""
         if not isinstance(values, dict):
             return values
         values = without_neutral(values, {})
@@ -249,7 +249,7 @@ class CompletionChoice(TypedDict):
 
 
 class TextCompletion(TypedDict):
-    """A text completion, or a chunk of one: then ``usage`` is there only if asked for."""
+    """A text completion, or a chunk of one, which has ``usage`` only on request."""
 
     id: str
     object: Literal["text_completion"]

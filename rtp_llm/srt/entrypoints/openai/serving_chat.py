@@ -28,7 +28,7 @@ from rtp_llm.srt.sampling_params import SamplingParams
 
 class ChatEndpoint(OpenAIEndpoint):
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
-        """Answers a conversation. Without ``max_completion_tokens`` the answer may fill the context."""
+        """Answer a conversation. Without ``max_completion_tokens`` the answer may fill the context."""
         serving = self._serving
         serving.check_model(body.model)
         serving.check_tokenizer()
@@ -64,7 +64,7 @@ class ChatEndpoint(OpenAIEndpoint):
             max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
             prompt = replace(
                 encoded,
-                sampling_params=_ending(self._sampling_params(body, max_tokens), chat),
+                sampling_params=_with_stops(self._sampling_params(body, max_tokens), chat),
                 default_max_new_tokens=None,
                 options={
                     **options_of(body),
@@ -88,8 +88,8 @@ class ChatEndpoint(OpenAIEndpoint):
     async def _events(
         self, call: LiveCall, body: ChatCompletionRequest, head: dict[str, Any]
     ) -> AsyncGenerator[bytes, None]:
-        """Role, content and finish reason come in chunks of their own, in this order for each choice."""
-        tells = StreamUsage(body, call.completions, len(call.completions))
+        """Yield role, content and finish reason in chunks of their own, in this order for each choice."""
+        stream_usage = StreamUsage(body, call.completions, len(call.completions))
         begun: set[int] = set()
         async with error_event() as failure:
             async for i, delta in call.deltas():
@@ -97,9 +97,9 @@ class ChatEndpoint(OpenAIEndpoint):
                 check_not_failed([completion])
                 for choice in self._chunk_choices(body, i, completion, delta, is_first=i not in begun):
                     begun.add(i)
-                    yield event({**head, "choices": [choice], **tells.of_chunk()})
-            if tells.at_end:
-                yield event({**head, "choices": [], "usage": tells.now()})
+                    yield event({**head, "choices": [choice], **stream_usage.chunk_fields()})
+            if stream_usage.at_end:
+                yield event({**head, "choices": [], "usage": stream_usage.current()})
         if failure.body is not None:
             yield event(failure.body)
 
@@ -120,8 +120,8 @@ def _chunk_choice(i: int, delta: ChatDelta) -> ChatChunkChoice:
     return {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _ending(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:
-    """With what ends a turn in the conversation's format."""
+def _with_stops(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:
+    """Add the stop strings and ids of the conversation's format."""
     stop = list(dict.fromkeys([*params.stop, *chat.stop]))
     return replace(params, stop=stop, stop_token_ids=sorted({*params.stop_token_ids, *chat.stop_token_ids}))
 

@@ -25,16 +25,16 @@ NAMES = {"input_ids": "prompt", "max_new_tokens": "max_tokens", "min_new_tokens"
 
 
 @dataclass(slots=True)
-class ChoiceSoFar:
-    """A choice of a stream: what its chunks have told."""
+class ChoiceState:
+    """The position of a choice in its answer or stream."""
 
-    echo: str | None  # the prompt, if that is still to come
+    echo: str | None  # the prompt, if it has not been sent yet
     offsets: TextOffsets
 
 
 class CompletionEndpoint(OpenAIEndpoint):
     async def create(self, body: CompletionRequest, request: Request) -> Response:
-        """Continues a text, or each of a list of them. Choices are in order of prompts, ``n`` of each in turn."""
+        """Generate for a text, or for each of a list. Choices are in order of prompts, ``n`` of each in turn."""
         serving = self._serving
         serving.check_model(body.model)
         serving.check_tokenizer()
@@ -52,7 +52,7 @@ class CompletionEndpoint(OpenAIEndpoint):
                 return hung_up()
         check_not_failed(completions)
         choices = [
-            self._choice(body, i, item, self._nothing_told(item, echoes[i]), item.text, item.logprobs)
+            self._choice(body, i, item, self._initial_state(item, echoes[i]), item.text, item.logprobs)
             for i, item in enumerate(completions)
         ]
         return JSON({**head, "choices": choices, "usage": usage(completions, body.n or 1)})
@@ -62,7 +62,7 @@ class CompletionEndpoint(OpenAIEndpoint):
         completions: list[Completion] = []
         for i, prompt in enumerate(prompts):
             if i:
-                await asyncio.sleep(0)  # others have their turn between two of many
+                await asyncio.sleep(0)  # let other requests run
             with request_names(NAMES):
                 try:
                     completions += await self._of_prompt(body, prompt, _rid(body, i, len(prompts)))
@@ -94,7 +94,7 @@ class CompletionEndpoint(OpenAIEndpoint):
         return await self._serving.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     def _echoes(self, body: CompletionRequest, completions: list[Completion]) -> list[str | None]:
-        """Per choice the text to put before it."""
+        """Return for each choice the text to put before it."""
         if not body.echo:
             return [None] * len(completions)
         n = body.n or 1
@@ -107,45 +107,45 @@ class CompletionEndpoint(OpenAIEndpoint):
         body: CompletionRequest,
         i: int,
         completion: Completion,
-        so_far: ChoiceSoFar,
+        state: ChoiceState,
         text: str,
         logprobs: Sequence[TokenLogprob],
     ) -> CompletionChoice:
-        """The choice with what is new: ``text`` and its ``logprobs``, after the prompt if that is still to come."""
-        echo, so_far.echo = so_far.echo, None
-        told = None
+        """Return a choice with its new ``text`` and ``logprobs``, after the echo if that has not been sent yet."""
+        echo, state.echo = state.echo, None
+        logprob_lists = None
         if body.logprobs is not None:
             items, offsets, first_id = list(logprobs), [], None
             if echo is not None:
                 first_id = completion.request.prompt_ids[0]
                 items = [*completion.prompt_logprobs, *logprobs]
                 offsets = prompt_offsets(self.token_texts, completion.request.prompt_ids, echo)
-                so_far.offsets.add_text(echo)
-            offsets += [so_far.offsets.add(item.token_id) for item in logprobs]
-            told = completion_logprobs(self.token_texts, items, offsets, first_id)
+                state.offsets.add_text(echo)
+            offsets += [state.offsets.add(item.token_id) for item in logprobs]
+            logprob_lists = completion_logprobs(self.token_texts, items, offsets, first_id)
         text = (echo or "") + text
-        return {"index": i, "text": text, "logprobs": told, "finish_reason": finish_reason(completion)}
+        return {"index": i, "text": text, "logprobs": logprob_lists, "finish_reason": finish_reason(completion)}
 
-    def _nothing_told(self, completion: Completion, echo: str | None) -> ChoiceSoFar:
+    def _initial_state(self, completion: Completion, echo: str | None) -> ChoiceState:
         skips = completion.request.spec.params.skip_special_tokens
-        return ChoiceSoFar(echo, TextOffsets(self.token_texts, skips))
+        return ChoiceState(echo, TextOffsets(self.token_texts, skips))
 
     async def _events(
         self, call: LiveCall, body: CompletionRequest, head: dict[str, Any], echoes: list[str | None]
     ) -> AsyncGenerator[bytes, None]:
-        tells = StreamUsage(body, call.completions, body.n or 1)
-        told = [self._nothing_told(item, echo) for item, echo in zip(call.completions, echoes, strict=True)]
+        stream_usage = StreamUsage(body, call.completions, body.n or 1)
+        states = [self._initial_state(item, echo) for item, echo in zip(call.completions, echoes, strict=True)]
         async with error_event() as failure:
             async for i, delta in call.deltas():
                 completion = call.completions[i]
                 check_not_failed([completion])
-                if delta.text or (body.logprobs is not None and delta.logprobs) or told[i].echo is not None:
-                    choice = self._choice(body, i, completion, told[i], delta.text, delta.logprobs)
-                    yield event({**head, "choices": [{**choice, "finish_reason": None}], **tells.of_chunk()})
+                if delta.text or (body.logprobs is not None and delta.logprobs) or states[i].echo is not None:
+                    choice = self._choice(body, i, completion, states[i], delta.text, delta.logprobs)
+                    yield event({**head, "choices": [{**choice, "finish_reason": None}], **stream_usage.chunk_fields()})
                 if completion.finished:
-                    yield event({**head, "choices": [_finish(i, completion)], **tells.of_chunk()})
-            if tells.at_end:
-                yield event({**head, "choices": [], "usage": tells.now()})
+                    yield event({**head, "choices": [_finish(i, completion)], **stream_usage.chunk_fields()})
+            if stream_usage.at_end:
+                yield event({**head, "choices": [], "usage": stream_usage.current()})
         if failure.body is not None:
             yield event(failure.body)
 
