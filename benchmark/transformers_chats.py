@@ -13,7 +13,7 @@ from benchmark.transformers_answers import Continuation, StopStrings, end_ids
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.device.choice import choose_torch_device
 from rtp_llm.srt.multimodal.media import decode_image
-from rtp_llm.tools.reference import load_processor, takes_pictures
+from rtp_llm.tools.reference import load_processor, takes_images
 
 
 class TransformersChats:
@@ -30,7 +30,7 @@ class TransformersChats:
     def __init__(self, args: argparse.Namespace) -> None:
         try:
             config = ModelConfig.from_pretrained(args.model_path, dtype=args.dtype, context_length=args.context_length)
-            if not takes_pictures(config.hf_config):
+            if not takes_images(config.hf_config):
                 raise EvaluationError(f"{args.model_path} ({', '.join(config.architectures)}) takes no pictures")
             self._device = choose_torch_device(args.device)
             self._processor = load_processor(config.model_path)

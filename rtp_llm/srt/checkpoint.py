@@ -87,14 +87,14 @@ def read_placer(config: ModelConfig, workers_are_here: bool = True) -> MediaPlac
     return MediaPlacer(build, store)
 
 
-def prompts_with_pictures(
-    args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: Sequence[str], pictures: Sequence[Any]
+def prompts_with_images(
+    args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: Sequence[str], images: Sequence[Any]
 ) -> list[Prompt]:
-    """Texts that hold placeholders for the pictures, and all special tokens, as ids and media: for tools of this
+    """Texts that hold placeholders for the images, and all special tokens, as ids and media: for tools of this
     process that work without a frontend.
 
     Raises:
-        InvalidRequest: the pictures do not fit a text, or the model.
+        InvalidRequest: the images do not fit a text, or the model.
     """
     processor = read_processor(args, config, tokenizer, trusted=True)
     context_length = config.context_length
@@ -107,11 +107,11 @@ def prompts_with_pictures(
         placer=read_placer(config),
     )
 
-    async def with_pictures() -> list[Prompt]:
-        prompts = [Prompt(text=text, image_data=list(pictures), add_special_tokens=False) for text in texts]
+    async def with_images() -> list[Prompt]:
+        prompts = [Prompt(text=text, image_data=list(images), add_special_tokens=False) for text in texts]
         return [await manager.with_media(prompt) for prompt in prompts]
 
-    return asyncio.run(with_pictures())
+    return asyncio.run(with_images())
 
 
 def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:

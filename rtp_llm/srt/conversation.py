@@ -70,14 +70,14 @@ _matching_functions: list[MatchingFunction] = []
 
 
 def register_conv_template(template: Conversation, override: bool = False) -> None:
-    """Makes a conversation known by its name. A second one of that name is an AssertionError, unless it overrides."""
+    """Make a conversation known by its name. A second one of that name is an AssertionError, unless it overrides."""
     if not override and template.name in chat_templates:
         raise AssertionError(f"{template.name} has been registered.")
     chat_templates[template.name] = template
 
 
 def register_conv_template_matching_function(function: MatchingFunction) -> MatchingFunction:
-    """Has ``function(model_path)`` asked for the name of the conversation that a model is talked to with, or None.
+    """Have ``function(model_path)`` asked for the name of the conversation that a model is talked to with, or None.
 
     What is registered wins over the tokenizer's own template, and over what is built in. May be used as a decorator.
     """

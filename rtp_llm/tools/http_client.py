@@ -45,7 +45,7 @@ def get_json(url: str, api_key: str | None = None) -> Any:
 
 
 def stream_json(url: str, body: dict[str, Any], api_key: str | None = None) -> Generator[dict[str, Any], None, None]:
-    """Posts ``body``; gives the server-sent objects up to ``[DONE]``. Closing it hangs up.
+    """Post ``body``; yield the server-sent objects up to ``[DONE]``. Closing it hangs up.
 
     Raises:
         ServerError: also if an object is an error, or if the stream ends early.

@@ -11,7 +11,7 @@ from rtp_llm.tools.http_client import api_url, served_models
 
 
 def run_models(args: argparse.Namespace) -> int:
-    """Prints them, one per line or as JSON; returns the exit status."""
+    """Print them, one per line or as JSON; return the exit status."""
     if args.url:
         models = served_models(api_url(args.url), args.api_key)
         rows = [(model["id"], _context(model)) for model in models]

@@ -3,8 +3,8 @@
 Both sides of a comparison keep these rules:
 
 - Prompts are ``PROMPTS`` or the lines of a file, and a prompt's ids are what the tokenizer makes of it.
-- With pictures, ``PICTURE_PROMPTS`` or the lines of a file: each is a user's message, pictures first, in the model's
-  chat template. The pictures are files, or the one that is drawn here.
+- With images, ``IMAGE_PROMPTS`` or the lines of a file: each is a user's message, images first, in the model's
+  chat template. The images are files, or the one that is drawn here.
 - The dtype is ``ModelConfig.dtype``: what ``--dtype`` asks for; ``auto`` is the checkpoint's own, as in the server.
 - Text is greedy and exactly as long as asked: an end-of-sequence token is a token like any other. Nothing that the
   checkpoint's generation_config.json advises (penalties, forced tokens) applies.
@@ -40,7 +40,7 @@ PROMPTS = (
     "The capital of the United Kingdom is",
     "Today is a sunny day and I like",
 )
-PICTURE_PROMPTS = ("Describe this image.",)
+IMAGE_PROMPTS = ("Describe this image.",)
 MAX_NEW_TOKENS = 16
 Extras = dict[str, Any]  # beside ids, what the forward of a transformers model takes
 _AT_ONCE = 1024  # positions of a prompt whose log-probabilities are in memory together
@@ -61,40 +61,40 @@ def read_prompts(filename: str | None, default: Sequence[str] = PROMPTS) -> list
     return prompts
 
 
-def read_pictures(filenames: Sequence[str]) -> list[Image.Image]:
-    """Pictures as RGB, upright; the drawn one where no file is named.
+def read_images(filenames: Sequence[str]) -> list[Image.Image]:
+    """Images as RGB, upright; the drawn one where no file is named.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or holds no picture.
+        OSError, ValueError: a file cannot be read, or holds no image.
     """
-    return [_read_picture(filename) for filename in filenames] or [drawn_picture()]
+    return [_read_image(filename) for filename in filenames] or [drawn_image()]
 
 
-def _read_picture(filename: str) -> Image.Image:
+def _read_image(filename: str) -> Image.Image:
     try:
-        with Image.open(filename) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        with Image.open(filename) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
-        raise ValueError(f"{filename} holds no picture of a kind that Pillow reads") from None
+        raise ValueError(f"{filename} holds no image of a kind that Pillow reads") from None
 
 
-def drawn_picture() -> Image.Image:
+def drawn_image() -> Image.Image:
     """A red circle, a blue square and a green triangle on white, 224 x 168 pixels: the same every time."""
-    picture = Image.new("RGB", (224, 168), "white")
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (224, 168), "white")
+    canvas = ImageDraw.Draw(image)
     canvas.ellipse((16, 16, 95, 95), fill=(214, 39, 40))
     canvas.rectangle((128, 24, 199, 95), fill=(31, 80, 200))
     canvas.polygon([(112, 104), (160, 156), (64, 156)], fill=(44, 140, 44))
-    return picture
+    return image
 
 
-def chat_text(model_path: str, tokenizer: Any, prompt: str, num_pictures: int) -> str:
-    """A user's message with so many pictures before its text, as the model's template has it, the answer begun.
+def chat_text(model_path: str, tokenizer: Any, prompt: str, num_images: int) -> str:
+    """A user's message with so many images before its text, as the model's template has it, the answer begun.
 
     Raises:
         ValueError: the checkpoint has no chat template.
     """
-    content = [*({"type": "image"} for _ in range(num_pictures)), {"type": "text", "text": prompt}]
+    content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": prompt}]
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         chat_template=_chat_template(Path(model_path), tokenizer),
@@ -110,19 +110,19 @@ def _chat_template(model_path: Path, tokenizer: Any) -> str:
     path = model_path / "chat_template.json"
     if not path.exists():
         raise ValueError(
-            f"{model_path} has no chat template, which prompts with pictures need; --model-type text needs none"
+            f"{model_path} has no chat template, which prompts with images need; --model-type text needs none"
         )
     return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
 
 
 def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
-    """The processor that transformers has for a model's texts and pictures.
+    """The processor that transformers has for a model's texts and images.
 
     Where torchvision is missing, as transformers wants it for videos, the same without its part for videos.
 
     Raises:
         ValueError, OSError: there is none for this model, or its files are not there.
-        ImportError: what its part for pictures wants is not installed.
+        ImportError: what its part for images wants is not installed.
     """
     try:
         return AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
@@ -161,12 +161,12 @@ def logits_text(logits: torch.Tensor) -> str:
 
 
 def _auto_class(config: Any) -> Any:
-    """What loads a checkpoint: models that only exist with pictures generate text without them, too."""
-    only_with_pictures = takes_pictures(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if only_with_pictures else AutoModelForCausalLM
+    """What loads a checkpoint: models that only exist with images generate text without them, too."""
+    only_with_images = takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
-def takes_pictures(config: Any) -> bool:
+def takes_images(config: Any) -> bool:
     """Whether transformers has a model of images and text for a Hugging Face configuration."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -188,8 +188,8 @@ class Answer:
 class TransformersModel:
     """A model that generates text, run by transformers, one prompt at a time.
 
-    Prompts are ids. Those of a prompt with pictures come from ``encode_chat``, with what else the model's forward takes
-    (``extras``): pixels, and where which pictures stand.
+    Prompts are ids. Those of a prompt with images come from ``encode_chat``, with what else the model's forward takes
+    (``extras``): pixels, and where which images stand.
 
     Raises:
         ValueError, OSError: what is wrong with the checkpoint.
@@ -222,15 +222,15 @@ class TransformersModel:
     def processor(self) -> Any:
         return self._load_processor()
 
-    def encode_chat(self, prompt: str, pictures: Sequence[Image.Image]) -> tuple[list[int], Extras]:
-        """The ids of a user's message with pictures, and the extras that belong to them."""
-        text = chat_text(self.model_path, self.tokenizer, prompt, len(pictures))
-        return self.encode_with_pictures(text, pictures)
+    def encode_chat(self, prompt: str, images: Sequence[Image.Image]) -> tuple[list[int], Extras]:
+        """The ids of a user's message with images, and the extras that belong to them."""
+        text = chat_text(self.model_path, self.tokenizer, prompt, len(images))
+        return self.encode_with_images(text, images)
 
-    def encode_with_pictures(self, text: str, pictures: Sequence[Image.Image]) -> tuple[list[int], Extras]:
+    def encode_with_images(self, text: str, images: Sequence[Image.Image]) -> tuple[list[int], Extras]:
         """As ``encode_chat``, from a text that has the template's placeholders, and special tokens as it needs them."""
         inputs = self.processor(
-            text=[text], images=list(pictures) or None, add_special_tokens=False, return_tensors="pt"
+            text=[text], images=list(images) or None, add_special_tokens=False, return_tensors="pt"
         ).to(self.device)
         extras = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         for name, value in extras.items():
@@ -262,7 +262,7 @@ class TransformersModel:
         return generated.sequences[0, len(prompt_ids) :].tolist(), logits
 
     def answer(self, prompt: str, max_new_tokens: int, top_num: int, max_prompt_len: int) -> Answer:
-        """Continues the last ``max_prompt_len`` tokens of a prompt."""
+        """Continue the last ``max_prompt_len`` tokens of a prompt."""
         prompt_ids = encode(self.tokenizer, prompt)[-max_prompt_len:]
         output_ids, logits = self.generate(prompt_ids, max_new_tokens)
         return Answer(
@@ -283,7 +283,7 @@ def answers(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[Answer]:
-    """Loads a model and has it answer. Prompts that are too long for its context lose their beginning.
+    """Load a model and let it answer. Prompts that are too long for its context lose their beginning.
 
     To be called in a process of its own where the memory is needed afterwards.
     """

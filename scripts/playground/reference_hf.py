@@ -1,7 +1,7 @@
 """What transformers answers: the logits that end each prompt, and the text that follows.
 
     python3 scripts/playground/reference_hf.py --model-path MODEL --model-type text
-    python3 scripts/playground/reference_hf.py --model-path MODEL --model-type mllm --image PICTURE
+    python3 scripts/playground/reference_hf.py --model-path MODEL --model-type mllm --image IMAGE
 
 To be compared with ``python3 -m rtp_llm.bench_one_batch --correct --model MODEL``: same prompts, same dtype, same rule
 for the end of a text (there is none), so the texts are equal and the logits differ by rounding.
@@ -16,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.tools.reference import (
+    IMAGE_PROMPTS,
     MAX_NEW_TOKENS,
-    PICTURE_PROMPTS,
     Extras,
     TransformersModel,
     encode,
     logits_text,
-    read_pictures,
+    read_images,
     read_prompts,
-    takes_pictures,
+    takes_images,
     whole_text,
 )
 
@@ -40,13 +40,13 @@ def show_text_model(args: argparse.Namespace) -> None:
 
 
 def show_multimodal_model(args: argparse.Namespace) -> None:
-    prompts, pictures = read_prompts(args.prompt_filename, PICTURE_PROMPTS), read_pictures(args.image)
+    prompts, images = read_prompts(args.prompt_filename, IMAGE_PROMPTS), read_images(args.image)
     config = ModelConfig.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
-    if not takes_pictures(config.hf_config):
+    if not takes_images(config.hf_config):
         name = ", ".join(config.architectures)
         raise ValueError(f"{args.model_path} ({name}) takes no images; use --model-type text")
     model = TransformersModel(args.model_path, args.dtype, args.device, args.trust_remote_code)
-    show(model, [model.encode_chat(prompt, pictures) for prompt in prompts], args.max_new_tokens)
+    show(model, [model.encode_chat(prompt, images) for prompt in prompts], args.max_new_tokens)
 
 
 def show(model: TransformersModel, prompts: Sequence[tuple[list[int], Extras]], max_new_tokens: int) -> None:
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="mllm: picture that stands before every prompt; may be repeated; unset: a drawn one",
+        help="mllm: image that stands before every prompt; may be repeated; unset: a drawn one",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args(argv)

@@ -200,7 +200,7 @@ def test_m06_reference_hf_answers_for_images(seeing: str, tmp_path: Path, capsys
     assert spec is not None and spec.loader is not None
     reference_hf = module_from_spec(spec)
     spec.loader.exec_module(reference_hf)
-    assert reference_hf.read_pictures is correctness.read_pictures
+    assert reference_hf.read_images is correctness.read_images
     printed = []
     for colour in ("red", "blue"):
         Image.new("RGB", (60, 40), colour).save(tmp_path / "picture.png")

@@ -26,7 +26,7 @@ import rtp_llm
 from rtp_llm.cli import main
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.tools.chat.conversation import Usage
-from rtp_llm.tools.chat.pictures import picture_kind
+from rtp_llm.tools.chat.images import image_format
 from rtp_llm.tools.chat.terminal import statistics, without_controls
 from rtp_llm.tools.http_client import ServerError, api_url
 
@@ -78,7 +78,7 @@ class FakeEngine:
         pass
 
     async def with_media(self, prompt: Prompt) -> Prompt:
-        """A picture is ten tokens."""
+        """An image is ten tokens."""
         return replace(prompt, input_ids=prompt.input_ids + [0] * 10 * len(prompt.image_data), image_data=None)
 
     def generate(
@@ -155,47 +155,47 @@ SEEING = (
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
+def images(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / "a.png", tmp_path / "b c.jpg"]
     paths[0].write_bytes(b"\x89PNG\r\n\x1a\n...")
     paths[1].write_bytes(b"\xff\xd8\xff...")
     return paths
 
 
-def test_pictures(
+def test_images(
     fake: type[FakeEngine],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    pictures: list[Path],
+    images: list[Path],
 ) -> None:
     monkeypatch.setattr(FakeTokenizer, "chat_template", SEEING)
     monkeypatch.setattr(FakeTokenizer, "adds_special_tokens", True)  # as processors do
     fake.sees = True
-    script = f"/image {pictures[0]}\n/image '{pictures[1]}'\nwhat?\nmore\n/image http://x/y.png\n/image\nlast\n"
-    assert say(monkeypatch, script + f"/image {pictures[0]}\n/reset\nnone\n") == 0
+    script = f"/image {images[0]}\n/image '{images[1]}'\nwhat?\nmore\n/image http://x/y.png\n/image\nlast\n"
+    assert say(monkeypatch, script + f"/image {images[0]}\n/reset\nnone\n") == 0
     assert fake.prompts == [
         "user=<img><img>what?|",
         "user=<img><img>what?|assistant=A1|user=more|",
         "user=<img><img>what?|assistant=A1|user=more|assistant=A2|user=last|",
         "user=none|",
     ]
-    png, jpeg = (base64.b64encode(path.read_bytes()).decode() for path in pictures)
+    png, jpeg = (base64.b64encode(path.read_bytes()).decode() for path in images)
     assert fake.images[0] == [f"data:image/png;base64,{png}", f"data:image/jpeg;base64,{jpeg}"]
     assert fake.images == [fake.images[0]] * 3 + [None]
     assert fake.params[0].max_new_tokens == 1000 - len(fake.prompts[0]) - 20  # their tokens take room too
     error = capsys.readouterr().err
-    assert "1 picture for the next message\n2 pictures for the next message" in error
-    assert "no pictures for the next message" in error
+    assert "1 image for the next message\n2 images for the next message" in error
+    assert "no images for the next message" in error
 
 
-def test_pictures_that_cannot_be_sent(
+def test_images_that_cannot_be_sent(
     fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     for source, words in [
         (str(tmp_path / "none.png"), "No such file or directory"),
         (str(tmp_path), "Is a directory"),
-        (str(tmp_path / "text.png"), "is no picture of a known kind (JPEG, PNG, GIF, WebP, BMP, TIFF)"),
+        (str(tmp_path / "text.png"), "is no image of a known kind (JPEG, PNG, GIF, WebP, BMP, TIFF)"),
         ("http://x/y.png\nwhat?", "messages[0].content[0] is an image, and this model takes text only"),
     ]:
         assert say(monkeypatch, f"/image {source}\n") == 2
@@ -216,8 +216,8 @@ def test_pictures_that_cannot_be_sent(
         (b"", None),
     ],
 )
-def test_kinds_of_pictures(content: bytes, kind: str | None) -> None:
-    assert picture_kind(content) == kind
+def test_kinds_of_images(content: bytes, kind: str | None) -> None:
+    assert image_format(content) == kind
 
 
 def test_messages_of_several_lines(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,11 +391,11 @@ def test_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert server.keys == ["Bearer k"] * 2
 
 
-def test_pictures_for_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch, pictures: list[Path]) -> None:
+def test_images_for_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch, images: list[Path]) -> None:
     server.say({"content": "yes"})
-    script = f"/image {pictures[0]}\n/image https://x/y.png\nwhat?\n"
+    script = f"/image {images[0]}\n/image https://x/y.png\nwhat?\n"
     assert say(monkeypatch, script, "--url", server.url, argv=["chat"]) == 0
-    png = base64.b64encode(pictures[0].read_bytes()).decode()
+    png = base64.b64encode(images[0].read_bytes()).decode()
     assert server.requests[0]["messages"][0]["content"] == [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}},
         {"type": "image_url", "image_url": {"url": "https://x/y.png"}},

@@ -24,7 +24,7 @@ from rtp_llm.tools.bench_one_batch import correctness
 from rtp_llm.tools.bench_one_batch.batch import OneBatch
 from rtp_llm.tools.bench_one_batch.correctness import run_correctness
 from rtp_llm.tools.bench_one_batch.options import OneBatchError
-from rtp_llm.tools.reference import PROMPTS, TransformersModel, drawn_picture, encode, logits_text, read_prompts
+from rtp_llm.tools.reference import PROMPTS, TransformersModel, drawn_image, encode, logits_text, read_prompts
 from tiny_models import TINY_MODELS, assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 from tiny_seeing import make_seeing
 
@@ -232,26 +232,26 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[str]:
+def images(tmp_path: Path) -> list[str]:
     """Flags that name two files. One is a photograph on its side: the other way up it has another shape."""
     paths = [str(tmp_path / "red.png"), str(tmp_path / "turned.jpg")]
     Image.new("RGB", (90, 60), "red").save(paths[0])
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
-    drawn_picture().save(paths[1], exif=turned)
+    drawn_image().save(paths[1], exif=turned)
     return ["--image", paths[0], "--image", paths[1]]
 
 
-@pytest.mark.parametrize("cut_len", [4, 12])  # before the first picture, within it
-def test_both_commands_say_the_same_about_pictures(
+@pytest.mark.parametrize("cut_len", [4, 12])  # before the first image, within it
+def test_both_commands_say_the_same_about_images(
     seeing: str,
-    pictures: list[str],
+    images: list[str],
     reference_hf: ModuleType,
     capsys: pytest.CaptureFixture[str],
     cut_len: int,
 ) -> None:
     printed = []
-    for flags in ([], pictures):
+    for flags in ([], images):
         assert reference_hf.main(["--model-path", seeing, "--model-type", "mllm", *flags]) == 0
         theirs = capsys.readouterr().out
         argv = ["--correct", "--model", seeing, "--max-total-tokens", "400", "--cut-len", str(cut_len), *flags]
@@ -281,24 +281,24 @@ def test_texts_alone_for_a_model_that_sees(
     assert texts(capsys.readouterr().out) == texts(theirs)
 
 
-def test_pictures_that_cannot_be_shown(
+def test_images_that_cannot_be_shown(
     twin: str, seeing: str, reference_hf: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("mllm", "vlm"):
         assert reference_hf.main(["--model-path", twin, "--model-type", name]) == 2
         assert "(Qwen2ForCausalLM) takes no images; use --model-type text" in capsys.readouterr().err
-        fails(capsys, ["--correct", "--model", twin, "--model-type", name], r"\(Qwen2ForCausalLM\) takes no pictures")
+        fails(capsys, ["--correct", "--model", twin, "--model-type", name], r"\(Qwen2ForCausalLM\) takes no images")
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     image = ["--image", str(text)]
     assert reference_hf.main(["--model-path", seeing, "--model-type", "text", *image]) == 2
     assert "--image means something only with --model-type mllm" in capsys.readouterr().err
     assert reference_hf.main(["--model-path", seeing, "--model-type", "mllm", *image]) == 2
-    assert "text.png holds no picture" in capsys.readouterr().err
-    fails(capsys, ["--correct", "--model", twin, *image], "takes no pictures")
+    assert "text.png holds no image" in capsys.readouterr().err
+    fails(capsys, ["--correct", "--model", twin, *image], "takes no images")
     fails(capsys, ["--correct", "--model", seeing, *image, "--model-type", "text"], "--image means nothing with")
     fails(capsys, ["--model", seeing, *image], "--image means something only with --correctness-test")
-    fails(capsys, ["--correct", "--model", seeing, *image], "text.png holds no picture")
+    fails(capsys, ["--correct", "--model", seeing, *image], "text.png holds no image")
 
 
 def test_a_cut_within_what_is_computed_at_once() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asked_with_pictures import picture_prompts
+from asked_with_images import image_prompts
 from broken_models import BROKEN_SEEING_MODELS, MORE_BROKEN_MODELS, TEN_BROKEN_MODELS, BrokenModel
 from PIL import Image
 from seeing_twins import SEEING_TWINS
@@ -86,8 +86,8 @@ def test_models_that_see_agree_everywhere(name: str, tmp_path: Path) -> None:
     """In logits, and at every place of the tower, what projects its output, and the language model."""
     args = server_args(SEEING_TWINS[name].make(tmp_path))
     report = verify(args, VerifyOptions(max_new_tokens=4, long_len=0))
-    assert report.agrees and "(1 picture)" in report.results[-1].prompt.text
-    (asked, _) = picture_prompts(args)
+    assert report.agrees and "(1 image)" in report.results[-1].prompt.text
+    (asked, _) = image_prompts(args)
     ours = OurModel(args, read_model_config(args), len(asked.ids) + 1)
     theirs = TheirModel(args, read_model_config(args))
     evidence, _, _ = record("float32", ours, theirs, Prompt("", asked.ids, asked.media), 4)
@@ -117,7 +117,7 @@ def test_a_learned_table_that_is_not_added(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "embeddings.position_embedding.weight is not added" in found.causes[0], found
 
 
-def test_pictures_of_the_caller(
+def test_images_of_the_caller(
     seeing: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], mistral: str
 ) -> None:
     paths = [str(tmp_path / name) for name in ("red.png", "blue.png")]
@@ -126,9 +126,9 @@ def test_pictures_of_the_caller(
     command = ["verify", seeing["qwen2_vl"], *ENGINE, "--long-len", "0", "--json", "--image", *paths]
     assert cli.main(command) == 0
     result = json.loads(capsys.readouterr().out)["results"][-1]
-    assert result["prompt"]["text"] == "(2 pictures) Describe this image." and result["error"] < 1e-4
+    assert result["prompt"]["text"] == "(2 images) Describe this image." and result["error"] < 1e-4
     assert cli.main(["verify", mistral, *ENGINE, "--image", *paths]) == 2
-    assert "(MistralForCausalLM) takes no pictures" in capsys.readouterr().err
+    assert "(MistralForCausalLM) takes no images" in capsys.readouterr().err
     assert cli.main([*command, str(tmp_path / "none.png")]) == 2
 
 

@@ -153,7 +153,7 @@ class Conversation:
         self.audio_data.append(url)
 
     def update_last_message(self, message: str) -> None:
-        """Sets the text of the last message, which was None so far."""
+        """Set the text of the last message, which was None so far."""
         self.messages[-1][1] = message
 
     def to_openai_api_messages(self) -> list[dict[str, str]]:

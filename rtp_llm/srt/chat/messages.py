@@ -75,14 +75,14 @@ class MediaRules:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def check_kind(self, kind: str, where: str) -> None:
-        """Raises ChatTemplateError where the model takes nothing of the kind."""
+        """Raise ChatTemplateError where the model takes nothing of the kind."""
         if kind not in self.kinds:
             taken = ["text", *(KINDS[name][1] for name in KINDS if name in self.kinds)]
             takes = f"{', '.join(taken[:-1])} and {taken[-1]}" if self.kinds else "text only"
             raise ChatTemplateError(f"{where} is {KINDS[kind][0]}, and this model takes {takes}", "messages")
 
     def check_numbers(self, messages: Sequence[Message]) -> None:
-        """Raises ChatTemplateError where checked messages hold more of a kind than they may."""
+        """Raise ChatTemplateError where checked messages hold more of a kind than they may."""
         counts = dict.fromkeys(KINDS, 0)
         for part in media_of(messages):
             counts[part.kind] += 1

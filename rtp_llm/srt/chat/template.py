@@ -227,7 +227,7 @@ class ChatTemplate:
         return place
 
     def _try_media(self, source: str, role: str, kind: str) -> "_Place | None":
-        """Renders a message of two words, with and without media between them, and compares.
+        """Render a message of two words, with and without media between them, and compare.
 
         A template that refuses such a message is believed to have a place: the real one will get its own words.
         """
@@ -279,7 +279,7 @@ class ChatTemplate:
         return takes
 
     def _try_role(self, source: str, role: str) -> "_Role":
-        """Renders a word in a message of this role, as a string and as a list of parts, and looks for it."""
+        """Render a word in a message of this role, as a string and as a list of parts, and look for it."""
         strings = self._shows_word(source, role, WORD)
         parts = self._shows_word(source, role, [{"type": "text", "text": WORD}])
         if strings is None and parts is None:  # refused as such: the real messages will get the template's own words
@@ -380,7 +380,7 @@ def _mentions(source: str, name: str) -> bool:
 
 
 def check_options(messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool) -> None:
-    """Raises ChatTemplateError where checked messages cannot end as the options want."""
+    """Raise ChatTemplateError where checked messages cannot end as the options want."""
     if not continue_final_message:
         return
     if add_generation_prompt:
@@ -400,7 +400,7 @@ def check_options(messages: Sequence[Message], add_generation_prompt: bool, cont
 
 
 def _check_syntax(source: str) -> None:
-    """Compiles the template as rendering will (the result is cached there)."""
+    """Compile the template as rendering will (the result is cached there)."""
     try:
         render_jinja_template(conversations=[], chat_template=source)
     except TemplateSyntaxError as error:

@@ -54,7 +54,7 @@ _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, of the format itself
 
 
 def register_multimodal_model(architecture: str) -> None:
-    """Makes known that models of this architecture take media. A model's file may say so where it is imported.
+    """Make known that models of this architecture take media. A model's file may say so where it is imported.
 
     Needed only where the configuration has no part for the language model (``text_config``) by which it would show.
     """
@@ -106,7 +106,7 @@ class ModelConfig:
         load_format: str = "auto",
         enable_multimodal: bool = True,
     ) -> Self:
-        """Reads a checkpoint's configuration.
+        """Read a checkpoint's configuration.
 
         Args:
             model_path: a directory, or a hub id (see ``resolve_model_path``).
@@ -134,7 +134,7 @@ class ModelConfig:
 
     @classmethod
     def from_server_args(cls, args: ServerArgs) -> Self:
-        """Reads the configuration of the checkpoint that an engine runs, as ``from_pretrained`` does."""
+        """Read the configuration of the checkpoint that an engine runs, as ``from_pretrained`` does."""
         return cls.from_pretrained(
             args.model_path,
             revision=args.revision,

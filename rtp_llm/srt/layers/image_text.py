@@ -1,4 +1,4 @@
-"""What models that see share: a language model that takes pictures' embeddings in the place of their placeholders."""
+"""What models that see share: a language model that takes images' embeddings in the place of their placeholders."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

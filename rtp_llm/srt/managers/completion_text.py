@@ -60,7 +60,7 @@ class CompletionText:
             self._push(self._matcher, token_id)
 
     def push_last(self, token_id: int) -> None:
-        """Takes the id that ended the generation, and ends the text. Its own text is part of that only if stop strings
+        """Take the id that ended the generation, and end the text. Its own text is part of that only if stop strings
         are. A stop string that ends in it cuts the text; one that begins in it does not, for the id came first.
         """
         self._is_ended_by_id = True
@@ -74,7 +74,7 @@ class CompletionText:
         self.flush()
 
     def flush(self) -> None:
-        """Ends the text; what was held back becomes part of it."""
+        """End the text; what was held back becomes part of it."""
         if self._match is not None:
             return
         piece = self._shown.flush()
@@ -152,7 +152,7 @@ class CompletionText:
         self._search(matcher, piece, start)
 
     def _search(self, matcher: StopMatcher, piece: str, start: int) -> None:
-        """Looks for stop strings in what is written now; ``start``: where the newest id's text begins in it."""
+        """Look for stop strings in what is written now; ``start``: where the newest id's text begins in it."""
         num_banned = 0
         if self._num_ids <= self._min_new_tokens:
             num_banned = len(piece)
@@ -183,7 +183,7 @@ class CompletionText:
         return min(shown_end, max(self._shown_starts[num_ids - 1], shown_end - (end - position)))
 
     def _join(self) -> None:
-        """Goes back to one text once special tokens are so far behind that they do not change what follows."""
+        """Go back to one text once special tokens are so far behind that they do not change what follows."""
         if self._written is None or self._written.is_holding or self._shown.is_holding:
             return
         written, shown = self._written.window, self._shown.window

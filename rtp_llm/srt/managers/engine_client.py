@@ -66,7 +66,7 @@ class LiveRequest:
     predecessors: list["LiveRequest"] = field(default_factory=list)
 
     def take(self, output: TokenOutput) -> TokenOutput:
-        """Notes what came, and returns it, made what it would be from a core that never died."""
+        """Note an output, and return it as a core that never died would have sent it."""
         self.output_ids += output.token_ids
         self.num_prompt_logprobs += len(output.prompt_logprobs)
         if self.cached_tokens is None:
@@ -168,11 +168,11 @@ class EngineClient:
         return len(self._live)
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
-        """Sends ``request``; ``deliver`` gets its outputs. Raises as ``submit_all`` does."""
+        """Send ``request``; ``deliver`` gets its outputs. Raises as ``submit_all`` does."""
         self.submit_all([(request, deliver)])
 
     def submit_all(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> None:
-        """Sends all of the requests, or none: whatever is raised, none of them is live then.
+        """Send all of the requests, or none: whatever is raised, none of them is live then.
 
         Raises:
             EngineStopped: the core is gone.
@@ -207,7 +207,7 @@ class EngineClient:
         return new
 
     def abort(self, rid: str | None) -> None:
-        """Ends one request, or all if ``rid`` is None. Whoever waits for it gets its end from the core."""
+        """End one request, or all if ``rid`` is None. Whoever waits for it gets its end from the core."""
         with self._lock:
             entries = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []
             for entry in entries:
@@ -221,7 +221,7 @@ class EngineClient:
         self._hand_out([_end(entry, ABORTED) for entry in unsent])
 
     def start_flush(self) -> Future[FlushResult]:
-        """Asks the core to empty the prefix cache. See FlushResult."""
+        """Ask the core to empty the prefix cache. See FlushResult."""
         future: Future[FlushResult] = Future()
         future.set_running_or_notify_cancel()  # a waiter that gives up must not make set_result() raise in the core
         call_id = uuid4().hex
@@ -235,11 +235,11 @@ class EngineClient:
         return future
 
     def flush_cache(self) -> FlushResult:
-        """Empties the prefix cache, and waits for it."""
+        """Empty the prefix cache, and wait for the result."""
         return self.start_flush().result()
 
     def fail_all(self, cause: BaseException | None, message: str = "the engine core failed") -> None:
-        """Ends every pending call, and refuses every later one, with EngineStopped. The first cause stays."""
+        """End every pending call, and refuse every later one, with EngineStopped. The first cause stays."""
         with self._lock:
             if self._stopped is None:
                 self._stopped = _stopped(message, cause)
@@ -290,7 +290,7 @@ class EngineClient:
             self._hand(entry, output)
 
     def _hand(self, entry: LiveRequest, output: TokenOutput | EngineStopped) -> None:
-        """Gives an output to whoever waits for it. If that fails, nobody does any more: the request is aborted."""
+        """Give an output to whoever waits for it. If that fails, nobody does any more: the request is aborted."""
         try:
             entry.deliver(output)
         except Exception:

@@ -69,7 +69,7 @@ def takes_options(function: Function) -> Function:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """Raises TypeError, as Python does, for a keyword that is no option."""
+    """Raise TypeError, as Python does, for a keyword that is no option."""
     for name in options:
         if name not in OPTION_NAMES:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}; options are {list(OPTION_NAMES)}")

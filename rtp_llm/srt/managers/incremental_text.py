@@ -91,7 +91,7 @@ class IncrementalText:
         return twin
 
     def push(self, token_id: int) -> str:
-        """Takes one generated id; returns the text that is now certain: of this id, of earlier ones too, or none."""
+        """Take one generated id; return the text that is now certain: of this id, of earlier ones too, or none."""
         if token_id in self._decode.skipped:
             return ""
         self._window.append(token_id)
@@ -152,7 +152,7 @@ class IncrementalText:
         return head + self._advance(self._decode(self._window))
 
     def _release(self) -> str:
-        """Gives up on held bytes, but for the last few, which may still begin a character."""
+        """Give up on held bytes, but for the last few, which may still begin a character."""
         keep = MAX_CHAR_TOKENS - 1
         piece = self._rest(len(self._window) - keep)
         self._restart(self._window[-keep:])

@@ -25,7 +25,7 @@ PROCESSOR_MAPPING: dict[type | str, Processor] = {}  # by model class, or by the
 
 
 def register_processor(processor_cls: Processor, overwrite: bool = True) -> Processor:
-    """Makes a processor known for each of its ``models``. May be used as a decorator.
+    """Make a processor known for each of its ``models``. May be used as a decorator.
 
     Raises:
         TypeError: it is not a BaseMultimodalProcessor, or names no models.
@@ -44,7 +44,7 @@ def register_processor(processor_cls: Processor, overwrite: bool = True) -> Proc
 
 
 def import_processors(package_name: str, overwrite: bool = False) -> None:
-    """Registers the processors that a module, or the modules of a package, define. Modules that cannot be imported
+    """Register the processors that a module, or the modules of a package, define. Modules that cannot be imported
     are logged and left out.
 
     Raises:
@@ -147,7 +147,7 @@ def make_processor(
 
 
 def _check_settings(model_path: str, hf_processor: HfProcessor) -> None:
-    """Tells at the start what would otherwise come up with the first image: settings that cannot be read, or a
+    """Tell at the start what would otherwise come up with the first image: settings that cannot be read, or a
     processor that brings its own code, which is not trusted.
 
     Raises:

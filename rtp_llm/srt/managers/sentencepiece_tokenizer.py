@@ -20,7 +20,7 @@ _NEVER = -1e6  # the score of pieces that no text is made of
 
 
 def follow_sentencepiece(tokenizer: Any) -> None:
-    """Makes ``tokenizer``, as transformers has loaded it, encode as the sentencepiece model does that it was made of.
+    """Make ``tokenizer``, as transformers has loaded it, encode as the sentencepiece model does that it was made of.
 
     Nothing happens where the ids are not that model's: there is a tokenizer.json, or a class with rules of its own.
     """

@@ -27,7 +27,7 @@ class StopMatcher:
         return max((pattern.num_matched for pattern in self._patterns), default=0)
 
     def skip(self, num_chars: int) -> None:
-        """Takes characters in which no stop string may begin, and before which none has begun."""
+        """Take characters in which no stop string may begin, and before which none has begun."""
         self._num_chars += num_chars
 
     def push(self, piece: str) -> Match | None:

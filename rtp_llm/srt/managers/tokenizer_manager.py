@@ -79,7 +79,7 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
 
 
 def _tokenizer_error(tokenizer_path: str, trust_remote_code: bool, reason: str) -> TokenizerError:
-    """Says what is wrong with the files, if that can be seen, else ``reason``."""
+    """Say what is wrong with the files, if that can be seen, else ``reason``."""
     directory = Path(tokenizer_path)
     wrong = complaint(directory, trust_remote_code) if directory.is_dir() else None
     return TokenizerError(
@@ -184,7 +184,7 @@ class TokenizerManager:
         return replace(prompt, text=None, input_ids=ids, media=media, image_data=None, video_data=None, audio_data=None)
 
     def check_media(self, prompts: Sequence[Prompt]) -> None:
-        """Counts a request's media before any is fetched. Callers in this process may send many prompts at once, each
+        """Count a request's media before any is fetched. Callers in this process may send many prompts at once, each
         with as many as a request may have.
 
         Raises:

@@ -223,7 +223,7 @@ class BaseMultimodalProcessor(ABC):
         discard_alpha_channel: bool = True,
         add_special_tokens: bool | None = None,
     ) -> BaseMultiModalProcessorOutput:
-        """Fetches and decodes a prompt's media, when there is room for all of them and what will be made of them.
+        """Fetch and decode a prompt's media, when there is room for all of them and what will be made of them.
 
         Args:
             discard_alpha_channel: images are RGB; otherwise those with transparency are RGBA.

@@ -8,7 +8,7 @@ import torch
 class EmbeddingCache:
     """What encoders made of items, by their digests; beyond ``max_bytes`` the least recently used are forgotten.
 
-    A prompt that is computed in chunks, a picture that comes up again in a conversation, and a request that resumes
+    A prompt that is computed in chunks, an image that comes up again in a conversation, and a request that resumes
     find it here.
     """
 

@@ -111,7 +111,7 @@ def header_of(image: Image.Image, is_low: bool = False) -> ImageHeader:
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, keep_alpha: bool = False, is_low: bool = False
 ) -> Image.Image:
-    """An image file's first picture, RGB or, if it has transparency and ``keep_alpha``, RGBA.
+    """Return the first frame of an image file, RGB or, if it has transparency and ``keep_alpha``, RGBA.
 
     Args:
         is_low: its longer side is LOW_DETAIL_SIZE at most.

@@ -133,7 +133,7 @@ _ITEM_FIELDS = {item.name for item in fields(MultimodalDataItem)}
 
 
 def _absorb(content: Any, value: Any) -> None:
-    """Adds a value to a hash, with its kind and length, so that no two values read the same."""
+    """Add a value to a hash, with its kind and length, so that no two values read the same."""
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu().contiguous()
         content.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}:".encode())

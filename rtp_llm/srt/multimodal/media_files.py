@@ -124,7 +124,7 @@ class MediaFiles:
         raise self._no_file(param, f"{_NO_SOURCE} base64 text, and ")
 
     def _no_file(self, param: str, beginning: str = "") -> InvalidRequest:
-        """Says the same whether a file that may not be named exists or not."""
+        """Say the same whether a file that may not be named exists or not."""
         if self._trusted:
             return InvalidRequest(f"{beginning}there is no such file", param)
         if self._local_root is None:

@@ -22,7 +22,7 @@ class MediaStore:
         self._numbers = count()
 
     def put(self, content: bytes) -> MediaFile:
-        """Raises OSError where it cannot be written."""
+        """Raise OSError where it cannot be written."""
         path = self._new_path()
         try:
             with open(path, "xb") as file:

@@ -93,7 +93,7 @@ class Room:
         self.held -= num_bytes
 
     def _hand_out(self) -> None:
-        """Gives what may be given, to the oldest first."""
+        """Give what may be given, to the oldest first."""
         older_waits = False
         for account in self._accounts.values():
             while account.asked and (account.held or not older_waits):
@@ -158,7 +158,7 @@ class Account:
         return self.held + sum(ask.num_bytes for ask in self.asked)
 
     async def take(self, num_bytes: int) -> None:
-        """Waits until there is room. Bytes beyond the claim are never to be had, and an error of the caller's."""
+        """Wait until there is room. Bytes beyond the claim are never to be had, and an error of the caller's."""
         if self.wanted + num_bytes > self.claim:
             raise ValueError(f"{num_bytes} bytes more than {self.wanted} are asked for, but {self.claim} were claimed")
         ask = self.room._ask(self, num_bytes)
@@ -169,11 +169,11 @@ class Account:
             raise
 
     def give(self, num_bytes: int, lower_claim: int = 0) -> None:
-        """Gives bytes back, and so many of the claim up."""
+        """Give bytes back, and so many of the claim up."""
         self.room._give(self, num_bytes, lower_claim)
 
     def close(self) -> None:
-        """Gives everything back. Idempotent."""
+        """Give everything back. Idempotent."""
         self.room._close(self)
 
     def __enter__(self) -> Self:
@@ -192,7 +192,7 @@ class MediaMemory:
         self.pixels = Room(size - size // FILES_SHARE)
 
     def check_fits(self, num_bytes: int, what: str, param: str) -> None:
-        """Raises InvalidRequest where something needs more than there will ever be for pixels."""
+        """Raise InvalidRequest where something needs more than there will ever be for pixels."""
         if num_bytes > self.pixels.size:
             raise InvalidRequest(
                 f"{what} would take about {-(-num_bytes // MIB):,} MiB of memory while being decoded and prepared, and "
@@ -202,7 +202,7 @@ class MediaMemory:
             )
 
     def check_file_fits(self, num_bytes: int, what: str, param: str) -> None:
-        """Raises InvalidRequest where files are larger than there will ever be room for."""
+        """Raise InvalidRequest where files are larger than there will ever be room for."""
         if num_bytes > self.files.size:
             raise InvalidRequest(
                 f"{what} larger than the {self.files.size / MIB:.4g} MiB that there are for files: send fewer, or "
@@ -294,7 +294,7 @@ class MediaScope:
         self._accounts = []
 
     def check_tokens(self, num_tokens: int, param: str) -> None:
-        """Raises ContextLengthExceeded where media alone have more tokens than a prompt may."""
+        """Raise ContextLengthExceeded where media alone have more tokens than a prompt may."""
         if self.most_tokens is not None and num_tokens > self.most_tokens:
             raise self._too_long(
                 f"This model's maximum context length is {self.most_tokens} tokens: the prompt's media alone have at "

@@ -33,7 +33,7 @@ class MultimodalSpecialTokens:
     combined_regex: re.Pattern[str] | str | None = None
 
     def build(self, processor: Any) -> Self:
-        """Fills in tokens from ids, ids from tokens, and the regular expressions."""
+        """Fill in tokens from ids, ids from tokens, and the regular expressions."""
         tokenizer = tokenizer_of(processor)
         for modality in Modality.all():
             token, token_id = self.token_of(modality), self.get_token_id_by_modality(modality)
@@ -110,7 +110,7 @@ def split_text(text: str, mm_tokens: MultimodalSpecialTokens) -> list[str]:
 
 
 def check_counts(modality: Modality, num_placeholders: int, num_given: int) -> None:
-    """Raises InvalidRequest where there are not as many placeholders as media."""
+    """Raise InvalidRequest where there are not as many placeholders as media."""
     if num_placeholders != num_given:
         name = modality.value
         raise InvalidRequest(
@@ -137,7 +137,7 @@ def runs_of(ids: Sequence[int], token_id: int | None) -> list[tuple[int, int]]:
 
 
 def place(items: list[MultimodalDataItem], found: list[tuple[int, int]]) -> list[MultimodalDataItem]:
-    """Sets the items' offsets from the runs of their token: one run each, or by their grids' sizes. Where neither
+    """Set the items' offsets from the runs of their token: one run each, or by their grids' sizes. Where neither
     works, all become one again, at all places."""
     if len(items) == 1:
         items[0].offsets = found
@@ -189,7 +189,7 @@ def set_offsets(
 
 
 def check_rows(items: Sequence[MultimodalDataItem]) -> None:
-    """Raises InvalidRequest where a prompt has no places for an item, or not as many as its embedding has rows."""
+    """Raise InvalidRequest where a prompt has no places for an item, or not as many as its embedding has rows."""
     for item in items:
         rows = None if item.precomputed_embeddings is None else len(item.precomputed_embeddings)
         if not item.num_tokens or rows not in (None, item.num_tokens):

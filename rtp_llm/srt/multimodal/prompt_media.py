@@ -40,7 +40,7 @@ class PromptMedia:
         self._keep_alpha = keep_alpha
 
     async def load(self, given: Mapping[Modality, list[Any]]) -> dict[Modality, list[Any]]:
-        """Opens all, which tells their sizes, and decodes them once it is known that they may be, and there is room.
+        """Open all, which tells their sizes, and decode them once it is known that they may be, and there is room.
 
         What the prompt takes is given back when the scope that this runs in is left.
         """
@@ -89,7 +89,7 @@ class PromptMedia:
         return self._processor.prepared_video(len(header.indices), header.info.height, header.info.width)
 
     async def _take_room(self, scope: MediaScope, opened: Sequence[OpenedMedia]) -> None:
-        """Waits until there is room for all that a prompt's media will take.
+        """Wait until there is room for all that a prompt's media will take.
 
         Raises:
             InvalidRequest: there will never be, or they have more pixels than a prompt's may.

@@ -152,7 +152,7 @@ MAX_ASPECT = 200
 
 
 def check_aspect(height: int, width: int, param: str) -> None:
-    """Raises InvalidRequest where one side is more than 200 times the other, which transformers refuses too."""
+    """Raise InvalidRequest where one side is more than 200 times the other, which transformers refuses too."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InvalidRequest(
             f"one side of {width} x {height} pixels is more than {MAX_ASPECT} times the other, which cannot be seen",

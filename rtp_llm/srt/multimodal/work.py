@@ -19,7 +19,7 @@ class Stopped(BaseException):
 
 
 def check_stopped() -> None:
-    """Raises Stopped where the caller of the work that this thread does is gone. To be called every now and then."""
+    """Raise Stopped where the caller of the work that this thread does is gone. To be called every now and then."""
     stop: threading.Event | None = getattr(_current, "stop", None)
     if stop is not None and stop.is_set():
         raise Stopped
@@ -75,14 +75,14 @@ def _call(stop: threading.Event, function: Callable[..., T], *arguments: Any) ->
 
 
 def _forget(error: BaseException | None) -> None:
-    """Frees what an error's frames hold, such as the pixels of an image that broke off."""
+    """Free what an error's frames hold, such as the pixels of an image that broke off."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 async def _ended(result: "asyncio.Future[Any]") -> None:
-    """Returns when it has, however often this task is cancelled meanwhile."""
+    """Return when it has, however often this task is cancelled meanwhile."""
     while not result.done():
         try:
             await asyncio.wait([result])

@@ -8,7 +8,7 @@ LOG_FORMAT = "[%(asctime)s %(levelname)s %(processName)s %(name)s] %(message)s"
 
 
 def configure_logging(level: str) -> None:
-    """Sets the level of the package's loggers, and sends them to stderr unless the application set up logging itself.
+    """Set the level of the package's loggers, and send them to stderr unless the application set up logging itself.
 
     Raises:
         ValueError: ``level`` is none of LOG_LEVELS.

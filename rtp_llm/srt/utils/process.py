@@ -23,7 +23,7 @@ class StartedPython(NamedTuple):
         return self.path == _python_path()
 
     def discard(self) -> None:
-        """Ends the process, if it still runs."""
+        """End the process, if it still runs."""
         self.pipe.close()
         self.process.kill()
         self.process.wait()

@@ -24,7 +24,7 @@ class ScratchFolder:
             self._lock = _lock(self.path, create=True)
 
     def close(self) -> None:
-        """Removes the folder with all that is in it. Idempotent; does nothing in a process that was forked."""
+        """Remove the folder with all that is in it. Idempotent; does nothing in a process that was forked."""
         if self._lock is not None and os.getpid() == self._pid:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
@@ -42,7 +42,7 @@ class ScratchFolder:
 
 
 def remove_abandoned() -> None:
-    """Removes folders of this user whose processes are dead."""
+    """Remove folders of this user whose processes are dead."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):  # another process may be removing it
             info = folder.lstat()

@@ -56,7 +56,7 @@ class Stopwatch:
         return parts
 
     def wrap(self, owner: Any, attribute: str, name: Name) -> None:
-        """Times an object's method, or a class's or a module's function, from now on."""
+        """Time an object's method, or a class's or a module's function, from now on."""
         setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
     @contextmanager

@@ -106,11 +106,11 @@ class ZmqClientEnd:
         self._thread.start()
 
     def send(self, message: Any) -> None:
-        """Sends one: see ``send_all``."""
+        """Send one: see ``send_all``."""
         self.send_all([message])
 
     def send_all(self, messages: Sequence[Any]) -> None:
-        """Sends all of them, or none. After ``close`` they go nowhere: whoever closed the link looks after what they
+        """Send all of them, or none. After ``close`` they go nowhere: whoever closed the link looks after what they
         were about.
 
         Raises:
@@ -122,7 +122,7 @@ class ZmqClientEnd:
                 self._outgoing.send_multipart(frames)  # whose parts arrive together; the core reads them one by one
 
     def close(self) -> None:
-        """Ends the receiving thread; when this returns, nothing more is handed on."""
+        """End the receiving thread; when this returns, nothing more is handed on."""
         with self._lock:
             if self._outgoing is None:
                 return

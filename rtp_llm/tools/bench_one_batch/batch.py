@@ -88,11 +88,11 @@ class OneBatch:
         return None
 
     def reserve(self, max_batch_size: int, max_len: int) -> None:
-        """Reserves the cache. To be called once, before the first batch."""
+        """Reserve the cache. To be called once, before the first batch."""
         self._executor.init_cache(list(self._capacity.num_pages), max_batch_size, max_len)
 
     def start(self, prompts: list[list[int]], num_new: int, media: Sequence[PromptMedia | None] | None = None) -> None:
-        """Puts a batch in the place of the one before.
+        """Put a batch in the place of the one before.
 
         Args:
             num_new: tokens that each prompt may be continued by.
@@ -104,7 +104,7 @@ class OneBatch:
         self._driver.start(prompts, num_new, media)
 
     def step(self, num_tokens: list[int]) -> list[int]:
-        """Computes so many further tokens of each row; returns the most probable token after them."""
+        """Compute so many further tokens of each row; return the most probable token after them."""
         return _token_ids(self._driver.step(num_tokens))
 
     def step_with_logits(self, num_tokens: list[int]) -> tuple[list[int], torch.Tensor]:

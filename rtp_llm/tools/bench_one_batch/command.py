@@ -18,7 +18,7 @@ EXIT_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (default: this process's); returns the exit status: 2 after an error, told on stderr."""
+    """Run a command line (default: this process's); return the exit status: 2 after an error, told on stderr."""
     parser = ArgumentParser(prog="bench_one_batch", description="Run the workers without server and scheduler.")
     add_cli_args(parser)
     parsed = parser.parse_args(argv)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rtp_llm.srt.checkpoint import prompts_with_pictures, read_model_config, read_tokenizer
+from rtp_llm.srt.checkpoint import prompts_with_images, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
@@ -14,11 +14,11 @@ from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.bench_one_batch.batch import OneBatch
 from rtp_llm.tools.bench_one_batch.options import OneBatchArgs, OneBatchError
 from rtp_llm.tools.reference import (
-    PICTURE_PROMPTS,
+    IMAGE_PROMPTS,
     chat_text,
     encode,
     logits_text,
-    read_pictures,
+    read_images,
     read_prompts,
     whole_text,
 )
@@ -40,7 +40,7 @@ def run_correctness(
     output_len: int,
     media: Sequence[PromptMedia | None] | None = None,
 ) -> Correctness:
-    """Computes ``cut_len`` tokens of each prompt, then the rest beside what is in the cache, then decodes."""
+    """Compute ``cut_len`` tokens of each prompt, then the rest beside what is in the cache, then decode."""
     batch.start(prompts, output_len, media)
     first_half = batch.step_with_logits([cut_len] * len(prompts))[1] if cut_len else None
     token_ids, final = batch.step_with_logits([len(ids) - cut_len for ids in prompts])
@@ -87,10 +87,10 @@ def _prompts(
         return texts, [Prompt(input_ids=encode(tokenizer, text)) for text in texts]
     if not model_config.is_multimodal:
         name = ", ".join(model_config.architectures)
-        raise OneBatchError(f"{server_args.model_path} ({name}) takes no pictures; use --model-type text")
-    texts, pictures = read_prompts(args.prompt_filename, PICTURE_PROMPTS)[:num_prompts], read_pictures(args.image)
-    chats = [chat_text(model_config.model_path, tokenizer, text, len(pictures)) for text in texts]
-    return texts, prompts_with_pictures(server_args, model_config, tokenizer, chats, pictures)
+        raise OneBatchError(f"{server_args.model_path} ({name}) takes no images; use --model-type text")
+    texts, images = read_prompts(args.prompt_filename, IMAGE_PROMPTS)[:num_prompts], read_images(args.image)
+    chats = [chat_text(model_config.model_path, tokenizer, text, len(images)) for text in texts]
+    return texts, prompts_with_images(server_args, model_config, tokenizer, chats, images)
 
 
 def _check_cut(cut_len: int, text: str, prompt: Prompt, computes_blocks: bool) -> None:
@@ -100,6 +100,6 @@ def _check_cut(cut_len: int, text: str, prompt: Prompt, computes_blocks: bool) -
     for first, last in prompt.media.blocks if prompt.media and computes_blocks else ():
         if first < cut_len <= last:
             raise OneBatchError(
-                f"--cut-len {cut_len} cuts a picture, tokens {first} to {last} of {text!r}, which this model computes "
+                f"--cut-len {cut_len} cuts an image, tokens {first} to {last} of {text!r}, which this model computes "
                 f"at once; {first} and less, or {last + 1} and more, do not"
             )

@@ -58,7 +58,7 @@ class LatencyRun:
         self._num_decodes = output_len - 1
 
     def measure(self) -> dict[str, Any]:
-        """Runs, prints as it goes, and returns the figures: seconds, and tokens per second."""
+        """Run, print as it goes, and return the figures: seconds, and tokens per second."""
         self._batch.start(self._random_prompts(), self._num_decodes + 1)
         prefill_s = self._timed_prefill()
         prefill_rate = self._rate(self._input_len, prefill_s)

@@ -39,13 +39,13 @@ class OneBatchArgs:
     prompt_filename: str = _option("", "correctness: file with one prompt per line; unset: built-in ones")
     model_type: str | None = _option(
         None,
-        "correctness: whether prompts are texts, or messages with pictures (vlm is another name of mllm); unset: mllm "
-        "if the model takes pictures",
+        "correctness: whether prompts are texts, or messages with images (vlm is another name of mllm); unset: mllm "
+        "if the model takes images",
         choices=("text", "mllm", "vlm"),
     )
     image: list[str] = field(
         default_factory=list,
-        metadata=_metadata("correctness: pictures that stand before every prompt; unset: a drawn one"),
+        metadata=_metadata("correctness: images that stand before every prompt; unset: a drawn one"),
     )
     run_name: str = _option("default", "latency: name of this run in the result; unset: default")
     batch_size: list[int] = field(

@@ -57,7 +57,7 @@ NAMED_KINDS = ("linear", "norm")  # of these there are several in a block, told 
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """Prints a table for the prefill and one for the decode steps; returns the exit status.
+    """Print a table for the prefill and one for the decode steps; return the exit status.
 
     Raises:
         ProfileError, and what loading a model raises.

@@ -75,7 +75,7 @@ class HttpClient:
             return await response.read()
 
     async def stream(self, path: str, body: bytes, on_event: OnEvent) -> None:
-        """Posts ``body``, which is JSON, and calls ``on_event`` for each server-sent event until the stream ends.
+        """Post ``body``, which is JSON, and call ``on_event`` for each server-sent event until the stream ends.
 
         What ``on_event`` raises ends the request and is raised here.
 
@@ -93,7 +93,7 @@ class HttpClient:
                     on_event(data, now)
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         await self._session.close()
 
     @cached_property

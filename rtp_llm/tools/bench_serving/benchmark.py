@@ -120,7 +120,7 @@ class Benchmark:
     async def _load(
         self, requests: Sequence[BenchRequest], bodies: Sequence[bytes]
     ) -> tuple[list[Observation], float, float]:
-        """Sends all; (what was seen, seconds that it took, CPU seconds of this process)."""
+        """Send all; return (observations, seconds that it took, CPU seconds of this process)."""
         gate = asyncio.Semaphore(self.args.max_concurrency or len(requests))
         num_done = 0
 

@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark that a command line asks for; prints the table; returns the exit status.
+    """Run the benchmark that a command line asks for; print the table; return the exit status.
 
     0: done; 1: done, but requests failed.
 

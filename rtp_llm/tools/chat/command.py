@@ -15,7 +15,7 @@ from rtp_llm.tools.chat.terminal import Terminal
 
 
 def run_chat(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: LoadingBar) -> int:
-    """Runs the command; returns the exit status. ``sampling`` are the parameters given on the command line."""
+    """Run the command; return the exit status. ``sampling`` are the parameters given on the command line."""
     SamplingParams.from_dict(sampling)  # a wrong flag is told before a model is loaded
     if args.url:
         return Terminal(Chat(server_voice(args, sampling), args.system)).run()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Content = str | list[dict[str, Any]]
-"""A text, or parts: pictures and a text, as OpenAI's API has them."""
+"""A text, or parts: images and a text, as OpenAI's API has them."""
 
 Message = dict[str, Any]
 

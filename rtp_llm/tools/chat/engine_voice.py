@@ -46,7 +46,7 @@ def engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_bar
 
 
 def tell_of_demo(server_args: ServerArgs) -> None:
-    """Says on stderr that the embedded model answers, if it does: nobody shall take it for a large one."""
+    """Say on stderr that the embedded model answers, if it does: nobody shall take it for a large one."""
     if server_args.is_demo:
         print("No model named: this is the embedded demo model, a toy. Your own: --model-path DIR", file=sys.stderr)
 
@@ -81,7 +81,7 @@ class EngineVoice:
         yield Usage(reason["type"], meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"])
 
     def _len_with_images(self, ids: list[int], image_data: list[Any]) -> int:
-        """Tokens of the prompt with those of its pictures, whose number depends on their size."""
+        """Tokens of the prompt with those of its images, whose number depends on their size."""
         from rtp_llm.srt.managers.tokenizer_manager import Prompt  # heavy, and not for --url
 
         prompt = Prompt(input_ids=ids, image_data=image_data)

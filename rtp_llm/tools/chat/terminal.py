@@ -12,14 +12,14 @@ from rich.console import Console
 
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.tools.chat.conversation import Chat, Content, ContextFull, Usage
-from rtp_llm.tools.chat.pictures import picture_part, pictures
+from rtp_llm.tools.chat.images import image_count, image_part
 from rtp_llm.tools.http_client import ServerError
 
 HELP = """\
 Type a message and press Enter. A line that ends with \\ goes on in the next; a message
 between lines of \"\"\" may have any number of lines. Ctrl-C stops an answer, Ctrl-D ends.
   /system [TEXT]  set the system message, or remove it
-  /image SOURCE   attach a picture, a file or URL, to the next message; without SOURCE: none
+  /image SOURCE   attach an image, a file or URL, to the next message; without SOURCE: none
   /retry          answer the last message anew
   /reset          forget the conversation, but not the system message
   /help, /exit    (a message may begin with a slash if that is doubled: //)"""
@@ -33,7 +33,7 @@ class Terminal:
         self._notices = Console(stderr=True, highlight=False, soft_wrap=True)
         self._interactive = sys.stdin.isatty()
         self._clean = sys.stdout.isatty()
-        self._pictures: list[dict[str, Any]] = []  # parts of the next message
+        self._images: list[dict[str, Any]] = []  # parts of the next message
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self._notice(HELP),
             "/system": self._set_system,
@@ -71,23 +71,23 @@ class Terminal:
             self._send(text[1:] if text.startswith("//") else text)
 
     def _send(self, text: str) -> None:
-        """Asks, with the pictures; they stay attached if there is no answer."""
-        content: Content = [*self._pictures, {"type": "text", "text": text}] if self._pictures else text
+        """Ask, with the images; they stay attached if there is no answer."""
+        content: Content = [*self._images, {"type": "text", "text": text}] if self._images else text
         try:
             self._answer(content)
         finally:
             if self._chat.turns and self._chat.turns[-1][0] is content:
-                self._pictures.clear()
+                self._images.clear()
 
     def _attach(self, source: str) -> None:
         if not source:
-            self._pictures.clear()
-            self._notice("no pictures for the next message")
+            self._images.clear()
+            self._notice("no images for the next message")
             return
         if len(source) > 1 and source[0] == source[-1] and source[0] in "'\"":  # as file managers write paths
             source = source[1:-1]
-        self._pictures.append(picture_part(source))
-        self._notice(f"{pictures(len(self._pictures))} for the next message")
+        self._images.append(image_part(source))
+        self._notice(f"{image_count(len(self._images))} for the next message")
 
     def _set_system(self, text: str) -> None:
         self._chat.system = text or None
@@ -95,7 +95,7 @@ class Terminal:
 
     def _reset(self, _: str) -> None:
         self._chat.turns.clear()
-        self._pictures.clear()
+        self._images.clear()
         self._notice("conversation forgotten")
 
     def _retry(self, _: str) -> None:
@@ -109,7 +109,7 @@ class Terminal:
                 self._chat.turns.append(last)
 
     def _answer(self, content: Content) -> None:
-        """Writes an answer as it comes; Ctrl-C stops it."""
+        """Write an answer as it comes; Ctrl-C stops it."""
         start_s = time.perf_counter()
         first_s = None
         is_thinking = False
@@ -154,7 +154,7 @@ class Terminal:
 
     def _read_message(self) -> str | None:
         """The next message, which may have several lines; None at the end of the input."""
-        line = self._read_line(f"[{pictures(len(self._pictures))}] > " if self._pictures else "> ")
+        line = self._read_line(f"[{image_count(len(self._images))}] > " if self._images else "> ")
         if line is None:
             return None
         if line.lstrip().startswith('"""'):
@@ -192,7 +192,7 @@ def _enable_line_editing() -> None:
 
 
 def without_controls(text: str) -> str:
-    """Shows control characters, which might do things to the terminal, as U+FFFD; new lines and tabs stay."""
+    """Show control characters, which might do things to the terminal, as U+FFFD; new lines and tabs stay."""
     return "".join("\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text)
 
 

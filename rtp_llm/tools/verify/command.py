@@ -21,7 +21,7 @@ WIDTH = 80
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Returns the exit status: 0 if ours and transformers agree, 1 if not."""
+    """Return the exit status: 0 if ours and transformers agree, 1 if not."""
     options = VerifyOptions(**{name: getattr(args, name) for name in [item.name for item in fields(VerifyOptions)]})
     server_args = ServerArgs.from_cli_args(args)
     configure_logging(server_args.log_level)

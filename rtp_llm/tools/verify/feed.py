@@ -1,4 +1,4 @@
-"""What our processor made of pictures and videos, as a model of transformers takes it.
+"""What our processor made of images and videos, as a model of transformers takes it.
 
 Both sides get the same pixels, so that what differs is the model's. Transformers' own processors cannot be had on every
 machine, and round pixels in ways of their own.
@@ -23,7 +23,7 @@ TYPES = {Modality.IMAGE: 1, Modality.VIDEO: 2, Modality.AUDIO: 3}  # of a prompt
 
 def extras_for(model: Any, ids: Sequence[int], media: MultimodalInputs) -> Extras:
     """The arguments beside ``input_ids`` of a transformers model's forward, as far as it names them: features, the
-    items' ``model_specific_data`` by name, the kinds of tokens, and the number of pictures.
+    items' ``model_specific_data`` by name, the kinds of tokens, and the number of images.
     """
     known = inspect.signature(model.forward).parameters
     extras: Extras = {}

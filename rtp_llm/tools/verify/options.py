@@ -31,7 +31,7 @@ class VerifyOptions:
     )
     prompt_filename: str | None = _option(None, "file with one prompt per line; unset: three prompts")
     image: list[str] | None = _option(  # noqa: RUF009
-        None, "pictures that stand before a prompt, for a model that sees; unset: a drawn one"
+        None, "images that stand before a prompt, for a model that sees; unset: a drawn one"
     )
     long_len: int | None = _option(
         None,

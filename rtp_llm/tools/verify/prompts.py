@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtp_llm.srt.checkpoint import prompts_with_pictures, read_processor
+from rtp_llm.srt.checkpoint import prompts_with_images, read_processor
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
 from rtp_llm.srt.request_spec import PromptMedia
-from rtp_llm.tools.reference import PICTURE_PROMPTS, chat_text, encode, read_pictures, read_prompts
+from rtp_llm.tools.reference import IMAGE_PROMPTS, chat_text, encode, read_images, read_prompts
 from rtp_llm.tools.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
 
 RANDOM_LENS = (5, 9, 12)  # of prompts where there is no tokenizer
@@ -46,19 +46,17 @@ def read_or_usual_prompts(config: ModelConfig, tokenizer: Any, options: VerifyOp
         yield Prompt(f"({long_len} tokens)", (ids * (long_len // len(ids) + 1))[:long_len])
 
 
-def picture_prompts(args: ServerArgs, config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
-    """For a model that sees: the prompts of the file, or the usual one, after the pictures of ``--image``."""
+def image_prompts(args: ServerArgs, config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
+    """For a model that sees: the prompts of the file, or the usual one, after the images of ``--image``."""
     if tokenizer is None or not config.is_multimodal or not _has_own_processor(config):
         if options.image:
-            reason = (
-                "has no tokenizer" if tokenizer is None else f"({', '.join(config.architectures)}) takes no pictures"
-            )
+            reason = "has no tokenizer" if tokenizer is None else f"({', '.join(config.architectures)}) takes no images"
             raise VerifyError(f"{config.model_path} {reason}: --image means nothing here")
         return []
-    texts, pictures = read_prompts(options.prompt_filename, PICTURE_PROMPTS), read_pictures(options.image or ())
-    chats = [picture_prompt(args, config, tokenizer, text, len(pictures)) for text in texts]
-    found = prompts_with_pictures(args, config, tokenizer, chats, pictures)
-    count = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    texts, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS), read_images(options.image or ())
+    chats = [image_prompt(args, config, tokenizer, text, len(images)) for text in texts]
+    found = prompts_with_images(args, config, tokenizer, chats, images)
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
     prompts = [Prompt(f"({count}) {text}", p.input_ids, p.media) for text, p in zip(texts, found, strict=True)]
     for prompt in prompts:
         _check_len(prompt, config.context_length - options.max_new_tokens, options)
@@ -82,13 +80,13 @@ def _has_own_processor(config: ModelConfig) -> bool:
     return ModelTraits.of(model_cls).pad_input_ids is not None
 
 
-def picture_prompt(args: ServerArgs, config: ModelConfig, tokenizer: Any, text: str, num_pictures: int) -> str:
-    """In the model's chat template; where it has none, the pictures' placeholders come before the text, a line each."""
+def image_prompt(args: ServerArgs, config: ModelConfig, tokenizer: Any, text: str, num_images: int) -> str:
+    """In the model's chat template; where it has none, the images' placeholders come before the text, a line each."""
     try:
-        return chat_text(config.model_path, tokenizer, text, num_pictures)
+        return chat_text(config.model_path, tokenizer, text, num_images)
     except ValueError:
         token = read_processor(args, config, tokenizer, trusted=True).mm_tokens.image_token
-        return f"{token}\n" * num_pictures + text
+        return f"{token}\n" * num_images + text
 
 
 def _long_len(config: ModelConfig) -> int:

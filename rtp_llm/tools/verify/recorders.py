@@ -271,7 +271,7 @@ class TheirRecorder(Recorder):
         )
 
     def _add_vision_attention(self, name: str, states: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
-        """Called for a row of packed patches, for its segments one by one, or for a batch of pictures."""
+        """Called for a row of packed patches, for its segments one by one, or for a batch of images."""
         for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
             self.trace.add_in_pieces(name, part, tensor)
         num_rows, num_heads, length, head_dim = states[0].shape

@@ -24,7 +24,7 @@ from rtp_llm.tools.verify.locate import (
 )
 from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
-from rtp_llm.tools.verify.prompts import Prompt, picture_prompts, read_or_usual_prompts
+from rtp_llm.tools.verify.prompts import Prompt, image_prompts, read_or_usual_prompts
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.trace import Parts, Trace
@@ -75,7 +75,7 @@ class Report:
 
 
 def verify(args: ServerArgs, options: VerifyOptions) -> Report:
-    """Compares ours with transformers.
+    """Compare ours with transformers.
 
     That our class cannot be built, filled or run is part of the report; other errors are raised.
 
@@ -90,7 +90,7 @@ def verify(args: ServerArgs, options: VerifyOptions) -> Report:
     dtype = config.dtype
     try:
         with registered(config, options.model_class):
-            prompts += picture_prompts(args, config, tokenizer, options)
+            prompts += image_prompts(args, config, tokenizer, options)
             ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
         theirs = TheirModel(args, config)
         results = [_compare_prompt(ours, theirs, prompt, options) for prompt in prompts]

@@ -42,7 +42,7 @@ class OurModel:
         return self._runner.model
 
     def cut_of(self, prompt: Prompt, cut_len: int) -> int:
-        """``cut_len``, or less where that would cut a picture that the model computes at once."""
+        """``cut_len``, or less where that would cut an image that the model computes at once."""
         if prompt.media is None or not self._runner.max_media_block:
             return cut_len
         return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
@@ -51,7 +51,7 @@ class OurModel:
         self, prompt: Prompt, cut_len: int, num_new: int, trace: Trace | None = None
     ) -> tuple[list[int], torch.Tensor]:
         """``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each id
-        but the last. A trace gets what belongs to the prompt. Pictures are encoded anew."""
+        but the last. A trace gets what belongs to the prompt. Images are encoded anew."""
         self._runner.embedding_cache.clear()
         self._driver.start([prompt.ids], num_new, [prompt.media])
         ids = prompt.ids

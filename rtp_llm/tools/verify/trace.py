@@ -55,7 +55,7 @@ class VisionCall:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which modules of a model that sees encode pictures; the names are the checkpoint's, alike on both sides.
+    """Which modules of a model that sees encode images; the names are the checkpoint's, alike on both sides.
 
     Args:
         language_model: the name of the module that holds the one that embeds text; empty: the model does not see.
@@ -89,7 +89,7 @@ class Trace:
     """[tokens, features] float32 on the host at each place, in the order of execution.
 
     Of tokens before ``first_kept`` only keys and values are kept. The second use of a module in a step is a place of
-    its own, ``module#2``. In a vision tower rows are patches, or what they are merged to, and all are kept; pictures
+    its own, ``module#2``. In a vision tower rows are patches, or what they are merged to, and all are kept; images
     come in the prompt's order, whichever steps they are encoded in.
     """
 
@@ -121,7 +121,7 @@ class Trace:
         self.positions = torch.cat(self._position_pieces, dim=-1) if self._position_pieces else None
 
     def _turn_of(self, place: Place) -> int:
-        """What comes before the language model's layers, though a later step may be the first to encode a picture."""
+        """What comes before the language model's layers, though a later step may be the first to encode an image."""
         if self.parts.is_tower(place.module):
             return 1
         is_text = place.part == OUTPUT and place.module == self.parts.embedding
@@ -137,7 +137,7 @@ class Trace:
             self._position_pieces.append((rows[0] if len(rows) == 1 else rows).detach().cpu().clone())
 
     def add_vision_call(self, module: str, call: VisionCall) -> None:
-        """Segments of several calls, for pictures encoded one after the other, follow each other."""
+        """Segments of several calls, for images encoded one after the other, follow each other."""
         before = self.vision_calls.get(module)
         if before is not None:
             tables = [table for table in (before.cos_sin, call.cos_sin) if table is not None]

@@ -102,7 +102,7 @@ def _segments(lengths: tuple[int, ...]) -> str:
 
 
 def explain_missing(ours: torch.Tensor, theirs: torch.Tensor, name: str, model: Any, tolerance: float) -> str | None:
-    """Whether ours and the reference's differ by a table of parameters of its tower, alike for each picture.
+    """Whether ours and the reference's differ by a table of parameters of its tower, alike for each image.
 
     Args:
         name: the module whose parameters, and those of whatever it lies in but the whole model, are tried.

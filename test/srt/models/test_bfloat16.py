@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from asked_with_pictures import PicturePrompt, picture_prompts, their_prompt_logprobs
+from asked_with_images import ImagePrompt, image_prompts, their_prompt_logprobs
 from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
@@ -52,11 +52,11 @@ def ours(model_dir: str, prompts: list[list[int]]) -> torch.Tensor:
     return input_logprobs(results)
 
 
-def ours_with_pictures(model_dir: str, prompts: list[PicturePrompt]) -> torch.Tensor:
+def ours_with_images(model_dir: str, prompts: list[ImagePrompt]) -> torch.Tensor:
     with Engine(model_path=model_dir, dtype="bfloat16", device="cpu", max_total_tokens=2048) as engine:
         results = engine.generate(
             [prompt.text for prompt in prompts],
-            image_data=[prompt.pictures for prompt in prompts],
+            image_data=[prompt.images for prompt in prompts],
             sampling_params={"temperature": 0, "max_new_tokens": 1},
             return_logprob=True,
             logprob_start_len=0,
@@ -84,9 +84,9 @@ def test_as_near_to_float32_as_transformers(architecture: str, tmp_path: Path) -
 @pytest.mark.parametrize("architecture", SEEING_TWINS)
 def test_what_is_seen_is_as_near_to_float32_as_transformers(architecture: str, tmp_path: Path) -> None:
     model_dir = SEEING_TWINS[architecture].make(tmp_path)
-    prompts = picture_prompts(ServerArgs(model_path=model_dir, device="cpu"))
+    prompts = image_prompts(ServerArgs(model_path=model_dir, device="cpu"))
     truth = their_prompt_logprobs(model_dir, prompts, "float32")
     reference_error = (their_prompt_logprobs(model_dir, prompts, "bfloat16") - truth).abs().mean().item()
-    error = (ours_with_pictures(model_dir, prompts) - truth).abs().mean().item()
+    error = (ours_with_images(model_dir, prompts) - truth).abs().mean().item()
     print(f"{architecture}: mean error {error:.4f}, transformers' {reference_error:.4f}")
     assert error <= max(TOLERANCE, SLACK * reference_error)

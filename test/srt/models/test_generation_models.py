@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent)]  # unittest knows only t
 import pytest
 import torch
 import transformers
-from asked_with_pictures import PicturePrompt, picture_prompts, their_picture_answers
+from asked_with_images import ImagePrompt, image_prompts, their_image_answers
 from seeing_twins import SEEING_TWINS
 
 from rtp_llm import Engine, ModelRegistry
@@ -162,15 +162,15 @@ def our_answers(case: ModelCase, model_dir: str, prompts: list[str], expected: l
     return [_answer(ids, result) for ids, result in zip(prompt_ids, results, strict=True)]
 
 
-def their_picture_answers_apart(case: ModelCase, model_dir: str, prompts: list[PicturePrompt]) -> list[Answer]:
+def their_image_answers_apart(case: ModelCase, model_dir: str, prompts: list[ImagePrompt]) -> list[Answer]:
     """As ``reference_answers``."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(
-            their_picture_answers, model_dir, prompts, MAX_NEW_TOKENS, TOP_NUM, case.dtype, case.trust_remote_code
+            their_image_answers, model_dir, prompts, MAX_NEW_TOKENS, TOP_NUM, case.dtype, case.trust_remote_code
         ).result()
 
 
-def our_picture_answers(case: ModelCase, model_dir: str, prompts: list[PicturePrompt]) -> list[Answer]:
+def our_image_answers(case: ModelCase, model_dir: str, prompts: list[ImagePrompt]) -> list[Answer]:
     """By the engine, from the pictures themselves, all prompts in one batch."""
     with Engine(
         model_path=model_dir,
@@ -182,7 +182,7 @@ def our_picture_answers(case: ModelCase, model_dir: str, prompts: list[PicturePr
     ) as engine:
         results = engine.generate(
             [prompt.text for prompt in prompts],
-            image_data=[prompt.pictures for prompt in prompts],
+            image_data=[prompt.images for prompt in prompts],
             sampling_params={"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
             return_logprob=True,
             logprob_start_len=0,
@@ -245,9 +245,9 @@ class TestGenerationModels(unittest.TestCase):
             ours = our_answers(case, model_dir, prompts, expected)
             args = ServerArgs(model_path=model_dir, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
             if read_model_config(args).is_multimodal:
-                asked = picture_prompts(args)
-                expected += their_picture_answers_apart(case, model_dir, asked)
-                ours += our_picture_answers(case, model_dir, asked)
+                asked = image_prompts(args)
+                expected += their_image_answers_apart(case, model_dir, asked)
+                ours += our_image_answers(case, model_dir, asked)
         for i, (our_answer, their_answer) in enumerate(zip(ours, expected, strict=True)):
             with self.subTest(model=case.model_path, prompt=i):
                 self.check_close(case, our_answer, their_answer)

@@ -1,4 +1,4 @@
-"""Pictures that are shown in a message."""
+"""Images that are shown in a message."""
 
 import base64
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 from rtp_llm.srt.sampling_params import InvalidRequest
 
-PICTURES = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
 
 
-def picture_part(source: str) -> dict[str, Any]:
-    """The part of a message that shows a picture: a URL as it is, a file with its content.
+def image_part(source: str) -> dict[str, Any]:
+    """The part of a message that shows an image: a URL as it is, a file with its content.
 
     Raises:
-        InvalidRequest: there is no such file, or it is no picture.
+        InvalidRequest: there is no such file, or it is no image.
     """
     if source.startswith(("http://", "https://", "data:")):
         return {"type": "image_url", "image_url": {"url": source}}
@@ -21,16 +21,16 @@ def picture_part(source: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InvalidRequest(f"cannot read the picture {source}: {error.strerror or error}") from None
-    kind = picture_kind(content)
+        raise InvalidRequest(f"cannot read the image {source}: {error.strerror or error}") from None
+    kind = image_format(content)
     if kind is None:
-        raise InvalidRequest(f"{source} is no picture of a known kind ({', '.join(PICTURES)})")
+        raise InvalidRequest(f"{source} is no image of a known kind ({', '.join(IMAGE_FORMATS)})")
     url = f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def picture_kind(content: bytes) -> str | None:
-    """Which of PICTURES a file's first bytes announce."""
+def image_format(content: bytes) -> str | None:
+    """Which of IMAGE_FORMATS a file's first bytes announce."""
     marks = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"BM": "BMP"}
     marks |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
@@ -38,5 +38,5 @@ def picture_kind(content: bytes) -> str | None:
     return next((kind for mark, kind in marks.items() if content.startswith(mark)), None)
 
 
-def pictures(number: int) -> str:
-    return "1 picture" if number == 1 else f"{number} pictures"
+def image_count(number: int) -> str:
+    return "1 image" if number == 1 else f"{number} images"
