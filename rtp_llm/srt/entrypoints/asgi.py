@@ -103,7 +103,7 @@ def _with_request_id(scope: Scope, send: Send) -> Send:
 
 
 class Bodies:
-    """The bytes of all bodies that are being read or handled, at most ``MAX_LARGE_BODIES`` of the largest.
+    """Bytes of all bodies being read or handled, at most ``MAX_LARGE_BODIES`` times ``max_body_size``.
 
     Args:
         max_body_size: bytes of the largest body.

@@ -1,11 +1,11 @@
 """A completion's text, and the stop strings that end it.
 
-Stop strings are looked for in what the model wrote, special tokens included; what is shown may leave these out:
+Stop strings are searched in the written text, special tokens included; the shown text may leave these out:
 
     written | ab<|im_end|>cd     stop "b<|im_end|>" cuts after "a"; "abcd" is not in there
     shown   | abcd
 
-The two are the same text while no special token is near, and only then is one decoded in place of two.
+While no special token is near, the two are the same text, and only one is decoded.
 """
 
 from bisect import bisect_left
@@ -31,7 +31,7 @@ class CompletionText:
         self._shown = IncrementalText(shown, prompt_ids)
         self._hidden = shown.skipped
         self._decode_written = written
-        self._written: IncrementalText | None = None  # where it differs from what is shown
+        self._written: IncrementalText | None = None  # None while it equals the shown text
         self._matcher = StopMatcher(params.stop) if params.stop else None
         self._min_new_tokens = params.min_new_tokens
         self._includes_stop = params.include_stop_str_in_output
@@ -39,10 +39,10 @@ class CompletionText:
         self._is_ended_by_id = False
         self._num_ids = 0
         self._num_written = 0  # characters
-        self._starts: list[int] = []  # per id, where its text begins in what is written; only with stop strings
-        self._shown_starts: list[int] = []  # and in what is shown
-        self._gaps: dict[int, int] = {}  # per hidden id, characters before it that are written, but never shown
-        self._held: dict[int, str] = {}  # what was held back of the shown text before this id, and still is
+        self._starts: list[int] = []  # per id, where its text begins in the written text; only with stop strings
+        self._shown_starts: list[int] = []  # and in the shown text
+        self._gaps: dict[int, int] = {}  # per hidden id, characters before it that are written but never shown
+        self._held: dict[int, str] = {}  # id's index -> shown text held back before it
         self.text = ""
         if self._matcher is not None and not self._hidden.isdisjoint(prompt_ids):
             self._written = IncrementalText(written, prompt_ids)
@@ -60,8 +60,8 @@ class CompletionText:
             self._push(self._matcher, token_id)
 
     def push_last(self, token_id: int) -> None:
-        """Take the id that ended the generation, and end the text. Its own text is part of that only if stop strings
-        are. A stop string that ends in it cuts the text; one that begins in it does not, for the id came first.
+        """Take the id that ended the generation, and end the text. The id's text is included if stop strings are.
+        A stop string that ends in it cuts the text; one that begins in it does not, for the id came first.
         """
         self._is_ended_by_id = True
         if self._matcher is None:
@@ -85,21 +85,21 @@ class CompletionText:
 
     @property
     def num_tokens(self) -> int:
-        """How many of the ids belong to the text: those that begin before its end, if a stop string cut it."""
+        """Number of ids that belong to the text: those that begin before its end, if a stop string cut it."""
         if self._match is None:
             return self._num_ids
         end = self._match.end if self._includes_stop else self._match.start
         return max(bisect_left(self._starts, end), self._min_new_tokens)
 
     def certain(self) -> str:
-        """The text without an end that may turn out to be the beginning of a stop string."""
+        """Return the text without an end that may be the beginning of a stop string."""
         if self._matcher is None or self._match is not None or not self._matcher.held_len:
             return self.text
         return self.text[: self._shown_position(self._num_written - self._matcher.held_len)]
 
     @property
     def num_certain_tokens(self) -> int:
-        """How many of the ids no stop string can cut any more: those that begin within the certain text."""
+        """Number of ids that no stop string can cut any more: those that begin within the certain text."""
         if self._matcher is None:
             return self._num_ids
         return bisect_left(self._starts, self._num_written - self._matcher.held_len)
@@ -112,7 +112,7 @@ class CompletionText:
         start, written = shown_start, piece
         if self._written is not None:
             start, written, shared = self._pushed(self._written, token_id)
-            if held and not shared:  # otherwise the id goes on with the character whose bytes are held
+            if held and not shared:  # otherwise the id continues the held character
                 self._held[len(self._starts)] = held
         if is_hidden:
             start = self._hidden_start(written, token_id)
@@ -123,8 +123,8 @@ class CompletionText:
         self._join()
 
     def _pushed(self, stream: IncrementalText, token_id: int) -> tuple[int, str, str]:
-        """``(start, piece, held)``: the id's text begins in the piece it gives where that of earlier ids ends, which
-        was held back; of which ``held`` is not in there.
+        """Push an id; return ``(start, piece, held)``: the piece that it releases, the start of the id's own text in
+        it, after text of earlier ids that was held back, and ``held``, the part of that which is not in the piece.
         """
         held = stream.held()
         piece = stream.push(token_id)
@@ -132,13 +132,13 @@ class CompletionText:
         return start, piece, held[start:]
 
     def _hidden_start(self, piece: str, token_id: int) -> int:
-        """Where a special token's own text begins in the piece it gave: after what was held, or a decoder's space."""
+        """Return where a special token's text begins in its piece: after held text, or a decoder's space."""
         start = max(0, len(piece) - len(self._decode_written([token_id])))
         self._gaps[len(self._starts)] = start
         return start
 
     def _push_silent(self, matcher: StopMatcher, token_id: int) -> None:
-        """An id that is written, but not shown in any case."""
+        """Push an id that is written and never shown."""
         written = self._written or self._shown.fork(self._decode_written)
         start, piece, shared = self._pushed(written, token_id)
         if not shared:
@@ -152,7 +152,7 @@ class CompletionText:
         self._search(matcher, piece, start)
 
     def _search(self, matcher: StopMatcher, piece: str, start: int) -> None:
-        """Look for stop strings in what is written now; ``start``: where the newest id's text begins in it."""
+        """Search for stop strings in a new written piece; ``start``: where the newest id's text begins in it."""
         num_banned = 0
         if self._num_ids <= self._min_new_tokens:
             num_banned = len(piece)
@@ -173,7 +173,7 @@ class CompletionText:
         self.text = text + (match.string if self._includes_stop else "")
 
     def _shown_position(self, position: int) -> int:
-        """Where in the shown text a position of the written text is; for one in a hidden token, where that would be."""
+        """Return the position in the shown text of one in the written text; in a hidden token, where it would stand."""
         num_ids = bisect_left(self._starts, position)  # that begin before it
         if num_ids == 0:
             return 0
@@ -183,7 +183,7 @@ class CompletionText:
         return min(shown_end, max(self._shown_starts[num_ids - 1], shown_end - (end - position)))
 
     def _join(self) -> None:
-        """Go back to one text once special tokens are so far behind that they do not change what follows."""
+        """Return to one text when special tokens are too far behind to change what follows."""
         if self._written is None or self._written.is_holding or self._shown.is_holding:
             return
         written, shown = self._written.window, self._shown.window

@@ -1,4 +1,4 @@
-"""From the core's token ids to the result that the caller gets.
+"""From the core's token ids to the caller's result.
 
 Ids are taken one by one, however they were grouped into messages: so the text, and where it stops, depend on the ids
 alone.
@@ -18,7 +18,7 @@ from rtp_llm.srt.request_spec import LogprobSpec
 
 @dataclass(slots=True)
 class Delta:
-    """What is new and certain of a completion since its last delta. All deltas together are the whole."""
+    """The new, certain part of a completion since its last delta. All deltas together are the whole."""
 
     text: str
     token_ids: list[int]
@@ -26,14 +26,14 @@ class Delta:
 
 
 class Completion:
-    """What came back for one request, and the result made of it.
+    """The outputs of one request, and the result made of them.
 
-    Feed it the core's messages with ``add`` until ``finished``. If it finishes by a stop string, the core does not
-    know: the caller then aborts the request there; messages that still come are ignored. The id by which the core
-    stopped must come in the same message as the reason.
+    Feed it the core's messages with ``add`` until ``finished``. The core does not
+    know of stop strings: when one ends the completion, the caller aborts the request, and later messages are ignored.
+    The id by which the core stopped must come in the same message as the reason.
 
     Args:
-        detokenizer: None gives no text at all.
+        detokenizer: None: results have no text.
     """
 
     def __init__(self, request: GenerateRequest, detokenizer: "Detokenizer | None") -> None:
@@ -45,7 +45,7 @@ class Completion:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
-        self.prompt_tokens = len(request.prompt_ids)  # the core may tell more: media take what the model says
+        self.prompt_tokens = len(request.prompt_ids)  # the core's count replaces it
         self._num_retractions = 0
         self._queue_time_s = 0.0
         self._start_s = time.perf_counter()
@@ -59,7 +59,7 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The text so far, without what may turn out to be the beginning of a stop string."""
+        """The text so far, without an end that may be the beginning of a stop string."""
         text = self._text
         return "" if text is None else text.text if self.finished else text.certain()
 
@@ -74,7 +74,7 @@ class Completion:
 
     @property
     def prompt_logprobs(self) -> Sequence[TokenLogprob]:
-        """Those of the prompt's tokens from ``logprob_start_len + 1`` on, as far as they came."""
+        """Log-probabilities of the prompt's tokens from ``logprob_start_len + 1`` on, as far as they came."""
         return self._prompt_logprobs
 
     @property
@@ -87,7 +87,7 @@ class Completion:
         return self._cached_tokens
 
     def take_delta(self) -> Delta:
-        """What the last call did not give yet. What a stop string may still cut is held back, ids and logprobs too."""
+        """Return what is new since the last call. Text, ids and logprobs that a stop string may cut are held back."""
         chars, tokens = self._num_taken_chars, self._num_taken_tokens
         text = self.text
         end = len(self._output_ids)
@@ -132,7 +132,7 @@ class Completion:
         return FinishReason("stop", matched=text.matched)
 
     def result(self) -> dict[str, Any]:
-        """Everything so far, shaped as the reference does: ``{"text", "output_ids", "meta_info"}``.
+        """Return the result so far in SGLang's form: ``{"text", "output_ids", "meta_info"}``.
 
         Texts of successive calls extend each other. Logprob entries are tuples ``(logprob, token id, text or None)``,
         present only if asked for; the first prompt entry has no logprob, and None in place of its alternatives.
@@ -187,7 +187,7 @@ class Completion:
 
 
 class Detokenizer:
-    """What all requests share: the tokenizer's decoders, with and without special tokens."""
+    """The tokenizer's decoders, with and without special tokens, which all requests share."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._plain = Decoder(tokenizer, skip_special_tokens=True)
@@ -201,5 +201,5 @@ class Detokenizer:
         return (self._plain if skip_special_tokens else self._with_special)(ids)
 
     def token_text(self, token_id: int) -> str:
-        """One token alone, as logprob entries show it."""
+        """Return the text of one token alone, for logprob entries."""
         return self._with_special([token_id])

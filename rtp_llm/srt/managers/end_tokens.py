@@ -1,7 +1,7 @@
-"""Which token ids end a text: by the checkpoint's configuration, its tokenizer and its chat template together.
+"""The token ids that end a text: from the checkpoint's configuration, its tokenizer and its chat template.
 
-A fine-tuned model often names its end of turn in one of these places only. They are read once, where the tokenizer is,
-and go to the core with each request.
+A fine-tuned model often names its end of turn in one of these places only. They are read once, in the
+tokenizer's process, and go to the core with each request.
 """
 
 import logging
@@ -16,15 +16,15 @@ from rtp_llm.srt.managers.incremental_text import special_ids
 logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER, CHAT_TEMPLATE = "config", "tokenizer", "chat template"
-TOKENIZER_ENDS = ("eos_token", "eot_token")  # the second is a name that some tokenizers add to transformers' own
+TOKENIZER_ENDS = ("eos_token", "eot_token")  # eot_token: an attribute that some tokenizers add
 QUESTION, THOUGHT, ANSWER = "kangaroo4x", "umbrella9z", "xylophone7q"  # words that no template writes
 HARMONY_CHANNEL = "<|channel|>"
-HARMONY_MESSAGE_ENDS = ("<|end|>", "<|call|>")  # of a message: the turn may go on with one in another channel
+HARMONY_MESSAGE_ENDS = ("<|end|>", "<|call|>")  # of a message, after which the turn may go on in another channel
 
 
 @dataclass(frozen=True, slots=True)
 class EndToken:
-    """An id that ends a text unless ``ignore_eos`` is set, and who says so: ``config`` (config.json or
+    """An id that ends a text unless ``ignore_eos`` is set, and its sources: ``config`` (config.json or
     generation_config.json), ``tokenizer``, ``chat template``."""
 
     token_id: int
@@ -41,7 +41,7 @@ class EndToken:
 def find_end_tokens(
     config_ids: Iterable[int], vocab_size: int, tokenizer: Any, template: Template | None
 ) -> tuple[EndToken, ...]:
-    """All that end a text, those of the configuration first. Ids outside the vocabulary are left out."""
+    """Return all end tokens, those of the configuration first. Ids outside the vocabulary are left out."""
     sources: dict[int, list[str]] = {}
     for source, ids in (
         (CONFIG, config_ids),
@@ -60,7 +60,7 @@ def find_end_tokens(
 def _of_tokenizer(tokenizer: Any) -> list[int]:
     if tokenizer is None:
         return []
-    named = getattr(tokenizer, "special_tokens_map", {})  # a tokenizer that is no transformers class may have none
+    named = getattr(tokenizer, "special_tokens_map", {})  # tokenizers outside transformers may have none
     tokens = [str(named[name]) for name in TOKENIZER_ENDS if named.get(name)]
     vocabulary = _special_tokens(tokenizer)
     return [vocabulary[token] for token in tokens if token in vocabulary]
@@ -79,12 +79,12 @@ def _of_template(template: Template | None, tokenizer: Any) -> list[int]:
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids of the special tokens, by their text."""
+    """Return text -> id of the special tokens."""
     return {tokenizer.decode([token_id]): token_id for token_id in sorted(special_ids(tokenizer))}
 
 
 def end_of_turn(template: Template, special_tokens: Iterable[str]) -> str | None:
-    """The special token that a template writes after a finished answer, if it ends the turn; else None.
+    """Return the special token that a template writes after a finished answer, if it ends the turn; else None.
 
     Where another special token follows at once, the first may end a part of the turn only. A token that also begins
     the user's turn is no end, and neither is one that stands within an answer, such as the end of a message in the
@@ -112,7 +112,7 @@ def _render(template: Template, messages: list[dict[str, str]]) -> str:
 
 
 def _opens_question(template: Template, token: str, special: list[str]) -> bool:
-    """Whether it is the special token next before the user's words, in the first turn and in a later one."""
+    """Return whether it is the special token next before the user's words, in the first turn and in a later one."""
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     try:
         first = _render(template, [question]).partition(QUESTION)[0]
@@ -123,7 +123,7 @@ def _opens_question(template: Template, token: str, special: list[str]) -> bool:
 
 
 def _is_within_answer(template: Template, token: str) -> bool:
-    """Whether it ends the thoughts, after which the answer follows in the same turn."""
+    """Return whether it ends the thoughts, after which the answer follows in the same turn."""
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     thoughtful = answer | {"thinking": THOUGHT, "reasoning_content": THOUGHT, "reasoning": THOUGHT}
     try:
@@ -135,11 +135,11 @@ def _is_within_answer(template: Template, token: str) -> bool:
 
 
 def _first(text: str, tokens: list[str]) -> str | None:
-    """The one of ``tokens``, longest first, that ``text`` begins with."""
+    """Return the longest of ``tokens`` that ``text`` begins with."""
     return next((token for token in tokens if text.startswith(token)), None)
 
 
 def _last(text: str, tokens: list[str]) -> str | None:
-    """The one of ``tokens`` that stands last in ``text``."""
+    """Return the one of ``tokens`` that stands last in ``text``."""
     ends = [(text.rfind(token) + len(token), token) for token in tokens if token in text]
     return max(ends)[1] if ends else None

@@ -1,4 +1,4 @@
-"""Keeps every live request on the client side of the link, and gives each what the core says about it."""
+"""The client side of the link: keeps every live request, and delivers the core's outputs to it."""
 
 import logging
 import threading
@@ -30,7 +30,7 @@ class EngineStopped(RuntimeError):
 
 
 class FlushResult(NamedTuple):
-    """Whether the prefix cache is empty now, and if not, why. As a condition it is its ``success``."""
+    """Whether the prefix cache is empty now, and if not, why. Its truth value is ``success``."""
 
     success: bool
     message: str
@@ -50,19 +50,19 @@ Ended = tuple["LiveRequest", TokenOutput]
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request that the core has not ended, with what came back: all that a resubmission needs."""
+    """A request that the core has not ended, with its outputs so far: all that a resubmission needs."""
 
     request: GenerateRequest
     deliver: Deliver
     output_ids: list[int] = field(default_factory=list)
     num_prompt_logprobs: int = 0
-    cached_tokens: int | None = None  # as first told: what a restarted core finds cached is no news to the client
+    cached_tokens: int | None = None  # the first core's count: a restarted core's is not reported
     queue_time_s: float = 0.0  # likewise
     num_retractions: int = 0
     earlier_retractions: int = 0  # in cores that died
     deaths: int = 0  # of cores that were running it, since it last made progress
     aborted: bool = False
-    # Aborted requests of the same rid whose end the core has not told yet: until then it may look at their media.
+    # Aborted requests of the same rid whose end the core has not sent yet: until then it may read their media.
     predecessors: list["LiveRequest"] = field(default_factory=list)
 
     def take(self, output: TokenOutput) -> TokenOutput:
@@ -77,7 +77,7 @@ class LiveRequest:
         return output
 
     def resubmission(self) -> GenerateRequest:
-        """The rest of the request. What came already is not asked for again."""
+        """Return a request for the remaining tokens: the prompt, then the outputs so far."""
         request = self.request
         self.earlier_retractions = self.num_retractions
         return replace(
@@ -87,7 +87,7 @@ class LiveRequest:
         )
 
 
-# Requests that a core was running when it died, so many times without progress in between, are what killed it.
+# A request that cores were running when they died, so many times without progress in between, is what killed them.
 MAX_DEATHS = 2
 
 
@@ -95,13 +95,12 @@ class EngineClient:
     """Thread-safe. ``deliver`` callables run in the thread that receives from the core, and must be quick. One that
     raises ends its own request, and is logged.
 
-    Every submitted request ends exactly once: by a TokenOutput with a finish reason, or by EngineStopped. None is live
-    that was not sent, or is about to be sent to a core that is starting.
+    Every submitted request ends exactly once: by a TokenOutput with a finish reason, or by EngineStopped. Every live
+    request has been sent, or will be sent to a core that is starting.
 
-    A core may die and another take its place: ``detach`` and ``attach``. Meanwhile nothing is lost, only late. One of
-    the requests that the dead core was running may have killed it: the next core gets these suspects one after the
-    other, each when the one before has made progress, and all others after them, so that the one that kills again is
-    told from the rest.
+    A core may die and another take its place: ``detach`` and ``attach``. Requests wait meanwhile, and none is lost. One
+    that the dead core was running may have killed it: the next core gets these suspects one after the other, each when
+    the one before has made progress, and all others after them, so that a request that kills again is identified.
     """
 
     def __init__(self, link: ClientEnd | None = None) -> None:
@@ -110,24 +109,24 @@ class EngineClient:
         self._lock = threading.Lock()
         self._live: dict[str, LiveRequest] = {}
         self._flushes: dict[str, Future[FlushResult]] = {}
-        self._probe: str | None = None  # the suspect that was sent last, and has made no progress yet
-        self._unsent: deque[str] = deque()  # what waits for its progress, suspects first
+        self._probe: str | None = None  # the newest suspect sent, while it has made no progress
+        self._unsent: deque[str] = deque()  # requests that wait for its progress, suspects first
         self._stopped: EngineStopped | None = None
         if link is not None:
             self.attach(link)
 
     def attach(self, link: ClientEnd) -> None:
-        """A core is ready behind ``link``: it gets every live request."""
+        """Connect a ready core, which gets every live request."""
         with self._lock:
             self._link = link
             link.on_messages(self._receive)
             self._unsent = deque(sorted(self._live, key=lambda rid: not self._live[rid].deaths))
             self._probe = None
             ended = self._send_unsent()
-        self._hand_out(ended)
+        self._deliver_ends(ended)
 
     def detach(self, running: Set[str]) -> None:
-        """The core died while it was running these requests, and its link is closed: nothing more comes from it."""
+        """Disconnect a core that died while it was running these requests. Its link must be closed."""
         with self._lock:
             self._link = None
             flushes, self._flushes = self._flushes, {}
@@ -138,14 +137,14 @@ class EngineClient:
                 entry.predecessors = []
                 if entry.aborted or entry.deaths >= MAX_DEATHS:
                     ended.append(_end(self._live.pop(rid), ABORTED if entry.aborted else KILLER))
-        self._hand_out(ended)
+        self._deliver_ends(ended)
         for future in flushes.values():
             future.set_result(FlushResult(False, "the engine core was restarted"))
 
     def _send_unsent(self) -> list[Ended]:
-        """Up to the next suspect, with which nothing new may run: it would be blamed for what that does.
+        """Send requests up to the next suspect, beside which no new request may run: it could be blamed wrongly.
 
-        Returns those that cannot be sent, which end; the others go on.
+        Return those that cannot be sent, which end; the others go on.
         """
         ended: list[Ended] = []
         while self._unsent and self._probe is None and self._link is not None:
@@ -153,7 +152,7 @@ class EngineClient:
             entry = self._live[rid]
             try:
                 self._link.send(entry.resubmission())
-            except Exception as error:  # whatever it is: it must not cost the other requests their core
+            except Exception as error:  # of any kind: the other requests must keep their core
                 logger.exception("the request %r cannot be sent to the engine core", rid)
                 status = 400 if isinstance(error, MessageError) else 500
                 reason = FinishReason("abort", message=f"the request cannot be sent: {error}", status_code=status)
@@ -168,11 +167,11 @@ class EngineClient:
         return len(self._live)
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
-        """Send ``request``; ``deliver`` gets its outputs. Raises as ``submit_all`` does."""
+        """Send ``request``; ``deliver`` gets its outputs. Raise as ``submit_all`` does."""
         self.submit_all([(request, deliver)])
 
     def submit_all(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> None:
-        """Send all of the requests, or none: whatever is raised, none of them is live then.
+        """Send all of the requests, or none: after an error none of them is live.
 
         Raises:
             EngineStopped: the core is gone.
@@ -185,7 +184,7 @@ class EngineClient:
             if self._link is None:
                 now = []
             elif self._probe is not None:
-                now = [entry for entry in now if entry.predecessors]  # whose end the core will tell by the same rid
+                now = [entry for entry in now if entry.predecessors]  # whose end will come under the same rid
                 later = [rid for rid, entry in new.items() if not entry.predecessors]
             if self._link is not None:
                 try:
@@ -195,7 +194,7 @@ class EngineClient:
             replaced = [self._live[rid] for rid in new if rid in self._live]
             self._live |= new
             self._unsent.extend(later)
-        self._hand_out([_end(entry, ABORTED) for entry in replaced])
+        self._deliver_ends([_end(entry, ABORTED) for entry in replaced])
 
     def _new_entries(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> dict[str, LiveRequest]:
         new: dict[str, LiveRequest] = {}
@@ -207,7 +206,7 @@ class EngineClient:
         return new
 
     def abort(self, rid: str | None) -> None:
-        """End one request, or all if ``rid`` is None. Whoever waits for it gets its end from the core."""
+        """End one request, or all if ``rid`` is None. Its end comes from the core."""
         with self._lock:
             entries = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []
             for entry in entries:
@@ -218,12 +217,12 @@ class EngineClient:
             self._unsent = deque(rid for rid in self._unsent if rid in self._live)
             if self._link is not None and len(unsent) < len(entries):
                 self._link.send(AbortRequest(rid))
-        self._hand_out([_end(entry, ABORTED) for entry in unsent])
+        self._deliver_ends([_end(entry, ABORTED) for entry in unsent])
 
     def start_flush(self) -> Future[FlushResult]:
         """Ask the core to empty the prefix cache. See FlushResult."""
         future: Future[FlushResult] = Future()
-        future.set_running_or_notify_cancel()  # a waiter that gives up must not make set_result() raise in the core
+        future.set_running_or_notify_cancel()  # a cancelled waiter must not make set_result() raise in the core
         call_id = uuid4().hex
         with self._lock:
             self._check_running()
@@ -247,7 +246,7 @@ class EngineClient:
             self._unsent.clear()
             flushes, self._flushes = self._flushes, {}
         for entry in live.values():
-            self._hand(entry, _stopped(message, cause))
+            self._deliver_to(entry, _stopped(message, cause))
         for future in flushes.values():
             future.set_exception(_stopped(message, cause))
 
@@ -270,7 +269,7 @@ class EngineClient:
             if output.rid == self._probe and (output.token_ids or output.finish_reason is not None):
                 self._probe = None
                 ended = self._send_unsent()
-            entry = self._live.get(output.rid)  # None: ended here while the core's last words were under way
+            entry = self._live.get(output.rid)  # None: ended here while the core's last outputs were on their way
             if entry is not None and entry.predecessors:  # in the order of submission, each with one end
                 if output.finish_reason is not None:
                     entry.predecessors.pop(0)
@@ -282,15 +281,15 @@ class EngineClient:
                 if output.token_ids or output.finish_reason is not None:
                     entry.deaths = 0
         if entry is not None:
-            self._hand(entry, output)
-        self._hand_out(ended)
+            self._deliver_to(entry, output)
+        self._deliver_ends(ended)
 
-    def _hand_out(self, ended: Sequence[Ended]) -> None:
+    def _deliver_ends(self, ended: Sequence[Ended]) -> None:
         for entry, output in ended:
-            self._hand(entry, output)
+            self._deliver_to(entry, output)
 
-    def _hand(self, entry: LiveRequest, output: TokenOutput | EngineStopped) -> None:
-        """Give an output to whoever waits for it. If that fails, nobody does any more: the request is aborted."""
+    def _deliver_to(self, entry: LiveRequest, output: TokenOutput | EngineStopped) -> None:
+        """Deliver an output to its request; if that raises, abort the request."""
         try:
             entry.deliver(output)
         except Exception:
@@ -310,7 +309,7 @@ def _end(entry: LiveRequest, reason: FinishReason) -> Ended:
 
 
 def _stopped(message: str, cause: BaseException | None) -> EngineStopped:
-    """A fresh exception for each waiter, since raising one object in several threads would mix their tracebacks."""
+    """Return a new exception for each waiter: raising one object in several threads would mix their tracebacks."""
     error = EngineStopped(message if cause is None else f"{message}: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error

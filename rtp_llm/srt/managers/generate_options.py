@@ -1,7 +1,7 @@
-"""What a call may ask for beside its prompt and its sampling parameters: declared here once, and checked.
+"""Options of a call beside its prompt and its sampling parameters: declared once, and checked.
 
 The offline API takes these options as keywords, ``/generate`` as fields of its body, and OpenAI's endpoints those that
-they know. What they ask for becomes part of a RequestSpec.
+they know. Their values become part of a RequestSpec.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Each is one for all prompts of a call, or a list of as many. None is the same as leaving it out."""
+    """Options of a call. Each is one value for all prompts, or a list of one for each. None: unset."""
 
     return_logprob: Annotated[
         bool | Sequence[bool] | None, "put log-probabilities of the output tokens into ``meta_info``"
@@ -50,8 +50,8 @@ LISTS = ("token_ids_logprob",)  # a list of numbers is one value of these
 
 
 def takes_options(function: Function) -> Function:
-    """Decorates a function that ends in ``**options: Unpack[GenerateOptions]``: its signature shows each of them, and
-    its documentation has them in place of the line about ``options``."""
+    """Decorate a function that ends in ``**options: Unpack[GenerateOptions]``: show each option in its signature, and
+    in its docstring in place of the line about ``options``."""
     hints = get_type_hints(GenerateOptions, include_extras=True)
     shown = {name: get_args(hint) for name, hint in hints.items()}
     own = signature(function)
@@ -69,14 +69,14 @@ def takes_options(function: Function) -> Function:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """Raise TypeError, as Python does, for a keyword that is no option."""
+    """Raise TypeError, as Python does, for a keyword that is not an option."""
     for name in options:
         if name not in OPTION_NAMES:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}; options are {list(OPTION_NAMES)}")
 
 
 def per_prompt(name: str, option: Any, num_prompts: int) -> Sequence[Any]:
-    """The option's value for each prompt of a list: given as a list of as many, or one for all."""
+    """Return an option's value for each prompt: given as a list of as many, or one for all."""
     if not isinstance(option, (list, tuple)) or (
         name in LISTS and not any(item is None or isinstance(item, (list, tuple)) for item in option)
     ):
@@ -88,11 +88,11 @@ def per_prompt(name: str, option: Any, num_prompts: int) -> Sequence[Any]:
     return option
 
 
-# Of one prompt; each raises InvalidRequest for what cannot be.
+# Checks of one prompt's options; each raises InvalidRequest.
 
 
 def logprob_spec(options: GenerateOptions, prompt_len: int, vocab_size: int, has_text: bool) -> LogprobSpec | None:
-    """The log-probabilities that are asked for, if any are. ``has_text``: there is a tokenizer."""
+    """Return the log-probabilities to compute; None: none. ``has_text``: there is a tokenizer."""
     start = options.get("logprob_start_len")
     asked = LogprobSpec(
         logprob_start_len=-1 if start is None else _in_range("logprob_start_len", start, -1, prompt_len),
@@ -114,7 +114,7 @@ def logprob_spec(options: GenerateOptions, prompt_len: int, vocab_size: int, has
 
 
 def priority(options: GenerateOptions, takes_priorities: bool) -> int:
-    """``takes_priorities``: requests are scheduled by them; otherwise only 0 is taken."""
+    """Return a request's priority. ``takes_priorities``: the scheduler uses them; otherwise only 0 is taken."""
     given = options.get("priority")
     number = 0 if given is None else _in_range("priority", given, -(2**63), 2**63 - 1)
     if number and not takes_priorities:
@@ -131,7 +131,7 @@ def cache_salt(options: GenerateOptions) -> str:
 
 
 def rids(options: GenerateOptions, n: int) -> list[str]:
-    """The names of a prompt's ``n`` requests."""
+    """Return the ids of a prompt's ``n`` requests."""
     rid = _string("rid", options.get("rid"))
     if rid is None:
         return [uuid4().hex for _ in range(n)]

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-INCOMPLETE = "\ufffd"  # what decoders put for bytes that are not, or not yet, a character
+INCOMPLETE = "\ufffd"  # decoders write it for bytes that are not, or not yet, a character
 CONTEXT_TOKENS = 6  # trailing ids decoded along with new ones, since the space before a token depends on what precedes
 MAX_CHAR_TOKENS = 4  # a character has at most four bytes, hence tokens
-MAX_HELD_TOKENS = 8  # what is no character after so many tokens will never be one
+MAX_HELD_TOKENS = 8  # bytes of more tokens will never become a character
 MAX_WINDOW_TOKENS = 24
-# Where transformers has the methods of tokenizers that do nothing but call their backend.
+# Modules of transformers whose tokenizer methods do nothing but call their backend.
 _STOCK_METHODS = {"decode": "tokenization_utils_base", "_decode": "tokenization_utils_tokenizers"}
 
 
@@ -34,9 +34,8 @@ class Decoder:
 
 
 def plain_backend(tokenizer: Any) -> Any:
-    """The tokenizer of the tokenizers library behind ``tokenizer``, where transformers' decoding, without clean-ups,
-    does nothing but call it, at three times its cost; None for other kinds of tokenizers, and for classes that decode
-    in their own way.
+    """Return the tokenizers library's tokenizer behind ``tokenizer``, if transformers decodes by nothing but calling it
+    (at three times its cost); None for other kinds of tokenizers, and for classes that decode in their own way.
     """
     for name, module in _STOCK_METHODS.items():
         method = getattr(type(tokenizer), name, None)
@@ -51,7 +50,7 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 class IncrementalText:
-    """The text that generated ids add to their prompt's text, piece by piece; the pieces concatenate to all of it.
+    """The text that generated ids add to their prompt's text, piece by piece; the pieces concatenate to it.
 
     A window of recent ids, at first the prompt's last few, is decoded at every step:
 
@@ -59,7 +58,7 @@ class IncrementalText:
         window text | seen                            | given out if whole | U+FFFD...  |
 
     A point is clean where the window's text ends in a whole character. Trailing U+FFFD are held until the bytes that
-    are missing arrive, or it is certain that they never will. Byte-fallback decoders show a whole run of bytes as
+    are missing arrive, or cannot arrive any more. Byte-fallback decoders show a whole run of bytes as
     U+FFFD as soon as one of them does not fit: characters that were given out vanish from the window's text, and come
     back or not.
     """
@@ -81,24 +80,24 @@ class IncrementalText:
         return len(self._window) > self._clean
 
     def held(self) -> str:
-        """What ``flush`` would return now."""
+        """Return what ``flush`` would return now."""
         return self._rest(len(self._window)) if self.is_holding else ""
 
     def fork(self, decode: Decoder) -> "IncrementalText":
-        """One that goes on from here with another decoder, which gives the same text for the ids so far."""
+        """Return a copy that goes on with another decoder, which gives the same text for the ids so far."""
         twin = copy(self)
         twin._decode, twin._window = decode, list(self._window)
         return twin
 
     def push(self, token_id: int) -> str:
-        """Take one generated id; return the text that is now certain: of this id, of earlier ones too, or none."""
+        """Take a generated id; return the text that is certain now: of this id, of earlier ones too, or none."""
         if token_id in self._decode.skipped:
             return ""
         self._window.append(token_id)
         return self._advance(self._decode(self._window))
 
     def flush(self) -> str:
-        """The text that was held back, for no id will follow. Idempotent."""
+        """Return the text that was held back, since no id will follow. Idempotent."""
         piece = self._rest(len(self._window))
         self._restart([])
         return piece
@@ -110,7 +109,7 @@ class IncrementalText:
         if len(whole) > len(base):
             return self._apart(0) if vanished else self._give(base, whole, text)
         if text == whole == self._seen != "":
-            self._window.pop()  # an id without text leaves no trace, and a window of them no context
+            self._window.pop()  # ids without text would leave a window without context
             return ""
         return self._hold()
 
@@ -124,7 +123,7 @@ class IncrementalText:
         return whole[len(base) :]
 
     def _trim(self) -> None:
-        """Shortens the context to a few ids that read the same without what precedes them."""
+        """Shorten the context to a few ids whose text does not depend on what precedes them."""
         if len(self._window) <= MAX_WINDOW_TOKENS:
             return
         for size in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_CHAR_TOKENS):
@@ -145,14 +144,14 @@ class IncrementalText:
         return self._release() if self._num_held >= MAX_HELD_TOKENS else ""
 
     def _apart(self, start: int) -> str:
-        """Pending ids from ``start`` on make sense only without the bytes before them: decodes the two apart."""
+        """Decode pending ids from ``start`` on apart from the bytes before them, with which they give no character."""
         pending = self._window[self._clean :]
         head = self._decode(pending[:start]) if start else ""
         self._restart(pending[start:])
         return head + self._advance(self._decode(self._window))
 
     def _release(self) -> str:
-        """Give up on held bytes, but for the last few, which may still begin a character."""
+        """Release held bytes as U+FFFD, but for the last few, which may still begin a character."""
         keep = MAX_CHAR_TOKENS - 1
         piece = self._rest(len(self._window) - keep)
         self._restart(self._window[-keep:])
@@ -160,7 +159,7 @@ class IncrementalText:
         return piece
 
     def _rest(self, end: int) -> str:
-        """What the window's ids up to ``end`` add to what was given out, U+FFFD included."""
+        """Return what the window's ids up to ``end`` add to the text given out, U+FFFD included."""
         text = self._decode(self._window[:end])
         base = common_prefix(self._seen, text)
         if self._seen[len(base) :].strip(INCOMPLETE) and not self._partial:
@@ -182,7 +181,7 @@ def common_prefix(a: str, b: str) -> str:
 
 
 def _prompt_context(decode: Decoder, prompt_ids: Sequence[int]) -> tuple[list[int], int, str]:
-    """The prompt's last ids with text, from the start of a character on; how many are whole characters; their text.
+    """Return the prompt's last ids with text, from a character's start; how many are whole characters; their text.
 
     A prompt may end within a character, which then belongs to the completion if it is completed there.
     """

@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' format. Gauges are read from the core's newest stats when somebody asks."""
+"""Metrics in Prometheus' format. Gauges are read from the core's newest stats when /metrics is requested."""
 
 from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 655
 
 
 class RequestMetrics:
-    """Counts requests and tokens, and times requests, as their callers see them. An Observer of a Frontend.
+    """Counts requests and tokens, and times requests as their callers see them. An Observer of a Frontend.
 
     Args:
         registry: where the metrics are registered.
@@ -83,7 +83,7 @@ class CoreMetrics(Collector):
     """The core's stats as gauges.
 
     Args:
-        stats: gives the newest.
+        stats: returns the newest.
         constants: gauges that never change, by name.
         max_running_requests: how many requests the core runs at once.
     """

@@ -1,4 +1,4 @@
-"""Which processor prepares the media of which model."""
+"""The registry of multimodal processors, by model."""
 
 import copy
 import inspect
@@ -25,11 +25,11 @@ PROCESSOR_MAPPING: dict[type | str, Processor] = {}  # by model class, or by the
 
 
 def register_processor(processor_cls: Processor, overwrite: bool = True) -> Processor:
-    """Make a processor known for each of its ``models``. May be used as a decorator.
+    """Register a processor for each of its ``models``. May be used as a decorator.
 
     Raises:
         TypeError: it is not a BaseMultimodalProcessor, or names no models.
-        ValueError: one of the models has another already, which is not to be overwritten.
+        ValueError: one of the models has another already, and ``overwrite`` is false.
     """
     if not (isinstance(processor_cls, type) and issubclass(processor_cls, BaseMultimodalProcessor)):
         raise TypeError(f"a processor must be a subclass of BaseMultimodalProcessor, not {processor_cls!r}")
@@ -49,7 +49,7 @@ def import_processors(package_name: str, overwrite: bool = False) -> None:
 
     Raises:
         ImportError: there is no such package, or it cannot be imported.
-        ValueError: a model has another processor already, which is not to be overwritten.
+        ValueError: a model has another processor already, and ``overwrite`` is false.
     """
     package = import_module(package_name)
     modules = [package]
@@ -58,7 +58,7 @@ def import_processors(package_name: str, overwrite: bool = False) -> None:
             continue
         try:
             modules.append(import_module(found.name))
-        except Exception as error:  # whatever a module may raise: it harms nobody but those who want its models
+        except Exception as error:  # of any kind: only this module's models are affected
             logger.warning("%s cannot be imported, and its processors are left out: %s", found.name, error)
     for module in modules:
         for processor_cls in processors_in(module):
@@ -66,7 +66,7 @@ def import_processors(package_name: str, overwrite: bool = False) -> None:
 
 
 def processors_in(module: ModuleType) -> list[Processor]:
-    """The processors that a module defines, not those that it imports, and that name their models."""
+    """Return the processors that a module defines (imported ones not included) and that name their models."""
     return [
         value
         for value in vars(module).values()
@@ -79,8 +79,7 @@ def processors_in(module: ModuleType) -> list[Processor]:
 
 
 def find_processor(architectures: list[str], model_cls: type | None = None) -> Processor:
-    """The processor of a model: a registered one, else one that stands in the file of the model's class, or of a class
-    that it derives from.
+    """Return a model's processor: a registered one, else one in the file of the model's class, or of a base class.
 
     Raises:
         ValueError: there is none.
@@ -110,7 +109,7 @@ def get_mm_processor(
     model_cls: type | None = None,
     **kwargs: Any,
 ) -> BaseMultimodalProcessor:
-    """The processor of a model, made.
+    """Return an instance of a model's processor.
 
     Args:
         hf_config: the model's configuration, which names its architectures.
@@ -128,18 +127,18 @@ def get_mm_processor(
 def make_processor(
     server_args: ServerArgs, config: ModelConfig, model_cls: type, tokenizer: Any, trusted: bool = False
 ) -> BaseMultimodalProcessor | None:
-    """What prepares the media of the model that is served; None where it takes none (its class has no
-    ``pad_input_ids``), or there is no tokenizer, without which placeholders are not found.
+    """Return the processor of the served model; None if it takes no media (its class has no ``pad_input_ids``), or
+    there is no tokenizer to find placeholders with.
 
     Args:
         trusted: callers are this process's own code, which may name any file.
 
     Raises:
-        ValueError: the model takes media, but nobody knows how to prepare them.
+        ValueError: the model takes media, but has no processor.
     """
     if tokenizer is None or ModelTraits.of(model_cls).pad_input_ids is None:
         return None
-    own_tokenizer = copy.deepcopy(tokenizer)  # used on other threads, and no tokenizer can be used on two at once
+    own_tokenizer = copy.deepcopy(tokenizer)  # used on other threads; a tokenizer is not thread-safe
     hf_processor = HfProcessor(config.model_path, own_tokenizer, server_args.trust_remote_code)
     _check_settings(config.model_path, hf_processor)
     loader = MediaLoader.from_server_args(server_args, trusted)
@@ -147,8 +146,8 @@ def make_processor(
 
 
 def _check_settings(model_path: str, hf_processor: HfProcessor) -> None:
-    """Tell at the start what would otherwise come up with the first image: settings that cannot be read, or a
-    processor that brings its own code, which is not trusted.
+    """Raise at start what would otherwise fail with the first image: unreadable settings, or a processor with code of
+    its own, which is not trusted.
 
     Raises:
         ValueError: names the checkpoint, and what to do.
@@ -167,8 +166,8 @@ def _check_settings(model_path: str, hf_processor: HfProcessor) -> None:
     if not any("auto_map" in part for part in settings):
         return
     try:
-        hf_processor.image_processor  # noqa: B018 - it is loaded when it is asked for
-    except Exception as error:  # whatever loading it, or its code, may raise; the cause is chained
+        hf_processor.image_processor  # noqa: B018 - loads it
+    except Exception as error:  # of any kind; the cause is chained
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{model_path} brings code of its own for images (`auto_map` in its processor's settings), which runs only "

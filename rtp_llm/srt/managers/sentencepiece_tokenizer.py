@@ -1,8 +1,8 @@
-"""Tokenizers of checkpoints that bring a sentencepiece model only (``tokenizer.model``): its ids, to the letter.
+"""Tokenizers of checkpoints that bring a sentencepiece model only (``tokenizer.model``): the same ids.
 
-transformers makes such a tokenizer from the pieces, by the rules of the class that tokenizer_config.json names. Where
-it names none, the space before the text is lost; and no class looks at how the model treats white space, or at its
-kind. So the rules are taken from the model here.
+transformers makes such a tokenizer from the pieces, by the rules of the class that tokenizer_config.json names. If
+it names none, the space before the text is lost; and no class reads how the model treats white space, or its kind.
+So the rules are taken from the model here.
 """
 
 import json
@@ -12,17 +12,17 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-_GENERAL_CLASSES = ("TokenizersBackend", "LlamaTokenizer")  # others have ids and rules of their own
+_GENERAL_CLASSES = ("TokenizersBackend", "LlamaTokenizer")  # other classes have ids and rules of their own
 _SPACE = "▁"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of models
-_NEVER = -1e6  # the score of pieces that no text is made of
+_NEVER = -1e6  # the score of pieces that never match text
 
 
 def follow_sentencepiece(tokenizer: Any) -> None:
-    """Make ``tokenizer``, as transformers has loaded it, encode as the sentencepiece model does that it was made of.
+    """Make a tokenizer loaded by transformers encode exactly as its sentencepiece model does.
 
-    Nothing happens where the ids are not that model's: there is a tokenizer.json, or a class with rules of its own.
+    Do nothing if the ids are not that model's: there is a tokenizer.json, or a class with rules of its own.
     """
     path = Path(getattr(tokenizer, "vocab_file", None) or "")
     if type(tokenizer).__name__ not in _GENERAL_CLASSES or path.suffix != ".model":
@@ -33,7 +33,7 @@ def follow_sentencepiece(tokenizer: Any) -> None:
     backend: Tokenizer = tokenizer.backend_tokenizer
     names = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=False).items()}
     pieces = [(names.get(i, piece.piece), piece.score, piece.type) for i, piece in enumerate(proto.pieces)]
-    settings = _settings(path.parent)  # the object does not tell a default from a setting
+    settings = _settings(path.parent)  # the object does not separate defaults from settings
     has_prefix = proto.normalizer_spec.add_dummy_prefix and settings.get("add_prefix_space") is not False
     backend.model = _model(proto.trainer_spec, pieces)
     _set_spaces(backend, proto.normalizer_spec, has_prefix, only_first=settings.get("legacy") is False)
@@ -42,9 +42,9 @@ def follow_sentencepiece(tokenizer: Any) -> None:
 
 
 def named_symbols(directory: str) -> dict[str, str]:
-    """Names for the special tokens that tokenizer_config.json leaves empty, as conversions of 2023 did.
+    """Return the special tokens that tokenizer_config.json leaves empty, as conversions of 2023 did.
 
-    transformers does not get over an empty name. The model knows the right one.
+    transformers fails on an empty name; the sentencepiece model has the right one.
     """
     settings = _settings(Path(directory))
     empty = [key for key in ("bos_token", "eos_token", "unk_token") if settings.get(key) == ""]
@@ -59,7 +59,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def read_model(path: Path) -> Any:
-    """The sentencepiece ModelProto in a file; None if it holds something else (or nothing)."""
+    """Return the sentencepiece ModelProto of a file; None if it holds something else, or nothing."""
     messages: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     proto = messages.ModelProto()
     try:
@@ -83,7 +83,7 @@ def _model(spec: Any, pieces: list[tuple[str, float, int]]) -> Any:
 
 
 def merges_of(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make another, those of the best score first: sentencepiece merges by the result."""
+    """Return the pairs of pieces that form another, best score of the result first, as sentencepiece merges."""
     ids = {name: i for i, (name, _, kind) in enumerate(pieces) if kind in (_NORMAL, _USER_DEFINED)}
     pairs = []
     for name, i in ids.items():
@@ -95,7 +95,7 @@ def merges_of(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 
 
 def _set_spaces(backend: Tokenizer, spec: Any, has_prefix: bool, only_first: bool) -> None:
-    """What becomes of the text before it is cut into pieces.
+    """Set how text is normalised before it is cut into pieces.
 
     ``only_first``: the prefix stands before the first of the parts that special tokens separate, not before each.
     """
@@ -117,7 +117,7 @@ def _decoder(has_prefix: bool) -> Any:
 
 
 def _add_symbols(backend: Tokenizer, pieces: list[tuple[str, float, int]]) -> None:
-    """Symbols that are one token wherever they stand; such as have spaces in them are merged like any other."""
+    """Add symbols that are one token wherever they stand; those with spaces are merged like other pieces."""
     known = {str(token) for token in backend.get_added_tokens_decoder().values()}
     for name, _, kind in pieces:
         if name in known or _SPACE in name:

@@ -1,11 +1,11 @@
-"""Finding stop strings in a text that comes in pieces, in time linear in the text."""
+"""Search for stop strings in a text that comes in pieces, in time linear in the text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Match(NamedTuple):
-    """A stop string in the text that was pushed: it stands at ``[start, end)``."""
+    """A stop string at ``[start, end)`` of the pushed text."""
 
     start: int
     end: int
@@ -13,8 +13,8 @@ class Match(NamedTuple):
 
 
 class StopMatcher:
-    """Takes a text piece by piece. After each piece it knows the first match in it, and how much of the text's end may
-    be the beginning of a stop string. Not to be used after a match.
+    """Takes a text piece by piece. After each piece it knows the first match, and how much of the text's end may be
+    the beginning of a stop string. Do not use it after a match.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ class StopMatcher:
         return max((pattern.num_matched for pattern in self._patterns), default=0)
 
     def skip(self, num_chars: int) -> None:
-        """Take characters in which no stop string may begin, and before which none has begun."""
+        """Skip characters in which no stop string may begin; none may have begun before them."""
         self._num_chars += num_chars
 
     def push(self, piece: str) -> Match | None:
@@ -53,7 +53,7 @@ class _Pattern:
         self._borders = [0]  # [i]: length of the longest proper end of string[:i + 1] that ``string`` begins with
 
     def push(self, piece: str) -> int | None:
-        """How much of ``piece`` it takes to complete the string; None: it is not complete yet."""
+        """Return how many characters of ``piece`` complete the string; None: it is not complete yet."""
         string, i = self.string, 0
         while i < len(piece):
             if self.num_matched == 0:

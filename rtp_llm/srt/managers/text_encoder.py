@@ -1,4 +1,4 @@
-"""Texts to token ids, as transformers' tokenizer gives them: from any thread, and for no longer than is worth it."""
+"""Encode texts as transformers' tokenizer does, from any thread, without time spent on texts far too long."""
 
 import copy
 import logging
@@ -9,9 +9,9 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT = 20_000  # characters from which on a text is long
+LONG_TEXT = 20_000  # characters; longer texts are long
 MAX_TEXT = 2**22  # characters, or MAX_CHARS_PER_TOKEN for each token of a context that is longer
-MAX_CHARS_PER_TOKEN = 8  # on average in any text that is worth encoding at once
+MAX_CHARS_PER_TOKEN = 8  # on average, in texts that are encoded at once
 PIECE = 2**14  # characters
 
 
@@ -20,8 +20,8 @@ class TooManyTokens(Exception):
 
 
 class TextEncoder:
-    """A tokenizer encodes one text at a time, since transformers sets its state before each. Long texts are encoded by
-    a copy of it, made when the first comes, so that they keep no short one waiting.
+    """Encodes one text at a time, since transformers sets the tokenizer's state before each. Long texts are encoded by
+    a copy of the tokenizer, made for the first one, so that short texts do not wait for them.
 
     Args:
         tokenizer: of transformers.
@@ -36,7 +36,7 @@ class TextEncoder:
         self._most_tokens = most_tokens
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Return all of a text's ids. Raises InvalidRequest for a text longer than any that is encoded."""
+        """Return all of a text's ids. Raise InvalidRequest for a text beyond MAX_TEXT."""
         most = max(MAX_TEXT, MAX_CHARS_PER_TOKEN * self._most_tokens)
         if len(text) > most:
             raise InvalidRequest(
@@ -47,7 +47,7 @@ class TextEncoder:
             return _encode(tokenizer, text, add_special_tokens)
 
     def check_length(self, text: str) -> None:
-        """Raise TooManyTokens for a text that has more tokens than a prompt may, where that shows early.
+        """Raise TooManyTokens for a text that has far more tokens than a prompt may.
 
         A text with many characters for each token that it may have is first counted piece by piece. Its pieces have
         other tokens at their ends than the whole, so twice as many are allowed.
@@ -67,7 +67,7 @@ class TextEncoder:
             if self._copy is None:
                 try:
                     self._copy = copy.deepcopy(self._tokenizer), threading.Lock()
-                except Exception as error:  # a tokenizer's own code, which need not know of copies
+                except Exception as error:  # a tokenizer's own code may not support copies
                     logger.warning("the tokenizer cannot be copied: long texts will keep short ones waiting: %s", error)
                     self._copy = self._tokenizer, self._lock
             return self._copy

@@ -1,4 +1,4 @@
-"""What a directory lacks of a tokenizer, in words for its owner."""
+"""Diagnosis of a directory without a usable tokenizer."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 
 
 def complaint(directory: Path, trust_remote_code: bool) -> str | None:
-    """Why no tokenizer can be had from a directory, and what to do; None if nothing is seen to be wrong."""
+    """Return why a directory gives no tokenizer, and what to do; None if no reason is found."""
     for name in _JSON_FILES:
         wrong = _wrong_with_json(directory / name)
         if wrong:

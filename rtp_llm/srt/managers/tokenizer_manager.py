@@ -41,32 +41,32 @@ if TYPE_CHECKING:
     from rtp_llm.srt.multimodal.base_processor import BaseMultimodalProcessor
 
 MEDIA_FIELDS = {modality: f"{modality.value}_data" for modality in Modality}
-ENCODERS = 2  # threads that write media for the model
+ENCODERS = 2  # threads that encode media for the workers
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", *VOCABULARIES)
 
 
 class TokenizerError(ValueError):
-    """No tokenizer can be had from where it should be."""
+    """A tokenizer cannot be loaded."""
 
 
 def has_tokenizer(directory: str) -> bool:
-    """Whether a checkpoint directory holds files of a tokenizer. Random test models, for one, have none."""
+    """Return whether a checkpoint directory holds files of a tokenizer; random test models have none."""
     return any(path for pattern in TOKENIZER_FILES for path in Path(directory).glob(pattern))
 
 
 def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The transformers tokenizer of a directory or hub id.
+    """Load the transformers tokenizer of a directory or hub id.
 
     Raises:
-        TokenizerError: there is none, or it is broken.
+        TokenizerError: it is missing or broken.
     """
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # else a file is taken for one that lay there before
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # else tiktoken may use an old cached file
     try:
         names = named_symbols(tokenizer_path)
         tokenizer = AutoTokenizer.from_pretrained(
             tokenizer_path, trust_remote_code=trust_remote_code, revision=revision or "main", **names
         )
-        is_empty = len(tokenizer) <= len(tokenizer.added_tokens_decoder)  # some classes come up so without files
+        is_empty = len(tokenizer) <= len(tokenizer.added_tokens_decoder)  # as some classes do without files
         if not is_empty:
             follow_sentencepiece(tokenizer)
     except Exception as error:  # of many kinds, from files of many kinds and from remote code
@@ -79,7 +79,7 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
 
 
 def _tokenizer_error(tokenizer_path: str, trust_remote_code: bool, reason: str) -> TokenizerError:
-    """Say what is wrong with the files, if that can be seen, else ``reason``."""
+    """Return an error that says what is wrong with the files, if that is found, else ``reason``."""
     directory = Path(tokenizer_path)
     wrong = complaint(directory, trust_remote_code) if directory.is_dir() else None
     return TokenizerError(
@@ -102,10 +102,10 @@ class Prompt:
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
-    add_special_tokens: bool = True  # to a text
-    media: PromptMedia | None = None  # what became of the media, in ``with_media``
-    options: GenerateOptions = field(default_factory=GenerateOptions)  # but the media
-    default_max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # or what room there is if less; None: all of it
+    add_special_tokens: bool = True  # for a text
+    media: PromptMedia | None = None  # the processed media, from ``with_media``
+    options: GenerateOptions = field(default_factory=GenerateOptions)  # without the media
+    default_max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # or the room, if less; None: all the room
 
     @property
     def has_media(self) -> bool:
@@ -120,11 +120,11 @@ class TokenizerManager:
         vocab_size: the model's; ids lie below it.
         context_length: tokens the model can handle, prompt and output together.
         max_req_len: tokens of the longest request that can be served: the context, or what the cache holds if less.
-        random_seed: makes the seeds of requests that bring none reproducible.
+        random_seed: seeds the seeds of requests without one.
         processor: of a multimodal model; None: the model takes text only.
-        placer: puts media into its prompts; None: as most models want them.
+        placer: puts media into prompts; None: in the way of most models.
         media_limits: how many media of a kind a request may have, by "image", "video", "audio".
-        end_tokens: what ends a text.
+        end_tokens: tokens that end a text.
         takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
     """
 
@@ -156,7 +156,7 @@ class TokenizerManager:
         self._encoder = None if tokenizer is None else TextEncoder(tokenizer, min(context_length, max_req_len))
 
     async def with_media(self, prompt: Prompt) -> Prompt:
-        """The prompt with its media fetched, decoded and placed among its ids. One without media is returned as it is.
+        """Return the prompt with its media fetched, decoded and placed among its ids; without media, as it is.
 
         Raises:
             InvalidRequest: the model takes no such media, there are too many, or one is broken.
@@ -184,8 +184,8 @@ class TokenizerManager:
         return replace(prompt, text=None, input_ids=ids, media=media, image_data=None, video_data=None, audio_data=None)
 
     def check_media(self, prompts: Sequence[Prompt]) -> None:
-        """Count a request's media before any is fetched. Callers in this process may send many prompts at once, each
-        with as many as a request may have.
+        """Check the number of a request's media before any is fetched. Callers in this process may send many prompts at
+        once, each with as many as a request may have.
 
         Raises:
             InvalidRequest: the model takes none, or there are more of a kind than a request may have.
@@ -209,8 +209,8 @@ class TokenizerManager:
             )
 
     def requests(self, prompt: Prompt) -> list[GenerateRequest]:
-        """The requests of one prompt: as many as ``n``, with seeds ``seed``, ``seed + 1``, ... Media it has must have
-        been through ``with_media``.
+        """Return the ``n`` requests of one prompt, with seeds ``seed``, ``seed + 1``, ... ``with_media`` must have
+        processed its media.
 
         Raises:
             InvalidRequest: the prompt or an option is wrong.
@@ -237,7 +237,7 @@ class TokenizerManager:
         ]
 
     def _with_bad_words(self, params: SamplingParams) -> SamplingParams:
-        """With the token ids of ``bad_words``: of each word as it is, and with a space before it, as within a text."""
+        """Turn ``bad_words`` into token ids: each word as it is, and with a space before it, as within a text."""
         if not params.bad_words:
             return params
         if self.tokenizer is None:
@@ -251,11 +251,11 @@ class TokenizerManager:
         return replace(params, bad_words=[], bad_words_ids=words)
 
     def completion(self, request: GenerateRequest) -> Completion:
-        """What collects the outputs of ``request`` and makes its result."""
+        """Return the object that collects the outputs of ``request`` and makes its result."""
         return Completion(request, self._detokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True, is_prompt: bool = True) -> list[int]:
-        """Token ids, with the tokenizer's special tokens around unless told otherwise, as transformers gives them.
+        """Return token ids as transformers does, with the tokenizer's special tokens if wanted.
 
         Args:
             is_prompt: a text with far too many tokens for a prompt is an error, and not encoded to its end.
@@ -275,7 +275,7 @@ class TokenizerManager:
         return self._encoder.encode(text, add_special_tokens)
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Raises InvalidRequest for what is no id of this model, and without a tokenizer."""
+        """Return the text of token ids. Raise InvalidRequest for an unknown id, and without a tokenizer."""
         if self._detokenizer is None:
             raise InvalidRequest("text needs a tokenizer, and the engine runs without one", "tokens")
         checked = token_ids("tokens", ids)
@@ -300,7 +300,7 @@ class TokenizerManager:
         return ids
 
     def _max_new_tokens(self, params: SamplingParams, prompt_len: int, default: int | None) -> int:
-        """What is asked for, or else ``default``, as far as there is room: all of it if that is None too."""
+        """Return the requested number, or else ``default`` limited by the room; the whole room if that is None."""
         room = self.max_req_len - prompt_len
         name, asked = "max_new_tokens", params.max_new_tokens
         if asked is None:
@@ -313,7 +313,7 @@ class TokenizerManager:
         return asked
 
     def _too_long(self, reason: str, param: str) -> ContextLengthExceeded:
-        """Begins with OpenAI's words, by which client libraries know this error."""
+        """Return an error that begins with OpenAI's words, by which client libraries recognise it."""
         limit = min(self.context_length, self.max_req_len)
         return ContextLengthExceeded(f"This model's maximum context length is {limit} tokens: {reason}", param)
 
@@ -339,7 +339,7 @@ def _sampling_params(value: Any) -> SamplingParams:
 
 
 def _media_list(data: Any) -> list[Any]:
-    """One medium or a list of them; a list of bytes or pixels is not meant."""
+    """Return a list of media from one medium or a list; None is no media."""
     if data is None:
         return []
     return list(data) if isinstance(data, (list, tuple)) else [data]
