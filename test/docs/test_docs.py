@@ -27,9 +27,12 @@ from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
 from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
 from tiny_models import assert_same_ids, make_tiny, random_prompts, reference
 from tiny_seeing import make_seeing
+from warm_python import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "supported_models" / "support_new_models.md"
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"(?:<!-- test: (?P<mark>[\w ./]+) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)\n```", re.DOTALL)
 SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88} | {
     "num_hidden_layers": 3,
@@ -63,14 +66,16 @@ def commands(body: str) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run_anew(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """By an interpreter of its own, as a reader would; ``run_python`` has most things imported already."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, env=environment)
 
 
 @cache
 def help_of(*command: str) -> str:
-    done = run([sys.executable, *command, "--help"])
+    done = run_python([*command, "--help"])
     assert done.returncode == 0, f"{' '.join(command)} --help: {done.stderr}"
     return done.stdout
 
@@ -134,24 +139,30 @@ def test_commands_exist(page: Path, body: str) -> None:
 
 
 def run_blocks(language: str) -> list[Any]:
-    """(page, body, its mark)."""
-    return [pytest.param(*block.values, mark, id=block.id) for mark in CHECKPOINTS for block in blocks(language, mark)]
+    """(page, body, its mark); those of the README and of the guide to new models are run by every change."""
+    return [
+        pytest.param(
+            *block.values, mark, id=block.id, marks=[] if block.values[0] in (README, GUIDE) else [pytest.mark.slow]
+        )
+        for mark in CHECKPOINTS
+        for block in blocks(language, mark)
+    ]
 
 
 @pytest.mark.parametrize(("page", "body", "mark"), run_blocks("bash"))
 def test_commands_run(page: Path, body: str, mark: str, tmp_path: Path) -> None:
-    checkpoint = CHECKPOINTS[mark](tmp_path)
+    checkpoint, run = CHECKPOINTS[mark](tmp_path), run_anew if page == README else run_python
     for command in commands(body):
         program, *arguments = [word.replace("DIR", checkpoint) for word in words_of(command)]
         assert program in ("rtp-llm", "python"), f"only commands of rtp-llm and Python are run, not {command!r}"
-        done = run([sys.executable, *(["-m", "rtp_llm"] if program == "rtp-llm" else []), *arguments])
+        done = run([*(["-m", "rtp_llm"] if program == "rtp-llm" else []), *arguments])
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
 
 
 @pytest.mark.parametrize(("page", "body", "mark"), run_blocks("python"))
 def test_snippets_run(page: Path, body: str, mark: str, tmp_path: Path) -> None:
-    done = run([sys.executable, "-c", body.replace("DIR", CHECKPOINTS[mark](tmp_path))])
+    done = run_anew(["-c", body.replace("DIR", CHECKPOINTS[mark](tmp_path))])
     assert done.returncode == 0, done.stderr
 
 
@@ -233,8 +244,7 @@ def test_every_mark_is_known() -> None:
 
 def test_files_of_models_that_are_named_exist() -> None:
     """Checks the pages that mention model files by name alone."""
-    page = ROOT / "docs" / "supported_models" / "support_new_models.md"
-    named = set(re.findall(r"`(\w+\.py)`", page.read_text())) - {"your_model.py"}
+    named = set(re.findall(r"`(\w+\.py)`", GUIDE.read_text())) - {"your_model.py"}
     assert len(named) > 10
     assert not {name for name in named if not (ROOT / "rtp_llm" / "models_py" / name).exists()}
 

@@ -334,7 +334,9 @@ class Simulation:
         assert all(allocator.num_used == 0 for allocator in self.allocators)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("seed", "num_operations"), [(0, 2000), *(pytest.param(seed, 10_000, marks=pytest.mark.slow) for seed in range(4))]
+)
 @pytest.mark.parametrize(
     ("windows", "page_size"),
     [
@@ -351,5 +353,5 @@ class Simulation:
     ],
     ids=str,
 )
-def test_random_operations(windows: list[int | None], page_size: int | list[int], seed: int):
-    Simulation(seed, windows, page_size).run(10_000)
+def test_random_operations(windows: list[int | None], page_size: int | list[int], seed: int, num_operations: int):
+    Simulation(seed, windows, page_size).run(num_operations)

@@ -22,12 +22,12 @@ CONFIGURATIONS: dict[str, dict[str, int]] = {
     "page4-chunk16": {"page_size": 4, "chunked_prefill_size": 16},
 }
 PARITY_MODELS = [name for name in TINY_MODELS if not name.endswith("-tp")]
-# Large pages are the cache's matter, not the model's: these kinds of cache stand for all in the quick run.
-QUICK_WITH_LARGE_PAGES = ("llama-default", "llama-dynamic-mlp-bias", "mistral-window7", "qwen3-mixed-window7-tied")
+# Chunks and large pages are the cache's matter, not the model's: these kinds of cache stand for all in the quick run.
+QUICK_IN_CHUNKS = ("llama-default", "llama-dynamic-mlp-bias", "mistral-window7", "qwen3-mixed-window7-tied")
 
 
 def marks(name: str, configuration: str) -> list[pytest.MarkDecorator]:
-    slow = configuration.startswith("page4") and name not in QUICK_WITH_LARGE_PAGES
+    slow = configuration != "page1" and name not in QUICK_IN_CHUNKS
     return [pytest.mark.xdist_group(name), *([pytest.mark.slow] if slow else [])]
 
 
