@@ -15,7 +15,8 @@ from rtp_llm.srt.request_spec import MediaFile
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.process import start_python
 from rtp_llm.srt.utils.scratch import ScratchFolder
-from rtp_llm.srt.worker.worker import LoadedModel, Masks, PendingLogits, PendingResult, Worker, WorkerConfig
+from rtp_llm.srt.worker.step import WorkerStep, check_masks, waits_for_masks
+from rtp_llm.srt.worker.worker import LoadedModel, Masks, Worker, WorkerConfig
 
 Progress = Callable[[int, int], None]
 
@@ -60,35 +61,6 @@ class Executor(ABC):
     def shutdown(self) -> None: ...
 
 
-class _Step:
-    """A step of an in-process worker: not launched, waiting for its masks, or launched."""
-
-    def __init__(self, plan: StepPlan, worker: Worker) -> None:
-        self.plan = plan
-        self._worker = worker
-        self._logits: PendingLogits | None = None
-        self._masks: Masks | None = None
-        self._launched: PendingResult | None = None
-
-    def launch(self) -> None:
-        if self._logits is None:
-            self._logits = self._worker.forward(self.plan)
-        if self._launched is None and (self._masks is not None or not self.plan.masked_rows):
-            self._launched = self._worker.sample(self._logits, self._masks)
-
-    def set_masks(self, masks: Masks) -> None:
-        missing = set(self.plan.masked_rows) - set(masks)
-        if missing:
-            raise ValueError(f"step {self.plan.step_id} needs a mask for rows {sorted(missing)} too")
-        self._masks = masks
-
-    def result(self) -> StepResult:
-        self.launch()
-        if self._launched is None:
-            raise RuntimeError(f"step {self.plan.step_id} waits for the masks of rows {self.plan.masked_rows}")
-        return self._launched.result()
-
-
 class InProcessExecutor(Executor):
     """One worker in the core's process.
 
@@ -100,7 +72,7 @@ class InProcessExecutor(Executor):
         self.depth = depth
         self._config = config
         self._delayed = delayed
-        self._last: _Step | None = None
+        self._last: WorkerStep | None = None
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
         self.worker = Worker(self._config, progress)
@@ -110,7 +82,7 @@ class InProcessExecutor(Executor):
         self.worker.init_cache(num_pages, max_rows, max_len)
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        self._last = _Step(plan, self.worker)
+        self._last = WorkerStep(plan, self.worker)
         if not self._delayed:
             self._last.launch()
         return self._last
@@ -137,18 +109,21 @@ class MultiProcessExecutor(Executor):
     """One worker process per rank of tensor parallelism; all get the same plans.
 
     The processes are this interpreter running ``rtp_llm.srt.worker.process`` with this process's ``sys.path``; each is
-    reached over an inherited socket pair, which no other process can open. Step results come from rank 0. The processes
-    end when the pair closes, and are killed when this process ends.
+    reached over an inherited socket pair, which no other process can open. They end when the pair closes, and are
+    killed when this process ends.
+
+    Workers do not answer when a step is submitted, but when its result is asked for, rank 0 for all. A worker that
+    fails ends, and with it the executor: every later call, and every step in flight, raises its error.
     """
 
-    depth = 0
-
-    def __init__(self, config: WorkerConfig, dist_timeout_s: float) -> None:
+    def __init__(self, config: WorkerConfig, dist_timeout_s: float, depth: int = 0) -> None:
+        self.depth = depth
         self._config = config
         self._dist_timeout_s = dist_timeout_s
         self._processes: list[subprocess.Popen] = []
         self._pipes: list[Connection] = []
-        self._waiting: deque[_RemoteStep] = deque()
+        self._in_flight: deque[_RemoteStep] = deque()
+        self._failure: WorkerError | None = None
         self._rendezvous = ScratchFolder()
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
@@ -171,9 +146,11 @@ class MultiProcessExecutor(Executor):
         try:
             kind, value = receive(self._pipes[rank])
         except (EOFError, ConnectionResetError) as error:
-            raise self._died(rank) from error
+            self._failure = self._died(rank)
+            raise self._failure from error
         if kind == "error":
-            raise self._failed(rank, *value)
+            self._failure = self._failed(rank, *value)
+            raise self._failure
         return kind, value
 
     def _died(self, rank: int) -> WorkerError:
@@ -202,6 +179,7 @@ class MultiProcessExecutor(Executor):
         return [answers[rank] for rank in range(len(self._pipes))]
 
     def _send(self, method: str, *args: Any) -> None:
+        self._check_alive()
         for rank, pipe in enumerate(self._pipes):
             try:
                 send(pipe, (method, args))
@@ -219,8 +197,8 @@ class MultiProcessExecutor(Executor):
     def submit(self, plan: StepPlan) -> StepHandle:
         media_files = self._keep_media(plan)
         self._send("submit", plan)
-        step = _RemoteStep(self, bool(plan.masked_rows), media_files)
-        self._waiting.append(step)
+        step = _RemoteStep(plan, media_files, self._finish)
+        self._in_flight.append(step)
         return step
 
     def _keep_media(self, plan: StepPlan) -> list[str]:
@@ -237,16 +215,26 @@ class MultiProcessExecutor(Executor):
         return names
 
     def sample(self, masks: Masks) -> None:
-        self._waiting[-1].needs_masks = False
-        self._send("sample_masked", masks)
+        self._check_alive()
+        if not self._in_flight:
+            raise RuntimeError("masks came, but no step is in flight")
+        step = self._in_flight[-1]
+        check_masks(step.plan, masks)
+        self._send("sample", masks)
+        step.has_masks = True
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _finish(self, step: "_RemoteStep") -> StepResult:
-        if not self._waiting or self._waiting[0] is not step:
-            raise RuntimeError("results must be asked for in the order of submission")
-        if step.needs_masks:
-            raise RuntimeError("the step waits for its masks")
-        self._waiting.popleft()
-        result = self._gather()[0]
+        self._check_alive()
+        if not self._in_flight or self._in_flight[0] is not step:
+            raise RuntimeError("results must be asked for once each, in the order of submission")
+        if step.plan.masked_rows and not step.has_masks:
+            raise RuntimeError(waits_for_masks(step.plan))
+        result: StepResult = self.rpc("result")[0]
+        self._in_flight.popleft()
         for name in step.media_files:
             os.unlink(name)
         return result
@@ -265,16 +253,19 @@ class MultiProcessExecutor(Executor):
 
 
 class _RemoteStep:
-    def __init__(self, executor: MultiProcessExecutor, needs_masks: bool, media_files: Sequence[str]) -> None:
-        self._executor = executor
-        self.needs_masks = needs_masks
+    def __init__(
+        self, plan: StepPlan, media_files: Sequence[str], finish: "Callable[[_RemoteStep], StepResult]"
+    ) -> None:
+        self.plan = plan
         self.media_files = media_files
+        self.has_masks = False
+        self._finish = finish
 
     def result(self) -> StepResult:
-        return self._executor._finish(self)
+        return self._finish(self)
 
 
 def make_executor(config: WorkerConfig, depth: int, dist_timeout_s: float) -> Executor:
     if config.world_size > 1:
-        return MultiProcessExecutor(config, dist_timeout_s)
+        return MultiProcessExecutor(config, dist_timeout_s, depth)
     return InProcessExecutor(config, depth)

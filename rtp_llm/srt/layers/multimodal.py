@@ -1,6 +1,7 @@
 """How media get into a forward pass: encoded once, and put where the prompt has their placeholders."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +20,22 @@ class Placement(NamedTuple):
     item: MultimodalDataItem
     item_rows: list[int]
     token_rows: list[int]
+    token_id: int  # what stands there in the prompt
 
 
 def placements(forward_batch: ForwardBatch) -> list[Placement]:
     """Where items lie in what this step computes; those that it does not reach are left out."""
     placed = []
-    start = 0
-    for row, inputs in enumerate(forward_batch.mm_inputs or ()):
+    starts = accumulate(forward_batch.extend_seq_lens_cpu, initial=0)
+    for row, (inputs, start) in enumerate(zip(forward_batch.mm_inputs or (), starts, strict=False)):
+        if inputs is None:
+            continue
         prefix, count = forward_batch.extend_prefix_lens_cpu[row], forward_batch.extend_seq_lens_cpu[row]
-        for item in inputs.mm_items if inputs is not None else ():
+        for item in inputs.mm_items:
             item_rows, positions = rows_within(item.offsets, prefix, prefix + count)
             if item_rows:
-                placed.append(Placement(item, item_rows, [start + position - prefix for position in positions]))
-        start += count
+                token_rows = [start + position - prefix for position in positions]
+                placed.append(Placement(item, item_rows, token_rows, inputs.token_id_of(item.modality) or 0))
     return placed
 
 
@@ -87,7 +91,7 @@ def general_mm_embed_routine(
         encoders = _encoders(placed, multimodal_model, data_embedding_funcs)
         for place, embedding in zip(placed, _encode(placed, encoders, forward_batch), strict=True):
             if placeholder_tokens is not None:
-                _check_placeholders(place, input_ids, placeholder_tokens)
+                _check_placeholder(place, placeholder_tokens)
             rows = embedding[place.item_rows].to(hidden_states)
             if use_deepstack and use_deepstack.get(place.item.modality):
                 rows, more = rows.split([hidden_states.shape[1], rows.shape[1] - hidden_states.shape[1]], dim=1)
@@ -121,7 +125,7 @@ def _encode(
     cache = forward_batch.embedding_cache or EmbeddingCache(0)
     found: dict[bytes, torch.Tensor] = {}
     missing: dict[Modality, dict[bytes, MultimodalDataItem]] = {}
-    for item, _, _ in placed:
+    for item, *_ in placed:
         known = item.precomputed_embeddings if item.precomputed_embeddings is not None else cache.get(item.digest)
         if known is not None:
             found[item.digest] = known
@@ -138,21 +142,18 @@ def _encode(
         for digest, embedding in zip(items, embeddings.split(counts), strict=True):
             found[digest] = embedding
             cache.put(digest, embedding.clone() if len(counts) > 1 else embedding)
-    for item, _, _ in placed:
+    for item, *_ in placed:
         if found[item.digest].shape[0] != item.num_tokens:
             raise ValueError(
                 f"an item of kind {item.modality.value} has {item.num_tokens} placeholders in the prompt, but "
                 f"{found[item.digest].shape[0]} embeddings"
             )
-    return [found[item.digest] for item, _, _ in placed]
+    return [found[item.digest] for item, *_ in placed]
 
 
-def _check_placeholders(
-    place: Placement, input_ids: torch.Tensor, placeholder_tokens: Mapping[Modality, Sequence[int]]
-) -> None:
+def _check_placeholder(place: Placement, placeholder_tokens: Mapping[Modality, Sequence[int]]) -> None:
     allowed = placeholder_tokens.get(place.item.modality)
-    strange = set(input_ids[place.token_rows].tolist()) - set(allowed or ())
-    if allowed is not None and strange:
+    if allowed is not None and place.token_id not in allowed:
         raise ValueError(
-            f"tokens {sorted(strange)} stand for media of kind {place.item.modality.value}: only {list(allowed)} may"
+            f"token {place.token_id} stands for media of kind {place.item.modality.value}: only {list(allowed)} may"
         )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -198,10 +199,10 @@ class DynamicNTKRotaryEmbedding(LengthScaledRotaryEmbedding):
     def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
         # One length at a time, on the host: vectorised powers depend in the last bit on a token's place in the batch,
         # which positions multiply. A prompt is one length, a decoding row another.
-        lens, token_to_len = rope_lens(forward_batch).unique(return_inverse=True)
+        lens, token_to_len = np.unique(rope_lens(forward_batch), return_inverse=True)
         table = torch.stack([self._inv_freq_for(num_tokens) for num_tokens in lens.tolist()] or [self.spec.inv_freq])
         device = self.inv_freq.device
-        return table.to(device)[token_to_len.to(device)]
+        return table.to(device)[torch.from_numpy(token_to_len).to(device)]
 
     def _inv_freq_for(self, num_tokens: int) -> torch.Tensor:
         """[rotary_dim / 2] on the host, for a sequence of ``num_tokens``."""
@@ -225,7 +226,7 @@ class LongRopeRotaryEmbedding(LengthScaledRotaryEmbedding):
         self.register_buffer("long_inv_freq", long_inv_freq.to(torch.get_default_device()), persistent=False)
 
     def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        is_long = rope_lens(forward_batch) > self.length_scaling.original_len
+        is_long = torch.from_numpy(rope_lens(forward_batch) > self.length_scaling.original_len)
         return torch.where(is_long.to(self.inv_freq.device)[:, None], self.long_inv_freq, self.inv_freq)
 
 
@@ -235,8 +236,8 @@ _LENGTH_SCALED: dict[str, Callable[[RopeSpec], LengthScaledRotaryEmbedding]] = {
 }
 
 
-def rope_lens(forward_batch: ForwardBatch) -> torch.Tensor:
-    """[T] int64 on the host: the sequence length that each token of the step is rotated for."""
+def rope_lens(forward_batch: ForwardBatch) -> np.ndarray:
+    """[T] int64: the sequence length that each token of the step is rotated for."""
     rows = zip(
         forward_batch.prompt_lens_cpu,
         forward_batch.extend_prefix_lens_cpu,
@@ -244,10 +245,10 @@ def rope_lens(forward_batch: ForwardBatch) -> torch.Tensor:
         strict=True,
     )
     lens = [
-        torch.arange(prefix_len + 1, prefix_len + num_tokens + 1, device="cpu").clamp(min=prompt_len)
+        np.arange(prefix_len + 1, prefix_len + num_tokens + 1).clip(min=prompt_len)
         for prompt_len, prefix_len, num_tokens in rows
     ]
-    return torch.cat(lens) if lens else torch.empty(0, dtype=torch.int64, device="cpu")
+    return np.concatenate(lens) if lens else np.empty(0, dtype=np.int64)
 
 
 _ropes_of_build: ContextVar[dict[str, RotaryEmbedding] | None] = ContextVar("_ropes_of_build", default=None)

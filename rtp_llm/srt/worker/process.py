@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import deque
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,28 +15,36 @@ from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
-from rtp_llm.srt.worker.worker import Masks, PendingLogits, Worker, WorkerConfig
+from rtp_llm.srt.worker.step import WorkerStep
+from rtp_llm.srt.worker.worker import Masks, Worker, WorkerConfig
 
 
 class RankServer:
-    """Serves the executor's calls with one rank's worker."""
+    """Serves the executor's calls with one rank's worker. Those in ``UNANSWERED`` get no answer.
 
-    def __init__(self, worker: Worker) -> None:
+    Nothing but ``result`` waits for the device, so that the next step is launched while it computes.
+    """
+
+    UNANSWERED = ("submit", "sample")
+
+    def __init__(self, worker: Worker, rank: int) -> None:
         self._worker = worker
-        self._pending: PendingLogits | None = None
+        self._rank = rank
+        self._steps: deque[WorkerStep] = deque()  # whose results were not asked for yet
 
-    def submit(self, plan: StepPlan) -> StepResult | None:
-        """Return the step's result; None if it waits for masks."""
-        if plan.masked_rows:
-            self._pending = self._worker.forward(plan)
-            return None
-        return self._worker.step(plan).result()
+    def submit(self, plan: StepPlan) -> None:
+        self._steps.append(WorkerStep(plan, self._worker))
+        self._steps[-1].launch()
 
-    def sample_masked(self, masks: Masks) -> StepResult:
-        if self._pending is None:
-            raise RuntimeError("masks came, but no step waits for any")
-        pending, self._pending = self._pending, None
-        return self._worker.sample(pending, masks).result()
+    def sample(self, masks: Masks) -> None:
+        """Draw the tokens of the step that was submitted last."""
+        self._steps[-1].set_masks(masks)
+        self._steps[-1].launch()
+
+    def result(self) -> StepResult | None:
+        """Return the earliest step's result; on ranks other than 0, which have the same, None."""
+        result = self._steps.popleft().result()
+        return result if self._rank == 0 else None
 
     def call(self, method: str, args: tuple) -> Any:
         own = getattr(self, method, None) if not method.startswith("_") else None
@@ -87,11 +96,11 @@ def _serve(parent: Parent) -> None:
     _join(config, init_method, timeout_s)
     worker = Worker(config, lambda done, total: parent.send("progress", (done, total)))
     parent.send("result", worker.loaded())
-    server = RankServer(worker)
+    server = RankServer(worker, config.rank)
     while True:
         method, args = parent.receive()
         answer = server.call(method, args)
-        if method != "submit" or answer is not None:
+        if method not in RankServer.UNANSWERED:
             parent.send("result", answer)
 
 

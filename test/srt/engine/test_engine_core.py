@@ -2,91 +2,32 @@
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from made_requests import generate_request, request_spec
+from stepped_core import Core, mixed_requests
 
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
-from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
-from rtp_llm.srt.messages import AbortRequest, GenerateRequest, Shutdown, TokenOutput
-from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan
+from rtp_llm.srt.messages import AbortRequest, Shutdown
+from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
+from rtp_llm.srt.platform import num_cpus
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.utils.ipc import QueueLink, send
+from rtp_llm.srt.utils.ipc import receive, send
+from rtp_llm.srt.worker.process import RankServer
 from rtp_llm.srt.worker.sampler import draw
 from rtp_llm.srt.worker.worker import WorkerConfig
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied", "llama-dynamic-mlp-bias"]
-
-
-class Core:
-    """A core that is stepped by hand."""
-
-    def __init__(self, name: str, depth: int = 0, delayed: bool = False, **options: Any) -> None:
-        args = ServerArgs(
-            **{"model_path": tiny_model(name), "device": "cpu", "dtype": "float32", "context_length": 300}
-            | {"max_total_tokens": 2000, "chunked_prefill_size": 16, "max_running_requests": 32}
-            | options
-        )
-        model_config = ModelConfig.from_pretrained(
-            args.model_path, dtype=args.dtype, context_length=args.context_length
-        )
-        executor = InProcessExecutor(WorkerConfig(args, model_config, "cpu"), depth, delayed)
-        self.link = QueueLink()
-        self.outputs: dict[str, list[TokenOutput]] = {}
-        self.link.client.on_messages(self.take)
-        self.core = EngineCore(args, model_config, self.link.core, executor=executor)
-
-    def take(self, messages: list) -> None:
-        for message in messages:
-            if isinstance(message, TokenOutput):
-                self.outputs.setdefault(message.rid, []).append(message)
-
-    def run(self, requests: list[GenerateRequest]) -> dict[str, list[int]]:
-        for request in requests:
-            self.link.client.send(request)
-        self.core.step(block=False)
-        while not self.core.scheduler.idle:
-            self.core.step(block=False)
-        self.core.scheduler.check_integrity()
-        return {rid: [t for o in outputs for t in o.token_ids] for rid, outputs in self.outputs.items()}
-
-
-def mixed_requests(vocab_size: int) -> list[GenerateRequest]:
-    """Greedy and sampled, with penalties, biases, minimum lengths and logprobs, over shared and own prompts."""
-    prompts = random_prompts(vocab_size, (3, 40, 70, 21, 21, 1, 90, 33))
-    prompts[4] = [*prompts[3][:15], 5, 6]
-    variants: list[dict] = [
-        {"temperature": 0.0, "ignore_eos": True},
-        {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.7},
-        {"temperature": 1.3, "top_k": 9, "repetition_penalty": 1.4},
-        {"temperature": 0.0, "presence_penalty": 1.5, "min_new_tokens": 10},
-        {"temperature": 1.0, "min_p": 0.1, "logit_bias": {3: 4.0}, "stop_token_ids": [3]},
-    ]
-    requests = []
-    for i, prompt in enumerate(prompts * 2):
-        params = SamplingParams(max_new_tokens=12 + i, **variants[i % len(variants)])
-        logprob = i % 3 == 0
-        requests.append(
-            generate_request(
-                f"r{i}",
-                prompt,
-                params,
-                1000 + i,
-                return_logprob=logprob,
-                logprob_start_len=0,
-                eos_token_ids=(vocab_size - 1,),
-            )
-        )
-    return requests
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -156,10 +97,43 @@ def test_shutdown_ends_the_loop():
     core.core.shutdown()
 
 
+def test_a_worker_process_computes_while_the_next_step_is_planned():
+    name = "qwen3-mixed-window7-tied"
+    requests = mixed_requests(TINY_MODELS[name].vocab_size)
+    inline = Core(name, depth=1, delayed=True, max_total_tokens=125)
+    with as_many_threads_as_a_worker_process():  # last digits depend on them
+        expected = inline.run(requests)
+    apart = Core(name, depth=1, processes=True, max_total_tokens=125)
+    in_flight, submit = [], apart.executor.submit
+
+    def watched(plan: StepPlan) -> Any:
+        step = submit(plan)
+        in_flight.append(len(apart.executor._in_flight))
+        return step
+
+    apart.executor.submit = watched
+    try:
+        assert apart.run(requests) == expected
+    finally:
+        apart.close()
+    assert max(in_flight) == 2 and apart.core.scheduler.stats.retractions > 0
+    assert apart.logprobs() == inline.logprobs()
+
+
+@contextmanager
+def as_many_threads_as_a_worker_process() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_cpus())
+    yield
+    torch.set_num_threads(before)
+
+
 def make_executor(name: str, kind: str) -> Any:
     args = ServerArgs(model_path=tiny_model(name), device="cpu", dtype="float32", tp_size=1)
     config = WorkerConfig(args, ModelConfig.from_pretrained(args.model_path), "cpu")
-    executor = MultiProcessExecutor(config, 60.0) if kind == "process" else InProcessExecutor(config, 1, kind == "late")
+    executor = (
+        MultiProcessExecutor(config, 60.0, 1) if kind == "process" else InProcessExecutor(config, 1, kind == "late")
+    )
     loaded = executor.load()
     assert loaded.weight_bytes > 0 and len(loaded.layout.groups) == 1
     executor.init_cache([64], 4, 64)
@@ -193,6 +167,79 @@ def test_masks_come_between_forward_and_draw(kind):
         executor.shutdown()
 
 
+def decode_plan(step_id: int, **kwargs: Any) -> StepPlan:
+    """The row of ``first_plan`` goes on; its first step drew token 3."""
+    return StepPlan(step_id, work=[RowWork(2, 2 + step_id, 1, True)], **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["at once", "late", "process"])
+def test_two_steps_are_in_flight(kind):
+    alone = make_executor("llama-default", "at once")
+    plans = [first_plan(), *(decode_plan(i) for i in range(1, 4))]
+    expected = [alone.submit(plan).result() for plan in plans]
+    executor = make_executor("llama-default", kind)
+    try:
+        first, second = executor.submit(plans[0]), executor.submit(plans[1])
+        assert executor.rpc("loaded") == [alone.worker.loaded()]  # an answer of its own, whatever is in flight
+        assert [first.result(), second.result()] == expected[:2]
+        third, masked = executor.submit(plans[2]), executor.submit(decode_plan(3, masked_rows=[2]))
+        with pytest.raises(ValueError, match=r"step 3 needs a mask for rows \[2\] too"):
+            executor.sample({})
+        assert third.result() == expected[2]
+        with pytest.raises(RuntimeError, match=r"step 3 waits for the masks of rows \[2\]"):
+            masked.result()
+        mask = torch.zeros(131, dtype=torch.bool)
+        mask[17] = True
+        executor.sample({2: mask})
+        assert masked.result().rows[0].token_ids == [17] != expected[3].rows[0].token_ids
+    finally:
+        executor.shutdown()
+
+
+def test_whichever_step_in_flight_fails_everyone_who_asks_is_told_why():
+    executor = make_executor("llama-default", "process")
+    steps = [executor.submit(first_plan())]
+    try:
+        with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: KeyError: 3"):
+            steps.append(executor.submit(StepPlan(1, releases=[3])))  # nobody was admitted there
+            steps[0].result()
+        for ask in (*(step.result for step in steps), lambda: executor.rpc("loaded"), lambda: executor.sample({})):
+            with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: KeyError: 3"):
+                ask()
+    finally:
+        executor.shutdown()
+
+
+def test_nothing_but_a_result_is_answered_and_waited_for():
+    """A rank hears of the next step before it waits for the one before."""
+    events: list[Any] = []
+
+    class Pending:
+        def __init__(self, plan: StepPlan) -> None:
+            self.plan = plan
+
+        def result(self) -> str:
+            events.append(("waited for", self.plan.step_id))
+            return f"result of {self.plan.step_id}"
+
+    class FakeWorker:
+        def forward(self, plan: StepPlan) -> Pending:
+            events.append(("launched", plan.step_id))
+            return Pending(plan)
+
+        def sample(self, pending: Pending, masks: Any) -> Pending:
+            return pending
+
+    for rank, answer in [(0, "result of 0"), (1, None)]:  # rank 0 answers for all
+        events.clear()
+        server = RankServer(cast(Any, FakeWorker()), rank)
+        for step_id in (0, 1):
+            assert server.call("submit", (StepPlan(step_id),)) is None
+        assert events == [("launched", 0), ("launched", 1)]
+        assert server.call("result", ()) == answer
+        assert events[2:] == [("waited for", 0)]
+
+
 def test_a_worker_process_that_fails_says_why():
     executor = make_executor("llama-default", "process")
     with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: AttributeError: .*no_such_method") as failure:
@@ -223,6 +270,22 @@ def two_ranks() -> Iterator[tuple[MultiProcessExecutor, list[Connection]]]:
     for process in executor._processes:
         process.kill()
     executor.shutdown()
+
+
+def test_results_are_asked_for_in_order_and_rank_0_answers(two_ranks):
+    executor, pipes = two_ranks
+    with pytest.raises(RuntimeError, match="no step is in flight"):
+        executor.sample({})
+    first, second = executor.submit(StepPlan(0)), executor.submit(StepPlan(1))
+    with pytest.raises(RuntimeError, match="in the order of submission"):
+        second.result()
+    for step in (first, second):
+        for pipe, answer in zip(pipes, (StepResult(step.plan.step_id, []), None), strict=True):
+            send(pipe, ("result", answer))
+        assert step.result() == StepResult(step.plan.step_id, [])
+    with pytest.raises(RuntimeError, match="once each"):
+        second.result()
+    assert [[receive(pipe)[0] for _ in range(4)] for pipe in pipes] == [["submit", "submit", "result", "result"]] * 2
 
 
 def test_the_rank_that_fails_first_is_blamed(two_ranks):

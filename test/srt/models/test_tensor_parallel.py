@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from stepped_core import Core, mixed_requests
 
 from rtp_llm import Engine
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, reference, tiny_model
@@ -42,6 +43,22 @@ def test_two_ranks_agree_with_one(name: str) -> None:
     for ours, truth in zip(two[: len(prompts)], expected, strict=True):
         logprobs = [entry[0] for entry in ours["meta_info"]["input_token_logprobs"][1:]]
         assert logprobs == pytest.approx(truth.prompt_logprobs, abs=1e-3)
+
+
+@pytest.mark.xdist_group("tensor-parallel")
+def test_two_ranks_compute_while_the_next_step_is_planned() -> None:
+    requests = mixed_requests(TINY_MODELS["llama-tp"].vocab_size)
+    ids, logprobs = [], []
+    for depth in (0, 1):
+        core = Core("llama-tp", depth, processes=True, tp_size=2)
+        try:
+            ids.append(core.run(requests))
+        finally:
+            core.close()
+        logprobs.append({rid: [(x.token_id, x.logprob) for x in told] for rid, told in core.logprobs().items()})
+    assert ids[0] == ids[1] and all(ids[0].values())
+    for rid, told in logprobs[0].items():  # prompts are cut elsewhere, which last digits show
+        assert told == [(token_id, pytest.approx(logprob, abs=1e-5)) for token_id, logprob in logprobs[1][rid]]
 
 
 def test_the_models_split_unevenly() -> None:

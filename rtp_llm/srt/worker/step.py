@@ -1,0 +1,47 @@
+"""A step on its way through a worker: not launched, waiting for its masks, or launched."""
+
+from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.worker.worker import Masks, PendingLogits, PendingResult, Worker
+
+
+class WorkerStep:
+    """Launched as far as it can be; only ``result`` waits."""
+
+    def __init__(self, plan: StepPlan, worker: Worker) -> None:
+        self.plan = plan
+        self._worker = worker
+        self._logits: PendingLogits | None = None
+        self._masks: Masks | None = None
+        self._launched: PendingResult | None = None
+
+    def launch(self) -> None:
+        if self._logits is None:
+            self._logits = self._worker.forward(self.plan)
+        if self._launched is None and (self._masks is not None or not self.plan.masked_rows):
+            self._launched = self._worker.sample(self._logits, self._masks)
+
+    def set_masks(self, masks: Masks) -> None:
+        check_masks(self.plan, masks)
+        self._masks = masks
+
+    def result(self) -> StepResult:
+        self.launch()
+        if self._launched is None:
+            raise RuntimeError(waits_for_masks(self.plan))
+        return self._launched.result()
+
+
+def check_masks(plan: StepPlan, masks: Masks) -> None:
+    """Refuse masks that leave out a row that the step waits for.
+
+    Raises:
+        ValueError: names those rows.
+    """
+    missing = set(plan.masked_rows) - set(masks)
+    if missing:
+        raise ValueError(f"step {plan.step_id} needs a mask for rows {sorted(missing)} too")
+
+
+def waits_for_masks(plan: StepPlan) -> str:
+    """Return the sentence that says why there is no result yet."""
+    return f"step {plan.step_id} waits for the masks of rows {plan.masked_rows}"
