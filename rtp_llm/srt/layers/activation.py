@@ -31,7 +31,7 @@ class SiluAndMul(nn.Module):
     """``silu(first half) * second half``.
 
     Attributes:
-        kernel: its name in ``kernels``; a product that it follows may compute it, too.
+        kernel: its name in ``kernels``; the product before it may compute it, too.
     """
 
     kernel = "silu_and_mul"
@@ -66,7 +66,7 @@ class SwigluOAIAndMul(nn.Module):
     """The gate of GPT-OSS (2025): ``(up + 1) * gate * sigmoid(alpha * gate)``, where ``gate`` is cut at ``limit`` from
     above and ``up`` at ``limit`` from both sides.
 
-    Layout, unlike all others: gate and up take turns as in the checkpoint, gate at even places and up at odd ones.
+    Unlike in all others, gate and up take turns, as in the checkpoint: gate at even places, up at odd ones.
     """
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
@@ -80,12 +80,12 @@ class SwigluOAIAndMul(nn.Module):
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """A sigmoid in place of the normal distribution (Hendrycks and Gimpel, 2016)."""
+    """GELU with a sigmoid in place of the normal distribution (Hendrycks and Gimpel, 2016)."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def _squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """Primer (So et al., 2021)."""
+    """The square of ReLU (Primer; So et al., 2021)."""
     return F.relu(x).square()
 
 
@@ -113,14 +113,14 @@ _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def get_act_fn(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation for a configuration's ``hidden_act``, elementwise, where the feed-forward block is not gated."""
+    """Return the elementwise activation for a configuration's ``hidden_act``, for feed-forward without a gate."""
     if name not in _ACT:
         raise ValueError(f"unknown activation {name!r}; have {sorted(_ACT)}")
     return _ACT[name]
 
 
 def get_act_and_mul_fn(name: str) -> nn.Module:
-    """The gated activation for a configuration's ``hidden_act``."""
+    """Return the gated activation for a configuration's ``hidden_act``."""
     if name not in _ACT:
         raise ValueError(f"unknown gated activation {name!r}; have {sorted(_ACT)}")
     fn = _ACT[name]

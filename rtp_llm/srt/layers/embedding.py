@@ -12,11 +12,11 @@ from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter, ref
 class VocabParallelEmbedding(PackedLayer):
     """[T] token ids -> [T, embedding_dim].
 
-    Rank r holds rows ``[r * n, (r + 1) * n)`` of the table with ``n = ceil(num_embeddings / ranks)``; rows past the
-    vocabulary are zero. A model with tied embeddings uses this same object as its head.
+    Rank r has rows ``[r * n, (r + 1) * n)`` of the table with ``n = ceil(num_embeddings / ranks)``; rows past the
+    vocabulary are zero. A model with tied embeddings uses the same object as its head.
 
     Attributes:
-        is_head: logits are made with it; the loader sets this once the model is built.
+        is_head: it computes logits; the loader sets this when the model is built.
     """
 
     quant_method: EmbeddingMethodBase

@@ -1,4 +1,4 @@
-"""What models that see share: a language model that takes images' embeddings in the place of their placeholders."""
+"""Base of models with images: a language model that takes embeddings of media in place of their placeholders."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ class ImageTextModel(nn.Module):
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     use_deepstack: Mapping[Modality, bool] | None = None
-    # The configuration class sets tie_word_embeddings where config.json says nothing, and the head that a checkpoint
-    # comes with still counts, unless ``text_config`` ties it as well.
+    # True: the configuration class sets tie_word_embeddings by default, and a head in the checkpoint is used
+    # nevertheless, unless ``text_config`` ties it as well.
     ties_by_default = False
 
     def __init__(

@@ -1,8 +1,8 @@
 """Linear layers, split over tensor-parallel ranks.
 
-Names and call shapes are the field's; every layer returns ``(output, bias or None)``, the bias only where
+Names and call shapes are those of vLLM and SGLang; every layer returns ``(output, bias or None)``, the bias only if
 ``skip_bias_add`` leaves its addition to the caller. The split is Megatron's (Shoeybi et al., 2019): a column-parallel
-layer keeps some outputs, a row-parallel layer some inputs and sums over ranks.
+layer holds a part of the outputs, a row-parallel layer a part of the inputs, and sums over ranks.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ LinearOutput = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One checkpoint tensor's share of a layer's outputs: this rank holds part ``part`` of ``num_parts`` equal ones."""
+    """One checkpoint tensor's share of a layer's outputs: this rank has part ``part`` of ``num_parts`` equal ones."""
 
     id: str | int
     size: int  # outputs on this rank
@@ -33,7 +33,7 @@ class OutputShard:
 
 
 class LinearBase(PackedLayer):
-    """Holds a weight of [sum(output_partition_sizes), input_size_per_partition], made by the quantization method."""
+    """A layer with a weight [sum(output_partition_sizes), input_size_per_partition], made by its method."""
 
     quant_method: LinearMethodBase
     bias: nn.Parameter | None
@@ -81,7 +81,7 @@ class LinearBase(PackedLayer):
         return self.bias if self.skip_bias_add else None
 
     def dequantized_weight(self) -> torch.Tensor:
-        """[outputs, inputs] of this rank, for whoever multiplies with it in another way; from ``finish_load`` on."""
+        """Return this rank's weight [outputs, inputs], for other uses than ``forward``; from ``finish_load`` on."""
         return self.quant_method.dequantized_weight(self)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -89,7 +89,7 @@ class LinearBase(PackedLayer):
 
         Args:
             tensor: the whole checkpoint tensor; it is cut before it is copied.
-            shard_id: which of the fused tensors this is; None where the layer fuses none or the checkpoint already did.
+            shard_id: which of the fused tensors this is; None if the layer fuses none or the checkpoint did already.
 
         Raises:
             ValueError: the tensor's shape or the shard id does not fit.
@@ -211,9 +211,9 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         self._create_shards([self._even_shard(i, size) for i, size in enumerate(output_sizes)], bias)
 
     def activated(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        """``activation(self(x)[0])``, of a gated activation, where possible without the output in memory between them.
+        """``activation(self(x)[0])`` for a gated activation, if possible in one product without its output in memory.
 
-        Where either has forward hooks, they are called one after the other.
+        If either has forward hooks, they are called one after the other.
         """
         if self.skip_bias_add:
             raise ValueError(f"{self.name}: the bias that skip_bias_add leaves out belongs before an activation")
@@ -223,7 +223,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         return activation(self(x)[0])
 
     def forward(self, x: torch.Tensor, activation: nn.Module | None = None) -> LinearOutput:
-        """``activation``: only by ``activated``."""
+        """``activation``: passed by ``activated`` only."""
         if activation is None:
             return super().forward(x)
         return self.quant_method.apply_gated(self, x, self.bias, activation), None
@@ -284,8 +284,8 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(LinearBase):
     """Inputs are split: [..., input_size / ranks] -> [..., output_size], summed over ranks.
 
-    With ``input_is_parallel=False`` the input is whole and cut here. With ``reduce_results=False`` each rank returns
-    its summand; exactly one of them contains the bias.
+    With ``input_is_parallel=False`` the input is whole, and the layer cuts it. With ``reduce_results=False`` each rank
+    returns its summand; exactly one of them contains the bias.
     """
 
     def __init__(

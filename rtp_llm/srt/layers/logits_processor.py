@@ -15,16 +15,16 @@ from rtp_llm.srt.plan import TokenLogprob
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Prompt logits are made for so many tokens at a time: 128 rows of a vocabulary of 150,000 are 77 MB in float32.
+# Tokens whose prompt logits are computed at a time: 128 rows of a vocabulary of 150,000 are 77 MB in float32.
 ROWS_PER_PIECE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities of N tokens and of others in their places. They stay on the device until they are read.
+    """Log-probabilities of N tokens, and of alternatives at their positions. They stay on the device until ``read``.
 
-    Line i holds the token itself, then the best ones, then those that were chosen; ``ids`` [N, columns] int64 and
-    ``values`` [N, columns] float32. A line may want fewer than there are columns: ``top_nums[i]``, ``chosen_nums[i]``.
+    Line i has the token itself, then the best ones, then the chosen ones: ``ids`` [N, columns] int64 and ``values``
+    [N, columns] float32. A line may use fewer columns than there are: ``top_nums[i]``, ``chosen_nums[i]``.
     """
 
     ids: torch.Tensor
@@ -34,7 +34,7 @@ class Logprobs:
 
     @classmethod
     def join(cls, pieces: "Sequence[Logprobs]") -> "Logprobs":
-        """One after the other; each has as many columns."""
+        """Concatenate pieces of equally many columns."""
         if len(pieces) == 1:
             return pieces[0]
         return cls(
@@ -45,7 +45,7 @@ class Logprobs:
         )
 
     def read(self) -> list[TokenLogprob]:
-        """The numbers themselves. Waits where they are on a device."""
+        """Return the numbers as Python objects; wait for the device if they are on one."""
         first_chosen = self.ids.shape[1] - max(self.chosen_nums, default=0)
         lines = zip(self.ids.tolist(), self.values.tolist(), self.top_nums, self.chosen_nums, strict=True)
         result = []
@@ -58,7 +58,7 @@ class Logprobs:
 
 @dataclass(slots=True)
 class LogitsProcessorOutput:
-    """What a model's forward returns.
+    """The result of a model's forward.
 
     ``next_token_logits``: [S, vocab_size] float32, one row for each of ``forward_batch.sample_rows``.
     ``prompt_logprobs``: parallel to ``forward_batch.prompt_logprobs``.
@@ -71,9 +71,9 @@ class LogitsProcessorOutput:
 
 
 class LogitsProcessor(nn.Module):
-    """Applies the head to the few tokens whose logits are wanted, never to all tokens of a step.
+    """Applies the head, only to the tokens whose logits are wanted.
 
-    Reads ``config.vocab_size`` and, where the configuration has it, ``config.final_logit_softcapping``.
+    Reads ``config.vocab_size`` and, if the configuration has it, ``config.final_logit_softcapping``.
     """
 
     def __init__(self, config: "PretrainedConfig", logit_scale: float | None = None) -> None:
@@ -91,15 +91,15 @@ class LogitsProcessor(nn.Module):
         forward_batch: ForwardBatch,
         aux_hidden_states: Sequence[torch.Tensor] | None = None,
     ) -> LogitsProcessorOutput:
-        """Logits to sample from, and the prompt logprobs that were asked for.
+        """Compute the logits to sample from, and the prompt logprobs that are wanted.
 
         Args:
             input_ids: [T]; part of the call shape that model files share, not needed here.
             hidden_states: [T, hidden_size], after the last norm.
-            lm_head: the head, or the embedding where they are tied.
-            aux_hidden_states: captured layers' [T, hidden_size] each; returned side by side in ``hidden_states``.
+            lm_head: the head, or the embedding if they are tied.
+            aux_hidden_states: of captured layers, [T, hidden_size] each; returned side by side in ``hidden_states``.
         """
-        sample_rows = forward_batch.sample_rows  # in order: where there are as many as tokens, they are all
+        sample_rows = forward_batch.sample_rows  # in order: if there are as many as tokens, they are all tokens
         sampled = hidden_states if len(sample_rows) == len(hidden_states) else hidden_states[sample_rows]
         return LogitsProcessorOutput(
             next_token_logits=self._logits(sampled, lm_head),
@@ -124,10 +124,10 @@ class LogitsProcessor(nn.Module):
 
 
 def prompt_logprobs(row: LogprobRow, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> Logprobs:
-    """What is wanted of a row's prompt. Some tokens at a time: their softmax is as large as their logits.
+    """Compute a row's prompt logprobs, some tokens at a time: their softmax is as large as their logits.
 
     Args:
-        logits_of: from some of ``row.token_rows`` [N] to their logits [N, vocab_size].
+        logits_of: maps some of ``row.token_rows`` [N] to their logits [N, vocab_size].
     """
     pieces = []
     for token_rows, targets in zip(
@@ -147,14 +147,14 @@ def token_logprobs(
     chosen: torch.Tensor | None = None,
     chosen_nums: Sequence[int] | None = None,
 ) -> Logprobs:
-    """Log-probabilities of one token per row of logits, with the best ones and chosen ones beside it.
+    """Compute log-probabilities of one token per row of logits, and of the best and the chosen tokens.
 
     Args:
         logits: [N, vocab_size], unmodified by sampling parameters; the softmax is taken in float32.
         targets: [N] int64 token ids.
-        top_nums: how many of the best tokens to list, per row (more than the vocabulary gives the vocabulary).
-        chosen: [N, most] int64, the ids whose log-probabilities are wanted, in the order of the answer; None: none.
-        chosen_nums: how many of its line of ``chosen`` each row wants; some row wants all.
+        top_nums: number of the best tokens to list, per row (at most the vocabulary).
+        chosen: [N, most] int64, other ids whose log-probabilities are wanted, in this order; None: none.
+        chosen_nums: number of ids of its line of ``chosen`` that each row wants; at least one row wants all.
     """
     num_rows, vocab_size = logits.shape
     chosen_nums = [0] * num_rows if chosen_nums is None else chosen_nums

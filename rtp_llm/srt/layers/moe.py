@@ -1,7 +1,7 @@
 """Mixtures of experts (Shazeer et al., 2017): routing functions, and the experts that routed tokens are sent to.
 
 Routing turns logits [T, num_experts] into ``(topk_weights, topk_ids)``, both [T, top_k]: float32 and int64.
-``FusedMoE`` takes the two, however they came about.
+``FusedMoE`` takes these from any routing function.
 """
 
 import torch
@@ -18,7 +18,7 @@ Routing = tuple[torch.Tensor, torch.Tensor]
 
 
 def softmax_topk(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
-    """The ``top_k`` largest of a softmax over all experts; with ``renormalize`` each token's weights sum to one."""
+    """Route to the ``top_k`` largest of a softmax over all experts; ``renormalize``: a token's weights sum to one."""
     scores = router_logits.softmax(dim=-1, dtype=torch.float32)
     topk_weights, topk_ids = scores.topk(top_k, dim=-1)
     if renormalize:
@@ -27,7 +27,7 @@ def softmax_topk(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> 
 
 
 def topk_softmax(router_logits: torch.Tensor, top_k: int) -> Routing:
-    """A softmax over the ``top_k`` largest logits (GPT-OSS, 2025)."""
+    """Route to the ``top_k`` largest logits, weighted by a softmax over them alone (GPT-OSS, 2025)."""
     topk_logits, topk_ids = router_logits.topk(top_k, dim=-1)
     return topk_logits.softmax(dim=-1, dtype=torch.float32), topk_ids
 
@@ -65,7 +65,7 @@ def sigmoid_grouped_topk(
 ) -> Routing:
     """Grouped routing without auxiliary loss (DeepSeek-V3, 2024).
 
-    Scores are sigmoids. ``correction_bias`` [num_experts] is added for choosing alone, never to the weights: first the
+    Scores are sigmoids. ``correction_bias`` [num_experts] is added only to choose, never to the weights: first the
     ``topk_group`` groups with the largest sums of their two best experts, then the ``top_k`` best experts in them.
     """
     scores = router_logits.float().sigmoid()
@@ -97,16 +97,16 @@ class FusedMoE(ExpertsLayer):
         w2_weight [num_experts, hidden_size, I]: down.
         w13_bias [num_experts, 2 * I], w2_bias [num_experts, hidden_size]: with ``bias`` only.
 
-    They load from experts stored one by one (``3.gate_proj.weight``) and from all in one tensor (``gate_up_proj`` of
+    They load from experts stored one by one (``3.gate_proj.weight``) or from all in one tensor (``gate_up_proj`` of
     [num_experts, 2 * intermediate_size, hidden_size] and ``down_proj``; their biases as ``gate_up_proj_bias`` and
-    ``down_proj_bias``), whichever the checkpoint has.
+    ``down_proj_bias``).
 
     Args:
         activation: a name for ``get_act_and_mul_fn``, or a gated activation; with ``SwigluOAIAndMul`` gate and up take
-            turns in ``w13``, and so they must in a fused tensor.
+            turns in ``w13``, and must do so in a fused tensor.
         reduce_results: False: each rank returns its summand.
-        expert_names: what the checkpoint calls an expert's gate, up and down projections.
-        is_transposed: fused weights are stored as [num_experts, inputs, outputs]; None: where their shape says so.
+        expert_names: names of an expert's gate, up and down projections in the checkpoint.
+        is_transposed: fused weights are stored as [num_experts, inputs, outputs]; None: their shape decides.
     """
 
     w13_weight: nn.Parameter
@@ -181,7 +181,7 @@ class FusedMoE(ExpertsLayer):
         return param
 
     def forward(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Each token's experts, weighted and summed.
+        """Compute each token's experts, weighted and summed.
 
         Args:
             hidden_states: [T, hidden_size]; topk_weights, topk_ids: [T, top_k], from a routing function.
@@ -247,7 +247,7 @@ class FusedMoE(ExpertsLayer):
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
     def _load_down(self, target: torch.Tensor, tensor: torch.Tensor, input_dim: int) -> None:
-        dim = input_dim if target.dim() > input_dim else None  # neither a bias is split, nor scales of whole outputs
+        dim = input_dim if target.dim() > input_dim else None  # a bias and scales of whole outputs are not split
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
 

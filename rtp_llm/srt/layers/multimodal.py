@@ -1,4 +1,4 @@
-"""How media get into a forward pass: encoded once, and put where the prompt has their placeholders."""
+"""Media in a forward pass: encoded once, and put at the places of their placeholders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -15,7 +15,7 @@ Encoder = Callable[[list[MultimodalDataItem]], torch.Tensor]
 
 
 class Placement(NamedTuple):
-    """Rows ``item_rows`` of what an item's encoder gives belong to the batch's flattened tokens ``token_rows``."""
+    """Rows ``item_rows`` of an item's embedding belong at the batch's flattened tokens ``token_rows``."""
 
     item: MultimodalDataItem
     item_rows: list[int]
@@ -24,7 +24,7 @@ class Placement(NamedTuple):
 
 
 def placements(forward_batch: ForwardBatch) -> list[Placement]:
-    """Where items lie in what this step computes; those that it does not reach are left out."""
+    """Return the placements of items among this step's tokens; items outside of them are left out."""
     placed = []
     starts = accumulate(forward_batch.extend_seq_lens_cpu, initial=0)
     for row, (inputs, start) in enumerate(zip(forward_batch.mm_inputs or (), starts, strict=False)):
@@ -40,8 +40,8 @@ def placements(forward_batch: ForwardBatch) -> list[Placement]:
 
 
 def rows_within(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[list[int], list[int]]:
-    """Which of an item's rows stand at positions [begin, end), and at which. Costs a step of decoding next to nothing,
-    however long the runs are."""
+    """Return the item's rows at positions [begin, end), and those positions. The cost does not grow with runs outside
+    of them, so a decode step pays next to nothing."""
     rows: list[int] = []
     positions: list[int] = []
     row = 0
@@ -68,20 +68,21 @@ def general_mm_embed_routine(
     Args:
         input_ids: [T], the vocabulary's ids, placeholders where media are.
         language_model: has ``get_input_embeddings()``.
-        multimodal_model: has ``get_image_feature(items)``, ``get_video_feature``, ``get_audio_feature``, as far as it
-            takes such media: each returns [rows of all items, hidden], an item's rows in the order of its placeholders.
-        data_embedding_funcs: instead of these methods, by modality.
-        placeholder_tokens: the ids that may stand for media; with any other the prompt is refused.
-        use_deepstack: for these modalities encoders return [rows, hidden * (1 + k)]: beside what goes into the first
-            layer, what is added after each of k layers (Meng et al. 2024). The language model gets that as
-            ``input_deepstack_embeds`` [T, hidden * k], zero where text is, or None where there is none in this step.
-        kwargs: handed on, ``positions`` among them.
+        multimodal_model: has ``get_image_feature(items)``, ``get_video_feature``, ``get_audio_feature`` for the media
+            that it takes: each returns [rows of all items, hidden], an item's rows in the order of its placeholders.
+        data_embedding_funcs: used instead of these methods, by modality.
+        placeholder_tokens: the ids that may stand for media; any other is an error.
+        use_deepstack: for these modalities encoders return [rows, hidden * (1 + k)]: the first layer's input, then
+            what is added after each of k layers (Meng et al. 2024). The language model gets the latter as
+            ``input_deepstack_embeds`` [T, hidden * k], zero for text, or None if this step has no such media.
+        kwargs: passed on to the language model, ``positions`` among them.
 
     Returns:
         The language model's hidden states.
 
     Raises:
-        ValueError: an encoder is missing, or gives another number of rows than the prompt has placeholders.
+        ValueError: an encoder is missing, or its number of rows is not that of the placeholders; or a placeholder is
+            not in ``placeholder_tokens``.
     """
     get_input_embeddings: Any = language_model.get_input_embeddings
     hidden_states: torch.Tensor = get_input_embeddings()(input_ids)
@@ -107,7 +108,7 @@ def general_mm_embed_routine(
 def _encoders(
     placed: list[Placement], model: Any, functions: Mapping[Modality, Encoder] | None
 ) -> dict[Modality, Encoder]:
-    """For each kind of media in the step; one whose items all bring their embeddings needs none."""
+    """Return an encoder for each modality in the step, except where all items have precomputed embeddings."""
     encoders: dict[Modality, Encoder] = {}
     for modality in {place.item.modality for place in placed if place.item.precomputed_embeddings is None}:
         name = f"get_{modality.value}_feature"
@@ -121,7 +122,7 @@ def _encoders(
 def _encode(
     placed: list[Placement], encoders: Mapping[Modality, Encoder], forward_batch: ForwardBatch
 ) -> list[torch.Tensor]:
-    """Return all rows of each placement's item: its own, from the cache, or encoded with others of its kind."""
+    """Return all rows of each placement's item: precomputed, from the cache, or encoded with others of its kind."""
     cache = forward_batch.embedding_cache or EmbeddingCache(0)
     found: dict[bytes, torch.Tensor] = {}
     missing: dict[Modality, dict[bytes, MultimodalDataItem]] = {}

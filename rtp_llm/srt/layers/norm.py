@@ -17,7 +17,7 @@ _NOT_GIVEN: Any = object()
 
 
 class Norm(nn.Module):
-    """What all norms share: adding the residual first. A norm says how it normalises."""
+    """Base of all norms, which adds the residual first. A subclass defines ``normalise``."""
 
     weight: nn.Parameter
 

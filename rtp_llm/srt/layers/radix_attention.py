@@ -1,4 +1,4 @@
-"""The attention layer of model files: it says what is computed, the back end on the ForwardBatch computes."""
+"""The attention layer of model files: it describes what is computed; the ForwardBatch's back end computes it."""
 
 from enum import Enum
 
@@ -27,8 +27,8 @@ class RadixAttention(nn.Module):
         v_head_dim: -1: head_dim.
         window: tokens visible, the query's own included, as a Hugging Face configuration's ``sliding_window``; None:
             all of them.
-        sliding_window_size: the same in the field's other count, for files that are ported: without the query's own
-            token, so one less than ``window``, and -1 or None for all of them.
+        sliding_window_size: the same for model files written for SGLang: without the query's own token, so one less
+            than ``window``; -1 or None for all of them.
         latent: a token's value is the first ``v_head_dim`` components of its key, stored once and never passed
             (multi-head latent attention; DeepSeek-V2, 2024).
     """
@@ -104,7 +104,7 @@ class RadixAttention(nn.Module):
         Args:
             q: [T, num_heads * head_dim] or [T, num_heads, head_dim]; k and v likewise with key/value heads, or both
                 None where another layer's cache is read. A latent layer takes k and no v.
-            save_kv_cache: False writes nothing and only reads.
+            save_kv_cache: False: only read the cache.
             sinks: [num_heads], of this rank: a score per head that takes part in the softmax and carries no value
                 (GPT-OSS, 2025).
 

@@ -1,6 +1,6 @@
 """Frequencies of rotary positions, and the ways of stretching them over longer contexts.
 
-They are those that Hugging Face's ``ROPE_INIT_FUNCTIONS`` compute, in float32.
+They equal those of Hugging Face's ``ROPE_INIT_FUNCTIONS``, in float32.
 """
 
 import math
@@ -15,7 +15,7 @@ Frequencies = tuple[torch.Tensor, float]  # [rotary_dim / 2] float32, radians pe
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """What ``get_rope`` was asked for."""
+    """The arguments of ``get_rope``."""
 
     head_size: int
     rotary_dim: int
@@ -58,7 +58,7 @@ class RopeSpec:
 
 def rope_kind(scaling: dict[str, Any]) -> str:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    # The names that the first checkpoints of Phi-3 and of Qwen2-VL used; M-RoPE is not a kind but goes with one.
+    # Names in the first checkpoints of Phi-3 and of Qwen2-VL; M-RoPE is not a kind, it goes with any kind.
     return {"su": "longrope", "mrope": "default"}.get(kind, kind)
 
 
@@ -72,7 +72,7 @@ def _linear(spec: RopeSpec) -> Frequencies:
 
 
 def _llama3(spec: RopeSpec) -> Frequencies:
-    """Long wavelengths are divided, short ones kept, those between interpolated (Llama 3.1, 2024)."""
+    """Divide long wavelengths' frequencies, keep those of short ones, interpolate between (Llama 3.1, 2024)."""
     inv_freq, factor = spec.inv_freq, spec.needed("factor")
     low, high = spec.needed("low_freq_factor"), spec.needed("high_freq_factor")
     wavelengths = 2 * math.pi / inv_freq
@@ -84,7 +84,7 @@ def _llama3(spec: RopeSpec) -> Frequencies:
 
 
 def _yarn(spec: RopeSpec) -> Frequencies:
-    """YaRN (Peng et al., 2023): interpolates the frequencies that turn seldom within the original length."""
+    """YaRN (Peng et al., 2023): interpolate the frequencies that turn few times within the original length."""
     factor = spec.scaling.get("factor") or spec.max_position / spec.original_len
     frequencies = spec.base**spec.exponents
     keep = 1 - _yarn_ramp(spec)
@@ -118,9 +118,9 @@ def _yarn_attention_factor(factor: float, scaling: dict[str, Any]) -> float:
 
 
 def yarn_get_mscale(scale: float, mscale: float = 1.0) -> float:
-    """YaRN's factor of queries and keys for a context ``scale`` times the original one.
+    """Return YaRN's factor of queries and keys for a context ``scale`` times the original one.
 
-    DeepSeek's models multiply scores by ``yarn_get_mscale(factor, mscale_all_dim) ** 2`` beside what ``get_rope`` does.
+    DeepSeek's models also multiply scores by ``yarn_get_mscale(factor, mscale_all_dim) ** 2``.
     """
     return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 

@@ -1,10 +1,10 @@
 """Rotary position embeddings (RoFormer; Su et al., 2021).
 
-Angles are computed from positions, so no position is too far. How frequencies are stretched over longer contexts
-is told in ``rope_scaling.py``.
+Angles are computed from positions, so no position is too far. ``rope_scaling.py`` has the frequencies, and the ways of
+stretching them over longer contexts.
 
 A step's cosines and sines are computed once: the runner calls ``prepare_for_forward(forward_batch)`` on every module
-that has it, and all layers that share the module read the result.
+with this method, and all layers that share the module read the result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by their positions, with the same frequencies for all sequences.
 
     Attributes:
-        length_scaling: how keys depend on the length of their sequence; None: they do not.
+        length_scaling: how keys depend on the length of their sequence; None: not at all.
     """
 
     length_scaling: LengthScaling | None = None
@@ -59,7 +59,7 @@ class RotaryEmbedding(nn.Module):
         positions = self._positions_of(forward_batch)
         cos_sin = self._cos_sin(positions, self._inv_freq_of(forward_batch))
         kept, num_tokens = self._step_cos_sin, positions.shape[-1]
-        # Written in place, so that a captured graph that read them once finds the next step's at the same address.
+        # Written in place, so that a recorded step finds the next step's values at the same address.
         if kept is None or kept.shape[1] < num_tokens or kept.device != cos_sin.device:
             with torch.inference_mode(False):  # so that later steps may write to it in any mode
                 kept = self._step_cos_sin = torch.empty_like(cos_sin)
@@ -68,11 +68,11 @@ class RotaryEmbedding(nn.Module):
         self._step_positions = positions
 
     def step_tensors(self) -> list[torch.Tensor]:
-        """What ``prepare_for_forward`` made."""
+        """Tensors that ``prepare_for_forward`` made."""
         return [] if self._step is None else list(self._step)
 
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotated q and k, in the shapes they came in.
+        """Rotate q and k; the results have their shapes.
 
         Args:
             positions: [T] int64.
@@ -88,7 +88,7 @@ class RotaryEmbedding(nn.Module):
         return x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x
 
     def _cos_and_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two of [T, rotary_dim / 2]."""
+        """Cosines and sines, [T, rotary_dim / 2] each."""
         if positions is self._step_positions and self._step is not None:
             return self._step
         cos, sin = self._cos_sin(positions, self.inv_freq)
@@ -107,10 +107,10 @@ class RotaryEmbedding(nn.Module):
 
 
 class MRotaryEmbedding(RotaryEmbedding):
-    """Three positions per token, time, height and width; each pair of components turns by one (Qwen2-VL, 2024).
+    """Three positions per token (time, height, width); each pair of components turns by one of them (Qwen2-VL, 2024).
 
-    ``forward`` takes [3, T] positions, ``forward_batch.mrope_positions`` where that is set, or [T] of a text, which
-    are rotated as without M-RoPE.
+    ``forward`` takes [3, T] positions (``forward_batch.mrope_positions`` if set), or [T] positions of text, which are
+    rotated as without M-RoPE.
     """
 
     takes_mrope_positions = True
@@ -126,11 +126,11 @@ class MRotaryEmbedding(RotaryEmbedding):
     ) -> None:
         """
         Args:
-            mrope_section: how many pairs turn by time, by height, by width.
-            mrope_interleaved: they take turns instead of coming one after another (Qwen3-VL, 2025).
+            mrope_section: numbers of pairs that turn by time, by height, by width.
+            mrope_interleaved: pairs of the three take turns instead of following in three blocks (Qwen3-VL, 2025).
 
         Raises:
-            ValueError: not three numbers, or, unless interleaved, not as many pairs as are rotated.
+            ValueError: ``mrope_section`` is not three numbers, or, unless interleaved, does not sum to all pairs.
         """
         super().__init__(spec, inv_freq, attention_factor)
         self.mrope_section = tuple(mrope_section)
@@ -149,7 +149,7 @@ class MRotaryEmbedding(RotaryEmbedding):
 
 
 def _mrope_axes(num_pairs: int, section: Sequence[int], interleaved: bool) -> torch.Tensor:
-    """[num_pairs] int64: 0, 1 or 2 where the pair turns by time, height or width."""
+    """[num_pairs] int64: 0, 1 or 2 for pairs that turn by time, height or width."""
     if len(section) != 3:
         raise ValueError(f"mrope_section must be three numbers (time, height, width), got {list(section)}")
     if not interleaved:
@@ -165,7 +165,7 @@ def _mrope_axes(num_pairs: int, section: Sequence[int], interleaved: bool) -> to
 
 
 class LengthScaledRotaryEmbedding(RotaryEmbedding):
-    """Frequencies that depend on the length of the sequence a token was computed in.
+    """Rotation by frequencies that depend on the length of the sequence.
 
     As in transformers: all tokens of a prompt are rotated for the prompt's length, each later token for its own, so
     token t of a request has length ``max(prompt_len, t + 1)``, however the prompt was cut into chunks.
@@ -186,7 +186,7 @@ class LengthScaledRotaryEmbedding(RotaryEmbedding):
 
 
 class DynamicNTKRotaryEmbedding(LengthScaledRotaryEmbedding):
-    """The base grows with the length, beyond the original one (dynamic NTK scaling; emozilla, 2023)."""
+    """A base that grows with the length, beyond the original one (dynamic NTK scaling; emozilla, 2023)."""
 
     def __init__(self, spec: RopeSpec) -> None:
         if spec.rotary_dim <= 2:
@@ -197,8 +197,8 @@ class DynamicNTKRotaryEmbedding(LengthScaledRotaryEmbedding):
         self.length_scaling = LengthScaling(spec.max_position, per_length=True)
 
     def _inv_freq_of(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        # One length at a time, on the host: vectorised powers depend in the last bit on a token's place in the batch,
-        # which positions multiply. A prompt is one length, a decoding row another.
+        # One length at a time, on the host: the last bit of vectorised powers depends on a token's place in the batch,
+        # and positions multiply it. A prompt has one length, a decoding row another.
         lens, token_to_len = np.unique(rope_lens(forward_batch), return_inverse=True)
         table = torch.stack([self._inv_freq_for(num_tokens) for num_tokens in lens.tolist()] or [self.spec.inv_freq])
         device = self.inv_freq.device
@@ -256,9 +256,9 @@ _ropes_of_build: ContextVar[dict[str, RotaryEmbedding] | None] = ContextVar("_ro
 
 @contextmanager
 def share_ropes() -> Iterator[None]:
-    """While a model is built inside this context, equal ``get_rope`` calls give one module: its step is computed once.
+    """Share one module among equal ``get_rope`` calls within this context, so that its step is computed once.
 
-    Never longer than one build: the module holds a step's state, which two models must not share.
+    Use it for the build of one model only: the module has a step's state, which two models must not share.
     """
     token = _ropes_of_build.set({})
     try:
@@ -277,15 +277,16 @@ def get_rope(
     dtype: torch.dtype | None = None,
     partial_rotary_factor: float = 1.0,
 ) -> RotaryEmbedding:
-    """The rotary embedding of an attention layer, called as ``q, k = rotary_emb(positions, q, k)``.
+    """Return the rotary embedding of an attention layer, called as ``q, k = rotary_emb(positions, q, k)``.
 
     Args:
-        rotary_dim: how many leading components of a head are rotated (None: all), before ``partial_rotary_factor``.
+        rotary_dim: number of leading components of a head that are rotated (None: all), times
+            ``partial_rotary_factor``.
         max_position: the configuration's ``max_position_embeddings``: the length from which ``dynamic`` stretches, and
             the default where a kind needs an original length or a factor and ``rope_scaling`` does not give it.
         is_neox_style: pairs are (i, i + half); False: (2i, 2i + 1).
         rope_scaling: the kind under ``rope_type`` or ``type``, and its parameters; None: the default kind. With
-            ``mrope_section`` (and ``mrope_interleaved``), of whatever kind, it is an ``MRotaryEmbedding``.
+            ``mrope_section`` (and ``mrope_interleaved``), the result is an ``MRotaryEmbedding`` of that kind.
         dtype: of cosines and sines; None: torch's default.
 
     Raises:
@@ -332,8 +333,8 @@ def get_rope_config(
     Reads ``rope_parameters`` (transformers 5) or ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
 
     Args:
-        layer_type: which set to take where ``rope_parameters`` has one for each type of ``config.layer_types``
-            (``"full_attention"``, ``"sliding_attention"``); where all layers share one it makes no difference.
+        layer_type: which set to take if ``rope_parameters`` has one for each type of ``config.layer_types``
+            (``"full_attention"``, ``"sliding_attention"``); not used if all layers share one.
 
     Raises:
         ValueError: there are sets by layer type, and none for ``layer_type``.

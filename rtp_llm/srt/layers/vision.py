@@ -1,6 +1,6 @@
 """The attention of vision towers, within segments.
 
-A tower sees the patches of several images or frames at once, one after another; no patch sees beyond its own segment.
+A tower computes the patches of several images or frames at once, one after another; a patch sees only its own segment.
 Nothing is cached.
 """
 
@@ -27,7 +27,7 @@ Sources = dict[str, tuple[str, ShardId]]
 
 @dataclass(frozen=True, slots=True)
 class SegmentGroup:
-    """The segments of one length. ``tokens``: [num_segments * length] where their tokens are; None: all, in order."""
+    """The segments of one length. ``tokens``: [num_segments * length] indices of their tokens; None: all, in order."""
 
     length: int
     tokens: torch.Tensor | None
@@ -35,20 +35,20 @@ class SegmentGroup:
 
 @dataclass(frozen=True, slots=True)
 class VisionAttentionMetadata:
-    """Where segments begin and end: token t is of the segment s with ``cu_seqlens[s] <= t < cu_seqlens[s + 1]``."""
+    """The bounds of segments: token t is in the segment s with ``cu_seqlens[s] <= t < cu_seqlens[s + 1]``."""
 
     cu_seqlens: torch.Tensor  # [segments + 1] int32, from 0 to the number of tokens
     seq_lens: torch.Tensor  # [segments] int32
     max_seqlen: int
     num_tokens: int
-    groups: tuple[SegmentGroup, ...]  # empty segments are in none
+    groups: tuple[SegmentGroup, ...]  # without empty segments
 
 
 def prepare_vision_attention_metadata(cu_seqlens: torch.Tensor, device: torch.device | str) -> VisionAttentionMetadata:
-    """What attention needs to know of the segments; computed once, for all layers of a tower.
+    """Make the metadata of the segments, once for all layers of a tower.
 
     Raises:
-        ValueError: ``cu_seqlens`` does not begin with 0, or falls.
+        ValueError: ``cu_seqlens`` does not begin with 0, or decreases.
     """
     bounds = cu_seqlens.tolist()
     if cu_seqlens.dim() != 1 or not bounds or bounds[0] != 0 or any(end < start for start, end in pairwise(bounds)):
@@ -71,7 +71,7 @@ def _segment_groups(bounds: list[int], lengths: list[int], device: torch.device 
 
 
 class SingletonCache:
-    """Holds the ``cu_seqlens`` of a forward pass: whichever layer comes first fills it, the others read it."""
+    """The ``cu_seqlens`` of a forward pass: the first layer fills it, the others read it."""
 
     def __init__(self, data: torch.Tensor | None = None) -> None:
         self.set_data(data)
@@ -87,7 +87,7 @@ class SingletonCache:
         return self._data is None
 
     def metadata(self, num_rows: int, row_len: int, device: torch.device) -> VisionAttentionMetadata:
-        """Return the metadata of what it holds; if it is empty, of one segment per row."""
+        """Return the metadata of its ``cu_seqlens``; if it is empty, of one segment per row."""
         if self._data is None:
             self.set_data(_rows_as_segments(num_rows, row_len))
         if self._metadata is None:
@@ -110,22 +110,22 @@ class VisionAttention(nn.Module):
         num_kv_heads: None: as many as query heads.
         head_dim: None: ``projection_size / num_heads``.
         qkv_backend: None or ``"sdpa"``, the only one so far.
-        dropout: of training; inference drops nothing.
+        dropout: only for training, not used.
         softmax_in_single_precision: scores, softmax and weighted sum in float32 whatever the input dtype.
         softmax_scale: factor of the scores; None: ``head_dim ** -0.5``.
-        flatten_batch: the input is one row of packed segments: more rows are an error.
-        num_dummy_heads: heads that only fill up the split over ranks; not supported.
+        flatten_batch: the input is one row of packed segments; more rows are an error.
+        num_dummy_heads: heads that pad the split over ranks; not supported.
         qk_normalization: root-mean-square norms ``q_norm`` and ``k_norm`` over all heads together.
         qk_normalization_by_head_size: the same over each head.
         customized_position_embedding_applier: called as ``(q, k, position_embeddings, x.shape) -> (q, k)`` in place of
             the rotation; q and k are [tokens, heads, head_dim].
-        use_data_parallel: each rank holds all heads.
+        use_data_parallel: each rank has all heads.
 
     Raises:
-        ValueError: an argument cannot be honoured, or sizes do not fit.
+        ValueError: an argument is not supported, or sizes do not fit.
     """
 
-    # What checkpoints call the two layers, or a part of the first -> its shard id.
+    # Names of the two layers in checkpoints: of the first layer or its parts -> shard id, and of the second.
     qkv_sources = {"qkv": None, "q_proj": "q", "k_proj": "k", "v_proj": "v"}
     proj_sources = ("out_proj", "o_proj", "projection_layer")
 
@@ -212,7 +212,7 @@ class VisionAttention(nn.Module):
 
     @property
     def weight_sources(self) -> Sources:
-        """Other names that checkpoints have for the parameters, see ``load_weights_declaratively``."""
+        """Other names of the parameters in checkpoints, see ``load_weights_declaratively``."""
         sources: Sources = {}
         for kind, _ in self.qkv_proj.named_parameters():
             for name, shard_id in self.qkv_sources.items():
@@ -232,16 +232,17 @@ class VisionAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         forward_metadata: VisionAttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """
+        """Attend within segments.
+
         Args:
             x: [b, s, embed_dim], or [s, embed_dim] as one row.
             cu_seqlens: [segments + 1] int32, bounds among the b * s tokens; None: each row is a segment.
-            position_embeddings: (cos, sin), each [b * s, head_dim], or [s, head_dim] alike for all rows, or half as
-                wide for both halves of a head; or whatever the customized applier takes.
+            position_embeddings: (cos, sin), each [b * s, head_dim], or [s, head_dim] the same for all rows, or half as
+                wide, the same for both halves of a head; or the input of the customized applier.
             rotary_pos_emb_cos, rotary_pos_emb_sin: the same two, separately, where ``position_embeddings`` is None.
             attention_mask: [1 or b, s, s] or [1 or b, 1 or heads of this rank, s, s], bool (True: seen) or added to the
-                scores; what segments hide stays hidden.
-            forward_metadata: of ``cu_seqlens``, computed once for all layers; it is taken in place of them.
+                scores; other segments stay hidden.
+            forward_metadata: of ``cu_seqlens``, computed once for all layers; used in place of them.
 
         Returns:
             [b, s, embed_dim].
@@ -269,7 +270,7 @@ class VisionAttention(nn.Module):
         return out
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[T, embed_dim] -> q [T, heads, head_dim], k and v [T, kv heads, head_dim]; q and k normed where that is."""
+        """[T, embed_dim] -> q [T, heads, head_dim], k and v [T, kv heads, head_dim]; q and k normed if configured."""
         qkv, _ = self.qkv_proj(x)
         if self.use_qkv_parallel:
             heads = qkv.unflatten(-1, (-1, self.head_dim))
@@ -284,7 +285,7 @@ class VisionAttention(nn.Module):
         return q, k, v
 
     def _norm_together(self, norm: RMSNorm, heads: torch.Tensor, num_replicas: int) -> torch.Tensor:
-        """Over the heads of all ranks; each is on ``num_replicas`` neighbouring ones."""
+        """Norm over the heads of all ranks; each head is on ``num_replicas`` neighbouring ranks."""
         parts = self.tp_group.all_gather(heads.flatten(1)).split(heads.shape[1] * self.head_dim, dim=-1)
         normed = norm(torch.cat(parts[::num_replicas], dim=-1)).split(parts[0].shape[-1], dim=-1)
         return normed[self.tp_group.rank // num_replicas].view(heads.shape)
@@ -292,7 +293,7 @@ class VisionAttention(nn.Module):
     def _rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """In float32, rounded once; nothing where there is neither cosine nor sine."""
+        """Rotate in float32 and round once; return q and k unchanged if there is neither cosine nor sine."""
         if cos is None and sin is None:
             return q, k
         if cos is None or sin is None:
@@ -320,7 +321,7 @@ class VisionAttention(nn.Module):
         row_len: int,
         device: torch.device,
     ) -> VisionAttentionMetadata | None:
-        """None: each row is a segment."""
+        """Return the metadata of the segments; None if each row is a segment."""
         if metadata is None and isinstance(cu_seqlens, SingletonCache):
             metadata = cu_seqlens.metadata(num_rows, row_len, device)
         elif metadata is None and isinstance(cu_seqlens, torch.Tensor):
@@ -378,7 +379,7 @@ class VisionAttention(nn.Module):
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[n, s, heads, head_dim], of n segments (or rows) of s tokens each."""
+        """q, k, v [n, s, (kv) heads, head_dim] -> [n, s, heads, head_dim], for n segments or rows of s tokens each."""
         dtype = q.dtype
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.softmax_in_single_precision:
@@ -407,7 +408,7 @@ def _rows_as_segments(num_rows: int, row_len: int) -> torch.Tensor:
 
 
 def _is_of_other_segment(metadata: VisionAttentionMetadata, num_rows: int, row_len: int) -> torch.Tensor:
-    """[b, 1, s, s] bool."""
+    """[b, 1, s, s] bool: whether query and key are in different segments."""
     tokens = torch.arange(num_rows * row_len, device=metadata.cu_seqlens.device, dtype=torch.int32)
     segments = torch.bucketize(tokens, metadata.cu_seqlens[1:], right=True).view(num_rows, row_len)
     return segments[:, None, :, None] != segments[:, None, None, :]

@@ -1,7 +1,7 @@
-"""How parameters take their values from a checkpoint.
+"""Loaders of parameters from a checkpoint.
 
-Every parameter carries ``weight_loader(param, tensor, shard_id=None)``. ``tensor`` may be a view of a memory-mapped
-file: a loader checks shapes, cuts this rank's part, and only then copies, converting to the parameter's dtype.
+Every parameter has ``weight_loader(param, tensor, shard_id=None)``. ``tensor`` may be a view of a memory-mapped file: a
+loader checks shapes, cuts this rank's part, and only then copies, converting to the parameter's dtype.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +21,11 @@ def make_parameter(
     output_dim: int | None = None,
     is_optional: bool = False,
 ) -> nn.Parameter:
-    """A parameter without gradient.
+    """Make a parameter without gradient.
 
     Args:
-        input_dim, output_dim: the dimensions that ranks split.
-        is_optional: a checkpoint may lack it: ``data`` is a value.
+        input_dim, output_dim: the dimensions that are split over ranks.
+        is_optional: a checkpoint may lack it; its default is ``data``.
     """
     param = nn.Parameter(data, requires_grad=False)
     param.weight_loader = weight_loader  # type: ignore[attr-defined]
@@ -36,12 +36,12 @@ def make_parameter(
 
 
 def is_optional(target: torch.Tensor) -> bool:
-    """Whether a checkpoint may lack a parameter or buffer: it has a value from the start."""
+    """Whether a checkpoint may lack a parameter or buffer, because it has a default value."""
     return getattr(target, "is_optional", False)
 
 
 def default_weight_loader(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-    """Load the whole tensor; every rank has the same."""
+    """Load the whole tensor, the same on every rank."""
     refuse_shard(shard_id, "parameter")
     check_shape(tensor, param.shape, "parameter")
     param.data.copy_(tensor)

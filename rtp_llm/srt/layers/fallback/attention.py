@@ -1,4 +1,4 @@
-"""Attention of a model that transformers runs: its calls are recorded once, then answered by our layers, in order."""
+"""Attention of a model that transformers runs: its calls are recorded once, then computed by our layers, in order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ PROBING = "rtp_llm_probe"  # the same function, but the mask of each layer is ma
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of attention in a forward pass of the model. ``shared_with``: an earlier call had the same keys."""
+    """One call of attention in a forward pass. ``shared_with``: number of an earlier call with the same keys."""
 
     module: nn.Module
     num_heads: int
@@ -34,13 +34,13 @@ class AttentionCall:
 
 
 class Probe:
-    """Records the calls of attention, and answers them so that the pass goes on."""
+    """Records the calls of attention, and computes them so that the pass can go on."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.calls: list[AttentionCall] = []
-        self._callers: dict[tuple[Any, ...], int] = {}  # by what they hand over: the first call that did
-        self._kept: list[torch.Tensor] = []  # so that no later tensor lies where one of them did
+        self._callers: dict[tuple[Any, ...], int] = {}  # keys and values -> number of the first call with them
+        self._kept: list[torch.Tensor] = []  # so that no later tensor gets the address of one of them
 
     def attend(
         self,
@@ -90,7 +90,7 @@ class Probe:
             )
 
 
-# Tensors that attention is given and ours makes use of, or needs not: what they say, the batch says.
+# Tensors passed to attention that ours uses, or does not need because the batch has the same information.
 _KNOWN_OPTIONS = {"s_aux", "position_ids", "cache_position", "logits_to_keep"}
 
 
@@ -104,7 +104,7 @@ def _check_options(where: str, options: dict[str, Any]) -> None:
 
 
 class PagedAttention:
-    """Answers the calls of attention in the order in which the probe saw them."""
+    """Computes the calls of attention, in the order in which the probe recorded them."""
 
     def __init__(self, calls: list[AttentionCall]) -> None:
         self.calls = calls
@@ -157,7 +157,7 @@ def _layer(call: AttentionCall, layer_id: int) -> RadixAttention:
 
 
 def _layer_ids(calls: list[AttentionCall]) -> list[int]:
-    """Numbers in order; a call that shares the keys of another has its number."""
+    """Return layer ids in order; a call that shares the keys of another has its id."""
     ids: list[int] = []
     for call in calls:
         ids.append(len(set(ids)) if call.shared_with is None else ids[call.shared_with])
@@ -173,13 +173,13 @@ def _attention_function(
     scaling: Any = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: q, k, v [1, heads, T, size] -> [1, T, heads, size of v]."""
+    """The function that transformers calls: q, k, v [1, heads, T, size] -> [1, T, heads, size of v]."""
     handler: Any = module.rtp_llm_attention
     return handler.attend(module, query, key, value, attention_mask, scaling, options), None
 
 
 def _probing_mask(q_length: int, kv_length: int, mask_function: Any, device: Any = None, **_: Any) -> torch.Tensor:
-    """A plain causal mask, to be handed to the layers, that carries what ``mask_function`` would let them see."""
+    """Return a plain causal mask for the layers, with the result of ``examine`` for ``mask_function`` attached."""
     mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
     mask.rtp_llm_mask = examine(mask_function, device)  # type: ignore[attr-defined]
     return mask

@@ -1,4 +1,4 @@
-"""The transformers model of a configuration, if it can be served as it is."""
+"""Build the transformers model of a configuration, if it can be served."""
 
 import inspect
 import logging
@@ -27,7 +27,11 @@ LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 
 
 def build(config: "PretrainedConfig") -> PreTrainedModel:
-    """On the default device, in the default dtype."""
+    """Build the model on the default device, in the default dtype.
+
+    Raises:
+        UnservableModelError: transformers has no causal language model for the configuration.
+    """
     config.dtype = torch.get_default_dtype()
     config._attn_implementation = "eager"
     names = config.architectures or []
@@ -48,14 +52,14 @@ def build(config: "PretrainedConfig") -> PreTrainedModel:
 
 
 def refuse_unservable(model: PreTrainedModel) -> None:
-    """Raise for what the configuration or the class tells."""
+    """Raise UnservableModelError if the configuration or the class shows that the model cannot be served."""
     for missing in (_missing_state(model), _missing_interface(model)):
         if missing:
             raise UnservableModelError(f"{type(model).__name__} {missing}")
 
 
 def _missing_state(model: PreTrainedModel) -> str | None:
-    """What its layers keep or look at besides keys and values of earlier tokens."""
+    """Return what its layers keep or read besides keys and values of earlier tokens; None: nothing."""
     config = model.config.get_text_config()
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(SERVED_LAYER_TYPES))
     if config.is_encoder_decoder or any(name.endswith(CROSS_ATTENTION) for name, _ in model.named_modules()):

@@ -1,4 +1,4 @@
-"""What a mask that transformers makes lets a token see: a window of the tokens before it, or what we cannot serve."""
+"""Masks made by transformers: the window of tokens that they let a token see, or why we cannot serve them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ class UnservableModelError(ValueError):
 
 @dataclass(slots=True)
 class Mask:
-    """What a mask lets a query see: itself and the ``window - 1`` tokens before it; None: all of them."""
+    """A mask that lets a query see itself and the ``window - 1`` tokens before it; None: all of them."""
 
     window: int | None
 
 
 def examine(mask_function: Any, device: Any) -> Mask | str:
-    """The window of a mask function, or what is not causal about it.
+    """Return the window of a mask function, or a sentence about why it has none.
 
-    It says for indices (batch, head, query, key) whether the query sees the key; they are tried for queries near and
-    far, since a window may be longer than any sequence that would be cheap to compute.
+    A mask function says for indices (batch, head, query, key) whether the query sees the key. It is tried for a query
+    near the start and one far from it, since a window may be longer than a sequence that is cheap to compute.
     """
     if any(tensor.numel() > 1 for tensor in _captured_tensors(mask_function)):
         return "what a token sees depends on what the tokens are (those of an image, say), not on positions alone"
@@ -38,7 +38,7 @@ def examine(mask_function: Any, device: Any) -> Mask | str:
 
 
 def _captured_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """What a function, or the functions that it is made of, look at besides their arguments."""
+    """Yield the tensors that a function, or the functions that it is made of, read besides their arguments."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -50,7 +50,7 @@ def _captured_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _windowed(num_keys: int, window: int, device: Any) -> torch.Tensor:
-    """[num_keys] bool: the last ``window`` of them."""
+    """[num_keys] bool: True for the last ``window`` keys."""
     return torch.arange(num_keys, device=device) >= num_keys - window
 
 
@@ -63,7 +63,11 @@ def _seen_by(mask_function: Any, query: int, device: Any) -> torch.Tensor | None
 
 
 def mask_of(where: str, attention_mask: Any) -> Mask:
-    """What the mask that arrives at a layer was made from; layers may cut it, which leaves a view."""
+    """Return the Mask that a layer's attention mask was made of; a layer may have cut it, which leaves a view.
+
+    Raises:
+        UnservableModelError: the mask is not one that we can serve.
+    """
     found: Any = None
     if isinstance(attention_mask, torch.Tensor):
         found = getattr(attention_mask, "rtp_llm_mask", None) or getattr(attention_mask._base, "rtp_llm_mask", None)

@@ -1,4 +1,4 @@
-"""What is compared after loading: logits of two sequences computed plainly, and in pieces through our cache."""
+"""The check after loading: logits of two sequences, computed plainly and in pieces through our cache, are compared."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from rtp_llm.srt.layers.fallback.masks import UnservableModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# What is checked after loading: two sequences, and the ends of the pieces that they are computed in.
+# Lengths of the two sequences, and the ends of the pieces that they are computed in.
 CHECKED_LENS = (11, 8)
 CHECKED_PIECES = ((5, 3), (10, 6), (11, 8))
 # Relative difference of a token's logits that is more than rounding. In 16 bits, near ties of a router may go either
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def check_sequences(config: "PretrainedConfig", device: torch.device) -> list[torch.Tensor]:
-    """Random ids, none of them special."""
+    """Return two sequences of random ids, none of them special."""
     text_config = config.get_text_config()
     special = {getattr(text_config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
     ids = [i for i in range(min(text_config.vocab_size, 4096)) if i not in special]
@@ -38,7 +38,7 @@ def check_batch(
     pool: KVPool,
     attention: TorchAttention,
 ) -> ForwardBatch:
-    """Tokens [start, end) of each sequence; its tokens lie in the cache one after the other, from page 1 on."""
+    """Make a batch of tokens [start, end) of each sequence; their slots follow one another, from page 1 on."""
     device = sequences[0].device
 
     def tensor(values: Iterable[int]) -> torch.Tensor:
@@ -72,7 +72,7 @@ def check_batch(
 
 
 def compare(expected: list[torch.Tensor], ours: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Raise if logits [tokens, vocab_size] of the sequences differ by more than rounding."""
+    """Raise UnservableModelError if logits [tokens, vocab_size] of the sequences differ by more than rounding."""
     worst = 0.0
     for index, (theirs, mine) in enumerate(zip(expected, ours, strict=True)):
         for piece in errors(mine, theirs[:, : mine.shape[1]]).split(
@@ -90,7 +90,7 @@ def compare(expected: list[torch.Tensor], ours: list[torch.Tensor], dtype: torch
 
 
 def errors(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """[tokens]: how far logits [tokens, vocab_size] are from the expected ones, relative to how far these are apart."""
+    """[tokens]: distance of logits [tokens, vocab_size] from the expected ones, relative to the spread of these."""
     return (logits - expected).norm(dim=-1) / (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
 
 

@@ -1,7 +1,7 @@
 """AWQ checkpoints (Lin et al., 2023) of 4 bits, as AutoAWQ writes them, version gemm.
 
 Per layer: ``qweight`` [K, N / 8] int32; ``qzeros`` [groups, N / 8] int32; ``scales`` [groups, N]. A word holds eight
-neighbouring outputs, from its lowest bits on in the order of ``ORDER``.
+neighbouring outputs, in the order of ``ORDER`` from its lowest bits on.
 """
 
 from typing import Self
@@ -20,7 +20,7 @@ from rtp_llm.srt.layers.quantization.base import (
 from rtp_llm.srt.layers.quantization.grouped import GroupFormat, grouped_method, name_in_checkpoint, unpack_words
 from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, flag, integer, strings
 
-VERSION_KEYS = ("version", "format", "checkpoint_format")  # AutoAWQ's, transformers' and GPTQModel's word
+VERSION_KEYS = ("version", "format", "checkpoint_format")  # of AutoAWQ, transformers and GPTQModel
 DEFAULT_GROUP_SIZE = 128  # AutoAWQ's
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = tuple(ORDER.index(output) for output in range(8))

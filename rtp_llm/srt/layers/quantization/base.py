@@ -1,7 +1,7 @@
-"""The port that quantization schemes fill: which layers a scheme takes, what they store, how they multiply.
+"""The port for quantization schemes: which layers a scheme quantizes, what they store, how they multiply.
 
-A scheme is one file: a ``QuantizationConfig`` read from the checkpoint, and a method per kind of layer. Layers hold a
-method and know nothing else of the scheme.
+A scheme is one file: a ``QuantizationConfig`` read from the checkpoint, and a method per kind of layer. A layer has a
+method and knows nothing else of the scheme.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from rtp_llm.srt.layers.weights import ShardId, WeightLoader, Weights
 
 
 class NotLoaded(PackedWeight):
-    """In place of a weight that is not there yet."""
+    """Placeholder for a weight that is not loaded yet."""
 
     def apply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -39,12 +39,12 @@ class NotLoaded(PackedWeight):
 
 
 class PackedLayer(nn.Module):
-    """A layer whose weight is one object, made by its quantization method of parameters that the loader fills.
+    """A layer with one weight object, which its quantization method makes of the parameters that the loader filled.
 
     Attributes:
         packed: the weight.
-        part_ids: the ids of the checkpoint's tensors that it is made of, side by side; none where it is of one.
-        is_head: logits are made with it.
+        part_ids: the shard ids of the checkpoint's tensors that it fuses, in order; empty where it fuses none.
+        is_head: it computes logits.
     """
 
     name: str
@@ -58,7 +58,7 @@ class PackedLayer(nn.Module):
 
 
 class ExpertsLayer(nn.Module):
-    """As PackedLayer, of experts.
+    """A layer of experts, otherwise as PackedLayer.
 
     Attributes:
         packed: ``w13`` (gate and up) and ``w2`` (down).
@@ -83,7 +83,7 @@ class ExpertsLayer(nn.Module):
         is_split: bool = True,
         is_optional: bool = False,
     ) -> nn.Parameter:
-        """Register one that belongs to ``w13`` or ``w2``. ``is_split``: ranks share the inputs of ``w2``."""
+        """Register a parameter of ``w13`` or ``w2``. ``is_split``: the inputs of ``w2`` are split over ranks."""
 
     @abstractmethod
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -91,7 +91,7 @@ class ExpertsLayer(nn.Module):
 
 
 def tensors_of(model: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
-    """All that a model keeps: parameters, buffers, and what weights are packed in; some of it perhaps twice."""
+    """All tensors of a model: parameters, buffers, and those of packed weights; some perhaps twice."""
     modules = model.modules() if recurse else [model]
     weights = [weight for m in modules if isinstance(m, (PackedLayer, ExpertsLayer)) for weight in m.stored()]
     packed = [tensor for weight in weights for tensor in weight.tensors()]
@@ -99,12 +99,12 @@ def tensors_of(model: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
 
 
 def stored_bytes(model: nn.Module, recurse: bool = True) -> int:
-    """Memory of ``tensors_of``, each counted once."""
+    """Bytes of ``tensors_of``, each tensor counted once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(model, recurse)}.values())
 
 
 class QuantizeMethodBase:
-    """Owns a layer's parameters: creates them before loading, may transform them after, computes with them.
+    """A layer's quantization: creates its parameters before loading, may transform them after, computes with them.
 
     Order: ``create_weights`` in the layer's constructor; the loader fills the parameters; it then calls
     ``process_weights_after_loading`` once for every module that has a ``quant_method``, as soon as it has all of the
@@ -139,17 +139,17 @@ class LinearMethodBase(QuantizeMethodBase, ABC):
         """
 
     def ends_in(self, layer: PackedLayer, activation: nn.Module) -> bool:
-        """Whether there is ``apply_gated`` for this activation."""
+        """Whether ``apply_gated`` takes this activation."""
         return layer.packed.ends_in(getattr(activation, "kernel", ""))
 
     def apply_gated(
         self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None, activation: nn.Module
     ) -> torch.Tensor:
-        """``activation(apply(...))`` in one pass, of a gated activation that ``ends_in`` is true of."""
+        """``activation(apply(...))`` in one pass, for a gated activation for which ``ends_in`` is true."""
         return layer.packed.apply_gated(x, bias, str(activation.kernel))
 
     def dequantized_weight(self, layer: PackedLayer) -> torch.Tensor:
-        """This rank's weight [output_size, input_size] in the layer's dtype, once it has been processed."""
+        """Return this rank's weight [output_size, input_size] in the layer's dtype; call it after processing."""
         packed = layer.packed
         ids = torch.arange(packed.num_rows, device=packed.tensors()[0].device)
         return packed.rows(ids).to(layer.params_dtype)
@@ -182,8 +182,8 @@ class ExpertsMethodBase(ABC):
     """The method of a layer of experts, with the weights ``w13`` (gate and up) and ``w2`` (down); see ``FusedMoE``.
 
     Attributes:
-        kinds: what follows an expert's projection in names of the checkpoint; its parameters are ``w13_KIND`` and
-            ``w2_KIND``, one expert after the other.
+        kinds: suffixes of an expert's projection in names of the checkpoint; for each, the layer has parameters
+            ``w13_KIND`` and ``w2_KIND`` of all experts.
     """
 
     kinds: tuple[str, ...] = ("weight",)
@@ -198,21 +198,21 @@ class ExpertsMethodBase(ABC):
 
     @abstractmethod
     def process_weights_after_loading(self, layer: ExpertsLayer) -> None:
-        """As in QuantizeMethodBase: makes ``layer.packed``."""
+        """Make ``layer.packed``; otherwise as in QuantizeMethodBase."""
 
 
 class QuantizationError(ValueError):
-    """A checkpoint's quantization, or the one that was asked for, cannot be used; the message says why."""
+    """A checkpoint's quantization, or the requested one, cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """What a scheme is told of the model that it is for.
+    """The facts of a model that a scheme reads.
 
     Attributes:
         settings: the checkpoint's ``quantization_config``; empty where the weights are quantized while they load.
         packed_modules_mapping, rename: of the model class; see ``models.loader``.
-        has_encoders: the language model is a part of a whole (``language_model``) that sees or hears, too.
+        has_encoders: the model also has encoders of media, and its language model is ``language_model``.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -221,14 +221,14 @@ class QuantizedModel:
     has_encoders: bool = False
 
     def sources(self, prefix: str) -> list[str]:
-        """What the checkpoint calls the layer, or the layers that it fuses, with ``rename`` applied."""
+        """Names of the layer, or of the layers that it fuses, in the checkpoint, with ``rename`` applied."""
         for packed, sources in self.packed_modules_mapping.items():
             if f".{packed}." in f".{prefix}.":
                 return [f".{prefix}.".replace(f".{packed}.", f".{source}.")[1:-1] for source in sources]
         return [prefix]
 
     def is_language(self, prefix: str) -> bool:
-        """Whether the layer is of the language model: encoders of media stay as they are."""
+        """Whether the layer belongs to the language model: encoders of media are not quantized."""
         parts = prefix.split(".")
         return not self.has_encoders or "language_model" in parts or parts[0] == "lm_head"
 
@@ -237,47 +237,46 @@ class QuantizationConfig(ABC):
     """A scheme, for one model: which method each layer gets, and how the checkpoint's tensors become its parameters'.
 
     Attributes:
-        quantizes_layers: False: tensors are dequantized by ``translate``, and the model is built as if they never were
-            quantized.
+        quantizes_layers: False: ``translate`` dequantizes the tensors, and the model is built unquantized.
     """
 
     quantizes_layers = True
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
-        """The scheme for a model.
+        """Return the scheme for a model.
 
         Raises:
-            QuantizationError: ``model.settings`` ask for what the scheme cannot do.
+            QuantizationError: the scheme does not support something in ``model.settings``.
         """
         raise NotImplementedError
 
     @abstractmethod
     def get_name(self) -> str:
-        """The scheme's name, as in ``--quantization``."""
+        """Return the scheme's name, as in ``--quantization``."""
 
     @abstractmethod
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
-        """The method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
+        """Return the method for ``layer``, whose checkpoint path is ``prefix``; None leaves it unquantized."""
 
     def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
-        """A checkpoint's tensors, in the names and forms that parameters are loaded from. As they are by default.
+        """Convert a checkpoint's tensors to the names and forms that parameters load. By default, return them as is.
 
-        Names are the checkpoint's, before ``rename``; tensors are views of its files, taken one by one. Several may
-        become one, one several.
+        Names are the checkpoint's, before ``rename``; tensors are views of its files, read one by one. Several tensors
+        may become one, and one several.
 
         Args:
-            dtype, device: of the model, for what is computed.
+            dtype, device: of the model, for computed tensors.
         """
         return weights
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a checkpoint's tensor that has no place in the model says nothing that is missed."""
+        """Whether a checkpoint's tensor without a place in the model can be ignored without loss."""
         return False
 
 
 def process_weights(module: nn.Module) -> None:
-    """Has a layer's quantization method, if it has one, process what was loaded; once."""
+    """Let a layer's quantization method, if it has one, process the loaded parameters, at most once."""
     method: Any = getattr(module, "quant_method", None)
     process = getattr(method, "process_weights_after_loading", None)
     if process and not getattr(module, "weights_are_processed", False):
@@ -286,7 +285,7 @@ def process_weights(module: nn.Module) -> None:
 
 
 def free(layer: nn.Module, *names: str) -> None:
-    """Remove parameters, and their memory wherever else they are referred to."""
+    """Remove parameters, and free their memory even if other references to them exist."""
     for name in names:
         param = layer.get_parameter(name)
         delattr(layer, name)

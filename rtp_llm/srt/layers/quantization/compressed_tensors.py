@@ -4,8 +4,8 @@
 bits; ``weight_scale`` [N, groups]; with zero points ``weight_zero_point`` [N * bits / 32, groups], consecutive outputs
 in a word; ``weight_g_idx`` [K], the group of each input, with ``actorder: group``. Integers have an offset of
 ``2 ** (bits - 1)``, zero points too. ``int-quantized``: ``weight`` [N, K] int8, ``weight_scale`` [N, groups] and
-``weight_zero_point`` int8. Products are of integers with activations quantized per token where the configuration asks
-for it, and where a scale is of a whole output.
+``weight_zero_point`` int8. Products use integers, with activations quantized per token, where the configuration asks
+for it and there is one scale per output.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ from rtp_llm.srt.layers.quantization.spellings import is_stored_dense
 NAME = "compressed-tensors"
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
 ORDERS = {"weight": False, "static": False, "group": True, "dynamic": True, "true": True, "false": False}
-"""Values of ``actorder``, and whether groups are of inputs that are not neighbours: others order calibration only."""
+"""Values of ``actorder`` -> whether a group's inputs need not be neighbours; False ones only order the calibration."""
 
 
 class CompressedTensorsConfig(QuantizationConfig):
@@ -84,7 +84,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         return grouped_method(layer, stored)
 
     def _format_of(self, prefix: str) -> GroupFormat | None:
-        """That of the first target that names the layer, names before expressions, or else its class."""
+        """Return the format of the first target that names the layer (names before expressions), or else its class."""
         sources = self.model.sources(prefix)
         found = [next((stored for name, stored in self.targets.items() if matches(name, s)), None) for s in sources]
         if any(stored is not found[0] for stored in found):
@@ -92,15 +92,15 @@ class CompressedTensorsConfig(QuantizationConfig):
         return found[0] or self.targets.get("Linear")
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
-        """Shapes, which the configuration gives as well."""
+        """Whether it is a shape, which the configuration gives as well."""
         return name.endswith(".weight_shape")
 
 
 def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> GroupFormat:
-    """How the weights of a config group are stored.
+    """Return how the weights of a config group are stored.
 
     Raises:
-        QuantizationError: in a way that is not supported, which is named.
+        QuantizationError: in an unsupported way, which the message names.
     """
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
@@ -137,7 +137,7 @@ def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> Gr
 
 
 def _check_rest(settings: Mapping[str, Any]) -> None:
-    """Raise QuantizationError for what changes the arithmetic of more than the weights of linear layers."""
+    """Raise QuantizationError for settings that change more than the weights of linear layers."""
     asks_for = {
         "sparsity_config": not is_stored_dense(settings.get("sparsity_config") or {}),
         "transform_config": bool(_without_empty(settings.get("transform_config"))),
@@ -150,7 +150,7 @@ def _check_rest(settings: Mapping[str, Any]) -> None:
 
 
 def _without_empty(config: Any) -> Any:
-    """A ``transform_config`` without what says nothing: an empty ``config_groups``."""
+    """Return a ``transform_config`` without empty entries, such as an empty ``config_groups``."""
     return {key: value for key, value in config.items() if value} if isinstance(config, Mapping) else config
 
 
@@ -175,7 +175,7 @@ def _check_activations(group: Mapping[str, Any], bits: int, strategy: str, where
 
 
 def _with_offset(values: torch.Tensor) -> torch.Tensor:
-    """int8 from -128 on -> uint8 from 0 on."""
+    """int8 in [-128, 127] -> uint8 in [0, 255]."""
     if values.dtype != torch.int8:
         raise ValueError(f"expected dtype torch.int8, got {values.dtype}")
     return _two_dimensional(values).contiguous().view(torch.uint8) ^ 128

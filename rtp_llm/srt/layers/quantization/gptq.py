@@ -67,7 +67,7 @@ class GPTQConfig(QuantizationConfig):
         return grouped_method(layer, self.format)
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
-        """Early versions of AutoGPTQ gave every layer a bias, of zeros where the model has none."""
+        """Whether it is a bias of zeros, which early versions of AutoGPTQ gave to layers without one."""
         return name.endswith(".bias") and not bool(tensor.any())
 
 
@@ -95,7 +95,11 @@ def gptq_format(bits: int, group_size: int, is_v2: bool) -> GroupFormat:
 
 
 def _rules(model: QuantizedModel) -> LayerRules:
-    """``dynamic`` of GPTQModel: ``-:regex`` leaves layers out; one with settings of its own must not differ."""
+    """Return the rules of the settings. ``dynamic`` of GPTQModel: ``-:regex`` leaves layers unquantized.
+
+    Raises:
+        QuantizationError: ``dynamic`` gives some layers other bits or group sizes.
+    """
     left: list[str] = []
     dynamic = model.settings.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):

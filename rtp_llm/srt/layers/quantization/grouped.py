@@ -1,7 +1,7 @@
-"""Weights that checkpoints keep as integers of 4 or 8 bits, in groups along a weight's inputs.
+"""Weights stored in checkpoints as integers of 4 or 8 bits, in groups along their inputs.
 
-Formats differ in names, order of dimensions and packing. A ``GroupFormat`` says how a format's tensors become those
-that products read (``kernels.packed``), which are then cut, fused and packed alike for all formats.
+Formats differ in names, order of dimensions and packing. A ``GroupFormat`` converts a format's tensors to one form,
+which is then cut, fused and packed (``kernels.packed``) in the same way for all formats.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Conversion = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class GroupFormat:
-    """Names of a layer's tensors in a checkpoint, and what makes them those of ``reference.dequantize_int4``.
+    """Names of a layer's tensors in a checkpoint, and their conversions to those of ``reference.dequantize_int4``.
 
     Attributes:
         bits: 4 or 8.
@@ -74,7 +74,7 @@ class GroupedLinearMethod(PackedLinearMethod):
             return self.format.to_weight(tensor)[:, :num_columns]
 
         num_groups = -(-self.num_inputs // self.group_size)
-        group_dim = 1 if self.group_size < input_size else None  # a group of all inputs is every rank's
+        group_dim = 1 if self.group_size < input_size else None  # every rank has the group of all inputs
         columns = self.num_inputs * self.format.bits // 8
         self._add(layer, self.format.weight, torch.uint8, columns, 1, _converted(weight_loader, to_weight))
         loader = _converted(weight_loader, self.format.to_scales)
@@ -98,7 +98,7 @@ class GroupedLinearMethod(PackedLinearMethod):
         layer.register_parameter(name, make_parameter(data, weight_loader, input_dim=input_dim, output_dim=0))
 
     def _add_order(self, layer: PackedLayer, name: str) -> None:
-        """[layers that are fused, K]: each has an order of its own."""
+        """Register the order [fused layers, K]: each fused layer has its own."""
         groups = torch.arange(self.num_inputs) // self.group_size
         data = groups.int().repeat(max(1, len(self.part_ids)), 1)
         layer.register_parameter(name, make_parameter(data, self._load_order, is_optional=True))
@@ -146,14 +146,14 @@ class GroupedLinearMethod(PackedLinearMethod):
 
 
 def grouped_method(layer: nn.Module, group_format: GroupFormat) -> "GroupedLinearMethod | GroupedExpertsMethod | None":
-    """For a linear layer, or one of experts."""
+    """Return the method for a linear layer or a layer of experts; None for others."""
     if isinstance(layer, LinearBase):
         return GroupedLinearMethod(group_format)
     return GroupedExpertsMethod(group_format) if isinstance(layer, FusedMoE) else None
 
 
 def name_in_checkpoint(layer: nn.Module, prefix: str) -> str:
-    """What rules about layers go by: of experts the first one's gate."""
+    """Return the name that rules about layers apply to; for experts, that of the first one's gate."""
     return f"{prefix}.0.{layer.expert_names[0]}" if isinstance(layer, FusedMoE) else prefix
 
 
@@ -214,7 +214,7 @@ class GroupedExpertsMethod(PackedExpertsMethod):
 
 
 def check_sizes(name: str, group_format: GroupFormat, group_size: int, num_inputs: int, input_size: int) -> None:
-    """Raise ValueError if a rank's part of a weight's inputs would not be of whole bytes and groups."""
+    """Raise ValueError if a rank's part of a weight's inputs would not fill whole bytes and groups."""
     if num_inputs * group_format.bits % 8:
         raise ValueError(f"{name}: {num_inputs} inputs of {group_format.bits} bits do not fill bytes")
     if num_inputs < input_size and group_size < input_size and num_inputs % group_size:
@@ -249,10 +249,10 @@ def _converted(weight_loader: WeightLoader, convert: Conversion) -> WeightLoader
 
 
 def input_order(groups: torch.Tensor, group_size: int, name: str) -> torch.Tensor | None:
-    """[K], the group of each input -> the inputs, group by group; None where they stand like that already.
+    """[K], the group of each input -> the inputs, group by group; None if they are in that order already.
 
     Raises:
-        ValueError: groups are not of ``group_size`` inputs.
+        ValueError: groups do not have ``group_size`` inputs each.
     """
     neighbours = torch.arange(len(groups), device=groups.device) // group_size
     if torch.equal(groups, neighbours.to(groups.dtype)):
@@ -264,7 +264,7 @@ def input_order(groups: torch.Tensor, group_size: int, name: str) -> torch.Tenso
 
 
 def reordered(weight: torch.Tensor, order: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N, K * bits / 8] uint8 with column ``order[i]`` as its i-th."""
+    """Return [N, K * bits / 8] uint8, whose i-th column is column ``order[i]`` of ``weight``."""
     if bits == 8:
         return weight[:, order]
     columns = unpack_nibbles(weight)[:, order]

@@ -1,8 +1,7 @@
 """Any checkpoint in 4 bits: 32 neighbours along a weight's inputs share a scale. In narrow layers fewer do, and each
 group has a zero as well.
 
-No data is needed: of a few candidates those are taken with which a group's weights are met best in the sense of squared
-errors.
+No data is needed: of a few candidates, the scale and zero with the least squared error of the group are taken.
 """
 
 import torch
@@ -12,12 +11,12 @@ from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, quantize_int8, row_blocks
 
-# The least number of inputs that groups of a size are for: the fewer there are, the less their errors cancel.
+# Least number of a layer's inputs -> group size: the fewer inputs, the less their errors cancel.
 GROUP_SIZES = {256: 32, 128: 16, 0: 8}
-# Groups so large all have zero 8: products are a fifth faster without its terms. Scales may be negative, so that the
-# extreme that is farther from 0 is level -8.
+# Groups of this size or more all have zero 8: products are a fifth faster without terms for zeros. Scales may be
+# negative, so that the extreme that is farther from 0 is level -8.
 SYMMETRIC_FROM = 32
-# How far a group's range is narrowed, at most one of its extremes being met less well for the good of all the others.
+# Factors by which a group's range is narrowed: an extreme gets a larger error, and the others smaller ones.
 NARROWED = (1.0, 0.94, 0.88, 0.82)
 
 
@@ -33,7 +32,7 @@ class Int4Config(OnLoadConfig):
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, K] -> what ``reference.dequantize_int4`` takes: [N, K / 2] uint8, and scales and zeros of [N, groups].
+    """[N, K] -> the inputs of ``reference.dequantize_int4``: [N, K / 2] uint8, scales and zeros [N, groups].
 
     The last group is shorter where ``group_size`` does not divide K, which must be even. Scales are numbers of
     bfloat16, so that keeping them in 16 bits loses nothing.
@@ -53,16 +52,16 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
 
 
 def in_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    """[N, K] -> [N, groups, group_size]; the last group is filled up with zeros, which no grid is worse for."""
+    """[N, K] -> [N, groups, group_size]; the last group is padded with zeros, which do not change its best grid."""
     return F.pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
 
 
 def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, groups, size] float32 -> scales and zeros [N, groups], both float32, zeros of 0 .. 15.
+    """[N, groups, size] float32 -> scales and zeros [N, groups], both float32; zeros are in 0 .. 15.
 
-    A zero puts the group's range, extended to 0, on 0 .. 15; in large groups it is 8. For each width, weights w go to
-    the nearest levels d, counted from the zero; then the best scale is ``sum(w d) / sum(d d)``, and what it leaves of
-    the squared error is ``sum(w w) - sum(w d)² / sum(d d)``.
+    A zero maps the group's range, extended to 0, to 0 .. 15; in large groups it is 8. For each width, weights w are
+    rounded to levels d, counted from the zero; then the best scale is ``sum(w d) / sum(d d)``, and the squared error
+    with it is ``sum(w w) - sum(w d)² / sum(d d)``.
     """
     low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
     if grouped.shape[-1] >= SYMMETRIC_FROM:
@@ -70,7 +69,7 @@ def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         width = torch.where(width == 0, 1e-30, width)
         zeros = torch.full_like(width, 8)
     else:
-        width = (high - low).clamp(min=1e-30)  # of zeros alone: whatever divides
+        width = (high - low).clamp(min=1e-30)  # in a group of zeros, any divisor will do
         zeros = (-15 * low / width).round()
     best = torch.full_like(width, -1.0)
     scales = torch.zeros_like(width)

@@ -1,6 +1,6 @@
-"""Any checkpoint in 8 bits: a scale per output, and activations quantized per token as they come (W8A8).
+"""Any checkpoint in 8 bits: a scale per output, and activations quantized per token at run time (W8A8).
 
-Symmetric on both sides, so that a product is one of integers and two factors (LLM.int8(); Dettmers et al., 2022,
+Both sides are symmetric, so that a product is one of integers times two scales (LLM.int8(); Dettmers et al., 2022,
 without its outliers in 16 bits).
 """
 

@@ -1,4 +1,4 @@
-"""Methods that pack what was loaded: what quantization schemes share."""
+"""Base of quantization methods that pack the loaded parameters."""
 
 from abc import abstractmethod
 
@@ -7,15 +7,15 @@ from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase
 
 
 class PackedLinearMethod(LinearMethodBase):
-    """Has ``pack`` make the weight of what was loaded; that is freed then."""
+    """Packs the loaded parameters into the layer's weight, then frees them."""
 
     @abstractmethod
     def pack(self, layer: PackedLayer) -> PackedWeight:
-        """The layer's weight, from its parameters."""
+        """Make the layer's weight of its parameters."""
 
     @abstractmethod
     def parameter_names(self) -> tuple[str, ...]:
-        """The parameters that ``pack`` reads, and nobody after it."""
+        """Names of the parameters that ``pack`` reads; they are freed after it."""
 
     def process_weights_after_loading(self, layer: PackedLayer) -> None:
         layer.packed = self.pack(layer)
@@ -23,11 +23,11 @@ class PackedLinearMethod(LinearMethodBase):
 
 
 class PackedExpertsMethod(ExpertsMethodBase):
-    """Has ``pack`` make the weights of what was loaded; that is freed then."""
+    """Packs the loaded parameters into the experts' weights, then frees them."""
 
     @abstractmethod
     def pack(self, layer: ExpertsLayer, name: str) -> list[PackedWeight]:
-        """``w13`` or ``w2`` of each expert, from the layer's parameters."""
+        """Make ``w13`` or ``w2`` of each expert, from the layer's parameters."""
 
     def process_weights_after_loading(self, layer: ExpertsLayer) -> None:
         for name in ("w13", "w2"):

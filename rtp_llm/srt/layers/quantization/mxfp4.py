@@ -42,8 +42,8 @@ def dequantize_experts(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Checkpoint tensors, with ``x`` [experts, inputs, outputs] in place of each pair ``x_blocks`` and ``x_scales``.
 
-    ``x`` is made on ``device`` when the second of the pair comes, and not kept. All other tensors pass as they are;
-    what lacks its other half comes last, under its own name.
+    ``x`` is made on ``device`` when the second of the pair comes, and not kept. All other tensors pass unchanged; a
+    tensor without its other half comes last, under its own name.
 
     Raises:
         ValueError: a pair's shapes or dtypes are not those that ``dequantize`` expects.
@@ -67,7 +67,7 @@ def dequantize_experts(
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values that experts' blocks stand for.
+    """Return the values of experts' blocks.
 
     Args:
         blocks: [experts, outputs, groups, 16] uint8: 32 values, of each two the first in the lower half of a byte.
@@ -86,7 +86,7 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     num_experts, outputs, groups, _ = blocks.shape
     values_of_bytes = torch.tensor(_VALUES_OF_BYTES, dtype=torch.float32, device=blocks.device)
     result = torch.empty(num_experts, outputs, groups, 2 * BYTES_PER_GROUP, dtype=dtype, device=blocks.device)
-    for expert in range(num_experts):  # one at a time: what is in between takes several times the result's memory
+    for expert in range(num_experts):  # one at a time: intermediate tensors take several times the result's memory
         factors = scales[expert].view(torch.float8_e8m0fnu).float()
         result[expert] = values_of_bytes[blocks[expert].int()].flatten(-2) * factors[..., None]
     return result.flatten(-2)

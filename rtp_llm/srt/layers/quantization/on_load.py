@@ -1,9 +1,9 @@
-"""What schemes share that quantize the weights of any checkpoint while it is loaded.
+"""Base of schemes that quantize the weights of any checkpoint while loading.
 
-Quantized are the linear layers of the language model, its experts, and its head, which is of 8 bits in every scheme: an
-error there goes straight into the logits. Where the embedding is the head as well, there is one table, of 8 bits, and a
-look-up gives a dequantized row; an embedding apart stays as it is. Routers, which are small, and the encoders of media
-stay as they are.
+They quantize the linear layers of the language model, its experts, and its head, which has 8 bits in every scheme: an
+error there goes straight into the logits. Where embedding and head are tied, there is one table, of 8 bits, and a
+look-up gives a dequantized row; an untied embedding is not quantized. Neither are routers, which are small, nor the
+encoders of media.
 """
 
 from abc import abstractmethod
@@ -31,8 +31,8 @@ from rtp_llm.srt.layers.quantization.methods import PackedExpertsMethod, PackedL
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import WeightLoader
 
-ELEMENTS_AT_ONCE = 1 << 18  # of a weight that is quantized: what is computed in between stays in the processor's cache
-NOT_MULTIPLIED = ("kv_b_proj",)  # latent attention folds this weight into others, so it is needed as it is
+ELEMENTS_AT_ONCE = 1 << 18  # of a weight that is quantized: intermediate values stay in the processor's cache
+NOT_MULTIPLIED = ("kv_b_proj",)  # latent attention splits this weight, so it is needed unquantized
 
 
 class OnLoadConfig(QuantizationConfig):
@@ -45,7 +45,7 @@ class OnLoadConfig(QuantizationConfig):
 
     @abstractmethod
     def pack(self, weight: torch.Tensor) -> PackedWeight:
-        """[N, K] of any floating dtype."""
+        """Pack a weight [N, K] of any floating dtype."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         if not self.model.is_language(prefix) or prefix.rpartition(".")[2] in NOT_MULTIPLIED:
@@ -119,6 +119,6 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row_blocks(weight: torch.Tensor) -> list[slice]:
-    """Consecutive rows of [N, K], so many at a time that their elements fit a cache."""
+    """Slices of consecutive rows of [N, K], each small enough for the processor's cache."""
     size = max(1, ELEMENTS_AT_ONCE // max(1, weight.shape[1]))
     return [slice(start, start + size) for start in range(0, len(weight), size)]

@@ -1,4 +1,4 @@
-"""Quantization schemes by name, each imported when it is asked for."""
+"""Quantization schemes by name, each imported when it is first needed."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -6,7 +6,7 @@ from typing import Any
 
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizationError, QuantizedModel
 
-ON_LOAD = ("int8", "int4")  # of any checkpoint that is not quantized
+ON_LOAD = ("int8", "int4")  # for any checkpoint that is not quantized
 SCHEMES: dict[str, str] = {
     "int8": "int8.Int8Config",
     "int4": "int4.Int4Config",
@@ -18,10 +18,10 @@ SCHEMES: dict[str, str] = {
 
 
 def scheme_name(asked: str | None, settings: Mapping[str, Any]) -> str | None:
-    """The scheme that a model is loaded by, of what the user asked for and the checkpoint's ``quantization_config``.
+    """Return the scheme for loading a model, from the user's choice and the checkpoint's ``quantization_config``.
 
     Raises:
-        QuantizationError: unknown, or the two do not go together.
+        QuantizationError: the scheme is unknown, or the two do not fit together.
     """
     stored = settings.get("quant_method")
     if settings and not stored and asked in SCHEMES and asked not in ON_LOAD:
@@ -50,10 +50,10 @@ def scheme_name(asked: str | None, settings: Mapping[str, Any]) -> str | None:
 
 
 def quantization_config(name: str, model: QuantizedModel) -> QuantizationConfig:
-    """The scheme ``name``, one of SCHEMES, for a model.
+    """Return the scheme ``name``, one of SCHEMES, for a model.
 
     Raises:
-        QuantizationError: the model's settings ask for what the scheme cannot do.
+        QuantizationError: the scheme does not support something in the model's settings.
     """
     module, _, config = SCHEMES[name].partition(".")
     scheme: type[QuantizationConfig] = getattr(import_module(f"{__package__}.{module}"), config)

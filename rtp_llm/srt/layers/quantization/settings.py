@@ -1,4 +1,4 @@
-"""Reading a checkpoint's ``quantization_config``: values that are checked, and which layers are left as they are."""
+"""Read a checkpoint's ``quantization_config``: checked values, and rules about layers that stay unquantized."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 from rtp_llm.srt.layers.quantization.base import QuantizationError, QuantizedModel
 
-REGEX = "re:"  # what names that are regular expressions begin with
-_NAME = re.compile(r"[\w.-]*")  # what a layer's name is made of
+REGEX = "re:"  # prefix of names that are regular expressions
+_NAME = re.compile(r"[\w.-]*")  # a layer's name
 
 
 def number(value: Any) -> Any:
-    """An integer for what is written as one: 4, 4.0, "4", "4.0"; anything else as it is."""
+    """Return an integer for 4, 4.0, "4" or "4.0"; any other value unchanged."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -21,9 +21,9 @@ def number(value: Any) -> Any:
 
 
 def choice(settings: Mapping[str, Any], key: str, allowed: Sequence[Any], default: Any = None) -> Any:
-    """The value of ``key``, one of ``allowed``; ``default`` where there is none.
+    """Return the value of ``key``, one of ``allowed``; ``default`` where there is none.
 
-    Case does not matter, nor a hyphen for an underscore, nor how a number is written.
+    Case, hyphen or underscore, and the spelling of numbers do not matter.
     """
     value = settings.get(key)
     value = default if value is None or value == "" else value
@@ -38,7 +38,7 @@ def _spelling(value: Any) -> str:
 
 
 def integer(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """The value of ``key``: a positive number, or -1; ``default`` where there is none."""
+    """Return the value of ``key``: a positive number, or -1; ``default`` where there is none."""
     given = settings.get(key)
     value = default if given is None else number(given)
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
@@ -59,7 +59,7 @@ def flag(settings: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def strings(settings: Mapping[str, Any], key: str) -> list[str]:
-    """The names under ``key``: a list, however deep, or one name; none where there is nothing."""
+    """Return the names under ``key``: one name, or a list that may be nested; empty if there is no value."""
     value = settings.get(key)
     if value is None or value == "":
         return []
@@ -71,14 +71,14 @@ def strings(settings: Mapping[str, Any], key: str) -> list[str]:
 
 
 class LayerRules:
-    """Which layers a checkpoint keeps unquantized.
+    """Rules about which layers a checkpoint leaves unquantized.
 
     Args:
         left: names, or parts of names between dots, or regular expressions, which match from the start.
-        taken: ends of names; if there are any, all other layers are left.
+        taken: ends of names; if there are any, all other layers are left unquantized.
 
     Raises:
-        QuantizationError: what is no name is no regular expression either.
+        QuantizationError: an entry is neither a name nor a regular expression.
     """
 
     def __init__(self, model: QuantizedModel, left: Sequence[str], taken: Sequence[str] = ()) -> None:
@@ -87,10 +87,10 @@ class LayerRules:
         self._taken = [name.strip(".") for name in taken]
 
     def leaves(self, prefix: str) -> bool:
-        """Whether the layer, with all that it fuses, stays unquantized.
+        """Whether the layer, with all layers that it fuses, stays unquantized.
 
         Raises:
-            ValueError: a part of what it fuses does, and another does not.
+            ValueError: some of the layers that it fuses do, and others do not.
         """
         sources = self._model.sources(prefix)
         left = [source for source in sources if self._leaves_source(source)]
@@ -108,10 +108,10 @@ class LayerRules:
 
 
 def layer_name(name: str) -> str:
-    """``name`` as rules have it: without dots around and ``.weight``, or, if it is more than a name, after ``re:``.
+    """Return ``name`` without outer dots and ``.weight``; if it is not a plain name, as an expression after ``re:``.
 
     Raises:
-        QuantizationError: it is no regular expression.
+        QuantizationError: it is not a regular expression.
     """
     if not name.startswith(REGEX) and _NAME.fullmatch(name):
         return name.strip(".").removesuffix(".weight")
@@ -124,7 +124,7 @@ def layer_name(name: str) -> str:
 
 
 def matches(name: str, source: str) -> bool:
-    """Whether ``source`` is called so: wholly, by neighbouring parts of it, or by a regular expression."""
+    """Whether ``name`` names ``source``: all of it, consecutive parts of it, or by a regular expression."""
     if name.startswith(REGEX):
         return re.match(name.removeprefix(REGEX), source) is not None
     return f".{name}." in f".{source}."

@@ -1,8 +1,8 @@
-"""One spelling for ``quantization_config``, which programs have written in many over the years.
+"""One spelling for ``quantization_config``, which programs have written in several ways over the years.
 
 AutoAWQ called ``bits`` ``w_bit`` and kept its settings in ``quant_config.json``; AutoGPTQ kept them in
 ``quantize_config.json`` and named no ``quant_method``; compressed-tensors was ``sparseml`` first, and transformers once
-put its settings one level deeper. What the values mean is for each scheme to say (``settings.py`` reads them).
+put its settings one level deeper. Each scheme interprets the values (``settings.py`` reads them).
 """
 
 import logging
@@ -33,10 +33,10 @@ _KEYS_OF_METHODS = {
 
 
 def canonical(settings: Mapping[str, Any], default_method: str | None = None) -> dict[str, Any]:
-    """``settings`` under the keys and the ``quant_method`` that schemes know; empty where nothing is quantized.
+    """Return ``settings`` with the keys and the ``quant_method`` that schemes know; empty if nothing is quantized.
 
     Args:
-        default_method: the one where the settings name none and none follows from their keys.
+        default_method: used where the settings name no method and their keys do not imply one.
 
     Raises:
         QuantizationError: two spellings of a key contradict each other.
@@ -75,12 +75,12 @@ def _rename(settings: dict[str, Any], key: str, name: str) -> None:
 
 
 def _is_dense(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of compressed-tensors was made sparse only, and its zeros are stored like any number."""
+    """Whether a compressed-tensors checkpoint is only sparse, with its zeros stored like any number."""
     if settings.get("quant_method") != COMPRESSED or settings.get("config_groups"):
         return False
     return bool(settings.get("sparsity_config")) and is_stored_dense(settings["sparsity_config"])
 
 
 def is_stored_dense(sparsity: Any) -> bool:
-    """Whether a ``sparsity_config`` leaves weights as they are, however many zeros it counts among them."""
+    """Whether a ``sparsity_config`` means dense storage, however many weights are zero."""
     return isinstance(sparsity, Mapping) and str(sparsity.get("format") or "dense").lower() == "dense"

@@ -1,4 +1,4 @@
-"""Weights as they are; packed where the device has products that are faster so."""
+"""Unquantized weights, packed where the device has faster products for a packed form."""
 
 import torch
 
@@ -67,7 +67,7 @@ class UnquantizedExpertsMethod(ExpertsMethodBase):
 
 
 def _pack(layer: PackedLayer) -> None:
-    """The packed weight takes the place of ``layer.weight``, if there is a packed form of it here."""
+    """Replace ``layer.weight`` by a packed weight, if the device has a packed form for it."""
     packed = built_for().pack_dense(layer.get_parameter("weight").data)
     if packed is not None:
         layer.packed = packed

@@ -1,4 +1,4 @@
-"""The vision tower of CLIP (Radford et al., 2021), for models that see through it. No model by itself."""
+"""The vision tower of CLIP (Radford et al., 2021). A part of other models."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """Patches through a convolution, plus learned positions; the first token is learned and stands for the image."""
+    """Patches by a convolution, plus learned positions; the first token is the learned class token."""
 
     has_class_token = True
 
@@ -91,18 +91,16 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """
-    Names in checkpoints may begin with ``vision_model.``.
-    """
+    """The whole tower. Names in checkpoints may begin with ``vision_model.``."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # a slip that checkpoints keep
+        self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelt as in checkpoints
         self.encoder = CLIPEncoder(config, quant_config, add_prefix("encoder", prefix))
-        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # of the class token alone
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # only for the class token
 
     @property
     def weight_sources(self) -> Sources:
@@ -111,10 +109,11 @@ class CLIPVisionModel(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, hidden_layer: int | Sequence[int] = -1
     ) -> torch.Tensor | list[torch.Tensor]:
-        """
+        """Encode images.
+
         Args:
             pixel_values: [n, channels, height, width], normalised.
-            hidden_layer: which hidden state, or states, as a configuration's ``vision_feature_layer`` counts them (-1:
+            hidden_layer: number of the hidden state, or states, as in a configuration's ``vision_feature_layer`` (-1:
                 the last layer's); later layers are not computed.
 
         Returns:

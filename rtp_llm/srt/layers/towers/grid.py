@@ -1,4 +1,4 @@
-"""Patches in rows and columns: where they are, how they are rotated, and learned positions for grids of any size."""
+"""Grids of patches: their positions, their rotation, and learned positions for grids of any size."""
 
 from collections.abc import Iterable, Sequence
 from math import isqrt
@@ -16,8 +16,8 @@ def patch_positions(
 
     Args:
         grids: (frames, rows, columns) of each, in patches.
-        merge_size: patches come by squares of ``merge_size ** 2``, those of a square together, as they are merged
-            after the tower (Qwen2-VL, 2024); 1: row by row.
+        merge_size: patches of a square of ``merge_size ** 2``, which are merged after the tower, are neighbours
+            (Qwen2-VL, 2024); 1: row by row.
 
     Raises:
         ValueError: rows or columns are not a multiple of ``merge_size``.
@@ -44,10 +44,10 @@ def frame_cu_seqlens(grids: Iterable[Sequence[int]]) -> torch.Tensor:
 
 
 def axial_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor) -> CosSin:
-    """(cos, sin), each [patches, head_dim / 2] float32: the first of them turn by the row, the others by the column.
+    """(cos, sin), each [patches, head_dim / 2] float32: the first half turns by the row, the second by the column.
 
     Args:
-        positions: [patches, 2], as of ``patch_positions``.
+        positions: [patches, 2], from ``patch_positions``.
         inv_freq: [head_dim / 4], or [2, head_dim / 4] where rows and columns differ; float32, radians per patch.
     """
     angles = (positions[:, :, None].float() * inv_freq.to(positions.device)).flatten(1)
@@ -65,9 +65,9 @@ def axial_inv_freq(head_dim: int, base: float = 10000.0) -> torch.Tensor:
 def interpolate_grid(
     table: torch.Tensor, num_rows: int, num_columns: int, mode: str = "bicubic", align_corners: bool = False
 ) -> torch.Tensor:
-    """Learned positions of a square grid, [side ** 2, d] -> [num_rows * num_columns, d], bicubically (ViT, 2021).
+    """Interpolate learned positions of a square grid, [side ** 2, d] -> [num_rows * num_columns, d] (ViT, 2021).
 
-    ``mode`` and ``align_corners`` as of ``torch.nn.functional.interpolate``.
+    ``mode`` and ``align_corners`` are those of ``torch.nn.functional.interpolate``.
     """
     side = isqrt(len(table))
     if side * side != len(table):

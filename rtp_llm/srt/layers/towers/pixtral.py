@@ -23,7 +23,7 @@ from rtp_llm.srt.utils import add_prefix, make_layers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-NORM_EPS = 1e-5  # in no configuration
+NORM_EPS = 1e-5  # configurations do not have it
 
 
 class PixtralAttentionLayer(nn.Module):
@@ -70,9 +70,8 @@ class PixtralTransformer(nn.Module):
 
 
 class PixtralVisionModel(nn.Module):
-    """
-    A model that holds it maps ``gate_proj`` and ``up_proj`` to ``gate_up_proj`` in ``packed_modules_mapping``.
-    """
+    """The whole tower. A model with it maps ``gate_up_proj`` to ``gate_proj`` and ``up_proj`` in
+    ``packed_modules_mapping``."""
 
     inv_freq: torch.Tensor
 
@@ -99,11 +98,12 @@ class PixtralVisionModel(nn.Module):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         hidden_layer: int | Sequence[int] = -1,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """
+        """Encode images.
+
         Args:
-            pixel_values: images of [channels, height, width] each, normalised, in a list or padded to one tensor.
+            pixel_values: images [channels, height, width], normalised, in a list or padded to one tensor.
             image_sizes: (height, width) of each, without padding; None: they are not padded.
-            hidden_layer: which hidden state, or states, as a configuration's ``vision_feature_layer`` counts them (-1:
+            hidden_layer: number of the hidden state, or states, as in a configuration's ``vision_feature_layer`` (-1:
                 the last layer's); later layers are not computed.
 
         Returns:

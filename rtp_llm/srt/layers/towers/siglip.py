@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP (Zhai et al., 2023): CLIP's without a class token. No model by itself."""
+"""The vision tower of SigLIP (Zhai et al., 2023): CLIP's without a class token. A part of other models."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,9 +22,10 @@ class SiglipVisionEmbeddings(CLIPVisionEmbeddings):
 
 
 class SiglipVisionModel(nn.Module):
-    """
-    Names in checkpoints may begin with ``vision_model.``. There is no pooling head (``vision_use_head``), which models
-    that see do not read: one whose checkpoints have it lists ``r"\\.head\\."`` in ``ignore``.
+    """The whole tower. Names in checkpoints may begin with ``vision_model.``.
+
+    There is no pooling head (``vision_use_head``), since no model reads it: a model whose checkpoints have it lists
+    ``r"\\.head\\."`` in ``ignore``.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class SiglipVisionModel(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, hidden_layer: int | Sequence[int] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """
+        """Encode images.
+
         Args:
             pixel_values: [n, channels, height, width], normalised.
-            hidden_layer: which hidden state, or states, as a configuration's ``vision_feature_layer`` counts them (-1:
-                the last layer's); later layers are not computed. None: the last after the norm that follows it.
+            hidden_layer: number of the hidden state, or states, as in a configuration's ``vision_feature_layer`` (-1:
+                the last layer's); later layers are not computed. None: the last, after the norm that follows it.
 
         Returns:
             [n, patches, hidden_size]; a list of them for a list.

@@ -1,4 +1,4 @@
-"""What all towers have: hidden states of several layers, and names in checkpoints that may have a prefix."""
+"""Helpers of all vision towers: hidden states of several layers, and prefixed names in checkpoints."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ def hidden_states_at(
     x: torch.Tensor,
     wanted: int | Sequence[int],
 ) -> torch.Tensor | list[torch.Tensor]:
-    """The hidden state of each number in ``wanted``, a list of them for a list; later layers are not run.
+    """Return the hidden state of each number in ``wanted``, a list for a list; later layers are not run.
 
     As in Hugging Face's ``hidden_states``, 0 is ``x``, i the output of the i-th layer, and -1 that of the last.
 
@@ -38,7 +38,7 @@ def hidden_states_at(
 
 
 def sources_below(prefix: str, tower: nn.Module) -> Sources:
-    """``weight_sources`` for a tower whose names also occur in checkpoints with ``prefix`` before them."""
+    """Return ``weight_sources`` for a tower whose names may have ``prefix`` before them in checkpoints."""
     sources: Sources = {f"{prefix}.{name}": (name, None) for name, _ in tower.named_parameters()}
     for path, module in tower.named_modules():
         if path:
