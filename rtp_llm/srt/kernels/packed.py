@@ -1,7 +1,7 @@
-"""Weights in the form that products read them in. A layer packs its weight once, after loading, and keeps only this.
+"""Packed weights: the forms that products read. A layer packs its weight once, after loading, and keeps only this form.
 
-The forms here are plain tensors, and their products the reference's. A device may have others
-(``DeviceProvider.pack_dense`` and its neighbours).
+The forms here are plain tensors with the products of ``reference.py``. A device may have others
+(``DeviceProvider.pack_dense``, ``pack_int8`` ...).
 """
 
 from abc import ABC, abstractmethod
@@ -17,15 +17,15 @@ ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
 
 
 class Packed(ABC):
-    """What a layer keeps of its weights."""
+    """A packed weight of any kind."""
 
     @abstractmethod
     def tensors(self) -> Sequence[torch.Tensor]:
-        """What it is made of."""
+        """Return the tensors that it consists of."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
@@ -39,16 +39,16 @@ class PackedWeight(Packed):
         """``x @ weight.T + bias``: [..., K] -> [..., N] in ``out_dtype``; None: in x's dtype."""
 
     def ends_in(self, activation: str) -> bool:
-        """Whether there is ``apply_gated`` for this activation, by its kernel's name."""
+        """Whether ``apply_gated`` takes this activation, given by its kernel's name."""
         return False
 
     def apply_gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-        """[..., K] -> [..., N / 2]: ``apply``, and the gated activation on the way out."""
+        """[..., K] -> [..., N / 2]: ``apply``, then the gated activation, in one pass."""
         raise NotImplementedError(f"{type(self).__name__} has no products that end in {activation}")
 
     @abstractmethod
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """[T] int64 -> [T, K]: rows of the weight; float32, or the dtype of a weight that is not quantized."""
+        """[T] int64 -> [T, K]: rows of the weight, in float32, or in the dtype of an unquantized weight."""
 
     @property
     @abstractmethod
@@ -61,12 +61,12 @@ class PackedExperts(Packed):
 
     @abstractmethod
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """What ``reference.grouped_linear`` computes: rows of x are sorted by expert."""
+        """Compute ``reference.grouped_linear``: rows of x are sorted by expert."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainDense(PackedWeight):
-    """A weight as it is, [N, K]."""
+    """An unquantized weight [N, K]."""
 
     weight: torch.Tensor
 
@@ -146,7 +146,7 @@ class PlainGroups(PackedWeight):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reordered(PackedWeight):
-    """A weight whose columns stand in another order: column i is that of input ``order[i]``."""
+    """A weight whose columns are in another order: column i is that of input ``order[i]``."""
 
     packed: PackedWeight
     order: torch.Tensor  # [K] int64
@@ -170,7 +170,7 @@ class Reordered(PackedWeight):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SideBySide(PackedWeight):
-    """Weights of the same inputs, their outputs one after the other; ``sizes``: how many outputs each has."""
+    """Weights with the same inputs, whose outputs follow one another; ``sizes``: number of outputs of each."""
 
     parts: Sequence[PackedWeight]
     sizes: Sequence[int]
@@ -195,7 +195,7 @@ class SideBySide(PackedWeight):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainExperts(PackedExperts):
-    """Experts' weights as they are, [experts, N, K]."""
+    """Unquantized weights of experts, [experts, N, K]."""
 
     weight: torch.Tensor
 
@@ -208,7 +208,7 @@ class PlainExperts(PackedExperts):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneByOne(PackedExperts):
-    """A weight for each expert, each in a form of its own, and a product for each that has rows."""
+    """A packed weight for each expert, with one product for each expert that has rows."""
 
     experts: Sequence[PackedWeight]
 

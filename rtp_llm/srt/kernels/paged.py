@@ -1,4 +1,4 @@
-"""What a step's rows read of a paged cache."""
+"""The part of a paged cache that each row of a step reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ def _none() -> torch.Tensor:
 class PagedRows:
     """Rows of a batch, all int32. Row b computes ``counts[b]`` tokens of its sequence from position ``starts[b]`` on.
 
-    Shared prefixes only say what may be read once for several rows of one token each; results are the same without.
-    Each entry ``(end, first, count)`` is for rows ``members[first : first + count]``: their sequences lie in the same
-    pages up to position ``end``. An entry goes on where the one before for the same rows ends (from 0 on).
+    Shared prefixes may be read once for several rows of one token each; results are the same without them. Each entry
+    ``(end, first, count)`` is for rows ``members[first : first + count]``: their sequences have the same pages up to
+    position ``end``. An entry begins where the previous one for the same rows ends (at first, at 0).
     """
 
     table_rows: torch.Tensor  # [B] rows of the page table
@@ -33,7 +33,7 @@ class PagedRows:
         counts: Sequence[int],
         shared: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> "PagedRows":
-        """``shared``: (end, members) of each shared prefix, shorter ones before what goes on from them."""
+        """``shared``: (end, members) of each shared prefix, shorter ones before the longer ones that contain them."""
         rows = [torch.as_tensor(values, dtype=torch.int32) for values in (table_rows, starts, counts)]
         entries: list[tuple[int, int, int]] = []
         members: list[int] = []

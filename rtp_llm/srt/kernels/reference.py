@@ -30,7 +30,7 @@ def attention(
         logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)`` (Gemma 2, 2024).
         sinks: [num_heads]: a score that takes part in the softmax and carries no value (GPT-OSS, 2025).
         visible_ends: [n] int64: query i sees later keys too, all before position ``visible_ends[i]`` (the image blocks
-            of Gemma 3, 2025); a window bounds it from below as ever.
+            of Gemma 3, 2025); a window still bounds it from below.
 
     Returns:
         [n, num_heads, v_head_dim] in q's dtype.
@@ -59,7 +59,7 @@ def _visible(
     visible_ends: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """[n, L] bool: whether the key may be seen by the query."""
+    """[n, L] bool: whether the query sees the key."""
     query_positions = torch.arange(q_start, q_start + num_queries, device=device)[:, None]
     key_positions = torch.arange(num_keys, device=device)[None, :]
     visible = key_positions <= query_positions
@@ -83,15 +83,15 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``attention`` of each row over what its sequence has in the cache. A token's slot is
+    """Compute ``attention`` of each row over its sequence's part of the cache. A token's slot is
     ``page_table[row, position // page_size] * page_size + position % page_size``.
 
     Args:
         q: [T, num_heads, head_dim].
-        keys: [slots, num_kv_heads, head_dim]; values: [slots, num_kv_heads, v_head_dim]; perhaps a view of the keys.
+        keys: [slots, num_kv_heads, head_dim]; values: [slots, num_kv_heads, v_head_dim], perhaps a view of the keys.
         page_table: [rows, pages] int32.
         visible_ends: [T] int64, positions.
-        key_scales, value_scales: [slots, num_kv_heads] float32, of an int8 cache: what its numbers are multiplied by.
+        key_scales, value_scales: [slots, num_kv_heads] float32, the factors of the numbers of an int8 cache.
 
     Returns:
         [T, num_heads, v_head_dim] in q's dtype.
@@ -122,8 +122,8 @@ def write_kv(
 ) -> None:
     """Store k [T, num_kv_heads, head_dim] in keys [slots, num_kv_heads, head_dim] at slots [T], and v likewise.
 
-    Where keys are int8, each head's numbers are divided by a scale, so that the largest is 127, and rounded; scales go
-    to ``key_scales`` and ``value_scales`` [slots, num_kv_heads] float32. ``v`` is None where values are a view of keys.
+    If keys are int8, each head's numbers are divided by a scale, so that the largest is 127, and rounded; scales go
+    to ``key_scales`` and ``value_scales`` [slots, num_kv_heads] float32. ``v`` is None if values are a view of keys.
     """
     for x, stored, scales in ((k, keys, key_scales), (v, values, value_scales)):
         if x is None:
@@ -213,7 +213,7 @@ def swiglu_oai_and_mul(x: torch.Tensor, alpha: float, limit: float) -> torch.Ten
 def grouped_linear(
     x: torch.Tensor, weight: torch.Tensor, rows_per_group: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Consecutive rows of x, each group of them through a linear layer of its own.
+    """Apply a linear layer to each group of consecutive rows of x, another one for each group.
 
     Args:
         x: [N, inputs], sorted by group.
@@ -235,7 +235,7 @@ def grouped_linear(
 def linear_int8(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A linear layer on weights of 8 bits, a scale per output; activations are quantized too, row by row as they come.
+    """A linear layer with weights of 8 bits and a scale per output; activations are quantized too, row by row.
 
     Products are summed exactly, as integers; scales and bias are applied in float32.
 
@@ -253,7 +253,7 @@ def linear_int8(
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., K] -> values of [..., K] int8 and scales [..., 1] float32, with ``x`` about ``values * scales``.
+    """[..., K] -> values [..., K] int8 and scales [..., 1] float32; ``x`` is about ``values * scales``.
 
     Symmetric: a scale is the row's largest magnitude over 127, and values are rounded half to even. A row with a NaN
     has the scale NaN.
@@ -277,7 +277,7 @@ def linear_int4(
     group_size: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer on weights of 4 bits in groups; see ``dequantize_int4``. Sums are in float32.
+    """A linear layer with weights of 4 bits in groups; see ``dequantize_int4``. Sums are in float32.
 
     Args:
         x: [..., K]; weight: [N, K / 2] uint8; scales: [N, K / group_size] float32; zeros: uint8, as scales; bias: [N].
@@ -291,10 +291,10 @@ def linear_int4(
 def dequantize_int4(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
 ) -> torch.Tensor:
-    """[N, K] float32: ``(value - zero) * scale``, for ``group_size`` neighbours along K with the same zero and scale.
+    """[N, K] float32: ``(value - zero) * scale``; ``group_size`` neighbours along K have the same zero and scale.
 
     Args:
-        weight: [N, K / 2] uint8: values 0 .. 15, two a byte, of which the one with the even index is in the low half.
+        weight: [N, K / 2] uint8: values 0 .. 15, two in a byte, the one of even index in the low half.
         scales: [N, ceil(K / group_size)]: the last group may be shorter.
         zeros: as scales, uint8; None: 8 everywhere.
     """
@@ -314,14 +314,14 @@ def linear_uint8(
     group_size: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``linear_int4`` on weights of 8 bits in groups, [N, K] uint8; see ``dequantize_uint8``."""
+    """As ``linear_int4``, with weights of 8 bits in groups, [N, K] uint8; see ``dequantize_uint8``."""
     return _linear_float(x, dequantize_uint8(weight, scales, zeros, group_size), bias)
 
 
 def dequantize_uint8(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
 ) -> torch.Tensor:
-    """As ``dequantize_int4``, of values 0 .. 255, one a byte; ``zeros`` None: 128 everywhere."""
+    """As ``dequantize_int4``, for values 0 .. 255, one in a byte; ``zeros`` None: 128 everywhere."""
     return _dequantize(weight, scales, zeros, group_size, middle=128)
 
 
@@ -335,16 +335,16 @@ def _dequantize(
 
 
 def _linear_float(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """In float32; the result in x's dtype."""
+    """A linear layer computed in float32, with the result in x's dtype."""
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stable sort by group of ids, [n] int64 in [0, num_groups).
+    """Sort ids, [n] int64 in [0, num_groups), by group; the sort is stable.
 
     Returns:
-        rows_per_group: [num_groups]; order: [n], which element is in each sorted place; places: [n], in which place
-        each element is.
+        rows_per_group: [num_groups]; order: [n], the element in each sorted place; places: [n], the sorted place of
+        each element.
     """
     sorted_ids, order = ids.sort(stable=True)
     places = torch.empty_like(order)
@@ -353,15 +353,15 @@ def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.
 
 
 def gather_rows(x: torch.Tensor, order: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Rows of x [N, size] by ``order`` [N * repeats], as if each of them were repeated."""
+    """Gather rows of x [N, size] by ``order`` [N * repeats], as if each row were repeated ``repeats`` times."""
     return x[order // repeats]
 
 
 def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """For each token the sum of ``weights[token, j] * rows[places[token * top_k + j]]``.
+    """Return for each token the sum of ``weights[token, j] * rows[places[token * top_k + j]]``.
 
     Args:
-        rows: [tokens * top_k, size]; places: [tokens * top_k]; weights: [tokens, top_k], taken in the dtype of rows.
+        rows: [tokens * top_k, size]; places: [tokens * top_k]; weights: [tokens, top_k], cast to the dtype of rows.
 
     Returns:
         [tokens, size].
@@ -371,7 +371,7 @@ def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) ->
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
-    """Rotate pairs of the leading ``2 * half`` components of each head; the rest passes (RoFormer; Su et al., 2021).
+    """Rotate pairs of the first ``2 * half`` components of each head; keep the rest (RoFormer; Su et al., 2021).
 
     Pair i is components ``(i, i + half)`` in NeoX style, ``(2i, 2i + 1)`` in interleaved style.
 
@@ -394,14 +394,14 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style:
 def rotary_pair(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rotary`` of queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
+    """Apply ``rotary`` to queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
     return rotary(q, cos, sin, is_neox_style), rotary(k, cos, sin, is_neox_style)
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the index of each row's first largest logit, and whether nothing can be drawn from the row.
+    """Return the index of each row's first largest logit, and whether the row's logits are bad.
 
     Returns:
-        [S] int64 ids; [S] bool: there is a NaN, a +inf, or nothing but -inf.
+        [S] int64 ids; [S] bool: the row has a NaN, a +inf, or only -inf.
     """
     return logits.argmax(dim=-1), ~torch.isfinite(logits.amax(dim=-1))

@@ -1,4 +1,4 @@
-"""Constructing a model class: its signature checked, on the device and in the dtype that are asked for."""
+"""Construct a model class, after a check of its signature, on a given device and in a given dtype."""
 
 import inspect
 from collections import Counter
@@ -21,7 +21,7 @@ class ModelBuildError(ValueError):
 
 @contextmanager
 def built_as(dtype: str, device: str) -> Iterator[None]:
-    """New tensors are of this dtype and on this device, and layers for it; the default dtype of before comes back."""
+    """Make this dtype and device the defaults within the context, and build layers for the device."""
     provider = provider_named(device)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
@@ -60,7 +60,7 @@ def _check_model_class(model_class: type[nn.Module]) -> None:
 
 
 def _mark_heads(model: nn.Module) -> None:
-    """An embedding that has two places in the model is its head as well."""
+    """Mark embeddings that occur twice in the model, which are its head as well."""
     names: Counter[nn.Module] = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for module, count in names.items():
         if isinstance(module, VocabParallelEmbedding) and count > 1:

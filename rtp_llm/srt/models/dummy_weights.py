@@ -9,9 +9,9 @@ from rtp_llm.srt.layers.weights import is_optional
 
 
 def fill_with_dummy_weights(model: nn.Module) -> None:
-    """Uniform values in [-0.05, 0.05) for every parameter and persistent buffer, integer ones zero.
+    """Fill every parameter and persistent buffer with uniform values in [-0.05, 0.05), integer ones with zero.
 
-    What a checkpoint need not have stays as it was made.
+    Optional ones keep their defaults.
 
     The values depend on the name only, so that replicas on other ranks are equal.
     """

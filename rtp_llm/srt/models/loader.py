@@ -30,7 +30,7 @@ from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights
 
 logger = logging.getLogger(__name__)
 
-FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no file here
+FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no model file here
 
 
 def load_model(
@@ -45,16 +45,16 @@ def load_model(
     """Build the model of ``model_config`` on ``device``, in its dtype, and load its weights from a local directory.
 
     ``load_format="dummy"`` needs no weight file: parameters get small random values, the same at every call.
-    ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter where
-    there is no other. ``quantization``: a scheme of ``layers.quantization.registry``; None: the checkpoint's own.
+    ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter if
+    no class is registered. ``quantization``: a scheme of ``layers.quantization.registry``; None: the checkpoint's own.
 
     Raises:
         UnknownArchitectureError, ModelImportError: no model class (see registry.py), nor one of transformers that can
             be served.
-        ModelBuildError: the model class does not get on with the configuration.
+        ModelBuildError: the model class cannot be built from the configuration.
         WeightsNotFoundError, WeightFileError: no usable weight files (see weight_files.py).
-        WeightLoadError: they do not fit the model.
-        QuantizationError: an unknown scheme, or one that does not go with the checkpoint.
+        WeightLoadError: the weights do not fit the model.
+        QuantizationError: an unknown scheme, or one that does not fit the checkpoint.
     """
     settings = quantization_settings(model_config)
     scheme = scheme_name(quantization, settings)
@@ -72,7 +72,7 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What ``load_model`` was told, and the scheme that the checkpoint's weights are stored by or asked for in."""
+    """The arguments of ``load_model``, and the quantization scheme, stored or requested, with its settings."""
 
     model_config: ModelConfig
     model_path: str
@@ -84,7 +84,7 @@ class _Source:
 
 
 def _load_fallback(unknown: UnknownArchitectureError, source: _Source) -> nn.Module:
-    """Raise ``unknown``, extended, if transformers cannot step in either."""
+    """Load through transformers; if that cannot build the model either, raise ``unknown``, extended."""
     logger.info("no model file for %s: it runs through transformers", ", ".join(source.model_config.architectures))
     try:
         return _load(ModelRegistry.models[FALLBACK], source)
@@ -109,12 +109,12 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
             load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
     if quant_config and quantizes_layers:
-        _tell_of_quantization(model, quant_config)
+        _log_quantization(model, quant_config)
     return model.eval().requires_grad_(False)
 
 
-def _tell_of_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
-    """Raise QuantizationError if no layer is quantized: what was asked for must have an effect."""
+def _log_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
+    """Log how many layers are quantized; raise QuantizationError if none is."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     plain = sum(isinstance(method, UnquantizedLinearMethod) for method in methods)
     quantized = sum(isinstance(method, (PackedLinearMethod, PackedExpertsMethod)) for method in methods)

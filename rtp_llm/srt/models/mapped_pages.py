@@ -1,4 +1,4 @@
-"""Letting go of pages of memory-mapped files: what was read and copied need not stay in the process."""
+"""Release pages of memory-mapped files, which need not stay in the process once they are copied."""
 
 import ctypes
 import functools
@@ -11,17 +11,17 @@ import torch
 
 
 class MappedFile:
-    """Where a file is mapped into this process. On systems other than Linux nothing is known, and nothing dropped."""
+    """A file that is mapped into this process. On systems other than Linux, ``drop`` does nothing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
         self._ranges: list[range] | None = None  # found when the first tensor is dropped: by then it is mapped
 
     def drop(self, tensor: torch.Tensor) -> None:
-        """Give the tensor's whole pages back to the system; they are read from the file again if they are touched.
+        """Give the tensor's whole pages back to the system; a later access reads them from the file again.
 
-        Only pages of the file's own mapping are dropped: memory that has no file behind it would lose its content.
-        What was written to a private mapping is lost.
+        Only pages of the file's own mapping are dropped, since other memory would lose its content. Changes to a
+        private mapping are lost.
         """
         if self._ranges is None:
             self._ranges = mapped_ranges(self._path)
@@ -33,7 +33,7 @@ class MappedFile:
 
 
 def mapped_ranges(path: Path) -> list[range]:
-    """The addresses at which the file is mapped."""
+    """Return the ranges of addresses at which the file is mapped."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Finding what a checkpoint says of its quantization: in config.json, or in files that older programs wrote."""
+"""Find a checkpoint's quantization settings: in config.json, or in files of older programs."""
 
 import json
 import logging
@@ -12,17 +12,17 @@ from rtp_llm.srt.layers.quantization.spellings import canonical
 
 logger = logging.getLogger(__name__)
 
-KEYS = ("quantization_config", "compression_config")  # in config.json; the second came before the first
+KEYS = ("quantization_config", "compression_config")  # in config.json; the second is the older one
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ, and of AutoAWQ
 
 
 def quantization_settings(model_config: ModelConfig) -> dict[str, Any]:
-    """The checkpoint's settings in one spelling (see ``layers.quantization.spellings``); empty where it has none.
+    """Return the settings in one spelling (see ``layers.quantization.spellings``); empty if there are none.
 
-    Those in config.json, its language model's part included, count before those in files of their own.
+    Settings in config.json, also in its language model's part, take precedence over separate files.
 
     Raises:
-        QuantizationError: they are no object, or contradict each other.
+        QuantizationError: they are not an object, or contradict each other.
     """
     for key in KEYS:
         for config in (model_config.hf_config, model_config.hf_text_config):
@@ -31,7 +31,7 @@ def quantization_settings(model_config: ModelConfig) -> dict[str, Any]:
                 return canonical(settings.to_dict() if hasattr(settings, "to_dict") else settings)
     for name, method in FILES.items():
         settings = canonical(_read(Path(model_config.model_path) / name), default_method=method)
-        if "bits" in settings:  # programs for other formats use these names, too
+        if "bits" in settings:  # programs for other formats use these file names, too
             logger.info("the checkpoint is quantized as %s says", name)
             return settings
     return {}

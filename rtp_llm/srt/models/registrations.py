@@ -1,4 +1,4 @@
-"""What the caller registered, models, devices and attention back ends, on its way to other processes."""
+"""The caller's registrations (models, devices, attention back ends), packed for other processes."""
 
 import pickle
 
@@ -13,10 +13,10 @@ class RegistrationError(TypeError):
 
 
 def pack_registrations() -> bytes:
-    """What was set in ``ModelRegistry.models``: by name where a class can be imported, by value otherwise. And where
-    devices and attention back ends that were added are found.
+    """Pack the entries set in ``ModelRegistry.models`` (importable classes by name, others by value), and the targets
+    of added devices and attention back ends.
 
-    The environment and installed packages need not travel: other processes find them as this one does.
+    The environment and installed packages are not included: other processes find them as this one does.
 
     Raises:
         RegistrationError: a class refers to something that cannot be sent; the message names both.
@@ -39,7 +39,7 @@ def _pack(name: str, entry: Entry) -> bytes:
 
 
 def unpack_registrations(packed: bytes) -> None:
-    """Enter what ``pack_registrations`` gave into this process's registry.
+    """Enter packed registrations into this process's registries.
 
     Raises:
         RegistrationError: a class cannot be imported here.

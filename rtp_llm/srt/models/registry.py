@@ -1,4 +1,4 @@
-"""Architecture names to model classes. Model files are found by reading them, and imported only when asked for."""
+"""Map architecture names to model classes. Model files are found by reading them, and imported only when needed."""
 
 import ast
 import logging
@@ -31,7 +31,7 @@ _ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", r
 
 
 class UnknownArchitectureError(ValueError):
-    """No model class for any of the architectures asked for."""
+    """No model class for any of the requested architectures."""
 
 
 class ModelImportError(ImportError):
@@ -44,13 +44,18 @@ class DuplicateModelError(AssertionError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A class that has not been imported. ``places`` are those, as ``module:Class``, that claim the architecture."""
+    """A class that is not imported yet. ``places``: the classes, as ``module:Class``, that claim the architecture."""
 
     arch: str
     places: tuple[str, ...]
 
     def load(self) -> type[nn.Module]:
-        """Raise ModelImportError or DuplicateModelError."""
+        """Import the class.
+
+        Raises:
+            ModelImportError: its file cannot be imported.
+            DuplicateModelError: several classes claim the architecture.
+        """
         if len(self.places) > 1:
             raise DuplicateModelError(
                 f"architecture {self.arch} is claimed by several files: {', '.join(self.places)}; keep one"
@@ -71,7 +76,7 @@ Entry = type[nn.Module] | ModelFile
 
 @dataclass
 class _Found:
-    """What a package or a group of entry points holds."""
+    """The architectures of a package or of a group of entry points."""
 
     entries: dict[str, Entry] = field(default_factory=dict)  # by architecture
     unreadable: dict[str, Exception] = field(default_factory=dict)  # file -> why its architectures are not known
@@ -83,12 +88,12 @@ class _Found:
 
 
 class ModelMap(MutableMapping[str, type[nn.Module]]):
-    """Every architecture that can be asked for, and its class.
+    """All supported architectures, and their classes.
 
-    Names come from four places, each of which wins over those after it: ``overrides``, which is what was set here;
-    the packages that the environment variable RTP_LLM_EXTERNAL_MODEL_PACKAGE names; the entry points of the group
-    ``rtp_llm.models``; the files of ``package``. Looking at names imports no file of the last two, looking at a class
-    imports that class's. What was set can be deleted, which shows again what it hid; nothing else can.
+    Names come from four places, in order of precedence: ``overrides``, the entries set here; the packages that the
+    environment variable RTP_LLM_EXTERNAL_MODEL_PACKAGE names; the entry points of the group ``rtp_llm.models``; the
+    files of ``package``. Reading names imports no file of the last two; reading a class imports its file. Only set
+    entries can be deleted, which makes the entry that they hid visible again.
     """
 
     def __init__(self, package: str) -> None:
@@ -105,7 +110,7 @@ class ModelMap(MutableMapping[str, type[nn.Module]]):
 
     @property
     def layers(self) -> list[MutableMapping[str, Entry]]:
-        """The four places, in the order in which they win."""
+        """The four places, in order of precedence."""
         return self._entries.maps
 
     def __getitem__(self, arch: str) -> type[nn.Module]:
@@ -132,15 +137,15 @@ class ModelMap(MutableMapping[str, type[nn.Module]]):
         return f"<models: {', '.join(sorted(self))}>"
 
     def clear(self) -> None:
-        """Delete what was set."""
+        """Delete all entries that were set."""
         self.overrides.clear()
 
 
 class _ModelRegistry:
     """Model classes by architecture name, in ``models``.
 
-    A model file says which classes are for others to use in its module-level ``EntryClass``: a class, or a list or
-    tuple of classes, known by their names. A file that cannot be imported harms nobody who does not ask for it.
+    A model file exports classes by its module-level ``EntryClass``: a class, or a list or tuple of classes, known by
+    their names. A file that cannot be imported causes an error only when one of its classes is requested.
 
     Example:
         >>> ModelRegistry.models["MyForCausalLM"] = MyForCausalLM
@@ -152,11 +157,11 @@ class _ModelRegistry:
     def register(self, package_name: str, overwrite: bool = False, strict: bool = False) -> None:
         """Import the modules of a package and add the classes that they name in ``EntryClass``.
 
-        A module that cannot be imported is logged, and its error is raised when its architecture is asked for, or, if
-        ``strict``, at once. Nothing is set if anything is raised.
+        A module that cannot be imported is logged, and its error is raised when its architecture is requested; with
+        ``strict``, at once. Nothing is added if an error is raised.
 
         Raises:
-            ValueError: an architecture is known already, and not to be overwritten.
+            ValueError: an architecture is known already, and ``overwrite`` is False.
             DuplicateModelError: two modules name different classes of one name.
             ImportError: there is no such package, or it cannot be imported.
         """
@@ -171,20 +176,20 @@ class _ModelRegistry:
         self.models.unreadable |= found.unreadable
 
     def get_supported_archs(self) -> set[str]:
-        """Every architecture name that can be asked for."""
+        """Return all supported architecture names."""
         return set(self.models)
 
     def is_arch_supported(self, arch: str) -> bool:
         return arch in self.models
 
     def is_external(self, arch: str) -> bool:
-        """Whether its class is not one of the project's own: it was set here, or comes from an installed package."""
+        """Whether its class is not the project's own, but was set here or comes from an installed package."""
         return any(arch in layer for layer in self.models.layers[:-1])
 
     def resolve_model_cls(self, architectures: str | Iterable[str]) -> tuple[type[nn.Module], str]:
-        """The class for the first supported name, and that name. External classes are looked for first.
+        """Return the class for the first supported name, and that name. External classes are tried first.
 
-        A name that nobody claims may be another one's, as ``LLaMAForCausalLM`` is (see ``configs.architectures``).
+        A name may be an alias of another one, as ``LLaMAForCausalLM`` is (see ``configs.architectures``).
 
         Raises:
             UnknownArchitectureError: none is supported.
@@ -211,9 +216,9 @@ class _ModelRegistry:
 
 
 def import_model_classes(package_name: str, strict: bool = False) -> dict[str, type[nn.Module]]:
-    """The classes that a module, or a package and its modules (not its subpackages), name in ``EntryClass``, by name.
+    """Return, by name, the ``EntryClass`` classes of a module, or of a package and its modules (not subpackages).
 
-    A module that cannot be imported is logged and left out, or, if ``strict``, raised as a ModelImportError.
+    A module that cannot be imported is logged and left out; with ``strict``, it raises a ModelImportError.
 
     Raises:
         DuplicateModelError: two modules name different classes of one name.
@@ -224,7 +229,7 @@ def import_model_classes(package_name: str, strict: bool = False) -> dict[str, t
 
 
 def _import_package(package: str, strict: bool) -> _Found:
-    """Classes of the modules that can be imported; of the others, the names that their sources claim."""
+    """Return classes of the modules that can be imported; of the others, the names that their sources claim."""
     import_module(package)
     found = _Found()
     for module, path in _files_of(package):
@@ -259,7 +264,12 @@ def _check_is_class(what: str, value: object) -> None:
 
 
 def _import_named_packages() -> dict[str, Entry]:
-    """The classes of the packages that the environment names, separated by commas. They must all be sound."""
+    """Return the classes of the packages that the environment names, separated by commas.
+
+    Raises:
+        ModelImportError: one of them cannot be imported, or has no classes.
+        DuplicateModelError: two have a class of the same name.
+    """
     entries: dict[str, Entry] = {}
     for package in filter(None, (name.strip() for name in os.environ.get(PACKAGE_VARIABLE, "").split(","))):
         try:
@@ -275,7 +285,7 @@ def _import_named_packages() -> dict[str, Entry]:
 
 
 def _read_entry_points() -> _Found:
-    """What installed packages offer: ``Architecture = module:Class``, or ``any name = package`` of model files."""
+    """Read entry points of installed packages: ``Architecture = module:Class``, or ``any name = package``."""
     found = _Found()
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         if ":" in entry_point.value:
@@ -283,7 +293,7 @@ def _read_entry_points() -> _Found:
             continue
         try:
             package = _read_package(entry_point.value)
-        except Exception as error:  # looking for a package imports those around it; told when no model is found
+        except Exception as error:  # finding a package imports its parents; reported when no model is found
             found.unreadable[f"entry point {entry_point.name} = {entry_point.value}"] = error
             continue
         found.unreadable |= package.unreadable
@@ -302,7 +312,7 @@ def _read_package(package: str) -> _Found:
 
 
 def _files_of(package: str) -> list[tuple[str, Path]]:
-    """(module name, file) of a module, or of a package and its modules, not of its subpackages."""
+    """Return (module name, file) of a module, or of a package and its modules, without its subpackages."""
     spec = find_spec(package)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
@@ -327,12 +337,12 @@ def _claim_by_source(found: _Found, module: str, path: Path) -> None:
 
 
 def entry_class_names(source: str, filename: str) -> list[str]:
-    """The class names that a module's source assigns to ``EntryClass``; none if it does not assign it.
+    """Return the class names that a module's source assigns to ``EntryClass``; empty if it does not assign it.
 
-    Where the source is not Python, they are looked for in its text: asking for one then tells what is wrong with it.
+    If the source is not valid Python, they are searched in its text, so that loading one shows the syntax error.
 
     Raises:
-        SyntaxError: the source is not Python, and no names can be made out.
+        SyntaxError: the source is not valid Python, and no names are found in it.
         ValueError: ``EntryClass`` is not written as a name or a list or tuple of names.
     """
     try:
@@ -368,7 +378,7 @@ def _entry_class_value(statement: ast.stmt) -> ast.expr | None:
 
 
 def reason(error: Exception) -> str:
-    """Its kind and message, and the line of a model file that led to it; a ModelImportError says all that already."""
+    """Describe an error: type, message, and the model file's line that caused it; a ModelImportError has all that."""
     if isinstance(error, ModelImportError):
         return str(error)
     lines = [

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's weight files and reading their tensors one at a time, as views of a memory map."""
+"""Find a checkpoint's weight files, and read their tensors one at a time, as views of a memory map."""
 
 import json
 import logging
@@ -34,13 +34,13 @@ class WeightsNotFoundError(FileNotFoundError):
 
 
 def find_weight_files(model_path: str, load_format: str = "auto") -> list[Path]:
-    """The weight files of a checkpoint directory, in order.
+    """Return the weight files of a checkpoint directory, in order.
 
-    Looked for are, per format: the single file under its usual name, the files an index names, then all files of that
-    kind. ``safetensors``: ``*.safetensors``; ``pt``: ``*.bin``, else ``*.pt``; ``auto``: safetensors, else pt.
+    Per format, tried in this order: the single file under its usual name, the files that an index names, all files of
+    the format. ``safetensors``: ``*.safetensors``; ``pt``: ``*.bin``, else ``*.pt``; ``auto``: safetensors, else pt.
 
     Raises:
-        WeightsNotFoundError: nothing there, or files that the index names are missing (all are named).
+        WeightsNotFoundError: there are none, or files that the index names are missing (the message names all).
         WeightFileError: an index that cannot be read.
     """
     directory = Path(model_path)
@@ -96,9 +96,9 @@ def _read_index(path: Path) -> list[Path]:
 
 
 def _problem_of_place(directory: Path, name: str, file: Path) -> str | None:
-    """Why an index may not name this file: it is not one of the checkpoint's own. None: it may.
+    """Return why an index may not name this file: it is outside of the checkpoint. None: it may.
 
-    A snapshot in the hub's cache consists of links to ``blobs`` beside ``snapshots``: those are its own.
+    A snapshot in the hub's cache consists of links to ``blobs`` beside ``snapshots``: those belong to it.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "weights lie in the index's own directory"
@@ -113,11 +113,11 @@ def _problem_of_place(directory: Path, name: str, file: Path) -> str | None:
 
 
 def read_weights(files: list[Path], progress: Progress | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """``(name, tensor)`` of every tensor in the files, in the order they lie on disk.
+    """Yield ``(name, tensor)`` of every tensor in the files, in their order on disk.
 
-    A tensor is a view of a private memory map: read it, copy the part you need, and let it go. Nothing is read from
-    disk before it is touched, and its pages are dropped when the next tensor is asked for: a tensor that is kept is
-    read again, and what was written to it is lost. Its file is unmapped when the last view is gone.
+    A tensor is a view of a private memory map: copy the part you need, and drop the tensor. Data is read from disk at
+    the first access, and a tensor's pages are dropped when the next tensor is requested: a tensor that is kept is read
+    again, and changes to it are lost. A file is unmapped when its last view is gone.
 
     Raises:
         WeightFileError: a file that is truncated or corrupt, or that would need arbitrary objects unpickled.

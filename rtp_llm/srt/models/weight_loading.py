@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint into the parameters of a model: every one has its place, every place is filled."""
+"""Load the tensors of a checkpoint into a model: every tensor must have a place, and every place must be filled."""
 
 import logging
 from collections import Counter, defaultdict
@@ -20,7 +20,7 @@ HEADS = ("lm_head.weight ", "embed_out.weight ")  # how lines about a missing he
 
 
 class WeightLoadError(ValueError):
-    """Checkpoint and model do not fit; the message names every tensor and parameter concerned."""
+    """Checkpoint and model do not fit together; the message names every tensor and parameter concerned."""
 
 
 def load_weights(
@@ -31,7 +31,7 @@ def load_weights(
 ) -> None:
     """Load by the model's own ``load_weights(weights)`` if it has one, else declaratively.
 
-    Where such a method returns the set of the parameter names it loaded, a parameter that is not in it is an error.
+    If that method returns the set of the parameter names that it loaded, a parameter not in the set is an error.
     """
     own_method = ModelTraits.of(model).load_weights
     if own_method is None:
@@ -39,7 +39,7 @@ def load_weights(
         return
     try:
         loaded = own_method(weights)
-    except (WeightFileError, WeightLoadError):  # of the files, or of a helper that it calls: they speak for themselves
+    except (WeightFileError, WeightLoadError):  # of the files, or of a helper: their messages are complete
         raise
     except Exception as error:  # whatever a model's method may raise; the cause is chained
         raise WeightLoadError(f"{type(model).__name__}.load_weights failed: {reason(error)}") from error
@@ -56,27 +56,27 @@ def load_weights_declaratively(
     num_layers: int | None = None,
     quant_config: QuantizationConfig | None = None,
 ) -> None:
-    """Put every tensor of a checkpoint where the model's names and class attributes say it belongs, strictly.
+    """Load every tensor of a checkpoint to the place that the model's names and class attributes give, strictly.
 
     A tensor's name is first rewritten by ``rename``, ``[(regex, replacement), ...]``, each applied in turn. It then is
     a parameter's or persistent buffer's own name, or becomes one through a module's ``weight_sources``, ``{checkpoint
     name: (parameter, shard id)}`` relative to the module, or through ``packed_modules_mapping``, ``{packed module:
-    [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is supplied. What has no place may
-    match ``ignore`` (a list of regular expressions), COMMON_IGNORE, or belong to a layer from ``num_layers`` on, or
-    ``quant_config`` may leave it.
+    [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is added. A tensor without a place
+    is an error, unless it matches ``ignore`` (a list of regular expressions) or COMMON_IGNORE, belongs to a layer from
+    ``num_layers`` on, or ``quant_config.may_leave`` it.
 
-    A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``, or copied to where it has none.
+    A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``; without one, it is copied to.
 
-    A parameter of which a checkpoint has nothing takes the values of another where ``weight_defaults`` says so,
-    ``{parameter: other parameter}``.
+    A parameter that is not in the checkpoint takes the values of another if ``weight_defaults``,
+    ``{parameter: other parameter}``, names one.
 
     A head tied to the embedding may be stored beside it, alone, or not at all; stored with other values it is an error.
 
-    A module's weights are processed (see ``layers.quantization.base``) as soon as it has all its parameters, so that
-    never more than one module is in memory twice.
+    A module's weights are processed (see ``layers.quantization.base``) as soon as it has all its parameters, so that at
+    most one module is in memory twice.
 
     Raises:
-        WeightLoadError: tensors without a place, parameters not (wholly) set, shapes that do not fit: all of them.
+        WeightLoadError: names all tensors without a place, parameters not (wholly) set, and shapes that do not fit.
     """
     load = _DeclarativeLoad(model, num_layers, quant_config)
     for name, tensor in weights:
@@ -85,7 +85,7 @@ def load_weights_declaratively(
 
 
 class _DeclarativeLoad:
-    """One run of ``load_weights_declaratively``: where each tensor goes, and what went wrong so far."""
+    """One run of ``load_weights_declaratively``: places of tensors, what is loaded, and the problems so far."""
 
     def __init__(self, model: nn.Module, num_layers: int | None, quant_config: QuantizationConfig | None) -> None:
         self.model = model
@@ -94,7 +94,7 @@ class _DeclarativeLoad:
         self.names = WeightNames(model)
         self.targets = self.names.targets
         self.loaded: dict[str, set[ShardId]] = {name: set() for name in self.targets}
-        self.tied: dict[str, tuple[str, torch.Tensor]] = {}  # what a parameter of several names was given, and as what
+        self.tied: dict[str, tuple[str, torch.Tensor]] = {}  # parameter of several names -> loaded (name, tensor)
         self.num_direct = 0
         self.prefixed: list[str] = []  # tensors that have a place only with the prefix
         self.ignored: Counter[str] = Counter()  # by reason
@@ -143,7 +143,7 @@ class _DeclarativeLoad:
                 self.tied[alias] = (name, tensor)
 
     def _process(self, path: str) -> None:
-        """Processes the weights of the module at ``path`` if it has all of them, those that it may lack included."""
+        """Process the weights of the module at ``path`` if it has all of them, optional ones included."""
         module = self.model.get_submodule(path)
         names = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
         if not all(self._is_complete(name) for name in names):
@@ -198,7 +198,7 @@ class _DeclarativeLoad:
                 self.loaded[name] = self.loaded[other]
 
     def _missing(self, name: str) -> list[str]:
-        """Lines about what the parameter still lacks."""
+        """Lines for the error message about what the parameter still lacks."""
         shards, shape = self.loaded[name], _shape(self.targets[name])
         if None in shards or (not shards and is_optional(self.targets[name])):
             return []
@@ -210,7 +210,7 @@ class _DeclarativeLoad:
 
 
 def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None:
-    """Raise ValueError if the tensor does not fit."""
+    """Load a tensor, or a shard, into ``target``; raise ValueError if it does not fit."""
     if target.is_floating_point() != tensor.is_floating_point():
         raise ValueError(f"expected dtype {target.dtype}, got {tensor.dtype}")
     weight_loader = getattr(target, "weight_loader", None)

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint belong in a model, by what the model and its modules declare of their names."""
+"""Places of a checkpoint's tensors in a model, by the names that the model and its modules declare."""
 
 import re
 from collections import defaultdict
@@ -11,7 +11,7 @@ from torch import nn
 from rtp_llm.srt.layers.weights import ShardId
 from rtp_llm.srt.model_traits import ModelTraits, NamesSources
 
-BASE_MODEL_PREFIX = "model."  # what names lack in a checkpoint saved from the base model's class
+BASE_MODEL_PREFIX = "model."  # missing in the names of a checkpoint saved from the base model's class
 COMMON_IGNORE = (
     r"(^|\.)rotary_emb\.(original_)?inv_freq$",
     r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 class WeightNames:
-    """A checkpoint's names -> places in the model; and back, of what a parameter is made.
+    """Maps a checkpoint's names to places in the model, and a parameter to the names that it is made of.
 
     Attributes:
         targets: every parameter and persistent buffer, under each of its names.
@@ -42,7 +42,7 @@ class WeightNames:
         self._sources = _declared_sources(model)
         self._sources_of = _by_target(self._sources)
         self._names_of = _names_by_tensor(self.targets)
-        self._wanted: dict[str, frozenset[ShardId]] = {}  # by parameter, once it was asked for
+        self._wanted: dict[str, frozenset[ShardId]] = {}  # cache of ``wanted``
 
     def renamed(self, name: str) -> str:
         for pattern, replacement in self.declared.rename:
@@ -50,7 +50,7 @@ class WeightNames:
         return name
 
     def find(self, name: str) -> Place | None:
-        """The place of a renamed tensor."""
+        """Return the place of a renamed tensor; None if it has none."""
         if name in self.targets:
             return Place(name, None)
         if name in self._sources:
@@ -63,7 +63,7 @@ class WeightNames:
         return None
 
     def why_ignored(self, name: str, num_layers: int | None) -> str | None:
-        """The reason for which a renamed tensor may be without a place; None: there is none."""
+        """Return why a renamed tensor without a place may be ignored; None if it may not."""
         layer = _LAYER_NUMBER.match(name)
         pattern = next((pattern for pattern in self._ignore if re.search(pattern, name)), None)
         if pattern:
@@ -73,7 +73,7 @@ class WeightNames:
         return None
 
     def aliases(self, name: str) -> list[str]:
-        """All names of a target, this one among them."""
+        """Return all names of a target, this one included."""
         return self._names_of[id(self.targets[name])]
 
     def distinct(self) -> list[str]:
@@ -81,7 +81,7 @@ class WeightNames:
         return [names[0] for names in self._names_of.values()]
 
     def parts(self, name: str) -> list[tuple[str, ShardId]]:
-        """The checkpoint's tensors that a parameter is made of together; empty if it is one tensor's."""
+        """Return the checkpoint's tensors that are fused in a parameter, with shard ids; empty if it is one tensor."""
         if name in self._sources_of:
             return self._sources_of[name]
         for packed, sources in self.declared.packed_modules_mapping.items():
@@ -91,13 +91,13 @@ class WeightNames:
         return []
 
     def wanted(self, name: str) -> frozenset[ShardId]:
-        """The ids of all that a parameter is made of; None alone if it is one tensor's."""
+        """Return the shard ids of all parts of a parameter; only None if it is one tensor."""
         if name not in self._wanted:
             self._wanted[name] = frozenset(shard_id for _, shard_id in self.parts(name)) or frozenset([None])
         return self._wanted[name]
 
     def _shard_ids(self, name: str, packed: str) -> tuple[ShardId, ...]:
-        """The ids that the layer's weight_loader knows the sources by, in the order of ``packed_modules_mapping``."""
+        """Return the layer's shard ids of the sources, in the order of ``packed_modules_mapping``."""
         layer = self._model.get_submodule(name.rpartition(".")[0])
         sources = self.declared.packed_modules_mapping[packed]
         default = ("q", "k", "v") if packed.endswith("qkv_proj") and len(sources) == 3 else tuple(range(len(sources)))
@@ -105,7 +105,7 @@ class WeightNames:
 
 
 def _declared_sources(model: nn.Module) -> dict[str, Place]:
-    """Full checkpoint names -> places, as modules declare them in ``weight_sources``."""
+    """Return full checkpoint names -> places, as modules declare them in ``weight_sources``."""
     return {
         f"{path}.{source}": Place(f"{path}.{parameter}", shard_id)
         for path, module in model.named_modules()
@@ -115,7 +115,7 @@ def _declared_sources(model: nn.Module) -> dict[str, Place]:
 
 
 def _by_target(sources: Mapping[str, Place]) -> dict[str, list[tuple[str, ShardId]]]:
-    """Parameters -> the sources that fill them together, with their shard ids; not those that fill them alone."""
+    """Return parameters -> the sources that they fuse, with shard ids; without parameters of one source."""
     by_target: defaultdict[str, list[tuple[str, ShardId]]] = defaultdict(list)
     for source, place in sources.items():
         if place.shard_id is not None:
@@ -131,7 +131,7 @@ def _names_by_tensor(targets: dict[str, torch.Tensor]) -> dict[int, list[str]]:
 
 
 def _swap(name: str, part: str, other: str) -> str | None:
-    """``name`` with the dotted part replaced, or None if it has no such part."""
+    """Return ``name`` with the dotted part replaced, or None if it has no such part."""
     dotted = f".{name}."
     if f".{part}." not in dotted:
         return None

@@ -1,4 +1,4 @@
-"""Models without weights: for what only an instance of a class can say, in a process that does not run it."""
+"""Models without weights: instances whose methods are needed in a process that does not run the model."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,12 +13,12 @@ from rtp_llm.srt.layers.rotary import share_ropes
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import reason
 
-SMALL = 1 << 16  # values of a tensor that a constructor may want to read
+SMALL = 1 << 16  # values of a tensor that a constructor may read
 _BY_SHAPE = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Large tensors that are made by their shape get no memory. Others are as ever: some constructors read them."""
+    """Allocates large tensors made by shape without memory. Other tensors are normal: some constructors read them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **{**(kwargs or {}), "device": "meta"}) if func in _BY_SHAPE else None
@@ -26,10 +26,10 @@ class _LargeOnMeta(TorchFunctionMode):
 
 
 def build_without_weights(model_class: type, model_config: ModelConfig) -> nn.Module:
-    """An instance with all attributes that its constructor sets, whose parameters take no memory.
+    """Build an instance with all attributes that its constructor sets, whose parameters take no memory.
 
     Raises:
-        ModelBuildError: the class cannot be built so; the cause is chained.
+        ModelBuildError: the class cannot be built in this way; the cause is chained.
     """
     modes: tuple[AbstractContextManager, ...] = (torch.device("meta"), _LargeOnMeta())
     for mode in modes:
