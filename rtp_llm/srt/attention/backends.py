@@ -8,11 +8,11 @@ from rtp_llm.srt.device.registry import ATTENTION_BACKENDS
 
 
 def make_backend(name: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionBackend:
-    """The back end called ``name``; None: the fastest for a model in ``dtype`` on ``device``.
+    """Make the back end ``name``; None: the fastest for a model in ``dtype`` on ``device``.
 
     Raises:
-        ValueError: there is no such back end, or it is not for this device or dtype.
-        RuntimeError: the back end's kernels cannot be had here.
+        ValueError: there is no such back end, or it does not support this device or dtype.
+        RuntimeError: the back end's kernels cannot be compiled or loaded here.
     """
     provider = provider_named(device)
     chosen: type[AttentionBackend] = ATTENTION_BACKENDS.load(name or provider.attention_backend(dtype))

@@ -1,4 +1,4 @@
-"""The port that attention back ends fill. docs/attention_backends.md shows a whole one."""
+"""The port for attention back ends. docs/attention_backends.md shows a complete one."""
 
 from abc import ABC, abstractmethod
 
@@ -10,20 +10,20 @@ from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 class AttentionBackend(ABC):
     """Plans a step once for all layers, then runs each layer's attention over the paged cache.
 
-    There is one for each worker, made without arguments; the runner calls ``plan`` once for each step, and then each
-    layer ``forward``, in the order of the model. A step has rows, one for each request that computes tokens in it, and
-    row b computes tokens ``[extend_prefix_lens[b], seq_lens[b])`` of its sequence; there may be no rows. Tokens of all
-    rows lie one after the other in q, k and v.
+    Each worker makes one, without arguments. The runner calls ``plan`` once for each step; then each layer calls
+    ``forward``, in the order of the model. A step has rows, one for each request that computes tokens in it, and row b
+    computes tokens ``[extend_prefix_lens[b], seq_lens[b])`` of its sequence; there may be no rows. Tokens of all rows
+    follow one another in q, k and v.
 
-    Row b's token at position p lies in page ``batch.page_tables[group][batch.req_pool_indices[b], p // page_size]`` of
+    Row b's token at position p is in page ``batch.page_tables[group][batch.req_pool_indices[b], p // page_size]`` of
     its layer's cache (``batch.kv_pool.layer(layer.layer_id)``), at offset ``p % page_size``. Only pages of tokens that
-    some query of the row sees may be read: others may already be someone else's, or are page 0, which is nobody's.
+    some query of the row sees may be read: others may already belong to another request, or are the dummy page 0.
 
     Attributes:
-        reads_shared_prefixes: ``batch.shared_prefixes`` is of use to it; else the scheduler need not look for any.
-        replays: decode steps can be recorded (worker/step_recorder.py). Then ``plan`` is the only place that reads host
-            lists of the batch, and ``forward`` does the same calls in all steps of the same shapes; ``step_tensors``
-            lists what differs.
+        reads_shared_prefixes: it uses ``batch.shared_prefixes``; otherwise the scheduler does not look for any.
+        replays: decode steps can be recorded (worker/step_recorder.py). Then only ``plan`` may read host lists of the
+            batch, ``forward`` makes the same calls in all steps of the same shapes, and ``step_tensors`` lists what
+            differs.
     """
 
     reads_shared_prefixes = False
@@ -31,21 +31,21 @@ class AttentionBackend(ABC):
 
     @classmethod
     def problem(cls, torch_device: str, dtype: torch.dtype) -> str | None:
-        """Why it cannot serve models in ``dtype`` on a device, as a sentence; None: it can."""
+        """Return why it cannot serve models in ``dtype`` on a device, as a sentence; None: it can."""
         return None
 
     @abstractmethod
     def plan(self, batch: ForwardBatch) -> None:
-        """Prepare what all layers have in common. Page tables and slots are filled already, keys are not.
+        """Prepare a step's metadata for all layers. Page tables and slots are filled already, keys are not.
 
-        Layers differ in cache group and window, so what depends on these is made here for all of ``batch.kv_pool``'s
-        groups, or by the first layer that needs it. Nothing here may wait for the device.
+        Layers differ in cache group and window: metadata that depends on these is made here for all groups of
+        ``batch.kv_pool``, or by the first layer that needs it. This must not wait for the device.
         """
 
     def step_tensors(self) -> list[torch.Tensor]:
-        """List what ``plan`` made: all that ``forward`` reads of a step besides the batch's tensors and its arguments.
+        """Return the tensors that ``plan`` made: all that ``forward`` reads besides the batch's and its arguments.
 
-        Asked only where ``replays`` holds: a recorded step runs again with the next step's numbers at its addresses.
+        Called only if ``replays`` is True: a recorded step runs again with the next step's values at its addresses.
         """
         raise NotImplementedError
 
@@ -71,9 +71,9 @@ class AttentionBackend(ABC):
             k, v: [T, num_kv_heads, head_dim] and [T, num_kv_heads, v_head_dim], to be written at the slots
                 ``batch.out_cache_locs[group]`` [T]. Both None: the layer reads what another wrote in this step. ``v``
                 alone None: the layer is latent, values are the first ``v_head_dim`` components of its keys.
-            layer: what the layer computes; the same object in every step.
+            layer: the layer's description; the same object in every step.
             save_kv_cache: False: write nothing.
-            sinks: [num_heads], one score for each head that takes part in the softmax and carries no value.
+            sinks: [num_heads], a score for each head that takes part in the softmax and has no value.
 
         Returns:
             [T, num_heads * v_head_dim], in q's dtype.

@@ -1,4 +1,4 @@
-"""Attention in plain torch, on any device. Slow beside a kernel, and the one that kernels are compared with."""
+"""Attention in plain torch, on any device. Slower than kernels, which are compared with it."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from rtp_llm.srt.kv_pool import LayerCache, slots_of
 
 @dataclass(slots=True)
 class DecodeBucket:
-    """Rows of one token each with similarly long histories, gathered together and padded to the longest."""
+    """Rows of one token each with similar lengths, gathered together and padded to the longest."""
 
-    token_rows: torch.Tensor  # [B] where their tokens are in the batch
+    token_rows: torch.Tensor  # [B] indices of their tokens in the batch
     slots: torch.Tensor  # [B, L] cache slots, padded with the dummy page
     visible: torch.Tensor  # [B, 1, 1, L] bool
 
@@ -34,19 +34,19 @@ class ExtendRow:
 
 @dataclass(slots=True)
 class StepLayout:
-    """What a layer with a given cache group and window reads in this step."""
+    """The metadata of a step for layers with one cache group and window."""
 
     decode: list[DecodeBucket]
     extend: list[ExtendRow]
 
 
-# Scores that are computed explicitly (capped, or with sinks) are made for so many query-key pairs at a time: 64 MiB.
+# Query-key pairs whose scores are computed explicitly (capped, or with sinks) at a time: 64 MiB.
 SCORES_PER_PIECE = 1 << 24
 
 
 class TorchAttention(AttentionBackend):
     def __init__(self) -> None:
-        # cuDNN makes a plan for every length that it has not seen, and in each step keys are longer than before.
+        # cuDNN makes a plan for every new length, and keys get longer with each step.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._layouts: dict[tuple[int, int | None], StepLayout] = {}
 
@@ -75,7 +75,7 @@ class TorchAttention(AttentionBackend):
         return out.flatten(1)
 
     def _layout(self, batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
-        """Built by the first layer of each kind, then shared by the others."""
+        """Return the layout, made by the first layer of each group and window, then shared."""
         layout = self._layouts.get((group, window))
         if layout is None:
             layout = self._layouts[group, window] = _layout(batch, group, window)
@@ -83,7 +83,7 @@ class TorchAttention(AttentionBackend):
 
 
 def _layout(batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
-    """Rows of one token are bucketed by the length of what they see, within a factor of two."""
+    """Make a layout; rows of one token are grouped by the number of keys that they see, within a factor of two."""
     table, page_size = batch.page_tables[group], batch.kv_pool.groups[group].page_size
     device = table.device
     buckets: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -122,7 +122,7 @@ def _bucket(
 def _visible(
     q_offset: int, num_keys: int, window: int | None, visible_ends: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """[n, L]: which of the ``num_keys`` keys each query sees; the queries are the last of them, from ``q_offset`` on.
+    """[n, L] bool: whether a query sees a key, of L = ``num_keys``; queries are the positions from ``q_offset`` on.
 
     None: plain causal, no history.
     """
@@ -145,7 +145,7 @@ def _decode(
     layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [B, Hq, D] -> [B, Hq, Dv]. The query heads of a group are the 'sequence' of one matrix product."""
+    """q [B, Hq, D] -> [B, Hq, Dv]. The query heads of a key head are computed as the queries of one sequence."""
     num_rows, num_kv_heads = q.shape[0], layer.num_kv_heads
     grouped = q.reshape(num_rows, num_kv_heads, -1, q.shape[-1])
     k, v = _gather(cache, bucket.slots, layer, q.dtype)
@@ -160,7 +160,7 @@ def _decode(
 def _gather(
     cache: LayerCache, slots: torch.Tensor, layer: AttentionSpec, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [..., Hkv, D] and values [..., Hkv, Dv] at slots [...]; what a latent layer keeps is gathered once."""
+    """Keys [..., Hkv, D] and values [..., Hkv, Dv] at slots [...]; a latent layer's are gathered once."""
     if not layer.latent:
         return cache.numbers(slots, dtype)
     k = cache.keys[slots].to(dtype)
@@ -175,7 +175,7 @@ def _explicit(
     layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [B, Hkv, G, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hkv, G, Dv], by scores capped or with sinks."""
+    """q [B, Hkv, G, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hkv, G, Dv], with capped scores or sinks."""
     num_rows, num_kv_heads, group_size, _ = q.shape
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * layer.scaling
     if layer.logit_cap > 0:
@@ -219,14 +219,14 @@ def _extend_explicit(
     layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Some queries at a time, with the keys that they see, so that a long prompt's scores never exist all at once."""
+    """Compute some queries at a time, so that a long prompt's scores are never all in memory."""
     window, pieces, start = layer.window, [], 0
     for piece in q.split(max(1, SCORES_PER_PIECE // (q.shape[1] * len(k)))):
         q_start, end = row.q_offset + start, start + len(piece)
         first = 0 if window is None else max(0, q_start - window + 1)
         if row.visible_ends is None:
             seen, ends = slice(first, row.q_offset + end), None
-        else:  # how far ahead a query sees is known to the device alone
+        else:  # only the device knows how far ahead a query sees
             seen, ends = slice(first, None), row.visible_ends[start:end] - first
         offset = q_start - first
         out = reference.attention(piece, k[seen], v[seen], layer.scaling, offset, window, layer.logit_cap, sinks, ends)

@@ -1,4 +1,4 @@
-"""Which device computes: chosen by name, once, and named while layers are built."""
+"""The choice of the device by name, and the provider that layers are built for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ import torch
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
 from rtp_llm.srt.device.registry import DEVICES, load_target
 
-BUILT_FOR = "cpu"  # what layers are built for where nobody says
+BUILT_FOR = "cpu"  # the device for layers that are built outside of ``building_for``
 
 _providers: dict[tuple[str, str], DeviceProvider] = {}
 _built_for: ContextVar[DeviceProvider | None] = ContextVar("built_for", default=None)
 
 
 def provider_named(name: str) -> DeviceProvider:
-    """The provider of ``--device NAME``, one in each process. Whether it can be used here, its ``problem`` says.
+    """Return the provider of ``--device NAME``, one in each process. Its ``problem`` says whether it can be used here.
 
     Raises:
         ValueError: there is no such device.
@@ -28,10 +28,10 @@ def provider_named(name: str) -> DeviceProvider:
 
 
 def choose_device(asked: str | None) -> str:
-    """The name of the device that was asked for, else of the best that is usable here.
+    """Return the name of the requested device, else of the best that is usable here.
 
     Raises:
-        RuntimeError: the device that was asked for is not there.
+        RuntimeError: the requested device cannot be used here.
         ValueError: there is no such device.
     """
     if asked is None:
@@ -43,13 +43,13 @@ def choose_device(asked: str | None) -> str:
 
 
 def choose_torch_device(asked: str | None) -> str:
-    """As ``choose_device``; what torch calls it."""
+    """As ``choose_device``, but return torch's name of the device."""
     return provider_named(choose_device(asked)).torch_device
 
 
 @contextmanager
 def building_for(provider: DeviceProvider) -> Iterator[None]:
-    """Layers that are built, and weights that are packed, within are for this provider."""
+    """Build layers and pack weights for this provider within the context."""
     token = _built_for.set(provider)
     try:
         yield
@@ -62,5 +62,5 @@ def built_for() -> DeviceProvider:
 
 
 def pick(name: str, dtype: torch.dtype | None = None) -> Kernel:
-    """The kernel called ``name`` for a layer that is built now, in ``dtype`` (None: the default dtype)."""
+    """Return the kernel ``name`` for a layer that is being built, in ``dtype`` (None: the default dtype)."""
     return built_for().pick(name, dtype or torch.get_default_dtype())

@@ -1,8 +1,8 @@
-"""The port that devices fill: everything that depends on which device computes.
+"""The port for devices: everything that depends on the device that computes.
 
-A device is a folder with one class of DeviceProvider, which ``registry.py`` finds by name; nobody else imports the
-folder. It is chosen once (``choice.py``). ``devices/reference`` fills the port in plain torch, and is what another
-device derives from, so that it writes down only what it does differently.
+A device is a folder with one subclass of DeviceProvider, which ``registry.py`` finds by name; no other module imports
+the folder. It is chosen once (``choice.py``). ``devices/reference`` implements the port in plain torch; other devices
+derive from it and define only what differs.
 """
 
 from abc import ABC, abstractmethod
@@ -21,21 +21,21 @@ Kernel = Callable[..., Any]
 
 
 class DeviceProvider(ABC):
-    """One device, and what computes on it.
+    """One device: its kernels, weight formats, memory and copies.
 
     Order: ``problem`` and ``memory_bytes`` before anything is loaded; ``prepare_rank`` in a process of its own per
     rank; kernels and packed weights while a model is built and loaded; the cache's memory; then the methods of steps.
 
     Attributes:
-        name: what ``--device`` calls it.
-        torch_device: where torch puts its tensors (``cpu``, ``cuda``).
+        name: its name for ``--device``.
+        torch_device: torch's name for it (``cpu``, ``cuda``).
         chunked_prefill_size, mem_fraction_static: the defaults of these options.
-        overlaps_steps: calls return before their work is done, so that the host plans the next step meanwhile.
-        ranks_share_memory: all ranks take theirs from the same memory.
+        overlaps_steps: calls return before their work is done, so that the host can plan the next step meanwhile.
+        ranks_share_memory: all ranks use the same memory.
         process_group: torch.distributed's back end between ranks.
-        kv_cache_dtypes: values of ``--kv-cache-dtype`` that its attention can store.
-        step_recorder: the StepRecorder that runs decode steps without their Python, as ``module:attribute``.
-        activities: what a trace can record, by the names of ``start_profile``.
+        kv_cache_dtypes: values of ``--kv-cache-dtype`` that its attention supports.
+        step_recorder: the StepRecorder for decode steps, as ``module:attribute``; None: there is none.
+        activities: activities that a trace can record, by their names for ``start_profile``.
     """
 
     torch_device: str
@@ -55,78 +55,80 @@ class DeviceProvider(ABC):
 
     @abstractmethod
     def problem(self) -> str | None:
-        """Why this device cannot be used here, as the end of a sentence; None: it can."""
+        """Return why this device cannot be used here, as the end of a sentence; None: it can."""
 
     @abstractmethod
     def memory_bytes(self) -> tuple[int, int]:
-        """``(free, total)`` bytes of what weights and cache are kept in."""
+        """``(free, total)`` bytes of the memory for weights and cache."""
 
     @abstractmethod
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
-        """Make a rank's process ready to join the others; return the device that is this rank's own."""
+        """Prepare a rank's process for joining the others; return this rank's device."""
 
     # While a model is built and loaded
 
     @abstractmethod
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
-        """This device's own kernel: equal to the function of that name in ``kernels/reference.py``, for ``dtype``."""
+        """Return this device's own kernel, which equals ``kernels/reference.py``'s ``name``, for ``dtype``, if any."""
 
     @abstractmethod
     def pick(self, name: str, dtype: torch.dtype) -> Kernel:
-        """Its own kernel, else the reference. Layers ask once, when they are built, and keep the answer."""
+        """Return its own kernel, else the reference's. Layers call this once, when they are built."""
 
     @abstractmethod
     def attention_backend(self, dtype: torch.dtype) -> str:
-        """The name of the fastest attention back end for models in ``dtype``."""
+        """Return the name of the fastest attention back end for models in ``dtype``."""
 
     @abstractmethod
     def pack_dense(self, weight: torch.Tensor) -> PackedWeight | None:
-        """[N, K] as products read it, a copy. None: nothing is faster than the tensor as it is."""
+        """Pack a copy of a weight [N, K]. None: no packed form is faster than the plain tensor."""
 
     @abstractmethod
     def pack_experts(self, weight: torch.Tensor) -> PackedExperts | None:
-        """As ``pack_dense``, for [experts, N, K]."""
+        """Pack a copy of weights [experts, N, K]; None as in ``pack_dense``."""
 
     @abstractmethod
     def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
-        """[N, K] int8 and [N] float32; products are those of ``reference.linear_int8``."""
+        """Pack [N, K] int8 with scales [N] float32, for the products of ``reference.linear_int8``."""
 
     @abstractmethod
     def pack_int4(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """[N, K / 2] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_int4``."""
+        """Pack [N, K / 2] uint8, scales [N, ceil(K / group_size)] float32 and zeros (the same in uint8, or None), for
+        the products of ``reference.linear_int4``."""
 
     @abstractmethod
     def pack_uint8(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """[N, K] uint8, [N, ceil(K / group_size)] float32, uint8 or None: those of ``reference.linear_uint8``."""
+        """Pack [N, K] uint8, scales [N, ceil(K / group_size)] float32 and zeros (the same in uint8, or None), for the
+        products of ``reference.linear_uint8``."""
 
     @abstractmethod
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
-        """Kernels that are bound within are parts of ``watch`` from then on; for a profile."""
+        """Make kernels that are bound within the context report their times to ``watch``, also later; for a profile."""
 
     # The cache's memory
 
     @abstractmethod
     def cache_allocator(self) -> Callable[..., torch.Tensor]:
-        """What reserves a cache's tensors, one for each cache: called as ``torch.empty(*shape, dtype=...)``."""
+        """Return the function that allocates the tensors of one cache, called as ``torch.empty(*shape, dtype=...)``."""
 
     @abstractmethod
     def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Called once with a cache's tensors; may have the system give them memory before steps need it."""
+        """Take note of a cache's tensors, once; may make the system back them with memory before steps need it."""
 
     # In every step
 
     @abstractmethod
     def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the host's values, for which the host does not wait."""
+        """Copy host values to a tensor on the device, without waiting."""
 
     @abstractmethod
     def to_device_together(self, arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
-        """A tensor for each one-dimensional int64 array. They share memory, and get there in one copy."""
+        """Copy one-dimensional int64 arrays to a tensor each, in one copy; the tensors share memory."""
 
     @abstractmethod
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        """Start copying to the host; what is returned waits for it, and gives the copies."""
+        """Start copying to the host; return a function that waits, and returns the copies."""

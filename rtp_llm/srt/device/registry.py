@@ -1,4 +1,4 @@
-"""Which devices and attention back ends there are, by name. What a name stands for is imported when it is asked for."""
+"""Devices and attention back ends by name, each imported when it is first needed."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class Registry:
-    """Names and where each is found: ``module:attribute``."""
+    """Maps names to targets, ``module:attribute``."""
 
     def __init__(self, kind: str, own: Mapping[str, str]) -> None:
         self._kind = kind
         self._own = dict(own)
-        self.added: dict[str, str] = {}  # from outside of this package; these travel to the engine's processes
+        self.added: dict[str, str] = {}  # by users of this package; sent to the engine's processes
 
     def register(self, name: str, target: str) -> None:
-        """Add a name, or give it another meaning.
+        """Add a name, or change its target.
 
         Raises:
             ValueError: ``target`` is not of the form ``module:attribute``.
@@ -25,17 +25,17 @@ class Registry:
         self.added[name] = target
 
     def own_names(self) -> tuple[str, ...]:
-        """This package's, the preferred ones first."""
+        """Return this package's names, the preferred ones first."""
         return tuple(self._own)
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted({*self._own, *self.added}))
 
     def target(self, name: str) -> str:
-        """Where the name is found.
+        """Return the name's target.
 
         Raises:
-            ValueError: it is not known.
+            ValueError: the name is unknown.
         """
         found = self.added.get(name) or self._own.get(name)
         if found is None:
@@ -43,7 +43,7 @@ class Registry:
         return found
 
     def load(self, name: str) -> Any:
-        """What the name stands for; raises ValueError as ``target`` does, and what importing its module raises."""
+        """Import and return the name's class; raise as ``target`` does, or as importing its module does."""
         return load_target(self.target(name))
 
 
@@ -52,7 +52,7 @@ def load_target(target: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-# Classes of DeviceProvider. Where no device is asked for, the first that is usable is taken.
+# Subclasses of DeviceProvider. Without ``--device``, the first usable one is chosen.
 DEVICES = Registry(
     "device",
     {
@@ -62,7 +62,7 @@ DEVICES = Registry(
     },
 )
 
-# Classes of AttentionBackend.
+# Subclasses of AttentionBackend.
 ATTENTION_BACKENDS = Registry(
     "attention backend",
     {

@@ -1,7 +1,7 @@
-"""Tensor parallelism: who this rank is, and the two exchanges that layers need.
+"""Tensor parallelism: this process's rank, and the two collective operations that layers need.
 
-Layers ask ``get_tp_group()`` when they are built and keep the answer. Until ``init_tensor_parallel`` is called there is
-one rank, and the exchanges are the identity.
+Layers call ``get_tp_group()`` when they are built and keep the group. Until ``init_tensor_parallel`` is called there
+is one rank, and the operations are the identity.
 """
 
 from datetime import timedelta
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 class TPGroup:
-    """The ranks that share one model. Both exchanges are collective: every rank calls them, in the same order."""
+    """The ranks that share one model. Every rank must call both operations, in the same order."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
         if not 0 <= rank < world_size:
@@ -21,7 +21,7 @@ class TPGroup:
         self.device = torch.device(device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of ``x`` over the ranks, same shape and dtype. May write to ``x``."""
+        """Return the sum of ``x`` over the ranks, in its shape and dtype. May write to ``x``."""
         if self.world_size == 1:
             return x
         x = x.contiguous()
@@ -29,7 +29,7 @@ class TPGroup:
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The ranks' ``x``, all of one shape, side by side along ``dim`` in rank order."""
+        """Return the ranks' ``x``, all of one shape, concatenated along ``dim`` in rank order."""
         if self.world_size == 1:
             return x
         x = x.contiguous()
@@ -54,8 +54,8 @@ def init_tensor_parallel(
     Args:
         backend: of torch.distributed: ``gloo``, ``nccl`` and what else it has here.
         init_method: where the ranks meet, as ``torch.distributed`` spells it (``tcp://host:port``, ``file:///path``).
-        timeout_s: how long joining, and any later exchange, may wait for the other ranks.
-        device: this rank's; with an index where it is one of several that the process could use.
+        timeout_s: how long joining, and any later operation, may wait for the other ranks.
+        device: this rank's, with an index if the process could use several.
 
     Raises:
         RuntimeError: a group was already joined in this process.
@@ -112,7 +112,7 @@ def tensor_model_parallel_all_gather(x: torch.Tensor, dim: int = -1) -> torch.Te
 
 
 def divide(numerator: int, denominator: int, what: str = "size") -> int:
-    """``numerator / denominator`` where that is a whole number; ``what`` names the numerator in the error."""
+    """Return ``numerator / denominator``; raise ValueError, which names ``what``, if it is not a whole number."""
     if numerator % denominator != 0:
         raise ValueError(f"{what} {numerator} is not divisible by {denominator}; choose another tp_size")
     return numerator // denominator

@@ -1,4 +1,4 @@
-"""``attention.cpp``: attention over a paged cache, and the writing of that cache. See ``reference.py`` for both."""
+"""Calls of ``attention.cpp``: attention over a paged cache, and writes to that cache. See ``reference.py``."""
 
 import ctypes
 import functools
@@ -10,9 +10,9 @@ from rtp_llm.srt.devices.cpu import build, memory
 from rtp_llm.srt.devices.cpu.binding import BOOL, POINTER, Kernel, bind
 from rtp_llm.srt.kernels.paged import PagedRows
 
-# As attention.cpp numbers them: activations, and what is stored.
+# Dtypes of activations and of the cache, numbered as in attention.cpp.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# What models in a dtype may store in their cache.
+# A model's dtype -> the dtypes that its cache may have.
 STORED = {torch.float32: (torch.float32, torch.bfloat16, torch.int8), torch.bfloat16: (torch.bfloat16, torch.int8)}
 
 
@@ -49,7 +49,7 @@ def _kernel(name: str) -> Kernel:
 
 
 def compile_now() -> None:
-    """Rather than when it is first called.
+    """Compile the kernels now, not at their first call.
 
     Raises:
         KernelBuildError: it cannot be compiled here.
@@ -72,9 +72,9 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See ``reference.paged_attention``. What rows share is read once.
+    """See ``reference.paged_attention``. Shared prefixes are read once.
 
-    Nothing is copied: heads and tokens of q, keys and values may have any stride, their last dimension none.
+    Nothing is copied: heads and tokens of q, keys and values may have any stride; the last dimension is contiguous.
     """
     (num_tokens, num_heads, head_dim), (num_kv_heads, v_head_dim) = q.shape, values.shape[1:]
     _check(num_heads % num_kv_heads == 0, f"{num_heads} query heads for {num_kv_heads} key heads")
@@ -111,7 +111,7 @@ def write_kv(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> None:
-    """See ``reference.write_kv``. Heads and tokens of k and v may have any stride, their last dimension none."""
+    """See ``reference.write_kv``. Heads and tokens of k and v may have any stride."""
     num_tokens, num_kv_heads, head_dim = k.shape
     _check(keys.shape[1:] == (num_kv_heads, head_dim), f"{tuple(k.shape)} into a cache of {tuple(keys.shape)}")
     _check(keys.is_contiguous(), "the cache must be contiguous")

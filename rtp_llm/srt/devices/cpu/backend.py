@@ -1,4 +1,4 @@
-"""Attention by C++ kernels, on a CPU."""
+"""Attention with C++ kernels, on a CPU."""
 
 import torch
 
@@ -9,7 +9,7 @@ from rtp_llm.srt.kernels.paged import PagedRows
 
 
 class CpuAttention(AttentionBackend):
-    """Kernels read the page tables themselves: a step's metadata is three numbers a row, the same for all layers."""
+    """Attention by kernels that read the page tables: a step's metadata is three numbers per row, for all layers."""
 
     reads_shared_prefixes = True
     replays = True

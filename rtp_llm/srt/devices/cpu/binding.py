@@ -1,4 +1,4 @@
-"""Calling compiled kernels: C functions of pointers and numbers, bound once."""
+"""Calls of compiled kernels: C functions of pointers and numbers, bound once."""
 
 import ctypes
 import threading
@@ -13,7 +13,7 @@ from rtp_llm.srt.devices.cpu import build
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 BOOL = ctypes.c_bool
 
-Note = Callable[[str, Callable[..., Any], tuple[Any, ...], Any], None]  # of a name, function, arguments and result
+Note = Callable[[str, Callable[..., Any], tuple[Any, ...], Any], None]  # called with name, function, arguments, result
 _noting = threading.local()
 
 
@@ -33,7 +33,7 @@ class Kernel:
 
 
 def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel:
-    """The function of ``LIBRARY.cpp``, whose arguments are of these types; pointers are given as plain integers."""
+    """Bind a function of ``LIBRARY.cpp`` with arguments of these types; pointers are passed as plain integers."""
     bound = getattr(build.load(library), function)
     bound.argtypes, bound.restype = types, result
     return Kernel(f"{library}.{function}", bound)
@@ -41,7 +41,7 @@ def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel
 
 @contextmanager
 def noted_calls(note: Note) -> Iterator[None]:
-    """``note`` is told of every call of a kernel that this thread makes within."""
+    """Call ``note`` for every call of a kernel by this thread within the context."""
     _noting.note = note
     try:
         yield
@@ -55,5 +55,5 @@ def are_noted() -> bool:
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Where the tensor's first element is; None (a null pointer) for None."""
+    """Return the address of the tensor's first element; None (a null pointer) for None."""
     return None if tensor is None else tensor.data_ptr()

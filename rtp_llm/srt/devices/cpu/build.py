@@ -1,12 +1,12 @@
-"""Compiles a C++ kernel file at its first use, for this machine, and loads it.
+"""Compile a C++ kernel file at its first use, for this machine, and load it.
 
-A kernel file ``NAME.cpp`` stands beside this one, includes headers that do as well (``common.h``, and its own parts,
-``NAME_PART.h``) and exports ``extern "C"`` functions of pointers and sizes: nothing of torch's headers, so that it
-compiles in seconds. Its OpenMP is the one that torch has
-loaded, so that there is one pool of threads. What was compiled is kept in ``~/.cache/rtp_llm/kernels``
-(``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of everything that it depends on. It is code, so it is
-loaded only from a folder, and a file, that nobody else could have written (``utils/private_files.py``). Where the
-folder is not like that, each process compiles for itself and keeps nothing.
+A kernel file ``NAME.cpp`` is in this folder, includes headers of this folder (``common.h``, and its own parts,
+``NAME_PART.h``) and exports ``extern "C"`` functions of pointers and sizes. It includes none of torch's headers, so
+that it compiles in seconds. It uses the OpenMP library that torch has loaded, so that there is one pool of threads.
+Libraries are kept in ``~/.cache/rtp_llm/kernels`` (``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of
+everything that they depend on. They are code, so they are loaded only from a folder and a file that no other user
+could have written (``utils/private_files.py``). If the folder is not safe, each process compiles for itself and keeps
+nothing.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ FLAGS = (
 )
 COMPILER_TIMEOUT_S = 300
 
-# Best first: what the processor must have, and what the compiler is told.
+# Best first: instruction set -> flags that the processor must have, and the compiler's flags.
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c")
 ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512_bf16": (
@@ -60,21 +60,21 @@ ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class KernelBuildError(RuntimeError):
-    """A kernel file does not compile or load here; the message has the compiler's own words."""
+    """A kernel file does not compile or load here; the message contains the compiler's output."""
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that this processor has, best first; the last is ``portable``."""
+    """Return the instruction sets that this processor has, best first; the last is ``portable``."""
     flags = cpu_flags()
     return [isa for isa, (needed, _) in ISAS.items() if flags.issuperset(needed)]
 
 
 @functools.cache
 def isa() -> str:
-    """The instruction set that kernels are compiled for: the best, or what ``RTP_LLM_CPU_ISA`` asks for.
+    """Return the instruction set that kernels are compiled for: the best, or the one in ``RTP_LLM_CPU_ISA``.
 
     Raises:
-        ValueError: the processor does not have what was asked for.
+        ValueError: the processor does not have the latter.
     """
     supported, asked = supported_isas(), os.environ.get("RTP_LLM_CPU_ISA")
     if asked and asked not in supported:
@@ -84,7 +84,7 @@ def isa() -> str:
 
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler: ``CXX``, else what is on the path, relative entries of it excepted; None: there is none."""
+    """Return the C++ compiler: ``CXX``, else one in an absolute folder of the path; None: there is none."""
     asked = os.environ.get("CXX")
     names = [shlex.split(asked)[0]] if asked else ["g++", "c++", "clang++"]
     folders = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
@@ -93,22 +93,22 @@ def compiler() -> str | None:
 
 @functools.cache
 def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
-    """The library of ``NAME.cpp``, compiled now if it has not been before. ``for_isa``: not for the best one.
+    """Return the library of ``NAME.cpp``, compiled now if it is not in the cache. ``for_isa``: None: ``isa()``.
 
     Raises:
-        KernelBuildError: there is no compiler, or it does not take the file, or the result does not load.
+        KernelBuildError: there is no compiler, or compiling or loading fails.
     """
     target = for_isa or isa()
     folder = _sound_cache()
     if folder is not None:
         return _open(_built_in(folder, name, target))
     with ScratchFolder() as private:
-        return _open(_built_in(private, name, target))  # what is loaded needs its file no longer
+        return _open(_built_in(private, name, target))  # a loaded library does not need its file
 
 
 @functools.cache
 def kernels_work() -> bool:
-    """Whether this machine can compile and load kernels. Says once why not."""
+    """Whether this machine can compile and load kernels; if not, log once why."""
     try:
         load("probe")
     except KernelBuildError as error:
@@ -125,7 +125,7 @@ def _built_in(folder: Path, name: str, target: str) -> Path:
     path = folder / f"{name}-{target}-{_key(name, target)}.so"
     if _problem_of(path) is not None:
         with _lock(path.with_suffix(".lock")):
-            problem = _problem_of(path)  # another process may have made it while this one waited
+            problem = _problem_of(path)  # another process may have compiled it while this one waited
             if problem:
                 logger.warning("a compiled CPU kernel is not loaded but compiled anew: %s", problem)
             if problem is not None:
@@ -134,7 +134,8 @@ def _built_in(folder: Path, name: str, target: str) -> Path:
 
 
 def _problem_of(path: Path) -> str | None:
-    """Why a library cannot be loaded: it is not this user's own, or (an empty string) not there. None: it can."""
+    """Return why a library cannot be loaded: others could have written it; an empty string: it does not exist. None:
+    it can."""
     try:
         return problem_of_file(path)
     except FileNotFoundError:
@@ -156,7 +157,7 @@ def cache_folder() -> Path:
 
 
 def _sound_cache() -> Path | None:
-    """The cache's folder, which is made if need be; None where it cannot be used, which is told."""
+    """Return the cache's folder, created if needed; None, with a warning, if it cannot be used."""
     try:
         cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = cache_folder().resolve(strict=True)
@@ -173,7 +174,7 @@ def _sound_cache() -> Path | None:
 
 @functools.cache
 def _warn_of_cache(problem: str) -> None:
-    """Once for each problem, not for each kernel."""
+    """Log a warning, once for each problem, not for each kernel."""
     logger.warning(
         "compiled CPU kernels are neither loaded from the cache nor kept: %s. Every start compiles them anew, which "
         "takes a minute. Make it a folder that is yours alone (chmod 700), or name one in RTP_LLM_KERNEL_CACHE",
@@ -182,7 +183,7 @@ def _warn_of_cache(problem: str) -> None:
 
 
 def _key(name: str, target: str) -> str:
-    """Hash of sources, flags, compiler, processor and torch."""
+    """Return a hash of sources, flags, compiler, processor and torch."""
     digest = hashlib.sha256()
     for file in _sources(f"{name}.cpp"):
         digest.update((SOURCES / file).read_bytes())
@@ -192,7 +193,7 @@ def _key(name: str, target: str) -> str:
 
 
 def _sources(file: str) -> list[str]:
-    """A file, and what it includes of the files beside it, each once."""
+    """Return a file and the files of this folder that it includes, each once."""
     files = [file]
     for known in files:
         included = re.findall(r'^#include "([^"]+)"$', (SOURCES / known).read_text(encoding="utf-8"), re.MULTILINE)
@@ -219,7 +220,7 @@ def _command(name: str, target: str, output: Path) -> list[str]:
 
 @functools.cache
 def openmp_libraries() -> tuple[str, ...]:
-    """The OpenMP library that torch has loaded into this process."""
+    """Return the OpenMP libraries that torch has loaded into this process."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -228,7 +229,7 @@ def openmp_libraries() -> tuple[str, ...]:
 
 
 def _compile(name: str, target: str, path: Path) -> None:
-    """Make ``path``, whole or not at all. What an interrupted call leaves is overwritten by the next one."""
+    """Compile to ``path``, completely or not at all. The next call overwrites the remains of an interrupted one."""
     started = time.monotonic()
     made = path.with_suffix(".new")
     made.unlink(missing_ok=True)
@@ -250,7 +251,7 @@ def _compile(name: str, target: str, path: Path) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system frees it when its holder dies, however it does."""
+    """Hold a file lock, one process at a time; the system frees it when its holder dies."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

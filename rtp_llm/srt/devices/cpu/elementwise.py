@@ -1,6 +1,6 @@
-"""Norms, gated activations and rotations in C++. What a call does not fit goes to plain torch (``reference``).
+"""Norms, gated activations and rotations in C++. Other dtypes or devices go to plain torch (``reference``).
 
-A kernel reads rows where they lie: queries and keys are slices of what a projection made, and are not copied.
+A kernel reads rows with strides: queries and keys are slices of a projection's output, and are not copied.
 """
 
 import functools
@@ -34,7 +34,7 @@ def _function(name: str, dtype: torch.dtype) -> Kernel:
 
 
 def _fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether all are on the CPU and of one dtype that kernels know."""
+    """Whether all are on the CPU and of one dtype that kernels support."""
     dtype = x.dtype
     if dtype not in _SUFFIXES or not x.is_cpu:
         return False
@@ -171,10 +171,10 @@ def rotary_pair(
 
 
 def rotary_pair_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> None:
-    """``rotary_pair`` in place; for tensors that kernels take only.
+    """``rotary_pair`` in place, without a fallback.
 
     Raises:
-        ValueError: another dtype or device than the kernels', or components of a head that are not neighbours.
+        ValueError: kernels do not support the dtype or device, or a head's components are not contiguous.
     """
     if not _fits(q, k, cos, sin) or q.stride(2) != 1 or k.stride(2) != 1:
         raise ValueError(f"cannot rotate {q.dtype} queries and {k.dtype} keys by {cos.dtype} cosines in place")

@@ -1,11 +1,11 @@
-"""Decode steps on a CPU without their Python: recorded once for each number of rows, then replayed.
+"""The step recorder for CPUs: a decode step is recorded once for each number of rows, then replayed.
 
-What a step's layers do in Python (views, checks, allocations, some ten calls a layer) is the same in every step, and
-takes longer than the kernels of a small batch. A recording runs the model as always and notes which kernels and torch
-operations compute with which addresses; a replay does just these, as CUDA graphs do on a GPU (the idea is theirs).
+The Python of a step's layers (views, checks, allocations, some ten calls per layer) is the same in every step, and
+takes longer than the kernels of a small batch. A recording runs the model normally and notes the calls of kernels and
+torch operations with their addresses; a replay makes only these calls, like a CUDA graph on a GPU.
 
-What a model may do is what a CUDA graph allows: its work must not depend on numbers, only on shapes. A model that reads
-tensors or a batch's host lists while it is recorded runs as before.
+The conditions are those of CUDA graphs: a model's work must depend only on shapes, not on values. A model that reads
+tensors or a batch's host lists while it is recorded runs without recordings.
 """
 
 import dataclasses
@@ -30,29 +30,29 @@ from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 256  # beyond, Python takes a small part of a step
-MAX_GRAPHS = 256  # a tenth of a megabyte each; batches take all sizes in turn as requests come and go
-# A kind of batch is recorded when it comes for this time. A recording takes as long as a handful of replays save: so
-# kinds that hardly come again cost little, and those that stay lose little.
+MAX_ROWS = 256  # in larger batches, Python takes a small part of a step
+MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as requests come and go
+# A kind of batch is recorded when it occurs for this time. A recording costs as much as a few replays save: so rare
+# kinds cost little, and frequent ones lose little.
 RECORD_AT = 6
 
-Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and what it must return
+Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and its expected result
 
 
 class NotReplayable(Exception):
-    """The model's work depends on numbers."""
+    """The model's work depends on values."""
 
 
 class CpuGraphs(StepRecorder):
-    """Runs the batches that it ``takes``: the first few of a kind as they are, one recorded, all others replayed.
+    """Runs the batches that it ``takes``: the first few of a kind normally, then one recorded, all others replayed.
 
     A kind is a number of rows, so no batch is padded.
     """
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
         super().__init__(forward, attn_backend, step_modules)
-        self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # a number: how often that kind has come
-        self._memory = Reused()  # for all graphs: one runs at a time, and nothing is left over from step to step
+        self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # an int: how often that kind has occurred
+        self._memory = Reused()  # shared by all graphs: one runs at a time, and keeps nothing between steps
         unknown = [type(m).__name__ for m in step_modules if not isinstance(m, ReplaysForward)]
         self._works = not unknown
         if unknown:
@@ -63,7 +63,7 @@ class CpuGraphs(StepRecorder):
             return False
         if batch.prompt_logprobs or batch.visible_ends is not None or len(batch.sample_rows) != batch.batch_size:
             return False
-        # A prompt's last token may be one of its media.
+        # A prompt's last token may be a placeholder of media.
         starts = zip(batch.extend_prefix_lens_cpu, batch.prompt_lens_cpu, strict=True)
         return batch.mm_inputs is None or all(start >= prompt_len for start, prompt_len in starts)
 
@@ -77,7 +77,7 @@ class CpuGraphs(StepRecorder):
                 return self._forward(batch)
             try:
                 graph = self._record(batch)
-            except Exception as error:  # its own errors a model makes again when it just runs
+            except Exception as error:  # a model's own error occurs again when it runs normally
                 if isinstance(error, NotReplayable):
                     logger.info("decode steps are not replayed: %s", error)
                 else:
@@ -89,7 +89,7 @@ class CpuGraphs(StepRecorder):
         return graph.replay(tensors)
 
     def _keep(self, key: Any, graph: "CpuGraph | int") -> None:
-        """As the latest; the one that was not used for longest goes where there are too many."""
+        """Store a graph as the most recently used; if there are too many, drop the least recently used."""
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
@@ -103,7 +103,7 @@ class CpuGraphs(StepRecorder):
         return self._forward(batch)
 
     def _planned(self) -> list[torch.Tensor]:
-        """What modules and back end made of the batch."""
+        """Return the tensors that modules and back end made for the batch."""
         own = [tensor for module in self._step_modules for tensor in module.step_tensors()]
         return [*own, *self._attn_backend.step_tensors()]
 
@@ -129,17 +129,17 @@ class CpuGraphs(StepRecorder):
 
 
 class CpuGraph:
-    """The calls of a step, with the addresses that they had when it was recorded."""
+    """The calls of a step, with the addresses of its recording."""
 
     def __init__(
         self, calls: list[Call], inputs: list[torch.Tensor], output: LogitsProcessorOutput, kept: list[torch.Tensor]
     ) -> None:
-        """``inputs``: what the calls read of a step; ``kept``: other tensors whose addresses they have."""
+        """``inputs``: tensors of the step that the calls read; ``kept``: other tensors whose addresses they use."""
         self._calls, self._inputs, self._kept = calls, inputs, kept
         self.output = output
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> LogitsProcessorOutput:
-        """``tensors``: this step's, in the order of the inputs."""
+        """Run the step's calls. ``tensors``: this step's, in the order of the inputs."""
         for own, tensor in zip(self._inputs, tensors, strict=True):
             if own.data_ptr() != tensor.data_ptr():
                 own.copy_(tensor)
@@ -159,11 +159,11 @@ ALLOCATIONS = {
 
 
 class Recording(TorchDispatchMode):
-    """Notes the operations of torch that compute, and (by ``note``) calls of kernels."""
+    """Records the operations of torch that compute, and (by ``note``) calls of kernels."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Else torch imports its compiler, which takes a second, only to keep it away from here."""
+        """Return False: otherwise torch imports its compiler, which takes a second, only to disable it here."""
         return False
 
     def __init__(self, memory: Reused, as_recorded: Any = None) -> None:
@@ -174,7 +174,7 @@ class Recording(TorchDispatchMode):
         self._memory = memory
 
     def note(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
-        """A call that a replay is to make."""
+        """Record a call for replays."""
         if self._as_recorded is not None:
             function = self._as_recorded(name, function)
         self.calls.append((function, args, result))
@@ -218,7 +218,7 @@ def _run_into(func: Any, args: Any, kwargs: Any, own: Any) -> None:
 
 
 def _refuse_reading(func: Any, args: Any) -> None:
-    """Raise if the operation reads a number into Python, or makes a shape that depends on numbers."""
+    """Raise NotReplayable if the operation reads a value into Python, or makes a shape that depends on values."""
     if torch.Tag.data_dependent_output in func.tags:
         raise NotReplayable(f"the model reads a number ({func})")
     if torch.Tag.dynamic_output_shape in func.tags:
@@ -235,7 +235,7 @@ CONSTANTS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer}
 
 
 class NoReading(TorchFunctionMode):
-    """Refuses what reads a tensor without an operation, and keeps what is made of Python's numbers."""
+    """Refuses reads of a tensor that are no operation, and keeps tensors made of Python's numbers."""
 
     def __init__(self, kept: list[torch.Tensor]) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class NoReading(TorchFunctionMode):
 
 
 class Unknown:
-    """Stands for a list of the host, which a recorded model must not look at."""
+    """Placeholder for a host list, which a recorded model must not read."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -271,5 +271,5 @@ def _fields_of_step(batch: ForwardBatch) -> list[tuple[str, torch.Tensor]]:
 
 
 def batch_tensors(batch: ForwardBatch) -> list[torch.Tensor]:
-    """All that is of this step alone; page tables and cache lie where they always do."""
+    """Return all tensors of this step; page tables and cache have the same addresses in every step."""
     return [*(tensor for _, tensor in _fields_of_step(batch)), *batch.out_cache_locs]

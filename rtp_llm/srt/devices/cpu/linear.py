@@ -1,7 +1,7 @@
 """Weights of linear layers packed for the products of gemm.cpp.
 
-A packed weight stands for a matrix [N, K]. ``apply(x, bias)`` is ``x @ weight.T + bias``; ``rows(ids)`` gives rows
-back, so that a vocabulary table that is also the head is stored once.
+A packed weight represents a matrix [N, K]. ``apply(x, bias)`` is ``x @ weight.T + bias``; ``rows(ids)`` unpacks rows,
+so that a vocabulary table that is also the head is stored once.
 """
 
 import functools
@@ -16,8 +16,8 @@ from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address
 from rtp_llm.srt.kernels.packed import PackedWeight
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
-GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product; as gemm.cpp numbers them
-STEPS = 32767  # scales of int4 groups are stored as so many steps of their output's largest
+GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product, numbered as in gemm.cpp
+STEPS = 32767  # scales of int4 groups are stored as multiples of 1 / STEPS of their output's largest scale
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def _function(name: str) -> Kernel:
 
 
 class PanelWeight(PackedWeight):
-    """What the packed forms share: outputs lie together in panels."""
+    """Base of the packed forms: outputs are packed together in panels."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -54,8 +54,8 @@ class PanelWeight(PackedWeight):
         out_dtype: torch.dtype | None = None,
         activation: str = "",
     ) -> torch.Tensor:
-        """[..., K] -> [..., N] in ``out_dtype``: bfloat16 or float32; None: that of x. With an ``activation``, one that
-        ``ends_in`` is true of, [..., N / 2]: equal to the kernel of that name after the product."""
+        """[..., K] -> [..., N] in ``out_dtype`` (bfloat16 or float32; None: x's). With an ``activation``, for which
+        ``ends_in`` must be true, [..., N / 2]: equal to the kernel of that name after the product."""
         inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         num_rows, num_inputs = inputs.shape
         if num_inputs != self.shape[1]:
@@ -92,7 +92,7 @@ class PanelWeight(PackedWeight):
 
 
 def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
-    """[N, K], whose last dimension is contiguous -> [ceil(N / PANEL), ceil(K / 2), PANEL, 2]."""
+    """Pack [N, K], whose last dimension is contiguous, into [ceil(N / PANEL), ceil(K / 2), PANEL, 2]."""
     if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
         raise ValueError(f"expected contiguous rows in bfloat16, not {weight.dtype} of strides {weight.stride()}")
     _function("pack_bf16")(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
@@ -124,7 +124,7 @@ class BFloat16Panels(PanelWeight):
 
 
 class Int8Panels(PanelWeight):
-    """weight: [N, K] int8, times scales: [N] float32. Rows of x become int8 too, each by a scale of its own."""
+    """weight: [N, K] int8, times scales: [N] float32. Rows of x are quantized to int8 too, each with its scale."""
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
@@ -161,8 +161,8 @@ class Int4Panels(PanelWeight):
     """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
 
     scales: [N, groups] float32; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
-    the last group may be shorter. Rows of x become int8 by group, or, where the processor does not multiply bytes,
-    weights become bfloat16.
+    the last group may be shorter. Rows of x are quantized to int8 by group; if the processor does not multiply bytes,
+    weights are converted to bfloat16 instead.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> None:

@@ -1,7 +1,7 @@
-"""Memory for what steps read from its start to its end, weights, keys and values, and for what they compute.
+"""Memory for weights, keys and values, and results of kernels, in huge pages.
 
-Linux gives it in pages of 4 KB, and at every page a processor has to look up where the next one lies, in a virtual
-machine twice. In pages of 2 MB a product of one row, which is all reading, takes a fifth to a third less time.
+Linux provides pages of 4 KB by default, and a processor must look up the address of each, in a virtual machine twice.
+With pages of 2 MB a product of one row, whose time is reading the weight, takes a fifth to a third less time.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from rtp_llm.srt.devices.cpu import binding
 
 BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64
-PIECE_BYTES = 2 << 20  # so short is a wait of others who change the process's memory
+PIECE_BYTES = 2 << 20  # small, since other threads that map memory wait while a piece is populated
 HUGE_PAGE_BYTES = 2 << 20
 LEAST_REUSED_BYTES = 1 << 20
-KEPT_BYTES = 512 << 20  # of results; with more, pieces that are not in use are given back
+KEPT_BYTES = 512 << 20  # of results; above it, unused pieces are given back to the system
 MADV_POPULATE_WRITE = 23  # since Linux 5.14
 
 
 class Arena:
-    """Hands out memory that is never given back by itself; a block is freed with the last tensor in it."""
+    """Allocates tensors in large blocks; a block is freed with the last tensor in it."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
@@ -45,12 +45,12 @@ class Arena:
         return memory.view(dtype).view(shape)
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's values, contiguous."""
+        """Return a contiguous copy of the tensor."""
         return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def _map(size: int) -> torch.Tensor:
-    """[size] bytes from the start of a huge page on, of which only what is touched takes memory."""
+    """Map [size] bytes, aligned to a huge page; only touched pages take memory."""
     if sys.platform != "linux":
         return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -64,10 +64,10 @@ weights = Arena()
 
 
 class Reused:
-    """Pieces of memory, of which one is used again once no tensor lies in it.
+    """Allocates tensors in pieces of memory; a piece is reused when no tensor uses it.
 
     Args:
-        most_bytes: with more than so many, pieces in which nothing lies are given back to the system; None: never.
+        most_bytes: above this, unused pieces are given back to the system; None: never.
     """
 
     def __init__(self, most_bytes: int | None = None) -> None:
@@ -110,7 +110,7 @@ def _is_free(piece: torch.UntypedStorage) -> bool:
 
 
 def _rounded_up(num_bytes: int) -> int:
-    """To a quarter of a power of two, so that tensors of nearly equal sizes fit the same pieces."""
+    """Round up to a quarter of a power of two, so that tensors of nearly equal sizes fit the same pieces."""
     step = max(ALIGNMENT, 1 << max(0, num_bytes.bit_length() - 3))
     return max(1, -(-num_bytes // step)) * step
 
@@ -119,20 +119,20 @@ _results = Reused(KEPT_BYTES)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """As ``torch.empty``, for what a kernel computes.
+    """As ``torch.empty``, for results of kernels.
 
-    Every layer allocates its results, and the layer after the next frees them. Large ones glibc would give back to the
-    system each time, and take again page by page, small pages at that: of a step of 2,048 tokens that is a tenth.
+    Every layer allocates its results, and the layer after the next frees them. For large ones, glibc would return the
+    memory to the system each time, and get it again in small pages: a tenth of the time of a step of 2,048 tokens.
     """
     if math.prod(shape) * dtype.itemsize < LEAST_REUSED_BYTES or binding.are_noted():
-        return torch.empty(shape, dtype=dtype)  # a recording sees to its memory itself
+        return torch.empty(shape, dtype=dtype)  # a recording manages its own memory
     return _results.empty(shape, dtype)
 
 
 def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:
-    """Has the system give memory to the first so many bytes of the tensors, an equal part of each, before a step has to
-    wait for it; what they contain stays. Only where a core has nothing else to do: steps that come meanwhile go first.
-    Where that cannot be done, memory comes when it is written to, as ever."""
+    """Make the system provide memory for the first ``num_bytes`` of the tensors, an equal share of each, so that steps
+    need not wait for it. Contents stay. The thread runs on idle processors only: steps have priority. Where the
+    system does not support this, memory is provided at the first write, as usual."""
     share = min(1.0, num_bytes / max(1, sum(tensor.nbytes for tensor in tensors)))
     pieces = [piece for tensor in tensors for piece in _pieces(tensor.data_ptr(), int(tensor.nbytes * share))]
     thread = threading.Thread(target=_take, args=(pieces, list(tensors)), name="cache memory", daemon=True)
@@ -141,7 +141,7 @@ def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threa
 
 
 def _pieces(address: int, num_bytes: int) -> list[tuple[int, int]]:
-    """Addresses and sizes, in whole pages."""
+    """Return addresses and sizes of pieces, in whole pages."""
     start, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, address + num_bytes
     pieces = [
         (at, min(PIECE_BYTES, end - at) // mmap.PAGESIZE * mmap.PAGESIZE) for at in range(start, end, PIECE_BYTES)
@@ -150,14 +150,14 @@ def _pieces(address: int, num_bytes: int) -> list[tuple[int, int]]:
 
 
 def _take(pieces: list[tuple[int, int]], tensors: list[torch.Tensor]) -> None:
-    """``tensors`` are only held. A process that ends meanwhile ends this thread at some place, which torch's functions
-    do not survive: none is called here."""
+    """Populate the pieces. ``tensors`` is only kept alive: torch must not be called here, since the thread may be
+    stopped at any point when the process ends."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     if madvise is None:
         return
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    with contextlib.suppress(OSError):  # forbidden: then it takes turns with steps
+    with contextlib.suppress(OSError):  # not permitted: then it competes with steps
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread
     for at, size in pieces:
-        if madvise(at, size, MADV_POPULATE_WRITE) != 0:  # an older kernel, or no memory left
+        if madvise(at, size, MADV_POPULATE_WRITE) != 0:  # an older Linux, or no memory left
             return

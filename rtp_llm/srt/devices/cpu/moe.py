@@ -1,4 +1,4 @@
-"""Mixtures of experts in bfloat16: rows sorted by expert, one product for all experts, and the weighted sum back."""
+"""Mixtures of experts in bfloat16: a sort of rows by expert, one product for all experts, and the weighted sum."""
 
 import functools
 
@@ -28,7 +28,7 @@ def _grouped_gemm() -> Kernel:
 
 
 class ExpertPanels(PackedExperts):
-    """weight: [groups, N, K] bfloat16, a linear layer for each group of rows; packed as ``BFloat16Panels`` each."""
+    """weight: [groups, N, K] bfloat16, a linear layer for each group of rows, each packed as in ``BFloat16Panels``."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.num_groups, *shape = weight.shape
@@ -42,7 +42,7 @@ class ExpertPanels(PackedExperts):
         return [self.packed]
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As ``reference.grouped_linear``, of bfloat16 rows."""
+        """As ``reference.grouped_linear``, for bfloat16 rows."""
         if x.dtype != torch.bfloat16 or x.shape[1] != self.shape[1] or len(rows_per_expert) != self.num_groups:
             raise ValueError(
                 f"experts {[self.num_groups, *self.shape]} take bfloat16 [rows, {self.shape[1]}] in {self.num_groups} "

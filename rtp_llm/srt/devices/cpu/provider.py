@@ -1,4 +1,4 @@
-"""CPUs, by C++ kernels where a compiler is found; for models in float16, and without a compiler, by the reference."""
+"""CPUs: C++ kernels if there is a compiler; for models in float16, and without a compiler, the reference's."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
-DTYPES = (torch.float32, torch.bfloat16)  # of what kernels read and write
+DTYPES = (torch.float32, torch.bfloat16)  # that kernels read and write
 KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "rms_norm": "elementwise",
     "gemma_rms_norm": "elementwise",
@@ -63,7 +63,7 @@ class CpuProvider(ReferenceProvider):
     def pack_int4(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """Models in bfloat16 get kernels, whose roundings they are near to."""
+        """Pack for kernels only for models in bfloat16, whose rounding errors are as large as the kernels'."""
         if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)) and group_size % 8 == 0:
             return linear.Int4Panels(reference.unpack_int4(weight), scales, zeros, group_size)
         return super().pack_int4(weight, scales, zeros, group_size)
@@ -71,7 +71,7 @@ class CpuProvider(ReferenceProvider):
     def pack_uint8(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """Models in bfloat16 get them as bfloat16: twice the memory, and as fast as any."""
+        """Pack as bfloat16 for models in bfloat16: twice the memory, but the fastest."""
         if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
             return linear.BFloat16Panels(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
         return super().pack_uint8(weight, scales, zeros, group_size)
@@ -80,11 +80,11 @@ class CpuProvider(ReferenceProvider):
         return timed_kernels(watch)
 
     def cache_allocator(self) -> Callable[..., torch.Tensor]:
-        """Memory in huge pages, taken from the system as it is first written."""
+        """Return an allocator of memory in huge pages, which the system provides at the first write."""
         return Arena().empty
 
     def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The first gigabyte now, so that the first steps need not."""
+        """Make the system provide the first gigabyte now, so that the first steps need not wait for it."""
         take_in_background(tensors, CACHE_TAKEN_AT_START_BYTES)
 
 

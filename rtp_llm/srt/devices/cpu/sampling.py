@@ -41,9 +41,9 @@ def draw(
     """One token per entry of ``params``: see ``draw`` in ``worker/sampler.py``.
 
     Args:
-        logits: [S, vocab_size] float32 on the CPU. From a line that nothing can be drawn from, token 0 is.
+        logits: [S, vocab_size] float32 on the CPU. A line with bad logits gives token 0.
         params: of each draw; seeds, positions: [D] int64 on the CPU.
-        lines: the line of logits that each draw is from; None: one after the other.
+        lines: the line of logits of each draw; None: one after the other.
 
     Returns:
         [D] int64.

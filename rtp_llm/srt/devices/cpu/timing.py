@@ -1,7 +1,7 @@
-"""Times every call of a compiled kernel, for a profile.
+"""Time every call of a compiled kernel, for a profile.
 
-Wrappers bind a kernel's C function once, so it is the binding that is replaced: kernels that are bound within
-``timed_kernels`` are timed for good, others never, and without it nothing costs anything.
+Wrappers bind a kernel's C function once, so the binding is replaced: kernels bound within ``timed_kernels`` are timed
+for good, others never, and without it there is no overhead.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 @contextmanager
 def timed_kernels(watch: Stopwatch) -> Iterator[None]:
-    """A kernel's part is named after the part that calls it, and ``library.function``."""
+    """Time the kernels that are bound within. A part is named by the calling part and ``library.function``."""
     load = build.load
 
     @functools.wraps(load)
@@ -31,7 +31,7 @@ def timed_kernels(watch: Stopwatch) -> Iterator[None]:
 
 
 class TimedLibrary:
-    """Stands for a ``ctypes.CDLL``."""
+    """Replaces a ``ctypes.CDLL``."""
 
     def __init__(self, name: str, library: ctypes.CDLL, watch: Stopwatch) -> None:
         self._name, self._library, self._watch = name, library, watch
@@ -44,7 +44,7 @@ class TimedLibrary:
 
 
 class TimedFunction:
-    """Stands for a function of a ``ctypes.CDLL``."""
+    """Replaces a function of a ``ctypes.CDLL``."""
 
     def __init__(self, name: str, function: Any, watch: Stopwatch) -> None:
         self._name, self._function, self._watch = (name,), function, watch

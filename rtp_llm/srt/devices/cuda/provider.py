@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, by the reference's kernels. Kernels of its own: later, in this folder."""
+"""NVIDIA GPUs, with the reference's kernels; their own will be in this folder."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from rtp_llm.srt.devices.reference.provider import ReferenceProvider
 
 
 class CudaProvider(ReferenceProvider):
-    """What reaches the device is copied from pinned memory, so that the host waits for nothing but results."""
+    """Copies to the device from pinned memory, so that the host waits only for results."""
 
     torch_device = "cuda"
     chunked_prefill_size = 8192

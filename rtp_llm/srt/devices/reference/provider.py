@@ -1,4 +1,4 @@
-"""Plain torch on the host: documentation and oracle of every other device, and what they derive from."""
+"""Plain torch on the host: documentation, oracle and base class of every other device."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +76,7 @@ class ReferenceProvider(DeviceProvider):
         pass
 
     def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-        if dtype == torch.int64:  # half the time of torch.tensor, for the lists that every step has
+        if dtype == torch.int64:  # takes half the time of torch.tensor, for the lists of every step
             return torch.from_numpy(np.array(values, dtype=np.int64)).to(self.torch_device)
         return torch.tensor(values, dtype=dtype, device=self.torch_device)
 
