@@ -1,4 +1,4 @@
-"""From messages to the prompt: which template a model is talked to with, and conversations in plain data.
+"""From messages to the prompt: the choice of a model's chat template, and conversations in plain data.
 
     template = load_chat_template(tokenizer, server_args.chat_template)   # once; None: there is none
     prompt = template.prompt(messages)                                    # per request, from any thread
@@ -39,8 +39,8 @@ NO_CHAT_TEMPLATE = (
     "the tokenizer has no chat template, so messages cannot be turned into a prompt; start with "
     "--chat-template FILE.jinja, or send a text to be continued (/v1/completions, rtp-llm generate)"
 )
-PROCESSOR_TEMPLATE_FILE = "chat_template.json"  # where processors of older checkpoints keep theirs
-ON_LINES_OF_THEIR_OWN = 16  # with more images than this, each text of a message begins a new line
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"  # of processors in older checkpoints
+MAX_IMAGES_WITHOUT_NEWLINES = 16  # with more images than this, each text of a message begins a new line
 
 
 __all__ = [
@@ -61,7 +61,7 @@ __all__ = [
     "register_conv_template_matching_function",
 ]
 
-# The registry. It lives in the process that was told: the client's, where prompts are made.
+# The registry: of this process only. Prompts are made in the client's process.
 
 MatchingFunction = Callable[[str], str | None]
 
@@ -70,23 +70,24 @@ _matching_functions: list[MatchingFunction] = []
 
 
 def register_conv_template(template: Conversation, override: bool = False) -> None:
-    """Make a conversation known by its name. A second one of that name is an AssertionError, unless it overrides."""
+    """Register a conversation. A second one of the same name is an AssertionError, unless ``override`` is set."""
     if not override and template.name in chat_templates:
         raise AssertionError(f"{template.name} has been registered.")
     chat_templates[template.name] = template
 
 
 def register_conv_template_matching_function(function: MatchingFunction) -> MatchingFunction:
-    """Have ``function(model_path)`` asked for the name of the conversation that a model is talked to with, or None.
+    """Register ``function(model_path)``, which returns the name of a model's conversation, or None.
 
-    What is registered wins over the tokenizer's own template, and over what is built in. May be used as a decorator.
+    Registered functions come before the tokenizer's template and before built-in conversations. May be used as a
+    decorator.
     """
     _matching_functions.append(function)
     return function
 
 
 def get_conv_template_by_model_path(model_path: str) -> str | None:
-    """The first name that a matching function gives, in order of registration; then what is built in."""
+    """Return the first name from the matching functions, in order of registration, else a built-in one."""
     return _registered_match(model_path) or _built_in_match(model_path)
 
 
@@ -112,13 +113,13 @@ def chat_template_exists(template_name: str) -> bool:
 
 
 def generate_chat_conv(request: Any, template_name: str) -> Conversation:
-    """A request's messages in the format of a registered conversation, ready for the answer.
+    """Return a request's messages in the format of a registered conversation, ready for the answer.
 
     Args:
         request: has ``messages``, as attribute or key: dicts, or objects with ``model_dump``.
 
     Raises:
-        ChatTemplateError: messages that the format has no place for; it is a ValueError.
+        ChatTemplateError: the format has no place for a message; it is a ValueError.
         KeyError: there is no such conversation.
     """
     messages = request["messages"] if isinstance(request, Mapping) else request.messages
@@ -164,23 +165,23 @@ def _only_text(where: str, role: str, content: Any) -> str:
 
 
 def _user_text(conversation: Conversation, content: Any) -> str:
-    """The text with placeholders, whose media are noted down in the conversation."""
+    """Return the text with placeholders, and add the media to the conversation."""
     if isinstance(content, str):
         return content
     num_images = sum(isinstance(part, MediaPart) and part.kind == "image" for part in content)
-    before_text = "\n" if num_images > ON_LINES_OF_THEIR_OWN else ""
+    before_text = "\n" if num_images > MAX_IMAGES_WITHOUT_NEWLINES else ""
     prefix: list[str] = []
     pieces: list[str] = []
     for part in content:
         if isinstance(part, MediaPart):
-            _note(conversation, part)
+            _add_media(conversation, part)
             (prefix if conversation.image_token_at_prefix else pieces).append(conversation.placeholder(part.kind))
         else:
             pieces.append(before_text + part["text"])
     return "".join([*prefix, *pieces])
 
 
-def _note(conversation: Conversation, part: MediaPart) -> None:
+def _add_media(conversation: Conversation, part: MediaPart) -> None:
     if part.kind == "image":
         conversation.append_image(part.source, part.detail)
         conversation.modalities.append(part.kind)
@@ -191,14 +192,14 @@ def _note(conversation: Conversation, part: MediaPart) -> None:
 
 
 class ConversationTemplate:
-    """A registered conversation, used as a ChatTemplate is. Thread-safe."""
+    """A registered conversation with the interface of ChatTemplate. Thread-safe."""
 
     def __init__(self, name: str, bos_token: str | None = None) -> None:
         self.name = name
         self._bos_token = bos_token
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
-        """The text of ``prompt`` for messages without media."""
+        """Return the text of ``prompt`` for messages without media."""
         return self.prompt(messages, **options).text
 
     def prompt(
@@ -210,7 +211,7 @@ class ConversationTemplate:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         media: MediaRules = TEXT_ONLY,
     ) -> ChatPrompt:
-        """See ChatTemplate.prompt. There are no tools and no variables."""
+        """Render as ChatTemplate.prompt does. There are no tools and no variables."""
         checked = checked_messages(messages, media)
         check_options(checked, add_generation_prompt, continue_final_message)
         if tools:
@@ -232,7 +233,7 @@ class ConversationTemplate:
         )
 
     def uses(self, name: str) -> bool:
-        """Whether ``chat_template_kwargs`` may set a variable of this name: there are none."""
+        """Return False: there are no variables for ``chat_template_kwargs``."""
         return False
 
     def takes(self, kind: str) -> bool:
@@ -242,7 +243,7 @@ class ConversationTemplate:
 Template = ChatTemplate | ConversationTemplate
 
 
-# Which template
+# The choice of a template
 
 
 def load_chat_template(
@@ -252,23 +253,23 @@ def load_chat_template(
     directory: str | None = None,
     is_multimodal: bool = False,
 ) -> Template | None:
-    """The template that a model is talked to with; None if there is none (NO_CHAT_TEMPLATE says what to do then).
+    """Return a model's chat template; None if there is none (NO_CHAT_TEMPLATE says what to do then).
 
-    Unless one is named it is, in this order: the conversation that a registered matching function names; the
-    tokenizer's own template, or the processor's, if it has a place for images or the model takes none; the built-in
-    conversation for models of this name.
+    Unless ``chat_template`` names one, it is the first of these: the conversation that a registered matching function
+    names; the tokenizer's own template, or the processor's, if it has a place for images or the model takes none; the
+    built-in conversation for models of this name.
 
     Args:
         tokenizer: a transformers tokenizer, or None.
         chat_template: the name of a registered conversation; a ``.jinja`` file; a ``.json`` file, with a template under
             ``chat_template`` or the description of a conversation; or the name of one of the tokenizer's several
-            templates. None: as above; of several of the tokenizer's, the one that is named ``default``.
-        model_path: the name by which the model was asked for, of which matching functions judge.
-        directory: where the checkpoint lies.
+            templates. None: as above; of the tokenizer's several templates, ``default``.
+        model_path: the model's name for matching functions.
+        directory: the checkpoint's.
         is_multimodal: the model takes media.
 
     Raises:
-        ChatTemplateError: there is no such template, or it is not valid.
+        ChatTemplateError: the template does not exist, or is not valid.
     """
     if tokenizer is None:
         if chat_template is not None:
@@ -352,8 +353,8 @@ _DESCRIPTION = {"name": True, "system": True, "user": True, "assistant": True, "
 
 
 def _described(path: Path, content: dict[str, Any]) -> Conversation:
-    """``{"name", "system", "user", "assistant", "sep_style", "stop_str"[, "sep", "system_message", ...]}``; the system
-    message stands on the line after ``system``, unless that says ``{system_message}`` itself."""
+    """Read ``{"name", "system", "user", "assistant", "sep_style", "stop_str"[, "sep", "system_message", ...]}``; the
+    system message stands on the line after ``system``, unless that holds ``{system_message}``."""
     missing = [key for key, is_needed in _DESCRIPTION.items() if is_needed and key not in content]
     unknown = sorted(set(content) - set(_DESCRIPTION))
     wrong = [key for key, value in content.items() if not isinstance(value, str) and key != "stop_str"]

@@ -1,4 +1,4 @@
-"""Conversations in plain data: what stands around the messages of a prompt, and the published formats.
+"""Conversations in plain data: the text around a prompt's messages, and the published formats.
 
 In the manner of FastChat (Zheng et al. 2023) and SGLang, whose names of styles and fields these are. The registry of
 conversations is ``rtp_llm.srt.conversation``.
@@ -13,7 +13,7 @@ WITHOUT_NEWLINE_AFTER_IMAGE = ("qwen2-vl", "moss-vl", "unlimited-ocr")
 
 
 class SeparatorStyle(IntEnum):
-    """How separators, role names and messages follow each other."""
+    """The order of separators, role names and messages."""
 
     ADD_COLON_SINGLE = auto()
     ADD_COLON_TWO = auto()
@@ -32,7 +32,7 @@ class _Layout(NamedTuple):
     """One style. ``{role}``, ``{sep}`` stand for what the conversation has there."""
 
     opening: str  # before a message
-    begins: str  # before the answer that is to come
+    begins: str  # before the answer to generate
     ends: str = "{sep}"  # after a message
     system_ends: str = "{sep}"
     has_two: bool = False  # the second role's messages end with sep2 instead
@@ -66,17 +66,17 @@ class ImageData:
 
 @dataclass
 class Conversation:
-    """A prompt format and what has been said in it.
+    """A prompt format, and the messages so far.
 
     Args:
-        system_template: what the system message stands in; left out where there is no system message.
-        system_message: where a conversation brings none.
+        system_template: text around the system message; left out if there is none.
+        system_message: the default.
         roles: names of the user and the assistant, as the style writes them.
-        messages: ``[role, text]``; text None: the answer that is to come.
+        messages: ``[role, text]``; text None: the answer to generate.
         offset: how many of the messages are examples that belong to the template.
-        sep, sep2: separators; what they do is up to the style.
+        sep, sep2: separators; their use depends on the style.
         stop_str: one string or several that end the assistant's turn.
-        image_token, video_token, audio_token: what the model's processor takes for a placeholder.
+        image_token, video_token, audio_token: placeholders that the model's processor knows.
         image_token_at_prefix: placeholders come before the message's text, wherever they stood.
         newline_after_image: a new line follows each placeholder; None: except in WITHOUT_NEWLINE_AFTER_IMAGE.
     """
@@ -104,22 +104,22 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self.sep_style = SeparatorStyle(self.sep_style)
-        self.messages = [list(message) for message in self.messages or ()]  # nothing is shared; None is no messages
+        self.messages = [list(message) for message in self.messages or ()]  # no list is shared; None is no messages
         for name in ("image_data", "video_data", "audio_data", "modalities"):
             setattr(self, name, list(getattr(self, name) or ()))
         if _LAYOUTS[self.sep_style].has_two and self.sep2 is None:
             raise ValueError(f"conversation {self.name!r}: {self.sep_style.name} needs sep2, which ends an answer")
 
     def get_prompt(self) -> str:
-        """The text so far; it ends where the answer begins if the last message's text is None."""
+        """Return the text so far; it ends where the answer begins if the last message's text is None."""
         return "".join(self._pieces())
 
     def get_open_prompt(self) -> str:
-        """The text so far, without what ends the last message: to be gone on with."""
+        """Return the text so far, without the end of the last message, which will be continued."""
         return "".join(list(self._pieces())[:-1])
 
     def _pieces(self) -> Iterator[str]:
-        """The system prompt, then of each message what stands before it, its text, and what ends it."""
+        """Yield the system prompt, then for each message its opening, its text, and its end."""
         layout = _LAYOUTS[self.sep_style]
         system = self._system_prompt()
         yield system + (layout.system_ends.format(sep=self.sep) if system else "")
@@ -157,14 +157,14 @@ class Conversation:
         self.messages[-1][1] = message
 
     def to_openai_api_messages(self) -> list[dict[str, str]]:
-        """What was said, as messages of role system, user and assistant."""
+        """Return the messages, of roles system, user and assistant."""
         names = {self.roles[0]: "user", self.roles[1]: "assistant"}
         system = [{"role": "system", "content": self.system_message}] if self.system_message else []
         said = self.messages[self.offset :]
         return system + [{"role": names[role], "content": text} for role, text in said if text is not None]
 
     def copy(self) -> "Conversation":
-        """An independent one, with the messages but without the media of this one."""
+        """Return an independent copy, with the messages but without the media."""
         return replace(self, image_data=[], video_data=[], audio_data=[], modalities=[])
 
     def dict(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Conversation:
         }
 
     def placeholder(self, kind: str) -> str:
-        """What stands for one of the media (``image``, ``video`` or ``audio``) in a message."""
+        """Return the placeholder of a medium (``image``, ``video`` or ``audio``) in a message."""
         token = {"image": self.image_token, "video": self.video_token, "audio": self.audio_token}[kind]
         breaks = self.newline_after_image
         if breaks is None:
@@ -185,7 +185,7 @@ class Conversation:
         return token + ("\n" if breaks and kind != "audio" else "")
 
 
-# What is built in: the published formats of models that see, and those that they are made from
+# Built in: the published formats of vision models, and the formats that they derive from
 
 _CHATML_ROLES = ("<|im_start|>user", "<|im_start|>assistant")
 _CHATML_SYSTEM = "<|im_start|>system\n{system_message}"

@@ -1,11 +1,11 @@
-"""Conversations with tool calls, and whether a template shows all that a conversation says.
+"""Conversations with tool calls, and the check that a template shows all of a conversation.
 
 Clients write a call's arguments as a JSON string. Most templates want the object, some the string: given the other,
-they fail, or encode twice without a word. So a trial conversation is rendered in each form (``CALL_FORMS``), and the
-first that comes out right is used.
+they fail, or silently encode twice. So a trial conversation is rendered in each form (``CALL_FORMS``), and the first
+that is shown right is used.
 
-Templates also leave out messages without a word, such as a second system message. So a twin of the conversation, of
-the same shape but with a distinctive word for all that is said, is rendered and searched for these words.
+Templates also silently leave out messages, such as a second system message. So a twin of the conversation, of the
+same shape but with a distinctive word for each content, is rendered and searched for these words.
 """
 
 import json
@@ -18,17 +18,17 @@ from rtp_llm.srt.chat.messages import ChatTemplateError
 
 Render = Callable[[list[dict[str, Any]]], str]
 
-ARGUMENT, RESULT = "zq900001x", "zq900002x"  # words that no template writes
+ARGUMENT, RESULT = "zq900001x", "zq900002x"  # words that occur in no template
 FUNCTION_ROLE = re.compile(r"""role[^%}\n]*['"]function['"]""")
-FORMER_CALL_ID = "call00000"  # of calls that have none: some templates want nine letters and digits
+FORMER_CALL_ID = "call00000"  # for calls without an id: some templates want nine letters and digits
 TWIN_WORD = re.compile(r"zq\d+x")
 ENCODED_TWICE = re.compile(r'\\"|\{\{')
-SPOKEN_NOTHING = re.compile(r"\b(None|null)\b")
+SPELLED_NULL = re.compile(r"\b(None|null)\b")
 
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How a template takes an assistant's calls.
+    """The form in which a template takes an assistant's calls.
 
     Args:
         as_object: arguments are an object, else the JSON text of one.
@@ -43,7 +43,7 @@ CALL_FORMS = tuple(CallForm(as_object, empty) for empty in ("", None) for as_obj
 
 
 def find_call_form(render: Render) -> CallForm:
-    """Return the form in which a template shows a call and its result right; the first if it shows them in none."""
+    """Return the form in which a template shows a call and its result right; the first form if there is none."""
     shown: list[CallForm] = []
     for form in CALL_FORMS:
         try:
@@ -52,7 +52,7 @@ def find_call_form(render: Render) -> CallForm:
             continue
         if ARGUMENT not in text or RESULT not in text:
             continue
-        if not ENCODED_TWICE.search(text) and not (form.empty is None and SPOKEN_NOTHING.search(text)):
+        if not ENCODED_TWICE.search(text) and not (form.empty is None and SPELLED_NULL.search(text)):
             return form
         shown.append(form)
     return shown[0] if shown else CALL_FORMS[0]
@@ -75,7 +75,7 @@ def _written(arguments: Mapping[str, Any], form: CallForm) -> Any:
 
 
 def modern(source: str, message: dict[str, Any]) -> dict[str, Any]:
-    """The message with ``tool_calls`` and role ``tool`` in place of OpenAI's former ``function_call`` and role
+    """Return the message with ``tool_calls`` and role ``tool`` in place of OpenAI's former ``function_call`` and role
     ``function``, unless the template knows only these."""
     if message["role"] == "function" and not FUNCTION_ROLE.search(source):
         return {**message, "role": "tool", "tool_call_id": message.get("tool_call_id") or FORMER_CALL_ID}
@@ -88,10 +88,10 @@ def modern(source: str, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_form(message: dict[str, Any], form: CallForm, where: str) -> dict[str, Any]:
-    """The message with its calls as the template takes them.
+    """Return the message with its calls in the template's form.
 
     Raises:
-        ChatTemplateError: a call is malformed, or its arguments are no JSON object where the template wants one.
+        ChatTemplateError: a call is malformed, or its arguments are no JSON object and the template wants one.
     """
     calls = message.get("tool_calls")
     if not calls:
@@ -113,7 +113,7 @@ def _call_in_form(call: Any, form: CallForm, where: str) -> dict[str, Any]:
 
 
 def _arguments_in_form(given: Any, form: CallForm, where: str) -> Any:
-    """No arguments, given as null or as an empty text, are an empty object."""
+    """Return a call's arguments in the template's form; null and an empty text are an empty object."""
     if isinstance(given, str) and given.strip():
         try:
             parsed = json.loads(given)
@@ -132,7 +132,7 @@ def _arguments_in_form(given: Any, form: CallForm, where: str) -> Any:
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    """What decides whether a template shows a conversation: roles, and kinds of content, but no words."""
+    """Return what decides whether a template shows a conversation: roles and kinds of content, without words."""
     return tuple(
         (message["role"], _shape_of_content(message.get("content")), len(message.get("tool_calls") or ()))
         for message in messages
@@ -146,19 +146,19 @@ def _shape_of_content(content: Any) -> Any:
 
 
 class Twin:
-    """A conversation of the same shape as ``messages`` (as the template gets them), with a word for all that is said.
+    """A conversation of the same shape as ``messages`` (as the template gets them), with a word for each content.
 
     Attributes:
         messages: the twin.
     """
 
     def __init__(self, messages: Sequence[dict[str, Any]], form: CallForm) -> None:
-        self._owners: list[int] = []  # per word, the message that says it
+        self._owners: list[int] = []  # per word, its message
         self._form = form
         self.messages = [self._twin(i, message) for i, message in enumerate(messages)]
 
     def left_out(self, text: str) -> list[int]:
-        """Indices of the messages of which something is missing in the rendered twin."""
+        """Return the indices of messages that the rendered twin does not show completely."""
         found = {int(word[2:-1]) for word in TWIN_WORD.findall(text.lower())}
         return sorted({owner for number, owner in enumerate(self._owners) if number not in found})
 

@@ -1,7 +1,7 @@
-"""Messages of a conversation as callers give them: checked, with text and media told apart.
+"""Checks of a conversation's messages, which separate text and media.
 
 A message's content is a string or a list of parts. Media come in OpenAI's parts (``image_url``, ``video_url``) or in
-those of transformers (``image``, ``video``); where their bytes are fetched and decoded nobody here knows.
+those of transformers (``image``, ``video``); they are fetched and decoded elsewhere (``multimodal.media``).
 """
 
 import re
@@ -19,7 +19,7 @@ VIDEO_OPTIONS = ("fps", "max_frames", "min_frames")
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # of a message
 MAX_ALL_PARTS = 16_384  # of all messages
-MAX_ROLES = 16  # each that is new costs a few renderings of the template
+MAX_ROLES = 16  # each new one costs a few renderings of the template
 DETAILS = ("auto", "low", "high")
 KINDS = {"image": ("an image", "images"), "video": ("a video", "videos"), "audio": ("audio", "audio")}
 KIND_OF_TYPE = {
@@ -34,7 +34,7 @@ KIND_OF_TYPE = {
 
 
 class ChatTemplateError(InvalidRequest):
-    """Messages that a template does not take, or a template that does not work. ``param`` is what is to blame."""
+    """Messages that a template does not take, or a template that does not work. ``param``: the wrong field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class MediaPart:
         kind: one of KINDS.
         source: URL, ``data:`` URI, path, base64 text, bytes, or an image itself.
         detail: one of DETAILS.
-        options: fields of VIDEO_OPTIONS that a video came with.
-        where: its place, for messages of errors, such as ``messages[2].content[1]``.
+        options: a video's fields of VIDEO_OPTIONS.
+        where: its place, for error messages, such as ``messages[2].content[1]``.
     """
 
     kind: str
@@ -57,32 +57,32 @@ class MediaPart:
 
     @property
     def described_source(self) -> Any:
-        """The source, and how it is to be looked at, as ``multimodal.media`` takes it."""
+        """Return the source with its detail and options, in the form that ``multimodal.media`` takes."""
         asked = dict(self.options) | ({"detail": "low"} if self.detail == "low" else {})
         return {"url": self.source, **asked} if asked else self.source
 
 
 @dataclass(frozen=True, slots=True)
 class MediaRules:
-    """Which media a request may hold.
+    """The media that a request may hold.
 
     Args:
         kinds: those of KINDS that the model takes.
-        limits: how many of a kind a request may have; where a kind is not named, any number.
+        limits: how many of a kind a request may have; kinds not named: any number.
     """
 
     kinds: frozenset[str] = frozenset()
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def check_kind(self, kind: str, where: str) -> None:
-        """Raise ChatTemplateError where the model takes nothing of the kind."""
+        """Raise ChatTemplateError if the model does not take this kind."""
         if kind not in self.kinds:
             taken = ["text", *(KINDS[name][1] for name in KINDS if name in self.kinds)]
             takes = f"{', '.join(taken[:-1])} and {taken[-1]}" if self.kinds else "text only"
             raise ChatTemplateError(f"{where} is {KINDS[kind][0]}, and this model takes {takes}", "messages")
 
     def check_numbers(self, messages: Sequence[Message]) -> None:
-        """Raise ChatTemplateError where checked messages hold more of a kind than they may."""
+        """Raise ChatTemplateError if checked messages hold more of a kind than allowed."""
         counts = dict.fromkeys(KINDS, 0)
         for part in media_of(messages):
             counts[part.kind] += 1
@@ -102,15 +102,15 @@ ALL_MEDIA = MediaRules(frozenset(KINDS))
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """What a template makes of messages.
+    """A prompt rendered from messages.
 
     Args:
         text: the prompt, with a placeholder for each of the media.
         image_data: sources of the images, in the order of their placeholders.
         video_data: sources of the videos, likewise.
-        add_special_tokens: whether the tokenizer puts its own around the text.
+        add_special_tokens: whether the tokenizer adds its own around the text.
         stop: strings that end the assistant's turn, beside the model's own end tokens.
-        stop_token_ids: ids that do.
+        stop_token_ids: ids that end it.
     """
 
     text: str
@@ -126,7 +126,7 @@ class ChatPrompt:
 
 
 def media_of(messages: Sequence[Message]) -> Iterator[MediaPart]:
-    """The media of checked messages, in order."""
+    """Yield the media of checked messages, in order."""
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
@@ -138,10 +138,10 @@ def sources_of(messages: Sequence[Message], kind: str) -> list[Any]:
 
 
 def checked_messages(messages: Any, media: MediaRules = TEXT_ONLY) -> list[dict[str, Any]]:
-    """Copies of the messages, without the fields that are None, and with media parts as MediaPart.
+    """Return copies of the messages, without fields that are None, and with media parts as MediaPart.
 
     Raises:
-        ChatTemplateError: says which message or part is wrong, and how.
+        ChatTemplateError: a message or part is wrong; it says which, and how.
     """
     if not isinstance(messages, (list, tuple)):
         raise ChatTemplateError(f"messages must be a list, not {type(messages).__name__}", "messages")
@@ -217,8 +217,8 @@ def _checked_part(where: str, part: Any, media: MediaRules) -> dict[str, str] | 
 
 
 def _checked_media(where: str, kind: str, part: Mapping[str, Any]) -> MediaPart:
-    """``{"type": "image_url", "image_url": URL or {"url", "detail"}}``, or ``{"type": "image", ...}`` with one of
-    ``url``, ``path``, ``base64`` and ``image``; videos and sounds likewise."""
+    """Check ``{"type": "image_url", "image_url": URL or {"url", "detail"}}``, or ``{"type": "image", ...}`` with one
+    of ``url``, ``path``, ``base64`` and ``image``; videos and sounds likewise."""
     name = part["type"]
     if name != kind:  # image_url, video_url, audio_url, input_audio
         holder = part.get(name)
@@ -245,7 +245,7 @@ def _checked_media(where: str, kind: str, part: Mapping[str, Any]) -> MediaPart:
 
 
 def _source(where: str, value: Any) -> Any:
-    """A string, or from callers in this process bytes or an image; but nothing else that JSON can say."""
+    """Check a source: a string or, from callers in this process, bytes or an image; no other JSON value."""
     if isinstance(value, str) and value.strip():
         return value
     if value is None or isinstance(value, (str, bool, int, float, list, tuple, Mapping)):

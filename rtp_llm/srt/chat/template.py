@@ -1,11 +1,10 @@
-"""Chat templates in Jinja: from messages to the text that the model continues.
+"""Chat templates in Jinja: from messages to the prompt's text.
 
-A template is a program that comes with the checkpoint or from whoever starts the server, never from a request.
-It runs in transformers' sandbox: no attribute that leads out of the data, no changes to it. Endless loops cannot be
-prevented there: the server ends them (``--template-timeout``), and ``template_sizes.py`` bounds what a request may set
-as a size. Messages are data: Jinja in them is text. What they hold of the tokenizer's control tokens (``<|im_end|>``)
-is read as such, though, as everywhere in the field; roles, which templates paste between control tokens, are plain
-words for that reason.
+A template is a program that comes with the checkpoint or from the operator, never from a request. It runs in
+transformers' sandbox, which allows no attributes outside the data and no changes to it. The sandbox cannot prevent
+endless loops: the server ends them (``--template-timeout``), and ``template_sizes.py`` limits sizes that a request may
+set. Messages are data: Jinja in them is text. Control tokens of the tokenizer in them (``<|im_end|>``) are read as
+such, though, as in other engines; therefore roles, which templates put between control tokens, are plain words.
 """
 
 import re
@@ -33,7 +32,7 @@ from rtp_llm.srt.chat.messages import (
 )
 from rtp_llm.srt.chat.template_sizes import check_sizes
 
-TEXT_BETWEEN_PARTS = "\n"  # where a template takes strings only
+TEXT_BETWEEN_PARTS = "\n"  # for templates that take strings only
 RESERVED = ("conversations", "messages", "tools", "documents", "chat_template", "return_assistant_tokens_mask") + (
     "continue_final_message",
     "add_generation_prompt",
@@ -43,13 +42,13 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "required":
 
 
 class ChatTemplate:
-    """One Jinja template, with what it was found to take. Thread-safe.
+    """One Jinja template, and the forms of messages that it takes, found by trial. Thread-safe.
 
     Args:
         source: the template.
         special_tokens: variables that the template sees, such as ``bos_token``.
-        tool_use: the template for requests with tools, where the tokenizer has one of its own for them.
-        adds_special_tokens: the tokenizer puts its own around a prompt that does not begin with ``bos_token``, as
+        tool_use: the template for requests with tools, if the tokenizer has one.
+        adds_special_tokens: the tokenizer adds its own around a prompt that does not begin with ``bos_token``, as
             processors of models with media do (tokenizers' ``apply_chat_template`` never does).
 
     Raises:
@@ -70,13 +69,13 @@ class ChatTemplate:
         self._roles: dict[tuple[str, str], _Role] = {}
         self._places: dict[tuple[str, str, str], _Place | None] = {}
         self._call_forms: dict[str, CallForm] = {}
-        self._left_out: dict[tuple[Any, ...], int | None] = {}  # shape -> the first message that is not shown wholly
+        self._left_out: dict[tuple[Any, ...], int | None] = {}  # shape -> the first message not shown completely
         for template in filter(None, (source, tool_use)):
             _check_syntax(template)
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
-        """The text of ``prompt`` for messages without media. ``options`` are those of ``prompt``, and variables of the
-        template, such as ``enable_thinking``, one by one."""
+        """Return the text of ``prompt`` for messages without media. ``options`` are those of ``prompt``, and variables
+        of the template, such as ``enable_thinking``."""
         named = {name: options.pop(name) for name in PROMPT_OPTIONS & options.keys()}
         variables = {**(named.pop("chat_template_kwargs", None) or {}), **options}
         return self.prompt(messages, chat_template_kwargs=variables, **named).text
@@ -90,20 +89,20 @@ class ChatTemplate:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         media: MediaRules = TEXT_ONLY,
     ) -> ChatPrompt:
-        """What transformers makes of the same messages, and the media in them.
+        """Render messages as transformers does, and collect their media.
 
         Args:
             messages: ``{"role", "content", ...}``. Content is a string or a list of parts, text or media; the
-                template gets it in the form that it handles for that role. Further fields go along as they are, but for
-                those that are None. Role ``developer`` becomes ``system`` for templates that do not know it.
-            add_generation_prompt: end with what makes the assistant speak.
+                template gets it in the form that it handles for that role. Further fields are passed on, except
+                None. Role ``developer`` becomes ``system`` for templates that do not know it.
+            add_generation_prompt: end with the beginning of an answer.
             continue_final_message: leave the last message open, to be continued. Excludes ``add_generation_prompt``.
             tools: JSON schemas of functions.
             chat_template_kwargs: further variables of the template, such as ``enable_thinking``; it must use them.
-            media: which media the messages may hold.
+            media: the media that messages may hold.
 
         Raises:
-            ChatTemplateError: says which message is wrong, or what the template said.
+            ChatTemplateError: names the wrong message, or quotes the template's own error.
         """
         source = self.tool_use if tools and self.tool_use else self.source
         if tools and not _mentions(source, "tools"):
@@ -120,18 +119,18 @@ class ChatTemplate:
             "tools": list(tools) if tools else None,
         }
         text = self._run_with_tools(source, fitted, options)
-        self._check_said(source, fitted, options)
+        self._check_complete(source, fitted, options)
         self._check_shown(source, checked, text, options)
         return ChatPrompt(
             text, sources_of(checked, "image"), sources_of(checked, "video"), self._wants_special_tokens(text)
         )
 
     def uses(self, name: str) -> bool:
-        """Whether ``chat_template_kwargs`` may set a variable of this name."""
+        """Return whether ``chat_template_kwargs`` may set a variable of this name."""
         return name in RESERVED or any(_mentions(source, name) for source in (self.source, self.tool_use) if source)
 
     def takes(self, kind: str) -> bool:
-        """Whether the template shows media of this kind, one of KINDS, in a user's message."""
+        """Return whether the template shows media of this kind, one of KINDS, in a user's message."""
         place = self._place(self.source, "user", kind)
         return place is not None and place.num_chars > 0
 
@@ -157,7 +156,7 @@ class ChatTemplate:
         return True
 
     def _fit(self, source: str, i: int, message: dict[str, Any]) -> dict[str, Any]:
-        """The message in the form that the template takes."""
+        """Return the message in the template's form."""
         message = modern(source, message)
         role = _known_role(source, message["role"])
         takes = self._role(source, role)
@@ -183,8 +182,8 @@ class ChatTemplate:
             self._call_forms[source] = find_call_form(partial(self._run, source, add_generation_prompt=False))
         return self._call_forms[source]
 
-    def _check_said(self, source: str, fitted: list[dict[str, Any]], options: Mapping[str, Any]) -> None:
-        """Refuse a conversation of which the template would leave something out without a word."""
+    def _check_complete(self, source: str, fitted: list[dict[str, Any]], options: Mapping[str, Any]) -> None:
+        """Raise for a conversation of which the template would silently leave something out."""
         shape = (source, bool(options["tools"]), shape_of(fitted))
         if shape not in self._left_out:
             twin = Twin(fitted, self._call_forms.get(source, CALL_FORMS[0]))
@@ -192,7 +191,7 @@ class ChatTemplate:
                 left_out = twin.left_out(
                     self._run(source, twin.messages, **{**options, "continue_final_message": False})
                 )
-            except ChatTemplateError:  # it looks into what is said: the real messages it has taken
+            except ChatTemplateError:  # it depends on the content: it has accepted the real messages
                 left_out = []
             if len(self._left_out) >= MAX_KNOWN_SHAPES:
                 self._left_out.clear()
@@ -229,7 +228,7 @@ class ChatTemplate:
     def _try_media(self, source: str, role: str, kind: str) -> "_Place | None":
         """Render a message of two words, with and without media between them, and compare.
 
-        A template that refuses such a message is believed to have a place: the real one will get its own words.
+        A template that refuses such a message is assumed to have a place: the real message will show.
         """
         words = [{"type": "text", "text": WORD}, {"type": "text", "text": WORD}]
         refused = None
@@ -246,7 +245,7 @@ class ChatTemplate:
         return refused
 
     def _check_shown(self, source: str, messages: list[dict[str, Any]], text: str, options: Mapping[str, Any]) -> None:
-        """Some templates show media of the last message only, or of the first: all must have left their trace."""
+        """Check that all media are shown: some templates show those of the last message only, or of the first."""
         places = [
             self._place(source, _known_role(source, message["role"]), part.kind)
             for message in messages
@@ -259,10 +258,10 @@ class ChatTemplate:
             bare = self._run(
                 source, [self._fit(source, i, _without_media(m)) for i, m in enumerate(messages)], **options
             )
-        except ChatTemplateError:  # such messages it takes only with their media
+        except ChatTemplateError:  # it takes such messages only with their media
             return
         missing = sum(lengths) - (len(text) - len(bare))
-        if 2 * missing > min(lengths):  # spaces around parts may differ a little
+        if 2 * missing > min(lengths):  # spaces around parts may differ
             raise ChatTemplateError(
                 f"the model's chat template does not show all of the {len(lengths)} media of these messages; "
                 "try them in the last message",
@@ -282,14 +281,14 @@ class ChatTemplate:
         """Render a word in a message of this role, as a string and as a list of parts, and look for it."""
         strings = self._shows_word(source, role, WORD)
         parts = self._shows_word(source, role, [{"type": "text", "text": WORD}])
-        if strings is None and parts is None:  # refused as such: the real messages will get the template's own words
+        if strings is None and parts is None:  # refused both: the real messages will get the template's own error
             return _Role(strings=True, parts=False)
-        if role in CALLED and not strings and not parts:  # shown only after calls of a shape that we cannot guess
+        if role in CALLED and not strings and not parts:  # shown only after calls of an unknown shape
             return _Role(strings=True, parts=False)
         return _Role(strings=bool(strings), parts=bool(parts))
 
     def _shows_word(self, source: str, role: str, content: Any) -> bool | None:
-        """None: the template refuses the messages."""
+        """Return whether the template shows WORD; None: it refuses the messages."""
         try:
             text = self._run(source, _trial(role, content), add_generation_prompt=False)
         except ChatTemplateError:
@@ -300,8 +299,8 @@ class ChatTemplate:
         try:
             variables = {**self._special_tokens, **options}
             texts, _ = render_jinja_template(conversations=[messages], chat_template=source, **variables)
-        except Exception as error:  # whatever a template may do
-            raise _told(error, options) from error
+        except Exception as error:  # a template may raise anything
+            raise _template_error(error, options) from error
         return texts[0]
 
 
@@ -311,13 +310,13 @@ MAX_KNOWN_SHAPES = 256
 MAX_KNOWN_ROLES = 64  # role names come from requests
 ANY_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": NO_PARAMETERS}}
 WORD = "xylophone7q"
-WORD_IN_A_LIST = re.compile(rf"""["']:\s*["']{WORD}""")  # the list itself was printed
+WORD_IN_A_LIST = re.compile(rf"""["']:\s*["']{WORD}""")  # the list was printed as it is
 PRINTED_PART = re.compile(r"""["']type["']\s*:""")
 
 
 @dataclass(frozen=True, slots=True)
 class _Role:
-    """What a template takes as the content of a role's messages."""
+    """The kinds of content that a template takes in a role's messages."""
 
     strings: bool
     parts: bool
@@ -325,15 +324,15 @@ class _Role:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A part by which a template shows one of the media, and by how many characters the prompt grows; 0: the template
-    refuses the trial, in its own words."""
+    """A part by which a template shows a medium, and the number of characters that it adds; 0: the template refuses
+    the trial."""
 
     part: dict[str, Any]
     num_chars: int
 
 
 def _forms_of(kind: str) -> list[dict[str, Any]]:
-    """Parts by which templates know media: that of transformers, and OpenAI's (with nothing to be printed)."""
+    """Return a medium's parts: that of transformers, and OpenAI's, whose source is empty."""
     return [{"type": kind}, {"type": f"{kind}_url", f"{kind}_url": {"url": ""}}]
 
 
@@ -346,7 +345,7 @@ def _without_media(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trial(role: str, content: Any) -> list[dict[str, Any]]:
-    """A plausible conversation with one message of ``role``."""
+    """Return a plausible conversation with one message of ``role``."""
     user = {"role": "user", "content": "Hi"}
     tried = {"role": role, "content": content}
     if role == "user":
@@ -380,7 +379,7 @@ def _mentions(source: str, name: str) -> bool:
 
 
 def check_options(messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool) -> None:
-    """Raise ChatTemplateError where checked messages cannot end as the options want."""
+    """Raise ChatTemplateError if checked messages cannot end as the options want."""
     if not continue_final_message:
         return
     if add_generation_prompt:
@@ -409,8 +408,8 @@ def _check_syntax(source: str) -> None:
         ) from error
 
 
-def _told(error: Exception, options: Mapping[str, Any]) -> ChatTemplateError:
-    """What went wrong in a template, in its own words where it has some."""
+def _template_error(error: Exception, options: Mapping[str, Any]) -> ChatTemplateError:
+    """Return the error of a template, in its own words if it raised one."""
     said = " ".join(str(error).split()) or type(error).__name__
     said = said if len(said) <= MAX_ERROR_CHARS else said[:MAX_ERROR_CHARS] + "..."
     if isinstance(error, SecurityError):

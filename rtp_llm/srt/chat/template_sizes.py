@@ -1,7 +1,7 @@
-"""Which variables of a chat template set a size: how far a line is indented, how often a text is repeated.
+"""Limits on variables of a chat template that set a size: an indentation, or a number of repetitions.
 
-A request may set variables (``chat_template_kwargs``). One that is used as a size turns a small request into as much
-memory as there is, in a single instruction that no time limit can end.
+A request may set variables (``chat_template_kwargs``). One that is used as a size can make a small
+request take all memory, in a single instruction that no time limit can end.
 """
 
 import re
@@ -17,11 +17,11 @@ from rtp_llm.srt.chat.messages import ChatTemplateError
 REPEATING = frozenset({"batch", "center", "expandtabs", "format", "ljust", "rjust", "slice", "zfill"})
 INDENTING = frozenset({"indent", "tojson"})  # each of many lines
 LIMITS = ((REPEATING, 4096), (INDENTING, 64))
-GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks for training, which add nothing
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks for training, without output
 
 
 def check_sizes(source: str, variables: Mapping[str, Any]) -> None:
-    """Raise ChatTemplateError where a variable that sets a size in the template is a large number or a long text."""
+    """Raise ChatTemplateError if a variable that sets a size in the template is a large number or a long text."""
     for sizing, limit in LIMITS:
         for name in size_variables(source, sizing) & variables.keys():
             if not _is_small(variables[name], limit):
@@ -40,8 +40,8 @@ def _is_small(value: Any, limit: int) -> bool:
 
 @lru_cache(maxsize=16)
 def size_variables(source: str, sizing: frozenset[str]) -> frozenset[str]:
-    """Names whose value, directly or by way of others, gets into an argument of one of the filters or methods
-    ``sizing``, or with REPEATING into a product. Too many rather than too few."""
+    """Return names whose value reaches, directly or through others, an argument of one of the filters or methods
+    ``sizing``, or with REPEATING a product: rather too many than too few."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     tree = environment.parse(GENERATION.sub("", source))
     names = {name for node in tree.find_all(nodes.Expr) for part in _sizes(node, sizing) for name in _names(part)}
@@ -52,7 +52,7 @@ def size_variables(source: str, sizing: frozenset[str]) -> frozenset[str]:
 
 
 def _sizes(node: nodes.Expr, sizing: frozenset[str]) -> list[nodes.Node]:
-    """The expressions that are sizes in ``node``."""
+    """Return the expressions that are sizes in ``node``."""
     if isinstance(node, (nodes.Mul, nodes.Pow, nodes.Mod)) and sizing is REPEATING:  # "%1000000s" % x
         return [node.left, node.right]
     if isinstance(node, nodes.Filter) and node.name in sizing:
@@ -73,7 +73,7 @@ def _names(node: nodes.Node) -> set[str]:
 
 
 def _flows(tree: nodes.Template) -> Iterator[tuple[str, set[str]]]:
-    """(a name, the names of which its value is made): assignments, loops, and arguments of macros."""
+    """Yield (a name, the names that its value is made of): assignments, loops, and arguments of macros."""
     for assign in tree.find_all(nodes.Assign):
         origin = _names(assign.node)
         for target in _targets(assign.target):
@@ -95,6 +95,6 @@ def _flows(tree: nodes.Template) -> Iterator[tuple[str, set[str]]]:
 
 
 def _targets(target: nodes.Node) -> set[str]:
-    """Names that are set, a namespace's by its own name."""
+    """Return the names that are set; for a namespace's attribute, the namespace."""
     refs = [target] if isinstance(target, nodes.NSRef) else list(target.find_all(nodes.NSRef))
     return _names(target) | {ref.name for ref in refs}

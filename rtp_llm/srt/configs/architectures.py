@@ -1,4 +1,4 @@
-"""Architectures under other names than their own: historic ones, copies, and models saved without their head."""
+"""Other names of architectures: historic ones, copies, and models saved without their head."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ LIKE_LLAMA = ("aquila", "internlm", "xverse")
 """Model types that transformers does not know, whose code was a copy of Llama's: same names, same computation."""
 
 ALIASES = {
-    "LLaMAForCausalLM": "LlamaForCausalLM",  # what conversions of early 2023 wrote
+    "LLaMAForCausalLM": "LlamaForCausalLM",  # in conversions of early 2023
     "AquilaModel": "LlamaForCausalLM",
     "AquilaForCausalLM": "LlamaForCausalLM",
     "InternLMForCausalLM": "LlamaForCausalLM",
@@ -21,10 +21,10 @@ ALIASES = {
 
 
 def with_other_names(architectures: Iterable[str]) -> list[str]:
-    """The names, then those of the classes that load the same checkpoints.
+    """Return the names, then those of classes that load the same checkpoints.
 
-    A bare model (``Qwen3Model``) is what the class for generating text has under its head, so that class loads it, if
-    the head shares the embedding's weights.
+    The class for generating text contains the bare model (``Qwen3Model``) and loads its checkpoints, if the head shares
+    the embedding's weights.
     """
     names = list(architectures)
     others = [ALIASES.get(name) or _with_head(name) for name in names]
@@ -39,12 +39,12 @@ def _with_head(bare: str) -> str | None:
         if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # those have several parts
     }
-    usual = bare.removesuffix("Model") + "ForCausalLM"  # one bare model may be several types'
+    usual = bare.removesuffix("Model") + "ForCausalLM"  # several types may share a bare model
     return usual if usual in heads else next(iter(heads)) if len(heads) == 1 else None
 
 
 def architecture_of(model_type: str) -> str | None:
-    """The class that transformers has for generating text with models of this type; None if it has none."""
+    """Return transformers' class for generating text with models of this type; None if there is none."""
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         if model_type in mapping:
             return mapping[model_type]

@@ -1,4 +1,4 @@
-"""config.json as programs have written it over the years, put into the spelling that transformers reads today."""
+"""Convert older spellings of config.json to the one that transformers reads today."""
 
 import logging
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ _ID_KEYS = ("bos_token_id", "eos_token_id")
 
 
 def modernized(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config.json's content with today's spelling of dtypes, architectures and model types, and without unusable ids.
+    """Return a config.json's content in today's spelling of dtypes, architectures and model types, without invalid ids.
 
-    What is left out is logged. ``where``: the file, for messages. Equal to ``config`` where nothing needs a change.
+    Ids left out are logged. ``where``: the file, for messages. Equal to ``config`` where nothing needs a change.
     """
     result = _with_spellings(config, config.get("vocab_size"), where)
     names = result.get("architectures")
@@ -43,7 +43,7 @@ def _with_spellings(config: Mapping[str, Any], vocab_size: Any, where: str) -> d
         if result.get(key) is not None:
             result[key] = _ids(result[key], key, size, where)
     if "pad_token_id" in result and not _is_int(result["pad_token_id"]):
-        result["pad_token_id"] = None  # of no use to inference
+        result["pad_token_id"] = None  # not used in inference
     for key, value in result.items():
         if key.endswith("_config") and key != "quantization_config" and isinstance(value, Mapping):
             result[key] = _with_spellings(value, None, f"`{key}` of {where}")
@@ -51,7 +51,7 @@ def _with_spellings(config: Mapping[str, Any], vocab_size: Any, where: str) -> d
 
 
 def _dtype(spelling: str) -> str | None:
-    """``torch.bfloat16``, ``BF16`` and the like as torch names it; None for what leaves it to the weights."""
+    """Return torch's name of a dtype such as ``torch.bfloat16`` or ``BF16``; None: the weights decide."""
     name = spelling.strip().removeprefix("torch.").lower()
     return None if name in ("", "auto", "none", "null") else DTYPE_ALIASES.get(name, name)
 

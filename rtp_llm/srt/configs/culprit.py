@@ -1,15 +1,15 @@
-"""Which entry of a configuration it is that cannot be used, where the error does not say so itself."""
+"""Search for the entry of a configuration that causes an error."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MAX_KEYS = 200  # in files of more, nothing is looked for
+MAX_KEYS = 200  # larger files are not searched
 
 
 def find_culprit(config: Mapping[str, Any], load: Callable[[dict[str, Any]], Any], error: Exception) -> str | None:
-    """The key without which ``load(config)`` does not fail, or at least not with ``error``; None: no single one.
+    """Return the key without which ``load(config)`` does not fail with ``error``; None: no single one.
 
-    Without ``model_type`` everything fails otherwise, so that is the answer only where there is no other.
+    Without ``model_type`` the error always differs, so that key is returned only if no other fits.
     """
     if len(config) > MAX_KEYS or any(f"`{key}`" in str(error) for key in config):
         return None
@@ -17,7 +17,7 @@ def find_culprit(config: Mapping[str, Any], load: Callable[[dict[str, Any]], Any
     for key in config:
         try:
             load({name: value for name, value in config.items() if name != key})
-        except Exception as other:  # whatever it is: the question is only whether it is the same
+        except Exception as other:  # of any kind, only compared
             if (type(other), str(other)) != (type(error), str(error)):
                 others.append(key)
         else:
@@ -27,6 +27,6 @@ def find_culprit(config: Mapping[str, Any], load: Callable[[dict[str, Any]], Any
 
 
 def shown(value: Any) -> str:
-    """A value, shortened for a message."""
+    """Return a value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

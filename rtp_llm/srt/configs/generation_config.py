@@ -1,7 +1,7 @@
-"""What a checkpoint advises about sampling, in generation_config.json, and its token ids: the usable part of it.
+"""A checkpoint's sampling defaults and token ids, in generation_config.json: their valid part.
 
-This is advice from a file that no client has seen, so a value that no request could have is told once, by file and
-key, and left out. Whether it is one is for ``SamplingParams`` to say, as it is for values of requests.
+Clients have not seen this file, so a value that would be invalid in a request is logged once, with file and key, and
+left out. ``SamplingParams`` decides what is valid.
 """
 
 import json
@@ -20,7 +20,7 @@ _LARGEST = 2**63 - 1  # integers travel between processes in 64 bits
 
 
 def read_generation_config(directory: str) -> dict[str, Any]:
-    """The object in generation_config.json; an empty one if there is no such file, or, with a warning, a broken one."""
+    """Read generation_config.json; return {} if there is no such file or, with a warning, if it is broken."""
     path = Path(directory) / GENERATION_CONFIG_FILE
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def read_generation_config(directory: str) -> dict[str, Any]:
 
 
 def generation_defaults(generation: Mapping[str, Any], directory: str) -> dict[str, float | int]:
-    """Sampling parameters of generation_config.json. ``do_sample: false`` means greedy, whatever else it says."""
+    """Return sampling parameters of generation_config.json. ``do_sample: false`` means greedy, despite other keys."""
     where = f"{directory}/{GENERATION_CONFIG_FILE}"
     defaults: dict[str, float | int] = {}
     for key in _SAMPLING_KEYS:
@@ -56,7 +56,7 @@ def generation_defaults(generation: Mapping[str, Any], directory: str) -> dict[s
 
 
 def _usable(key: str, value: Any) -> float | int:
-    """``value`` as requests have it; 50.0 is 50. Raises InvalidRequest if a request could not have it."""
+    """Return ``value`` in the form of requests; 50.0 is 50. Raise InvalidRequest if it is invalid in a request."""
     if isinstance(value, float) and value.is_integer() and isinstance(getattr(SamplingParams(), key), int):
         value = int(value)
     if isinstance(value, int) and abs(value) > _LARGEST:
@@ -65,10 +65,10 @@ def _usable(key: str, value: Any) -> float | int:
 
 
 def usable_token_ids(value: Any, vocab_size: int | None, where: str) -> int | list[int] | None:
-    """``value``, a token id or a list of them, without what is no id of the vocabulary, which is told.
+    """Return a token id or a list of them without ids outside the vocabulary, which are logged.
 
     Args:
-        vocab_size: None: not known; any id from 0 on will do.
+        vocab_size: None: unknown; any id from 0 on is valid.
         where: the key and the file, for the warning.
     """
     if value is None:
@@ -95,7 +95,7 @@ def _token_id(value: Any, vocab_size: int | None) -> int | None:
 
 
 def _show(value: Any) -> str:
-    """A short rendering for a message. Python writes integers of thousands of digits in no form."""
+    """Return a short form for messages. Python refuses to print integers of thousands of digits."""
     if isinstance(value, int) and abs(value) > _LARGEST:
         return "an integer of more than 64 bits"
     text = json.dumps(value, default=repr)

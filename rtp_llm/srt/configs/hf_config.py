@@ -1,4 +1,4 @@
-"""The configuration that transformers makes of a config.json, with what the user overrides in it."""
+"""The configuration that transformers loads from config.json, with the user's overrides."""
 
 import json
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from rtp_llm.srt.configs.culprit import find_culprit, shown
 from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
-_PARTS = ("text_config", "vision_config", "audio_config", "quantization_config")  # objects, where they are given
-# what is raised over a config.json that cannot be used
+_PARTS = ("text_config", "vision_config", "audio_config", "quantization_config")  # objects, if they are given
+# raised for an unusable config.json
 CONFIG_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError, RecursionError,
     StrictDataclassError,
@@ -22,11 +22,11 @@ CONFIG_ERRORS = (
 
 
 class ModelConfigError(ValueError):
-    """A checkpoint's configuration, or what the user asked of it, makes no sense."""
+    """A checkpoint's configuration, or an option that depends on it, is invalid."""
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Return the JSON object of a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,10 +54,10 @@ def parse_overrides(overrides: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json's content with ``overrides`` in it. An object under a key ``*_config`` merges; all else replaces.
+    """Return a config.json's content with ``overrides``. An object under a key ``*_config`` merges; others replace.
 
-    ``rope_scaling`` means the older spelling throughout, so a base and a partial factor that the file keeps in
-    ``rope_parameters`` move to where that spelling has them; otherwise naming a scaling would forget the base.
+    ``rope_scaling`` is the older spelling, so the file's base and partial factor in ``rope_parameters`` move to the
+    older keys; otherwise an override of the scaling would lose the base.
     """
     merged = dict(config)
     for key, value in overrides.items():
@@ -81,7 +81,7 @@ def load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code:
             given = shown(wanted[key])
             raise ModelConfigError(f"`{key}` in {directory}/{CONFIG_FILE} must be an object, not {given}")
     try:
-        if json.dumps(wanted) == json.dumps(config):  # tells 2.0 from 2
+        if json.dumps(wanted) == json.dumps(config):  # distinguishes 2.0 from 2
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         return _load_overridden(directory, wanted, trust_remote_code)
     except CONFIG_ERRORS as error:
@@ -89,18 +89,18 @@ def load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code:
 
 
 def _complaint(directory: str, config: dict[str, Any], error: Exception, trust_remote_code: bool) -> str:
-    """What transformers says of a config.json, and of which entry it says it, as far as that can be found out."""
+    """Return transformers' error about a config.json, with the entry that causes it, if that is found."""
     text = f"transformers cannot use {directory}/{CONFIG_FILE}: {error}"
     if "auto_map" in config and not trust_remote_code:
         text += ". It brings its own code, which runs only with --trust-remote-code"
     if trust_remote_code:
-        return text  # and that code runs no more often than it must
+        return text  # remote code runs no more often than necessary
     key = find_culprit(config, lambda without: _load_overridden(directory, without, trust_remote_code=False), error)
     return text if key is None else f"{text} (it is about `{key}`: {shown(config[key])})"
 
 
 def _load_overridden(directory: str, config: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    """AutoConfig reads directories only, so it gets one: the same files by link, with another config.json."""
+    """Load a changed config.json. AutoConfig reads directories only: this one links all other files."""
     with ScratchFolder() as scratch:
         twin = scratch / Path(directory).resolve().name
         twin.mkdir()

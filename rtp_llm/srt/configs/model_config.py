@@ -1,4 +1,4 @@
-"""What the engine needs to know of a checkpoint before its weights are read: where it lies, and its configuration."""
+"""A checkpoint's location and configuration, read before its weights."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_CONTEXT_LENGTH = 2048  # where a configuration names no length at all
+DEFAULT_CONTEXT_LENGTH = 2048  # if a configuration names no length
 
 multimodal_model_archs: set[str] = {
     "Gemma3ForConditionalGeneration",
@@ -54,22 +54,22 @@ _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, of the format itself
 
 
 def register_multimodal_model(architecture: str) -> None:
-    """Make known that models of this architecture take media. A model's file may say so where it is imported.
+    """Register an architecture as one that takes media. A model's file may call it at import.
 
-    Needed only where the configuration has no part for the language model (``text_config``) by which it would show.
+    Needed only if the configuration has no part for the language model (``text_config``).
     """
     multimodal_model_archs.add(architecture)
 
 
 def is_multimodal_model(architectures: str | Iterable[str]) -> bool:
-    """Whether any of these architecture names stands in ``multimodal_model_archs``."""
+    """Return whether any of these architecture names is in ``multimodal_model_archs``."""
     names = {architectures} if isinstance(architectures, str) else set(architectures)
     return not names.isdisjoint(multimodal_model_archs)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A checkpoint's configuration, resolved. ``hf_config`` is what a model's constructor is given."""
+    """A checkpoint's configuration, resolved. A model's constructor gets ``hf_config``."""
 
     model_path: str  # the local directory
     hf_config: PreTrainedConfig
@@ -80,15 +80,15 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int  # 0 where an architecture has no attention, or not the same number in all layers
+    num_heads: int  # 0 without attention, or if layers differ
     eos_token_ids: tuple[int, ...]  # of config.json and generation_config.json together
     bos_token_id: int | None
-    generation_defaults: dict[str, float | int] = field(default_factory=dict)  # SamplingParams fields, as advised
+    generation_defaults: dict[str, float | int] = field(default_factory=dict)  # SamplingParams fields
     enable_multimodal: bool = True
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether media are taken: the architecture is known for it, or the language model is a part of the whole."""
+        """Whether media are taken: the architecture is registered for it, or its configuration has a text part."""
         is_part = self.hf_config is not self.hf_text_config
         return self.enable_multimodal and (is_multimodal_model(self.architectures) or is_part)
 
@@ -110,16 +110,16 @@ class ModelConfig:
 
         Args:
             model_path: a directory, or a hub id (see ``resolve_model_path``).
-            dtype: one of DTYPES, or ``auto``: what config.json says, else what the weights are stored in, else float32.
+            dtype: one of DTYPES, or ``auto``: config.json's, else the weights' own, else float32.
                 float32 stays float32 (other engines make it float16).
             context_length: instead of the model's own; a longer one is allowed, with a warning.
             json_model_override_args: a JSON object whose values take effect as if they stood in config.json: a key
                 replaces what was there, but an object under a key ``*_config`` is merged into the one there.
-            enable_multimodal: whether a model that takes media is served with them.
+            enable_multimodal: whether a multimodal model is served with media.
 
         Raises:
             ModelNotFoundError: no such model, or no config.json in it.
-            ModelConfigError: a configuration that cannot be used, with the reason.
+            ModelConfigError: the configuration cannot be used.
         """
         directory = resolve_model_path(model_path, revision, download_dir, load_format, trust_remote_code)
         overrides = parse_overrides(json_model_override_args)
@@ -144,7 +144,7 @@ class ModelConfig:
             json_model_override_args=args.json_model_override_args,
             download_dir=args.download_dir,
             load_format=args.load_format,
-            enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # whose code gets text only
+            enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # takes text only
         )
 
     @classmethod
@@ -179,7 +179,7 @@ class ModelConfig:
 
 
 def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
-    """As named in the file, with other names for the same; where none is, transformers' class for the model type.
+    """Return the file's architectures with their other names; if none, transformers' class for the model type.
 
     ``hf_config`` names them likewise then.
     """
@@ -214,7 +214,7 @@ def _size(config: PreTrainedConfig, name: str) -> int:
 def _num_heads(config: PreTrainedConfig) -> int:
     try:
         return getattr(config, "num_attention_heads", None) or 0
-    except RuntimeError:  # how transformers answers where layers have numbers of their own
+    except RuntimeError:  # transformers raises it if layers have different numbers
         return 0
 
 
@@ -225,7 +225,7 @@ def _token_ids(
     vocab_size: int,
     directory: str,
 ) -> dict[str, list[int | list[int] | None]]:
-    """By key: what config.json and generation_config.json say, in this order, as far as it can be used."""
+    """Return key -> valid ids of config.json and generation_config.json, in this order."""
     return {
         key: [
             usable_token_ids(value, vocab_size, f"`{key}` in {directory}/{file}")
@@ -265,7 +265,7 @@ def _dtype_name(name: str, complaint: str) -> str:
 
 
 def _stored_dtype(directory: str) -> str | None:
-    """The one of DTYPES that most weights of the first safetensors file are stored in; None if none is, or that cannot
+    """Return the one of DTYPES of most weights in the first safetensors file; None if there is none, or the file cannot
     be read. Quantized weights, packed into other types, do not count.
 
     A safetensors file begins with the length of its JSON header (8 bytes, little endian), then the header.
@@ -279,7 +279,7 @@ def _stored_dtype(directory: str) -> str | None:
                 if name != "__metadata__" and tensor["dtype"] in _SAFETENSORS_DTYPES:
                     sizes[tensor["dtype"]] += prod(tensor["shape"])
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError):
-            return None  # the loader says what is wrong with this file
+            return None  # the loader reports what is wrong
         return _SAFETENSORS_DTYPES[sizes.most_common(1)[0][0]] if sizes else None
     return None
 
@@ -298,7 +298,7 @@ def _resolve_context_length(asked: int | None, config: PreTrainedConfig) -> int:
 
 
 def derived_context_length(config: PreTrainedConfig) -> int | None:
-    """The longest sequence a (text) configuration is made for, RoPE scaling included; None if it names none.
+    """Return the longest sequence of a (text) configuration, RoPE scaling included; None if it names none.
 
     ``max_position_embeddings`` already includes the scaling where ``original_max_position_embeddings`` stands beside
     it, except for YaRN, whose checkpoints are written both ways. Per-layer RoPE parameters never extend it.

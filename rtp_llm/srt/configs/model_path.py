@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a directory, or the snapshot of a hub id."""
+"""The directory of a checkpoint: given, or the snapshot of a hub id."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError
 
 CONFIG_FILE = "config.json"
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-_CODE_FILES = ["*.py"]  # which run only with trust_remote_code
+_CODE_FILES = ["*.py"]  # used only with trust_remote_code
 _WEIGHT_PATTERNS = {
     "auto": ("*.safetensors", "*.bin"),
     "safetensors": ("*.safetensors",),
@@ -18,7 +18,7 @@ _WEIGHT_PATTERNS = {
 
 
 class ModelNotFoundError(FileNotFoundError):
-    """The model path is neither a usable directory nor a hub id that can be had."""
+    """The model path is neither a usable directory nor a hub id that can be fetched."""
 
 
 def resolve_model_path(
@@ -28,7 +28,7 @@ def resolve_model_path(
     load_format: str = "auto",
     trust_remote_code: bool = False,
 ) -> str:
-    """The local directory of a checkpoint: ``model_path`` itself, or the snapshot of a hub id.
+    """Return the local directory of a checkpoint: ``model_path`` itself, or the snapshot of a hub id.
 
     A hub id is fetched by huggingface_hub (its progress bars, its cache or ``download_dir``, its ``HF_HUB_OFFLINE``):
     small files, Python code among them only with ``trust_remote_code``, then weights of one format, safetensors if
@@ -62,7 +62,7 @@ def _download(
 
     directory = fetch(_SMALL_FILES + (_CODE_FILES if trust_remote_code else []))
     for pattern in _WEIGHT_PATTERNS[load_format]:
-        # weights in subdirectories are the same model for other programs
+        # weights in subdirectories are copies for other programs
         directory = fetch([pattern], ignore_patterns=["*/*", "consolidated*"])
         if any(Path(directory).glob(pattern)):
             break

@@ -1,4 +1,4 @@
-"""Options that are declared once, as fields of a dataclass: flags, checks and documentation follow from that."""
+"""Options declared once, as fields of a dataclass, from which flags, checks and documentation are made."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 
 class ServerArgsError(ValueError):
-    """An option that does not exist, or a value that it cannot have."""
+    """An unknown option, or an invalid value."""
 
 
 def option(
@@ -24,8 +24,8 @@ def option(
     server: bool = False,
     default_text: str | None = None,
 ) -> Any:
-    """A field. ``aliases`` are further flags; numbers lie in ``[low, high]``; ``server``: of the HTTP server alone;
-    ``default_text`` is shown for the default; ``choices`` that may still grow are given as a function."""
+    """Return a field. ``aliases``: further flags; numbers lie in ``[low, high]``; ``server``: of the HTTP server only;
+    ``default_text``: shown for the default; ``choices`` that may grow are given as a function."""
     fixed = choices if callable(choices) else tuple(choices)
     metadata: dict[str, Any] = {"help": help, "choices": fixed, "aliases": tuple(aliases), "low": low, "high": high}
     metadata |= {"server": server, "default_text": default_text}
@@ -33,14 +33,14 @@ def option(
 
 
 def check_options(options: Any) -> None:
-    """Raise ServerArgsError for the first field of a dataclass that has a value that it cannot have."""
+    """Raise ServerArgsError for the first field of a dataclass with an invalid value."""
     cls = type(options)
     for field in dataclasses.fields(cls):
         _check(field, _types(cls)[field.name], getattr(options, field.name), _is_list(cls, field))
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaint about an unknown flag names the nearest known one, and with one line for errors."""
+    """argparse with errors of one line, which name the nearest known flag for an unknown one."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -60,11 +60,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_field_flags(parser: Any, cls: type, names: Sequence[str] | None = None, unset: bool = False) -> None:
-    """A flag ``--a-name`` for each field ``a_name`` of a dataclass, or for ``names`` only.
+    """Add a flag ``--a-name`` for each field ``a_name`` of a dataclass, or for ``names`` only.
 
     Fields of type bool become switches (``--no-a-name`` for those that are true by default), lists take several
-    values. Help, choices and aliases stand in the metadata.
-    With ``unset`` flags that are not given parse to None instead of the field's default.
+    values. Help, choices and aliases are in the metadata.
+    With ``unset``, flags that are not given parse to None instead of the field's default.
     """
     for field in dataclasses.fields(cls):
         if names is None or field.name in names:
@@ -104,7 +104,7 @@ def _is_list(cls: type, field: dataclasses.Field) -> bool:
 
 
 def _types(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types each field may have: that of its values first, NoneType last if it may be unset."""
+    """Return each field's types: that of its values first, NoneType last if it may be unset."""
     types = {}
     for name, hint in get_type_hints(cls).items():
         kinds = list(get_args(hint)) if isinstance(hint, UnionType) else [hint]
@@ -144,7 +144,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def markdown_rows(cls: type) -> list[str]:
-    """Rows of a table of all options: flags, type, default, meaning."""
+    """Return the rows of a table of all options: flags, type, default, meaning."""
     return [_markdown_row(field, _types(cls)[field.name]) for field in dataclasses.fields(cls)]
 
 

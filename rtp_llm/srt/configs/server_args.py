@@ -1,4 +1,4 @@
-"""The engine's options: each declared once, with its help text; flags, checks and documentation follow from that."""
+"""The engine's options, each declared once with its help text; flags, checks and documentation are made from it."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ from rtp_llm.srt.utils.logging import LOG_LEVELS
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
 DEMO_NAME = "rtp-llm-demo"
 MEDIA_KINDS = ("image", "video", "audio")
-DEFAULT_MEDIA_LIMITS = {"image": 64, "video": 4}  # of a request
+DEFAULT_MEDIA_LIMITS = {"image": 64, "video": 4}  # per request
 QUANTIZATIONS = ("int8", "int4", "gptq", "awq", "compressed-tensors", "mxfp4")  # as in layers.quantization.registry
 
 
@@ -348,7 +348,7 @@ class ServerArgs:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the model is the embedded one, which is served when none is named."""
+        """Whether the model is the embedded one, the default."""
         return self.model_path == DEMO_MODEL
 
     @property
@@ -364,12 +364,12 @@ class ServerArgs:
 
     @property
     def media_limits(self) -> dict[str, int]:
-        """How many of a kind of media a request may hold; kinds without a limit are not there."""
+        """Kind of media -> how many a request may hold; kinds without a limit are left out."""
         return DEFAULT_MEDIA_LIMITS | _media_limits(self.limit_mm_data_per_request)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From keyword arguments. Unknown ones are an error that names the nearest option."""
+        """Make options from keyword arguments. An unknown one is an error that names the nearest option."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -378,19 +378,19 @@ class ServerArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """From what a parser with ``add_cli_args`` has parsed; attributes of other flags are left alone."""
+        """Make options from the result of a parser with ``add_cli_args``; other attributes are ignored."""
         names = [field.name for field in dataclasses.fields(cls) if hasattr(args, field.name)]
         return cls(**{name: getattr(args, name) for name in names})
 
     @staticmethod
     def add_cli_args(parser: argparse._ActionsContainer, server: bool = True) -> None:
-        """All flags, or without ``server`` those only that an engine without HTTP has a use for."""
+        """Add all flags; without ``server``, those that an engine without HTTP uses."""
         fields = dataclasses.fields(ServerArgs)
         add_field_flags(parser, ServerArgs, [field.name for field in fields if server or not field.metadata["server"]])
 
 
 def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
-    """ServerArgs from a command line; exits with a message if it is wrong."""
+    """Return ServerArgs from a command line; exit with a message if it is wrong."""
     parser = ArgumentParser(prog="rtp-llm")
     ServerArgs.add_cli_args(parser)
     try:
@@ -400,7 +400,7 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
 
 
 def _media_limits(text: str) -> dict[str, int]:
-    """What ``limit_mm_data_per_request`` says."""
+    """Parse ``limit_mm_data_per_request``."""
     name = "limit_mm_data_per_request"
     try:
         limits = json.loads(text)
@@ -417,7 +417,7 @@ def _media_limits(text: str) -> dict[str, int]:
 
 
 def markdown() -> str:
-    """The page on the engine's options (docs/server_arguments.md)."""
+    """Return the page on the engine's options (docs/server_arguments.md)."""
     head = [
         "# Engine and server arguments",
         "",

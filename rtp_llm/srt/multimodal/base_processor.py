@@ -1,8 +1,8 @@
-"""From a prompt with placeholders and its media to ids and items: what the processors of all models share.
+"""The base of all multimodal processors: from a prompt with placeholders and its media to ids and items.
 
-A model's processor stands beside the model. It names the model in ``models`` and, as a rule, says two things: what
-stands in the prompt in place of an item's placeholder (``replacement``), and, where transformers' image processor does
-not say it all, what the encoder takes (``image_item``, ``video_item``)::
+A model's processor stands in the model's file. It names the model in ``models`` and, as a rule, defines two things:
+the text in place of an item's placeholder (``replacement``), and, if transformers' image processor is not enough, the
+encoder's input (``image_item``, ``video_item``)::
 
     class XProcessor(BaseMultimodalProcessor):
         models = [XForConditionalGeneration]
@@ -17,7 +17,7 @@ not say it all, what the encoder takes (``image_item``, ``video_item``)::
         async def process_mm_data_async(self, image_data, audio_data, input_text, request_obj, **kwargs):
             return await self.process(image_data, audio_data, input_text, request_obj)
 
-Without ``replacement`` the work is left to transformers' processor of the model, where it can be had.
+Without ``replacement``, transformers' processor of the model does the work, if it can be loaded.
 """
 
 import threading
@@ -86,12 +86,12 @@ class BaseMultimodalProcessor(ABC):
 
     Args:
         hf_config: the model's configuration.
-        server_args: options of the server; its media options are followed.
+        server_args: options of the server, for its media options.
         _processor: an ``HfProcessor``, or a processor or tokenizer of transformers.
         loader: fetches and decodes media; None: as ``server_args`` say.
     """
 
-    models: ClassVar[Sequence[type | str]] = ()  # the classes, or names of architectures, that it works for
+    models: ClassVar[Sequence[type | str]] = ()  # the model classes, or names of architectures
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class BaseMultimodalProcessor(ABC):
 
     @property
     def hf_image_processor(self) -> Any:
-        """transformers'.
+        """The checkpoint's image processor, of transformers.
 
         Raises:
             InvalidRequest: the checkpoint has none.
@@ -133,17 +133,17 @@ class BaseMultimodalProcessor(ABC):
 
     @property
     def image_options(self) -> Mapping[str, Any]:
-        """What transformers' image processor is called with beside the image, where a model wants more than the
-        checkpoint's settings."""
+        """Arguments of transformers' image processor beside the image, for models that need more than the checkpoint's
+        settings."""
         return {}
 
-    # What a model's processor says
+    # Defined by a model's processor
 
     @abstractmethod
     async def process_mm_data_async(
         self, image_data: Any, audio_data: Any, input_text: str | list[int], request_obj: Any, **kwargs: Any
     ) -> MultimodalProcessorOutput | dict[str, Any]:
-        """A prompt's ids and media. Called with keywords.
+        """Return a prompt's ids and media. Called with keywords.
 
         Args:
             image_data: sources of images, as ``MediaLoader.load_image`` takes them, in order of their placeholders.
@@ -156,13 +156,13 @@ class BaseMultimodalProcessor(ABC):
         """
 
     def replacement(self, item: MultimodalDataItem) -> str:
-        """What stands in the prompt in place of an item's placeholder: the token of ``X_token_id`` as often as its
-        embedding has rows, and whatever the model wants around and between."""
+        """Return the text in place of an item's placeholder: the token of ``X_token_id`` once for each row of its
+        embedding, and the model's tokens around and between."""
         raise NotImplementedError
 
     def image_item(self, image: Image.Image) -> MultimodalDataItem:
-        """What the encoder takes of an RGB image: by default what transformers' image processor makes of it. Each
-        image is processed by itself, so that it is the same, and known again, whatever stands beside it."""
+        """Return the encoder's input for an RGB image: by default from transformers' image processor. Each image is
+        processed by itself, so that its item, and cache key, do not depend on the others."""
         check_stopped()
         output = self.hf_image_processor(images=[image], return_tensors="pt", **self.image_options)
         return one_item(Modality.IMAGE, output)
@@ -172,28 +172,28 @@ class BaseMultimodalProcessor(ABC):
         return [self.image_item(image) for image in images]
 
     def video_item(self, video: VideoFrames) -> MultimodalDataItem:
-        """What the encoder takes of a video."""
+        """Return the encoder's input for a video."""
         raise InvalidRequest("this model takes no videos", "video_data")
 
     def prepared_image(self, height: int, width: int) -> Prepared:
-        """What will be made of an image of this size, told before it is decoded: prompts that are too long are refused
-        by it, and memory is kept free for it."""
+        """Estimate tokens and memory of an image of this size before it is decoded, to refuse prompts that are too long
+        and to reserve memory."""
         return unknown(height * width)
 
     def prepared_video(self, num_frames: int, height: int, width: int) -> Prepared:
-        """What will be made of so many frames of a video."""
+        """Estimate tokens and memory of so many frames of a video."""
         return unknown(height * width, num_frames)
 
     def sample_frames(self, video: VideoInfo) -> Sequence[int]:
-        """Which frames of a video are looked at, where the request does not say: two per second, 4 to 768."""
+        """Return the indices of a video's frames to use by default: two per second, 4 to 768."""
         return uniform_indices(video, fps=2.0, max_frames=768, min_frames=4)
 
-    # The way of a prompt
+    # Processing a prompt
 
     async def process(
         self, image_data: Any, audio_data: Any, input_text: str | list[int], request_obj: Any
     ) -> MultimodalProcessorOutput:
-        """The whole way with ``mm_tokens``: what most ``process_mm_data_async`` return, as it is or with positions
+        """Process a prompt with ``mm_tokens``: most ``process_mm_data_async`` return the result, some with positions
         added."""
         with current_scope():
             base_output = await self.load_mm_data(
@@ -223,15 +223,15 @@ class BaseMultimodalProcessor(ABC):
         discard_alpha_channel: bool = True,
         add_special_tokens: bool | None = None,
     ) -> BaseMultiModalProcessorOutput:
-        """Fetch and decode a prompt's media, when there is room for all of them and what will be made of them.
+        """Fetch and decode a prompt's media, when there is memory for all of them and for their items.
 
         Args:
             discard_alpha_channel: images are RGB; otherwise those with transparency are RGBA.
-            add_special_tokens: whether the tokenizer puts its own around the text; None: unless it begins with the
-                token that begins a text, as what a chat template wrote may.
+            add_special_tokens: whether the tokenizer adds its own around the text; None: unless the text begins with
+                the bos token, as a chat template's may.
 
         Raises:
-            InvalidRequest: there are not as many placeholders as media, or one of these is wrong.
+            InvalidRequest: there are not as many placeholders as media, or a medium is wrong.
         """
         given = {
             Modality.IMAGE: list(image_data or ()),
@@ -261,8 +261,8 @@ class BaseMultimodalProcessor(ABC):
     async def process_and_combine_mm_data_async(
         self, base_output: BaseMultiModalProcessorOutput, mm_tokens: MultimodalSpecialTokens, **kwargs: Any
     ) -> tuple[list[MultimodalDataItem], torch.Tensor, Mapping[str, Any]]:
-        """The items, the prompt's ids [n] with placeholders replaced, and what transformers' processor returned
-        (nothing, where it was not asked). ``kwargs`` go to that processor."""
+        """Return the items, the prompt's ids [n] with placeholders replaced, and the output of transformers' processor
+        (empty if it was not used). ``kwargs`` go to that processor."""
         return await self.loader.run(lambda: self._combine(base_output, mm_tokens, **kwargs))
 
     def _combine(
@@ -271,12 +271,12 @@ class BaseMultimodalProcessor(ABC):
         if not base_output.has_preformatted and not self._replaces:
             return self._combine_by_hf(base_output, mm_tokens, **kwargs)
         items: dict[Modality, list[MultimodalDataItem]] = {}
-        whole: dict[Modality, list[MultimodalDataItem]] = {}  # whose placeholders the caller has replaced
+        whole: dict[Modality, list[MultimodalDataItem]] = {}  # placeholders already replaced by the caller
         for modality in Modality.all():
             loaded = base_output.of(modality)
             if loaded and is_preformatted(loaded[0]):
                 made = preformatted_items(modality, loaded[0], self.hf_config)
-                replaced = not self._stands_unreplaced(base_output, modality, mm_tokens, made)
+                replaced = not self._needs_replacement(base_output, modality, mm_tokens, made)
                 (whole if replaced else items)[modality] = made
             elif loaded:
                 items[modality] = self._items(modality, loaded)
@@ -296,14 +296,14 @@ class BaseMultimodalProcessor(ABC):
     def _replaces(self) -> bool:
         return type(self).replacement is not BaseMultimodalProcessor.replacement
 
-    def _stands_unreplaced(
+    def _needs_replacement(
         self,
         base_output: BaseMultiModalProcessorOutput,
         modality: Modality,
         mm_tokens: MultimodalSpecialTokens,
         made: list[MultimodalDataItem],
     ) -> bool:
-        """Whether the prompt has one placeholder for each item, which is not all that there has to be."""
+        """Return whether the prompt has one placeholder for each item, which must be replaced."""
         prompt = base_output.input_text if base_output.input_ids is None else base_output.input_ids
         if mm_tokens.num_placeholders(prompt, modality, self.tokenizer) != len(made):
             return False
@@ -338,10 +338,10 @@ class BaseMultimodalProcessor(ABC):
         mm_tokens: MultimodalSpecialTokens,
         items: Mapping[Modality, list[MultimodalDataItem]],
     ) -> list[int]:
-        """The prompt's ids with each item's placeholder replaced, and the items' offsets set.
+        """Return the prompt's ids with each item's placeholder replaced, and set the items' offsets.
 
-        Of a text the whole is tokenised after that, as transformers does: what a replacement ends in may merge with
-        what follows. Ids stay as they are.
+        A text is tokenised as a whole after that, as transformers does: the end of a replacement may merge with the
+        text behind it. Ids stay as they are.
         """
         replaced: list[tuple[MultimodalDataItem, str]] = []
         left = {modality: iter(found) for modality, found in items.items()}
@@ -378,7 +378,7 @@ class BaseMultimodalProcessor(ABC):
         with self._tokenizer_lock:  # transformers sets the tokenizer's state before each call
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    # By transformers' processor
+    # With transformers' processor
 
     def process_mm_data(
         self,
@@ -388,7 +388,7 @@ class BaseMultimodalProcessor(ABC):
         audios: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> Mapping[str, Any]:
-        """What transformers' processor makes of a text with one placeholder for each of the media."""
+        """Call transformers' processor on a text with one placeholder for each medium."""
         if images:
             kwargs["images"] = list(images)
         if videos:
@@ -419,7 +419,7 @@ class BaseMultimodalProcessor(ABC):
         return items, ids, output
 
     def collect_mm_items_from_processor_output(self, output: Mapping[str, Any]) -> list[MultimodalDataItem]:
-        """One item for each kind of media in what transformers' processor returned, all of a kind in one."""
+        """Return one item for each kind of media in the output of transformers' processor."""
         return bundled_items(output)
 
 

@@ -1,4 +1,4 @@
-"""Images that are decoded in a process of their own: it can be killed, and cannot take more memory than it should."""
+"""Decode images in a process of their own, which can be killed and has a limit of memory."""
 
 import os
 import sys
@@ -13,19 +13,19 @@ from rtp_llm.srt.multimodal.work import check_stopped
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils.process import StartedPython, start_python
 
-MEMORY_MARGIN = 1 << 27  # bytes of address space, for what the decoder takes whatever the image
-POLL_S = 0.05  # until it is looked whether anybody still waits
+MEMORY_MARGIN = 1 << 27  # bytes of address space that the decoder takes for any image
+POLL_S = 0.05  # between checks whether the caller still waits
 
 
 class Task(NamedTuple):
     max_pixels: int
     keep_alpha: bool
     is_low: bool
-    memory: int  # bytes that may be taken for the image
+    memory: int  # bytes that decoding the image may take
 
 
 def decode_apart(data: bytes, header: ImageHeader, max_pixels: int, keep_alpha: bool, is_low: bool) -> Image.Image:
-    """As ``images.decode_image``."""
+    """Do the same as ``images.decode_image``."""
     memory = 2 * len(data) + header.need.alone + header.num_file_pixels + MEMORY_MARGIN
     child = start_python(__name__)
     try:
@@ -59,7 +59,7 @@ def _stripes(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def main(fd: int) -> None:
-    """What the process does: decodes one image."""
+    """Decode one image: the process's main function."""
     with Connection(fd) as pipe:
         max_pixels, keep_alpha, is_low, memory = pipe.recv()
         data = pipe.recv_bytes()
@@ -70,15 +70,15 @@ def main(fd: int) -> None:
         except InvalidRequest as error:
             pipe.send(str(error))
             return
-        except Exception:  # decoders raise whatever comes to mind
-            os._exit(1)  # the other side sees that the pipe has ended
+        except Exception:  # decoders raise exceptions of any kind
+            os._exit(1)  # the other side sees the closed pipe
         pipe.send((image.mode, image.size))
         for top, bottom in _stripes(image.size):
             pipe.send_bytes(image.crop((0, top, image.width, bottom)).tobytes())
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Where the system can tell how much is in use."""
+    """Limit the address space, on systems that report how much is in use."""
     if sys.platform == "linux":
         import resource
 

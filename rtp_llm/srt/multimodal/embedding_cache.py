@@ -1,4 +1,4 @@
-"""What encoders made of media, kept for the steps and requests that need it again."""
+"""Embeddings of media, kept for later steps and requests."""
 
 from collections import OrderedDict
 
@@ -6,10 +6,9 @@ import torch
 
 
 class EmbeddingCache:
-    """What encoders made of items, by their digests; beyond ``max_bytes`` the least recently used are forgotten.
+    """Embeddings of items by digest; beyond ``max_bytes`` the least recently used are dropped.
 
-    A prompt that is computed in chunks, an image that comes up again in a conversation, and a request that resumes
-    find it here.
+    Used by prompts that are computed in chunks, images that return in a conversation, and requests that resume.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""How much memory it takes to prepare media for a model, told before any is decoded."""
+"""Estimates of the memory that media need, made before any is decoded."""
 
 from dataclasses import dataclass, replace
 
@@ -15,18 +15,18 @@ VALUE_BYTES = 16
 # While an item is prepared: as float64, scaled, normalised and in patches.
 VALUE_COPIES = 20
 
-SMALLEST_PIXELS = 448**2  # that processors of which nothing is known make of an image
+SMALLEST_PIXELS = 448**2  # of an image after a processor without estimates
 LARGEST_PIXELS = 2048**2
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a model's processor will make of an image or a video.
+    """An estimate of a processor's output for an image or a video.
 
     Args:
-        num_tokens: places in the prompt, or less.
-        num_values: that the encoder takes, or more.
-        num_pixels: that it is padded or enlarged to on the way.
+        num_tokens: positions in the prompt, at least.
+        num_values: of the encoder's input, at most.
+        num_pixels: after padding or enlarging.
     """
 
     num_tokens: int
@@ -35,13 +35,13 @@ class Prepared:
 
 
 def unknown(num_pixels: int, num_frames: int = 1) -> Prepared:
-    """Estimate for a processor that gives none: one token, and each image within usual bounds."""
+    """Estimate for a processor that gives none: one token, and images within usual bounds."""
     each = min(max(num_pixels, SMALLEST_PIXELS), LARGEST_PIXELS)
     return Prepared(1, 3 * each * num_frames)
 
 
 def whole_need(header: ImageHeader | VideoHeader, prepared: Prepared) -> Need:
-    """Memory that an image or a video needs from decoding until it is sent to the model."""
+    """Return the memory that an image or a video needs from decoding until it is sent to the model."""
     need = header.need
     copies = PIXEL_COPIES * max(header.num_pixels, prepared.num_pixels) if isinstance(header, ImageHeader) else 0
     return replace(

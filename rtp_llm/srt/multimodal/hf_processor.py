@@ -1,4 +1,4 @@
-"""The processor that a checkpoint brings, in the parts that transformers makes of it."""
+"""A checkpoint's processor, in the parts that transformers loads."""
 
 import json
 from functools import cached_property
@@ -11,15 +11,14 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
 class HfProcessor:
     """Parts of a checkpoint's processor, as transformers loads them; each is None where there is none.
 
-    Called, it is the checkpoint's own processor. That of many models needs torchvision, for videos at least, so that it
-    is made only when it is asked for. Image processors are those on PIL and numpy, wherever the model has one.
+    Called, it is the checkpoint's own processor. That of many models needs torchvision, for videos at least, so it is
+    loaded only on use. Image processors are those on PIL and numpy, if the model has one.
 
-    ``video_settings`` are those of the video processor, read from the checkpoint's files, for processors that do the
-    work themselves.
+    ``video_settings`` are those of the video processor, read from the checkpoint's files, for our own processors.
 
     Args:
         model_path: the checkpoint's directory.
-        tokenizer: the one that prompts are encoded by.
+        tokenizer: encodes the prompts.
     """
 
     def __init__(self, model_path: str, tokenizer: Any, trust_remote_code: bool = False) -> None:
@@ -49,7 +48,7 @@ class HfProcessor:
         return self._settings("video_processor", "video_preprocessor_config.json", "preprocessor_config.json")
 
     def _settings(self, part: str, *files: str) -> dict[str, Any]:
-        """Settings from the first of these files that exists, or from the part of processor_config.json."""
+        """Read settings from the first of these files that exists, or from the part of processor_config.json."""
         whole = _read_json(Path(self._model_path) / "processor_config.json")
         if part in whole:
             return whole[part]
@@ -57,7 +56,7 @@ class HfProcessor:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Those of the processor as a whole, such as patch sizes and placeholder tokens."""
+        """Settings of the processor as a whole, such as patch sizes and placeholder tokens."""
         return _read_json(Path(self._model_path) / "processor_config.json")
 
     @cached_property
@@ -65,7 +64,7 @@ class HfProcessor:
         """transformers' processor of the model.
 
         Raises:
-            ValueError: it cannot be made here.
+            ValueError: it cannot be loaded.
         """
         try:
             return AutoProcessor.from_pretrained(self._model_path, **self._options)
@@ -84,5 +83,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """A processor's tokenizer, or what is one itself."""
+    """Return a processor's tokenizer, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)

@@ -1,9 +1,8 @@
-"""Which hosts URLs of media may name, and which addresses may be connected to.
+"""Checks of the hosts in URLs of media, and of the addresses that they resolve to.
 
 Programs read odd spellings of hosts in different ways: ``http://127.1/``, ``http://0x7f.1/`` and ``http://2130706433/``
-are this machine to some. So a host is either an address as it is written by rule or a proper DNS name, and whatever is
-neither is refused here, before any library looks at it. What a name means is checked when it is resolved, and every
-address once more when a socket is made for it.
+are this machine to some. So a host must be an address in canonical form or a proper DNS name; anything else is refused
+here, before any library reads it. Addresses are checked when a name is resolved, and once more when a socket is made.
 """
 
 import asyncio
@@ -19,11 +18,11 @@ NOT_PUBLIC = "its host is not on the public internet (--allowed-media-domains ca
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")
-_LOCAL = tuple(  # to a site or a protocol, which Python's ``is_global`` does not know, or not in all versions
+_LOCAL = tuple(  # local to a site or a protocol, but global for Python's ``is_global`` (in some versions)
     map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "5f00::/16"))
 )
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", re.ASCII)
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)  # what makes a host's last label an address to some
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)  # hosts with such a last label are addresses for some programs
 _AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9._~!$&'()*+,;=:%-]*@)?(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{0,5}))?",
     re.ASCII,
@@ -34,12 +33,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class RefusedHost(OSError):
-    """A host or an address that must not be reached. An OSError, since it is raised through aiohttp, which takes those
-    from resolvers and sockets."""
+    """A host or an address that must not be reached. An OSError, which aiohttp expects from resolvers and sockets."""
 
 
 def host_of(url: str) -> str:
-    """The host that an http or https URL names, in the one form that it has: a DNS name in lower case, or an address.
+    """Return the host of an http or https URL in canonical form: a DNS name in lower case, or an address.
 
     Raises:
         RefusedHost: it is neither.
@@ -58,7 +56,7 @@ def host_of(url: str) -> str:
 
 
 def checked_host(host: str) -> str:
-    """A host, without a port, in the one form that it has.
+    """Return a host, without a port, in canonical form.
 
     Raises:
         RefusedHost: it is neither a canonical address nor a proper DNS name.
@@ -81,7 +79,7 @@ def checked_host(host: str) -> str:
 
 
 def plain_host(host: str) -> str:
-    """A host of --allowed-media-domains, as ``host_of`` would give it."""
+    """Return a host of --allowed-media-domains in the form of ``host_of``."""
     name = host.strip().strip("[]").lower()
     try:
         return str(ipaddress.ip_address(name))
@@ -90,10 +88,10 @@ def plain_host(host: str) -> str:
 
 
 def check_public(host: str) -> None:
-    """
+    """Check a host of ``host_of`` before names are resolved.
+
     Raises:
-        RefusedHost: what ``host_of`` gave is an address that is not public, or a name of this machine. Other names have
-            to be resolved.
+        RefusedHost: it is an address that is not public, or a name of this machine.
     """
     try:
         address = ipaddress.ip_address(host)
@@ -106,15 +104,15 @@ def check_public(host: str) -> None:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet, also where it is an IPv6 form of an IPv4 address."""
+    """Return whether an address belongs to the public internet, also in an IPv6 form of an IPv4 address."""
     if isinstance(address, ipaddress.IPv6Address):
-        if address.scope_id is not None:  # of one link
+        if address.scope_id is not None:  # link-local
             return False
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
         if inner is None and (address in _NAT64 or address in _COMPATIBLE):
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
-            return is_public(inner) and address not in _COMPATIBLE  # which nobody routes
+            return is_public(inner) and address not in _COMPATIBLE  # never routed
     if any(address in network for network in _LOCAL):
         return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
@@ -130,8 +128,8 @@ def _checked_address(text: str) -> None:
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves a name and checks its addresses in one: the connection is made to an address that was checked, whatever
-    the name means a moment later (DNS rebinding)."""
+    """Resolves a name and checks its addresses in one step, so that the connection goes to a checked address even if
+    the name resolves differently later (DNS rebinding)."""
 
     def __init__(self, may_be_private: Callable[[str], bool]) -> None:
         self._may_be_private = may_be_private
@@ -157,14 +155,14 @@ class PublicResolver(AbstractResolver):
 
 
 def public_socket(info: AddrInfoType) -> socket.socket:
-    """A socket for an address, just before it is connected to: whatever came between, it is public."""
+    """Create a socket for an address, checked once more to be public."""
     kind, socket_type, proto, _, address = info
     _checked_address(str(address[0]))
     return socket.socket(kind, socket_type, proto)
 
 
 def refusal_in(error: BaseException | None) -> str | None:
-    """What a RefusedHost said that another error was raised from."""
+    """Return the message of a RefusedHost among an error's causes; None: there is none."""
     while error is not None:
         if isinstance(error, RefusedHost):
             return str(error)

@@ -1,4 +1,4 @@
-"""Image files: what their headers say, and their pixels."""
+"""Image files: their headers and their pixels."""
 
 import functools
 from dataclasses import dataclass
@@ -13,25 +13,24 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 MAX_PIXELS = 80_000_000  # of an image: 20,000 x 4,000; 320 MB as Pillow keeps RGB
 LOW_DETAIL_SIZE = 512  # pixels of the longer side, as OpenAI has it
-STRIPE_PIXELS = 1 << 20  # that are converted at once
+STRIPE_PIXELS = 1 << 20  # converted at once
 
-# Formats whose decoders neither run other programs (as EPS does) nor are too obscure to be well tested.
+# Formats whose decoders run no other programs (as EPS does) and are well tested.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
-# What is decoded in one call, which nothing stops, is decoded in a process of its own, which can be killed: always
-# where the decoder does not keep to the size in the header or keeps Python from running, else from this size on.
+# A decoder that cannot be stopped runs in a process of its own, which can be killed: always if it does not keep to the
+# header's size or blocks Python, else from this size on.
 ALWAYS_APART = frozenset({"JPEG2000", "AVIF"})
 LARGE_APART = frozenset({"WEBP", "TIFF"})
 APART_PIXELS = 1 << 22
 
-KEEP_NOTHING = frozenset({"JPEG", "PNG", "BMP", "PPM"})  # beside the pixels, once they are decoded
+KEEP_NOTHING = frozenset({"JPEG", "PNG", "BMP", "PPM"})  # decoders that keep only the pixels
 
 PIXEL_BYTES = 4  # of Pillow's RGB and RGBA
-# Bytes per pixel that are needed beside the image itself while it is decoded, turned, blended and converted: measured,
-# with a margin.
+# Bytes per pixel beside the image itself while it is decoded, turned, blended and converted: measured, with a margin.
 EXTRA_BYTES = {"WEBP": 20, "AVIF": 20, "JPEG2000": 36, "TIFF": 12}
 OTHER_EXTRA_BYTES = 9
-PROGRESSIVE_BYTES = 6  # of a JPEG's coefficients, of which a progressive one needs all at once
+PROGRESSIVE_BYTES = 6  # of all coefficients, which a progressive JPEG holds at once
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,13 +45,13 @@ _TURNS = {
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What is known of an image before it is decoded.
+    """Properties of an image, known before it is decoded.
 
     Args:
-        file_format: Pillow's name of it; empty: it is decoded already.
-        width, height: as it is shown, turned and reduced.
-        num_file_pixels: that are decoded.
-        num_extra_bytes: that decoding takes beside the result.
+        file_format: Pillow's name; empty: the image is decoded already.
+        width, height: after turning and reducing.
+        num_file_pixels: decoded pixels.
+        num_extra_bytes: bytes for decoding beside the result.
     """
 
     file_format: str
@@ -73,15 +72,16 @@ class ImageHeader:
 
     @property
     def need(self) -> Need:
-        """Memory that its pixels need."""
+        """Memory for its pixels."""
         return Need(held=PIXEL_BYTES * self.num_pixels, decoding=self.num_extra_bytes)
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS, is_low: bool = False) -> ImageHeader:
-    """
+    """Read the header of an image file.
+
     Raises:
         InvalidRequest: the image has more pixels than ``max_pixels``.
-        Exception: it is none.
+        Exception: it is no image.
     """
     with _open(data, max_pixels) as image:
         width, height = image.size
@@ -93,7 +93,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS, is_low: bool = False)
             width, height = height, width
         if is_low and max(width, height) > LOW_DETAIL_SIZE:
             low_width, low_height = low_size(width, height)
-            if image.format == "JPEG":  # is decoded at a smaller size
+            if image.format == "JPEG":  # decoded at a smaller size
                 image.draft(None, _draft_size(image))
                 extra -= OTHER_EXTRA_BYTES * (num_pixels - image.width * image.height)
             extra += PIXEL_BYTES * image.width * image.height
@@ -114,10 +114,10 @@ def decode_image(
     """Return the first frame of an image file, RGB or, if it has transparency and ``keep_alpha``, RGBA.
 
     Args:
-        is_low: its longer side is LOW_DETAIL_SIZE at most.
+        is_low: reduce the longer side to LOW_DETAIL_SIZE at most.
 
     Raises:
-        InvalidRequest: it has more pixels than ``max_pixels``, which the header tells before any is decoded.
+        InvalidRequest: it has more pixels than ``max_pixels``; checked in the header before decoding.
         Exception: it cannot be decoded.
     """
     with _open(data, max_pixels) as file:
@@ -134,14 +134,14 @@ def decode_image(
 
 
 def plain_image(image: Image.Image, keep_alpha: bool, is_low: bool = False) -> Image.Image:
-    """As ``decode_image`` of one that a caller has decoded, which is left as it is."""
+    """Return the result of ``decode_image`` for an image that a caller has decoded; it is not changed."""
     plain = _plain(_turned(image, _orientation(image)), keep_alpha)
     plain = reduced(plain, is_low)
     return plain.copy() if plain is image else plain
 
 
 def low_size(width: int, height: int) -> tuple[int, int]:
-    """An image's size in low detail. At most a pixel less than what Pillow makes of it."""
+    """Return an image's size in low detail, at most a pixel less than Pillow's."""
     longest = max(width, height)
     if longest <= LOW_DETAIL_SIZE:
         return width, height
@@ -149,7 +149,7 @@ def low_size(width: int, height: int) -> tuple[int, int]:
 
 
 def reduced(image: Image.Image, is_low: bool) -> Image.Image:
-    """In low detail, its longer side is LOW_DETAIL_SIZE at most; the image itself is left as it is."""
+    """Return the image, in low detail with its longer side LOW_DETAIL_SIZE at most; the argument is not changed."""
     if not is_low or max(image.size) <= LOW_DETAIL_SIZE:
         return image
     image = image.copy()
@@ -158,7 +158,7 @@ def reduced(image: Image.Image, is_low: bool) -> Image.Image:
 
 
 def _draft_size(image: Image.Image) -> tuple[int, int]:
-    """At least twice the size that it is reduced to, of which a JPEG is decoded at a half, a quarter or an eighth."""
+    """Return at least twice the reduced size: a JPEG decodes at a half, a quarter or an eighth of its own."""
     width, height = low_size(*image.size)
     return 2 * width, 2 * height
 
@@ -173,7 +173,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 @functools.cache
 def _image_formats() -> tuple[str, ...]:
-    """Those that this build of Pillow has."""
+    """Return the formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
@@ -181,7 +181,7 @@ def _image_formats() -> tuple[str, ...]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a broken EXIF block says nothing; the pixels are sound
+    except Exception:  # a broken EXIF block; the pixels are sound
         return 1
 
 
@@ -202,7 +202,7 @@ def _plain(image: Image.Image, keep_alpha: bool) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Blended, a stripe after the other, so that there are only the two images."""
+    """Blend with white, stripe by stripe, so that memory holds only the two images."""
     blended = Image.new("RGB", image.size)
     num_rows = max(STRIPE_PIXELS // image.width, 1)
     for top in range(0, image.height, num_rows):
@@ -214,7 +214,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow would clip wide samples at 255, which turns a 16-bit image white."""
+    """Scale wide samples to eight bits: Pillow would clip them at 255, which makes a 16-bit image white."""
     if image.mode == "F":
         raise InvalidRequest("the image has floating-point samples, whose range is not known; convert it to 8 bits")
     if not image.mode.startswith("I"):

@@ -1,7 +1,6 @@
-"""Media as models get them: what a processor made of images, videos and sounds, where it stands in the prompt, and the
-ids under which the prefix cache knows it.
+"""Items, the processed media of a prompt: the encoder's input, positions in the prompt, and cache keys.
 
-Everything here is host data. ``MultimodalInputs.encode`` makes bytes of it, which travel to the workers unread.
+Everything here is host data. ``MultimodalInputs.encode`` makes bytes of it, which the core passes on unread.
 """
 
 import hashlib
@@ -41,12 +40,12 @@ class MultimodalDataItem:
     Attributes that are not listed live in ``model_specific_data``: ``item.image_grid_thw`` reads and writes there.
 
     Args:
-        modality: what it is.
-        feature: what the encoder takes, usually pixel values; a list where parts differ in shape.
+        modality: its kind.
+        feature: the encoder's input, usually pixel values; a list if parts differ in shape.
         offsets: runs of placeholder positions in the prompt, ``(first, last)`` inclusive, in order. The encoder's rows
             go to these positions one after the other.
-        precomputed_embeddings: [n, hidden], instead of a feature: the encoder's output itself.
-        model_specific_data: further things that the model's encoder reads.
+        precomputed_embeddings: [n, hidden], the encoder's output, instead of a feature.
+        model_specific_data: further inputs of the model's encoder.
     """
 
     modality: Modality
@@ -98,7 +97,7 @@ class MultimodalDataItem:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of all that the encoder reads: kinds, shapes and contents. Computed once."""
+        """SHA-256 of the encoder's input: kinds, shapes and contents. Computed once."""
         if "_digest" not in self.__dict__:
             content = hashlib.sha256()
             for part in (self.modality.value, self.feature, self.precomputed_embeddings, self.model_specific_data):
@@ -108,14 +107,14 @@ class MultimodalDataItem:
 
     @property
     def hash(self) -> int:
-        """The first 64 bits of the digest, for logs and cheap look-ups; equality is decided by the whole."""
+        """The first 64 bits of the digest, for logs and cheap look-ups; equality needs the whole digest."""
         return int.from_bytes(self.digest[:8], "big")
 
     def pad_ids(self, num_ids: int) -> list[int]:
-        """Ids of the item's first ``num_ids`` positions, never those of a vocabulary.
+        """Return ids for the item's first ``num_ids`` positions, which are in no vocabulary.
 
-        They are read off an extendable-output function (SHAKE-256, FIPS 202) of the digest: the same item always has
-        the same ids, and two items have none in common but by a chance of 2**-56 for each.
+        They come from an extendable-output function (SHAKE-256, FIPS 202) of the digest: equal items have
+        equal ids, and ids of two items are equal with probability 2**-56 each.
         """
         stream = hashlib.shake_256(self.digest).digest(_ID_BYTES * num_ids)
         return [
@@ -133,7 +132,7 @@ _ITEM_FIELDS = {item.name for item in fields(MultimodalDataItem)}
 
 
 def _absorb(content: Any, value: Any) -> None:
-    """Add a value to a hash, with its kind and length, so that no two values read the same."""
+    """Add a value to a hash, with its kind and length, so that different values never hash the same bytes."""
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu().contiguous()
         content.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}:".encode())
@@ -184,7 +183,7 @@ class MultimodalInputs:
         return any(item.modality is Modality.IMAGE for item in self.mm_items)
 
     def token_id_of(self, modality: Modality) -> int | None:
-        """The vocabulary's placeholder for media of this kind."""
+        """Return the placeholder's id for media of this kind."""
         ids = {
             Modality.IMAGE: self.im_token_id,
             Modality.VIDEO: self.video_token_id,
@@ -200,8 +199,8 @@ class MultimodalInputs:
 
     @classmethod
     def decode(cls, data: bytes | mmap.mmap) -> Self:
-        """What ``encode`` made. It takes no longer for large images: what encoders read is made when they ask for it,
-        of a mapped file without a copy."""
+        """Return the inputs of ``encode``'s bytes, in a time independent of their size: tensors are made on first use,
+        from a mapped file without a copy."""
         packed = _Packed(data)
         *items, rest = packed.structure
         return cls([_PackedItem(form, packed) for form in items], **packed.value(rest))
@@ -209,14 +208,14 @@ class MultimodalInputs:
 
 @dataclass(slots=True)
 class MultimodalProcessorOutput(MultimodalInputs):
-    """What ``process_mm_data_async`` returns: the prompt's ids, each placeholder repeated as often as its item has
-    rows (or as ``pad_input_ids`` of the model expects it), and the media."""
+    """The result of ``process_mm_data_async``: the prompt's ids, each placeholder repeated for each row of its item (or
+    as the model's ``pad_input_ids`` expects), and the media."""
 
     input_ids: list[int] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From a dict of the same keys, which processors may return instead. Keys of other engines' are refused."""
+        """Make it from a dict of the same keys, which processors may return instead. Other keys are refused."""
         unknown = set(values) - {item.name for item in fields(cls)}
         if unknown:
             known = ", ".join(item.name for item in fields(cls))
@@ -236,7 +235,7 @@ def _form_of(item: MultimodalDataItem) -> dict[str, Any]:
 
 
 class _PackedItem(MultimodalDataItem):
-    """An item of decoded inputs: what its encoder reads is made of the bytes when it is first asked for."""
+    """An item of decoded inputs, whose encoder input is decoded on first use."""
 
     def __init__(self, form: Mapping[str, Any], packed: "_Packed") -> None:
         self.modality = Modality(form["modality"])
@@ -258,7 +257,7 @@ class _PackedItem(MultimodalDataItem):
         return self._packed.value(self._form["model_specific_data"])
 
 
-_STRUCTURE = "structure"  # of encoded media: everything but the tensors, as JSON
+_STRUCTURE = "structure"  # name of everything but the tensors in encoded media, as JSON
 _TENSOR_KEY, _BYTES_KEY = "$tensor", "$bytes"
 
 
@@ -267,7 +266,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _pack(value: Any) -> bytes:
-    """Numbers, strings, bytes, lists, dicts and tensors -> the bytes of a safetensors file."""
+    """Encode numbers, strings, bytes, lists, dicts and tensors as the bytes of a safetensors file."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_take_apart(value, tensors)).encode()
     tensors[_STRUCTURE] = torch.frombuffer(bytearray(structure), dtype=torch.uint8)
@@ -295,7 +294,7 @@ def _take_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 class _Packed:
-    """What ``_pack`` made, read piece by piece."""
+    """The bytes of ``_pack``, read piece by piece."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
         self._data = memoryview(data)
@@ -308,7 +307,7 @@ class _Packed:
         return self._data[self._begin + begin : self._begin + end]
 
     def value(self, structure: Any) -> Any:
-        """The value of a part of the structure, tensors and all."""
+        """Return the value of a part of the structure, with its tensors."""
         if isinstance(structure, list):
             return [self.value(item) for item in structure]
         if not isinstance(structure, dict):
@@ -323,7 +322,7 @@ class _Packed:
         piece, shape = self._piece(name), self._header[name]["shape"]
         if not piece.nbytes:
             return torch.empty(shape, dtype=getattr(torch, dtype))
-        # An encoder may write to what it is given; others may read the same bytes.
+        # An encoder may write to its input, while others read the same bytes.
         memory = bytearray(piece) if piece.readonly else piece
         return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(shape)
 
@@ -336,8 +335,8 @@ def _kind(value: Any) -> str:
 
 
 def pad_mm_tokens(input_ids: Sequence[int], mm_inputs: MultimodalInputs) -> list[int]:
-    """The ids with each item's placeholder positions (its ``offsets``) replaced by its pad ids: what most models'
-    ``pad_input_ids`` return. The input is not changed."""
+    """Return the ids with each item's placeholder positions (its ``offsets``) replaced by its pad ids, as most models'
+    ``pad_input_ids`` do. The input is not changed."""
     padded = list(input_ids)
     for item in mm_inputs.mm_items:
         positions = item.positions
@@ -351,7 +350,7 @@ def pad_mm_tokens(input_ids: Sequence[int], mm_inputs: MultimodalInputs) -> list
 
 
 def pad_placeholders(_model: object, input_ids: list[int], mm_inputs: MultimodalInputs) -> list[int]:
-    """``pad_mm_tokens`` as a model's method: ``pad_input_ids = pad_placeholders``. It asks nothing of the model."""
+    """``pad_mm_tokens`` as a model's method: ``pad_input_ids = pad_placeholders``. It does not use the model."""
     return pad_mm_tokens(input_ids, mm_inputs)
 
 
@@ -361,13 +360,13 @@ def pad_mm_token_pairs(
     data_token_pairs: Sequence[tuple[int, int]],
     data_start_token_ids: Sequence[int] | None = None,
 ) -> list[int]:
-    """The ids with what stands between pairs of tokens replaced by pad ids, and the items' offsets set accordingly.
+    """Replace ids between pairs of tokens by pad ids, set the items' offsets accordingly, and return the ids.
 
     For models that wrap an item in start and end tokens, in one or more pieces.
 
     Args:
-        data_token_pairs: (start, end) token ids; everything strictly between is placeholder.
-        data_start_token_ids: starts that begin the next item; None: every start does. Other pairs go on with it.
+        data_token_pairs: (start, end) token ids; ids strictly between are placeholders.
+        data_start_token_ids: starts that begin the next item; None: every start does. Other pairs continue it.
 
     Raises:
         MediaError: starts and ends do not match, or the number of items differs.
@@ -397,10 +396,10 @@ def pad_mm_token_pairs(
 
 
 def vocabulary_ids(padded: Sequence[int], mm_inputs: MultimodalInputs) -> list[int]:
-    """What a model's ``pad_input_ids`` returned, with the vocabulary's placeholders (0 where there is none) again.
+    """Return the output of a model's ``pad_input_ids`` with pad ids replaced by placeholder ids (0 if there is none).
 
     Raises:
-        MediaError: pad ids do not stand where the items' offsets say, and in their order.
+        MediaError: pad ids are not at the items' offsets, in their order.
     """
     ids = list(padded)
     for item in mm_inputs.mm_items:
@@ -422,7 +421,7 @@ def vocabulary_ids(padded: Sequence[int], mm_inputs: MultimodalInputs) -> list[i
 
 
 def media_blocks(mm_inputs: MultimodalInputs) -> list[tuple[int, int]]:
-    """Runs (first, last) of positions that hold media, neighbours joined: what sees itself both ways in Gemma 3."""
+    """Return runs (first, last) of media positions, neighbours joined: blocks of two-way attention in Gemma 3."""
     blocks: list[tuple[int, int]] = []
     for first, last in sorted(run for item in mm_inputs.mm_items for run in item.offsets):
         if blocks and blocks[-1][1] + 1 == first:

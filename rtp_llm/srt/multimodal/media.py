@@ -1,8 +1,8 @@
-"""Images and videos from wherever callers name them: fetched, checked, decoded.
+"""Fetch, check and decode images and videos from the sources that callers name.
 
-Whoever names a source is not trusted, and neither is what lies there: sizes are limited before memory is spent, memory
-is taken from a budget (``memory.py``), and a URL cannot reach what only this machine can reach (CWE-918, server-side
-request forgery; ``hosts.py``).
+Neither callers nor sources are trusted: sizes are limited before memory is spent, memory is taken from a budget
+(``memory.py``), and URLs cannot reach hosts that only this machine can reach (CWE-918, server-side request forgery;
+``hosts.py``).
 """
 
 import functools
@@ -45,12 +45,12 @@ DEFAULT_BUDGET_MB = 2048
 
 @dataclass(slots=True, eq=False)
 class OpenedMedia:
-    """An image or a video that is here, measured, and not decoded yet.
+    """An image or a video, fetched and measured, and not decoded yet.
 
     Args:
-        header: what is known of it.
-        decode: makes an Image or VideoFrames of it, in a thread.
-        num_file_bytes: that ``files`` holds for it.
+        header: its properties.
+        decode: decodes it to an Image or VideoFrames, in a thread.
+        num_file_bytes: bytes that ``files`` holds for it.
     """
 
     header: ImageHeader | VideoHeader
@@ -69,7 +69,7 @@ class OpenedMedia:
 
     @property
     def need(self) -> Need:
-        """Memory that its pixels need."""
+        """Memory for its pixels."""
         return self.header.need
 
 
@@ -86,7 +86,7 @@ class MediaLoader:
         max_pixels: of the largest image, or of one frame of a video.
         max_video_pixels: of all frames of a video that are chosen, together.
         trusted: callers are this process's own code, which may name any file.
-        memory_budget_mb: MiB that all media together take.
+        memory_budget_mb: MiB for all media together.
 
     Every error of a source is an InvalidRequest that names ``param``.
     """
@@ -124,21 +124,21 @@ class MediaLoader:
         )
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The function's result, from one of the decoders' threads; the event loop goes on. If this is cancelled, the
-        function is stopped at its next ``work.check_stopped()``."""
+        """Run a function in a decoder thread and return its result. If cancelled, the function stops at its next
+        ``work.check_stopped()``."""
         return await self._workers.run(function, *arguments)
 
     async def load_image(self, source: Any, keep_alpha: bool = False, param: str = "image_data") -> Image.Image:
-        """An RGB image, turned as its EXIF orientation says; of an animation the first frame.
+        """Return an RGB image, turned as its EXIF orientation says; of an animation the first frame.
 
-        ``{"url": source, "detail": "low"}`` makes a large one smaller, its longer side to LOW_DETAIL_SIZE; otherwise it
-        keeps the resolution that it has. Transparent pixels are blended with white, as transformers' image processors
-        do; with ``keep_alpha`` an image that has any is RGBA instead. 16-bit samples keep their upper eight bits.
+        ``{"url": source, "detail": "low"}`` reduces a large image, its longer side to LOW_DETAIL_SIZE; otherwise it
+        keeps its resolution. Transparent pixels are blended with white, as transformers' image processors
+        do; with ``keep_alpha`` an image with any is RGBA instead. 16-bit samples keep their upper eight bits.
 
-        Waits until there is room to decode it.
+        Wait until there is memory to decode it.
 
         Raises:
-            InvalidRequest: it cannot be had, is too large, or is no image.
+            InvalidRequest: it cannot be fetched, is too large, or is no image.
         """
         with self.files_of([source]) as files:
             return await self._load(await self.open_image(source, files, keep_alpha, param))
@@ -152,14 +152,14 @@ class MediaLoader:
         sample: Sample | None = None,
         param: str = "video_data",
     ) -> VideoFrames:
-        """Frames of a video: those that ``sample`` names, else ``uniform_indices``. VideoFrames, an array
+        """Return frames of a video: those that ``sample`` names, else ``uniform_indices``. VideoFrames, an array
         [n, height, width, 3] uint8 and a list of images are taken as they are.
 
         A source that is a dict may have ``fps``, ``max_frames`` and ``min_frames`` of its own, beside ``url``; they
-        come before ``sample``. Waits until there is room to decode it.
+        come before ``sample``. Wait until there is memory to decode it.
 
         Raises:
-            InvalidRequest: it cannot be had, is too long or large, or is no video.
+            InvalidRequest: it cannot be fetched, is too long or large, or is no video.
         """
         if sample is None:
             sample = functools.partial(uniform_indices, fps=fps, max_frames=max_frames, min_frames=min_frames)
@@ -173,13 +173,13 @@ class MediaLoader:
             return await self.decode(opened)
 
     def files_of(self, sources: Sequence[Any]) -> Account:
-        """An account for the files of these sources, which has to be closed."""
+        """Return an account for the files of these sources, which must be closed."""
         return self.memory.files.account(sum(map(self._files.claim, sources)))
 
     async def open_image(
         self, source: Any, files: Account, keep_alpha: bool = False, param: str = "image_data"
     ) -> OpenedMedia:
-        """An image, fetched, with its header read."""
+        """Fetch an image and read its header."""
         is_low = _is_low_detail(source, param)
         source = _unwrapped(source, param)
         if isinstance(source, Image.Image):
@@ -193,7 +193,7 @@ class MediaLoader:
         return OpenedMedia(header, decode, param, files, len(data))
 
     async def open_video(self, source: Any, files: Account, sample: Sample, param: str = "video_data") -> OpenedMedia:
-        """A video, fetched, measured, and with its frames chosen."""
+        """Fetch a video, measure it, and choose its frames."""
         options = _video_options(source, param)
         source = _unwrapped(source, param, known=_VIDEO_OPTIONS)
         if options:
@@ -210,9 +210,9 @@ class MediaLoader:
         return OpenedMedia(header, decode, param, files, len(data))
 
     async def decode(self, opened: OpenedMedia) -> Any:
-        """The Image or VideoFrames. There must be room for what it needs; its file is given back."""
+        """Return the Image or VideoFrames, and release its file. Memory for it must be reserved."""
         decode, opened.decode = opened.decode, None
-        assert decode is not None  # once
+        assert decode is not None  # decoded once only
         try:
             return await self.run(_decoded, decode, opened.param, opened.what)
         finally:
@@ -221,7 +221,7 @@ class MediaLoader:
 
 
 def _unwrapped(source: Any, param: str, known: frozenset[str] = frozenset()) -> Any:
-    """What ``{"url": source}`` holds."""
+    """Return the source of ``{"url": source}``."""
     if not isinstance(source, Mapping):
         return source
     unknown = sorted(set(map(str, source)) - known - {"url", "detail"})
@@ -255,7 +255,7 @@ def _decoded(decode: Callable[[], T], param: str, what: str) -> T:
         return decode()
     except InvalidRequest as error:
         raise InvalidRequest(str(error), param) from None
-    except Exception as error:  # decoders raise whatever comes to mind: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise any kind: OSError, SyntaxError, struct.error, ...
         raise InvalidRequest(
             f"the {what} cannot be decoded: it is broken, cut short, or of a format that is not supported", param
         ) from error

@@ -1,4 +1,4 @@
-"""The bytes of media, wherever they lie: behind a URL, in a ``data:`` URI or base64 text, in a file."""
+"""Read the bytes of media: from URLs, ``data:`` URIs, base64 text and files."""
 
 import base64
 import binascii
@@ -18,13 +18,13 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}")
-_SHORTEST_BASE64 = 100  # characters; what is shorter and begins as paths do is meant as one
-_MAX_PATH = 4096  # characters; what is longer is no path
+_SHORTEST_BASE64 = 100  # characters; a shorter text that begins like a path is a path
+_MAX_PATH = 4096  # characters; a longer text is no path
 _NO_SOURCE = "the media are neither a URL, a data: URI nor"
 
 
 class MediaFiles:
-    """Read what sources name.
+    """Reads the files of sources.
 
     Args:
         local_root: directory below which files may be named; None: none may.
@@ -41,7 +41,7 @@ class MediaFiles:
         self._run = workers.run
 
     def claim(self, source: Any) -> int:
-        """The most bytes that a source's file may take."""
+        """Return the most bytes that a source's file may take."""
         source = source.get("url") if isinstance(source, Mapping) else source
         if isinstance(source, (bytes, bytearray, memoryview)):
             return len(source)
@@ -52,7 +52,7 @@ class MediaFiles:
         return min(len(text), self._limits.max_bytes) if is_text else self._limits.max_bytes
 
     async def read(self, source: Any, files: Account, param: str) -> bytes:
-        """A source's file, whose bytes ``files`` holds."""
+        """Return a source's file, whose bytes ``files`` accounts for."""
         if isinstance(source, Path):
             source = str(source)
         if isinstance(source, (bytes, bytearray, memoryview)):
@@ -114,7 +114,7 @@ class MediaFiles:
         return await self._read_file(file, files, param)
 
     async def _file_or_base64(self, text: str, files: Account, param: str) -> bytes:
-        """Base64 may look like a path (that of a JPEG begins with /9j/), so a file has to be there."""
+        """Read a file or base64 text. Base64 may look like a path (JPEG: /9j/), so the file must exist."""
         file = await self._run(self._open_file, text)
         if file is not None:
             return await self._read_file(file, files, param)
@@ -124,7 +124,7 @@ class MediaFiles:
         raise self._no_file(param, f"{_NO_SOURCE} base64 text, and ")
 
     def _no_file(self, param: str, beginning: str = "") -> InvalidRequest:
-        """Say the same whether a file that may not be named exists or not."""
+        """Return the error for a file that is missing or not allowed: the same text for both."""
         if self._trusted:
             return InvalidRequest(f"{beginning}there is no such file", param)
         if self._local_root is None:
@@ -134,7 +134,7 @@ class MediaFiles:
         )
 
     def _open_file(self, name: str) -> BinaryIO | None:
-        """A regular file, if there is one that may be named."""
+        """Open a regular file; None if it does not exist or is not allowed."""
         if not (self._trusted or self._local_root) or not name or len(name) > _MAX_PATH:
             return None
         base = Path() if self._trusted or self._local_root is None else self._local_root
@@ -144,7 +144,7 @@ class MediaFiles:
                 return None
             # Not blocking: opening a named pipe would wait for its other end.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except (OSError, ValueError, RuntimeError):  # not there, not ours, a null byte, a loop of links
+        except (OSError, ValueError, RuntimeError):  # missing, not readable, a null byte, a loop of links
             return None
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)

@@ -1,4 +1,4 @@
-"""Encoded media in files, for workers in other processes: what is sent to them is a name, however large an image is."""
+"""Encoded media in files, for workers in other processes: messages hold a file's name, not its content."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ from rtp_llm.srt.utils.scratch import ScratchFolder
 
 
 class MediaStore:
-    """Writes media into files of this user alone. A file lives as long as the object that ``put`` gave for it, and at
+    """Writes media into files of this user alone. A file lives as long as the object that ``put`` returned, and at
     most as long as this process. Thread-safe."""
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class MediaStore:
         self._numbers = count()
 
     def put(self, content: bytes) -> MediaFile:
-        """Raise OSError where it cannot be written."""
+        """Write content to a new file. Raise OSError if it cannot be written."""
         path = self._new_path()
         try:
             with open(path, "xb") as file:
@@ -48,8 +48,8 @@ def _remove(path: str) -> None:
 
 
 def open_content(content: bytes | MediaFile) -> bytes | mmap.mmap:
-    """The bytes of ``PromptMedia.content``. A file is mapped, not read, and may be removed from then on; what is
-    written to the mapping stays in this process."""
+    """Return the bytes of ``PromptMedia.content``. A file is mapped, and may be removed afterwards; writes to the
+    mapping stay in this process."""
     if isinstance(content, bytes):
         return content
     with Path(content.path).open("rb") as file:

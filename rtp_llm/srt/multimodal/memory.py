@@ -1,14 +1,14 @@
-"""How much memory media may take in this process, and who waits until there is room.
+"""The memory that media may take in this process: a budget, whose users wait until there is room.
 
-A ``Room`` is a number of bytes that accounts share. Nothing fails for want of room that others will give back: it
-waits. Nothing deadlocks either, although an account may take more while it holds some, as a file does that grows while
-it is fetched. An account says first what it may come to hold (its claim), and more is only given where, in some order,
-every account that holds anything could still get all of its claim and be done (Dijkstra's banker's algorithm, for a
-single resource). Nobody starves: while an account waits, none that came after it begins to hold.
+A ``Room`` is a number of bytes that accounts share. An account that finds no room waits for others to release theirs.
+An account may take more while it holds some, such as a file that grows while it is fetched. Deadlocks are prevented by
+Dijkstra's banker's algorithm for a single resource: an account first declares the most that it may hold (its claim),
+and bytes are granted only if all accounts that hold some could still, in some order, get their whole claim and finish.
+There is no starvation: while an account waits, no later one begins to hold bytes.
 
-``MediaMemory`` is the budget of ``--media-memory-budget-mb``, in two rooms: ``files`` for files as they were fetched,
-a quarter, and ``pixels`` for the rest. Prompts take from ``files`` first, then once, all at a time, from ``pixels``.
-Who holds pixels wants nothing more, and so gives them back; hence who holds files gets pixels in the end.
+``MediaMemory`` is the budget of ``--media-memory-budget-mb``, in two rooms: ``files`` for fetched files, a quarter, and
+``pixels`` for the rest. Prompts take from ``files`` first, then once from ``pixels``, all at a time. An account that
+holds pixels takes nothing more and will release them; so every account that holds files gets pixels in the end.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from rtp_llm.srt.sampling_params import ContextLengthExceeded, InvalidRequest
 
 FLAG = "--media-memory-budget-mb"
 MIB = 2**20
-FILES_SHARE = 4  # one part in so many is for files
+FILES_SHARE = 4  # files get one part in so many
 DECODERS = 4  # media that are decoded at once, in one thread each
 
 
 class Room:
-    """Bytes that accounts take and give back, in any thread and any event loop.
+    """Bytes that accounts take and release, in any thread and any event loop.
 
     Attributes:
-        size: all of them.
-        held: those that are taken now.
-        most_held: the most that were taken at once.
+        size: bytes in all.
+        held: bytes taken now.
+        most_held: the most bytes taken at once.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,7 +47,7 @@ class Room:
         self._numbers = itertools.count()
 
     def account(self, claim: int) -> "Account":
-        """One that may come to hold ``claim`` bytes, or all that there are if that is less. It must be closed."""
+        """Return an account that may hold up to ``claim`` bytes, or all bytes if that is less. It must be closed."""
         account = Account(self, claim)
         with self._lock:
             account.number = next(self._numbers)
@@ -63,37 +63,37 @@ class Room:
         ask = _Ask(num_bytes)
         with self._lock:
             account.asked.append(ask)
-            self._hand_out()
+            self._grant()
         return ask
 
     def _withdraw(self, account: "Account", ask: "_Ask") -> None:
-        """It is not wanted any more, whether or not it has been given."""
+        """Cancel a request, or release its bytes if they have been granted."""
         with self._lock:
             if ask in account.asked:
                 account.asked.remove(ask)
             elif ask.is_given and account.number in self._accounts:
                 self._take_back(account, ask.num_bytes)
-            self._hand_out()
+            self._grant()
 
     def _give(self, account: "Account", num_bytes: int, lower_claim: int = 0) -> None:
         with self._lock:
             if account.number in self._accounts:
                 self._take_back(account, num_bytes)
                 account.whole_claim = max(account.whole_claim - lower_claim, account.wanted)
-                self._hand_out()
+                self._grant()
 
     def _close(self, account: "Account") -> None:
         with self._lock:
             if self._accounts.pop(account.number, None) is not None:
                 self._take_back(account, account.held)
-                self._hand_out()
+                self._grant()
 
     def _take_back(self, account: "Account", num_bytes: int) -> None:
         account.held -= num_bytes
         self.held -= num_bytes
 
-    def _hand_out(self) -> None:
-        """Give what may be given, to the oldest first."""
+    def _grant(self) -> None:
+        """Grant waiting requests where that is safe, the oldest accounts first."""
         older_waits = False
         for account in self._accounts.values():
             while account.asked and (account.held or not older_waits):
@@ -101,7 +101,7 @@ class Room:
                 if not self._is_safe(account, ask.num_bytes):
                     break
                 account.asked.pop(0)
-                if ask.future.set_running_or_notify_cancel():  # otherwise, who asked is gone
+                if ask.future.set_running_or_notify_cancel():  # otherwise it was cancelled
                     ask.is_given = True
                     account.held += ask.num_bytes
                     self.held += ask.num_bytes
@@ -110,7 +110,7 @@ class Room:
             older_waits = older_waits or bool(account.asked)
 
     def _is_safe(self, account: "Account", num_bytes: int) -> bool:
-        """Whether all that hold something could still get their claims, one after the other, then."""
+        """Return whether, after such a grant, all holders could still get their claims one after the other."""
         free = self.size - self.held - num_bytes
         if free < 0:
             return False
@@ -136,10 +136,10 @@ class _Ask:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """What one prompt holds of a room. As a context it is closed when it is left.
+    """One prompt's bytes of a room. Leaving its context closes it.
 
     Attributes:
-        whole_claim: the most that it may come to hold, if there were as much.
+        whole_claim: the most that it may hold, not limited by the room's size.
     """
 
     room: Room
@@ -154,11 +154,11 @@ class Account:
 
     @property
     def wanted(self) -> int:
-        """What it holds, and waits for."""
+        """Bytes that it holds or waits for."""
         return self.held + sum(ask.num_bytes for ask in self.asked)
 
     async def take(self, num_bytes: int) -> None:
-        """Wait until there is room. Bytes beyond the claim are never to be had, and an error of the caller's."""
+        """Take bytes; wait until there is room. Taking more than the claim is a bug of the caller."""
         if self.wanted + num_bytes > self.claim:
             raise ValueError(f"{num_bytes} bytes more than {self.wanted} are asked for, but {self.claim} were claimed")
         ask = self.room._ask(self, num_bytes)
@@ -169,11 +169,11 @@ class Account:
             raise
 
     def give(self, num_bytes: int, lower_claim: int = 0) -> None:
-        """Give bytes back, and so many of the claim up."""
+        """Release bytes, and lower the claim."""
         self.room._give(self, num_bytes, lower_claim)
 
     def close(self) -> None:
-        """Give everything back. Idempotent."""
+        """Release everything. Idempotent."""
         self.room._close(self)
 
     def __enter__(self) -> Self:
@@ -184,7 +184,7 @@ class Account:
 
 
 class MediaMemory:
-    """The budget of a process."""
+    """The media memory of a process."""
 
     def __init__(self, budget_mb: float) -> None:
         size = int(budget_mb * MIB)
@@ -192,7 +192,7 @@ class MediaMemory:
         self.pixels = Room(size - size // FILES_SHARE)
 
     def check_fits(self, num_bytes: int, what: str, param: str) -> None:
-        """Raise InvalidRequest where something needs more than there will ever be for pixels."""
+        """Raise InvalidRequest if something needs more than all memory for pixels."""
         if num_bytes > self.pixels.size:
             raise InvalidRequest(
                 f"{what} would take about {-(-num_bytes // MIB):,} MiB of memory while being decoded and prepared, and "
@@ -202,7 +202,7 @@ class MediaMemory:
             )
 
     def check_file_fits(self, num_bytes: int, what: str, param: str) -> None:
-        """Raise InvalidRequest where files are larger than there will ever be room for."""
+        """Raise InvalidRequest if files are larger than all memory for files."""
         if num_bytes > self.files.size:
             raise InvalidRequest(
                 f"{what} larger than the {self.files.size / MIB:.4g} MiB that there are for files: send fewer, or "
@@ -212,7 +212,7 @@ class MediaMemory:
 
 
 class FileLimits:
-    """Sizes of files: of each, and of all that lie in ``memory``.
+    """Limits of files' sizes: of each, and of all in ``memory``.
 
     Args:
         max_bytes: of the largest image or video, before it is decoded.
@@ -244,13 +244,13 @@ class FileLimits:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that one of a prompt's media takes.
+    """Bytes that one medium of a prompt takes.
 
     Args:
-        held: of its decoded pixels, from decoding until the whole prompt is prepared.
-        decoding: beyond these, while it is decoded; DECODERS are at once.
-        preparing: beyond these, while the model's processor works on it; one is at a time.
-        features: of what the processor makes of it, with the copies that are made to hand it to the model.
+        held: its decoded pixels, from decoding until the whole prompt is prepared.
+        decoding: more while it is decoded; DECODERS are decoded at once.
+        preparing: more while the model's processor works on it; one at a time.
+        features: the processor's output, with the copies made on its way to the model.
     """
 
     held: int
@@ -264,18 +264,18 @@ class Need:
 
 
 def total_need(needs: Sequence[Need]) -> int:
-    """Bytes that a prompt's media take together."""
+    """Return the bytes that a prompt's media take together."""
     stays = sum(need.held + need.features for need in needs)
     decoding = sum(sorted((need.decoding for need in needs), reverse=True)[:DECODERS])
     return stays + max([decoding, *(need.preparing for need in needs)])
 
 
 class MediaScope:
-    """A prompt's dealings with the budget, from its first fetch until what was made of it is handed on.
+    """A prompt's use of the budget, from its first fetch until its items are handed on.
 
     Args:
-        most_tokens: a prompt may have.
-        too_long: the error of one that has more, from a reason and a name of a parameter.
+        most_tokens: of a prompt.
+        too_long: the error's class for a prompt with more, made from a reason and a parameter's name.
     """
 
     def __init__(self, most_tokens: int | None = None, too_long: type[InvalidRequest] = ContextLengthExceeded) -> None:
@@ -284,7 +284,7 @@ class MediaScope:
         self._accounts: list[Account] = []
 
     def keep(self, account: Account) -> Account:
-        """It is closed with the scope, at the latest."""
+        """Close the account with the scope, at the latest."""
         self._accounts.append(account)
         return account
 
@@ -294,7 +294,7 @@ class MediaScope:
         self._accounts = []
 
     def check_tokens(self, num_tokens: int, param: str) -> None:
-        """Raise ContextLengthExceeded where media alone have more tokens than a prompt may."""
+        """Raise ContextLengthExceeded if media alone have more tokens than a prompt may."""
         if self.most_tokens is not None and num_tokens > self.most_tokens:
             raise self._too_long(
                 f"This model's maximum context length is {self.most_tokens} tokens: the prompt's media alone have at "
@@ -308,7 +308,7 @@ _scope: ContextVar[MediaScope | None] = ContextVar("media_scope", default=None)
 
 @contextmanager
 def media_scope(scope: MediaScope) -> Iterator[MediaScope]:
-    """What is loaded within belongs to this scope, and all of it is given back in the end."""
+    """Make this the current scope, and release its memory in the end."""
     token = _scope.set(scope)
     try:
         yield scope
@@ -319,7 +319,7 @@ def media_scope(scope: MediaScope) -> Iterator[MediaScope]:
 
 @contextmanager
 def current_scope() -> Iterator[MediaScope]:
-    """The scope that this runs in, or one of its own."""
+    """Yield the current scope, or a new one."""
     scope = _scope.get()
     if scope is not None:
         yield scope

@@ -1,4 +1,4 @@
-"""Where media stand in a prompt: their placeholders in its text, their positions in its ids."""
+"""Media in a prompt: placeholders in its text, positions in its ids."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 @dataclass
 class MultimodalSpecialTokens:
-    """How a model's prompts say where media stand.
+    """The placeholders of a model's prompts.
 
-    ``X_token`` is the placeholder for one item in a prompt, ``X_token_id`` the id of the positions that its embeddings
-    take when it has been replaced; in most models they are the same token. ``X_token_regex`` finds placeholders in
+    ``X_token`` is the placeholder for one item in a prompt, ``X_token_id`` the id at the positions of its
+    embedding after replacement; in most models they are the same token. ``X_token_regex`` finds placeholders in
     texts; unset: the token itself.
     """
 
@@ -33,7 +33,7 @@ class MultimodalSpecialTokens:
     combined_regex: re.Pattern[str] | str | None = None
 
     def build(self, processor: Any) -> Self:
-        """Fill in tokens from ids, ids from tokens, and the regular expressions."""
+        """Fill in tokens from ids, ids from tokens, and the regular expressions; return self."""
         tokenizer = tokenizer_of(processor)
         for modality in Modality.all():
             token, token_id = self.token_of(modality), self.get_token_id_by_modality(modality)
@@ -49,13 +49,13 @@ class MultimodalSpecialTokens:
         return self
 
     def get_combined_regex(self) -> re.Pattern[str]:
-        """Splits a text into what stands between placeholders, and the placeholders."""
+        """Return a pattern that splits a text into placeholders and the text between them."""
         regexes = [regex.pattern for modality in Modality.all() if (regex := self.regex_of(modality))]
         default = f"({'|'.join(f'(?:{regex})' for regex in regexes)})" if regexes else "((?!))"
         return re.compile(self.combined_regex or default)
 
     def get_modality_of_token(self, token: str) -> Modality | None:
-        """Which kind of media this text is a placeholder for; None: it is none."""
+        """Return the kind of media that this text is a placeholder for; None: it is no placeholder."""
         for modality in Modality.all():
             regex = self.regex_of(modality)
             if token == self.token_of(modality) or (regex is not None and regex.fullmatch(token)):
@@ -73,7 +73,7 @@ class MultimodalSpecialTokens:
         return None if regex is None else re.compile(regex)
 
     def placeholder_id(self, modality: Modality, tokenizer: Any) -> int | None:
-        """The placeholder's own id; None: it is no single token, or there is none."""
+        """Return the placeholder's id; None: it is not a single token, or there is none."""
         token = self.token_of(modality)
         return None if token is None else known_id(tokenizer, token)
 
@@ -86,7 +86,7 @@ class MultimodalSpecialTokens:
         return sum(given == token_id for given in prompt)
 
     def fill(self, modality: Modality, tokenizer: Any) -> str:
-        """The token of the positions that embeddings take.
+        """Return the token at the positions of embeddings.
 
         Raises:
             InvalidRequest: the model takes no such media.
@@ -101,7 +101,7 @@ class MultimodalSpecialTokens:
 
 
 def split_text(text: str, mm_tokens: MultimodalSpecialTokens) -> list[str]:
-    """What stands between placeholders, and the placeholders, in order."""
+    """Split a text into placeholders and the text between them, in order."""
     parts, end = [], 0
     for match in mm_tokens.get_combined_regex().finditer(text):
         parts += [text[end : match.start()], match.group()]
@@ -110,7 +110,7 @@ def split_text(text: str, mm_tokens: MultimodalSpecialTokens) -> list[str]:
 
 
 def check_counts(modality: Modality, num_placeholders: int, num_given: int) -> None:
-    """Raise InvalidRequest where there are not as many placeholders as media."""
+    """Raise InvalidRequest if there are not as many placeholders as media."""
     if num_placeholders != num_given:
         name = modality.value
         raise InvalidRequest(
@@ -125,20 +125,20 @@ def known_id(tokenizer: Any, token: str) -> int | None:
 
 
 def runs(positions: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending positions as runs (first, last), inclusive."""
+    """Return ascending positions as runs (first, last), inclusive."""
     breaks = [i for i, (one, other) in enumerate(pairwise(positions), 1) if other != one + 1]
     bounds = [0, *breaks, len(positions)]
     return [(positions[start], positions[end - 1]) for start, end in pairwise(bounds) if start < end]
 
 
 def runs_of(ids: Sequence[int], token_id: int | None) -> list[tuple[int, int]]:
-    """Runs (first, last) of positions that hold this id."""
+    """Return runs (first, last) of positions that hold this id."""
     return runs([position for position, given in enumerate(ids) if given == token_id])
 
 
 def place(items: list[MultimodalDataItem], found: list[tuple[int, int]]) -> list[MultimodalDataItem]:
-    """Set the items' offsets from the runs of their token: one run each, or by their grids' sizes. Where neither
-    works, all become one again, at all places."""
+    """Set the items' offsets from the runs of their token: one run each, or by their grids' sizes. If neither
+    works, join all items into one at all runs."""
     if len(items) == 1:
         items[0].offsets = found
         return items
@@ -168,8 +168,8 @@ def set_offsets(
     mm_tokens: MultimodalSpecialTokens,
     tokenizer: Any,
 ) -> None:
-    """Give positions of an embedding's token to the items in their order, to each as many as the text has that stands
-    in place of its placeholder."""
+    """Assign positions of an embedding's token to the items in their order, to each as many as its replacement
+    has."""
     fill_ids = {item.modality: mm_tokens.get_token_id_by_modality(item.modality) for item, _ in replaced}
     for fill_id in set(fill_ids.values()):
         positions = [position for position, token_id in enumerate(ids) if token_id == fill_id]
@@ -189,7 +189,7 @@ def set_offsets(
 
 
 def check_rows(items: Sequence[MultimodalDataItem]) -> None:
-    """Raise InvalidRequest where a prompt has no places for an item, or not as many as its embedding has rows."""
+    """Raise InvalidRequest if a prompt has no positions for an item, or not as many as its embedding has rows."""
     for item in items:
         rows = None if item.precomputed_embeddings is None else len(item.precomputed_embeddings)
         if not item.num_tokens or rows not in (None, item.num_tokens):

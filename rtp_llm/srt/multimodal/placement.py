@@ -1,4 +1,4 @@
-"""Where media go in a prompt: decided before the core gets it, so that its loop never sees pixels."""
+"""Placement of media in a prompt, before the core gets it, so that the core's loop never sees pixels."""
 
 import logging
 import threading
@@ -14,16 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 class MediaPlacementError(InvalidRequest):
-    """A model's ``pad_input_ids`` cannot put a prompt's media into it."""
+    """A model's ``pad_input_ids`` cannot place a prompt's media."""
 
 
 class MediaPlacer:
-    """Puts media into prompts as a model's ``pad_input_ids`` says. Thread-safe; the method is called by one thread at a
-    time.
+    """Places media in prompts by a model's ``pad_input_ids``. Thread-safe; one thread at a time calls the method.
 
     Args:
-        build: makes an instance of the model without weights, to be asked. It is called once, when the first prompt
-            comes. None: ``pad_placeholders``, which asks nothing of the model.
+        build: makes an instance of the model without weights, whose method is called. It is called once, for the first
+            prompt. None: ``pad_placeholders``, which needs no model.
         store: keeps the media for workers in other processes. None: they are in this one.
     """
 
@@ -34,18 +33,18 @@ class MediaPlacer:
         self._lock = threading.Lock()
 
     def place(self, prompt_ids: Sequence[int], inputs: MultimodalInputs) -> tuple[list[int], PromptMedia]:
-        """The prompt's ids, of the vocabulary, perhaps more of them than came, and its media.
+        """Return the prompt's ids, of the vocabulary and perhaps more than came, and its media.
 
         Raises:
             MediaPlacementError: what ``pad_input_ids`` returned is not consistent with the media, or it fails.
-            MediaError: the media are nothing that can be given to a model.
+            MediaError: the media cannot be encoded for a model.
             OSError: they cannot be stored.
         """
         for item in inputs.mm_items:
-            _ = item.digest  # else media that no model could get would seem to be in the wrong place
+            _ = item.digest  # first: invalid media would otherwise look misplaced
         try:
             ids, cache_keys = self._padded(prompt_ids, inputs)
-        except Exception as error:  # whatever a model's method may raise; told to whoever asked
+        except Exception as error:  # of any kind, from a model's method
             logger.debug("media cannot be placed in the prompt", exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             raise MediaPlacementError(f"the media cannot be placed in the prompt: {reason}") from error
@@ -54,7 +53,7 @@ class MediaPlacer:
         return ids, PromptMedia(stored, cache_keys, media_blocks(inputs))
 
     def _padded(self, prompt_ids: Sequence[int], inputs: MultimodalInputs) -> tuple[list[int], list[int]]:
-        """The prompt's ids, and with pad ids where media are."""
+        """Return the prompt's ids, and the same with pad ids at media positions."""
         before = [list(item.offsets) for item in inputs.mm_items]
         padded = [int(token_id) for token_id in self._pad(list(prompt_ids), inputs)]
         ids = vocabulary_ids(padded, inputs)

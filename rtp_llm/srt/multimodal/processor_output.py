@@ -1,4 +1,4 @@
-"""What transformers' processors return, or a caller gives in their form, as the items of a prompt."""
+"""From the output of transformers' processors, or a caller's in their form, to a prompt's items."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ PROCESSOR_OUTPUT = "processor_output"
 PRECOMPUTED_EMBEDDING = "precomputed_embedding"
 
 
-# Names that transformers' processors give to what they return, and what it belongs to.
+# Names in the output of transformers' processors, by the kind of media that they belong to.
 MODALITY_OF_OUTPUT = {
     **dict.fromkeys(
         (
@@ -38,7 +38,7 @@ GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
 def one_item(modality: Modality, output: Mapping[str, Any]) -> MultimodalDataItem:
-    """What an image or video processor returned for a single one."""
+    """Return an item from an image or video processor's output for a single medium."""
     item = MultimodalDataItem(modality)
     for name, value in output.items():
         _set_output(item, name, value)
@@ -46,7 +46,7 @@ def one_item(modality: Modality, output: Mapping[str, Any]) -> MultimodalDataIte
 
 
 def bundled_items(output: Mapping[str, Any]) -> list[MultimodalDataItem]:
-    """One item for each kind of media in what transformers' processor returned, all of a kind in one."""
+    """Return one item for each kind of media in the output of transformers' processor."""
     items: dict[Modality, MultimodalDataItem] = {}
     for name, value in output.items():
         modality = MODALITY_OF_OUTPUT.get(name)
@@ -63,15 +63,15 @@ def _set_output(item: MultimodalDataItem, name: str, value: Any) -> None:
 
 
 def _host(value: Any) -> Any:
-    """Arrays of any library as tensors; lists of them as lists of tensors."""
+    """Convert arrays of any library to tensors, lists of them to lists of tensors."""
     if isinstance(value, (list, tuple)):
         return [_host(item) for item in value]
     return torch.as_tensor(value) if hasattr(value, "__array__") else value
 
 
 def split_item(item: MultimodalDataItem, count: int) -> list[MultimodalDataItem]:
-    """An item that bundles ``count`` images or videos as single ones: by their grids, else along the first dimension.
-    One that cannot be split is returned as it is."""
+    """Split an item of ``count`` images or videos into single ones: by their grids, else along the first dimension.
+    An item that cannot be split is returned as it is."""
     if count <= 1 or item.feature is None:
         return [item]
     sizes = rows_of_each(item)
@@ -92,7 +92,7 @@ def split_item(item: MultimodalDataItem, count: int) -> list[MultimodalDataItem]
 
 
 def rows_of_each(item: MultimodalDataItem) -> list[int] | None:
-    """Patches of each image or video, if grids tell."""
+    """Return the patches of each image or video from their grids; None without grids."""
     for name in GRIDS:
         if name in item.model_specific_data:
             grid = torch.as_tensor(item.model_specific_data[name])
@@ -101,7 +101,7 @@ def rows_of_each(item: MultimodalDataItem) -> list[int] | None:
 
 
 def _part(value: Any, i: int, count: int) -> Any:
-    """An item's own part of what belongs to all of them."""
+    """Return item ``i``'s part of a value of all items."""
     if isinstance(value, torch.Tensor):
         return value[i : i + 1] if value.dim() and len(value) == count else value
     return value[i : i + 1] if isinstance(value, (list, tuple)) and len(value) == count else value
@@ -112,8 +112,8 @@ def is_preformatted(source: Any) -> bool:
 
 
 def preformatted_items(modality: Modality, source: Mapping[str, Any], hf_config: Any) -> list[MultimodalDataItem]:
-    """Items of a dict that a caller has made: ``{"format": "processor_output", ...}`` with what transformers' processor
-    returned, or ``{"format": "precomputed_embedding", "feature": [n, hidden]}`` and what the model's positions need.
+    """Return the items of a caller's dict: ``{"format": "processor_output", ...}`` with the output of transformers'
+    processor, or ``{"format": "precomputed_embedding", "feature": [n, hidden]}`` with the data for positions.
 
     Raises:
         InvalidRequest: the format is unknown, or its feature is missing or of a wrong shape.

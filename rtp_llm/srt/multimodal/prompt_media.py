@@ -1,4 +1,4 @@
-"""All media of a prompt: opened, then decoded when there is room for all of them and for what is made of them."""
+"""Load all media of a prompt: open them, then decode them when there is memory for all of them and their items."""
 
 import asyncio
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from rtp_llm.srt.multimodal.memory import Account, MediaScope, current_scope, to
 from rtp_llm.srt.multimodal.processor_output import is_preformatted
 from rtp_llm.srt.sampling_params import InvalidRequest
 
-MAX_PROMPT_PIXELS = 1 << 28  # of a prompt's images and frames together: 1.1 GB as Pillow keeps them
-LOADS_AT_ONCE = 8  # media of one prompt that are fetched side by side
+MAX_PROMPT_PIXELS = 1 << 28  # of all images and frames of a prompt: 1.1 GB in Pillow
+LOADS_AT_ONCE = 8  # media of one prompt that are fetched in parallel
 
 
 class PreparesMedia(Protocol):
-    """What a model's processor says of media before they are decoded."""
+    """A model's processor, which estimates media before they are decoded."""
 
     def prepared_image(self, height: int, width: int) -> Prepared: ...
 
@@ -28,7 +28,7 @@ class PreparesMedia(Protocol):
 
 
 class PromptMedia:
-    """Load the media of one prompt.
+    """Loads the media of one prompt.
 
     Args:
         keep_alpha: images with transparency stay RGBA.
@@ -40,14 +40,14 @@ class PromptMedia:
         self._keep_alpha = keep_alpha
 
     async def load(self, given: Mapping[Modality, list[Any]]) -> dict[Modality, list[Any]]:
-        """Open all, which tells their sizes, and decode them once it is known that they may be, and there is room.
+        """Open all media to get their sizes, check them, wait for memory, and decode them.
 
-        What the prompt takes is given back when the scope that this runs in is left.
+        The memory is released when the current scope is left.
         """
         places = [(modality, i) for modality in given for i in range(len(given[modality]))]
         with current_scope() as scope:
             for modality, sources in given.items():
-                scope.check_tokens(len(sources), f"{modality.value}_data")  # each has one at least
+                scope.check_tokens(len(sources), f"{modality.value}_data")  # each has at least one
             sources = [given[modality][i] for modality, i in places]
             files = scope.keep(self._loader.files_of(sources))
             enough = asyncio.Semaphore(LOADS_AT_ONCE)
@@ -62,7 +62,7 @@ class PromptMedia:
                     return await self._loader.decode(opened) if isinstance(opened, OpenedMedia) else opened
 
             opened = await _gather([opened_at(*place) for place in places])
-            await self._take_room(scope, [item for item in opened if isinstance(item, OpenedMedia)])
+            await self._reserve_memory(scope, [item for item in opened if isinstance(item, OpenedMedia)])
             loaded = await _gather([decoded_at(*place, item) for place, item in zip(places, opened, strict=True)])
         return {
             kind: [item for (modality, _), item in zip(places, loaded, strict=True) if modality is kind]
@@ -88,11 +88,11 @@ class PromptMedia:
             return self._processor.prepared_image(header.height, header.width)
         return self._processor.prepared_video(len(header.indices), header.info.height, header.info.width)
 
-    async def _take_room(self, scope: MediaScope, opened: Sequence[OpenedMedia]) -> None:
-        """Wait until there is room for all that a prompt's media will take.
+    async def _reserve_memory(self, scope: MediaScope, opened: Sequence[OpenedMedia]) -> None:
+        """Wait until there is memory for all media of a prompt.
 
         Raises:
-            InvalidRequest: there will never be, or they have more pixels than a prompt's may.
+            InvalidRequest: they need more memory than there is, or have too many pixels for a prompt.
             ContextLengthExceeded: they have more tokens than a prompt may.
         """
         if not opened:
@@ -113,7 +113,7 @@ class PromptMedia:
 
 @contextmanager
 def _numbered(modality: Modality, number: int, count: int) -> Iterator[None]:
-    """What is wrong with one of several says which."""
+    """Put a medium's number into an InvalidRequest raised within, if it is one of several."""
     try:
         yield
     except InvalidRequest as error:
@@ -123,7 +123,7 @@ def _numbered(modality: Modality, number: int, count: int) -> Iterator[None]:
 
 
 async def _gather(loads: Sequence[Awaitable[Any]]) -> list[Any]:
-    """All results, or the first error, with nothing left running."""
+    """Return all results, or raise the first error after cancelling the rest."""
     tasks = [asyncio.ensure_future(load) for load in loads]
     try:
         return await asyncio.gather(*tasks)

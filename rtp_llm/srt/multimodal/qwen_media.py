@@ -1,4 +1,4 @@
-"""How the Qwen-VL models take media: sizes and patches of images and videos, and their positions in a prompt."""
+"""Media for the Qwen-VL models: sizes and patches of images and videos, and their positions in a prompt."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, sqrt
@@ -14,12 +14,12 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 
 
 class Segment(NamedTuple):
-    """Tokens of an image or of a video's frames, which stand together in a prompt.
+    """Contiguous tokens of an image or of a video's frames in a prompt.
 
     Args:
-        first: where they begin.
+        first: the first token's index.
         grid: (frames, rows, columns) in patches.
-        interval: temporal positions from a frame to the next, not always a whole number.
+        interval: temporal positions from a frame to the next, perhaps a fraction.
     """
 
     first: int
@@ -28,13 +28,13 @@ class Segment(NamedTuple):
 
 
 def mrope_positions(num_tokens: int, segments: Sequence[Segment], merge_size: int) -> tuple[torch.Tensor, int]:
-    """Positions (time, height, width) of a prompt's tokens, and what to add to a later token's place in the sequence.
+    """Return positions (time, height, width) of a prompt's tokens, and the offset of later tokens' positions.
 
-    A text's three are equal and rise by one. A segment's begin where the text before stopped, and the text behind it
-    goes on after its longer side. However many frames it has, they do not count for that: so does transformers.
+    A text's three are equal and rise by one. A segment's begin after the text before it, and the text behind it goes on
+    after the segment's longer side; frames do not count there, as in transformers.
 
     Returns:
-        [3, num_tokens] int64, and the difference.
+        [3, num_tokens] int64, and the offset from a token's index.
     """
     parts = []
     place = position = 0
@@ -52,10 +52,10 @@ def mrope_positions(num_tokens: int, segments: Sequence[Segment], merge_size: in
 
 
 def grid_of(item: MultimodalDataItem) -> tuple[int, int, int]:
-    """(frames, rows, columns) in patches.
+    """Return (frames, rows, columns) in patches.
 
     Raises:
-        InvalidRequest: an item that the caller has made does not tell.
+        InvalidRequest: a caller's item lacks its grid.
     """
     name = f"{item.modality.value}_grid_thw"
     grid = torch.as_tensor(item.model_specific_data.get(name, ())).flatten().tolist()
@@ -70,20 +70,20 @@ _RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # Pillow's number
 
 
 class VideoSettings:
-    """A checkpoint's settings of its video processor, under transformers' names.
+    """A checkpoint's video processor settings, under transformers' names.
 
     Args:
-        defaults: where ``settings`` are silent.
+        defaults: values for keys that ``settings`` lack.
         settings: as in preprocessor_config.json.
 
     Raises:
-        ValueError: a setting cannot be honoured.
+        ValueError: a setting is not supported.
     """
 
     def __init__(self, defaults: Mapping[str, Any], settings: Mapping[str, Any], hf_config: Any) -> None:
         given = {**defaults, **{name: value for name, value in settings.items() if value is not None}}
         size = {**defaults["size"], **given["size"]}
-        # The first checkpoints have other names for what size has now.
+        # The first checkpoints have other names for the keys of size.
         self.min_pixels = given.get("min_pixels") or size.get("min_pixels") or size["shortest_edge"]
         self.max_pixels = given.get("max_pixels") or size.get("max_pixels") or size["longest_edge"]
         vision = hf_config.vision_config
@@ -102,7 +102,7 @@ class VideoSettings:
         self.mean, self.std = _mean_and_std(given)
 
     def num_frames(self, video: VideoInfo) -> float:
-        """How many frames of a video are wanted, whether or not it has them."""
+        """Return how many frames of a video are wanted; it may have fewer."""
         if self.fixed_num_frames is not None:
             return self.fixed_num_frames
         return min(max(video.total_frames / video.fps * self.fps, self.min_frames), self.max_frames)
@@ -111,7 +111,7 @@ class VideoSettings:
         return ceil(num_frames / self.temporal_patch_size), height // self.patch_size, width // self.patch_size
 
     def prepared(self, frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-        """[n, height, width, 3] uint8 -> [n, 3, *size] float32, normalised."""
+        """Resize and normalise frames: [n, height, width, 3] uint8 -> [n, 3, *size] float32."""
         frames = frames if frames.flags.writeable else frames.copy()
         x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).contiguous()
         if x.shape[2:] != size:
@@ -121,7 +121,7 @@ class VideoSettings:
 
 
 def _mean_and_std(given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[3, 1, 1] each, of samples from 0 to 255."""
+    """Return mean and standard deviation, [3, 1, 1] each, of samples from 0 to 255."""
     scale = 1 / given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1.0
     normalises = given.get("do_normalize", True)
     mean = torch.tensor(given["image_mean"] if normalises else [0.0] * 3) * scale
@@ -132,8 +132,8 @@ def _mean_and_std(given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]
 def patchify(
     frames: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Frames [n, channels, height, width] -> patches [patches, channels * temporal_patch_size * patch_size squared],
-    those of a merged square together, and their grid. Where frames lack for the last patches, the last one is repeated.
+    """Cut frames [n, channels, height, width] into patches [patches, channels * temporal_patch_size * patch_size ** 2],
+    those of a merged square together; return them and their grid. The last frame is repeated to fill a patch.
     """
     missing = -len(frames) % temporal_patch_size
     frames = torch.cat((frames, frames[-1:].expand(missing, -1, -1, -1)))
@@ -152,7 +152,7 @@ MAX_ASPECT = 200
 
 
 def check_aspect(height: int, width: int, param: str) -> None:
-    """Raise InvalidRequest where one side is more than 200 times the other, which transformers refuses too."""
+    """Raise InvalidRequest if one side is more than 200 times the other, as transformers does."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InvalidRequest(
             f"one side of {width} x {height} pixels is more than {MAX_ASPECT} times the other, which cannot be seen",
@@ -169,8 +169,8 @@ def fit_size(
     num_frames: int = 1,
     rounded_frames: int = 1,
 ) -> tuple[int, int]:
-    """The multiples of ``factor`` next to a height and width; made smaller or larger, at about the same aspect, where
-    their pixels in all frames are more or less than these bounds."""
+    """Return a height and width as the nearest multiples of ``factor``, scaled at about the same aspect if the pixels
+    of all frames are outside these bounds."""
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     pixels = new_height * new_width * rounded_frames
     if pixels > max_pixels:
@@ -185,7 +185,7 @@ def fit_size(
 
 
 def patch_times(indices: Sequence[int], fps: float, temporal_patch_size: int) -> list[float]:
-    """Seconds from a video's beginning to each of its patches: midway between the first and the last of its frames."""
+    """Return the seconds from a video's start to each temporal patch: midway between its first and last frame."""
     missing = -len(indices) % temporal_patch_size
     seconds = [index / fps for index in [*indices, *[indices[-1]] * missing]]
     ends = range(temporal_patch_size - 1, len(seconds), temporal_patch_size)

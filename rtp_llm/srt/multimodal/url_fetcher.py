@@ -1,4 +1,4 @@
-"""Media by http and https, from hosts that may be asked (``hosts.py``), with a deadline, and into a budget."""
+"""Fetch media by http and https, from allowed hosts (``hosts.py``), with a deadline and a budget of memory."""
 
 import asyncio
 import io
@@ -22,11 +22,11 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.version import __version__
 
 MAX_REDIRECTS = 5
-GROWTH = MIB  # bytes that a file takes at once while it is fetched
+GROWTH = MIB  # bytes that a growing file takes at once
 
 
 class UrlFetcher:
-    """Fetch what URLs name.
+    """Fetches URLs.
 
     Args:
         domains: the only hosts that URLs may name, those of private networks included; None: all hosts but those whose
@@ -40,7 +40,7 @@ class UrlFetcher:
         self._limits = limits
 
     async def fetch(self, text: str, files: Account, param: str) -> bytes:
-        """The bytes that lie at an http or https URL, which ``files`` holds."""
+        """Return the content of an http or https URL, whose bytes ``files`` accounts for."""
         try:
             async with asyncio.timeout(self._timeout_s) as deadline:
                 return await self._follow(text, files, deadline, param)
@@ -56,7 +56,7 @@ class UrlFetcher:
             raise InvalidRequest(f"{_shown(text)}: {refusal_in(error) or 'it could not be fetched'}", param) from None
 
     async def _follow(self, text: str, files: Account, deadline: asyncio.Timeout, param: str) -> bytes:
-        """Redirects are followed by hand: each hop is a URL like the first."""
+        """Fetch a URL and follow redirects one by one: each is checked like the first."""
         url = self._checked_url(text)
         # No compression: a small body that expands to a large one could not be limited while it arrives.
         headers = {"Accept-Encoding": "identity", "User-Agent": f"rtp-llm/{__version__}"}
@@ -70,7 +70,7 @@ class UrlFetcher:
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(),  # none of its own
+            timeout=aiohttp.ClientTimeout(),  # no timeout of aiohttp's
         ) as session:
             for _ in range(MAX_REDIRECTS + 1):
                 async with session.get(url, allow_redirects=False) as response:
@@ -83,7 +83,7 @@ class UrlFetcher:
         raise _Refused(f"it is redirected more than {MAX_REDIRECTS} times")
 
     def _checked_url(self, text: str) -> URL:
-        """A URL whose host may be asked, and is the same one to everybody who reads it."""
+        """Return a URL with an allowed host in canonical form."""
         host = host_of(text)
         if self._domains is None:
             check_public(host)
@@ -120,7 +120,7 @@ class UrlFetcher:
         return file.getvalue()
 
     async def _take_while_fetching(self, files: Account, num_bytes: int, deadline: asyncio.Timeout, param: str) -> None:
-        """Waiting for room is no time of the server's that is asked."""
+        """Take bytes, and extend the deadline by the time spent waiting for them."""
         loop, when = asyncio.get_running_loop(), deadline.when()
         left_s = (when or 0) - loop.time()
         deadline.reschedule(None)
@@ -129,11 +129,11 @@ class UrlFetcher:
 
 
 class _Refused(Exception):
-    """A URL that must not be fetched, or an answer that is of no use."""
+    """A URL that must not be fetched, or an unusable answer."""
 
 
 def _shown(url: str) -> str:
-    """A URL for messages: without credentials and query, and not long."""
+    """Return a URL for messages: without credentials and query, and short."""
     scheme, _, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
     authority, slash, path = rest.partition("/")
     text = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"

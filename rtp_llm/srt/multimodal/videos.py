@@ -1,4 +1,4 @@
-"""Video files: what they hold, and chosen frames of them."""
+"""Video files: their headers, and chosen frames."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +17,20 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 MAX_VIDEO_PIXELS = 1 << 28  # of a video's chosen frames together: 0.8 GB as RGB
 MAX_VIDEO_SECONDS = 3600.0
 MAX_VIDEO_SOURCE_PIXELS = 1 << 36  # decoded on the way to the chosen frames: half an hour at 30 frames of 1,280 x 720
-UNKNOWN_FPS = 24.0  # of videos given as bare frames; what transformers assumes too
+UNKNOWN_FPS = 24.0  # of videos given as bare frames, as in transformers
 
-# Containers that hold their frames themselves: playlists (HLS, DASH, concat) would make FFmpeg open what they name.
+# Containers that hold their own frames: playlists (HLS, DASH, concat) would make FFmpeg open other files.
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,gif,h264,hevc,ivf"
 
 RGB_BYTES = 3  # of a pixel of chosen frames
-# Bytes per pixel of one frame: sixteen that later ones refer to and a few on their way, and copies of it while it is
-# converted and turned.
+# Bytes per pixel of one frame: sixteen reference frames and a few in the decoder, and copies while it is converted and
+# turned.
 DECODER_BYTES = 48
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What is known of a video before its frames are chosen. ``duration`` is in seconds, ``fps`` the source's."""
+    """Properties of a video, known before its frames are chosen. ``duration`` in seconds, ``fps`` of the source."""
 
     total_frames: int
     fps: float
@@ -47,8 +47,8 @@ class VideoFrames:
         frames: [n, height, width, 3] uint8, RGB.
         fps: frames per second of the source.
         duration: seconds of the source.
-        indices: which of the source's frames these are.
-        timestamps: when each is shown, in seconds from the first frame of the source.
+        indices: of these frames in the source.
+        timestamps: of each frame, in seconds from the source's first frame.
     """
 
     frames: np.ndarray
@@ -60,10 +60,11 @@ class VideoFrames:
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """
+    """Limits of videos.
+
     Args:
         max_pixels: of one frame.
-        max_video_pixels: of all that are chosen, together.
+        max_video_pixels: of all chosen frames together.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -76,8 +77,8 @@ Sample = Callable[[VideoInfo], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """What is known of a video, and which of its frames are wanted, before any is decoded. Whether it is to be turned
-    by a quarter is not known yet."""
+    """Properties of a video and its chosen frames, before any is decoded. Whether frames are turned by a quarter is not
+    known yet."""
 
     info: VideoInfo
     indices: list[int]
@@ -89,7 +90,7 @@ class VideoHeader:
 
     @property
     def need(self) -> Need:
-        """Memory that its pixels need."""
+        """Memory for its pixels."""
         return Need(
             held=RGB_BYTES * self.num_pixels,
             decoding=DECODER_BYTES * self.info.width * self.info.height,
@@ -100,8 +101,8 @@ class VideoHeader:
 def uniform_indices(
     video: VideoInfo, fps: float | None = None, max_frames: int | None = None, min_frames: int = 1
 ) -> list[int]:
-    """Evenly spaced frames from the first to the last: ``fps`` per second (None: all), but not fewer than
-    ``min_frames`` nor more than ``max_frames`` or than there are."""
+    """Return evenly spaced frames from the first to the last: ``fps`` per second (None: all), at least ``min_frames``,
+    at most ``max_frames``, and no more than there are."""
     wanted = video.total_frames if fps is None else int(video.duration * fps)
     wanted = max(wanted, min_frames, 1)
     wanted = min(wanted, video.total_frames, max_frames or video.total_frames)
@@ -109,12 +110,12 @@ def uniform_indices(
 
 
 def read_header(data: bytes, sample: Sample, limits: VideoLimits) -> VideoHeader:
-    """What the container says of a video file's first video stream. Frames are counted by reading the packets, since
-    headers may be wrong or silent.
+    """Read a video file's header of its first video stream. Frames are counted by reading the packets, since headers
+    may be wrong or incomplete.
 
     Raises:
         InvalidRequest: it is too long, too large, or has no frames.
-        Exception: it is none.
+        Exception: it is no video.
     """
     with _open_video(data, limits.max_pixels) as container:
         if not container.streams.video:
@@ -151,7 +152,7 @@ def _chosen(info: VideoInfo, sample: Sample, limits: VideoLimits) -> list[int]:
 
 
 def decode_video(data: bytes, header: VideoHeader, sample: Sample, limits: VideoLimits) -> VideoFrames:
-    """The frames that ``sample`` chooses, upright.
+    """Return the frames that ``sample`` chooses, upright.
 
     Raises:
         InvalidRequest: its frames are larger, or more, than its header said.
@@ -164,7 +165,7 @@ def decode_video(data: bytes, header: VideoHeader, sample: Sample, limits: Video
     frames, times = _read_frames(data, indices, info, turns)
     if not times:
         raise InvalidRequest("the video has no frames")
-    # A few packets at the end may hold no frame of their own: the last frame then stands for them.
+    # A few packets at the end may hold no frame: the last frame is used for them.
     frames[len(times) :] = frames[len(times) - 1]
     times += [index / info.fps for index in indices[len(times) :]]
     return VideoFrames(frames, info.fps, info.duration, indices, times)
@@ -175,11 +176,11 @@ def _too_many_pixels(num_frames: int, width: int, height: int) -> InvalidRequest
 
 
 def _open_video(data: bytes, max_pixels: int) -> Any:
-    """Whatever its header says, a frame that is far larger than ``max_pixels`` is an error, before there is memory for
-    it: FFmpeg limits the sizes that it rounds up itself, hence the margin."""
+    """Open a video so that a frame far larger than ``max_pixels`` is an error before it is allocated, even if the
+    header is wrong. FFmpeg's limit applies to rounded sizes, hence the margin."""
     limit = {"max_pixels": str(2 * max_pixels + (1 << 20))}
     options = {"protocol_whitelist": "none", "format_whitelist": VIDEO_FORMATS, **limit}
-    check_stopped()  # not within reads, at whose errors PyAV may go on reading for ever
+    check_stopped()  # not within reads: after an error there PyAV may read for ever
     container = av.open(io.BytesIO(data), mode="r", options=options)
     for stream in container.streams.video:
         stream.codec_context.options = limit
@@ -203,13 +204,13 @@ def _upright(data: bytes, info: VideoInfo) -> tuple[VideoInfo, int]:
 
 
 def _read_frames(data: bytes, indices: list[int], info: VideoInfo, turns: int) -> tuple[np.ndarray, list[float]]:
-    """The frames of these indices, all of the first one's size, and the times in seconds of those that there are."""
+    """Return the frames of these indices, all in the first one's size, and the times in seconds of existing ones."""
     height, width = (info.width, info.height) if turns % 2 else (info.height, info.width)
     frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
     wanted = set(indices)
     times: list[float] = []
     start: float | None = None
-    num_pixels = 0  # decoded, since later frames may be larger than the first
+    num_pixels = 0  # decoded so far: later frames may be larger than the first
     with _open_video(data, width * height) as container:
         for index, frame in enumerate(_unless_stopped(container.decode(video=0))):
             num_pixels += frame.width * frame.height
@@ -226,7 +227,7 @@ def _read_frames(data: bytes, indices: list[int], info: VideoInfo, turns: int) -
 
 
 def given_frames(source: Any) -> VideoFrames:
-    """Frames that a caller has decoded."""
+    """Return frames that a caller has decoded."""
     if isinstance(source, VideoFrames):
         return source
     if isinstance(source, np.ndarray):

@@ -1,4 +1,4 @@
-"""Work on media in threads, which ends soon when nobody waits for it any more."""
+"""Work on media in threads, which stops soon after its caller is cancelled."""
 
 import asyncio
 import io
@@ -15,18 +15,18 @@ _current = threading.local()  # ``stop``: the event that ends what this thread i
 
 
 class Stopped(BaseException):
-    """Nobody waits for this work any more. No Exception, so that no decoder's error handling takes it for one."""
+    """The caller of this work was cancelled. Not an Exception, so that decoders' error handling lets it pass."""
 
 
 def check_stopped() -> None:
-    """Raise Stopped where the caller of the work that this thread does is gone. To be called every now and then."""
+    """Raise Stopped if the caller of this thread's work was cancelled. Long work calls it often."""
     stop: threading.Event | None = getattr(_current, "stop", None)
     if stop is not None and stop.is_set():
         raise Stopped
 
 
 class WatchedFile(io.BytesIO):
-    """A file's bytes, not copied, whose reader is stopped when nobody waits for it."""
+    """A file's bytes, not copied, whose reads raise Stopped after the caller was cancelled."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         check_stopped()
@@ -34,16 +34,16 @@ class WatchedFile(io.BytesIO):
 
 
 class Workers:
-    """A few threads."""
+    """A pool of threads."""
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The function's result; the event loop goes on.
+        """Run a function in a thread and return its result.
 
-        If this is cancelled, a function that waits for a thread is never called, and one that runs is asked to stop.
-        Only when it has ended, and so holds no memory any more, does this return.
+        If cancelled, a function that waits for a thread is never called, and a running one is stopped. Return only
+        after it has ended and released its memory.
         """
         stop = threading.Event()
         pending: Future[T] = self._pool.submit(_call, stop, function, *arguments)
@@ -56,7 +56,7 @@ class Workers:
                 await _ended(result)
             raise
         finally:
-            del pending, result  # an error in them would hold this frame, which holds them
+            del pending, result  # breaks a cycle: their error holds this frame
 
 
 def _call(stop: threading.Event, function: Callable[..., T], *arguments: Any) -> T:
@@ -65,7 +65,7 @@ def _call(stop: threading.Event, function: Callable[..., T], *arguments: Any) ->
         check_stopped()
         return function(*arguments)
     except Stopped:
-        stopped = RuntimeError("the work was stopped")  # which nobody reads
+        stopped = RuntimeError("the work was stopped")  # only ends the waiting
     except BaseException as error:
         _forget(error)
         raise
@@ -75,18 +75,18 @@ def _call(stop: threading.Event, function: Callable[..., T], *arguments: Any) ->
 
 
 def _forget(error: BaseException | None) -> None:
-    """Free what an error's frames hold, such as the pixels of an image that broke off."""
+    """Free objects that an error's frames hold, such as the pixels of a broken image."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 async def _ended(result: "asyncio.Future[Any]") -> None:
-    """Return when it has, however often this task is cancelled meanwhile."""
+    """Wait until the work has ended, even if this task is cancelled meanwhile."""
     while not result.done():
         try:
             await asyncio.wait([result])
         except asyncio.CancelledError:
             continue
     if not result.cancelled():
-        result.exception()  # seen
+        result.exception()  # mark as retrieved

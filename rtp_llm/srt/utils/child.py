@@ -1,7 +1,7 @@
-"""What a process of ``start_python`` runs first: ``python -P -m rtp_llm.srt.utils.child MODULE FD PARENT``.
+"""The entry point of a process of ``start_python``: ``python -P -m rtp_llm.srt.utils.child MODULE FD PARENT``.
 
-Its pipe closes when the parent dies, which a process that is stopped, or busy in a library, does not notice. So the
-system is asked to kill it then (Linux: ``PR_SET_PDEATHSIG``), before anything else is imported.
+Its pipe closes when the parent dies, but a process that is stopped, or busy in a library, does not notice that. So the
+system is told to kill it then (Linux: ``PR_SET_PDEATHSIG``), before anything else is imported.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process killed when the thread that started it ends, or end it, if ``parent`` is dead already."""
+    """Make the system kill this process when the thread that started it ends; exit if ``parent`` is dead already."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system: glibc keeps what many threads freed, to many times what is in use."""
+"""Return freed memory to the system: glibc keeps what many threads freed, many times the memory in use."""
 
 import asyncio
 import ctypes
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 
 EVERY_S = 5.0
-BUSY_S = 0.2  # of processor time, in which something may have been freed
+BUSY_S = 0.2  # of processor time between two trims
 
 
 async def give_back_freed_memory() -> None:
-    """Have this process's free memory given back every now and then, while it does anything. Runs until cancelled;
-    where the C library is not glibc, there is nothing to do."""
+    """Return this process's free memory to the system from time to time while it works, until cancelled. Do nothing if
+    the C library is not glibc."""
     trim = _trim()
     done_s = 0.0
     while trim is not None:

@@ -1,15 +1,15 @@
 """The link between the client side and the core, within one process.
 
-The port, which a link between processes fills alike:
+The port, which the link between processes implements too:
 
 - The core's end: ``drain(block)`` returns the messages that came since the last call, in order; with ``block`` it waits
   until there is at least one. ``send(messages)`` hands a step's messages over, in order.
 - The client's end: ``send(message)``, from any thread, in order per thread. ``send_all(messages)`` sends all, or raises
-  and sends none: MessageError for one that cannot be written, or that the core could not read. ``on_messages``
-  registers the one callable that gets what the core sends, as lists; it runs in the thread that receives (here: the
+  and sends none: MessageError for one that cannot be encoded, or that the core could not decode. ``on_messages``
+  registers the one callable that gets the core's messages, as lists; it runs in the thread that receives (here: the
   core's) and must be quick.
 
-Messages are those of ``rtp_llm.srt.messages``; the link does not look into them.
+Messages are those of ``rtp_llm.srt.messages``; the link does not interpret them.
 """
 
 import pickle
@@ -22,11 +22,11 @@ Receiver = Callable[[list[Any]], None]
 
 
 class MessageError(ValueError):
-    """A message that cannot be written, or that the other end could not read; nothing was sent."""
+    """A message that cannot be encoded, or that the other end could not decode; nothing was sent."""
 
 
 class CoreEnd(Protocol):
-    """What the core loop needs of a link."""
+    """The core loop's end of a link."""
 
     def drain(self, block: bool) -> list[Any]: ...
 
@@ -34,7 +34,7 @@ class CoreEnd(Protocol):
 
 
 class ClientEnd(Protocol):
-    """What the client side needs of a link."""
+    """The client side's end of a link."""
 
     def send(self, message: Any) -> None: ...
 
@@ -44,7 +44,7 @@ class ClientEnd(Protocol):
 
 
 class QueueLink:
-    """A link to a core on another thread, or on the same one (inline). Pass ``core`` to the core, ``client`` on."""
+    """A link to a core on another thread, or on the same one (inline). ``core`` and ``client`` are its ends."""
 
     def __init__(self) -> None:
         to_core: SimpleQueue[Any] = SimpleQueue()
@@ -92,10 +92,10 @@ class QueueCoreEnd:
 
 
 def send(pipe: Connection, message: Any) -> None:
-    """A message to a process of our own. By value: ``Connection.send`` would pass tensors through shared memory."""
+    """Send a message to a child process by value: ``Connection.send`` would pass tensors through shared memory."""
     pipe.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
 
 def receive(pipe: Connection) -> Any:
-    """The next message that ``send`` put into the pipe. EOFError once the other end is closed."""
+    """Receive the next message of ``send``. Raise EOFError once the other end is closed."""
     return pickle.loads(pipe.recv_bytes())

@@ -24,13 +24,13 @@ def configure_logging(level: str) -> None:
 
 
 class Seldom(logging.Filter):
-    """Lets a warning through once in ``every_s`` seconds, and says how often it has come meanwhile: what clients can
-    make a server say at will must not fill the disk."""
+    """Lets a warning through once in ``every_s`` seconds, with the number of its repetitions: warnings that clients can
+    cause must not fill the disk."""
 
     def __init__(self, every_s: float = 10.0) -> None:
         super().__init__()
         self._every_s = every_s
-        self._last: dict[str, tuple[float, int]] = {}  # message -> when it was let through, and how many since
+        self._last: dict[str, tuple[float, int]] = {}  # message -> time of the last one shown, and how many since
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING or record.exc_info:

@@ -1,4 +1,4 @@
-"""Files that nobody but this user can have written: what is checked before code is loaded from a place."""
+"""Checks that only this user can have written a file, made before code is loaded from it."""
 
 import os
 import stat
@@ -8,11 +8,11 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def problem_of_folder(folder: Path) -> str | None:
-    """Why others could put files into ``folder``; None: they cannot.
+    """Return why others could put files into ``folder``; None: they cannot.
 
-    It must be this user's, and writable for this user alone. Whoever can write to a folder above could exchange it,
-    so those must be this user's or root's, and writable for nobody else, unless they are sticky as /tmp is. A symbolic
-    link would be checked at its target, so give a resolved path.
+    It must belong to this user, and be writable for this user alone. A user who can write to a parent folder could
+    replace it, so parents must belong to this user or root, and be writable for no other, unless they are sticky like
+    /tmp. A symbolic link would be checked at its target, so pass a resolved path.
     """
     for place in (folder, *folder.parents):
         try:
@@ -29,7 +29,7 @@ def problem_of_folder(folder: Path) -> str | None:
 
 
 def problem_of_file(path: Path) -> str | None:
-    """Why others could have written the regular file ``path``; None: they could not, given a sound folder."""
+    """Return why others could have written the regular file ``path``; None: they could not, in a checked folder."""
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode):
         return f"{path} is no regular file"

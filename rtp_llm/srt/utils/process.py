@@ -1,4 +1,4 @@
-"""Starting Python processes of our own, with a pipe to each, which never outlive this process."""
+"""Start child Python processes, each with a pipe, which never outlive this process."""
 
 import os
 import queue
@@ -19,7 +19,7 @@ class StartedPython(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        """Whether one that is started now would find the same modules."""
+        """Return whether a process started now would find the same modules."""
         return self.path == _python_path()
 
     def discard(self) -> None:
@@ -30,13 +30,13 @@ class StartedPython(NamedTuple):
 
 
 def start_python(module: str) -> StartedPython:
-    """A process that runs ``module.main(FD)`` with this process's ``sys.path``, and our end of a socket pair whose
-    other end is FD.
+    """Start a process that runs ``module.main(FD)`` with this process's ``sys.path``; return it and the other end of
+    FD's socket pair.
 
     The pair is inherited, never opened by name: no other process can reach it, and it closes when either side ends. The
-    child does not share our standard input. It imports nothing from the working directory (``-P``), which may be a
-    checkpoint's, unless that is on this process's ``sys.path``. It is killed when this process ends, whatever state
-    either is in: see ``child.py``.
+    child does not share this process's standard input. It imports nothing from the working directory (``-P``), which
+    may be a checkpoint's, unless that is on this process's ``sys.path``. It is killed when this process ends (see
+    ``child.py``).
     """
     ours, theirs = socket.socketpair()
     path = _python_path()
@@ -52,15 +52,15 @@ def start_python(module: str) -> StartedPython:
 
 
 def _python_path() -> str:
-    """The entries of ``sys.path``. The empty one, which is the working directory of an interactive session, comes last,
-    where it shadows nothing."""
+    """Return the entries of ``sys.path`` joined. The empty one (the working directory of an interactive session) comes
+    last, where it shadows nothing."""
     entries = [entry for entry in sys.path if entry]
     return os.pathsep.join(entries if len(entries) == len(sys.path) else [*entries, os.getcwd()])
 
 
 class _Starter:
-    """Calls functions in one thread, which lives as long as the process: to the system, the parent of a process is the
-    thread that started it, and a child that is to end with its parent would end with that thread."""
+    """Starts processes in one thread, which lives as long as this process: the system kills a child when the thread
+    that started it ends."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], subprocess.Popen], Future[subprocess.Popen]]]
@@ -90,7 +90,7 @@ _starter = _Starter()
 
 
 def _start_afresh() -> None:
-    """In a process that was forked from one with a starter: its thread is not there."""
+    """Replace the starter in a forked process, where its thread does not exist."""
     global _starter
     _starter = _Starter()
 

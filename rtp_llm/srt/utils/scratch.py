@@ -1,4 +1,4 @@
-"""Temporary folders that do not pile up: what a killed process leaves, the next one that needs a folder removes."""
+"""Temporary folders that do not pile up: a new one first removes those of killed processes."""
 
 import fcntl
 import os
@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "rtp-llm-"
-_OWNER = ".owner"  # locked for as long as the folder's process lives, which the system sees to
+_OWNER = ".owner"  # locked by the system while the folder's process lives
 
 
 class ScratchFolder:
-    """A new folder for this user alone, in the system's temporary one. As a context it is its ``path``."""
+    """A new folder for this user alone, in the system's temporary one. Its context gives ``path``."""
 
     def __init__(self) -> None:
         remove_abandoned()
@@ -42,7 +42,7 @@ class ScratchFolder:
 
 
 def remove_abandoned() -> None:
-    """Remove folders of this user whose processes are dead."""
+    """Remove this user's folders whose processes are dead."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):  # another process may be removing it
             info = folder.lstat()
@@ -55,7 +55,7 @@ def remove_abandoned() -> None:
 
 
 def _lock(folder: Path, create: bool) -> int | None:
-    """The file descriptor of the folder's lock; None if another process has it, or has just removed the folder."""
+    """Lock a folder; return the file descriptor, or None if another process has it or has removed the folder."""
     path = folder / _OWNER
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o600)
     try:
@@ -63,6 +63,6 @@ def _lock(folder: Path, create: bool) -> int | None:
         if os.path.samestat(os.fstat(fd), path.stat()):
             return fd
     except OSError:
-        pass  # it is another's, or gone
+        pass  # locked by another process, or removed
     os.close(fd)
     return None

@@ -1,4 +1,4 @@
-"""How long named parts of a program take, each without the parts within it."""
+"""Times of a program's named parts, each without the parts nested in it."""
 
 import functools
 import time
@@ -12,9 +12,9 @@ Name = tuple[str, ...]
 
 @dataclass(slots=True)
 class Part:
-    seconds: float = 0.0  # without the parts within it
+    seconds: float = 0.0  # without nested parts
     calls: int = 0
-    bytes: float = 0.0  # and operations: as far as whoever times it tells
+    bytes: float = 0.0  # of memory, and operations, if the caller records them
     operations: float = 0.0
 
     def add(self, other: "Part") -> None:
@@ -25,19 +25,19 @@ class Part:
 
 
 class Stopwatch:
-    """Functions are timed by being wrapped; what is not wrapped costs nothing. For one thread.
+    """Times functions by wrapping them; others cost nothing. For one thread.
 
-    The seconds of all parts add up to those of the outermost ones.
+    The seconds of all parts add up to the outermost ones' total.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.parts: dict[Name, Part] = {}
-        self.name: Name = ()  # of the part that is running
+        self.name: Name = ()  # of the running part
         self._clock = clock
-        self._within_s = 0.0  # of the running part, spent in parts within it
+        self._within_s = 0.0  # of the running part, spent in nested parts
 
     def timed(self, name: Name, function: Callable[..., Any], nested: bool = False) -> Callable[..., Any]:
-        """``function``, timed. ``nested``: its name is appended to that of the part that calls it."""
+        """Return ``function``, timed. ``nested``: its name is appended to that of the calling part."""
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -47,11 +47,11 @@ class Stopwatch:
         return wrapper
 
     def within_part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, timed as what is called within the part that is running now, whenever it is called."""
+        """Return ``function``, timed whenever it is called as nested in the part that is running now."""
         return self.timed((*self.name, name), function)
 
     def take(self) -> dict[Name, Part]:
-        """What was timed since the last call; the watch begins anew. No part is running."""
+        """Return the times since the last call, and reset them. No part may be running."""
         parts, self.parts = self.parts, {}
         return parts
 

@@ -1,4 +1,4 @@
-"""Threads that compute for an event loop, so that it goes on meanwhile, and that cannot keep the process alive."""
+"""Threads that compute for an event loop without blocking it, and do not keep the process alive."""
 
 import asyncio
 import ctypes
@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MAX_STUCK = 3  # threads that were told to end and have not, for each that works
+MAX_STUCK = 3  # threads that did not end when they should, for each working one
 
 
 class Overdue(Exception):
-    """A call did not end within its time."""
+    """A call did not end in time."""
 
 
 class Busy(Exception):
-    """A call found no free thread within its time."""
+    """A call found no free thread in time."""
 
 
-class _TimeIsUp(BaseException):
-    """Ends a call from within. No Exception, which what is called may catch."""
+class _TimedOut(BaseException):
+    """Ends a call in its thread. Not an Exception, which the called function might catch."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,16 +36,16 @@ class _Job:
     thread_id: int = 0  # of the thread that runs it
     start_s: float = 0.0
     is_done: bool = False
-    is_ended: bool = False  # from outside: its thread takes no other job
+    is_ended: bool = False  # by a timeout: its thread takes no other job
 
 
 class Workers:
-    """A few daemon threads. A call that is overdue is ended by an exception that is raised in its thread at the next
-    Python instruction (``PyThreadState_SetAsyncExc``), and another thread takes its place. Code in C that does not
-    come back keeps its thread; there are never more than ``MAX_STUCK`` such threads for each one that works.
+    """A few daemon threads. An overdue call is ended by an exception in its thread at the next Python instruction
+    (``PyThreadState_SetAsyncExc``), and another thread takes its place. C code that does not return keeps its thread;
+    there are at most ``MAX_STUCK`` such threads for each working one.
 
     Args:
-        num_threads: calls that run at once.
+        num_threads: most calls that run at once.
         name: of the threads.
     """
 
@@ -58,14 +58,14 @@ class Workers:
         self._num_stuck = 0
 
     async def run(self, function: Callable[[], T], timeout_s: float | None = None) -> T:
-        """``function()``, from one of the threads. A caller that is cancelled takes back a call that has not begun.
+        """Run ``function()`` in one of the threads. If cancelled, a call that has not begun is withdrawn.
 
         Args:
-            timeout_s: for waiting, and again for running.
+            timeout_s: for waiting for a thread, and again for running.
 
         Raises:
             Busy: no thread was free in time.
-            Overdue: it did not end in time. It is told to, and nobody waits for that.
+            Overdue: it did not end in time. It is ended, without waiting for that.
         """
         self._start_threads()
         job = _Job(function)
@@ -101,19 +101,19 @@ class Workers:
             with self._lock:
                 self._num_working -= 1
                 self._num_stuck += 1
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(job.thread_id), ctypes.py_object(_TimeIsUp))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(job.thread_id), ctypes.py_object(_TimedOut))
         self._start_threads()
 
     def _main(self) -> None:
-        with suppress(_TimeIsUp):  # it may come a little late
+        with suppress(_TimedOut):  # it may come a little late
             while self._work(self._jobs.get()):
                 pass
         with self._lock:
             self._num_stuck -= 1
-        self._start_threads()  # for calls that wait, and found no room for another
+        self._start_threads()  # for calls that wait because no thread could be added
 
     def _work(self, job: _Job) -> bool:
-        """Run a job; whether the thread may go on."""
+        """Run a job; return whether the thread may go on."""
         job.thread_id, job.start_s = threading.get_ident(), time.monotonic()
         if not job.future.set_running_or_notify_cancel():
             return True

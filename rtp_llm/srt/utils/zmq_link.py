@@ -1,7 +1,7 @@
 """The link between the client side and a core in another process: the port of ``ipc.py`` over ZeroMQ.
 
-One pair of Unix sockets in a private directory per core process; a restarted core gets a new pair, so that nothing
-that was meant for, or said by, the one before can reach it or be heard. Messages are dataclasses, encoded by msgspec
+One pair of Unix sockets in a private directory per core process; a restarted core gets a new pair, so that messages
+to and from the core before are lost. Messages are dataclasses, encoded by msgspec
 here and nowhere else: a frame per message, its first byte the index of its class.
 """
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class MessageCodec:
-    """Frames for messages of some dataclasses; both ends name the same classes in the same order."""
+    """Encodes messages of some dataclasses; both ends must name the same classes in the same order."""
 
     def __init__(self, classes: Sequence[type]) -> None:
         self._kinds = {cls: bytes([index]) for index, cls in enumerate(classes)}
@@ -32,10 +32,10 @@ class MessageCodec:
         return self._kinds[type(message)] + self._encoder.encode(message)
 
     def encode_checked(self, message: Any) -> bytes:
-        """As ``encode``, for messages that hold what others gave: also reads the frame as the other end will.
+        """Encode a message with users' values, and check that the other end can decode it.
 
         Raises:
-            MessageError: it cannot be written, or could not be read.
+            MessageError: it cannot be encoded, or could not be decoded.
         """
         try:
             frame = self.encode(message)
@@ -49,7 +49,7 @@ class MessageCodec:
 
 
 def socket_addresses(directory: str) -> tuple[str, str]:
-    """``(to the core, from the core)``. Raises OSError where the directory's name leaves no room for a socket's."""
+    """Return ``(to the core, from the core)``. Raise OSError if the directory's name is too long for sockets."""
     if len(directory) > 90:
         raise OSError(f"{directory} is too long a name for sockets; set TMPDIR to a shorter one")
     return f"ipc://{Path(directory) / 'to-core'}", f"ipc://{Path(directory) / 'from-core'}"
@@ -80,12 +80,12 @@ class ZmqCoreEnd:
             self._outgoing.send_multipart([self._codec_out.encode(message) for message in messages], copy=True)
 
     def close(self) -> None:
-        """What was sent is still delivered, for as long as a second."""
+        """Close the sockets; messages already sent are delivered for up to a second."""
         self._context.destroy(linger=1000)
 
 
 class ZmqClientEnd:
-    """The client's end. ``send`` from any thread; received messages are handed on in a thread of this object's own."""
+    """The client's end. ``send`` from any thread; received messages are delivered in a thread of its own."""
 
     def __init__(self, directory: str, to_core: Sequence[type], from_core: Sequence[type]) -> None:
         outgoing, incoming = socket_addresses(directory)
@@ -106,12 +106,11 @@ class ZmqClientEnd:
         self._thread.start()
 
     def send(self, message: Any) -> None:
-        """Send one: see ``send_all``."""
+        """Send one message: see ``send_all``."""
         self.send_all([message])
 
     def send_all(self, messages: Sequence[Any]) -> None:
-        """Send all of them, or none. After ``close`` they go nowhere: whoever closed the link looks after what they
-        were about.
+        """Send all of them, or none. After ``close`` they are dropped: the closer handles the requests.
 
         Raises:
             MessageError: see MessageCodec.encode_checked.
@@ -119,10 +118,10 @@ class ZmqClientEnd:
         frames = [self._codec_out.encode_checked(message) for message in messages]
         with self._lock:
             if self._outgoing is not None and frames:
-                self._outgoing.send_multipart(frames)  # whose parts arrive together; the core reads them one by one
+                self._outgoing.send_multipart(frames)  # parts arrive together; the core reads them one by one
 
     def close(self) -> None:
-        """End the receiving thread; when this returns, nothing more is handed on."""
+        """End the receiving thread; after this, no message is delivered."""
         with self._lock:
             if self._outgoing is None:
                 return
@@ -142,13 +141,13 @@ class ZmqClientEnd:
                 self.heard_at = time.monotonic()
                 self._receive([self._codec_in.decode(frame) for frame in frames])
         except zmq.ContextTerminated:
-            pass  # closed: this is how the thread ends
+            pass  # closed: the thread ends
         finally:
             self._incoming.close(linger=0)
 
 
 def _socket(context: zmq.Context, kind: int) -> zmq.Socket:
-    """Without a limit on queued messages: the core bounds what is in flight, and a full queue would block it."""
+    """Create a socket without a limit of queued messages: a full queue would block the core."""
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
