@@ -21,7 +21,7 @@ from rtp_llm.tools.bench_profile import options as profile_options
 from rtp_llm.tools.bench_serving import command as bench_serving
 from rtp_llm.tools.bench_serving import options as bench_options
 from rtp_llm.tools.chat.command import run_chat
-from rtp_llm.tools.chat.engine_voice import tell_of_demo
+from rtp_llm.tools.chat.engine_backend import announce_demo
 from rtp_llm.tools.models import run_models
 from rtp_llm.tools.verify import options as verify_options
 
@@ -109,7 +109,7 @@ def _generate(args: argparse.Namespace) -> int:
     given = _given_sampling(args)
     SamplingParams.from_dict(given)  # a wrong flag is told before a model is loaded
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    tell_of_demo(server_args)
+    announce_demo(server_args)
     with _loading_bar() as on_progress:
         engine = rtp_llm.Engine(server_args=server_args, on_progress=on_progress)
     with engine:
@@ -174,7 +174,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     server_args = ServerArgs.from_cli_args(args)
-    tell_of_demo(server_args)
+    announce_demo(server_args)
     with ExitStack() as stack:
         core_process = start_core_process()  # imports what it needs while this process does
         stack.callback(core_process.discard)

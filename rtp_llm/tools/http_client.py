@@ -1,4 +1,4 @@
-"""A small client of OpenAI-compatible servers, on the standard library alone: JSON back, or a stream of it."""
+"""A small client of OpenAI-compatible servers on the standard library: JSON answers, or streams of JSON."""
 
 import json
 from collections.abc import Generator
@@ -8,12 +8,12 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-TIMEOUT_S = 600  # of silence: a long prompt may take its time before the first token
+TIMEOUT_S = 600  # of silence: a long prompt may take long before the first token
 MAX_ERROR_CHARS = 500
 
 
 class ServerError(Exception):
-    """A server that cannot be reached, refuses (then with its HTTP ``status``), or does not keep to the protocol."""
+    """A server that cannot be reached, refuses (then with its HTTP ``status``), or breaks the protocol."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -21,7 +21,7 @@ class ServerError(Exception):
 
 
 def api_url(url: str) -> str:
-    """``http://host:port``, with or without ``/v1``, with it."""
+    """Return ``http://host:port/v1``, given with or without ``/v1``."""
     if not url.startswith(("http://", "https://")):
         raise ServerError(f"the URL of a server must begin with http:// or https://, not {url!r}")
     url = url.rstrip("/")
@@ -29,7 +29,7 @@ def api_url(url: str) -> str:
 
 
 def served_models(url: str, api_key: str | None = None) -> list[dict[str, Any]]:
-    """What ``/v1/models`` lists, each with at least ``id``; ``url`` as from ``api_url``."""
+    """Return the models of ``/v1/models``, each with at least ``id``; ``url`` as from ``api_url``."""
     answer = get_json(f"{url}/models", api_key)
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
@@ -45,10 +45,10 @@ def get_json(url: str, api_key: str | None = None) -> Any:
 
 
 def stream_json(url: str, body: dict[str, Any], api_key: str | None = None) -> Generator[dict[str, Any], None, None]:
-    """Post ``body``; yield the server-sent objects up to ``[DONE]``. Closing it hangs up.
+    """Post ``body``; yield the server-sent objects up to ``[DONE]``. Closing it disconnects.
 
     Raises:
-        ServerError: also if an object is an error, or if the stream ends early.
+        ServerError: also if an object is an error, or the stream ends early.
     """
     with closing(_open(url, body, api_key)) as response:
         while line := _read(response, lines=True):
@@ -109,7 +109,7 @@ def _refusal(url: str, status: int, content: bytes) -> str:
 
 
 def _message(answer: Any) -> str:
-    """The words of an OpenAI-style error, and its code, which tells too long a prompt from other errors."""
+    """Return the message of an OpenAI-style error, and its code, by which too long a prompt is recognised."""
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     if not isinstance(error, dict) or not error.get("message"):
         return str(error)[:MAX_ERROR_CHARS]

@@ -11,7 +11,7 @@ from rtp_llm.tools.http_client import api_url, served_models
 
 
 def run_models(args: argparse.Namespace) -> int:
-    """Print them, one per line or as JSON; return the exit status."""
+    """Print the models, one per line or as JSON; return the exit status."""
     if args.url:
         models = served_models(api_url(args.url), args.api_key)
         rows = [(model["id"], _context(model)) for model in models]
@@ -28,9 +28,9 @@ def run_models(args: argparse.Namespace) -> int:
 
 
 def supported_models() -> list[dict[str, Any]]:
-    """``{"architecture", "file", "registered", "error"}`` of each. ``registered``: not one of the project's own.
+    """Return ``{"architecture", "file", "registered", "error"}`` of each. ``registered``: not the project's own.
 
-    ``file`` is None where there is no source; ``error`` says why a model file cannot be imported.
+    ``file`` is None without a source; ``error`` says why a model file cannot be imported.
     """
     registry = rtp_llm.ModelRegistry
     return [_supported(registry, arch) for arch in sorted(registry.get_supported_archs())]

@@ -1,14 +1,14 @@
-"""What transformers answers, and the rules by which an answer of ours is compared with it. Knows nothing of the engine.
+"""Answers of transformers, and the rules for comparing ours with them. Does not import the engine.
 
 Both sides of a comparison keep these rules:
 
-- Prompts are ``PROMPTS`` or the lines of a file, and a prompt's ids are what the tokenizer makes of it.
+- Prompts are ``PROMPTS`` or the lines of a file, encoded by the tokenizer.
 - With images, ``IMAGE_PROMPTS`` or the lines of a file: each is a user's message, images first, in the model's
-  chat template. The images are files, or the one that is drawn here.
-- The dtype is ``ModelConfig.dtype``: what ``--dtype`` asks for; ``auto`` is the checkpoint's own, as in the server.
-- Text is greedy and exactly as long as asked: an end-of-sequence token is a token like any other. Nothing that the
-  checkpoint's generation_config.json advises (penalties, forced tokens) applies.
-- Logits are shown in float32, after everything that the model itself does to them.
+  chat template. The images are files, or the one drawn here.
+- The dtype is ``ModelConfig.dtype``: that of ``--dtype``; ``auto`` is the checkpoint's own, as in the server.
+- Text is greedy and has exactly the requested length: an end-of-sequence token is a token like any other. Settings of
+  the checkpoint's generation_config.json (penalties, forced tokens) do not apply.
+- Logits are shown in float32, after all of the model's own scaling.
 """
 
 import json
@@ -42,12 +42,12 @@ PROMPTS = (
 )
 IMAGE_PROMPTS = ("Describe this image.",)
 MAX_NEW_TOKENS = 16
-Extras = dict[str, Any]  # beside ids, what the forward of a transformers model takes
-_AT_ONCE = 1024  # positions of a prompt whose log-probabilities are in memory together
+Extras = dict[str, Any]  # further arguments of a transformers model's forward
+_AT_ONCE = 1024  # positions of a prompt whose log-probabilities are in memory at once
 
 
 def read_prompts(filename: str | None, default: Sequence[str] = PROMPTS) -> list[str]:
-    """The lines of a file that are not blank; the default where none is named.
+    """Return the lines of a file that are not blank; the default if no file is named.
 
     Raises:
         OSError: the file cannot be read.
@@ -62,7 +62,7 @@ def read_prompts(filename: str | None, default: Sequence[str] = PROMPTS) -> list
 
 
 def read_images(filenames: Sequence[str]) -> list[Image.Image]:
-    """Images as RGB, upright; the drawn one where no file is named.
+    """Return images as RGB, upright; the drawn one if no file is named.
 
     Raises:
         OSError, ValueError: a file cannot be read, or holds no image.
@@ -79,7 +79,7 @@ def _read_image(filename: str) -> Image.Image:
 
 
 def drawn_image() -> Image.Image:
-    """A red circle, a blue square and a green triangle on white, 224 x 168 pixels: the same every time."""
+    """Return a red circle, a blue square and a green triangle on white, 224 x 168 pixels, always the same."""
     image = Image.new("RGB", (224, 168), "white")
     canvas = ImageDraw.Draw(image)
     canvas.ellipse((16, 16, 95, 95), fill=(214, 39, 40))
@@ -89,7 +89,7 @@ def drawn_image() -> Image.Image:
 
 
 def chat_text(model_path: str, tokenizer: Any, prompt: str, num_images: int) -> str:
-    """A user's message with so many images before its text, as the model's template has it, the answer begun.
+    """Return a user's message with so many images before its text, in the model's template, ready for the answer.
 
     Raises:
         ValueError: the checkpoint has no chat template.
@@ -104,7 +104,7 @@ def chat_text(model_path: str, tokenizer: Any, prompt: str, num_images: int) -> 
 
 
 def _chat_template(model_path: Path, tokenizer: Any) -> str:
-    """The tokenizer's, or that of a file which only processors used to read."""
+    """Return the tokenizer's chat template, or that of a file which older processors read."""
     if tokenizer.chat_template is not None:
         return tokenizer.get_chat_template()
     path = model_path / "chat_template.json"
@@ -116,13 +116,12 @@ def _chat_template(model_path: Path, tokenizer: Any) -> str:
 
 
 def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
-    """The processor that transformers has for a model's texts and images.
-
-    Where torchvision is missing, as transformers wants it for videos, the same without its part for videos.
+    """Return transformers' processor for a model's texts and images; without its part for videos if torchvision,
+    which that needs, is missing.
 
     Raises:
-        ValueError, OSError: there is none for this model, or its files are not there.
-        ImportError: what its part for images wants is not installed.
+        ValueError, OSError: the model has none, or its files are missing.
+        ImportError: a package for its images is not installed.
     """
     try:
         return AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
@@ -134,7 +133,7 @@ def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
 
 
 def _without_videos(processor_class: Any) -> Any:
-    """A processor's class that knows of no part for videos. It keeps its name, which transformers looks at."""
+    """Return a processor's class without the part for videos. It keeps its name, which transformers reads."""
 
     def get_attributes(cls: type) -> list[str]:
         return [name for name in processor_class.get_attributes() if name != "video_processor"]
@@ -147,12 +146,12 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def whole_text(tokenizer: Any, prompt_ids: list[int], output_ids: list[int]) -> str:
-    """Prompt and completion as one text, special tokens shown."""
+    """Return prompt and completion as one text, special tokens shown."""
     return tokenizer.decode([*prompt_ids, *output_ids])
 
 
 def logits_text(logits: torch.Tensor) -> str:
-    """Three values at each end of a row, whatever its length, in one notation."""
+    """Return three values at each end of a row, in one notation."""
     torch.set_printoptions(threshold=0, edgeitems=3, sci_mode=False)
     try:
         return str(logits)
@@ -161,13 +160,13 @@ def logits_text(logits: torch.Tensor) -> str:
 
 
 def _auto_class(config: Any) -> Any:
-    """What loads a checkpoint: models that only exist with images generate text without them, too."""
+    """Return the class that loads a checkpoint: multimodal models without a text-only class generate text, too."""
     only_with_images = takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
 def takes_images(config: Any) -> bool:
-    """Whether transformers has a model of images and text for a Hugging Face configuration."""
+    """Return whether transformers has a model of images and text for this configuration."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
@@ -175,7 +174,7 @@ def takes_images(config: Any) -> bool:
 class Answer:
     """A greedy completion, with the best log-probabilities at each position, best first.
 
-    ``prefill_top[i]`` are those for the token that follows prompt token i, ``decode_top[i]`` those for output token i.
+    ``prefill_top[i]``: for the token after prompt token i; ``decode_top[i]``: for output token i.
     """
 
     prompt_ids: list[int]
@@ -186,10 +185,10 @@ class Answer:
 
 
 class TransformersModel:
-    """A model that generates text, run by transformers, one prompt at a time.
+    """A model run by transformers, one prompt at a time.
 
-    Prompts are ids. Those of a prompt with images come from ``encode_chat``, with what else the model's forward takes
-    (``extras``): pixels, and where which images stand.
+    Prompts are ids. Those with images come from ``encode_chat``, with further arguments of the model's forward
+    (``extras``): pixels, and the images' positions.
 
     Raises:
         ValueError, OSError: what is wrong with the checkpoint.
@@ -215,7 +214,7 @@ class TransformersModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Loaded when it is first asked for: logits of ids need none."""
+        """The tokenizer, loaded on first use: logits of ids need none."""
         return self._load_tokenizer()
 
     @cached_property
@@ -223,12 +222,12 @@ class TransformersModel:
         return self._load_processor()
 
     def encode_chat(self, prompt: str, images: Sequence[Image.Image]) -> tuple[list[int], Extras]:
-        """The ids of a user's message with images, and the extras that belong to them."""
+        """Return the ids of a user's message with images, and their extras."""
         text = chat_text(self.model_path, self.tokenizer, prompt, len(images))
         return self.encode_with_images(text, images)
 
     def encode_with_images(self, text: str, images: Sequence[Image.Image]) -> tuple[list[int], Extras]:
-        """As ``encode_chat``, from a text that has the template's placeholders, and special tokens as it needs them."""
+        """Do the same as ``encode_chat`` for a text with the template's placeholders and special tokens."""
         inputs = self.processor(
             text=[text], images=list(images) or None, add_special_tokens=False, return_tensors="pt"
         ).to(self.device)
@@ -240,14 +239,14 @@ class TransformersModel:
 
     @torch.inference_mode()
     def prompt_logits(self, prompt_ids: list[int], extras: Extras | None = None) -> torch.Tensor:
-        """[len(prompt_ids), vocab_size] in the model's dtype."""
+        """Return the logits [len(prompt_ids), vocab_size] in the model's dtype."""
         return self.model(torch.tensor([prompt_ids], device=self.device), **(extras or {})).logits[0]
 
     @torch.inference_mode()
     def generate(
         self, prompt_ids: list[int], max_new_tokens: int, extras: Extras | None = None
     ) -> tuple[list[int], torch.Tensor]:
-        """``max_new_tokens`` ids, and the logits they are the largest of: [max_new_tokens, vocab_size] float32."""
+        """Return ``max_new_tokens`` greedy ids, and their logits [max_new_tokens, vocab_size] float32."""
         ids = torch.tensor([prompt_ids], device=self.device)
         generated = self.model.generate(
             ids,
@@ -283,9 +282,9 @@ def answers(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[Answer]:
-    """Load a model and let it answer. Prompts that are too long for its context lose their beginning.
+    """Load a model and return its answers. Prompts too long for its context lose their beginning.
 
-    To be called in a process of its own where the memory is needed afterwards.
+    Call it in a process of its own if the memory is needed afterwards.
     """
     model = TransformersModel(model_path, dtype, device, trust_remote_code)
     room = model.context_length - max_new_tokens
@@ -293,7 +292,7 @@ def answers(
 
 
 def top_logprobs(logits: torch.Tensor, top_num: int) -> list[list[float]]:
-    """The best log-probabilities of each row of logits [rows, vocab_size]."""
+    """Return the best log-probabilities of each row of logits [rows, vocab_size]."""
     rows: list[list[float]] = []
     for part in logits.split(_AT_ONCE):
         rows += part.float().log_softmax(-1).topk(min(top_num, part.shape[-1])).values.tolist()

@@ -1,4 +1,4 @@
-"""Batches of prompts through workers, step by step: for tools that need neither a scheduler nor a prefix cache."""
+"""Run batches of prompts on workers, step by step, for tools without a scheduler and a prefix cache."""
 
 import random
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ NUM_RANDOM_IDS = 10000  # ids of random prompts lie below this
 
 
 def random_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Prompts of equally long token ids, the same ones for a seed."""
+    """Return random prompts of equal length, determined by the seed."""
     num_ids, draw = min(NUM_RANDOM_IDS, vocab_size), random.Random(seed)
     return [[draw.randrange(num_ids) for _ in range(length)] for _ in range(num_prompts)]
 
 
 class StepDriver:
-    """Computes one batch of prompts at a time, each prompt in the pages that lie at its place.
+    """Computes one batch of prompts at a time; each row has pages of its own.
 
     Args:
-        executor: has a model loaded, and the cache reserved before the first step.
+        executor: with a loaded model; its cache is reserved before the first step.
         num_groups: cache groups of the model.
     """
 
@@ -35,16 +35,16 @@ class StepDriver:
         self._page_size = page_size
         self._step_id = 0
         self._lens: list[int] = []  # computed tokens of each row
-        self._next = StepPlan(0)  # what the next step brings beside its work
+        self._next = StepPlan(0)  # admissions, releases and page writes of the next step
 
     def start(
         self, prompts: Sequence[list[int]], num_new: int, media: Sequence[PromptMedia | None] | None = None
     ) -> None:
-        """Put a batch in the place of the one before.
+        """Replace the batch.
 
         Args:
             num_new: tokens that each prompt may be continued by.
-            media: what goes with each prompt.
+            media: of each prompt.
         """
         num_pages = -(-(max(map(len, prompts)) + num_new) // self._page_size)
         specs = [replace(GREEDY, media=each) for each in media or [None] * len(prompts)]
@@ -60,15 +60,15 @@ class StepDriver:
         self._lens = [0] * len(prompts)
 
     def step(self, num_tokens: Sequence[int]) -> StepResult:
-        """Compute so many further tokens of each row; the result has the token after them."""
+        """Compute so many further tokens of each row; the result has the next token."""
         return self._executor.submit(self._plan(num_tokens)).result()
 
     def step_with_logits(self, num_tokens: Sequence[int]) -> tuple[StepResult, torch.Tensor]:
-        """As ``step``, and the logits [batch_size, vocab_size], float32 on the host."""
+        """Do the same as ``step``, and return the logits [batch_size, vocab_size], float32 on the host."""
         return self._executor.rpc("step_with_logits", self._plan(num_tokens))[0]
 
     def _plan(self, num_tokens: Sequence[int]) -> StepPlan:
-        """Every row is asked for a token, even within its prompt, whose logits nobody would see otherwise."""
+        """Return a step's plan, which samples every row, even within its prompt, to get its logits."""
         plan, self._next = self._next, StepPlan(0)
         self._step_id += 1
         ends = [start + num for start, num in zip(self._lens, num_tokens, strict=True)]

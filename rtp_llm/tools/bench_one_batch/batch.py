@@ -1,4 +1,4 @@
-"""A loaded model, and batches of requests in it, one at a time."""
+"""A loaded model that computes one batch of requests at a time."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from rtp_llm.tools.step_driver import StepDriver
 
 logger = logging.getLogger(__name__)
 
-# Options of ServerArgs that only a scheduler heeds. Those that only the HTTP server heeds are marked so in ServerArgs.
+# Options of ServerArgs that only a scheduler uses. Those of the HTTP server are marked in ServerArgs.
 SCHEDULER_OPTIONS = (
     "chunked_prefill_size", "max_prefill_tokens", "schedule_policy", "disable_radix_cache", "disable_overlap_schedule",
     "max_running_requests", "swa_full_tokens_ratio", "decode_log_interval", "watchdog_timeout", "random_seed",
@@ -29,10 +29,10 @@ SCHEDULER_OPTIONS = (
 
 
 class OneBatch:
-    """A loaded model, and one batch of requests at a time in it, each in the pages that lie at its place.
+    """A loaded model that computes one batch of requests at a time; each row has pages of its own.
 
     Args:
-        server_args: those for a server or a scheduler mean nothing here, and a warning names them.
+        server_args: options of servers and schedulers are ignored, with a warning that names them.
 
     Raises:
         ValueError, OSError, RuntimeError: what is wrong with the options, the checkpoint or the machine.
@@ -55,11 +55,11 @@ class OneBatch:
         except BaseException:
             self._executor.shutdown()
             raise
-        self.computes_blocks = loaded.max_media_block > 0  # of media: each in one step
+        self.computes_blocks = loaded.max_media_block > 0  # media are computed in one step each
         self._driver = StepDriver(self._executor, len(loaded.layout.groups), server_args.page_size)
 
     def _plan_capacity(self, loaded: LoadedModel, device: str, free_bytes: int) -> Capacity:
-        """Windows get as many pages as the others: nothing slides here."""
+        """Plan the cache with as many pages for sliding windows as for others: none is freed here."""
         provider = provider_named(device)
         fraction = self._args.mem_fraction_static or provider.mem_fraction_static
         ranks_sharing = self._args.tp_size if provider.ranks_share_memory else 1
@@ -75,11 +75,11 @@ class OneBatch:
 
     @property
     def max_total_tokens(self) -> int:
-        """Tokens that the cache holds."""
+        """Tokens that the cache can hold."""
         return self._capacity.max_total_tokens
 
     def why_not(self, batch_size: int, num_tokens: int) -> str | None:
-        """Why there is no room for so many requests of so many tokens; None if there is."""
+        """Return why there is no room for so many requests of so many tokens; None if there is."""
         if num_tokens > self.model_config.context_length:
             return f"{num_tokens} tokens exceed the context length of {self.model_config.context_length}"
         page_size = self._args.page_size
@@ -88,15 +88,15 @@ class OneBatch:
         return None
 
     def reserve(self, max_batch_size: int, max_len: int) -> None:
-        """Reserve the cache. To be called once, before the first batch."""
+        """Reserve the cache. Call it once, before the first batch."""
         self._executor.init_cache(list(self._capacity.num_pages), max_batch_size, max_len)
 
     def start(self, prompts: list[list[int]], num_new: int, media: Sequence[PromptMedia | None] | None = None) -> None:
-        """Put a batch in the place of the one before.
+        """Replace the batch.
 
         Args:
             num_new: tokens that each prompt may be continued by.
-            media: what goes with each prompt.
+            media: of each prompt.
         """
         reason = self.why_not(len(prompts), max(map(len, prompts)) + num_new)
         if reason is not None:
@@ -104,11 +104,11 @@ class OneBatch:
         self._driver.start(prompts, num_new, media)
 
     def step(self, num_tokens: list[int]) -> list[int]:
-        """Compute so many further tokens of each row; return the most probable token after them."""
+        """Compute so many further tokens of each row; return the most probable next tokens."""
         return _token_ids(self._driver.step(num_tokens))
 
     def step_with_logits(self, num_tokens: list[int]) -> tuple[list[int], torch.Tensor]:
-        """As ``step``, and the logits [batch_size, vocab_size], float32 on the host."""
+        """Do the same as ``step``, and return the logits [batch_size, vocab_size], float32 on the host."""
         result, logits = self._driver.step_with_logits(num_tokens)
         return _token_ids(result), logits
 
@@ -116,7 +116,7 @@ class OneBatch:
         self._executor.rpc("start_profile", activities, record_shapes)
 
     def stop_profile(self, path_prefix: str) -> list[str]:
-        """The paths of the traces, one of each rank."""
+        """Write the traces; return their paths, one of each rank."""
         return self._executor.rpc("stop_profile", path_prefix)
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""The workers alone: ``python -m rtp_llm.bench_one_batch --model-path DIR``. No server, no scheduler, no prefix cache.
+"""The workers alone, without server, scheduler and prefix cache: ``python -m rtp_llm.bench_one_batch --model-path X``.
 
 With ``--correct`` it shows logits and texts, to be compared with those of ``scripts/playground/reference_hf.py``.
 Without, it times batches of random prompts: each combination of ``--batch-size``, ``--input-len`` and ``--output-len``.
@@ -18,7 +18,7 @@ EXIT_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's); return the exit status: 2 after an error, told on stderr."""
+    """Run a command line (default: this process's); return the exit status: 2 after an error, printed to stderr."""
     parser = ArgumentParser(prog="bench_one_batch", description="Run the workers without server and scheduler.")
     add_cli_args(parser)
     parsed = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""``--correctness-test``: logits and texts, to be compared with those of transformers."""
+"""``--correctness-test``: print logits and texts, for comparison with those of transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from rtp_llm.tools.reference import (
 class Correctness:
     """Logits [number of prompts, vocab_size] after the first tokens of each prompt, and after all of it."""
 
-    first_half: torch.Tensor | None  # None if nothing was computed before the rest
+    first_half: torch.Tensor | None  # None if the whole prompt was computed at once
     final: torch.Tensor
     output_ids: list[list[int]]
 
@@ -40,7 +40,7 @@ def run_correctness(
     output_len: int,
     media: Sequence[PromptMedia | None] | None = None,
 ) -> Correctness:
-    """Compute ``cut_len`` tokens of each prompt, then the rest beside what is in the cache, then decode."""
+    """Compute ``cut_len`` tokens of each prompt, then the rest with those in the cache, then decode."""
     batch.start(prompts, output_len, media)
     first_half = batch.step_with_logits([cut_len] * len(prompts))[1] if cut_len else None
     token_ids, final = batch.step_with_logits([len(ids) - cut_len for ids in prompts])
@@ -79,7 +79,7 @@ def correctness_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
 def _prompts(
     server_args: ServerArgs, args: OneBatchArgs, model_config: ModelConfig, tokenizer: Any
 ) -> tuple[list[str], list[Prompt]]:
-    """Texts, and what they are as ids and media."""
+    """Return texts, and their prompts of ids and media."""
     model_type = args.model_type or ("mllm" if model_config.is_multimodal or args.image else "text")
     num_prompts = args.batch_size[0] if args.batch_size else None
     if model_type == "text":

@@ -34,7 +34,7 @@ def latency_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
 
 
 def _settings_that_fit(batch: OneBatch, args: OneBatchArgs) -> list[tuple[int, int, int]]:
-    """(batch size, input length, output length) of each run; says which are left out."""
+    """Return (batch size, input length, output length) of each run; print those that do not fit."""
     settings = []
     for batch_size, input_len, output_len in product(args.batch_size or [1], args.input_len, args.output_len):
         reason = batch.why_not(batch_size, input_len + output_len)
@@ -48,7 +48,7 @@ def _settings_that_fit(batch: OneBatch, args: OneBatchArgs) -> list[tuple[int, i
 
 
 class LatencyRun:
-    """One batch of random prompts, computed in one step, and its decodes."""
+    """One batch of random prompts: a prefill in one step, then decode steps."""
 
     def __init__(self, batch: OneBatch, args: OneBatchArgs, batch_size: int, input_len: int, output_len: int) -> None:
         self._batch = batch
@@ -58,7 +58,7 @@ class LatencyRun:
         self._num_decodes = output_len - 1
 
     def measure(self) -> dict[str, Any]:
-        """Run, print as it goes, and return the figures: seconds, and tokens per second."""
+        """Run, print progress, and return the figures: seconds, and tokens per second."""
         self._batch.start(self._random_prompts(), self._num_decodes + 1)
         prefill_s = self._timed_prefill()
         prefill_rate = self._rate(self._input_len, prefill_s)

@@ -18,11 +18,11 @@ LATENCY_OPTIONS = (
 
 
 class OneBatchError(ValueError):
-    """The options do not go together, or not with the model."""
+    """The options do not fit each other, or the model."""
 
 
 def _option(default: Any, help: str, *, choices: Sequence[str] = (), low: int | None = None) -> Any:
-    """A field. Numbers are at least ``low``."""
+    """Return a field. Numbers are at least ``low``."""
     return field(default=default, metadata=_metadata(help, choices, low))
 
 
@@ -100,7 +100,7 @@ class OneBatchArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """From a parser with the flags of ``add_cli_args``. Refuses what the chosen mode would not heed."""
+        """Make options from a parser with the flags of ``add_cli_args``. Raise for flags that the mode ignores."""
         names = [item.name for item in fields(cls)]
         given = {name: value for name in names if (value := getattr(args, name)) is not None}
         foreign, other = (LATENCY_OPTIONS, "without") if args.correctness_test else (CORRECTNESS_OPTIONS, "with")

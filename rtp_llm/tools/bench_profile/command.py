@@ -1,8 +1,8 @@
-"""Where a step's time goes: ``rtp-llm bench --profile``.
+"""A profile of the time of a step: ``rtp-llm bench --profile``.
 
 A batch of random prompts runs through a real core in this process: scheduler, runner, model, sampler. Layers are timed
-by wrapping their ``forward``, kernels by the device (where a step is replayed, these alone). Each part's time is
-without that of the parts within it, so that all, with what is left between them (``rest``), add up to the step.
+by wrapping their ``forward``, kernels by the device (in replayed steps, only these). Each part's time excludes the
+parts nested in it, so that all parts, with the time between them (``rest``), add up to the step.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from rtp_llm.srt.worker.worker import PendingResult, Worker, WorkerConfig
 from rtp_llm.tools.bench_profile.options import ProfileArgs, ProfileError
 from rtp_llm.tools.step_driver import random_prompts
 
-REST: Name = ("rest",)  # of a step: what lies between its parts
-# What a layer is called in the table; the first class that fits.
+REST: Name = ("rest",)  # time of a step between its parts
+# Names of layers in the table, by the first class that fits.
 LAYER_KINDS: Sequence[tuple[tuple[type, ...], str]] = (
     ((LinearBase,), "linear"),
     ((Norm,), "norm"),
@@ -53,14 +53,14 @@ LAYER_KINDS: Sequence[tuple[tuple[type, ...], str]] = (
     ((VocabParallelEmbedding,), "embedding"),
     ((LogitsProcessor,), "logits"),
 )
-NAMED_KINDS = ("linear", "norm")  # of these there are several in a block, told apart by their attribute's name
+NAMED_KINDS = ("linear", "norm")  # a block has several, distinguished by their attributes' names
 
 
 def run_profile(args: argparse.Namespace) -> int:
     """Print a table for the prefill and one for the decode steps; return the exit status.
 
     Raises:
-        ProfileError, and what loading a model raises.
+        ProfileError, and the errors of loading a model.
     """
     profile_args = ProfileArgs.from_cli_args(args)
     server_args = ServerArgs.from_cli_args(args)
@@ -77,7 +77,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def profile_steps(server_args: ServerArgs, args: ProfileArgs) -> dict[str, "StepTimes"]:
-    """The times of the steps of one batch, ``prefill`` and ``decode``, after another one has warmed up."""
+    """Return the times of one batch's steps, ``prefill`` and ``decode``, after another batch as warm-up."""
     if server_args.tp_size != 1:
         raise ProfileError("the profile is of one process: it cannot be made with --tp-size above 1")
     provider = provider_named(choose_device(server_args.device))
@@ -92,8 +92,8 @@ def profile_steps(server_args: ServerArgs, args: ProfileArgs) -> dict[str, "Step
         return core.run(args, seed=1)
 
 
-class NotingExecutor(InProcessExecutor):
-    """Keeps the plans that it is given."""
+class RecordingExecutor(InProcessExecutor):
+    """Keeps the plans of its steps."""
 
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__(config)
@@ -105,13 +105,13 @@ class NotingExecutor(InProcessExecutor):
 
 
 class ProfiledCore:
-    """A core, its model timed part by part, and one batch at a time through it."""
+    """A core with a timed model, which runs one batch at a time."""
 
     def __init__(self, server_args: ServerArgs, model_config: ModelConfig, watch: Stopwatch) -> None:
         link = QueueLink()
         link.client.on_messages(self._take)
         self._link, self._watch, self._vocab_size = link, watch, model_config.vocab_size
-        self._executor = NotingExecutor(WorkerConfig(server_args, model_config, choose_device(server_args.device)))
+        self._executor = RecordingExecutor(WorkerConfig(server_args, model_config, choose_device(server_args.device)))
         self._core = EngineCore(server_args, model_config, link.core, executor=self._executor)
         self._problem: str | None = None
         self._products: dict[Name, tuple[float, float]] = {}
@@ -139,7 +139,7 @@ class ProfiledCore:
             if not self._executor.plans:
                 return stages
             num_tokens = [work.num_tokens for work in self._executor.plans[0].work]
-            if num_tokens:  # else requests only left
+            if num_tokens:  # else the step only released requests
                 stages["decode" if max(num_tokens) == 1 else "prefill"].add(parts, sum(num_tokens))
 
     def __enter__(self) -> "ProfiledCore":
@@ -182,14 +182,14 @@ def _with_timed_results(sample: Callable[..., PendingResult], watch: Stopwatch) 
 
 
 def _timed_layer(module: nn.Module, name: Name, watch: Stopwatch) -> Callable[..., Any]:
-    """Its forward; of a product, with the bytes of its weights and the operations on them."""
+    """Return a layer's timed forward; for a product, with the bytes of its weights and its operations."""
     forward = module.forward
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         with watch.part(name) as part:
             result = forward(*args, **kwargs)
         if isinstance(module, LinearBase):
-            output, halves = result[0], 2 if len(args) > 1 else 1  # an activation multiplies one half by the other
+            output, halves = result[0], 2 if len(args) > 1 else 1  # a gated activation multiplies one half by the other
             _note_product(part, module, output.shape[0], module.input_size * output.shape[-1] * halves)
         elif isinstance(module, LogitsProcessor):
             head = kwargs.get("lm_head") or args[2]
@@ -206,10 +206,10 @@ def _note_product(part: Part, module: nn.Module, num_rows: int, num_weights: int
 
 
 class StepTimes:
-    """What was timed in the steps of one kind."""
+    """The times of steps of one kind."""
 
     def __init__(self, products: dict[Name, tuple[float, float]] | None = None) -> None:
-        """``products``: the bytes of a layer's call, and its operations for a row, as steps before this one told."""
+        """``products``: bytes of a layer's call, and operations per row, known from earlier steps."""
         self.num_steps = 0
         self.parts: defaultdict[Name, Part] = defaultdict(Part)
         self._products = {} if products is None else products
@@ -234,11 +234,11 @@ class StepTimes:
 
     @property
     def explained(self) -> float:
-        """The part of the time that has a name."""
+        """The fraction of the time in named parts."""
         return 1 - self.parts[REST].seconds / self.total_s
 
     def rows(self) -> list["Row"]:
-        """What has a name, each followed by the kernels within it, those that took longest first; the rest last."""
+        """Return named parts, longest first, each followed by its kernels; the rest last."""
         layers = {name: self._within(name) for name in self.parts if not _is_kernel(name) and name != REST}
         rows = []
         for name, part in sorted(layers.items(), key=lambda item: -item[1].seconds):
@@ -250,7 +250,7 @@ class StepTimes:
         return [*rows, Row(REST[0], self.parts[REST])]
 
     def _within(self, name: Name) -> Part:
-        """A layer with the kernels that it calls; the calls are its own."""
+        """Return a layer's times with those of its kernels; calls are the layer's own."""
         whole = Part()
         for other, part in self.parts.items():
             if other == name or (_is_kernel(other) and other[:-1] == name):
@@ -271,7 +271,7 @@ class StepTimes:
 
 
 def _replayed_layers(parts: dict[Name, Part]) -> dict[Name, int]:
-    """Return how often each layer would have been called in a step that calls kernels only."""
+    """Return the calls that each layer would have had in a replayed step, which calls kernels only."""
     layers: dict[Name, int] = {}
     for name, part in parts.items():
         if _is_kernel(name) and name[:-1] not in parts:
@@ -280,7 +280,7 @@ def _replayed_layers(parts: dict[Name, Part]) -> dict[Name, int]:
 
 
 def _is_kernel(name: Name) -> bool:
-    """Whether this is ``library.function`` within a layer."""
+    """Return whether this is ``library.function`` within a layer."""
     return len(name) > 1 and "." in name[-1]
 
 

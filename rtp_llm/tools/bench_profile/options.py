@@ -9,7 +9,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 
 
 class ProfileError(ValueError):
-    """The profile cannot be made as it was asked for."""
+    """The options of the profile are invalid."""
 
 
 def _option(default: int, help: str) -> Any:
@@ -18,7 +18,7 @@ def _option(default: int, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileArgs:
-    """What is run. Construction checks it and raises ProfileError."""
+    """Options of the profiled batch. Construction checks them and raises ProfileError."""
 
     batch_size: int = _option(1, "number of prompts")
     input_len: int = _option(128, "tokens of each prompt")

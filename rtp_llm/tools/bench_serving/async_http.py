@@ -1,4 +1,4 @@
-"""HTTP for load generation, on aiohttp: one JSON request, and an answer whose events are told as they arrive."""
+"""HTTP for load generation, on aiohttp: JSON requests, and event streams whose events are reported on arrival."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp.http import HttpProcessingError
 
-KEPT_S = 4.0  # a connection without a request; less than the 5 s after which uvicorn and others hang up
+KEPT_S = 4.0  # an idle connection; less than the 5 s after which uvicorn and others close it
 MAX_SHOWN_CHARS = 300
 LINE_END = re.compile(rb"\r\n|\r|\n")
 
@@ -20,26 +20,26 @@ OnEvent = Callable[[str, float], None]  # (an event's data, time.perf_counter() 
 
 
 class BadAddress(ValueError):
-    """Not the address of a server."""
+    """The text is not a server's address."""
 
 
 class RequestFailed(Exception):
-    """A request without a complete answer; the message says why."""
+    """A request got no complete answer; the message says why."""
 
 
 class BrokenResponse(RequestFailed):
-    """What came is not the HTTP, or not the event stream, that it should be."""
+    """The answer is not valid HTTP, or not a valid event stream."""
 
 
 class HttpClient:
-    """Requests to one server. There is no limit on the number of connections.
+    """Sends requests to one server, over any number of connections.
 
     Args:
         base_url: ``http://host:port`` or ``https://...``, perhaps with a path that all paths are appended to.
         api_key: sent as a bearer token.
         timeout_s: seconds until a request without a complete answer fails, connecting included.
-        keep_connections: use connections again. A server may close one just as a request is sent on it, if this process
-            gets no CPU time for a while: where every request counts, do without.
+        keep_connections: reuse connections. A server may close one just as a request is sent on it, if this process
+            gets no CPU time for a while: do not reuse them if every request counts.
 
     Raises:
         BadAddress: ``base_url`` is not such an address.
@@ -58,7 +58,7 @@ class HttpClient:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     async def request_json(self, method: str, path: str, body: bytes | None = None) -> Any:
-        """The JSON value that the server answers with. ``body``, if there is one, is JSON.
+        """Return the JSON value of the server's answer. ``body``, if any, is JSON.
 
         Raises:
             RequestFailed: the status is not 200, the body is not JSON, or no answer came.
@@ -70,7 +70,7 @@ class HttpClient:
             raise BrokenResponse(f"{path} must answer with JSON, but sent {_shown(content)}") from None
 
     async def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """As ``request_json``, for an answer that may be anything."""
+        """Do the same as ``request_json`` for an answer of any type."""
         async with self._exchange(method, path, body) as response:
             return await response.read()
 
@@ -80,7 +80,7 @@ class HttpClient:
         What ``on_event`` raises ends the request and is raised here.
 
         Raises:
-            RequestFailed: another status than 200, something else than an event stream, or a broken one.
+            RequestFailed: the status is not 200, or the answer is not a valid event stream.
         """
         decoder = SseDecoder()
         async with self._exchange("POST", path, body) as response:
@@ -109,7 +109,7 @@ class HttpClient:
     async def _exchange(
         self, method: str, path: str, body: bytes | None = None
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
-        """A response with status 200, its body still to be read; what goes wrong meanwhile is a RequestFailed."""
+        """Yield a response with status 200 and unread body; errors meanwhile become RequestFailed."""
         headers = {"Content-Type": "application/json"} if body is not None else None
         when = "before it answered"
         try:
@@ -133,10 +133,10 @@ class HttpClient:
 
 
 class SseDecoder:
-    """Server-sent events (WHATWG HTML, section 9.2) from pieces of any size: gives the data of complete events.
+    """Server-sent events (WHATWG HTML, section 9.2) from pieces of any size: returns the data of complete events.
 
-    Comments and fields other than ``data`` are skipped, several data lines are joined by a line feed, and an event
-    that the stream breaks off is never given.
+    Comments and fields other than ``data`` are skipped, several data lines are joined by a line feed, and an
+    incomplete event is dropped.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class SseDecoder:
         self._data: list[bytes] = []
 
     def feed(self, part: bytes) -> list[str]:
-        """The data of each event that ``part`` completes. Raises BrokenResponse if one is not UTF-8."""
+        """Return the data of each event that ``part`` completes. Raise BrokenResponse if one is not UTF-8."""
         if self._after_cr and part:
             part = part.removeprefix(b"\n")
             self._after_cr = False
@@ -174,7 +174,7 @@ class SseDecoder:
 
 
 def error_message(value: Any) -> str:
-    """What an error object of the OpenAI shape, or of another, says."""
+    """Return the message of an error object, in OpenAI's form or another."""
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(key):
             return error_message(value[key])

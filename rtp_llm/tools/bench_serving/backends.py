@@ -1,4 +1,4 @@
-"""What the servers' three ways to generate want to be asked, and what their events say."""
+"""The three APIs to generate with: their requests and their events."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ END_OF_STREAM = "[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request as a backend is to put it: a prompt of ids or of text, and how much to generate."""
+    """One request for a backend: a prompt of ids or of text, and how much to generate."""
 
     prompt: list[int] | str
     output_len: int
@@ -22,10 +22,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one event says. Counts are totals so far, and None where the event has none.
+    """The content of one event. Counts are totals so far, and None if the event has none.
 
-    ``text`` is what came with this event, or the whole text so far if ``cumulative``. ``has_tokens`` tells events
-    that carry generated tokens from those about roles, usage and endings.
+    ``text``: of this event, or the whole text so far if ``cumulative``. ``has_tokens``: the event carries generated
+    tokens, not only a role, usage or an ending.
     """
 
     text: str = ""
@@ -39,7 +39,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A way to generate: where it is, whether it takes ids, the body of a request, and the reading of an event."""
+    """An API to generate with: its path, whether it takes ids, a request's body, and the reader of an event."""
 
     name: str
     path: str
@@ -50,7 +50,7 @@ class Backend:
 
 
 def read_event(backend: Backend, data: str) -> Chunk:
-    """The meaning of an event's data. Raises RequestFailed if it tells an error, or makes no sense."""
+    """Return the content of an event. Raise RequestFailed if it is an error, or malformed."""
     try:
         event = json.loads(data)
     except ValueError:
@@ -105,7 +105,7 @@ def _chat_body(ask: Ask) -> dict[str, Any]:
 
 
 def _read_completion(event: dict[str, Any]) -> Chunk:
-    """An event with an empty text carries a token that has none yet (half a character, say), unless it is the end."""
+    """Read an event. With an empty text it carries a token without text yet (half a character), or is the end."""
     choices = event.get("choices") or []
     finished = any(choice.get("finish_reason") for choice in choices)
     text = "".join(choice.get("text") or "" for choice in choices)
@@ -123,7 +123,7 @@ def _read_chat(event: dict[str, Any]) -> Chunk:
 
 
 def _usage(event: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
-    """Tokens of the prompt, those of them that were cached, and generated ones; the last fields of a Chunk."""
+    """Return tokens of the prompt, cached ones of these, and generated ones: the last fields of a Chunk."""
     usage = event.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     return _count(usage.get("prompt_tokens")), _count(cached), _count(usage.get("completion_tokens"))

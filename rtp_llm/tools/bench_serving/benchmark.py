@@ -1,4 +1,4 @@
-"""One run against a server that generates: what is asked, how it is sent, and what is seen."""
+"""One run against a server: its requests, their sending, and the observations."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ from rtp_llm.version import __version__
 
 
 def run_benchmark(args: BenchArgs) -> Figures:
-    """One run: its options and figures, which are also appended to the output file if there is one.
+    """Run once; return options and figures, which are also appended to the output file, if any.
 
     Raises:
         BenchError: no server, no tokenizer, no data set, or a warm-up request failed.
@@ -50,7 +50,7 @@ def run_benchmark(args: BenchArgs) -> Figures:
 
 
 class Benchmark:
-    """One run against one server: find out what it serves, make the requests, warm up, send, sum up."""
+    """One run against one server: query its model, make the requests, warm up, send, sum up."""
 
     def __init__(self, args: BenchArgs, on_progress: Callable[[int, int], None]) -> None:
         self.args = args
@@ -59,7 +59,7 @@ class Benchmark:
         self._model = ""
 
     async def run(self) -> tuple[list[Observation], Figures]:
-        """What was seen of each request, and the record: options and figures."""
+        """Return the observation of each request, and the record: options and figures."""
         try:
             requests = workload(self.args)
             self._model = await self._served_model()
@@ -75,7 +75,7 @@ class Benchmark:
         return observations, about | options | result
 
     async def _served_model(self) -> str:
-        """The name of the model. The native API needs none, and some servers that have it list none."""
+        """Return the model's name. The native API needs none, and some servers with it list none."""
         if self.args.model is not None:
             return self.args.model
         try:
@@ -92,7 +92,7 @@ class Benchmark:
         return Vocabulary.from_tokenizer(load_tokenizer(self.args.tokenizer or await self._tokenizer_name()))
 
     async def _tokenizer_name(self) -> str:
-        """Where the server has its tokenizer from, if it tells, as ours and SGLang do; else the model's name."""
+        """Return the server's tokenizer path, if it reports one, as ours and SGLang do; else the model's name."""
         if self.args.api is NATIVE:
             info = await self._client.request_json("GET", "/model_info")
             if name := info.get("tokenizer_path") or info.get("model_path"):
@@ -100,7 +100,7 @@ class Benchmark:
         return self._model
 
     def _body(self, request: BenchRequest, vocabulary: Vocabulary) -> bytes:
-        """The request as it is sent. All are made before the clock starts."""
+        """Return the request's body. All are made before the clock starts."""
         draw = vocabulary.text if self.args.sends_text else vocabulary.ids
         prompt = draw(request.pieces, self.args.seed)
         ask = Ask(prompt, request.output_len, self._model, not self.args.disable_ignore_eos)
@@ -142,7 +142,7 @@ class Benchmark:
         return [task.result() for task in tasks], time.perf_counter() - start_s, time.process_time() - start_cpu_s
 
     async def _send(self, request: BenchRequest, body: bytes) -> Observation:
-        """One request; what goes wrong with it is noted, not raised."""
+        """Send one request; its errors are recorded, not raised."""
         seen = Observation(request.prompt_len, request.output_len)
         ended = False
 
@@ -165,10 +165,10 @@ class Benchmark:
 
 
 def workload(args: BenchArgs) -> list[BenchRequest]:
-    """The requests of a run, in order of arrival.
+    """Return the requests of a run, in order of arrival.
 
     Raises:
-        WorkloadError: the data set is not what it should be, or nothing of it is left.
+        WorkloadError: the data set is malformed, or no request of it is left.
     """
     requests = within_context(_dataset(args), args.trace_context_len)[: args.num_prompts]
     if not requests:
@@ -205,7 +205,7 @@ async def _sleep_until(time_s: float) -> None:
 
 @contextmanager
 def _output(args: BenchArgs) -> Iterator[Callable[[Figures], None]]:
-    """What appends a line to the output file, if there is one; that it cannot be written is told before the run."""
+    """Yield a function that appends a line to the output file, if any; fail before the run if it cannot be written."""
     if args.output_file is None:
         yield lambda record: None
         return
@@ -221,7 +221,7 @@ def _allow_many_connections() -> None:
 
 @contextmanager
 def _progress(args: BenchArgs) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, if that is a terminal; gives the function to be called with (done, total)."""
+    """Show a progress bar on stderr, if that is a terminal; yield the function to call with (done, total)."""
     console = Console(stderr=True)
     if args.disable_tqdm or not console.is_terminal:
         yield lambda done, total: None

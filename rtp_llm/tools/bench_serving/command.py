@@ -19,12 +19,12 @@ EXIT_INTERRUPTED = 130
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark that a command line asks for; print the table; return the exit status.
+    """Run the benchmark of a command line; print the table; return the exit status.
 
     0: done; 1: done, but requests failed.
 
     Raises:
-        BenchError: it cannot be run.
+        BenchError: the benchmark cannot be run.
     """
     bench_args = BenchArgs.from_cli_args(args)
     record = run_benchmark(bench_args)
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _what(args: BenchArgs, record: Figures) -> str:
-    """Three lines on what was run. Of a long model name, which may be a path, the end stays."""
+    """Return three lines on the run. Of a long model name, which may be a path, the end is kept."""
     rate = record["request_rate"]
     arrivals = {"inf": "all at once", "trace": "at the trace's times"}.get(rate, f"{rate} requests/s")
     at_most = f", at most {args.max_concurrency} running" if args.max_concurrency else ""
@@ -47,7 +47,7 @@ def _what(args: BenchArgs, record: Figures) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The module's own command line, with the flags and the exit statuses of ``rtp-llm bench``."""
+    """Run the module's own command line, with the flags and the exit statuses of ``rtp-llm bench``."""
     parser = ArgumentParser(prog="python -m rtp_llm.bench_serving", description="Load on a server, and its figures.")
     add_cli_args(parser)
     try:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from rtp_llm.srt.configs.options import add_field_flags
 from rtp_llm.tools.bench_serving.backends import BACKENDS, Backend
 
-# The options that belong to one kind of data set, and what they are where they are not given.
+# Options of one kind of data set, with their defaults.
 DATASET_OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"random_input_len": 1024, "random_output_len": 1024, "random_range_ratio": 0.0},
     "generated-shared-prefix": {
@@ -31,19 +31,19 @@ DEFAULT_NUM_PROMPTS = 1000  # of the random data set; others have a size of thei
 
 
 class BenchError(Exception):
-    """The benchmark cannot be run as it was asked for."""
+    """The benchmark cannot be run with these options."""
 
 
 def _option(
     default: Any, help: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None
 ) -> Any:
-    """A field. Numbers lie in ``[low, high]``."""
+    """Return a field. Numbers lie in ``[low, high]``."""
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchArgs:
-    """All options of a run. Construction checks them, fills in the data set's own, and raises BenchError."""
+    """All options of a run. Construction checks them, fills in the data set's defaults, and raises BenchError."""
 
     backend: str = _option(
         "rtp-llm",
@@ -116,7 +116,7 @@ class BenchArgs:
 
     @property
     def root_url(self) -> str:
-        """The server's address without ``/v1``, which may be given or not."""
+        """The server's address without ``/v1``."""
         url = self.base_url or f"http://{self.host or '127.0.0.1'}:{self.port or 30000}"
         return url.rstrip("/").removesuffix("/v1")
 
@@ -125,7 +125,7 @@ class BenchArgs:
         return self.text_prompts or not self.api.takes_ids
 
     def of_dataset(self, name: str) -> Any:
-        """An option of the data set, or its default."""
+        """Return an option of the data set, or its default."""
         value = getattr(self, name)
         return DATASET_OPTIONS[self.dataset_name][name] if value is None else value
 
@@ -139,7 +139,7 @@ class BenchArgs:
         return body
 
     def to_dict(self) -> dict[str, Any]:
-        """Options for the record: those that apply, without the key; an infinite rate is "inf"."""
+        """Return the options for the record: those that apply, without the key; an infinite rate is "inf"."""
         own = DATASET_OPTIONS[self.dataset_name]
         foreign = {name for options in DATASET_OPTIONS.values() for name in options} - set(own)
         hidden = {"api_key", "host", "port", "base_url", "disable_tqdm", "output_file", "output_details"}
@@ -183,6 +183,6 @@ def _flag(name: str) -> str:
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    """The flags of a run, one for each field of BenchArgs."""
+    """Add the flags of a run, one for each field of BenchArgs."""
     add_field_flags(parser, BenchArgs)
-    parser.set_defaults(log_level="warning")  # which the command line asks all commands for
+    parser.set_defaults(log_level="warning")  # every command has one

@@ -1,4 +1,4 @@
-"""From what was seen of each request to the figures of a run: a dict, a line of JSON, a table."""
+"""From observations of requests to the figures of a run: a dict, a line of JSON, a table."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ TABLE_WIDTH = 78
 
 @dataclass(slots=True)
 class Observation:
-    """What was seen of one request. Times are seconds of ``time.perf_counter``."""
+    """The observation of one request. Times are seconds of ``time.perf_counter``."""
 
-    prompt_len: int  # as asked for
+    prompt_len: int  # as requested
     output_len: int
     start_s: float = 0.0
     end_s: float = 0.0
     first_token_s: float | None = None
     last_token_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)  # inter-token latencies
-    prompt_tokens: int | None = None  # as the server says
+    prompt_tokens: int | None = None  # by the server's count
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     num_seen: int = 0  # tokens: by the server's count where an event has one, else one for each event
@@ -33,7 +33,7 @@ class Observation:
     error: str | None = None
 
     def add(self, chunk: Chunk, now_s: float) -> None:
-        """An event that arrived at ``now_s``."""
+        """Add an event that arrived at ``now_s``."""
         if chunk.has_tokens:
             known = self.num_seen + 1 if chunk.completion_tokens is None else chunk.completion_tokens
             if known > self.num_seen:
@@ -51,7 +51,7 @@ class Observation:
         self.finished = self.finished or chunk.finished
 
     def _add_tokens(self, num_new: int, now_s: float) -> None:
-        """Tokens that come together share the time since those before them."""
+        """Add tokens; those that come together share the time since the ones before."""
         if self.first_token_s is None:
             self.first_token_s = now_s
         else:
@@ -86,9 +86,9 @@ class Observation:
 
 
 def figures(observations: Sequence[Observation], duration_s: float, client_cpu_s: float, ignore_eos: bool) -> Figures:
-    """The figures of a run of ``duration_s`` seconds, of the completed requests only unless the name says otherwise.
+    """Return the figures of a run of ``duration_s`` seconds, of completed requests only unless the name says otherwise.
 
-    Times per request end in ``_ms``, throughputs are per second. Figures that nothing is known about are None.
+    Times per request end in ``_ms``, throughputs are per second. Unknown figures are None.
     """
     done = [item for item in observations if item.error is None]
     input_tokens = sum(item.input_tokens for item in done)
@@ -117,7 +117,7 @@ def figures(observations: Sequence[Observation], duration_s: float, client_cpu_s
 
 
 def details(observations: Sequence[Observation]) -> Figures:
-    """Every request, in the order of arrival; times in seconds."""
+    """Return values of every request, in order of arrival; times in seconds."""
     return {
         "input_lens": [item.input_tokens for item in observations],
         "output_lens": [item.output_tokens for item in observations],
@@ -132,7 +132,7 @@ def details(observations: Sequence[Observation]) -> Figures:
 
 
 def table(title: str, what: str, result: Figures) -> str:
-    """The figures for a person, at most 80 columns wide."""
+    """Return the figures as a table at most 80 columns wide."""
     lines = [f" {title} ".center(TABLE_WIDTH, "="), what]
     lines += [
         _pair("Completed", f"{result['completed']}", "Requests/s", f"{result['request_throughput']:.2f}"),
@@ -167,14 +167,14 @@ def _notes(result: Figures) -> list[str]:
 
 
 def _cache_figures(done: Sequence[Observation]) -> Figures:
-    """Figures of the requests whose usage has cached tokens."""
+    """Return figures of the requests whose usage has cached tokens."""
     told = [item for item in done if item.cached_tokens is not None]
     cached, prompt = sum(item.cached_tokens or 0 for item in told), sum(item.input_tokens for item in told)
     return {"cached_tokens": cached if told else None, "cache_hit_rate": cached / prompt if prompt else None}
 
 
 def _spread(name: str, values_s: Sequence[float]) -> Figures:
-    """Mean, standard deviation, percentiles (linear between the nearest two) and maximum, in milliseconds."""
+    """Return mean, standard deviation, percentiles (linear between the nearest two) and maximum, in milliseconds."""
     if not values_s:
         return {f"{part}_{name}_ms": None for part in ("mean", "std", "median", "p90", "p95", "p99", "max")}
     values = numpy.array(values_s) * 1000

@@ -1,7 +1,7 @@
-"""What is asked of a server, and when: sizes first, tokens later.
+"""Workloads: the requests of a run and their arrival times, first as sizes, later as tokens.
 
-A workload says of each request how long its prompt is, which pieces of it it shares with others, how much is to be
-generated, and when it arrives. ``Vocabulary`` turns the pieces into ids or text: equal pieces become equal tokens, in
+A workload gives for each request its prompt's pieces, which requests may share, the tokens to generate, and its
+arrival time. ``Vocabulary`` turns the pieces into ids or text: equal pieces become equal tokens, in
 every run with the same seed.
 """
 
@@ -19,16 +19,16 @@ from typing import Any, Self
 import numpy
 from tokenizers import Tokenizer
 
-BLOCK_TOKENS = 512  # the unit that a Mooncake trace hashes
+BLOCK_TOKENS = 512  # of a hash in a Mooncake trace
 PLAIN_WORD = re.compile(r"[ Ġ▁]([a-z]{2,})")  # a space (GPT-2 and SentencePiece write it so) and a word
 
 
 class WorkloadError(ValueError):
-    """A data set, or a tokenizer, from which no requests can be made."""
+    """Requests cannot be made from a data set or a tokenizer."""
 
 
 class Source(IntEnum):
-    """What a piece of a prompt is: with its number, what decides the piece's tokens."""
+    """The kind of a piece of a prompt; kind and number determine its tokens."""
 
     OWN = 0  # of one request
     SYSTEM = 1  # of a group
@@ -57,7 +57,7 @@ class BenchRequest:
 
 
 class Vocabulary:
-    """Draws prompts. ``ids`` are those to draw from for prompts of ids, ``words`` those for text, a token each."""
+    """Draws prompts, of ids from ``ids``, of text from ``words``, a token each."""
 
     def __init__(self, ids: Sequence[int], words: Sequence[str] = ()) -> None:
         self._ids = numpy.array(ids, dtype=numpy.int64)
@@ -65,12 +65,12 @@ class Vocabulary:
 
     @classmethod
     def from_size(cls, vocab_size: int) -> Self:
-        """All ids below ``vocab_size``, special ones included, and no text."""
+        """Use all ids below ``vocab_size``, special ones included, and no text."""
         return cls(range(vocab_size))
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> Self:
-        """All ids but the added and special ones; as words those tokens that are a space and lower-case letters.
+        """Use all ids but the added and special ones; words are tokens of a space and lower-case letters.
 
         Tokenizers split text before spaces, so that a text of n such words is n tokens.
         """
@@ -84,7 +84,7 @@ class Vocabulary:
         return [index for piece in pieces for index in self._ids[_draw(piece, seed, len(self._ids))].tolist()]
 
     def text(self, pieces: Iterable[Piece], seed: int) -> str:
-        """A text of about as many tokens as the pieces. Raises WorkloadError if the tokenizer has no plain words."""
+        """Return a text of about as many tokens as the pieces. Raise WorkloadError without plain words."""
         if not self._words:
             raise WorkloadError("a prompt of text needs a tokenizer that has words of plain letters; name one")
         size = len(self._words)
@@ -92,7 +92,7 @@ class Vocabulary:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a directory or a hub id, without transformers, which takes seconds to load.
+    """Load the tokenizer of a directory or a hub id, without transformers, which takes seconds to import.
 
     Raises:
         WorkloadError: there is none.
@@ -112,7 +112,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 def random_requests(
     num_prompts: int, input_len: int, output_len: int, range_ratio: float, seed: int
 ) -> list[BenchRequest]:
-    """Lengths are uniform in ``[range_ratio * length, length]``, and at least 1; no two prompts share anything."""
+    """Make requests of lengths uniform in ``[range_ratio * length, length]``, at least 1, without shared tokens."""
     draw = numpy.random.default_rng([seed, 0])
     input_lens = _lengths(draw, num_prompts, input_len, range_ratio)
     output_lens = _lengths(draw, num_prompts, output_len, range_ratio)
@@ -125,7 +125,7 @@ def random_requests(
 def shared_prefix_requests(
     num_groups: int, prompts_per_group: int, system_prompt_len: int, question_len: int, output_len: int, seed: int
 ) -> list[BenchRequest]:
-    """Each group's prompts begin with the same system prompt and go on with a question of their own; shuffled."""
+    """Make shuffled requests in groups with a common system prompt and a question each."""
     requests = [
         BenchRequest(
             (
@@ -142,26 +142,26 @@ def shared_prefix_requests(
 
 
 def azure_requests(path: Path, scale: float, speed: float) -> list[BenchRequest]:
-    """An Azure LLM inference trace: ``TIMESTAMP,ContextTokens,GeneratedTokens``, one row per arrival.
+    """Read an Azure LLM inference trace: ``TIMESTAMP,ContextTokens,GeneratedTokens``, one row per arrival.
 
     Lengths are divided by ``scale`` and rounded up; the times between arrivals are divided by ``speed``.
 
     Raises:
-        WorkloadError: the file is not such a trace; with the line.
+        WorkloadError: the file is not such a trace; it names the line.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         return _from_trace(path, enumerate(csv.DictReader(file), start=2), _azure_row, scale, speed)
 
 
 def mooncake_requests(path: Path, scale: float, speed: float) -> list[BenchRequest]:
-    """A Mooncake trace: JSON lines with ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``.
+    """Read a Mooncake trace: JSON lines with ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``.
 
     A hash stands for a block of 512 prompt tokens and all before it, so equal hashes become equal tokens. Lengths,
     blocks included, are divided by ``scale``, and lengths are rounded up; the times between arrivals are divided by
     ``speed``.
 
     Raises:
-        WorkloadError: the file is not such a trace; with the line.
+        WorkloadError: the file is not such a trace; it names the line.
     """
     with path.open(encoding="utf-8") as file:
         lines = ((line, text) for line, text in enumerate(file, start=1) if text.strip())
@@ -169,14 +169,14 @@ def mooncake_requests(path: Path, scale: float, speed: float) -> list[BenchReque
 
 
 def within_context(requests: list[BenchRequest], context_len: int | None) -> list[BenchRequest]:
-    """Those whose prompt and output together have at most ``context_len`` tokens."""
+    """Return requests whose prompt and output together have at most ``context_len`` tokens."""
     return [
         request for request in requests if context_len is None or request.prompt_len + request.output_len <= context_len
     ]
 
 
 def with_arrivals(requests: list[BenchRequest], request_rate: float, seed: int) -> list[BenchRequest]:
-    """Poisson arrivals at ``request_rate`` per second instead of the requests' own; all at once if it is infinite."""
+    """Set Poisson arrivals at ``request_rate`` per second; all at once if it is infinite."""
     if math.isinf(request_rate):
         return [replace(request, arrival_s=0.0) for request in requests]
     gaps = numpy.random.default_rng([seed, 1]).exponential(1 / request_rate, len(requests))
@@ -185,7 +185,7 @@ def with_arrivals(requests: list[BenchRequest], request_rate: float, seed: int) 
 
 
 def warmup_requests(requests: Sequence[BenchRequest], num_requests: int) -> list[BenchRequest]:
-    """As long as the first requests, but of other tokens (or the cache would know the first prompts already)."""
+    """Return requests as long as the first ones, but of other tokens, so that no prompt is cached."""
     models = [requests[i % len(requests)] for i in range(num_requests)]
     return [
         BenchRequest((Piece(Source.WARMUP, i, model.prompt_len),), min(model.output_len, 32))
@@ -194,7 +194,7 @@ def warmup_requests(requests: Sequence[BenchRequest], num_requests: int) -> list
 
 
 def _draw(piece: Piece, seed: int, size: int) -> Any:
-    """Numbers below ``size``, one for each of the piece's tokens: an array."""
+    """Return an array of numbers below ``size``, one for each token of the piece."""
     return numpy.random.default_rng([seed, 2, piece.source, piece.number]).integers(size, size=piece.num_tokens)
 
 
@@ -209,7 +209,7 @@ def _from_trace(
     scale: float,
     speed: float,
 ) -> list[BenchRequest]:
-    """Requests of a file's (line number, line), in order of arrival, the first at 0."""
+    """Make requests of a file's (line number, line), in order of arrival, the first at 0."""
     requests = []
     for number, line in lines:
         try:
@@ -240,7 +240,7 @@ def _mooncake_row(number: int, line: str, scale: float) -> BenchRequest:
 
 
 def _blocks(hashes: Sequence[int], num_tokens: int, scale: float) -> Iterator[Piece]:
-    """The pieces of a prompt of ``num_tokens``. Block i ends at the i-th multiple of the scaled block, rounded up."""
+    """Yield the pieces of a prompt of ``num_tokens``. Block i ends at i times the scaled block, rounded up."""
     start = 0
     for i, number in enumerate(hashes, start=1):
         end = min(num_tokens, _divided(i * BLOCK_TOKENS, scale))

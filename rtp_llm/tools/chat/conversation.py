@@ -1,4 +1,4 @@
-"""A conversation, and what it is made of: messages, the pieces of an answer, and the voice that gives it."""
+"""A conversation: messages, the pieces of an answer, and the backend that generates it."""
 
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Content = str | list[dict[str, Any]]
-"""A text, or parts: images and a text, as OpenAI's API has them."""
+"""A text, or parts: images and a text, in the form of OpenAI's API."""
 
 Message = dict[str, Any]
 
@@ -21,7 +21,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How an answer ended, and its numbers of tokens; None: not told."""
+    """How an answer ended, and its numbers of tokens; None: unknown."""
 
     finish_reason: str | None
     prompt_tokens: int | None
@@ -30,33 +30,33 @@ class Usage:
 
 
 class ContextFull(Exception):
-    """The conversation is too long; said before the first piece."""
+    """The conversation is too long; raised before the first piece."""
 
 
-Voice = Callable[[list[Message]], Generator[Piece | Usage, None, None]]
-"""Messages to the pieces of an answer, then one Usage. Closing it ends the request. May raise ContextFull,
+ChatBackend = Callable[[list[Message]], Generator[Piece | Usage, None, None]]
+"""From messages to the pieces of an answer, then one Usage. Closing it ends the request. It may raise ContextFull,
 InvalidRequest or ServerError."""
 
 
 class Chat:
-    """What was said so far. A turn is a message of the user and its answer."""
+    """The turns so far. A turn is a message of the user and its answer."""
 
-    def __init__(self, voice: Voice, system: str | None = None) -> None:
-        self._voice = voice
+    def __init__(self, backend: ChatBackend, system: str | None = None) -> None:
+        self._backend = backend
         self.system = system
         self.turns: list[tuple[Content, str]] = []
 
     def ask(self, content: Content, on_dropped: Callable[[int, str], None]) -> Generator[Piece | Usage, None, None]:
-        """The pieces of the answer to a message, then its Usage. What was said is remembered, even if it is cut short.
+        """Yield the pieces of the answer to a message, then its Usage. The turn is kept, even if it is cut short.
 
-        Where the context is full, the oldest turns are forgotten, one by one; ``on_dropped`` gets their number and why.
+        If the context is full, the oldest turns are dropped, one by one; ``on_dropped`` gets their number and why.
 
         Raises:
             ContextFull: the message is too long even without any turn before.
         """
         answer = ""
         try:
-            for item in self._speak(content, on_dropped):
+            for item in self._generate(content, on_dropped):
                 if isinstance(item, Piece) and not item.is_thought:
                     answer += item.text
                 yield item
@@ -66,10 +66,12 @@ class Chat:
             raise
         self.turns.append((content, answer))
 
-    def _speak(self, content: Content, on_dropped: Callable[[int, str], None]) -> Generator[Piece | Usage, None, None]:
+    def _generate(
+        self, content: Content, on_dropped: Callable[[int, str], None]
+    ) -> Generator[Piece | Usage, None, None]:
         num_dropped, why = 0, ""
         while True:
-            with closing(self._voice(self._messages(self.turns[num_dropped:], content))) as items:
+            with closing(self._backend(self._messages(self.turns[num_dropped:], content))) as items:
                 try:
                     first = next(items)
                 except ContextFull as error:

@@ -1,4 +1,4 @@
-"""Images that are shown in a message."""
+"""Images in messages."""
 
 import base64
 from pathlib import Path
@@ -10,10 +10,10 @@ IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF")
 
 
 def image_part(source: str) -> dict[str, Any]:
-    """The part of a message that shows an image: a URL as it is, a file with its content.
+    """Return the part of a message for an image: a URL as it is, a file with its content.
 
     Raises:
-        InvalidRequest: there is no such file, or it is no image.
+        InvalidRequest: there is no such file, or it is not an image.
     """
     if source.startswith(("http://", "https://", "data:")):
         return {"type": "image_url", "image_url": {"url": source}}
@@ -30,7 +30,7 @@ def image_part(source: str) -> dict[str, Any]:
 
 
 def image_format(content: bytes) -> str | None:
-    """Which of IMAGE_FORMATS a file's first bytes announce."""
+    """Return the one of IMAGE_FORMATS that a file's first bytes announce; None: none."""
     marks = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"BM": "BMP"}
     marks |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":

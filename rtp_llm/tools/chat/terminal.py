@@ -26,7 +26,7 @@ between lines of \"\"\" may have any number of lines. Ctrl-C stops an answer, Ct
 
 
 class Terminal:
-    """Reads messages and commands from stdin until it ends. Works the same, without prompts, if that is no terminal."""
+    """Reads messages and commands from stdin until it ends; without prompts if that is not a terminal."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
@@ -71,7 +71,7 @@ class Terminal:
             self._send(text[1:] if text.startswith("//") else text)
 
     def _send(self, text: str) -> None:
-        """Ask, with the images; they stay attached if there is no answer."""
+        """Send a message with the attached images, which stay attached if there is no answer."""
         content: Content = [*self._images, {"type": "text", "text": text}] if self._images else text
         try:
             self._answer(content)
@@ -113,7 +113,7 @@ class Terminal:
         start_s = time.perf_counter()
         first_s = None
         is_thinking = False
-        items = self._chat.ask(content, self._tell_dropped)
+        items = self._chat.ask(content, self._notice_dropped)
         try:
             for item in items:
                 if isinstance(item, Usage):
@@ -125,7 +125,7 @@ class Terminal:
                     if is_thinking and not item.is_thought:
                         self._notice("")
                     is_thinking = item.is_thought
-                    self._think(item.text) if is_thinking else self._write(item.text)
+                    self._write_thought(item.text) if is_thinking else self._write(item.text)
         except KeyboardInterrupt:
             items.close()
             if not self._interactive:
@@ -141,11 +141,11 @@ class Terminal:
         sys.stdout.write(without_controls(text) if self._clean else text)
         sys.stdout.flush()
 
-    def _think(self, text: str) -> None:
+    def _write_thought(self, text: str) -> None:
         text = without_controls(text) if self._notices.is_terminal else text
         self._notices.print(text, style="dim", end="", markup=False, emoji=False)
 
-    def _tell_dropped(self, num_turns: int, why: str) -> None:
+    def _notice_dropped(self, num_turns: int, why: str) -> None:
         turns = "the oldest turn was" if num_turns == 1 else f"the {num_turns} oldest turns were"
         self._notice(f"({turns} forgotten: {why})", "yellow")
 
@@ -153,7 +153,7 @@ class Terminal:
         self._notices.print(text, style=style, markup=False, emoji=False)
 
     def _read_message(self) -> str | None:
-        """The next message, which may have several lines; None at the end of the input."""
+        """Return the next message, which may have several lines; None at the end of the input."""
         line = self._read_line(f"[{image_count(len(self._images))}] > " if self._images else "> ")
         if line is None:
             return None
@@ -187,17 +187,17 @@ class Terminal:
 
 
 def _enable_line_editing() -> None:
-    with suppress(ImportError):  # Python was built without it
+    with suppress(ImportError):  # missing in some builds of Python
         import_module("readline")  # gives input() its editing and history
 
 
 def without_controls(text: str) -> str:
-    """Show control characters, which might do things to the terminal, as U+FFFD; new lines and tabs stay."""
+    """Replace control characters, which might affect the terminal, by U+FFFD; new lines and tabs stay."""
     return "".join("\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text)
 
 
 def statistics(usage: Usage, start_s: float, first_s: float, end_s: float) -> str:
-    """Tokens per second are those of the tokens after the first, or of all if the first is the only one."""
+    """Return the line of statistics. The rate is that of tokens after the first, or of all if there is one only."""
     shown = [f"first after {first_s - start_s:.3f} s"]
     if usage.completion_tokens is not None:
         cached = "" if usage.cached_tokens is None else f" ({usage.cached_tokens} cached)"

@@ -1,4 +1,4 @@
-"""How a layer attends, if not as the reference does: found by attending anew with the reference's tensors."""
+"""Causes of different attention outputs, found by computing attention again with the reference's tensors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -16,7 +16,7 @@ MAX_CHANGES = 2
 
 @dataclass(frozen=True)
 class Attending:
-    """A way of attending. ``is_tiled``: query head h reads key head ``h % num_kv_heads``, not its neighbours' one."""
+    """Parameters of attention. ``is_tiled``: query head h reads key head ``h % num_kv_heads``, not its group's."""
 
     scaling: float
     window: int | None
@@ -33,7 +33,7 @@ class AttentionTrials:
         self._call, self._own_call, self._config = theirs.calls[name], ours.calls[name], config
 
     def explain(self, tolerance: float) -> str | None:
-        """Why our attention's output is not the reference's; None: no trial explains it."""
+        """Return why our attention's output is not the reference's; None: no trial explains it."""
         right = _of(self._call)
         if not self._is(right, self._theirs, tolerance):
             return None
@@ -47,7 +47,7 @@ class AttentionTrials:
         )
 
     def _trials(self, right: Attending) -> Iterator[Attending]:
-        """One change of the reference's way, then two. What our layer says of itself comes first."""
+        """Yield one change of the reference's parameters, then two; our layer's own parameters come first."""
         own, window, head_dim = _of(self._own_call), right.window, self._states[0].shape[-1] // self._call.num_heads
         windows = [own.window, None] + ([] if window is None else [window - 1, window + 1])
         other: dict[str, list[Any]] = {

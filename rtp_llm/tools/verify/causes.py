@@ -1,7 +1,7 @@
-"""Why a place differs: experiments on what the reference recorded, until one gives what ours computed.
+"""Causes of a difference: experiments on the reference's tensors, until one reproduces ours.
 
-Each cause is a computation that was carried out on the reference's tensors and reproduced ours, never a guess from
-names. Where none does, the finding names the place alone.
+Each cause is a computation on the reference's tensors that reproduced ours, never a guess from names. If none does,
+the finding names only the place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +24,12 @@ from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing
 from rtp_llm.tools.verify.weight_causes import explain_linear, explain_norm, weight_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
-NEARBY = 24  # places of the reference before and after one that are looked through
+NEARBY = 24  # places of the reference before and after one that are tried
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The first thing that is wrong. ``causes`` is empty where no experiment gave what ours computed."""
+    """The first difference. ``causes`` is empty if no experiment reproduced ours."""
 
     module: str
     part: str
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Both sides' models and what they recorded of one prompt."""
+    """Both sides' models and their traces of one prompt."""
 
     config: Any
     our_model: nn.Module
@@ -53,7 +53,7 @@ class Evidence:
 
 
 def explain(evidence: Evidence, place: Place, error: float) -> Finding:
-    """What is wrong at the first place that differs."""
+    """Return what is wrong at the first place that differs."""
     uncalled = _uncalled(evidence, place)
     if uncalled:
         return Finding(uncalled[0], OUTPUT, error, [f"{', '.join(uncalled)}: never called by our model file"])
@@ -62,18 +62,18 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
         KEYS: _explain_rotation,
         ATTENDED: _explain_attention,
         EMBEDDINGS: _explain_embeddings,
-        INPUT: _explain_given,
+        INPUT: _explain_input,
         OUTPUT: _explain_output,
     }
     if _is_of_vision_attention(evidence, place):
         return _explain_vision_attention(evidence, place, error)
-    return explanations.get(place.part, _explain_given)(evidence, place, error)
+    return explanations.get(place.part, _explain_input)(evidence, place, error)
 
 
 def pass_over_layout(evidence: Evidence, differences: list[Difference], index: int) -> int:
-    """Index of the first rotated queries or keys of the attention block that the place at ``index`` lies in, if they
-    differ by their rotation alone: then what comes before is right, and only written otherwise (a fused projection
-    whose rows ours has in another order). Else ``index`` itself."""
+    """Return the index of the first rotated queries or keys of the attention block at ``index``, if they differ by
+    their rotation alone: then the places before are right, in another layout (a fused projection with rows in another
+    order). Else return ``index``."""
     place = differences[index].place
     attention = next((name for name in evidence.theirs.calls if place.module.startswith(f"{name}.")), None)
     for i in range(index + 1, len(differences)) if attention else ():
@@ -84,7 +84,7 @@ def pass_over_layout(evidence: Evidence, differences: list[Difference], index: i
 
 
 def _uncalled(evidence: Evidence, place: Place) -> list[str]:
-    """Modules of this layer with weights that the reference has used before this place and ours has and never uses."""
+    """Return modules of this layer with weights that the reference used before this place and ours never uses."""
     names = {name for name, _ in evidence.our_model.named_modules()}
     used = {p.module for p in evidence.ours.tensors}
     before = list(evidence.theirs.tensors)
@@ -104,7 +104,7 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
     ropes = [(name, child) for name, child in attention.named_children() if isinstance(child, RotaryEmbedding)]
     unrotated = evidence.ours.tensors.get(Place(place.module, UNROTATED[place.part]))
     if not ropes or unrotated is None:
-        finding = _explain_given(evidence, place, error)
+        finding = _explain_input(evidence, place, error)
         hint = "our model file does not rotate queries and keys here"
         return finding if finding.causes else Finding(place.module, place.part, error, [hint])
     rope_name, rope = ropes[0]
@@ -123,7 +123,7 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
     trials = RotationTrials(evidence.config, rope, rotated)
     cause = trials.explain(evidence.ours.tensors[place], theirs, evidence.tolerance)
     if cause is None:
-        return _explain_given(evidence, place, error)
+        return _explain_input(evidence, place, error)
     return Finding(f"{place.module}.{rope_name}", place.part, error, [cause])
 
 
@@ -133,7 +133,7 @@ def _explain_attention(evidence: Evidence, place: Place, error: float) -> Findin
 
 
 def _is_of_vision_attention(evidence: Evidence, place: Place) -> bool:
-    """Whether this is what a tower's attention gives: the input of its projection, used after the queries."""
+    """Return whether this is the output of a tower's attention: its projection's input, used after the queries."""
     attention = place.module.rpartition(".")[0]
     if place.part != INPUT or attention not in evidence.theirs.vision_calls.keys() & evidence.ours.vision_calls.keys():
         return False
@@ -147,25 +147,25 @@ def _explain_vision_attention(evidence: Evidence, place: Place, error: float) ->
     trials = VisionTrials(name, evidence.ours, evidence.theirs, evidence.ours.tensors[place])
     cause = trials.explain(evidence.theirs.tensors[place], evidence.tolerance)
     if cause is None:
-        return _explain_given(evidence, place, error)
+        return _explain_input(evidence, place, error)
     return Finding(name, ATTENDED, error, [cause])
 
 
 def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Finding:
-    """Where the rows of media and those of text meet."""
+    """Explain a difference of embeddings, in rows of media or of text."""
     ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
     scale = theirs.norm(dim=-1).mean()
     wrong = (ours - theirs).norm(dim=-1) > evidence.tolerance * scale
     rows = wrong.nonzero()[:, 0].tolist()
     first = evidence.ours.first_position(place)
     where = f"{len(rows)} of {len(ours)} tokens' are wrong, the first of them token {first + rows[0]}'s" if rows else ""
-    finding = _explain_given(evidence, place, error)
+    finding = _explain_input(evidence, place, error)
     causes = finding.causes or _rows_elsewhere(ours[wrong], theirs[wrong])
     return Finding(place.module, place.part, error, [f"{where}: {cause}" for cause in causes] or [where][: len(rows)])
 
 
 def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
-    """Causes that concern only the rows that differ."""
+    """Return causes that concern only the differing rows."""
     nearest = torch.cdist(ours, theirs).argmin(dim=1)
     if len(set(nearest.tolist())) == len(theirs) and torch.allclose(ours, theirs[nearest], rtol=1e-3, atol=1e-4):
         return ["they are the reference's in another order"]
@@ -190,15 +190,15 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
         elif weight.dim() == 1:
             cause = explain_norm(given, ours, place.module, evidence.their_model, evidence.tolerance)
     if cause is None:
-        return _explain_given(evidence, place, error)
+        return _explain_input(evidence, place, error)
     return Finding(place.module, place.part, error, [cause])
 
 
-# What a module is given
+# Inputs of modules
 
 
-def _explain_given(evidence: Evidence, place: Place, error: float) -> Finding:
-    """Our tensor is one of the reference's at another place, an activation, a multiple, or a sum of others."""
+def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Try whether ours is the reference's tensor of another place, an activation, a multiple, or a sum of others."""
     if evidence.ours.parts.is_tower(place.module):
         ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
         missing = explain_missing(ours, theirs, place.module, evidence.their_model, evidence.tolerance)
@@ -215,7 +215,7 @@ def _explain_given(evidence: Evidence, place: Place, error: float) -> Finding:
 
 
 def _nearby(evidence: Evidence, place: Place) -> list[Place]:
-    """Places of the reference with tensors of this shape, the nearest first, those before it before those after."""
+    """Return places of the reference with tensors of this shape, the nearest first, earlier before later ones."""
     places = list(evidence.theirs.tensors)
     here = places.index(place)
     shape = evidence.ours.tensors[place].shape
@@ -233,7 +233,7 @@ def _elsewhere(evidence: Evidence, place: Place) -> str | None:
 
 
 def _early_rotation(evidence: Evidence, place: Place) -> str | None:
-    """A norm of heads that is given rotated ones: its input went through the rotation of our attention before."""
+    """Try whether the input of a norm of heads has already been rotated by our attention."""
     attention = place.module.rpartition(".")[0]
     unrotated = (evidence.theirs.tensors[place], evidence.ours.tensors[place])
     for part in (QUERIES, KEYS):
@@ -252,9 +252,9 @@ def _multiple(evidence: Evidence, place: Place) -> str | None:
 
 
 def _combination(evidence: Evidence, place: Place) -> str | None:
-    """As the sum of two multiples of earlier tensors of the reference, ours and theirs."""
+    """Try ours and the reference's as sums of two multiples of the reference's earlier tensors."""
     earlier = [p for p in _nearby(evidence, place) if _is_before(evidence.theirs, p, place)]
-    earlier.sort(key=lambda p: p.part != OUTPUT)  # where a tensor comes from says more than where it goes
+    earlier.sort(key=lambda p: p.part != OUTPUT)  # outputs first: a tensor's origin explains more than its use
     ours = _sum_of_two(evidence, evidence.ours.tensors[place], earlier)
     theirs = _sum_of_two(evidence, evidence.theirs.tensors[place], earlier)
     if ours is None:
@@ -283,7 +283,7 @@ def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place
 
 
 def _explain_activation(evidence: Evidence, place: Place) -> str | None:
-    """Where a projection is given an activation of its siblings' outputs."""
+    """Try activations of its siblings' outputs as a projection's input."""
     ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
     if place.part != INPUT:
         return None

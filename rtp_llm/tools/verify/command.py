@@ -1,4 +1,4 @@
-"""What ``rtp-llm verify`` prints."""
+"""``rtp-llm verify``, and its output."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ WIDTH = 80
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Return the exit status: 0 if ours and transformers agree, 1 if not."""
+    """Run the command; return the exit status: 0 if ours and transformers agree, 1 if not."""
     options = VerifyOptions(**{name: getattr(args, name) for name in [item.name for item in fields(VerifyOptions)]})
     server_args = ServerArgs.from_cli_args(args)
     configure_logging(server_args.log_level)
@@ -42,7 +42,7 @@ def as_json(report: Report) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
+    """Replace infinity and NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -51,7 +51,7 @@ def _finite(value: Any) -> Any:
 
 
 def _decoder(args: ServerArgs) -> Any:
-    """A function from ids to text; ids themselves where there is no tokenizer."""
+    """Return a function from ids to text, or to the ids themselves without a tokenizer."""
     tokenizer = read_tokenizer(args, read_model_config(args))
     return str if tokenizer is None else lambda ids: repr(tokenizer.decode(ids))
 

@@ -1,7 +1,7 @@
-"""What our processor made of images and videos, as a model of transformers takes it.
+"""From our processor's items to the arguments of a transformers model.
 
-Both sides get the same pixels, so that what differs is the model's. Transformers' own processors cannot be had on every
-machine, and round pixels in ways of their own.
+Both sides get the same pixels, so that differences are the model's. Transformers' own processors need packages that
+may be missing, and round pixels differently.
 """
 
 import inspect
@@ -22,8 +22,8 @@ TYPES = {Modality.IMAGE: 1, Modality.VIDEO: 2, Modality.AUDIO: 3}  # of a prompt
 
 
 def extras_for(model: Any, ids: Sequence[int], media: MultimodalInputs) -> Extras:
-    """The arguments beside ``input_ids`` of a transformers model's forward, as far as it names them: features, the
-    items' ``model_specific_data`` by name, the kinds of tokens, and the number of images.
+    """Return the arguments beside ``input_ids`` of a transformers model's forward, if it has them: features, the items'
+    ``model_specific_data`` by name, the kinds of tokens, and the number of images.
     """
     known = inspect.signature(model.forward).parameters
     extras: Extras = {}
@@ -44,8 +44,8 @@ def _common_names(items: Sequence[MultimodalDataItem]) -> list[str]:
 
 
 def joined(values: Sequence[Any]) -> Any:
-    """One tensor of all items', one after the other: where they differ in size, zeros fill them up. Of numbers a
-    tensor, of anything else a list; None of what is None."""
+    """Join all items' values: tensors into one, filled up with zeros if sizes differ; numbers into a tensor, other
+    values into a list; None stays None."""
     if any(value is None for value in values):
         return None
     values = [part for value in values for part in (value if isinstance(value, list) else [value])]
@@ -58,13 +58,13 @@ def joined(values: Sequence[Any]) -> Any:
 
 
 def _filled(value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Zeros behind, up to these sizes of all axes but the first."""
+    """Append zeros, up to these sizes of all axes but the first."""
     missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
     return torch.nn.functional.pad(value, [pad for num in reversed(missing) for pad in (0, num)])
 
 
 def _token_types(ids: Sequence[int], media: MultimodalInputs) -> torch.Tensor:
-    """[1, tokens]."""
+    """Return the kinds of the tokens, [1, tokens]."""
     types = torch.zeros(1, len(ids), dtype=torch.int64)
     for item in media.mm_items:
         types[0, item.positions] = TYPES[item.modality]

@@ -1,4 +1,4 @@
-"""Where two traces part: the first place that differs though everything before it agrees."""
+"""Search for the first place at which two traces differ, after places that agree."""
 
 import re
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 
 from rtp_llm.tools.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
 
-# Relative difference, of a token at worst, that is more than rounding: of a module's tensors, and of logits.
+# Tolerances of the worst token's relative difference: of a module's tensors, and of logits.
 MODULE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 LOGITS_TOLERANCE = {"float32": 2e-4, "float16": 3e-2, "bfloat16": 1e-1}
 
@@ -18,7 +18,7 @@ class Difference(NamedTuple):
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The worst token's distance, relative to its size (a tenth of the usual size at least), of [tokens, features]."""
+    """Return the worst token's distance relative to its size (at least a tenth of the usual), of [tokens, features]."""
     sizes = theirs.norm(dim=-1)
     errors = (ours - theirs).norm(dim=-1) / sizes.clamp(min=0.1 * float(sizes.mean()) + 1e-30)
     return float(errors.nan_to_num(torch.inf).max())
@@ -31,7 +31,7 @@ def logits_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare(ours: Trace, theirs: Trace) -> list[Difference]:
-    """The places that both have in the same shape, in the order in which ours come."""
+    """Return the differences at places of both traces with equal shapes, in our order."""
     return [
         Difference(place, relative_error(tensor, theirs.tensors[place]))
         for place, tensor in ours.tensors.items()
@@ -40,11 +40,11 @@ def compare(ours: Trace, theirs: Trace) -> list[Difference]:
 
 
 def first_difference(differences: list[Difference], tolerance: float) -> int | None:
-    """Index of the place to blame.
+    """Return the index of the first wrong place; None: there is none.
 
-    What differs before everything agrees once more is another way of writing the same: a scale, say, that one side
-    applies inside of a module and the other after it. Everything agrees where a layer's input or output does; of an
-    attention block, where queries, keys and values do.
+    Differences before a later complete agreement are only another layout: for example a scale that one side applies
+    inside a module and the other after it. Agreement is complete if a layer's input or output agrees, in an attention
+    block if queries, keys and values do.
     """
     suspects: list[int] = []
     layer = ""
@@ -63,6 +63,6 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
 
 
 def layer_of(module: str) -> str:
-    """The decoder layer that a module is or lies in, ``model.layers.3``; empty: none."""
+    """Return the decoder layer of a module, ``model.layers.3``; empty: none."""
     found = re.match(r"(.*?\.\d+)(\.|$)", module)
     return found[1] if found else ""

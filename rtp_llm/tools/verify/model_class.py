@@ -18,7 +18,7 @@ from rtp_llm.tools.verify.options import VerifyError
 
 @contextmanager
 def registered(config: ModelConfig, model_class: str | None) -> Iterator[None]:
-    """While a model is loaded, ``model_class`` is the one for its architecture."""
+    """Register ``model_class`` for the model's architecture within the context."""
     if model_class is None:
         yield
         return
@@ -34,10 +34,10 @@ def registered(config: ModelConfig, model_class: str | None) -> Iterator[None]:
 
 
 def load_class(place: str) -> type[nn.Module]:
-    """``module:Class`` or ``path/to/file.py:Class``.
+    """Load ``module:Class`` or ``path/to/file.py:Class``.
 
     Raises:
-        VerifyError: not written so, or there is no such file or class.
+        VerifyError: the text has another form, or there is no such file or class.
         ModelImportError: the file cannot be imported; the cause is chained.
     """
     module_name, _, name = place.rpartition(":")
@@ -47,7 +47,7 @@ def load_class(place: str) -> type[nn.Module]:
         raise VerifyError(f"--model-class: there is no file {module_name}")
     try:
         module = _import_file(Path(module_name)) if module_name.endswith(".py") else import_module(module_name)
-    except Exception as error:  # whatever a model file may raise; the cause is chained
+    except Exception as error:  # of any kind; the cause is chained
         raise ModelImportError(f"{module_name} cannot be imported: {reason(error)}") from error
     try:
         found = attrgetter(name)(module)
@@ -63,6 +63,6 @@ def _import_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = module_from_spec(spec)
-    sys.modules[module.__name__] = module  # where the class's processor is looked for
+    sys.modules[module.__name__] = module  # the class's processor is searched there
     spec.loader.exec_module(module)
     return module

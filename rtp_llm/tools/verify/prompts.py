@@ -1,4 +1,4 @@
-"""The prompts that both sides are given."""
+"""The prompts of both sides."""
 
 import random
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.reference import IMAGE_PROMPTS, chat_text, encode, read_images, read_prompts
 from rtp_llm.tools.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
 
-RANDOM_LENS = (5, 9, 12)  # of prompts where there is no tokenizer
+RANDOM_LENS = (5, 9, 12)  # of prompts without a tokenizer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``media`` go with ids that have placeholders; None: text alone."""
+    """A prompt. ``media`` belong to ids with placeholders; None: text only."""
 
     text: str
     ids: list[int]
     media: PromptMedia | None = field(default=None, repr=False)
 
 
-def read_or_usual_prompts(config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> Iterator[Prompt]:
-    """Those of the file or the usual ones, then the long one."""
+def read_or_default_prompts(config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> Iterator[Prompt]:
+    """Yield the prompts of the file or the default ones, then the long one."""
     room = config.context_length - options.max_new_tokens
     if tokenizer is None:
         if options.prompt_filename:
@@ -47,7 +47,7 @@ def read_or_usual_prompts(config: ModelConfig, tokenizer: Any, options: VerifyOp
 
 
 def image_prompts(args: ServerArgs, config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
-    """For a model that sees: the prompts of the file, or the usual one, after the images of ``--image``."""
+    """Return a multimodal model's prompts: those of the file, or the default, after the images of ``--image``."""
     if tokenizer is None or not config.is_multimodal or not _has_own_processor(config):
         if options.image:
             reason = "has no tokenizer" if tokenizer is None else f"({', '.join(config.architectures)}) takes no images"
@@ -72,7 +72,7 @@ def _check_len(prompt: Prompt, room: int, options: VerifyOptions) -> None:
 
 
 def _has_own_processor(config: ModelConfig) -> bool:
-    """Whether a file of ours runs the model, and takes media. Raises ModelImportError."""
+    """Return whether a model file of ours runs the model, and takes media. Raise ModelImportError."""
     try:
         model_cls, _ = ModelRegistry.resolve_model_cls(config.architectures)
     except UnknownArchitectureError:
@@ -81,7 +81,7 @@ def _has_own_processor(config: ModelConfig) -> bool:
 
 
 def image_prompt(args: ServerArgs, config: ModelConfig, tokenizer: Any, text: str, num_images: int) -> str:
-    """In the model's chat template; where it has none, the images' placeholders come before the text, a line each."""
+    """Return the prompt in the model's chat template; without one, placeholders before the text, a line each."""
     try:
         return chat_text(config.model_path, tokenizer, text, num_images)
     except ValueError:

@@ -30,11 +30,11 @@ from rtp_llm.tools.verify.trace import (
     kept,
 )
 
-RECORDING = "rtp_llm_verify"  # name of the attention function that records what transformers' models give it
+RECORDING = "rtp_llm_verify"  # name of the attention function that records calls of transformers' models
 
 
 class Recorder:
-    """Hooks that fill a trace while the context is open. What a module is, the two sides decide."""
+    """Hooks that fill a trace while the context is open. Subclasses handle each side's modules."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model = model
@@ -86,7 +86,7 @@ class Recorder:
 
 
 def _embeddings(given: dict[str, Any]) -> Any:
-    """Return the embeddings among a language model's arguments. Our name and transformers' differ by a letter."""
+    """Return the embeddings among a language model's arguments: two names, ours and transformers'."""
     return given.get("input_embeds", given.get("inputs_embeds"))
 
 
@@ -95,7 +95,7 @@ def _first(output: Any) -> Any:
 
 
 def _summed(values: Any) -> Any:
-    """A tensor and, beside it, the residual that belongs to it."""
+    """Return the sum of a tensor and its residual."""
     if not isinstance(values, (tuple, list)):
         return values
     tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
@@ -110,7 +110,7 @@ class OurRecorder(Recorder):
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         super().__init__(model, trace)
         self._packed = ModelTraits.of(model).packed_modules_mapping
-        self._rotation: tuple[Any, ...] | None = None  # (queries, keys) that the last rotation was given
+        self._rotation: tuple[Any, ...] | None = None  # (queries, keys), inputs of the last rotation
 
     def watch(self, name: str, module: nn.Module) -> None:
         if isinstance(module, RotaryEmbedding):
@@ -177,7 +177,7 @@ def _our_vision_call(layer: VisionAttention, given: dict[str, Any]) -> VisionCal
 
 
 def _cos_sin(given: dict[str, Any], head_dim: int) -> torch.Tensor | None:
-    """[patches, 2 * head_dim] float32 of (cos, sin), each [patches, head_dim] or one half of it for both."""
+    """Return [patches, 2 * head_dim] float32 of (cos, sin), each [patches, head_dim] or one half of it for both."""
     tables = given.get("position_embeddings") or (given.get("rotary_pos_emb_cos"), given.get("rotary_pos_emb_sin"))
     if not isinstance(tables, (tuple, list)) or not all(isinstance(table, torch.Tensor) for table in tables):
         return None
@@ -186,7 +186,7 @@ def _cos_sin(given: dict[str, Any], head_dim: int) -> torch.Tensor | None:
 
 
 def vision_aliases(model: nn.Module, name: str) -> list[str]:
-    """What checkpoints call a projection of a VisionAttention, taken as a whole."""
+    """Return the checkpoint names of a VisionAttention's projection, taken as a whole."""
     parent, _, last = name.rpartition(".")
     if not isinstance(dict(model.named_modules()).get(parent), VisionAttention):
         return []
@@ -195,7 +195,7 @@ def vision_aliases(model: nn.Module, name: str) -> list[str]:
 
 
 def packed_sources(name: str, module: LinearBase, packed: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
-    """(checkpoint name, number of outputs) of what a linear layer holds; itself where nothing is packed in it."""
+    """Return (checkpoint name, number of outputs) of a linear layer's parts; of itself if it is not packed."""
     parent, _, last = name.rpartition(".")
     sources = packed.get(last, [])
     if isinstance(module, ColumnParallelLinear) and len(module.shards) == len(sources) > 0:
@@ -210,14 +210,14 @@ def packed_sources(name: str, module: LinearBase, packed: Mapping[str, Sequence[
 class TheirRecorder(Recorder):
     """For a model of transformers, whose attention function is RECORDING while the context is open.
 
-    Of a model that computes attention by itself, attention is not recorded.
+    Attention is not recorded for a model with attention code of its own.
     """
 
     def __init__(self, model: Any, trace: Trace) -> None:
         super().__init__(model, trace)
         self._names = {module: name for name, module in model.named_modules()}
         self._implementation = model.config._attn_implementation
-        self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> what it was called with last
+        self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> arguments of its last call
 
     def watch(self, name: str, module: nn.Module) -> None:
         super().watch(name, module)
@@ -271,7 +271,7 @@ class TheirRecorder(Recorder):
         )
 
     def _add_vision_attention(self, name: str, states: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
-        """Called for a row of packed patches, for its segments one by one, or for a batch of images."""
+        """Record a call for a row of packed patches, for one of its segments, or for a batch of images."""
         for part, tensor in zip((QUERIES, KEYS, VALUES), states, strict=True):
             self.trace.add_in_pieces(name, part, tensor)
         num_rows, num_heads, length, head_dim = states[0].shape
@@ -282,7 +282,7 @@ class TheirRecorder(Recorder):
 
 
 def _window(mask: Any, num_tokens: int) -> int | None:
-    """How many keys the last query sees; None: all."""
+    """Return the number of keys that the last query sees; None: all."""
     if not isinstance(mask, torch.Tensor):
         return None
     last = mask[0, 0, -1, :num_tokens]
@@ -293,7 +293,7 @@ def _window(mask: Any, num_tokens: int) -> int | None:
 def _record_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, Any]:
-    """What the model's own file does where attention is ``eager``, recorded."""
+    """Compute the model's own ``eager`` attention, and record it."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     output, weights = eager(module, query, key, value, attention_mask, **options)
     recorder: Any = module.rtp_llm_recorder

@@ -1,4 +1,4 @@
-"""Which rotation turns given queries or keys into others, found by trying."""
+"""Search for the rotation that turns given queries or keys into others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -38,14 +38,14 @@ class Rotated:
 
     before: torch.Tensor
     first_position: int
-    num_tokens: int  # of the sequence, which some kinds depend on
+    num_tokens: int  # of the sequence: some kinds of scaling depend on it
     head_dim: int
     our_positions: torch.Tensor | None = None
     their_positions: torch.Tensor | None = None
 
 
 class RotationTrials:
-    """``config``: the model's. ``rope``: our module, whose own base and size are tried too."""
+    """Trials of rotations. ``config``: the model's. ``rope``: our module, whose base and size are tried too."""
 
     def __init__(self, config: Any, rope: RotaryEmbedding, rotated: Rotated) -> None:
         self._config, self._rope, self._rotated = config, rope, rotated
@@ -70,7 +70,7 @@ class RotationTrials:
         return [float(f"{float(inv_freq[1]) ** (-rotary_dim / 2):.6g}")]
 
     def explain(self, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> str | None:
-        """Why rotated ``ours`` are not ``theirs``; None: what is rotated differs already, or no trial explains it."""
+        """Return why rotated ``ours`` are not ``theirs``; None: they differ before, or no trial explains it."""
         tried = [(rotation, self._apply(rotation)) for rotation in self._rotations()]
         right = [r for r, result in tried if result is not None and self._is(result, theirs, tolerance)]
         if not right:
@@ -94,7 +94,7 @@ class RotationTrials:
         return relative_error(result[-MAX_TRIED_TOKENS:], expected[-MAX_TRIED_TOKENS:]) <= tolerance
 
     def _apply(self, rotation: Rotation) -> torch.Tensor | None:
-        """None: there is no such rotation."""
+        """Apply a rotation; return None if it does not exist."""
         given = self._rotated
         before = given.before[-MAX_TRIED_TOKENS:]
         end = given.first_position + len(given.before)
@@ -109,11 +109,11 @@ class RotationTrials:
                 rope_scaling=self._scalings[rotation.scaling],
                 dtype=torch.float32,
             )
-        except ValueError:  # frequency factors of another number than this one's, for example
+        except ValueError:  # for example another number of frequency factors
             return None
         if positions.dim() == 2 and not isinstance(rope, MRotaryEmbedding):
             positions = positions[0]
-        # What a rotation reads of a batch: the tokens' positions, and the length of their sequence.
+        # The part of a batch that a rotation reads: the tokens' positions, and the length of their sequence.
         batch = SimpleNamespace(
             positions=positions,
             mrope_positions=None,
@@ -155,7 +155,7 @@ class RotationTrials:
 
 
 def _mrope_variants(rope: RotaryEmbedding, scalings: Sequence[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
-    """The sections of the configuration and of our module, one after another and interleaved."""
+    """Yield the sections of the configuration and of our module, consecutive and interleaved."""
     sections = [tuple(scaling["mrope_section"]) for scaling in scalings if scaling and "mrope_section" in scaling]
     if isinstance(rope, MRotaryEmbedding):
         sections.append(rope.mrope_section)
@@ -164,7 +164,7 @@ def _mrope_variants(rope: RotaryEmbedding, scalings: Sequence[dict[str, Any] | N
 
 
 def _positions(rotated: Rotated) -> Iterator[tuple[str, torch.Tensor]]:
-    """The reference's positions first, then others, with what is wrong about them."""
+    """Yield the reference's positions first, then wrong ones, each with its description."""
     text = torch.arange(rotated.num_tokens)
     right = text if rotated.their_positions is None else rotated.their_positions
     if right.dim() == 2 and bool((right == right[:1]).all()):

@@ -1,4 +1,4 @@
-"""Runs ours and transformers' model on the same prompts, and finds out where they part."""
+"""Run our and transformers' model on the same prompts, and locate their first difference."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -24,14 +24,14 @@ from rtp_llm.tools.verify.locate import (
 )
 from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
-from rtp_llm.tools.verify.prompts import Prompt, image_prompts, read_or_usual_prompts
+from rtp_llm.tools.verify.prompts import Prompt, image_prompts, read_or_default_prompts
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.trace import Parts, Trace
 
 TOP = 5
 TIE_GAP = 1e-4  # logits closer than this are a tie: either token is right
-MAX_KEPT_TOKENS = 256  # of a long prompt, so many of its last tokens are recorded (and all keys and values)
+MAX_KEPT_TOKENS = 256  # most tokens at a prompt's end that are recorded (and all keys and values)
 NUM_SHOWN = 3  # places shown before and after the first that differs
 
 
@@ -43,18 +43,17 @@ class PromptResult:
     max_difference: float
     mean_difference: float
     error: float  # relative, see ``logits_error``
-    top_agreement: float  # part of the five best tokens that are the same
+    top_agreement: float  # fraction of the five best tokens that are the same
     output_ids: list[int]
-    parting: tuple[int, int] | None  # the first token of transformers' that is another: (which one, its id)
+    parting: tuple[int, int] | None  # transformers' first other token: (its index, its id)
 
 
 @dataclass(frozen=True)
 class Report:
-    """``finding`` is None if they agree, or where models run through transformers anyway, without modules of ours.
+    """``finding`` is None if they agree, or if the model runs through transformers, without modules of ours.
 
-    ``failure``: why ours cannot be loaded or run, in which case ``results`` is empty. ``source``: the method of our
-    model file that the finding lies in. ``around``: the places before and after the one that differs, of
-    ``num_compared`` places that both sides have.
+    ``failure``: why ours cannot be loaded or run; ``results`` is then empty. ``source``: the method of our model file
+    with the difference. ``around``: the places before and after the differing one, of ``num_compared`` common places.
     """
 
     model_path: str
@@ -77,7 +76,7 @@ class Report:
 def verify(args: ServerArgs, options: VerifyOptions) -> Report:
     """Compare ours with transformers.
 
-    That our class cannot be built, filled or run is part of the report; other errors are raised.
+    Failures to build, load or run our class are part of the report; other errors are raised.
 
     Raises:
         VerifyError: transformers cannot build the model, or the options do not fit it.
@@ -86,7 +85,7 @@ def verify(args: ServerArgs, options: VerifyOptions) -> Report:
         raise VerifyError("verify runs in one process: leave --tp-size at 1")
     config = read_model_config(args)
     tokenizer = read_tokenizer(args, config)
-    prompts = list(read_or_usual_prompts(config, tokenizer, options))
+    prompts = list(read_or_default_prompts(config, tokenizer, options))
     dtype = config.dtype
     try:
         with registered(config, options.model_class):
@@ -131,7 +130,7 @@ def _parting(output_ids: list[int], logits: torch.Tensor) -> tuple[int, int] | N
 
 
 def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: VerifyOptions) -> Report:
-    """The report with what is wrong first, in the shortest prompt, with its text, that differs."""
+    """Add the first difference, in the shortest prompt that differs, and that prompt's text to the report."""
     if isinstance(ours.model, TransformersForCausalLM):
         note = "The model runs through transformers: its modules are the reference's own, so only logits are compared."
         return _with(report, note=note)
@@ -156,7 +155,7 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
 
 
 def _source(model: nn.Module, name: str) -> str:
-    """Where the innermost module of a model file that ``name`` is or lies in computes."""
+    """Return the forward method of the innermost module from a model file that contains ``name``."""
     modules = dict(model.named_modules())
     while name and (name not in modules or type(modules[name]).__module__.startswith(("rtp_llm.srt.", "torch."))):
         name = name.rpartition(".")[0]
@@ -172,7 +171,7 @@ def _with(report: Report, **changes: Any) -> Report:
 def record(
     dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int
 ) -> tuple[Evidence, torch.Tensor, torch.Tensor]:
-    """What both sides compute for a prompt, and the logits [1, vocab_size] that end it."""
+    """Return both sides' traces of a prompt, and its last logits [1, vocab_size]."""
     num_tokens, cut_len = len(prompt.ids), ours.cut_of(prompt, cut_len)
     parts = Parts() if prompt.media is None else Parts.of(theirs.model)
     our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS), parts) for _ in range(2))

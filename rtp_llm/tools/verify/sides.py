@@ -1,4 +1,4 @@
-"""The two models that are compared, each run on one prompt at a time."""
+"""The two compared models, each run on one prompt at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class ForwardError(RuntimeError):
 
 
 class OurModel:
-    """Ours in this process, one prompt at a time, in pages of its own."""
+    """Our model in this process, one prompt at a time."""
 
     def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int) -> None:
         executor = InProcessExecutor(WorkerConfig(args, config, choose_device(args.device)))
@@ -42,7 +42,7 @@ class OurModel:
         return self._runner.model
 
     def cut_of(self, prompt: Prompt, cut_len: int) -> int:
-        """``cut_len``, or less where that would cut an image that the model computes at once."""
+        """Return ``cut_len``, or less if that would cut an image that the model computes at once."""
         if prompt.media is None or not self._runner.max_media_block:
             return cut_len
         return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
@@ -50,8 +50,8 @@ class OurModel:
     def run(
         self, prompt: Prompt, cut_len: int, num_new: int, trace: Trace | None = None
     ) -> tuple[list[int], torch.Tensor]:
-        """``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each id
-        but the last. A trace gets what belongs to the prompt. Images are encoded anew."""
+        """Return ``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each
+        id but the last. A trace records the prompt's steps. Images are encoded again."""
         self._runner.embedding_cache.clear()
         self._driver.start([prompt.ids], num_new, [prompt.media])
         ids = prompt.ids
@@ -69,7 +69,7 @@ class OurModel:
     def _step(self, num_tokens: int) -> tuple[int, torch.Tensor]:
         try:
             result, logits = self._driver.step_with_logits([num_tokens])
-        except Exception as error:  # whatever a model's forward may raise; the cause is chained
+        except Exception as error:  # of any kind; the cause is chained
             raise ForwardError(f"{type(self.model).__name__} fails while it computes: {reason(error)}") from error
         if result.rows[0].error is not None:
             return int(logits[0].nan_to_num().argmax()), logits
@@ -82,7 +82,7 @@ def _no_trace() -> Iterator[None]:
 
 
 class TheirModel:
-    """Transformers', with its own cache."""
+    """Transformers' model, with its own cache."""
 
     def __init__(self, args: ServerArgs, config: ModelConfig) -> None:
         try:
@@ -96,7 +96,7 @@ class TheirModel:
 
     @torch.inference_mode()
     def run(self, prompt: Prompt, cut_len: int, output_ids: list[int], trace: Trace | None = None) -> torch.Tensor:
-        """Logits as of ``OurModel.run``, if these output ids follow."""
+        """Return logits like ``OurModel.run``, with these output ids after the prompt."""
         ids, extras = prompt.ids, {}
         if prompt.media is not None:
             extras = extras_for(self.model, ids, MultimodalInputs.decode(open_content(prompt.media.content)))

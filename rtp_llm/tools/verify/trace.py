@@ -1,7 +1,7 @@
-"""What the modules of a model are given and give while it computes a prompt, ours and those of transformers.
+"""Traces: inputs and outputs of a model's modules while it computes a prompt, for ours and for transformers'.
 
-Both sides are recorded in the same form, under the names of the checkpoint: packed projections are taken apart, norms
-that add the residual count it as their input, a decoder layer that hands the residual on apart counts it as its output.
+Both sides are recorded in the same form, under the names of the checkpoint: packed projections are split, norms that
+add the residual have it in their input, decoder layers that return the residual separately have it in their output.
 """
 
 from collections import Counter, defaultdict
@@ -14,14 +14,14 @@ import torch
 
 INPUT, OUTPUT = "input", "output"
 QUERIES, KEYS, VALUES, ATTENDED = "queries", "keys", "values", "attention output"
-EMBEDDINGS = "embeddings of text and media"  # what a language model's first layer is given
+EMBEDDINGS = "embeddings of text and media"  # the input of a language model's first layer
 UNROTATED = {QUERIES: "queries before rotation", KEYS: "keys before rotation"}
 _KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS])  # every query needs all of them
 
 
 class Place(NamedTuple):
-    """A tensor of a forward pass. ``part``: INPUT or OUTPUT of a module; of an attention block also what it attends
-    with (QUERIES, KEYS, VALUES) and to what effect (ATTENDED)."""
+    """A tensor of a forward pass. ``part``: INPUT or OUTPUT of a module; of an attention block also QUERIES, KEYS,
+    VALUES, and the output ATTENDED."""
 
     module: str
     part: str
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """How a layer attends, as ``kernels.reference.attention`` takes it. ``window`` counts the query's own token."""
+    """Arguments of a layer's attention for ``kernels.reference.attention``. ``window`` counts the query's own token."""
 
     num_heads: int
     num_kv_heads: int
@@ -44,8 +44,8 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class VisionCall:
-    """How patches attend to all of their segment. ``lengths``: patches of each. ``cos_sin``: [patches, 2 * head_dim],
-    what turns queries and keys; None: nothing does, or the model keeps it to itself."""
+    """Attention of patches to all of their segment. ``lengths``: patches of each. ``cos_sin``: [patches, 2 * head_dim],
+    the rotation of queries and keys; None: none, or unknown."""
 
     num_heads: int
     scaling: float
@@ -55,12 +55,12 @@ class VisionCall:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which modules of a model that sees encode images; the names are the checkpoint's, alike on both sides.
+    """The parts of a multimodal model, by the checkpoint's names, which are equal on both sides.
 
     Args:
-        language_model: the name of the module that holds the one that embeds text; empty: the model does not see.
-        embedding: of the one that embeds text.
-        head: of the one that makes logits.
+        language_model: the module that contains the text embedding; empty: a text model.
+        embedding: the text embedding.
+        head: the module that computes logits.
     """
 
     language_model: str = ""
@@ -75,7 +75,7 @@ class Parts:
         return cls(embedding.rpartition(".")[0], embedding, names.get(model.get_output_embeddings(), ""))
 
     def is_tower(self, name: str) -> bool:
-        """Whether a module computes with patches, or what has become of them, instead of the prompt's tokens."""
+        """Return whether a module computes on patches, or values made of them, instead of the prompt's tokens."""
         if not self.language_model or not name:
             return False
         return not (_is_below(name, self.language_model) or _is_below(self.language_model, name) or name == self.head)
@@ -86,11 +86,11 @@ def _is_below(name: str, other: str) -> bool:
 
 
 class Trace:
-    """[tokens, features] float32 on the host at each place, in the order of execution.
+    """Tensors [tokens, features], float32 on the host, at each place, in the order of execution.
 
     Of tokens before ``first_kept`` only keys and values are kept. The second use of a module in a step is a place of
-    its own, ``module#2``. In a vision tower rows are patches, or what they are merged to, and all are kept; images
-    come in the prompt's order, whichever steps they are encoded in.
+    its own, ``module#2``. In a vision tower rows are patches, merged or not, and all are kept; images are in the
+    prompt's order, whichever steps encode them.
     """
 
     def __init__(self, num_tokens: int, first_kept: int = 0, parts: Parts | None = None) -> None:
@@ -99,7 +99,7 @@ class Trace:
         self.parts = parts or Parts()
         self.calls: dict[str, AttentionCall] = {}
         self.vision_calls: dict[str, VisionCall] = {}
-        self.positions: torch.Tensor | None = None  # [tokens], or [3, tokens] of M-RoPE: what rotations were given
+        self.positions: torch.Tensor | None = None  # inputs of rotations: [tokens], or [3, tokens] of M-RoPE
         self._position_pieces: list[torch.Tensor] = []
         self.tensors: dict[Place, torch.Tensor] = {}
         self._pieces: defaultdict[Place, list[torch.Tensor]] = defaultdict(list)
@@ -108,7 +108,7 @@ class Trace:
 
     @contextmanager
     def step(self, start: int, num: int) -> Iterator[None]:
-        """While tokens [start, start + num) are computed."""
+        """Record the computation of tokens [start, start + num) within the context."""
         self._start, self._num = start, num
         self._num_steps += 1
         self._uses.clear()
@@ -121,15 +121,15 @@ class Trace:
         self.positions = torch.cat(self._position_pieces, dim=-1) if self._position_pieces else None
 
     def _turn_of(self, place: Place) -> int:
-        """What comes before the language model's layers, though a later step may be the first to encode an image."""
+        """Return a place's rank: text embedding, tower, the rest, though later steps may encode images first."""
         if self.parts.is_tower(place.module):
             return 1
         is_text = place.part == OUTPUT and place.module == self.parts.embedding
         return 0 if is_text else 2
 
     def add_positions(self, positions: Any) -> None:
-        """[tokens] or [3, tokens], as ours has them, or with a dimension for a batch of one before the tokens. All
-        layers share them: the first ones of a step count."""
+        """Add positions [tokens] or [3, tokens], as ours, or with a batch dimension of one before the tokens. All
+        layers share them: the first call of a step counts."""
         if not isinstance(positions, torch.Tensor) or positions.is_floating_point():
             return
         rows = positions.reshape(-1, positions.shape[-1])
@@ -137,7 +137,7 @@ class Trace:
             self._position_pieces.append((rows[0] if len(rows) == 1 else rows).detach().cpu().clone())
 
     def add_vision_call(self, module: str, call: VisionCall) -> None:
-        """Segments of several calls, for images encoded one after the other, follow each other."""
+        """Add the segments of a call after those of earlier calls, for images encoded one by one."""
         before = self.vision_calls.get(module)
         if before is not None:
             tables = [table for table in (before.cos_sin, call.cos_sin) if table is not None]
@@ -146,7 +146,7 @@ class Trace:
         self.vision_calls[module] = call
 
     def add_in_pieces(self, module: str, part: str, tensor: torch.Tensor) -> None:
-        """[1, heads, patches, head_dim] of some segments of a tower's attention, others of which come apart."""
+        """Add [1, heads, patches, head_dim] of some segments of a tower's attention; others come in other calls."""
         self._pieces[Place(module, part)].append(kept(tensor.transpose(1, 2).flatten(0, 1).flatten(1)))
 
     def add(self, module: str, part: str, tensor: Any) -> None:
@@ -161,12 +161,12 @@ class Trace:
         self._pieces[place].append(kept(rows[skipped:]))
 
     def first_position(self, place: Place) -> int:
-        """Position of the first row that is kept."""
+        """Return the position of the first row that is kept."""
         return self.num_tokens - len(self.tensors[place])
 
 
 def _rows(tensor: Any, num_tokens: int) -> torch.Tensor | None:
-    """[tokens, features], from the shapes that models use for one sequence; None: not one of them."""
+    """Return [tokens, features] from the shapes that models use for one sequence; None: not one of them."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
         return None
     if tensor.shape[0] == num_tokens or tensor.shape[:2] == (1, num_tokens):
@@ -177,7 +177,7 @@ def _rows(tensor: Any, num_tokens: int) -> torch.Tensor | None:
 
 
 def _patches(tensor: Any) -> torch.Tensor | None:
-    """[rows, features] of what a tower computes, whatever dimensions rows have; None: not a tensor of features."""
+    """Return [rows, features] of a tower's tensor, whose rows may have several dimensions; None: no features."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
         return None
     return tensor.reshape(-1, tensor.shape[-1])

@@ -1,5 +1,5 @@
-"""How a vision tower's layer attends, if not as the reference does: found by attending anew with the reference's
-queries, keys and values. And what of a tower's learned positions is not added."""
+"""Causes of different attention outputs in a vision tower, found by computing attention again with the reference's
+queries, keys and values; and learned positions that are not added."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -17,7 +17,7 @@ AS_IT_IS = "as the reference"
 
 
 class VisionTrials:
-    """``attended``: our attention's output [patches, heads * head_dim], which is not the reference's."""
+    """Trials of attention. ``attended``: our output [patches, heads * head_dim], which is not the reference's."""
 
     def __init__(self, name: str, ours: Trace, theirs: Trace, attended: torch.Tensor) -> None:
         self._call, self._own_call, self._attended = theirs.vision_calls[name], ours.vision_calls[name], attended
@@ -28,7 +28,7 @@ class VisionTrials:
         self._turned = {AS_IT_IS: self._states[:2]} | dict(self._turnings())
 
     def explain(self, theirs: torch.Tensor, tolerance: float) -> str | None:
-        """``theirs``: the reference's output. None: no trial gives ours, or the reference's own does not give its."""
+        """Return the cause; None: no trial reproduces ours, or none the reference's output ``theirs``."""
         right = (self._call.scaling, self._call.lengths, AS_IT_IS)
         if relative_error(self._attend(right), theirs) > tolerance:
             return None
@@ -47,7 +47,7 @@ class VisionTrials:
         return None
 
     def _turnings(self) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Other rotations of queries and keys, from those that the reference has turned back."""
+        """Yield other rotations of queries and keys, after undoing the reference's."""
         if self._call.cos_sin is None:
             return
         cos, sin = (table[:, None] for table in self._call.cos_sin.chunk(2, dim=-1))
@@ -75,13 +75,13 @@ def _rows_and_columns_exchanged(table: torch.Tensor) -> torch.Tensor:
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Pairs (i, i + half) of [patches, heads, head_dim]."""
+    """Rotate pairs (i, i + half) of [patches, heads, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _turn_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Pairs (2i, 2i + 1)."""
+    """Rotate pairs (2i, 2i + 1)."""
     half = x.shape[-1] // 2
     even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[..., :half], sin[..., :half]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
@@ -102,10 +102,10 @@ def _segments(lengths: tuple[int, ...]) -> str:
 
 
 def explain_missing(ours: torch.Tensor, theirs: torch.Tensor, name: str, model: Any, tolerance: float) -> str | None:
-    """Whether ours and the reference's differ by a table of parameters of its tower, alike for each image.
+    """Return which table of the tower's parameters, equal for each image, ours lacks or adds twice; None: none.
 
     Args:
-        name: the module whose parameters, and those of whatever it lies in but the whole model, are tried.
+        name: the module whose parameters, and its parents' except the whole model's, are tried.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     parts = name.split(".")

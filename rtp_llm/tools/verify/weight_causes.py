@@ -1,4 +1,4 @@
-"""Modules that hold another weight than the reference's, or use it otherwise."""
+"""Causes in modules: a weight that is not the reference's, or another use of it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +16,9 @@ EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
 
 
 def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tensor, torch.Tensor | None]:
-    """Our module of a checkpoint name, with its weight and bias: of a packed module that name's part of them.
+    """Return our module of a checkpoint name, with its weight and bias: of a packed module, that name's part.
 
-    Empty tensors where it has none, or there is no such module.
+    Tensors are empty if it has none, or there is no such module.
     """
     modules = dict(model.named_modules())
     packed = ModelTraits.of(model).packed_modules_mapping
@@ -45,7 +45,7 @@ def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tens
 
 
 def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, their_model: nn.Module) -> str | None:
-    """``weight``, ``bias``: what ours adds to its product and multiplies with, under the checkpoint's name ``name``."""
+    """Return the cause in a linear layer. ``weight``, ``bias``: ours, of the checkpoint's name ``name``."""
     theirs = their_model.get_submodule(name)
     their_weight = _host(getattr(theirs, "weight", None))
     their_bias = _host(getattr(theirs, "bias", None))
@@ -77,7 +77,7 @@ def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, their_
 def explain_norm(
     given: torch.Tensor, ours: torch.Tensor, name: str, their_model: nn.Module, tolerance: float
 ) -> str | None:
-    """``given``: the reference's input, ``ours``: our output."""
+    """Return the cause in a norm. ``given``: the reference's input, ``ours``: our output."""
     theirs = their_model.get_submodule(name)
     weight, bias = _host(getattr(theirs, "weight", None)), _host(getattr(theirs, "bias", None))
     if weight is None or weight.dim() != 1 or given.shape[-1] % len(weight):

@@ -1,4 +1,4 @@
-"""Answers of an engine in this process."""
+"""The chat backend of an engine in this process."""
 
 import argparse
 import asyncio
@@ -11,16 +11,18 @@ import rtp_llm
 from rtp_llm.srt.configs.options import ServerArgsError
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
-from rtp_llm.tools.chat.conversation import ContextFull, Message, Piece, Usage, Voice
+from rtp_llm.tools.chat.conversation import ChatBackend, ContextFull, Message, Piece, Usage
 
-MIN_ROOM = 64  # tokens that an answer should have, or the oldest turns are dropped
+MIN_ROOM = 64  # tokens for an answer; with less room the oldest turns are dropped
 
 LoadingBar = Callable[[], AbstractContextManager[Callable[[int, int], None] | None]]
 
 
 @contextmanager
-def engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_bar: LoadingBar) -> Iterator[Voice]:
-    from rtp_llm.srt.chat.messages import MediaRules  # heavy, and not for --url
+def engine_backend(
+    args: argparse.Namespace, sampling: dict[str, Any], loading_bar: LoadingBar
+) -> Iterator[ChatBackend]:
+    from rtp_llm.srt.chat.messages import MediaRules  # slow to import, and not needed for --url
     from rtp_llm.srt.checkpoint import read_chat_template
     from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE
 
@@ -31,7 +33,7 @@ def engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_bar
     server_args = ServerArgs.from_cli_args(args)
     if server_args.skip_tokenizer_init:
         raise InvalidRequest("chat works on text: it cannot run with --skip-tokenizer-init")
-    tell_of_demo(server_args)
+    announce_demo(server_args)
     with loading_bar() as on_progress:
         engine = rtp_llm.Engine(server_args=server_args, on_progress=on_progress)
     with engine:
@@ -42,17 +44,17 @@ def engine_voice(args: argparse.Namespace, sampling: dict[str, Any], loading_bar
             raise InvalidRequest(NO_CHAT_TEMPLATE)
         kinds = frozenset({"image"} if engine.model_config.is_multimodal else ())
         media = MediaRules(kinds, server_args.media_limits)
-        yield EngineVoice(engine, template, media, engine.model_config.generation_defaults | sampling)
+        yield EngineBackend(engine, template, media, engine.model_config.generation_defaults | sampling)
 
 
-def tell_of_demo(server_args: ServerArgs) -> None:
-    """Say on stderr that the embedded model answers, if it does: nobody shall take it for a large one."""
+def announce_demo(server_args: ServerArgs) -> None:
+    """Print to stderr that the embedded model answers, if it does, so that it is not taken for a large one."""
     if server_args.is_demo:
         print("No model named: this is the embedded demo model, a toy. Your own: --model-path DIR", file=sys.stderr)
 
 
-class EngineVoice:
-    """Speaks through an engine in this process. Answers take what room the context has, unless told otherwise."""
+class EngineBackend:
+    """Generates with an engine in this process. Answers may fill the context unless ``sampling`` limits them."""
 
     def __init__(self, engine: Any, template: Any, media: Any, sampling: dict[str, Any]) -> None:
         self._engine = engine
@@ -70,10 +72,10 @@ class EngineVoice:
         ends = {name: [*self._sampling.get(name, ()), *getattr(prompt, name)] for name in ("stop", "stop_token_ids")}
         params = SamplingParams.from_dict(self._sampling | ends | {"max_new_tokens": self._max_new_tokens(prompt_len)})
         with closing(self._engine.generate(input_ids=ids, sampling_params=params, stream=True, **media)) as results:
-            num_told = 0
+            num_sent = 0
             for result in results:
-                yield Piece(result["text"][num_told:])
-                num_told = len(result["text"])
+                yield Piece(result["text"][num_sent:])
+                num_sent = len(result["text"])
         meta = result["meta_info"]
         reason = meta["finish_reason"]
         if reason["type"] == "abort":
@@ -81,8 +83,8 @@ class EngineVoice:
         yield Usage(reason["type"], meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"])
 
     def _len_with_images(self, ids: list[int], image_data: list[Any]) -> int:
-        """Tokens of the prompt with those of its images, whose number depends on their size."""
-        from rtp_llm.srt.managers.tokenizer_manager import Prompt  # heavy, and not for --url
+        """Return the prompt's tokens with those of its images, whose number depends on their size."""
+        from rtp_llm.srt.managers.tokenizer_manager import Prompt  # slow to import, and not needed for --url
 
         prompt = Prompt(input_ids=ids, image_data=image_data)
         return len(asyncio.run(self._engine.tokenizer_manager.with_media(prompt)).input_ids)

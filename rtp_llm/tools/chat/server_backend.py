@@ -1,4 +1,4 @@
-"""Answers of an OpenAI-compatible server."""
+"""The chat backend of an OpenAI-compatible server."""
 
 import argparse
 from collections.abc import Generator, Iterator
@@ -15,14 +15,14 @@ SERVER_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"} 
 CONTEXT_WORDS = ("context_length", "context length", "maximum context")  # in a server's error, code or message
 
 
-def server_voice(args: argparse.Namespace, sampling: dict[str, Any]) -> "ServerVoice":
+def server_backend(args: argparse.Namespace, sampling: dict[str, Any]) -> "ServerBackend":
     _refuse_engine_flags(args)
     base_url = api_url(args.url)
-    return ServerVoice(base_url, args.api_key, args.model_path or _first_model(base_url, args.api_key), sampling)
+    return ServerBackend(base_url, args.api_key, args.model_path or _first_model(base_url, args.api_key), sampling)
 
 
 def _refuse_engine_flags(args: argparse.Namespace) -> None:
-    """With ``--url`` nothing of this process's engine can be chosen; ``--model`` names one of the server's models."""
+    """Raise for engine flags beside ``--url``; ``--model`` then names one of the server's models."""
     for field in fields(ServerArgs):
         default = "warning" if field.name == "log_level" else field.default
         if field.name not in ("model_path", "api_key") and getattr(args, field.name, default) != default:
@@ -37,8 +37,8 @@ def _first_model(base_url: str, api_key: str | None) -> str:
     return models[0]["id"]
 
 
-class ServerVoice:
-    """Speaks through ``/v1/chat/completions`` of a server."""
+class ServerBackend:
+    """Generates through ``/v1/chat/completions`` of a server."""
 
     def __init__(self, base_url: str, api_key: str | None, model: str, sampling: dict[str, Any]) -> None:
         self._base_url = base_url
