@@ -216,6 +216,7 @@ def test_a_killed_core_changes_no_answer(tiny_checkpoint: str, tmp_path: Path) -
         assert_same(answers, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_request_that_kills_gets_the_error(killer_server: KillerServer) -> None:
     """First in the midst of others, then again as a stream: four deaths in all, which this server does not count."""
     with killer_server("KillerForCausalLM", "supervisor.DEATHS_WINDOW_S = 0.0") as server:
@@ -235,6 +236,7 @@ def test_the_request_that_kills_gets_the_error(killer_server: KillerServer) -> N
         assert server.log.read_text().count("was killed by signal 9") == 4
 
 
+@pytest.mark.slow
 def test_three_deaths_end_the_server(killer_server: KillerServer, tmp_path: Path) -> None:
     with (
         killer_server("FailingForCausalLM") as server,

@@ -118,7 +118,8 @@ def assert_echoes(server: Process) -> None:
 @pytest.mark.parametrize(
     ("name", "tp_size"),
     [
-        ("class in the script, many at once", 2),
+        ("class in the script, many at once", 1),
+        pytest.param("class in the script, many at once", 2, marks=pytest.mark.slow),
         pytest.param("class in a guarded script", 1, marks=pytest.mark.slow),
         pytest.param("class in a module, one line", 2, marks=pytest.mark.slow),
         pytest.param("a registered package", 1, marks=pytest.mark.slow),
@@ -131,6 +132,7 @@ def test_a_script(echo_checkpoint: str, tmp_path: Path, name: str, tp_size: int)
         assert_echoes(server)
 
 
+@pytest.mark.slow
 def test_a_package_that_the_environment_names(
     tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_killed_core_breaks_no_stream(tiny_checkpoint: str, tmp_path: Path) ->
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard(tiny_checkpoint: str, tmp_path: Path) -> None:
     port = free_port()
     script = tmp_path / "script.py"

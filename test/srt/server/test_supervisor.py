@@ -24,6 +24,7 @@ from rtp_llm.srt.managers.engine_client import EngineStopped
 from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.utils.ipc import QueueLink
 from tiny_models import random_prompts, tiny_model
 
 MODEL = "llama-default"
@@ -36,10 +37,13 @@ def start(model_path: str, **options: Any) -> Supervisor:
         | {"max_total_tokens": 4000, "log_level": "warning"}
         | options
     )
-    config = ModelConfig.from_pretrained(args.model_path, dtype="float32", context_length=256)
-    supervisor = Supervisor(args, config)
+    supervisor = Supervisor(args, config_of(args.model_path))
     supervisor.start()
     return supervisor
+
+
+def config_of(model_path: str) -> ModelConfig:
+    return ModelConfig.from_pretrained(model_path, dtype="float32", context_length=256)
 
 
 @pytest.fixture
@@ -183,6 +187,43 @@ def test_the_request_that_kills_is_found_and_the_others_finish(supervise, killer
     assert (reason.type, reason.status_code) == ("abort", 500) and "died twice" in reason.message
     assert_same(answers, undisturbed)
     assert supervisor.is_ready
+
+
+class DyingCore:
+    """Stands in for a core process: ready at once, and dead at once."""
+
+    def __init__(self) -> None:
+        self.link = QueueLink().client
+        self.running: frozenset[str] = frozenset()
+
+    def wait_ready(self, on_progress: Any) -> None:
+        pass
+
+    def watch(self) -> None:
+        pass
+
+    def describe_end(self) -> str:
+        return "the core was killed"
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        pass
+
+
+def test_three_deaths_within_a_minute_are_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned: list[DyingCore] = []
+    dead: queue.SimpleQueue = queue.SimpleQueue()
+    model_path = tiny_model(MODEL)
+    supervisor = Supervisor(ServerArgs(model_path=model_path, device="cpu"), config_of(model_path))
+    monkeypatch.setattr(supervisor, "_spawn", lambda: spawned.append(DyingCore()) or spawned[-1])
+    supervisor.on_dead = dead.put
+    supervisor.start()
+    error = dead.get(timeout=60)
+    assert isinstance(error, CoreFailed)
+    assert "died 3 times within 60 s; at last: the core was killed" in str(error)
+    assert len(spawned) == 3 and not supervisor.is_ready
+    with pytest.raises(EngineStopped, match="at last: the core was killed"):
+        Stream(supervisor, requests(1)[0])
+    supervisor.stop()
 
 
 @pytest.mark.slow
