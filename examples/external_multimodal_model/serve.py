@@ -31,7 +31,7 @@ from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, pad_mm_to
 
 
 class Eye(nn.Module):
-    """[n, 3, size, size] -> [n, patches, hidden_size]: one layer of attention, of patches to all of their picture."""
+    """[n, 3, size, size] -> [n, patches, hidden_size]: one layer of attention, of patches to all of their image."""
 
     def __init__(self, config, quant_config=None, prefix=""):
         super().__init__()
@@ -61,7 +61,7 @@ class SeeingLlamaForConditionalGeneration(LlamaForCausalLM):
         self.eye = Eye(config, quant_config, "eye")
 
     # Step 4: one <image> in the prompt becomes as many positions as the eye has patches, with ids that stand for what
-    # the picture shows: equal pictures share their cached prefix, different ones never do.
+    # the image shows: equal images share their cached prefix, different ones never do.
     def pad_input_ids(self, input_ids, mm_inputs):
         items = iter(mm_inputs.mm_items)
         expanded = []
@@ -85,7 +85,7 @@ class SeeingLlamaForConditionalGeneration(LlamaForCausalLM):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
 
-# Step 3: from a prompt and its pictures to ids and what the eye takes. It runs in the server's process.
+# Step 3: from a prompt and its images to ids and what the eye takes. It runs in the server's process.
 class SeeingLlamaProcessor(BaseMultimodalProcessor):
     models = [SeeingLlamaForConditionalGeneration]
 

@@ -1,4 +1,4 @@
-"""Whether the engine answers about pictures as transformers does, in float32: what tests of models that see share.
+"""Whether the engine answers about images as transformers does, in float32: what tests of models that see share.
 
 A test file lists cases, makes a fixture of them with ``serve_vision``, and runs each of ``VISION_CHECKS``. Both sides
 are given what our processor made of a prompt: whether the processor is right is another test.
@@ -25,7 +25,7 @@ from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_models import Reference, assert_same_ids
 
 NEW_TOKENS = 8
-SIZES = ((56, 56), (84, 56), (40, 112))  # (width, height) of the pictures
+SIZES = ((56, 56), (84, 56), (40, 112))  # (width, height) of the images
 LONG_TEXT = "It was a long way to the picture, and nobody knew what it would show. " * 3
 CHUNKS = {"chunked_prefill_size": 16}
 Feed = Callable[[list[int], MultimodalInputs], dict[str, Any]]
@@ -74,7 +74,7 @@ class ServedVision:
     asked: list[Asked]
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def draw_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Soft random colours, the same for the same numbers."""
     draw = np.random.default_rng([width, height, seed])
     small = draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -83,7 +83,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def frames(num: int, width: int = 56, height: int = 56) -> np.ndarray:
     """[num, height, width, 3] uint8."""
-    return np.stack([np.asarray(picture(width, height, seed)) for seed in range(num)])
+    return np.stack([np.asarray(draw_image(width, height, seed)) for seed in range(num)])
 
 
 def of_kind(media: MultimodalInputs, modality: Modality) -> list[MultimodalDataItem]:
@@ -117,15 +117,15 @@ def open_vision_engine(model_dir: str, **options: Any) -> Engine:
 
 
 def _prompts(case: VisionCase) -> Iterator[tuple[str, str, list[Image.Image], list[Any]]]:
-    pictures = [picture(*size) for size in case.sizes]
+    images = [draw_image(*size) for size in case.sizes]
     mark = case.image
     yield "no image", "Tell me a story", [], []
-    yield "one image", f"See {mark} and say what it is", pictures[:1], []
-    yield "three images", f"{mark} then {mark} or{mark}?", pictures, []
-    yield "image after a long text", f"{LONG_TEXT}{mark} So?", pictures[1:2], []
+    yield "one image", f"See {mark} and say what it is", images[:1], []
+    yield "three images", f"{mark} then {mark} or{mark}?", images, []
+    yield "image after a long text", f"{LONG_TEXT}{mark} So?", images[1:2], []
     if case.video is not None:
         yield "video", f"Watch {case.video} now", [], [frames(4)]
-        yield "video and image", f"Watch {case.video} and {mark}!", pictures[2:], [frames(6, 84, 56)]
+        yield "video and image", f"Watch {case.video} and {mark}!", images[2:], [frames(6, 84, 56)]
 
 
 def _asked(
@@ -250,9 +250,9 @@ EXTREME = ((1, 1), (1, 3), (3, 1), (2, 5), (20_000, 1), (1, 20_000), (20_000, 12
 
 
 def check_extreme_shapes(served: ServedVision) -> None:
-    """Pictures of one pixel, and of 20,000 by 120, are seen; very long ones may be refused, and politely."""
+    """Images of one pixel, and of 20,000 by 120, are seen; very long ones may be refused, and politely."""
     for size in EXTREME:
-        call = {"prompt": f"See {served.case.image}", "image_data": picture(*size)}
+        call = {"prompt": f"See {served.case.image}", "image_data": draw_image(*size)}
         try:
             result = served.engine.generate(sampling_params={"max_new_tokens": 1}, **call)
         except InvalidRequest as error:

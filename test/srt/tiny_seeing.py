@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def make_seeing(folder: Path, **config: Any) -> str:
-    """Writes a float32 checkpoint; pictures have 1 to 16 tokens. Returns its path."""
+    """Writes a float32 checkpoint; images have 1 to 16 tokens. Returns its path."""
     files = {"preprocessor_config.json": PREPROCESSOR}
     make_tiny_vision("Qwen2VLForConditionalGeneration", folder, CONFIG | config, TOKENS, files)
     Path(folder, "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -93,7 +93,7 @@ class Access:
         )
 
     def _is_forged(self, scope: Scope, headers: Mapping[bytes, bytes], host: str) -> bool:
-        """Whether a page of another origin may have sent this, without a preflight."""
+        """Return whether a page of another origin may have sent this, without a preflight."""
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind == b"application/json" or (scope["method"] in ("GET", "HEAD") and scope["path"] not in ADMIN_PATHS):
             return False

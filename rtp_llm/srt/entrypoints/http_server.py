@@ -52,7 +52,7 @@ from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.utils.freed_memory import give_back_freed_memory
-from rtp_llm.srt.utils.logging import LOG_FORMAT, Seldom, configure_logging
+from rtp_llm.srt.utils.logging import LOG_FORMAT, RateLimit, configure_logging
 from rtp_llm.srt.utils.process import StartedPython
 from rtp_llm.version import __version__
 
@@ -387,8 +387,8 @@ def _configure_http_logging(level: str) -> None:
     logger = logging.getLogger("uvicorn")
     logger.setLevel(level.upper())
     errors = logging.getLogger("uvicorn.error")
-    if not any(isinstance(known, Seldom) for known in errors.filters):
-        errors.addFilter(Seldom())
+    if not any(isinstance(known, RateLimit) for known in errors.filters):
+        errors.addFilter(RateLimit())
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(LOG_FORMAT))

@@ -17,7 +17,7 @@ from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_discon
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completions_with_media
 from rtp_llm.srt.entrypoints.neutral import GENERATE, SAMPLING_PARAMS, TOKENIZE, without_neutral
-from rtp_llm.srt.entrypoints.openai.base import hung_up
+from rtp_llm.srt.entrypoints.openai.base import disconnected_response
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
@@ -140,13 +140,13 @@ class NativeEndpoints:
         with self._serving.admission(num_sequences, "text" if body.input_ids is None else "input_ids"):
             prepared = await self._load_completions(body, request)
             if prepared is None:
-                return hung_up()
+                return disconnected_response()
             call = self._serving.start(*prepared)
         if body.stream:
             return EventStream(call, self._events(call))
         with call:
             if not await unless_disconnected(request.receive, call.wait()):
-                return hung_up()
+                return disconnected_response()
         if not call.many:
             check_not_failed(call.completions)
         return JSON(call.results())
@@ -190,7 +190,7 @@ class NativeEndpoints:
                 chat = replace(chat, add_special_tokens=body.add_special_tokens)
             encoded = await unless_disconnected(request.receive, serving.encode_chat(chat))
             if encoded is None:
-                return hung_up()
+                return disconnected_response()
             ids = encoded.input_ids
         return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
 

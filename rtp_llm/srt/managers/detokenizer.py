@@ -69,7 +69,7 @@ class Completion:
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob]:
-        """One per output id, if logprobs were asked for."""
+        """Log-probabilities, one per output id, if requested."""
         return self._logprobs
 
     @property

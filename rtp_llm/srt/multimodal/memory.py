@@ -59,14 +59,14 @@ class Room:
         with self._lock:
             return sum(len(account.asked) for account in self._accounts.values())
 
-    def _ask(self, account: "Account", num_bytes: int) -> "_Ask":
-        ask = _Ask(num_bytes)
+    def _ask(self, account: "Account", num_bytes: int) -> "_TakeRequest":
+        ask = _TakeRequest(num_bytes)
         with self._lock:
             account.asked.append(ask)
             self._grant()
         return ask
 
-    def _withdraw(self, account: "Account", ask: "_Ask") -> None:
+    def _withdraw(self, account: "Account", ask: "_TakeRequest") -> None:
         """Cancel a request, or release its bytes if they have been granted."""
         with self._lock:
             if ask in account.asked:
@@ -128,7 +128,7 @@ class Room:
 
 
 @dataclass(slots=True, eq=False)
-class _Ask:
+class _TakeRequest:
     num_bytes: int
     future: "Future[None]" = field(default_factory=Future)
     is_given: bool = False
@@ -146,7 +146,7 @@ class Account:
     whole_claim: int
     held: int = 0
     number: int = -1
-    asked: list[_Ask] = field(default_factory=list)
+    asked: list[_TakeRequest] = field(default_factory=list)
 
     @property
     def claim(self) -> int:

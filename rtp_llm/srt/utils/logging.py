@@ -23,7 +23,7 @@ def configure_logging(level: str) -> None:
         logger.addHandler(handler)
 
 
-class Seldom(logging.Filter):
+class RateLimit(logging.Filter):
     """Lets a warning through once in ``every_s`` seconds, with the number of its repetitions: warnings that clients can
     cause must not fill the disk."""
 

@@ -168,9 +168,9 @@ def _notes(result: Figures) -> list[str]:
 
 def _cache_figures(done: Sequence[Observation]) -> Figures:
     """Return figures of the requests whose usage has cached tokens."""
-    told = [item for item in done if item.cached_tokens is not None]
-    cached, prompt = sum(item.cached_tokens or 0 for item in told), sum(item.input_tokens for item in told)
-    return {"cached_tokens": cached if told else None, "cache_hit_rate": cached / prompt if prompt else None}
+    counted = [item for item in done if item.cached_tokens is not None]
+    cached, prompt = sum(item.cached_tokens or 0 for item in counted), sum(item.input_tokens for item in counted)
+    return {"cached_tokens": cached if counted else None, "cache_hit_rate": cached / prompt if prompt else None}
 
 
 def _spread(name: str, values_s: Sequence[float]) -> Figures:

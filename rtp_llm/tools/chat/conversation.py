@@ -21,7 +21,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How an answer ended, and its numbers of tokens; None: unknown."""
+    """An answer's finish reason and numbers of tokens; None: unknown."""
 
     finish_reason: str | None
     prompt_tokens: int | None

@@ -105,7 +105,7 @@ def _summed(values: Any) -> Any:
 
 
 class OurRecorder(Recorder):
-    """For a model file of ours."""
+    """Hooks for a model file of ours."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         super().__init__(model, trace)
@@ -208,7 +208,7 @@ def packed_sources(name: str, module: LinearBase, packed: Mapping[str, Sequence[
 
 
 class TheirRecorder(Recorder):
-    """For a model of transformers, whose attention function is RECORDING while the context is open.
+    """Hooks for a model of transformers, whose attention function is RECORDING while the context is open.
 
     Attention is not recorded for a model with attention code of its own.
     """

@@ -455,7 +455,7 @@ def parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-PICTURE = user(text("what is "), image("a"), text(" this?"))
+IMAGE = user(text("what is "), image("a"), text(" this?"))
 
 
 @pytest.mark.parametrize(
@@ -464,10 +464,10 @@ PICTURE = user(text("what is "), image("a"), text(" this?"))
         ("chatml", "Qwen-Qwen2.5-7B-Instruct", [SYSTEM, *TURNS]),
         ("qwen2-vl", "Qwen-Qwen2.5-7B-Instruct", [SYSTEM, *TURNS]),
         ("chatml-llava", "Qwen-Qwen2.5-7B-Instruct", [SYSTEM, *TURNS]),
-        ("qwen3-vl", "Qwen3.5-4B", [*TURNS[:2], PICTURE]),
+        ("qwen3-vl", "Qwen3.5-4B", [*TURNS[:2], IMAGE]),
         ("gemma-it", "google-gemma-2-2b-it", TURNS),
         ("mistral", "Mistral-Small-3.2-24B-Instruct-2506", [SYSTEM, *TURNS]),
-        ("mistral", "Mistral-Small-3.2-24B-Instruct-2506", [SYSTEM, *TURNS[:2], PICTURE]),
+        ("mistral", "Mistral-Small-3.2-24B-Instruct-2506", [SYSTEM, *TURNS[:2], IMAGE]),
     ],
 )
 def test_published_formats(data_dir: Path, name: str, template: str, messages: list[dict[str, Any]]) -> None:
@@ -476,7 +476,7 @@ def test_published_formats(data_dir: Path, name: str, template: str, messages: l
 
 
 def test_published_formats_without_a_template_here() -> None:
-    """LLaVA 1.5, Gemma 3 with a system message and a picture, Llama 2: from their model cards."""
+    """LLaVA 1.5, Gemma 3 with a system message and an image, Llama 2: from their model cards."""
 
     def prompt(name: str, *messages: dict[str, Any]) -> str:
         return ConversationTemplate(name).prompt(messages, media=MEDIA).text

@@ -3,7 +3,7 @@
 Random weights have no margins: logits are large, routers flip, and two right implementations may differ by more than a
 trained model's would. So the measure is the distance from transformers in float32, and the yardstick is transformers'
 own distance in bfloat16, or what the reference's tests allow, whichever is more. Models that see are
-asked about pictures.
+asked about images.
 """
 
 from pathlib import Path

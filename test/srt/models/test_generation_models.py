@@ -5,7 +5,7 @@
 
 ``ONLY_RUN`` names one model: a hub id, a checkpoint directory, or ``tiny/ARCHITECTURE`` for a tiny random model of any
 causal architecture of transformers, or of one of ours that sees, made on the spot. A model that stands in no list is
-held to the default tolerances. Models that see are also asked about one picture and about two; both sides are given the
+held to the default tolerances. Models that see are also asked about one image and about two; both sides are given the
 same pixels, those of our processor.
 """
 
@@ -171,7 +171,7 @@ def their_image_answers_apart(case: ModelCase, model_dir: str, prompts: list[Ima
 
 
 def our_image_answers(case: ModelCase, model_dir: str, prompts: list[ImagePrompt]) -> list[Answer]:
-    """By the engine, from the pictures themselves, all prompts in one batch."""
+    """By the engine, from the images themselves, all prompts in one batch."""
     with Engine(
         model_path=model_dir,
         dtype=case.dtype,

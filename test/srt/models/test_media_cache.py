@@ -1,4 +1,4 @@
-"""Pictures in the prefix cache, in chunks, and beside each other: with media made by hand, on a tiny Qwen2-VL."""
+"""Images in the prefix cache, in chunks, and beside each other: with media made by hand, on a tiny Qwen2-VL."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,12 +20,12 @@ from tiny_seeing import END, IMAGE_PAD, START, make_seeing
 
 pytestmark = pytest.mark.xdist_group("media cache")
 
-Picture = tuple[torch.Tensor, tuple[int, int]]  # patches, (rows, columns)
+Image = tuple[torch.Tensor, tuple[int, int]]  # patches, (rows, columns)
 CHUNKS = {"chunked_prefill_size": 5}
 HAND_MADE: dict[str, Any] = {"enable_multimodal": False}  # no processor is needed
 
 
-def draw(seed: int, rows: int = 4, columns: int = 6) -> Picture:
+def draw(seed: int, rows: int = 4, columns: int = 6) -> Image:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows * columns, 3 * 2 * 14 * 14, generator=generator), (rows, columns)
 
@@ -34,13 +34,13 @@ CAT, DOG, SMALL = draw(1), draw(2), draw(3, 2, 2)
 
 
 class Model:
-    """A checkpoint, and what transformers answers to prompts of ids and pictures."""
+    """A checkpoint, and what transformers answers to prompts of ids and images."""
 
     def __init__(self, model_dir: str) -> None:
         self.model_dir = model_dir
         self._model = transformers.AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
 
-    def prompt(self, parts: Sequence[int | Picture]) -> tuple[list[int], MultimodalInputs]:
+    def prompt(self, parts: Sequence[int | Image]) -> tuple[list[int], MultimodalInputs]:
         ids: list[int] = []
         items = []
         for part in parts:
@@ -60,7 +60,7 @@ class Model:
             media.mrope_positions, media.mrope_position_delta = positions[:, 0], int(delta)
         return ids, media
 
-    def expected(self, parts: Sequence[int | Picture]) -> Reference:
+    def expected(self, parts: Sequence[int | Image]) -> Reference:
         ids, media = self.prompt(parts)
         options = {"mm_token_type_ids": token_types(ids, media)} if media.mm_items else {}
         if media.mm_items:
@@ -82,7 +82,7 @@ def engine(model: Model) -> Iterator[Engine]:
         yield engine
 
 
-def ask(engine: Engine, model: Model, *prompts: Sequence[int | Picture], **options: Any) -> list[dict[str, Any]]:
+def ask(engine: Engine, model: Model, *prompts: Sequence[int | Image], **options: Any) -> list[dict[str, Any]]:
     """All at once."""
     completions = []
     params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True} | options
@@ -95,7 +95,7 @@ def ask(engine: Engine, model: Model, *prompts: Sequence[int | Picture], **optio
     return engine._collect(Call(engine._client, completions, True))
 
 
-def check(engine: Engine, model: Model, *prompts: Sequence[int | Picture]) -> list[int]:
+def check(engine: Engine, model: Model, *prompts: Sequence[int | Image]) -> list[int]:
     """Answers are transformers'; returns how many tokens of each prompt came from the cache."""
     results = ask(engine, model, *prompts)
     for result, parts in zip(results, prompts, strict=True):
@@ -105,7 +105,7 @@ def check(engine: Engine, model: Model, *prompts: Sequence[int | Picture]) -> li
     return [result["meta_info"]["cached_tokens"] for result in results]
 
 
-def test_the_same_picture_is_found_another_is_not(engine: Engine, model: Model) -> None:
+def test_the_same_image_is_found_another_is_not(engine: Engine, model: Model) -> None:
     first = [5, 6, CAT, 7, 8]
     assert check(engine, model, first) == [0]
     assert check(engine, model, first) == [len(model.prompt(first)[0]) - 1]
@@ -116,20 +116,20 @@ def test_the_same_picture_is_found_another_is_not(engine: Engine, model: Model) 
     assert check(engine, model, [5, 6, almost, 7, 8]) == [3]
 
 
-def test_two_pictures_swapped(engine: Engine, model: Model) -> None:
+def test_two_images_swapped(engine: Engine, model: Model) -> None:
     assert check(engine, model, [5, CAT, DOG, 7]) == [0]
     assert check(engine, model, [5, DOG, CAT, 7]) == [2]
     assert check(engine, model, [5, CAT, CAT, 7]) == [1 + 8 + 1]
 
 
-def test_a_picture_of_another_shape_and_equal_patches(engine: Engine, model: Model) -> None:
+def test_an_image_of_another_shape_and_equal_patches(engine: Engine, model: Model) -> None:
     turned = (CAT[0], (6, 4))
     assert check(engine, model, [5, CAT, 7]) == [0]
     assert check(engine, model, [5, turned, 7]) == [2]
 
 
 def test_three_turns(engine: Engine, model: Model) -> None:
-    turn: list[int | Picture] = [5, CAT, 7]
+    turn: list[int | Image] = [5, CAT, 7]
     known = 0
     for question in ([8, 9], [10, 11, 12], [13]):
         assert check(engine, model, turn) == [known]
@@ -139,19 +139,19 @@ def test_three_turns(engine: Engine, model: Model) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_chunks_that_cut_pictures(model: Model, page_size: int) -> None:
+def test_chunks_that_cut_images(model: Model, page_size: int) -> None:
     with open_vision_engine(model.model_dir, page_size=page_size, **CHUNKS, **HAND_MADE) as engine:
         check(engine, model, [5, CAT, DOG, 7], [SMALL, CAT], [5, 6, 7], [*range(5, 30), DOG])
         check(engine, model, [5, CAT, DOG, 7], [5, CAT, 8], [DOG, CAT, SMALL])
 
 
-def test_text_one_and_many_pictures_together(engine: Engine, model: Model) -> None:
+def test_text_one_and_many_images_together(engine: Engine, model: Model) -> None:
     prompts = [[5, 6, 7], [CAT, 8], [DOG, SMALL, CAT, DOG, 9], [10], [5, SMALL]]
     check(engine, model, *prompts)
     check(engine, model, *prompts)
 
 
-def test_retraction_within_a_picture(model: Model) -> None:
+def test_retraction_within_an_image(model: Model) -> None:
     """There is memory for one and a half of these requests."""
     with open_vision_engine(model.model_dir, max_total_tokens=48, chunked_prefill_size=4, **HAND_MADE) as engine:
         prompts = [[5 + i, draw(10 + i), draw(20 + i), 7] for i in range(4)]
@@ -162,7 +162,7 @@ def test_retraction_within_a_picture(model: Model) -> None:
             assert_same_ids(result["output_ids"][: len(expected.output_ids)], expected)
 
 
-def test_several_answers_to_one_picture(engine: Engine, model: Model) -> None:
+def test_several_answers_to_one_image(engine: Engine, model: Model) -> None:
     results = ask(engine, model, [5, CAT, 7], n=3, temperature=1.0, seed=1)
     assert len({tuple(result["output_ids"]) for result in results}) > 1
     again = ask(engine, model, [5, CAT, 7], n=3, temperature=1.0, seed=1)
@@ -177,14 +177,14 @@ def test_penalties_count_the_placeholder_as_transformers_does(engine: Engine, mo
 
 
 @pytest.mark.parametrize("size_mb", [0, 512])
-def test_pictures_are_encoded_once_if_there_is_room(model: Model, size_mb: int) -> None:
+def test_images_are_encoded_once_if_there_is_room(model: Model, size_mb: int) -> None:
     with open_vision_engine(model.model_dir, mm_embedding_cache_size_mb=size_mb, **CHUNKS, **HAND_MADE) as engine:
         worker_model = engine._runner.core.executor.worker.runner.model
         encoded: list[int] = []
         encode = worker_model.get_image_feature
         worker_model.get_image_feature = lambda items: encoded.append(len(items)) or encode(items)
         check(engine, model, [5, CAT, 7])
-        assert sum(encoded) == (1 if size_mb else 2)  # two chunks of five tokens hold some of the picture
+        assert sum(encoded) == (1 if size_mb else 2)  # two chunks of five tokens hold some of the image
         check(engine, model, [6, CAT, 7], [7, CAT, DOG])
         assert sum(encoded) == 2 if size_mb else sum(encoded) > 4
 

@@ -1,4 +1,4 @@
-"""Gemma 3 answers about pictures as transformers does, and its processor prepares them as transformers' does."""
+"""Gemma 3 answers about images as transformers does, and its processor prepares them as transformers' does."""
 
 import asyncio
 import re
@@ -15,10 +15,10 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
+    draw_image,
     joined,
     of_kind,
     open_vision_engine,
-    picture,
     serve_vision,
     token_types,
     vision_params,
@@ -117,7 +117,7 @@ def test_the_processor_is_transformers(served: ServedVision) -> None:
 def test_an_image_far_from_square_is_cropped(tmp_path: Path) -> None:
     """The crops change the answer, and each sees only itself both ways."""
     with open_vision_engine(make(tmp_path, preprocessor=SCAN)) as engine:
-        prompt = Prompt(f"See {BEGIN}", image_data=[picture(96, 32)])
+        prompt = Prompt(f"See {BEGIN}", image_data=[draw_image(96, 32)])
         prepared = asyncio.run(engine.tokenizer_manager.with_media(prompt))
     (item,) = MultimodalInputs.decode(prepared.media.content).mm_items
     assert [last - first + 1 for first, last in item.offsets] == [16] * 4

@@ -1,4 +1,4 @@
-"""InternVL answers about pictures and videos as transformers does, and its processor prepares them as transformers'."""
+"""InternVL answers about images and videos as transformers does, and its processor prepares them as transformers'."""
 
 import asyncio
 import re

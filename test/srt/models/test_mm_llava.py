@@ -1,4 +1,4 @@
-"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision answer about pictures and videos as transformers does."""
+"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision answer about images and videos as transformers does."""
 
 import asyncio
 import re
@@ -18,10 +18,10 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
+    draw_image,
     frames,
     joined,
     of_kind,
-    picture,
     serve_vision,
     vision_params,
 )
@@ -97,7 +97,7 @@ def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
 
 
 def feed_tiles(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
-    """Pictures filled up to equally many."""
+    """Images filled up to equally many."""
     images = of_kind(media, Modality.IMAGE)
     if not images:
         return {}
@@ -245,9 +245,9 @@ def test_frames_of_a_video_are_prepared_as_whole_images(served: ServedVision) ->
         torch.testing.assert_close(pixels, of_image.mm_items[0].feature[0, 0], rtol=0, atol=0)
 
 
-def test_pictures_of_extreme_shapes(served: ServedVision) -> None:
+def test_images_of_extreme_shapes(served: ServedVision) -> None:
     """They are answered or refused, and memory is not filled: 30,000 pixels squared would be 2.7 GB."""
-    thin = [picture(30_000, 1), picture(1, 2000)]
+    thin = [draw_image(30_000, 1), draw_image(1, 2000)]
     for images in (thin[:1], thin[1:], thin):
         call = {"prompt": "Look:" + IMAGE * len(images), "image_data": images, "sampling_params": {"max_new_tokens": 1}}
         if served.case.name in ("llava", "llava-layers"):  # the short side would be made 20 times as long
@@ -257,8 +257,8 @@ def test_pictures_of_extreme_shapes(served: ServedVision) -> None:
             assert len(served.engine.generate(**call)["output_ids"]) == 1
 
 
-def test_more_pictures_than_the_context_holds(served: ServedVision) -> None:
-    call = {"prompt": IMAGE * 32, "image_data": [picture(60, 60)] * 32}
+def test_more_images_than_the_context_holds(served: ServedVision) -> None:
+    call = {"prompt": IMAGE * 32, "image_data": [draw_image(60, 60)] * 32}
     with pytest.raises(InvalidRequest, match=r"media alone have at least \d+|image data take \d+ tokens"):
         served.engine.generate(**call)
 

@@ -1,4 +1,4 @@
-"""Mistral 3 answers about pictures as transformers does, and its processor prepares them as transformers' does."""
+"""Mistral 3 answers about images as transformers does, and its processor prepares them as transformers' does."""
 
 import asyncio
 import json
@@ -16,10 +16,10 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
+    draw_image,
     joined,
     of_kind,
     open_vision_engine,
-    picture,
     serve_vision,
     vision_params,
 )
@@ -158,7 +158,7 @@ def test_a_head_counts_though_the_configuration_ties_it_by_default(tmp_path: Pat
 
 
 def test_an_image_of_which_nothing_would_be_left_is_refused(served: ServedVision) -> None:
-    prompt = Prompt(IMAGE, image_data=[picture(2 * LONGEST, 1)])
+    prompt = Prompt(IMAGE, image_data=[draw_image(2 * LONGEST, 1)])
     with pytest.raises(InvalidRequest, match="128 x 1 pixels is too long"):
         asyncio.run(served.engine.tokenizer_manager.with_media(prompt))
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL answers about pictures and videos as transformers does."""
+"""Qwen2-VL answers about images and videos as transformers does."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

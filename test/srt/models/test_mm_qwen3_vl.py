@@ -1,4 +1,4 @@
-"""Qwen3-VL and Qwen3-VL-MoE answer about pictures and videos as transformers does."""
+"""Qwen3-VL and Qwen3-VL-MoE answer about images and videos as transformers does."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

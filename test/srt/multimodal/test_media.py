@@ -567,7 +567,7 @@ def test_limits_of_videos():
         load_video(VIDEO, MediaLoader(max_pixels=64 * 48 - 1))
 
 
-def video_of_pictures(*sizes: tuple[int, int], header: tuple[int, int] = (64, 48)) -> bytes:
+def video_of_frames(*sizes: tuple[int, int], header: tuple[int, int] = (64, 48)) -> bytes:
     """Each frame is a JPEG of its own size, whatever the header says."""
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as output:
@@ -582,13 +582,13 @@ def video_of_pictures(*sizes: tuple[int, int], header: tuple[int, int] = (64, 48
 
 def test_frames_that_outgrow_the_first_are_no_way_around_the_limits(monkeypatch):
     """FFmpeg would give each the memory that it asks for."""
-    grows = video_of_pictures((64, 48), (80, 60), (64, 48))
+    grows = video_of_frames((64, 48), (80, 60), (64, 48))
     assert load_video(grows).frames.shape == (3, 48, 64, 3)
     bomb = (4000, 4000)
     small = MediaLoader(max_pixels=100 * 100)
     for sizes, header in (((64, 48), bomb), (64, 48)), ((bomb, bomb), (64, 48)), ((bomb,), bomb):
         with pytest.raises(InvalidRequest, match=r"cannot be decoded|no size|4000 x 4000 pixels, which is too many"):
-            load_video(video_of_pictures(*sizes, header=header), small)
+            load_video(video_of_frames(*sizes, header=header), small)
     pixels = 2 * 64 * 48 + 80 * 60
     monkeypatch.setattr(videos, "MAX_VIDEO_SOURCE_PIXELS", pixels)
     assert len(load_video(grows).frames) == 3

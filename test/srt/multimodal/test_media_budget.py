@@ -115,8 +115,8 @@ def movie(num_frames: int = 8, width: int = 64, height: int = 48) -> bytes:
         stream = output.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(num_frames):
-            picture = np.full((height, width, 3), 10 * (i % 20), np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            image = np.full((height, width, 3), 10 * (i % 20), np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         output.mux(stream.encode())
     return file.getvalue()
 
@@ -133,7 +133,7 @@ def png_bomb(width: int, height: int) -> bytes:
 
 
 def webp_bomb(width: int, height: int) -> bytes:
-    """A whole lossless picture in 28 bytes: codes of one symbol each need no bits for the pixels."""
+    """A whole lossless image in 28 bytes: codes of one symbol each need no bits for the pixels."""
     fields = [(0x2F, 8), (width - 1, 14), (height - 1, 14), (0, 1), (0, 3), (0, 1), (0, 1), (0, 1)]
     fields += [(1, 1), (0, 1), (0, 1), (0, 1)] * 5
     value = sum(field << sum(bits for _, bits in fields[:i]) for i, (field, _) in enumerate(fields))
@@ -311,11 +311,11 @@ def test_who_hangs_up_waits_no_more_and_the_next_goes_on() -> None:
 def test_random_prompts_all_end(seed: int) -> None:
     """Good and broken, cancelled at any time, with files that come slowly, through a budget for two or three."""
     draw = np.random.default_rng(seed)
-    picture = encoded(noise(300, 200), "JPEG")
-    broken = picture[:-500]
+    image = encoded(noise(300, 200), "JPEG")
+    broken = image[:-500]
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        body = picture if request.path == "/good" else broken
+        body = image if request.path == "/good" else broken
         response = web.StreamResponse(headers={"Content-Length": str(len(body))} if draw.random() < 0.5 else {})
         await response.prepare(request)
         for start in range(0, len(body), 4096):
@@ -331,7 +331,7 @@ def test_random_prompts_all_end(seed: int) -> None:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         manager = manager_of(budget_mb=4, allowed_media_domains=["127.0.0.1"], max_file_size_mb=0.5)
-        sources = [f"{url}/good", picture, movie(), f"{url}/bad", broken]
+        sources = [f"{url}/good", image, movie(), f"{url}/bad", broken]
         tasks = []
         for _ in range(40):
             chosen = [sources[i] for i in draw.choice(5, draw.integers(1, 4), p=[0.5, 0.3, 0.0, 0.1, 0.1])]

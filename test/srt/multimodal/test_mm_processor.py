@@ -78,7 +78,7 @@ class XProcessor(BaseMultimodalProcessor):
         return await self.process(image_data, audio_data, input_text, request_obj)
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def draw_image(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -101,7 +101,7 @@ TWO = [OPEN, PAD, PAD, PAD, CLOSE]  # 1 x 3
 
 @pytest.mark.parametrize("prompt", ["a<image>b<image>c", [A, IMAGE, B, IMAGE, C]])
 def test_each_placeholder_is_replaced_by_its_item_s_own_text(prompt):
-    output = processed(prompt, [picture(2, 2), picture(1, 3)])
+    output = processed(prompt, [draw_image(2, 2), draw_image(1, 3)])
     assert output.input_ids == [A, *ONE, B, *TWO, C]
     assert [item.offsets for item in output.mm_items] == [[(2, 3), (5, 6)], [(10, 12)]]
     assert (output.im_token_id, output.video_token_id) == (PAD, PAD)
@@ -114,7 +114,9 @@ def test_neighbours_without_anything_between_are_told_apart():
         def replacement(self, item):
             return "<pad>" * item.feature.shape[1]
 
-    output = processed("<image><image><image>", [picture(1, 2), picture(1, 3), picture(1, 1)], processor_cls=Bare)
+    output = processed(
+        "<image><image><image>", [draw_image(1, 2), draw_image(1, 3), draw_image(1, 1)], processor_cls=Bare
+    )
     assert output.input_ids == [PAD] * 6
     assert [item.offsets for item in output.mm_items] == [[(0, 1)], [(2, 4)], [(5, 5)]]
 
@@ -122,7 +124,7 @@ def test_neighbours_without_anything_between_are_told_apart():
 def test_images_and_videos_that_share_a_token_keep_the_prompt_s_order():
     frames = np.zeros((1, 1, 2, 3), np.uint8)
     for prompt in ("<video>a<image><video>", [VIDEO, A, IMAGE, VIDEO]):
-        output = processed(prompt, [picture(1, 3)], [frames, frames[:, :, :1]])
+        output = processed(prompt, [draw_image(1, 3)], [frames, frames[:, :, :1]])
         ids = [OPEN, PAD, PAD, CLOSE, A, OPEN, PAD, PAD, PAD, CLOSE, OPEN, PAD, CLOSE]
         assert output.input_ids == ids
         found = {item.offsets[0]: item.modality for item in output.mm_items}
@@ -136,8 +138,8 @@ def test_a_text_is_tokenised_after_its_placeholders_are_replaced():
         def replacement(self, item):
             return "<pad>a"
 
-    assert processed("<image>ab", [picture(1, 1)], processor_cls=Merging).input_ids == [PAD, AA, B]
-    assert processed([IMAGE, A, B], [picture(1, 1)], processor_cls=Merging).input_ids == [PAD, A, A, B]
+    assert processed("<image>ab", [draw_image(1, 1)], processor_cls=Merging).input_ids == [PAD, AA, B]
+    assert processed([IMAGE, A, B], [draw_image(1, 1)], processor_cls=Merging).input_ids == [PAD, A, A, B]
 
 
 def test_the_token_that_begins_a_text_stands_there_once():
@@ -149,10 +151,10 @@ def test_the_token_that_begins_a_text_stands_there_once():
             asked.append(add_special_tokens)
             return super()._tokenize(text, add_special_tokens)
 
-    processed("<image>", [picture(1, 1)], processor_cls=Asked, special=True)
-    processed("<image>", [picture(1, 1)], processor_cls=Asked, special=False)
-    processed("<bos><image>", [picture(1, 1)], processor_cls=Asked, special=None)
-    processed("a<image>", [picture(1, 1)], processor_cls=Asked, special=None)
+    processed("<image>", [draw_image(1, 1)], processor_cls=Asked, special=True)
+    processed("<image>", [draw_image(1, 1)], processor_cls=Asked, special=False)
+    processed("<bos><image>", [draw_image(1, 1)], processor_cls=Asked, special=None)
+    processed("a<image>", [draw_image(1, 1)], processor_cls=Asked, special=None)
     assert asked == [True, False, False, True]
 
 
@@ -166,14 +168,14 @@ def test_the_token_that_begins_a_text_stands_there_once():
 )  # fmt: skip
 def test_as_many_placeholders_as_images(prompt, num_images, message):
     with pytest.raises(InvalidRequest, match=message) as caught:
-        processed(prompt, [picture(1, 1)] * num_images)
+        processed(prompt, [draw_image(1, 1)] * num_images)
     assert caught.value.param == "image_data"
 
 
 def test_a_user_s_text_cannot_hold_the_token_of_embeddings():
     for prompt in ("<pad><image>", "<image><pad>", [PAD, IMAGE]):
         with pytest.raises(InvalidRequest, match="holds the token <pad>"):
-            processed(prompt, [picture(1, 1)])
+            processed(prompt, [draw_image(1, 1)])
 
 
 def test_kinds_that_a_model_does_not_take():
@@ -188,11 +190,11 @@ def test_kinds_that_a_model_does_not_take():
 
 def test_the_first_wrong_image_ends_it():
     with pytest.raises(InvalidRequest, match="cannot be decoded"):
-        processed("<image><image>", [picture(1, 1), b"nothing"])
+        processed("<image><image>", [draw_image(1, 1), b"nothing"])
 
 
 def test_which_of_several_images_is_wrong_is_told():
-    images = [picture(1, 2), b"no image", picture(2, 2)]
+    images = [draw_image(1, 2), b"no image", draw_image(2, 2)]
     with pytest.raises(InvalidRequest, match=r"^image 2 of 3: the image cannot be decoded") as caught:
         processed("a<image><image><image>", images)
     assert caught.value.param == "image_data"
@@ -245,7 +247,7 @@ def test_what_a_processor_returned_may_be_given():
         with pytest.raises(InvalidRequest, match=message):
             processed("<image>", [wrong])
     with pytest.raises(InvalidRequest, match="only item"):
-        processed("<image><image>", [source, picture(1, 1)])
+        processed("<image><image>", [source, draw_image(1, 1)])
     with pytest.raises(InvalidRequest, match="own process"):
         processed("<image>", [source], trusted=False)
 
@@ -293,7 +295,7 @@ def test_a_processor_of_transformers_does_it_where_the_class_says_nothing():
             return {"input_ids": ids.tolist(), "mm_items": items}
 
     processor = Plain(CONFIG, None, Whole(), loader=MediaLoader(trusted=True))
-    call = processor.process_mm_data_async([picture(1, 1), picture(2, 2)], None, "a<image>b<image>", None)
+    call = processor.process_mm_data_async([draw_image(1, 1), draw_image(2, 2)], None, "a<image>b<image>", None)
     output = MultimodalProcessorOutput.from_dict(asyncio.run(call))
     assert output.input_ids == [A, PAD, PAD, B, PAD, PAD]
     assert [item.offsets for item in output.mm_items] == [[(1, 2)], [(4, 5)]]
@@ -315,7 +317,7 @@ def test_image_processors_load_without_torchvision(name, tmp_path):
         image_item = BaseMultimodalProcessor.image_item
 
     processor = Plain(CONFIG, None, HfProcessor(str(tmp_path), TOKENIZER))
-    item = processor.image_item(picture(40, 60))
+    item = processor.image_item(draw_image(40, 60))
     assert item.feature.shape[0] >= 1 and item.feature.dtype == torch.float32
     assert len(item.digest) == 32
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mm_parity import frames, picture
+from mm_parity import draw_image, frames
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_video
@@ -94,7 +94,7 @@ class PreparedVideos:
 def test_prompts_are_transformers(family: str, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     processor = processor_of(family, model_dir)
     text = f"{IMAGE}One{VIDEO} and{IMAGE}{IMAGE} or {VIDEO}?"
-    images = [picture(56, 56), picture(300, 41), picture(5, 9)]
+    images = [draw_image(56, 56), draw_image(300, 41), draw_image(5, 9)]
     videos = [
         VideoFrames(frames(5, 90, 50), 30.0, 6.5, [0, 40, 80, 120, 190], []),
         VideoFrames(frames(2, 56, 56), 24.0, 2 / 24, [0, 1], []),
@@ -134,7 +134,7 @@ def test_frames_have_their_times_before_them(model_dir: str) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (56, 56), (300, 41), (41, 8000), (3000, 2000)])
 def test_what_is_told_before_decoding_is_what_is_made(family: str, size: tuple[int, int], model_dir: str) -> None:
     processor = processor_of(family, model_dir)
-    output = process(processor, IMAGE, [picture(*size)])
+    output = process(processor, IMAGE, [draw_image(*size)])
     told = processor.prepared_image(size[1], size[0])
     assert told.num_tokens == output.mm_items[0].num_tokens
     assert told.num_values == output.mm_items[0].feature.numel()
@@ -157,7 +157,7 @@ def test_extreme_shapes_are_refused_before_decoding(model_dir: str) -> None:
 def test_positions_are_transformers(family: str, model_dir: str) -> None:
     processor = processor_of(family, model_dir)
     text = f"{IMAGE}It{VIDEO}{VIDEO} is{IMAGE} so"
-    output = process(processor, text, [picture(60, 90), picture(400, 28)], [frames(9, 112, 28), frames(4)])
+    output = process(processor, text, [draw_image(60, 90), draw_image(400, 28)], [frames(9, 112, 28), frames(4)])
     kinds = torch.zeros(1, len(output.input_ids), dtype=torch.int64)
     for item in output.mm_items:
         kinds[0, item.positions] = 1 if item.modality is Modality.IMAGE else 2
@@ -167,7 +167,7 @@ def test_positions_are_transformers(family: str, model_dir: str) -> None:
     }
     if family == "Qwen2_5_VL":
         processor.hf_config.vision_config.tokens_per_second = 40
-        output = process(processor, text, [picture(60, 90), picture(400, 28)], [frames(9, 112, 28), frames(4)])
+        output = process(processor, text, [draw_image(60, 90), draw_image(400, 28)], [frames(9, 112, 28), frames(4)])
         options["second_per_grid_ts"] = joined(output, Modality.VIDEO, "second_per_grid_ts")
     with torch.device("meta"):
         model = getattr(transformers, f"{family}Model")(processor.hf_config)
@@ -217,11 +217,11 @@ def test_sizes_of_whole_videos_are_transformers(caps: bool, model_dir: str) -> N
         assert processor.frame_size(num_frames, height, width) == expected
 
 
-def test_a_picture_is_a_short_video(model_dir: str) -> None:
+def test_an_image_is_a_short_video(model_dir: str) -> None:
     """Its patches are those that transformers' image processor makes."""
     parts = HfProcessor(model_dir, load_tokenizer(model_dir))
     processor = processor_of("Qwen2VL", model_dir, parts.image_settings)
-    image = picture(112, 84)
+    image = draw_image(112, 84)
     expected = parts.image_processor(images=[image], return_tensors="pt")
     item = processor.video_item(VideoFrames(np.asarray(image)[None], 1.0, 1.0, [0], [0.0]))
     assert torch.equal(item.video_grid_thw, expected["image_grid_thw"])
@@ -243,9 +243,9 @@ def test_patches() -> None:
             assert torch.equal(values[:, frame], pixels[min(time * step + frame, 2), :, y : y + size, x : x + size])
 
 
-def test_frames_are_made_smaller_as_pictures_are(model_dir: str) -> None:
+def test_frames_are_made_smaller_as_images_are(model_dir: str) -> None:
     settings = processor_of("Qwen2VL", model_dir, {"do_normalize": False}).video
-    image = picture(130, 70)
+    image = draw_image(130, 70)
     expected = torch.from_numpy(np.asarray(image.resize((56, 28), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
     found = settings.prepared(np.asarray(image)[None], (28, 56))[0] * 255
     assert (found - expected).abs().max() <= 1.01  # of 255: the two libraries round differently

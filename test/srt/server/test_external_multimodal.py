@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 import transformers
-from mm_parity import picture
+from mm_parity import draw_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -104,7 +104,7 @@ def png(image: Image.Image) -> str:
 def test_the_example(tmp_path: Path, tp_size: int) -> None:
     model_dir = make_checkpoint(tmp_path / "tiny-seeing-llama")
     expected = Expected(model_dir)
-    red, green = picture(40, 30, seed=1), picture(30, 50, seed=2)
+    red, green = draw_image(40, 30, seed=1), draw_image(30, 50, seed=2)
     port = free_port()
     command = [SCRIPT, "--model-path", model_dir, "--port", str(port), "--tp-size", str(tp_size)]
     command += ["--device", "cpu", "--max-total-tokens", "1024", "--dtype", "float32", "--chunked-prefill-size", "8"]

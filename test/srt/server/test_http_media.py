@@ -1,4 +1,4 @@
-"""Pictures and videos over HTTP: asked by OpenAI's client, counted, cached, refused, and through the core's death."""
+"""Images and videos over HTTP: asked by OpenAI's client, counted, cached, refused, and through the core's death."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 import transformers
-from mm_parity import joined, of_kind, picture, token_types, vision_reference
+from mm_parity import draw_image, joined, of_kind, token_types, vision_reference
 from PIL import Image
 
 from rtp_llm.srt.checkpoint import read_model_config, read_processor, read_tokenizer
@@ -27,7 +27,7 @@ from tiny_server import Process, own_process
 
 pytestmark = pytest.mark.xdist_group("server-process")
 
-CAT, DOG = picture(56, 84, seed=1), picture(84, 56, seed=2)
+CAT, DOG = draw_image(56, 84, seed=1), draw_image(84, 56, seed=2)
 NUM_NEW = 8
 GREEDY = {"temperature": 0, "max_new_tokens": NUM_NEW, "ignore_eos": True}
 
@@ -72,7 +72,7 @@ def mp4(num_frames: int = 12, fps: int = 6) -> bytes:
         stream = output.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
         for seed in range(num_frames):
-            output.mux(stream.encode(av.VideoFrame.from_image(picture(84, 56, seed))))
+            output.mux(stream.encode(av.VideoFrame.from_image(draw_image(84, 56, seed))))
         output.mux(stream.encode())
     return file.getvalue()
 
@@ -103,7 +103,7 @@ def expected_ids(
     )
 
 
-def test_a_chat_about_two_pictures(seeing: Process, seeing_checkpoint: str, client: openai.OpenAI) -> None:
+def test_a_chat_about_two_images(seeing: Process, seeing_checkpoint: str, client: openai.OpenAI) -> None:
     content = [text_part("Is "), image_part(CAT), text_part(" like "), image_part(DOG), text_part("?")]
     answer = client.chat.completions.create(
         model="tiny",
@@ -149,8 +149,8 @@ def test_a_chat_about_a_video(
     assert answer.choices[0].message.content == tokenizer.decode(expected.output_ids, skip_special_tokens=True)
 
 
-def test_a_picture_in_the_first_of_three_turns(client: openai.OpenAI) -> None:
-    messages: list[Any] = [{"role": "user", "content": [image_part(picture(70, 70, seed=5)), text_part("What?")]}]
+def test_an_image_in_the_first_of_three_turns(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": [image_part(draw_image(70, 70, seed=5)), text_part("What?")]}]
     cached = []
     for question in ("And then?", "Why?", ""):
         answer = client.chat.completions.create(
@@ -165,7 +165,7 @@ def test_a_picture_in_the_first_of_three_turns(client: openai.OpenAI) -> None:
     assert cached[0] < 10 and cached[1] > 4 and cached[2] > cached[1] and cached[2] > before // 2
 
 
-def test_generate_takes_pictures_from_where_it_may(seeing: Process, seeing_checkpoint: str) -> None:
+def test_generate_takes_images_from_where_it_may(seeing: Process, seeing_checkpoint: str) -> None:
     CAT.save(seeing.log.parent / "cat.png")
     text = f"See {IMAGE}!"
     _, expected = expected_ids(seeing_checkpoint, text, CAT)
@@ -175,7 +175,7 @@ def test_generate_takes_pictures_from_where_it_may(seeing: Process, seeing_check
         assert_same_ids(answer["output_ids"], expected)
 
 
-def test_generate_takes_pictures_in_every_shape(seeing: Process, seeing_checkpoint: str) -> None:
+def test_generate_takes_images_in_every_shape(seeing: Process, seeing_checkpoint: str) -> None:
     """One, an object, a list; for several prompts one for all, one each, a list each, and none."""
     text, cat, dog = f"See {IMAGE}!", data_uri(CAT), data_uri(DOG)
     two = f"{IMAGE} or {IMAGE}"
@@ -190,8 +190,8 @@ def test_generate_takes_pictures_in_every_shape(seeing: Process, seeing_checkpoi
         ([text, text], cat, [of_cat, of_cat]),
         ([text, text], [cat, dog], [of_cat, of_dog]),
         ([text, two], [[cat], [cat, dog]], [of_cat, of_both]),
-        ([text, "No picture", two], [cat, None, [cat, dog]], [of_cat, None, of_both]),
-        (["No picture", text], [[], [dog]], [None, of_dog]),
+        ([text, "No image", two], [cat, None, [cat, dog]], [of_cat, None, of_both]),
+        (["No image", text], [[], [dog]], [None, of_dog]),
     ]
     for prompt, image_data, expected in cases:
         body = {"text": prompt, "image_data": image_data, "sampling_params": GREEDY}
@@ -226,7 +226,7 @@ def test_what_is_wrong_is_told(seeing: Process, body: dict[str, Any], words: str
     assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
 
 
-def test_a_model_of_text_refuses_pictures(server_process: Process) -> None:
+def test_a_model_of_text_refuses_images(server_process: Process) -> None:
     messages = [{"role": "user", "content": [image_part(CAT), text_part("What?")]}]
     for path, body in [
         ("/v1/chat/completions", {"messages": messages, "max_tokens": 4}),
@@ -238,7 +238,7 @@ def test_a_model_of_text_refuses_pictures(server_process: Process) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_core_changes_no_answer_about_a_picture(seeing: Process, seeing_checkpoint: str) -> None:
+def test_a_killed_core_changes_no_answer_about_an_image(seeing: Process, seeing_checkpoint: str) -> None:
     num_new = 300
     text = f"Tell of {IMAGE} and {IMAGE}"
     body = {"text": text, "image_data": [data_uri(CAT), data_uri(DOG)], "stream": True}
@@ -260,7 +260,7 @@ def test_a_killed_core_changes_no_answer_about_a_picture(seeing: Process, seeing
 
 
 def test_bytes_in_the_process(seeing_checkpoint: str, tmp_path: Path) -> None:
-    """The offline engine's callers may give pictures in more ways."""
+    """The offline engine's callers may give images in more ways."""
     from rtp_llm import Engine
 
     buffer = io.BytesIO()

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from rtp_llm.srt.utils.logging import Seldom, configure_logging
+from rtp_llm.srt.utils.logging import RateLimit, configure_logging
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,7 @@ def test_unknown_levels_are_refused() -> None:
 def test_what_clients_make_a_server_say_is_said_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr("rtp_llm.srt.utils.logging.time.monotonic", lambda: now_s)
-    seldom, said = Seldom(every_s=10), []
+    seldom, said = RateLimit(every_s=10), []
     for message, level, later_s in [
         ("bad", logging.WARNING, 0),
         ("bad", logging.WARNING, 1),

@@ -83,5 +83,5 @@ def finish_reason(completion: Completion) -> FinishReason | None:
     return None if completion.finish_reason is None else completion.finish_reason.type
 
 
-def hung_up() -> Response:
+def disconnected_response() -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)

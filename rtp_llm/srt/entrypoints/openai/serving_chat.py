@@ -11,7 +11,7 @@ from rtp_llm.srt.chat.messages import ChatPrompt
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
-from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, finish_reason, hung_up, usage
+from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, finish_reason, usage
 from rtp_llm.srt.entrypoints.openai.logprobs import chat_logprobs
 from rtp_llm.srt.entrypoints.openai.protocol import (
     ChatChoice,
@@ -36,14 +36,14 @@ class ChatEndpoint(OpenAIEndpoint):
             loading = self._completions(body)
             completions = await (unless_disconnected(request.receive, loading) if _may_have_media(body) else loading)
             if completions is None:
-                return hung_up()
+                return disconnected_response()
             call = serving.start(completions)
         head = self._head(body, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
         if body.stream:
             return EventStream(call, self._events(call, body, head))
         with call:
             if not await unless_disconnected(request.receive, call.wait()):
-                return hung_up()
+                return disconnected_response()
         check_not_failed(completions)
         choices = [self._choice(body, i, completion) for i, completion in enumerate(completions)]
         return JSON({**head, "choices": choices, "usage": usage(completions, len(completions))})

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
-from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, finish_reason, hung_up, usage
+from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, finish_reason, usage
 from rtp_llm.srt.entrypoints.openai.logprobs import TextOffsets, completion_logprobs, prompt_offsets
 from rtp_llm.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest
 from rtp_llm.srt.entrypoints.serving import check_not_failed, options_of, request_names
@@ -49,7 +49,7 @@ class CompletionEndpoint(OpenAIEndpoint):
             return EventStream(call, self._events(call, body, head, echoes))
         with call:
             if not await unless_disconnected(request.receive, call.wait()):
-                return hung_up()
+                return disconnected_response()
         check_not_failed(completions)
         choices = [
             self._choice(body, i, item, self._initial_state(item, echoes[i]), item.text, item.logprobs)
