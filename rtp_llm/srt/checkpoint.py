@@ -1,6 +1,6 @@
-"""What a checkpoint brings beside its weights: its configuration, tokenizer, processor of media and chat template.
+"""Readers of a checkpoint's parts besides weights: configuration, tokenizer, media processor and chat template.
 
-Everything that starts an engine, or a tool without one, reads them here, from the same ServerArgs.
+Engines, and tools without an engine, read them here, from ServerArgs.
 """
 
 import asyncio
@@ -24,17 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 def read_model_config(args: ServerArgs) -> ModelConfig:
-    """The checkpoint's configuration. The file of a model that takes media, or comes from outside, is imported with it:
-    it may bring what this process needs, such as a conversation or a processor."""
+    """Read the checkpoint's configuration, and import the model file of a multimodal or external model: it may register
+    a conversation or a processor that this process needs."""
     config = ModelConfig.from_server_args(args)
     if config.is_multimodal or any(ModelRegistry.is_external(name) for name in config.architectures):
-        with suppress(UnknownArchitectureError):  # told where the model is built, which may be by other means
+        with suppress(UnknownArchitectureError):  # raised when the model is built, unless transformers can run it
             ModelRegistry.resolve_model_cls(config.architectures)
     return config
 
 
 def read_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
-    """None with ``skip_tokenizer_init`` and, with a warning, where the checkpoint brings none: ids still work."""
+    """Load the tokenizer; return None with ``skip_tokenizer_init``, and, with a warning, if there is none: ids still
+    work."""
     if args.skip_tokenizer_init:
         return None
     if args.tokenizer_path is None and not has_tokenizer(config.model_path):
@@ -46,11 +47,11 @@ def read_tokenizer(args: ServerArgs, config: ModelConfig) -> Any:
 
 
 def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, trusted: bool = False) -> Any:
-    """What puts media into the prompts of a multimodal model; None for a model that takes text only, or runs without a
-    tokenizer and knows no processor.
+    """Make the processor of media of a multimodal model; None for a model that takes text only, or that runs without a
+    tokenizer and has no processor.
 
     Args:
-        trusted: callers are this process's own code, which may name any file.
+        trusted: callers are this process's own code, which may read any file.
     """
     if not config.is_multimodal:
         return None
@@ -59,15 +60,15 @@ def read_processor(args: ServerArgs, config: ModelConfig, tokenizer: Any, truste
     try:
         model_cls = ModelRegistry.resolve_model_cls(config.architectures)[0]
     except UnknownArchitectureError:
-        return None  # it runs by other means, which take text only, or not at all
+        return None  # it runs through transformers, which takes text only, or not at all
     return make_processor(args, config, model_cls, tokenizer, trusted)
 
 
 def read_placer(config: ModelConfig, workers_are_here: bool = True) -> MediaPlacer:
-    """What puts media into the prompts of the model.
+    """Make the object that places media in the prompts of the model.
 
     Args:
-        workers_are_here: in this process; others are not sent media, but told where they lie.
+        workers_are_here: workers run in this process; those in others are sent the path of a file of media.
     """
     store = None if workers_are_here else MediaStore()
     if not config.is_multimodal:
@@ -90,8 +91,8 @@ def read_placer(config: ModelConfig, workers_are_here: bool = True) -> MediaPlac
 def prompts_with_images(
     args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: Sequence[str], images: Sequence[Any]
 ) -> list[Prompt]:
-    """Texts that hold placeholders for the images, and all special tokens, as ids and media: for tools of this
-    process that work without a frontend.
+    """Make prompts (ids and media) of texts that have all special tokens and the placeholders for the images: for tools
+    that work without a frontend.
 
     Raises:
         InvalidRequest: the images do not fit a text, or the model.
@@ -115,13 +116,13 @@ def prompts_with_images(
 
 
 def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:
-    """What makes prompts of messages; None: nothing does."""
+    """Load the chat template, which makes prompts of messages; None if there is none."""
     return load_chat_template(tokenizer, args.chat_template, args.model_path, config.model_path, config.is_multimodal)
 
 
 def read_end_tokens(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> tuple[EndToken, ...]:
-    """What ends a text, by the checkpoint's configuration, its tokenizer and its chat template. A checkpoint's own
-    template that cannot be used counts for nothing here; one that was asked for is an error."""
+    """Find the tokens that end a text, from the configuration, the tokenizer and the chat template. A checkpoint's own
+    template that cannot be used is ignored; one that was requested is an error."""
     template = None
     try:
         template = read_chat_template(args, config, tokenizer)

@@ -1,4 +1,4 @@
-"""The contract between runner, model and attention: everything a forward pass may read besides ids and positions."""
+"""The contract between runner, model and attention: the inputs of a forward pass besides ids and positions."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -13,7 +13,7 @@ from rtp_llm.srt.plan import SharedPrefix
 
 
 class ForwardMode(IntEnum):
-    """What the rows of a batch do. ``EXTEND``: each computes a chunk; ``DECODE``: each computes one token."""
+    """The kind of a batch. ``EXTEND``: each row computes a chunk; ``DECODE``: each row computes one token."""
 
     EXTEND = 1
     DECODE = 2
@@ -40,10 +40,10 @@ class ForwardMode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What an attention layer computes, on this rank. Its layer makes it once; a back end reads nothing else of it.
+    """The description of an attention layer on this rank, made once; a back end reads nothing else of the layer.
 
-    The score of query i and key j is ``scaling * (q_i . k_j)``, then ``logit_cap * tanh(score / logit_cap)`` where
-    there is a cap. Query head h reads key head ``h // (num_heads // num_kv_heads)``.
+    The score of query i and key j is ``scaling * (q_i . k_j)``, then ``logit_cap * tanh(score / logit_cap)`` if there
+    is a cap. Query head h reads key head ``h // (num_heads // num_kv_heads)``.
     """
 
     layer_id: int  # of the cache that is read and written; several layers may share one
@@ -63,7 +63,7 @@ class AttentionSpec:
 
 
 class StepAttention(Protocol):
-    """An attention back end that has planned the step: all that layers know of it. See attention/base.py."""
+    """An attention back end that has planned the step, as layers see it. See attention/base.py."""
 
     def forward(
         self,
@@ -88,7 +88,7 @@ class LogprobRow:
     token_rows: torch.Tensor  # [N] int64
     targets: torch.Tensor  # [N] int64
     top_num: int
-    token_ids: torch.Tensor  # [chosen] int64, whose logprobs are wanted in each of these places
+    token_ids: torch.Tensor  # [chosen] int64, other ids whose logprobs are wanted at each position
 
 
 @dataclass(slots=True)
@@ -121,18 +121,18 @@ class ForwardBatch:
     sample_rows: torch.Tensor  # [S] int64: the flattened tokens whose logits are sampled from
     prompt_logprobs: list[LogprobRow] = field(default_factory=list)
     mm_inputs: list[MultimodalInputs | None] | None = None  # per row, its prompt's media; None: no row has any
-    embedding_cache: EmbeddingCache | None = None  # what encoders made of media before
-    # [3, T] int64: each token's time, height and width for M-RoPE, all three its position where it is text; None: a
-    # model with M-RoPE takes ``positions``.
+    embedding_cache: EmbeddingCache | None = None  # embeddings of media from earlier steps
+    # [3, T] int64: each token's time, height and width for M-RoPE; for text all three are its position. None: a model
+    # with M-RoPE uses ``positions``.
     mrope_positions: torch.Tensor | None = None
     # [T] int64: a token at position p sees keys before ``max(visible_ends, p + 1)``, so that a block of an image's
     # tokens sees itself wholly; a sliding window still bounds it from below. A block is computed in one step: no end
-    # exceeds its row's ``seq_lens``. None: plain causal attention, as where all ends are ``p + 1`` or less.
+    # exceeds its row's ``seq_lens``. None: plain causal attention, as with all ends at most ``p + 1``.
     visible_ends: torch.Tensor | None = None
-    # So many of the last rows only fill the batch up to a size that steps are recorded for. They are like rows that
-    # decode, in a page that belongs to nobody; what a model computes for them is dropped.
+    # Number of last rows that only pad the batch to a size that steps are recorded for. They are like decoding rows,
+    # in a page that no request owns; their results are dropped.
     num_dummies: int = 0
-    # Of the plan, but ``rows`` are rows of the batch. A back end may read these once; it need not.
+    # The plan's, with rows of the batch. A back end may read each of them once for all its rows.
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
 
     @property

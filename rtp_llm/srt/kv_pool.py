@@ -11,9 +11,9 @@ from rtp_llm.srt.kernels import reference
 
 
 class LayerCache(NamedTuple):
-    """Where one layer's keys and values lie: a token's are at its *slot*, ``page_id * page_size + offset``.
+    """One layer's keys and values: a token's are at its *slot*, ``page_id * page_size + offset``.
 
-    ``key_scales`` and ``value_scales`` are what int8 keys and values are multiplied by; else None.
+    ``key_scales`` and ``value_scales`` are the factors of int8 keys and values; else None.
     """
 
     group: int  # its cache group: the index in ``batch.page_tables`` and ``batch.out_cache_locs``
@@ -25,7 +25,7 @@ class LayerCache(NamedTuple):
 
     @classmethod
     def empty(cls, index: int, group: CacheGroup, num_pages: int, allocate: Callable[..., torch.Tensor]) -> Self:
-        """Room for ``num_pages`` pages besides page 0, which is zeroed; nothing else is touched."""
+        """Allocate ``num_pages`` pages and page 0, which is zeroed; no other memory is touched."""
         spec, dtype = group.spec, getattr(torch, group.spec.dtype)
         heads = (num_pages + 1) * group.page_size, spec.num_kv_heads
         keys = allocate(*heads, spec.head_dim, dtype=dtype)
@@ -36,14 +36,14 @@ class LayerCache(NamedTuple):
         return cls(index, group.page_size, keys, values, *scales)
 
     def numbers(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [..., num_kv_heads, head_dim] and values at slots [...], in ``dtype``; copies."""
+        """Return copies of keys [..., num_kv_heads, head_dim] and values at slots [...], in ``dtype``."""
         return _scaled(self.keys, self.key_scales, slots, dtype), _scaled(self.values, self.value_scales, slots, dtype)
 
 
 class KVPool:
     """Keys and values of all layers.
 
-    Memory is reserved by the device, and not touched but for page 0, which is zeroed: padded page tables point to it.
+    The device reserves memory without touching it, except page 0, which is zeroed: padded page tables point to it.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], num_pages: Sequence[int], device: str) -> None:
@@ -82,7 +82,7 @@ def _scaled(stored: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tens
 
 
 def slots_of(page_table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Slots [...] of tokens at ``positions`` [...] of the page table's ``rows`` [...] (broadcast together)."""
+    """Return slots [...] of tokens at ``positions`` [...] in the page table's ``rows`` [...] (broadcast together)."""
     if page_size == 1:
         return page_table[rows, positions].long()
     pages = page_table[rows, positions // page_size].long()

@@ -1,4 +1,4 @@
-"""The contract between the client side (HTTP or offline API) and the core. Plain data, no torch, no sockets."""
+"""The messages between the client side (HTTP or offline API) and the core. Plain data, no torch, no sockets."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +9,7 @@ from rtp_llm.srt.request_spec import RequestSpec
 
 @dataclass(slots=True)
 class FinishReason:
-    """Why a request ended: ``stop`` (an id or a string matched), ``length``, or ``abort`` (with a message)."""
+    """The reason why a request ended: ``stop`` (an id or a string matched), ``length``, or ``abort`` (a message)."""
 
     type: Literal["stop", "length", "abort"]
     matched: int | str | None = None
@@ -18,7 +18,7 @@ class FinishReason:
     status_code: int | None = None  # the HTTP status of an abort
 
     def to_dict(self) -> dict:
-        """The reference's shape: ``{"type": "stop", "matched": 2}``, ``{"type": "length", "length": 16}``."""
+        """Return the JSON object of the native API, such as ``{"type": "stop", "matched": 2}``."""
         if self.type == "stop":
             return {"type": "stop", "matched": self.matched}
         if self.type == "length":
@@ -28,10 +28,10 @@ class FinishReason:
 
 @dataclass(slots=True)
 class GenerateRequest:
-    """One sequence to generate. ``n > 1`` is several requests with seeds ``seed + i``.
+    """One sequence to generate. A call with ``n > 1`` is several requests with seeds ``seed + i``.
 
-    ``output_ids`` and ``num_prompt_logprobs`` are what came before (a resubmission after the core died): the core goes
-    on from there, with penalties, lengths and random positions counted from ``prompt_ids`` on.
+    ``output_ids`` and ``num_prompt_logprobs`` are the results so far of a request that is resubmitted after the core
+    died: the core resumes after them, with penalties, lengths and random positions counted from ``prompt_ids`` on.
     """
 
     rid: str
@@ -60,7 +60,7 @@ class Shutdown:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """News of one request: new ids since the last news, and, once, how it ended.
+    """New results of one request: ids since the last output, and, once, why it ended.
 
     ``prompt_logprobs`` are those of prompt tokens ``logprob_start_len + 1 ...`` in order, possibly in several parts.
     """
@@ -85,21 +85,22 @@ class FlushCacheDone:
 
 @dataclass(slots=True)
 class Ping:
-    """Asks for CoreStats: a core that does not answer in time is dead."""
+    """Request CoreStats; a core that does not answer in time counts as dead."""
 
 
 @dataclass(slots=True)
 class CoreStats:
-    """How the core is doing: now, and in all since it started."""
+    """Figures of the core: the current state, and totals since it started."""
 
     num_running: int = 0
     num_waiting: int = 0
-    num_used_tokens: int = 0  # of the cache group that is fullest: held by requests, not just cached
+    num_used_tokens: int = 0  # of the fullest cache group: held by requests, not only cached
     max_total_tokens: int = 0
-    num_held_tokens: int = 0  # of the first cache group: requests hold them,
-    num_evictable_tokens: int = 0  # only the prefix cache does,
-    num_free_tokens: int = 0  # or nobody: together max_total_tokens
-    evicted_tokens: int = 0  # in all, from the prefix cache of any group
+    # Of the first cache group; the three sum to max_total_tokens.
+    num_held_tokens: int = 0  # held by requests
+    num_evictable_tokens: int = 0  # held only by the prefix cache
+    num_free_tokens: int = 0
+    evicted_tokens: int = 0  # total, from the prefix cache of any group
     recent_retractions: int = 0  # since the last report
     token_usage: float = 0.0  # num_used_tokens / max_total_tokens
     cache_hit_rate: float = 0.0  # of the prompt tokens admitted since the last report
@@ -112,7 +113,7 @@ class CoreStats:
 
 @dataclass(frozen=True, slots=True)
 class CoreInfo:
-    """What a core tells when it is ready."""
+    """A core's report when it is ready."""
 
     max_total_tokens: int
     max_req_len: int

@@ -1,7 +1,7 @@
-"""The contract between engine and model files: what a model and its layers may say beside their mathematics.
+"""The contract between engine and model files: what a model and its layers may declare besides their mathematics.
 
-A model file imports none of this: it says a thing by an attribute or a method of its name. The tables in
-docs/supported_models/support_new_models.md explain each.
+A model file imports none of this: it declares a trait by an attribute or a method of that name. The tables in
+docs/supported_models/support_new_models.md explain each trait.
 """
 
 import re
@@ -19,15 +19,15 @@ from rtp_llm.srt.forward_batch import ForwardBatch
 
 
 class TraitError(ValueError):
-    """What a model says of itself is misspelt, or has not the form that it must have."""
+    """A trait of a model is misspelt, or has the wrong form."""
 
 
-# What a model says
+# Traits of models
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """What a model says of itself; what it does not say, or says by None, is as here."""
+    """The traits of a model; those that it does not declare, or sets to None, have these defaults."""
 
     packed_modules_mapping: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rename: Sequence[tuple[str, str]] = ()
@@ -42,13 +42,13 @@ class ModelTraits:
 
     @classmethod
     def of(cls, model: object) -> Self:
-        """What a model says, or before it is built its class (but for what is a property there).
+        """Read the traits of a model, or of its class before it is built (without properties).
 
         Raises:
-            TraitError: something is misspelt, by it or by one of its layers, or has not the form that it must have.
+            TraitError: a trait of the model or of one of its layers is misspelt, or has the wrong form.
         """
         _check_spelling(model)
-        said: dict[str, Any] = {}
+        declared: dict[str, Any] = {}
         for trait in fields(cls):
             value = getattr(model, trait.name, None)
             if value is None or isinstance(value, property):
@@ -57,8 +57,8 @@ class ModelTraits:
             if not is_right(value):
                 name = (model if isinstance(model, type) else type(model)).__name__
                 raise TraitError(f"{name}.{trait.name} must be {form}, not {value!r}")
-            said[trait.name] = value
-        return cls(**said)
+            declared[trait.name] = value
+        return cls(**declared)
 
 
 def _is_list(value: object, is_right: Callable[[Any], bool]) -> bool:
@@ -84,7 +84,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-# What each trait must be, in words and as a test.
+# The form of each trait, in words and as a test.
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "packed_modules_mapping": (
         'a dict {module: [modules of the checkpoint in it]}, such as {"gate_up_proj": ["gate_proj", "up_proj"]}',
@@ -105,12 +105,12 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# What its layers say
+# Traits of layers
 
 
 @runtime_checkable
 class KeepsCache(Protocol):
-    """Keeps something of each token for later steps. Layers of one ``layer_id`` share it."""
+    """Keeps something of each token for later steps. Layers with the same ``layer_id`` share it."""
 
     @property
     def layer_id(self) -> int: ...
@@ -127,28 +127,28 @@ class PreparesForward(Protocol):
 
 @runtime_checkable
 class ReplaysForward(PreparesForward, Protocol):
-    """Names what it prepared, so that recorded steps can be given the next step's. Without it none are recorded."""
+    """Lists the tensors that it prepared, so that recorded steps can use the next step's. Else none are recorded."""
 
     def step_tensors(self) -> list[torch.Tensor]: ...
 
 
 @runtime_checkable
 class ScalesWithLength(Protocol):
-    """Makes keys that depend on the length of their sequence; None: it does not after all."""
+    """Makes keys that depend on the length of their sequence, unless ``length_scaling`` is None."""
 
     length_scaling: LengthScaling | None
 
 
 @runtime_checkable
 class TakesMropePositions(Protocol):
-    """Reads ``forward_batch.mrope_positions``, which are made for whoever says True."""
+    """Reads ``forward_batch.mrope_positions``, which are made if a module has True here."""
 
     takes_mrope_positions: bool
 
 
 @runtime_checkable
 class NamesSources(Protocol):
-    """Has parameters with other names in checkpoints: {checkpoint name: (parameter, shard id)}, relative to itself."""
+    """Has other names for its parameters: {checkpoint name: (parameter, shard id)}, relative to the module."""
 
     @property
     def weight_sources(self) -> Mapping[str, tuple[str, Any]]: ...
@@ -156,7 +156,7 @@ class NamesSources(Protocol):
 
 @runtime_checkable
 class FinishesLoad(Protocol):
-    """Makes something of its weights once all are there."""
+    """Computes something from its weights once all are loaded."""
 
     def finish_load(self) -> None: ...
 
@@ -177,14 +177,14 @@ MODEL_TRAITS = frozenset(trait.name for trait in fields(ModelTraits)) | LAYER_TR
 
 # Misspelt names
 
-_ALIKE = 0.85  # of difflib: one letter of six, two of eleven, three of eighteen
-_FOREIGN = {"abc", "builtins", "torch", "transformers", "transformers_modules", "typing"}  # packages of other people
+_ALIKE = 0.85  # difflib's ratio: one letter of six differs, two of eleven, three of eighteen
+_FOREIGN = {"abc", "builtins", "torch", "transformers", "transformers_modules", "typing"}  # not model files
 
 
 def _check_spelling(model: object) -> None:
-    """Raise TraitError where a name is almost one that the engine reads: unread, it would silently do nothing.
+    """Raise TraitError for a name that is almost a trait's: it would silently have no effect.
 
-    All other names are a model's own; files from elsewhere bring many.
+    All other names are a model's own.
     """
     owner = model if isinstance(model, type) else type(model)
     if owner is not model:

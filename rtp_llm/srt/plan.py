@@ -1,7 +1,7 @@
-"""The contract between core and worker: a StepPlan goes down, a StepResult comes back. Host values only.
+"""The contract between core and worker: the core sends a StepPlan, the worker returns a StepResult. Host values only.
 
-A plan is a delta. A worker keeps, per *row* (a slot for one running request), everything that an admission told it and
-every page it was given; a step then names rows and token counts only. Every tensor-parallel rank gets the same plan.
+A plan is a delta. A worker keeps, per *row* (the place of one running request), its admission and its pages; a step's
+work then consists of rows and token counts only. Every tensor-parallel rank gets the same plan.
 
 Order within one plan: ``releases``, ``admissions``, ``page_writes``, ``new_pages``, then ``work``.
 """
@@ -23,7 +23,7 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Admission:
-    """A request enters row ``row``. ``output_ids`` is not empty when it resumes (retraction, core restart)."""
+    """A request for row ``row``. ``output_ids`` is not empty if it resumes (after a retraction or a core's death)."""
 
     row: int
     rid: str
@@ -50,9 +50,9 @@ class PageWrite:
 
 @dataclass(slots=True)
 class NewPages:
-    """One further page for each of several rows, which decode: ``page_ids[i]`` is entry ``places[i]`` of ``rows[i]``.
+    """One further page for each of several decoding rows: ``page_ids[i]`` is entry ``places[i]`` of ``rows[i]``.
 
-    The same as a PageWrite each, told together: there are hundreds in a step.
+    The same as one PageWrite for each, in one object: there are hundreds in a step.
     """
 
     group: int
@@ -65,7 +65,7 @@ class NewPages:
 class RowWork:
     """Compute tokens ``[start, start + num_tokens)`` of a row.
 
-    Ids come from the admission; the id just past what the host knew then is in the worker's last-token buffer.
+    Ids come from the admission; the id after those is in the worker's last-token buffer.
     """
 
     row: int
@@ -76,10 +76,10 @@ class RowWork:
 
 @dataclass(slots=True)
 class SharedPrefix:
-    """The first ``num_tokens`` tokens of these rows lie in the same pages: attention may read them once.
+    """The first ``num_tokens`` tokens of these rows are in the same pages: attention may read them once.
 
-    Each of these rows computes one token in this step, which comes later. A plan names prefixes before those that go
-    on from them: rows of the longer one are then all rows of the shorter, or none is.
+    Each of these rows computes one token, after the prefix. A plan lists shorter prefixes before longer ones; either
+    all rows of a longer prefix are rows of a given shorter one, or none is.
     """
 
     num_tokens: int
@@ -100,12 +100,12 @@ class StepPlan:
 
 @dataclass(slots=True)
 class RowResult:
-    """What one RowWork gave. ``token_ids`` holds 0 (a chunk), 1, or more (accepted drafts) new tokens."""
+    """The result of one RowWork. ``token_ids``: no new token (a chunk), one, or more (accepted drafts)."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if asked
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the chunk's following tokens, if asked
-    error: str | None = None  # this row alone failed (its logits are not numbers)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the chunk's following tokens, if wanted
+    error: str | None = None  # only this row failed (its logits are not finite)
 
 
 @dataclass(slots=True)

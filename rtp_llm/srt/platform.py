@@ -1,4 +1,4 @@
-"""The machine that this process runs on: its processors and its memory."""
+"""Processors and memory of this machine."""
 
 import functools
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def num_cpus() -> int:
-    """Processors this process may run on."""
+    """Number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words (``avx2``, ``avx512_bf16``); empty where the system does not say."""
+    """Return the processor's features by Linux's names (``avx2``, ``avx512_bf16``); empty on other systems."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
     try:

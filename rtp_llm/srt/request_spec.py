@@ -1,11 +1,11 @@
-"""What one request asks for: described once, where it comes in, and carried whole to whoever reads a part of it.
+"""The description of a request: made once, where the request comes in, and passed on whole to all that read it.
 
     Prompt -> GenerateRequest -> scheduler.Request -> Admission -> the row of a worker
                       each with the same RequestSpec
 
-Nothing of it changes while the request lives, be it retracted or taken up by another core. What does change stands
-beside it: ids, what has been answered already, pages. An adapter's name and a grammar's text will stand in here, read
-by the workers that load the one and make masks of the other.
+It does not change while the request lives, also after a retraction or a core's death. Changing state is kept beside it:
+ids, results sent so far, pages. An adapter's name and a grammar's text will be added here, for the workers that load
+adapters and make masks of grammars.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from rtp_llm.srt.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class LogprobSpec:
-    """Which log-probabilities are wanted: of each generated token, and what these fields add."""
+    """The wanted log-probabilities: those of each generated token, and those that these fields add."""
 
     logprob_start_len: int = -1  # also of prompt tokens after this position, in [0, prompt length]; -1: of none
     top_logprobs_num: int = 0  # alternatives per position, best first
@@ -25,7 +25,7 @@ class LogprobSpec:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class MediaFile:
-    """A file of encoded media. It lives as long as the object that ``MediaStore.put`` gave for it."""
+    """A file of encoded media. It lives as long as the object that ``MediaStore.put`` returned for it."""
 
     path: str
 
@@ -34,10 +34,10 @@ class MediaFile:
 class PromptMedia:
     """A prompt's media, placed among its ids.
 
-    ``content`` is what ``MultimodalInputs.encode`` made, or, for workers in other processes, the file that holds it:
-    nobody but the workers reads it. ``cache_keys`` are the prompt as the prefix cache knows it, with ids made of the
-    media's contents where these are. ``blocks`` are runs (first, last) of positions that hold media, neighbours joined:
-    some models compute each in one step.
+    ``content`` is the result of ``MultimodalInputs.encode``, or, for workers in other processes, a file with it; only
+    workers read it. ``cache_keys`` are the prompt's ids with numbers made of the media's contents in place of their
+    placeholders. ``blocks`` are runs (first, last) of positions of media, adjacent ones joined: some models compute
+    each in one step.
     """
 
     content: bytes | MediaFile = field(repr=False)
@@ -47,19 +47,19 @@ class PromptMedia:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """One request, checked: every value is in range, and ``params.max_new_tokens`` is decided.
+    """A checked request: every value is in range, and ``params.max_new_tokens`` is decided.
 
     Raises:
-        ValueError: it is not.
+        ValueError: ``params.max_new_tokens`` is None.
     """
 
-    params: SamplingParams  # a copy that nobody changes
+    params: SamplingParams  # a copy that is not changed
     seed: int  # in [0, 2**64)
     logprobs: LogprobSpec | None = None
     media: PromptMedia | None = None
     cache_salt: str = ""  # requests share cached prefixes only with equal salts
-    priority: int = 0  # the policy "priority" schedules lower numbers earlier; the others do not look at it
-    eos_token_ids: tuple[int, ...] = ()  # end it unless ignore_eos
+    priority: int = 0  # the policy "priority" schedules lower numbers earlier; other policies ignore it
+    eos_token_ids: tuple[int, ...] = ()  # end the request unless ignore_eos
 
     def __post_init__(self) -> None:
         if self.params.max_new_tokens is None:
@@ -67,7 +67,7 @@ class RequestSpec:
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens to generate."""
+        """Largest number of tokens to generate."""
         assert self.params.max_new_tokens is not None  # checked
         return self.params.max_new_tokens
 

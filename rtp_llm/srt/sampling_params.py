@@ -9,15 +9,15 @@ from typing import Any, Self
 
 MAX_STOP_STRINGS = 32
 MAX_BAD_WORDS = 256
-MAX_STOP_CHARS = 1024  # of each: several times the longest that marks an end, and few enough to compare with any text
-MAX_COMPLETIONS = 4096  # of one prompt: each is a request of its own, made before the first one runs
+MAX_STOP_CHARS = 1024  # of each: several times the longest in use, and short enough to compare with any text
+MAX_COMPLETIONS = 4096  # of one prompt: each is a request, made before the first one runs
 DEFAULT_MAX_NEW_TOKENS = 128
-MAX_INT = 2**63 - 1  # what kernels and messages can carry
+MAX_INT = 2**63 - 1  # largest int of kernels and messages
 MAX_KEY_DIGITS = 19  # of a token id as a string
 
 
 class InvalidRequest(ValueError):
-    """A request that cannot be served as it stands. ``param`` names the field that is to blame, if one is."""
+    """A request that cannot be served. ``param`` names the wrong field, if it is one field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class InvalidRequest(ValueError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """A prompt, or a prompt with the tokens that are to follow it, is longer than a request may be."""
+    """A prompt, or a prompt with its ``max_new_tokens``, is longer than a request may be."""
 
 
 def _param(default: Any, help: str) -> Any:
@@ -34,10 +34,10 @@ def _param(default: Any, help: str) -> Any:
 
 @dataclass(slots=True)
 class SamplingParams:
-    """How one request is continued and when it ends. Construction checks types and ranges, and raises InvalidRequest.
+    """How to sample a request's tokens, and when to end it. Construction raises InvalidRequest for a wrong value.
 
     ``stop`` may be given as one string and ``logit_bias`` with numeric strings as keys; afterwards ``stop`` is a list
-    and the keys are ints. Ids are checked against the vocabulary by ``validate``, which needs to know its size.
+    and the keys are ints. ``validate`` checks ids against the vocabulary.
     """
 
     max_new_tokens: int | None = _param(
@@ -117,7 +117,11 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From a request's JSON object. An unknown field is an error that names the known ones, the nearest first."""
+        """Make the parameters of a request's JSON object.
+
+        Raises:
+            InvalidRequest: a field is unknown (the message names the nearest, and all known ones), or wrong.
+        """
         if not isinstance(values, Mapping):
             raise InvalidRequest(
                 f"sampling_params must be an object of named values, not {_show(values)}", "sampling_params"
@@ -151,7 +155,7 @@ class SamplingParams:
 
 
 def token_ids(name: str, values: Any) -> list[int]:
-    """``values`` as a list of ints; raises InvalidRequest for anything but a list or tuple of integers (no bools)."""
+    """Return ``values`` as a list; raise InvalidRequest for anything but a list or tuple of integers (no bools)."""
     if not isinstance(values, (list, tuple)):
         raise InvalidRequest(f"{name} must be a list of token ids, not {_show(values)}", name)
     if all(type(value) is int for value in values):
@@ -209,7 +213,7 @@ def _bool(name: str, value: Any) -> bool:
 
 
 def _texts(name: str, value: Any, most: int) -> list[str]:
-    """Up to ``most`` texts; one may be given as it is."""
+    """Return a list of up to ``most`` texts; a single text need not be in a list."""
     texts = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(texts, (list, tuple)):
         raise InvalidRequest(f"{name} must be a string or a list of strings, not {_show(value)}", name)
@@ -259,6 +263,6 @@ def _bias_key(key: Any) -> int:
 
 
 def _show(value: Any) -> str:
-    """A short rendering of a wrong value for an error message: its type, and as much of it as one line bears."""
+    """Return a wrong value for an error message: its type, and at most 40 characters of it."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:40] + '...'}"
