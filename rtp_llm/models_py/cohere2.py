@@ -53,7 +53,7 @@ class Cohere2Attention(GroupedQueryAttention):
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate in float32, in layers with a window; the others know no positions."""
+        """Rotate in float32, only in layers with a window; the others have no positions."""
         if not self.has_positions:
             return q, k
         rotated_q, rotated_k = self.rotary_emb(positions, q.float(), k.float())
@@ -61,7 +61,7 @@ class Cohere2Attention(GroupedQueryAttention):
 
 
 class Cohere2DecoderLayer(nn.Module):
-    """Attention and feed-forward of one norm's output, added to the residual, which is handed on apart."""
+    """Attention and feed-forward of one norm's output, added to the residual, which is returned separately."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (DeepSeek-AI, 2024): multi-head latent attention, and experts of which some serve every token."""
+"""DeepSeek-V2 (DeepSeek-AI, 2024): multi-head latent attention, and routed and shared experts."""
 
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,7 @@ class DeepseekV2Attention(nn.Module):
     def _make_query_projections(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
-        """One projection, or two of low rank with a norm between them."""
+        """Make one projection, or two of low rank with a norm between them."""
         self.q_lora_rank = config.q_lora_rank
         q_size = config.num_attention_heads * self.qk_head_dim
         if self.q_lora_rank is None:
@@ -148,7 +148,7 @@ def apply_by_head(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def score_factor(config: "PretrainedConfig") -> float:
-    """What scores are multiplied by for a stretched context, beside what YaRN does to queries and keys."""
+    """Return the factor of scores for a stretched context, besides YaRN's factors of queries and keys."""
     _, rope_scaling, _ = get_rope_config(config)
     if not rope_scaling or not rope_scaling.get("mscale_all_dim"):
         return 1.0
@@ -156,7 +156,7 @@ def score_factor(config: "PretrainedConfig") -> float:
 
 
 class DeepseekV2MoE(nn.Module):
-    """Routed experts, and shared ones that every token passes through."""
+    """Routed experts, and shared ones for every token."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -206,7 +206,7 @@ class DeepseekV2MoE(nn.Module):
         return self.experts(hidden_states, topk_weights, topk_ids) + self.shared_experts(hidden_states)
 
     def route(self, router_logits: torch.Tensor) -> Routing:
-        """[T, n_routed_experts] float32 -> weights and ids of the experts, [T, num_experts_per_tok] each."""
+        """[T, n_routed_experts] float32 -> weights and ids of experts, [T, num_experts_per_tok] each."""
         if self.topk_method == "group_limited_greedy":
             return softmax_grouped_topk(
                 router_logits,
@@ -237,7 +237,7 @@ def check_groups(config: "PretrainedConfig") -> None:
 
 
 class DeepseekV2DecoderLayer(LlamaDecoderLayer):
-    """The first layers are dense, of the others every ``moe_layer_freq``-th (counted from 0) has experts."""
+    """A layer. The first ones are dense; of the others, every ``moe_layer_freq``-th (counted from 0) has experts."""
 
     moe_type: type[nn.Module] = DeepseekV2MoE
 

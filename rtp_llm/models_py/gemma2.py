@@ -58,7 +58,7 @@ class Gemma2Attention(GroupedQueryAttention):
 
 
 def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
-    """The window of a layer, itself included; None where it sees everything."""
+    """Return the window of a layer, the query's own token included; None: all tokens."""
     layer_type = config.layer_types[layer_id]
     if layer_type == "full_attention":
         return None
@@ -77,7 +77,7 @@ def refuse_bidirectional_attention(config: "PretrainedConfig") -> None:
 
 
 class Gemma2DecoderLayer(nn.Module):
-    """Attention and feed-forward, each between two norms, each added to the residual, which is handed on apart."""
+    """Attention and feed-forward, each between two norms and added to the residual, which is returned separately."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team, 2025), text: Gemma 2 with normed heads, not capped scores, and a RoPE per kind of layer."""
+"""Gemma 3 (Gemma Team, 2025), text: Gemma 2 with normed heads in place of capped scores, and a RoPE per layer type."""
 
 from typing import TYPE_CHECKING
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Gemma3MultiModalProjector(nn.Module):
-    """Averages squares of patches to ``mm_tokens_per_image`` rows, and brings them to the language model's size.
+    """Averages squares of patches to ``mm_tokens_per_image`` rows, and projects them to the language model's size.
 
     Raises:
         ValueError: the patches cannot be averaged to so many rows.
@@ -79,7 +79,7 @@ class Gemma3Model(nn.Module):
 
 class Gemma3ForConditionalGeneration(ImageTextModel):
     rename = RENAME
-    ignore = [r"^model\.vision_tower\.(vision_model\.)?head\."]  # SigLIP's pooling, which nobody reads
+    ignore = [r"^model\.vision_tower\.(vision_model\.)?head\."]  # SigLIP's pooling, which is not used
     model: Gemma3Model
 
     def __init__(
@@ -100,12 +100,12 @@ class Gemma3ForConditionalGeneration(ImageTextModel):
         self.max_media_block = int(config.mm_tokens_per_image)
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [1 + crops, channels, height, width] each, of the tower's size."""
+        """Encode items, whose features are [1 + crops, channels, height, width], in the tower's size."""
         return self.model.encode(torch.stack([image for item in items for image in parts_of(item)])).flatten(0, 1)
 
 
 class Gemma3Processor(LlavaProcessor):
-    """A chat marks an image by the token that begins one. With ``do_pan_and_scan`` in preprocessor_config.json, an
+    """Marks an image in a chat by the token that begins one. With ``do_pan_and_scan`` in preprocessor_config.json, an
     image that is far from square is followed by crops of itself."""
 
     models = [Gemma3ForConditionalGeneration]
@@ -132,7 +132,7 @@ class Gemma3Processor(LlavaProcessor):
 
     @property
     def image_options(self) -> dict[str, Any]:
-        """What published checkpoints leave open, as transformers' processor fills it in."""
+        """Options that published checkpoints do not set, with the defaults of transformers' processor."""
         settings = getattr(self._processor, "image_settings", {})
         defaults = {
             "do_convert_rgb": True,

@@ -46,8 +46,8 @@ class Glm4Attention(GroupedQueryAttention):
 
 
 class Glm4DecoderLayer(LlamaDecoderLayer):
-    """``post_attention_layernorm`` stands before the feed-forward block, as in Llama; the norms after the blocks are
-    ``post_self_attn_layernorm`` and ``post_mlp_layernorm``."""
+    """A layer with norms before and after each block: ``post_attention_layernorm`` is before the feed-forward block, as
+    in Llama; the norms after the blocks are ``post_self_attn_layernorm`` and ``post_mlp_layernorm``."""
 
     def __init__(
         self,

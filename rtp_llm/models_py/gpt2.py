@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class StoredTransposed(LinearBase):
-    """Beside a linear layer: the checkpoint's weights are [inputs, outputs]."""
+    """Mixin of a linear layer whose weights are [inputs, outputs] in the checkpoint."""
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         super().weight_loader(param, tensor.t(), shard_id)  # t() leaves a bias as it is
@@ -41,7 +41,7 @@ class GPT2RowLinear(StoredTransposed, RowParallelLinear):
 
 
 class GPT2Attention(nn.Module):
-    """Causal self-attention. ``reorder_and_upcast_attn`` asks for scores in float32, which they are anyway."""
+    """Causal self-attention. ``reorder_and_upcast_attn`` is ignored: scores are in float32 anyway."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class GPT2Model(nn.Module):
 class GPT2LMHeadModel(nn.Module):
     """
     Attributes:
-        max_positions: no sequence can be longer, since there are no weights for more.
+        max_positions: the number of learned positions, and so the longest sequence.
     """
 
     rename = [(r"^(wte|wpe|h|ln_f)\.", r"transformer.\1.")]  # the first checkpoints were saved from the base model

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class QKVByHeadLinear(QKVParallelLinear):
-    """The checkpoint's outputs go head by head: query, key and value of the first, then of the second, and so on."""
+    """A projection whose outputs are stored head by head: query, key and value of the first head, then the next."""
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         check_shape(tensor, (self.output_size, *param.shape[1:]), self.name)
@@ -113,7 +113,7 @@ class GPTNeoXMLP(nn.Module):
 
 
 class GPTNeoXLayer(nn.Module):
-    """With ``use_parallel_residual`` both blocks read the layer's input, else the second reads what the first made."""
+    """A layer: with ``use_parallel_residual`` both blocks read its input, else the second reads the first's result."""
 
     def __init__(
         self,

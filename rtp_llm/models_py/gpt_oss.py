@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class GptOssAttention(GroupedQueryAttention):
-    """``sinks`` [heads of this rank]: scores that take part in the softmax and carry no value (Xiao et al., 2023)."""
+    """Attention with ``sinks`` [heads of this rank]: scores in the softmax that have no value (Xiao et al., 2023)."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class GptOssAttention(GroupedQueryAttention):
 
 
 class GptOssMLP(nn.Module):
-    """Each token's ``num_experts_per_tok`` likeliest experts, weighted by a softmax over their logits alone."""
+    """Experts: the ``num_experts_per_tok`` best of each token, weighted by a softmax over their logits alone."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

@@ -35,7 +35,7 @@ class GraniteAttention(GroupedQueryAttention):
 
 
 class GraniteDecoderLayer(LlamaDecoderLayer):
-    """What attention and feed-forward give is multiplied by ``residual_multiplier``."""
+    """A Llama layer whose attention and feed-forward are multiplied by ``residual_multiplier``."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NORMS: dict[str, type[nn.Module]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
-NUM_FRAMES = 8  # of a video, where the checkpoint does not say
+NUM_FRAMES = 8  # of a video, if the checkpoint does not set it
 
 
 class InternVLVisionPatchEmbeddings(nn.Module):
@@ -47,7 +47,7 @@ class InternVLVisionPatchEmbeddings(nn.Module):
 
 
 class InternVLVisionEmbeddings(nn.Module):
-    """Patches through a convolution, after a learned token that stands for the image, plus learned positions."""
+    """A learned class token and patches by a convolution, plus learned positions."""
 
     def __init__(self, config: "PretrainedConfig") -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class InternVLVisionEmbeddings(nn.Module):
 
 
 def patches_per_side(config: "PretrainedConfig") -> tuple[int, int]:
-    """Rows and columns of patches of an image of the tower's size."""
+    """Number of patches in each direction, of an image of the tower's size."""
     height, width = config.image_size
     patch_height, patch_width = config.patch_size
     return height // patch_height, width // patch_width
@@ -140,8 +140,8 @@ class InternVLVisionModel(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor, hidden_layer: int) -> torch.Tensor:
-        """[n, channels, height, width] -> [n, 1 + patches, d]: the hidden state of that number; -1: the last, normed
-        where the tower ends in a norm."""
+        """[n, channels, height, width] -> [n, 1 + patches, d]: the hidden state of number ``hidden_layer``; -1: the
+        last, normed if the tower ends in a norm."""
         x = self.encoder(self.embeddings(pixel_values), hidden_layer)
         return self.layernorm(x) if hidden_layer == -1 else x
 
@@ -169,7 +169,7 @@ class InternVLMultiModalProjector(nn.Module):
 
 
 def merge_size(config: "PretrainedConfig") -> int:
-    """Side of the squares of patches that become one.
+    """Return the side of the squares of patches that are merged into one row.
 
     Raises:
         ValueError: ``downsample_ratio`` is not one over a whole number.
@@ -182,7 +182,7 @@ def merge_size(config: "PretrainedConfig") -> int:
 
 def pixel_shuffle(x: torch.Tensor, size: int) -> torch.Tensor:
     """[n, rows, columns, d] -> [n, rows / size, columns / size, size * size * d], a square's patches row by row: the
-    sub-pixel convolution of Shi et al. (2016) backwards."""
+    inverse of the sub-pixel convolution of Shi et al. (2016)."""
     squares = x.unflatten(1, (-1, size)).unflatten(3, (-1, size))
     return squares.transpose(2, 3).flatten(3)
 
@@ -215,7 +215,7 @@ class InternVLModel(nn.Module):
 def check_features(config: "PretrainedConfig") -> None:
     """
     Raises:
-        ValueError: the configuration asks for other features than one layer's, without that of the whole image.
+        ValueError: the configuration asks for features of several layers, or with the class token.
     """
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(f"vision_feature_layer must be one number, not {config.vision_feature_layer}")
@@ -244,11 +244,11 @@ class InternVLForConditionalGeneration(ImageTextModel):
         super().__init__(config, model, quant_config, prefix)
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [tiles, channels, height, width] each."""
+        """Encode items, whose features are [tiles, channels, height, width]."""
         return self._encode(items)
 
     def get_video_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [frames, channels, height, width] each."""
+        """Encode items, whose features are [frames, channels, height, width]."""
         return self._encode(items)
 
     def _encode(self, items: list[MultimodalDataItem]) -> torch.Tensor:
@@ -256,8 +256,8 @@ class InternVLForConditionalGeneration(ImageTextModel):
 
 
 class InternVLProcessor(LlavaProcessor):
-    """An image is seen in as many tiles as suit its shape, and as a whole; a frame of a video only as a whole. The same
-    token stands for the rows of both."""
+    """Cuts an image into as many tiles as suit its shape, and adds the whole image; a frame of a video is only whole.
+    Both have the same placeholder."""
 
     models = [InternVLForConditionalGeneration]
 
@@ -285,7 +285,7 @@ class InternVLProcessor(LlavaProcessor):
 
     @property
     def image_options(self) -> dict[str, Any]:
-        return {"crop_to_patches": True}  # whatever preprocessor_config.json says, as transformers' processor does
+        return {"crop_to_patches": True}  # as in transformers' processor, whatever preprocessor_config.json has
 
     @property
     def tile_shape(self) -> list[int]:
@@ -322,7 +322,7 @@ class InternVLProcessor(LlavaProcessor):
         return getattr(self._processor, "video_settings", {})
 
     def sample_frames(self, video: VideoInfo) -> Sequence[int]:
-        """Evenly spaced, each from the middle of its part of the video, unless ``initial_shift`` says otherwise."""
+        """Take evenly spaced frames, each from the middle of its part of the video, unless ``initial_shift`` is set."""
         settings = self._video_settings
         num_frames = settings.get("num_frames")
         if num_frames is None and settings.get("fps") is not None:

@@ -25,7 +25,7 @@ class GroupedQueryAttention(nn.Module):
     """Causal self-attention with rotary positions; several query heads share a key/value head (Ainslie et al., 2023).
 
     Args:
-        sliding_window: tokens that a token sees, itself included; None: all before it.
+        sliding_window: tokens that a token sees, itself included; None: all up to it.
         scaling: factor of the scores; None: ``head_dim ** -0.5``.
         logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
     """
@@ -100,7 +100,7 @@ class GroupedQueryAttention(nn.Module):
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is done to queries [T, q_size] and keys [T, kv_size] between projection and attention."""
+        """Transform queries [T, q_size] and keys [T, kv_size] between projection and attention: rotate them."""
         return self.rotary_emb(positions, q, k)
 
 
@@ -123,7 +123,7 @@ class LlamaAttention(GroupedQueryAttention):
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and feed-forward, each after a norm, each added to the residual, which is handed on apart."""
+    """Attention and feed-forward, each after a norm and added to the residual, which is returned separately."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class LlamaDecoderLayer(nn.Module):
     def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> nn.Module:
-        """Dense: a model with experts overrides this."""
+        """Make the dense feed-forward block; a model with experts overrides this."""
         return GatedMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -189,7 +189,7 @@ class LlamaModel(nn.Module):
         return VocabParallelEmbedding(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=prefix)
 
     def make_norm(self, config: "PretrainedConfig") -> nn.Module:
-        """The last norm."""
+        """Make the last norm."""
         return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 (Liu et al., 2023): the patches of a CLIP tower go through two linear layers into a language model."""
+"""LLaVA 1.5 (Liu et al., 2023): patches of a CLIP tower are projected by two linear layers into a language model."""
 
 from collections.abc import Sequence
 from math import prod
@@ -37,9 +37,9 @@ ATTENTION: dict[str, type[nn.Module]] = {
     "qwen3": Qwen3Attention,
     "qwen3_moe": Qwen3Attention,
 }
-LAYERS: dict[str, type[nn.Module]] = {"qwen3_moe": QwenMoeDecoderLayer}  # the others': Llama's
+LAYERS: dict[str, type[nn.Module]] = {"qwen3_moe": QwenMoeDecoderLayer}  # others have Llama's
 
-MAX_ASPECT = 200  # of an image whose shorter side is brought to the tower's size, what is too long being cut off then
+MAX_ASPECT = 200  # of an image whose shorter side is resized to the tower's, before the longer one is cropped
 MAX_SIDE = 4096  # pixels of an image that is padded to a square
 
 # As released, before transformers put all below ``model``.
@@ -51,7 +51,8 @@ RENAME = [
 
 
 def make_language_model(config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-    """
+    """Build the language model of a configuration.
+
     Raises:
         ValueError: there is none for the configuration's ``model_type``.
     """
@@ -65,7 +66,8 @@ def make_language_model(config: "PretrainedConfig", quant_config: QuantizationCo
 
 
 def make_vision_tower(config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-    """
+    """Build the vision tower of a configuration.
+
     Raises:
         ValueError: there is none for the configuration's ``model_type``.
     """
@@ -76,7 +78,7 @@ def make_vision_tower(config: "PretrainedConfig", quant_config: QuantizationConf
 
 
 def num_features(config: "PretrainedConfig") -> int:
-    """Rows that the language model gets of one image of the tower's size.
+    """Return the number of rows that the language model gets for one image of the tower's size.
 
     Raises:
         ValueError: ``vision_feature_select_strategy`` is unknown.
@@ -87,7 +89,7 @@ def num_features(config: "PretrainedConfig") -> int:
 
 
 def num_skipped(config: "PretrainedConfig") -> int:
-    """How many of the tower's rows are left out at the beginning: with "default" the first, CLIP's class token."""
+    """Return the number of the tower's first rows that are dropped: with "default" one, CLIP's class token."""
     strategies = {"default": 1, "full": 0}
     strategy = config.vision_feature_select_strategy
     if strategy not in strategies:
@@ -155,7 +157,7 @@ class LlavaModel(nn.Module):
 
 class LlavaForConditionalGeneration(ImageTextModel):
     rename = RENAME
-    ignore = [r"^model\.vision_tower\.(vision_model\.)?head\."]  # SigLIP's pooling, which nobody reads
+    ignore = [r"^model\.vision_tower\.(vision_model\.)?head\."]  # SigLIP's pooling, which is not used
     model_type: type[LlavaModel] = LlavaModel
     model: LlavaModel
 
@@ -166,13 +168,13 @@ class LlavaForConditionalGeneration(ImageTextModel):
         super().__init__(config, model, quant_config, prefix)
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [images, channels, height, width] each, of the tower's size."""
+        """Encode items, whose features are [images, channels, height, width], in the tower's size."""
         return self.model.encode(torch.stack([image for item in items for image in parts_of(item)])).flatten(0, 1)
 
 
 def parts_of(item: MultimodalDataItem) -> list[torch.Tensor]:
-    """The feature of each image or video of an item, which as a rule is one, but as many as transformers' processor
-    was given where a caller comes with what that returned."""
+    """Return the feature of each image or video of an item. An item has one, unless a caller passes the output of
+    transformers' processor for several."""
     if item.feature is None:
         raise ValueError(f"an item of kind {item.modality.value} has no feature")
     return list(item.feature)
@@ -200,7 +202,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
         longer, shorter = max(height, width), min(height, width)
         if self.image_processor.do_pad:
             num_pixels = min(longer, MAX_SIDE) ** 2
-        else:  # it is cut to a square when its shorter side is one's
+        else:  # it is cropped to a square after its shorter side is resized
             num_pixels = self.tile_shape[-1] ** 2 * min(longer // shorter + 1, MAX_ASPECT)
         return Prepared(num_features(self.hf_config), prod(self.tile_shape), num_pixels)
 
@@ -210,7 +212,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
 
     @property
     def tile_shape(self) -> list[int]:
-        """Channels, height and width of what the tower takes."""
+        """Channels, height and width of the tower's input."""
         config = self.hf_config.vision_config
         return [config.num_channels, config.image_size, config.image_size]
 
@@ -226,7 +228,11 @@ class LlavaProcessor(BaseMultimodalProcessor):
         return image_processor
 
     def bounded(self, image: Image.Image) -> Image.Image:
-        """The image, if what transformers makes of it on the way to the tower's size is not far larger."""
+        """Return the image if transformers makes no far larger one of it before it has the tower's size.
+
+        Raises:
+            InvalidRequest: it does.
+        """
         settings = self.image_processor
         if settings.do_pad:
             return within(image)
@@ -255,8 +261,8 @@ class LlavaProcessor(BaseMultimodalProcessor):
     def check(self, item: MultimodalDataItem) -> None:
         """
         Raises:
-            InvalidRequest: the encoder cannot take the item, or it does not fill its places in the prompt: the
-                checkpoint's files disagree, or the caller has processed it otherwise.
+            InvalidRequest: the encoder cannot take the item, or the item does not fit its placeholders: the
+                checkpoint's files disagree, or the caller has processed it in another way.
         """
         name, expected = f"{item.modality.value}_data", self.tile_shape
         parts = [] if item.precomputed_embeddings is not None else parts_of(item)
@@ -270,7 +276,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
         self.check_rows(item)
 
     def check_rows(self, item: MultimodalDataItem) -> None:
-        """Raise InvalidRequest where an item does not fill its places in the prompt."""
+        """Raise InvalidRequest if an item has another number of rows than placeholders."""
         if self.num_rows(item) != item.num_tokens:
             raise InvalidRequest(
                 f"the prompt has {item.num_tokens} places for what has {self.num_rows(item)} embeddings",
@@ -278,7 +284,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
             )
 
     def check_length(self, modality: Modality, num_rows: int) -> None:
-        """Raise InvalidRequest before pixels are worked on that could never be served."""
+        """Raise InvalidRequest if the rows exceed the context, before pixels are processed."""
         limit = getattr(self.server_args, "context_length", None)
         limit = limit or self.hf_config.get_text_config().max_position_embeddings
         if num_rows > limit:
@@ -289,7 +295,7 @@ class LlavaProcessor(BaseMultimodalProcessor):
 
 
 def within(image: Image.Image) -> Image.Image:
-    """The image, made smaller if one side is longer than ``MAX_SIDE``: padded to a square it would fill memory."""
+    """Return the image, shrunk if a side is longer than ``MAX_SIDE``: padded to a square it would fill memory."""
     if max(image.size) <= MAX_SIDE:
         return image
     smaller = image.copy()

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (Liu et al., 2024): LLaVA that also sees an image in tiles, as many as suit its size and shape."""
+"""LLaVA-NeXT (Liu et al., 2024): LLaVA that also cuts an image into tiles, as many as suit its size and shape."""
 
 from collections.abc import Iterator, Sequence
 from math import isqrt, prod, sqrt
@@ -24,17 +24,17 @@ from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SLACK = 1.1  # a side of an image may be so many times longer than the limit before it is shrunk
+SLACK = 1.1  # an image is shrunk only if its sides are longer than the limit by more than this factor
 
 
 class TileGrid(NamedTuple):
-    """How an image lies in its tiles. Sizes but the first two count features."""
+    """The layout of an image in its tiles. Sizes except the first two count features."""
 
     tile_rows: int
     tile_columns: int
     margin_rows: int  # at the top and at the bottom, where the tiles show padding
     margin_columns: int  # at the left and at the right
-    height: int  # of what is left, as the language model gets it
+    height: int  # without margins, as the language model gets it
     width: int
 
     @property
@@ -43,11 +43,11 @@ class TileGrid(NamedTuple):
 
 
 def tile_grid(image_size: Sequence[int], config: "PretrainedConfig", max_tiles: int | None = None) -> TileGrid:
-    """The grid of an image: that of ``image_grid_pinpoints`` which shows most of it, and of several such the smallest.
+    """Return the grid of an image: the smallest of those in ``image_grid_pinpoints`` that keep most of its pixels.
 
     Args:
         image_size: (height, width) in pixels.
-        max_tiles: an image that has more features than so many tiles is shrunk to about as many; None: it is not.
+        max_tiles: an image with more features than this number of tiles is shrunk to about as many; None: no limit.
     """
     tile_size, side = config.vision_config.image_size, features_per_side(config)
     best_height, best_width = select_best_resolution(tuple(image_size), config.image_grid_pinpoints)
@@ -82,7 +82,7 @@ def features_per_side(config: "PretrainedConfig") -> int:
 def check_tiles(config: "PretrainedConfig") -> None:
     """
     Raises:
-        ValueError: a tile's features are no square, or a resolution is not made of tiles.
+        ValueError: a tile's features do not form a square, or a resolution is not a multiple of the tile size.
     """
     vision_config = config.vision_config
     side = vision_config.image_size // vision_config.patch_size
@@ -117,7 +117,7 @@ class LlavaNextModel(LlavaModel):
             image_size: (height, width) in pixels.
 
         Returns:
-            [rows, hidden_size]: the whole image, then what the tiles show row by row, each row ended by a newline.
+            [rows, hidden_size]: the whole image, then the tiles' features row by row, each row ended by a newline.
         """
         base, tiles = features[0], features[1:]
         if not len(tiles):
@@ -141,16 +141,16 @@ def _put_together(tiles: torch.Tensor, grid: TileGrid) -> torch.Tensor:
 
 
 def tiles_of(item: MultimodalDataItem, config: "PretrainedConfig") -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """Yield each image's pictures [1 + tiles, channels, height, width], or [1, ...] without tiles, and its (height,
-    width) in pixels.
+    """Yield each image's tiles [1 + tiles, channels, height, width], the whole image first (alone, if it has none), and
+    its (height, width) in pixels.
 
-    An item is one image, or several as transformers' image processors give them, filled up to equally many tiles.
+    An item is one image, or several as transformers' image processors return them, padded to equally many tiles.
     """
-    for pictures, size in zip(parts_of(item), item.image_sizes.view(-1, 2).tolist(), strict=True):
-        num_pictures = 1 if len(pictures) == 1 else 1 + tile_grid(size, config).num_tiles
-        if num_pictures > len(pictures):
-            raise ValueError(f"an image of {size} pixels has {num_pictures - 1} tiles, but {len(pictures) - 1} came")
-        yield pictures[:num_pictures], size
+    for tiles, size in zip(parts_of(item), item.image_sizes.view(-1, 2).tolist(), strict=True):
+        count = 1 if len(tiles) == 1 else 1 + tile_grid(size, config).num_tiles
+        if count > len(tiles):
+            raise ValueError(f"an image of {size} pixels has {count - 1} tiles, but {len(tiles) - 1} came")
+        yield tiles[:count], size
 
 
 class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
@@ -164,16 +164,16 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
         self.config = config
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [images, pictures, channels, height, width], see ``tiles_of``; ``image_sizes`` [images, 2] are
-        the (height, width) of images in pixels."""
-        pictures, sizes = zip(*(image for item in items for image in tiles_of(item, self.config)), strict=True)
-        features = self.model.encode(torch.cat(pictures)).split([len(some) for some in pictures])
+        """Encode items, whose features are [images, 1 + tiles, channels, height, width], see ``tiles_of``, with
+        ``image_sizes`` [images, 2], the (height, width) of images in pixels."""
+        tiles, sizes = zip(*(image for item in items for image in tiles_of(item, self.config)), strict=True)
+        features = self.model.encode(torch.cat(tiles)).split([len(some) for some in tiles])
         return torch.cat([self.model.pack(some, size) for some, size in zip(features, sizes, strict=True)])
 
 
 class LlavaNextProcessor(LlavaProcessor):
     models = [LlavaNextForConditionalGeneration]
-    feature_dims = 4  # beside the pixels', the pictures
+    feature_dims = 4  # tiles, channels, height and width
     max_tiles: int | None = None
 
     def prepared_image(self, height: int, width: int) -> Prepared:
@@ -192,8 +192,8 @@ class LlavaNextProcessor(LlavaProcessor):
 
     def num_feature_rows(self, item: MultimodalDataItem) -> int:
         return sum(
-            num_features(self.hf_config) + 1 if len(pictures) == 1 else self.num_image_rows(size)
-            for pictures, size in tiles_of(item, self.hf_config)
+            num_features(self.hf_config) + 1 if len(tiles) == 1 else self.num_image_rows(size)
+            for tiles, size in tiles_of(item, self.hf_config)
         )
 
 

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision (Li et al., 2024): LLaVA-NeXT within a limit of tiles, which also sees several images and videos."""
+"""LLaVA-OneVision (Li et al., 2024): LLaVA-NeXT with a limit of tiles, for several images and for videos."""
 
 import re
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 32  # of a video, as in the model's training
 
-# How frames are prepared, where the checkpoint does not say otherwise.
+# Preparation of frames, for settings that the checkpoint does not have.
 VIDEO_SETTINGS: dict[str, Any] = {
     "do_convert_rgb": True,
     "do_resize": True,
@@ -50,7 +50,7 @@ VIDEO_SETTINGS: dict[str, Any] = {
 
 
 def max_tiles(config: "PretrainedConfig") -> int:
-    """How many tiles' features an image may have, beside those of the whole image.
+    """Return the number of tiles whose features an image may have, besides those of the whole image.
 
     Raises:
         ValueError: ``vision_aspect_ratio`` names no such number.
@@ -62,7 +62,7 @@ def max_tiles(config: "PretrainedConfig") -> int:
 
 
 def pooled_side(config: "PretrainedConfig") -> int:
-    """Features of a video's frame, in each direction."""
+    """Number of features of a video's frame, in each direction."""
     return ceil(features_per_side(config) / 2)
 
 
@@ -87,14 +87,14 @@ class LlavaOnevisionForConditionalGeneration(LlavaNextForConditionalGeneration):
     model: LlavaOnevisionModel
 
     def get_video_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [videos, frames, channels, height, width], of the tower's size."""
+        """Encode items, whose features are [videos, frames, channels, height, width], in the tower's size."""
         videos = [video for item in items for video in parts_of(item)]
         features = self.model.encode(torch.cat(videos)).split([len(video) for video in videos])
         return torch.cat([self.model.pack_video(video) for video in features])
 
 
 class LlavaOnevisionProcessor(LlavaNextProcessor):
-    """As in transformers' chats, an image that is alone in its prompt is seen in tiles, each of several only whole."""
+    """Cuts an image into tiles only if it is the only one in its prompt, as transformers does."""
 
     models = [LlavaOnevisionForConditionalGeneration]
 
@@ -108,7 +108,7 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
         ).build(_processor)
 
     def prepared_image(self, height: int, width: int) -> Prepared:
-        """One of several has fewer tokens."""
+        """Return the prepared size of an image; one of several has fewer tokens."""
         return replace(super().prepared_image(height, width), num_tokens=num_features(self.hf_config) + 1)
 
     def prepared_video(self, num_frames: int, height: int, width: int) -> Prepared:
@@ -120,7 +120,7 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
         self.check_length(Modality.IMAGE, len(images) * (num_features(self.hf_config) + 1))
         chat = [within(image) for image in images]
         output = self.image_processor(images=[chat], return_tensors="pt")
-        output.pop("batch_num_images")  # one picture says it
+        output.pop("batch_num_images")  # the number is known
         return split_item(one_item(Modality.IMAGE, output), len(images))
 
     def video_item(self, video: VideoFrames) -> MultimodalDataItem:

@@ -31,7 +31,7 @@ class MistralAttention(GroupedQueryAttention):
 
 
 class Ministral3Attention(MistralAttention):
-    """With queries that grow with the logarithm of their position, beyond the first training's context (Mistral AI,
+    """Attention whose queries grow with the logarithm of their position, beyond the original context (Mistral AI,
     2025)."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and Ministral 3 (Mistral AI, 2025): a Pixtral tower, squares of whose patches are merged to one."""
+"""Mistral Small 3.1 and Ministral 3 (Mistral AI, 2025): a Pixtral tower, with squares of patches merged into one."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ Sizes = Sequence[tuple[int, int]]  # (height, width) of each image
 def feature_layer(config: "PretrainedConfig") -> int:
     """
     Raises:
-        ValueError: there are several, but the norm that follows the tower is of one.
+        ValueError: there are several, but the norm after the tower is for one.
     """
     layers = config.vision_feature_layer
     if isinstance(layers, int):
@@ -38,7 +38,7 @@ def feature_layer(config: "PretrainedConfig") -> int:
 
 
 class Mistral3PatchMerger(nn.Module):
-    """Neighbouring patches, ``spatial_merge_size`` squared, become one."""
+    """Merges ``spatial_merge_size`` squared neighbouring patches into one."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -62,7 +62,8 @@ class Mistral3PatchMerger(nn.Module):
         return x
 
     def _squares(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """[rows * columns, d] -> [squares, d * merge_size squared], each component of all patches together."""
+        """[rows * columns, d] -> [squares, d * merge_size squared]; a component's values of all patches follow one
+        another."""
         size = self.merge_size
         grid = patches.view(rows // size, size, columns // size, size, -1)
         return grid.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)
@@ -96,7 +97,7 @@ class Mistral3Model(nn.Module):
         )
 
     def encode(self, images: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-        """Images [channels, height, width], maybe padded, and their sizes in pixels -> [rows, hidden_size]."""
+        """Images [channels, height, width], possibly padded, and their sizes in pixels -> [rows, hidden_size]."""
         device = next(self.vision_tower.parameters()).device
         patches = self.vision_tower([image.to(device) for image in images], sizes, self.feature_layer)
         patch_size = self.vision_tower.patch_size
@@ -119,19 +120,19 @@ class Mistral3ForConditionalGeneration(ImageTextModel):
         super().__init__(config, model, quant_config, prefix)
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Features are [images, channels, height, width]; ``image_sizes`` [images, 2] are the (height, width) in pixels
-        of what is not padding."""
+        """Encode items, whose features are [images, channels, height, width], with ``image_sizes`` [images, 2], their
+        (height, width) in pixels without padding."""
         images = [image for item in items for image in parts_of(item)]
         return self.model.encode(images, [size for item in items for size in sizes_of(item)])
 
 
 def sizes_of(item: MultimodalDataItem) -> list[tuple[int, int]]:
-    """(height, width) of each image of an item, without padding."""
+    """Return (height, width) of each image of an item, without padding."""
     return [(int(height), int(width)) for height, width in torch.as_tensor(item.image_sizes).view(-1, 2)]
 
 
 class Mistral3Processor(LlavaProcessor):
-    """An image's rows of tokens are each ended by a token of their own, the last by that which ends the image."""
+    """Ends each row of an image's tokens by a token for that, the last by the one that ends the image."""
 
     models = [Mistral3ForConditionalGeneration]
 
@@ -169,7 +170,11 @@ class Mistral3Processor(LlavaProcessor):
         return items
 
     def bounded(self, image: Image.Image) -> Image.Image:
-        """The image, if something is left of its shorter side when the longer one is within the limit."""
+        """Return the image, if its shorter side keeps a pixel when the longer one is shrunk to the limit.
+
+        Raises:
+            InvalidRequest: it does not.
+        """
         longest = self.image_processor.size.get("longest_edge")
         if longest and min(image.size) * longest < max(image.size):
             raise InvalidRequest(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MixtralSparseMoeBlock(nn.Module):
-    """Each token's ``num_experts_per_tok`` likeliest experts, whose weights sum to one."""
+    """Experts: the ``num_experts_per_tok`` best of each token, with weights that sum to one."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -47,7 +47,7 @@ class MixtralSparseMoeBlock(nn.Module):
 
 
 class MixtralDecoderLayer(nn.Module):
-    """Attention and experts, each after a norm, each added to the residual, which is handed on apart."""
+    """Attention and experts, each after a norm and added to the residual, which is returned separately."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class MixtralDecoderLayer(nn.Module):
 
 class MixtralForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    rename = [(r"\.mlp\.", ".block_sparse_moe.")]  # as transformers 5 names it, and may save it
+    rename = [(r"\.mlp\.", ".block_sparse_moe.")]  # the name in transformers 5, which may be saved
     attention_type = MistralAttention
     layer_type = MixtralDecoderLayer
 

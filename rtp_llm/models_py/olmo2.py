@@ -35,7 +35,7 @@ class Olmo2HeadsNorm(nn.Module):
     """Root-mean-square norm over the heads of all ranks together.
 
     Args:
-        shard: the rank's part of the projection that is normed. Ranks may hold the same key heads.
+        shard: the rank's part of the projection that is normed. Ranks may have the same key heads.
     """
 
     def __init__(self, shard: OutputShard, tp_group: TPGroup, eps: float) -> None:
@@ -52,7 +52,7 @@ class Olmo2HeadsNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, shard.size] -> [T, shard.size]."""
         x32 = x.float()
-        # All heads are on equally many ranks, so their mean is that of all ranks.
+        # All heads are on equally many ranks, so the ranks' mean is that of all heads.
         mean_square = self.tp_group.all_reduce(x32.square().mean(dim=-1, keepdim=True)) / self.tp_group.world_size
         return scale_by_rms(x32, mean_square, self.weight, self.variance_epsilon).to(x.dtype)
 
@@ -100,7 +100,7 @@ class Olmo2Attention(GroupedQueryAttention):
 
 
 class Olmo2DecoderLayer(nn.Module):
-    """Attention and feed-forward, each before a norm, each added to the residual, which is handed on apart."""
+    """Attention and feed-forward, each before a norm and added to the residual, which is returned separately."""
 
     def __init__(
         self,

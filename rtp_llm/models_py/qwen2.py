@@ -29,9 +29,11 @@ class Qwen2Attention(GroupedQueryAttention):
 
 
 def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
-    """The window of a layer, itself included; None where it sees everything or ``use_sliding_window`` is off.
+    """Return the window of a layer, the query's own token included; None: all tokens, also without
+    ``use_sliding_window``.
 
-    A configuration without ``layer_types`` (Qwen3 MoE's) means all layers, one without the switch (Qwen3-VL's) none.
+    In a configuration without ``layer_types`` (Qwen3 MoE's) all layers have the window; without the switch
+    (Qwen3-VL's) none has.
     """
     if not getattr(config, "use_sliding_window", False):
         return None

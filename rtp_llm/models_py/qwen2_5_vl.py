@@ -1,6 +1,6 @@
 """Qwen2.5-VL (Bai et al., 2025): Qwen2-VL with attention within windows in most layers of its tower.
 
-The positions of videos follow the clock.
+The temporal positions of videos are proportional to seconds.
 """
 
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ class VisionBlock(nn.Module):
 
 
 class Qwen2_5_VisionTransformer(nn.Module):
-    """As Qwen2-VL's, but most layers see windows of a frame; for them the patches of a window stand together."""
+    """Qwen2-VL's tower, with attention within windows of a frame in most layers; patches are ordered by windows."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -97,7 +97,7 @@ class Qwen2_5_VisionTransformer(nn.Module):
         )
 
     def forward(self, patches: torch.Tensor, grids: Grids) -> torch.Tensor:
-        """As of ``Qwen2VisionTransformer``."""
+        """See ``Qwen2VisionTransformer``."""
         device, square = patches.device, self.merge_size**2
         order, cu_window_seqlens = window_order(grids, self.merge_size, self.window)
         patch_order = (order[:, None] * square + torch.arange(square)).flatten().to(device)
@@ -111,10 +111,10 @@ class Qwen2_5_VisionTransformer(nn.Module):
 
 
 def window_order(grids: Grids, merge_size: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merged squares sorted by windows of ``window`` x ``window`` of them; at a frame's edge a window is smaller.
+    """Sort merged squares by windows of ``window`` x ``window`` of them; at a frame's edge a window is smaller.
 
     Returns:
-        [merged squares] int64: which one stands at each place.
+        [merged squares] int64: the square at each place.
         [windows + 1] int32: bounds of the windows, in patches.
     """
     windows = []
@@ -141,7 +141,7 @@ class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
 
 class Qwen2_5_VLProcessor(Qwen2VLProcessor):
-    """With the seconds from one time of a video's grid to the next, which its temporal positions follow."""
+    """Adds the seconds between the frames of a video's grid, for its temporal positions."""
 
     models = [Qwen2_5_VLForConditionalGeneration]
 

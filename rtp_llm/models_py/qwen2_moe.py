@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE (Qwen Team, 2024): Qwen2 with experts, one of which every token passes, on most layers."""
+"""Qwen1.5-MoE and Qwen2-MoE (Qwen Team, 2024): Qwen2 with routed experts and a shared one on most layers."""
 
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class Qwen2MoeAttention(GroupedQueryAttention):
 
 
 class QwenSparseMoeBlock(nn.Module):
-    """Each token's ``num_experts_per_tok`` likeliest experts; with ``norm_topk_prob`` their weights sum to one."""
+    """Experts: the ``num_experts_per_tok`` best of each token; with ``norm_topk_prob`` their weights sum to one."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -64,7 +64,7 @@ class QwenSparseMoeBlock(nn.Module):
 
 
 class Qwen2MoeSparseMoeBlock(QwenSparseMoeBlock):
-    """With a shared expert, which all tokens pass, times a gate of its own."""
+    """Routed experts, plus a shared expert for all tokens, times its gate."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -87,7 +87,7 @@ class Qwen2MoeSparseMoeBlock(QwenSparseMoeBlock):
 
 
 class QwenMoeDecoderLayer(LlamaDecoderLayer):
-    """Experts on each ``decoder_sparse_step``-th layer that is not one of ``mlp_only_layers``; dense on the others."""
+    """A layer: every ``decoder_sparse_step``-th that is not in ``mlp_only_layers`` has experts; others are dense."""
 
     moe_type: type[nn.Module] = QwenSparseMoeBlock
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL (Wang et al., 2024): a Qwen2 that sees images of any size and videos, by multimodal rotary positions."""
+"""Qwen2-VL (Wang et al., 2024): Qwen2 with images of any size and videos, and multimodal rotary positions."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,7 +85,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Neighbouring patches, ``spatial_merge_size`` squared, become one token of the language model."""
+    """Merges ``spatial_merge_size`` squared neighbouring patches into one token of the language model."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class PatchMerger(nn.Module):
 
 
 class Qwen2VisionTransformer(nn.Module):
-    """Patches of several images or videos at once -> rows for the language model. A frame sees only itself."""
+    """The vision tower: patches of images or videos -> rows for the language model. A frame sees only itself."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -160,7 +160,7 @@ class Qwen2VisionTransformer(nn.Module):
 
 
 def vision_inv_freq(config: "PretrainedConfig", head_dim: int) -> torch.Tensor:
-    """[head_dim / 4], as of ``axial_inv_freq``."""
+    """[head_dim / 4], see ``axial_inv_freq``."""
     rope_theta, _, _ = get_rope_config(config)
     return axial_inv_freq(head_dim, rope_theta)
 
@@ -168,7 +168,7 @@ def vision_inv_freq(config: "PretrainedConfig", head_dim: int) -> torch.Tensor:
 def make_mrope(
     config: "PretrainedConfig", head_dim: int, mrope_section: Sequence[int], interleaved: bool = False
 ) -> RotaryEmbedding:
-    """``mrope_section``: where the configuration names none."""
+    """Make the rotary embedding. ``mrope_section``: the default, if the configuration has none."""
     rope_theta, rope_scaling, _ = get_rope_config(config)
     return get_rope(
         head_dim,
@@ -228,8 +228,8 @@ class Qwen2VLForConditionalGeneration(ImageTextModel):
 
 
 class Qwen2VLProcessor(BaseMultimodalProcessor):
-    """Images as transformers' image processor makes them. Videos as its video processor does, which needs torchvision;
-    what its settings leave open is in ``video_defaults``."""
+    """Prepares images by transformers' image processor, and videos as its video processor does, which needs
+    torchvision; ``video_defaults`` are for settings that the checkpoint does not have."""
 
     models = [Qwen2VLForConditionalGeneration]
     video_defaults: ClassVar[Mapping[str, Any]] = {
@@ -283,7 +283,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
         return super().image_item(image)
 
     def sample_frames(self, video: VideoInfo) -> Sequence[int]:
-        """Evenly spaced from the first on, a multiple of the frames that make a patch."""
+        """Take evenly spaced frames, from the first on; their number is a multiple of a patch's frames."""
         step = self.video.temporal_patch_size
         wanted = self.video.num_frames(video)
         if self.video.fixed_num_frames is not None:
@@ -300,7 +300,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
         return MultimodalDataItem(Modality.VIDEO, patches, video_grid_thw=torch.tensor([grid]))
 
     def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a video's frames are brought to."""
+        """Return height and width that a video's frames are resized to."""
         video = self.video
         max_pixels = video.max_pixels
         if video.caps_pixels:
@@ -310,7 +310,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
         return fit_size(height, width, video.factor, video.min_pixels, max_pixels)
 
     def _check_length(self, grid: tuple[int, int, int]) -> None:
-        """Before pixels are worked on that could never be served."""
+        """Raise InvalidRequest if a grid has too many tokens, before pixels are processed."""
         num_tokens = grid[0] * grid[1] * grid[2] // self.merge_size**2
         limit = getattr(self.server_args, "context_length", None)
         limit = limit or self.hf_config.get_text_config().max_position_embeddings
@@ -322,7 +322,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
             )
 
     def _check_rows(self, item: MultimodalDataItem) -> None:
-        """Raise InvalidRequest where what the caller has processed itself does not fit its grid."""
+        """Raise InvalidRequest if features that the caller has made do not fit their grid."""
         num_frames, num_rows, num_columns = grid_of(item)
         name = item.modality.value
         if num_rows % self.merge_size or num_columns % self.merge_size:
@@ -350,12 +350,12 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
 
     @property
     def _embedding_size(self) -> int:
-        """Values of a token's embedding: the first layer's input, and what is added after other layers."""
+        """Size of a token's embedding: the first layer's input, and the values that are added after other layers."""
         num_views = len(getattr(self.hf_config.vision_config, "deepstack_visual_indexes", ()))
         return self.hf_config.get_text_config().hidden_size * (1 + num_views)
 
     def _segments(self, item: MultimodalDataItem) -> list[Segment]:
-        """Where an item's tokens stand, and what their positions follow from.
+        """Return the places of an item's tokens, with the grid and interval of their positions.
 
         Raises:
             InvalidRequest: a caller's own placeholders do not fit the grid.
@@ -378,7 +378,7 @@ class Qwen2VLProcessor(BaseMultimodalProcessor):
         return segments
 
     def position_grids(self, item: MultimodalDataItem) -> list[tuple[tuple[int, int, int], torch.Tensor | float]]:
-        """The grid and interval of each of an item's segments."""
+        """Return the grid and interval of each of an item's segments."""
         return [(grid_of(item), 1.0)]
 
 

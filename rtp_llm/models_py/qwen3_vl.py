@@ -1,6 +1,6 @@
-"""Qwen3-VL (Bai et al., 2025): a Qwen3 whose first layers are also given what inner layers of its tower see.
+"""Qwen3-VL (Bai et al., 2025): Qwen3 with a tower, inner layers of which are added after the first language layers.
 
-That is DeepStack (Meng et al., 2024).
+The latter is DeepStack (Meng et al., 2024).
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class VisionMLP(nn.Module):
 
 
 class PatchMerger(VisionMLP):
-    """Neighbouring patches, ``spatial_merge_size`` squared, become one token of the language model.
+    """Merges ``spatial_merge_size`` squared neighbouring patches into one token of the language model.
 
     ``norms_merged``: the norm is over a merged square, not over each patch.
     """
@@ -122,8 +122,8 @@ class VisionBlock(nn.Module):
 
 
 class Qwen3VisionTransformer(nn.Module):
-    """As Qwen2-VL's, with learned positions beside the rotation. It also gives what ``deepstack_visual_indexes`` of its
-    layers see, each through a merger of its own."""
+    """Qwen2-VL's tower, with learned positions besides the rotation. It also returns the hidden states of layers
+    ``deepstack_visual_indexes``, each through its own merger."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -148,8 +148,8 @@ class Qwen3VisionTransformer(nn.Module):
         )
 
     def forward(self, patches: torch.Tensor, grids: Grids) -> torch.Tensor:
-        """As of ``Qwen2VisionTransformer``, but [patches / merge_size squared, out_hidden_size * (1 + k)]: k layers'
-        views follow."""
+        """As in ``Qwen2VisionTransformer``, but [patches / merge_size squared, out_hidden_size * (1 + k)]: those of k
+        inner layers follow."""
         x = self.patch_embed(patches)
         x = x + self._learned_positions(grids, x.device).to(x.dtype)
         positions = axial_cos_sin(patch_positions(grids, self.merge_size, x.device), self.inv_freq)
@@ -163,7 +163,7 @@ class Qwen3VisionTransformer(nn.Module):
         return torch.cat([self.merger(x), *[merger(seen[i]) for merger, i in views]], dim=-1)
 
     def _learned_positions(self, grids: Grids, device: torch.device) -> torch.Tensor:
-        """[patches, hidden_size]: the square table stretched over each image, corner to corner."""
+        """[patches, hidden_size]: the square table of positions, interpolated to each image's grid, corners aligned."""
         table = self.pos_embed.weight
         found = []
         for grid in grids:
@@ -193,7 +193,7 @@ class Qwen3VLTextModel(LlamaModel):
         input_embeds: torch.Tensor | None = None,
         input_deepstack_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``input_deepstack_embeds``: [T, hidden_size * k], a part each added to what the first k layers give."""
+        """``input_deepstack_embeds``: [T, hidden_size * k], a part of it added after each of the first k layers."""
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         hidden_size, additions = hidden_states.shape[-1], []
         if input_deepstack_embeds is not None:
@@ -220,8 +220,8 @@ class Qwen3VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
 
 class Qwen3VLProcessor(Qwen2VLProcessor):
-    """A video's frames stand apart in the prompt, after a text that says when each is. Its bounds of pixels are for all
-    frames together."""
+    """Places each frame of a video separately in the prompt, after its time as text. A video's bounds of pixels are for
+    all frames together."""
 
     models = [Qwen3VLForConditionalGeneration]
     video_defaults = {
@@ -245,7 +245,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         return "".join(f"<{seconds:.1f} seconds>{frame}" for seconds in timestamps)
 
     def sample_frames(self, video: VideoInfo) -> Sequence[int]:
-        """Evenly spaced from the first to the last."""
+        """Take evenly spaced frames, from the first to the last."""
         count = max(int(min(self.video.num_frames(video), video.total_frames)), 1)
         return np.linspace(0, video.total_frames - 1, count).round().astype(int).tolist()
 

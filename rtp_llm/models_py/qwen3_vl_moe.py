@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Qwen3VLMoeSparseMoeBlock(nn.Module):
-    """Qwen3-MoE's, but the weights of a token's experts always sum to one; published checkpoints have their matrices
-    transposed."""
+    """Qwen3-MoE's experts, whose weights always sum to one for a token, and whose matrices are transposed in published
+    checkpoints."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

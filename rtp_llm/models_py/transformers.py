@@ -1,10 +1,10 @@
 """Any causal language model of the transformers library, with our paged attention in place of its own.
 
-The model's own code runs, given all tokens of a step as one row. Two things let several sequences share that row: each
-token's position is told, and attention, which transformers calls through its interface for attention functions, is
-ours. What a layer needs of the cache is not declared in such a model, so it is found out after loading: one pass over a
-few tokens records every call of attention, with its shapes, scaling, soft cap, sinks and mask. Then the same tokens go
-through the plain model, and in pieces through ours; a model whose logits differ is refused, never served.
+The model's own code runs, on all tokens of a step as one row. Two things let several sequences share that row: position
+ids are passed, and attention, which transformers calls through its interface for attention functions, is ours. Such a
+model does not declare what its layers need of the cache, so this is found out after loading: one pass over a few tokens
+records every call of attention, with its shapes, scaling, soft cap, sinks and mask. Then the plain model computes the
+same tokens, and ours computes them in pieces; a model whose logits differ is refused.
 """
 
 import copy
@@ -48,11 +48,11 @@ class TransformersForCausalLM(nn.Module):
     """Transformers' own class for a configuration, served with our cache and batching.
 
     Raises:
-        UnservableModelError: by the constructor where the configuration tells, by ``finish_load`` where only running
+        UnservableModelError: from the constructor if the configuration shows it, from ``finish_load`` if only running
             the model does.
     """
 
-    replays_steps = False  # what transformers' code keeps between steps is not known
+    replays_steps = False  # transformers' code may keep state between steps
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -75,9 +75,9 @@ class TransformersForCausalLM(nn.Module):
         self.attentions = nn.ModuleList()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load as transformers does: renamings, conversions and ties are its own. What is missing is an error."""
+        """Load as transformers does, with its renamings, conversions and ties. A missing weight is an error."""
         model_class, config, device = type(self.model), self.model.config, self.model.device
-        del self.model  # its tensors, which nobody has touched, before the next take their place
+        del self.model  # free its tensors, which are not initialised, before the loaded ones are made
         with torch.device("cpu"), _without_progress_bar():
             model, info = model_class.from_pretrained(
                 None,
@@ -117,7 +117,7 @@ class TransformersForCausalLM(nn.Module):
         return [self.model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
 
     def _find_first_position(self, ids: torch.Tensor, expected: torch.Tensor) -> int:
-        """The position id of a sequence's first token: 0, but RoBERTa (2019) counts from the padding id + 1."""
+        """Return the position id of a sequence's first token: 0, except in RoBERTa (2019): the padding id + 1."""
         positions = torch.arange(len(ids), device=ids.device)
         logits = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0].float()
         if float(errors(logits, expected).median()) < TOLERANCE[self.model.dtype] / 10:
@@ -155,7 +155,7 @@ class TransformersForCausalLM(nn.Module):
         return [torch.cat(pieces) for pieces in logits]
 
     def _logits(self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[rows, vocab_size] float32, of tokens ``rows`` [N] among [T]; the model's own head, with all it does."""
+        """[N, vocab_size] float32, of tokens ``rows`` [N] among [T], by the model's own head and what follows it."""
         options: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}
         output = self.model(
             input_ids=input_ids[None], position_ids=positions[None] + self._first_position, use_cache=False, **options
@@ -186,7 +186,7 @@ def _prompt_logprobs(row: "LogprobRow", logits: torch.Tensor) -> Logprobs:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Transformers draws one while it loads."""
+    """Disable transformers' progress bar of loading within the context."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
