@@ -1,14 +1,14 @@
-// Attention over a paged cache, and the writing of that cache.
+// Attention over a paged cache, and writes to that cache.
 //
-// Softmax is computed as keys come (Milakov and Gimelshein, 2018; FlashAttention: Dao et al., 2022), with powers of two
-// instead of e. Work is cut into items that run on any thread in any order. Where an item sees only a part of a query's
-// keys, it leaves a partial result (weighted sum, maximum, sum of weights), and a second pass merges those. How a row is
-// cut depends on its own length alone, never on the batch or on the number of threads.
+// Softmax is computed online (Milakov and Gimelshein, 2018; FlashAttention: Dao et al., 2022), with powers of two
+// instead of e. Work is cut into items, which run on any thread in any order. An item with only a part of a query's
+// keys writes a partial result (weighted sum, maximum, sum of weights), and a second pass merges these. The cuts of a
+// row depend only on its own length, never on the batch or on the number of threads.
 //
-//   narrow items: one token, few query heads per key head (decode). Keys and values are read where they lie, once, and
-//       as fast as memory gives them; each product ends in a horizontal sum.
+//   narrow items: one token, few query heads per key head (decode). Keys and values are read in place, once, at the
+//       speed of memory; each product ends in a horizontal sum.
 //   wide items: a block of queries ("columns") by one key head. Products are tiles of registers: rows of the cache, one
-//       32-bit unit broadcast at a time, by vectors of columns. Scores lie transposed, [keys, columns], so that softmax
+//       32-bit unit broadcast at a time, by vectors of columns. Scores are transposed, [keys, columns], so that softmax
 //       needs no horizontal operation.
 #include "attention_narrow.h"
 #include "attention_wide.h"
@@ -17,7 +17,7 @@ namespace {
 
 // ---- a step
 
-constexpr int64_t WORTH_THREADS = 1 << 14;  // query-key pairs; fewer are done sooner than threads have begun
+constexpr int64_t WORTH_THREADS = 1 << 14;  // query-key pairs; for fewer, starting threads costs more than it saves
 
 template <class T, class S>
 void attend(const Attention& a) {
@@ -28,7 +28,7 @@ void attend(const Attention& a) {
     int64_t floats = step.total_partials * a.num_heads * partials.size;
     memory.reserve(Arena::bytes<float>(floats));
     partials.base = memory.take<float>(floats);
-    const Step& todo = step;  // the thread's own; others read it
+    const Step& todo = step;  // this thread's; other threads read it
     int64_t num_items = int64_t(todo.items.size());
 #pragma omp parallel for schedule(dynamic, 1) if (todo.total_cost > WORTH_THREADS && num_items > 1)
     for (int64_t i = 0; i < num_items; i++) {
@@ -48,7 +48,7 @@ void attend(const Attention& a) {
 
 // ---- writing
 
-// One row of the cache: the same numbers, or int8 with the factor that makes numbers of them.
+// Writes one row of the cache: converted numbers, or int8 with a scale.
 template <class T, class S>
 INLINE void write_row(const T* from, int64_t size, S* to, float*) {
     if constexpr (std::is_same<T, S>::value) std::memcpy(to, from, size_t(size) * sizeof(T));
@@ -65,7 +65,7 @@ INLINE void write_row(const T* from, int64_t size, int8_t* to, float* scale) {
     for (int64_t i = 0; i < size; i++) {
         float x = to_float(from[i]);
         largest_of = std::max(largest_of, std::fabs(x));
-        broken += x * 0.0f;  // NaN of what is no number
+        broken += x * 0.0f;  // NaN if x is not finite
     }
     *scale = largest_of / 127.0f + broken;
     float factor = largest_of > 0 ? 127.0f / largest_of : 0.0f;
@@ -90,7 +90,7 @@ void write(const Write& w) {
 
 }  // namespace
 
-// Both return false where there is no code for the pair of types.
+// Both return false if there is no code for the pair of types.
 KERNEL bool paged_attention(const Attention* a) {
     if (a->activations == 0 && a->stored == 0) attend<float, float>(*a);
     else if (a->activations == 0 && a->stored == 1) attend<float, bf16>(*a);

@@ -1,9 +1,9 @@
-// What the attention kernels are given.
+// Arguments of the attention kernels.
 #pragma once
 
 #include "common.h"
 
-// What devices/cpu/attention.py fills. Strides in elements; the last dimension is contiguous everywhere.
+// Filled by devices/cpu/attention.py. Strides are in elements; the last dimension is contiguous everywhere.
 struct Attention {
     const void* q;  // [T, num_heads, head_dim]
     int64_t q_token, q_head;
@@ -18,9 +18,9 @@ struct Attention {
     int64_t table_row, page_size;
     const int32_t* rows;  // per row of the batch: its row of the page table,
     const int32_t* starts;  // the position of its first token,
-    const int32_t* counts;  // and how many tokens it computes
+    const int32_t* counts;  // and the number of tokens that it computes
     int64_t num_rows;
-    const int32_t* shared;  // [num_shared, 3]: keys [0, end) begin at the end of the prefix before; first member, count
+    const int32_t* shared;  // [num_shared, 3]: end (keys begin at the end of the previous prefix), first member, count
     const int32_t* members;  // rows of the batch
     int64_t num_shared;
     const int64_t* visible_ends;  // [T] or null
@@ -28,7 +28,7 @@ struct Attention {
     int64_t num_heads, num_kv_heads, head_dim, v_head_dim;
     int64_t window;  // visible tokens, the query's own included; 0: all
     double scaling, logit_cap;  // cap 0: none
-    int64_t activations, stored;  // 0: float32, 1: bfloat16, 2: int8 (stored alone)
+    int64_t activations, stored;  // 0: float32, 1: bfloat16, 2: int8 (only stored)
 };
 
 struct Write {

@@ -1,4 +1,4 @@
-// A thread's memory, and where keys and values lie in the cache.
+// A thread's memory, and slots of keys and values in the cache.
 #pragma once
 
 #include "attention_vectors.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-// What one thread needs while it computes; it grows and stays.
+// Scratch memory of one thread; it grows and is kept.
 class Arena {
   public:
     ~Arena() { std::free(base_); }
@@ -57,7 +57,7 @@ INLINE void prefetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
-// Asks for rows of keys and of values some time before they are needed, a few at a time.
+// Prefetches rows of keys and of values before they are needed, a few at a time.
 struct Ahead {
     const char *keys, *values;
     int64_t key_step, value_step, key_bytes, value_bytes;

@@ -20,8 +20,8 @@ INLINE void multiply_keys(const C* q, int64_t q_size, const R* const* keys, int6
     for (int h = 0; h < HEADS; h++) sums(acc[h], out + h * NARROW_KEYS);
 }
 
-// weighted[h] += the sum over keys of p[h][key] * values[key], for VECS vectors of it. Of bfloat16 pairs, the even
-// quarters come first in each STEP: `natural_order` puts them right.
+// weighted[h] += the sum over keys of p[h][key] * values[key], for VECS vectors of it. With bfloat16 pairs, the even
+// quarters come first in each STEP; `natural_order` restores the order.
 template <class C, class R, int HEADS, int VECS>
 INLINE void add_values(const C* p, const R* const* values, int64_t d, int num_keys, float* weighted, int64_t size) {
     vec acc[HEADS][VECS];
@@ -74,7 +74,7 @@ INLINE void add_all_values(const C* p, const R* const* values, int num_keys, flo
     for (; d < size; d += STEP<C>) add_values<C, R, HEADS, PACK<C>>(p, values, d, num_keys, weighted, size);
 }
 
-// All query heads of a key head, up to four at a time.
+// Products of all query heads of a key head, up to four at a time.
 template <class C, class R>
 void multiply_group(const C* q, int64_t q_size, const R* const* keys, int64_t size, int num_heads, float* out) {
     while (num_heads > 0) {
@@ -103,7 +103,7 @@ void add_group(const C* p, const R* const* values, int num_keys, int num_heads, 
     }
 }
 
-// Rows of some slots: where they lie, or converted. Up to a multiple of four, the last is repeated.
+// Rows of some slots, in place or converted. The last is repeated up to a multiple of four.
 template <class C, class S>
 struct Rows {
     const S* stored[NARROW_KEYS + 4];
@@ -122,7 +122,7 @@ struct Rows {
     }
 };
 
-// long: one pass over the keys; its parts would have a dozen buffers and counters as arguments each
+// long: one pass over the keys; parts of it would each need a dozen buffers and counters as arguments
 template <class T, class S>
 void run_narrow(const Attention& a, const Step& step, const Item& item, const Partials& partials) {
     using C = Computed<T>;

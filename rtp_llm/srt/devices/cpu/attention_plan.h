@@ -1,4 +1,4 @@
-// What a step has to do: items, each of some keys, some heads and some queries.
+// The items of a step, each of some keys, some heads and some queries.
 #pragma once
 
 #include "attention_memory.h"
@@ -15,19 +15,19 @@ struct Item {
     int32_t begin, end;  // keys
     int32_t head, num_heads;  // key heads; one of a wide item
     int32_t query, num_queries;  // tokens of the batch, or members of a shared prefix
-    int32_t in_group, group_size;  // query heads of each key head: the first, and how many
+    int32_t in_group, group_size;  // query heads of each key head: the first, and their number
     int32_t row;  // of the batch
-    int32_t partial;  // where a partial result goes; -1: the result is whole. Of a shared prefix: which of its splits
-    bool shared;  // by several rows
+    int32_t partial;  // index of a partial result; -1: the result is whole. Of a shared prefix: the number of its split
+    bool shared;  // of a prefix that several rows share
     int64_t cost;
 };
 
 struct Step {
     std::vector<Item> items;
     std::vector<int32_t> tokens;  // per row, its first token
-    std::vector<int32_t> own_begin;  // per row, the end of what it shares
+    std::vector<int32_t> own_begin;  // per row, the end of its shared prefixes
     std::vector<int32_t> first_partial, num_partials;  // per row
-    std::vector<int32_t> member_partials;  // per member of a shared prefix, of its first split
+    std::vector<int32_t> member_partials;  // per member of a shared prefix, the partial of its first split
     int64_t total_partials = 0, total_cost = 0;
 };
 
@@ -39,7 +39,7 @@ int32_t num_splits(int64_t num_keys, int64_t keys_per_split) {
     return int32_t(std::min<int64_t>(std::max<int64_t>(1, num_keys / keys_per_split), MAX_SPLITS));
 }
 
-// Part i of n of [begin, end), in multiples of 32 keys but for the last.
+// Start of part i of n of [begin, end); parts are multiples of 32 keys, except the last.
 int32_t split_at(int64_t begin, int64_t end, int32_t i, int32_t n) {
     if (i == n) return int32_t(end);
     return int32_t(begin + (end - begin) * i / n / 32 * 32);
@@ -51,8 +51,8 @@ void add(Step& step, Item item, int64_t width) {
     step.items.push_back(item);
 }
 
-// Shared prefixes follow on one another, for each row from 0 on. One that some row does not see wholly is left out, and
-// what follows on it.
+// A row's shared prefixes follow one another, from 0 on. A prefix that some row does not see wholly is left out, with
+// those that follow it.
 void use_shared(const Attention& a, Step& step, std::vector<int32_t>& used) {
     step.own_begin.assign(size_t(a.num_rows), 0);
     step.member_partials.assign(size_t(a.num_shared ? a.shared[3 * a.num_shared - 2] + a.shared[3 * a.num_shared - 1] : 0), 0);
@@ -102,7 +102,7 @@ void add_shared(const Attention& a, Step& step, const std::vector<int32_t>& used
     }
 }
 
-// Partials of the row come first, then those of what it shares.
+// Partials of the row itself come first, then those of its shared prefixes.
 void add_single(const Attention& a, Step& step, int32_t row, int32_t heads_per_item) {
     int32_t group = int32_t(a.num_heads / a.num_kv_heads), end = a.starts[row] + 1, token = step.tokens[size_t(row)];
     int32_t begin = std::max(step.own_begin[size_t(row)], int32_t(first_visible(a, a.starts[row])));
@@ -172,7 +172,7 @@ void plan(const Attention& a, Step& step) {
         step.first_partial[row] = int32_t(step.total_partials);
         step.total_partials += step.num_partials[row] + of_shared[row];
     }
-    // One item takes all key heads of its keys, so that memory is read in long runs, unless threads would be idle.
+    // An item has all key heads of its keys, so that memory is read in long runs, unless threads would be idle.
     int64_t heads_per_item = a.num_kv_heads, wanted = 4 * omp_get_max_threads();
     while (heads_per_item > 1 && singles * ((a.num_kv_heads + heads_per_item - 1) / heads_per_item) < wanted)
         heads_per_item = (heads_per_item + 1) / 2;

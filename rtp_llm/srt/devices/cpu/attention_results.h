@@ -1,4 +1,4 @@
-// Whole results, partial ones and how those are merged; and which query an item's column is.
+// Whole and partial results, the merge of the latter, and the queries of an item's columns.
 #pragma once
 
 #include "attention_plan.h"
@@ -8,7 +8,7 @@ namespace {
 // Partial results of one query head: the weighted sum, padded to vectors, then maximum and sum of weights.
 struct Partials {
     float* base;
-    int64_t size, num_heads;  // floats of one
+    int64_t size, num_heads;  // size: floats of one result
 
     float* at(int64_t partial, int64_t head) const { return base + (partial * num_heads + head) * size; }
 };
@@ -41,7 +41,7 @@ void leave_partial(const Attention& a, float* to, int64_t size, const float* wei
     to[size - 1] = total;
 }
 
-// Merges a row's partial results of one head, the first of which takes the sum.
+// Merges a row's partial results of one head into the first of them.
 template <class T>
 void merge(const Attention& a, const Partials& partials, int64_t token, int64_t first, int64_t count, int64_t head) {
     float* into = partials.at(first, head);
@@ -81,7 +81,7 @@ struct Columns {
         if (item.shared) return step.member_partials[size_t(item.query + column / item.group_size)] + item.partial;
         return item.partial;
     }
-    // Keys of the item that it sees.
+    // The item's keys that the column sees.
     void visible(int column, int32_t& from, int32_t& to) const {
         from = item.begin;
         to = item.end;

@@ -1,4 +1,4 @@
-// Sizes of the work, and numbers: powers of two, scores, products of units, conversions.
+// Sizes of items and tiles, and arithmetic: powers of two, scores, products of units, conversions.
 #pragma once
 
 #include "attention_arguments.h"
@@ -18,11 +18,11 @@ static INLINE float to_float(int8_t x) { return x; }
 namespace {
 
 constexpr float LOG2E = 1.44269504088896341f;
-constexpr float MASKED = -1e30f;  // the score of a key that is not seen: finite, so that nothing is infinity minus infinity
+constexpr float MASKED = -1e30f;  // the score of a hidden key: finite, so that inf - inf does not occur
 constexpr float MASKED_PRODUCT = -1e33f;  // the same before it is scaled, by 0.001 to 10,000
-constexpr float LOWEST = -1e29f;  // where a maximum begins: above what is masked, so that 2^(masked - maximum) is 0
+constexpr float LOWEST = -1e29f;  // initial maximum: above MASKED, so that 2^(masked - maximum) is 0
 
-constexpr int NARROW_KEYS = 32;  // keys that a narrow item looks at together
+constexpr int NARROW_KEYS = 32;  // keys that a narrow item computes at a time
 constexpr int NARROW_HEADS = 8;  // most query heads per key head of a narrow item
 constexpr int WIDE_KEYS = 128;
 constexpr int WIDE_COLUMNS = 192;
@@ -36,8 +36,8 @@ constexpr int KEYS_PER_SPLIT = 256;  // of a row of one token; one such row occu
 constexpr int MAX_SPLITS = 64;
 constexpr int KEYS_PER_SHARED_SPLIT = 512;
 
-// Products of bfloat16 are native on some machines: two neighbours along the sum in one 32-bit unit. Others compute in
-// float32 whatever is stored.
+// Some machines have products of bfloat16: two neighbours along the sum in one 32-bit unit. Others compute in float32,
+// whatever the stored type.
 #if defined(__AVX512BF16__)
 template <class T>
 using Computed = T;
@@ -64,7 +64,7 @@ INLINE vec exp2(vec x) {
     vec shifted = bounded + 12582912.0f;  // rounds to an integer in the lower bits
     vec r = bounded - (shifted - 12582912.0f);
 #endif
-    // Taylor's: 2e-7 off at most for |r| <= 0.5, or 5e-5, which is enough where it is rounded to bfloat16.
+    // Taylor series: error at most 2e-7 for |r| <= 0.5, or 5e-5, which suffices if the result is rounded to bfloat16.
     vec p = splat(9.618129107628e-3f);
     if (PRECISE) p = p + r * (splat(1.333355814642e-3f) + r * 1.540353039338e-4f);
     p = p * r + 5.550410866482e-2f;
@@ -84,10 +84,10 @@ INLINE vec tanh(vec x) { return 1.0f - 2.0f / (1.0f + exp2<true>(x * (2.0f * LOG
 
 float exp2_of(float x) { return exp2<true>(splat(x))[0]; }
 
-// From products of queries and keys to exponents of two.
+// Converts products of queries and keys to exponents of two.
 struct Scores {
     float factor, cap, cap_factor;
-    bool plain;  // scores are products times a factor that MASKED_PRODUCT stands
+    bool plain;  // scores are products times a factor within the range of MASKED_PRODUCT
 
     explicit Scores(const Attention& a)
         : factor(float(a.scaling) * LOG2E),
@@ -125,7 +125,7 @@ INLINE vec broadcast(const uint32_t* unit) {
 #endif
 }
 
-// A vector of units of C from what is stored as R: the same, or bfloat16 widened.
+// Loads a vector of units of C from numbers of type R: unchanged, or widened from bfloat16.
 template <class C, class R>
 INLINE vec units(const R* p) {
     if constexpr (sizeof(C) == 2) return load(reinterpret_cast<const float*>(p));

@@ -55,7 +55,7 @@ void add_panel(
     }
 }
 
-// Columns that go through the tiles together, and what is known of each.
+// Columns that are computed in the tiles together, and their state.
 struct Panel {
     int vecs;
     float* queries;  // [depth, vecs * LANES] units
@@ -82,8 +82,8 @@ INLINE void store_weights(float* to, vec even, vec odd) {
     store(to, even);
 }
 
-// Turns one vector of columns of scores into weights, and returns by what earlier sums are to be multiplied. PLAIN: a
-// score is the product times to_scores.factor, and nothing else.
+// Converts one vector of columns of scores to weights, and returns the factor of earlier sums. PLAIN: a score is only
+// the product times to_scores.factor.
 template <class C, bool MASKS, bool PLAIN, bool SCALES>
 INLINE vec soften(
     const Scores& to_scores, float* scores, int64_t stride, int num_keys, int32_t begin, const float* key_scales,
@@ -126,7 +126,7 @@ INLINE vec soften(
     return scale;
 }
 
-// Values of a block as `add_panel` wants them.
+// Values of a block in the layout of `add_panel`.
 template <class C, class S>
 void pack_values(const S* base, int64_t stride, const int64_t* slots, int num_keys, int64_t size, int64_t padded, C* row, uint32_t* to) {
     int num_units = (num_keys + PACK<C> - 1) / PACK<C>;
@@ -154,7 +154,7 @@ void pack_values(const S* base, int64_t stride, const int64_t* slots, int num_ke
             for (int64_t d = 0; d < padded; d += 32) {
                 __m512i even = (__m512i)units<C>(sources[0] + d), odd = (__m512i)units<C>(sources[1] + d);
                 __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-                // Quarters of low hold d .. d+3, d+8 .. d+11, and so on; those of high what is between.
+                // Quarters of low have d .. d+3, d+8 .. d+11, and so on; those of high have the values between.
                 for (int i = 0; i < 4; i++) {
                     __m128i a = i == 0 ? _mm512_extracti32x4_epi32(low, 0) : i == 1 ? _mm512_extracti32x4_epi32(low, 1)
                               : i == 2 ? _mm512_extracti32x4_epi32(low, 2) : _mm512_extracti32x4_epi32(low, 3);
@@ -291,7 +291,7 @@ void finish_panel(
     }
 }
 
-// long: one pass over the keys; its parts would have a dozen buffers and counters as arguments each
+// long: one pass over the keys; parts of it would each need a dozen buffers and counters as arguments
 template <class T, class S>
 void run_wide(const Attention& a, const Step& step, const Item& item, const Partials& partials) {
     using C = Computed<T>;

@@ -1,7 +1,7 @@
-// What all CPU kernels share: number formats, and vectors of float32 as wide as the machine's.
+// Common parts of all CPU kernels: number formats, and vectors of float32 as wide as the machine's.
 //
-// A kernel file is compiled once per instruction set; __AVX512BF16__, __AVX512F__, __AVX2__ or none of them tell which.
-// Everything below is correct for any of them; the vectors are GCC's, which every compiler of the family knows.
+// A kernel file is compiled for one instruction set; __AVX512BF16__, __AVX512F__, __AVX2__ or none of them shows which.
+// All code below is correct for each of them; the vectors are GCC's vector extensions, which Clang has, too.
 #pragma once
 
 #include <omp.h>
@@ -147,7 +147,7 @@ static INLINE vec gelu_tanh(vec x) {
     return x / (exp(z * -2.0f) + 1.0f);
 }
 
-// x as it would be after a store in T.
+// x rounded as by a store in T.
 template <class T>
 static INLINE vec rounded(vec x) {
     T buffer[LANES];
@@ -159,7 +159,7 @@ INLINE vec rounded<float>(vec x) {
     return x;
 }
 
-// Elements that are left over when a row is not a multiple of LANES go through a short buffer.
+// The last elements of a row whose size is not a multiple of LANES go through a short buffer.
 template <class T>
 static INLINE vec load_part(const T* p, int count, float fill = 0.0f) {
     float buffer[LANES];

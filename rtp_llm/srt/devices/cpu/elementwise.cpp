@@ -1,4 +1,4 @@
-// Norms, gated activations and rotations: one pass over memory each, rounded where kernels/reference.py rounds.
+// Norms, gated activations and rotations: one pass over memory each, with the roundings of kernels/reference.py.
 #include <initializer_list>
 
 #include "common.h"
@@ -8,7 +8,7 @@
 // Elements from which a parallel region saves more than it costs.
 constexpr int64_t WORTH_THREADS = 32768;
 
-// body(i) for every i below n, whose work touches `elements` in all.
+// body(i) for every i below n; `elements`: the total number of elements, for the choice of threads.
 template <class F>
 static INLINE void parallel_for(int64_t n, int64_t elements, F body) {
     if (elements < WORTH_THREADS || n == 1) {
@@ -19,9 +19,9 @@ static INLINE void parallel_for(int64_t n, int64_t elements, F body) {
     for (int64_t i = 0; i < n; i++) body(i);
 }
 
-struct Whole {};  // a vector with all its lanes; an int in its place: the first so many
+struct Whole {};  // all lanes of a vector; an int in its place: that number of first lanes
 
-// body(i, Whole) for every whole vector of a row of n elements, body(i, count) for what is left over.
+// body(i, Whole) for every whole vector of a row of n elements, body(i, count) for the rest.
 template <class F>
 static INLINE void by_vectors(int64_t n, F body) {
     int64_t i = 0;
@@ -71,8 +71,8 @@ static INLINE void norm_row(const T* given, const T* weight, const T* bias, T* y
     });
 }
 
-// Rows lie in two levels, at outer_stride and within it at inner_stride; y is contiguous. With a residual (inner is 1)
-// its sum with x, rounded, is what is normed, and goes to `added`.
+// Rows have two levels of strides, outer_stride and inner_stride; y is contiguous. With a residual (inner is 1), its
+// sum with x is rounded, stored in `added`, and normed.
 template <class T, NormKind kind>
 static void norm(const T* x, const T* residual, const T* weight, const T* bias, T* y, T* added, int64_t outer,
                  int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t residual_stride, int64_t size,
@@ -197,7 +197,7 @@ KERNEL void swiglu_oai_and_mul_bf16(const bf16* x, bf16* y, int64_t rows, int64_
 
 // ---- rotary positions
 
-// One head: pairs (i, i + half), or (2i, 2i + 1). Each product is rounded, as torch's are. y may be x.
+// Rotates one head: pairs (i, i + half), or (2i, 2i + 1). Each product is rounded, as in torch. y may be x.
 template <class T>
 static INLINE void rotate_head(const T* x, T* y, const T* cos, const T* sin, int64_t half, int64_t head_size,
                                bool is_neox) {

@@ -8,9 +8,9 @@
 //     int8      [panels][units][PANEL][4]            a unit is 4 inputs
 //     int4      [panels][units / 2][PANEL][4 bytes]  the lower halves of 4 bytes are a unit, the upper halves the next
 //
-// Rows of x are taken up to ROWS at a time against one panel, and all of the sums stay in registers: with few rows a
-// product costs the reading of its weights, with many the multiplications. Many rows are first laid out in the order in
-// which they are read. Threads share the panels; a row's result depends on nothing but itself.
+// Up to ROWS rows of x at a time are multiplied with one panel, with all sums in registers: with few rows the time is
+// that of reading the weights, with many that of the multiplications. Many rows are first copied to the order in which
+// they are read. Threads share the panels; a row's result depends only on that row.
 #include "gemm_tiles.h"
 
 KERNEL int64_t panel_size() { return PANEL; }
@@ -73,7 +73,7 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
     if (rows != M) return 0;
     int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
     uint32_t* memory = scratch<uint32_t, 0>(M * units);
-    std::vector<int64_t> ids, starts;  // of groups that have rows
+    std::vector<int64_t> ids, starts;  // of groups with rows
     std::vector<Input> inputs;
     for (int64_t g = 0, start = 0; g < groups; start += rows_per_group[g++]) {
         if (rows_per_group[g] == 0) continue;
@@ -111,7 +111,7 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
     return 1;
 }
 
-// ---- int8: weights with a scale per output; rows of x become bytes, each with a scale of its own
+// ---- int8: weights with a scale per output; rows of x are quantized to bytes, with a scale per row
 
 // weight [N, K] -> packed [panels][ceil(K / 4)][PANEL][4], ending in zeros, and each output's sum, [panels * PANEL].
 KERNEL void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int32_t* totals) {
@@ -174,7 +174,7 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
             for (int v = 0; v < VECS; v++) {
                 ivec total = load_bits(totals + p * PANEL + v * LANES);
                 vec scale = load(scales + p * PANEL + v * LANES);
-                for (int r = 0; r < R; r++)  // a byte of x is 128 more than what it stands for
+                for (int r = 0; r < R; r++)  // a byte of x is its value plus 128
                     results[r][v] = __builtin_convertvector(sums[r][v] - 128 * total, vec) *
                                     (scale * splat(input.scales[start + r]));
             }

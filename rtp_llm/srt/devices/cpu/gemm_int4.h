@@ -5,20 +5,20 @@
 
 namespace {
 
-// Rows are multiplied as bytes where the processor does so; elsewhere a panel at a time is written out in bfloat16.
+// Rows are multiplied as bytes if the processor can; otherwise one panel at a time is converted to bfloat16.
 #if defined(__AVX512VNNI__)
 constexpr bool AS_BYTES = true;
 #else
 constexpr bool AS_BYTES = false;
 #endif
-constexpr int ROWS_OF_INT4 = 6;  // in a tile: it keeps two sets of sums
+constexpr int ROWS_OF_INT4 = 6;  // of a tile, which has two sets of sums
 
 struct Int4 {
     const uint8_t* packed;   // [panels][units / 2][PANEL][4]
-    const int16_t* scales;   // [panels][groups][PANEL], times what `steps` says
+    const int16_t* scales;   // [panels][groups][PANEL], in units of `steps`
     const uint8_t* zeros;    // [panels][groups][PANEL], or null: all 8
     const float* steps;      // [panels * PANEL]
-    int64_t groups, group;   // group: inputs of one, a multiple of 8
+    int64_t groups, group;   // group: inputs of one group, a multiple of 8
 
     const uint8_t* quarters(int64_t panel) const { return packed + panel * groups * group / 2 * PANEL; }
 
@@ -36,8 +36,8 @@ struct Int4 {
     INLINE vec step(int64_t panel, int v) const { return load(steps + panel * PANEL + v * LANES); }
 };
 
-// One panel times rows that were made bytes, group by group. For few rows there are registers for sums of the upper
-// halves as they are, 16 times what they stand for, which saves shifting the weights.
+// Multiplies one panel with rows of bytes, group by group. With few rows there are registers for separate sums of the
+// upper halves, unshifted and so 16 times too large, which saves shifting the weights.
 template <int R>
 NOINLINE void tile_int4(
     const Bytes& input, int64_t start, const Int4& weight, int64_t panel, vec (&result)[R][VECS], Following following
@@ -131,7 +131,7 @@ KERNEL void pack_int4(const uint8_t* values, int64_t N, int64_t inputs, uint8_t*
         }
 }
 
-// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate, of bfloat16 x; see Int4 for what the weight consists of.
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate, of bfloat16 x; see Int4 for the parts of the weight.
 KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, const int16_t* scales,
                       const uint8_t* zeros, const float* steps, int64_t group, int64_t N, int64_t K, const void* bias,
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
@@ -155,7 +155,7 @@ KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t*
         int64_t units = divide_up(K, 2), panel_units = weight.groups * group / 2 * PANEL;
 #pragma omp parallel
         {
-            int64_t written[2] = {-1, -1};  // panels that are in memory now, of either half
+            int64_t written[2] = {-1, -1};  // the converted panel of either half
             uint32_t* memory = scratch<uint32_t, 5>(2 * panel_units);
             input.pack();
             each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following) {

@@ -1,4 +1,4 @@
-// Panels and units, a thread's memory, and what one unit of the inputs adds to the sums.
+// Panels and units, a thread's memory, and the product of one unit of the inputs.
 #pragma once
 
 #include "common.h"
@@ -13,13 +13,13 @@ namespace {
 
 constexpr int PANEL = 32;
 constexpr int VECS = PANEL / LANES;
-constexpr int ROWS = LANES == 16 ? 12 : 4;  // as many sums as there are registers for
-constexpr int PANELS_AT_ONCE = 4;           // that a thread takes; a tile of rows stays in its cache meanwhile
-constexpr int64_t UNITS_OF_EACH = 256;      // that one thread makes of a tile's rows
-constexpr int ROWS_OF_EACH = 4;             // so few every thread prepares for itself
-constexpr int FEW_TILES = 16;               // they go through a panel together
-constexpr int FEWEST_THAT_ASK = 4;          // rows: fewer leave no time to ask for what comes after them
-constexpr int UNITS_AHEAD = 24;             // weights are asked for so much before they are read
+constexpr int ROWS = LANES == 16 ? 12 : 4;  // of a tile: the registers have room for their sums
+constexpr int PANELS_AT_ONCE = 4;           // panels that a thread takes; a tile of rows stays in its cache meanwhile
+constexpr int64_t UNITS_OF_EACH = 256;      // units of a tile's rows that one thread prepares at a time
+constexpr int ROWS_OF_EACH = 4;             // up to this number of rows, every thread prepares all for itself
+constexpr int FEW_TILES = 16;               // up to this number, all tiles are multiplied with a panel before the next
+constexpr int FEWEST_THAT_ASK = 4;          // rows: with fewer there is no time for prefetching the next data
+constexpr int UNITS_AHEAD = 24;             // distance of the prefetch of weights
 
 typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
 
@@ -52,7 +52,7 @@ INLINE int32_t sum(ivec x) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory of the calling thread that is kept from call to call. Each SLOT is memory of its own.
+// Memory of the calling thread that is kept from call to call, separate for each SLOT.
 template <class T, int SLOT>
 T* scratch(int64_t count) {
     static thread_local std::unique_ptr<char[]> memory;
@@ -70,7 +70,7 @@ T* scratch(int64_t count) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
 }
 
-// ---- what one unit of the inputs adds to the sums of one register of outputs
+// ---- the product of one unit of the inputs, added to the sums of one register of outputs
 
 INLINE vec add_bf16(vec sum, uint32_t x, const uint32_t* w) {
 #if defined(__AVX512BF16__)
@@ -93,8 +93,8 @@ INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
 #endif
 }
 
-// CACHE: 1, or 2, which waits for more of them at a time: to one row, which is all waiting, that is worth the longer
-// way.
+// CACHE: prefetch into level 1, or 2, which allows more outstanding requests: with one row, whose time is all waiting,
+// that outweighs the longer way.
 template <int CACHE = 1>
 INLINE void ahead(const uint32_t* w) {
     __builtin_prefetch(w + UNITS_AHEAD * PANEL, 0, 4 - CACHE);

@@ -1,4 +1,4 @@
-// Rows of x, in the order in which they are read.
+// Rows of x, copied to the order in which they are read.
 #pragma once
 
 #include "gemm_panels.h"
@@ -10,14 +10,14 @@
 
 namespace {
 
-// Cut into tiles of nearly equal size.
+// Rows cut into tiles of nearly equal size.
 struct Tiles {
     int64_t rows, count;
     explicit Tiles(int64_t rows, int most = ROWS) : rows(rows), count(divide_up(rows, most)) {}
     int64_t start(int64_t tile) const { return rows * tile / count; }
 };
 
-// bfloat16 rows as units. Unit u of row r of a tile of R rows is number u * R + r of the tile.
+// bfloat16 rows as units: unit u of row r of a tile of R rows is number u * R + r of the tile.
 class Input {
    public:
     const Tiles tiles;
@@ -25,11 +25,11 @@ class Input {
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K)
         : Input(x, stride, M, K, scratch<uint32_t, 0>(M * divide_up(K, 2))) {}
 
-    // In memory of the caller's, [M * ceil(K / 2)].
+    // memory: the caller's, [M * ceil(K / 2)].
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K, uint32_t* memory)
         : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
         even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
-        packed_ = even_ && M == 1 ? nullptr : memory;  // a single row lies as it should
+        packed_ = even_ && M == 1 ? nullptr : memory;  // a single row is in the right order
     }
 
     // To be called by all threads of a team.
@@ -73,8 +73,8 @@ class Input {
     uint32_t* packed_;
 };
 
-// Rows as bytes, four to a unit, in the order of Input. Each group of `group` inputs has a scale of its own, so that the
-// largest becomes 127. `offset` is added to every byte. Rows end in zeros, so that groups are whole.
+// Rows as bytes, four to a unit, in the order of Input. Each group of `group` inputs has a scale, so that the largest
+// becomes 127. `offset` is added to every byte. Rows are padded with zeros to whole groups.
 class Bytes {
    public:
     const Tiles tiles;
@@ -88,8 +88,8 @@ class Bytes {
         reserve();
     }
 
-    // To be called by all threads of a team, each with a copy. Of few rows each makes bytes of its own, which takes
-    // less time than to wait for one another.
+    // To be called by all threads of a team, each with a copy. With few rows each thread converts all of them, which
+    // takes less time than waiting for the others.
     void pack() {
         if (tiles.rows <= ROWS_OF_EACH) {
             reserve();
@@ -161,7 +161,7 @@ class Bytes {
         return result;
     }
 
-    // The nearest integers; of two as near, the even one.
+    // The nearest integers, ties to even.
     static INLINE ivec nearest(vec x) {
 #if defined(__AVX512F__)
         return (ivec)_mm512_cvtps_epi32((__m512)x);

@@ -7,7 +7,7 @@ namespace {
 
 // ---- results
 
-// A function of the first half of the outputs that the second half is multiplied by.
+// The gate: a function of the first half of the outputs, by which the second half is multiplied.
 enum Gate { NO_GATE, SILU, GELU_TANH };
 
 struct Output {
@@ -23,8 +23,8 @@ struct Output {
         put(row * stride + column, with_bias(value, column, count), count);
     }
 
-    // Of a whole vector of columns of the first half, with those of the second. Rounded where it would be if each step
-    // went through memory.
+    // Applies the gate to a vector of columns of the first half and those of the second, with the roundings of separate
+    // operations.
     INLINE void write_gated(int64_t row, int64_t column, vec first, vec second) const {
         first = round(with_bias(first, column, LANES));
         second = round(with_bias(second, columns / 2 + column, LANES));
@@ -75,7 +75,7 @@ INLINE void with_rows(int64_t rows, F&& f) {
 
 // ---- one tile of rows times one panel
 
-// What the tile after this one reads, and has to be nearer by then: `step` words for each unit.
+// Data of the next tile, to be prefetched: `step` words for each unit.
 struct Next {
     const uint32_t* at;
     int step;
@@ -86,7 +86,7 @@ struct Next {
     }
 };
 
-// What a tile can ask for: half `half` of the panel that is `panels` further on, or, 0 panels on, the next tile's rows.
+// Data that a tile can prefetch: half `half` of the panel that is `panels` further on, or, if 0, the next tile's rows.
 struct Following {
     int64_t panels;
     int half;
@@ -141,8 +141,8 @@ INLINE void write_tile_gated(
         for (int v = 0; v < VECS; v++) out.write_gated(row + r, column + v * LANES, first[r][v], second[r][v]);
 }
 
-// Panels of outputs, for the threads of a team to take: several at a time, and fewer towards the end, so that all end
-// together. With a gate, whose halves are whole panels, one of the first half stands for one of the second as well.
+// Panels of outputs, which the threads of a team take: several at a time, and fewer towards the end, so that all end
+// together. With a gate, whose halves are whole panels, a panel of the first half includes that of the second.
 class Panels {
    public:
     const int64_t count;
@@ -151,7 +151,7 @@ class Panels {
         : count(out.gate ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
           most_(out.gate ? std::max<int64_t>(1, most / 2) : most) {}
 
-    // Whether there were any left: [first, last).
+    // Takes panels [first, last); false if none were left.
     bool take(int64_t& first, int64_t& last) {
         first = next_.load(std::memory_order_relaxed);
         do {
@@ -166,11 +166,11 @@ class Panels {
     std::atomic<int64_t> next_{0};
 };
 
-// Computes every tile of rows by every panel, to be called by all threads of a team; tile(panel, first row, sums,
-// following) does one.
+// Computes every tile of rows by every panel; to be called by all threads of a team. tile(panel, first row, sums,
+// following) computes one.
 //
-// Of few tiles all go through a panel before the next one, which is read from memory meanwhile: otherwise the first tile
-// would wait for memory, and the others for the multipliers. Of many each goes through several panels.
+// With few tiles, all are multiplied with a panel while the next one is read from memory: otherwise the first tile
+// would wait for memory, and the others for the multipliers. With many, each is multiplied with several panels in turn.
 template <class F>
 void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) {
     auto compute = [&](int64_t p, int64_t t, Following following) {
@@ -187,7 +187,7 @@ void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) 
             }
         });
     };
-    // To know what it reads next, a thread takes that early; not where the others would be left with nothing.
+    // A thread takes its next panels early, to prefetch them, unless no panels would be left for the others.
     const bool few = tiles.count > 1 && tiles.count <= FEW_TILES;
     const bool early = few && panels.count >= 4 * omp_get_num_threads();
     int64_t first, last, next_first = 0, next_last = 0;

@@ -1,10 +1,10 @@
-// What mixtures of experts do around their products: sorting rows by expert, and the weighted sum back.
+// Mixtures of experts, without their products: the sort of rows by expert, and the weighted sum.
 #include "common.h"
 
 #include <vector>
 
-// A stable counting sort of n ids below `groups`. counts [groups]: rows of each; order [n]: which element is in a sorted
-// place; places [n]: in which place an element is. Returns whether all ids are in range.
+// A stable counting sort of n ids below `groups`. counts [groups]: rows of each; order [n]: the element in each sorted
+// place; places [n]: the sorted place of each element. Returns whether all ids are in range.
 KERNEL int group_rows(const int64_t* ids, int64_t n, int64_t groups, int64_t* counts, int64_t* order, int64_t* places) {
     for (int64_t g = 0; g < groups; g++) counts[g] = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -22,7 +22,7 @@ KERNEL int group_rows(const int64_t* ids, int64_t n, int64_t groups, int64_t* co
 
 constexpr int64_t WORTH_THREADS = 32768;  // elements from which a parallel region saves more than it costs
 
-// Row i of y = row order[i] / repeats of x, of so many bytes; x's are x_stride bytes apart.
+// Row i of y = row order[i] / repeats of x; sizes and x_stride are in bytes.
 KERNEL void gather_rows(const char* x, int64_t x_stride, const int64_t* order, int64_t n, int64_t repeats,
                         int64_t bytes, char* y) {
 #pragma omp parallel for schedule(static) if (n * bytes >= 2 * WORTH_THREADS)

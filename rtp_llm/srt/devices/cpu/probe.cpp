@@ -1,7 +1,7 @@
-// Tells whether kernels can be compiled and loaded on this machine, and how many threads share their work.
+// Shows whether kernels can be compiled and loaded on this machine, and how many threads share their work.
 #include "common.h"
 
-// How many threads a parallel region has.
+// Number of threads of a parallel region.
 KERNEL int num_threads() {
     int count = 0;
 #pragma omp parallel
@@ -10,7 +10,7 @@ KERNEL int num_threads() {
     return count;
 }
 
-// y = e^x for n elements: lets a test see that every instruction set computes the same.
+// y = e^x for n elements, for a test that every instruction set computes the same.
 KERNEL void exponentials(const float* x, float* y, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         int count = n - i < LANES ? int(n - i) : LANES;

@@ -1,6 +1,6 @@
-// From logits to tokens: the largest, and draws of a temperature, top_k, top_p and min_p, without a sort of the
-// vocabulary. A draw is that of worker/sampler.py, step by step: float64 weights, numbers
-// of each token's own, and where any are equal the same one of them.
+// From logits to tokens: the largest logit, and draws with temperature, top_k, top_p and min_p, without a sort of the
+// vocabulary. A draw equals that of worker/sampler.py in all steps: float64 weights, a random number for each token,
+// and the same choice among equal ones.
 #include <algorithm>
 #include <functional>
 #include <limits>
@@ -10,7 +10,7 @@
 #include "sampling_weights.h"
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int CHUNK = 4 * LANES;  // floats that are looked at together
+constexpr int CHUNK = 4 * LANES;  // floats that are compared at a time
 
 // ---- the largest of a row
 
@@ -28,7 +28,7 @@ static INLINE bool any(ivec mask) {
 
 struct Largest {
     float value;
-    int64_t index;  // the first one's
+    int64_t index;  // of the first largest
     bool has_nan;
 };
 
@@ -89,12 +89,12 @@ static INLINE void for_each_from(const float* x, int64_t n, float bound, F f) {
     }
 }
 
-// What is larger than any candidate so far: grows while candidates are gathered.
+// The candidates for the k largest, and a bound that rises while they are gathered.
 struct Selection {
     std::vector<float> candidates;
     float bound;
 
-    // The k-th largest of x, -inf if only so many are larger; candidates[0 .. k) are then the k largest, in any order.
+    // The k-th largest of x, -inf if fewer are larger; candidates[0 .. k) are then the k largest, in any order.
     float kth_largest(const float* x, int64_t n, int64_t k) {
         size_t limit = 2 * k + 1024;
         candidates.clear();
@@ -124,7 +124,7 @@ struct Selection {
     }
 };
 
-// Sorts floats, none of them NaN, largest first. By digits of 11 bits from the last: linear in their number.
+// Sorts floats without NaN in descending order: a radix sort by digits of 11 bits, linear in their number.
 static void sort_descending(std::vector<float>& values, std::vector<float>& other) {
     constexpr int DIGIT = 11, BINS = 1 << DIGIT;
     size_t n = values.size();
@@ -135,7 +135,7 @@ static void sort_descending(std::vector<float>& values, std::vector<float>& othe
     auto digit = [](float value, int pass) {
         uint32_t bits;
         std::memcpy(&bits, &value, 4);
-        bits ^= bits >> 31 ? 0 : 0x7fffffff;  // ascending where the values descend
+        bits ^= bits >> 31 ? 0 : 0x7fffffff;  // ascending bits for descending values
         return bits >> (pass * DIGIT) & (BINS - 1);
     };
     other.resize(n);
@@ -171,7 +171,7 @@ struct Scratch {
     std::vector<double> largest, before, sums;
 };
 
-constexpr int64_t PIECE = 512;  // weights that are computed at once
+constexpr int64_t PIECE = 512;  // weights that are computed at a time
 
 // sums[i]: of all weights up to the end of piece i, without those below min_p.
 static void add_up(const float* x, int64_t n, const Scale& scale, double min_p, std::vector<double>& sums) {
@@ -190,10 +190,10 @@ static void enter(Race& race, float logit, int64_t token, uint32_t upper, const 
     if (weight > 0 && weight >= row.min_p) race.enter(token, weight, upper);
 }
 
-// A token can win only if its weight times the best time so far is at least its number, which is at least 2^(floor of
-// log2 of its upper word - 32): that compares logits with exponents of floats, so few weights are computed.
+// A token can win only if its weight times the best quotient so far is at least its number, which is at least 2^(floor
+// of log2 of its upper word - 32). That compares logits with exponents of floats, so few weights are computed.
 static int64_t draw_of_all(const float* x, int64_t n, const Largest& most, const Scale& scale, const Row& row) {
-    constexpr float SLACK = 0.05f;  // for what float32 rounds
+    constexpr float SLACK = 0.05f;  // for rounding errors of float32
     Race race{row.noise};
     race.enter(most.index, 1.0, row.noise.word(most.index, 0));
     const float factor = float(std::min(1.4426950408889634 / row.temperature, 1e30)), largest = most.value;
@@ -217,15 +217,15 @@ static int64_t draw_of_all(const float* x, int64_t n, const Largest& most, const
     return race.winner;
 }
 
-// bound, or -inf where another logit below it has the same weight: what is equal is decided by weights.
+// Returns bound, or -inf if another logit below it has the same weight: ties are decided by weights.
 static float clear_bound(float bound, const Scale& scale) {
     if (bound == -INF) return bound;
     return scale.weight(std::nextafter(bound, -INF)) < scale.weight(bound) ? bound : -INF;
 }
 
-// A logit such that the tokens from it on have more than `mass`.
+// Returns a logit such that the tokens with at least this logit have more than `mass`.
 static float bound_of_mass(const float* x, int64_t n, const Scale& scale, double mass, Scratch& scratch) {
-    double most = INF;  // that k tokens can have, as no token has more than the last ones looked at had on average
+    double most = INF;  // average weight of the k largest tokens: the next ones are not larger
     for (int64_t k : {64, 1024, 16384}) {
         if (k >= n || k * most < mass) break;
         float bound = scratch.selection.kth_largest(x, n, k);
@@ -251,7 +251,7 @@ static void gather(const float* x, int64_t n, float bound, const Scale& scale, S
     scale.weights(scratch.logits.data(), scratch.logits.size(), scratch.weights.data());
 }
 
-// Keeps the fewest gathered tokens that reach top_p of total, of equal ones the first; at least one.
+// Keeps the fewest gathered tokens that reach top_p of total (of equal ones the first), at least one.
 static void cut_by_top_p(const Scale& scale, const Row& row, double total, Scratch& scratch) {
     std::vector<double>&largest = scratch.largest, &before = scratch.before, &weights = scratch.weights;
     scratch.sorted = scratch.logits;
@@ -278,8 +278,8 @@ static void cut_by_top_p(const Scale& scale, const Row& row, double total, Scrat
 static int64_t draw_of_gathered(const Row& row, const Scratch& scratch) {
     Race race{row.noise};
     uint32_t words[Noise::GROUP];
-    int64_t group = -1;  // whose words are there
-    const bool dense = scratch.ids.size() > 256;  // many of a group then, so that its words are made together
+    int64_t group = -1;  // whose words are computed
+    const bool dense = scratch.ids.size() > 256;  // then a group has many ids, and its words are computed together
     for (size_t i = 0; i < scratch.weights.size(); i++) {
         double weight = scratch.weights[i];
         if (weight <= 0 || weight < row.min_p) continue;
@@ -326,7 +326,7 @@ static int64_t draw_row(const float* x, int64_t n, const Row& row, Scratch& scra
     return draw_of_gathered(row, scratch);
 }
 
-// tokens[i]: drawn from line lines[i] (null: i) of logits with rows[i]'s parameters.
+// tokens[i]: drawn from line lines[i] (null: line i) of logits, with rows[i]'s parameters.
 KERNEL void draw(const float* logits, const int64_t* lines, int64_t count, int64_t stride, int64_t size,
                  const double* temperature, const int64_t* top_k, const double* top_p, const double* min_p,
                  const int64_t* seeds, const int64_t* positions, int64_t* tokens) {

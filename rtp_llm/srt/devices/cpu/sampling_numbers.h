@@ -1,6 +1,6 @@
 // random numbers: Philox4x32-10 (Salmon et al., 2011), as in worker/philox.py
 //
-// Each token has a number of its own, and the one whose number divided by its weight is smallest is drawn.
+// Each token has a random number, and the token with the smallest number divided by its weight is drawn.
 #pragma once
 
 #include "sampling_weights.h"
@@ -47,7 +47,7 @@ struct Noise {
     static constexpr int GROUP = 64;  // tokens that have 16 counters of four words in common
     uint64_t seed, position;
 
-    // The upper halves of the uniform numbers of GROUP tokens from `start` on, a multiple of GROUP.
+    // The upper halves of the uniform numbers of GROUP tokens from `start`, a multiple of GROUP, on.
     INLINE void upper_words(int64_t start, uint32_t* words) const {
         for (int part = 0; part < 16; part += DLANES) {
             uvec c0 = uvec{} + (position & WORD), c1 = uvec{} + (position >> 32), c2, c3{};
@@ -74,14 +74,14 @@ struct Noise {
     }
 };
 
-// The token whose number divided by its weight is smallest, of equal ones the first.
+// The token with the smallest number divided by its weight, the first of equal ones.
 struct Race {
     const Noise& noise;
     double best = std::numeric_limits<double>::infinity();
     int64_t winner = -1;
 
     void enter(int64_t token, double weight, uint32_t upper) {
-        if (upper * 0x1p-32 > weight * best) return;  // the number is larger still
+        if (upper * 0x1p-32 > weight * best) return;  // the number itself is even larger
         double time = noise.number(token, upper) / weight;
         if (time < best || (time == best && token < winner)) {
             best = time;

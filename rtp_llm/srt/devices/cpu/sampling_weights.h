@@ -11,19 +11,19 @@ typedef float fvec __attribute__((vector_size(DLANES * 4)));
 typedef float fvec_unaligned __attribute__((vector_size(DLANES * 4), aligned(4)));
 
 // 2^n, for n in [-1022, 1023], given n + magic.
-constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52: added to a small number, it leaves its integer in the bits
+constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52: added to a small number, its integer is in the low bits
 static INLINE dvec power_of_two(dvec n_and_magic) {
     return (dvec)(((lvec)n_and_magic - (lvec)(dvec{} + MAGIC) + 1023) << 52);
 }
 
-// e^x for x <= 0, to about one unit in the last place; 0 and subnormal numbers where they belong. Not for NaN.
+// e^x for x <= 0, to about one unit in the last place, with correct zeros and subnormal numbers. Not for NaN.
 static INLINE dvec exp(dvec x) {
     x = x > -746.0 ? x : dvec{} - 746.0;
     dvec n_and_magic = x * 1.4426950408889634074 + MAGIC;
     dvec n = n_and_magic - MAGIC;
     dvec r = x - n * 6.93145751953125e-1;
     r -= n * 1.42860682030941723212e-6;
-    dvec p = dvec{} + 1.0 / 6227020800.0;  // of the series, until it ends in float64
+    dvec p = dvec{} + 1.0 / 6227020800.0;  // first of the terms of the series that matter in float64
     p = p * r + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;
@@ -37,7 +37,7 @@ static INLINE dvec exp(dvec x) {
     p = p * r + 0.5;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    dvec half = n * 0.5 + MAGIC;  // the power in two steps, since a subnormal number's is none
+    dvec half = n * 0.5 + MAGIC;  // the power in two steps, since 2^n of a subnormal result is not normal
     return p * power_of_two(half) * power_of_two(n - (half - MAGIC) + MAGIC);
 }
 
