@@ -41,50 +41,58 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = _param(
-        None, f"most tokens to generate; unset: {DEFAULT_MAX_NEW_TOKENS}, or what the context has room for if less"
+        None,
+        f"Largest number of tokens to generate. If unset, {DEFAULT_MAX_NEW_TOKENS}, or fewer if the context has less "
+        "room; a chat may use all the room.",
     )
-    min_new_tokens: int = _param(0, "no stop condition holds before this many tokens")
-    temperature: float = _param(1.0, "0 is greedy; higher is more random")
+    min_new_tokens: int = _param(0, "Number of tokens before which nothing ends the text.")
+    temperature: float = _param(1.0, "Randomness: 0 always takes the most probable token.")
     top_p: float = _param(
         1.0,
-        "sample from the smallest set of tokens with this total probability, in [0, 1]; 0: the most probable",
+        "Draw from the fewest tokens that have this total probability, in [0, 1]. 0 takes the most probable.",
     )
-    top_k: int = _param(-1, "sample from the k most probable tokens; -1 or 0: all")
-    min_p: float = _param(0.0, "drop tokens less probable than this times the most probable one, in [0, 1]")
-    frequency_penalty: float = _param(0.0, "subtracted from a logit per earlier occurrence in the output, in [-2, 2]")
-    presence_penalty: float = _param(0.0, "subtracted from a logit that occurs in the output, in [-2, 2]")
-    repetition_penalty: float = _param(1.0, "divides the logits of tokens seen in prompt or output; > 1 discourages")
+    top_k: int = _param(-1, "Draw from so many of the most probable tokens. -1 and 0 mean all.")
+    min_p: float = _param(0.0, "Drop tokens less probable than this times the most probable one, in [0, 1].")
+    frequency_penalty: float = _param(
+        0.0, "Subtracted from a token's logit for each occurrence in the output, in [-2, 2]."
+    )
+    presence_penalty: float = _param(0.0, "Subtracted from the logits of tokens that occur in the output, in [-2, 2].")
+    repetition_penalty: float = _param(
+        1.0, "Makes tokens of prompt and output less probable if above 1, more probable if below."
+    )
     logit_bias: dict[int, float] = field(
-        default_factory=dict, metadata={"help": "added to the logits of these token ids"}
+        default_factory=dict, metadata={"help": "Numbers added to the logits of these token ids."}
     )
     stop: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"strings that end the text, at most {MAX_STOP_STRINGS} of at most {MAX_STOP_CHARS} characters; "
-            "they are looked for in what the model writes, special tokens included"
+            "help": f"Strings that end the text, at most {MAX_STOP_STRINGS} of at most {MAX_STOP_CHARS} characters. "
+            "They are searched in all that the model writes, special tokens included."
         },
     )
     bad_words: list[str] = field(
         default_factory=list,
-        metadata={"help": f"texts not to generate, at most {MAX_BAD_WORDS} of at most {MAX_STOP_CHARS} characters"},
+        metadata={
+            "help": f"Texts that are not generated, at most {MAX_BAD_WORDS} of at most {MAX_STOP_CHARS} characters."
+        },
     )
     bad_words_ids: list[list[int]] = field(
         default_factory=list,
-        metadata={"help": "likewise as token ids: the last one is banned after the others"},
+        metadata={"help": "The same as lists of token ids: the last id is banned after the others."},
     )
     allowed_token_ids: list[int] | None = _param(  # noqa: RUF009
-        None, "only these token ids are generated; unset: all"
+        None, "Only these token ids are generated. If unset, all."
     )
-    stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "token ids that end the generation"})
-    ignore_eos: bool = _param(False, "go on after an end-of-sequence token")
+    stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "Token ids that end the text."})
+    ignore_eos: bool = _param(False, "Go on after an end-of-sequence token.")
     include_stop_str_in_output: bool = _param(
         False,
-        "the text ends with the stop string, or with the token that ended it (as far as special tokens are shown)",
+        "Keep the stop string, or the token that ended the text if such tokens are shown.",
     )
-    no_stop_trim: bool = _param(False, "another name of include_stop_str_in_output")
-    skip_special_tokens: bool = _param(True, "leave special tokens out of the text")
-    seed: int | None = _param(None, "makes the draws reproducible; unset: another one for each request")
-    n: int = _param(1, f"completions per prompt, at most {MAX_COMPLETIONS}, drawn with seeds seed, seed + 1, ...")
+    no_stop_trim: bool = _param(False, "Another name of include_stop_str_in_output.")
+    skip_special_tokens: bool = _param(True, "Leave special tokens out of the text.")
+    seed: int | None = _param(None, "Makes draws reproducible. If unset, each request gets another one.")
+    n: int = _param(1, f"Completions of a prompt, at most {MAX_COMPLETIONS}, drawn with seeds seed, seed + 1, ...")
 
     def __post_init__(self) -> None:
         self.max_new_tokens = None if self.max_new_tokens is None else _int("max_new_tokens", self.max_new_tokens, 0)

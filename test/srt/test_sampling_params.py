@@ -2,9 +2,11 @@
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sampling_parameters
 
 from rtp_llm.srt.sampling_params import MAX_STOP_CHARS, MAX_STOP_STRINGS, InvalidRequest, SamplingParams
 
@@ -142,3 +144,8 @@ def test_greedy() -> None:
     assert SamplingParams(temperature=0).is_greedy
     assert SamplingParams(top_k=1).is_greedy
     assert not SamplingParams().is_greedy
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "sampling_parameters.md"
+    assert page.read_text() == sampling_parameters.page(), "run scripts/sampling_parameters.py"
