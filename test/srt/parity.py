@@ -1,6 +1,6 @@
 """Whether the engine answers as transformers does, in float32: what tests of model files share.
 
-A test file lists cases, makes a fixture of them with ``serve``, and runs each of ``CHECKS``.
+A test file lists cases, makes a fixture of them with ``engine_fixture``, and runs each of ``CHECKS`` by ``check_anew``.
 """
 
 import json
@@ -30,7 +30,8 @@ Tensors = dict[str, torch.Tensor]
 class Case:
     """A tiny checkpoint (see ``make_tiny``) and how it is served.
 
-    ``edit`` may change the checkpoint's directory before anybody reads it.
+    ``edit`` may change the checkpoint's directory before anybody reads it. ``twin`` writes what the engine serves in
+    its place, such as a quantized checkpoint, into a second folder; it may change the first to mean the same.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     config: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)  # of the engine
     edit: Callable[[str], None] | None = None
+    twin: Callable[[Path, Path], str] | None = None
     slow: bool = False
 
     @property
@@ -46,7 +48,7 @@ class Case:
 
     @property
     def has_windows(self) -> bool:
-        return bool(self.config.get("sliding_window"))
+        return bool(self.config.get("sliding_window")) and self.config.get("use_sliding_window", True)
 
     def make(self, directory: Path) -> str:
         model_dir = make_tiny(self.architecture, directory, **self.config)
@@ -61,7 +63,7 @@ class Served:
 
     case: Case
     engine: Engine
-    model_dir: str
+    model_dir: str  # that transformers reads
     prompts: list[list[int]]
     references: list[Reference]
 
@@ -83,10 +85,25 @@ def params_of(cases: Sequence[Case]) -> list[Any]:
 
 @contextmanager
 def serve(case: Case, directory: Path) -> Iterator[Served]:
-    model_dir = case.make(directory)
+    model_dir = served_dir = case.make(directory)
+    if case.twin:
+        twin = directory / "twin"
+        twin.mkdir()
+        served_dir = case.twin(directory, twin)
     prompts, references = prompts_and_references(model_dir)
-    with open_engine(model_dir, **case.options) as engine:
+    with open_engine(served_dir, **case.options) as engine:
         yield Served(case, engine, model_dir, prompts, references)
+
+
+def engine_fixture(cases: Sequence[Case]) -> Any:
+    """Return a fixture of a module: each case served in turn."""
+
+    @pytest.fixture(scope="module", params=params_of(cases))
+    def engine_of_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+        with serve(request.param, tmp_path_factory.mktemp("checkpoint")) as served:
+            yield served
+
+    return engine_of_case
 
 
 def open_engine(model_dir: str, **options: Any) -> Engine:
@@ -153,17 +170,27 @@ def check_second_turn(served: Served) -> None:
         assert_same_ids(served.generate(prompt)["output_ids"], expected, f"{served.case.name}, second turn")
 
 
+def check_anew(check: Callable[[Served], None], served: Served) -> None:
+    """Run one of ``CHECKS`` with nothing cached."""
+    flushed, message = served.engine.flush_cache()
+    assert flushed, message
+    check(served)
+
+
 CHECKS = (check_one_by_one, check_batched_with_logprobs, check_from_a_warm_cache, check_second_turn)
 
 
 def check_two_ranks(case: Case, directory: Path) -> None:
-    """Batched, cold and warm, over gloo."""
+    """Batched, cold with log-probabilities and warm, over gloo."""
     model_dir = case.make(directory)
     prompts, references = prompts_and_references(model_dir)
     with open_engine(model_dir, tp_size=2, **case.options) as engine:
-        for what in ("cold", "warm"):
-            for result, expected in zip(generate(engine, prompts), references, strict=True):
+        cold = generate(engine, prompts, return_logprob=True, logprob_start_len=0)
+        for what, results in (("cold", cold), ("warm", generate(engine, prompts))):
+            for result, expected in zip(results, references, strict=True):
                 assert_same_ids(result["output_ids"], expected, f"{case.name}, two ranks, {what}")
+    for result, expected in zip(cold, references, strict=True):
+        same_logprobs(result, expected)
 
 
 def rewrite_tensors(model_dir: str, change: Callable[[Tensors], Tensors]) -> None:

@@ -1,7 +1,7 @@
 """GPT-2, GPT-NeoX and StarCoder2 in our engine against transformers, in float32."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,11 @@ from parity import (
     Case,
     Served,
     Tensors,
+    check_anew,
     check_other_layout,
     check_two_ranks,
+    engine_fixture,
     open_engine,
-    params_of,
-    serve,
 )
 
 GPT2 = Case("gpt2", "GPT2LMHeadModel", dict(hidden_size=56), PAGES)
@@ -83,17 +83,12 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", params=params_of(CASES))
-def engine_of_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(request.param, tmp_path_factory.mktemp("checkpoint")) as served:
-        yield served
+engine_of_case = engine_fixture(CASES)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callable[[Served], None]) -> None:
-    flushed, message = engine_of_case.engine.flush_cache()
-    assert flushed, message
-    check(engine_of_case)
+    check_anew(check, engine_of_case)
 
 
 @pytest.mark.xdist_group("tensor-parallel")

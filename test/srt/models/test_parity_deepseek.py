@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V3 in our engine, which attends over latents, against transformers, which makes keys and values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from parity import (
     Case,
     Served,
     Tensors,
+    check_anew,
     check_other_layout,
     check_two_ranks,
+    engine_fixture,
     open_engine,
-    params_of,
     rewrite_tensors,
-    serve,
 )
 
 YARN: dict[str, Any] = {
@@ -88,17 +88,12 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", params=params_of(CASES))
-def engine_of_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(request.param, tmp_path_factory.mktemp("checkpoint")) as served:
-        yield served
+engine_of_case = engine_fixture(CASES)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callable[[Served], None]) -> None:
-    flushed, message = engine_of_case.engine.flush_cache()
-    assert flushed, message
-    check(engine_of_case)
+    check_anew(check, engine_of_case)
 
 
 @pytest.mark.xdist_group("tensor-parallel")

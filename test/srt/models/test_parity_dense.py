@@ -3,9 +3,7 @@
 Each checkpoint is asked in chunks, batched, from a warm cache, and for a second turn, with prompts past every window.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +11,26 @@ import pytest
 import torch
 import transformers
 
-from rtp_llm import Engine
+from parity import (
+    CHECKS,
+    CHUNKS,
+    PAGES,
+    Case,
+    Served,
+    check_anew,
+    check_two_ranks,
+    engine_fixture,
+    open_engine,
+    prompts_and_references,
+)
 from rtp_llm.models_py.olmo2 import Olmo2HeadsNorm
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.models.registry import ModelRegistry
-from tiny_models import Reference, assert_same_ids, make_tiny, random_prompts, reference
+from tiny_models import make_tiny
 
-LENGTHS = (1, 18, 40, 130)
-NEW_TOKENS = 12
-LOGPROB_TOLERANCE = 1e-3
 ORIGINAL_LEN = 53  # of LongRoPE: no prompt grows past it: at that point transformers' Phi-3 computes all keys anew
 FULL, WINDOW = "full_attention", "sliding_attention"
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    architecture: str
-    config: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)  # of the engine
-    slow: bool = False
-
-    @property
-    def page_size(self) -> int:
-        return self.options.get("page_size", 1)
-
-    @property
-    def has_windows(self) -> bool:
-        return bool(self.config.get("sliding_window"))
-
-
-CHUNKS = {"chunked_prefill_size": 16}
-PAGES = CHUNKS | {"page_size": 4}
 
 
 def rope(**parameters: Any) -> dict[str, Any]:
@@ -171,104 +156,12 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Served:
-    """An engine, the prompts it is asked, and what transformers answers to them."""
-
-    case: Case
-    engine: Engine
-    model_dir: str
-    prompts: list[list[int]]
-    references: list[Reference]
-
-    def generate(self, input_ids: Any, **options: Any) -> Any:
-        params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        return self.engine.generate(input_ids=input_ids, sampling_params=params, **options)
+engine_of_case = engine_fixture(CASES)
 
 
-def open_engine(model_dir: str, **options: Any) -> Engine:
-    options = {"dtype": "float32"} | options
-    return Engine(
-        model_path=model_dir,
-        device="cpu",
-        skip_tokenizer_init=True,
-        context_length=512,
-        max_total_tokens=2048,
-        **options,
-    )
-
-
-def prompts_and_references(model_dir: str) -> tuple[list[list[int]], list[Reference]]:
-    vocab_size = json.loads(Path(model_dir, "config.json").read_text())["vocab_size"]
-    prompts = random_prompts(vocab_size, LENGTHS)
-    return prompts, [reference(model_dir, tuple(prompt), NEW_TOKENS) for prompt in prompts]
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(
-            case,
-            id=case.name,
-            marks=[pytest.mark.xdist_group(case.name), *([pytest.mark.slow] if case.slow else [])],
-        )
-        for case in CASES
-    ],
-)
-def engine_of_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    case: Case = request.param
-    model_dir = make_tiny(case.architecture, tmp_path_factory.mktemp(case.name), **case.config)
-    with open_engine(model_dir, **case.options) as engine:
-        yield Served(case, engine, model_dir, *prompts_and_references(model_dir))
-
-
-@pytest.fixture
-def served(engine_of_case: Served) -> Served:
-    flushed, message = engine_of_case.engine.flush_cache()
-    assert flushed, message
-    return engine_of_case
-
-
-def check(served: Served, results: list[dict[str, Any]], what: str) -> None:
-    for result, prompt, expected in zip(results, served.prompts, served.references, strict=True):
-        assert_same_ids(result["output_ids"], expected, f"{served.case.name}, {what}, prompt of {len(prompt)}")
-
-
-def check_logprobs(result: dict[str, Any], expected: Reference, tolerance: float = LOGPROB_TOLERANCE) -> None:
-    prompt_logprobs = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
-    assert prompt_logprobs == pytest.approx(expected.prompt_logprobs, abs=tolerance)
-    if result["output_ids"] == expected.output_ids:
-        output_logprobs = [entry[0] for entry in result["meta_info"]["output_token_logprobs"]]
-        assert output_logprobs == pytest.approx(expected.output_logprobs, abs=tolerance)
-
-
-def test_one_by_one(served: Served) -> None:
-    check(served, [served.generate(prompt) for prompt in served.prompts], "one by one")
-
-
-def test_batched_with_logprobs(served: Served) -> None:
-    results = served.generate(served.prompts, return_logprob=True, logprob_start_len=0)
-    check(served, results, "batched")
-    for result, expected in zip(results, served.references, strict=True):
-        check_logprobs(result, expected)
-
-
-def test_from_a_warm_cache(served: Served) -> None:
-    served.generate(served.prompts)
-    results = [served.generate(prompt) for prompt in served.prompts]
-    check(served, results, "warm")
-    for result, prompt in zip(results, served.prompts, strict=True):
-        cached = result["meta_info"]["cached_tokens"]
-        most = (len(prompt) - 1) // served.case.page_size * served.case.page_size
-        # With windows, the page that one reaches back into may be gone.
-        assert cached <= most if served.case.has_windows and served.case.page_size > 1 else cached == most
-
-
-def test_a_second_turn(served: Served) -> None:
-    for first in (served.prompts[1], served.prompts[2]):
-        prompt = [*first, *served.generate(first)["output_ids"], 3, 1, 4]
-        expected = reference(served.model_dir, tuple(prompt), NEW_TOKENS)
-        assert_same_ids(served.generate(prompt)["output_ids"], expected, f"{served.case.name}, second turn")
+@pytest.mark.parametrize("check", CHECKS)
+def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callable[[Served], None]) -> None:
+    check_anew(check, engine_of_case)
 
 
 class FirstOfTwoRanks(TPGroup):
@@ -303,14 +196,7 @@ TP_CASES = ("gemma2", "phi3-longrope", "olmo2", "olmo2-wide-heads-tied", "cohere
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.name in TP_CASES])
 def test_two_ranks(case: Case, tmp_path: Path) -> None:
     """OLMo 2 norms queries and keys over all heads, also where ranks share a head; Phi-3's projections come fused."""
-    model_dir = make_tiny(case.architecture, tmp_path, **case.config)
-    prompts, references = prompts_and_references(model_dir)
-    params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    with open_engine(model_dir, tp_size=2, **case.options) as engine:
-        results = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True, logprob_start_len=0)
-    for result, expected in zip(results, references, strict=True):
-        assert_same_ids(result["output_ids"], expected, f"{case.name}, two ranks")
-        check_logprobs(result, expected)
+    check_two_ranks(case, tmp_path)
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@ Each checkpoint is asked in chunks, batched, from a warm cache, and for a second
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,37 +13,42 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from rtp_llm import Engine
+from parity import CHECKS, CHUNKS, PAGES, Case, Served, check_anew, check_two_ranks, engine_fixture
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.layers.quantization import mxfp4
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.weight_loading import WeightLoadError
-from tiny_models import Reference, assert_same_ids, make_tiny, random_prompts, reference
+from tiny_models import make_tiny
 
-LENGTHS = (1, 18, 40, 100)
-NEW_TOKENS = 10
-LOGPROB_TOLERANCE = 1e-3
 FULL, WINDOW = "full_attention", "sliding_attention"
-CHUNKS = {"chunked_prefill_size": 16}
-PAGES = CHUNKS | {"page_size": 4}
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    architecture: str
-    config: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)  # of the engine
-    is_quantized: bool = False
-    slow: bool = False
+def random_mxfp4(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks and scales that stand for [experts, outputs, inputs] values of the usual size of weights."""
+    *rows, inputs = shape
+    generator = torch.Generator().manual_seed(inputs)
+    blocks = torch.randint(256, (*rows, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(120, 125, (*rows, inputs // 32), dtype=torch.uint8, generator=generator)
+    return blocks, scales
 
-    @property
-    def page_size(self) -> int:
-        return self.options.get("page_size", 1)
 
-    @property
-    def has_windows(self) -> bool:
-        return bool(self.config.get("sliding_window")) and self.config.get("use_sliding_window", True)
+def quantize(model_dir: Path, quantized_dir: Path) -> str:
+    """Writes a twin with random MXFP4 experts in gpt-oss's own layout, and their values into ``model_dir``."""
+    tensors = load_file(model_dir / "model.safetensors")
+    halves: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors[name].shape
+        blocks, scales = random_mxfp4(experts, outputs, inputs)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        halves[0][f"{name}_blocks"], halves[1][f"{name}_scales"] = blocks, scales
+    others = {name: tensor for name, tensor in tensors.items() if f"{name}_blocks" not in halves[0]}
+    save_file(tensors, model_dir / "model.safetensors")
+    save_file(others | halves[0], quantized_dir / "model-00001-of-00002.safetensors")
+    save_file(halves[1], quantized_dir / "model-00002-of-00002.safetensors")
+    config = json.loads((model_dir / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (quantized_dir / "config.json").write_text(json.dumps(config))
+    return str(quantized_dir)
 
 
 THREE_LAYERS = dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3)
@@ -116,116 +119,17 @@ CASES = (
         "GptOssForCausalLM",
         dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96, sliding_window=16),
         CHUNKS,
-        is_quantized=True,
+        twin=quantize,
     ),
 )
 
 
-@dataclass(frozen=True)
-class Served:
-    """An engine, the prompts it is asked, and what transformers answers to them."""
-
-    case: Case
-    engine: Engine
-    reference_dir: str
-    prompts: list[list[int]]
-    references: list[Reference]
-
-    def generate(self, input_ids: Any, **options: Any) -> Any:
-        params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        return self.engine.generate(input_ids=input_ids, sampling_params=params, **options)
+engine_of_case = engine_fixture(CASES)
 
 
-def make_case(case: Case, directory: Path) -> str:
-    torch.manual_seed(0)  # sinks and router biases are what they were initialised with, and some noise
-    return make_tiny(case.architecture, directory, **case.config)
-
-
-def open_engine(model_dir: str, **options: Any) -> Engine:
-    return Engine(
-        model_path=model_dir,
-        dtype="float32",
-        device="cpu",
-        skip_tokenizer_init=True,
-        context_length=512,
-        max_total_tokens=2048,
-        **options,
-    )
-
-
-def prompts_and_references(model_dir: str) -> tuple[list[list[int]], list[Reference]]:
-    vocab_size = json.loads(Path(model_dir, "config.json").read_text())["vocab_size"]
-    prompts = random_prompts(vocab_size, LENGTHS)
-    return prompts, [reference(model_dir, tuple(prompt), NEW_TOKENS) for prompt in prompts]
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(
-            case,
-            id=case.name,
-            marks=[pytest.mark.xdist_group(case.name), *([pytest.mark.slow] if case.slow else [])],
-        )
-        for case in CASES
-    ],
-)
-def engine_of_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    case: Case = request.param
-    model_dir = reference_dir = make_case(case, tmp_path_factory.mktemp(case.name))
-    if case.is_quantized:
-        model_dir = quantize(Path(reference_dir), tmp_path_factory.mktemp("quantized"))
-    with open_engine(model_dir, **case.options) as engine:
-        yield Served(case, engine, reference_dir, *prompts_and_references(reference_dir))
-
-
-@pytest.fixture
-def served(engine_of_case: Served) -> Served:
-    flushed, message = engine_of_case.engine.flush_cache()
-    assert flushed, message
-    return engine_of_case
-
-
-def check(served: Served, results: list[dict[str, Any]], what: str) -> None:
-    for result, prompt, expected in zip(results, served.prompts, served.references, strict=True):
-        assert_same_ids(result["output_ids"], expected, f"{served.case.name}, {what}, prompt of {len(prompt)}")
-
-
-def check_logprobs(result: dict[str, Any], expected: Reference) -> None:
-    prompt_logprobs = [entry[0] for entry in result["meta_info"]["input_token_logprobs"][1:]]
-    assert prompt_logprobs == pytest.approx(expected.prompt_logprobs, abs=LOGPROB_TOLERANCE)
-    if result["output_ids"] == expected.output_ids:
-        output_logprobs = [entry[0] for entry in result["meta_info"]["output_token_logprobs"]]
-        assert output_logprobs == pytest.approx(expected.output_logprobs, abs=LOGPROB_TOLERANCE)
-
-
-def test_one_by_one(served: Served) -> None:
-    check(served, [served.generate(prompt) for prompt in served.prompts], "one by one")
-
-
-def test_batched_with_logprobs(served: Served) -> None:
-    results = served.generate(served.prompts, return_logprob=True, logprob_start_len=0)
-    check(served, results, "batched")
-    for result, expected in zip(results, served.references, strict=True):
-        check_logprobs(result, expected)
-
-
-def test_from_a_warm_cache(served: Served) -> None:
-    served.generate(served.prompts)
-    results = [served.generate(prompt) for prompt in served.prompts]
-    check(served, results, "warm")
-    for result, prompt in zip(results, served.prompts, strict=True):
-        cached = result["meta_info"]["cached_tokens"]
-        most = (len(prompt) - 1) // served.case.page_size * served.case.page_size
-        # With windows, the page that one reaches back into may be gone.
-        assert cached <= most if served.case.has_windows and served.case.page_size > 1 else cached == most
-
-
-def test_a_second_turn(served: Served) -> None:
-    first = served.prompts[1]
-    prompt = [*first, *served.generate(first)["output_ids"], 3, 1, 4]
-    expected = reference(served.reference_dir, tuple(prompt), NEW_TOKENS)
-    assert_same_ids(served.generate(prompt)["output_ids"], expected, f"{served.case.name}, second turn")
+@pytest.mark.parametrize("check", CHECKS)
+def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callable[[Served], None]) -> None:
+    check_anew(check, engine_of_case)
 
 
 @pytest.mark.slow
@@ -234,14 +138,7 @@ def test_a_second_turn(served: Served) -> None:
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     """Sinks, biases of experts, and a shared expert, each counted once."""
     case = next(case for case in CASES if case.name == name)
-    model_dir = make_case(case, tmp_path)
-    prompts, references = prompts_and_references(model_dir)
-    with open_engine(model_dir, tp_size=2, **case.options) as engine:
-        params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        results = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True, logprob_start_len=0)
-    for result, expected in zip(results, references, strict=True):
-        assert_same_ids(result["output_ids"], expected, name)
-        check_logprobs(result, expected)
+    check_two_ranks(case, tmp_path)
 
 
 # Other layouts of a checkpoint
@@ -265,34 +162,6 @@ def test_experts_in_one_tensor_load_alike(architecture: str, tmp_path: Path) -> 
 
 
 # MXFP4
-
-
-def random_mxfp4(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks and scales that stand for [experts, outputs, inputs] values of the usual size of weights."""
-    *rows, inputs = shape
-    generator = torch.Generator().manual_seed(inputs)
-    blocks = torch.randint(256, (*rows, inputs // 32, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(120, 125, (*rows, inputs // 32), dtype=torch.uint8, generator=generator)
-    return blocks, scales
-
-
-def quantize(model_dir: Path, quantized_dir: Path) -> str:
-    """Writes a twin with random MXFP4 experts in gpt-oss's own layout, and their values into ``model_dir``."""
-    tensors = load_file(model_dir / "model.safetensors")
-    halves: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors[name].shape
-        blocks, scales = random_mxfp4(experts, outputs, inputs)
-        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-        halves[0][f"{name}_blocks"], halves[1][f"{name}_scales"] = blocks, scales
-    others = {name: tensor for name, tensor in tensors.items() if f"{name}_blocks" not in halves[0]}
-    save_file(tensors, model_dir / "model.safetensors")
-    save_file(others | halves[0], quantized_dir / "model-00001-of-00002.safetensors")
-    save_file(halves[1], quantized_dir / "model-00002-of-00002.safetensors")
-    config = json.loads((model_dir / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (quantized_dir / "config.json").write_text(json.dumps(config))
-    return str(quantized_dir)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
