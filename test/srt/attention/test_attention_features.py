@@ -12,7 +12,6 @@ from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_m
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from rtp_llm import Engine
-from rtp_llm.srt.attention import torch as torch_backend
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
 from rtp_llm.srt.device.registry import ATTENTION_BACKENDS
@@ -24,18 +23,19 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, tiny_model
 from tiny_models import reference as reference_answer
 
-ROWS = [(0, 9), (5, 1), (11, 6), (30, 1), (0, 1), (14, 1)]  # (tokens in the cache, tokens of the step)
+ROWS = [(0, 9), (5, 1), (11, 6), (30, 1), (0, 1), (14, 1), (170, 3), (201, 1)]  # (tokens in the cache, of the step)
 # Blocks of each row's step that see themselves wholly, beginning and ending with it or not; alone, they are causal.
-BLOCKS = [[(0, 5), (7, 9)], [(0, 1)], [(1, 4)], [], [(0, 1)], []]
+BLOCKS = [[(0, 5), (7, 9)], [(0, 1)], [(1, 4)], [], [(0, 1)], [], [(0, 3)], []]
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "attention_backend"
-# Names, and how many scores torch_native may make at a time.
+SCORES_PER_PIECE = "rtp_llm.srt.attention.torch.SCORES_PER_PIECE"
+# Names, and constants of a back end's module that are set, so that rows are cut into pieces in several ways.
 BACKENDS = [
-    ("torch_native", 1 << 24),
-    ("torch_native", 200),
-    ("torch_native", 1),
-    pytest.param("cpu", 0, marks=pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")),
-    ("row_by_row", 0),
+    ("torch_native", {}),
+    ("torch_native", {SCORES_PER_PIECE: 200}),
+    ("torch_native", {SCORES_PER_PIECE: 1}),
+    pytest.param("cpu", {}, marks=pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")),
+    ("row_by_row", {}),
 ]
 
 
@@ -88,7 +88,9 @@ def make_layer(case: Case) -> RadixAttention:
     )
 
 
-def make_batch(case: Case, pool: KVPool, table: torch.Tensor, backend: str) -> ForwardBatch:
+def make_batch(
+    case: Case, pool: KVPool, table: torch.Tensor, backend: str, visible_ends: torch.Tensor | None
+) -> ForwardBatch:
     attention = make_backend(backend)
     cached, new = [list(lens) for lens in zip(*ROWS, strict=True)]
     seq_lens = [a + b for a, b in ROWS]
@@ -113,6 +115,7 @@ def make_batch(case: Case, pool: KVPool, table: torch.Tensor, backend: str) -> F
         kv_pool=pool,
         attn_backend=attention,
         sample_rows=torch.tensor([]),
+        visible_ends=visible_ends,
     )
     attention.plan(batch)
     return batch
@@ -135,17 +138,18 @@ def visible_ends(cached: int, blocks: list[tuple[int, int]], new: int) -> torch.
     return ends
 
 
-@pytest.mark.parametrize(("backend", "scores_per_piece"), BACKENDS)
+@pytest.mark.parametrize(("backend", "constants"), BACKENDS)
 @pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_row_of_a_step(
     name: str,
     blocks: list[list[tuple[int, int]]] | None,
     backend: str,
-    scores_per_piece: int,
+    constants: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_backend, "SCORES_PER_PIECE", scores_per_piece)
+    for constant, value in constants.items():
+        monkeypatch.setattr(constant, value)
     case, layer = CASES[name], make_layer(CASES[name])
     ends = (
         [None] * len(ROWS)
@@ -166,8 +170,8 @@ def test_every_row_of_a_step(
         qs.append(q)
         ks.append(k[cached:])
         vs.append(v[cached:])
-    batch = make_batch(case, pool, table, backend)
-    batch.visible_ends = None if blocks is None else torch.cat([end for end in ends if end is not None])
+    visible = None if blocks is None else torch.cat([end for end in ends if end is not None])
+    batch = make_batch(case, pool, table, backend, visible)
     output = layer(torch.cat(qs), torch.cat(ks), None if layer.latent else torch.cat(vs), batch, sinks=sinks)
     torch.testing.assert_close(output, torch.cat(expected).flatten(1), atol=1e-5, rtol=1e-5)
     again = layer(torch.cat(qs), None, None, batch, sinks=sinks)  # as a layer that reads another's cache

@@ -332,7 +332,7 @@ def test_prompts_that_are_not_cut_fit_a_window_model_or_are_refused(max_total_to
 
 
 def test_unknown_attention_backend_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown attention backend 'x'; have \['cpu', 'torch_native'\]"):
+    with pytest.raises(ValueError, match=r"unknown attention backend 'x'; have \[.*'torch_native'"):
         make_backend("x")
     with pytest.raises(ValueError, match="'cpu' is for models in float32, bfloat16 on a CPU, not float16 on cpu"):
         make_backend("cpu", "cpu", torch.float16)
