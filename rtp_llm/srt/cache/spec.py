@@ -1,4 +1,4 @@
-"""What a layer keeps between steps, and groups of layers that keep the same. Host only, no torch."""
+"""Descriptions of a layer's cache, and groups of layers with equal ones. Host only, no torch."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """What one attention layer keeps per token on one rank. Layers with equal specs form a cache group.
+    """The cache of one attention layer, per token on one rank. Layers with equal specs form a cache group.
 
     ``window`` counts visible tokens, the query's own included, as Hugging Face configurations do:
     key j is visible to query i iff ``i - window < j <= i``. None: all of them.

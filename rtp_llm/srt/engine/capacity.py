@@ -1,4 +1,4 @@
-"""How many pages each cache group gets."""
+"""The number of pages of each cache group."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

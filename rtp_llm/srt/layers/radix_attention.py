@@ -75,7 +75,7 @@ class RadixAttention(nn.Module):
             raise ValueError(f"{prefix or 'RadixAttention'}: {quant_config.get_name()} cannot quantize attention yet")
 
     def cache_spec(self) -> CacheSpec:
-        """What this layer keeps per token; layers with equal specs share pages."""
+        """Return the description of this layer's cache; layers with equal specs share pages."""
         spec = self.spec
         return CacheSpec(spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.cache_dtype, spec.window, spec.latent)
 

@@ -1,4 +1,4 @@
-"""Who owns which page: allocators, prefix cache and page tables of running requests. Host only, no torch."""
+"""Ownership of pages: allocators, prefix cache and page tables of running requests. Host only, no torch."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class CacheMemory:
         return pages
 
     def room(self, request: Request) -> int:
-        """How many tokens the request can grow by now."""
+        """Number of tokens that the request can grow by now."""
         return min(
             (len(table) + self.available(g)) * self._page_sizes[g] - request.num_computed
             for g, table in enumerate(request.pages)
