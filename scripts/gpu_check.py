@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "test" / "srt"), str(ROOT / "benchmark")]
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "helpers"), str(ROOT / "benchmark")]
 
 from make_checkpoint import SIZES, make_checkpoint
 from rtp_llm import Engine

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "test" / "srt"
-sys.path[:0] = [str(ROOT), str(TESTS)]
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "helpers")]
 
 import tiny_models
 from rtp_llm.srt.configs.model_config import is_multimodal_model

@@ -520,6 +520,9 @@ def test_models_of_a_server(server: FakeServer, capsys: pytest.CaptureFixture[st
 # A person at a terminal
 
 
+PATH = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # the program may import this file
+
+
 class Person:
     """Types into a program on a pseudo-terminal of 80 columns, and reads what it shows."""
 
@@ -527,7 +530,7 @@ class Person:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-            os.environ.update({"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+            os.environ.update({"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"})
             os.execv(sys.executable, [sys.executable, *argv])
         self.seen = ""
 
@@ -570,7 +573,6 @@ class Person:
 SLOW_ENGINE = """
 import sys, time
 import rtp_llm
-sys.path.insert(0, "test/tools")
 import test_cli_chat
 
 class Slow(test_cli_chat.FakeEngine):

@@ -34,13 +34,13 @@ from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 TP_MODELS = [name for name in TINY_MODELS if name.endswith("-tp")]
 PROMPT_LEN = 30
-TEST_ROOT = Path(__file__).resolve().parents[1]
+HELPERS = Path(__file__).resolve().parents[2] / "helpers"
 
 
 def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
     expected = {name: one_rank_logits(name) for name in TP_MODELS}
     torch.save(expected, tmp_path / "expected.pt")
-    search_path = os.pathsep.join([str(TEST_ROOT.parents[1]), str(TEST_ROOT)])  # as pytest's own
+    search_path = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])  # as pytest's own
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(tmp_path)],

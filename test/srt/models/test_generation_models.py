@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent)]  # unittest knows only this folder
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[1] / "helpers")]  # unittest knows only this folder
 
 import pytest
 import torch

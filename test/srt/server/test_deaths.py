@@ -178,8 +178,6 @@ def killer_server(tiny_checkpoint: str, tmp_path: Path) -> KillerServer:
         config = json.loads((checkpoint / "config.json").read_text())
         (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": [class_name]}))
         lines = [
-            "import sys",
-            f"sys.path.insert(0, {str(Path(killer_model.__file__).parent)!r})",
             "import killer_model",
             "from rtp_llm.srt.configs.server_args import ServerArgs",
             "from rtp_llm.srt.engine import supervisor",
@@ -192,7 +190,7 @@ def killer_server(tiny_checkpoint: str, tmp_path: Path) -> KillerServer:
         ]
         script = tmp_path / "script.py"
         script.write_text("\n".join(lines) + "\n")
-        with python_process(tmp_path, [str(script)], port) as running:
+        with python_process(tmp_path, [str(script)], port, modules=Path(killer_model.__file__).parent) as running:
             running.wait_ready()
             yield running
 

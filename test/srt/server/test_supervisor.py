@@ -304,14 +304,14 @@ def test_stop_leaves_nothing_behind(supervise):
 def test_the_core_ends_with_its_parent(tp_size: int) -> None:
     """And its workers do, even if all of them are stopped and notice nothing."""
     code = (
-        "import sys, time\n"
-        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        "import time\n"
         "import test_supervisor as t\n"
         f"s = t.start(t.tiny_model(t.MODEL), tp_size={tp_size})\n"
         "print(t.core_pid(s), flush=True)\n"
         "time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     core = int(parent.stdout.readline())
     children = children_of(core)
     assert len(children) == (0 if tp_size == 1 else tp_size)

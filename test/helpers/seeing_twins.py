@@ -1,9 +1,4 @@
-"""A tiny random checkpoint of each architecture that sees, as the tests of its model make it."""
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parent / "models"))  # each model's test file knows its configuration
+"""A tiny random checkpoint of each architecture that sees, as the test file of its model makes it."""
 
 import test_mm_gemma3
 import test_mm_internvl

@@ -33,7 +33,7 @@ from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.utils.ipc import QueueLink
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 CONTEXT_LENGTH = 512
 START_TIMEOUT_S = 120.0
 CHAT_TEMPLATE = (
