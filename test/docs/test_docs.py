@@ -120,6 +120,8 @@ def check_command(command: str) -> None:
         assert not {flag for flag in flags_of(arguments) if flag not in known}
     elif program == "pip":
         assert arguments == ["install", "-e", ".", "-c", "constraints.txt"]
+    elif program in ("ruff", "mypy"):
+        assert f"$(BIN)/{' '.join([program, *arguments])}\n" in (ROOT / "Makefile").read_text(), "as make runs it"
     else:
         raise AssertionError(f"no way to check the command {command!r}; mark its block or teach this test")
 
