@@ -279,9 +279,9 @@ def padded_and_plain(monkeypatch, name: str, provider: type, device: str, **opti
 
     def check_padding(runner: Any) -> None:
         dummies.extend(runner.recorder.dummies)
-        pool = runner.kv_pool
         for layer_id in [layer_id for group in runner.layout.groups for layer_id in group.layer_ids]:
-            keys, page_size = pool.read(layer_id)[0], pool.groups[pool.group_of(layer_id)].page_size
+            cache = runner.kv_pool.layer(layer_id)
+            keys, page_size = cache.keys, cache.page_size
             assert not keys[:page_size].any(), "page 0, which shorter page tables are filled with, must stay as it is"
             assert keys[-page_size:].any(), "dummies write to the last page"
 
