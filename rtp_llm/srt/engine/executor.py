@@ -1,6 +1,7 @@
 """Executors: the core's access to its workers, in its own process or in one process per rank."""
 
 import os
+import shutil
 import subprocess
 from abc import ABC, abstractmethod
 from collections import deque
@@ -209,7 +210,7 @@ class MultiProcessExecutor(Executor):
             media = admission.spec.media
             if media is not None and isinstance(media.content, MediaFile):
                 name = f"{self._rendezvous.path}/media-{plan.step_id}-{admission.row}"
-                os.link(media.content.path, name)
+                _link(media.content.path, name)
                 admission.spec = replace(admission.spec, media=replace(media, content=MediaFile(name)))
                 names.append(name)
         return names
@@ -263,6 +264,16 @@ class _RemoteStep:
 
     def result(self) -> StepResult:
         return self._finish(self)
+
+
+def _link(path: str, name: str) -> None:
+    """Give a file a second name; where the file system has no hard links, copy it."""
+    try:
+        os.link(path, name)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def make_executor(config: WorkerConfig, depth: int, dist_timeout_s: float) -> Executor:

@@ -80,7 +80,7 @@ def main(fd: int) -> None:
     try:
         _serve(parent)
     except ParentGone:
-        pass
+        pass  # this is how a worker is told to end
     except Exception as error:
         with suppress(ParentGone):
             parent.send("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))

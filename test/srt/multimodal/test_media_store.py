@@ -1,5 +1,6 @@
 """Media for workers in other processes: nothing sent to them grows with an image, and files go with requests."""
 
+import errno
 import gc
 import os
 import pickle
@@ -124,6 +125,22 @@ def test_a_worker_finds_the_media_of_a_request_that_has_just_ended(monkeypatch: 
     assert torch.equal(feature(content), torch.arange(SMALL))
     step.result()
     assert not os.path.exists(content.path)
+
+
+def test_a_file_system_without_hard_links_ends_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: str, name: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+    monkeypatch.setattr("os.link", no_links)
+    store, executor = MediaStore(), Pipes(monkeypatch)
+    asked = request(store, SMALL)
+    step = executor.submit(StepPlan(7, admissions=[Admission(0, "r", asked.prompt_ids, [], asked.spec)]))
+    _, (plan,) = pickle.loads(executor.sent[0])
+    content = plan.admissions[0].spec.media.content
+    assert content.path != asked.spec.media.content.path
+    assert torch.equal(feature(content), torch.arange(SMALL))
+    step.result()
+    assert not os.path.exists(content.path) and os.path.exists(asked.spec.media.content.path)
 
 
 def test_media_stay_until_the_core_has_told_the_end() -> None:
