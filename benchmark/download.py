@@ -42,9 +42,13 @@ def downloaded_folder(url: str, name: str, wanted: tuple[str, ...], advice: str)
         with _fresh(target) as temporary, _download(url, advice) as content:
             with tarfile.open(fileobj=content, mode="r|") as archive:
                 for member in archive:
-                    if member.isfile() and len(parts := Path(member.name).parts) == 3 and parts[1] in wanted:
-                        member.name = str(Path(*parts[1:]))
-                        archive.extract(member, temporary, filter="data")
+                    parts = Path(member.name).parts
+                    content_of_member = archive.extractfile(member) if member.isfile() else None
+                    if content_of_member and len(parts) == 3 and parts[1] in wanted and parts[2] != "..":
+                        folder = temporary / parts[1]
+                        folder.mkdir(parents=True, exist_ok=True)
+                        with (folder / parts[2]).open("wb") as file:
+                            shutil.copyfileobj(content_of_member, file)
             if not all((temporary / folder).is_dir() for folder in wanted):
                 raise EvaluationError(f"{url} has not the folders {' and '.join(wanted)}. {advice}")
     return target

@@ -125,7 +125,8 @@ def make_llama_cpp(folder: Path, version: str, jobs: int) -> None:
     shutil.rmtree(sources, ignore_errors=True)
     pip(folder, "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", version, "-d", str(sources))
     with tarfile.open(next(sources.glob("*.tar.gz"))) as archive:
-        archive.extractall(sources, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # missing before Python 3.11.4
+        archive.extractall(sources)
     unpacked = next(path for path in sources.iterdir() if path.is_dir())
     build = llama_cpp_libraries(folder).parent
     tools = {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}

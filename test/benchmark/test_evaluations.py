@@ -313,7 +313,7 @@ def test_downloads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     archive = tmp_path / "data.tar"
-    names = ["dev/law_dev.csv", "test/law_test.csv", "auxiliary_train/x.csv", "test/../../../evil.csv"]
+    names = ["dev/law_dev.csv", "test/law_test.csv", "auxiliary_train/x.csv", "test/../../../evil.csv", "test/.."]
     with tarfile.open(archive, "w") as file:
         for name in names:
             member = tarfile.TarInfo(f"data/{name}")
