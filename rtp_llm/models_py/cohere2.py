@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.gemma2 import layer_window
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel, layer_window
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import NoPositions, rope_of_layer
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 
 class Cohere2Attention(GroupedQueryAttention):
+    rotates_in_float32 = True
+
     def __init__(
         self,
         config: "PretrainedConfig",
@@ -28,36 +29,20 @@ class Cohere2Attention(GroupedQueryAttention):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        window = layer_window(config, layer_id)
         super().__init__(
             config,
             layer_id,
             qkv_bias=config.attention_bias,
             o_bias=config.attention_bias,
-            sliding_window=window,
+            sliding_window=layer_window(config, layer_id),
             quant_config=quant_config,
             prefix=prefix,
         )
-        self.has_positions = window is not None
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        rope_theta, rope_scaling, _ = get_rope_config(config)
-        return get_rope(
-            self.head_dim,
-            max_position=config.max_position_embeddings,
-            base=rope_theta,
-            is_neox_style=False,
-            rope_scaling=rope_scaling,
-        )
-
-    def prepare_queries_and_keys(
-        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate in float32, only in layers with a window; the others have no positions."""
-        if not self.has_positions:
-            return q, k
-        rotated_q, rotated_k = self.rotary_emb(positions, q.float(), k.float())
-        return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        if layer_window(config, layer_id) is None:
+            return NoPositions()
+        return rope_of_layer(config, self.head_dim, layer_id, is_neox_style=False)
 
 
 class Cohere2DecoderLayer(nn.Module):

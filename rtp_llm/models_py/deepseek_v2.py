@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM
+from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
@@ -217,13 +218,6 @@ class DeepseekV2MoE(nn.Module):
             )
         topk_weights, topk_ids = softmax_topk(router_logits, self.top_k, renormalize=False)
         return topk_weights * self.routed_scaling_factor, topk_ids
-
-
-def require(config: "PretrainedConfig", name: str, supported: tuple[object, ...]) -> None:
-    """Raise ValueError if the configuration has the field with another value."""
-    value = getattr(config, name, supported[0])
-    if value not in supported:
-        raise ValueError(f"{name}={value!r} is not supported for {config.model_type}; have {list(supported)}")
 
 
 def check_groups(config: "PretrainedConfig") -> None:

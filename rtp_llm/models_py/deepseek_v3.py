@@ -13,8 +13,8 @@ from rtp_llm.models_py.deepseek_v2 import (
     DeepseekV2ForCausalLM,
     DeepseekV2MoE,
     check_groups,
-    require,
 )
+from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.layers.moe import Routing, sigmoid_grouped_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import RotaryEmbedding

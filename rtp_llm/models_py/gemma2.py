@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel, layer_window
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
@@ -55,18 +55,6 @@ class Gemma2Attention(GroupedQueryAttention):
             scaling=config.query_pre_attn_scalar**-0.5,
             logit_cap=config.attn_logit_softcapping or 0.0,
         )
-
-
-def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
-    """Return the window of a layer, the query's own token included; None: all tokens."""
-    layer_type = config.layer_types[layer_id]
-    if layer_type == "full_attention":
-        return None
-    if layer_type != "sliding_attention":
-        raise ValueError(f"layer_types[{layer_id}] must be 'full_attention' or 'sliding_attention', not {layer_type!r}")
-    if config.sliding_window is None:
-        raise ValueError(f"layer_types[{layer_id}] is 'sliding_attention', but sliding_window is null")
-    return config.sliding_window
 
 
 def refuse_bidirectional_attention(config: "PretrainedConfig") -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import rope_of_layer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,16 +33,8 @@ class Glm4Attention(GroupedQueryAttention):
             prefix=prefix,
         )
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
-        return get_rope(
-            self.head_dim,
-            max_position=config.max_position_embeddings,
-            base=rope_theta,
-            is_neox_style=False,
-            rope_scaling=rope_scaling,
-            partial_rotary_factor=partial_rotary_factor,
-        )
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return rope_of_layer(config, self.head_dim, layer_id, is_neox_style=False, is_partial=True)
 
 
 class Glm4DecoderLayer(LlamaDecoderLayer):

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.gemma2 import layer_window
-from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
+from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, layer_window
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.moe import FusedMoE, topk_softmax

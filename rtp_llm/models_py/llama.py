@@ -9,10 +9,10 @@ from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from rtp_llm.srt.layers.mlp import GatedMLP
-from rtp_llm.srt.layers.norm import RMSNorm
+from rtp_llm.srt.layers.norm import Norm, RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -28,7 +28,12 @@ class GroupedQueryAttention(nn.Module):
         sliding_window: tokens that a token sees, itself included; None: all up to it.
         scaling: factor of the scores; None: ``head_dim ** -0.5``.
         logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
+
+    Attributes:
+        rotates_in_float32: whether queries and keys are rotated in float32 and rounded once.
     """
+
+    rotates_in_float32 = False
 
     def __init__(
         self,
@@ -78,15 +83,9 @@ class GroupedQueryAttention(nn.Module):
             prefix=add_prefix("attn", prefix),
         )
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
         """Return the rotation of whole heads. A model that uses ``partial_rotary_factor`` overrides this."""
-        rope_theta, rope_scaling, _ = get_rope_config(config)
-        return get_rope(
-            self.head_dim,
-            max_position=config.max_position_embeddings,
-            base=rope_theta,
-            rope_scaling=rope_scaling,
-        )
+        return rope_of_layer(config, self.head_dim, layer_id)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
@@ -101,7 +100,53 @@ class GroupedQueryAttention(nn.Module):
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform queries [T, q_size] and keys [T, kv_size] between projection and attention: rotate them."""
-        return self.rotary_emb(positions, q, k)
+        return self.rotate(positions, q, k)
+
+    def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.rotates_in_float32:
+            return self.rotary_emb(positions, q, k)
+        rotated_q, rotated_k = self.rotary_emb(positions, q.float(), k.float())
+        return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+
+
+class NormedHeadsAttention(GroupedQueryAttention):
+    """Attention whose query and key heads are normed, each by itself, before they are rotated."""
+
+    head_norm_type: type[Norm] = RMSNorm
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        qkv_bias: bool,
+        o_bias: bool,
+        sliding_window: int | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        scaling: float | None = None,
+    ) -> None:
+        super().__init__(config, layer_id, qkv_bias, o_bias, sliding_window, quant_config, prefix, scaling)
+        self.q_norm = self.head_norm_type(self.head_dim, config.rms_norm_eps)
+        self.k_norm = self.head_norm_type(self.head_dim, config.rms_norm_eps)
+
+    def prepare_queries_and_keys(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
+        return self.rotate(positions, q, k)
+
+
+def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
+    """Return the window of a layer by its type, the query's own token included; None: all tokens."""
+    layer_type = config.layer_types[layer_id]
+    if layer_type == "full_attention":
+        return None
+    if layer_type != "sliding_attention":
+        raise ValueError(f"layer_types[{layer_id}] must be 'full_attention' or 'sliding_attention', not {layer_type!r}")
+    if config.sliding_window is None:
+        raise ValueError(f"layer_types[{layer_id}] is 'sliding_attention', but sliding_window is null")
+    return config.sliding_window
 
 
 class LlamaAttention(GroupedQueryAttention):

@@ -11,7 +11,7 @@ from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import Norm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.layers.weights import ShardId, load_part, make_parameter, refuse_shard
 from rtp_llm.srt.utils import add_prefix
 
@@ -62,18 +62,22 @@ def scale_by_rms(x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tenso
 
 
 class Olmo2Attention(GroupedQueryAttention):
+    rotates_in_float32 = True
+
     def __init__(
         self,
         config: "PretrainedConfig",
         layer_id: int,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        sliding_window: int | None = None,
     ) -> None:
         super().__init__(
             config,
             layer_id,
             qkv_bias=config.attention_bias,
             o_bias=config.attention_bias,
+            sliding_window=sliding_window,
             quant_config=quant_config,
             prefix=prefix,
         )
@@ -81,26 +85,19 @@ class Olmo2Attention(GroupedQueryAttention):
         self.q_norm = Olmo2HeadsNorm(q_shard, self.qkv_proj.tp_group, config.rms_norm_eps)
         self.k_norm = Olmo2HeadsNorm(k_shard, self.qkv_proj.tp_group, config.rms_norm_eps)
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        rope_theta, rope_scaling, _ = get_rope_config(config)
-        return get_rope(
-            self.head_dim,
-            max_position=config.max_position_embeddings,
-            base=rope_theta,
-            rope_scaling=rope_scaling,
-            dtype=torch.float32,
-        )
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return rope_of_layer(config, self.head_dim, layer_id, dtype=torch.float32)
 
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate in float32."""
-        rotated_q, rotated_k = self.rotary_emb(positions, self.q_norm(q).float(), self.k_norm(k).float())
-        return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+        return self.rotate(positions, self.q_norm(q), self.k_norm(k))
 
 
 class Olmo2DecoderLayer(nn.Module):
     """Attention and feed-forward, each before a norm and added to the residual, which is returned separately."""
+
+    norm_type: type[Norm] = Olmo2RMSNorm
 
     def __init__(
         self,
@@ -119,8 +116,8 @@ class Olmo2DecoderLayer(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("mlp", prefix),
         )
-        self.post_attention_layernorm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_feedforward_layernorm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = self.norm_type(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = self.norm_type(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,

@@ -46,7 +46,19 @@ ATTENTION = "model.layers.0.self_attn"
 NORM_QUERIES = """        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
 """
-ROTATE = "        return self.rotary_emb(positions, q, k)\n\n\nclass Qwen3ForCausalLM"
+QWEN3_HEADS = f"""
+    def prepare_queries_and_keys(self, positions, q, k):
+{NORM_QUERIES}        return self.rotate(positions, q, k)
+
+
+class Qwen3ForCausalLM"""
+NEXT_CLASS = "\n\nclass Qwen3ForCausalLM"
+ROPE = "        return rope_of_layer(config, self.head_dim, layer_id)\n"
+OTHER_ROPE = """        from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
+
+        base, rope_scaling, _ = get_rope_config(config)
+        return get_rope(self.head_dim, base=base, rope_scaling=rope_scaling)
+"""
 FIRST_NORM = """        hidden_states, residual = self.input_layernorm(hidden_states, residual)
 """
 NORMED_RESIDUAL = f"""        is_first = residual is None
@@ -65,7 +77,7 @@ TEN_BROKEN_MODELS = (
     BrokenModel(
         "rotary layout",
         "llama",
-        (("            base=rope_theta,\n", "            base=rope_theta,\n            is_neox_style=False,\n"),),
+        ((ROPE, OTHER_ROPE.replace("base=base", "base=base, is_neox_style=False")),),
         "llama-default",
         f"{ATTENTION}.rotary_emb",
         "queries",
@@ -74,7 +86,7 @@ TEN_BROKEN_MODELS = (
     BrokenModel(
         "rope scaling ignored",
         "llama",
-        (("rope_scaling=rope_scaling,", "rope_scaling=None,"),),
+        ((ROPE, OTHER_ROPE.replace("rope_scaling=rope_scaling", "rope_scaling=None")),),
         "llama-llama3-tied",
         f"{ATTENTION}.rotary_emb",
         "queries",
@@ -119,7 +131,7 @@ TEN_BROKEN_MODELS = (
     BrokenModel(
         "norms of heads missing",
         "qwen3",
-        ((NORM_QUERIES, ""),),
+        ((NEXT_CLASS, QWEN3_HEADS.replace(NORM_QUERIES, "")),),
         "qwen3-default",
         f"{ATTENTION}.q_norm",
         "output",
@@ -159,7 +171,7 @@ MORE_BROKEN_MODELS = (
     BrokenModel(
         "rotary base",
         "llama",
-        (("base=rope_theta,", "base=20000.0,"),),
+        ((ROPE, OTHER_ROPE.replace("base=base", "base=20000.0")),),
         "llama-default",
         f"{ATTENTION}.rotary_emb",
         "queries",
@@ -182,7 +194,7 @@ MORE_BROKEN_MODELS = (
     BrokenModel(
         "half of each head rotated",
         "llama",
-        (("            base=rope_theta,\n", "            base=rope_theta,\n            partial_rotary_factor=0.5,\n"),),
+        ((ROPE, OTHER_ROPE.replace("base=base", "base=base, partial_rotary_factor=0.5")),),
         "llama-default",
         f"{ATTENTION}.rotary_emb",
         "queries",
@@ -201,8 +213,12 @@ MORE_BROKEN_MODELS = (
         "norms of heads after the rotation",
         "qwen3",
         (
-            (NORM_QUERIES + ROTATE, "        q, k = self.rotary_emb(positions, q, k)\n" + NORM_QUERIES + ROTATE),
-            (ROTATE, "        return q.flatten(1), k.flatten(1)\n\n\nclass Qwen3ForCausalLM"),
+            (
+                NEXT_CLASS,
+                QWEN3_HEADS.replace(
+                    NORM_QUERIES, "        q, k = self.rotate(positions, q, k)\n" + NORM_QUERIES
+                ).replace("return self.rotate(positions, q, k)", "return q.flatten(1), k.flatten(1)"),
+            ),
         ),
         "qwen3-default",
         f"{ATTENTION}.q_norm",
@@ -230,7 +246,7 @@ MORE_BROKEN_MODELS = (
     BrokenModel(
         "norm times 1 + weight",
         "llama",
-        (("layers.norm import RMSNorm", "layers.norm import GemmaRMSNorm as RMSNorm"),),
+        (("layers.norm import Norm, RMSNorm", "layers.norm import Norm, GemmaRMSNorm as RMSNorm"),),
         "llama-default",
         "model.layers.0.input_layernorm",
         "output",
@@ -240,7 +256,7 @@ MORE_BROKEN_MODELS = (
         "layer norm",
         "llama",
         (
-            ("layers.norm import RMSNorm", "layers.norm import LayerNorm"),
+            ("layers.norm import Norm, RMSNorm", "layers.norm import LayerNorm, Norm, RMSNorm"),
             *(
                 (
                     f"self.{name} = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",

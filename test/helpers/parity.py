@@ -111,8 +111,8 @@ def open_engine(model_dir: str, **options: Any) -> Engine:
     return Engine(model_path=model_dir, device="cpu", skip_tokenizer_init=True, max_total_tokens=2048, **options)
 
 
-def generate(engine: Engine, input_ids: Any, **options: Any) -> Any:
-    params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+def generate(engine: Engine, input_ids: Any, max_new_tokens: int = NEW_TOKENS, **options: Any) -> Any:
+    params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
     return engine.generate(input_ids=input_ids, sampling_params=params, **options)
 
 
@@ -178,6 +178,18 @@ def check_anew(check: Callable[[Served], None], served: Served) -> None:
 
 
 CHECKS = (check_one_by_one, check_batched_with_logprobs, check_from_a_warm_cache, check_second_turn)
+
+
+def check_quickly(case: Case, directory: Path) -> None:
+    """One prompt, past every window: for the quick tests of a model whose other tests are slow."""
+    model_dir = case.make(directory)
+    vocab_size = json.loads(Path(model_dir, "config.json").read_text())["vocab_size"]
+    prompt = random_prompts(vocab_size, [40])[0]
+    expected = reference(model_dir, tuple(prompt), 4)
+    with open_engine(model_dir, **case.options) as engine:
+        result = generate(engine, prompt, max_new_tokens=4, return_logprob=True, logprob_start_len=0)
+    assert_same_ids(result["output_ids"], expected, f"{case.name}, one prompt")
+    same_logprobs(result, expected)
 
 
 def check_two_ranks(case: Case, directory: Path) -> None:

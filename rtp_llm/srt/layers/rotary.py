@@ -358,3 +358,37 @@ def get_rope_config(
         if original_len is not None:
             scaling["original_max_position_embeddings"] = original_len
     return base, scaling, partial
+
+
+class NoPositions(nn.Module):
+    """Stands where a rotation would, in a layer whose queries and keys have no positions (NoPE)."""
+
+    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return q, k
+
+
+def rope_of_layer(
+    config: "PretrainedConfig",
+    head_size: int,
+    layer_id: int,
+    is_neox_style: bool = True,
+    dtype: torch.dtype | None = None,
+    is_partial: bool = False,
+) -> RotaryEmbedding:
+    """Return the rotation that a configuration describes for a layer, of its layer type where it has these.
+
+    Args:
+        is_neox_style, dtype: as in ``get_rope``.
+        is_partial: whether ``partial_rotary_factor`` is heeded; else whole heads are rotated.
+    """
+    layer_types = getattr(config, "layer_types", None)
+    base, rope_scaling, partial_rotary_factor = get_rope_config(config, layer_types[layer_id] if layer_types else None)
+    return get_rope(
+        head_size,
+        max_position=config.max_position_embeddings,
+        base=base,
+        is_neox_style=is_neox_style,
+        rope_scaling=rope_scaling,
+        dtype=dtype,
+        partial_rotary_factor=partial_rotary_factor if is_partial else 1.0,
+    )

@@ -1,0 +1,51 @@
+"""EXAONE 4.0 (LG AI Research, 2025): norms after the blocks, normed heads, and positions only in windows."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rtp_llm.models_py.llama import LlamaForCausalLM, NormedHeadsAttention, layer_window
+from rtp_llm.models_py.olmo2 import Olmo2DecoderLayer
+from rtp_llm.srt.layers.norm import RMSNorm
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.rotary import NoPositions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Exaone4Attention(NormedHeadsAttention):
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(
+            config,
+            layer_id,
+            qkv_bias=False,
+            o_bias=False,
+            sliding_window=layer_window(config, layer_id),
+            quant_config=quant_config,
+            prefix=prefix,
+        )
+
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        """Layers that see everything have no positions, in a model that has windows on others."""
+        if config.sliding_window is not None and layer_window(config, layer_id) is None:
+            return NoPositions()
+        return super().make_rope(config, layer_id)
+
+
+class Exaone4DecoderLayer(Olmo2DecoderLayer):
+    norm_type = RMSNorm
+
+
+class Exaone4ForCausalLM(LlamaForCausalLM):
+    attention_type = Exaone4Attention
+    layer_type = Exaone4DecoderLayer
+
+
+EntryClass = Exaone4ForCausalLM

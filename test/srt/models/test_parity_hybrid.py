@@ -1,0 +1,115 @@
+"""Models whose layers differ in windows and positions, in our engine against transformers, in float32.
+
+Each checkpoint is asked in chunks, batched, from a warm cache, and for a second turn, with prompts past every window.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from parity import (
+    CHECKS,
+    CHUNKS,
+    PAGES,
+    Case,
+    Served,
+    check_anew,
+    check_quickly,
+    check_two_ranks,
+    engine_fixture,
+)
+from rtp_llm.srt.models.registry import ModelRegistry
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+SlowCase = partial(Case, slow=True)
+
+
+def rope(**parameters: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0} | parameters
+
+
+YARN = rope(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=64, attention_factor=1.2)
+CASES = (
+    SlowCase(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, sliding_window=7, rms_norm_eps=1e-3)
+        | dict(layer_types=[WINDOW, WINDOW, FULL], num_hidden_layers=3)
+        | dict(rope_parameters={WINDOW: rope(), FULL: YARN}),
+        PAGES,
+    ),
+    SlowCase(
+        "olmo3-bias-tied",
+        "Olmo3ForCausalLM",
+        dict(attention_bias=True, tie_word_embeddings=True, sliding_window=16, num_hidden_layers=5)
+        | dict(rope_parameters={WINDOW: rope(rope_theta=500.0), FULL: rope()}),
+        CHUNKS,
+    ),
+    SlowCase(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5)
+        | dict(no_rope_layer_interval=3, sliding_window=None),
+        CHUNKS,
+    ),
+    SlowCase(
+        "smollm3-windows-untied-bias",
+        "SmolLM3ForCausalLM",
+        dict(use_sliding_window=True, sliding_window=7, no_rope_layers=[1, 0, 0, 1], attention_bias=True)
+        | dict(tie_word_embeddings=False, mlp_bias=True, rope_parameters=rope(rope_type="linear", factor=2.0)),
+        PAGES,
+    ),
+    SlowCase(
+        "exaone4",
+        "Exaone4ForCausalLM",
+        dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, sliding_window=7, sliding_window_pattern=3)
+        | dict(rms_norm_eps=1e-3),
+        PAGES,
+    ),
+    SlowCase(
+        "exaone4-full-tied",
+        "Exaone4ForCausalLM",
+        dict(sliding_window=None, layer_types=[FULL] * 4, tie_word_embeddings=True, head_dim=10)
+        | dict(rope_parameters=rope(rope_theta=1e6)),
+        CHUNKS,
+    ),
+)
+
+
+engine_of_case = engine_fixture(CASES)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callable[[Served], None]) -> None:
+    check_anew(check, engine_of_case)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if "-" not in case.name])
+def test_one_prompt(case: Case, tmp_path: Path) -> None:
+    check_quickly(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("tensor-parallel")
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if "-" not in case.name])
+def test_two_ranks(case: Case, tmp_path: Path) -> None:
+    check_two_ranks(case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        ("Olmo3ForCausalLM", {"sliding_window": None}, "sliding_window is null"),
+        ("Exaone4ForCausalLM", {"layer_types": ["chunked_attention"]}, r"layer_types\[0\] must be"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(architecture: str, config: dict[str, Any], message: str) -> None:
+    sizes = dict(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    hf_config = getattr(transformers, architecture).config_class(**(sizes | {"num_key_value_heads": 1} | config))
+    model_class, _ = ModelRegistry.resolve_model_cls([architecture])
+    with pytest.raises(ValueError, match=message):
+        model_class(hf_config)
