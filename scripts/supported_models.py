@@ -4,7 +4,8 @@
     python scripts/supported_models.py --check   # exits with 1 if the page is not what would be written
 
 What is said of a model is the first sentence of its file. Its tests are those that pytest runs: the test files are
-imported, and asked for their cases and for the parameters of their ``test_two_ranks...`` functions.
+imported, and asked for their cases and for the parameters of their ``test_one_prompt`` and ``test_two_ranks...``
+functions.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import ast
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -52,10 +53,11 @@ Language models of these architectures, as `config.json` names them under `archi
 
 **Cases** are tiny random checkpoints, each of another configuration, whose answers must be those of transformers in
 float32: equal greedy ids, and log-probabilities within 1e-3; one by one, batched, in chunks, from a warm cache, and
-for a second turn. `make test` runs those before the plus sign, `make test-all` the others too. **On two ranks** counts
-the cases that tensor parallelism is tested with, over gloo; some run in `make test-all` only. Beside these,
-[test_generation_models.py](../../test/srt/models/test_generation_models.py) compares log-probabilities and text of a
-twin of every architecture above, from short prompts to long ones; `make test-all` runs all of them.
+for a second turn. `make test` runs those before the plus sign, of some models with one prompt only, and `make test-all`
+runs all. **On two ranks** counts the cases that tensor parallelism is tested with, over gloo; some run in
+`make test-all` only. Beside these, [test_generation_models.py](../../test/srt/models/test_generation_models.py)
+compares log-probabilities and text of a twin of every architecture above, from short prompts to long ones;
+`make test-all` runs all of them.
 
 ## Models that see
 
@@ -128,7 +130,8 @@ def read_test_file(path: Path) -> TestFile:
     module = _import(path)
     cases = _cases(module)
     by_name = TINY_MODELS | {case.name: case for case in cases}
-    slow = [case for case in cases if getattr(case, "slow", False)]
+    once = {case.name for case in _parameters(getattr(module, "test_one_prompt", None))}
+    slow = [case for case in cases if getattr(case, "slow", False) and case.name not in once]
     quick = [case for case in cases if case not in slow]
     on_two_ranks = [by_name[value] if isinstance(value, str) else value for value in _two_rank_parameters(module)]
     counts = (Counter(map(architecture_of, group)) for group in (quick, slow, on_two_ranks))
@@ -177,9 +180,13 @@ def _two_rank_parameters(module: ModuleType) -> Iterator[Any]:
     """Cases, or their names. A test without parameters has the file's first case."""
     for name, function in vars(module).items():
         if name.startswith("test_two_ranks"):
-            lists = [mark.args[1] for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
-            values = [value for listed in lists for value in listed] if lists else _cases(module)[:1]
-            yield from (getattr(value, "values", [value])[0] for value in values)
+            yield from _parameters(function) or _cases(module)[:1]
+
+
+def _parameters(test: Callable[..., Any] | None) -> list[Any]:
+    """What a test is parametrized with; empty without parameters, or without such a test."""
+    lists = [mark.args[1] for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    return [getattr(value, "values", [value])[0] for listed in lists for value in listed]
 
 
 def page() -> str:

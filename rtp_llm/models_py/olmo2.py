@@ -139,7 +139,7 @@ class Olmo2Model(LlamaModel):
 
 
 class Olmo2ForCausalLM(LlamaForCausalLM):
-    attention_type = Olmo2Attention
+    attention_type: type[nn.Module] = Olmo2Attention
     layer_type = Olmo2DecoderLayer
     base_model_type = Olmo2Model
 

@@ -36,12 +36,15 @@ def test_cases_are_counted(files: dict[str, supported_models.TestFile], tmp_path
     path.write_text(
         "from types import SimpleNamespace as Case\nimport pytest\n"
         "A = Case(name='a', architecture='A', slow=False)\n"
-        "CASES = [A, Case(name='b', architecture='A', slow=True), Case(name='c', architecture='B', slow=True)]\n"
+        "CASES = [A, Case(name='b', architecture='A', slow=True), Case(name='c', architecture='B', slow=True),\n"
+        " D := Case(name='d', architecture='D', slow=True)]\n"
+        "@pytest.mark.parametrize('case', [D])\n"
+        "def test_one_prompt(case): pass\n"
         "@pytest.mark.parametrize('case', [A, pytest.param('c', marks=pytest.mark.slow)])\n"
         "def test_two_ranks(case): pass\n"
     )
     some = supported_models.read_test_file(path)
-    assert (some.quick, some.slow, some.on_two_ranks) == ({"A": 1}, {"A": 1, "B": 1}, {"A": 1, "B": 1})
+    assert (some.quick, some.slow, some.on_two_ranks) == ({"A": 1, "D": 1}, {"A": 1, "B": 1}, {"A": 1, "B": 1})
     assert not some.with_videos
     assert files["test_tensor_parallel.py"].on_two_ranks["LlamaForCausalLM"] == 1
     assert not files["test_tensor_parallel.py"].quick
