@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from benchmark.evaluation import EvaluationError, Reply, positive
 from rtp_llm.srt.checkpoint import read_end_tokens
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_torch_device
+from rtp_llm.tools.auto_classes import load_by_transformers
 
 
 def add_transformers_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context-length", type=positive, help="tokens, prompt and answer together; unset: the model's own"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def read_config(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig.from_pretrained(
+        args.model_path,
+        dtype=args.dtype,
+        context_length=args.context_length,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def load_model(config: ModelConfig, trust_remote_code: bool) -> Any:
+    return load_by_transformers(
+        config.model_path, config.hf_config, trust_remote_code, dtype=getattr(torch, config.dtype)
+    )
 
 
 class TransformersAnswers:
@@ -48,10 +65,10 @@ class TransformersAnswers:
 
     def __init__(self, args: argparse.Namespace) -> None:
         try:
-            config = ModelConfig.from_pretrained(args.model_path, dtype=args.dtype, context_length=args.context_length)
+            config = read_config(args)
             self._device = choose_torch_device(args.device)
-            self._tokenizer = AutoTokenizer.from_pretrained(config.model_path)
-            model = AutoModelForCausalLM.from_pretrained(config.model_path, dtype=getattr(torch, config.dtype))
+            self._tokenizer = AutoTokenizer.from_pretrained(config.model_path, trust_remote_code=args.trust_remote_code)
+            model = load_model(config, args.trust_remote_code)
         except (ValueError, OSError, RuntimeError) as error:
             raise EvaluationError(f"{args.model_path}: {error}") from error
         self.model = args.model_path

@@ -6,14 +6,14 @@ from typing import Any, Self
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import GenerationConfig
 
 from benchmark.evaluation import Chat, EvaluationError, Reply
-from benchmark.transformers_answers import Continuation, StopStrings, end_ids
-from rtp_llm.srt.configs.model_config import ModelConfig
+from benchmark.transformers_answers import Continuation, StopStrings, end_ids, load_model, read_config
 from rtp_llm.srt.device.choice import choose_torch_device
 from rtp_llm.srt.multimodal.media import decode_image
-from rtp_llm.tools.reference import load_processor, takes_images
+from rtp_llm.tools.auto_classes import takes_images
+from rtp_llm.tools.reference import load_processor
 
 
 class TransformersChats:
@@ -29,12 +29,12 @@ class TransformersChats:
 
     def __init__(self, args: argparse.Namespace) -> None:
         try:
-            config = ModelConfig.from_pretrained(args.model_path, dtype=args.dtype, context_length=args.context_length)
-            if not takes_images(config.hf_config):
-                raise EvaluationError(f"{args.model_path} ({', '.join(config.architectures)}) takes no pictures")
+            config = read_config(args)
             self._device = choose_torch_device(args.device)
-            self._processor = load_processor(config.model_path)
-            model = AutoModelForImageTextToText.from_pretrained(config.model_path, dtype=getattr(torch, config.dtype))
+            model = load_model(config, args.trust_remote_code)
+            if not takes_images(model):
+                raise EvaluationError(f"{args.model_path} ({', '.join(config.architectures)}) takes no pictures")
+            self._processor = load_processor(config.model_path, args.trust_remote_code)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             raise EvaluationError(f"{args.model_path}: {error}") from error
         if self._template is None:

@@ -39,6 +39,7 @@ class ModelTraits:
     max_positions: int | None = None
     max_media_block: int = 0
     replays_steps: bool = True
+    config_class: type | None = None
 
     @classmethod
     def of(cls, model: object) -> Self:
@@ -102,6 +103,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_positions": ("a number of tokens", _is_count),
     "max_media_block": ("a number of tokens", _is_count),
     "replays_steps": ("True or False", lambda value: isinstance(value, bool)),
+    "config_class": ("a dataclass or a transformers configuration", lambda value: isinstance(value, type)),
 }
 
 

@@ -20,20 +20,12 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.device.choice import choose_torch_device
+from rtp_llm.tools.auto_classes import load_by_transformers, takes_images
 
 PROMPTS = (
     "The capital of France is",
@@ -159,17 +151,6 @@ def logits_text(logits: torch.Tensor) -> str:
         torch.set_printoptions(profile="default")
 
 
-def _auto_class(config: Any) -> Any:
-    """Return the class that loads a checkpoint: multimodal models without a text-only class generate text, too."""
-    only_with_images = takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
-
-
-def takes_images(config: Any) -> bool:
-    """Return whether transformers has a model of images and text for this configuration."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-
 @dataclass(frozen=True)
 class Answer:
     """A greedy completion, with the best log-probabilities at each position, best first.
@@ -206,11 +187,15 @@ class TransformersModel:
             AutoTokenizer.from_pretrained, config.model_path, trust_remote_code=trust_remote_code
         )
         self._load_processor = partial(load_processor, config.model_path, trust_remote_code)
-        model = _auto_class(config.hf_config).from_pretrained(
-            config.model_path, dtype=getattr(torch, config.dtype), trust_remote_code=trust_remote_code
+        model = load_by_transformers(
+            config.model_path, config.hf_config, trust_remote_code, dtype=getattr(torch, config.dtype)
         )
         self.model = model.to(self.device).eval()
         self.model.generation_config = GenerationConfig()
+
+    @property
+    def takes_images(self) -> bool:
+        return takes_images(self.model)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.tools.reference import (
     IMAGE_PROMPTS,
     MAX_NEW_TOKENS,
@@ -24,7 +23,6 @@ from rtp_llm.tools.reference import (
     logits_text,
     read_images,
     read_prompts,
-    takes_images,
     whole_text,
 )
 
@@ -41,11 +39,12 @@ def show_text_model(args: argparse.Namespace) -> None:
 
 def show_multimodal_model(args: argparse.Namespace) -> None:
     prompts, images = read_prompts(args.prompt_filename, IMAGE_PROMPTS), read_images(args.image)
-    config = ModelConfig.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
-    if not takes_images(config.hf_config):
-        name = ", ".join(config.architectures)
-        raise ValueError(f"{args.model_path} ({name}) takes no images; use --model-type text")
     model = TransformersModel(args.model_path, args.dtype, args.device, args.trust_remote_code)
+    if not model.takes_images:
+        name = type(model.model).__name__
+        raise ValueError(
+            f"{args.model_path} ({name}) takes no images; use --model-type text. (Its forward has no `pixel_values`.)"
+        )
     show(model, [model.encode_chat(prompt, images) for prompt in prompts], args.max_new_tokens)
 
 

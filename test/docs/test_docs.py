@@ -4,7 +4,8 @@ A fenced block after a line ``<!-- test: run -->`` is executed, with ``DIR`` rep
 ``run text`` and ``run seeing`` it is a tiny model that reads, or one that sees. In every other ``bash`` block, each
 command must exist, and so must each of its long flags. A block after ``<!-- test: model x -->`` is a model file, or a
 ``diff`` that gives one: it is served and compared with transformers. One after ``<!-- test: from FILE -->`` stands in
-that file, line by line. The block after ``<!-- test: external -->`` is run up to the launch.
+that file, line by line. The block after ``<!-- test: external -->`` is run up to the launch, and the class of the one
+after ``<!-- test: config -->`` is given a config.json.
 """
 
 import ast
@@ -14,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +25,7 @@ from unittest.mock import patch
 import pytest
 
 from rtp_llm import Engine, ModelRegistry
+from rtp_llm.srt.configs.own_config import OwnConfigError, make_config
 from rtp_llm.srt.configs.server_args import DEMO_MODEL, ServerArgs
 from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
 from tiny_models import assert_same_ids, make_tiny, random_prompts, reference
@@ -221,6 +224,17 @@ def test_external_models_are_registered_as_told(page: Path, body: str, monkeypat
     assert launched == [names["server_args"]]
 
 
+@pytest.mark.parametrize(("page", "body"), blocks("python", "config"))
+def test_a_configuration_is_made_as_told(page: Path, body: str) -> None:
+    names: dict[str, Any] = {"__name__": __name__, "dataclass": dataclass, "LlamaForCausalLM": object}
+    exec(body, names)
+    given = {"vocab_size": 7, "hidden_size": 4, "num_hidden_layers": 1, "rope_theta": 5e5}
+    config = make_config(names["ZetaForCausalLM"].config_class, given)
+    assert (config.num_stripes, config.tie_word_embeddings, config.rope_theta) == (4, True, 5e5)
+    with pytest.raises(OwnConfigError, match="`vocab_size`, which ZetaConfig needs"):
+        make_config(names["ZetaForCausalLM"].config_class, {"hidden_size": 4, "num_hidden_layers": 1})
+
+
 def excerpts() -> list[Any]:
     """(file, body) of every block that says which file it is from."""
     return [
@@ -238,7 +252,13 @@ def test_excerpts_are_what_the_file_says(file: str, body: str) -> None:
 
 def test_every_mark_is_known() -> None:
     marks = {match["mark"] for page in PAGES for match in BLOCK.finditer(page.read_text())}
-    assert {mark for mark in marks if not (mark or "").startswith("from ")} == {None, "external", *CHECKPOINTS, *MODELS}
+    assert {mark for mark in marks if not (mark or "").startswith("from ")} == {
+        None,
+        "external",
+        "config",
+        *CHECKPOINTS,
+        *MODELS,
+    }
     assert len(re.findall("<!-- test:", "".join(page.read_text() for page in PAGES))) == sum(
         match["mark"] is not None for page in PAGES for match in BLOCK.finditer(page.read_text())
     )  # none is misspelt

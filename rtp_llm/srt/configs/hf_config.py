@@ -1,16 +1,20 @@
-"""The configuration that transformers loads from config.json, with the user's overrides."""
+"""The configuration of a checkpoint: config.json, with the user's overrides, as an object."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from rtp_llm.srt.configs.architectures import with_other_names
 from rtp_llm.srt.configs.config_json import modernized
 from rtp_llm.srt.configs.culprit import find_culprit, shown
 from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError
+from rtp_llm.srt.configs.own_config import is_known, make_config
+from rtp_llm.srt.models.registry import ADDING_A_MODEL, ModelRegistry
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
 _PARTS = ("text_config", "vision_config", "audio_config", "quantization_config")  # objects, if they are given
@@ -73,13 +77,87 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     return merged
 
 
-def load_hf_config(directory: str, overrides: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+def read_config_json(directory: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of config.json with overrides, in today's spelling.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        ModelConfigError: it is no JSON object, or a part of it that must be an object is none.
+    """
     config = _load_json(Path(directory) / CONFIG_FILE)
     wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
     for key in _PARTS:
         if not isinstance(wanted.get(key), Mapping | None):
             given = shown(wanted[key])
             raise ModelConfigError(f"`{key}` in {directory}/{CONFIG_FILE} must be an object, not {given}")
+    return wanted
+
+
+def load_hf_config(
+    directory: str, overrides: dict[str, Any], trust_remote_code: bool, by_transformers: bool = False
+) -> Any:
+    """Return the configuration of a checkpoint: an object of the class that its model class names as ``config_class``,
+    else of transformers' class for the model type, else the fields of config.json.
+
+    Args:
+        by_transformers: only transformers' classes count, as the model runs by transformers' code.
+
+    Raises:
+        ModelNotFoundError, ModelConfigError: config.json is missing, or cannot be used.
+        ModelImportError: the file of the model class cannot be imported.
+    """
+    wanted = read_config_json(directory, overrides)
+    if by_transformers:
+        return _by_transformers(directory, wanted, trust_remote_code)
+    names, model_type = architecture_names(wanted), wanted.get("model_type")
+    config_class = ModelRegistry.config_class(names, is_known(model_type))
+    if config_class is None and not _is_unknown(wanted, trust_remote_code):  # its file may have registered the type
+        return _by_transformers(directory, wanted, trust_remote_code)
+    if not ModelRegistry.has_class(names):
+        raise ModelConfigError(_nobody(directory, wanted, names))
+    try:
+        config = make_config(config_class, wanted | {"architectures": with_other_names(names)})
+    except CONFIG_ERRORS as error:
+        what = f"{config_class.__name__} of the model file" if config_class else "the model file"
+        raise ModelConfigError(f"{what} cannot use {directory}/{CONFIG_FILE}: {error}") from error
+    if isinstance(config, PreTrainedConfig):
+        config._name_or_path = directory
+    return config
+
+
+def architecture_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the names under ``architectures`` of a config.json; those of another form are refused later."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _is_unknown(config: Mapping[str, Any], trust_remote_code: bool) -> bool:
+    """Return whether transformers cannot make the configuration, neither by its classes nor by trusted code."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or is_known(model_type):
+        return False  # without a type transformers says what is wrong
+    auto_map = config.get("auto_map")
+    has_code = isinstance(auto_map, Mapping) and "AutoConfig" in auto_map
+    return not (has_code and trust_remote_code)
+
+
+def _nobody(directory: str, config: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the message about a model type that neither transformers nor a model file knows."""
+    model = f"architecture {', '.join(names)}" if names else "its architecture (`architectures` is missing)"
+    text = (
+        f"{directory}/{CONFIG_FILE}: transformers {transformers.__version__} does not know the model type "
+        f"{config['model_type']!r}, and there is no model file for {model}"
+    )
+    if "auto_map" in config:
+        text += ". It brings its own code, which runs only with --trust-remote-code"
+    return (
+        f"{text}. A newer transformers may know it (pip install --upgrade transformers); for a model of your own, see "
+        f"{ADDING_A_MODEL}"
+    )
+
+
+def _by_transformers(directory: str, wanted: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    config = _load_json(Path(directory) / CONFIG_FILE)
     try:
         if json.dumps(wanted) == json.dumps(config):  # distinguishes 2.0 from 2
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)

@@ -19,9 +19,17 @@ from rtp_llm.srt.configs.generation_config import (
     read_generation_config,
     usable_token_ids,
 )
-from rtp_llm.srt.configs.hf_config import CONFIG_ERRORS, ModelConfigError, load_hf_config, parse_overrides
+from rtp_llm.srt.configs.hf_config import (
+    CONFIG_ERRORS,
+    ModelConfigError,
+    architecture_names,
+    load_hf_config,
+    parse_overrides,
+    read_config_json,
+)
 from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError, first_line, resolve_model_path
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.models.registry import ModelImportError
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,6 +113,7 @@ class ModelConfig:
         download_dir: str | None = None,
         load_format: str = "auto",
         enable_multimodal: bool = True,
+        by_transformers: bool = False,
     ) -> Self:
         """Read a checkpoint's configuration.
 
@@ -116,17 +125,19 @@ class ModelConfig:
             json_model_override_args: a JSON object whose values take effect as if they stood in config.json: a key
                 replaces what was there, but an object under a key ``*_config`` is merged into the one there.
             enable_multimodal: whether a multimodal model is served with media.
+            by_transformers: whether only transformers' configuration classes are taken, not one of a model file.
 
         Raises:
             ModelNotFoundError: no such model, or no config.json in it.
             ModelConfigError: the configuration cannot be used.
+            ModelImportError: the file of the architecture's class, which may name a configuration class, is broken.
         """
         directory = resolve_model_path(model_path, revision, download_dir, load_format, trust_remote_code)
         overrides = parse_overrides(json_model_override_args)
         try:
-            hf_config = load_hf_config(directory, overrides, trust_remote_code)
+            hf_config = load_hf_config(directory, overrides, trust_remote_code, by_transformers)
             return cls._resolved(directory, hf_config, dtype, context_length, enable_multimodal)
-        except (ModelConfigError, ModelNotFoundError):
+        except (ModelConfigError, ModelNotFoundError, ModelImportError):
             raise
         except CONFIG_ERRORS as error:
             what = f"{type(error).__name__}: {first_line(error)}"
@@ -145,13 +156,14 @@ class ModelConfig:
             download_dir=args.download_dir,
             load_format=args.load_format,
             enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # takes text only
+            by_transformers=args.model_impl == "transformers",
         )
 
     @classmethod
     def _resolved(
         cls,
         directory: str,
-        hf_config: PreTrainedConfig,
+        hf_config: Any,
         dtype: str,
         context_length: int | None,
         enable_multimodal: bool,
@@ -178,6 +190,18 @@ class ModelConfig:
         )
 
 
+def read_architectures(args: ServerArgs) -> list[str]:
+    """Return the names under ``architectures`` of the checkpoint that an engine runs, before its configuration is read.
+
+    Raises:
+        ModelNotFoundError, ModelConfigError: as ``ModelConfig.from_pretrained``.
+    """
+    directory = resolve_model_path(
+        args.model_path, args.revision, args.download_dir, args.load_format, args.trust_remote_code
+    )
+    return architecture_names(read_config_json(directory, parse_overrides(args.json_model_override_args)))
+
+
 def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
     """Return the file's architectures with their other names; if none, transformers' class for the model type.
 
@@ -195,8 +219,10 @@ def _architectures(hf_config: PreTrainedConfig, directory: str) -> list[str]:
         names = [name]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelConfigError(f"`architectures` in {directory}/{CONFIG_FILE} must be a list of names, not {names!r}")
-    hf_config.architectures = with_other_names(names)
-    return hf_config.architectures
+    architectures = with_other_names(names)
+    if architectures != hf_config.architectures:
+        hf_config.architectures = architectures
+    return architectures
 
 
 def _attribute(name: str, hf_config: PreTrainedConfig, text_config: PreTrainedConfig) -> Any:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 ADDING_A_MODEL = "docs/supported_models/support_new_models.md"
 PACKAGE_VARIABLE = "RTP_LLM_EXTERNAL_MODEL_PACKAGE"
 ENTRY_POINT_GROUP = "rtp_llm.models"
+CONFIG_CLASS = "config_class"  # the attribute of a model class that names its configuration's class
 
 _NOT_MODEL_FILES = ("rtp_llm.srt.", "torch.", "transformers.", "importlib.")
 _ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", re.MULTILINE)
@@ -44,10 +45,15 @@ class DuplicateModelError(AssertionError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A class that is not imported yet. ``places``: the classes, as ``module:Class``, that claim the architecture."""
+    """A class that is not imported yet.
+
+    ``places``: the classes, as ``module:Class``, that claim the architecture. ``config_is_own``: the class may name a
+    configuration class, as far as its source says.
+    """
 
     arch: str
     places: tuple[str, ...]
+    config_is_own: bool = True
 
     def load(self) -> type[nn.Module]:
         """Import the class.
@@ -81,10 +87,10 @@ class _Found:
     entries: dict[str, Entry] = field(default_factory=dict)  # by architecture
     unreadable: dict[str, Exception] = field(default_factory=dict)  # file -> why its architectures are not known
 
-    def claim(self, arch: str, place: str) -> None:
+    def claim(self, arch: str, place: str, config_is_own: bool = True) -> None:
         before = self.entries.get(arch)
         places = before.places if isinstance(before, ModelFile) else ()
-        self.entries[arch] = ModelFile(arch, tuple(dict.fromkeys((*places, place))))
+        self.entries[arch] = ModelFile(arch, tuple(dict.fromkeys((*places, place))), config_is_own)
 
 
 class ModelMap(MutableMapping[str, type[nn.Module]]):
@@ -113,8 +119,12 @@ class ModelMap(MutableMapping[str, type[nn.Module]]):
         """The four places, in order of precedence."""
         return self._entries.maps
 
+    def entry(self, arch: str) -> Entry:
+        """Return the class, or the file that has it, without importing it."""
+        return self._entries[arch]
+
     def __getitem__(self, arch: str) -> type[nn.Module]:
-        entry = self._entries[arch]
+        entry = self.entry(arch)
         return entry.load() if isinstance(entry, ModelFile) else entry
 
     def __setitem__(self, arch: str, model_class: type[nn.Module]) -> None:
@@ -197,11 +207,40 @@ class _ModelRegistry:
             DuplicateModelError: two files claim it.
         """
         names = [architectures] if isinstance(architectures, str) else list(architectures)
+        found = self._find(names)
+        if found is None:
+            raise self._unknown(names)
+        return self.models[found], found
+
+    def has_class(self, architectures: Iterable[str]) -> bool:
+        """Return whether there is a class for one of these names; imports no file of ``models_py``."""
+        return self._find(list(architectures)) is not None
+
+    def config_class(self, architectures: Iterable[str], is_known: bool) -> type | None:
+        """Return the ``config_class`` of the class for these names; None: it has none, or there is no such class.
+
+        A file of ``models_py`` for a known model type is imported only if it says ``config_class`` itself.
+
+        Args:
+            is_known: transformers has a class for the configuration.
+
+        Raises:
+            ModelImportError, DuplicateModelError: as ``resolve_model_cls``.
+        """
+        found = self._find(list(architectures))
+        if found is None:
+            return None
+        entry = self.models.entry(found)
+        if isinstance(entry, ModelFile) and is_known and not entry.config_is_own:
+            return None
+        return getattr(self.models[found], CONFIG_CLASS, None)
+
+    def _find(self, names: list[str]) -> str | None:
         for layer in self.models.layers:
             for name in with_other_names(names):
                 if name in layer:
-                    return self.models[name], name
-        raise self._unknown(names)
+                    return name
+        return None
 
     def _unknown(self, names: list[str]) -> UnknownArchitectureError:
         supported = "".join(f"\n  {name}" for name in sorted(self.models))
@@ -299,7 +338,7 @@ def _read_entry_points() -> _Found:
         found.unreadable |= package.unreadable
         for arch, entry in package.entries.items():
             for place in entry.places if isinstance(entry, ModelFile) else ():
-                found.claim(arch, place)
+                found.claim(arch, place)  # its file is imported before a configuration is read: it may register one
     return found
 
 
@@ -328,12 +367,13 @@ def _files_of(package: str) -> list[tuple[str, Path]]:
 
 def _claim_by_source(found: _Found, module: str, path: Path) -> None:
     try:
-        names = entry_class_names(path.read_text(encoding="utf-8"), str(path))
+        source = path.read_text(encoding="utf-8")
+        names = entry_class_names(source, str(path))
     except (SyntaxError, ValueError, OSError) as error:
         found.unreadable[str(path)] = error
         return
     for name in names:
-        found.claim(name, f"{module}:{name}")
+        found.claim(name, f"{module}:{name}", CONFIG_CLASS in source)
 
 
 def entry_class_names(source: str, filename: str) -> list[str]:

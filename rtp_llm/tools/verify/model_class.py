@@ -11,20 +11,22 @@ from typing import Any
 
 from torch import nn
 
-from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.configs.model_config import read_architectures
+from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, reason
 from rtp_llm.tools.verify.options import VerifyError
 
 
 @contextmanager
-def registered(config: ModelConfig, model_class: str | None) -> Iterator[None]:
-    """Register ``model_class`` for the model's architecture within the context."""
+def registered(args: ServerArgs, model_class: str | None) -> Iterator[None]:
+    """Register ``model_class`` for the checkpoint's architectures within the context, in which its configuration is to
+    be read: the class may name its own."""
     if model_class is None:
         yield
         return
     cls, overrides = load_class(model_class), ModelRegistry.models.overrides
     before = dict(overrides)
-    for arch in config.architectures:
+    for arch in read_architectures(args):
         ModelRegistry.models[arch] = cls
     try:
         yield

@@ -83,14 +83,22 @@ def verify(args: ServerArgs, options: VerifyOptions) -> Report:
     """
     if args.tp_size > 1:
         raise VerifyError("verify runs in one process: leave --tp-size at 1")
+    try:
+        with registered(args, options.model_class):
+            return _verify(args, options)
+    except ModelImportError as error:
+        name = options.model_class or "the model file"
+        return Report(args.model_path, name, args.dtype, LOGITS_TOLERANCE.get(args.dtype, 0), [], failure=str(error))
+
+
+def _verify(args: ServerArgs, options: VerifyOptions) -> Report:
     config = read_model_config(args)
     tokenizer = read_tokenizer(args, config)
     prompts = list(read_or_default_prompts(config, tokenizer, options))
     dtype = config.dtype
     try:
-        with registered(config, options.model_class):
-            prompts += image_prompts(args, config, tokenizer, options)
-            ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
+        prompts += image_prompts(args, config, tokenizer, options)
+        ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
         theirs = TheirModel(args, config)
         results = [_compare_prompt(ours, theirs, prompt, options) for prompt in prompts]
     except (WeightLoadError, ModelBuildError, ModelImportError, MediaPlacementError, ForwardError) as error:

@@ -89,8 +89,7 @@ class TheirModel:
             reference = TransformersModel(config.model_path, config.dtype, args.device, args.trust_remote_code)
         except (ValueError, KeyError, AttributeError, ImportError) as error:
             raise VerifyError(
-                f"transformers cannot build {', '.join(config.architectures) or 'this model'}, so there is nothing to "
-                f"compare with: {str(error).partition(' Model type should be one of')[0]}"
+                f"there is nothing to compare {', '.join(config.architectures)} with: {str(error).strip()}"
             ) from error
         self.model, self._device = reference.model, reference.device
 

@@ -384,7 +384,8 @@ class OddConfig(PreTrainedConfig):
 def test_remote_code_only_when_trusted(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     (tmp_path / "odd.py").write_text(REMOTE_CODE)
-    path = make_checkpoint(model_type="odd_for_test", auto_map={"AutoConfig": "odd.OddConfig"})
+    names = {"model_type": "odd_for_test", "architectures": ["OddForCausalLM"]}
+    path = make_checkpoint(**names, auto_map={"AutoConfig": "odd.OddConfig"})
     with pytest.raises(ModelConfigError, match="--trust-remote-code"):
         load(path)
     assert type(load(path, trust_remote_code=True).hf_config).__name__ == "OddConfig"

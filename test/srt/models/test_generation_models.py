@@ -5,8 +5,8 @@
 
 ``ONLY_RUN`` names one model: a hub id, a checkpoint directory, or ``tiny/ARCHITECTURE`` for a tiny random model of any
 causal architecture of transformers, or of one of ours that sees, made on the spot. A model that stands in no list is
-held to the default tolerances. Models that see are also asked about one image and about two; both sides are given the
-same pixels, those of our processor.
+held to the default tolerances, and its own code runs only with ``TRUST_REMOTE_CODE=1``. Models that see are also asked
+about one image and about two; both sides are given the same pixels, those of our processor.
 """
 
 # ruff: noqa: E402
@@ -109,7 +109,7 @@ def chosen_case() -> ModelCase | None:
     if not name.strip():
         raise ValueError("ONLY_RUN is empty; name a model, or unset it to run all")
     listed = [case for case in CI_MODELS + ALL_OTHER_MODELS if case.model_path == name]
-    return listed[0] if listed else ModelCase(name)
+    return listed[0] if listed else ModelCase(name, trust_remote_code=os.environ.get("TRUST_REMOTE_CODE") == "1")
 
 
 @contextmanager
@@ -307,6 +307,8 @@ class TestTheComparison(unittest.TestCase):
             self.assertTrue(chosen_case().skip_long_prompt)
             patch.setenv("ONLY_RUN", "/somewhere/else")
             self.assertEqual(chosen_case(), ModelCase("/somewhere/else"))
+            patch.setenv("TRUST_REMOTE_CODE", "1")
+            self.assertEqual(chosen_case(), ModelCase("/somewhere/else", trust_remote_code=True))
             patch.setenv("ONLY_RUN", "tiny/NoSuchForCausalLM")
             with self.assertRaisesRegex(ValueError, "NoSuchForCausalLM"):
                 TestGenerationModels().test_others()
