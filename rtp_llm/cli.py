@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import rtp_llm
+from rtp_llm.port import options as port_options
 from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.start import start_core_process
@@ -247,6 +248,15 @@ def _verify(args: argparse.Namespace) -> int:
     return run_verify(args)
 
 
+# rtp-llm port
+
+
+def _port(args: argparse.Namespace) -> int:
+    from rtp_llm.port.command import run_port  # libcst, only needed here
+
+    return run_port(args)
+
+
 COMMANDS = (
     Command("serve", "Serve a model over HTTP: the APIs of OpenAI and SGLang.", _add_serve_flags, _serve),
     Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
@@ -259,4 +269,5 @@ COMMANDS = (
     Command(
         "verify", "Compare our model with transformers', and say where they part.", verify_options.add_cli_args, _verify
     ),
+    Command("port", "Turn a model file of vLLM or SGLang into one of ours.", port_options.add_cli_args, _port),
 )

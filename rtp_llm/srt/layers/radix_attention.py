@@ -1,6 +1,7 @@
 """The attention layer of model files: it describes what is computed; the ForwardBatch's back end computes it."""
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -8,6 +9,24 @@ from torch import nn
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def model_window(config: "PretrainedConfig", layer_window: int | None = None) -> int | None:
+    """Return a layer's window: its own if it has one, else ``config.sliding_window`` where all layers share that.
+
+    A configuration whose ``layer_types`` differ has no common window. This is what files written for vLLM expect of an
+    attention layer that is given none.
+    """
+    if layer_window is not None:
+        return layer_window
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and any(kind != "sliding_attention" for kind in layer_types):
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window or None
 
 
 class AttentionType(Enum):

@@ -1,0 +1,62 @@
+"""Porting a model file: gather what it needs, rewrite it rule by rule, and write it down."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtp_llm.port.gather import gather
+from rtp_llm.port.output import text_of
+from rtp_llm.port.program import Program
+from rtp_llm.port.report import Report
+from rtp_llm.port.rules.attention import rewrite_attention
+from rtp_llm.port.rules.constructors import rewrite_constructors
+from rtp_llm.port.rules.fold import fold
+from rtp_llm.port.rules.layers import rewrite_layers
+from rtp_llm.port.rules.leftovers import clean, comment_leftovers
+from rtp_llm.port.rules.logits import rewrite_logits
+from rtp_llm.port.rules.shell import remove_shell
+from rtp_llm.port.rules.threading import thread_batch
+from rtp_llm.port.rules.weights import rewrite_weights
+from rtp_llm.port.source import SourceTree
+
+# In this order: what a rule reads, the earlier ones have left in place.
+RULES = (
+    remove_shell,
+    fold,
+    rewrite_attention,
+    rewrite_constructors,
+    rewrite_layers,
+    thread_batch,
+    rewrite_logits,
+    rewrite_weights,
+    clean,
+    comment_leftovers,
+)
+
+
+@dataclass(frozen=True)
+class Ported:
+    """A ported file: its text, and what is to be said about it."""
+
+    text: str
+    report: Report
+
+
+def port(path: Path, architecture: str | None = None, engine: str | None = None) -> Ported:
+    """Port a model file of another engine.
+
+    Args:
+        architecture: the one to port; None: all of the file.
+        engine: "vllm" or "sglang"; None: found by the file's imports.
+
+    Raises:
+        PortError: the file cannot be read, has no model class, or a sibling is missing.
+    """
+    program = gather(SourceTree(path, engine), architecture)
+    return _ported(program)
+
+
+def _ported(program: Program) -> Ported:
+    for rule in RULES:
+        rule(program)
+    text = text_of(program)
+    return Ported(text, Report.of(program, text))

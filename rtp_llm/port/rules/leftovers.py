@@ -1,0 +1,185 @@
+"""What is left: unused bindings go, types of the other engine leave annotations, and the rest gets a comment."""
+
+import libcst as cst
+from libcst import matchers as m
+
+from rtp_llm.port.names import names_in
+from rtp_llm.port.program import Program, code, self_attribute
+from rtp_llm.port.rules.base import Rule
+from rtp_llm.port.rules.fold import tidied
+from rtp_llm.port.vocabulary import MISSING, target
+
+_PURE_CALLS = ("getattr", "hasattr", "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "len")
+
+
+class CleanAnnotations(Rule):
+    """Types without an equivalent go: ``torch.Tensor | IntermediateTensors`` becomes ``torch.Tensor``."""
+
+    def _is_foreign(self, node: cst.CSTNode) -> bool:
+        return any(name in self.program.engine_names and not self._target(name) for name in names_in(node))
+
+    def _target(self, name: str) -> object:
+        return target(self.program.engine_name(cst.Name(name)))
+
+    def leave_Annotation(self, original_node: cst.Annotation, updated_node: cst.Annotation) -> cst.Annotation:
+        return updated_node.with_changes(annotation=self._cleaned(updated_node.annotation))
+
+    def _cleaned(self, node: cst.BaseExpression) -> cst.BaseExpression:
+        if isinstance(node, cst.BinaryOperation) and isinstance(node.operator, cst.BitOr):
+            left, right = self._cleaned(node.left), self._cleaned(node.right)
+            for side, other in ((node.left, right), (node.right, left)):
+                if self._is_foreign(side) and code(self._cleaned(side)) == "object":
+                    return other
+            return node.with_changes(left=left, right=right)
+        return cst.Name("object") if self._is_foreign(node) else node
+
+
+class RemoveUnused(Rule):
+    """One pass; local names that are assigned and never read go, and conditions around nothing."""
+
+    def leave_SimpleStatementLine(  # type: ignore[no-untyped-def]
+        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+    ):
+        noted = super().leave_SimpleStatementLine(original_node, updated_node)
+        if not self.function_stack or len(original_node.body) != 1:
+            return noted
+        small = original_node.body[0]
+        if not isinstance(small, cst.Assign | cst.AnnAssign) or small.value is None or not _is_pure(small.value):
+            return noted
+        targets = [small.target] if isinstance(small, cst.AnnAssign) else [part.target for part in small.targets]
+        if len(targets) == 1 and self._is_unused(targets[0], small.value):
+            self.count("unused bindings removed")
+            return cst.RemoveFromParent()
+        return noted
+
+    def _is_unused(self, node: cst.BaseExpression, value: cst.BaseExpression) -> bool:
+        if isinstance(node, cst.Name):
+            return node.value not in _read_names(self.function_stack[0])
+        attribute = self_attribute(node)
+        is_constant = code(value) in ("True", "False", "None", "0", "1", "[]")
+        return bool(attribute) and is_constant and attribute not in self._read_attributes
+
+    @property
+    def _read_attributes(self) -> set[str]:
+        if not hasattr(self, "_attributes"):
+            finder = _ReadAttributes()
+            self.program.module.visit(finder)
+            self._attributes = finder.names
+        return self._attributes
+
+    def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.BaseStatement | cst.RemovalSentinel:
+        noted = super().leave_If(original_node, updated_node)
+        assert isinstance(noted, cst.If)
+        if isinstance(noted.orelse, cst.Else) and code(noted.orelse.body) == "pass":
+            noted = noted.with_changes(orelse=None)
+        if noted.orelse is None and code(noted.body) == "pass" and _is_pure(noted.test):
+            self.count("unused bindings removed")
+            return cst.RemoveFromParent()
+        return noted
+
+    def leave_For(self, original_node: cst.For, updated_node: cst.For) -> cst.BaseStatement | cst.RemovalSentinel:
+        noted = super().leave_For(original_node, updated_node)
+        return cst.RemoveFromParent() if code(updated_node.body) == "pass" else noted
+
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.IndentedBlock:
+        return tidied(updated_node)
+
+
+def _is_pure(node: cst.BaseExpression) -> bool:
+    calls = m.findall(node, m.Call())
+    return all(
+        isinstance(call, cst.Call) and isinstance(call.func, cst.Name) and call.func.value in _PURE_CALLS
+        for call in calls
+    ) and not m.findall(node, m.NamedExpr() | m.Await() | m.Yield())
+
+
+def _read_names(function: cst.FunctionDef) -> set[str]:
+    finder = _ReadNames()
+    function.body.visit(finder)
+    return finder.names
+
+
+class _ReadNames(cst.CSTVisitor):
+    """Names that are read; a plain assignment to a name does not read it."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_AssignTarget(self, node: cst.AssignTarget) -> bool:
+        return not isinstance(node.target, cst.Name)
+
+    def visit_AnnAssign(self, node: cst.AnnAssign) -> bool:
+        if isinstance(node.target, cst.Name) and node.value is not None:
+            node.value.visit(self)
+            return False
+        return True
+
+    def visit_Attribute(self, node: cst.Attribute) -> bool:
+        node.value.visit(self)
+        return False
+
+    def visit_Arg(self, node: cst.Arg) -> bool:
+        node.value.visit(self)
+        return False
+
+    def visit_Name(self, node: cst.Name) -> None:
+        self.names.add(node.value)
+
+
+class _ReadAttributes(cst.CSTVisitor):
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_AssignTarget(self, node: cst.AssignTarget) -> bool:
+        return not self_attribute(node.target)
+
+    def visit_AnnAssign(self, node: cst.AnnAssign) -> bool:
+        if self_attribute(node.target) and node.value is not None:
+            node.value.visit(self)
+            return False
+        return True
+
+    def visit_Attribute(self, node: cst.Attribute) -> None:
+        self.names.add(node.attr.value)
+
+    def visit_SimpleString(self, node: cst.SimpleString) -> None:
+        text = node.evaluated_value
+        if isinstance(text, str) and text.isidentifier():  # getattr(self, "name")
+            self.names.add(text)
+
+
+class CommentLeftovers(Rule):
+    """Names of the other engine that nothing stands for get a ``# PORT:`` comment where they are used."""
+
+    def visit_Name(self, node: cst.Name) -> None:
+        name = self.program.engine_name(node)
+        if not name or target(name) is not None or self.scope.is_local(node.value):
+            return
+        if name in MISSING:
+            self.review(f"not portable: {name} needs {MISSING[name]}")
+        else:
+            module = self.program.engine_names[node.value].module
+            self.review(f"{name} of {module} has no equivalent here: write what it does, or remove what needs it")
+
+    def visit_Attribute(self, node: cst.Attribute) -> bool:
+        node.value.visit(self)
+        return False
+
+    def visit_Arg(self, node: cst.Arg) -> bool:
+        node.value.visit(self)
+        return False
+
+
+def clean(program: Program) -> None:
+    CleanAnnotations.apply(program)
+    for _ in range(6):
+        before = program.done["unused bindings removed"]
+        RemoveUnused.apply(program)
+        if program.done["unused bindings removed"] == before:
+            break
+
+
+def comment_leftovers(program: Program) -> None:
+    CommentLeftovers.apply(program)

@@ -1,0 +1,71 @@
+"""The engine's shell around a model goes: its mixins, its decorators, and what only it asks a model for."""
+
+import libcst as cst
+
+from rtp_llm.port.program import Program
+from rtp_llm.port.rules.base import Rule
+from rtp_llm.port.rules.fold import tidied
+from rtp_llm.port.vocabulary import DECORATORS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS
+
+
+class RemoveShell(Rule):
+    """``@support_torch_compile``, ``SupportsPP``, ``embedding_modules = …``, ``def set_eplb_state(…)`` and the like."""
+
+    def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.BaseStatement:
+        bases = [arg for arg in updated_node.bases if self.program.engine_name(arg.value) not in MARKERS]
+        if len(bases) != len(updated_node.bases):
+            self.count("engine's mixins removed")
+            bases = [arg.with_changes(comma=cst.MaybeSentinel.DEFAULT) for arg in bases]
+            default = cst.MaybeSentinel.DEFAULT
+            updated_node = updated_node.with_changes(bases=bases, lpar=default, rpar=default)
+        decorators = [decorator for decorator in updated_node.decorators if not self._is_engines(decorator)]
+        if len(decorators) != len(updated_node.decorators):
+            self.count("engine's decorators removed")
+            lines = [*updated_node.leading_lines, *updated_node.lines_after_decorators]
+            updated_node = updated_node.with_changes(
+                decorators=decorators, leading_lines=lines, lines_after_decorators=[]
+            )
+        return super().leave_ClassDef(original_node, updated_node)
+
+    def _is_engines(self, decorator: cst.Decorator) -> bool:
+        node = decorator.decorator
+        if isinstance(node, cst.Call):
+            node = node.func
+        while isinstance(node, cst.Attribute):
+            node = node.value
+            if isinstance(node, cst.Call):
+                node = node.func
+        return self.program.engine_name(node) in DECORATORS or self.program.engine_name(node) == "MULTIMODAL_REGISTRY"
+
+    def leave_FunctionDef(
+        self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
+    ) -> cst.FunctionDef | cst.RemovalSentinel:
+        noted = super().leave_FunctionDef(original_node, updated_node)
+        if self.class_stack and not self.function_stack and updated_node.name.value in ENGINE_METHODS:
+            self.count("engine's methods removed")
+            return cst.RemoveFromParent()
+        return noted
+
+    def leave_SimpleStatementLine(  # type: ignore[no-untyped-def]
+        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+    ):
+        noted = super().leave_SimpleStatementLine(original_node, updated_node)
+        in_class_body = bool(self.class_stack) and not self.function_stack
+        if in_class_body and len(original_node.body) == 1:
+            small = original_node.body[0]
+            target = small.target if isinstance(small, cst.AnnAssign) else None
+            if isinstance(small, cst.Assign) and len(small.targets) == 1:
+                target = small.targets[0].target
+            if isinstance(target, cst.Name) and target.value in ENGINE_ATTRIBUTES:
+                self.count("engine's attributes removed")
+                return cst.RemoveFromParent()
+        return noted
+
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.IndentedBlock:
+        return tidied(updated_node)
+
+
+def remove_shell(program: Program) -> None:
+    RemoveShell.apply(program)

@@ -1,0 +1,429 @@
+"""Evaluating expressions of a model file as far as they follow from how this engine works (see ``facts.py``).
+
+The evaluation knows no order: a local name, or an attribute of a module, has a value if all its assignments agree.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import libcst as cst
+
+from rtp_llm.port.facts import (
+    ATTRIBUTES,
+    CALLS,
+    CAPTURES,
+    EMPTY,
+    FACTORIES,
+    NEGATIVE,
+    PARAMETERS,
+    PATHS,
+    TYPES,
+    ClassName,
+    Const,
+    Engine,
+    Expression,
+    Value,
+)
+from rtp_llm.port.names import names_in
+from rtp_llm.port.program import Program, family, methods, parameters, self_attribute
+
+ATTENTION_CLASSES = ("Attention", "EncoderOnlyAttention", "ChunkedLocalAttention")
+RECURSION = Engine("what is being asked for")  # a value in terms of itself
+_LITERAL_EMPTY = Const(EMPTY, of_engine=False)
+_LITERALS = {"True": True, "False": False, "None": None}
+
+
+@dataclass
+class Scope:
+    """What the names in a function stand for.
+
+    Attributes:
+        assigned: local names -> the expressions assigned to them; None for a binding that is none (a loop, a tuple).
+        mutated: names that something might change through: given to calls, indexed, asked for attributes.
+    """
+
+    program: Program
+    attributes: "Attributes"
+    assigned: dict[str, list[cst.BaseExpression | None]] = field(default_factory=dict)
+    mutated: set[str] = field(default_factory=set)
+    parent: "Scope | None" = None
+    _active: set[str] = field(default_factory=set)
+    _known: dict[str, Value | None] = field(default_factory=dict)
+
+    def name(self, name: str) -> Value | None:
+        if name in self.assigned:
+            if name in self._active:
+                return RECURSION
+            if name not in self._known:
+                self._active.add(name)
+                self._known[name] = self._agreed(name)
+                self._active.discard(name)
+            return self._known.get(name)
+        if self.parent is not None:
+            return self.parent.name(name)
+        if self.program.engine_name(cst.Name(name)) in ATTENTION_CLASSES or name in self.attributes.class_names:
+            return ClassName(name)
+        return None
+
+    def _agreed(self, name: str) -> Value | None:
+        return agreed((None if node is None else evaluate(node, self)) for node in self.assigned[name])
+
+    def is_local(self, name: str) -> bool:
+        return name in self.assigned or (self.parent is not None and self.parent.is_local(name))
+
+    def may_change(self, name: str) -> bool:
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.assigned:
+                return name in scope.mutated
+            scope = scope.parent
+        return True
+
+
+@dataclass
+class Attributes:
+    """What ``self.x`` stands for in the methods of a class and its relatives."""
+
+    class_names: frozenset[str] = frozenset()
+    assigned: dict[str, list[tuple[cst.BaseExpression | None, Scope]]] = field(default_factory=dict)
+    _active: set[str] = field(default_factory=set)
+    _known: dict[str, Value | None] = field(default_factory=dict)
+
+    def value(self, name: str) -> Value | None:
+        if name in ATTRIBUTES:
+            return ATTRIBUTES[name]
+        if name not in self.assigned or name in self._active:
+            return None
+        if name not in self._known:
+            self._active.add(name)
+            found = agreed((None if node is None else evaluate(node, scope)) for node, scope in self.assigned[name])
+            if isinstance(found, Engine):
+                found = replace(found, owner="self.")
+            if isinstance(found, Expression | ClassName) or found == _LITERAL_EMPTY:  # a list to be filled
+                found = None
+            self._known[name] = found
+            self._active.discard(name)
+        return self._known[name]
+
+
+def agreed(values: Iterator[Value | None]) -> Value | None:
+    """Return the value that all have; None if they differ, or if it is a literal that nothing of the engine backs."""
+    found = [value for value in values if value is not RECURSION]
+    first = found[0] if found else None
+    if first is None or any(not _same(value, first) for value in found):
+        return None
+    if isinstance(first, Const) and first.value != EMPTY and not any(_of_engine(value) for value in found):
+        return None
+    if isinstance(first, Const) and any(_of_engine(value) for value in found):
+        return Const(first.value)
+    return first
+
+
+def _same(one: Value | None, other: Value) -> bool:
+    if isinstance(one, Const) and isinstance(other, Const):
+        return one.value == other.value and type(one.value) is type(other.value)
+    return one == other
+
+
+def _of_engine(value: Value | None) -> bool:
+    return isinstance(value, Const) and value.of_engine
+
+
+def evaluate(node: cst.BaseExpression, scope: Scope) -> Value | None:
+    """Return what an expression's value is known to be; None if it is not."""
+    handler = _HANDLERS.get(type(node))
+    return handler(node, scope) if handler else None
+
+
+def _name(node: cst.Name, scope: Scope) -> Value | None:
+    if node.value in _LITERALS:
+        return Const(_LITERALS[node.value], of_engine=False)
+    origin = scope.program.engine_name(node)
+    if origin in NEGATIVE:
+        return Engine(origin)
+    value = scope.name(node.value)
+    if isinstance(value, Const) and value.value == EMPTY and scope.may_change(node.value):
+        return None
+    return None if isinstance(value, Expression) else value
+
+
+def _number(node: cst.Integer, scope: Scope) -> Value:
+    return Const(int(node.value.replace("_", ""), 0), of_engine=False)
+
+
+def _container(node: cst.List | cst.Tuple | cst.Dict, scope: Scope) -> Value | None:
+    return None if node.elements else Const(EMPTY, of_engine=False)
+
+
+def _attribute(node: cst.Attribute, scope: Scope) -> Value | None:
+    own = self_attribute(node)
+    if own:
+        return scope.attributes.value(own)
+    if node.attr.value in FACTORIES:
+        return Engine(node.attr.value)
+    base = evaluate(node.value, scope)
+    return _step(base, node.attr.value) if isinstance(base, Engine) else None
+
+
+def _step(base: Engine, step: str) -> Value:
+    path = f"{base.path}.{step}"
+    if base.path in NEGATIVE or path in NEGATIVE:
+        return Engine(path, base.owner) if path in NEGATIVE else Const(False)
+    found = PATHS.get(path, Engine(path, base.owner))
+    if isinstance(found, Engine):
+        return replace(found, owner=base.owner)
+    return Expression(found.text.format(owner=base.owner)) if isinstance(found, Expression) else found
+
+
+def _call(node: cst.Call, scope: Scope) -> Value | None:
+    name = scope.program.engine_name(node.func)
+    if name in CALLS:
+        return CALLS[name]
+    if self_attribute(node.func) in CAPTURES:
+        return CAPTURES[self_attribute(node.func)]
+    if isinstance(node.func, cst.Attribute):
+        return _method_call(node, node.func, scope)
+    if isinstance(node.func, cst.Name) and node.func.value in _BUILTINS and not scope.is_local(node.func.value):
+        return _BUILTINS[node.func.value](node, scope)
+    return None
+
+
+def _method_call(node: cst.Call, func: cst.Attribute, scope: Scope) -> Value | None:
+    base = evaluate(func.value, scope)
+    if not isinstance(base, Engine):
+        return None
+    if base.path in NEGATIVE:
+        return Const(False)
+    if base.path == "vllm_config" and func.attr.value == "with_hf_config":
+        return None
+    return _step(base, f"{func.attr.value}()")
+
+
+def _isinstance(node: cst.Call, scope: Scope) -> Value | None:
+    if len(node.args) == 2 and scope.program.is_engine(node.args[1].value, "PPMissingLayer", "StageMissingLayer"):
+        return Const(False)
+    return None
+
+
+def _len(node: cst.Call, scope: Scope) -> Value | None:
+    value = evaluate(node.args[0].value, scope) if len(node.args) == 1 else None
+    return Const(0) if isinstance(value, Const) and value.value == EMPTY else None
+
+
+def _getattr(node: cst.Call, scope: Scope) -> Value | None:
+    """``getattr(engine object, "name", default)`` is its attribute if that is known; else the default."""
+    base = evaluate(node.args[0].value, scope) if len(node.args) >= 2 else None
+    name = node.args[1].value if len(node.args) >= 2 else None
+    if not isinstance(base, Engine) or not isinstance(name, cst.SimpleString):
+        return None
+    found = _step(base, str(name.evaluated_value))
+    if isinstance(found, Engine) and len(node.args) == 3:
+        return evaluate(node.args[2].value, scope)
+    return found
+
+
+_BUILTINS = {"isinstance": _isinstance, "len": _len, "getattr": _getattr, "bool": lambda node, scope: None}
+
+
+def _not(node: cst.UnaryOperation, scope: Scope) -> Value | None:
+    value = evaluate(node.expression, scope)
+    if isinstance(node.operator, cst.Not) and isinstance(value, Const):
+        return Const(not value.value, value.of_engine)
+    return None
+
+
+def _boolean(node: cst.BooleanOperation, scope: Scope) -> Value | None:
+    left, right = evaluate(node.left, scope), evaluate(node.right, scope)
+    decides = isinstance(node.operator, cst.Or)  # the truth value that settles the operation
+    if isinstance(left, Const):
+        if bool(left.value) is decides:
+            return left
+        return right
+    if isinstance(right, Const) and bool(right.value) is decides and right.of_engine:
+        return Const(decides)
+    if left is not None and left == right:
+        return left
+    return None
+
+
+def _conditional(node: cst.IfExp, scope: Scope) -> Value | None:
+    test = evaluate(node.test, scope)
+    if isinstance(test, Const):
+        return evaluate(node.body if test.value else node.orelse, scope)
+    body, orelse = evaluate(node.body, scope), evaluate(node.orelse, scope)
+    if isinstance(body, ClassName) and isinstance(orelse, ClassName):  # ours refuses what is not causal
+        kinds = {scope.program.engine_name(cst.Name(value.name)): value for value in (body, orelse)}
+        if set(kinds) == {"Attention", "EncoderOnlyAttention"}:
+            return kinds["Attention"]
+    return body if body is not None and body == orelse else None
+
+
+def _comparison(node: cst.Comparison, scope: Scope) -> Value | None:
+    if len(node.comparisons) != 1:
+        return None
+    left, right = evaluate(node.left, scope), evaluate(node.comparisons[0].comparator, scope)
+    operator = node.comparisons[0].operator
+    if isinstance(operator, cst.In | cst.NotIn) and isinstance(right, Const) and right.value == EMPTY:
+        return Const(isinstance(operator, cst.NotIn))
+    if isinstance(left, Engine) and isinstance(right, Const) and right.value is None:
+        return {cst.Is: Const(False), cst.IsNot: Const(True)}.get(type(operator))
+    if not isinstance(left, Const) or not isinstance(right, Const):
+        return None
+    operation = _COMPARISONS.get(type(operator))
+    try:
+        return Const(operation(left.value, right.value), left.of_engine or right.of_engine) if operation else None
+    except TypeError:  # two constants that do not compare: then the file does not mean them so
+        return None
+
+
+_COMPARISONS: dict[type, Any] = {
+    cst.Equal: lambda a, b: a == b,
+    cst.NotEqual: lambda a, b: a != b,
+    cst.Is: lambda a, b: a is b,
+    cst.IsNot: lambda a, b: a is not b,
+    cst.GreaterThan: lambda a, b: a > b,
+    cst.GreaterThanEqual: lambda a, b: a >= b,
+    cst.LessThan: lambda a, b: a < b,
+    cst.LessThanEqual: lambda a, b: a <= b,
+}
+
+
+def _binary(node: cst.BinaryOperation, scope: Scope) -> Value | None:
+    left, right = evaluate(node.left, scope), evaluate(node.right, scope)
+    sides = [value for value in (left, right) if value is not RECURSION]
+    are_empty = bool(sides) and all(isinstance(value, Const) and value.value == EMPTY for value in sides)
+    return Const(EMPTY) if are_empty and isinstance(node.operator, cst.Add) else None
+
+
+_HANDLERS: dict[type, Any] = {
+    cst.Name: _name,
+    cst.Integer: _number,
+    cst.List: _container,
+    cst.Tuple: _container,
+    cst.Dict: _container,
+    cst.Attribute: _attribute,
+    cst.Call: _call,
+    cst.UnaryOperation: _not,
+    cst.BooleanOperation: _boolean,
+    cst.IfExp: _conditional,
+    cst.Comparison: _comparison,
+    cst.BinaryOperation: _binary,
+}
+
+
+def engine_parameter(param: cst.Param, program: Program) -> Value | None:
+    """Return what a parameter that carries a part of the other engine stands for; None for all others."""
+    value = PARAMETERS.get(param.name.value)
+    if param.annotation is None:
+        return value
+    names = names_in(param.annotation)
+    kinds = [TYPES[origin] for name in names if (origin := program.engine_name(cst.Name(name))) in TYPES]
+    if kinds:
+        return kinds[0]
+    return None if isinstance(value, Engine) else value
+
+
+class Scopes:
+    """The scopes of all functions of a program, by the identity of their nodes."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.of: dict[int, Scope] = {}
+        classes = program.classes()
+        names = frozenset(classes)
+        shared: dict[str, Attributes] = {}
+        for name in classes:
+            relatives = family(name, classes)
+            shared[name] = next((shared[other] for other in relatives if other in shared), None) or Attributes(names)
+        self.nowhere = Scope(program, Attributes(names))
+        for name, node in classes.items():
+            for method in methods(node).values():
+                self._add(method, shared[name], None)
+        for function in program.functions().values():
+            self._add(function, self.nowhere.attributes, None)
+
+    def _add(self, function: cst.FunctionDef, attributes: Attributes, parent: Scope | None) -> None:
+        scope = Scope(self.program, attributes, parent=parent)
+        self.of[id(function)] = scope
+        for param in parameters(function):
+            name = param.name.value
+            value = engine_parameter(param, self.program)
+            scope.assigned[name] = [None]
+            if value is not None:
+                scope._known[name] = value
+        for star in (function.params.star_arg, function.params.star_kwarg):
+            if isinstance(star, cst.Param):
+                scope.assigned[star.name.value] = [None]
+        finder = _Bindings(scope)
+        function.body.visit(finder)
+        for inner in finder.functions:
+            self._add(inner, attributes, scope)
+
+
+class _Bindings(cst.CSTVisitor):
+    """Finds a function's assignments; not those of functions inside it, which it lists."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.functions: list[cst.FunctionDef] = []
+
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
+        self.functions.append(node)
+        return False
+
+    def visit_ClassDef(self, node: cst.ClassDef) -> bool:
+        return False
+
+    def visit_Assign(self, node: cst.Assign) -> None:
+        for target in node.targets:
+            self._bind(target.target, node.value)
+
+    def visit_AnnAssign(self, node: cst.AnnAssign) -> None:
+        if node.value is not None:
+            self._bind(node.target, node.value)
+
+    def visit_NamedExpr(self, node: cst.NamedExpr) -> None:
+        self._bind(node.target, node.value)
+
+    def visit_AugAssign(self, node: cst.AugAssign) -> None:
+        self._bind(node.target, None)
+
+    def visit_For(self, node: cst.For) -> None:
+        self._bind(node.target, None)
+
+    def visit_CompFor(self, node: cst.CompFor) -> None:
+        self._bind(node.target, None)
+
+    def visit_AsName(self, node: cst.AsName) -> None:
+        if isinstance(node.name, cst.BaseExpression):
+            self._bind(node.name, None)
+
+    def visit_Lambda(self, node: cst.Lambda) -> None:
+        for param in node.params.params:
+            self._bind(param.name, None)
+
+    def _bind(self, target: cst.BaseExpression, value: cst.BaseExpression | None) -> None:
+        if isinstance(target, cst.Name):
+            self.scope._known.pop(target.value, None)
+            self.scope.assigned.setdefault(target.value, []).append(value)
+        elif isinstance(target, cst.Tuple | cst.List):
+            for element in target.elements:
+                self._bind(element.value, None)
+        elif self_attribute(target):
+            self.scope.attributes.assigned.setdefault(self_attribute(target), []).append((value, self.scope))
+
+    def visit_Call(self, node: cst.Call) -> None:
+        if self_attribute(node.func) in CAPTURES or (isinstance(node.func, cst.Name) and node.func.value == "len"):
+            return
+        for arg in node.args:
+            if isinstance(arg.value, cst.Name):
+                self.scope.mutated.add(arg.value.value)
+
+    def visit_Attribute(self, node: cst.Attribute) -> None:
+        if isinstance(node.value, cst.Name):
+            self.scope.mutated.add(node.value.value)
+
+    def visit_Subscript(self, node: cst.Subscript) -> None:
+        if isinstance(node.value, cst.Name):
+            self.scope.mutated.add(node.value.value)

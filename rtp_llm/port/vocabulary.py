@@ -1,0 +1,128 @@
+"""The other engine's names, and what stands for them here.
+
+A name is looked up by itself, whatever module it was imported from: engines move their modules about, but do not give
+one name two meanings.
+"""
+
+LAYERS = "rtp_llm.srt.layers"
+PARALLEL = "rtp_llm.srt.distributed.parallel_state"
+
+# Names with the same meaning and call here -> their module.
+SAME: dict[str, str] = {
+    name: module
+    for module, names in {
+        f"{LAYERS}.activation": (
+            "SiluAndMul", "GeluAndMul", "get_act_fn", "get_act_and_mul_fn", "ReLUSquaredActivation", "NewGELU",
+            "FastGELU", "QuickGELU", "SwigluOAIAndMul", "SiluAndMulWithClamp", "XIELU", "MulAndSilu",
+            "FatreluAndMul", "SwigluStepAndMul", "GeluAndMulSparse",
+        ),
+        f"{LAYERS}.layernorm": ("RMSNorm", "GemmaRMSNorm", "LayerNorm", "RMSNormGated"),
+        f"{LAYERS}.linear": (
+            "ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "ReplicatedLinear",
+            "RowParallelLinear", "GateLinear",
+        ),
+        f"{LAYERS}.rotary_embedding": ("get_rope", "set_default_rope_theta", "ApplyRotaryEmb"),
+        f"{LAYERS}.vocab_parallel_embedding": ("ParallelLMHead", "VocabParallelEmbedding"),
+        f"{LAYERS}.fused_moe": (
+            "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "fused_moe_make_expert_params_mapping",
+        ),
+        f"{LAYERS}.radix_attention": ("RadixAttention", "AttentionType", "model_window"),
+        f"{LAYERS}.logits_processor": ("LogitsProcessor",),
+        f"{LAYERS}.conv": ("Conv2dLayer", "Conv3dLayer"),
+        f"{LAYERS}.quantization.base": ("QuantizationConfig",),
+        f"{LAYERS}.auto_weights": ("AutoWeightsLoader", "WeightsMapper", "maybe_remap_kv_scale_name"),
+        f"{LAYERS}.weights": (
+            "default_weight_loader", "row_parallel_weight_loader", "sharded_weight_loader", "composed_weight_loader",
+        ),
+        "rtp_llm.srt.utils": ("extract_layer_index", "make_layers", "add_prefix"),
+        PARALLEL: (
+            "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "get_tp_group",
+            "tensor_model_parallel_all_reduce", "tensor_model_parallel_all_gather", "divide",
+            "split_tensor_along_last_dim",
+        ),
+    }.items()
+    for name in names
+}  # fmt: skip
+
+# Their name -> ours, called the same way.
+RENAMED: dict[str, str] = {
+    "Attention": "RadixAttention",
+}
+
+# What describes the other engine itself. A class may not have these as bases here, and nothing is imported for them.
+MARKERS = frozenset({
+    "EagleModelMixin", "LocalArgmaxMixin", "SupportsEagle", "SupportsEagle3", "SupportsEagleBase", "SupportsLoRA",
+    "SupportsPP", "SupportsQuant", "SupportsMultiModal", "SupportsMRoPE", "SupportsXDRoPE", "SupportsTranscription",
+    "SupportsRealtime", "SupportsCrossEncoding", "SupportsScoreTemplate", "SupportsV0Only", "SupportsMultiModalPruning",
+    "SupportsMambaPrefixCaching", "SupportsReplaySSM", "SupportsHCSP", "SupportsEncoderCudaGraph",
+    "SupportsLateInteraction", "SupportsMultiModalEmbeddings", "MixtureOfExperts", "HasInnerState", "HasNoOps",
+    "IsAttentionFree", "IsHybrid", "VllmModel", "VllmModelForTextGeneration", "VllmModelForPooling",
+})  # fmt: skip
+
+# Decorators that tell the other engine how to compile or to register.
+DECORATORS = frozenset({"support_torch_compile", "default_pooling_type", "attn_type", "ignore_torch_compile"})
+
+# Methods and class attributes by which the other engine asks a model for things that this one does not ask for.
+ENGINE_METHODS = frozenset({
+    "make_empty_intermediate_tensors", "set_aux_hidden_state_layers", "_set_aux_hidden_state_layers",
+    "get_eagle3_aux_hidden_state_layers", "get_eagle3_default_aux_hidden_state_layers", "set_eplb_state",
+    "update_physical_experts_metadata", "set_moe_parameters", "extract_moe_parameters", "get_top_tokens",
+    "compute_logits_local", "get_mamba_state_shape_from_config", "get_mamba_state_dtype_from_config",
+    "get_mamba_state_copy_func", "sample", "get_mm_mapping", "get_num_mm_encoder_tokens",
+    "get_num_mm_connector_tokens",
+})  # fmt: skip
+ENGINE_ATTRIBUTES = frozenset({
+    "embedding_modules", "embedding_padding_modules", "fall_back_to_pt_during_load", "supports_lora", "supports_pp",
+    "supported_lora_modules", "lora_skip_prefixes", "is_3d_moe_weight", "is_non_gated_moe", "has_own_lm_head",
+    "has_own_embed_tokens", "supports_aux_hidden_states_over_pp", "is_pooling_model", "default_pooling_type",
+    "default_seq_pooling_type", "default_tok_pooling_type", "quant_config_class", "has_inner_state", "is_hybrid",
+    "is_attention_free", "supports_multimodal", "requires_raw_input_tokens", "supports_encoder_tp_data",
+    "supports_eagle3", "supports_eagle", "lm_head_only", "aux_hidden_state_layers",
+})  # fmt: skip
+
+# Whole features that have no counterpart, so that what needs them cannot be ported by rules: name -> what is missing.
+MISSING: dict[str, str] = {
+    name: reason
+    for reason, names in {
+        "recurrent state (Mamba and linear attention)": (
+            "MambaMixer", "MambaMixer2", "MambaBase", "MambaStateShapeCalculator", "MambaStateDtypeCalculator",
+            "MambaStateCopyFuncCalculator", "LinearAttentionMetadata", "GDNAttentionMetadata", "ShortConv",
+            "GatedDeltaNetAttention", "QwenGatedDeltaNetAttention", "KimiDeltaAttention", "PluggableLayer",
+            "MiniMaxText01LinearAttention", "causal_conv1d_fn", "causal_conv1d_update", "BailingMoELinearAttention",
+            "Mamba2Metadata", "mamba_mixer2",
+        ),
+        "latent attention (write it anew with a latent RadixAttention, as in deepseek_v2.py)": (
+            "MLAModules", "MultiHeadLatentAttentionWrapper", "MLAAttention", "DeepseekV2MLAAttention",
+        ),
+        "attention that is not causal": (
+            "EncoderOnlyAttention", "CrossAttention", "MMEncoderAttention", "ChunkedLocalAttention",
+        ),
+        "pooling models": (
+            "DispatchPooler", "Pooler", "as_embedding_model", "as_seq_cls_model", "pooler_for_token_classify",
+        ),
+        "kernels of the other engine": (
+            "direct_register_custom_op", "CustomOp", "_custom_ops", "triton", "tl", "HAS_TRITON",
+        ),
+    }.items()
+    for name in names
+}  # fmt: skip
+
+# Names that rules fold away or rewrite; what is left of them is told.
+RULED = frozenset({
+    "maybe_prefix", "PPMissingLayer", "IntermediateTensors", "VllmConfig", "CacheConfig", "ModelConfig",
+    "ParallelConfig", "get_pp_group", "get_ep_group", "get_dp_group", "get_current_vllm_config", "init_logger",
+    "make_empty_intermediate_tensors_factory", "is_pp_missing_parameter", "spec_decode_needs_target_embed",
+    "get_current_vllm_config_or_none", "StageMissingLayer", "maybe_fused_act_quant",
+})  # fmt: skip
+
+
+def is_known(name: str) -> bool:
+    """Whether a name of the other engine's has a meaning to the rules, so that its definition is not taken along."""
+    known = (SAME, RENAMED, MISSING, MARKERS, DECORATORS, RULED)
+    return any(name in names for names in known)
+
+
+def target(name: str) -> tuple[str, str] | None:
+    """Return (module, name) of what stands for a name of the other engine; None if there is nothing."""
+    ours = RENAMED.get(name, name)
+    return (SAME[ours], ours) if ours in SAME else None
