@@ -1,5 +1,7 @@
 """From a file and its siblings to one module: the definitions that the models need, transitively, each once."""
 
+from typing import cast
+
 import libcst as cst
 from libcst import matchers as m
 
@@ -231,7 +233,7 @@ class _Gatherer:
         for position in positions:
             statement = _without_imports(file.tree.body[position], file, self.tree)
             if renames:
-                statement = cst.ensure_type(statement.visit(Renamer(renames)), cst.CSTNode)  # type: ignore[assignment]
+                statement = cast(Statement, statement.visit(Renamer(renames)))
             result.append(statement)
         if result and file is not self.tree.root:
             result[0] = _headed(result[0], f"# From {self.tree.convention.name}'s {file.path.name}:")
@@ -277,7 +279,7 @@ class Renamer(cst.CSTTransformer):
 def _without_imports(statement: Statement, file: SourceFile, tree: SourceTree) -> Statement:
     """Remove imports from the other engine inside functions: the output has its imports at the top."""
     remover = _ImportRemover(file, tree)
-    return statement.visit(remover)  # type: ignore[return-value]
+    return cast(Statement, statement.visit(remover))
 
 
 class _ImportRemover(cst.CSTTransformer):

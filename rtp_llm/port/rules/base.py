@@ -1,6 +1,7 @@
 """What all rules share: comments at the statement that is rewritten, and the scopes of the functions around it."""
 
 import textwrap
+from functools import cached_property
 
 import libcst as cst
 
@@ -18,7 +19,6 @@ class Rule(cst.CSTTransformer):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
-        self.scopes = Scopes(program)
         self.class_stack: list[str] = []
         self.function_stack: list[cst.FunctionDef] = []
         self._notes: list[list[str]] = [[]]
@@ -27,6 +27,10 @@ class Rule(cst.CSTTransformer):
     def apply(cls, program: Program) -> None:
         rule = cls(program)
         program.module = program.module.visit(rule)
+
+    @cached_property
+    def scopes(self) -> Scopes:
+        return Scopes(self.program)
 
     @property
     def scope(self) -> Scope:

@@ -212,7 +212,7 @@ def _opened(body: cst.BaseSuite, leading_lines: Sequence[cst.EmptyLine]):  # typ
     if not statements:
         return cst.RemoveFromParent()
     first = statements[0]
-    lines = [*leading_lines, *first.leading_lines]  # type: ignore[union-attr]
+    lines = [*leading_lines, *first.leading_lines]  # type: ignore[attr-defined]
     statements[0] = first.with_changes(leading_lines=lines)
     return cst.FlattenSentinel(statements)
 

@@ -5,6 +5,8 @@
 default, which differs; options that only steer the other engine go.
 """
 
+from typing import cast
+
 import libcst as cst
 from libcst import matchers as m
 
@@ -32,7 +34,7 @@ class RewriteLayers(Rule):
         if not is_call or not isinstance(target, cst.Tuple) or len(target.elements) != 3:
             return updated_node
         self.count("make_layers' tuple made a list")
-        return updated_node.with_changes(targets=[cst.AssignTarget(target.elements[2].value)])
+        return updated_node.with_changes(targets=[_target(target.elements[2].value)])
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
         name = self.program.engine_name(original_node.func)
@@ -151,8 +153,12 @@ class TieHeads(Rule):
             return noted
         func = cst.ensure_type(call[0].func, cst.Attribute)
         self.count("tied heads made the embedding itself")
-        assign = cst.Assign([cst.AssignTarget(func.value)], call[0].args[0].value)
-        return noted.with_changes(body=[assign])
+        assign = cst.Assign([_target(func.value)], call[0].args[0].value)
+        return cst.ensure_type(noted, cst.SimpleStatementLine).with_changes(body=[assign])
+
+
+def _target(node: cst.BaseExpression) -> cst.AssignTarget:
+    return cst.AssignTarget(cast(cst.BaseAssignTargetExpression, node))
 
 
 def _callable(function: cst.BaseExpression) -> str:

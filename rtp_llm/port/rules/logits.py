@@ -225,8 +225,7 @@ class ProvideEmbeddings(Rule):
         if name in self.entries and isinstance(updated_node.body, cst.IndentedBlock):
             kept = []
             for statement in updated_node.body.body:
-                is_method = isinstance(statement, cst.FunctionDef)
-                if is_method and statement.name.value == "embed_input_ids" and path:
+                if isinstance(statement, cst.FunctionDef) and statement.name.value == "embed_input_ids" and path:
                     statement = statement.with_changes(**_getter(statement, path))
                     self.count("embed_input_ids made get_input_embeddings")
                 kept.append(statement)
