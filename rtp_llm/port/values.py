@@ -343,6 +343,12 @@ class Scopes:
         for function in program.functions().values():
             self._add(function, self.nowhere.attributes, None)
 
+    def at(self, function: cst.FunctionDef) -> Scope:
+        """Return a function's scope; one that stands neither in a class nor at the top level knows no attributes."""
+        if id(function) not in self.of:
+            self._add(function, self.nowhere.attributes, None)
+        return self.of[id(function)]
+
     def _add(self, function: cst.FunctionDef, attributes: Attributes, parent: Scope | None) -> None:
         scope = Scope(self.program, attributes, parent=parent)
         self.of[id(function)] = scope

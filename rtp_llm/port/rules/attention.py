@@ -68,7 +68,7 @@ class Windows:
     def _config(self, owner: str, function: cst.FunctionDef) -> str:
         """Return how the configuration is called in a function; "" if it is not at hand."""
         names = [param.name.value for param in parameters(function)]
-        scope = self.scopes.of[id(function)]
+        scope = self.scopes.at(function)
         if "config" in names or "vllm_config" in names or scope.is_local("config"):
             return "config"
         if "config" in scope.attributes.assigned:

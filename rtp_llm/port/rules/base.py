@@ -34,7 +34,7 @@ class Rule(cst.CSTTransformer):
 
     @property
     def scope(self) -> Scope:
-        return self.scopes.of[id(self.function_stack[-1])] if self.function_stack else self.scopes.nowhere
+        return self.scopes.at(self.function_stack[-1]) if self.function_stack else self.scopes.nowhere
 
     @property
     def function(self) -> str:

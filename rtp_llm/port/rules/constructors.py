@@ -119,12 +119,13 @@ class RewriteConstructors(Rule):
 
 
 def _with_valid_defaults(params: list[cst.Param]) -> list[cst.Param]:
-    """``quant_config`` has no default if a parameter after it has none."""
+    """``quant_config`` has no default if a parameter after it has none; ``config`` comes before all that have one."""
     names = [param.name.value for param in params]
     place = names.index("quant_config")
     if any(param.default is None for param in params[place + 1 :]):
         params[place] = params[place].with_changes(default=None)
-    return params
+    with_default = [param for param in params if param.default is not None]
+    return [param for param in params if param.default is None] + with_default
 
 
 def _comma_free(params: list[cst.Param]) -> list[cst.Param]:

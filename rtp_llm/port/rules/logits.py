@@ -206,7 +206,7 @@ class ProvideEmbeddings(Rule):
         node = next((method for cls in _with_bases(name, classes) for method in methods(cls).values()), None)
         if node is None or depth == 0:
             return ""
-        assigned = self.all.of[id(node)].attributes.assigned
+        assigned = self.all.at(node).attributes.assigned
         deeper = []
         for attribute, values in assigned.items():
             names = {other for value, _ in values if value is not None for other in _constructed(value, self.program)}

@@ -65,7 +65,7 @@ class Reach:
         node = node or next((method for group in relatives for method in group.values()), None)
         if node is None:
             return set()
-        assigned = self.scopes.of[id(node)].attributes.assigned
+        assigned = self.scopes.at(node).attributes.assigned
         return {
             attribute
             for attribute, values in assigned.items()
