@@ -10,10 +10,19 @@ from typing import cast
 import libcst as cst
 
 from rtp_llm.port.facts import EMPTY, ClassName, Const, Engine, Expression, Value
+from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule, expression
+from rtp_llm.port.source import Origin
 from rtp_llm.port.values import evaluate
+from rtp_llm.port.vocabulary import PARALLEL
 
+# What the expressions of ``facts.py`` need beside the file's own names.
+_NEEDED = {
+    "torch": Origin("torch"),
+    "logging": Origin("logging"),
+    "get_tensor_model_parallel_world_size": Origin(PARALLEL, "get_tensor_model_parallel_world_size"),
+}
 _ENDS = (cst.Return, cst.Raise, cst.Continue, cst.Break)
 
 
@@ -81,6 +90,9 @@ class FoldFacts(Rule):
         value = self._value(original)
         if isinstance(value, Expression):
             self.count("facts of the engine folded")
+            for name in names_in(expression(value.text)) & set(_NEEDED):
+                self.program.imports.setdefault(name, _NEEDED[name])
+                self.program.engine_names.pop(name, None)
             return expression(value.text)
         if isinstance(value, Const) and value.of_engine:
             self.count("facts of the engine folded")
