@@ -32,9 +32,8 @@ class RowByRow(AttentionBackend):
             keys, values = cache.numbers(slots, q.dtype)
             tokens = slice(token, token + end - start)
             ends = None if batch.visible_ends is None else batch.visible_ends[tokens] - first
-            out[tokens] = reference.attention(
-                q[tokens], keys, values, layer.scaling, start - first, layer.window, layer.logit_cap, sinks, ends
-            )
+            options = (layer.window, layer.logit_cap, sinks, ends, layer.alibi_slopes)
+            out[tokens] = reference.attention(q[tokens], keys, values, layer.scaling, start - first, *options)
         return out.flatten(1)
 
 

@@ -38,12 +38,13 @@ class ForwardMode(IntEnum):
         return self in (ForwardMode.DECODE, ForwardMode.IDLE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionSpec:
     """The description of an attention layer on this rank, made once; a back end reads nothing else of the layer.
 
     The score of query i and key j is ``scaling * (q_i . k_j)``, then ``logit_cap * tanh(score / logit_cap)`` if there
-    is a cap. Query head h reads key head ``h // (num_heads // num_kv_heads)``.
+    is a cap, then plus ``alibi_slopes[head] * (j - i)`` if there are slopes. Query head h reads key head
+    ``h // (num_heads // num_kv_heads)``.
     """
 
     layer_id: int  # of the cache that is read and written; several layers may share one
@@ -56,6 +57,7 @@ class AttentionSpec:
     # Tokens visible, the query's own included: key j is visible to query i iff ``i - window < j <= i``. None: all.
     window: int | None = None
     latent: bool = False  # a token's value is the first v_head_dim components of its key, which alone is stored
+    alibi_slopes: torch.Tensor | None = None  # [num_heads] float32, on the layer's device. None: no bias by distance
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:

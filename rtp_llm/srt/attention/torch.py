@@ -40,7 +40,7 @@ class StepLayout:
     extend: list[ExtendRow]
 
 
-# Query-key pairs whose scores are computed explicitly (capped, or with sinks) at a time: 64 MiB.
+# Query-key pairs whose scores are computed explicitly (see _needs_scores) at a time: 64 MiB.
 SCORES_PER_PIECE = 1 << 24
 
 
@@ -150,11 +150,16 @@ def _decode(
     grouped = q.reshape(num_rows, num_kv_heads, -1, q.shape[-1])
     k, v = _gather(cache, bucket.slots, layer, q.dtype)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if layer.logit_cap > 0 or sinks is not None:
+    if _needs_scores(layer, sinks):
         out = _explicit(grouped, k, v, bucket.visible, layer, sinks)
     else:
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.visible, scale=layer.scaling)
     return out.reshape(num_rows, layer.num_heads, layer.v_head_dim)
+
+
+def _needs_scores(layer: AttentionSpec, sinks: torch.Tensor | None) -> bool:
+    """Whether scores are changed in ways that torch's own attention does not know."""
+    return layer.logit_cap > 0 or layer.alibi_slopes is not None or sinks is not None
 
 
 def _gather(
@@ -175,11 +180,15 @@ def _explicit(
     layer: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [B, Hkv, G, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hkv, G, Dv], with capped scores or sinks."""
+    """q [B, Hkv, G, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hkv, G, Dv], with caps, slopes or sinks."""
     num_rows, num_kv_heads, group_size, _ = q.shape
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * layer.scaling
     if layer.logit_cap > 0:
         scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
+    if layer.alibi_slopes is not None:
+        last = visible.sum(-1, keepdim=True) - 1  # the query's own key
+        distances = torch.arange(k.shape[2], device=k.device) - last
+        scores = scores + layer.alibi_slopes.view(num_kv_heads, group_size, 1) * distances
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         sink_scores = sinks.float().view(1, num_kv_heads, group_size, 1).expand(num_rows, -1, -1, -1)
@@ -197,7 +206,7 @@ def _extend(
 ) -> torch.Tensor:
     """q [n, Hq, D] -> [n, Hq, Dv]."""
     k, v = _gather(cache, row.slots, layer, q.dtype)
-    if layer.logit_cap > 0 or sinks is not None:
+    if _needs_scores(layer, sinks):
         return _extend_explicit(q, k, v, row, layer, sinks)
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -229,7 +238,9 @@ def _extend_explicit(
         else:  # only the device knows how far ahead a query sees
             seen, ends = slice(first, None), row.visible_ends[start:end] - first
         offset = q_start - first
-        out = reference.attention(piece, k[seen], v[seen], layer.scaling, offset, window, layer.logit_cap, sinks, ends)
+        out = reference.attention(
+            piece, k[seen], v[seen], layer.scaling, offset, window, layer.logit_cap, sinks, ends, layer.alibi_slopes
+        )
         pieces.append(out)
         start = end
     return torch.cat(pieces)

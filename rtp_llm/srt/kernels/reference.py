@@ -16,6 +16,7 @@ def attention(
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     visible_ends: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of one sequence: a softmax in float32 whatever the input dtype.
 
@@ -31,6 +32,8 @@ def attention(
         sinks: [num_heads]: a score that takes part in the softmax and carries no value (GPT-OSS, 2025).
         visible_ends: [n] int64: query i sees later keys too, all before position ``visible_ends[i]`` (the image blocks
             of Gemma 3, 2025); a window still bounds it from below.
+        alibi_slopes: [num_heads]: ``alibi_slopes[h] * (j - q_start - i)`` is added to the score of query i and key j,
+            after the cap (ALiBi; Press et al., 2022).
 
     Returns:
         [n, num_heads, v_head_dim] in q's dtype.
@@ -41,6 +44,10 @@ def attention(
     scores = torch.einsum("nkgd,lkd->kgnl", grouped_q, k.float()) * scaling
     if logit_cap > 0:
         scores = logit_cap * torch.tanh(scores / logit_cap)
+    if alibi_slopes is not None:
+        queries = torch.arange(q_start, q_start + num_queries, device=q.device)
+        distances = torch.arange(num_keys, device=q.device) - queries[:, None]
+        scores = scores + alibi_slopes.float().view(num_kv_heads, -1, 1, 1) * distances
     visible = _visible(num_queries, num_keys, q_start, window, visible_ends, q.device)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
@@ -82,6 +89,7 @@ def paged_attention(
     visible_ends: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``attention`` of each row over its sequence's part of the cache. A token's slot is
     ``page_table[row, position // page_size] * page_size + position % page_size``.
@@ -106,7 +114,7 @@ def paged_attention(
         if key_scales is not None and value_scales is not None:
             k, v = k * key_scales[slots, :, None], v * value_scales[slots, :, None]
         ends = None if visible_ends is None else visible_ends[tokens] - first
-        outputs.append(attention(q[tokens], k, v, scaling, start - first, window, logit_cap, sinks, ends))
+        outputs.append(attention(q[tokens], k, v, scaling, start - first, window, logit_cap, sinks, ends, alibi_slopes))
         first_token += count
     return torch.cat(outputs)
 

@@ -1,5 +1,6 @@
 """The attention layer of model files: it describes what is computed; the ForwardBatch's back end computes it."""
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,8 @@ class RadixAttention(nn.Module):
             than ``window``; -1 or None for all of them.
         latent: a token's value is the first ``v_head_dim`` components of its key, stored once and never passed
             (multi-head latent attention; DeepSeek-V2, 2024).
+        alibi_slopes: [num_heads], of this rank (see ``layers/alibi.py``): head h's score of a key that lies d tokens
+            before the query is lowered by ``alibi_slopes[h] * d``, after scaling and cap (ALiBi; Press et al., 2022).
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class RadixAttention(nn.Module):
         prefix: str = "",
         latent: bool = False,
         window: int | None = None,
+        alibi_slopes: torch.Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if attn_type != AttentionType.DECODER:
@@ -87,6 +91,7 @@ class RadixAttention(nn.Module):
             logit_cap=logit_cap,
             window=window,
             latent=latent,
+            alibi_slopes=None if alibi_slopes is None else _slopes(alibi_slopes, num_heads, prefix),
         )
         self.attn_type = attn_type
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
@@ -107,6 +112,7 @@ class RadixAttention(nn.Module):
     scaling = property(lambda self: self.spec.scaling)
     logit_cap = property(lambda self: self.spec.logit_cap)
     latent = property(lambda self: self.spec.latent)
+    alibi_slopes = property(lambda self: self.spec.alibi_slopes)
     sliding_window_size = property(lambda self: -1 if self.spec.window is None else self.spec.window - 1)
 
     def forward(
@@ -143,3 +149,14 @@ class RadixAttention(nn.Module):
         if v is not None:
             v = v.view(-1, spec.num_kv_heads, spec.v_head_dim)
         return forward_batch.attn_backend.forward(q, k, v, spec, forward_batch, save_kv_cache, sinks)
+
+
+def _slopes(slopes: torch.Tensor | Sequence[float], num_heads: int, prefix: str) -> torch.Tensor:
+    """Return slopes as [num_heads] float32 on torch's default device, as layers are built."""
+    tensor = torch.as_tensor(slopes, dtype=torch.float32, device=torch.get_default_device())
+    if tensor.shape != (num_heads,):
+        raise ValueError(
+            f"{prefix or 'RadixAttention'}: alibi_slopes must be of shape ({num_heads},), one per head of this rank, "
+            f"got {tuple(tensor.shape)}"
+        )
+    return tensor.contiguous()

@@ -1,4 +1,4 @@
-"""The back ends over pages: caps, sinks, windows, values of another size, latents; all kinds of rows in a step."""
+"""The back ends over pages: caps, sinks, slopes, windows, values of another size, latents; all rows in one step."""
 
 from dataclasses import dataclass, field
 from itertools import product
@@ -8,17 +8,22 @@ from typing import Any
 import pytest
 import torch
 from transformers import Gemma3TextConfig
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from rtp_llm import Engine
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
 from rtp_llm.srt.device.registry import ATTENTION_BACKENDS
 from rtp_llm.srt.devices.cpu.build import kernels_work
+from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kv_pool import KVPool, slots_of
+from rtp_llm.srt.layers.alibi import alibi_slopes, all_alibi_slopes
+from rtp_llm.srt.layers.linear import QKVParallelLinear
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, tiny_model
 from tiny_models import reference as reference_answer
@@ -68,8 +73,12 @@ CASES = {
     "sinks, window, one key head": Case(4, 1, 6, 6, page_size=4, window=7, has_sinks=True),
     "sinks, cap, values of another size": Case(4, 2, 6, 3, has_sinks=True, options={"logit_cap": 2.0}),
     "window of one": Case(3, 3, 4, 4, window=1),
+    "slopes": Case(6, 2, 5, 5, page_size=4, options={"alibi_slopes": [0.5, 0.25, 1.0, 0.02, 0.0, 0.125]}),
+    "slopes, window, narrow values": Case(4, 4, 6, 3, window=7, options={"alibi_slopes": [1.5, 0.1, 0.0, 0.3]}),
+    "slopes, cap, sinks": Case(3, 1, 6, 6, 4, None, True, options={"logit_cap": 1.5, "alibi_slopes": [0.3, 0.01, 1.0]}),
     "latent": Case(6, 1, 10, 7, options={"latent": True}),
     "latent, pages, window": Case(3, 1, 9, 4, page_size=4, window=7, options={"latent": True}),
+    "latent, slopes": Case(3, 1, 9, 4, options={"latent": True, "alibi_slopes": [0.3, 0.01, 1.0]}),
     "latent, cap": Case(3, 1, 9, 4, options={"latent": True, "logit_cap": 2.0}),
     "latent, two key heads": Case(4, 2, 6, 6, options={"latent": True}),
 }
@@ -166,7 +175,8 @@ def test_every_row_of_a_step(
         v = k[..., : case.v_head_dim] if layer.latent else torch.randn(cached + new, case.num_kv_heads, case.v_head_dim)
         slots = slots_of(table, torch.tensor(row), torch.arange(cached), case.page_size)
         pool.write(0, slots, k[:cached], None if layer.latent else v[:cached])
-        expected.append(reference.attention(q, k, v, 0.37, cached, case.window, layer.logit_cap, sinks, ends[row]))
+        options = (case.window, layer.logit_cap, sinks, ends[row], layer.alibi_slopes)
+        expected.append(reference.attention(q, k, v, 0.37, cached, *options))
         qs.append(q)
         ks.append(k[cached:])
         vs.append(v[cached:])
@@ -181,11 +191,13 @@ def test_every_row_of_a_step(
 @pytest.mark.parametrize("window", [None, 1, 3, 7])
 @pytest.mark.parametrize("cached", [0, 4])
 def test_reference_blocks_by_hand(window: int | None, cached: int) -> None:
-    """One query, one head at a time; some with a cap, and with sinks."""
+    """One query, one head at a time; some with a cap, with sinks, and with slopes."""
     ends = visible_ends(cached, [(1, 6), (8, 9)], 11)
     q, k, v = torch.randn(11, 4, 6), torch.randn(cached + 11, 2, 6), torch.randn(cached + 11, 2, 3)
-    for cap, sinks in ((0.0, None), (1.5, None), (0.0, torch.randn(4)), (2.0, torch.randn(4))):
-        output = reference.attention(q, k, v, 0.4, cached, window, cap, sinks, ends)
+    slopes = torch.tensor([0.5, 0.25, 0.0, 1.0])
+    kinds = [(0.0, None, None), (1.5, None, None), (0.0, torch.randn(4), None), (2.0, torch.randn(4), slopes)]
+    for cap, sinks, bias in kinds:
+        output = reference.attention(q, k, v, 0.4, cached, window, cap, sinks, ends, bias)
         for i, head in product(range(11), range(4)):
             position = cached + i
             in_block = 1 <= i < 6
@@ -193,6 +205,8 @@ def test_reference_blocks_by_hand(window: int | None, cached: int) -> None:
             seen = slice(first, cached + 6 if in_block else position + 1)
             scores = k[seen, head // 2] @ q[i, head] * 0.4
             scores = cap * torch.tanh(scores / cap) if cap else scores
+            if bias is not None:
+                scores = scores + bias[head] * (torch.arange(cached + 11)[seen] - position)
             weights = torch.cat((scores, scores.new_zeros(0) if sinks is None else sinks[head, None])).softmax(0)
             torch.testing.assert_close(output[i, head], weights[: len(scores)] @ v[seen, head // 2])
 
@@ -228,6 +242,20 @@ def test_reference_sinks_as_gpt_oss() -> None:
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
     expected = eager_attention_forward(module, *heads, mask, scaling=0.6)[0][0]
     torch.testing.assert_close(reference.attention(q, k, v, 0.6, 0, sinks=sinks), expected)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 5, 6, 8, 12, 16, 71])
+def test_slopes_as_bloom_and_mpt(num_heads: int) -> None:
+    positions = torch.tensor([[1, 1]])
+    bloom = build_alibi_tensor(positions, num_heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(all_alibi_slopes(num_heads), bloom)
+    mpt = build_mpt_alibi_tensor(num_heads, 2, alibi_bias_max=5)[:, 0, 0]
+    torch.testing.assert_close(all_alibi_slopes(num_heads, max_bias=5), -mpt)
+
+
+def test_ranks_have_their_own_slopes() -> None:
+    parts = [alibi_slopes(QKVParallelLinear(6, 2, 6, 3, tp_group=TPGroup(rank, 3)), max_bias=4.0) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), all_alibi_slopes(6, 4.0))
 
 
 def test_a_latent_is_stored_once() -> None:
@@ -268,6 +296,8 @@ def test_errors() -> None:
         layer(q, k, k, batch)
     with pytest.raises(ValueError, match=r"sinks must be of shape \(6,\), one per head, got \(2,\)"):
         layer(q, k, None, batch, sinks=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"alibi_slopes must be of shape \(6,\), .* of this rank, got \(4,\)"):
+        make_layer(Case(6, 2, 5, 5, options={"alibi_slopes": [0.1] * 4}))
     with pytest.raises(ValueError, match="v_head_dim must be at most head_dim=4, got 5"):
         CacheSpec(1, 4, 5, "float32", latent=True)
     pool = KVPool([CacheGroup(CacheSpec(1, 4, 4, "float32"), (0,))], [1], "cpu")

@@ -29,7 +29,7 @@ _Attention = _structure(
     page_table=c_void_p, table_row=c_int64, page_size=c_int64,
     rows=c_void_p, starts=c_void_p, counts=c_void_p, num_rows=c_int64,
     shared=c_void_p, members=c_void_p, num_shared=c_int64,
-    visible_ends=c_void_p, sinks=c_void_p,
+    visible_ends=c_void_p, sinks=c_void_p, alibi_slopes=c_void_p,
     num_heads=c_int64, num_kv_heads=c_int64, head_dim=c_int64, v_head_dim=c_int64, window=c_int64,
     scaling=c_double, logit_cap=c_double, activations=c_int64, stored=c_int64,
 )  # fmt: skip
@@ -71,6 +71,7 @@ def paged_attention(
     visible_ends: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.paged_attention``. Shared prefixes are read once.
 
@@ -85,6 +86,7 @@ def paged_attention(
     _check((key_scales is None) == (keys.dtype != torch.int8), "an int8 cache has scales, and no other has")
     out = memory.empty((num_tokens, num_heads, v_head_dim), q.dtype)
     sinks = None if sinks is None else sinks.float().contiguous()
+    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     ends = None if visible_ends is None else visible_ends.contiguous()
     arguments = _Attention(
         q.data_ptr(), q.stride(0), q.stride(1),
@@ -94,7 +96,7 @@ def paged_attention(
         page_table.data_ptr(), page_table.stride(0), page_size,
         rows.table_rows.data_ptr(), rows.starts.data_ptr(), rows.counts.data_ptr(), rows.table_rows.shape[0],
         rows.shared.data_ptr(), rows.members.data_ptr(), rows.shared.shape[0],
-        _pointer(ends), _pointer(sinks),
+        _pointer(ends), _pointer(sinks), _pointer(slopes),
         num_heads, num_kv_heads, head_dim, v_head_dim, window or 0,
         scaling, logit_cap, DTYPES[q.dtype], DTYPES[keys.dtype],
     )  # fmt: skip

@@ -25,6 +25,7 @@ struct Attention {
     int64_t num_shared;
     const int64_t* visible_ends;  // [T] or null
     const float* sinks;  // [num_heads] or null
+    const float* alibi_slopes;  // [num_heads] or null
     int64_t num_heads, num_kv_heads, head_dim, v_head_dim;
     int64_t window;  // visible tokens, the query's own included; 0: all
     double scaling, logit_cap;  // cap 0: none

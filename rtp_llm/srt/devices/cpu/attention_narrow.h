@@ -122,6 +122,24 @@ struct Rows {
     }
 };
 
+// Converts the products of a query and NARROW_KEYS keys, of which `count` exist, to exponents of two. `slope` and
+// `distance` (of the first key from the query, 0 or less) are used if BIASED. Returns the largest in each lane.
+template <bool SCALES, bool BIASED>
+INLINE vec to_exponents(
+    const Scores& to_scores, float* row, const float* key_scales, int count, float slope, float distance
+) {
+    vec top = splat(LOWEST);
+    for (int j = 0; j < NARROW_KEYS; j += LANES) {
+        vec x = SCALES ? to_scores(load(row + j), load(key_scales + j)) : to_scores(load(row + j), 1.0f);
+        if (BIASED) x += slope * (lane_numbers() + (distance + float(j)));
+        if (j + LANES > count)
+            for (int lane = std::max(0, count - j); lane < LANES; lane++) x[lane] = MASKED;
+        store(row + j, x);
+        top = max(x, top);
+    }
+    return top;
+}
+
 // long: one pass over the keys; parts of it would each need a dozen buffers and counters as arguments
 template <class T, class S>
 void run_narrow(const Attention& a, const Step& step, const Item& item, const Partials& partials) {
@@ -183,14 +201,11 @@ void run_narrow(const Attention& a, const Step& step, const Item& item, const Pa
             for (int g = 0; g < group; g++) {
                 float* row = scores + g * NARROW_KEYS;
                 int64_t h = head * group + g;
-                vec top = splat(LOWEST);
-                for (int j = 0; j < NARROW_KEYS; j += LANES) {
-                    vec x = CONVERTS ? to_scores(load(row + j), load(key_scales + j)) : to_scores(load(row + j), 1.0f);
-                    if (j + LANES > count)
-                        for (int lane = std::max(0, count - j); lane < LANES; lane++) x[lane] = MASKED;
-                    store(row + j, x);
-                    top = max(x, top);
-                }
+                vec top;
+                if (a.alibi_slopes) {
+                    float slope = a.alibi_slopes[head_of(h)] * LOG2E, distance = float(begin - columns.position(g));
+                    top = to_exponents<CONVERTS, true>(to_scores, row, key_scales, count, slope, distance);
+                } else top = to_exponents<CONVERTS, false>(to_scores, row, key_scales, count, 0, 0);
                 float maximum = std::max(maxima[h], largest(top));
                 if (maximum > maxima[h]) {
                     float factor = exp2_of(maxima[h] - maximum);

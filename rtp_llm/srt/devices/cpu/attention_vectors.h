@@ -80,6 +80,15 @@ INLINE vec exp2(vec x) {
 #endif
 }
 
+INLINE vec lane_numbers() {
+    alignas(64) static constexpr auto numbers = [] {
+        struct { float at[LANES]; } result{};
+        for (int i = 0; i < LANES; i++) result.at[i] = float(i);
+        return result;
+    }();
+    return load(numbers.at);
+}
+
 INLINE vec tanh(vec x) { return 1.0f - 2.0f / (1.0f + exp2<true>(x * (2.0f * LOG2E))); }
 
 float exp2_of(float x) { return exp2<true>(splat(x))[0]; }

@@ -62,6 +62,7 @@ struct Panel {
     float* weighted;  // [padded v_head_dim, vecs * LANES]
     float *maxima, *totals;  // [vecs * LANES]
     int32_t *from, *to;  // visible keys of each column
+    float *slopes, *positions;  // ALiBi's factors of distances, for exponents of two, and where the queries stand
     int32_t all_from, all_to, some_from, some_to;  // keys that all columns see, and that some do
 };
 
@@ -83,14 +84,18 @@ INLINE void store_weights(float* to, vec even, vec odd) {
 }
 
 // Converts one vector of columns of scores to weights, and returns the factor of earlier sums. PLAIN: a score is only
-// the product times to_scores.factor.
-template <class C, bool MASKS, bool PLAIN, bool SCALES>
+// the product times to_scores.factor. BIASED: it also has `slopes` times the key's distance from `positions`.
+template <class C, bool MASKS, bool PLAIN, bool SCALES, bool BIASED>
 INLINE vec soften(
     const Scores& to_scores, float* scores, int64_t stride, int num_keys, int32_t begin, const float* key_scales,
-    const float* value_scales, const int32_t* from, const int32_t* to, float* weights, float* maxima, float* totals
+    const float* value_scales, const int32_t* from, const int32_t* to, const float* slopes, const float* positions,
+    float* weights, float* maxima, float* totals
 ) {
+    static_assert(!(PLAIN && BIASED), "a biased score is more than a product");
     vec before = load(maxima), top = PLAIN ? splat(MASKED_PRODUCT) : before;
     vec factor = splat(PLAIN ? to_scores.factor : 1.0f);
+    vec slope = {}, position = {};
+    if (BIASED) slope = load(slopes), position = load(positions);
     ivec first, last;
     if (MASKS) {
         std::memcpy(&first, from, sizeof(first));
@@ -99,6 +104,7 @@ INLINE vec soften(
     for (int j = 0; j < num_keys; j++) {
         vec x = load(scores + j * stride);
         if (!PLAIN) x = to_scores(x, SCALES ? key_scales[j] : 1.0f);
+        if (BIASED) x += slope * (float(begin + j) - position);
         if (MASKS) {
             int32_t position = begin + j;
             ivec seen = (first <= position) & (last > position);
@@ -220,7 +226,7 @@ void fill_panel(const Columns& columns, int first, Panel& panel, float* rows, in
     panel.all_to = panel.some_from = INT_MAX;
     for (int c = 0; c < width; c++) {
         panel.maxima[c] = LOWEST;
-        panel.totals[c] = 0;
+        panel.totals[c] = panel.slopes[c] = panel.positions[c] = 0;
         if (c >= count) {
             panel.from[c] = 0;
             panel.to[c] = INT_MAX;
@@ -231,7 +237,12 @@ void fill_panel(const Columns& columns, int first, Panel& panel, float* rows, in
         panel.some_from = std::min(panel.some_from, panel.from[c]);
         panel.all_to = std::min(panel.all_to, panel.to[c]);
         panel.some_to = std::max(panel.some_to, panel.to[c]);
-        const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + columns.head(first + c, columns.item.head) * a.q_head;
+        int64_t head = columns.head(first + c, columns.item.head);
+        if (a.alibi_slopes) {
+            panel.slopes[c] = a.alibi_slopes[head] * LOG2E;
+            panel.positions[c] = float(columns.position(first + c));
+        }
+        const T* q = static_cast<const T*>(a.q) + columns.token(first + c) * a.q_token + head * a.q_head;
         convert(q, a.head_dim, reinterpret_cast<C*>(rows + c % LANES * step), step * PACK<C>);
         if (c % LANES == LANES - 1 || c == count - 1) give_columns(rows, step, depth, panel.queries + c / LANES * LANES, width);
     }
@@ -239,7 +250,7 @@ void fill_panel(const Columns& columns, int first, Panel& panel, float* rows, in
 
 template <class C, int VECS>
 void compute_panel(
-    const Panel& panel, const Scores& to_scores, bool scaled, const C* keys, int64_t k_size, int64_t depth,
+    const Panel& panel, const Scores& to_scores, bool scaled, bool biased, const C* keys, int64_t k_size, int64_t depth,
     const uint32_t* values, int64_t tile_size, int64_t size, int32_t begin, int num_keys, const float* key_scales,
     const float* value_scales, float* scores, float* weights, Ahead& ahead
 ) {
@@ -249,15 +260,17 @@ void compute_panel(
     multiply_panel<C, VECS>(keys, k_size / PACK<C>, panel.queries, depth, num_keys, scores, ahead);
     for (int v = 0; v < VECS; v++) {
         int at = v * LANES;
-        auto softened = [&](auto masks, auto plain, auto scales) {
-            return soften<C, decltype(masks)::value, decltype(plain)::value, decltype(scales)::value>(
+        auto softened_as = [&](auto masks, auto plain, auto scales, auto biases) {
+            return soften<C, decltype(masks)::value, decltype(plain)::value, decltype(scales)::value, decltype(biases)::value>(
                 to_scores, scores + at, WIDTH, num_keys, begin, key_scales, value_scales, panel.from + at, panel.to + at,
-                weights + at, panel.maxima + at, panel.totals + at);
+                panel.slopes + at, panel.positions + at, weights + at, panel.maxima + at, panel.totals + at);
         };
         std::true_type yes;
         std::false_type no;
+        auto softened = [&](auto masks, auto plain, auto scales) { return softened_as(masks, plain, scales, no); };
         vec factor;
-        if (scaled) factor = masked ? softened(yes, no, yes) : softened(no, no, yes);
+        if (biased) factor = scaled ? softened_as(yes, no, yes, yes) : softened_as(yes, no, no, yes);
+        else if (scaled) factor = masked ? softened(yes, no, yes) : softened(no, no, yes);
         else if (to_scores.plain) factor = masked ? softened(yes, yes, no) : softened(no, yes, no);
         else factor = masked ? softened(yes, no, no) : softened(no, no, no);
         store(factors + at, factor);
@@ -305,7 +318,7 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
                     Arena::bytes<uint32_t>(WIDE_KEYS / PACK<C> * v_size) + 2 * Arena::bytes<float>(WIDE_KEYS * width) +
                     2 * Arena::bytes<float>(WIDE_KEYS) + Arena::bytes<int64_t>(2 * WIDE_KEYS) +
                     size_t(num_panels) * (Arena::bytes<float>(depth * width) + Arena::bytes<float>(size * width) +
-                                          4 * Arena::bytes<float>(width)));
+                                          6 * Arena::bytes<float>(width)));
     C* keys = scratch.take<C>(WIDE_KEYS * k_size);
     C* value_rows = scratch.take<C>(2 * v_size);
     float* rows = scratch.take<float>(LANES * std::max(k_size, v_size));
@@ -326,6 +339,8 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
         panel.totals = scratch.take<float>(width);
         panel.from = scratch.take<int32_t>(width);
         panel.to = scratch.take<int32_t>(width);
+        panel.slopes = scratch.take<float>(width);
+        panel.positions = scratch.take<float>(width);
         std::fill(panel.weighted, panel.weighted + size * panel.vecs * LANES, 0.0f);
         fill_panel<T, C>(columns, first, panel, rows, k_size / PACK<C>);
         firsts[p] = first;
@@ -359,7 +374,7 @@ void run_wide(const Attention& a, const Step& step, const Item& item, const Part
             if (panel.some_to <= begin || panel.some_from >= begin + count) continue;
             auto compute = [&](auto vecs_of) {
                 compute_panel<C, decltype(vecs_of)::value>(
-                    panel, to_scores, CONVERTS, keys, k_size, depth, values, (count + PACK<C> - 1) / PACK<C> * TILE_ROWS, size,
+                    panel, to_scores, CONVERTS, a.alibi_slopes != nullptr, keys, k_size, depth, values, (count + PACK<C> - 1) / PACK<C> * TILE_ROWS, size,
                     begin, std::min(count, panel.some_to - begin), key_scales, value_scales, scores, weights, ahead);
             };
             if (panel.vecs == 1) compute(std::integral_constant<int, 1>());

@@ -66,5 +66,6 @@ class CpuAttention(AttentionBackend):
             sinks,
             batch.visible_ends,
             *scales,
+            alibi_slopes=layer.alibi_slopes,
         )
         return out.flatten(1)

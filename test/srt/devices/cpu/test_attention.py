@@ -47,12 +47,13 @@ class Problem:
     sinks: torch.Tensor | None = None
     visible_ends: torch.Tensor | None = None
     scales: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
+    alibi_slopes: torch.Tensor | None = None
 
     @property
     def arguments(self) -> tuple:
         return (
             self.q, self.keys, self.values, self.page_table, self.page_size, self.rows, self.scaling, self.window,
-            self.logit_cap, self.sinks, self.visible_ends, *self.scales,
+            self.logit_cap, self.sinks, self.visible_ends, *self.scales, self.alibi_slopes,
         )  # fmt: skip
 
     def expected(self) -> torch.Tensor:
@@ -105,6 +106,7 @@ def random_problem(rng: random.Random, activations: torch.dtype, stored: torch.d
     problem.window = rng.choice([None, None, 1, 7, 40])
     problem.logit_cap = rng.choice([0.0, 0.0, 1.5])
     problem.sinks = rng.choice([None, torch.randn(problem.q.shape[1])])
+    problem.alibi_slopes = rng.choice([None, torch.rand(problem.q.shape[1]).square()])
     if rng.random() < 0.3:
         problem.visible_ends = blocks(cached, new)
     return problem
@@ -248,6 +250,7 @@ def shared_problem(
     problem.rows = PagedRows.of(range(len(new)), cached, new, shared)
     problem.window = window
     problem.sinks = rng.choice([None, torch.randn(2 * group)])
+    problem.alibi_slopes = rng.choice([None, torch.rand(2 * group).square()])
     problem.logit_cap = rng.choice([0.0, 1.5])
     return problem
 
