@@ -43,6 +43,9 @@ class GPT2RowLinear(StoredTransposed, RowParallelLinear):
 class GPT2Attention(nn.Module):
     """Causal self-attention. ``reorder_and_upcast_attn`` is ignored: scores are in float32 anyway."""
 
+    qkv_type: type[QKVParallelLinear] = GPT2QKVLinear
+    row_type: type[RowParallelLinear] = GPT2RowLinear
+
     def __init__(
         self,
         config: "PretrainedConfig",
@@ -53,14 +56,20 @@ class GPT2Attention(nn.Module):
         super().__init__()
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         head_dim = hidden_size // num_heads
-        self.c_attn = GPT2QKVLinear(
-            hidden_size, head_dim, num_heads, quant_config=quant_config, prefix=add_prefix("c_attn", prefix)
+        self.c_attn = self.qkv_type(
+            hidden_size,
+            head_dim,
+            num_heads,
+            self.num_kv_heads(config),
+            quant_config=quant_config,
+            prefix=add_prefix("c_attn", prefix),
         )
-        self.c_proj = GPT2RowLinear(
+        self.q_size, self.kv_size = self.c_attn.q_size, self.c_attn.kv_size
+        self.c_proj = self.row_type(
             hidden_size, hidden_size, quant_config=quant_config, prefix=add_prefix("c_proj", prefix)
         )
         scaling = head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             scaling /= layer_id + 1
         self.attn = RadixAttention(
             self.c_attn.num_heads,
@@ -72,9 +81,12 @@ class GPT2Attention(nn.Module):
             prefix=add_prefix("attn", prefix),
         )
 
+    def num_kv_heads(self, config: "PretrainedConfig") -> int:
+        return config.num_attention_heads
+
     def forward(self, hidden_states: torch.Tensor, forward_batch: "ForwardBatch") -> torch.Tensor:
         qkv, _ = self.c_attn(hidden_states)
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         output, _ = self.c_proj(self.attn(q, k, v, forward_batch))
         return output
 
@@ -82,16 +94,19 @@ class GPT2Attention(nn.Module):
 class GPT2MLP(nn.Module):
     """``c_proj(act(c_fc(x)))``."""
 
+    column_type: type[ColumnParallelLinear] = GPT2ColumnLinear
+    row_type: type[RowParallelLinear] = GPT2RowLinear
+
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         inner_size = 4 * hidden_size if config.n_inner is None else config.n_inner
-        self.c_fc = GPT2ColumnLinear(
+        self.c_fc = self.column_type(
             hidden_size, inner_size, quant_config=quant_config, prefix=add_prefix("c_fc", prefix)
         )
-        self.c_proj = GPT2RowLinear(
+        self.c_proj = self.row_type(
             inner_size, hidden_size, quant_config=quant_config, prefix=add_prefix("c_proj", prefix)
         )
         self.act_fn = get_act_fn(config.activation_function)
@@ -103,6 +118,9 @@ class GPT2MLP(nn.Module):
 
 
 class GPT2Block(nn.Module):
+    attention_type: type[nn.Module] = GPT2Attention
+    mlp_type: type[nn.Module] = GPT2MLP
+
     def __init__(
         self,
         config: "PretrainedConfig",
@@ -112,9 +130,9 @@ class GPT2Block(nn.Module):
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = GPT2Attention(config, layer_id, quant_config, add_prefix("attn", prefix))
+        self.attn = self.attention_type(config, layer_id, quant_config, add_prefix("attn", prefix))
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = GPT2MLP(config, quant_config, add_prefix("mlp", prefix))
+        self.mlp = self.mlp_type(config, quant_config, add_prefix("mlp", prefix))
 
     def forward(self, hidden_states: torch.Tensor, forward_batch: "ForwardBatch") -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), forward_batch)
@@ -122,6 +140,8 @@ class GPT2Block(nn.Module):
 
 
 class GPT2Model(nn.Module):
+    layer_type: type[nn.Module] = GPT2Block
+
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
@@ -132,7 +152,7 @@ class GPT2Model(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.hidden_size)
         self.h = make_layers(
             config.num_hidden_layers,
-            lambda idx, prefix: GPT2Block(config, idx, quant_config, prefix),
+            lambda idx, prefix: self.layer_type(config, idx, quant_config, prefix),
             prefix=add_prefix("h", prefix),
         )
         self.ln_f = LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -159,6 +179,7 @@ class GPT2LMHeadModel(nn.Module):
     """
 
     rename = [(r"^(wte|wpe|h|ln_f)\.", r"transformer.\1.")]  # the first checkpoints were saved from the base model
+    base_model_type: type[GPT2Model] = GPT2Model
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -167,7 +188,7 @@ class GPT2LMHeadModel(nn.Module):
         if config.add_cross_attention:
             raise ValueError("add_cross_attention is set: a GPT-2 that attends to an encoder is not supported")
         self.max_positions = config.n_positions
-        self.transformer = GPT2Model(config, quant_config, add_prefix("transformer", prefix))
+        self.transformer = self.base_model_type(config, quant_config, add_prefix("transformer", prefix))
         if config.tie_word_embeddings:
             self.lm_head = self.transformer.wte
         else:

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from rtp_llm.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
-from rtp_llm.srt.layers.weights import ShardId, check_shape
+from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.weights import ShardId
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -22,16 +22,103 @@ if TYPE_CHECKING:
     from rtp_llm.srt.forward_batch import ForwardBatch
 
 
+def partial_rope(config: "PretrainedConfig", head_dim: int) -> RotaryEmbedding:
+    """Return the rotation of a head's first components, as many as ``partial_rotary_factor`` says."""
+    rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
+    return get_rope(
+        head_dim,
+        max_position=config.max_position_embeddings,
+        base=rope_theta,
+        rope_scaling=rope_scaling,
+        partial_rotary_factor=partial_rotary_factor,
+    )
+
+
 class QKVByHeadLinear(QKVParallelLinear):
-    """A projection whose outputs are stored head by head: query, key and value of the first head, then the next."""
+    """A projection whose outputs are stored by key heads: the queries, the key and the value of one, then the next."""
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        check_shape(tensor, (self.output_size, *param.shape[1:]), self.name)
-        by_head = tensor.unflatten(0, (self.total_num_heads, 3, self.head_size))
-        super().weight_loader(param, by_head.transpose(0, 1).flatten(0, 2), shard_id)
+        dim: int | None = param.output_dim  # type: ignore[attr-defined]
+        group = self.total_num_heads // self.total_num_kv_heads
+        if dim is not None and tensor.dim() > dim and tensor.shape[dim] % (self.total_num_kv_heads * (group + 2)) == 0:
+            by_head = tensor.unflatten(dim, (self.total_num_kv_heads, group + 2, -1))
+            parts = by_head.split([group, 1, 1], dim + 1)
+            tensor = torch.cat([part.flatten(dim, dim + 2) for part in parts], dim)
+        super().weight_loader(param, tensor, shard_id)  # which refuses other sizes
 
 
-class GPTNeoXAttention(nn.Module):
+class QKVByHeadAttention(nn.Module):
+    """Causal self-attention with ``query_key_value``, stored by heads, and ``dense``.
+
+    Args:
+        bias: both projections have one.
+        num_kv_heads: key heads of all ranks; None: one for each query head.
+    """
+
+    def __init__(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        bias: bool,
+        num_kv_heads: int | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        self.head_dim = hidden_size // num_heads
+        self.query_key_value = QKVByHeadLinear(
+            hidden_size,
+            self.head_dim,
+            num_heads,
+            num_kv_heads,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=add_prefix("query_key_value", prefix),
+        )
+        self.q_size, self.kv_size = self.query_key_value.q_size, self.query_key_value.kv_size
+        self.dense = RowParallelLinear(
+            hidden_size, hidden_size, bias=bias, quant_config=quant_config, prefix=add_prefix("dense", prefix)
+        )
+        self.rotary_emb = self.make_rope(config)
+        self.attn = RadixAttention(
+            self.query_key_value.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.query_key_value.num_kv_heads,
+            layer_id=layer_id,
+            alibi_slopes=self.make_slopes(config),
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+        )
+
+    def make_rope(self, config: "PretrainedConfig") -> nn.Module | None:
+        """Return the rotation of queries and keys; None: there is none."""
+        return partial_rope(config, self.head_dim)
+
+    def make_slopes(self, config: "PretrainedConfig") -> torch.Tensor | None:
+        """Return ALiBi's slopes of this rank's heads; None: there is no bias by distance."""
+        return None
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
+    ) -> torch.Tensor:
+        qkv, _ = self.query_key_value(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.prepare_queries_and_keys(positions, q, k)
+        output, _ = self.dense(self.attn(q, k, v, forward_batch))
+        return output
+
+    def prepare_queries_and_keys(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform queries [T, q_size] and keys [T, kv_size] between projection and attention: rotate them."""
+        if self.rotary_emb is not None:
+            q, k = self.rotary_emb(positions, q, k)
+        return q, k
+
+
+class GPTNeoXAttention(QKVByHeadAttention):
     def __init__(
         self,
         config: "PretrainedConfig",
@@ -39,77 +126,7 @@ class GPTNeoXAttention(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__()
-        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
-        head_dim = hidden_size // num_heads
-        self.query_key_value = QKVByHeadLinear(
-            hidden_size,
-            head_dim,
-            num_heads,
-            bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=add_prefix("query_key_value", prefix),
-        )
-        self.dense = RowParallelLinear(
-            hidden_size,
-            hidden_size,
-            bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=add_prefix("dense", prefix),
-        )
-        rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
-        self.rotary_emb = get_rope(
-            head_dim,
-            max_position=config.max_position_embeddings,
-            base=rope_theta,
-            rope_scaling=rope_scaling,
-            partial_rotary_factor=partial_rotary_factor,
-        )
-        self.attn = RadixAttention(
-            self.query_key_value.num_heads,
-            head_dim,
-            head_dim**-0.5,
-            num_kv_heads=self.query_key_value.num_kv_heads,
-            layer_id=layer_id,
-            quant_config=quant_config,
-            prefix=add_prefix("attn", prefix),
-        )
-
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"
-    ) -> torch.Tensor:
-        qkv, _ = self.query_key_value(hidden_states)
-        q, k, v = qkv.chunk(3, dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.dense(self.attn(q, k, v, forward_batch))
-        return output
-
-
-class GPTNeoXMLP(nn.Module):
-    """``dense_4h_to_h(act(dense_h_to_4h(x)))``."""
-
-    def __init__(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
-    ) -> None:
-        super().__init__()
-        self.dense_h_to_4h = ColumnParallelLinear(
-            config.hidden_size,
-            config.intermediate_size,
-            quant_config=quant_config,
-            prefix=add_prefix("dense_h_to_4h", prefix),
-        )
-        self.dense_4h_to_h = RowParallelLinear(
-            config.intermediate_size,
-            config.hidden_size,
-            quant_config=quant_config,
-            prefix=add_prefix("dense_4h_to_h", prefix),
-        )
-        self.act_fn = get_act_fn(config.hidden_act)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, _ = self.dense_h_to_4h(x)
-        x, _ = self.dense_4h_to_h(self.act_fn(x))
-        return x
+        super().__init__(config, layer_id, bias=config.attention_bias, quant_config=quant_config, prefix=prefix)
 
 
 class GPTNeoXLayer(nn.Module):
@@ -127,7 +144,14 @@ class GPTNeoXLayer(nn.Module):
         self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = GPTNeoXAttention(config, layer_id, quant_config, add_prefix("attention", prefix))
-        self.mlp = GPTNeoXMLP(config, quant_config, add_prefix("mlp", prefix))
+        self.mlp = UngatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=quant_config,
+            prefix=add_prefix("mlp", prefix),
+            names=("dense_h_to_4h", "dense_4h_to_h"),
+        )
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"

@@ -181,8 +181,12 @@ class LlamaDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
         self.mlp = self.make_mlp(config, layer_id, quant_config, add_prefix("mlp", prefix))
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = self.make_norm(config)
+        self.post_attention_layernorm = self.make_norm(config)
+
+    def make_norm(self, config: "PretrainedConfig") -> nn.Module:
+        """Make the norm before a block."""
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
@@ -269,16 +273,15 @@ class LlamaForCausalLM(nn.Module):
         self.model = self.base_model_type(
             config, quant_config, add_prefix("model", prefix), self.attention_type, self.layer_type
         )
-        if config.tie_word_embeddings:
-            self.lm_head = self.model.embed_tokens
-        else:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=quant_config,
-                prefix=add_prefix("lm_head", prefix),
-            )
+        self.lm_head = self.make_head(config, quant_config, add_prefix("lm_head", prefix))
         self.logits_processor = LogitsProcessor(config)
+
+    def make_head(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
+    ) -> nn.Module:
+        if config.tie_word_embeddings:
+            return self.model.get_submodule("embed_tokens")
+        return ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=prefix)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_submodule("embed_tokens")

@@ -507,8 +507,11 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
 
 @lru_cache(maxsize=2)
 def _reference_model(model_dir: str) -> Any:
+    config = json.loads(Path(model_dir, "config.json").read_text())
+    # Falcon's eager code adds ALiBi's biases twice, to the mask and to the scores; its own default is sdpa.
+    implementation = "sdpa" if config["model_type"] == "falcon" else "eager"
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="eager"
+        model_dir, dtype=torch.float32, attn_implementation=implementation
     )
     model.generation_config.eos_token_id = None
     return model.eval()

@@ -43,6 +43,43 @@ class GatedMLP(nn.Module):
         return x
 
 
+class UngatedMLP(nn.Module):
+    """Feed-forward block without a gate: ``down(act(up(x)))``.
+
+    Args:
+        bias: both layers have one.
+        names: the checkpoint's, of ``up`` and ``down``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        bias: bool = True,
+        names: tuple[str, str] = ("up_proj", "down_proj"),
+    ) -> None:
+        super().__init__()
+        self.names = up, down = names
+        prefixes = add_prefix(up, prefix), add_prefix(down, prefix)
+        self.add_module(
+            up,
+            ColumnParallelLinear(hidden_size, intermediate_size, bias, quant_config=quant_config, prefix=prefixes[0]),
+        )
+        self.add_module(
+            down, RowParallelLinear(intermediate_size, hidden_size, bias, quant_config=quant_config, prefix=prefixes[1])
+        )
+        self.act_fn = get_act_fn(hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, down = (self.get_submodule(name) for name in self.names)
+        x, _ = up(x)
+        x, _ = down(self.act_fn(x))
+        return x
+
+
 class VisionMLP(nn.Module):
     """``fc2(act(fc1(x)))``."""
 

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-NeoX and StarCoder2 in our engine against transformers, in float32."""
+"""GPT-2, GPT-BigCode, GPT-NeoX and StarCoder2 in our engine against transformers, in float32."""
 
 import re
 from collections.abc import Callable
@@ -17,12 +17,14 @@ from parity import (
     Tensors,
     check_anew,
     check_other_layout,
+    check_quickly,
     check_two_ranks,
     engine_fixture,
     open_engine,
 )
 
 GPT2 = Case("gpt2", "GPT2LMHeadModel", dict(hidden_size=56), PAGES)
+GPT_BIGCODE = Case("gpt-bigcode", "GPTBigCodeForCausalLM", dict(hidden_size=56), PAGES, slow=True)
 GPT_NEOX = Case(
     "gpt-neox",
     "GPTNeoXForCausalLM",
@@ -47,6 +49,15 @@ CASES = (
         "gpt2-scaled",
         "GPT2LMHeadModel",
         dict(scale_attn_by_inverse_layer_idx=True, activation_function="gelu"),
+        CHUNKS,
+        slow=True,
+    ),
+    GPT_BIGCODE,
+    Case(
+        "gpt-bigcode-own-keys-untied",
+        "GPTBigCodeForCausalLM",
+        dict(hidden_size=60, multi_query=False, n_inner=44, scale_attn_weights=False, tie_word_embeddings=False)
+        | dict(num_attention_heads=6, activation_function="relu", layer_norm_epsilon=1e-3),
         CHUNKS,
         slow=True,
     ),
@@ -92,10 +103,14 @@ def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callab
 
 
 @pytest.mark.xdist_group("tensor-parallel")
-@pytest.mark.parametrize("case", [GPT2, GPT_NEOX, STARCODER2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [GPT2, GPT_BIGCODE, GPT_NEOX, STARCODER2], ids=lambda case: case.name)
 @pytest.mark.slow
 def test_two_ranks(case: Case, tmp_path: Path) -> None:
     check_two_ranks(case, tmp_path)
+
+
+def test_one_prompt(tmp_path: Path) -> None:
+    check_quickly(GPT_BIGCODE, tmp_path)
 
 
 def test_gpt2_as_first_published(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ class CpuAttention(AttentionBackend):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        group, page_size, keys, values, *scales = batch.kv_pool.layer(layer.layer_id)
+        group, page_size, keys, values, key_scales, value_scales = batch.kv_pool.layer(layer.layer_id)
         if save_kv_cache and k is not None:
-            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], *scales)
+            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], key_scales, value_scales)
         out = kernels.paged_attention(
             q,
             keys,
@@ -65,7 +65,8 @@ class CpuAttention(AttentionBackend):
             layer.logit_cap,
             sinks,
             batch.visible_ends,
-            *scales,
-            alibi_slopes=layer.alibi_slopes,
+            key_scales,
+            value_scales,
+            layer.alibi_slopes,
         )
         return out.flatten(1)
