@@ -11,6 +11,7 @@ from rtp_llm.srt.layers.alibi import alibi_slopes
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.rotary import NoPositions
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class BloomAttention(QKVByHeadAttention):
     ) -> None:
         super().__init__(config, layer_id, bias=True, quant_config=quant_config, prefix=prefix)
 
-    def make_rope(self, config: "PretrainedConfig") -> None:
-        return None
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return NoPositions()
 
     def make_slopes(self, config: "PretrainedConfig") -> torch.Tensor:
         return alibi_slopes(self.query_key_value)

@@ -12,7 +12,7 @@ from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessor
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import NoPositions, rope_of_layer
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -37,13 +37,8 @@ class FalconAttention(QKVByHeadAttention):
             num_kv_heads = 1 if config.multi_query else config.num_attention_heads
         super().__init__(config, layer_id, config.bias, num_kv_heads, quant_config, prefix)
 
-    def make_rope(self, config: "PretrainedConfig") -> nn.Module | None:
-        if config.alibi:
-            return None
-        rope_theta, rope_scaling, _ = get_rope_config(config)
-        return get_rope(
-            self.head_dim, max_position=config.max_position_embeddings, base=rope_theta, rope_scaling=rope_scaling
-        )
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return NoPositions() if config.alibi else rope_of_layer(config, self.head_dim, layer_id)
 
     def make_slopes(self, config: "PretrainedConfig") -> torch.Tensor | None:
         """Slopes are rounded to bfloat16, whatever the model's dtype, and biases are scaled as products are."""

@@ -12,7 +12,7 @@ from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.layers.weights import ShardId
 from rtp_llm.srt.utils import add_prefix, make_layers
 
@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from rtp_llm.srt.forward_batch import ForwardBatch
-
-
-def partial_rope(config: "PretrainedConfig", head_dim: int) -> RotaryEmbedding:
-    """Return the rotation of a head's first components, as many as ``partial_rotary_factor`` says."""
-    rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
-    return get_rope(
-        head_dim,
-        max_position=config.max_position_embeddings,
-        base=rope_theta,
-        rope_scaling=rope_scaling,
-        partial_rotary_factor=partial_rotary_factor,
-    )
 
 
 class QKVByHeadLinear(QKVParallelLinear):
@@ -80,7 +68,7 @@ class QKVByHeadAttention(nn.Module):
         self.dense = RowParallelLinear(
             hidden_size, hidden_size, bias=bias, quant_config=quant_config, prefix=add_prefix("dense", prefix)
         )
-        self.rotary_emb = self.make_rope(config)
+        self.rotary_emb = self.make_rope(config, layer_id)
         self.attn = RadixAttention(
             self.query_key_value.num_heads,
             self.head_dim,
@@ -92,9 +80,9 @@ class QKVByHeadAttention(nn.Module):
             prefix=add_prefix("attn", prefix),
         )
 
-    def make_rope(self, config: "PretrainedConfig") -> nn.Module | None:
-        """Return the rotation of queries and keys; None: there is none."""
-        return partial_rope(config, self.head_dim)
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        """Return the rotation of queries and keys, or ``NoPositions``."""
+        return rope_of_layer(config, self.head_dim, layer_id, is_partial=True)
 
     def make_slopes(self, config: "PretrainedConfig") -> torch.Tensor | None:
         """Return ALiBi's slopes of this rank's heads; None: there is no bias by distance."""
@@ -113,9 +101,7 @@ class QKVByHeadAttention(nn.Module):
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform queries [T, q_size] and keys [T, kv_size] between projection and attention: rotate them."""
-        if self.rotary_emb is not None:
-            q, k = self.rotary_emb(positions, q, k)
-        return q, k
+        return self.rotary_emb(positions, q, k)
 
 
 class GPTNeoXAttention(QKVByHeadAttention):

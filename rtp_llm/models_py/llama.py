@@ -276,9 +276,7 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = self.make_head(config, quant_config, add_prefix("lm_head", prefix))
         self.logits_processor = LogitsProcessor(config)
 
-    def make_head(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
-    ) -> nn.Module:
+    def make_head(self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
         if config.tie_word_embeddings:
             return self.model.get_submodule("embed_tokens")
         return ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=prefix)

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.gpt_neox import partial_rope
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.layers.weights import ShardId, default_weight_loader, make_parameter
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ class NemotronAttention(GroupedQueryAttention):
         bias = config.attention_bias
         super().__init__(config, layer_id, qkv_bias=bias, o_bias=bias, quant_config=quant_config, prefix=prefix)
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        return partial_rope(config, self.head_dim)
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return rope_of_layer(config, self.head_dim, layer_id, is_partial=True)
 
 
 class NemotronDecoderLayer(LlamaDecoderLayer):

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.gpt_neox import partial_rope
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.layers.embedding import ParallelLMHead
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -36,8 +35,8 @@ class PhiAttention(GroupedQueryAttention):
             self.q_layernorm = LayerNorm(self.head_dim, eps=config.layer_norm_eps)
             self.k_layernorm = LayerNorm(self.head_dim, eps=config.layer_norm_eps)
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        return partial_rope(config, self.head_dim)
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return rope_of_layer(config, self.head_dim, layer_id, is_partial=True)
 
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.models_py.gpt_neox import partial_rope
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter
 
 if TYPE_CHECKING:
@@ -68,8 +67,8 @@ class StableLmAttention(GroupedQueryAttention):
             self.q_layernorm = StableLmHeadsNorm(q_shard, self.head_dim, config.layer_norm_eps)
             self.k_layernorm = StableLmHeadsNorm(k_shard, self.head_dim, config.layer_norm_eps)
 
-    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> RotaryEmbedding:
-        return partial_rope(config, self.head_dim)
+    def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
+        return rope_of_layer(config, self.head_dim, layer_id, is_partial=True)
 
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor

@@ -58,7 +58,14 @@ def test_answers_are_equal(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["MixtralForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel"],
+    [
+        "MixtralForCausalLM",
+        "GptOssForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "Gemma2ForCausalLM",
+        "GPT2LMHeadModel",
+        "BloomForCausalLM",
+    ],
 )
 def test_experts_latent_caches_and_others(architecture: str, tmp_path: Path) -> None:
     model_dir = make_tiny(architecture, tmp_path)

@@ -26,8 +26,8 @@ from rtp_llm.srt.models.registry import ModelRegistry
 SlowCase = partial(Case, slow=True)
 
 
-def partly(factor: float, **parameters: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor} | parameters
+def partly(rotated: float, **parameters: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": rotated} | parameters
     return {"rope_parameters": rope}
 
 
@@ -61,7 +61,6 @@ CASES = (
         SIX_HEADS
         | partly(0.4, rope_type="linear", factor=3.0)
         | dict(hidden_act="relu", layer_norm_eps=1e-3)
-        # transformers makes no norms of heads, and so no weights, that would depend on a head's own size
         | dict(qk_layernorm=True, tie_word_embeddings=True),
         CHUNKS,
     ),

@@ -67,7 +67,9 @@ def _missing_state(model: PreTrainedModel) -> str | None:
     if any("alibi" in name for module in model.modules() for name in dir(type(module))) or getattr(
         config, "alibi", False
     ):
-        return "biases scores by distance (ALiBi), which attention here does not"
+        return (
+            "biases scores by distance (ALiBi) in its own code, which attention here cannot read: it needs a model file"
+        )
     if other:
         return f"has layers of type {', '.join(other)}, whose state is not kept here"
     if getattr(model, "_is_stateful", False):
