@@ -109,8 +109,9 @@ def test_two_ranks(case: Case, tmp_path: Path) -> None:
     check_two_ranks(case, tmp_path)
 
 
-def test_one_prompt(tmp_path: Path) -> None:
-    check_quickly(GPT_BIGCODE, tmp_path)
+@pytest.mark.parametrize("case", [GPT_BIGCODE], ids=lambda case: case.name)
+def test_one_prompt(case: Case, tmp_path: Path) -> None:
+    check_quickly(case, tmp_path)
 
 
 def test_gpt2_as_first_published(tmp_path: Path) -> None:
