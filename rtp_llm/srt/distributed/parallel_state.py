@@ -116,3 +116,8 @@ def divide(numerator: int, denominator: int, what: str = "size") -> int:
     if numerator % denominator != 0:
         raise ValueError(f"{what} {numerator} is not divisible by {denominator}; choose another tp_size")
     return numerator // denominator
+
+
+def split_tensor_along_last_dim(tensor: torch.Tensor, num_partitions: int) -> tuple[torch.Tensor, ...]:
+    """Return equal parts of the last dimension, as views: each rank's, where there are as many as ranks."""
+    return tensor.split(divide(tensor.shape[-1], num_partitions, "the tensor's last dimension"), dim=-1)

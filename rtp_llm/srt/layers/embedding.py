@@ -13,7 +13,8 @@ class VocabParallelEmbedding(PackedLayer):
     """[T] token ids -> [T, embedding_dim].
 
     Rank r has rows ``[r * n, (r + 1) * n)`` of the table with ``n = ceil(num_embeddings / ranks)``; rows past the
-    vocabulary are zero. A model with tied embeddings uses the same object as its head.
+    vocabulary are zero. A model with tied embeddings uses the same object as its head. ``org_num_embeddings``: rows of
+    the checkpoint's table, where it has fewer than ``num_embeddings``; the others are zero.
 
     Attributes:
         is_head: it computes logits; the loader sets this when the model is built.
@@ -30,9 +31,11 @@ class VocabParallelEmbedding(PackedLayer):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        org_num_embeddings: int | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
+        self.org_num_embeddings = num_embeddings if org_num_embeddings is None else org_num_embeddings
         self.embedding_dim = embedding_dim
         self.params_dtype = params_dtype or torch.get_default_dtype()
         self.prefix = prefix
@@ -58,9 +61,10 @@ class VocabParallelEmbedding(PackedLayer):
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's rows of the whole table (or bias) ``tensor``, which is cut before it is copied."""
         refuse_shard(shard_id, self.name)
-        check_shape(tensor, (self.num_embeddings, *param.shape[1:]), self.name)
-        num_rows = self.end_id - self.start_id
-        param.data[:num_rows].copy_(tensor[self.start_id : self.end_id])
+        check_shape(tensor, (self.org_num_embeddings, *param.shape[1:]), self.name)
+        rows = tensor[self.start_id : self.end_id]
+        num_rows = len(rows)
+        param.data[:num_rows].copy_(rows)
         param.data[num_rows:].zero_()
 
 
@@ -78,11 +82,22 @@ class ParallelLMHead(VocabParallelEmbedding):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        org_num_embeddings: int | None = None,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, params_dtype, quant_config, prefix, tp_group)
+        super().__init__(
+            num_embeddings, embedding_dim, params_dtype, quant_config, prefix, tp_group, org_num_embeddings
+        )
         if bias:
             data = torch.empty(self.num_embeddings_per_partition, dtype=self.params_dtype)
             self.bias = make_parameter(data, self.weight_loader, output_dim=0)
+
+    def tie_weights(self, embed_tokens: VocabParallelEmbedding) -> VocabParallelEmbedding:
+        """Return the embedding, as the head of a model with tied embeddings; the head's bias becomes the embedding's.
+
+        Use: ``self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)``.
+        """
+        embed_tokens.bias = self.bias
+        return embed_tokens
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(f"{self.name} is an output head: pass it to LogitsProcessor instead of calling it")

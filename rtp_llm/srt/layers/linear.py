@@ -1,8 +1,9 @@
 """Linear layers, split over tensor-parallel ranks.
 
 Names and call shapes are those of vLLM and SGLang; every layer returns ``(output, bias or None)``, the bias only if
-``skip_bias_add`` leaves its addition to the caller. The split is Megatron's (Shoeybi et al., 2019): a column-parallel
-layer holds a part of the outputs, a row-parallel layer a part of the inputs, and sums over ranks.
+``skip_bias_add`` leaves its addition to the caller, or, with ``return_bias=False``, the output alone. The split is
+Megatron's (Shoeybi et al., 2019): a column-parallel layer holds a part of the outputs, a row-parallel layer a part of
+the inputs, and sums over ranks. With ``disable_tp=True`` every rank holds and computes the whole layer.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from rtp_llm.srt.layers.quantization.base import LinearMethodBase, PackedLayer, 
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, check_shape, load_part, make_parameter, refuse_shard
 
-LinearOutput = tuple[torch.Tensor, torch.Tensor | None]
+LinearOutput = tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor
+ALONE = TPGroup(0, 1)  # the group of a layer that is not split
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,20 @@ class LinearBase(PackedLayer):
         quant_config: QuantizationConfig | None,
         prefix: str,
         tp_group: TPGroup | None,
+        return_bias: bool = True,
+        disable_tp: bool = False,
     ) -> None:
         super().__init__()
         self.input_size = input_size
         self.output_size = output_size
         self.skip_bias_add = skip_bias_add
+        self.return_bias = return_bias
         self.params_dtype = params_dtype or torch.get_default_dtype()
         self.prefix = prefix
         self.name = prefix or type(self).__name__
-        self.tp_group = tp_group or get_tp_group()
+        if skip_bias_add and not return_bias:
+            raise ValueError(f"{self.name}: with skip_bias_add the caller adds the bias, so return_bias must be True")
+        self.tp_group = ALONE if disable_tp else tp_group or get_tp_group()
         self.quant_method = _linear_method(self, quant_config, prefix)
 
     def _create_parameters(self, input_size: int, output_sizes: list[int], bias: bool) -> None:
@@ -77,8 +84,8 @@ class LinearBase(PackedLayer):
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, None if self.skip_bias_add else self.bias)
 
-    def _skipped_bias(self) -> torch.Tensor | None:
-        return self.bias if self.skip_bias_add else None
+    def _result(self, output: torch.Tensor) -> LinearOutput:
+        return (output, self.bias if self.skip_bias_add else None) if self.return_bias else output
 
     def dequantized_weight(self) -> torch.Tensor:
         """Return this rank's weight [outputs, inputs], for other uses than ``forward``; from ``finish_load`` on."""
@@ -109,16 +116,53 @@ class ReplicatedLinear(LinearBase):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        return_bias: bool = True,
+        disable_tp: bool = True,
     ) -> None:
-        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, TPGroup(0, 1))
+        if not disable_tp:
+            raise ValueError(
+                f"{prefix or type(self).__name__}: every rank has the whole layer: disable_tp must be True"
+            )
+        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, ALONE, return_bias)
         self._create_parameters(input_size, [output_size], bias)
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
-        return self._multiply(x), self._skipped_bias()
+        return self._result(self._multiply(x))
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         refuse_shard(shard_id, self.name)
         load_part(param.data, tensor, None, 0, 1, self.name)
+
+
+class GateLinear(ReplicatedLinear):
+    """The router of a mixture of experts: [T, hidden_size] -> [T, num_experts] logits, the same on every rank.
+
+    Args:
+        params_dtype: of the weight, to which inputs are converted; None: torch's default.
+        out_dtype: of the logits; None: that of the weight.
+        force_fp32_compute: the same as ``params_dtype=torch.float32``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = False,
+        out_dtype: torch.dtype | None = None,
+        params_dtype: torch.dtype | None = None,
+        force_fp32_compute: bool = False,
+        skip_bias_add: bool = False,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        return_bias: bool = True,
+    ) -> None:
+        params_dtype = torch.float32 if force_fp32_compute else params_dtype
+        super().__init__(input_size, output_size, bias, skip_bias_add, params_dtype, quant_config, prefix, return_bias)
+        self.out_dtype = out_dtype
+
+    def forward(self, x: torch.Tensor) -> LinearOutput:
+        output = self._multiply(x.to(self.params_dtype))
+        return self._result(output.to(self.out_dtype or output.dtype))
 
 
 class ColumnParallelLinear(LinearBase):
@@ -135,8 +179,11 @@ class ColumnParallelLinear(LinearBase):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        return_bias: bool = True,
+        disable_tp: bool = False,
     ) -> None:
-        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, tp_group)
+        options = (skip_bias_add, params_dtype, quant_config, prefix, tp_group, return_bias, disable_tp)
+        super().__init__(input_size, output_size, *options)
         self.gather_output = gather_output
         self._create_shards([self._even_shard(0, output_size)], bias)
 
@@ -153,7 +200,7 @@ class ColumnParallelLinear(LinearBase):
         output = self._multiply(x)
         if self.gather_output:
             output = self._gather(output)
-        return output, self._skipped_bias()
+        return self._result(output)
 
     def _gather(self, output: torch.Tensor) -> torch.Tensor:
         parts = output.split([shard.size for shard in self.shards], dim=-1)
@@ -164,16 +211,19 @@ class ColumnParallelLinear(LinearBase):
         if dim is None:
             load_part(param.data, tensor, None, 0, 1, self.name)
         elif shard_id is None:
-            self._load_fused(param.data, tensor, dim)
+            self._load_fused(param.data, tensor, dim, self.shards)
+        elif isinstance(shard_id, tuple):
+            self._load_fused(param.data, tensor, dim, [shard for shard in self.shards if shard.id in shard_id])
         else:
             self._load_shard(param.data, tensor, dim, shard_id)
 
-    def _load_fused(self, target: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
+    def _load_fused(self, target: torch.Tensor, tensor: torch.Tensor, dim: int, shards: list[OutputShard]) -> None:
+        """Load a tensor that has these shards side by side."""
         expected = list(target.shape)
-        expected[dim] = sum(shard.full_size for shard in self.shards)
+        expected[dim] = sum(shard.full_size for shard in shards)
         check_shape(tensor, expected, self.name)
         start = 0
-        for shard in self.shards:
+        for shard in shards:
             self._load_shard(target, tensor.narrow(dim, start, shard.full_size), dim, shard.id)
             start += shard.full_size
 
@@ -202,16 +252,17 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        return_bias: bool = True,
+        disable_tp: bool = False,
     ) -> None:
-        LinearBase.__init__(
-            self, input_size, sum(output_sizes), skip_bias_add, params_dtype, quant_config, prefix, tp_group
-        )
+        options = (skip_bias_add, params_dtype, quant_config, prefix, tp_group, return_bias, disable_tp)
+        LinearBase.__init__(self, input_size, sum(output_sizes), *options)
         self.output_sizes = output_sizes
         self.gather_output = gather_output
         self._create_shards([self._even_shard(i, size) for i, size in enumerate(output_sizes)], bias)
 
     def activated(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        """``activation(self(x)[0])`` for a gated activation, if possible in one product without its output in memory.
+        """``activation(output)`` for a gated activation, if possible in one product without its output in memory.
 
         If either has forward hooks, they are called one after the other.
         """
@@ -219,21 +270,23 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             raise ValueError(f"{self.name}: the bias that skip_bias_add leaves out belongs before an activation")
         watched = any(module._forward_hooks or module._forward_pre_hooks for module in (self, activation))
         if not watched and not self.gather_output and self.quant_method.ends_in(self, activation):
-            return self(x, activation)[0]
-        return activation(self(x)[0])
+            return _output_of(self(x, activation))
+        return activation(_output_of(self(x)))
 
     def forward(self, x: torch.Tensor, activation: nn.Module | None = None) -> LinearOutput:
         """``activation``: passed by ``activated`` only."""
         if activation is None:
             return super().forward(x)
-        return self.quant_method.apply_gated(self, x, self.bias, activation), None
+        return self._result(self.quant_method.apply_gated(self, x, self.bias, activation))
 
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values of attention in one product. Shard ids: ``"q"``, ``"k"``, ``"v"``.
 
     Query heads are split over ranks; key/value heads too, or, where there are fewer than ranks, each is held by
-    ``num_kv_head_replicas`` neighbouring ranks. Output: [..., q_size + 2 * kv_size] of this rank.
+    ``num_kv_head_replicas`` neighbouring ranks. Output: [..., q_size + kv_size + v_size] of this rank.
+
+    ``v_head_size``: of values; None: ``head_size``, and then ``v_size`` is ``kv_size``.
     """
 
     def __init__(
@@ -248,13 +301,19 @@ class QKVParallelLinear(ColumnParallelLinear):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        return_bias: bool = True,
+        disable_tp: bool = False,
+        v_head_size: int | None = None,
     ) -> None:
         total_num_kv_heads = total_num_kv_heads or total_num_heads
-        output_size = (total_num_heads + 2 * total_num_kv_heads) * head_size
-        LinearBase.__init__(self, hidden_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, tp_group)
+        v_head_size = v_head_size or head_size
+        output_size = (total_num_heads + total_num_kv_heads) * head_size + total_num_kv_heads * v_head_size
+        options = (skip_bias_add, params_dtype, quant_config, prefix, tp_group, return_bias, disable_tp)
+        LinearBase.__init__(self, hidden_size, output_size, *options)
         self.gather_output = False
         self.hidden_size = hidden_size
         self.head_size = head_size
+        self.v_head_size = v_head_size
         self.total_num_heads = total_num_heads
         self.total_num_kv_heads = total_num_kv_heads
         self._split_heads()
@@ -271,13 +330,14 @@ class QKVParallelLinear(ColumnParallelLinear):
             self.num_kv_head_replicas = divide(ranks, self.total_num_kv_heads, f"{self.name}: tensor-parallel size")
         self.q_size = self.num_heads * self.head_size
         self.kv_size = self.num_kv_heads * self.head_size
+        self.v_size = self.num_kv_heads * self.v_head_size
 
     def _qkv_shards(self) -> list[OutputShard]:
         rank, ranks, replicas = self.tp_group.rank, self.tp_group.world_size, self.num_kv_head_replicas
         return [
             OutputShard("q", self.q_size, rank, ranks),
             OutputShard("k", self.kv_size, rank // replicas, ranks // replicas),
-            OutputShard("v", self.kv_size, rank // replicas, ranks // replicas),
+            OutputShard("v", self.v_size, rank // replicas, ranks // replicas),
         ]
 
 
@@ -300,8 +360,11 @@ class RowParallelLinear(LinearBase):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        return_bias: bool = True,
+        disable_tp: bool = False,
     ) -> None:
-        super().__init__(input_size, output_size, skip_bias_add, params_dtype, quant_config, prefix, tp_group)
+        options = (skip_bias_add, params_dtype, quant_config, prefix, tp_group, return_bias, disable_tp)
+        super().__init__(input_size, output_size, *options)
         self.input_is_parallel = input_is_parallel
         self.reduce_results = reduce_results
         ranks = self.tp_group.world_size
@@ -317,12 +380,16 @@ class RowParallelLinear(LinearBase):
         output = self.quant_method.apply(self, x, bias)
         if self.reduce_results:
             output = self.tp_group.all_reduce(output)
-        return output, self._skipped_bias()
+        return self._result(output)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         refuse_shard(shard_id, self.name)
         dim: int | None = param.input_dim  # type: ignore[attr-defined]
         load_part(param.data, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
+
+
+def _output_of(result: LinearOutput) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def _linear_method(layer: LinearBase, quant_config: QuantizationConfig | None, prefix: str) -> LinearMethodBase:

@@ -73,14 +73,20 @@ class LogitsProcessorOutput:
 class LogitsProcessor(nn.Module):
     """Applies the head, only to the tokens whose logits are wanted.
 
-    Reads ``config.vocab_size`` and, if the configuration has it, ``config.final_logit_softcapping``.
+    Args:
+        config: ``vocab_size`` is read.
+        logit_scale: a factor of the logits.
+        soft_cap: c replaces each scaled logit l by ``c * tanh(l / c)``; None: the configuration's
+            ``final_logit_softcapping``, if it has one.
     """
 
-    def __init__(self, config: "PretrainedConfig", logit_scale: float | None = None) -> None:
+    def __init__(
+        self, config: "PretrainedConfig", logit_scale: float | None = None, soft_cap: float | None = None
+    ) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
         self.logit_scale = logit_scale
-        self.soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.soft_cap: float | None = soft_cap or getattr(config, "final_logit_softcapping", None)
         self.tp_group = get_tp_group()
 
     def forward(

@@ -1,112 +1,68 @@
-"""Mixtures of experts (Shazeer et al., 2017): routing functions, and the experts that routed tokens are sent to.
+"""The experts that routed tokens are sent to (Shazeer et al., 2017). ``routing.py`` has the routing.
 
-Routing turns logits [T, num_experts] into ``(topk_weights, topk_ids)``, both [T, top_k]: float32 and int64.
-``FusedMoE`` takes these from any routing function.
+``FusedMoE`` takes ``(topk_weights, topk_ids)`` from any routing.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
-from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn
+from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedExpertsMethod
+from rtp_llm.srt.layers.routing import (
+    Routing,
+    sigmoid_grouped_topk,
+    sigmoid_topk,
+    softmax_grouped_topk,
+    softmax_topk,
+    topk_softmax,
+)
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, load_part, make_parameter
 
-Routing = tuple[torch.Tensor, torch.Tensor]
+__all__ = [
+    "Experts",
+    "FusedMoE",
+    "Routing",
+    "sigmoid_grouped_topk",
+    "sigmoid_topk",
+    "softmax_grouped_topk",
+    "softmax_topk",
+    "topk_softmax",
+]
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-def softmax_topk(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
-    """Route to the ``top_k`` largest of a softmax over all experts; ``renormalize``: a token's weights sum to one."""
-    scores = router_logits.softmax(dim=-1, dtype=torch.float32)
-    topk_weights, topk_ids = scores.topk(top_k, dim=-1)
-    if renormalize:
-        topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-    return topk_weights, topk_ids
+class Experts(ExpertsLayer):
+    """Feed-forward experts: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` with ``gated=False``.
 
-
-def topk_softmax(router_logits: torch.Tensor, top_k: int) -> Routing:
-    """Route to the ``top_k`` largest logits, weighted by a softmax over them alone (GPT-OSS, 2025)."""
-    topk_logits, topk_ids = router_logits.topk(top_k, dim=-1)
-    return topk_logits.softmax(dim=-1, dtype=torch.float32), topk_ids
-
-
-def softmax_grouped_topk(
-    router_logits: torch.Tensor,
-    top_k: int,
-    num_expert_group: int,
-    topk_group: int,
-    renormalize: bool = False,
-    routed_scaling_factor: float = 1.0,
-) -> Routing:
-    """Group-limited greedy routing (DeepSeek-V2, 2024).
-
-    Experts form ``num_expert_group`` groups of neighbours. The ``top_k`` largest of a softmax over all experts are
-    taken from the ``topk_group`` groups with the largest single scores, and multiplied by ``routed_scaling_factor``.
-    """
-    scores = router_logits.softmax(dim=-1, dtype=torch.float32)
-    group_scores = scores.unflatten(-1, (num_expert_group, -1)).amax(dim=-1)
-    chosen = scores.masked_fill(~_in_top_groups(group_scores, topk_group, scores.shape[-1]), 0.0)
-    topk_weights, topk_ids = chosen.topk(top_k, dim=-1)
-    if renormalize:
-        topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return topk_weights * routed_scaling_factor, topk_ids
-
-
-def sigmoid_grouped_topk(
-    router_logits: torch.Tensor,
-    correction_bias: torch.Tensor,
-    top_k: int,
-    num_expert_group: int,
-    topk_group: int,
-    renormalize: bool = True,
-    routed_scaling_factor: float = 1.0,
-) -> Routing:
-    """Grouped routing without auxiliary loss (DeepSeek-V3, 2024).
-
-    Scores are sigmoids. ``correction_bias`` [num_experts] is added only to choose, never to the weights: first the
-    ``topk_group`` groups with the largest sums of their two best experts, then the ``top_k`` best experts in them.
-    """
-    scores = router_logits.float().sigmoid()
-    choice = scores + correction_bias.float()
-    groups = choice.unflatten(-1, (num_expert_group, -1))
-    group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-    choice = choice.masked_fill(~_in_top_groups(group_scores, topk_group, scores.shape[-1]), float("-inf"))
-    topk_ids = choice.topk(top_k, dim=-1).indices
-    topk_weights = scores.gather(-1, topk_ids)
-    if renormalize:
-        topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return topk_weights * routed_scaling_factor, topk_ids
-
-
-def _in_top_groups(group_scores: torch.Tensor, topk_group: int, num_experts: int) -> torch.Tensor:
-    """[T, groups] -> [T, num_experts] bool: whether the expert is in one of the token's best groups."""
-    best = group_scores.topk(topk_group, dim=-1).indices
-    is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
-    return is_best.repeat_interleave(num_experts // group_scores.shape[-1], dim=-1)
-
-
-class FusedMoE(ExpertsLayer):
-    """Gated feed-forward experts, of which each token passes through the few it was routed to.
-
-    Each rank holds a part of the intermediate size of every expert; outputs are summed over ranks.
+    Each rank holds a part of the intermediate size of every expert; outputs are to be summed over ranks. A subclass
+    says how tokens are routed.
 
     Parameters, with I the intermediate size on this rank:
-        w13_weight [num_experts, 2 * I, hidden_size]: gate and up, laid out as the activation expects.
+        w13_weight [num_experts, 2 * I, hidden_size]: gate and up, laid out as the activation expects. Without gates
+            [num_experts, I, hidden_size]: up.
         w2_weight [num_experts, hidden_size, I]: down.
-        w13_bias [num_experts, 2 * I], w2_bias [num_experts, hidden_size]: with ``bias`` only.
+        w13_bias [num_experts, 2 * I or I], w2_bias [num_experts, hidden_size]: with ``bias`` only.
 
     They load from experts stored one by one (``3.gate_proj.weight``) or from all in one tensor (``gate_up_proj`` of
-    [num_experts, 2 * intermediate_size, hidden_size] and ``down_proj``; their biases as ``gate_up_proj_bias`` and
-    ``down_proj_bias``).
+    [num_experts, 2 * intermediate_size, hidden_size], or ``up_proj``, and ``down_proj``; their biases as
+    ``gate_up_proj_bias`` or ``up_proj_bias``, and ``down_proj_bias``).
 
     Args:
-        activation: a name for ``get_act_and_mul_fn``, or a gated activation; with ``SwigluOAIAndMul`` gate and up take
-            turns in ``w13``, and must do so in a fused tensor.
-        reduce_results: False: each rank returns its summand.
-        expert_names: names of an expert's gate, up and down projections in the checkpoint.
+        activation: a name for ``get_act_and_mul_fn`` (without gates: ``get_act_fn``), or the activation; with
+            ``SwigluOAIAndMul`` gate and up take turns in ``w13``, and must do so in a fused tensor.
+        expert_names: names of an expert's gate, up and down projections in the checkpoint, or of up and down; None:
+            ``gate_proj``, ``up_proj``, ``down_proj``.
         is_transposed: fused weights are stored as [num_experts, inputs, outputs]; None: their shape decides.
+        gated: whether each expert has a gate.
+
+    Raises:
+        ValueError: ``expert_names`` repeats a name, or has not as many as there are projections.
     """
 
     w13_weight: nn.Parameter
@@ -119,21 +75,23 @@ class FusedMoE(ExpertsLayer):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        activation: str | nn.Module = "silu",
+        activation: str | Activation = "silu",
         bias: bool = False,
         reduce_results: bool = True,
-        expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        expert_names: tuple[str, ...] | None = None,
         is_transposed: bool | None = False,
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         tp_group: TPGroup | None = None,
+        gated: bool = True,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.act_fn = get_act_and_mul_fn(activation) if isinstance(activation, str) else activation
+        self.halves = ("w1", "w3") if gated else ("w1",)  # the projections in w13
+        self.act_fn = _activation(activation, gated)
         self.is_interleaved = isinstance(self.act_fn, SwigluOAIAndMul)
         self.reduce_results = reduce_results
         self.is_transposed = is_transposed
@@ -141,9 +99,9 @@ class FusedMoE(ExpertsLayer):
         self.prefix = prefix
         self.name = prefix or type(self).__name__
         self.tp_group = tp_group or get_tp_group()
-        self.expert_names = expert_names
+        self.expert_names = _checked_names(expert_names, gated, self.name)
         self.quant_method = _experts_method(self, quant_config, prefix)
-        self.weight_sources = expert_sources(num_experts, expert_names, bias, self.quant_method.kinds)
+        self.weight_sources = expert_sources(num_experts, self.expert_names, bias, self.quant_method.kinds)
         self._group_rows = pick("group_rows", self.params_dtype)
         self._gather_rows = pick("gather_rows", self.params_dtype)
         self._sum_rows = pick("sum_rows", self.params_dtype)
@@ -152,10 +110,10 @@ class FusedMoE(ExpertsLayer):
     def _create_parameters(self, bias: bool) -> None:
         size = divide(self.intermediate_size, self.tp_group.world_size, f"{self.name}: intermediate size")
         self.intermediate_size_per_partition = size
-        self._create_weights("w13", 2 * size, self.hidden_size, self.hidden_size)
+        self._create_weights("w13", len(self.halves) * size, self.hidden_size, self.hidden_size)
         self._create_weights("w2", self.hidden_size, size, self.intermediate_size)
         if bias:
-            self.add_parameter("w13_bias", self.num_experts, 2 * size)
+            self.add_parameter("w13_bias", self.num_experts, len(self.halves) * size)
             self.add_parameter("w2_bias", self.num_experts, self.hidden_size)
         else:
             self.register_parameter("w13_bias", None)
@@ -180,30 +138,40 @@ class FusedMoE(ExpertsLayer):
         self.register_parameter(name, param)
         return param
 
-    def forward(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """Compute each token's experts, weighted and summed.
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        weights_inputs: bool = False,
+    ) -> torch.Tensor:
+        """Compute each token's experts, weighted and summed: this rank's summand.
 
         Args:
-            hidden_states: [T, hidden_size]; topk_weights, topk_ids: [T, top_k], from a routing function.
+            hidden_states: [T, hidden_size]; topk_weights, topk_ids: [T, top_k].
+            weights_inputs: an expert's input is multiplied by the token's weight, not its output (Llama 4, 2025).
 
         Returns:
             [T, hidden_size] in the dtype of ``hidden_states``.
         """
         rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)
         rows = self._gather_rows(hidden_states, order, topk_ids.shape[1])
-        gate_up = self.packed["w13"].apply(rows, rows_per_expert, self.w13_bias)
+        if weights_inputs:
+            rows = rows * topk_weights.flatten()[order, None].to(rows.dtype)
+            topk_weights = torch.ones_like(topk_weights)
+        hidden = self.packed["w13"].apply(rows, rows_per_expert, self.w13_bias)
         # One rank adds the bias, as in RowParallelLinear.
         down_bias = self.w2_bias if self.tp_group.rank == 0 else None
-        rows = self.packed["w2"].apply(self.act_fn(gate_up), rows_per_expert, down_bias)
-        output = self._sum_rows(rows, places, topk_weights)
-        return self.tp_group.all_reduce(output) if self.reduce_results else output
+        rows = self.packed["w2"].apply(self.act_fn(hidden), rows_per_expert, down_bias)
+        return self._sum_rows(rows, places, topk_weights)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's part of a checkpoint tensor into ``param``.
 
         Args:
             tensor: the whole checkpoint tensor; it is cut before it is copied.
-            shard_id: ``(expert, "w1" | "w3" | "w2")`` for gate, up or down of one expert; None: all experts' at once.
+            shard_id: ``(expert, "w1" | "w3" | "w2")`` for gate, up or down of one expert (without gates ``"w1"`` is
+                up); None: all experts' at once.
 
         Raises:
             ValueError: the tensor's shape or the shard id does not fit.
@@ -214,7 +182,7 @@ class FusedMoE(ExpertsLayer):
                 tensor = tensor.transpose(1, 2)
             self._load_down(param.data, tensor, 2) if is_down else self._load_gate_up(param.data, tensor)
             return
-        names = ("w2",) if is_down else ("w1", "w3")
+        names = ("w2",) if is_down else self.halves
         if not isinstance(shard_id, tuple) or shard_id[1] not in names or not 0 <= shard_id[0] < self.num_experts:
             raise ValueError(
                 f"{self.name}: unknown shard_id {shard_id!r}; have (expert below {self.num_experts}, one of {names})"
@@ -228,16 +196,19 @@ class FusedMoE(ExpertsLayer):
     def _stores_transposed(self, tensor: torch.Tensor, is_down: bool) -> bool:
         """Whether inputs come before outputs in a tensor of all experts' weights."""
         if self.is_transposed is None:
-            return tensor.shape[1] != (self.hidden_size if is_down else 2 * self.intermediate_size)
+            return tensor.shape[1] != (self.hidden_size if is_down else len(self.halves) * self.intermediate_size)
         return self.is_transposed
 
     def _load_gate_up(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
-        check_shape(tensor, (self.num_experts, 2 * self.intermediate_size, *target.shape[2:]), self.name)
-        for name in ("w1", "w3"):
+        outputs = len(self.halves) * self.intermediate_size
+        check_shape(tensor, (self.num_experts, outputs, *target.shape[2:]), self.name)
+        for name in self.halves:
             self._load_outputs(self._half(target, name, 1), self._half(tensor, name, 1), 1)
 
     def _half(self, tensor: torch.Tensor, name: str, dim: int) -> torch.Tensor:
-        """A view of gate ("w1") or up ("w3") within the dimension that holds both."""
+        """A view of gate ("w1") or up ("w3") within the dimension that holds both; without gates all of it."""
+        if len(self.halves) == 1:
+            return tensor
         half = 0 if name == "w1" else 1
         if self.is_interleaved:
             return tensor.unflatten(dim, (-1, 2)).select(dim + 1, half)
@@ -251,7 +222,37 @@ class FusedMoE(ExpertsLayer):
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
 
-def _experts_method(layer: FusedMoE, quant_config: QuantizationConfig | None, prefix: str) -> ExpertsMethodBase:
+class FusedMoE(Experts):
+    """Experts to which each token is routed by the model: ``experts(hidden_states, topk_weights, topk_ids)``.
+
+    ``reduce_results=False``: each rank returns its summand. Other arguments as in Experts.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] and a routing function's [T, top_k] weights and ids -> [T, hidden_size]."""
+        output = self.compute(hidden_states, topk_weights, topk_ids)
+        return self.tp_group.all_reduce(output) if self.reduce_results else output
+
+
+def _activation(activation: str | Activation, gated: bool) -> Activation:
+    if not isinstance(activation, str):
+        return activation
+    return get_act_and_mul_fn(activation) if gated else get_act_fn(activation)
+
+
+def _checked_names(names: tuple[str, ...] | None, gated: bool, layer_name: str) -> tuple[str, ...]:
+    wanted = ("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj")
+    if names is None:
+        return wanted
+    if len(set(names)) != len(names) or len(names) != len(wanted):
+        raise ValueError(
+            f"{layer_name}: expert_names must be {len(wanted)} different names, such as {wanted}, not {names}; experts "
+            f"that have {'no gate take gated=False' if gated else 'a gate take gated=True'}"
+        )
+    return names
+
+
+def _experts_method(layer: Experts, quant_config: QuantizationConfig | None, prefix: str) -> ExpertsMethodBase:
     method = quant_config.get_quant_method(layer, prefix) if quant_config else None
     if method is None:
         return UnquantizedExpertsMethod()
@@ -261,18 +262,22 @@ def _experts_method(layer: FusedMoE, quant_config: QuantizationConfig | None, pr
 
 
 def expert_sources(
-    num_experts: int, expert_names: tuple[str, str, str], bias: bool, kinds: tuple[str, ...] = ("weight",)
+    num_experts: int, expert_names: tuple[str, ...], bias: bool, kinds: tuple[str, ...] = ("weight",)
 ) -> dict[str, tuple[str, ShardId]]:
-    """Checkpoint names, relative to the layer's own -> the parameter that each fills and its shard id."""
-    gate, up, down = expert_names
+    """Checkpoint names, relative to the layer's own -> the parameter that each fills and its shard id.
+
+    ``expert_names``: gate, up and down, or up and down.
+    """
+    *firsts, down = expert_names
+    fused = "gate_up_proj" if len(firsts) == 2 else "up_proj"
     sources: dict[str, tuple[str, ShardId]] = {}
     if "weight" in kinds:
-        sources = {"gate_up_proj": ("w13_weight", None), "down_proj": ("w2_weight", None)}
+        sources = {fused: ("w13_weight", None), "down_proj": ("w2_weight", None)}
     if bias:
-        sources |= {"gate_up_proj_bias": ("w13_bias", None), "down_proj_bias": ("w2_bias", None)}
+        sources |= {f"{fused}_bias": ("w13_bias", None), "down_proj_bias": ("w2_bias", None)}
     for kind in (*kinds, "bias") if bias else kinds:
         for expert in range(num_experts):
-            sources[f"{expert}.{gate}.{kind}"] = f"w13_{kind}", (expert, "w1")
-            sources[f"{expert}.{up}.{kind}"] = f"w13_{kind}", (expert, "w3")
+            for name, half in zip(firsts, ("w1", "w3"), strict=False):
+                sources[f"{expert}.{name}.{kind}"] = f"w13_{kind}", (expert, half)
             sources[f"{expert}.{down}.{kind}"] = f"w2_{kind}", (expert, "w2")
     return sources

@@ -7,7 +7,7 @@ A step's cosines and sines are computed once: the runner calls ``prepare_for_for
 with this method, and all layers that share the module read the result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -276,6 +276,7 @@ def get_rope(
     rope_scaling: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     partial_rotary_factor: float = 1.0,
+    rope_parameters: dict[str, Any] | None = None,
 ) -> RotaryEmbedding:
     """Return the rotary embedding of an attention layer, called as ``q, k = rotary_emb(positions, q, k)``.
 
@@ -288,10 +289,18 @@ def get_rope(
         rope_scaling: the kind under ``rope_type`` or ``type``, and its parameters; None: the default kind. With
             ``mrope_section`` (and ``mrope_interleaved``), the result is an ``MRotaryEmbedding`` of that kind.
         dtype: of cosines and sines; None: torch's default.
+        rope_parameters: a configuration's, in place of ``base``, ``rope_scaling`` and ``partial_rotary_factor``, which
+            it has among its fields.
 
     Raises:
         ValueError: unknown kind, or a parameter is missing or does not fit.
     """
+    if rope_parameters is not None:
+        if rope_scaling is not None or base != 10000.0 or partial_rotary_factor != 1.0:
+            raise ValueError("rope_parameters stand in place of base, rope_scaling and partial_rotary_factor")
+        base, rope_scaling, partial_rotary_factor = split_rope_parameters(rope_parameters)
+        if rope_parameters.get("rope_dim"):
+            rotary_dim, partial_rotary_factor = rope_parameters["rope_dim"], 1.0
     spec = RopeSpec(
         head_size=head_size,
         rotary_dim=int((rotary_dim or head_size) * partial_rotary_factor),
@@ -323,6 +332,24 @@ def _build(spec: RopeSpec) -> RotaryEmbedding:
         raise ValueError(f"rope kind {spec.kind!r} depends on sequence lengths, which mrope_section does not go with")
     interleaved = bool(spec.scaling.get("mrope_interleaved"))
     return MRotaryEmbedding(spec, rope.inv_freq, rope.attention_factor, section, interleaved)
+
+
+def split_rope_parameters(parameters: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float]:
+    """``(base, rope_scaling or None, partial_rotary_factor)`` of one set of a configuration's ``rope_parameters``."""
+    nested = sorted(key for key, value in parameters.items() if isinstance(value, dict))
+    if nested:
+        raise ValueError(f"rope_parameters differ by layer type: give the set of one of {nested}, not all of them")
+    scaling = dict(parameters)
+    base = scaling.pop("rope_theta", None) or 10000.0
+    partial = scaling.pop("partial_rotary_factor", None) or 1.0
+    is_plain = rope_kind(scaling) == "default" and "mrope_section" not in scaling
+    return base, None if is_plain else scaling, partial
+
+
+def set_default_rope_theta(config: "PretrainedConfig", default_theta: float) -> None:
+    """Give a configuration's ``rope_parameters`` this base if they have none. The configuration is changed."""
+    parameters = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    config.rope_parameters = {"rope_theta": default_theta, **parameters}
 
 
 def get_rope_config(

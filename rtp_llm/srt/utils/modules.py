@@ -15,3 +15,17 @@ def make_layers(num_layers: int, layer_fn: Callable[[int, str], nn.Module], pref
     return nn.ModuleList(
         [layer_fn(idx=idx, prefix=add_prefix(str(idx), prefix)) for idx in range(num_layers)]  # type: ignore[call-arg]
     )
+
+
+def extract_layer_index(layer_name: str) -> int:
+    """Return the number in a layer's dotted name: ``extract_layer_index("model.layers.3.self_attn") == 3``.
+
+    Raises:
+        ValueError: the name has no number, or several.
+    """
+    numbers = [int(part) for part in layer_name.split(".") if part.isdecimal()]
+    if len(numbers) != 1:
+        raise ValueError(
+            f"a layer's name must have one number among its parts, its index; {layer_name!r} has {numbers}"
+        )
+    return numbers[0]

@@ -211,6 +211,30 @@ def test_few_tokens_and_unused_experts(num_tokens: int) -> None:
     torch.testing.assert_close(output, theirs(x, routing[1], routing[0]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("form", ["fused", "one by one", "named"])
+def test_experts_without_gates(form: str, num_ranks: int) -> None:
+    up, down = torch.randn(EXPERTS, SIZE, HIDDEN), torch.randn(EXPERTS, HIDDEN, SIZE)
+    up_bias, down_bias = torch.randn(EXPERTS, SIZE), torch.randn(EXPERTS, HIDDEN)
+    tensors = {"up_proj": up, "down_proj": down, "up_proj_bias": up_bias, "down_proj_bias": down_bias}
+    weights, options = {f"experts.{name}": tensor for name, tensor in tensors.items()}, {}
+    if form != "fused":
+        names = ("up_proj", "down_proj") if form == "one by one" else ("fc1", "fc2")
+        options = {} if form == "one by one" else {"expert_names": names}
+        weights = {}
+        for expert in range(EXPERTS):
+            for name, weight, bias in zip(names, (up, down), (up_bias, down_bias), strict=True):
+                weights[f"experts.{expert}.{name}.weight"] = weight[expert]
+                weights[f"experts.{expert}.{name}.bias"] = bias[expert]
+    x, routing = torch.randn(9, HIDDEN), random_routing(9)
+    options |= {"gated": False, "activation": "relu2", "bias": True}
+    output = summed_over_ranks(num_ranks, weights, x, routing, **options)
+    every = F.relu(torch.einsum("th,eih->tei", x, up) + up_bias).square()
+    every = torch.einsum("tei,ehi->teh", every, down) + down_bias
+    expected = (every.gather(1, routing[1][..., None].expand(-1, -1, HIDDEN)) * routing[0][..., None]).sum(1)
+    torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-4)
+
+
 def test_bfloat16_is_kept() -> None:
     theirs, x, routing = mixtral_experts(), torch.randn(20, HIDDEN).bfloat16(), random_routing(20)
     output = summed_over_ranks(1, fused(theirs), x, routing, params_dtype=torch.bfloat16)
@@ -238,6 +262,20 @@ def test_missing_and_left_over_experts_are_named() -> None:
     assert f"experts.w13_weight {shape}, made of experts.3.gate_proj.weight, experts.7.up_proj.weight\n" in message
     assert f"experts.w2_weight {[EXPERTS, HIDDEN, SIZE]}, made of experts.7.down_proj.weight" in message
     assert f"1 tensors have no place in the model:\n  experts.12.up_proj.weight {[SIZE, HIDDEN]}\n" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "gated", "said"),
+    [
+        (("up_proj", "up_proj", "down_proj"), True, "3 different names.*experts that have no gate take gated=False"),
+        (("up_proj", "down_proj"), True, "3 different names.*gated=False"),
+        (("up_proj", "up_proj"), False, "2 different names.*experts that have a gate take gated=True"),
+        (("gate_proj", "up_proj", "down_proj"), False, "2 different names.*gated=True"),
+    ],
+)
+def test_each_projection_has_its_own_name(names: tuple[str, ...], gated: bool, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Model(expert_names=names, gated=gated)
 
 
 def test_experts_that_come_twice_or_do_not_fit() -> None:

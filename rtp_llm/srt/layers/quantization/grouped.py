@@ -14,7 +14,7 @@ from torch import nn
 from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide
 from rtp_llm.srt.layers.linear import LinearBase
-from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, PackedLayer
 from rtp_llm.srt.layers.quantization.methods import PackedExpertsMethod, PackedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, make_parameter
@@ -149,12 +149,12 @@ def grouped_method(layer: nn.Module, group_format: GroupFormat) -> "GroupedLinea
     """Return the method for a linear layer or a layer of experts; None for others."""
     if isinstance(layer, LinearBase):
         return GroupedLinearMethod(group_format)
-    return GroupedExpertsMethod(group_format) if isinstance(layer, FusedMoE) else None
+    return GroupedExpertsMethod(group_format) if isinstance(layer, Experts) else None
 
 
 def name_in_checkpoint(layer: nn.Module, prefix: str) -> str:
     """Return the name that rules about layers apply to; for experts, that of the first one's gate."""
-    return f"{prefix}.0.{layer.expert_names[0]}" if isinstance(layer, FusedMoE) else prefix
+    return f"{prefix}.0.{layer.expert_names[0]}" if isinstance(layer, Experts) else prefix
 
 
 class GroupedExpertsMethod(PackedExpertsMethod):

@@ -17,7 +17,7 @@ from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.kernels.reference import quantize_rows
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
-from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.layers.quantization.base import (
     ExpertsLayer,
     ExpertsMethodBase,
@@ -54,7 +54,7 @@ class OnLoadConfig(QuantizationConfig):
             return OnLoadLinearMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             return OnLoadEmbeddingMethod()
-        return OnLoadExpertsMethod(self) if isinstance(layer, FusedMoE) else None
+        return OnLoadExpertsMethod(self) if isinstance(layer, Experts) else None
 
 
 class OnLoadLinearMethod(PackedLinearMethod):
