@@ -13,11 +13,11 @@ class Conv2dLayer(nn.Conv2d):
     """
 
     def __init__(self, *args: Any, params_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, dtype=params_dtype, **kwargs)
+        super().__init__(*args, **{**kwargs, "dtype": params_dtype})
 
 
 class Conv3dLayer(nn.Conv3d):
     """A convolution of videos, [N, in_channels, frames, height, width]; otherwise as Conv2dLayer."""
 
     def __init__(self, *args: Any, params_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, dtype=params_dtype, **kwargs)
+        super().__init__(*args, **{**kwargs, "dtype": params_dtype})

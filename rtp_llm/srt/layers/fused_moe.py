@@ -155,11 +155,11 @@ class RoutedMoE(Experts):
 FusedMoE = SharedFusedMoE = FusedMoEFactory = RoutedMoE
 
 
-def called_by_expert(weight_loader: WeightLoader) -> Callable[..., bool]:
+def called_by_expert(weight_loader: WeightLoader) -> Callable[..., bool | None]:
     """Return a loader that is also called as vLLM's ``load_weights`` do.
 
-    That is ``(param, tensor, name, shard_id="w1", expert_id=3)``, where the tensor's name is not needed; it returns
-    True: the tensor belongs here.
+    That is ``(param, tensor, name, shard_id="w1", expert_id=3)``, where the tensor's name is not needed. Every tensor
+    belongs to this rank, which True as the result says, if ``return_success`` asks for one.
     """
 
     def load(
@@ -168,13 +168,13 @@ def called_by_expert(weight_loader: WeightLoader) -> Callable[..., bool]:
         weight_name: ShardId = None,
         shard_id: ShardId = None,
         expert_id: int | None = None,
-        return_success: bool = True,
-    ) -> bool:
+        return_success: bool = False,
+    ) -> bool | None:
         if expert_id is None:
             weight_loader(param, loaded_weight, shard_id if isinstance(weight_name, str) else weight_name)
         else:
             weight_loader(param, loaded_weight, (expert_id, str(shard_id)))
-        return return_success
+        return return_success or None
 
     return load
 

@@ -1,13 +1,43 @@
-"""Rotary positions, under the name that vLLM's model files import (``get_rope`` is in ``rotary.py``); and the rotation
-alone, for towers that compute their own angles.
+"""Rotary positions, under the name and with the arguments that vLLM's model files have; the embeddings are in
+``rotary.py``. And the rotation alone, for towers that compute their own angles.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
 
-from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, get_rope, set_default_rope_theta
+from rtp_llm.srt.layers import rotary
+from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, set_default_rope_theta
 
 __all__ = ["ApplyRotaryEmb", "MRotaryEmbedding", "RotaryEmbedding", "get_rope", "set_default_rope_theta"]
+
+
+def get_rope(
+    head_size: int,
+    max_position: int,
+    is_neox_style: bool = True,
+    rope_parameters: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    dual_chunk_attention_config: dict[str, Any] | None = None,
+    mrope_positions_factor: int = 4,
+) -> RotaryEmbedding:
+    """Return ``rotary.get_rope`` of the same arguments.
+
+    ``mrope_positions_factor`` is the size of a table of angles, which are computed here: it changes nothing.
+
+    Raises:
+        ValueError: there is a ``dual_chunk_attention_config``, which attention here does not know.
+    """
+    if dual_chunk_attention_config is not None:
+        raise ValueError("dual_chunk_attention_config is not supported: remove it from config.json to attend to all")
+    return rotary.get_rope(
+        head_size,
+        max_position=max_position,
+        is_neox_style=is_neox_style,
+        dtype=dtype,
+        rope_parameters=rope_parameters or {},
+    )
 
 
 class ApplyRotaryEmb(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig, process_weights
-from rtp_llm.srt.layers.weights import ShardId, Weights, is_optional
+from rtp_llm.srt.layers.weights import ShardId, Weights, fill, is_optional, shape_of
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.models.weight_files import WeightFileError
@@ -46,7 +46,7 @@ def load_weights(
     if isinstance(loaded, set):
         unset = {name: parameter for name, parameter in model.named_parameters() if name not in loaded}
         if unset:
-            lines = [f"{name} {_shape(parameter)}" for name, parameter in unset.items()]
+            lines = [f"{name} {shape_of(parameter)}" for name, parameter in unset.items()]
             raise _error(model, {"parameters were not set by its load_weights": lines})
 
 
@@ -108,7 +108,7 @@ class _DeclarativeLoad:
         else:
             place = self.names.find(BASE_MODEL_PREFIX + name)
             if place:
-                self.prefixed.append(f"{name} {_shape(tensor)}")
+                self.prefixed.append(f"{name} {shape_of(tensor)}")
         if place:
             self._load(name, place, tensor)
         else:
@@ -119,7 +119,7 @@ class _DeclarativeLoad:
         if place.name in self.tied:
             self._compare_tied(name, place.name, tensor)
         elif place.shard_id in shards or None in shards or (place.shard_id is None and shards):
-            self.problems["tensors came twice"].append(f"{name} {_shape(tensor)}")
+            self.problems["tensors came twice"].append(f"{name} {shape_of(tensor)}")
         else:
             self._fill(name, place, tensor)
             self._mark(name, place, tensor)
@@ -128,11 +128,11 @@ class _DeclarativeLoad:
     def _fill(self, name: str, place: Place, tensor: torch.Tensor) -> None:
         target = self.targets[place.name]
         try:
-            _fill(target, tensor, place.shard_id)
+            fill(target, tensor, place.shard_id)
         except ValueError as error:
-            self.problems["tensors do not fit"].append(f"{name} {_shape(tensor)} into {place.name}: {error}")
+            self.problems["tensors do not fit"].append(f"{name} {shape_of(tensor)} into {place.name}: {error}")
         except Exception as error:
-            error.add_note(f"while loading {name} {_shape(tensor)} into {place.name} {_shape(target)}")
+            error.add_note(f"while loading {name} {shape_of(tensor)} into {place.name} {shape_of(target)}")
             raise
 
     def _mark(self, name: str, place: Place, tensor: torch.Tensor) -> None:
@@ -163,8 +163,8 @@ class _DeclarativeLoad:
             self.ignored["tied to another tensor, and equal"] += 1
             return
         self.problems["tensors differ though the model ties them"].append(
-            f"{name} {_shape(tensor)} and {first_name} {_shape(first)}: to use both, set tie_word_embeddings to false "
-            "in config.json"
+            f"{name} {shape_of(tensor)} and {first_name} {shape_of(first)}: to use both, set tie_word_embeddings to "
+            "false in config.json"
         )
 
     def _leave(self, name: str, tensor: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ class _DeclarativeLoad:
         elif self.quant_config and self.quant_config.may_leave(name, tensor):
             self.ignored[f"{self.quant_config.get_name()}, which does not need them"] += 1
         else:
-            self.problems["tensors have no place in the model"].append(f"{name} {_shape(tensor)}")
+            self.problems["tensors have no place in the model"].append(f"{name} {shape_of(tensor)}")
 
     def finish(self) -> None:
         """Raise WeightLoadError if anything was wrong; else log what was ignored."""
@@ -199,7 +199,7 @@ class _DeclarativeLoad:
 
     def _missing(self, name: str) -> list[str]:
         """Lines for the error message about what the parameter still lacks."""
-        shards, shape = self.loaded[name], _shape(self.targets[name])
+        shards, shape = self.loaded[name], shape_of(self.targets[name])
         if None in shards or (not shards and is_optional(self.targets[name])):
             return []
         parts = self.names.parts(name)
@@ -207,25 +207,6 @@ class _DeclarativeLoad:
             return [] if shards else [f"{name} {shape}"]
         missing = [source for source, shard_id in parts if shard_id not in shards]
         return [f"{name} {shape}, made of {', '.join(missing)}"] if missing else []
-
-
-def _fill(target: torch.Tensor, tensor: torch.Tensor, shard_id: ShardId) -> None:
-    """Load a tensor, or a shard, into ``target``; raise ValueError if it does not fit."""
-    if target.is_floating_point() != tensor.is_floating_point():
-        raise ValueError(f"expected dtype {target.dtype}, got {tensor.dtype}")
-    weight_loader = getattr(target, "weight_loader", None)
-    if weight_loader:
-        weight_loader(target, tensor) if shard_id is None else weight_loader(target, tensor, shard_id)
-    elif shard_id is not None:
-        raise TypeError("a packed parameter needs a weight_loader that takes a shard id")
-    elif target.shape != tensor.shape:
-        raise ValueError(f"expected shape {_shape(target)}, got {_shape(tensor)}")
-    else:
-        target.data.copy_(tensor)
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return str(list(tensor.shape))
 
 
 def _error(model: nn.Module, problems: Mapping[str, list[str]]) -> WeightLoadError:

@@ -8,17 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rtp_llm.srt.layers.weights import ShardId
-from rtp_llm.srt.model_traits import ModelTraits, NamesSources
+from rtp_llm.srt.layers.weights import COMMON_IGNORE, ShardId, declared_sources
+from rtp_llm.srt.model_traits import ModelTraits
 
 BASE_MODEL_PREFIX = "model."  # missing in the names of a checkpoint saved from the base model's class
-COMMON_IGNORE = (
-    r"(^|\.)rotary_emb\.(original_)?inv_freq$",
-    r"(^|\.)rotary_emb\.(cos_cached|sin_cached|cos_sin_cache)$",
-    r"(^|\.)(self_)?(attn|attention)\.(bias|masked_bias)$",  # causal masks kept as buffers
-    r"(^|\.)embeddings\.position_ids$",  # 0, 1, 2, ... kept as a buffer
-    r"^(model\.)?mtp(_layers|_block)?\.",  # multi-token prediction
-)
 _LAYER_NUMBER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
 
 
@@ -39,7 +32,7 @@ class WeightNames:
         self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self._model = model
         self._ignore = [*self.declared.ignore, *COMMON_IGNORE]
-        self._sources = _declared_sources(model)
+        self._sources = {source: Place(*place) for source, place in declared_sources(model).items()}
         self._sources_of = _by_target(self._sources)
         self._names_of = _names_by_tensor(self.targets)
         self._wanted: dict[str, frozenset[ShardId]] = {}  # cache of ``wanted``
@@ -102,16 +95,6 @@ class WeightNames:
         sources = self.declared.packed_modules_mapping[packed]
         default = ("q", "k", "v") if packed.endswith("qkv_proj") and len(sources) == 3 else tuple(range(len(sources)))
         return tuple(getattr(layer, "shard_ids", default))
-
-
-def _declared_sources(model: nn.Module) -> dict[str, Place]:
-    """Return full checkpoint names -> places, as modules declare them in ``weight_sources``."""
-    return {
-        f"{path}.{source}": Place(f"{path}.{parameter}", shard_id)
-        for path, module in model.named_modules()
-        if isinstance(module, NamesSources)
-        for source, (parameter, shard_id) in module.weight_sources.items()
-    }
 
 
 def _by_target(sources: Mapping[str, Place]) -> dict[str, list[tuple[str, ShardId]]]:

@@ -240,7 +240,8 @@ def test_loading_by_a_loop_of_the_models_own() -> None:
         for ours, theirs, expert_id, shard_id in mapping:
             if theirs in name:
                 param = params[name.replace(theirs, ours)]
-                assert param.weight_loader(param, tensor, name, shard_id=shard_id, expert_id=expert_id)
+                options = {"shard_id": shard_id, "expert_id": expert_id}
+                assert param.weight_loader(param, tensor, name, **options, return_success=True)
     block.experts.quant_method.process_weights_after_loading(block.experts)
     expected = routed(weights, x, TopK(TOP_K, renormalize=True)(logits), names=("w1", "w2", "w3"))
     close(block.experts(x, logits), expected)

@@ -11,7 +11,9 @@ from torch import nn
 from transformers.activations import XIELUActivation
 
 from rtp_llm.srt.distributed.parallel_state import TPGroup, split_tensor_along_last_dim
+from rtp_llm.srt.forward_batch import AttentionSpec
 from rtp_llm.srt.layers import activation, conv, layernorm, linear, rotary_embedding, vocab_parallel_embedding
+from rtp_llm.srt.layers.attention import Attention
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.rotary import get_rope as get_rope_by_parts
 from rtp_llm.srt.layers.rotary import get_rope_config
@@ -268,9 +270,11 @@ def test_rope_of_a_given_size() -> None:
 
 def test_rope_parameters_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="in place of base"):
-        rotary_embedding.get_rope(16, rope_parameters={}, base=5.0)
+        get_rope_by_parts(16, rope_parameters={}, base=5.0)
     with pytest.raises(ValueError, match=r"the set of one of \['full', 'sliding'\]"):
-        rotary_embedding.get_rope(16, rope_parameters={"full": {}, "sliding": {}})
+        rotary_embedding.get_rope(16, 8, rope_parameters={"full": {}, "sliding": {}})
+    with pytest.raises(ValueError, match="dual_chunk_attention_config is not supported"):
+        rotary_embedding.get_rope(16, 8, dual_chunk_attention_config={"chunk_size": 4})
 
 
 def test_a_default_base() -> None:
@@ -314,3 +318,39 @@ def test_the_index_in_a_name() -> None:
     for name in ("model.norm", "model.layers.0.experts.1"):
         with pytest.raises(ValueError, match="one number among its parts"):
             extract_layer_index(name)
+
+
+# Attention
+
+
+class Asked:
+    """An attention back end that notes what it is asked for."""
+
+    def forward(self, q: Any, k: Any, v: Any, spec: Any, batch: Any, save_kv_cache: bool, sinks: Any) -> torch.Tensor:
+        self.asked = k, v, save_kv_cache, sinks
+        return q.flatten(1)
+
+
+def test_attention() -> None:
+    sinks, backend = torch.zeros(4), Asked()
+    batch: Any = SimpleNamespace(attn_backend=backend)
+    layer = Attention(
+        4, 8, 0.5, 2, logits_soft_cap=3.0, per_layer_sliding_window=6, sinks=sinks, prefix="model.layers.7.attn"
+    )
+    assert layer.spec == AttentionSpec(7, 4, 2, 8, 8, 0.5, 3.0, 6)
+    q, k, v = torch.randn(3, 32), torch.randn(3, 16), torch.randn(3, 16)
+    assert torch.equal(layer(q, k, v, batch), q)
+    asked_k, asked_v, saves, asked_sinks = backend.asked
+    assert torch.equal(asked_k.flatten(1), k) and torch.equal(asked_v.flatten(1), v)
+    assert saves and asked_sinks is sinks and not layer.state_dict()
+    assert Attention(4, 8, 0.5, layer_id=3, head_size_v=5).spec == AttentionSpec(3, 4, 4, 8, 5, 0.5)
+
+
+def test_attention_over_another_layers_cache() -> None:
+    backend = Asked()
+    layer = Attention(
+        4, 8, 0.5, 2, prefix="model.layers.7.attn", kv_sharing_target_layer_name="model.layers.2.self_attn.attn"
+    )
+    batch: Any = SimpleNamespace(attn_backend=backend)
+    layer(torch.randn(3, 32), torch.randn(3, 16), torch.randn(3, 16), batch)
+    assert layer.spec.layer_id == 2 and backend.asked == (None, None, False, None)
