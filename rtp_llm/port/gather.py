@@ -16,6 +16,7 @@ from rtp_llm.port.source import (
     absolute_module,
     bound_names,
 )
+from rtp_llm.port.visiting import Transformer
 from rtp_llm.port.vocabulary import is_known
 
 GENERATION_TABLES = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS")
@@ -260,7 +261,7 @@ def _headed(statement: Statement, comment: str) -> Statement:
     )
 
 
-class Renamer(cst.CSTTransformer):
+class Renamer(Transformer):
     """Renames names, but neither attributes nor keywords of calls."""
 
     def __init__(self, names: dict[str, str]) -> None:
@@ -282,7 +283,7 @@ def _without_imports(statement: Statement, file: SourceFile, tree: SourceTree) -
     return cast(Statement, statement.visit(remover))
 
 
-class _ImportRemover(cst.CSTTransformer):
+class _ImportRemover(Transformer):
     def __init__(self, file: SourceFile, tree: SourceTree) -> None:
         self.file, self.tree = file, tree
 

@@ -5,6 +5,7 @@ import re
 import libcst as cst
 
 from rtp_llm.port.program import code
+from rtp_llm.port.visiting import Transformer
 
 LINE_LENGTH = 120
 INDENT = "    "
@@ -21,7 +22,7 @@ def single_spaced(text: str) -> str:
     return re.sub(r"((?:^|\n)[ ]*(?:class|if|else|for|elif)\b[^\n]*:\n)\n+(?=[ ]+\S)", r"\1", text)
 
 
-class _Layout(cst.CSTTransformer):
+class _Layout(Transformer):
     def __init__(self) -> None:
         self.depth = 0
 

@@ -2,6 +2,8 @@
 
 import libcst as cst
 
+from rtp_llm.port.visiting import Visitor
+
 
 def names_in(node: cst.CSTNode) -> set[str]:
     """Names that a node reads or binds; without attributes, keywords of calls and the node's own imports."""
@@ -10,7 +12,7 @@ def names_in(node: cst.CSTNode) -> set[str]:
     return finder.names
 
 
-class _Names(cst.CSTVisitor):
+class _Names(Visitor):
     def __init__(self) -> None:
         self.names: set[str] = set()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import libcst as cst
 
+from rtp_llm.port.visiting import Visitor
+
 Statement = cst.BaseStatement | cst.SimpleStatementLine
 
 
@@ -194,7 +196,7 @@ def _inner_statements(statement: cst.If | cst.Try) -> Iterator[Statement]:
             yield from block.body
 
 
-class _Imports(cst.CSTVisitor):
+class _Imports(Visitor):
     """Collects imported names and where they come from."""
 
     def __init__(self, package: str) -> None:

@@ -27,6 +27,7 @@ from rtp_llm.port.facts import (
 )
 from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, family, methods, parameters, self_attribute
+from rtp_llm.port.visiting import Visitor
 
 ATTENTION_CLASSES = ("Attention", "EncoderOnlyAttention", "ChunkedLocalAttention")
 RECURSION = Engine("what is being asked for")  # a value in terms of itself
@@ -367,7 +368,7 @@ class Scopes:
             self._add(inner, attributes, scope)
 
 
-class _Bindings(cst.CSTVisitor):
+class _Bindings(Visitor):
     """Finds a function's assignments; not those of functions inside it, which it lists."""
 
     def __init__(self, scope: Scope) -> None:

@@ -26,13 +26,14 @@ SAME: dict[str, str] = {
         f"{LAYERS}.fused_moe": (
             "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "fused_moe_make_expert_params_mapping",
         ),
+        f"{LAYERS}.attention": ("Attention",),
         f"{LAYERS}.radix_attention": ("RadixAttention", "AttentionType", "model_window"),
         f"{LAYERS}.logits_processor": ("LogitsProcessor",),
         f"{LAYERS}.conv": ("Conv2dLayer", "Conv3dLayer"),
         f"{LAYERS}.quantization.base": ("QuantizationConfig",),
         f"{LAYERS}.auto_weights": ("AutoWeightsLoader", "WeightsMapper", "maybe_remap_kv_scale_name"),
         f"{LAYERS}.weights": (
-            "default_weight_loader", "row_parallel_weight_loader", "sharded_weight_loader", "composed_weight_loader",
+            "set_weight_attrs", "default_weight_loader", "row_parallel_weight_loader", "sharded_weight_loader", "composed_weight_loader",
         ),
         "rtp_llm.srt.utils": ("extract_layer_index", "make_layers", "add_prefix"),
         PARALLEL: (
@@ -45,9 +46,7 @@ SAME: dict[str, str] = {
 }  # fmt: skip
 
 # Their name -> ours, called the same way.
-RENAMED: dict[str, str] = {
-    "Attention": "RadixAttention",
-}
+RENAMED: dict[str, str] = {}
 
 # What describes the other engine itself. A class may not have these as bases here, and nothing is imported for them.
 MARKERS = frozenset({

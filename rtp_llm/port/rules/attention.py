@@ -15,9 +15,12 @@ from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.source import Origin
 from rtp_llm.port.values import Scopes, engine_parameter, evaluate
+from rtp_llm.port.visiting import Transformer
 
 CACHE = Engine("vllm_config.cache_config")
 _ENGINE_ONLY = ("cache_config", "attn_backend", "use_alibi_sqrt", "mm_prefix_clamp_sliding_window", "layer_name")
+# Arguments that RadixAttention takes at the call, or in another form: the layer of vLLM's name has them.
+_COMPATIBLE = frozenset({"sinks", "kv_sharing_target_layer_name"})
 _UNPORTED_KWARGS = ("dual_chunk_attention_config", "layer_idx")
 
 
@@ -83,7 +86,7 @@ def _cache_parameter(function: cst.FunctionDef, program: Program) -> bool:
     return any(engine_parameter(param, program) == CACHE for param in parameters(function))
 
 
-class _WindowParameter(cst.CSTTransformer):
+class _WindowParameter(Transformer):
     """``cache_config`` becomes ``window: int | None = None``."""
 
     def __init__(self, program: Program) -> None:
@@ -108,10 +111,15 @@ class RewriteAttention(Rule):
         if call is None:
             self.review("more positional arguments than Attention is known to take: name them")
             return updated_node
-        self.count("Attention made RadixAttention")
         call.stars = [star for star in call.stars if not self._is_left_out(star)]
+        self._whatever_is_constant(call)
         self._window(call, original_node)
         call.drop(*_ENGINE_ONLY)
+        if call.stars or not call.values.keys().isdisjoint(_COMPATIBLE):
+            self.count("Attention given no cache configuration")
+            call.rename("window", "per_layer_sliding_window")
+            return call.written(3)
+        self.count("Attention made RadixAttention")
         if "num_kv_heads" not in call.values:
             call.set("num_kv_heads", call.values["num_heads"].value)
         call.rename("logits_soft_cap", "logit_cap")
@@ -119,8 +127,8 @@ class RewriteAttention(Rule):
             self._soft_cap(call)
         call.rename("head_size_v", "v_head_dim")
         call.set("layer_id", self._layer_id(call))
-        self._whatever_is_left(call)
-        return call.written(3)
+        self.program.engine_names.setdefault("RadixAttention", Origin("vllm", "RadixAttention"))
+        return call.written(3, cst.Name("RadixAttention"))
 
     def _is_left_out(self, star: cst.Arg) -> bool:
         """Whether ``**extra`` can only hold arguments that have no meaning here."""
@@ -198,7 +206,7 @@ class RewriteAttention(Rule):
         base = _prefix_base(prefix)
         return f"extract_layer_index({base})"
 
-    def _whatever_is_left(self, call: NamedCall) -> None:
+    def _whatever_is_constant(self, call: NamedCall) -> None:
         if "kv_sharing_target_layer_name" in call.values:
             value = call.values["kv_sharing_target_layer_name"].value
             if code(value) == "None":

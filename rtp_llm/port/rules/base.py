@@ -7,13 +7,14 @@ import libcst as cst
 
 from rtp_llm.port.program import Program
 from rtp_llm.port.values import Scope, Scopes
+from rtp_llm.port.visiting import Transformer
 
 MARK = "# PORT: "
 CONTINUED = "#   "
 COMMENT_WIDTH = 100
 
 
-class Rule(cst.CSTTransformer):
+class Rule(Transformer):
     """A rewriting of the whole module. Subclasses call ``super()`` where they visit functions and statements."""
 
     def __init__(self, program: Program) -> None:

@@ -7,6 +7,7 @@ from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule
 from rtp_llm.port.rules.fold import tidied
+from rtp_llm.port.visiting import Visitor
 from rtp_llm.port.vocabulary import MISSING, target
 
 _PURE_CALLS = ("getattr", "hasattr", "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "len")
@@ -101,7 +102,7 @@ def _read_names(function: cst.FunctionDef) -> set[str]:
     return finder.names
 
 
-class _ReadNames(cst.CSTVisitor):
+class _ReadNames(Visitor):
     """Names that are read; a plain assignment to a name does not read it."""
 
     def __init__(self) -> None:
@@ -128,7 +129,7 @@ class _ReadNames(cst.CSTVisitor):
         self.names.add(node.value)
 
 
-class _ReadAttributes(cst.CSTVisitor):
+class _ReadAttributes(Visitor):
     def __init__(self) -> None:
         self.names: set[str] = set()
 

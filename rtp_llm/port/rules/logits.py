@@ -16,6 +16,7 @@ from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.rules.threading import BATCH
 from rtp_llm.port.source import Origin
 from rtp_llm.port.values import Scopes
+from rtp_llm.port.visiting import Transformer
 
 COMPUTE = "compute_logits"
 
@@ -159,7 +160,7 @@ def _changes_logits(method: cst.FunctionDef) -> bool:
     return any(not m.matches(line, m.SimpleStatementLine(body=[m.Return()])) for line in after)
 
 
-class _ProcessorCalls(cst.CSTTransformer):
+class _ProcessorCalls(Transformer):
     """``self.logits_processor(head, hidden)`` with our arguments; factors on the logits become ones on the states."""
 
     def __init__(self) -> None:
@@ -173,7 +174,7 @@ class _ProcessorCalls(cst.CSTTransformer):
         return expression(f"self.logits_processor(input_ids, {hidden}, {head}, {BATCH})")
 
 
-class _Returns(cst.CSTTransformer):
+class _Returns(Transformer):
     def __init__(self, computed) -> None:  # type: ignore[no-untyped-def]
         self.computed = computed
 

@@ -14,6 +14,7 @@ from rtp_llm.port.program import Program, base_names, code, family, lineage, met
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.source import Origin, bound_names
 from rtp_llm.port.values import Scope, Scopes
+from rtp_llm.port.visiting import Transformer, Visitor
 
 BATCH = "forward_batch"
 STAGE = "intermediate_tensors"
@@ -168,7 +169,7 @@ def _mentions(node: cst.CSTNode) -> set[str]:
     return finder.names
 
 
-class _Mentions(cst.CSTVisitor):
+class _Mentions(Visitor):
     def __init__(self) -> None:
         self.names: set[str] = set()
 
@@ -270,9 +271,9 @@ class ThreadBatch(Rule):
         usual = commas[1] if len(commas) > 1 else cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
         result = list(params.params)
         if place == len(names):
-            last = result[-1].comma
-            result[-1] = result[-1].with_changes(comma=usual)
-            result.append(new.with_changes(comma=last))
+            last = result[-1]
+            result[-1] = last.with_changes(comma=usual, whitespace_after_param=cst.SimpleWhitespace(""))
+            result.append(new.with_changes(comma=last.comma, whitespace_after_param=last.whitespace_after_param))
         else:
             result.insert(place, new.with_changes(comma=usual))
         return params.with_changes(params=result)
@@ -316,7 +317,7 @@ class ThreadBatch(Rule):
         return call if len(kept) == len(call.args) else with_args(call, kept)
 
 
-class RenameEmbeds(cst.CSTTransformer):
+class RenameEmbeds(Transformer):
     """``inputs_embeds`` is ``input_embeds`` here."""
 
     def leave_Name(self, original_node: cst.Name, updated_node: cst.Name) -> cst.Name:
