@@ -155,5 +155,6 @@ PATHS: dict[str, Value] = {
     "vllm_config.parallel_config.tensor_parallel_size": Expression("get_tensor_model_parallel_world_size()"),
     "vllm_config.scheduler_config.enable_chunked_prefill": Const(True),
 }
-# Objects of which every question has the answer no: flags of devices and of compilation.
+# Objects of which every question, by how its name begins, has the answer no: of devices and of compilation.
+QUESTIONS = ("is_", "has_", "supports_", "support_", "use_", "on_", "opaque_", "fast_", "pass_config")
 NEGATIVE = frozenset({"current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops"})

@@ -18,6 +18,7 @@ from rtp_llm.port.facts import (
     NEGATIVE,
     PARAMETERS,
     PATHS,
+    QUESTIONS,
     TYPES,
     ClassName,
     Const,
@@ -170,7 +171,7 @@ def _attribute(node: cst.Attribute, scope: Scope) -> Value | None:
 def _step(base: Engine, step: str) -> Value:
     path = f"{base.path}.{step}"
     if base.path in NEGATIVE or path in NEGATIVE:
-        return Engine(path, base.owner) if path in NEGATIVE else Const(False)
+        return Const(False) if step.startswith(QUESTIONS) and path not in NEGATIVE else Engine(path, base.owner)
     found = PATHS.get(path, Engine(path, base.owner))
     if isinstance(found, Engine):
         return replace(found, owner=base.owner)
@@ -194,7 +195,7 @@ def _method_call(node: cst.Call, func: cst.Attribute, scope: Scope) -> Value | N
     base = evaluate(func.value, scope)
     if not isinstance(base, Engine):
         return None
-    if base.path in NEGATIVE:
+    if base.path in NEGATIVE and func.attr.value.startswith(QUESTIONS):
         return Const(False)
     if base.path == "vllm_config" and func.attr.value == "with_hf_config":
         return None

@@ -33,7 +33,8 @@ SAME: dict[str, str] = {
         f"{LAYERS}.quantization.base": ("QuantizationConfig",),
         f"{LAYERS}.auto_weights": ("AutoWeightsLoader", "WeightsMapper", "maybe_remap_kv_scale_name"),
         f"{LAYERS}.weights": (
-            "set_weight_attrs", "default_weight_loader", "row_parallel_weight_loader", "sharded_weight_loader", "composed_weight_loader",
+            "set_weight_attrs", "default_weight_loader", "row_parallel_weight_loader", "sharded_weight_loader",
+            "composed_weight_loader",
         ),
         "rtp_llm.srt.utils": ("extract_layer_index", "make_layers", "add_prefix"),
         PARALLEL: (

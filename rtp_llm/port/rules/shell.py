@@ -1,8 +1,9 @@
 """The engine's shell around a model goes: its mixins, its decorators, and what only it asks a model for."""
 
 import libcst as cst
+from libcst import matchers as m
 
-from rtp_llm.port.program import Program
+from rtp_llm.port.program import Program, code
 from rtp_llm.port.rules.base import Rule
 from rtp_llm.port.rules.fold import tidied
 from rtp_llm.port.vocabulary import DECORATORS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS
@@ -35,11 +36,20 @@ class RemoveShell(Rule):
             node = node.value
             if isinstance(node, cst.Call):
                 node = node.func
+        if code(node) == "torch" and "compile" in names_in_attributes(decorator.decorator):
+            return True
         return self.program.engine_name(node) in DECORATORS or self.program.engine_name(node) == "MULTIMODAL_REGISTRY"
 
     def leave_FunctionDef(
         self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
     ) -> cst.FunctionDef | cst.RemovalSentinel:
+        decorators = [decorator for decorator in updated_node.decorators if not self._is_engines(decorator)]
+        if len(decorators) != len(updated_node.decorators):
+            self.count("engine's decorators removed")
+            lines = [*updated_node.leading_lines, *updated_node.lines_after_decorators]
+            updated_node = updated_node.with_changes(
+                decorators=decorators, leading_lines=lines, lines_after_decorators=[]
+            )
         noted = super().leave_FunctionDef(original_node, updated_node)
         if self.class_stack and not self.function_stack and updated_node.name.value in ENGINE_METHODS:
             self.count("engine's methods removed")
@@ -65,6 +75,11 @@ class RemoveShell(Rule):
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
         return tidied(updated_node)
+
+
+def names_in_attributes(node: cst.CSTNode) -> set[str]:
+    """Names after dots in an expression."""
+    return {found.attr.value for found in m.findall(node, m.Attribute()) if isinstance(found, cst.Attribute)}
 
 
 def remove_shell(program: Program) -> None:
