@@ -83,6 +83,8 @@ CALLS: dict[str, Value] = {
     "make_empty_intermediate_tensors_factory": Engine("intermediate_tensors_factory"),
     "init_logger": Expression("logging.getLogger(__name__)"),
     "has_flashinfer": Const(False),
+    "resolve_layer_fused_shared_expert": Const(False),
+    "is_model_fused_shared_expert_compatible": Const(False),
     "is_torch_equal_or_newer": Const(True),
 }
 
@@ -133,6 +135,7 @@ PATHS: dict[str, Value] = {
     "vllm_config.model_config.get_hidden_size()": Expression("{owner}config.hidden_size"),
     "vllm_config.model_config.get_total_num_hidden_layers()": Expression("{owner}config.num_hidden_layers"),
     "vllm_config.model_config.get_num_layers()": Expression("{owner}config.num_hidden_layers"),
+    "vllm_config.model_config.try_get_generation_config()": Expression("{{}}"),
     "vllm_config.model_config.pooler_config": Const(None),
     "vllm_config.model_config.multimodal_config": Const(None),
     "vllm_config.model_config.is_multimodal_model": _OFF,
@@ -156,5 +159,13 @@ PATHS: dict[str, Value] = {
     "vllm_config.scheduler_config.enable_chunked_prefill": Const(True),
 }
 # Objects of which every question, by how its name begins, has the answer no: of devices and of compilation.
-QUESTIONS = ("is_", "has_", "supports_", "support_", "use_", "on_", "opaque_", "fast_", "pass_config")
-NEGATIVE = frozenset({"current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops"})
+QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config")
+NEGATIVE = frozenset(
+    {"current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops", "HpcRopeNorm"}
+)
+
+# Objects that are there whenever they are asked for.
+OBJECTS = frozenset({
+    "vllm_config", "vllm_config.model_config", "vllm_config.cache_config", "vllm_config.parallel_config",
+    "vllm_config.scheduler_config", "vllm_config.compilation_config", "group",
+})  # fmt: skip

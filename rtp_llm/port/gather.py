@@ -22,6 +22,7 @@ from rtp_llm.port.vocabulary import is_known
 GENERATION_TABLES = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS")
 HEADS = ("compute_logits", "sample")  # methods of a class that generates text
 Key = tuple[str, str]  # module, name
+CONFIG: Key = ("transformers", "PretrainedConfig")
 
 
 def gather(tree: SourceTree, architecture: str | None = None) -> Program:
@@ -44,7 +45,7 @@ def gather(tree: SourceTree, architecture: str | None = None) -> Program:
 def _entries(tree: SourceTree, architecture: str | None) -> list[tuple[str, str]]:
     known = registered(tree)
     if architecture is None:
-        entries = [pair for pair in known if pair[1] in tree.root.definitions] or [
+        entries = [pair for pair in known if pair[1] in {**tree.root.definitions, **tree.root.imports}] or [
             (name, name) for name in _generating(tree.root)
         ]
         if not entries:
@@ -66,7 +67,7 @@ def registered(tree: SourceTree) -> list[tuple[str, str]]:
     """(architecture, class) pairs of the registry's tables of models that generate and stand in this file."""
     if tree.registry is None:
         return []
-    stem = tree.root.module.removeprefix(tree.convention.models + ".")
+    names = (tree.root.module, tree.root.module.removeprefix(tree.convention.models[0] + "."))
     pairs = []
     for statement in tree.registry.tree.body:
         if not set(bound_names(statement)) & set(GENERATION_TABLES):
@@ -78,7 +79,7 @@ def registered(tree: SourceTree) -> list[tuple[str, str]]:
                 for part in element.value.elements
                 if isinstance(part.value, cst.SimpleString)
             ]
-            if isinstance(element.key, cst.SimpleString) and len(texts) == 2 and texts[0] == stem:
+            if isinstance(element.key, cst.SimpleString) and len(texts) == 2 and texts[0] in names:
                 pairs.append((str(element.key.evaluated_value), str(texts[1])))
     return pairs
 
@@ -131,6 +132,8 @@ class _Gatherer:
     def _imported(self, origin: Origin, importer: SourceFile) -> Key | None:
         if origin.name is not None and self._is_ported(origin):
             return self.need(self.tree.file(origin.module, importer), origin.name)
+        if origin.module.startswith(self.tree.convention.configs):  # known by what they hold, not by their class
+            origin = Origin(*CONFIG)
         key = (origin.module, origin.name or "")
         of_engine = origin.module.split(".")[0] == self.tree.convention.package
         (self.engine if of_engine else self.external)[key] = origin
@@ -142,7 +145,7 @@ class _Gatherer:
         assert origin.name is not None
         if self.tree.is_sibling(origin.module):
             return True
-        if not origin.module.startswith(self.tree.convention.models + ".") or is_known(origin.name):
+        if not self.tree.is_beside_models(origin.module) or is_known(origin.name):
             return False
         return origin.name in self.tree.file(origin.module, self.tree.root).definitions
 
@@ -165,7 +168,7 @@ class _Gatherer:
         header = [line for line in root.tree.header if line.comment]
         docstring = root.tree.body[0] if root.tree.get_docstring() and root.tree.body else None
         module = root.tree.with_changes(header=header, body=[*([docstring] if docstring else []), *body], footer=[])
-        wanted = [(arch, merged[root.module, name]) for arch, name in entries]
+        wanted = [(arch, merged[self.resolved[root.module, name]]) for arch, name in entries]
         return Program(
             module=module,
             engine_names={merged[key]: origin for key, origin in self.engine.items()},
@@ -197,7 +200,7 @@ class _Gatherer:
         return names
 
     def _wanted_name(self, key: Key) -> str:
-        if key in self.taken:
+        if key in self.taken or key == CONFIG:
             return key[1]
         locals_of = [name for (_, name), target in self.resolved.items() if target == key]
         return key[1] if key[1] in locals_of or not locals_of else locals_of[0]
@@ -219,10 +222,13 @@ class _Gatherer:
             if by_module[module] not in ordered:
                 ordered.append(by_module[module])
 
-        visit(self.tree.root.module, ())
+        if self.tree.root in self.files:
+            visit(self.tree.root.module, ())
         for file in self.files:
             visit(file.module, ())
-        return [file for file in ordered if file is not self.tree.root] + [self.tree.root]
+        return [file for file in ordered if file is not self.tree.root] + [
+            file for file in ordered if file is self.tree.root
+        ]
 
     def _statements(self, file: SourceFile, merged: dict[Key, str]) -> list[Statement]:
         positions = sorted(

@@ -21,22 +21,29 @@ class PortError(ValueError):
 class Convention:
     """Where an engine keeps its models, and what of their siblings belongs to the engine itself.
 
-    ``engine_modules``: files beside the models whose names the vocabulary knows.
+    Attributes:
+        models: packages of models; files that stand alone count as the first's.
+        configs: packages of configuration classes.
+        engine_modules: files beside the models whose names the vocabulary knows.
     """
 
     name: str
     package: str
-    models: str
+    models: tuple[str, ...]
+    configs: tuple[str, ...]
     engine_modules: frozenset[str]
 
 
 VLLM = Convention(
     "vllm",
     "vllm",
-    "vllm.model_executor.models",
+    ("vllm.model_executor.models", "vllm.models"),
+    ("vllm.transformers_utils.configs",),
     frozenset({"utils", "interfaces", "interfaces_base", "adapters", "vision", "registry", "module_mapping"}),
 )
-SGLANG = Convention("sglang", "sglang", "sglang.srt.models", frozenset({"registry", "utils"}))
+SGLANG = Convention(
+    "sglang", "sglang", ("sglang.srt.models",), ("sglang.srt.configs",), frozenset({"registry", "utils"})
+)
 CONVENTIONS = {convention.name: convention for convention in (VLLM, SGLANG)}
 
 
@@ -88,36 +95,53 @@ class SourceTree:
         """``engine``: "vllm" or "sglang"; None: found by the file's imports."""
         text = _read(path)
         self.convention = CONVENTIONS[engine] if engine else _detect(path, text)
-        self.folder, module = self._place(path)
+        self.root_folder, module = self._place(path)
         self._files: dict[str, SourceFile] = {}
         self.root = self._files[module] = _parse(path, module, text)
 
     def _place(self, path: Path) -> tuple[Path, str]:
-        """Return the models' folder and the file's dotted name; a file elsewhere counts as one of the folder."""
+        """Return the folder that dotted names begin in, and the file's own name.
+
+        A file elsewhere counts as one of the folder of models, whatever that is called.
+        """
         parts = path.resolve().parts
-        wanted = tuple(self.convention.models.split("."))
-        for start in range(len(parts) - len(wanted) - 1, -1, -1):
-            if parts[start : start + len(wanted)] == wanted:
-                folder = Path(*parts[: start + len(wanted)])
-                inner = ".".join(path.resolve().relative_to(folder).with_suffix("").parts)
-                return folder, f"{self.convention.models}.{inner.removesuffix('.__init__')}"
-        return path.resolve().parent, f"{self.convention.models}.{path.stem}"
+        for package in self.convention.models:
+            wanted = tuple(package.split("."))
+            for start in range(len(parts) - len(wanted) - 1, -1, -1):
+                if parts[start : start + len(wanted)] == wanted:
+                    root = Path(*parts[:start])
+                    inner = ".".join(path.resolve().relative_to(root).with_suffix("").parts)
+                    return root, inner.removesuffix(".__init__")
+        return path.resolve().parent, f"{self.convention.models[0]}.{path.stem}"
 
     def is_sibling(self, module: str) -> bool:
-        """Whether a dotted module is a model file beside this one, and not one of the engine's own helpers."""
-        inner = module.removeprefix(self.convention.models + ".")
-        return inner != module and inner.partition(".")[0] not in self.convention.engine_modules
+        """Whether a dotted module is a model file, and not one of the engine's own helpers beside them."""
+        return any(
+            module.startswith(package + ".")
+            and module.removeprefix(package + ".").partition(".")[0] not in self.convention.engine_modules
+            for package in self.convention.models
+        )
+
+    def is_beside_models(self, module: str) -> bool:
+        return module.startswith(tuple(package + "." for package in self.convention.models))
+
+    def path_of(self, module: str) -> Path | None:
+        """Return the file of a dotted module, None if it is not there."""
+        first = self.convention.models[0] + "."
+        names = [module.replace(".", "/")]
+        if module.startswith(first):
+            names.append(module.removeprefix(first).replace(".", "/"))  # a folder of models by itself
+        candidates = [self.root_folder / f"{name}{end}" for name in names for end in (".py", "/__init__.py")]
+        return next((path for path in candidates if path.is_file()), None)
 
     def file(self, module: str, importer: SourceFile) -> SourceFile:
         """Return the parsed sibling; raise PortError if it is missing."""
         if module not in self._files:
-            inner = module.removeprefix(self.convention.models + ".").replace(".", "/")
-            candidates = [self.folder / f"{inner}.py", self.folder / inner / "__init__.py"]
-            path = next((path for path in candidates if path.is_file()), None)
+            path = self.path_of(module)
             if path is None:
                 raise PortError(
-                    f"{importer.path} imports from {module}, which is not there: {candidates[0]}. Put the file beside "
-                    f"it, or name the file within the unpacked source of {self.convention.name}"
+                    f"{importer.path} imports from {module}, which is not there: {module.rpartition('.')[2]}.py. "
+                    f"Put it beside, or name the file within the unpacked source of {self.convention.name}"
                 )
             self._files[module] = _parse(path, module, _read(path))
         return self._files[module]
@@ -125,8 +149,9 @@ class SourceTree:
     @cached_property
     def registry(self) -> SourceFile | None:
         """The engine's table of architectures, if it stands beside the file."""
-        path = self.folder / "registry.py"
-        return _parse(path, f"{self.convention.models}.registry", _read(path)) if path.is_file() else None
+        module = f"{self.convention.models[0]}.registry"
+        path = self.path_of(module)
+        return None if path is None else _parse(path, module, _read(path))
 
 
 def _read(path: Path) -> str:

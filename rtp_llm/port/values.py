@@ -16,6 +16,7 @@ from rtp_llm.port.facts import (
     EMPTY,
     FACTORIES,
     NEGATIVE,
+    OBJECTS,
     PARAMETERS,
     PATHS,
     QUESTIONS,
@@ -31,7 +32,7 @@ from rtp_llm.port.program import Program, family, methods, parameters, self_attr
 from rtp_llm.port.visiting import Visitor
 
 ATTENTION_CLASSES = ("Attention", "EncoderOnlyAttention", "ChunkedLocalAttention")
-RECURSION = Engine("what is being asked for")  # a value in terms of itself
+RECURSION = ClassName("")  # a value in terms of itself
 _LITERAL_EMPTY = Const(EMPTY, of_engine=False)
 _LITERALS = {"True": True, "False": False, "None": None}
 
@@ -138,6 +139,14 @@ def evaluate(node: cst.BaseExpression, scope: Scope) -> Value | None:
     return handler(node, scope) if handler else None
 
 
+def truth(node: cst.BaseExpression, scope: Scope) -> bool | None:
+    """Return whether a condition holds, as far as it follows from this engine; None if it does not."""
+    value = evaluate(node, scope)
+    if isinstance(value, Engine) and value.path in OBJECTS:
+        return True
+    return bool(value.value) if isinstance(value, Const) and value.of_engine else None
+
+
 def _name(node: cst.Name, scope: Scope) -> Value | None:
     if node.value in _LITERALS:
         return Const(_LITERALS[node.value], of_engine=False)
@@ -203,7 +212,7 @@ def _method_call(node: cst.Call, func: cst.Attribute, scope: Scope) -> Value | N
 
 
 def _isinstance(node: cst.Call, scope: Scope) -> Value | None:
-    if len(node.args) == 2 and scope.program.is_engine(node.args[1].value, "PPMissingLayer", "StageMissingLayer"):
+    if len(node.args) == 2 and scope.program.is_engine(node.args[1].value, *_NEVER):
         return Const(False)
     return None
 
@@ -225,7 +234,22 @@ def _getattr(node: cst.Call, scope: Scope) -> Value | None:
     return found
 
 
-_BUILTINS = {"isinstance": _isinstance, "len": _len, "getattr": _getattr, "bool": lambda node, scope: None}
+def _hasattr(node: cst.Call, scope: Scope) -> Value | None:
+    found = _getattr(node, scope)
+    if found is None:
+        return None
+    return Const(not isinstance(found, Engine))
+
+
+# Classes that nothing is an instance of.
+_NEVER = ("PPMissingLayer", "StageMissingLayer", "IntermediateTensors")
+_BUILTINS = {
+    "hasattr": _hasattr,
+    "isinstance": _isinstance,
+    "len": _len,
+    "getattr": _getattr,
+    "bool": lambda node, scope: None,
+}
 
 
 def _not(node: cst.UnaryOperation, scope: Scope) -> Value | None:
@@ -250,9 +274,9 @@ def _boolean(node: cst.BooleanOperation, scope: Scope) -> Value | None:
 
 
 def _conditional(node: cst.IfExp, scope: Scope) -> Value | None:
-    test = evaluate(node.test, scope)
-    if isinstance(test, Const):
-        return evaluate(node.body if test.value else node.orelse, scope)
+    test = truth(node.test, scope)
+    if test is not None:
+        return evaluate(node.body if test else node.orelse, scope)
     body, orelse = evaluate(node.body, scope), evaluate(node.orelse, scope)
     if isinstance(body, ClassName) and isinstance(orelse, ClassName):  # ours refuses what is not causal
         kinds = {scope.program.engine_name(cst.Name(value.name)): value for value in (body, orelse)}
@@ -378,9 +402,11 @@ class _Bindings(Visitor):
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
         self.functions.append(node)
+        self._bind(node.name, None)
         return False
 
     def visit_ClassDef(self, node: cst.ClassDef) -> bool:
+        self._bind(node.name, None)
         return False
 
     def visit_Assign(self, node: cst.Assign) -> None:
@@ -396,6 +422,10 @@ class _Bindings(Visitor):
 
     def visit_AugAssign(self, node: cst.AugAssign) -> None:
         self._bind(node.target, None)
+
+    def visit_ImportAlias(self, node: cst.ImportAlias) -> None:
+        name = node.evaluated_alias or node.evaluated_name.partition(".")[0]
+        self._bind(cst.Name(name), None)
 
     def visit_For(self, node: cst.For) -> None:
         self._bind(node.target, None)

@@ -125,7 +125,8 @@ class RewriteAttention(Rule):
         call.rename("logits_soft_cap", "logit_cap")
         if "logit_cap" in call.values:
             self._soft_cap(call)
-        call.rename("head_size_v", "v_head_dim")
+        for theirs, ours in (("head_size_v", "v_head_dim"), ("head_size", "head_dim"), ("scale", "scaling")):
+            call.rename(theirs, ours)
         call.set("layer_id", self._layer_id(call))
         self.program.engine_names.setdefault("RadixAttention", Origin("vllm", "RadixAttention"))
         return call.written(3, cst.Name("RadixAttention"))

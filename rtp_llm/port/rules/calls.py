@@ -51,7 +51,7 @@ class NamedCall:
     def rename(self, old: str, new: str) -> None:
         """Give an argument another name, in its place."""
         self.values = {
-            (new if name == old else name): (keyword(new, arg.value) if name == old else arg)
+            (new if name == old else name): (keyword(new, arg.value) if name == old and arg.keyword else arg)
             for name, arg in self.values.items()
         }
 

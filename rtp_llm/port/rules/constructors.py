@@ -13,6 +13,7 @@ from rtp_llm.port.source import Origin
 from rtp_llm.port.values import engine_parameter, evaluate
 
 ROOT = Engine("vllm_config")
+_BUILTINS = frozenset({"getattr", "hasattr", "isinstance", "len", "print", "str", "repr", "type"})
 
 
 class RewriteConstructors(Rule):
@@ -55,6 +56,8 @@ class RewriteConstructors(Rule):
         return cst.Param(cst.Name("quant_config"), annotation=annotation, default=cst.Name("None"))
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        if isinstance(original_node.func, cst.Name) and original_node.func.value in _BUILTINS:
+            return updated_node
         names = self._callee_parameters(original_node)
         given = {arg.keyword.value for arg in original_node.args if arg.keyword}
         args: list[cst.Arg] = []

@@ -14,7 +14,7 @@ from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule, expression
 from rtp_llm.port.source import Origin
-from rtp_llm.port.values import evaluate
+from rtp_llm.port.values import evaluate, truth
 from rtp_llm.port.vocabulary import PARALLEL
 
 # What the expressions of ``facts.py`` need beside the file's own names.
@@ -97,7 +97,12 @@ class FoldFacts(Rule):
         if isinstance(value, Const) and value.of_engine:
             self.count("facts of the engine folded")
             return expression("[]" if value.value == EMPTY else repr(value.value))
-        if isinstance(value, ClassName) and isinstance(original, cst.Name | cst.IfExp) and code(original) != value.name:
+        if (
+            isinstance(value, ClassName)
+            and value.name
+            and isinstance(original, cst.Name | cst.IfExp)
+            and code(original) != value.name
+        ):
             self.count("facts of the engine folded")
             return cst.Name(value.name)
         return updated
@@ -125,10 +130,10 @@ class FoldFacts(Rule):
         return self._replaced(original_node, updated_node)
 
     def leave_IfExp(self, original_node: cst.IfExp, updated_node: cst.IfExp) -> cst.BaseExpression:
-        test = self._value(original_node.test)
-        if isinstance(test, Const) and test.of_engine:
+        test = truth(original_node.test, self.scope)
+        if test is not None:
             self.count("facts of the engine folded")
-            return updated_node.body if test.value else updated_node.orelse
+            return updated_node.body if test else updated_node.orelse
         return self._replaced(original_node, updated_node)
 
     def leave_BooleanOperation(
@@ -154,12 +159,12 @@ class FoldFacts(Rule):
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If):  # type: ignore[no-untyped-def]
         noted = cast(cst.If, super().leave_If(original_node, updated_node))
-        test = self._value(original_node.test)
-        if not isinstance(test, Const) or not test.of_engine:
+        test = truth(original_node.test, self.scope)
+        if test is None:
             return noted
         self.count("branches that cannot be taken removed")
         is_elif = id(original_node) in self.elifs
-        if test.value:
+        if test:
             return cst.Else(body=noted.body) if is_elif else _opened(noted.body, noted.leading_lines)
         if noted.orelse is None:
             return cst.RemoveFromParent()
@@ -192,6 +197,8 @@ class FoldFacts(Rule):
             target = old.target if isinstance(old, cst.AnnAssign) else old.targets[0].target
             if isinstance(value, Engine):
                 return isinstance(target, cst.Name) or bool(self_attribute(target))
+            if isinstance(target, cst.Attribute) and isinstance(self._value(target.value), Engine):
+                return True
             if isinstance(new, cst.AnnAssign | cst.Assign) and new.value is not None:
                 new_target = new.target if isinstance(new, cst.AnnAssign) else new.targets[0].target
                 return code(new_target) == code(new.value)

@@ -16,6 +16,8 @@ from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.signatures import DROPPED, SIGNATURES
 from rtp_llm.port.source import Origin
 
+# Helpers that give back their first argument here.
+_IDENTITIES = frozenset({"maybe_remap_moe_expert_param_name"})
 _ADD_PREFIX = Origin("vllm", "add_prefix")
 _NORMALISED = frozenset(SIGNATURES) - {
     "Attention",
@@ -45,6 +47,8 @@ class RewriteLayers(Rule):
             return self._add_prefix(part, prefix)
         if name == "maybe_fused_act_quant" and len(updated_node.args) >= 2:
             return cst.Call(updated_node.args[0].value, [cst.Arg(updated_node.args[1].value)])
+        if name in _IDENTITIES and updated_node.args:
+            return updated_node.args[0].value
         if name == "GeluAndMul" and not updated_node.args:
             self.count("GeluAndMul's default named")
             return updated_node.with_changes(args=[cst.Arg(cst.SimpleString('"none"'))])

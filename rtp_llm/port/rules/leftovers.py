@@ -1,5 +1,8 @@
 """What is left: unused bindings go, types of the other engine leave annotations, and the rest gets a comment."""
 
+import builtins
+from functools import cached_property
+
 import libcst as cst
 from libcst import matchers as m
 
@@ -7,6 +10,7 @@ from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule
 from rtp_llm.port.rules.fold import tidied
+from rtp_llm.port.source import bound_names
 from rtp_llm.port.visiting import Visitor
 from rtp_llm.port.vocabulary import MISSING, target
 
@@ -154,8 +158,14 @@ class _ReadAttributes(Visitor):
 class CommentLeftovers(Rule):
     """Names of the other engine that nothing stands for get a ``# PORT:`` comment where they are used."""
 
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._defining: set[int] = set()
+
     def visit_Name(self, node: cst.Name) -> None:
         name = self.program.engine_name(node)
+        if not name and id(node) not in self._defining and self._is_undefined(node.value):
+            self.review(f"{node.value} is not defined any more: it was a part of the other engine")
         if not name or target(name) is not None or self.scope.is_local(node.value):
             return
         if name in MISSING:
@@ -164,12 +174,43 @@ class CommentLeftovers(Rule):
             module = self.program.engine_names[node.value].module
             self.review(f"{name} of {module} has no equivalent here: write what it does, or remove what needs it")
 
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool | None:
+        self._defining.add(id(node.name))
+        return super().visit_FunctionDef(node)
+
+    def visit_ClassDef(self, node: cst.ClassDef) -> bool | None:
+        self._defining.add(id(node.name))
+        return super().visit_ClassDef(node)
+
+    def _is_undefined(self, name: str) -> bool:
+        return bool(self.function_stack) and name not in self._known and not self.scope.is_local(name)
+
+    @cached_property
+    def _known(self) -> set[str]:
+        """Names that are defined at the top level, or built into Python."""
+        bound = {name for statement in self.program.module.body for name in bound_names(statement)}
+        return bound | set(self.program.imports) | set(self.program.engine_names) | set(dir(builtins)) | {"__class__"}
+
+    def visit_Annotation(self, node: cst.Annotation) -> bool:
+        return False
+
+    def visit_Param(self, node: cst.Param) -> bool:
+        if node.default is not None:
+            node.default.visit(self)
+        return False
+
     def visit_Attribute(self, node: cst.Attribute) -> bool:
         node.value.visit(self)
         return False
 
     def visit_Arg(self, node: cst.Arg) -> bool:
         node.value.visit(self)
+        return False
+
+    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
+        return False
+
+    def visit_Import(self, node: cst.Import) -> bool:
         return False
 
 
