@@ -169,3 +169,15 @@ OBJECTS = frozenset({
     "vllm_config", "vllm_config.model_config", "vllm_config.cache_config", "vllm_config.parallel_config",
     "vllm_config.scheduler_config", "vllm_config.compilation_config", "group",
 })  # fmt: skip
+
+# Parts of the other engine that hold others, or that nothing here asks for.
+PARTS = frozenset({
+    "vllm_config.parallel_config.eplb_config", "vllm_config.attention_config", "vllm_config.device_config",
+    "vllm_config.load_config", "vllm_config.kv_transfer_config", "vllm_config.model_config.multimodal_config",
+    "intermediate_tensors_factory", *FACTORIES,
+})  # fmt: skip
+
+
+def is_part(value: object) -> bool:
+    """Whether a value is an object of the other engine that goes without a trace; not a setting of it."""
+    return isinstance(value, Engine) and (value.path in OBJECTS or value.path in PARTS)

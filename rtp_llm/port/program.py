@@ -9,6 +9,7 @@ import libcst as cst
 
 from rtp_llm.port.source import Origin, Statement
 
+COMPUTE = "compute_logits"
 T = TypeVar("T", bound=Statement)
 
 
@@ -85,6 +86,11 @@ def family(name: str, classes: dict[str, cst.ClassDef]) -> set[str]:
     """Names of all classes that share an ancestor or descendant with a class: its instances may hold their state."""
     roots = [node.name.value for node in lineage(name, classes)]
     return {other for other in classes if any(node.name.value in roots for node in lineage(other, classes))}
+
+
+def computes_logits(name: str, classes: dict[str, cst.ClassDef]) -> bool:
+    """Whether a class, or one that shares its methods, gives logits: then the engine calls its ``forward``."""
+    return any(COMPUTE in methods(classes[other]) for other in family(name, classes))
 
 
 def parameters(function: cst.FunctionDef) -> list[cst.Param]:

@@ -230,7 +230,8 @@ def _getattr(node: cst.Call, scope: Scope) -> Value | None:
         return None
     found = _step(base, str(name.evaluated_value))
     if isinstance(found, Engine) and len(node.args) == 3:
-        return evaluate(node.args[2].value, scope)
+        default = evaluate(node.args[2].value, scope)
+        return Const(default.value) if isinstance(default, Const) else default
     return found
 
 

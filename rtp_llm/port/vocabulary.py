@@ -59,6 +59,9 @@ MARKERS = frozenset({
     "IsAttentionFree", "IsHybrid", "VllmModel", "VllmModelForTextGeneration", "VllmModelForPooling",
 })  # fmt: skip
 
+# Bases of modules with a method for each device; ``forward_native`` is the one in plain torch.
+DEVICE_OPS = frozenset({"CustomOp", "PluggableLayer"})
+
 # Decorators that tell the other engine how to compile or to register.
 DECORATORS = frozenset({"support_torch_compile", "default_pooling_type", "attn_type", "ignore_torch_compile"})
 
@@ -87,7 +90,7 @@ MISSING: dict[str, str] = {
         "recurrent state (Mamba and linear attention)": (
             "MambaMixer", "MambaMixer2", "MambaBase", "MambaStateShapeCalculator", "MambaStateDtypeCalculator",
             "MambaStateCopyFuncCalculator", "LinearAttentionMetadata", "GDNAttentionMetadata", "ShortConv",
-            "GatedDeltaNetAttention", "QwenGatedDeltaNetAttention", "KimiDeltaAttention", "PluggableLayer",
+            "GatedDeltaNetAttention", "QwenGatedDeltaNetAttention", "KimiDeltaAttention",
             "MiniMaxText01LinearAttention", "causal_conv1d_fn", "causal_conv1d_update", "BailingMoELinearAttention",
             "Mamba2Metadata", "mamba_mixer2",
         ),
@@ -101,7 +104,7 @@ MISSING: dict[str, str] = {
             "DispatchPooler", "Pooler", "as_embedding_model", "as_seq_cls_model", "pooler_for_token_classify",
         ),
         "kernels of the other engine": (
-            "direct_register_custom_op", "CustomOp", "_custom_ops", "triton", "tl", "HAS_TRITON",
+            "direct_register_custom_op", "_custom_ops", "triton", "tl", "HAS_TRITON",
         ),
     }.items()
     for name in names
@@ -118,7 +121,7 @@ RULED = frozenset({
 
 def is_known(name: str) -> bool:
     """Whether a name of the other engine's has a meaning to the rules, so that its definition is not taken along."""
-    known = (SAME, RENAMED, MISSING, MARKERS, DECORATORS, RULED)
+    known = (SAME, RENAMED, MISSING, MARKERS, DEVICE_OPS, DECORATORS, RULED)
     return any(name in names for names in known)
 
 

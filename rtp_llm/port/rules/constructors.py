@@ -6,9 +6,10 @@ schedulers and options of the other engine go, and with them the arguments at ev
 
 import libcst as cst
 
-from rtp_llm.port.facts import Const, Engine
+from rtp_llm.port.facts import Const, Engine, is_part
 from rtp_llm.port.program import Program, code, lineage, methods, parameters, self_attribute
 from rtp_llm.port.rules.base import Rule, keyword, with_args
+from rtp_llm.port.rules.fold import tidied
 from rtp_llm.port.source import Origin
 from rtp_llm.port.values import engine_parameter, evaluate
 
@@ -55,6 +56,26 @@ class RewriteConstructors(Rule):
         annotation = cst.Annotation(cst.parse_expression("QuantizationConfig | None"))
         return cst.Param(cst.Name("quant_config"), annotation=annotation, default=cst.Name("None"))
 
+    def leave_SimpleStatementLine(  # type: ignore[no-untyped-def]
+        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+    ):
+        """What is assigned a part of the other engine goes; a setting of it is told."""
+        small = original_node.body[0]
+        value = small.value if isinstance(small, cst.Assign | cst.AnnAssign) else None
+        found = None if value is None else evaluate(value, self.scope)
+        if isinstance(found, Engine) and not is_part(found):
+            self.review(f"{found.path} is a setting of the other engine: give its value, or remove what needs it")
+        noted = super().leave_SimpleStatementLine(original_node, updated_node)
+        if not is_part(found) or len(original_node.body) != 1:
+            return noted
+        self.count("statements without effect removed")
+        return cst.RemoveFromParent()
+
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.IndentedBlock:
+        return tidied(updated_node)
+
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         if isinstance(original_node.func, cst.Name) and original_node.func.value in _BUILTINS:
             return updated_node
@@ -83,7 +104,7 @@ class RewriteConstructors(Rule):
                 return [cst.Arg(cst.parse_expression(config)), cst.Arg(cst.parse_expression(quant_config))]
             pairs = {"config": config, "quant_config": quant_config}
             return [keyword(key, text) for key, text in pairs.items() if key not in given]
-        if isinstance(value, Engine) and old.star == "":
+        if is_part(value) and old.star == "":
             return []
         probe = cst.Param(cst.Name(name)) if name else parameter
         if probe is not None and old.star == "":

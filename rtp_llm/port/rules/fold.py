@@ -11,7 +11,7 @@ import libcst as cst
 
 from rtp_llm.port.facts import EMPTY, ClassName, Const, Engine, Expression, Value
 from rtp_llm.port.names import names_in
-from rtp_llm.port.program import Program, code, self_attribute
+from rtp_llm.port.program import Program, code
 from rtp_llm.port.rules.base import Rule, expression
 from rtp_llm.port.source import Origin
 from rtp_llm.port.values import evaluate, truth
@@ -193,10 +193,7 @@ class FoldFacts(Rule):
             test = self._value(old.test)
             return isinstance(test, Const) and test.of_engine and bool(test.value)
         if isinstance(old, cst.AnnAssign | cst.Assign) and old.value is not None:
-            value = self._value(old.value)
             target = old.target if isinstance(old, cst.AnnAssign) else old.targets[0].target
-            if isinstance(value, Engine):
-                return isinstance(target, cst.Name) or bool(self_attribute(target))
             if isinstance(target, cst.Attribute) and isinstance(self._value(target.value), Engine):
                 return True
             if isinstance(new, cst.AnnAssign | cst.Assign) and new.value is not None:

@@ -8,7 +8,7 @@ from libcst import matchers as m
 
 from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
-from rtp_llm.port.rules.base import Rule
+from rtp_llm.port.rules.base import MARK, Rule
 from rtp_llm.port.rules.fold import tidied
 from rtp_llm.port.source import bound_names
 from rtp_llm.port.visiting import Visitor
@@ -161,10 +161,15 @@ class CommentLeftovers(Rule):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self._defining: set[int] = set()
+        self._is_told = False
+
+    def visit_SimpleStatementLine(self, node: cst.SimpleStatementLine) -> bool | None:
+        self._is_told = any(line.comment and line.comment.value.startswith(MARK) for line in node.leading_lines)
+        return super().visit_SimpleStatementLine(node)
 
     def visit_Name(self, node: cst.Name) -> None:
         name = self.program.engine_name(node)
-        if not name and id(node) not in self._defining and self._is_undefined(node.value):
+        if not name and not self._is_told and id(node) not in self._defining and self._is_undefined(node.value):
             self.review(f"{node.value} is not defined any more: it was a part of the other engine")
         if not name or target(name) is not None or self.scope.is_local(node.value):
             return

@@ -10,15 +10,13 @@ import libcst as cst
 from libcst import matchers as m
 
 from rtp_llm.port.names import names_in
-from rtp_llm.port.program import Program, code, family, methods, parameters, self_attribute
+from rtp_llm.port.program import COMPUTE, Program, code, computes_logits, family, methods, parameters, self_attribute
 from rtp_llm.port.rules.base import Rule, expression
 from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.rules.threading import BATCH
 from rtp_llm.port.source import Origin
 from rtp_llm.port.values import Scopes
 from rtp_llm.port.visiting import Transformer
-
-COMPUTE = "compute_logits"
 
 
 class RewriteProcessors(Rule):
@@ -56,7 +54,7 @@ class RewriteLogits(Rule):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         classes = program.classes()
-        self.tops = {name for name, node in classes.items() if _computes(name, classes)}
+        self.tops = {name for name, node in classes.items() if computes_logits(name, classes)}
         self.inlined: dict[str, cst.Call] = {}
         for name in self.tops:
             owners = [other for other in family(name, classes) if COMPUTE in methods(classes[other])]
@@ -117,10 +115,6 @@ class RewriteLogits(Rule):
         return cst.Annotation(cst.Name("LogitsProcessorOutput"))
 
 
-def _computes(name: str, classes: dict[str, cst.ClassDef]) -> bool:
-    return any(COMPUTE in methods(classes[other]) for other in family(name, classes))
-
-
 def _super_forward() -> m.Call:
     return m.Call(func=m.Attribute(value=m.Call(func=m.Name("super")), attr=m.Name("forward")))
 
@@ -157,7 +151,12 @@ def _changes_logits(method: cst.FunctionDef) -> bool:
     lines = [line for line in method.body.body if not _is_docstring(line)]
     positions = [i for i, line in enumerate(lines) if BATCH in names_in(line)]
     after = lines[positions[-1] + 1 :] if positions else []
-    return any(not m.matches(line, m.SimpleStatementLine(body=[m.Return()])) for line in after)
+    if any(not m.matches(line, m.SimpleStatementLine(body=[m.Return(value=m.Name())])) for line in after):
+        return True
+    last = lines[positions[-1]] if positions else None
+    call = m.Call(func=m.Attribute(value=m.Name("self"), attr=m.Name("logits_processor")))
+    plain = m.SimpleStatementLine(body=[m.Return(value=call) | m.Assign(value=call)])
+    return last is not None and not m.matches(last, plain)
 
 
 class _ProcessorCalls(Transformer):

@@ -3,16 +3,20 @@
 import libcst as cst
 from libcst import matchers as m
 
-from rtp_llm.port.program import Program, code
+from rtp_llm.port.program import Program, code, methods
 from rtp_llm.port.rules.base import Rule
 from rtp_llm.port.rules.fold import tidied
-from rtp_llm.port.vocabulary import DECORATORS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS
+from rtp_llm.port.source import Origin
+from rtp_llm.port.visiting import Transformer
+from rtp_llm.port.vocabulary import DECORATORS, DEVICE_OPS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS
 
 
 class RemoveShell(Rule):
     """``@support_torch_compile``, ``SupportsPP``, ``embedding_modules = …``, ``def set_eplb_state(…)`` and the like."""
 
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.BaseStatement:
+        if any(self.program.is_engine(arg.value, *DEVICE_OPS) for arg in original_node.bases):
+            updated_node = self._plain_module(updated_node)
         bases = [arg for arg in updated_node.bases if self.program.engine_name(arg.value) not in MARKERS]
         if len(bases) != len(updated_node.bases):
             self.count("engine's mixins removed")
@@ -28,6 +32,23 @@ class RemoveShell(Rule):
             )
         return super().leave_ClassDef(original_node, updated_node)
 
+    def _plain_module(self, node: cst.ClassDef) -> cst.ClassDef:
+        """A module with a method for each device keeps ``forward_native``, which becomes ``forward``."""
+        self.count("modules of several devices made plain ones")
+        self.program.imports.setdefault("nn", Origin("torch", "nn"))
+        base = cst.Arg(cst.parse_expression("nn.Module"))
+        bases = [base if self.program.is_engine(arg.value, *DEVICE_OPS) else arg for arg in node.bases]
+        own = methods(node)
+        native = own.get("forward_native")
+        drop = {name for name in own if native is not None and name.startswith("forward") and name != "forward_native"}
+        statements = [
+            statement
+            for statement in node.body.body
+            if not (isinstance(statement, cst.FunctionDef) and statement.name.value in drop)
+        ]
+        node = node.with_changes(bases=bases, body=node.body.with_changes(body=statements))
+        return cst.ensure_type(node.visit(_NativeForward()), cst.ClassDef)
+
     def _is_engines(self, decorator: cst.Decorator) -> bool:
         node = decorator.decorator
         if isinstance(node, cst.Call):
@@ -37,6 +58,8 @@ class RemoveShell(Rule):
             if isinstance(node, cst.Call):
                 node = node.func
         if code(node) == "torch" and "compile" in names_in_attributes(decorator.decorator):
+            return True
+        if self.program.engine_name(node) in DEVICE_OPS:
             return True
         return self.program.engine_name(node) in DECORATORS or self.program.engine_name(node) == "MULTIMODAL_REGISTRY"
 
@@ -75,6 +98,12 @@ class RemoveShell(Rule):
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
         return tidied(updated_node)
+
+
+class _NativeForward(Transformer):
+    def leave_Name(self, original_node: cst.Name, updated_node: cst.Name) -> cst.Name:
+        is_native = updated_node.value == "forward_native"
+        return updated_node.with_changes(value="forward") if is_native else updated_node
 
 
 def names_in_attributes(node: cst.CSTNode) -> set[str]:

@@ -10,7 +10,17 @@ import libcst as cst
 from libcst import matchers as m
 
 from rtp_llm.port.names import names_in
-from rtp_llm.port.program import Program, base_names, code, family, lineage, methods, parameters, self_attribute
+from rtp_llm.port.program import (
+    Program,
+    base_names,
+    code,
+    computes_logits,
+    family,
+    lineage,
+    methods,
+    parameters,
+    self_attribute,
+)
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.source import Origin, bound_names
 from rtp_llm.port.values import Scope, Scopes
@@ -100,6 +110,10 @@ class Reach:
             for method, node in methods(cls).items()
             if method != "__init__"
         ] + [("", name, node) for name, node in self.functions.items()]
+        for name in self.all:  # the engine itself calls these with the batch
+            if computes_logits(name, self.all) and "forward" in methods(self.all[name]):
+                self.needs.add((name, "forward"))
+                self._add_relatives(name, "forward")
         while True:
             before = len(self.needs)
             for owner, method, node in candidates:

@@ -1,0 +1,293 @@
+"""Each rule, on a snippet."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from rtp_llm.port.porter import Ported
+
+Porter = Callable[..., Ported]
+
+
+def flat(text: str) -> str:
+    """Text without its line breaks in brackets, so that layout does not matter."""
+    text = re.sub(r"([(\[{])\s+", r"\1", text)
+    return re.sub(r",?\s+([)\]}])", r"\1", re.sub(r",\n\s+", ", ", text))
+
+
+def model(init: str = "pass", forward: str = "return input_ids", methods: str = "", before: str = "") -> str:
+    """A model class whose constructor and forward hold these statements."""
+
+    def block(text: str) -> str:
+        return "\n".join("        " + line for line in text.strip("\n").splitlines())
+
+    return f"""
+{before}
+
+class BoatForCausalLM(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        cache_config = vllm_config.cache_config
+{block(init)}
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+{block(forward)}
+
+{methods}
+
+    def compute_logits(self, hidden_states):
+        return self.logits_processor(self.lm_head, hidden_states)
+"""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        # constants of this engine
+        ("self.a = config.p if get_pp_group().is_last_rank else config.q", "self.a = config.p"),
+        ("if not get_pp_group().is_first_rank:\n    self.a = 1\nelif config.x:\n    self.a = 2", "if config.x:"),
+        ("self.a = config.x and get_pp_group().is_last_rank", "self.a = config.x"),
+        ("on = vllm_config.parallel_config.enable_eplb\nself.a = config.p if on else config.q", "self.a = config.q"),
+        ("self.a = vllm_config.model_config.dtype", "self.a = torch.get_default_dtype()"),
+        ("self.a = vllm_config.model_config.hf_text_config.x", "self.a = config.get_text_config().x"),
+        ("self.a = config.p(getattr(vllm_config, 'unheard_of', 7))", "self.a = config.p(7)"),
+        ("self.a = config.y if cache_config is not None else 0", "self.a = config.y"),
+        # what stays, as it says nothing of the engine
+        ("b = False\nself.a = 1 if b else 2", "self.a = 1 if b else 2"),
+        # layers and helpers
+        ("self.a = GeluAndMul()", 'self.a = GeluAndMul("none")'),
+        ('self.a = GeluAndMul(approximate="tanh")', 'self.a = GeluAndMul(approximate="tanh")'),
+        ('self.a = maybe_prefix(prefix, "x")', 'self.a = add_prefix("x", prefix)'),
+        ('self.a = f"{prefix}.x.{config.y}"', 'self.a = add_prefix(f"x.{config.y}", prefix)'),
+        ('self.a = f"{config}.x"', 'self.a = f"{config}.x"'),
+        (
+            "self.start_layer, self.end_layer, self.layers = make_layers(3, lambda prefix: RMSNorm(8), prefix=prefix)",
+            "self.layers = make_layers(3, lambda idx, prefix: RMSNorm(8), prefix=prefix)",
+        ),
+        (
+            "self.a = LogitsProcessor(config.vocab_size, scale=config.s)",
+            "LogitsProcessor(config, logit_scale=config.s)",
+        ),
+        ("self.a = LogitsProcessor(9, config.text.vocab_size)", "self.a = LogitsProcessor(config.text)"),
+        ("self.lm_head.tie_weights(self.b)", "self.lm_head = self.b"),
+        ("self.a = RowParallelLinear(8, 8, True, True, prefix=prefix)", "input_is_parallel=True"),
+        ("self.a = VocabParallelEmbedding(9, 8, padding_size=64)", "self.a = VocabParallelEmbedding(9, 8)"),
+    ],
+)
+def test_statements_of_a_constructor(ported: Porter, theirs: str, ours: str):
+    result = ported(model(init=theirs))
+    assert ours in flat(result.text), result.text
+    assert result.report.is_complete, result.report
+
+
+ATTENTION = "self.attn = Attention(4, 8, 1.0, {})"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        ("num_kv_heads=2", "layer_id=extract_layer_index(prefix)"),
+        ("2", "num_kv_heads=2"),
+        ("", "num_kv_heads=4"),
+        ("2, cache_config=cache_config", "window=model_window(config)"),
+        ("2, per_layer_sliding_window=config.w", "window=config.w"),
+        ("2, cache_config=cache_config, per_layer_sliding_window=w", "window=model_window(config, w)"),
+        ("2, logits_soft_cap=config.cap", "logit_cap=config.cap or 0.0"),
+        ("2, logits_soft_cap=30.0", "logit_cap=30.0"),
+        ("2, head_size_v=16", "v_head_dim=16"),
+        ("2, alibi_slopes=slopes", "alibi_slopes=slopes"),
+    ],
+)
+def test_arguments_of_attention(ported: Porter, arguments: str, ours: str):
+    theirs = "w = slopes = config.something\n" + ATTENTION.format(f'{arguments}, prefix=f"{{prefix}}.attn"'.strip(", "))
+    text = flat(ported(model(init=theirs)).text)
+    [call] = re.findall(r"self\.attn = RadixAttention\(.*\)", text)
+    assert call.startswith("self.attn = RadixAttention(4, 8, 1.0, ") and ours in call
+    assert "cache_config" not in text and "sliding_window" not in text
+
+
+@pytest.mark.parametrize("option", ["sinks=self.sinks", 'kv_sharing_target_layer_name="layers.0.attn"'])
+def test_attention_with_sinks_or_a_shared_cache_keeps_its_name(ported: Porter, option: str):
+    text = flat(ported(model(init=ATTENTION.format(f"2, per_layer_sliding_window=5, {option}, prefix=prefix"))).text)
+    assert f"self.attn = Attention(4, 8, 1.0, num_kv_heads=2, per_layer_sliding_window=5, {option}" in text
+    assert "from rtp_llm.srt.layers.attention import Attention" in text
+
+
+def test_a_class_chosen_for_encoders_is_the_causal_one(ported: Porter):
+    chosen = "cls = EncoderOnlyAttention if config.encodes else Attention\nself.attn = cls(4, 8, 1.0, prefix=prefix)"
+    result = ported(model(init=chosen))
+    assert "self.attn = RadixAttention(" in result.text and "Encoder" not in result.text
+
+
+def test_a_class_without_the_configuration_is_given_the_window(ported: Porter):
+    before = """
+class Heads(nn.Module):
+    def __init__(self, size, cache_config=None, prefix=""):
+        super().__init__()
+        self.attn = Attention(4, size, 1.0, cache_config=cache_config, prefix=prefix)
+"""
+    text = flat(ported(model(init="self.a = Heads(8, cache_config, prefix=prefix)", before=before)).text)
+    assert 'def __init__(self, size, window: int | None=None, prefix=""):' in text.replace(" = None", "=None")
+    assert "window=window" in text
+    assert "self.a = Heads(8, model_window(config), prefix=prefix)" in text
+
+
+def test_the_batch_reaches_attention_through_lists_helpers_and_bases(ported: Porter):
+    before = """
+class Heads(nn.Module):
+    def __init__(self, prefix):
+        super().__init__()
+        self.attn = Attention(4, 8, 1.0, prefix=prefix)
+        self.mlp = RMSNorm(8)
+
+    def forward(self, x):
+        return self.mlp(self.look(x))
+
+    def look(self, x):
+        return self.attn(x, x, x)
+
+class MoreHeads(Heads):
+    def forward(self, x, times=1):
+        return super().forward(x) * times
+"""
+    init = "self.blocks = nn.ModuleList([MoreHeads(f'{prefix}.{i}') for i in range(2)])"
+    forward = "x = inputs_embeds\nfor i, block in enumerate(self.blocks):\n    x = block(x, times=i)\nreturn x"
+    text = flat(ported(model(init, forward, before=before)).text)
+    for expected in (
+        "def look(self, x, forward_batch: ForwardBatch):",
+        "return self.attn(x, x, x, forward_batch)",
+        "return self.mlp(self.look(x, forward_batch=forward_batch))",
+        "def forward(self, x, forward_batch: ForwardBatch, times=1):",
+        "super().forward(x, forward_batch=forward_batch) * times",
+        "block(x, times=i, forward_batch=forward_batch)",
+        "def forward(self, input_ids, positions, forward_batch: ForwardBatch, input_embeds=None)",
+    ):
+        assert expected in text, f"{expected}\n{text}"
+
+
+def test_loops_over_a_stages_layers_are_loops_over_all(ported: Porter):
+    init = "self.start_layer, self.end_layer, self.layers = make_layers(3, lambda prefix: RMSNorm(8), prefix=prefix)"
+    forward = """
+for a in islice(self.layers, self.start_layer, self.end_layer):
+    pass
+for b in self.layers[self.start_layer : self.end_layer]:
+    input_ids = b(input_ids)
+for i in range(self.start_layer, self.end_layer):
+    input_ids = self.layers[i](input_ids)
+return input_ids
+"""
+    text = ported(model(init, forward, before="from itertools import islice")).text
+    assert "for b in self.layers:" in text and "for i in range(0, len(self.layers)):" in text
+    assert "islice" not in text
+
+
+def test_states_captured_for_a_drafter_are_not_captured(ported: Porter):
+    forward = """
+aux = self._maybe_add_hidden_state([], 0, inputs_embeds, None)
+self._maybe_add_hidden_state(aux, 1, inputs_embeds, None)
+if len(aux) > 0:
+    return inputs_embeds, aux
+return inputs_embeds
+"""
+    text = ported(model(forward=forward)).text
+    assert "aux" not in text
+    assert "return self.logits_processor(input_ids, input_embeds, self.lm_head, forward_batch)" in text
+
+
+def test_a_list_that_is_filled_is_left_alone(ported: Porter):
+    text = ported(model(forward="seen = []\nseen.append(1)\nif len(seen) > 0:\n    return seen\nreturn input_ids")).text
+    assert "if len(seen) > 0:" in text
+
+
+def test_a_module_of_several_devices_keeps_the_plain_one(ported: Porter):
+    before = """
+from vllm.model_executor.custom_op import CustomOp
+
+@CustomOp.register("twice")
+class Twice(CustomOp):
+    def forward_native(self, x):
+        return x * 2
+
+    def forward_cuda(self, x):
+        return self.forward_native(x)
+"""
+    result = ported(model(init="self.a = Twice()", before=before))
+    assert "class Twice(nn.Module):\n    def forward(self, x):\n        return x * 2\n" in result.text
+    assert "cuda" not in result.text and result.report.is_complete
+
+
+MAPPER = """
+    hf_to_vllm_mapper = WeightsMapper({})
+
+    def load_weights(self, weights):
+        loader = AutoWeightsLoader(self)
+        return loader.load_weights({}, mapper=self.hf_to_vllm_mapper)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mapping", "ours"),
+    [
+        ('orig_to_new_prefix={"a.": "b."}', r'rename = [(r"^a\.", "b.")]'),
+        ('orig_to_new_suffix={".a": ".b"}', r'rename = [(r"\.a$", ".b")]'),
+        ('orig_to_new_substr={"a": "b", "c": None}', 'ignore = [r"c"]'),
+        ('orig_to_new_stacked={".v": (".qv", 1), ".q": (".qv", 0)}', 'packed_modules_mapping = {"qv": ["q", "v"]}'),
+    ],
+)
+def test_names_of_weights_are_declared(ported: Porter, mapping: str, ours: str):
+    text = ported(model(methods=MAPPER.format(mapping, "weights"))).text
+    assert ours in text
+    assert "load_weights" not in text and "Mapper" not in text
+
+
+@pytest.mark.parametrize(
+    ("mapping", "weights"),
+    [
+        ('orig_to_new_stacked={".a": (".ab", [0, 1])}', "weights"),  # one tensor for two parts
+        ('orig_to_new_regex={PATTERN: "b"}', "weights"),
+        ('orig_to_new_prefix={"a.": "b."}', "((name, weight + 1) for name, weight in weights)"),
+    ],
+)
+def test_loading_that_does_more_is_kept(ported: Porter, mapping: str, weights: str):
+    text = ported(model(methods=MAPPER.format(mapping, weights), before="PATTERN = 1")).text
+    assert "def load_weights(self, weights):" in text
+    assert "from rtp_llm.srt.layers.auto_weights import AutoWeightsLoader, WeightsMapper" in text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (
+            "self.a = vllm_config.scheduler_config.max_num_seqs",
+            "vllm_config.scheduler_config.max_num_seqs is a setting of the other engine",
+        ),
+        ("self.a = [vllm_config.device_config.device]", "vllm_config is not defined any more"),
+        ("self.a = MambaMixer(config)", "not portable: MambaMixer needs recurrent state"),
+        ("self.a = gadget(config)", "gadget of vllm.gadgets has no equivalent here"),
+    ],
+)
+def test_what_is_left_gets_a_comment_above_its_line(ported: Porter, theirs: str, said: str):
+    before = "from vllm.gadgets import gadget\nfrom vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer"
+    result = ported(model(init=theirs, before=before))
+    [remark] = (*result.report.review, *result.report.not_portable)
+    assert said in remark.text
+    lines = result.text.splitlines()
+    assert lines[remark.line - 1].strip().startswith("# PORT: ")
+    assert any(theirs.split("(")[0] in line for line in lines[remark.line : remark.line + 3])
+
+
+def test_logits_changed_after_they_are_computed_are_told(ported: Porter):
+    text = model().replace(
+        "        return self.logits_processor(self.lm_head, hidden_states)",
+        "        logits = self.logits_processor(self.lm_head, hidden_states)\n        return logits.tanh()",
+    )
+    result = ported(text)
+    assert "the logits are changed" in result.report.review[0].text
+
+
+def test_types_of_the_other_engine_leave_annotations(ported: Porter):
+    methods = "    def f(self, x: torch.Tensor | IntermediateTensors, y: CacheThing) -> IntermediateTensors | None: ..."
+    text = ported(model(methods=methods, before="from vllm.things import CacheThing")).text
+    assert "def f(self, x: torch.Tensor, y: object) -> None: ..." in text
