@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from parity import (
     CHECKS,
@@ -67,8 +69,7 @@ CASES = (
     SlowCase(
         "mpt-clipped-scaled-untied",
         "MptForCausalLM",
-        dict(hidden_size=48, attn_config={"clip_qkv": 0.7, "softmax_scale": 0.4, "alibi_bias_max": 5})
-        | dict(tie_word_embeddings=False),
+        dict(hidden_size=48, attn_config={"clip_qkv": 0.7, "softmax_scale": 0.4}) | dict(tie_word_embeddings=False),
         PAGES,
     ),
 )
@@ -95,6 +96,16 @@ def test_one_prompt(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in TWO_RANKS])
 def test_two_ranks(case: Case, tmp_path: Path) -> None:
     check_two_ranks(case, tmp_path)
+
+
+def test_mpt_heeds_its_largest_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MosaicML's code does, with which StoryWriter was trained, and transformers' does not."""
+
+    def build(self: Any, num_heads: int, num_tokens: int, device: Any = None) -> torch.Tensor:
+        return build_mpt_alibi_tensor(num_heads, num_tokens, 5, device)
+
+    monkeypatch.setattr(transformers.MptModel, "build_mpt_alibi_tensor", build)
+    check_quickly(Case("mpt-other-largest-bias", "MptForCausalLM", dict(attn_config={"alibi_bias_max": 5})), tmp_path)
 
 
 @pytest.mark.slow

@@ -254,6 +254,18 @@ def test_experts(name: str, tmp_path: Path) -> None:
         assert_close(ours, PlainModel(plain).logprobs(PROMPTS), 1e-3)
 
 
+@pytest.mark.parametrize("name", ["gptq-zeros", "awq", "packed-zeros"])
+def test_projections_stored_by_heads(name: str, tmp_path: Path) -> None:
+    """Whichever dimension outputs are in, and if several are in a word."""
+    config = dict(new_decoder_architecture=True, hidden_size=64, num_kv_heads=2, num_hidden_layers=2)
+    model_dir = make_tiny("FalconForCausalLM", tmp_path / "model", **config)
+    stored = next(stored for stored in FORMATS if stored.name == name)
+    plain, packed_dir = quantized.quantize(
+        model_dir, tmp_path, stored, lambda name: bool(re.search(r"(query_key_value|dense\w*)\.weight$", name))
+    )
+    assert_close(engine_logprobs(packed_dir), PlainModel(plain).logprobs(PROMPTS), 1e-3)
+
+
 # What is wrong is named
 
 

@@ -84,12 +84,15 @@ def logprobs_of(model: nn.Module) -> list[torch.Tensor]:
         ("GPT2LMHeadModel", "int4", {}),
         ("Qwen3MoeForCausalLM", "int4", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
         ("DeepseekV2ForCausalLM", "int4", {}),
+        ("FalconForCausalLM", "int4", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("OPTForCausalLM", "int4", {"word_embed_proj_dim": 32}),
+        ("PhiForCausalLM", "int4", SIZES),
     ],
 )
 def test_answers_are_those_of_rounded_weights(
     architecture: str, scheme: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    sizes = {} if architecture in ("GPT2LMHeadModel", "DeepseekV2ForCausalLM") else SIZES
+    sizes = SIZES if architecture.startswith(("Qwen", "Phi3")) else {}
     model_dir = make_tiny(architecture, tmp_path, **sizes | config)
     expected = logprobs_of(quantized_twin(model_dir, scheme))
     with Engine(model_path=model_dir, quantization=scheme, max_total_tokens=512, log_level="error") as engine:
