@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class MptAttention(nn.Module):
-    """Causal self-attention. ``Wqkv`` has all queries, then all keys, then all values."""
+    """Causal self-attention. ``Wqkv`` has all queries, then all keys, then all values.
+
+    ``alibi_bias_max`` is heeded as in MosaicML's code; transformers' class computes with 8 whatever it is.
+    """
 
     def __init__(
         self,
