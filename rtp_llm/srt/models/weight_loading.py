@@ -13,6 +13,7 @@ from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.models.weight_files import WeightFileError
 from rtp_llm.srt.models.weight_names import BASE_MODEL_PREFIX, Place, WeightNames
+from rtp_llm.srt.models.written_bytes import WrittenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +32,37 @@ def load_weights(
 ) -> None:
     """Load by the model's own ``load_weights(weights)`` if it has one, else declaratively.
 
-    If that method returns the set of the parameter names that it loaded, a parameter not in the set is an error.
+    A parameter that this method did not set, or set in part only, is an error, unless it is optional; and if it returns
+    the set of the parameter names that it loaded, so is a parameter that is not in the set.
     """
     own_method = ModelTraits.of(model).load_weights
     if own_method is None:
         load_weights_declaratively(model, weights, num_layers, quant_config)
         return
+    written = WrittenBytes(model.parameters())
     try:
-        loaded = own_method(weights)
+        with written:
+            loaded = own_method(weights)
     except (WeightFileError, WeightLoadError):  # of the files, or of a helper: their messages are complete
         raise
     except Exception as error:  # whatever a model's method may raise; the cause is chained
         raise WeightLoadError(f"{type(model).__name__}.load_weights failed: {reason(error)}") from error
-    if isinstance(loaded, set):
-        unset = {name: parameter for name, parameter in model.named_parameters() if name not in loaded}
-        if unset:
-            lines = [f"{name} {shape_of(parameter)}" for name, parameter in unset.items()]
-            raise _error(model, {"parameters were not set by its load_weights": lines})
+    _check_own_loading(model, loaded, written)
+
+
+def _check_own_loading(model: nn.Module, loaded: object, written: WrittenBytes) -> None:
+    problems: defaultdict[str, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if is_optional(parameter):
+            continue
+        line = f"{name} {shape_of(parameter)}"
+        missing = written.described(parameter)
+        if isinstance(loaded, set) and name not in loaded:
+            problems["parameters were not set by its load_weights"].append(line)
+        elif missing:
+            problems["parameters were not wholly set by its load_weights"].append(f"{line}: {missing}")
+    if problems:
+        raise _error(model, problems)
 
 
 def load_weights_declaratively(
@@ -76,7 +91,8 @@ def load_weights_declaratively(
     most one module is in memory twice.
 
     Raises:
-        WeightLoadError: names all tensors without a place, parameters not (wholly) set, and shapes that do not fit.
+        WeightLoadError: names all tensors without a place, parameters not (wholly) set, with what is missing of them,
+            and shapes that do not fit.
     """
     load = _DeclarativeLoad(model, num_layers, quant_config)
     for name, tensor in weights:
@@ -94,6 +110,8 @@ class _DeclarativeLoad:
         self.names = WeightNames(model)
         self.targets = self.names.targets
         self.loaded: dict[str, set[ShardId]] = {name: set() for name in self.targets}
+        self.written = WrittenBytes(self.targets.values())
+        self.misfits: set[str] = set()  # parameters that a tensor did not fit
         self.tied: dict[str, tuple[str, torch.Tensor]] = {}  # parameter of several names -> loaded (name, tensor)
         self.num_direct = 0
         self.prefixed: list[str] = []  # tensors that have a place only with the prefix
@@ -128,8 +146,10 @@ class _DeclarativeLoad:
     def _fill(self, name: str, place: Place, tensor: torch.Tensor) -> None:
         target = self.targets[place.name]
         try:
-            fill(target, tensor, place.shard_id)
+            with self.written:
+                fill(target, tensor, place.shard_id)
         except ValueError as error:
+            self.misfits.update(self.names.aliases(place.name))
             self.problems["tensors do not fit"].append(f"{name} {shape_of(tensor)} into {place.name}: {error}")
         except Exception as error:
             error.add_note(f"while loading {name} {shape_of(tensor)} into {place.name} {shape_of(target)}")
@@ -146,7 +166,7 @@ class _DeclarativeLoad:
         """Process the weights of the module at ``path`` if it has all of them, optional ones included."""
         module = self.model.get_submodule(path)
         names = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
-        if not all(self._is_complete(name) for name in names):
+        if not all(self._is_complete(name) for name in names) or any(map(self._missing_values, names)):
             return
         try:
             process_weights(module)
@@ -183,6 +203,7 @@ class _DeclarativeLoad:
         self._take_defaults()
         unset = [line for name in self.names.distinct() for line in self._missing(name)]
         self.problems["parameters were not set"] += unset
+        self.problems["parameters were set in part only"] += self._partly_set()
         if any(self.problems.values()):
             raise _error(self.model, self.problems)
         if self.prefixed:
@@ -194,8 +215,19 @@ class _DeclarativeLoad:
     def _take_defaults(self) -> None:
         for name, other in self.names.declared.weight_defaults.items():
             if not self.loaded[name] and self.loaded[other]:
-                self.targets[name].data.copy_(self.targets[other])
+                with self.written:
+                    self.targets[name].data.copy_(self.targets[other])
                 self.loaded[name] = self.loaded[other]
+
+    def _partly_set(self) -> list[str]:
+        """Lines about parameters whose tensors all came, and yet did not fill them."""
+        names = [name for name in self.names.distinct() if self.loaded[name] and not self._missing(name)]
+        missing = {name: self._missing_values(name) for name in names if name not in self.misfits}
+        return [f"{name} {shape_of(self.targets[name])}: {what}" for name, what in missing.items() if what]
+
+    def _missing_values(self, name: str) -> str | None:
+        target = self.targets[name]
+        return None if is_optional(target) else self.written.described(target)
 
     def _missing(self, name: str) -> list[str]:
         """Lines for the error message about what the parameter still lacks."""

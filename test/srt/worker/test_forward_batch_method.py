@@ -139,7 +139,8 @@ class Uncached(LlamaForCausalLM):
         self.model.layers = nn.ModuleList()
 
     def load_weights(self, weights):
-        pass
+        for parameter in self.parameters():
+            parameter.data.zero_()
 
 
 WRITE_IT = r"Write it as __init__\(self, config, quant_config=None, prefix=''\)"
