@@ -93,6 +93,7 @@ class GroupedQueryAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.prepare_queries_and_keys(positions, q, k)
+        v = self.prepare_values(v, hidden_states)
         output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
         return output
 
@@ -101,6 +102,13 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform queries [T, q_size] and keys [T, kv_size] between projection and attention: rotate them."""
         return self.rotate(positions, q, k)
+
+    def prepare_values(self, v: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Transform values [T, kv_size] between projection and attention: they stay as they are.
+
+        ``hidden_states``: [T, hidden_size], of which they were made.
+        """
+        return v
 
     def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.rotates_in_float32:

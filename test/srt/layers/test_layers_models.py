@@ -5,6 +5,8 @@ import torch
 import transformers
 from dense_forward import DenseAttention, build_model, make_batch, run_step
 
+from rtp_llm.models_py.llama import LlamaAttention
+from rtp_llm.srt.kernels import reference as kernels
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from tiny_models import TINY_MODELS, Reference, assert_same_ids, random_prompts, reference, tiny_model
@@ -106,3 +108,22 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str) -> None:
     exact = theirs(torch.float32)
     assert ours.dtype == torch.float32
     assert (ours - exact).norm() < 1.5 * (theirs(torch.bfloat16) - exact).norm()
+
+
+class BlendedValues(LlamaAttention):
+    def prepare_values(self, v: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * v + hidden_states[:, : self.kv_size]
+
+
+def test_values_have_a_hook_beside_queries_and_keys() -> None:
+    sizes = dict(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    attention = BlendedValues(transformers.LlamaConfig(**sizes), 0)
+    for parameter in attention.parameters():
+        parameter.data.normal_()
+    batch, x = make_batch([7, 8, 9, 10, 11], 0, 5), torch.randn(5, 16)
+    q, k, v = attention.qkv_proj(x)[0].split([16, 8, 8], dim=-1)
+    q, k = attention.rotary_emb(batch.positions, q, k)
+    values = (2 * v + x[:, :8]).view(5, 2, 4)
+    attended = kernels.attention(q.view(5, 4, 4), k.view(5, 2, 4), values, 0.5, 0).flatten(1)
+    expected, _ = attention.o_proj(attended)
+    torch.testing.assert_close(attention(batch.positions, x, batch), expected)
