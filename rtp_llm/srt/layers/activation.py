@@ -6,6 +6,7 @@ Plain ones are functions, element by element.
 
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -113,6 +114,27 @@ class SwigluStepAndMul(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).clamp(max=self.limit) * _cut(up, self.limit)
+
+
+class GeluAndMulSparse(nn.Module):
+    """``gelu(gate above a threshold) * up`` (Gemma 3n, 2025).
+
+    The gate's mean, plus so many deviations that a normal distribution has ``activation_sparsity`` below, is taken from
+    the gate, and what is negative then is zero. With several ranks each takes the mean of its part.
+    """
+
+    def __init__(self, activation_sparsity: float, approximate: Literal["tanh", "none"] = "none") -> None:
+        super().__init__()
+        if not 0.0 < activation_sparsity < 1.0:
+            raise ValueError(f"activation_sparsity must lie between 0 and 1, not {activation_sparsity}")
+        self.approximate = approximate
+        self.num_deviations = NormalDist().inv_cdf(activation_sparsity)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        deviation, mean = torch.std_mean(gate, dim=-1, keepdim=True, correction=0)
+        gate = F.relu(gate - (mean + deviation * self.num_deviations))
+        return F.gelu(gate, approximate=self.approximate) * up
 
 
 class FatreluAndMul(nn.Module):

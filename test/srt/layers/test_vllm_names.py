@@ -1,6 +1,7 @@
 """Layers as vLLM's model files call them: their keywords and forms, each against its formula in plain torch."""
 
 import math
+from dataclasses import astuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +190,49 @@ def test_layer_norm_with_parameters_in_float32() -> None:
     assert torch.equal(added, x + x) and normed.dtype == HALF
 
 
+class Sums(TPGroup):
+    """A rank to which the test tells the sum over ranks."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.summand = x
+        return self.total if hasattr(self, "total") else x
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_norm_over_the_heads_of_all_ranks(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight query components, and of four of keys, which two ranks share if there are four."""
+    num_parts = min(num_ranks, 2)
+    q, k, v = torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4)
+    q_weight, k_weight = torch.randn(8), torch.randn(4)
+    expected_q = F.rms_norm(q, (8,), q_weight, 1e-6).chunk(num_ranks, dim=-1)
+    expected_k = F.rms_norm(k, (4,), k_weight, 1e-6).chunk(num_parts, dim=-1)
+    ranks = []
+    for rank in range(num_ranks):
+        group, part = Sums(rank, num_ranks), rank * num_parts // num_ranks
+        monkeypatch.setattr(layernorm, "get_tp_group", lambda group=group: group)
+        norms = [
+            layernorm.MiniMaxText01RMSNormTP(8),
+            layernorm.MiniMaxText01RMSNormTP(4, weight_shard_world_size=num_parts, weight_shard_rank=part),
+        ]
+        for norm, weight in zip(norms, (q_weight, k_weight), strict=True):
+            load(norm, weight=weight)
+            norm.tp_group = Sums(rank, num_ranks)
+        parts = q.chunk(num_ranks, -1)[rank], k.chunk(num_parts, -1)[part], v.chunk(num_parts, -1)[part]
+        ranks.append((norms, torch.cat(parts, dim=-1), part))
+    sizes = 8 // num_ranks, 4 // num_parts
+    for is_last in (False, True):  # first the summands, then the sums
+        for i, (norms, qkv, part) in enumerate(ranks):
+            ours = layernorm.MiniMaxText01RMSNormTP.forward_qkv(*norms, qkv, *sizes)
+            if is_last:
+                torch.testing.assert_close(ours[0], expected_q[i])
+                torch.testing.assert_close(ours[1], expected_k[part])
+                assert torch.equal(ours[2], v.chunk(num_parts, -1)[part])
+        for which in range(2):
+            total = sum(norms[which].tp_group.summand for norms, _, _ in ranks)
+            for norms, _, _ in ranks:
+                norms[which].tp_group.total = total
+
+
 def test_a_norm_counts_components_that_it_has() -> None:
     with pytest.raises(ValueError, match="from 1 to hidden_size, 8, not 9"):
         layernorm.RMSNorm(8, var_hidden_size=9)
@@ -218,6 +262,18 @@ def test_gated_activations() -> None:
     for module, result in expected.items():
         torch.testing.assert_close(module(x), result, msg=type(module).__name__)
     assert isinstance(activation.get_act_and_mul_fn("swigluoai"), activation.SwigluOAIAndMul)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_gate_of_which_most_is_zero(approximate: Any) -> None:
+    x = torch.randn(5, 400) * 3 + 1
+    gate, up = halves(x)
+    threshold = gate.mean(-1, keepdim=True) + 1.6448536 * gate.std(-1, keepdim=True, correction=0)
+    expected = F.gelu((gate - threshold).clamp(min=0), approximate=approximate) * up
+    torch.testing.assert_close(activation.GeluAndMulSparse(0.95, approximate)(x), expected)
+    assert 0.01 < float((expected != 0).float().mean()) < 0.15
+    with pytest.raises(ValueError, match=r"between 0 and 1, not 0\.0"):
+        activation.GeluAndMulSparse(0.0)
 
 
 def test_activations_as_modules() -> None:
@@ -337,13 +393,14 @@ def test_attention() -> None:
     layer = Attention(
         4, 8, 0.5, 2, logits_soft_cap=3.0, per_layer_sliding_window=6, sinks=sinks, prefix="model.layers.7.attn"
     )
-    assert layer.spec == AttentionSpec(7, 4, 2, 8, 8, 0.5, 3.0, 6)
+    assert astuple(layer.spec) == astuple(AttentionSpec(7, 4, 2, 8, 8, 0.5, 3.0, 6))
     q, k, v = torch.randn(3, 32), torch.randn(3, 16), torch.randn(3, 16)
     assert torch.equal(layer(q, k, v, batch), q)
     asked_k, asked_v, saves, asked_sinks = backend.asked
     assert torch.equal(asked_k.flatten(1), k) and torch.equal(asked_v.flatten(1), v)
     assert saves and asked_sinks is sinks and not layer.state_dict()
-    assert Attention(4, 8, 0.5, layer_id=3, head_size_v=5).spec == AttentionSpec(3, 4, 4, 8, 5, 0.5)
+    other = Attention(4, 8, 0.5, layer_id=3, head_size_v=5)
+    assert astuple(other.spec) == astuple(AttentionSpec(3, 4, 4, 8, 5, 0.5))
 
 
 def test_attention_over_another_layers_cache() -> None:
