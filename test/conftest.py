@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported, which read these once.
@@ -11,7 +12,41 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from warm_python import warm_children
+
 ROOT = Path(__file__).resolve().parents[1]
+# What takes longest of what one worker of pytest-xdist has to run by itself: begun first, so that no worker is left
+# with it at the end.
+LONG_GROUPS = (
+    "server-process", "server-in-process", "test/docs/test_docs.py", "test/srt/devices/cpu/test_cpu_linear.py",
+    "test/srt/devices/cpu/test_attention.py", "tensor-parallel", "hostile", "test/srt/layers/test_layers_models.py",
+    "test/srt/models/test_bfloat16.py", "test/srt/engine/test_engine_core.py", "test/srt/models/test_engine_random.py",
+    "test/srt/models/test_cpu_graph.py", "test/srt/server/test_supervisor.py", "test/srt/server/test_demo_model.py",
+    "test/tools/test_gpu_check.py", "test/srt/models/test_generation_models.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False  # by their numbers of tests, which say little
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup``, a file is run by one worker: what its tests share is made once, and pytest-xdist,
+    which looks through all groups after each test, has few of them."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+    items.sort(key=_place_of)
+
+
+def _place_of(item: pytest.Item) -> int:
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return LONG_GROUPS.index(mark.args[0]) if mark.args[0] in LONG_GROUPS else len(LONG_GROUPS)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +64,13 @@ def fresh_logging() -> None:
 def early_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode steps are replayed in tests too, whose answers are short."""
     monkeypatch.setattr("rtp_llm.srt.devices.cpu.graphs.RECORD_AT", 2)
+
+
+@pytest.fixture
+def warm_processes() -> Iterator[None]:
+    """The cores and workers that this test's engines start need not import everything anew."""
+    with warm_children():
+        yield
 
 
 @pytest.fixture(scope="session")

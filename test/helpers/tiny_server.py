@@ -32,6 +32,7 @@ from rtp_llm.srt.entrypoints.http_server import make_app, open_listener, with_co
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats
 from rtp_llm.srt.utils.ipc import QueueLink
+from warm_python import WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT_LENGTH = 512
@@ -145,7 +146,7 @@ def in_process(model_path: str, **options: Any) -> Iterator[InProcess]:
 class Process:
     """A server in a process of its own. ``log`` holds what it writes to stderr."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | WarmPython
     url: str
     log: Path
 
@@ -169,23 +170,38 @@ class Process:
 
 
 @contextmanager
-def own_process(folder: Path, model_path: str, *flags: str, modules: Path | None = None) -> Iterator[Process]:
-    """``python -m rtp_llm.launch_server``, killed at the end if it still runs. ``modules``: a folder of them."""
+def own_process(
+    folder: Path, model_path: str, *flags: str, modules: Path | None = None, anew: bool = False
+) -> Iterator[Process]:
+    """``python -m rtp_llm.launch_server``, killed at the end if it still runs. The rest as in ``python_process``."""
     port = free_port()
     command = ["-m", "rtp_llm.launch_server", "--model-path", model_path, "--port", str(port)]
     command += ["--device", "cpu", "--max-total-tokens", "4096", "--served-model-name", "tiny", *flags]
-    with python_process(folder, command, port, modules) as running:
+    with python_process(folder, command, port, modules, anew) as running:
         yield running
 
 
 @contextmanager
-def python_process(folder: Path, command: list[str], port: int, modules: Path | None = None) -> Iterator[Process]:
-    """``python COMMAND`` in ``folder``, which is to serve at ``port``; killed at the end if it still runs."""
+def python_process(
+    folder: Path, command: list[str], port: int, modules: Path | None = None, anew: bool = False
+) -> Iterator[Process]:
+    """``python COMMAND`` in ``folder``, which is to serve at ``port``; killed at the end if it still runs.
+
+    Args:
+        modules: a folder of them.
+        anew: by a new interpreter, as users start it, rather than a warm one (see ``warm_python``).
+    """
     log = folder / "server.log"
     path = os.pathsep.join(map(str, (ROOT, modules) if modules else (ROOT,)))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    process: subprocess.Popen[bytes] | WarmPython
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder)
+        if anew:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder
+            )
+        else:
+            process = WarmPython(command, folder, environment, file.fileno(), file.fileno())
     try:
         yield Process(process, f"http://127.0.0.1:{port}", log)
     finally:

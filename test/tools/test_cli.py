@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 
 import rtp_llm
 from rtp_llm.cli import main
+from warm_python import run_python
 
 GENERATE = ["generate", "--model", "m", "--prompt", "Hi"]
 
@@ -152,20 +151,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_story(data_dir: Path) -> None:
     model = data_dir / "models/stories260K-hf"
     golden = json.loads((model / "golden_greedy.json").read_text())
-    command = [
-        sys.executable,
-        "-m",
-        "rtp_llm",
-        "generate",
-        "--model",
-        str(model),
-        "--prompt",
-        "",
-        "--max-new-tokens",
-        "60",
-    ]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, env=os.environ)
+    command = ["-m", "rtp_llm", "generate", "--model", str(model), "--prompt", "", "--max-new-tokens", "60"]
+    done = run_python(command)
     assert done.returncode == 0, done.stderr
     text = done.stdout.removesuffix("\n")
     assert len(text) > 50

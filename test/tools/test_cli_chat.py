@@ -9,7 +9,6 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from rtp_llm.tools.chat.conversation import Usage
 from rtp_llm.tools.chat.images import image_format
 from rtp_llm.tools.chat.terminal import statistics, without_controls
 from rtp_llm.tools.http_client import ServerError, api_url
+from warm_python import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = ["chat", "--model", "m"]
@@ -621,14 +621,7 @@ def test_a_trained_model_through_a_pipe(data_dir: Path) -> None:
     if not model.is_dir():
         pytest.skip(f"no trained model: {model} does not exist")
     flags = ["--model", str(model), "--temperature", "0", "--max-new-tokens", "20"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rtp_llm", "chat", *flags],
-        input="Once upon a time\nShe\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
+    done = run_python(["-m", "rtp_llm", "chat", *flags], given="Once upon a time\nShe\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(", there was a little girl named Lily.")
     assert done.stderr.count("tokens/s") == 2

@@ -1,7 +1,6 @@
 """Two ranks over gloo against one: this file is also the program that each rank runs."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from rtp_llm.srt.layers.linear import (
 )
 from rtp_llm.srt.layers.moe import FusedMoE, softmax_topk
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
+from warm_python import WarmPython
 
 TP_MODELS = [name for name in TINY_MODELS if name.endswith("-tp")]
 PROMPT_LEN = 30
@@ -41,18 +41,14 @@ def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
     expected = {name: one_rank_logits(name) for name in TP_MODELS}
     torch.save(expected, tmp_path / "expected.pt")
     search_path = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])  # as pytest's own
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"PYTHONPATH": search_path},
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    environment = os.environ | {"PYTHONPATH": search_path}
+    logs = [tmp_path / f"rank-{rank}" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("wb") as file:
+            command = [__file__, str(rank), str(tmp_path)]
+            ranks.append(WarmPython(command, tmp_path, environment, file.fileno(), file.fileno()))
+    assert [rank.wait(120) for rank in ranks] == [0, 0], "\n".join(log.read_text() for log in logs)
 
 
 def one_rank_logits(name: str) -> torch.Tensor:

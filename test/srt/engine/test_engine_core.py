@@ -97,6 +97,7 @@ def test_shutdown_ends_the_loop():
     core.core.shutdown()
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_worker_process_computes_while_the_next_step_is_planned():
     name = "qwen3-mixed-window7-tied"
     requests = mixed_requests(TINY_MODELS[name].vocab_size)
@@ -146,6 +147,7 @@ def first_plan(**kwargs: Any) -> StepPlan:
     return StepPlan(0, [], [admission], [PageWrite(2, 0, 0, [9, 3, 7, 11])], [RowWork(2, 0, 3, True)], **kwargs)
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("kind", ["at once", "late", "process"])
 def test_masks_come_between_forward_and_draw(kind):
     executor = make_executor("llama-default", kind)
@@ -172,6 +174,7 @@ def decode_plan(step_id: int, **kwargs: Any) -> StepPlan:
     return StepPlan(step_id, work=[RowWork(2, 2 + step_id, 1, True)], **kwargs)
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("kind", ["at once", "late", "process"])
 def test_two_steps_are_in_flight(kind):
     alone = make_executor("llama-default", "at once")
@@ -196,6 +199,7 @@ def test_two_steps_are_in_flight(kind):
         executor.shutdown()
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_whichever_step_in_flight_fails_everyone_who_asks_is_told_why():
     executor = make_executor("llama-default", "process")
     steps = [executor.submit(first_plan())]
@@ -240,6 +244,7 @@ def test_nothing_but_a_result_is_answered_and_waited_for():
         assert events[2:] == [("waited for", 0)]
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_worker_process_that_fails_says_why():
     executor = make_executor("llama-default", "process")
     with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: AttributeError: .*no_such_method") as failure:

@@ -31,7 +31,8 @@ def generate(model: torch.nn.Module, prompt: list[int], num_new: int, chunk: int
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
-@pytest.mark.parametrize("prompt_len", [3, 50, 141])  # below, across and past the original length of 64
+# Below, across and past the original length of 64; test_engine_parity.py asks all models short prompts, too.
+@pytest.mark.parametrize("prompt_len", [pytest.param(3, marks=pytest.mark.slow), 50, 141])
 def test_same_answers_as_transformers(name: str, prompt_len: int) -> None:
     model_dir = tiny_model(name)
     model = build_model(model_dir)

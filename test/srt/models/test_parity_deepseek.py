@@ -96,6 +96,7 @@ def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callab
     check_anew(check, engine_of_case)
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.xdist_group("tensor-parallel")
 @pytest.mark.parametrize("case", [pytest.param(V2, id=V2.name), pytest.param(V3, id=V3.name, marks=pytest.mark.slow)])
 def test_two_ranks(case: Case, tmp_path: Path) -> None:

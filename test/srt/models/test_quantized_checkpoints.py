@@ -179,6 +179,7 @@ def test_answers_are_those_of_the_integers(stored: Format, model_dir: str, tmp_p
     assert_close(engine_logprobs(packed_dir, prompts), reference.logprobs(prompts), 1e-3)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_two_ranks_share_a_quantized_model(model_dir: str, tmp_path: Path) -> None:
     stored = FORMATS[1]
     _, packed_dir = quantized.quantize(model_dir, tmp_path, stored, is_quantized)

@@ -1,7 +1,5 @@
 """The model registry: found by reading, imported on demand."""
 
-import os
-import subprocess
 import sys
 import textwrap
 import threading
@@ -23,6 +21,7 @@ from rtp_llm.srt.models.registry import (
     entry_class_names,
     import_model_classes,
 )
+from warm_python import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -381,13 +380,12 @@ def test_two_installed_packages_with_one_architecture(make_registry, make_packag
         _ModelRegistry("models_of_test").resolve_model_cls("New")
 
 
-def test_the_command_line_lists_what_is_external(make_package, install, tmp_path):
+def test_the_command_line_lists_what_is_external(make_package, install, tmp_path, monkeypatch):
     make_package("external_models", one="class FromVariable: pass\nEntryClass = FromVariable")
     make_package("external_more", two="class FromPackage: pass\nEntryClass = FromPackage")
     install("more", "FromPackage = external_more.two:FromPackage")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", PACKAGE_VARIABLE: "external_models"}
-    command = [sys.executable, "-m", "rtp_llm", "models"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    monkeypatch.setenv(PACKAGE_VARIABLE, "external_models")
+    done = run_python(["-m", "rtp_llm", "models"], path=[tmp_path])
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert lines["FromVariable"] == f"{tmp_path}/external_models/one.py (registered)"
     assert lines["FromPackage"] == f"{tmp_path}/external_more/two.py (registered)"

@@ -1,9 +1,6 @@
 """A trained model end to end: stories260K tells the story that an independent program tells."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 
 from rtp_llm import Engine
 from tiny_models import tiny_model
+from warm_python import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -48,11 +46,9 @@ def test_the_golden_story(stories: Path, golden: dict[str, Any], chunked_prefill
 
 def test_the_command_line_tells_a_story(stories: Path, golden: dict[str, Any]) -> None:
     prompt = "Once upon a time"
-    command = [sys.executable, "-m", "rtp_llm", "generate", "--model-path", str(stories), "--prompt", prompt]
+    command = ["-m", "rtp_llm", "generate", "--model-path", str(stories), "--prompt", prompt]
     command += ["--max-new-tokens", "60", "--max-total-tokens", "1024"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = run_python(command)
     assert done.returncode == 0, done.stderr
     assert golden["text"].removeprefix(prompt)[:100] in done.stdout
     assert "tokens" in done.stderr.splitlines()[-1]  # the line of statistics

@@ -8,6 +8,8 @@ from stepped_core import Core, mixed_requests
 from rtp_llm import Engine
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, reference, tiny_model
 
+pytestmark = [pytest.mark.xdist_group("tensor-parallel"), pytest.mark.usefixtures("warm_processes")]
+
 NEW_TOKENS = 12
 MODELS = [name for name in TINY_MODELS if name.endswith("-tp")]
 
@@ -29,7 +31,6 @@ def answers(model_dir: str, prompts: list[list[int]], tp_size: int) -> list[dict
         return cold + engine.generate(input_ids=prompts, sampling_params=params)
 
 
-@pytest.mark.xdist_group("tensor-parallel")
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_agree_with_one(name: str) -> None:
     model_dir, vocab_size = tiny_model(name), TINY_MODELS[name].vocab_size
@@ -45,7 +46,6 @@ def test_two_ranks_agree_with_one(name: str) -> None:
         assert logprobs == pytest.approx(truth.prompt_logprobs, abs=1e-3)
 
 
-@pytest.mark.xdist_group("tensor-parallel")
 def test_two_ranks_compute_while_the_next_step_is_planned() -> None:
     requests = mixed_requests(TINY_MODELS["llama-tp"].vocab_size)
     ids, logprobs = [], []

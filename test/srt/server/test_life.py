@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tiny_server import ROOT, Process, free_port, own_process, python_process, wait_for
+from warm_python import run_python
 
 pytestmark = pytest.mark.xdist_group("server-process")
 
@@ -46,7 +47,8 @@ def begin_stream(server: Process) -> tuple[threading.Thread, list[str]]:
 
 
 def test_sigterm_lets_streams_finish(tiny_checkpoint: str, tmp_path: Path) -> None:
-    with own_process(tmp_path, tiny_checkpoint) as server:
+    """This server is a new interpreter, as users start it; those of most other tests are warm."""
+    with own_process(tmp_path, tiny_checkpoint, anew=True) as server:
         server.wait_ready()
         children = server.children()
         thread, lines = begin_stream(server)
@@ -108,16 +110,14 @@ def test_an_address_in_use_is_told_before_loading(tiny_checkpoint: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "rtp_llm", "serve", "--model", tiny_checkpoint, "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        done = run_python(["-m", "rtp_llm", "serve", "--model", tiny_checkpoint, "--port", str(port)])
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rtp_llm", "serve", "--model", str(tmp_path / "no"), "--port", str(free_port())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_python(["-m", "rtp_llm", "serve", "--model", str(tmp_path / "no"), "--port", str(free_port())])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("rtp-llm: error: model path")
 
@@ -175,7 +175,7 @@ def test_files_beside_the_weights_are_not_imported(tiny_checkpoint: str, tmp_pat
         command = [str(tmp_path / "bin" / "rtp-llm")]
     port = free_port()
     command += ["serve", "--model-path", ".", "--port", str(port), "--device", "cpu", "--max-total-tokens", "1024"]
-    with python_process(folder, [*command, "--tp-size", "2"], port) as server:
+    with python_process(folder, [*command, "--tp-size", "2"], port, anew=True) as server:
         server.wait_ready()
         body = {"text": "the cat", "sampling_params": {"max_new_tokens": 2}}
         assert httpx.post(f"{server.url}/generate", json=body, timeout=60).status_code == 200

@@ -173,6 +173,7 @@ def test_a_killed_core_breaks_no_stream(supervise):
     assert_same(answers, undisturbed)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_request_that_kills_is_found_and_the_others_finish(supervise, killer_checkpoint):
     supervisor = supervise(killer_checkpoint(killer_model.KillerForCausalLM))
     undisturbed = [stream.answer() for stream in [Stream(supervisor, r) for r in requests()]]
@@ -246,6 +247,7 @@ def test_three_deaths_end_it_with_the_cores_own_error(supervise, killer_checkpoi
         Stream(supervisor, requests(1)[0])
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_core_that_cannot_start_says_why(tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(tiny_model(MODEL), folder)
