@@ -239,6 +239,7 @@ def _run(order: dict[str, Any], base_path: list[str]) -> None:
             sys.argv = ["-m", *arguments[2:]]
             import_module("rtp_llm")._leave_out_working_directory()
         sys.argv = arguments[1:]
+        sys.modules.pop(arguments[1], None)  # runpy warns of a module that has been imported already
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
