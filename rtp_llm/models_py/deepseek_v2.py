@@ -245,8 +245,8 @@ class DeepseekV2DecoderLayer(LlamaDecoderLayer):
 
 class DeepseekV2ForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
-    attention_type = DeepseekV2Attention
-    layer_type = DeepseekV2DecoderLayer
+    attention_type: type[nn.Module] = DeepseekV2Attention
+    layer_type: type[nn.Module] = DeepseekV2DecoderLayer
 
 
 EntryClass = DeepseekV2ForCausalLM

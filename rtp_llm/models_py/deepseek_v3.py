@@ -6,6 +6,7 @@ A checkpoint's layers past ``num_hidden_layers`` predict further tokens; the loa
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from rtp_llm.models_py.deepseek_v2 import (
     DeepseekV2Attention,
@@ -61,8 +62,8 @@ class DeepseekV3DecoderLayer(DeepseekV2DecoderLayer):
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
-    attention_type = DeepseekV3Attention
-    layer_type = DeepseekV3DecoderLayer
+    attention_type: type[nn.Module] = DeepseekV3Attention
+    layer_type: type[nn.Module] = DeepseekV3DecoderLayer
 
 
 EntryClass = DeepseekV3ForCausalLM

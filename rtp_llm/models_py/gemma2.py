@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ScaledEmbedding(VocabParallelEmbedding):
-    """Token embeddings times ``sqrt(hidden_size)``, which is rounded to the embeddings' dtype first."""
+    """Token embeddings times a factor, ``sqrt(hidden_size)``, which is rounded to the embeddings' dtype first."""
 
     def __init__(
         self,
@@ -27,9 +27,10 @@ class ScaledEmbedding(VocabParallelEmbedding):
         hidden_size: int,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        scale: float | None = None,
     ) -> None:
         super().__init__(vocab_size, hidden_size, quant_config=quant_config, prefix=prefix)
-        self.scale = torch.tensor(hidden_size**0.5, dtype=self.params_dtype).item()
+        self.scale = torch.tensor(hidden_size**0.5 if scale is None else scale, dtype=self.params_dtype).item()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return super().forward(input_ids) * self.scale

@@ -64,7 +64,7 @@ class Glm4DecoderLayer(LlamaDecoderLayer):
         hidden_states = self.self_attn(positions, hidden_states, forward_batch)
         hidden_states = self.post_self_attn_layernorm(hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.post_mlp_layernorm(self.mlp(hidden_states)), residual
+        return self.post_mlp_layernorm(self.feed(hidden_states)), residual
 
 
 class Glm4ForCausalLM(LlamaForCausalLM):

@@ -58,7 +58,7 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states, forward_batch) * self.residual_multiplier
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states) * self.residual_multiplier, residual
+        return self.feed(hidden_states) * self.residual_multiplier, residual
 
 
 class GraniteModel(LlamaModel):
@@ -86,7 +86,7 @@ class GraniteModel(LlamaModel):
 
 class GraniteForCausalLM(LlamaForCausalLM):
     attention_type = GraniteAttention
-    layer_type = GraniteDecoderLayer
+    layer_type: type[nn.Module] = GraniteDecoderLayer
     base_model_type = GraniteModel
 
     def __init__(

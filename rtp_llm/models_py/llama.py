@@ -121,6 +121,8 @@ class NormedHeadsAttention(GroupedQueryAttention):
     """Attention whose query and key heads are normed, each by itself, before they are rotated."""
 
     head_norm_type: type[Norm] = RMSNorm
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def __init__(
         self,
@@ -176,7 +178,13 @@ class LlamaAttention(GroupedQueryAttention):
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and feed-forward, each after a norm and added to the residual, which is returned separately."""
+    """Attention and feed-forward, each after a norm and added to the residual, which is returned separately.
+
+    Attributes:
+        mlp_name: of the feed-forward block, as in the checkpoint.
+    """
+
+    mlp_name = "mlp"
 
     def __init__(
         self,
@@ -188,7 +196,8 @@ class LlamaDecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
-        self.mlp = self.make_mlp(config, layer_id, quant_config, add_prefix("mlp", prefix))
+        mlp = self.make_mlp(config, layer_id, quant_config, add_prefix(self.mlp_name, prefix))
+        self.add_module(self.mlp_name, mlp)
         self.input_layernorm = self.make_norm(config)
         self.post_attention_layernorm = self.make_norm(config)
 
@@ -219,7 +228,11 @@ class LlamaDecoderLayer(nn.Module):
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states, forward_batch)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        return self.feed(hidden_states), residual
+
+    def feed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the feed-forward block."""
+        return self.get_submodule(self.mlp_name)(hidden_states)
 
 
 class LlamaModel(nn.Module):

@@ -26,9 +26,8 @@ class Olmo2RMSNorm(Norm):
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
-        return scale_by_rms(x32, x32.square().mean(dim=-1, keepdim=True), self.weight, self.variance_epsilon).to(
-            x.dtype
-        )
+        mean_square = x32.square().mean(dim=-1, keepdim=True)
+        return (self.weight.float() * (x32 * torch.rsqrt(mean_square + self.variance_epsilon))).to(x.dtype)
 
 
 class Olmo2HeadsNorm(nn.Module):
@@ -54,11 +53,11 @@ class Olmo2HeadsNorm(nn.Module):
         x32 = x.float()
         # All heads are on equally many ranks, so the ranks' mean is that of all heads.
         mean_square = self.tp_group.all_reduce(x32.square().mean(dim=-1, keepdim=True)) / self.tp_group.world_size
-        return scale_by_rms(x32, mean_square, self.weight, self.variance_epsilon).to(x.dtype)
+        return self.weigh(x32 * torch.rsqrt(mean_square + self.variance_epsilon), x.dtype)
 
-
-def scale_by_rms(x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return weight.float() * (x * torch.rsqrt(mean_square + eps))
+    def weigh(self, normed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply float32 values by the weight, and round the products."""
+        return (self.weight.float() * normed).to(dtype)
 
 
 class Olmo2Attention(GroupedQueryAttention):

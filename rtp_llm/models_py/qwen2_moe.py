@@ -9,8 +9,8 @@ from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, Ll
 from rtp_llm.models_py.qwen2 import layer_window
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
-from rtp_llm.srt.layers.moe import FusedMoE, softmax_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -36,31 +36,22 @@ class Qwen2MoeAttention(GroupedQueryAttention):
         )
 
 
-class QwenSparseMoeBlock(nn.Module):
+class QwenSparseMoeBlock(SparseMoeBlock):
     """Experts: the ``num_experts_per_tok`` best of each token; with ``norm_topk_prob`` their weights sum to one."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.renormalize = config.norm_topk_prob
-        self.gate = ReplicatedLinear(
-            config.hidden_size, config.num_experts, bias=False, prefix=add_prefix("gate", prefix)
-        )
-        self.experts = FusedMoE(
+        super().__init__(
             config.num_experts,
+            config.num_experts_per_tok,
             config.hidden_size,
             config.moe_intermediate_size,
-            activation=config.hidden_act,
+            config.hidden_act,
+            renormalize=config.norm_topk_prob,
             quant_config=quant_config,
-            prefix=add_prefix("experts", prefix),
+            prefix=prefix,
         )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        router_logits, _ = self.gate(hidden_states)
-        topk_weights, topk_ids = softmax_topk(router_logits, self.top_k, self.renormalize)
-        return self.experts(hidden_states, topk_weights, topk_ids)
 
 
 class Qwen2MoeSparseMoeBlock(QwenSparseMoeBlock):
