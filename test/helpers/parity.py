@@ -211,6 +211,18 @@ def rewrite_tensors(model_dir: str, change: Callable[[Tensors], Tensors]) -> Non
     save_file({name: tensor.clone() for name, tensor in change(load_file(path)).items()}, path, {"format": "pt"})
 
 
+def disturb_correction_biases(model_dir: str) -> None:
+    """They are zero in a model that was never trained. These change which experts are chosen, and in which groups."""
+
+    def change(tensors: Tensors) -> Tensors:
+        generator = torch.Generator().manual_seed(3)
+        names = [name for name in tensors if name.endswith("e_score_correction_bias")]
+        assert names
+        return tensors | {name: 0.3 * torch.randn(tensors[name].shape, generator=generator) for name in names}
+
+    rewrite_tensors(model_dir, change)
+
+
 def check_other_layout(case: Case, directory: Path, change: Callable[[Tensors], Tensors]) -> None:
     """With its tensors changed, the checkpoint still means what it meant."""
     model_dir = case.make(directory)

@@ -255,6 +255,10 @@ _TINY_SIZES: dict[str, Any] = dict(
     num_experts_per_tok=2,
     moe_intermediate_size=32,
     shared_expert_intermediate_size=48,
+    shared_intermediate_size=48,
+    intermediate_size_mlp=80,
+    moe_num_experts=4,
+    moe_k=2,
     n_group=1,
     topk_group=1,
     first_k_dense_replace=1,
@@ -264,10 +268,17 @@ _TINY_SIZES: dict[str, Any] = dict(
     qk_nope_head_dim=16,
     qk_rope_head_dim=8,
     v_head_dim=16,
+    index_n_heads=4,
+    index_head_dim=16,
+    # embeddings of layers
+    vocab_size_per_layer_input=99,
+    hidden_size_per_layer_input=12,
     bos_token_id=0,
     eos_token_id=1,
     pad_token_id=2,
 )
+# Architectures that are another's class with a configuration of their own.
+_OTHER_CLASSES = {"InternLM3ForCausalLM": ("LlamaForCausalLM", "InternLM3Config")}
 _TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]]  # as bytes are written: space, newline
 
 
@@ -279,17 +290,22 @@ def make_tiny(architecture: str, directory: str | Path, **overrides: Any) -> str
     Raises:
         ValueError: transformers has no such class.
     """
-    model_class = getattr(transformers, architecture, None)
+    class_name, config_name = _OTHER_CLASSES.get(architecture, (architecture, None))
+    model_class = getattr(transformers, class_name, None)
     if model_class is None or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(f"transformers {transformers.__version__} has no model class {architecture!r}")
     tokenizer = _character_tokenizer()
-    config = _tiny_config(model_class.config_class, {"vocab_size": len(tokenizer)} | overrides)
+    config_class = getattr(transformers, config_name) if config_name else model_class.config_class
+    config = _tiny_config(config_class, {"vocab_size": len(tokenizer)} | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what _disturb does not set anew
         model = model_class(config).to(torch.float32)
     _disturb(model)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    if class_name != architecture:
+        path = Path(directory, "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [architecture]}))
     return str(directory)
 
 
@@ -364,7 +380,7 @@ def _tiny_config(config_class: Any, overrides: dict[str, Any]) -> transformers.P
     sizes = {
         name: value
         for name, value in _TINY_SIZES.items()
-        if hasattr(usual, name) and not isinstance(getattr(config_class, name, None), property)
+        if _has_field(usual, name) and not isinstance(getattr(config_class, name, None), property)
     }
     if "kv_lora_rank" in sizes:  # each head has keys of its own, and the rotated part is what head_dim means
         sizes |= {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": sizes["qk_rope_head_dim"]}
@@ -374,6 +390,13 @@ def _tiny_config(config_class: Any, overrides: dict[str, Any]) -> transformers.P
         # Stretched as far as usual, but to the tiny context.
         rope["original_max_position_embeddings"] = int(config.max_position_embeddings / rope.get("factor", 1.0))
     return config
+
+
+def _has_field(config: transformers.PretrainedConfig, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # transformers raises it if layers differ in the field
+        return True
 
 
 def _disturb(model: torch.nn.Module) -> None:

@@ -117,13 +117,13 @@ class ModelRunner:
         """Reserve cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
 
         Raises:
-            ValueError: the model has fewer learned positions (``max_positions``) than ``max_len``.
+            ValueError: the model takes fewer tokens (``max_positions``) than ``max_len``.
         """
         max_positions = self.traits.max_positions
         if max_positions is not None and max_len > max_positions:
             raise ValueError(
-                f"the model has learned positions for {max_positions} tokens only, but requests may be of {max_len}; "
-                f"set --context-length to {max_positions} or less"
+                f"the model takes {max_positions} tokens at most, but requests may be of {max_len}; set "
+                f"--context-length to {max_positions} or less"
             )
         pads = self.recorder is not None and bool(self.recorder.sizes)
         self._dummy_row, num_rows = max_rows, max_rows + pads

@@ -144,5 +144,5 @@ def test_gpt_neox_as_first_published(tmp_path: Path) -> None:
 
 def test_gpt2_is_not_served_past_its_positions(tmp_path: Path) -> None:
     model_dir = GPT2.make(tmp_path)
-    with pytest.raises(Exception, match=f"learned positions for {CONTEXT_LENGTH} tokens"):
+    with pytest.raises(Exception, match=f"takes {CONTEXT_LENGTH} tokens at most"):
         open_engine(model_dir, context_length=CONTEXT_LENGTH + 1)

@@ -17,9 +17,9 @@ from parity import (
     check_anew,
     check_other_layout,
     check_two_ranks,
+    disturb_correction_biases,
     engine_fixture,
     open_engine,
-    rewrite_tensors,
 )
 
 YARN: dict[str, Any] = {
@@ -30,18 +30,6 @@ YARN: dict[str, Any] = {
     "beta_fast": 8,
     "beta_slow": 1,
 }
-
-
-def disturb_correction_biases(model_dir: str) -> None:
-    """They are zero in a model that was never trained. These change which experts are chosen, and in which groups."""
-
-    def change(tensors: Tensors) -> Tensors:
-        generator = torch.Generator().manual_seed(3)
-        names = [name for name in tensors if name.endswith("e_score_correction_bias")]
-        assert names
-        return tensors | {name: 0.3 * torch.randn(tensors[name].shape, generator=generator) for name in names}
-
-    rewrite_tensors(model_dir, change)
 
 
 V2 = Case(
