@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
-from rtp_llm.models_py.mistral import Ministral3Attention, MistralAttention
+from rtp_llm.models_py.ministral3 import Ministral3Attention
+from rtp_llm.models_py.mistral import MistralAttention
 from rtp_llm.models_py.qwen2 import Qwen2Attention
 from rtp_llm.models_py.qwen2_moe import QwenMoeDecoderLayer
 from rtp_llm.models_py.qwen3 import Qwen3Attention

@@ -140,10 +140,20 @@ def longrope_attention_factor(spec: RopeSpec) -> float:
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(spec.original_len))
 
 
+def _proportional(spec: RopeSpec) -> Frequencies:
+    """The frequencies of whole heads, of which only the first are kept; other pairs do not turn (Gemma 4, 2026)."""
+    num_pairs = spec.rotary_dim // 2
+    exponents = torch.arange(0, 2 * num_pairs, 2, dtype=torch.float32, device="cpu") / spec.head_size
+    inv_freq = torch.zeros(spec.head_size // 2, dtype=torch.float32, device="cpu")
+    inv_freq[:num_pairs] = 1.0 / spec.base**exponents
+    return inv_freq / (spec.scaling.get("factor") or 1.0), 1.0
+
+
 FREQUENCIES: dict[str, Callable[[RopeSpec], Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
+    "proportional": _proportional,
     "yarn": _yarn,
 }
 """Kinds whose frequencies are the same for all lengths."""

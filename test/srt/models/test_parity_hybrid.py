@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from parity import (
@@ -17,10 +18,13 @@ from parity import (
     PAGES,
     Case,
     Served,
+    Tensors,
     check_anew,
     check_quickly,
     check_two_ranks,
     engine_fixture,
+    open_engine,
+    rewrite_tensors,
 )
 from rtp_llm.srt.models.registry import ModelRegistry
 
@@ -32,7 +36,23 @@ def rope(**parameters: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0} | parameters
 
 
+LLAMA3 = rope(
+    rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 YARN = rope(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=64, attention_factor=1.2)
+
+
+def disturb_layer_scalars(model_dir: str) -> None:
+    """They are one in a model that was never trained."""
+
+    def change(tensors: Tensors) -> Tensors:
+        names = [name for name in tensors if name.endswith("layer_scalar")]
+        assert names
+        return tensors | {name: torch.tensor([0.6 + 0.1 * i]) for i, name in enumerate(names)}
+
+    rewrite_tensors(model_dir, change)
+
+
 CASES = (
     SlowCase(
         "olmo3",
@@ -77,6 +97,41 @@ CASES = (
         | dict(rope_parameters=rope(rope_theta=1e6)),
         CHUNKS,
     ),
+    SlowCase(
+        "gemma4",
+        "Gemma4ForCausalLM",
+        dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, global_head_dim=24, sliding_window=7)
+        | dict(layer_types=[WINDOW, FULL, WINDOW, FULL], num_kv_shared_layers=2, use_double_wide_mlp=True)
+        | dict(final_logit_softcapping=3.0),
+        PAGES,
+        edit=disturb_layer_scalars,
+    ),
+    SlowCase(
+        "gemma4-experts-values-of-keys",
+        "Gemma4ForCausalLM",
+        dict(layer_types=[WINDOW, WINDOW, FULL], num_hidden_layers=3, sliding_window=16, hidden_size_per_layer_input=0)
+        | dict(attention_k_eq_v=True, num_global_key_value_heads=1, global_head_dim=20, num_key_value_heads=4)
+        | dict(enable_moe_block=True, num_experts=5, top_k_experts=3, moe_intermediate_size=36)
+        | dict(attention_bias=True, tie_word_embeddings=False, use_bidirectional_attention="vision"),
+        CHUNKS,
+        edit=disturb_layer_scalars,
+    ),
+    SlowCase(
+        "llama4",
+        "Llama4ForCausalLM",
+        dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=4, floor_scale=16)
+        | dict(attn_scale=0.4, interleave_moe_layer_step=2, no_rope_layer_interval=3, num_local_experts=5)
+        | dict(rope_parameters=LLAMA3),
+        CHUNKS,
+    ),
+    SlowCase(
+        "llama4-two-experts-no-norm-tied-bias",
+        "Llama4ForCausalLM",
+        dict(use_qk_norm=False, attn_temperature_tuning=False, num_experts_per_tok=2, attention_bias=True)
+        | dict(tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 1], attention_chunk_size=None)
+        | dict(layer_types=[FULL] * 4),
+        PAGES,
+    ),
 )
 
 
@@ -105,6 +160,8 @@ def test_two_ranks(case: Case, tmp_path: Path) -> None:
     [
         ("Olmo3ForCausalLM", {"sliding_window": None}, "sliding_window is null"),
         ("Exaone4ForCausalLM", {"layer_types": ["chunked_attention"]}, r"layer_types\[0\] must be"),
+        ("Llama4ForCausalLM", {"layer_types": [WINDOW]}, r"layer_types\[0\] must be"),
+        ("Gemma4ForCausalLM", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(architecture: str, config: dict[str, Any], message: str) -> None:
@@ -113,3 +170,10 @@ def test_what_would_be_computed_wrongly_is_refused(architecture: str, config: di
     model_class, _ = ModelRegistry.resolve_model_cls([architecture])
     with pytest.raises(ValueError, match=message):
         model_class(hf_config)
+
+
+def test_contexts_longer_than_a_chunk_are_refused(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "llama4")
+    model_dir = Case(case.name, case.architecture, case.config | {"attention_chunk_size": 64}).make(tmp_path)
+    with pytest.raises(Exception, match="takes 64 tokens at most, but requests may be of 512"):
+        open_engine(model_dir)

@@ -31,6 +31,7 @@ def rope(**parameters: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0} | parameters
 
 
+YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0)
 SIX_HEADS = dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3)
 CASES = (
     SlowCase("ernie4.5", "Ernie4_5ForCausalLM", SIX_HEADS | dict(use_bias=True, head_dim=14), PAGES),
@@ -61,8 +62,33 @@ CASES = (
         dict(attention_bias=True, tie_word_embeddings=True, hidden_act="gelu"),
         CHUNKS,
     ),
+    SlowCase(
+        "internlm3",
+        "InternLM3ForCausalLM",
+        SIX_HEADS | dict(head_dim=14, rope_parameters=rope(rope_type="dynamic", factor=6.0)),
+        CHUNKS,
+    ),
+    SlowCase(
+        "internlm3-bias-tied",
+        "InternLM3ForCausalLM",
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        PAGES,
+    ),
+    SlowCase(
+        "ministral3",
+        "Ministral3ForCausalLM",
+        SIX_HEADS | dict(head_dim=14, sliding_window=None, rope_parameters=YARN | {"llama_4_scaling_beta": 0.4}),
+        PAGES,
+    ),
+    SlowCase(
+        "ministral3-window-tied",
+        "Ministral3ForCausalLM",
+        dict(sliding_window=7, tie_word_embeddings=True)
+        | dict(rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "rope_theta": 500.0}),
+        CHUNKS,
+    ),
 )
-QUICK = ("ernie4.5", "seed-oss", "hunyuan")
+QUICK = ("ernie4.5", "seed-oss", "hunyuan", "internlm3", "ministral3")
 
 
 engine_of_case = engine_fixture(CASES)
@@ -87,7 +113,10 @@ def test_two_ranks(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "config", "message"),
-    [("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla=True is not supported for hunyuan_v1_dense")],
+    [
+        ("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla=True is not supported for hunyuan_v1_dense"),
+        ("Ministral3ForCausalLM", {"rope_parameters": rope()}, "rope_parameters must have llama_4_scaling_beta"),
+    ],
 )
 def test_what_would_be_computed_wrongly_is_refused(architecture: str, config: dict[str, Any], message: str) -> None:
     sizes = dict(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
