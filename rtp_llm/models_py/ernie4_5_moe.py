@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.ernie4_5 import Ernie4_5DecoderLayer, Ernie4_5ForCausalLM
-from rtp_llm.srt.layers.embedding import ParallelLMHead
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -83,12 +82,8 @@ class Ernie4_5MoeDecoderLayer(Ernie4_5DecoderLayer):
 class Ernie4_5_MoeForCausalLM(Ernie4_5ForCausalLM):
     layer_type = Ernie4_5MoeDecoderLayer
 
-    def make_head(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
-    ) -> ParallelLMHead:
-        return ParallelLMHead(
-            config.vocab_size, config.hidden_size, bias=config.use_bias, quant_config=quant_config, prefix=prefix
-        )
+    def has_head_bias(self, config: "PretrainedConfig") -> bool:
+        return config.use_bias
 
 
 EntryClass = Ernie4_5_MoeForCausalLM

@@ -31,9 +31,11 @@ class GroupedQueryAttention(nn.Module):
 
     Attributes:
         rotates_in_float32: whether queries and keys are rotated in float32 and rounded once.
+        qkv_type: of the projection to queries, keys and values; others are stored in another order.
     """
 
     rotates_in_float32 = False
+    qkv_type: type[QKVParallelLinear] = QKVParallelLinear
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class GroupedQueryAttention(nn.Module):
                 f"sliding_window must be a positive number of tokens, or null for none; not {sliding_window}"
             )
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.qkv_proj = QKVParallelLinear(
+        self.qkv_proj = self.qkv_type(
             config.hidden_size,
             self.head_dim,
             config.num_attention_heads,
@@ -298,9 +300,18 @@ class LlamaForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
 
     def make_head(self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
-        if config.tie_word_embeddings:
+        """Make the head. One with a bias is no embedding, which has none: its weight is a copy if they are tied."""
+        bias = self.has_head_bias(config)
+        if config.tie_word_embeddings and not bias:
             return self.model.get_submodule("embed_tokens")
-        return ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config, prefix=prefix)
+        if config.tie_word_embeddings:
+            self.weight_defaults = {"lm_head.weight": "model.embed_tokens.weight"}
+        return ParallelLMHead(
+            config.vocab_size, config.hidden_size, bias=bias, quant_config=quant_config, prefix=prefix
+        )
+
+    def has_head_bias(self, config: "PretrainedConfig") -> bool:
+        return False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_submodule("embed_tokens")

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
-from rtp_llm.srt.layers.embedding import ParallelLMHead
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -93,14 +92,8 @@ class PhiForCausalLM(LlamaForCausalLM):
     layer_type = PhiDecoderLayer
     base_model_type = PhiModel
 
-    def make_head(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
-    ) -> ParallelLMHead:
-        """Make a head with a bias. Embeddings have none, so that tied ones are two parameters of the same values."""
-        self.weight_defaults = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-        return ParallelLMHead(
-            config.vocab_size, config.hidden_size, bias=True, quant_config=quant_config, prefix=prefix
-        )
+    def has_head_bias(self, config: "PretrainedConfig") -> bool:
+        return True
 
 
 EntryClass = PhiForCausalLM

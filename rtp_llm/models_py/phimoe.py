@@ -7,7 +7,6 @@ from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.configs.requirements import require
-from rtp_llm.srt.layers.embedding import ParallelLMHead
 from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -97,17 +96,8 @@ def sparse_mixer(router_logits: torch.Tensor, jitter: float) -> Routing:
 class PhimoeDecoderLayer(LlamaDecoderLayer):
     mlp_name = "block_sparse_moe"
 
-    def __init__(
-        self,
-        config: "PretrainedConfig",
-        layer_id: int,
-        quant_config: QuantizationConfig | None = None,
-        prefix: str = "",
-        attention_type: type[nn.Module] = PhimoeAttention,
-    ) -> None:
-        super().__init__(config, layer_id, quant_config, prefix, attention_type)
-        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+    def make_norm(self, config: "PretrainedConfig") -> nn.Module:
+        return LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
@@ -127,16 +117,8 @@ class PhimoeForCausalLM(LlamaForCausalLM):
     layer_type = PhimoeDecoderLayer
     base_model_type = PhimoeModel
 
-    def make_head(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
-    ) -> ParallelLMHead:
-        return ParallelLMHead(
-            config.vocab_size,
-            config.hidden_size,
-            bias=config.lm_head_bias,
-            quant_config=quant_config,
-            prefix=prefix,
-        )
+    def has_head_bias(self, config: "PretrainedConfig") -> bool:
+        return config.lm_head_bias
 
 
 EntryClass = PhimoeForCausalLM

@@ -107,7 +107,7 @@ class StableLmDecoderLayer(LlamaDecoderLayer):
         if not self.use_parallel_residual:
             return super().forward(positions, hidden_states, forward_batch, residual)
         normed, residual = self.input_layernorm(hidden_states, residual)
-        return self.self_attn(positions, normed, forward_batch) + self.mlp(normed), residual
+        return self.self_attn(positions, normed, forward_batch) + self.feed(normed), residual
 
 
 class StableLmModel(LlamaModel):
