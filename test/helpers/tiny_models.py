@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 import transformers
+from plain_models import PLAIN_MODELS
 
 from rtp_llm.srt.worker.philox import exponential
 
@@ -283,15 +284,16 @@ _TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]] 
 
 
 def make_tiny(architecture: str, directory: str | Path, **overrides: Any) -> str:
-    """Writes a tiny random float32 checkpoint, tokenizer included, of any causal language model of transformers.
+    """Writes a tiny random float32 checkpoint, tokenizer included, of any causal language model of transformers or
+    of ``plain_models``.
 
     Each id stands for one character, so texts differ where ids do. ``overrides`` are fields of its configuration.
 
     Raises:
-        ValueError: transformers has no such class.
+        ValueError: there is no such class.
     """
     class_name, config_name = _OTHER_CLASSES.get(architecture, (architecture, None))
-    model_class = getattr(transformers, class_name, None)
+    model_class = PLAIN_MODELS.get(class_name) or getattr(transformers, class_name, None)
     if model_class is None or not issubclass(model_class, transformers.PreTrainedModel):
         raise ValueError(f"transformers {transformers.__version__} has no model class {architecture!r}")
     tokenizer = _character_tokenizer()
@@ -533,7 +535,8 @@ def _reference_model(model_dir: str) -> Any:
     config = json.loads(Path(model_dir, "config.json").read_text())
     # Falcon's eager code adds ALiBi's biases twice, to the mask and to the scores; its own default is sdpa.
     implementation = "sdpa" if config["model_type"] == "falcon" else "eager"
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    plain = PLAIN_MODELS.get(config["architectures"][0])
+    model = (plain or transformers.AutoModelForCausalLM).from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation=implementation
     )
     model.generation_config.eos_token_id = None

@@ -32,6 +32,9 @@ def rope(**parameters: Any) -> dict[str, Any]:
 
 
 YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0)
+LLAMA3 = rope(
+    rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 SIX_HEADS = dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3)
 CASES = (
     SlowCase("ernie4.5", "Ernie4_5ForCausalLM", SIX_HEADS | dict(use_bias=True, head_dim=14), PAGES),
@@ -63,6 +66,18 @@ CASES = (
         CHUNKS,
     ),
     SlowCase(
+        "apertus",
+        "ApertusForCausalLM",
+        SIX_HEADS | dict(head_dim=14, rms_norm_eps=1e-3, rope_parameters=rope(rope_theta=500.0)),
+        CHUNKS,
+    ),
+    SlowCase(
+        "apertus-bias-tied-relu2",
+        "ApertusForCausalLM",
+        dict(attention_bias=True, tie_word_embeddings=True, hidden_act="relu2", rope_parameters=LLAMA3),
+        PAGES,
+    ),
+    SlowCase(
         "internlm3",
         "InternLM3ForCausalLM",
         SIX_HEADS | dict(head_dim=14, rope_parameters=rope(rope_type="dynamic", factor=6.0)),
@@ -88,7 +103,7 @@ CASES = (
         CHUNKS,
     ),
 )
-QUICK = ("ernie4.5", "seed-oss", "hunyuan", "internlm3", "ministral3")
+QUICK = ("apertus", "ernie4.5", "seed-oss", "hunyuan", "internlm3", "ministral3")
 
 
 engine_of_case = engine_fixture(CASES)
