@@ -1,5 +1,4 @@
-"""InternLM3 (Shanghai AI Laboratory, 2025): Llama with one switch for the biases of queries, keys and values, and one
-for all others."""
+"""InternLM3 (Shanghai AI Laboratory, 2025): Llama with a switch for the biases of queries, keys and values alone."""
 
 from typing import TYPE_CHECKING
 

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 class InternLM2Config(PretrainedConfig):
     model_type = "internlm2"
-    use_cache = False
 
     def __init__(
         self,
@@ -164,6 +163,11 @@ class PlainForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.get_submodule(self.head_name)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids}  # all of them for each token
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutput:
         assert len(input_ids) == 1

@@ -128,7 +128,7 @@ CASES = (
         "llama4-two-experts-no-norm-tied-bias",
         "Llama4ForCausalLM",
         dict(use_qk_norm=False, attn_temperature_tuning=False, num_experts_per_tok=2, attention_bias=True)
-        | dict(tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 1], attention_chunk_size=None)
+        | dict(tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 1], attention_chunk_size=16)
         | dict(layer_types=[FULL] * 4),
         PAGES,
     ),
