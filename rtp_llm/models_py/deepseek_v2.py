@@ -9,6 +9,7 @@ from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from rtp_llm.srt.layers.mla import apply_by_head
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import FusedMoE, Routing, softmax_grouped_topk, softmax_topk
 from rtp_llm.srt.layers.norm import RMSNorm
@@ -141,11 +142,6 @@ class DeepseekV2Attention(nn.Module):
             low_rank, _ = self.q_a_proj(hidden_states)
             q, _ = self.q_b_proj(self.q_a_layernorm(low_rank))
         return q.unflatten(-1, (self.num_heads, self.qk_head_dim))
-
-
-def apply_by_head(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[T, heads, n] and one matrix per head [heads, n, m] -> [T, heads, m]."""
-    return torch.bmm(x.transpose(0, 1), weights).transpose(0, 1)
 
 
 def score_factor(config: "PretrainedConfig") -> float:

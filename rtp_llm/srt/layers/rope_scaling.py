@@ -56,10 +56,17 @@ class RopeSpec:
         return 1.0 / self.base**self.exponents
 
 
+_OTHER_NAMES = {
+    "su": "longrope",  # in the first checkpoints of Phi-3
+    "mrope": "default",  # in those of Qwen2-VL: M-RoPE is not a kind, it goes with any kind
+    "deepseek_yarn": "yarn",  # set by model files written for vLLM
+    "deepseek_llama_scaling": "yarn",
+}
+
+
 def rope_kind(scaling: dict[str, Any]) -> str:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    # Names in the first checkpoints of Phi-3 and of Qwen2-VL; M-RoPE is not a kind, it goes with any kind.
-    return {"su": "longrope", "mrope": "default"}.get(kind, kind)
+    return _OTHER_NAMES.get(kind, kind)
 
 
 def _default(spec: RopeSpec) -> Frequencies:
