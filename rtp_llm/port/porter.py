@@ -15,6 +15,7 @@ from rtp_llm.port.rules.leftovers import clean, comment_leftovers
 from rtp_llm.port.rules.logits import rewrite_logits
 from rtp_llm.port.rules.shell import remove_shell
 from rtp_llm.port.rules.threading import thread_batch
+from rtp_llm.port.rules.unused import remove_unused
 from rtp_llm.port.rules.weights import rewrite_weights
 from rtp_llm.port.source import SourceTree
 
@@ -22,6 +23,7 @@ from rtp_llm.port.source import SourceTree
 RULES = (
     remove_shell,
     fold,
+    remove_unused,
     rewrite_attention,
     rewrite_constructors,
     rewrite_layers,
@@ -29,6 +31,7 @@ RULES = (
     rewrite_logits,
     rewrite_weights,
     clean,
+    remove_unused,
     comment_leftovers,
 )
 

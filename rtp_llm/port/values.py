@@ -16,7 +16,6 @@ from rtp_llm.port.facts import (
     EMPTY,
     FACTORIES,
     NEGATIVE,
-    OBJECTS,
     PARAMETERS,
     PATHS,
     QUESTIONS,
@@ -26,6 +25,7 @@ from rtp_llm.port.facts import (
     Engine,
     Expression,
     Value,
+    is_part,
 )
 from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, family, methods, parameters, self_attribute
@@ -142,7 +142,7 @@ def evaluate(node: cst.BaseExpression, scope: Scope) -> Value | None:
 def truth(node: cst.BaseExpression, scope: Scope) -> bool | None:
     """Return whether a condition holds, as far as it follows from this engine; None if it does not."""
     value = evaluate(node, scope)
-    if isinstance(value, Engine) and value.path in OBJECTS:
+    if is_part(value):
         return True
     return bool(value.value) if isinstance(value, Const) and value.of_engine else None
 
@@ -179,7 +179,7 @@ def _attribute(node: cst.Attribute, scope: Scope) -> Value | None:
 
 def _step(base: Engine, step: str) -> Value:
     path = f"{base.path}.{step}"
-    if base.path in NEGATIVE or path in NEGATIVE:
+    if (base.path in NEGATIVE or path in NEGATIVE) and path not in PATHS:
         return Const(False) if step.startswith(QUESTIONS) and path not in NEGATIVE else Engine(path, base.owner)
     found = PATHS.get(path, Engine(path, base.owner))
     if isinstance(found, Engine):
@@ -212,9 +212,11 @@ def _method_call(node: cst.Call, func: cst.Attribute, scope: Scope) -> Value | N
 
 
 def _isinstance(node: cst.Call, scope: Scope) -> Value | None:
-    if len(node.args) == 2 and scope.program.is_engine(node.args[1].value, *_NEVER):
-        return Const(False)
-    return None
+    if len(node.args) != 2:
+        return None
+    kinds = node.args[1].value
+    classes = [element.value for element in kinds.elements] if isinstance(kinds, cst.Tuple) else [kinds]
+    return Const(False) if all(scope.program.is_engine(kind, *_NEVER) for kind in classes) else None
 
 
 def _len(node: cst.Call, scope: Scope) -> Value | None:

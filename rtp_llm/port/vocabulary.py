@@ -110,11 +110,16 @@ MISSING: dict[str, str] = {
     for name in names
 }  # fmt: skip
 
+# Contexts that only tell the other engine how to compile what is in them.
+CONTEXTS = frozenset({"set_model_tag"})
+
 # Names that rules fold away or rewrite; what is left of them is told.
 RULED = frozenset({
     "maybe_prefix", "PPMissingLayer", "IntermediateTensors", "VllmConfig", "CacheConfig", "ModelConfig",
     "ParallelConfig", "get_pp_group", "get_ep_group", "get_dp_group", "get_current_vllm_config", "init_logger",
-    "make_empty_intermediate_tensors_factory", "is_pp_missing_parameter", "spec_decode_needs_target_embed",
+    "make_empty_intermediate_tensors_factory", "is_pp_missing_parameter", "get_pp_missing_layer_names",
+    "spec_decode_needs_target_embed",
+    "cdiv", "round_up", "getattr_iter", "_ACTIVATION_REGISTRY", "maybe_remap_moe_expert_param_name",
     "get_current_vllm_config_or_none", "StageMissingLayer", "maybe_fused_act_quant",
 })  # fmt: skip
 

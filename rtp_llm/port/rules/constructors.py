@@ -4,9 +4,11 @@
 schedulers and options of the other engine go, and with them the arguments at every call.
 """
 
+from collections.abc import Sequence
+
 import libcst as cst
 
-from rtp_llm.port.facts import Const, Engine, is_part
+from rtp_llm.port.facts import FACTORIES, Const, Engine, is_part
 from rtp_llm.port.program import Program, code, lineage, methods, parameters, self_attribute
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.rules.fold import tidied
@@ -31,10 +33,7 @@ class RewriteConstructors(Rule):
     def _parameters(self, old: cst.Parameters, new: cst.Parameters, engine: set[str]) -> cst.Parameters:
         has_root = any(engine_parameter(param, self.program) == ROOT for param in (*old.params, *old.kwonly_params))
         if not has_root:
-            return new.with_changes(
-                params=[param for param in new.params if param.name.value not in engine],
-                kwonly_params=[param for param in new.kwonly_params if param.name.value not in engine],
-            )
+            return new.with_changes(params=_kept(new.params, engine), kwonly_params=_kept(new.kwonly_params, engine))
         merged: list[cst.Param] = []
         given = {param.name.value: param for param in (*new.params, *new.kwonly_params)}
         for param in (*old.params, *old.kwonly_params):
@@ -66,6 +65,8 @@ class RewriteConstructors(Rule):
         if isinstance(found, Engine) and not is_part(found):
             self.review(f"{found.path} is a setting of the other engine: give its value, or remove what needs it")
         noted = super().leave_SimpleStatementLine(original_node, updated_node)
+        if isinstance(small, cst.Assign) and self_attribute(small.targets[0].target) in FACTORIES:
+            return cst.RemoveFromParent()
         if not is_part(found) or len(original_node.body) != 1:
             return noted
         self.count("statements without effect removed")
@@ -140,6 +141,15 @@ class RewriteConstructors(Rule):
             if method in methods(node):
                 return [param for param in methods(node)[method].params.params if param.name.value != "self"]
         return []
+
+
+def _kept(params: Sequence[cst.Param], dropped: set[str]) -> list[cst.Param]:
+    """The others; the last one ends the line as the last one did."""
+    kept = [param for param in params if param.name.value not in dropped]
+    if kept and len(kept) < len(params):
+        last = params[-1]
+        kept[-1] = kept[-1].with_changes(comma=last.comma, whitespace_after_param=last.whitespace_after_param)
+    return kept
 
 
 def _with_valid_defaults(params: list[cst.Param]) -> list[cst.Param]:

@@ -165,12 +165,12 @@ class FoldFacts(Rule):
         self.count("branches that cannot be taken removed")
         is_elif = id(original_node) in self.elifs
         if test:
-            return cst.Else(body=noted.body) if is_elif else _opened(noted.body, noted.leading_lines)
+            return cst.Else(body=noted.body) if is_elif else opened(noted.body, noted.leading_lines)
         if noted.orelse is None:
             return cst.RemoveFromParent()
         if is_elif or isinstance(noted.orelse, cst.If):
             return noted.orelse.with_changes(leading_lines=noted.leading_lines)
-        return _opened(noted.orelse.body, noted.leading_lines)
+        return opened(noted.orelse.body, noted.leading_lines)
 
     def leave_SimpleStatementLine(  # type: ignore[no-untyped-def]
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
@@ -219,7 +219,7 @@ def tidied(block: cst.IndentedBlock) -> cst.IndentedBlock:
     return block.with_changes(body=body or [cst.parse_statement("pass")])
 
 
-def _opened(body: cst.BaseSuite, leading_lines: Sequence[cst.EmptyLine]):  # type: ignore[no-untyped-def]
+def opened(body: cst.BaseSuite, leading_lines: Sequence[cst.EmptyLine]):  # type: ignore[no-untyped-def]
     """The statements of a block, without it; the comments above it stay with the first of them."""
     if isinstance(body, cst.SimpleStatementSuite):
         return cst.SimpleStatementLine(body=body.body, leading_lines=leading_lines)

@@ -18,6 +18,12 @@ from rtp_llm.port.source import Origin
 
 # Helpers that give back their first argument here.
 _IDENTITIES = frozenset({"maybe_remap_moe_expert_param_name"})
+# Helpers of one line, as an expression of their two arguments.
+_WRITTEN_OUT = {
+    "cdiv": "-(-({}) // ({}))",
+    "round_up": "-(-({0}) // ({1})) * ({1})",
+    "getattr_iter": "next((getattr({0}, name) for name in {1} if hasattr({0}, name)), None)",
+}
 _ADD_PREFIX = Origin("vllm", "add_prefix")
 _NORMALISED = frozenset(SIGNATURES) - {
     "Attention",
@@ -47,6 +53,10 @@ class RewriteLayers(Rule):
             return self._add_prefix(part, prefix)
         if name == "maybe_fused_act_quant" and len(updated_node.args) >= 2:
             return cst.Call(updated_node.args[0].value, [cst.Arg(updated_node.args[1].value)])
+        if name in _WRITTEN_OUT and len(updated_node.args) == 2:
+            self.count("small helpers written out")
+            first, second = (code(arg.value) for arg in updated_node.args)
+            return cst.parse_expression(_WRITTEN_OUT[name].format(first, second))
         if name in _IDENTITIES and updated_node.args:
             return updated_node.args[0].value
         if name == "GeluAndMul" and not updated_node.args:
@@ -130,6 +140,9 @@ class RewriteLayers(Rule):
 
     def leave_Subscript(self, original_node: cst.Subscript, updated_node: cst.Subscript) -> cst.BaseExpression:
         index = updated_node.slice[0].slice if len(updated_node.slice) == 1 else None
+        if isinstance(index, cst.Index) and self.program.is_engine(updated_node.value, "_ACTIVATION_REGISTRY"):
+            self.program.engine_names.setdefault("get_act_fn", Origin("vllm", "get_act_fn"))
+            return cst.Call(cst.Name("get_act_fn"), [cst.Arg(index.value)])
         if not isinstance(index, cst.Slice) or index.upper is None or self_attribute(index.upper) != "end_layer":
             return updated_node
         return updated_node.value if index.lower is None or code(index.lower) == "0" else updated_node

@@ -42,6 +42,10 @@ class CleanAnnotations(Rule):
 class RemoveUnused(Rule):
     """One pass; local names that are assigned and never read go, and conditions around nothing."""
 
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._read: dict[int, set[str]] = {}  # of functions, by identity
+
     def leave_SimpleStatementLine(  # type: ignore[no-untyped-def]
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ):
@@ -57,12 +61,26 @@ class RemoveUnused(Rule):
             return cst.RemoveFromParent()
         return noted
 
+    def leave_FunctionDef(
+        self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
+    ) -> cst.FunctionDef | cst.RemovalSentinel:
+        noted = super().leave_FunctionDef(original_node, updated_node)
+        if self.function_stack and original_node.name.value not in self._read_in(self.function_stack[0]):
+            self.count("unused bindings removed")
+            return cst.RemoveFromParent()
+        return noted
+
     def _is_unused(self, node: cst.BaseExpression, value: cst.BaseExpression) -> bool:
         if isinstance(node, cst.Name):
-            return node.value not in _read_names(self.function_stack[0])
+            return node.value not in self._read_in(self.function_stack[0])
         attribute = self_attribute(node)
         is_constant = code(value) in ("True", "False", "None", "0", "1", "[]")
         return bool(attribute) and is_constant and attribute not in self._read_attributes
+
+    def _read_in(self, function: cst.FunctionDef) -> set[str]:
+        if id(function) not in self._read:
+            self._read[id(function)] = _read_names(function)
+        return self._read[id(function)]
 
     @property
     def _read_attributes(self) -> set[str]:
@@ -114,6 +132,11 @@ class _ReadNames(Visitor):
 
     def visit_AssignTarget(self, node: cst.AssignTarget) -> bool:
         return not isinstance(node.target, cst.Name)
+
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
+        for part in (node.params, node.body, *node.decorators):
+            part.visit(self)
+        return False
 
     def visit_AnnAssign(self, node: cst.AnnAssign) -> bool:
         if isinstance(node.target, cst.Name) and node.value is not None:

@@ -5,10 +5,10 @@ from libcst import matchers as m
 
 from rtp_llm.port.program import Program, code, methods
 from rtp_llm.port.rules.base import Rule
-from rtp_llm.port.rules.fold import tidied
+from rtp_llm.port.rules.fold import opened, tidied
 from rtp_llm.port.source import Origin
 from rtp_llm.port.visiting import Transformer
-from rtp_llm.port.vocabulary import DECORATORS, DEVICE_OPS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS
+from rtp_llm.port.vocabulary import CONTEXTS, DECORATORS, DEVICE_OPS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS, target
 
 
 class RemoveShell(Rule):
@@ -17,6 +17,7 @@ class RemoveShell(Rule):
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.BaseStatement:
         if any(self.program.is_engine(arg.value, *DEVICE_OPS) for arg in original_node.bases):
             updated_node = self._plain_module(updated_node)
+        updated_node = self._with_known_bases(updated_node)
         bases = [arg for arg in updated_node.bases if self.program.engine_name(arg.value) not in MARKERS]
         if len(bases) != len(updated_node.bases):
             self.count("engine's mixins removed")
@@ -31,6 +32,22 @@ class RemoveShell(Rule):
                 decorators=decorators, leading_lines=lines, lines_after_decorators=[]
             )
         return super().leave_ClassDef(original_node, updated_node)
+
+    def _with_known_bases(self, node: cst.ClassDef) -> cst.ClassDef:
+        """A class of a base that nothing stands for can at least be defined; it is told that it cannot be used."""
+        unknown = [name for arg in node.bases if (name := self._unknown(arg.value))]
+        if not unknown:
+            return node
+        self.review(f"not portable: {node.name.value} is a {unknown[0]}, which has no equivalent here")
+        known = [arg for arg in node.bases if not self._unknown(arg.value)]
+        if not known:
+            self.program.imports.setdefault("nn", Origin("torch", "nn"))
+            known = [cst.Arg(cst.parse_expression("nn.Module"))]
+        return node.with_changes(bases=known)
+
+    def _unknown(self, node: cst.BaseExpression) -> str:
+        name = self.program.engine_name(node)
+        return name if name and name not in MARKERS and target(name) is None else ""
 
     def _plain_module(self, node: cst.ClassDef) -> cst.ClassDef:
         """A module with a method for each device keeps ``forward_native``, which becomes ``forward``."""
@@ -49,6 +66,20 @@ class RemoveShell(Rule):
         node = node.with_changes(bases=bases, body=node.body.with_changes(body=statements))
         return cst.ensure_type(node.visit(_NativeForward()), cst.ClassDef)
 
+    def leave_With(self, original_node: cst.With, updated_node: cst.With):  # type: ignore[no-untyped-def]
+        items = [item.item for item in original_node.items]
+        if not all(isinstance(item, cst.Call) and self.program.is_engine(item.func, *CONTEXTS) for item in items):
+            return updated_node
+        self.count("contexts of the other engine removed")
+        return opened(updated_node.body, updated_node.leading_lines)
+
+    def _is_kernels(self, decorator: cst.Decorator) -> bool:
+        """``@triton.jit`` and the like: what is below cannot be defined without the compiler."""
+        node: cst.BaseExpression = decorator.decorator
+        while isinstance(node, cst.Call | cst.Attribute):
+            node = node.func if isinstance(node, cst.Call) else node.value
+        return self.program.is_engine(node, "triton") or code(node) == "triton"
+
     def _is_engines(self, decorator: cst.Decorator) -> bool:
         node = decorator.decorator
         if isinstance(node, cst.Call):
@@ -66,6 +97,10 @@ class RemoveShell(Rule):
     def leave_FunctionDef(
         self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
     ) -> cst.FunctionDef | cst.RemovalSentinel:
+        if any(self._is_kernels(decorator) for decorator in updated_node.decorators):
+            super().leave_FunctionDef(original_node, updated_node)
+            self.count("kernels of the other engine left out")
+            return cst.RemoveFromParent()
         decorators = [decorator for decorator in updated_node.decorators if not self._is_engines(decorator)]
         if len(decorators) != len(updated_node.decorators):
             self.count("engine's decorators removed")

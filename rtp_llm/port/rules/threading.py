@@ -52,6 +52,7 @@ class Reach:
         self.classes = self._reaching()
         self.attributes = {name: self._reaching_attributes(name) for name in self.all}
         self.needs: set[Method] = set()
+        self._calls: dict[int, tuple[list[cst.Call], set[str]]] = {}  # of functions: their calls, and loop_names
         self._find_needs()
 
     def _reaching(self) -> set[str]:
@@ -129,12 +130,11 @@ class Reach:
             self.needs |= {(other, method) for other in family(owner, self.all) if method in methods(self.all[other])}
 
     def _calls_attention(self, owner: str, node: cst.FunctionDef) -> bool:
-        loops = self.loop_names(owner, node)
-        return any(
-            self.takes_batch(call, owner, loops)
-            for call in m.findall(node.body, m.Call())
-            if isinstance(call, cst.Call)
-        )
+        if id(node) not in self._calls:
+            calls = [call for call in m.findall(node.body, m.Call()) if isinstance(call, cst.Call)]
+            self._calls[id(node)] = calls, self.loop_names(owner, node)
+        calls, loops = self._calls[id(node)]
+        return any(self.takes_batch(call, owner, loops) for call in calls)
 
     def loop_names(self, owner: str, node: cst.FunctionDef) -> set[str]:
         """Local names that hold a module which reaches attention: of a loop over such modules, or assigned."""
