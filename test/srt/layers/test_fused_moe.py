@@ -19,6 +19,8 @@ from rtp_llm.srt.layers.fused_moe import (
 )
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from rtp_llm.srt.layers.moe import Routing
+from rtp_llm.srt.layers.quantization.base import QuantizedModel
+from rtp_llm.srt.layers.quantization.registry import quantization_config
 from rtp_llm.srt.layers.routing import TopK
 from rtp_llm.srt.models.weight_loading import load_weights_declaratively
 
@@ -36,9 +38,9 @@ def expert_weights(names: tuple[str, ...] = NAMES) -> dict[str, torch.Tensor]:
 
 
 class Block(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, sizes: tuple[int, int] = (HIDDEN, SIZE), **options: Any) -> None:
         super().__init__()
-        self.experts = FusedMoEFactory(EXPERTS, TOP_K, HIDDEN, SIZE, prefix="experts", **options)
+        self.experts = FusedMoEFactory(EXPERTS, TOP_K, *sizes, prefix="experts", **options)
 
 
 def loaded(weights: dict[str, torch.Tensor], **options: Any) -> Any:
@@ -147,6 +149,32 @@ def test_experts_without_gates() -> None:
     experts = loaded(weights, activation=name, ckpt_names=(*names, None))
     rule = TopK(TOP_K, renormalize=True)
     close(experts(x, logits), routed(weights, x, rule(logits), lambda x: F.relu(x).square(), names))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_quantized(scheme: str, is_gated: bool) -> None:
+    """Sizes that fill groups; numbers that four bits still tell well enough."""
+    hidden, size = 128, 64
+    names = NAMES if is_gated else ("up_proj", "down_proj")
+    weights = {
+        f"experts.{expert}.{name}.weight": torch.randn((hidden, size) if name == "down_proj" else (size, hidden)) / 8
+        for expert in range(EXPERTS)
+        for name in names
+    }
+    x, logits = torch.randn(20, hidden), torch.randn(20, EXPERTS)
+    outputs = []
+    for quant_config in (None, quantization_config(scheme, QuantizedModel())):
+        block = Block(
+            sizes=(hidden, size),
+            quant_config=quant_config,
+            activation="silu" if is_gated else "relu2_no_mul",
+            ckpt_names=NAMES if is_gated else (*names, None),
+        )
+        load_weights_declaratively(block, weights.items())
+        outputs.append(block.experts(x, logits))
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert 1e-4 < float(error) < (0.03 if scheme == "int8" else 0.25)
 
 
 class Shared(nn.Module):

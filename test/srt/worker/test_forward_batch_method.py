@@ -11,6 +11,7 @@ from torch import nn
 
 from rtp_llm import Engine, ModelRegistry
 from rtp_llm.models_py.llama import LlamaForCausalLM
+from rtp_llm.srt.layers.auto_weights import AutoWeightsLoader, WeightsMapper
 from rtp_llm.srt.layers.weights import default_weight_loader
 from rtp_llm.srt.managers.engine_client import EngineStopped
 from rtp_llm.srt.models.building import ModelBuildError
@@ -83,6 +84,16 @@ def test_load_weights_as_vllm_writes_it(generate: Any, expected: Reference, retu
                     getattr(params[name], "weight_loader", default_weight_loader)(params[name], tensor)
                 loaded.add(name)
             return loaded if returns_names else None
+
+    assert_right(generate(OwnLoader), expected)
+
+
+def test_load_weights_by_a_mapper(generate: Any, expected: Reference) -> None:
+    class OwnLoader(LlamaForCausalLM):
+        def load_weights(self, weights):
+            stacked = {f".{x}_proj": (".qkv_proj", x) for x in "qkv"}
+            stacked |= {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
+            return AutoWeightsLoader(self).load_weights(weights, mapper=WeightsMapper(orig_to_new_stacked=stacked))
 
     assert_right(generate(OwnLoader), expected)
 
