@@ -153,6 +153,7 @@ PATHS: dict[str, Value] = {
     "vllm_config.parallel_config.enable_expert_parallel": _OFF,
     "vllm_config.parallel_config.use_sequence_parallel_moe": _OFF,
     "vllm_config.parallel_config.enable_dbo": _OFF,
+    "vllm_config.parallel_config.dcp_q_replicate": _OFF,
     "vllm_config.parallel_config.eplb_config.num_redundant_experts": Const(0),
     "vllm_config.parallel_config.pipeline_parallel_size": Const(1),
     "vllm_config.parallel_config.data_parallel_size": Const(1),
@@ -164,7 +165,15 @@ PATHS: dict[str, Value] = {
 # Objects of which every question, by how its name begins, has the answer no: of devices and of compilation.
 QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config")
 NEGATIVE = frozenset(
-    {"current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops", "HpcRopeNorm"}
+    {
+        "current_platform",
+        "vllm_config.compilation_config",
+        "rocm_aiter_ops",
+        "_aiter_ops",
+        "HpcRopeNorm",
+        "vllm.envs",
+        "envs",
+    }
 )
 
 # Objects that are there whenever they are asked for.

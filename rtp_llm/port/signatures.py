@@ -40,6 +40,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "get_rope": (
         "head_size", "max_position", "is_neox_style", "rope_parameters", "dtype", "dual_chunk_attention_config",
     ),
+    "MultiHeadLatentAttentionWrapper": (
+        "hidden_size", "num_heads", "scale", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
+        "kv_lora_rank", "mla_modules", "quant_config", "prefix",
+    ),  # after cache_config has gone
     "make_layers": ("num_hidden_layers", "layer_fn", "prefix"),
 }  # fmt: skip
 
@@ -55,5 +59,9 @@ DROPPED: dict[str, frozenset[str]] = {
     }),
     "VocabParallelEmbedding": frozenset({"padding_size"}),
     "ParallelLMHead": frozenset({"padding_size"}),
+    "MLAModules": frozenset({"indexer_rotary_emb", "topk_indices_buffer", "index_group_builder"}),
+    "MultiHeadLatentAttentionWrapper": frozenset({
+        "skip_topk", "non_causal_multi_token_decode", "allow_short_prefill_indexer_scoring_skip", "fuse_qkv_rmsnorm",
+    }),
     "GateLinear": frozenset({"force_fp32_compute"}),
 }  # fmt: skip

@@ -237,6 +237,11 @@ def _getattr(node: cst.Call, scope: Scope) -> Value | None:
     return found
 
 
+def _bool(node: cst.Call, scope: Scope) -> Value | None:
+    value = evaluate(node.args[0].value, scope) if len(node.args) == 1 else None
+    return Const(bool(value.value), value.of_engine) if isinstance(value, Const) else None
+
+
 def _hasattr(node: cst.Call, scope: Scope) -> Value | None:
     found = _getattr(node, scope)
     if found is None:
@@ -251,7 +256,7 @@ _BUILTINS = {
     "isinstance": _isinstance,
     "len": _len,
     "getattr": _getattr,
-    "bool": lambda node, scope: None,
+    "bool": _bool,
 }
 
 

@@ -16,7 +16,8 @@ SAME: dict[str, str] = {
             "FastGELU", "QuickGELU", "SwigluOAIAndMul", "SiluAndMulWithClamp", "XIELU", "MulAndSilu",
             "FatreluAndMul", "SwigluStepAndMul", "GeluAndMulSparse",
         ),
-        f"{LAYERS}.layernorm": ("RMSNorm", "GemmaRMSNorm", "LayerNorm", "RMSNormGated"),
+        f"{LAYERS}.layernorm": ("RMSNorm", "GemmaRMSNorm", "LayerNorm", "RMSNormGated", "MiniMaxText01RMSNormTP"),
+        f"{LAYERS}.mla": ("MLAModules", "MultiHeadLatentAttentionWrapper"),
         f"{LAYERS}.linear": (
             "ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "ReplicatedLinear",
             "RowParallelLinear", "GateLinear",
@@ -94,8 +95,8 @@ MISSING: dict[str, str] = {
             "MiniMaxText01LinearAttention", "causal_conv1d_fn", "causal_conv1d_update", "BailingMoELinearAttention",
             "Mamba2Metadata", "mamba_mixer2",
         ),
-        "latent attention (write it anew with a latent RadixAttention, as in deepseek_v2.py)": (
-            "MLAModules", "MultiHeadLatentAttentionWrapper", "MLAAttention", "DeepseekV2MLAAttention",
+        "latent attention without its wrapper (write it anew with a latent RadixAttention, as in deepseek_v2.py)": (
+            "MLAAttention",
         ),
         "attention that is not causal": (
             "EncoderOnlyAttention", "CrossAttention", "MMEncoderAttention", "ChunkedLocalAttention",

@@ -288,6 +288,6 @@ def test_logits_changed_after_they_are_computed_are_told(ported: Porter):
 
 
 def test_types_of_the_other_engine_leave_annotations(ported: Porter):
-    methods = "    def extra_repr(self, x: torch.Tensor | VllmConfig, y: CacheThing) -> VllmConfig | None: ..."
-    text = ported(model(methods=methods, before="from vllm.things import CacheThing")).text
+    methods = "    def extra_repr(self, x: torch.Tensor | OtherThing, y: CacheThing) -> OtherThing | None: ..."
+    text = ported(model(methods=methods, before="from vllm.things import CacheThing, OtherThing")).text
     assert "def extra_repr(self, x: torch.Tensor, y: object) -> None: ..." in text
