@@ -52,6 +52,8 @@ PARAMETERS: dict[str, Value] = {
     "compilation_config": Engine("vllm_config.compilation_config"),
     "speculative_config": Const(None),
     "lora_config": Const(None),
+    "pp_proxy_tensors": Const(None),
+    "get_embedding": Const(False),
     "enable_eplb": Const(False),
     "num_redundant_experts": Const(0),
 }
@@ -83,6 +85,12 @@ CALLS: dict[str, Value] = {
     "get_pp_missing_layer_names": Const(EMPTY),
     "make_empty_intermediate_tensors_factory": Engine("intermediate_tensors_factory"),
     "init_logger": Expression("logging.getLogger(__name__)"),
+    "get_global_server_args": Engine("server_args"),
+    "is_cuda": Const(False),
+    "is_hip": Const(False),
+    "is_npu": Const(False),
+    "is_xpu": Const(False),
+    "is_dp_attention_enabled": Const(False),
     "has_flashinfer": Const(False),
     "resolve_layer_fused_shared_expert": Const(False),
     "is_model_fused_shared_expert_compatible": Const(False),
@@ -103,6 +111,7 @@ ATTRIBUTES: dict[str, Value] = {
     "make_empty_intermediate_tensors": Engine("intermediate_tensors_factory"),
     "start_layer": Const(0),
     "do_not_compile": Const(True),
+    "layers_to_capture": Const(EMPTY),
 }
 
 # Attributes of any module that only serve the passing between stages.
@@ -162,19 +171,12 @@ PATHS: dict[str, Value] = {
     "vllm_config.parallel_config.tensor_parallel_size": Expression("get_tensor_model_parallel_world_size()"),
     "vllm_config.scheduler_config.enable_chunked_prefill": Const(True),
 }
-# Objects of which every question, by how its name begins, has the answer no: of devices and of compilation.
-QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config")
-NEGATIVE = frozenset(
-    {
-        "current_platform",
-        "vllm_config.compilation_config",
-        "rocm_aiter_ops",
-        "_aiter_ops",
-        "HpcRopeNorm",
-        "vllm.envs",
-        "envs",
-    }
-)
+# Objects of which every question, by how its name begins, has the answer no: about devices, compilation and switches.
+QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config", "enable_")
+NEGATIVE = frozenset({
+    "current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops", "HpcRopeNorm", "vllm.envs",
+    "envs", "server_args",
+})  # fmt: skip
 
 # Objects that are there whenever they are asked for.
 OBJECTS = frozenset({

@@ -43,7 +43,7 @@ def gather(tree: SourceTree, architecture: str | None = None) -> Program:
 
 
 def _entries(tree: SourceTree, architecture: str | None) -> list[tuple[str, str]]:
-    known = registered(tree)
+    known = registered(tree) or _declared(tree.root)
     if architecture is None:
         entries = [pair for pair in known if pair[1] in {**tree.root.definitions, **tree.root.imports}] or [
             (name, name) for name in _generating(tree.root)
@@ -61,6 +61,13 @@ def _entries(tree: SourceTree, architecture: str | None) -> list[tuple[str, str]
         have = sorted({pair[0] for pair in known} | {name for name in _generating(tree.root)})
         raise PortError(f"{tree.root.path} has no architecture {architecture}; have {have}")
     return entries
+
+
+def _declared(file: SourceFile) -> list[tuple[str, str]]:
+    """SGLang's ``EntryClass``: one class, or a list of them; each is its architecture."""
+    positions = file.definitions.get("EntryClass", [])
+    names = {name for position in positions for name in names_in(file.tree.body[position])} - {"EntryClass"}
+    return [(name, name) for name in file.definitions if name in names]
 
 
 def registered(tree: SourceTree) -> list[tuple[str, str]]:

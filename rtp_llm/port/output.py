@@ -37,7 +37,7 @@ def _our_imports(program: Program, module: cst.Module) -> tuple[cst.Module, dict
     renames: dict[str, str] = {}
     imports: dict[str, Origin] = {}
     for local in program.engine_names:
-        found = target(program.engine_name(cst.Name(local))) if local in used else None
+        found = target(program.engine_name(cst.Name(local)), program.engine) if local in used else None
         if found is None:
             continue
         home, name = found

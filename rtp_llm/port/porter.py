@@ -13,6 +13,7 @@ from rtp_llm.port.rules.fold import fold
 from rtp_llm.port.rules.layers import rewrite_layers
 from rtp_llm.port.rules.leftovers import clean, comment_leftovers
 from rtp_llm.port.rules.logits import rewrite_logits
+from rtp_llm.port.rules.sglang import rewrite_sglang
 from rtp_llm.port.rules.shell import remove_shell
 from rtp_llm.port.rules.threading import thread_batch
 from rtp_llm.port.rules.unused import remove_unused
@@ -20,20 +21,33 @@ from rtp_llm.port.rules.weights import rewrite_weights
 from rtp_llm.port.source import SourceTree
 
 # In this order: what a rule reads, the earlier ones have left in place.
-RULES = (
-    remove_shell,
-    fold,
-    remove_unused,
-    rewrite_attention,
-    rewrite_constructors,
-    rewrite_layers,
-    thread_batch,
-    rewrite_logits,
-    rewrite_weights,
-    clean,
-    remove_unused,
-    comment_leftovers,
-)
+RULES = {
+    "vllm": (
+        remove_shell,
+        fold,
+        remove_unused,
+        rewrite_attention,
+        rewrite_constructors,
+        rewrite_layers,
+        thread_batch,
+        rewrite_logits,
+        rewrite_weights,
+        clean,
+        remove_unused,
+        comment_leftovers,
+    ),
+    "sglang": (
+        remove_shell,
+        fold,
+        remove_unused,
+        rewrite_constructors,
+        rewrite_layers,
+        rewrite_sglang,
+        clean,
+        remove_unused,
+        comment_leftovers,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ def port(path: Path, architecture: str | None = None, engine: str | None = None)
 
 
 def _ported(program: Program) -> Ported:
-    for rule in RULES:
+    for rule in RULES[program.engine]:
         rule(program)
     text = text_of(program)
     return Ported(text, Report.of(program, text))

@@ -50,6 +50,15 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 # How many leading arguments stay positional when a call is written with keywords.
 POSITIONAL = 2
 
+DROPPED_OF_SGLANG: dict[str, frozenset[str]] = {
+    "VocabParallelEmbedding": frozenset({"use_attn_tp_group", "enable_tp", "use_presharded_weights"}),
+    "ParallelLMHead": frozenset({"use_attn_tp_group", "use_presharded_weights"}),
+    "RowParallelLinear": frozenset({"tp_rank", "tp_size", "use_presharded_weights"}),
+    "ColumnParallelLinear": frozenset({"tp_rank", "tp_size", "use_presharded_weights"}),
+    "MergedColumnParallelLinear": frozenset({"tp_rank", "tp_size", "use_presharded_weights"}),
+    "QKVParallelLinear": frozenset({"tp_rank", "tp_size"}),
+}
+
 # Options that only steer the other engine: they go.
 DROPPED: dict[str, frozenset[str]] = {
     "FusedMoEFactory": frozenset({

@@ -242,7 +242,15 @@ def _bool(node: cst.Call, scope: Scope) -> Value | None:
     return Const(bool(value.value), value.of_engine) if isinstance(value, Const) else None
 
 
+def _subscript(node: cst.Subscript, scope: Scope) -> Value | None:
+    """Switches of the server are off."""
+    return Const(False) if scope.program.is_engine(node.value, "global_server_args_dict") else None
+
+
 def _hasattr(node: cst.Call, scope: Scope) -> Value | None:
+    name = node.args[1].value if len(node.args) == 2 else None
+    if isinstance(name, cst.SimpleString) and name.evaluated_value in ("start_layer", "end_layer"):
+        return Const(False)
     found = _getattr(node, scope)
     if found is None:
         return None
@@ -338,6 +346,7 @@ _HANDLERS: dict[type, Any] = {
     cst.Dict: _container,
     cst.Attribute: _attribute,
     cst.Call: _call,
+    cst.Subscript: _subscript,
     cst.UnaryOperation: _not,
     cst.BooleanOperation: _boolean,
     cst.IfExp: _conditional,

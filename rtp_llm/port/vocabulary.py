@@ -112,7 +112,7 @@ MISSING: dict[str, str] = {
 }  # fmt: skip
 
 # Contexts that only tell the other engine how to compile what is in them.
-CONTEXTS = frozenset({"set_model_tag"})
+CONTEXTS = frozenset({"set_model_tag", "get_global_expert_distribution_recorder"})
 
 # Names that rules fold away or rewrite; what is left of them is told.
 RULED = frozenset({
@@ -131,7 +131,17 @@ def is_known(name: str) -> bool:
     return any(name in names for names in known)
 
 
-def target(name: str) -> tuple[str, str] | None:
+# SGLang's names of another call than vLLM's -> their module here.
+OF_SGLANG: dict[str, str] = {
+    "get_rope": f"{LAYERS}.rotary",
+    "ForwardBatch": "rtp_llm.srt.forward_batch",
+    "LogitsProcessorOutput": f"{LAYERS}.logits_processor",
+}
+
+
+def target(name: str, engine: str = "vllm") -> tuple[str, str] | None:
     """Return (module, name) of what stands for a name of the other engine; None if there is nothing."""
+    if engine == "sglang" and name in OF_SGLANG:
+        return OF_SGLANG[name], name
     ours = RENAMED.get(name, name)
     return (SAME[ours], ours) if ours in SAME else None

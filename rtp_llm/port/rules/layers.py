@@ -13,7 +13,7 @@ from libcst import matchers as m
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule, with_args
 from rtp_llm.port.rules.calls import NamedCall
-from rtp_llm.port.signatures import DROPPED, SIGNATURES
+from rtp_llm.port.signatures import DROPPED, DROPPED_OF_SGLANG, SIGNATURES
 from rtp_llm.port.source import Origin
 
 # Helpers that give back their first argument here.
@@ -24,6 +24,7 @@ _WRITTEN_OUT = {
     "round_up": "-(-({0}) // ({1})) * ({1})",
     "getattr_iter": "next((getattr({0}, name) for name in {1} if hasattr({0}, name)), None)",
 }
+_STAGES = ("pp_rank", "pp_size", "return_tuple")
 _ADD_PREFIX = Origin("vllm", "add_prefix")
 _NORMALISED = frozenset(SIGNATURES) - {
     "Attention",
@@ -42,10 +43,14 @@ class RewriteLayers(Rule):
         if not is_call or not isinstance(target, cst.Tuple) or len(target.elements) != 3:
             return updated_node
         self.count("make_layers' tuple made a list")
-        return updated_node.with_changes(targets=[_target(target.elements[2].value)])
+        place = 2 if self.program.engine == "vllm" else 0  # the layers stand last there, and first in SGLang
+        return updated_node.with_changes(targets=[_target(target.elements[place].value)])
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
         name = self.program.engine_name(original_node.func)
+        if name == "make_layers" and self.program.engine == "sglang":
+            kept = [arg for arg in updated_node.args if not (arg.keyword and arg.keyword.value in _STAGES)]
+            return with_args(updated_node, kept)
         if name == "make_layers":
             return self._make_layers(updated_node)
         if name == "maybe_prefix" and len(updated_node.args) == 2:
@@ -59,14 +64,30 @@ class RewriteLayers(Rule):
             return cst.parse_expression(_WRITTEN_OUT[name].format(first, second))
         if name in _IDENTITIES and updated_node.args:
             return updated_node.args[0].value
-        if name == "GeluAndMul" and not updated_node.args:
+        if name == "GeluAndMul" and self.program.engine == "vllm" and not updated_node.args:
             self.count("GeluAndMul's default named")
             return updated_node.with_changes(args=[cst.Arg(cst.SimpleString('"none"'))])
-        if name in DROPPED or name in _NORMALISED:
+        if self.program.engine == "sglang" and name in DROPPED_OF_SGLANG:
+            dropped = DROPPED_OF_SGLANG[name]
+            kept = [arg for arg in updated_node.args if not (arg.keyword and arg.keyword.value in dropped)]
+            return updated_node if len(kept) == len(updated_node.args) else with_args(updated_node, kept)
+        if self.program.engine == "vllm" and (name in DROPPED or name in _NORMALISED):
             return self._options(name, updated_node)
+        if self._rotates_queries_only(updated_node):
+            args = [*updated_node.args[:2], updated_node.args[2].with_changes(value=updated_node.args[1].value)]
+            return updated_node.with_changes(args=args)
         if isinstance(original_node.func, cst.Name):
             return self._slices(original_node.func.value, updated_node)
         return updated_node
+
+    def _rotates_queries_only(self, call: cst.Call) -> bool:
+        """``self.rotary_emb(positions, q, None)``, where no keys are to be rotated: here they are the queries again."""
+        if len(call.args) != 3 or code(call.args[2].value) != "None":
+            return False
+        values = self.scope.attributes.assigned.get(self_attribute(call.func), [])
+        return any(
+            isinstance(value, cst.Call) and self.program.is_engine(value.func, "get_rope") for value, _ in values
+        )
 
     def _make_layers(self, call: cst.Call) -> cst.Call:
         named = NamedCall.of(call, "make_layers")

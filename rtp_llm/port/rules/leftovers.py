@@ -24,7 +24,7 @@ class CleanAnnotations(Rule):
         return any(name in self.program.engine_names and not self._target(name) for name in names_in(node))
 
     def _target(self, name: str) -> object:
-        return target(self.program.engine_name(cst.Name(name)))
+        return target(self.program.engine_name(cst.Name(name)), self.program.engine)
 
     def leave_Annotation(self, original_node: cst.Annotation, updated_node: cst.Annotation) -> cst.Annotation:
         return updated_node.with_changes(annotation=self._cleaned(updated_node.annotation))
@@ -53,7 +53,9 @@ class RemoveUnused(Rule):
         if not self.function_stack or len(original_node.body) != 1:
             return noted
         small = original_node.body[0]
-        if not isinstance(small, cst.Assign | cst.AnnAssign) or small.value is None or not _is_pure(small.value):
+        if not isinstance(small, cst.Assign | cst.AnnAssign) or small.value is None:
+            return noted
+        if not _is_pure(small.value) and not self._is_foreign_call(small.value):
             return noted
         targets = [small.target] if isinstance(small, cst.AnnAssign) else [part.target for part in small.targets]
         if len(targets) == 1 and self._is_unused(targets[0], small.value):
@@ -74,8 +76,13 @@ class RemoveUnused(Rule):
         if isinstance(node, cst.Name):
             return node.value not in self._read_in(self.function_stack[0])
         attribute = self_attribute(node)
-        is_constant = code(value) in ("True", "False", "None", "0", "1", "[]")
+        is_constant = code(value) in ("True", "False", "None", "0", "1", "[]") or self._is_foreign_call(value)
         return bool(attribute) and is_constant and attribute not in self._read_attributes
+
+    def _is_foreign_call(self, value: cst.BaseExpression) -> bool:
+        """Whether an expression is a call of something that nothing stands for: if nobody reads it, it goes."""
+        name = self.program.engine_name(value.func) if isinstance(value, cst.Call) else ""
+        return bool(name) and target(name, self.program.engine) is None
 
     def _read_in(self, function: cst.FunctionDef) -> set[str]:
         if id(function) not in self._read:
@@ -194,7 +201,7 @@ class CommentLeftovers(Rule):
         name = self.program.engine_name(node)
         if not name and not self._is_told and id(node) not in self._defining and self._is_undefined(node.value):
             self.review(f"{node.value} is not defined any more: it was a part of the other engine")
-        if not name or target(name) is not None or self.scope.is_local(node.value):
+        if not name or target(name, self.program.engine) is not None or self.scope.is_local(node.value):
             return
         if name in MISSING:
             self.review(f"not portable: {name} needs {MISSING[name]}")

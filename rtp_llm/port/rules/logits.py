@@ -219,13 +219,18 @@ class ProvideEmbeddings(Rule):
                 return f"{attribute}.{inner}"
         return ""
 
+    def _is_embedding(self, method: cst.FunctionDef) -> bool:
+        """vLLM's ``embed_input_ids``; SGLang's ``get_input_embeddings`` if it is given ids."""
+        name, is_given_ids = method.name.value, len(method.params.params) > 1
+        return name == "embed_input_ids" or (name == "get_input_embeddings" and is_given_ids)
+
     def leave_ClassDef(self, original_node: cst.ClassDef, updated_node: cst.ClassDef) -> cst.BaseStatement:
         name = original_node.name.value
         path = self.paths.get(name, "")
         if name in self.entries and isinstance(updated_node.body, cst.IndentedBlock):
             kept = []
             for statement in updated_node.body.body:
-                if isinstance(statement, cst.FunctionDef) and statement.name.value == "embed_input_ids" and path:
+                if isinstance(statement, cst.FunctionDef) and self._is_embedding(statement) and path:
                     statement = statement.with_changes(**_getter(statement, path))
                     self.count("embed_input_ids made get_input_embeddings")
                 kept.append(statement)

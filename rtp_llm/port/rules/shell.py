@@ -3,7 +3,7 @@
 import libcst as cst
 from libcst import matchers as m
 
-from rtp_llm.port.program import Program, code, methods
+from rtp_llm.port.program import Program, code, methods, self_attribute
 from rtp_llm.port.rules.base import Rule
 from rtp_llm.port.rules.fold import opened, tidied
 from rtp_llm.port.source import Origin
@@ -47,7 +47,7 @@ class RemoveShell(Rule):
 
     def _unknown(self, node: cst.BaseExpression) -> str:
         name = self.program.engine_name(node)
-        return name if name and name not in MARKERS and target(name) is None else ""
+        return name if name and name not in MARKERS and target(name, self.program.engine) is None else ""
 
     def _plain_module(self, node: cst.ClassDef) -> cst.ClassDef:
         """A module with a method for each device keeps ``forward_native``, which becomes ``forward``."""
@@ -67,17 +67,14 @@ class RemoveShell(Rule):
         return cst.ensure_type(node.visit(_NativeForward()), cst.ClassDef)
 
     def leave_With(self, original_node: cst.With, updated_node: cst.With):  # type: ignore[no-untyped-def]
-        items = [item.item for item in original_node.items]
-        if not all(isinstance(item, cst.Call) and self.program.is_engine(item.func, *CONTEXTS) for item in items):
+        if not all(self.program.is_engine(_root(item.item), *CONTEXTS) for item in original_node.items):
             return updated_node
         self.count("contexts of the other engine removed")
         return opened(updated_node.body, updated_node.leading_lines)
 
     def _is_kernels(self, decorator: cst.Decorator) -> bool:
         """``@triton.jit`` and the like: what is below cannot be defined without the compiler."""
-        node: cst.BaseExpression = decorator.decorator
-        while isinstance(node, cst.Call | cst.Attribute):
-            node = node.func if isinstance(node, cst.Call) else node.value
+        node = _root(decorator.decorator)
         return self.program.is_engine(node, "triton") or code(node) == "triton"
 
     def _is_engines(self, decorator: cst.Decorator) -> bool:
@@ -118,6 +115,9 @@ class RemoveShell(Rule):
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ):
         noted = super().leave_SimpleStatementLine(original_node, updated_node)
+        call = original_node.body[0].value if isinstance(original_node.body[0], cst.Expr) else None
+        if isinstance(call, cst.Call) and self_attribute(call.func) in ENGINE_METHODS:
+            return cst.RemoveFromParent()
         in_class_body = bool(self.class_stack) and not self.function_stack
         if in_class_body and len(original_node.body) == 1:
             small = original_node.body[0]
@@ -133,6 +133,13 @@ class RemoveShell(Rule):
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
         return tidied(updated_node)
+
+
+def _root(node: cst.BaseExpression) -> cst.BaseExpression:
+    """Return ``a`` of ``a(…).b(…)``."""
+    while isinstance(node, cst.Call | cst.Attribute):
+        node = node.func if isinstance(node, cst.Call) else node.value
+    return node
 
 
 class _NativeForward(Transformer):
