@@ -57,11 +57,13 @@ def random_parameters(kind: str, draw: random.Random, head_dim: int) -> dict[str
         "longrope": factors | original,
         "longrope-factor": factors | {"factor": factor} | original,
         "longrope-attention-factor": factors | {"attention_factor": draw.uniform(0.5, 2)} | original,
+        "proportional": {"partial_rotary_factor": draw.choice([0.25, 0.5, 1.0])},
+        "proportional-factor": {"partial_rotary_factor": 0.5, "factor": factor},
     }[kind] | {"rope_type": kind.split("-")[0], "rope_theta": draw.choice([1e4, 5e5, 1234.5])}
 
 
 KINDS = ["default", "linear", "dynamic", "llama3", "yarn", "yarn-attention-factor", "yarn-mscale", "yarn-betas"]
-KINDS += ["longrope", "longrope-factor", "longrope-attention-factor"]
+KINDS += ["longrope", "longrope-factor", "longrope-attention-factor", "proportional", "proportional-factor"]
 
 
 def llama_config(head_dim: int, rope: dict[str, Any]) -> transformers.LlamaConfig:
