@@ -57,6 +57,7 @@ class MiniMaxM2SparseMoeBlock(SparseMoeBlock):
             config.intermediate_size,
             config.hidden_act,
             expert_names=("w1", "w3", "w2"),
+            gate_dtype=torch.float32,  # as checkpoints store it
             quant_config=quant_config,
             prefix=prefix,
         )

@@ -174,6 +174,7 @@ class XIELU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dtype = dtype or torch.get_default_dtype()
         alphas = torch.tensor([alpha_p_init, alpha_n_init - beta], dtype=torch.float32).expm1().log().to(dtype)
         self.alpha_p, self.alpha_n = (make_parameter(alpha[None], default_weight_loader) for alpha in alphas.unbind())
         for name, value in (("beta", beta), ("eps", eps)):
