@@ -1,0 +1,184 @@
+"""Port one of vLLM's files, and compare what results with transformers. Runs in a process of its own."""
+
+import tempfile
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_files import Entry, ModelFile
+
+from rtp_llm.port.porter import port
+from rtp_llm.port.report import Remark
+from rtp_llm.port.source import PortError
+from rtp_llm.srt.models.building import ModelBuildError
+from rtp_llm.srt.models.registry import ModelImportError
+from rtp_llm.srt.models.weight_loading import WeightLoadError
+from rtp_llm.tools.model_file import served_by_file
+from rtp_llm.tools.schedules import BATCHED, CHUNKED, WARM
+from rtp_llm.tools.tiny_check import LENGTHS, TinyCheck, check_checkpoint, tiny_server_args
+from rtp_llm.tools.tiny_checkpoint import NotMadeError, make_tiny_checkpoint, model_class_of
+from rtp_llm.tools.verify.options import VerifyOptions
+from rtp_llm.tools.verify.run import Report, verify
+
+AGREES, DIFFERS, NOT_PORTED, NO_CHECKPOINT = "agrees", "differs", "not ported", "no tiny checkpoint"
+IMPORT, BUILD, LOAD, COMPUTE = "does not import", "does not build", "does not load", "does not compute"
+NO_CLASS, PART = "no class in transformers", "part of other models"
+SCHEDULES = (BATCHED, CHUNKED, WARM)
+
+
+@dataclass
+class Compared:
+    """What became of one architecture."""
+
+    architecture: str
+    outcome: str
+    detail: str = ""
+    difference: float | None = None
+
+
+@dataclass
+class Row:
+    """What became of one file.
+
+    Args:
+        outcome: of its architectures, the one furthest from agreeing; without any to compare, why there is none.
+        left: places that the porter left to a person, with their lines in the output.
+    """
+
+    file: str
+    architectures: list[str]
+    outcome: str
+    detail: str = ""
+    compared: list[Compared] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Row":
+        return cls(**values | {"compared": [Compared(**each) for each in values["compared"]]})
+
+
+def examine(file: ModelFile, out: Path) -> Row:
+    """Port a file to ``out/NAME.py``, and compare each of its architectures that transformers has a class for."""
+    row = Row(file.name, [entry.architecture for entry in file.entries], "")
+    target = out / f"{file.name}.py"
+    entries = comparable(file)
+    if not entries:
+        row.outcome = _why_not_compared(file)
+    try:
+        remarks = write_port(file.path, target)
+    except Exception as error:  # a refusal or a fault of the porter: it is one of the results
+        row.detail = f"{type(error).__name__}: {error}{'' if isinstance(error, PortError) else _place(error)}"
+        row.outcome = row.outcome or NOT_PORTED
+        return row
+    row.left = [f"{remark.line}: {remark.text}" for remark in remarks]
+    if not entries:
+        return row
+    row.compared = [compare(entry, target) for entry in entries]
+    worst = max(row.compared, key=lambda each: _ORDER.index(each.outcome))
+    row.outcome, row.detail = worst.outcome, worst.detail
+    return row
+
+
+_ORDER = (AGREES, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
+
+
+def write_port(source: Path, target: Path) -> list[Remark]:
+    """Port a file, and return what is left in it for a person."""
+    ported = port(source)
+    target.write_text(ported.text, encoding="utf-8")
+    return [*ported.report.not_portable, *ported.report.review]
+
+
+def comparable(file: ModelFile) -> list[Entry]:
+    """Return the architectures that generate text and that transformers has, each of its classes once."""
+    found: dict[Any, Entry] = {}
+    for entry in file.entries:
+        model_class = model_class_of(entry.architecture) if entry.task == "text generation" else None
+        if model_class is not None:
+            found.setdefault(model_class, entry)
+    return list(found.values())
+
+
+def _why_not_compared(file: ModelFile) -> str:
+    if not file.entries:
+        return PART
+    return NO_CLASS if "text generation" in file.tasks() else file.tasks()[0]
+
+
+def compare(entry: Entry, path: Path) -> Compared:
+    """Compare a ported file with transformers about a tiny checkpoint; say where they part."""
+    name = entry.architecture
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            make_tiny_checkpoint(name, folder)
+        except NotMadeError as error:
+            return Compared(name, NO_CHECKPOINT, str(error))
+        found = check_checkpoint(folder, SCHEDULES, path, name, LENGTHS)
+        if found.agrees:
+            return Compared(name, AGREES, difference=max(result.difference for result in found.results))
+        problem = _first_failure(found)
+        if problem is not None:
+            return Compared(name, *problem)
+        worst = max(found.results, key=lambda result: result.difference)
+        with served_by_file(path, [type_name(folder)], name):
+            detail = f"{worst.schedule}: {worst.difference:.2g}; {_explained(folder)}"
+        return Compared(name, DIFFERS, detail, worst.difference)
+
+
+def type_name(directory: str) -> str:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory).architectures[0]
+
+
+def _first_failure(found: TinyCheck) -> tuple[str, str] | None:
+    """Return where it stopped, and why, if it did."""
+    failed = [result for result in found.results if result.failure]
+    if not found.failure and not failed:
+        return None
+    error = found.error if found.failure else failed[0].error
+    text = found.failure or failed[0].failure
+    return _stage(error), text.strip() + _place(error)
+
+
+def _stage(error: BaseException | None) -> str:
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__
+    for kind, stage in ((ModelImportError, IMPORT), (ModelBuildError, BUILD), (WeightLoadError, LOAD)):
+        if any(isinstance(each, kind) for each in chain):
+            return stage
+    return COMPUTE
+
+
+def _place(error: BaseException | None) -> str:
+    """Return the innermost line of an error and its causes that belongs to the ported file or to this project."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    ported = [frame for frame in frames if "rtp_llm_served_file" in frame.filename]
+    place = (ported or list(frames))[-1:]
+    deepest = frames[-1] if frames else None
+    text = "".join(f" [line {frame.lineno}: {frame.line}]" for frame in place)
+    if deepest is not None and place and deepest is not place[0]:
+        text += f" [{Path(deepest.filename).name}:{deepest.lineno}: {deepest.line}]"
+    return text
+
+
+def _explained(directory: str) -> str:
+    """Return the module that differs first, and the likely cause, by ``rtp-llm verify``."""
+    args = tiny_server_args(directory)
+    try:
+        report: Report = verify(args, VerifyOptions(max_new_tokens=2, long_len=40))
+    except Exception as error:  # it is only an explanation
+        return f"verify fails: {type(error).__name__}: {error}"
+    if report.finding is None:
+        return report.note or report.failure or "verify finds no difference"
+    causes = "; ".join(report.finding.causes) or "no cause found"
+    return f"{report.finding.module or '(model)'} {report.finding.part}: {causes}"
