@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from published import published_fields, with_biases
 from vllm_files import Entry, ModelFile
 
 from rtp_llm.port.porter import port
@@ -18,10 +19,17 @@ from rtp_llm.tools.model_file import served_by_file
 from rtp_llm.tools.schedules import BATCHED, CHUNKED, WARM
 from rtp_llm.tools.tiny_check import LENGTHS, TinyCheck, check_checkpoint, tiny_server_args
 from rtp_llm.tools.tiny_checkpoint import NotMadeError, make_tiny_checkpoint, model_class_of
+from rtp_llm.tools.tiny_config import tiny_config
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import Report, verify
 
-AGREES, DIFFERS, NOT_PORTED, NO_CHECKPOINT = "agrees", "differs", "not ported", "no tiny checkpoint"
+AGREES, IN_PART, DIFFERS, NOT_PORTED, NO_CHECKPOINT = (
+    "agrees",
+    "agrees in part",
+    "differs",
+    "not ported",
+    "no tiny checkpoint",
+)
 IMPORT, BUILD, LOAD, COMPUTE = "does not import", "does not build", "does not load", "does not compute"
 NO_CLASS, PART = "no class in transformers", "part of other models"
 SCHEDULES = (BATCHED, CHUNKED, WARM)
@@ -81,6 +89,8 @@ def examine(file: ModelFile, out: Path) -> Row:
     row.compared = [compare(entry, target) for entry in entries]
     worst = max(row.compared, key=lambda each: _ORDER.index(each.outcome))
     row.outcome, row.detail = worst.outcome, worst.detail
+    if worst.outcome != AGREES and any(each.outcome == AGREES for each in row.compared):
+        row.outcome, row.detail = IN_PART, f"{worst.architecture} {worst.outcome}: {worst.detail}"
     return row
 
 
@@ -111,11 +121,26 @@ def _why_not_compared(file: ModelFile) -> str:
 
 
 def compare(entry: Entry, path: Path) -> Compared:
-    """Compare a ported file with transformers about a tiny checkpoint; say where they part."""
-    name = entry.architecture
+    """Compare a ported file with transformers: about a checkpoint of transformers' defaults, and where the file has
+    biases that this has not, about one with biases."""
+    model_class: Any = model_class_of(entry.architecture)
+    try:
+        usual = tiny_config(model_class.config_class)
+    except Exception as error:  # whatever transformers raises over a small configuration
+        return Compared(entry.architecture, NO_CHECKPOINT, f"{type(error).__name__}: {error}")
+    fields = published_fields(usual, path.read_text())
+    found = _compare(entry.architecture, path, fields)
+    biases = with_biases(usual)
+    if found.outcome == LOAD and ".bias " in found.detail and biases:
+        found = _compare(entry.architecture, path, fields | biases)
+    return found
+
+
+def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
+    """Compare about a tiny checkpoint with these fields in its configuration; say where they part."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            make_tiny_checkpoint(name, folder)
+            make_tiny_checkpoint(name, folder, overrides=fields)
         except NotMadeError as error:
             return Compared(name, NO_CHECKPOINT, str(error))
         found = check_checkpoint(folder, SCHEDULES, path, name, LENGTHS)

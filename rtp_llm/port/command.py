@@ -18,9 +18,12 @@ WIDTH = 100
 
 
 def run_port(args: argparse.Namespace) -> int:
-    """Return the exit status: 0 nothing is left, 1 something is. PortError: nothing is written."""
+    """Return the exit status: 0 nothing is left, 1 something is, or --check finds that it differs. PortError: nothing is
+    written."""
     source = Path(args.file)
     output = None if args.output == STDOUT else Path(args.output or source.name)
+    if output is None and args.check:
+        raise PortError("--check needs a file to compare: name one with -o")
     if output is not None:
         _check_output(output, source, args.force)
     ported = port(source, args.arch, args.engine)
@@ -30,7 +33,17 @@ def run_port(args: argparse.Namespace) -> int:
     else:
         _write(output, ported.text)
         _print_report(ported, source, str(output), sys.stdout)
-    return EXIT_COMPLETE if ported.report.is_complete else EXIT_LEFT
+    agrees = _check(ported, output, args) if output is not None and args.check else True
+    return EXIT_COMPLETE if ported.report.is_complete and agrees else EXIT_LEFT
+
+
+def _check(ported: Ported, output: Path, args: argparse.Namespace) -> bool:
+    """Compare the written file with transformers, print how that went, and return whether it agrees."""
+    from rtp_llm.port.check import check_port  # the engine: porting by itself needs none of it
+
+    found = check_port(output, Path(args.check), ported.report.architectures, args.check_two_ranks)
+    print("\n".join(["", "compared with transformers, in float32, on a tiny checkpoint", *found.lines()]))
+    return found.agrees
 
 
 def _check_output(output: Path, source: Path, force: bool) -> None:

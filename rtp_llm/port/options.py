@@ -5,7 +5,7 @@ import argparse
 EPILOG = """\
 The output is one file that imports torch, transformers and rtp_llm only: what it uses of other model files is taken
 along. The report says what was done, what to look at and what cannot be ported; each such place carries a "# PORT:"
-comment. Exit status: 0 nothing is left, 1 something is left, 2 the file cannot be ported.
+comment. Exit status: 0 nothing is left, 1 something is left or differs, 2 the file cannot be ported.
 
 example:
   rtp-llm port vllm/model_executor/models/olmo2.py -o my_models/olmo2.py --arch Olmo2ForCausalLM
@@ -27,4 +27,11 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="engine", choices=("vllm", "sglang"), help="whose file it is; unset: found by its imports"
     )
+    parser.add_argument(
+        "--check",
+        metavar="CONFIG",
+        help="compare the output with transformers: on a tiny random checkpoint of the structure that this config.json "
+        "has, in float32, one by one, batched, in chunks, from a warm cache, for a second turn and in pages",
+    )
+    parser.add_argument("--check-two-ranks", action="store_true", help="with --check: on two ranks, too")
     parser.set_defaults(log_level="warning")

@@ -159,13 +159,14 @@ def _run(
 
 
 def _run_one(name: str, asker: "Asker", questions: Sequence[Question], tolerance: float) -> ScheduleResult:
-    flushed, message = asker.engine.flush_cache()
-    if not flushed:
-        return ScheduleResult(name, failure=message)
     try:
+        flushed, message = asker.engine.flush_cache()
+        if not flushed:
+            raise NotAnsweredError(message)
         differences = _WAYS[name](asker, questions)
-    except Exception as error:  # whatever a model file may raise while it computes
-        return ScheduleResult(name, failure=reason(error), error=error)
+    except Exception as error:  # whatever a model file may raise while it computes; it stops the engine
+        cause = error.__cause__ or error
+        return ScheduleResult(name, failure=reason(cause), error=cause)
     worst = max(differences, key=lambda item: item[1], default=("", 0.0))
     return ScheduleResult(name, worst[1], worst[0], tolerance=tolerance)
 

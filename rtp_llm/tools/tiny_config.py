@@ -33,8 +33,8 @@ _FIRST_LAYERS = re.compile(r"first_k_dense|dense_layers$|layer_start|dense_repla
 _PERIODS = re.compile(r"(interval|_pattern|_step|_every_n_layers|_period|_freq|_offset)$")
 _SHARED_LAYERS = re.compile(r"kv_shared_layers$")
 
-_KV_HEADS = re.compile(r"^(num_key_value_heads|num_kv_heads|kv_n_heads|n_head_kv|num_key_value_groups_heads)$")
-_FEED_FORWARD = re.compile(r"intermediate|ffn|n_inner|d_ff|mlp_hidden|mlp_dim")
+_KV_HEADS = re.compile(r"^(swa_)?(num_key_value_heads|num_kv_heads|kv_n_heads|n_head_kv|num_key_value_groups_heads)$")
+_FEED_FORWARD = re.compile(r"intermediate|ffn|expert_hidden|n_inner|d_ff|mlp_hidden|mlp_dim")
 _EXPERTS = re.compile(r"^(moe_|num_|n_|num_local_|n_routed_|moe_num_)+(routed_|local_)?experts$")
 _TOP_K = re.compile(r"(experts_per_tok|experts_per_token|moe_top_?k|moe_k|^top_?k)$")
 _SHARED_EXPERTS = re.compile(r"shared_experts$")
@@ -66,13 +66,17 @@ def tiny_config(
 
     Args:
         given: what a config.json holds, whose structure is kept; None: that of the class's defaults.
-        overrides: fields that have these values whatever the rules say.
+        overrides: fields that have these values whatever the rules say; those of a part, such as ``text_config``, are
+            added to its others.
 
     Raises:
         ValueError: or whatever the class raises over a configuration that does not suit it.
     """
     usual = config_class.from_dict(dict(given)) if given else config_class()
-    changes = shrunk(usual, vocab_size) | _own_names(usual, overrides or {})
+    changes = shrunk(usual, vocab_size)
+    for name, value in _own_names(usual, overrides or {}).items():
+        is_part = isinstance(value, Mapping) and name in usual.sub_configs
+        changes[name] = changes.get(name, {}) | value if is_part else value
     kept = {name: value for name, value in _own_names(usual, given or {}).items() if name not in _META}
     return config_class(**kept | changes)
 
@@ -259,11 +263,14 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (_SHARED_LAYERS, lambda name, value, facts: len(facts.kept) // 2 if value else 0),
     (re.compile(r"^max_window_layers$"), lambda name, value, facts: min(value, len(facts.kept) // 2)),
     (re.compile(rf"^{_HIDDEN}$"), lambda name, value, facts: HIDDEN_SIZE),
-    (re.compile(rf"^{_HEADS}(_per_layer)?$"), _heads),
+    (re.compile(rf"^(swa_)?{_HEADS}(_per_layer)?$"), _heads),
     (_KV_HEADS, _kv_heads),
-    (re.compile(rf"^({'|'.join(_LATENT)})$"), lambda name, value, facts: _LATENT[name] if value else value),
     (
-        re.compile(r"^(global_)?head_dim$"),
+        re.compile(rf"^(swa_)?({'|'.join(_LATENT)})$"),
+        lambda name, value, facts: _LATENT[name.removeprefix("swa_")] if value else value,
+    ),
+    (
+        re.compile(r"^(global_|swa_)?head_dim$"),
         lambda name, value, facts: (
             _LATENT["qk_rope_head_dim"] if _field(facts.config, "kv_lora_rank") else facts.new_head_dim
         ),
