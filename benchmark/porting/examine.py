@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from published import published_fields, with_biases
+from published import published_fields, switches
 from vllm_files import Entry, ModelFile
 
 from rtp_llm.port.porter import port
@@ -121,8 +121,8 @@ def _why_not_compared(file: ModelFile) -> str:
 
 
 def compare(entry: Entry, path: Path) -> Compared:
-    """Compare a ported file with transformers: about a checkpoint of transformers' defaults, and where the file has
-    biases that this has not, about one with biases."""
+    """Compare a ported file with transformers: about a checkpoint of transformers' defaults, or where its weights and
+    the file's do not fit, about one with the switches that published ones have on."""
     model_class: Any = model_class_of(entry.architecture)
     try:
         usual = tiny_config(model_class.config_class)
@@ -130,10 +130,8 @@ def compare(entry: Entry, path: Path) -> Compared:
         return Compared(entry.architecture, NO_CHECKPOINT, f"{type(error).__name__}: {error}")
     fields = published_fields(usual, path.read_text())
     found = _compare(entry.architecture, path, fields)
-    biases = with_biases(usual)
-    if found.outcome == LOAD and ".bias " in found.detail and biases:
-        found = _compare(entry.architecture, path, fields | biases)
-    return found
+    more = switches(usual, found.detail) if found.outcome == LOAD else {}
+    return _compare(entry.architecture, path, fields | more) if more else found
 
 
 def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:

@@ -60,9 +60,12 @@ def published_fields(config: PreTrainedConfig, source: str) -> dict[str, Any]:
     return found
 
 
-def with_biases(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return every switch of a bias that is off, turned on."""
-    return {name: True for name, value in config.to_dict().items() if name.endswith("bias") and value is False}
+def switches(config: PreTrainedConfig, problem: str) -> dict[str, Any]:
+    """Return switches to turn on, by what an error of loading says about weights that do not fit: biases that the file
+    has, or norms of heads that the checkpoint has."""
+    if ".bias " in problem:
+        return {name: True for name, value in config.to_dict().items() if name.endswith("bias") and value is False}
+    return {"qk_norm": True} if "k_norm" in problem else {}
 
 
 def _has(config: Any, name: str) -> bool:

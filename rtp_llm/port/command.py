@@ -18,7 +18,7 @@ WIDTH = 100
 
 
 def run_port(args: argparse.Namespace) -> int:
-    """Return the exit status: 0 nothing is left, 1 something is, or --check finds that it differs. PortError: nothing is
+    """Return the exit status: 0 nothing is left, 1 something is, or --check finds a difference. PortError: nothing is
     written."""
     source = Path(args.file)
     output = None if args.output == STDOUT else Path(args.output or source.name)

@@ -225,8 +225,11 @@ def _number(name: str, value: Any, facts: _Facts, vocab_size: int) -> Any:
 
 
 def _feed_forward(name: str, value: int, facts: _Facts) -> int:
+    """Four times the hidden size, which some take for granted, stays that; other widths all differ."""
     if value <= 1:
         return value
+    if value == 4 * facts.hidden_size:
+        return 4 * HIDDEN_SIZE
     if "shared" in name:
         return 48
     if "moe" in name or "expert" in name:
@@ -286,6 +289,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (re.compile(r"^(n_group|num_expert_group|moe_n_group)$"), lambda name, value, facts: min(value, 2)),
     (re.compile(r"^(topk_group|moe_topk_group)$"), lambda name, value, facts: min(value, 1)),
     (_WINDOWS, lambda name, value, facts: min(value, WINDOW) if value > 0 else value),
+    (re.compile(r"^original_max_position_embeddings$"), lambda name, value, facts: _trained_length(facts, value)),
     (_POSITIONS, lambda name, value, facts: CONTEXT_LENGTH),
     (re.compile(r"^word_embed_proj_dim$"), lambda name, value, facts: 64 if value == facts.hidden_size else 40),
     (re.compile(r"_per_layer_input$"), lambda name, value, facts: min(value, HEAD_DIM)),
@@ -323,12 +327,18 @@ def _rope(value: Mapping[str, Any], facts: _Facts) -> dict[str, Any]:
         if isinstance(item, Mapping):
             new[name] = _rope(item, facts)
         elif name == "original_max_position_embeddings":
-            new[name] = max(16, int(CONTEXT_LENGTH / float(value.get("factor") or 8.0)))
+            new[name] = _trained_length(facts, item, value.get("factor"))
         elif name in ("short_factor", "long_factor"):
             new[name] = _resampled(item, facts.rotated_dim // 2)
         elif name == "mrope_section":
             new[name] = _sections(item, facts.rotated_dim // 2)
     return new
+
+
+def _trained_length(facts: _Facts, usual: int, factor: float | None = None) -> int:
+    """Return the context before it was stretched: as far as the factor says, else as far as usual."""
+    length = _field(facts.config, "max_position_embeddings")
+    return max(16, int(CONTEXT_LENGTH / (factor or max(1.0, length / usual if length else 1.0))))
 
 
 def _resampled(values: Sequence[float], length: int) -> list[float]:

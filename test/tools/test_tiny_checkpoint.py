@@ -59,9 +59,9 @@ def test_rotary_embeddings_fit_small_heads() -> None:
         hidden_size=3072, max_position_embeddings=131072, rope_parameters=rope, partial_rotary_factor=1.0
     ).to_dict()
     config = tiny_config(transformers.Phi3Config, given)
+    assert config.original_max_position_embeddings == config.rope_parameters["original_max_position_embeddings"] == 16
     half = config.hidden_size // config.num_attention_heads // 2
     assert len(config.rope_parameters["short_factor"]) == len(config.rope_parameters["long_factor"]) == half
-    assert config.rope_parameters["original_max_position_embeddings"] < config.max_position_embeddings
 
 
 def test_switches_factors_and_overrides_stay() -> None:
