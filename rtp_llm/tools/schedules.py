@@ -165,7 +165,7 @@ def _run_one(name: str, asker: "Asker", questions: Sequence[Question], tolerance
             raise NotAnsweredError(message)
         differences = _WAYS[name](asker, questions)
     except Exception as error:  # whatever a model file may raise while it computes; it stops the engine
-        cause = error.__cause__ or error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         return ScheduleResult(name, failure=reason(cause), error=cause)
     worst = max(differences, key=lambda item: item[1], default=("", 0.0))
     return ScheduleResult(name, worst[1], worst[0], tolerance=tolerance)
