@@ -41,7 +41,7 @@ class RoutedMoE(Experts):
         swiglu_limit: silu's gate and up are cut at this number.
         top_k, renormalize, scoring_func, num_expert_group, topk_group: see ``routing.TopK``; the groups count only with
             ``use_grouped_topk``.
-        e_score_correction_bias: the correction bias, a parameter of the block.
+        e_score_correction_bias: the correction bias; a parameter, of the block or only of this layer.
         custom_routing_function: called with hidden_states, gating_output, topk and renormalize in place of all these.
         routed_scaling_factor: a factor of the weights; with ``apply_routed_scale_to_output`` of the experts' output.
         apply_router_weight_on_input: weights multiply the experts' inputs, not their outputs.
@@ -97,6 +97,7 @@ class RoutedMoE(Experts):
             prefix,
             gated=not activation.endswith(WITHOUT_GATE),
         )
+        self.e_score_correction_bias = e_score_correction_bias  # under this name too, if it is a parameter
         self.top_k = top_k
         self.renormalize = renormalize
         self.custom_routing_function = custom_routing_function

@@ -71,18 +71,24 @@ class RotaryEmbedding(nn.Module):
         """Tensors that ``prepare_for_forward`` made."""
         return [] if self._step is None else list(self._step)
 
-    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rotate q and k; the results have their shapes.
 
         Args:
             positions: [T] int64.
-            q, k: [T, heads * head_size] or [T, heads, head_size]; their numbers of heads may differ.
+            q, k: [T, heads * head_size] or [T, heads, head_size]; their numbers of heads may differ. k None: there are
+                only queries, as in a layer that reads another's cache.
         """
         cos, sin = self._cos_and_sin_at(positions)
         if cos.dtype is not q.dtype:
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        rotated_q, rotated_k = self._rotate(self._heads(q), self._heads(k), cos, sin, self.is_neox_style)
-        return rotated_q.view(q.shape), rotated_k.view(k.shape)
+        heads = self._heads(q)
+        rotated_q, rotated_k = self._rotate(
+            heads, heads[:, :1] if k is None else self._heads(k), cos, sin, self.is_neox_style
+        )
+        return rotated_q.view(q.shape), None if k is None else rotated_k.view(k.shape)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x
@@ -390,7 +396,9 @@ def get_rope_config(
 class NoPositions(nn.Module):
     """Stands where a rotation would, in a layer whose queries and keys have no positions (NoPE)."""
 
-    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return q, k
 
 

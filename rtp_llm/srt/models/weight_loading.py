@@ -141,7 +141,8 @@ class _DeclarativeLoad:
         else:
             self._fill(name, place, tensor)
             self._mark(name, place, tensor)
-            self._process(place.name.rpartition(".")[0])
+            for alias in self.names.aliases(place.name):
+                self._process(alias.rpartition(".")[0])
 
     def _fill(self, name: str, place: Place, tensor: torch.Tensor) -> None:
         target = self.targets[place.name]

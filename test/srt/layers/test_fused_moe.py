@@ -22,7 +22,7 @@ from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.quantization.base import QuantizedModel
 from rtp_llm.srt.layers.quantization.registry import quantization_config
 from rtp_llm.srt.layers.routing import TopK
-from rtp_llm.srt.models.weight_loading import load_weights_declaratively
+from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights_declaratively
 
 HIDDEN, SIZE, EXPERTS, TOP_K = 10, 6, 8, 3
 NAMES = ("gate_proj", "down_proj", "up_proj")
@@ -90,15 +90,31 @@ def test_routing(options: dict[str, Any], rule: TopK) -> None:
     close(loaded(weights, **options)(x, logits), routed(weights, x, rule(logits)))
 
 
-def test_a_correction_of_the_blocks() -> None:
+class Corrected(nn.Module):
+    """As vLLM's files write it: the parameter is the gate's, or nobody's but the experts'."""
+
+    def __init__(self, is_of_gate: bool) -> None:
+        super().__init__()
+        bias = nn.Parameter(torch.zeros(EXPERTS, dtype=torch.float32), requires_grad=False)
+        self.gate: Any = GateLinear(HIDDEN, EXPERTS)
+        if is_of_gate:
+            self.gate.e_score_correction_bias = bias
+        self.experts = FusedMoEFactory(
+            EXPERTS, TOP_K, HIDDEN, SIZE, scoring_func="sigmoid", e_score_correction_bias=bias, prefix="experts"
+        )
+
+
+@pytest.mark.parametrize(("is_of_gate", "name"), [(True, "gate"), (True, "experts"), (False, "experts")])
+def test_a_correction_under_the_names_that_it_has(is_of_gate: bool, name: str) -> None:
     weights, x, logits = expert_weights(), torch.randn(5, HIDDEN), torch.randn(5, EXPERTS)
-    bias = nn.Parameter(torch.zeros(EXPERTS))
-    experts = loaded(weights, scoring_func="sigmoid", e_score_correction_bias=bias)
-    assert {name for name, _ in experts.named_parameters()} == {"w13_weight", "w2_weight"}
-    bias.data.copy_(torch.randn(EXPERTS))  # loaded later
-    close(
-        experts(hidden_states=x, router_logits=logits), routed(weights, x, TopK(TOP_K, "sigmoid", True, bias)(logits))
-    )
+    block, bias, gate = Corrected(is_of_gate), torch.randn(EXPERTS), torch.randn(EXPERTS, HIDDEN)
+    given = {**weights, "gate.weight": gate, f"{name}.e_score_correction_bias": bias}
+    load_weights_declaratively(block, given.items())
+    output = block.experts(hidden_states=x, router_logits=logits)
+    close(output, routed(weights, x, TopK(TOP_K, "sigmoid", True, bias)(logits)))
+    del given[f"{name}.e_score_correction_bias"]
+    with pytest.raises(WeightLoadError, match=r"1 parameters were not set:\n  \w+\.e_score_correction_bias"):
+        load_weights_declaratively(Corrected(is_of_gate), given.items())
 
 
 def test_a_routing_of_the_models_own() -> None:

@@ -252,6 +252,14 @@ def test_length_dependent_kinds_insist_on_preparation() -> None:
         ours(torch.arange(3), torch.randn(3, 16), torch.randn(3, 16))
 
 
+@pytest.mark.parametrize("shape", [(5, 64), (5, 4, 16)])
+def test_queries_alone(shape: tuple[int, ...]) -> None:
+    rope, positions, q = get_rope(16), torch.arange(5) * 7, torch.randn(shape)
+    rotated, none = rope(positions, q, None)
+    assert none is None
+    assert torch.equal(rotated, rope(positions, q, q)[0]) and rotated.shape == shape
+
+
 def test_no_tokens() -> None:
     ours = get_rope(16)
     q, k = ours(torch.empty(0, dtype=torch.int64), torch.empty(0, 32), torch.empty(0, 1, 16))
