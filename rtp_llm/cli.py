@@ -24,6 +24,7 @@ from rtp_llm.tools.bench_serving import options as bench_options
 from rtp_llm.tools.chat.command import run_chat
 from rtp_llm.tools.chat.engine_backend import announce_demo
 from rtp_llm.tools.models import run_models
+from rtp_llm.tools.new import options as new_options
 from rtp_llm.tools.verify import options as verify_options
 
 EXIT_ADDRESS = 1
@@ -257,6 +258,15 @@ def _port(args: argparse.Namespace) -> int:
     return run_port(args)
 
 
+# rtp-llm new
+
+
+def _new(args: argparse.Namespace) -> int:
+    from rtp_llm.tools.new.command import run_new  # transformers, only needed here
+
+    return run_new(args)
+
+
 COMMANDS = (
     Command("serve", "Serve a model over HTTP: the APIs of OpenAI and SGLang.", _add_serve_flags, _serve),
     Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
@@ -270,4 +280,5 @@ COMMANDS = (
         "verify", "Compare our model with transformers', and say where they part.", verify_options.add_cli_args, _verify
     ),
     Command("port", "Turn a model file of vLLM or SGLang into one of ours.", port_options.add_cli_args, _port),
+    Command("new", "Write the files of a new architecture, to begin with.", new_options.add_cli_args, _new),
 )
