@@ -10,7 +10,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from rtp_llm.srt.models.registrations import pack_registrations
+from rtp_llm.srt.models.registrations import pack_by_value, pack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.request_spec import MediaFile
 from rtp_llm.srt.utils.ipc import receive, send
@@ -135,7 +135,7 @@ class MultiProcessExecutor(Executor):
             process, pipe, _ = start_python("rtp_llm.srt.worker.process")
             self._processes.append(process)
             self._pipes.append(pipe)
-            send(self._pipes[rank], (config, init_method, self._dist_timeout_s, registrations))
+            send(self._pipes[rank], (registrations, pack_by_value(config), init_method, self._dist_timeout_s))
         return self._gather(progress)[0]
 
     def _receive(self, rank: int) -> tuple[str, Any]:

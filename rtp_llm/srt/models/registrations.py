@@ -38,6 +38,14 @@ def _pack(name: str, entry: Entry) -> bytes:
         ) from error
 
 
+def pack_by_value(value: object) -> bytes:
+    """Pack an object whose class may be one that only this process has, such as a model file's configuration;
+    ``pickle.loads`` unpacks it, once the registrations are unpacked."""
+    import cloudpickle
+
+    return cloudpickle.dumps(value)
+
+
 def unpack_registrations(packed: bytes) -> None:
     """Enter packed registrations into this process's registries.
 

@@ -1,6 +1,7 @@
 """A worker in a process of its own: ``main`` serves one rank over an inherited socket until it closes."""
 
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -90,9 +91,10 @@ def main(fd: int) -> None:
 
 
 def _serve(parent: Parent) -> None:
-    config, init_method, timeout_s, registrations = parent.receive()
-    configure_logging(config.server_args.log_level)
+    registrations, packed, init_method, timeout_s = parent.receive()
     unpack_registrations(registrations)
+    config: WorkerConfig = pickle.loads(packed)
+    configure_logging(config.server_args.log_level)
     _join(config, init_method, timeout_s)
     worker = Worker(config, lambda done, total: parent.send("progress", (done, total)))
     parent.send("result", worker.loaded())

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from rtp_llm.srt.configs.own_config import is_known
 
 _FORM = re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*")
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[0-9]+")
+_WORD = re.compile(r"[A-Z]+[0-9]*(?![a-z])|[A-Z]?[a-z][a-z0-9]*|[0-9]+")
 
 
 class NewModelError(ValueError):

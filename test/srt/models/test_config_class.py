@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rtp_llm import Engine, ModelRegistry
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.configs.model_config import ModelConfig, ModelConfigError, read_architectures
-from rtp_llm.srt.configs.own_config import GeneralConfig
+from rtp_llm.srt.configs.own_config import GeneralConfig, make_config
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.models.registrations import pack_by_value
 from rtp_llm.srt.models.registry import PACKAGE_VARIABLE, ModelFile, ModelImportError, _ModelRegistry
 from rtp_llm.tools.verify.model_class import registered
 from tiny_models import assert_same_ids, random_prompts, reference, tiny_model
@@ -188,6 +190,13 @@ def test_a_class_for_verify_is_there_before_the_configuration(zeta, tmp_path: Pa
     assert read_architectures(args) == ["ZetaForCausalLM"]
     with registered(args, f"{tmp_path / 'model.py'}:ZetaForCausalLM"):
         assert ModelConfig.from_server_args(args).hf_config.num_stripes == 4
+
+
+@pytest.mark.parametrize("config_class", [None, ZetaConfig])
+def test_it_reaches_other_processes(config_class: type | None) -> None:
+    sizes = {"vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "more": [1]}
+    config = pickle.loads(pack_by_value(make_config(config_class, sizes)))
+    assert (config.vocab_size, config.more, config.get_text_config().hidden_size) == (90, [1], 64)
 
 
 def as_zeta(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Write a tiny random checkpoint of Zeta, with a tokenizer and a chat template: ``python -m MODULE DIRECTORY``."""
+"""Write a tiny random checkpoint, with a tokenizer and a chat template: ``python -m MODULE DIRECTORY``."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Write a tiny random checkpoint of Zeta, with all that a chat with images needs: ``python -m MODULE DIRECTORY``."""
+"""Write a tiny random checkpoint, with all that a chat with images needs: ``python -m MODULE DIRECTORY``."""
 
 import sys
 from pathlib import Path
