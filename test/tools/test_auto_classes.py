@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from remote_code import fresh_code
 from rtp_llm.srt.configs.own_config import GeneralConfig
 from rtp_llm.tools.auto_classes import AUTO_CLASSES, CannotBuildError, Way, choose, load_by_transformers, takes_images
 from rtp_llm.tools.reference import TransformersModel
@@ -61,7 +62,7 @@ def changed(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture(autouse=True)
 def forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers with transformers, and the code that it copies."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    fresh_code(tmp_path / "cache", monkeypatch)
     mappings = [auto_class._model_mapping for auto_class in AUTO_CLASSES]
     before = [dict(mapping._extra_content) for mapping in (CONFIG_MAPPING, *mappings)]
     yield

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 import supported_models
+from remote_code import fresh_code
 from rtp_llm import ModelRegistry
 from rtp_llm.cli import main
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -41,7 +42,7 @@ def test_a_package_agrees_at_once(kind: str, tmp_path: Path, monkeypatch: pytest
     check = ["check", "--quiet", "--config", str(ROOT / "pyproject.toml"), str(tmp_path)]
     assert run([sys.executable, "-m", "ruff", *check], ROOT).stdout == ""
     monkeypatch.syspath_prepend(tmp_path / "package")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    fresh_code(tmp_path / "cache", monkeypatch)
     checkpoint = import_module(f"{module}.reference.make_tiny").make_tiny(tmp_path / "tiny")
     entry = import_module(f"{module}.{module}").EntryClass
     monkeypatch.setitem(ModelRegistry.models, entry.__name__, entry)

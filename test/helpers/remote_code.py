@@ -1,0 +1,14 @@
+"""Checkpoints' own code in tests: transformers copies it, and Python remembers it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def fresh_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers copy code to ``folder`` from now on, and forget what was imported from another one."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which transformers adds the folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
