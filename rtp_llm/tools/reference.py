@@ -151,6 +151,35 @@ def logits_text(logits: torch.Tensor) -> str:
         torch.set_printoptions(profile="default")
 
 
+class HalfLoadedError(ValueError):
+    """Checkpoint and transformers' class do not have the same tensors, so what it computes is no reference."""
+
+
+_UNLIKE = {  # what transformers reports after loading -> what it means
+    "missing_keys": "not in the checkpoint, so transformers initialised them at random",
+    "mismatched_keys": "of another shape in the checkpoint, so transformers initialised them at random",
+    "unexpected_keys": "in the checkpoint, but without a place in transformers' class, which left them out",
+    "error_msgs": "that transformers could not convert",
+}
+_MAX_NAMED = 8
+
+
+def _refuse_half_loaded(model: Any, model_path: str, loading: dict[str, Any]) -> None:
+    """Raise HalfLoadedError, with the names, if transformers reports tensors that it did not load."""
+    lines = [_named(keys, meaning) for kind, meaning in _UNLIKE.items() if (keys := loading.get(kind))]
+    if lines:
+        raise HalfLoadedError(
+            f"{type(model).__name__} of transformers is no reference for {model_path}, since their tensors differ; "
+            f"correct the checkpoint, its config.json or that class. {'; '.join(lines)}"
+        )
+
+
+def _named(keys: Any, meaning: str) -> str:
+    names = sorted(key if isinstance(key, str) else " ".join(map(str, key)) for key in keys)
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return f"{', '.join(names[:_MAX_NAMED])}{more}: {meaning}"
+
+
 @dataclass(frozen=True)
 class Answer:
     """A greedy completion, with the best log-probabilities at each position, best first.
@@ -187,9 +216,15 @@ class TransformersModel:
             AutoTokenizer.from_pretrained, config.model_path, trust_remote_code=trust_remote_code
         )
         self._load_processor = partial(load_processor, config.model_path, trust_remote_code)
-        model = load_by_transformers(
-            config.model_path, config.hf_config, trust_remote_code, dtype=getattr(torch, config.dtype)
+        model, loading = load_by_transformers(
+            config.model_path,
+            config.hf_config,
+            trust_remote_code,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
+        _refuse_half_loaded(model, config.model_path, loading)
         self.model = model.to(self.device).eval()
         self.model.generation_config = GenerationConfig()
 

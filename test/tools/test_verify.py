@@ -90,7 +90,7 @@ def test_models_that_see_agree_everywhere(name: str, tmp_path: Path) -> None:
     (asked, _) = image_prompts(args)
     ours = OurModel(args, read_model_config(args), len(asked.ids) + 1)
     theirs = TheirModel(args, read_model_config(args))
-    evidence, _, _ = record("float32", ours, theirs, Prompt("", asked.ids, asked.media), 4)
+    evidence = record("float32", ours, theirs, Prompt("", asked.ids, asked.media), 4)
     differences = compare(evidence.ours, evidence.theirs)
     assert first_difference(differences, evidence.tolerance) is None
     compared = [difference.place for difference in differences]

@@ -5,56 +5,51 @@ the finding names only the place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.tools.verify.attention_causes import AttentionTrials
+from rtp_llm.tools.verify.evidence import Evidence, Finding
+from rtp_llm.tools.verify.expert_causes import explain_experts, explain_routing, given_to_experts
+from rtp_llm.tools.verify.latent import PLAIN, ROTATED
+from rtp_llm.tools.verify.latent_causes import explain_scores
 from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
-from rtp_llm.tools.verify.rope_causes import Rotated, RotationTrials
-from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place, Trace
+from rtp_llm.tools.verify.mutations import ACTIVATIONS, find_mutation, without_effect
+from rtp_llm.tools.verify.order_causes import explain_order, order_text
+from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation
+from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
+from rtp_llm.tools.verify.trace import (
+    ATTENDED,
+    EMBEDDINGS,
+    INPUT,
+    KEYS,
+    OUTPUT,
+    QUERIES,
+    ROUTING,
+    UNROTATED,
+    Place,
+    Trace,
+)
 from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing
 from rtp_llm.tools.verify.weight_causes import explain_linear, explain_norm, weight_of
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
 NEARBY = 24  # places of the reference before and after one that are tried
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The first difference. ``causes`` is empty if no experiment reproduced ours."""
-
-    module: str
-    part: str
-    error: float
-    causes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Both sides' models and their traces of one prompt."""
-
-    config: Any
-    our_model: nn.Module
-    their_model: nn.Module
-    ours: Trace
-    theirs: Trace
-    tolerance: float
-
-    def same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-        return ours.shape == theirs.shape and relative_error(ours, theirs) <= self.tolerance
 
 
 def explain(evidence: Evidence, place: Place, error: float) -> Finding:
     """Return what is wrong at the first place that differs."""
-    uncalled = _uncalled(evidence, place)
+    if evidence.ours.parts.is_tower(place.module):
+        missing = explain_missing(*evidence.pair(place), place.module, evidence.their_modules, evidence.tolerance)
+        if missing:
+            return Finding(place.module, place.part, error, [missing])
+    uncalled = without_effect(evidence, place, _uncalled(evidence, place))
     if uncalled:
         return Finding(uncalled[0], OUTPUT, error, [f"{', '.join(uncalled)}: never called by our model file"])
     explanations: dict[str, Callable[[Evidence, Place, float], Finding]] = {
@@ -64,6 +59,9 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
         EMBEDDINGS: _explain_embeddings,
         INPUT: _explain_input,
         OUTPUT: _explain_output,
+        ROUTING: explain_routing,
+        PLAIN: explain_scores,
+        ROTATED: explain_scores,
     }
     if _is_of_vision_attention(evidence, place):
         return _explain_vision_attention(evidence, place, error)
@@ -85,15 +83,16 @@ def pass_over_layout(evidence: Evidence, differences: list[Difference], index: i
 
 def _uncalled(evidence: Evidence, place: Place) -> list[str]:
     """Return modules of this layer with weights that the reference used before this place and ours never uses."""
-    names = {name for name, _ in evidence.our_model.named_modules()}
+    names = set(evidence.our_modules)
     used = {p.module for p in evidence.ours.tensors}
     before = list(evidence.theirs.tensors)
     before = before[: before.index(place)]
-    return [
+    found = [
         p.module
         for p in before
-        if p.part == OUTPUT and p.module in names - used and layer_of(p.module) == layer_of(place.module) != ""
+        if p.part == OUTPUT and p.module in names - used and layer_of(p.module) == layer_of(place.module)
     ]
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
 # Attention
@@ -122,9 +121,30 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
     )
     trials = RotationTrials(evidence.config, rope, rotated)
     cause = trials.explain(evidence.ours.tensors[place], theirs, evidence.tolerance)
-    if cause is None:
-        return _explain_input(evidence, place, error)
+    if cause is None or cause.startswith(UNKNOWN_ROTATION):
+        before = _explain_before_rotation(evidence, place, error, rope, unrotated, rotated)
+        if before is not None:
+            return before
+        finding = _explain_input(evidence, place, error)
+        if finding.causes or cause is None:
+            return finding
     return Finding(f"{place.module}.{rope_name}", place.part, error, [cause])
+
+
+def _explain_before_rotation(
+    evidence: Evidence, place: Place, error: float, rope: RotaryEmbedding, unrotated: torch.Tensor, rotated: Rotated
+) -> Finding | None:
+    """Explain what ours rotates, if it is not what the reference rotates: an output before, which ours has not."""
+    theirs = evidence.theirs.tensors[place]
+    for p, tensor in reversed(evidence.theirs.tensors.items()):
+        is_before = p.part == OUTPUT and p.module.startswith(f"{place.module}.") and p not in evidence.ours.tensors
+        if not is_before or tensor.shape != unrotated.shape:
+            continue
+        if RotationTrials(evidence.config, rope, replace(rotated, before=tensor)).gives(theirs, evidence.tolerance):
+            evidence.ours.tensors[p] = unrotated
+            finding = _explain_output(evidence, p, error)
+            return finding if finding.causes else None
+    return None
 
 
 def _explain_attention(evidence: Evidence, place: Place, error: float) -> Finding:
@@ -159,20 +179,23 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
     rows = wrong.nonzero()[:, 0].tolist()
     first = evidence.ours.first_position(place)
     where = f"{len(rows)} of {len(ours)} tokens' are wrong, the first of them token {first + rows[0]}'s" if rows else ""
-    finding = _explain_input(evidence, place, error)
-    causes = finding.causes or _rows_elsewhere(ours[wrong], theirs[wrong])
-    return Finding(place.module, place.part, error, [f"{where}: {cause}" for cause in causes] or [where][: len(rows)])
+    cause = _rows_elsewhere(ours[wrong], theirs[wrong]) if rows else None
+    if cause is None:
+        finding = _explain_input(evidence, place, error)
+        named = "" if finding.module == place.module else f"{finding.module}: "
+        cause = next((f"{named}{cause}" for cause in finding.causes), "they are not what the reference puts there")
+    return Finding(place.module, place.part, error, [f"{where}: {cause}" if where else cause])
 
 
-def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
-    """Return causes that concern only the differing rows."""
+def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+    """Return a cause that concerns only the differing rows."""
     nearest = torch.cdist(ours, theirs).argmin(dim=1)
     if len(set(nearest.tolist())) == len(theirs) and torch.allclose(ours, theirs[nearest], rtol=1e-3, atol=1e-4):
-        return ["they are the reference's in another order"]
+        return f"they are the reference's in another order: {order_text(nearest.tolist())}"
     factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
     if torch.allclose(ours, factor * theirs, rtol=1e-3, atol=1e-4):
-        return [f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"]
-    return ["they are not what the reference puts there"]
+        return f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"
+    return None
 
 
 # Modules with weights
@@ -180,15 +203,19 @@ def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> list[str]:
 
 def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
     given = evidence.theirs.tensors.get(Place(place.module, INPUT))
-    theirs = dict(evidence.their_model.named_modules()).get(place.module)
+    theirs = evidence.their_modules.get(place.module)
     cause: str | None = None
+    if place.module in evidence.theirs.experts and given_to_experts(evidence, place):
+        finding = explain_experts(evidence, place, error)
+        if finding:
+            return finding
     if given is not None and theirs is not None:
         ours = evidence.ours.tensors[place]
         module, weight, bias = weight_of(evidence.our_model, place.module)
         if isinstance(module, LinearBase):
-            cause = explain_linear(weight, bias, place.module, evidence.their_model)
+            cause = explain_linear(weight, bias, place.module, evidence)
         elif weight.dim() == 1:
-            cause = explain_norm(given, ours, place.module, evidence.their_model, evidence.tolerance)
+            cause = explain_norm(given, ours, place.module, evidence)
     if cause is None:
         return _explain_input(evidence, place, error)
     return Finding(place.module, place.part, error, [cause])
@@ -199,19 +226,22 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
 
 def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
     """Try whether ours is the reference's tensor of another place, an activation, a multiple, or a sum of others."""
-    if evidence.ours.parts.is_tower(place.module):
-        ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
-        missing = explain_missing(ours, theirs, place.module, evidence.their_model, evidence.tolerance)
-        if missing:
-            return Finding(place.module, place.part, error, [missing])
     activation = _explain_activation(evidence, place)
     if activation:
         return Finding(_activation_name(evidence, place), INPUT, error, [activation])
-    for search in (_elsewhere, _early_rotation, _multiple, _combination):
+    for search in (_elsewhere, _early_rotation, _multiple, _order, explain_relation, _combination):
         cause = search(evidence, place)
         if cause:
             return Finding(place.module, place.part, error, [cause])
-    return Finding(place.module, place.part, error)
+    mutation = find_mutation(evidence, place)
+    if mutation is not None:
+        return Finding(mutation.module, place.part, error, [mutation.text])
+    cause = describe_relation(evidence, place)
+    return Finding(place.module, place.part, error, [cause] if cause else [])
+
+
+def _order(evidence: Evidence, place: Place) -> str | None:
+    return explain_order(*evidence.pair(place), evidence.tolerance)
 
 
 def _nearby(evidence: Evidence, place: Place) -> list[Place]:
@@ -299,6 +329,18 @@ def _best(evidence: Evidence, trials: list[tuple[str, torch.Tensor]], target: to
 
 
 def _activations(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.Tensor]]:
+    parts = _parts_of_siblings(evidence, place)
+    for gate_name, gate in parts:
+        for act in ACTIVATIONS:
+            activated = get_act_fn(act)(gate)
+            yield f"{act}({gate_name})", activated
+            for up_name, up in parts:
+                if up_name != gate_name:
+                    yield f"{act}({gate_name}) * {up_name}", activated * up
+
+
+def _parts_of_siblings(evidence: Evidence, place: Place) -> list[tuple[str, torch.Tensor]]:
+    """Return what an activation may be given: outputs of siblings, their halves, and with another bias."""
     parent, theirs = place.module.rpartition(".")[0], evidence.theirs.tensors
     size = theirs[place].shape[-1]
     parts: list[tuple[str, torch.Tensor]] = []
@@ -308,16 +350,14 @@ def _activations(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.
             continue
         if tensor.shape[-1] == size:
             parts.append((name, tensor))
+            bias = evidence.their_parameters.get(f"{p.module}.bias")
+            if bias is not None:
+                parts += [(f"{name} without its bias", tensor - bias), (f"{name} with its bias twice", tensor + bias)]
         elif tensor.shape[-1] == 2 * size:
             first, second = tensor.chunk(2, dim=-1)
             parts += [(f"first half of {name}", first), (f"second half of {name}", second)]
-    for gate_name, gate in parts:
-        for act in ACTIVATIONS:
-            activated = get_act_fn(act)(gate)
-            yield f"{act}({gate_name})", activated
-            for up_name, up in parts:
-                if up_name != gate_name:
-                    yield f"{act}({gate_name}) * {up_name}", activated * up
+            parts += [(f"even columns of {name}", tensor[:, ::2]), (f"odd columns of {name}", tensor[:, 1::2])]
+    return parts
 
 
 def _activation_name(evidence: Evidence, place: Place) -> str:
@@ -329,12 +369,15 @@ def _activation_name(evidence: Evidence, place: Place) -> str:
 # Logits
 
 
-def explain_logits(evidence: Evidence, ours: torch.Tensor, theirs: torch.Tensor, error: float) -> Finding:
-    """``ours``, ``theirs``: [1, vocab_size] after the prompt's last token, where all modules agree."""
+def explain_logits(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Explain other logits [1, vocab_size] after the prompt's last token, where all modules agree."""
+    ours, theirs = evidence.pair(place)
+    uncalled = without_effect(evidence, place, _uncalled(evidence, place))
+    if uncalled:
+        return Finding(uncalled[0], OUTPUT, error, [f"{', '.join(uncalled)}: never called by our model file"])
     head: Any = evidence.their_model.get_output_embeddings()  # type: ignore[operator]
-    name = next((name for name, module in evidence.their_model.named_modules() if module is head), "lm_head")
-    hidden = evidence.theirs.tensors[Place(name, INPUT)][-1:]
-    raw = evidence.theirs.tensors[Place(name, OUTPUT)][-1:]
+    hidden = evidence.theirs.tensors[Place(place.module, INPUT)][-1:]
+    raw = evidence.theirs.tensors[Place(place.module, OUTPUT)][-1:]
     embedding: Any = evidence.their_model.get_input_embeddings()  # type: ignore[operator]
     trials = {
         "they are the head's product itself: a scale or a soft cap of the logits is missing": raw,
@@ -345,5 +388,8 @@ def explain_logits(evidence: Evidence, ours: torch.Tensor, theirs: torch.Tensor,
     }
     factor = float((ours * theirs).sum() / theirs.square().sum())
     trials[f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"] = factor * theirs
-    causes = [text for text, tensor in trials.items() if evidence.same(ours, tensor)]
-    return Finding(name, "logits", error, causes[:1])
+    causes = [text for text, tensor in trials.items() if evidence.same(ours, tensor[:, : ours.shape[1]])]
+    if not causes:
+        finding = _explain_input(evidence, place, error)
+        return Finding(place.module, place.part, error, finding.causes)
+    return Finding(place.module, place.part, error, causes[:1])

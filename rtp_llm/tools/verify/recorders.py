@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -15,11 +16,14 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
 from rtp_llm.srt.model_traits import ModelTraits
+from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
+from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
     INPUT,
     KEYS,
+    LATENT,
     OUTPUT,
     QUERIES,
     UNROTATED,
@@ -56,8 +60,16 @@ class Recorder:
         if next(module.children(), None) is not None:
             self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _summed(output)))
         elif next(module.parameters(recurse=False), None) is not None:
-            self.before(module, lambda args: self.trace.add(name, INPUT, _summed(args)))
-            self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _first(output)))
+            if num_experts_of(module) is None:
+                self.before(module, lambda args: self.trace.add(name, INPUT, _summed(args)))
+            self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _leaf_output(module, args, output)))
+        if num_experts_of(module) is not None:
+            self.called(module, lambda given: self._add_experts(name, module, given))
+
+    def _add_experts(self, name: str, module: nn.Module, given: dict[str, Any]) -> None:
+        found = experts_call(module, given)
+        if found is not None:
+            self.trace.add_experts(name, *found)
 
     def before(self, module: nn.Module, action: Callable[[tuple[Any, ...]], None]) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,8 +102,16 @@ def _embeddings(given: dict[str, Any]) -> Any:
     return given.get("input_embeds", given.get("inputs_embeds"))
 
 
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) and output else output
+def _leaf_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Return a module's output; of a router that returns more, or other things, its product: the logits."""
+    if not isinstance(output, (tuple, list)) or not output:
+        return output
+    weight, given = getattr(module, "weight", None), args[0] if args else None
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not isinstance(given, torch.Tensor):
+        return output[0]
+    bias = getattr(module, "bias", None)
+    bias = bias.float() if isinstance(bias, torch.Tensor) and bias.shape == weight.shape[:1] else None
+    return F.linear(given.float(), weight.float(), bias) if given.shape[-1] == weight.shape[1] else output[0]
 
 
 def _summed(values: Any) -> Any:
@@ -149,7 +169,11 @@ class OurRecorder(Recorder):
                 for part, tensor in zip((QUERIES, KEYS), self._rotation, strict=True):
                     self.trace.add(name, UNROTATED[part], tensor)
                 self._rotation = None
-            for part, tensor in zip((QUERIES, KEYS, VALUES), args[:3], strict=True):
+            parts: tuple[str, ...] = (QUERIES, KEYS, VALUES)
+            if layer.spec.latent:
+                parts = (LATENT[QUERIES], LATENT[KEYS])
+                self.trace.latent_sizes[name] = layer.spec.head_dim - layer.spec.v_head_dim
+            for part, tensor in zip(parts, args, strict=False):
                 self.trace.add(name, part, tensor)
             sinks = next((arg for arg in args[3:] if isinstance(arg, torch.Tensor)), None)
             self.trace.calls[name] = AttentionCall(
@@ -162,7 +186,8 @@ class OurRecorder(Recorder):
             )
 
         self.before(layer, before)
-        self.after(layer, lambda args, output: self.trace.add(name, ATTENDED, output))
+        if not layer.spec.latent:
+            self.after(layer, lambda args, output: self.trace.add(name, ATTENDED, output))
 
 
 def _our_vision_call(layer: VisionAttention, given: dict[str, Any]) -> VisionCall:
@@ -213,18 +238,46 @@ class TheirRecorder(Recorder):
     Attention is not recorded for a model with attention code of its own.
     """
 
-    def __init__(self, model: Any, trace: Trace) -> None:
+    def __init__(self, model: Any, trace: Trace, names: Mapping[nn.Module, str] | None = None) -> None:
+        """``names``: of the model's modules, see ``aligned_names``; None: their own."""
         super().__init__(model, trace)
-        self._names = {module: name for name, module in model.named_modules()}
+        self.names = dict(names or {module: name for name, module in model.named_modules()})
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # a layer's name -> its last call
         self._implementation = model.config._attn_implementation
         self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> arguments of its last call
 
     def watch(self, name: str, module: nn.Module) -> None:
+        name = self.names[module]
         super().watch(name, module)
+        if name and layer_of(name) == name:
+            self._handles.append(
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs: self.calls.__setitem__(name, (args, kwargs)), with_kwargs=True
+                )
+            )
+        experts = SeparateExperts.of(module)
+        if experts is not None:
+            self._watch_separate_experts(name, module, experts)
         if self.trace.parts.is_tower(name):
             self.called(module, lambda given: self._given.__setitem__(name, given))
         elif name.rpartition(".")[2] == "rotary_emb":
             self.before(module, self._add_positions)
+
+    def _watch_separate_experts(self, name: str, block: nn.Module, experts: SeparateExperts) -> None:
+        for child in block.children():
+            if child is not experts.modules:
+                self.after(child, lambda args, output, child=child: experts.add_other(child, output))  # type: ignore[misc]
+        for index, expert in enumerate(experts.modules):
+            self.after(expert, lambda args, output, index=index: experts.add(index, args, output))  # type: ignore[misc]
+        place = self.names[experts.modules]
+
+        def record(args: tuple[Any, ...], output: Any) -> None:
+            found = experts.solved(args[0], output)
+            if found is not None:
+                self.trace.add_experts(place, found.call, found.routing)
+                self.trace.add(place, OUTPUT, found.output)
+
+        self.after(block, record)
 
     def _add_positions(self, args: tuple[Any, ...]) -> None:
         for arg in args:
@@ -232,7 +285,7 @@ class TheirRecorder(Recorder):
 
     def __enter__(self) -> "TheirRecorder":
         super().__enter__()
-        for module in self._names:
+        for module in self.names:
             module.rtp_llm_recorder = self  # type: ignore[assignment]
         if self.model._can_set_attn_implementation():  # type: ignore[operator]
             self.model.set_attn_implementation(RECORDING)  # type: ignore[operator]
@@ -242,7 +295,7 @@ class TheirRecorder(Recorder):
         super().__exit__(*exception)
         if self.model._can_set_attn_implementation():  # type: ignore[operator]
             self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]
-        for module in self._names:
+        for module in self.names:
             del module.rtp_llm_recorder
 
     def add_attention(
@@ -253,7 +306,7 @@ class TheirRecorder(Recorder):
         options: dict[str, Any],
         output: torch.Tensor,
     ) -> None:
-        name, num = self._names[module], states[0].shape[2]
+        name, num = self.names[module], states[0].shape[2]
         if self.trace.parts.is_tower(name):
             self._add_vision_attention(name, states, options)
             return

@@ -13,6 +13,7 @@ from rtp_llm.tools.verify.locate import relative_error
 
 COMMON_BASES = (10000.0, 500000.0, 1000000.0)
 MAX_TRIED_TOKENS = 64
+UNKNOWN_ROTATION = "it rotates in a way that none of the trials gives"
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,20 @@ class RotationTrials:
         tried = [(rotation, self._apply(rotation)) for rotation in self._rotations()]
         right = [r for r, result in tried if result is not None and self._is(result, theirs, tolerance)]
         if not right:
-            return None
-        if self._is(self._rotated.before, ours, tolerance):
+            is_unrotated = self._is(self._unrotated(), theirs, tolerance)
+            return "it rotates them, and the reference does not" if is_unrotated else None
+        if self._is(self._unrotated(), ours, tolerance):
             return "it does not rotate them at all"
         own = [r for r, result in tried if result is not None and self._is(result, ours, tolerance)]
         if not own:
-            return f"it rotates in a way that none of the trials gives; the reference's is {self._text(right[0])}"
+            return f"{UNKNOWN_ROTATION}; the reference's is {self._text(right[0])}"
         mine, yours = min(product(own, right), key=lambda pair: len(pair[0].changes(pair[1])))
         return "; ".join(self._change(name, mine, yours) for name in mine.changes(yours)) or None
+
+    def gives(self, theirs: torch.Tensor, tolerance: float) -> bool:
+        """Return whether some rotation makes the reference's tensor."""
+        results = (self._apply(rotation) for rotation in self._rotations())
+        return any(result is not None and self._is(result, theirs, tolerance) for result in results)
 
     def _rotations(self) -> Iterator[Rotation]:
         styles = (True, False)
@@ -93,12 +100,20 @@ class RotationTrials:
     def _is(self, result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
         return relative_error(result[-MAX_TRIED_TOKENS:], expected[-MAX_TRIED_TOKENS:]) <= tolerance
 
+    def _unrotated(self) -> torch.Tensor:
+        return self._rotated.before
+
     def _apply(self, rotation: Rotation) -> torch.Tensor | None:
-        """Apply a rotation; return None if it does not exist."""
+        """Apply a rotation to the last tokens; return None if it does not exist."""
+        before = self._rotated.before[-MAX_TRIED_TOKENS:]
+        turned = self._rotate(rotation, before, before)
+        return None if turned is None else turned[0]
+
+    def _rotate(self, rotation: Rotation, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rotate the last tokens' q and k; return None if the rotation does not exist or fit."""
         given = self._rotated
-        before = given.before[-MAX_TRIED_TOKENS:]
         end = given.first_position + len(given.before)
-        positions = self._positions[rotation.positions][1][..., end - len(before) : end]
+        positions = self._positions[rotation.positions][1][..., end - len(q) : end]
         try:
             rope = get_rope(
                 given.head_dim,
@@ -118,11 +133,11 @@ class RotationTrials:
             positions=positions,
             mrope_positions=None,
             prompt_lens_cpu=[given.num_tokens],
-            extend_prefix_lens_cpu=[end - len(before)],
-            extend_seq_lens_cpu=[len(before)],
+            extend_prefix_lens_cpu=[end - len(q)],
+            extend_seq_lens_cpu=[len(q)],
         )
         rope.prepare_for_forward(cast(Any, batch))
-        return rope(positions, before, before)[0]
+        return rope(positions, q, k)
 
     def _change(self, name: str, ours: Rotation, theirs: Rotation) -> str:
         mine, yours = getattr(ours, name), getattr(theirs, name)

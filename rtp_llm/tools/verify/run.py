@@ -13,7 +13,9 @@ from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.placement import MediaPlacementError
-from rtp_llm.tools.verify.causes import Evidence, Finding, explain, explain_logits, pass_over_layout
+from rtp_llm.tools.verify.causes import explain, explain_logits, pass_over_layout
+from rtp_llm.tools.verify.evidence import Evidence, Finding
+from rtp_llm.tools.verify.latent import add_latent_scores
 from rtp_llm.tools.verify.locate import (
     LOGITS_TOLERANCE,
     MODULE_TOLERANCE,
@@ -23,11 +25,13 @@ from rtp_llm.tools.verify.locate import (
     logits_error,
 )
 from rtp_llm.tools.verify.model_class import registered
+from rtp_llm.tools.verify.names import aligned_names
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
 from rtp_llm.tools.verify.prompts import Prompt, image_prompts, read_or_default_prompts
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
+from rtp_llm.tools.verify.replay import Replay
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
-from rtp_llm.tools.verify.trace import Parts, Trace
+from rtp_llm.tools.verify.trace import LOGITS, Parts, Place, Trace
 
 TOP = 5
 TIE_GAP = 1e-4  # logits closer than this are a tie: either token is right
@@ -145,21 +149,38 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     wrong = [result for result in report.results if result.error > report.tolerance]
     shortest = min(wrong, key=lambda result: len(result.prompt.ids))
     whole = replace(shortest.prompt, ids=[*shortest.prompt.ids, *shortest.output_ids[:-1]])
-    evidence, our_logits, their_logits = record(report.dtype, ours, theirs, whole, options.cut_len)
-    differences = compare(evidence.ours, evidence.theirs)
+    evidence = record(report.dtype, ours, theirs, whole, options.cut_len)
+    differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place.part != LOGITS]
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
     if index is not None:
         index = pass_over_layout(evidence, differences, index)
-        finding = explain(evidence, *differences[index])
+        finding = _with_pieces(explain(evidence, *differences[index]), report, ours, theirs, shortest.prompt, options)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
         return _with(report, finding=finding, around=around, source=_source(ours.model, finding.module))
-    error = logits_error(our_logits, their_logits)
+    logits = next(place for place in evidence.ours.tensors if place.part == LOGITS)
+    error = logits_error(*evidence.pair(logits))
     if error > report.tolerance:
-        finding = explain_logits(evidence, our_logits, their_logits, error)
+        finding = explain_logits(evidence, logits, error)
         return _with(report, finding=finding, source=_source(ours.model, ""))
     note = "All modules agree over prompt and text at once: only tokens computed one by one, from the cache, differ."
     return _with(report, note=note)
+
+
+def _with_pieces(
+    finding: Finding, report: Report, ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions
+) -> Finding:
+    """Add to a finding whether ours is right if it computes the prompt at once."""
+    if not ours.cut_of(prompt, options.cut_len):
+        return finding
+    output_ids, our_logits = ours.run(prompt, 0, 1)
+    if logits_error(our_logits, theirs.run(prompt, 0, output_ids)[:, : our_logits.shape[1]]) > report.tolerance:
+        return finding
+    cause = (
+        f"only where a prompt is computed in pieces, {options.cut_len} tokens and then the rest: at once, ours agrees. "
+        "Something depends on which tokens are computed together"
+    )
+    return replace(finding, causes=[*finding.causes, cause])
 
 
 def _source(model: nn.Module, name: str) -> str:
@@ -176,17 +197,21 @@ def _with(report: Report, **changes: Any) -> Report:
     return Report(**{item.name: getattr(report, item.name) for item in fields(report)} | changes)
 
 
-def record(
-    dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int
-) -> tuple[Evidence, torch.Tensor, torch.Tensor]:
-    """Return both sides' traces of a prompt, and its last logits [1, vocab_size]."""
+def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int) -> Evidence:
+    """Return both sides' traces of a prompt, the last logits among them."""
     num_tokens, cut_len = len(prompt.ids), ours.cut_of(prompt, cut_len)
     parts = Parts() if prompt.media is None else Parts.of(theirs.model)
     our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS), parts) for _ in range(2))
     with OurRecorder(ours.model, our_trace):
         output_ids, our_logits = ours.run(prompt, cut_len, 1, our_trace)
-    with TheirRecorder(theirs.model, their_trace):
+    names = aligned_names(ours.model, theirs.model)
+    recorder = TheirRecorder(theirs.model, their_trace, names)
+    with recorder:
         their_logits = theirs.run(prompt, cut_len, output_ids, their_trace)
-    config = theirs.model.config.get_text_config()
-    evidence = Evidence(config, ours.model, theirs.model, our_trace, their_trace, MODULE_TOLERANCE[dtype])
-    return evidence, our_logits[-1:], their_logits[-1:, : our_logits.shape[1]]
+    add_latent_scores(our_trace, their_trace)
+    logits = Place(names.get(theirs.model.get_output_embeddings(), "lm_head"), LOGITS)
+    num_logits = our_logits.shape[1]
+    our_trace.tensors[logits], their_trace.tensors[logits] = our_logits[-1:], their_logits[-1:, :num_logits]
+    config, tolerance = theirs.model.config.get_text_config(), MODULE_TOLERANCE[dtype]
+    replay = Replay(recorder, lambda trace: theirs.run(prompt, cut_len, output_ids, trace)[-1:, :num_logits])
+    return Evidence(config, ours.model, theirs.model, our_trace, their_trace, tolerance, names, replay)

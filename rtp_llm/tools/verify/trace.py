@@ -12,16 +12,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rtp_llm.tools.verify.expert_calls import ExpertsCall
+
 INPUT, OUTPUT = "input", "output"
 QUERIES, KEYS, VALUES, ATTENDED = "queries", "keys", "values", "attention output"
+LOGITS = "logits"  # [1, vocab_size] after the last token, of the head
 EMBEDDINGS = "embeddings of text and media"  # the input of a language model's first layer
+ROUTING = "experts' weights"  # [tokens, num_experts], zero where a token does not go
 UNROTATED = {QUERIES: "queries before rotation", KEYS: "keys before rotation"}
-_KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS])  # every query needs all of them
+LATENT = {QUERIES: "queries over latents", KEYS: "latents"}
+_KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS], LATENT[KEYS])  # every query needs all of them
 
 
 class Place(NamedTuple):
     """A tensor of a forward pass. ``part``: INPUT or OUTPUT of a module; of an attention block also QUERIES, KEYS,
-    VALUES, and the output ATTENDED."""
+    VALUES, and the output ATTENDED; of experts also ROUTING."""
 
     module: str
     part: str
@@ -99,6 +104,8 @@ class Trace:
         self.parts = parts or Parts()
         self.calls: dict[str, AttentionCall] = {}
         self.vision_calls: dict[str, VisionCall] = {}
+        self.latent_sizes: dict[str, int] = {}  # rotated components of latent attention
+        self.experts: dict[str, ExpertsCall] = {}  # the last call of each module of experts
         self.positions: torch.Tensor | None = None  # inputs of rotations: [tokens], or [3, tokens] of M-RoPE
         self._position_pieces: list[torch.Tensor] = []
         self.tensors: dict[Place, torch.Tensor] = {}
@@ -159,6 +166,23 @@ class Trace:
         skipped = 0 if part in _KEPT_WHOLE or is_tower else max(0, self.first_kept - self._start)
         place = Place(module if use == 1 else f"{module}#{use}", part)
         self._pieces[place].append(kept(rows[skipped:]))
+
+    def add_experts(self, module: str, call: ExpertsCall, routing: torch.Tensor) -> None:
+        """Add what experts are given, and their weights [tokens, num_experts]."""
+        self.experts[module] = call
+        self.add(module, INPUT, call.given)
+        self.add(module, ROUTING, routing)
+
+    def insert_after(self, place: Place, added: dict[Place, torch.Tensor]) -> None:
+        """Add places behind another one; behind all, if there is none."""
+        items = list(self.tensors.items())
+        at = next((i + 1 for i, (p, _) in enumerate(items) if p == place), len(items))
+        self.tensors = dict([*items[:at], *added.items(), *items[at:]])
+
+    def insert_before(self, place: Place, added: dict[Place, torch.Tensor]) -> None:
+        items = list(self.tensors.items())
+        at = next((i for i, (p, _) in enumerate(items) if p == place), len(items))
+        self.tensors = dict([*items[:at], *added.items(), *items[at:]])
 
     def first_position(self, place: Place) -> int:
         """Return the position of the first row that is kept."""

@@ -1,9 +1,8 @@
 """Causes of different attention outputs in a vision tower, found by computing attention again with the reference's
 queries, keys and values; and learned positions that are not added."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,13 +100,14 @@ def _segments(lengths: tuple[int, ...]) -> str:
     return f"{len(lengths)} of {shown} patches"
 
 
-def explain_missing(ours: torch.Tensor, theirs: torch.Tensor, name: str, model: Any, tolerance: float) -> str | None:
+def explain_missing(
+    ours: torch.Tensor, theirs: torch.Tensor, name: str, modules: Mapping[str, nn.Module], tolerance: float
+) -> str | None:
     """Return which table of the tower's parameters, equal for each image, ours lacks or adds twice; None: none.
 
     Args:
-        name: the module whose parameters, and its parents' except the whole model's, are tried.
+        name: of ``modules``, the one whose parameters, and its parents' except the whole model's, are tried.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
     parts = name.split(".")
     places = [".".join(parts[:length]) for length in range(len(parts), 1, -1)]
     for place in places:

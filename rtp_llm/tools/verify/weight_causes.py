@@ -1,6 +1,6 @@
 """Causes in modules: a weight that is not the reference's, or another use of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.model_traits import ModelTraits
+from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.recorders import packed_sources, vision_aliases
 
@@ -44,9 +45,9 @@ def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tens
     return module, weight, bias
 
 
-def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, their_model: nn.Module) -> str | None:
+def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, evidence: Evidence) -> str | None:
     """Return the cause in a linear layer. ``weight``, ``bias``: ours, of the checkpoint's name ``name``."""
-    theirs = their_model.get_submodule(name)
+    theirs = evidence.their_modules[name]
     their_weight = _host(getattr(theirs, "weight", None))
     their_bias = _host(getattr(theirs, "bias", None))
     if their_weight is None:
@@ -54,7 +55,7 @@ def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, t
     if type(theirs).__name__ == "Conv1D":
         their_weight = their_weight.T
     if not _equal(weight, their_weight):
-        return _explain_weight(weight, their_weight, name, their_model)
+        return _explain_weight(weight, their_weight, name, evidence)
     if bias is None and their_bias is not None:
         return "the bias is not added"
     if bias is not None and (their_bias is None or not _equal(bias, their_bias)):
@@ -62,10 +63,9 @@ def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, t
     return None
 
 
-def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, their_model: nn.Module) -> str:
-    for other, parameter in their_model.named_parameters():
-        tensor = _host(parameter)
-        if other.rpartition(".")[0] != name and tensor is not None and _equal(weight, tensor):
+def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, evidence: Evidence) -> str:
+    for other, tensor in evidence.their_parameters.items():
+        if other.rpartition(".")[0] != name and _equal(weight, tensor):
             return f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
     if _equal(weight, right.T):
         return "its weight is transposed"
@@ -74,35 +74,39 @@ def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, their_
     return "its weight is none of the reference's: never set, or changed while loading"
 
 
-def explain_norm(
-    given: torch.Tensor, ours: torch.Tensor, name: str, their_model: nn.Module, tolerance: float
-) -> str | None:
+def explain_norm(given: torch.Tensor, ours: torch.Tensor, name: str, evidence: Evidence) -> str | None:
     """Return the cause in a norm. ``given``: the reference's input, ``ours``: our output."""
-    theirs = their_model.get_submodule(name)
+    theirs = evidence.their_modules[name]
     weight, bias = _host(getattr(theirs, "weight", None)), _host(getattr(theirs, "bias", None))
     if weight is None or weight.dim() != 1 or given.shape[-1] % len(weight):
         return None
     eps = _eps_of(theirs)
     x = given.unflatten(-1, (-1, len(weight)))
     target = ours.unflatten(-1, (-1, len(weight)))
-    trials = list(_norms(x, weight, bias, eps, name, their_model))
+    trials = list(_norms(x, target, weight, bias, eps, name, evidence.their_parameters))
     errors = [(relative_error(result.flatten(1), target.flatten(1)), text) for text, result in trials]
     error, text = min(errors, default=(1.0, ""))
-    return text if error <= tolerance else None
+    return text if error <= evidence.tolerance else None
 
 
 def _norms(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, name: str, their_model: nn.Module
+    x: torch.Tensor,
+    ours: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    name: str,
+    parameters: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     layer_norm, rms = _layer_norm(x, eps), _rms(x, eps)
-    parameters = dict(their_model.named_parameters())
     for text, normed in (("a root-mean-square norm", rms), ("a layer norm (mean subtracted)", layer_norm)):
         yield f"it is {text}, times weight", normed * weight
         yield f"it is {text}, times 1 + weight", normed * (1 + weight)
         yield f"it is {text} without weight", normed
+    yield from _other_groups(x, weight, eps)
     if bias is not None:
         yield "its bias is not added", layer_norm * weight
-    for other_eps in EPSILONS:
+    for other_eps in (*EPSILONS, *_solved_eps(x, ours, weight)):
         if other_eps != eps:
             text = f"its epsilon is {other_eps:g}, the reference's {eps:g}"
             yield text, _rms(x, other_eps) * weight
@@ -111,13 +115,31 @@ def _norms(
     for other, parameter in parameters.items():
         if parameter.shape == weight.shape and other.endswith(".weight") and other != f"{name}.weight":
             text = f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
-            other_weight = parameter.detach().float().cpu()
+            other_weight = parameter
             yield text, rms * other_weight
             yield text, rms * (1 + other_weight)
             yield text, layer_norm * other_weight + (0.0 if bias is None else bias)
-            other_bias = _host(parameters.get(f"{other.removesuffix('weight')}bias"))
+            other_bias = parameters.get(f"{other.removesuffix('weight')}bias")
             if other_bias is not None:
                 yield text, layer_norm * other_weight + other_bias
+
+
+def _other_groups(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield norms over each head where the reference's is over all, and the other way round."""
+    for size in (size for size in range(2, len(weight)) if len(weight) % size == 0):
+        grouped = x.unflatten(-1, (-1, size))
+        yield f"it is over each {size} components (a head), not over all", _rms(grouped, eps).flatten(-2) * weight
+    if x.shape[1] > 1:
+        yield "it is over all heads together, not over each", _rms(x.flatten(1), eps).view(x.shape) * weight
+
+
+def _solved_eps(x: torch.Tensor, ours: torch.Tensor, weight: torch.Tensor) -> Iterator[float]:
+    """Yield the epsilons of a root-mean-square norm that would give ours, times weight and times 1 + weight."""
+    for scale in (weight, 1 + weight):
+        factor = (ours * x * scale).sum(-1) / (x * scale).square().sum(-1).clamp(min=1e-30)
+        eps = (factor.clamp(min=1e-30) ** -2 - x.square().mean(-1)).median()
+        if 0 < float(eps) < 1:
+            yield float(f"{float(eps):.2g}")
 
 
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,0 +1,240 @@
+"""What ours is in terms of the reference's tensors at the same place and before it: a factor, a part that is missing,
+rows of another tensor."""
+
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.trace import OUTPUT, Place
+
+MAX_SOURCES = 64  # tensors whose rows are looked at
+NAMELESS = "which is not a parameter or a gate of the reference"
+MIN_ROWS = 3  # from which factors of columns are told apart from chance
+
+
+def explain_relation(evidence: Evidence, place: Place) -> str | None:
+    """Return the first relation that holds, and that names what it is."""
+    searches = (_column_factors, _row_factors, _difference, _other_rows, _other_columns, _limits)
+    causes = (search(evidence, place) for search in searches)
+    return next((cause for cause in causes if cause and not cause.endswith(NAMELESS)), None)
+
+
+def describe_relation(evidence: Evidence, place: Place) -> str | None:
+    """Return the first relation that holds, though it may not name what the factors are."""
+    searches = (_column_factors, _row_factors, _difference)
+    return next((cause for search in searches if (cause := search(evidence, place))), None)
+
+
+def _column_factors(evidence: Evidence, place: Place) -> str | None:
+    """Try ``ours = factor * theirs + offset``, with a factor and an offset for each column."""
+    ours, theirs = evidence.pair(place)
+    if len(ours) < MIN_ROWS:
+        return None
+    centred = theirs - theirs.mean(0)
+    factor = ((ours - ours.mean(0)) * centred).sum(0) / centred.square().sum(0).clamp(min=1e-30)
+    for slope in (torch.ones_like(factor), factor):
+        offset = (ours - slope * theirs).mean(0)
+        is_offset = bool(offset.abs().max() > 1e-3 * theirs.abs().mean())
+        if evidence.same(ours, slope * theirs + (offset if is_offset else 0)):
+            texts = [] if bool((slope == 1).all()) else [_factor_text(slope, evidence.their_parameters)]
+            texts += [_offset_text(offset, evidence.their_parameters)] if is_offset else []
+            return "; ".join(texts) or None
+    return None
+
+
+def _factor_text(factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> str:
+    for name, parameter in _vectors(parameters, len(factor)):
+        for text, value in (
+            (f"{name} is not multiplied", 1 / parameter),
+            (f"{name} is multiplied where the reference does not, or twice", parameter),
+            (f"1 + {name} is multiplied in place of {name}", (1 + parameter) / parameter),
+            (f"{name} is multiplied in place of 1 + {name}", parameter / (1 + parameter)),
+        ):
+            if torch.allclose(factor, value, rtol=1e-2, atol=1e-5):
+                return text
+    return f"each column has a factor of its own (weights of a norm, a scale), {NAMELESS}"
+
+
+def _offset_text(offset: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> str:
+    for name, parameter in _vectors(parameters, len(offset)):
+        if torch.allclose(offset, -parameter, rtol=1e-2, atol=1e-4):
+            return f"{name} is not added"
+        if torch.allclose(offset, parameter, rtol=1e-2, atol=1e-4):
+            return f"{name} is added where the reference does not, or twice"
+    return f"the same is added to all rows (a bias, an embedding), {NAMELESS}"
+
+
+def _vectors(parameters: Mapping[str, torch.Tensor], size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in parameters.items():
+        if parameter.dim() >= 1 and parameter.shape[-1] == size and parameter.numel() <= MAX_SOURCES * size:
+            for i, row in enumerate(parameter.reshape(-1, size)):
+                yield (name if parameter.numel() == size else f"row {i} of {name}"), row
+
+
+def _row_factors(evidence: Evidence, place: Place) -> str | None:
+    """Try ``ours = factor * theirs`` with a factor for each row."""
+    ours, theirs = evidence.pair(place)
+    if theirs.shape[1] < MIN_ROWS:
+        return None
+    factor = (ours * theirs).sum(1) / theirs.square().sum(1).clamp(min=1e-30)
+    if not evidence.same(ours, factor[:, None] * theirs):
+        return None
+    for text, value in _norms_of(theirs):
+        if torch.allclose(factor, value, rtol=1e-2):
+            return text
+    for text, value in _norms_of(ours):
+        if torch.allclose(1 / factor, value, rtol=1e-2):
+            return text.replace("it is ", "it is not ")
+    for name, gate in _gates(evidence, place):
+        for text, value in ((f"not multiplied by {name}", 1 / gate), (f"multiplied by {name}, or twice", gate)):
+            if torch.allclose(factor, value, rtol=1e-2):
+                return f"it is {text}"
+    values = ", ".join(f"{value:.4g}" for value in factor[:3].tolist())
+    return f"each token has a factor of its own ({values}, ...; a gate, a norm, a scale by position), {NAMELESS}"
+
+
+def _norms_of(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "it is normalised (root mean square), without weight", x.square().mean(1).clamp(min=1e-30).rsqrt()
+    yield "it is normalised to length 1", 1 / x.norm(dim=1).clamp(min=1e-30)
+
+
+def _gates(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the reference has one number of for each token: outputs, and functions of them."""
+    num_rows = len(evidence.theirs.tensors[place])
+    for p, tensor in evidence.theirs.tensors.items():
+        if p.part == OUTPUT and tensor.shape[1] == 1 and len(tensor) >= num_rows:
+            value = tensor[-num_rows:, 0]
+            yield f"sigmoid of {p}", value.sigmoid()
+            yield f"tanh of {p}", value.tanh()
+            yield str(p), value
+
+
+def _difference(evidence: Evidence, place: Place) -> str | None:
+    """Try whether ours and the reference's differ by a multiple of one tensor, the same or another for each token."""
+    ours, theirs = evidence.pair(place)
+    difference = ours - theirs
+    significant = difference.norm(dim=1) > evidence.tolerance * theirs.norm(dim=1)
+    for p in _earlier(evidence, place):
+        tensor = evidence.theirs.tensors[p]
+        factor = float((difference * tensor).sum() / tensor.square().sum().clamp(min=1e-30))
+        if abs(factor) > 1e-6 and evidence.same(ours, theirs + factor * tensor):
+            return f"{_missing(factor, str(p))}: ours is the reference's {factor:+.6g} times it"
+    for p in _earlier(evidence, place):
+        tensor = evidence.theirs.tensors[p]
+        factors = (difference * tensor).sum(1) / tensor.square().sum(1).clamp(min=1e-30)
+        if evidence.same(ours, theirs + factors[:, None] * tensor) and bool(significant.any()):
+            gates = [("1: not at all", torch.ones(len(ours))), ("0: it is missing", torch.zeros(len(ours)))]
+            gates += _gates(evidence, place)
+            for (mine, own), (yours, right) in permutations(gates, 2):
+                if torch.allclose(factors, own - right, rtol=1e-2, atol=1e-4):
+                    return f"{p} is multiplied by {mine}; in the reference by {yours}"
+            return f"{p} counts with other factors, one for each token, {NAMELESS}"
+    return None
+
+
+def _missing(factor: float, name: str) -> str:
+    if abs(factor + 1) < 1e-3:
+        return f"{name} is not added"
+    if abs(factor - 1) < 1e-3:
+        return f"{name} is added once more"
+    return f"{name} has another factor"
+
+
+def _earlier(evidence: Evidence, place: Place) -> list[Place]:
+    """Return places of this shape before this one, outputs first and the nearest first."""
+    places = list(evidence.theirs.tensors)
+    places = places[: places.index(place)]
+    shape = evidence.theirs.tensors[place].shape
+    fitting = [p for p in reversed(places) if evidence.theirs.tensors[p].shape == shape]
+    return sorted(fitting, key=lambda p: p.part != OUTPUT)[:MAX_SOURCES]
+
+
+def _other_rows(evidence: Evidence, place: Place) -> str | None:
+    """Try whether each row of ours is a row of some tensor of the reference: of another layer, another token, ..."""
+    ours, theirs = evidence.pair(place)
+    width = ours.shape[1]
+    sources = {str(p): t for p in _around(evidence, place) if (t := evidence.theirs.tensors[p]).shape[1] == width}
+    vectors = {
+        name: p.reshape(-1, width)
+        for name, p in evidence.their_parameters.items()
+        if _is_table(p, width) or (name.startswith(f"{place.module}.") and p.dim() == 2 and p.shape[1] == width)
+    }
+    mine = _origins(ours, sources | vectors, evidence.tolerance)
+    if mine is None:
+        return None
+    yours = _origins(theirs, {n: t for n, t in (sources | vectors).items() if n != str(place)}, evidence.tolerance)
+    text = f"it is made of {_runs(mine)}"
+    return text if yours is None else f"{text}; the reference's of {_runs(yours)}"
+
+
+def _other_columns(evidence: Evidence, place: Place) -> str | None:
+    """Try whether each column of ours is a column of another tensor of the reference: parts of a fused projection."""
+    ours, theirs = evidence.pair(place)
+    if len(ours) < MIN_ROWS:
+        return None
+    num = len(ours)
+    tensors = {str(p): evidence.theirs.tensors[p] for p in _around(evidence, place) if p.part == OUTPUT and p != place}
+    sources = {name: tensor[-num:].T for name, tensor in tensors.items() if len(tensor) >= num}
+    mine, yours = (_origins(x.T, sources, evidence.tolerance) for x in (ours, theirs))
+    if mine is None or mine == yours:
+        return None
+    text = f"it is made of {_runs(mine, 'columns')}"
+    return text if yours is None else f"{text}; the reference's of {_runs(yours, 'columns')}"
+
+
+def _is_table(parameter: torch.Tensor, width: int) -> bool:
+    return parameter.dim() >= 1 and parameter.shape[-1] == width and parameter.numel() <= MAX_SOURCES * width
+
+
+def _around(evidence: Evidence, place: Place) -> list[Place]:
+    places = list(evidence.theirs.tensors)
+    here = places.index(place)
+    return sorted(places, key=lambda p: (p.part != OUTPUT, abs(places.index(p) - here)))[: 4 * MAX_SOURCES]
+
+
+def _origins(rows: torch.Tensor, sources: Mapping[str, torch.Tensor], tolerance: float) -> list[tuple[str, int]] | None:
+    """Return (source, row of it) of each row; None: not all are found. Few sources are preferred."""
+    found: list[tuple[str, int] | None] = [None] * len(rows)
+    sizes = rows.norm(dim=1).clamp(min=1e-30)
+    counted: list[tuple[int, str, Any]] = []
+    for name, source in sources.items():
+        if len(source):
+            nearest = torch.cdist(rows, source, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+            fits = nearest.values <= tolerance * sizes
+            counted.append((int(fits.sum()), name, (fits.tolist(), nearest.indices.tolist())))
+    counted.sort(key=lambda item: -item[0])
+    for _, name, (fits, indices) in counted:
+        for i, (is_it, index) in enumerate(zip(fits, indices, strict=True)):
+            if is_it and found[i] is None:
+                found[i] = (name, index)
+    return None if None in found else [origin for origin in found if origin is not None]
+
+
+def _runs(origins: list[tuple[str, int]], what: str = "rows") -> str:
+    """Describe origins by runs of neighbouring rows."""
+    runs: list[list[Any]] = []
+    for name, row in origins:
+        if runs and runs[-1][0] == name and row == runs[-1][2] + 1:
+            runs[-1][2] = row
+        else:
+            runs.append([name, row, row])
+    shown = [f"{first}" if first == last else f"{first} to {last}" for _, first, last in runs]
+    texts = [f"{what} {rows} of {name}" for rows, (name, _, _) in zip(shown, runs, strict=True)]
+    return ", ".join(texts[:3]) + (f", ... ({len(texts)} runs)" if len(texts) > 3 else "")
+
+
+def _limits(evidence: Evidence, place: Place) -> str | None:
+    """Try rounding, and limits of the values on one side."""
+    ours, theirs = evidence.pair(place)
+    for dtype in (torch.bfloat16, torch.float16):
+        is_rounded, is_right = (torch.equal(x, x.to(dtype).float()) for x in (ours, theirs))
+        if is_rounded and not is_right and torch.allclose(ours, theirs, rtol=2e-2, atol=1e-3):
+            return f"it is rounded to {str(dtype).removeprefix('torch.')}, the reference is not"
+    for text, limited, other in (("the reference limits", theirs, ours), ("it limits", ours, theirs)):
+        low, high = float(limited.min()), float(limited.max())
+        if evidence.same(limited, other.clamp(low, high)) and not evidence.same(limited, other):
+            return f"{text} values to [{low:.6g}, {high:.6g}]"
+    return None

@@ -1,0 +1,74 @@
+"""The reference computed again, a layer or all of it, while something in it is changed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtp_llm.tools.verify.latent import PLAIN, ROTATED, their_scores
+from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.recorders import TheirRecorder
+from rtp_llm.tools.verify.trace import LOGITS, Place, Trace
+
+
+class Replay:
+    """Computes places of the reference anew.
+
+    Args:
+        recorder: that recorded the reference; it keeps its layers' calls.
+        run_all: runs the whole reference, fills a trace, and returns the last logits [1, vocab_size].
+    """
+
+    def __init__(self, recorder: TheirRecorder, run_all: Callable[[Trace], torch.Tensor]) -> None:
+        self._recorder = recorder
+        self._run_all = run_all
+        self._names = recorder.names
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the hooks for several replays."""
+        with self._recorder:
+            yield
+
+    def modules_around(self, place: Place) -> dict[str, nn.Module]:
+        """Return the modules, by our names, that are computed anew for a place: its layer's, or all outside layers."""
+        layer = layer_of(place.module)
+        if layer in self._recorder.calls:
+            return {name: m for m, name in self._names.items() if name == layer or name.startswith(f"{layer}.")}
+        return {name: m for m, name in self._names.items() if not layer_of(name)}
+
+    @torch.inference_mode()
+    def tensor(self, place: Place) -> torch.Tensor | None:
+        """Return what the reference has at a place now; None: nothing. Within ``recording``."""
+        before = self._recorder.trace
+        trace = self._recorder.trace = Trace(before.num_tokens, before.first_kept, before.parts)
+        try:
+            logits = self._run(trace, layer_of(place.module))
+        except Exception:  # of any kind: what was changed does not fit
+            return None
+        finally:
+            self._recorder.trace = before
+        if place.part in (PLAIN, ROTATED):
+            trace.latent_sizes = before.latent_sizes
+            return their_scores(trace, place.module).get(place)
+        return logits if place.part == LOGITS else trace.tensors.get(place)
+
+    def _run(self, trace: Trace, layer: str) -> torch.Tensor | None:
+        """Compute a layer, or all and return the last logits."""
+        call = self._recorder.calls.get(layer)
+        if call is None:
+            return self._run_all(trace)
+        module = next(module for module, name in self._names.items() if name == layer)
+        args, kwargs = call
+        calls = dict(self._recorder.calls)
+        with trace.step(0, trace.num_tokens):
+            module(*map(_without_cache, args), **{name: _without_cache(value) for name, value in kwargs.items()})
+        self._recorder.calls = calls
+        return None
+
+
+def _without_cache(value: Any) -> Any:
+    """Replace a cache, which holds the layer's keys already, by none."""
+    return None if "Cache" in type(value).__name__ else value

@@ -1,0 +1,220 @@
+"""Search for the routing that gives each token its experts and their weights, and for how ours departs from it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+import torch
+
+from rtp_llm.tools.verify.locate import relative_error
+
+MANY_EXPERTS = 16  # with more, only groups that the configuration names are tried
+_FACTORS = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor", "scaling_factor")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How logits become weights.
+
+    Args:
+        scores: what a logit becomes: softmax over all experts, sigmoid, or the logit itself.
+        bias: the parameter that is added to choose; empty: none. ``bias_in_weights``: to the weights, too.
+        groups: (number, chosen ones, how a group is scored): experts are taken from the best groups; None: from all.
+        normalise: what is done with the weights of the chosen: nothing, divided by their sum, or a softmax.
+        num_chosen: experts of a token.
+    """
+
+    scores: str
+    bias: str
+    bias_in_weights: bool
+    groups: tuple[int, int, str] | None
+    normalise: str
+    num_chosen: int
+
+    def changes(self, other: "Routing") -> list[str]:
+        return [item.name for item in fields(self) if getattr(self, item.name) != getattr(other, item.name)]
+
+
+class RoutingTrials:
+    """Trials of routings.
+
+    Args:
+        logits: the reference's [tokens, num_experts], before any of them.
+        biases: parameters [num_experts] beside the router, by name.
+        config: the model's; its groups are tried first.
+    """
+
+    def __init__(self, logits: torch.Tensor, biases: Mapping[str, torch.Tensor], config: Any) -> None:
+        self._logits = logits.double()
+        self._biases = {name: bias.double() for name, bias in biases.items()}
+        self._config = config
+
+    def explain(self, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> str:
+        """Return how our weights [tokens, num_experts] depart from the reference's."""
+        counts = list(dict.fromkeys(int((x != 0).sum(-1).max()) for x in (theirs, ours)))
+        tried = [(routing, self._apply(routing)) for routing in self._routings(counts)]
+        right = [(routing, factor) for routing, w in tried if (factor := _factor(w, theirs, tolerance)) is not None]
+        own = [(routing, factor) for routing, w in tried if (factor := _factor(w, ours, tolerance)) is not None]
+        if not right or not own:
+            return self._described(ours, theirs, right, own)
+        mine, yours = min(product(own, right), key=lambda pair: self._distance(pair[0], pair[1]))
+        texts = [self._change(name, mine[0], yours[0]) for name in mine[0].changes(yours[0])]
+        if abs(mine[1] / yours[1] - 1) > 1e-3:
+            texts.append(self._factors(mine[1], yours[1]))
+        return "; ".join(texts)
+
+    def _distance(self, mine: tuple[Routing, float], yours: tuple[Routing, float]) -> tuple[int, bool]:
+        return len(mine[0].changes(yours[0])) + (abs(mine[1] / yours[1] - 1) > 1e-3), yours[1] != 1.0
+
+    def _routings(self, counts: Sequence[int]) -> Iterator[Routing]:
+        biases = [("", False), *product(self._biases, (False, True))]
+        scores, normalise = ("softmax", "sigmoid", "logits", "softplus"), ("no", "sum", "softmax")
+        for (bias, inside), kind, groups, norm, count in product(biases, scores, self._groups(), normalise, counts):
+            yield Routing(kind, bias, inside, groups, norm, count)
+
+    def _groups(self) -> list[tuple[int, int, str] | None]:
+        num_experts = self._logits.shape[1]
+        values = vars(self._config)
+        named = [n for name, n in values.items() if "group" in name and isinstance(n, int) and 1 < n <= num_experts]
+        numbers = range(2, num_experts) if num_experts <= MANY_EXPERTS else sorted(set(named))
+        shapes = [(n, top) for n in numbers if num_experts % n == 0 for top in range(1, min(n, MANY_EXPERTS))]
+        return [None, *((n, top, how) for n, top in shapes for how in ("best", "two best"))]
+
+    def _apply(self, routing: Routing) -> torch.Tensor:
+        scores = _scored(self._logits, routing.scores)
+        choice = scores + self._biases[routing.bias] if routing.bias else scores
+        weights = choice if routing.bias_in_weights else scores
+        if routing.groups is not None:
+            choice = _grouped(choice, *routing.groups)
+        chosen = choice.topk(routing.num_chosen, dim=-1).indices
+        picked = weights.gather(1, chosen)
+        if routing.normalise == "sum":
+            picked = picked / (picked.sum(-1, keepdim=True) + 1e-20)
+        elif routing.normalise == "softmax":
+            picked = picked.softmax(-1)
+        return torch.zeros_like(scores).scatter_(1, chosen, picked).float()
+
+    def _factors(self, ours: float, theirs: float) -> str:
+        values = {name: getattr(self._config, name, None) for name in _FACTORS}
+        name = next((f" ({name})" for name, value in values.items() if value and abs(theirs / value - 1) < 1e-3), "")
+        return f"factor of the experts' weights: ours {ours:.6g}, the reference's {theirs:.6g}{name}"
+
+    def _change(self, name: str, ours: Routing, theirs: Routing) -> str:
+        mine, yours = getattr(ours, name), getattr(theirs, name)
+        match name:
+            case "scores":
+                return f"experts' scores: ours {_SCORES[mine]}, the reference's {_SCORES[yours]}"
+            case "bias":
+                return f"correction bias: ours {_bias(mine)}, the reference's {_bias(yours)}"
+            case "bias_in_weights":
+                return "correction bias: " + (
+                    "ours adds it to the weights too, the reference only to choose"
+                    if mine
+                    else "ours adds it only to choose, the reference to the weights too"
+                )
+            case "groups":
+                return f"groups of experts: ours {_groups_text(mine)}, the reference's {_groups_text(yours)}"
+            case "normalise":
+                return f"weights of the chosen experts: ours {_NORMALISED[mine]}, the reference's {_NORMALISED[yours]}"
+            case _:
+                return f"experts of a token: ours {mine}, the reference's {yours}"
+
+    def _described(
+        self,
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+        right: list[tuple[Routing, float]],
+        own: list[tuple[Routing, float]],
+    ) -> str:
+        """Return what can be seen without a trial that gives both sides."""
+        moved = _moved(ours, theirs, self._logits.shape[1])
+        if moved:
+            return moved
+        others = ((ours != 0) != (theirs != 0)).any(-1)
+        if bool(others.any()):
+            text = f"{int(others.sum())} of {len(others)} tokens go to other experts"
+        else:
+            text = "the same experts are chosen, with other weights" + _sums(ours, theirs)
+        known = [f"the reference's are {_text(*right[0])}"] if right else []
+        known += [f"ours are {_text(*own[0])}"] if own else []
+        return "; ".join([text, *known])
+
+
+def _moved(ours: torch.Tensor, theirs: torch.Tensor, num_experts: int) -> str | None:
+    """Try whether each expert's weights are another's in the reference."""
+    moved: list[tuple[int, int]] = []
+    for expert in range(num_experts):
+        errors = (ours - theirs[:, expert, None]).abs().amax(0)
+        other = int(errors.argmin())
+        if bool(theirs[:, expert].any()) and float(errors[other]) > 1e-4:
+            return None
+        if bool(theirs[:, expert].any()) and other != expert:
+            moved.append((expert, other))
+    shown = ", ".join(f"the reference's {expert} is {other} in ours" for expert, other in moved[:4])
+    return f"experts lie in another order: {shown}" if moved else None
+
+
+_SCORES = {
+    "softmax": "a softmax over all experts",
+    "sigmoid": "a sigmoid",
+    "logits": "the logits themselves",
+    "softplus": "the root of a softplus",
+}
+_NORMALISED = {
+    "no": "not renormalised",
+    "sum": "divided by their sum (renormalised)",
+    "softmax": "a softmax over them",
+}
+
+
+def _scored(logits: torch.Tensor, kind: str) -> torch.Tensor:
+    match kind:
+        case "softmax":
+            return logits.softmax(-1)
+        case "sigmoid":
+            return logits.sigmoid()
+        case "softplus":
+            return torch.nn.functional.softplus(logits).sqrt()
+        case _:
+            return logits
+
+
+def _grouped(choice: torch.Tensor, number: int, num_top: int, how: str) -> torch.Tensor:
+    """Hide the experts outside of the best groups."""
+    groups = choice.unflatten(1, (number, -1))
+    best = groups.topk(min(1 if how == "best" else 2, groups.shape[-1]), dim=-1).values.sum(-1)
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(num_top, dim=-1).indices, True)
+    return groups.masked_fill(~kept[:, :, None], float("-inf")).flatten(1)
+
+
+def _factor(weights: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float | None:
+    """Return f with ``f * weights == expected``; None: there is none."""
+    factor = float((weights * expected).sum() / weights.square().sum().clamp(min=1e-30))
+    if abs(factor) < 1e-6 or relative_error(factor * weights, expected) > tolerance:
+        return None
+    return 1.0 if abs(factor - 1) < 1e-4 else factor
+
+
+def _sums(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    mine, yours = ours.sum(-1), theirs.sum(-1)
+    return f"; they sum to {float(mine.mean()):.4g} on the mean, the reference's to {float(yours.mean()):.4g}"
+
+
+def _bias(name: str) -> str:
+    return name or "not added"
+
+
+def _groups_text(groups: tuple[int, int, str] | None) -> str:
+    if groups is None:
+        return "none"
+    return f"the best {groups[1]} of {groups[0]}, by the sum of their {groups[2]}".replace("sum of their best", "best")
+
+
+def _text(routing: Routing, factor: float) -> str:
+    parts = [_SCORES[routing.scores]]
+    parts += [f"{routing.bias} added to choose"] if routing.bias else []
+    parts += [f"groups {_groups_text(routing.groups)}"] if routing.groups else []
+    parts += [] if routing.normalise == "no" else [_NORMALISED[routing.normalise]]
+    parts += [f"times {factor:.6g}"] if factor != 1 else []
+    return f"{', '.join(parts)}, for {routing.num_chosen} experts"
