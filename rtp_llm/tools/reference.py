@@ -151,6 +151,36 @@ def logits_text(logits: torch.Tensor) -> str:
         torch.set_printoptions(profile="default")
 
 
+# Best two logits that are nearer than this part of a row's spread may change places by rounding.
+_NEAR = {torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+def near_ties(logits: torch.Tensor, dtype: torch.dtype) -> list[tuple[int, float]]:
+    """Return (row, distance of the two best) where rounding in ``dtype`` may choose the other one.
+
+    Args:
+        logits: [tokens, vocab_size], of the chosen tokens.
+    """
+    best = logits.float().topk(2).values
+    gaps, spread = best[:, 0] - best[:, 1], logits.float().std(dim=-1)
+    near = (gaps < _NEAR.get(dtype, 0.0) * spread).nonzero()[:, 0].tolist()
+    return [(row, float(gaps[row])) for row in near]
+
+
+def ties_text(ties: Sequence[Sequence[tuple[int, float]]], dtype: torch.dtype) -> str:
+    """Return what is to be known about texts in 16 bits, from each prompt's ``near_ties``; empty: nothing."""
+    name = str(dtype).removeprefix("torch.")
+    first = [
+        f"prompt {i}, token {found[0][0]} (two tokens {found[0][1]:.2g} apart)" for i, found in enumerate(ties) if found
+    ]
+    if not first:
+        return ""
+    return (
+        f"In {name}, rounding may decide near ties, and texts may part from there on: {'; '.join(first)}. If they do, "
+        "compare both commands with --dtype float32, where texts must be equal."
+    )
+
+
 class HalfLoadedError(ValueError):
     """Checkpoint and transformers' class do not have the same tensors, so what it computes is no reference."""
 

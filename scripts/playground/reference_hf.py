@@ -4,7 +4,8 @@
     python3 scripts/playground/reference_hf.py --model-path MODEL --model-type mllm --image IMAGE
 
 To be compared with ``python3 -m rtp_llm.bench_one_batch --correct --model MODEL``: same prompts, same dtype, same rule
-for the end of a text (there is none), so the texts are equal and the logits differ by rounding.
+for the end of a text (there is none), so the texts are equal and the logits differ by rounding. In 16 bits rounding may
+decide a near tie and with it the rest of a text; both commands say where. ``--dtype float32`` decides.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from rtp_llm.tools.reference import (
     TransformersModel,
     encode,
     logits_text,
+    near_ties,
     read_images,
     read_prompts,
+    ties_text,
     whole_text,
 )
 
@@ -50,12 +53,16 @@ def show_multimodal_model(args: argparse.Namespace) -> None:
 
 def show(model: TransformersModel, prompts: Sequence[tuple[list[int], Extras]], max_new_tokens: int) -> None:
     """Prompts as ids and what goes with them."""
+    ties = []
     for i, (prompt_ids, extras) in enumerate(prompts):
-        output_ids, _ = model.generate(prompt_ids, max_new_tokens, extras)
+        output_ids, output_logits = model.generate(prompt_ids, max_new_tokens, extras)
+        ties.append(near_ties(output_logits, model.model.dtype))
         logits = model.prompt_logits(prompt_ids, extras)[-1].float()
         print(f"\n========== Prompt {i} ==========")
         print("prefill logits (final)", logits_text(logits))
         print(whole_text(model.tokenizer, prompt_ids, output_ids))
+    if note := ties_text(ties, model.model.dtype):
+        print(f"\n{note}")
 
 
 MODEL_TYPES: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -259,14 +259,10 @@ MORE_BROKEN_MODELS = (
             ("layers.norm import Norm, RMSNorm", "layers.norm import LayerNorm, Norm, RMSNorm"),
             *(
                 (
-                    f"self.{name} = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
-                    f"self.{name} = LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)",
+                    f'"""{doc}"""\n        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)',
+                    f'"""{doc}"""\n        return LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)',
                 )
-                for name in ("input_layernorm", "post_attention_layernorm")
-            ),
-            (
-                "return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
-                "return LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)",
+                for doc in ("Make the norm before a block.", "Make the last norm.")
             ),
         ),
         "llama-default",
@@ -279,7 +275,7 @@ MORE_BROKEN_MODELS = (
         "llama",
         (
             (
-                "self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
+                "self.input_layernorm = self.make_norm(config)",
                 "self.input_layernorm = RMSNorm(config.hidden_size, eps=1e-5)",
             ),
         ),
@@ -412,7 +408,7 @@ MORE_BROKEN_MODELS = (
     BrokenModel(
         "whole heads rotated",
         "gpt_neox",
-        (("partial_rotary_factor=partial_rotary_factor,", "partial_rotary_factor=1.0,"),),
+        ((", is_partial=True", ""),),
         "GPTNeoXForCausalLM",
         "gpt_neox.layers.0.attention.rotary_emb",
         "queries",

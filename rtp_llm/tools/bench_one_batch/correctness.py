@@ -18,8 +18,10 @@ from rtp_llm.tools.reference import (
     chat_text,
     encode,
     logits_text,
+    near_ties,
     read_images,
     read_prompts,
+    ties_text,
     whole_text,
 )
 
@@ -31,6 +33,7 @@ class Correctness:
     first_half: torch.Tensor | None  # None if the whole prompt was computed at once
     final: torch.Tensor
     output_ids: list[list[int]]
+    output_logits: torch.Tensor  # [number of prompts, output tokens, vocab_size]
 
 
 def run_correctness(
@@ -44,11 +47,13 @@ def run_correctness(
     batch.start(prompts, output_len, media)
     first_half = batch.step_with_logits([cut_len] * len(prompts))[1] if cut_len else None
     token_ids, final = batch.step_with_logits([len(ids) - cut_len for ids in prompts])
-    outputs = [[token_id] for token_id in token_ids]
+    outputs, logits = [[token_id] for token_id in token_ids], [final]
     for _ in range(output_len - 1):
-        for output, token_id in zip(outputs, batch.step([1] * len(prompts)), strict=True):
+        token_ids, rows = batch.step_with_logits([1] * len(prompts))
+        logits.append(rows)
+        for output, token_id in zip(outputs, token_ids, strict=True):
             output.append(token_id)
-    return Correctness(first_half, final, outputs)
+    return Correctness(first_half, final, outputs, torch.stack(logits, dim=1))
 
 
 def correctness_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
@@ -74,6 +79,9 @@ def correctness_test(server_args: ServerArgs, args: OneBatchArgs) -> None:
     for i, (prompt_ids, output_ids) in enumerate(zip(ids, found.output_ids, strict=True)):
         print(f"========== Prompt {i} ==========")
         print(whole_text(tokenizer, prompt_ids, output_ids), "\n")
+    dtype = getattr(torch, model_config.dtype)
+    if note := ties_text([near_ties(logits, dtype) for logits in found.output_logits], dtype):
+        print(note)
 
 
 def _prompts(

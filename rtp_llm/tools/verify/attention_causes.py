@@ -12,17 +12,25 @@ from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
 
 MAX_CHANGES = 2
+CAUSAL, THEIRS, SLOPES = "causal", "theirs", "slopes"
 
 
 @dataclass(frozen=True)
 class Attending:
-    """Parameters of attention. ``is_tiled``: query head h reads key head ``h % num_kv_heads``, not its group's."""
+    """Parameters of attention.
+
+    Args:
+        is_tiled: query head h reads key head ``h % num_kv_heads``, not its group's.
+        mask: what is added to the scores: nothing but the causal mask and the window, the reference's own, or our
+            slopes times distances.
+    """
 
     scaling: float
     window: int | None
     logit_cap: float
     has_sinks: bool
     is_tiled: bool = False
+    mask: str = CAUSAL
 
 
 class AttentionTrials:
@@ -56,11 +64,19 @@ class AttentionTrials:
             "logit_cap": [own.logit_cap, 0.0],
             "has_sinks": [own.has_sinks, False],
             "is_tiled": [True],
+            "mask": [mask for mask in self._masks() if mask != right.mask],
         }
         for num_changes in range(1, MAX_CHANGES + 1):
             for names in combinations(other, num_changes):
                 for values in product(*(other[name] for name in names)):
                     yield replace(right, **dict(zip(names, values, strict=True)))
+
+    def _masks(self) -> list[str]:
+        return [
+            CAUSAL,
+            *([THEIRS] if self._call.bias is not None else []),
+            *([SLOPES] if self._own_call.slopes is not None else []),
+        ]
 
     def _is(self, trial: Attending, expected: torch.Tensor, tolerance: float) -> bool:
         return relative_error(self._attend(trial), expected) <= tolerance
@@ -73,11 +89,32 @@ class AttentionTrials:
         if trial.is_tiled:
             k, v = (x.repeat(1, self._call.num_heads // self._call.num_kv_heads, 1) for x in (k, v))
         sinks = self._call.sinks if trial.has_sinks else None
-        return reference.attention(q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks).flatten(1)
+        if trial.mask == THEIRS and self._call.bias is not None:
+            return _attend_biased(q, k, v, trial, self._call.bias[:, self._first :], sinks).flatten(1)
+        slopes = self._own_call.slopes if trial.mask == SLOPES else None
+        return reference.attention(
+            q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks, alibi_slopes=slopes
+        ).flatten(1)
+
+
+def _attend_biased(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, trial: Attending, bias: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of [n, heads, d] to [tokens, kv heads, d] with a bias [1 or heads, n, tokens]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * trial.scaling
+    if trial.logit_cap:
+        scores = trial.logit_cap * (scores / trial.logit_cap).tanh()
+    scores = scores + bias
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., : len(k)], v)
 
 
 def _of(call: AttentionCall) -> Attending:
-    return Attending(call.scaling, call.window, call.logit_cap, call.sinks is not None)
+    mask = CAUSAL if call.bias is None else THEIRS
+    return Attending(call.scaling, call.window, call.logit_cap, call.sinks is not None, mask=mask)
 
 
 def _change(name: str, ours: Any, theirs: Any) -> str:
@@ -91,8 +128,17 @@ def _change(name: str, ours: Any, theirs: Any) -> str:
             return f"soft cap of the scores: ours {ours or 'none'}, the reference's {theirs or 'none'}"
         case "has_sinks":
             return "attention sinks: " + ("ours has them, the reference not" if ours else "missing in ours")
+        case "mask":
+            return f"what a token sees: ours {_MASKS[ours]}, the reference {_MASKS[theirs]}"
         case _:
             return "key/value heads are repeated in another order: query head h reads head h % num_kv_heads"
+
+
+_MASKS = {
+    CAUSAL: "only what lies before it",
+    THEIRS: "by its own mask (later tokens too, such as an image's, or a bias by distance)",
+    SLOPES: "what lies before it, less by distance (ALiBi)",
+}
 
 
 def _window(window: int | None) -> str:

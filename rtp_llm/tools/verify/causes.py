@@ -23,7 +23,7 @@ from rtp_llm.tools.verify.latent_causes import explain_scores
 from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
 from rtp_llm.tools.verify.mutations import ACTIVATIONS, find_mutation, without_effect
 from rtp_llm.tools.verify.order_causes import explain_order, order_text
-from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation
+from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation, origin_of, other_columns
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
@@ -34,6 +34,7 @@ from rtp_llm.tools.verify.trace import (
     QUERIES,
     ROUTING,
     UNROTATED,
+    VALUES,
     Place,
     Trace,
 )
@@ -55,6 +56,7 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
     explanations: dict[str, Callable[[Evidence, Place, float], Finding]] = {
         QUERIES: _explain_rotation,
         KEYS: _explain_rotation,
+        VALUES: _explain_values,
         ATTENDED: _explain_attention,
         EMBEDDINGS: _explain_embeddings,
         INPUT: _explain_input,
@@ -137,14 +139,33 @@ def _explain_before_rotation(
     """Explain what ours rotates, if it is not what the reference rotates: an output before, which ours has not."""
     theirs = evidence.theirs.tensors[place]
     for p, tensor in reversed(evidence.theirs.tensors.items()):
-        is_before = p.part == OUTPUT and p.module.startswith(f"{place.module}.") and p not in evidence.ours.tensors
-        if not is_before or tensor.shape != unrotated.shape:
+        if p.part != OUTPUT or not p.module.startswith(f"{place.module}.") or tensor.shape != unrotated.shape:
+            continue
+        if evidence.same(unrotated, tensor):
+            return None  # it is the same, and what follows is wrong
+        if p in evidence.ours.tensors:
             continue
         if RotationTrials(evidence.config, rope, replace(rotated, before=tensor)).gives(theirs, evidence.tolerance):
             evidence.ours.tensors[p] = unrotated
             finding = _explain_output(evidence, p, error)
             return finding if finding.causes else None
-    return None
+    columns = other_columns(evidence, place, unrotated)
+    if columns is None:
+        return None
+    cause = f"it rotates {columns}: other parts of a projection than the reference"
+    return Finding(place.module, place.part, error, [cause])
+
+
+def _explain_values(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Explain other values; they may be rotated."""
+    ours, theirs = evidence.pair(place)
+    ropes = [m for m in evidence.our_modules[place.module].children() if isinstance(m, RotaryEmbedding)]
+    call, num_tokens = evidence.theirs.calls[place.module], evidence.theirs.num_tokens
+    if ropes and theirs.shape[1] % call.num_kv_heads == 0:
+        rotated = Rotated(theirs, num_tokens - len(theirs), num_tokens, theirs.shape[1] // call.num_kv_heads)
+        if RotationTrials(evidence.config, ropes[0], rotated).gives(ours, evidence.tolerance):
+            return Finding(place.module, place.part, error, ["they are rotated, which only queries and keys are"])
+    return _explain_input(evidence, place, error)
 
 
 def _explain_attention(evidence: Evidence, place: Place, error: float) -> Finding:
@@ -179,6 +200,8 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
     rows = wrong.nonzero()[:, 0].tolist()
     first = evidence.ours.first_position(place)
     where = f"{len(rows)} of {len(ours)} tokens' are wrong, the first of them token {first + rows[0]}'s" if rows else ""
+    origin = origin_of(evidence, place, theirs[wrong]) if rows else None
+    where += f" (the reference has {origin} there)" if origin else ""
     cause = _rows_elsewhere(ours[wrong], theirs[wrong]) if rows else None
     if cause is None:
         finding = _explain_input(evidence, place, error)
@@ -189,6 +212,8 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
 
 def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """Return a cause that concerns only the differing rows."""
+    if not bool(ours.any()):
+        return "they are zero: nothing is put there"
     nearest = torch.cdist(ours, theirs).argmin(dim=1)
     if len(set(nearest.tolist())) == len(theirs) and torch.allclose(ours, theirs[nearest], rtol=1e-3, atol=1e-4):
         return f"they are the reference's in another order: {order_text(nearest.tolist())}"
@@ -235,7 +260,8 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
             return Finding(place.module, place.part, error, [cause])
     mutation = find_mutation(evidence, place)
     if mutation is not None:
-        return Finding(mutation.module, place.part, error, [mutation.text])
+        part = place.part if mutation.module == place.module else OUTPUT
+        return Finding(mutation.module, part, error, [mutation.text])
     cause = describe_relation(evidence, place)
     return Finding(place.module, place.part, error, [cause] if cause else [])
 

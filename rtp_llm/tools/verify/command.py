@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.tools.verify.all_schedules import SchedulesReport, verify_schedules
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import TOP, PromptResult, Report, verify
 
@@ -25,12 +26,43 @@ def run_verify(args: argparse.Namespace) -> int:
     options = VerifyOptions(**{name: getattr(args, name) for name in [item.name for item in fields(VerifyOptions)]})
     server_args = ServerArgs.from_cli_args(args)
     configure_logging(server_args.log_level)
+    if options.schedules:
+        return _run_schedules(server_args, options, args.json)
     report = verify(server_args, options)
     if args.json:
         print(json.dumps(as_json(report), indent=2))
     else:
         _print(report, _decoder(server_args))
     return 0 if report.agrees else EXIT_DIFFERENT
+
+
+def _run_schedules(args: ServerArgs, options: VerifyOptions, json_wanted: bool) -> int:
+    report = verify_schedules(args, options)
+    if json_wanted:
+        results = [{**asdict(replace(result, error=None)), "agrees": result.agrees} for result in report.results]
+        shown = asdict(replace(report, results=())) | {"agrees": report.agrees, "results": results}
+        print(json.dumps(_finite(shown), indent=2))
+    else:
+        _print_schedules(report)
+    return 0 if report.agrees else EXIT_DIFFERENT
+
+
+def _print_schedules(report: SchedulesReport) -> None:
+    console = _console()
+    console.print(f"{escape(report.model_path)}, {report.dtype}, {report.num_questions} prompts", soft_wrap=True)
+    if report.failure:
+        console.print("[red]It cannot be compared.[/red]")
+        console.print(escape(report.failure), soft_wrap=True)
+        return
+    table = Table("schedule", "log-probabilities", "worst at")
+    for result in report.results:
+        if result.failure:
+            table.add_row(result.schedule, "[red]fails[/red]", escape(result.failure))
+        else:
+            colour = "green" if result.agrees else "red"
+            table.add_row(result.schedule, f"[{colour}]{result.difference:.1e}[/{colour}]", escape(result.question))
+    console.print(table)
+    console.print("[green]They agree.[/green]" if report.agrees else "[red]They differ.[/red]")
 
 
 def as_json(report: Report) -> Any:
@@ -57,8 +89,7 @@ def _decoder(args: ServerArgs) -> Any:
 
 
 def _print(report: Report, text_of: Any) -> None:
-    console = Console(highlight=False)
-    console = console if console.width >= WIDTH else Console(width=WIDTH, highlight=False)
+    console = _console()
     console.print(f"{escape(report.class_name)} on {escape(report.model_path)}, {report.dtype}", soft_wrap=True)
     if report.failure:
         console.print("[red]It cannot be compared.[/red]")
@@ -67,8 +98,15 @@ def _print(report: Report, text_of: Any) -> None:
     console.print(_results_table(report, text_of))
     for line in _verdict(report):
         console.print(line)
+    if report.pixels:
+        console.print(escape(report.pixels))
     if report.around:
         console.print(_places_table(report))
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.width >= WIDTH else Console(width=WIDTH, highlight=False)
 
 
 def _results_table(report: Report, text_of: Any) -> Table:
@@ -90,8 +128,14 @@ def _results_table(report: Report, text_of: Any) -> Table:
 def _text(result: PromptResult, text_of: Any) -> str:
     if result.parting is None:
         return "same"
-    i, token_id = result.parting
-    return f"token {i}: ours {text_of([result.output_ids[i]])}, theirs {text_of([token_id])}"
+    part = result.parting
+    i = part.index
+    text = f"token {i}: ours {text_of([result.output_ids[i]])}, theirs {text_of([part.token_id])}"
+    if part.same_in_float32 is None:
+        return text
+    return f"{text}; a tie within {part.gap:.1g}; " + (
+        "equal in float32" if part.same_in_float32 else "they part in float32, too"
+    )
 
 
 def _verdict(report: Report) -> list[str]:
@@ -99,6 +143,8 @@ def _verdict(report: Report) -> list[str]:
         worst = max(result.error for result in report.results)
         return [f"[green]They agree[/green]: logits differ by {worst:.1g} of their spread ({report.tolerance:g} may)."]
     lines = ["[red]They differ.[/red]"]
+    if report.dtype != "float32":
+        lines.append(f"{report.dtype} rounds: --dtype float32 tells mistakes from rounding, and causes apart.")
     if report.note:
         lines.append(escape(report.note))
     if report.finding:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from rtp_llm.tools.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
+from rtp_llm.tools.verify.trace import EMBEDDINGS, KEYS, OUTPUT, QUERIES, VALUES, Place, Trace
 
 # Tolerances of the worst token's relative difference: of a module's tensors, and of logits.
 MODULE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
@@ -39,6 +39,24 @@ def compare(ours: Trace, theirs: Trace) -> list[Difference]:
     ]
 
 
+def pass_over_embedding(
+    differences: list[Difference], ours: Trace, theirs: Trace, tolerance: float
+) -> list[Difference]:
+    """Leave out the text embedding if it differs, but what the first layer is given of it does not: a scale that one
+    side applies inside of the embedding and the other outside, whatever a tower puts between."""
+    embedding = Place(ours.parts.embedding, OUTPUT)
+    given = Place(ours.parts.language_model, EMBEDDINGS)
+    if not all(place in trace.tensors for place in (embedding, given) for trace in (ours, theirs)):
+        return differences
+    differs, given_differs = (
+        (ours.tensors[place] - theirs.tensors[place]).norm(dim=-1) > tolerance * theirs.tensors[place].norm(dim=-1)
+        for place in (embedding, given)
+    )
+    if len(differs) != len(given_differs) or not bool((differs & ~given_differs).any()):
+        return differences
+    return [difference for difference in differences if difference.place != embedding]
+
+
 def first_difference(differences: list[Difference], tolerance: float) -> int | None:
     """Return the index of the first wrong place; None: there is none.
 
@@ -54,7 +72,9 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
             suspects.append(index)
         elif error <= tolerance / 10:
             agreeing.add(place)
-            if layer_of(place.module) and (layer_of(place.module) != layer or layer_of(place.module) == place.module):
+            if place.part == EMBEDDINGS or (
+                layer_of(place.module) and (layer_of(place.module) != layer or layer_of(place.module) == place.module)
+            ):
                 suspects = []
             elif agreeing >= {Place(place.module, part) for part in (QUERIES, KEYS, VALUES)}:
                 suspects = [i for i in suspects if not differences[i].place.module.startswith(place.module)]

@@ -3,6 +3,7 @@
 Each is made, the reference computed again, and what comes out compared with ours.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -133,9 +134,8 @@ def _others(value: Any) -> Iterator[Any]:
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, float) and value:
-        yield from (
-            other for other in (1.0, 0.0, 1 / value, value**2, value**0.5 if value > 0 else 0.0) if other != value
-        )
+        root = value**0.5 if value > 0 else 0.0
+        yield from (other for other in (1.0, 0.0, math.inf, None, 1 / value, value**2, root) if other != value)
     elif isinstance(value, int) and 1 <= value <= MAX_COUNT:
         yield from (value + 1, value - 1)
 

@@ -39,6 +39,10 @@ class VerifyOptions:
     )
     cut_len: int = _option(4, "tokens that ours computes first, the rest beside them in the cache; 0: all at once")
     max_new_tokens: int = _option(16, "greedy tokens after each prompt")
+    schedules: bool = _option(
+        False,
+        "ask the engine instead: one by one, batched, in chunks, from a warm cache, for a second turn, on two ranks",
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):

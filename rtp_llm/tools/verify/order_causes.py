@@ -16,10 +16,11 @@ def explain_order(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     rows = matching_rows(ours, theirs, tolerance)
     if rows is not None:
         return f"its rows are the reference's in another order: {order_text(rows)}"
+    parts = next(_orders_of_parts(ours, theirs, tolerance), None)
+    if parts is not None:
+        return parts
     columns = matching_rows(ours.T, theirs.T, tolerance)
-    if columns is not None:
-        return f"its columns are the reference's in another order: {order_text(columns)}"
-    return next(_orders_of_parts(ours, theirs, tolerance), None)
+    return None if columns is None else f"its columns are the reference's in another order: {order_text(columns)}"
 
 
 def _orders_of_parts(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> Iterator[str]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C import DisableTorchFunction
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
@@ -16,6 +18,7 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
 from rtp_llm.srt.model_traits import ModelTraits
+from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.trace import (
@@ -183,6 +186,7 @@ class OurRecorder(Recorder):
                 layer.spec.window,
                 layer.spec.logit_cap,
                 None if sinks is None else sinks.detach().float().cpu(),
+                slopes=None if layer.spec.alibi_slopes is None else layer.spec.alibi_slopes.float().cpu(),
             )
 
         self.before(layer, before)
@@ -238,10 +242,23 @@ class TheirRecorder(Recorder):
     Attention is not recorded for a model with attention code of its own.
     """
 
-    def __init__(self, model: Any, trace: Trace, names: Mapping[nn.Module, str] | None = None) -> None:
-        """``names``: of the model's modules, see ``aligned_names``; None: their own."""
+    def __init__(
+        self,
+        model: Any,
+        trace: Trace,
+        names: Mapping[nn.Module, str] | None = None,
+        attention_heads: Mapping[str, int] | None = None,
+    ) -> None:
+        """
+        Args:
+            names: of the model's modules, see ``aligned_names``; None: their own.
+            attention_heads: the modules that are attention, with their numbers of key heads, as ours has them: those
+                that do not call transformers' attention function are watched.
+        """
         super().__init__(model, trace)
         self.names = dict(names or {module: name for name, module in model.named_modules()})
+        self._attention_heads = attention_heads or {}
+        self._watches: list[AttentionWatch] = []
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # a layer's name -> its last call
         self._implementation = model.config._attn_implementation
         self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> arguments of its last call
@@ -255,6 +272,8 @@ class TheirRecorder(Recorder):
                     lambda module, args, kwargs: self.calls.__setitem__(name, (args, kwargs)), with_kwargs=True
                 )
             )
+        if name in self._attention_heads and not self.trace.parts.is_tower(name):
+            self._watch_attention(name, module)
         experts = SeparateExperts.of(module)
         if experts is not None:
             self._watch_separate_experts(name, module, experts)
@@ -262,6 +281,30 @@ class TheirRecorder(Recorder):
             self.called(module, lambda given: self._given.__setitem__(name, given))
         elif name.rpartition(".")[2] == "rotary_emb":
             self.before(module, self._add_positions)
+
+    def _watch_attention(self, name: str, module: nn.Module) -> None:
+        """Record attention that the module computes without transformers' function."""
+
+        def recorded(
+            states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+            mask: torch.Tensor | None,
+            scaling: float,
+            output: torch.Tensor,
+        ) -> None:
+            if name not in self.trace.calls and states[0].shape[2] == states[1].shape[2]:
+                num_heads = self._attention_heads[name]
+                q, k, v = states[0], *(without_repeats(x, num_heads) for x in states[1:])
+                self.add_attention(module, (q, k, v), mask, {"scaling": scaling}, output.transpose(1, 2))
+
+        def before(args: tuple[Any, ...]) -> None:
+            self._watches.append(AttentionWatch(recorded))
+            self._watches[-1].__enter__()
+
+        def after(args: tuple[Any, ...], output: Any) -> None:
+            self._watches.pop().__exit__(None, None, None)
+
+        self.before(module, before)
+        self.after(module, after)
 
     def _watch_separate_experts(self, name: str, block: nn.Module, experts: SeparateExperts) -> None:
         for child in block.children():
@@ -318,9 +361,10 @@ class TheirRecorder(Recorder):
             states[0].shape[1],
             states[1].shape[1],
             states[0].shape[3] ** -0.5 if scaling is None else float(scaling),
-            _window(mask, num),
+            window := _window(mask, num),
             float(options.get("softcap") or 0.0),
             None if sinks is None else sinks.detach().float().cpu().view(-1),
+            _bias(mask, num, window),
         )
 
     def _add_vision_attention(self, name: str, states: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
@@ -343,13 +387,30 @@ def _window(mask: Any, num_tokens: int) -> int | None:
     return None if seen == num_tokens else seen
 
 
+def _bias(mask: Any, num_tokens: int, window: int | None) -> torch.Tensor | None:
+    """Return what is added to the scores, [1 or heads, tokens, tokens]; None: it only hides later tokens, and those
+    before the window."""
+    if not isinstance(mask, torch.Tensor) or mask.shape[-2] < num_tokens:
+        return None
+    added = mask[0, :, :num_tokens, :num_tokens].detach().cpu()
+    added = torch.zeros(added.shape).masked_fill(~added, float("-inf")) if added.dtype == torch.bool else added.float()
+    visible = added > -1e4
+    usual = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    if window is not None:
+        usual = usual.triu(1 - window)
+    if bool((visible == usual).all()) and not bool(added[visible].any()):
+        return None
+    return added.masked_fill(~visible, float("-inf"))
+
+
 def _record_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, Any]:
     """Compute the model's own ``eager`` attention, and record it."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    output, weights = eager(module, query, key, value, attention_mask, **options)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
     recorder: Any = module.rtp_llm_recorder
+    with DisableTorchFunction():  # so that it is recorded once
+        output, weights = eager(module, query, key, value, attention_mask, **options)
     recorder.add_attention(module, (query, key, value), attention_mask, options, output)
     return output, weights
 

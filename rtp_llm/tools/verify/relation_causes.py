@@ -1,6 +1,7 @@
 """What ours is in terms of the reference's tensors at the same place and before it: a factor, a part that is missing,
 rows of another tensor."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import permutations
 from typing import Any
@@ -8,23 +9,27 @@ from typing import Any
 import torch
 
 from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.order_causes import explain_order
 from rtp_llm.tools.verify.trace import OUTPUT, Place
 
 MAX_SOURCES = 64  # tensors whose rows are looked at
 NAMELESS = "which is not a parameter or a gate of the reference"
+MAX_PARTS = 16  # of a row
+NUM_BASES = 3  # earlier tensors to which something may be added
+ALIKE = 0.7  # of what is added: more is another matter
 MIN_ROWS = 3  # from which factors of columns are told apart from chance
 
 
 def explain_relation(evidence: Evidence, place: Place) -> str | None:
     """Return the first relation that holds, and that names what it is."""
-    searches = (_column_factors, _row_factors, _difference, _other_rows, _other_columns, _limits)
+    searches = (_column_factors, _row_factors, _difference, other_rows, _other_parts, _other_columns, _added, _limits)
     causes = (search(evidence, place) for search in searches)
     return next((cause for cause in causes if cause and not cause.endswith(NAMELESS)), None)
 
 
 def describe_relation(evidence: Evidence, place: Place) -> str | None:
     """Return the first relation that holds, though it may not name what the factors are."""
-    searches = (_column_factors, _row_factors, _difference)
+    searches = (_column_factors, _row_factors, _difference, describe_added)
     return next((cause for search in searches if (cause := search(evidence, place))), None)
 
 
@@ -123,6 +128,10 @@ def _difference(evidence: Evidence, place: Place) -> str | None:
         if abs(factor) > 1e-6 and evidence.same(ours, theirs + factor * tensor):
             return f"{_missing(factor, str(p))}: ours is the reference's {factor:+.6g} times it"
     for p in _earlier(evidence, place):
+        cause = _scaled_columns(evidence, difference, theirs, p)
+        if cause:
+            return cause
+    for p in _earlier(evidence, place):
         tensor = evidence.theirs.tensors[p]
         factors = (difference * tensor).sum(1) / tensor.square().sum(1).clamp(min=1e-30)
         if evidence.same(ours, theirs + factors[:, None] * tensor) and bool(significant.any()):
@@ -132,6 +141,22 @@ def _difference(evidence: Evidence, place: Place) -> str | None:
                 if torch.allclose(factors, own - right, rtol=1e-2, atol=1e-4):
                     return f"{p} is multiplied by {mine}; in the reference by {yours}"
             return f"{p} counts with other factors, one for each token, {NAMELESS}"
+    return None
+
+
+def _scaled_columns(evidence: Evidence, difference: torch.Tensor, theirs: torch.Tensor, place: Place) -> str | None:
+    """Try whether a part counts with other factors of its columns: with or without a vector of parameters."""
+    tensor = evidence.theirs.tensors[place]
+    if len(tensor) < MIN_ROWS:
+        return None
+    factors = (difference * tensor).sum(0) / tensor.square().sum(0).clamp(min=1e-30)
+    if not evidence.same(theirs + difference, theirs + factors * tensor):
+        return None
+    for name, parameter in _vectors(evidence.their_parameters, len(factors)):
+        if torch.allclose(factors, 1 - parameter, rtol=1e-2, atol=1e-4):
+            return f"{place} is not multiplied by {name}"
+        if torch.allclose(factors, parameter - 1, rtol=1e-2, atol=1e-4):
+            return f"{place} is multiplied by {name}, in the reference not"
     return None
 
 
@@ -152,22 +177,94 @@ def _earlier(evidence: Evidence, place: Place) -> list[Place]:
     return sorted(fitting, key=lambda p: p.part != OUTPUT)[:MAX_SOURCES]
 
 
-def _other_rows(evidence: Evidence, place: Place) -> str | None:
+def other_rows(evidence: Evidence, place: Place) -> str | None:
     """Try whether each row of ours is a row of some tensor of the reference: of another layer, another token, ..."""
     ours, theirs = evidence.pair(place)
-    width = ours.shape[1]
-    sources = {str(p): t for p in _around(evidence, place) if (t := evidence.theirs.tensors[p]).shape[1] == width}
+    sources = _row_sources(evidence, place, ours.shape[1])
+    mine = _origins(ours, sources | {str(place): theirs}, evidence.tolerance)
+    yours = _origins(theirs, sources, evidence.tolerance)
+    return None if mine is None else _made_of(mine, yours, "rows")
+
+
+def origin_of(evidence: Evidence, place: Place, rows: torch.Tensor) -> str | None:
+    """Return of what the reference's given rows at a place are made, if that is one tensor before it."""
+    found = _origins(rows, _row_sources(evidence, place, rows.shape[1]), evidence.tolerance)
+    names = {name for name, _ in found or ()}
+    return names.pop() if len(names) == 1 else None
+
+
+def _other_parts(evidence: Evidence, place: Place) -> str | None:
+    """Try the same of equal parts of a row, merged patches: of another layer, or with the class token among them."""
+    ours, theirs = evidence.pair(place)
+    for num in range(2, MAX_PARTS + 1):
+        if ours.shape[1] % num or ours.shape[1] // num < MIN_ROWS:
+            continue
+        sources = _row_sources(evidence, place, ours.shape[1] // num)
+        parts = [x.unflatten(1, (num, -1)).flatten(0, 1) for x in (ours, theirs)]
+        mine, yours = (_origins(x, sources, evidence.tolerance) for x in parts)
+        if mine is not None and mine != yours:
+            return _made_of(mine, yours, f"rows (as its {num} parts)")
+    return None
+
+
+def _row_sources(evidence: Evidence, place: Place, width: int) -> dict[str, torch.Tensor]:
+    """Return what rows may come from: the reference's tensors of this width before the place, and parameters."""
+    places = list(evidence.theirs.tensors)
+    here = places.index(place)
+    before = sorted(places[:here], key=lambda p: (p.part != OUTPUT, here - places.index(p)))
+    sources = {str(p): t for p in before if (t := evidence.theirs.tensors[p]).shape[1] == width}
     vectors = {
         name: p.reshape(-1, width)
         for name, p in evidence.their_parameters.items()
         if _is_table(p, width) or (name.startswith(f"{place.module}.") and p.dim() == 2 and p.shape[1] == width)
     }
-    mine = _origins(ours, sources | vectors, evidence.tolerance)
-    if mine is None:
+    return dict(list(sources.items())[: 4 * MAX_SOURCES]) | vectors
+
+
+def _made_of(mine: list[tuple[str, int]], yours: list[tuple[str, int]] | None, what: str) -> str:
+    text = f"it is made of {_runs(mine, what)}"
+    if yours is None:
+        return text
+    text += f"; the reference's of {_runs(yours, what)}"
+    first = next((i for i, (own, right) in enumerate(zip(mine, yours, strict=True)) if own != right), None)
+    if first is None or mine[first][0] != yours[first][0]:
+        return text
+    return f"{text}. The first that differs is {mine[first][1]} in ours, {yours[first][1]} in the reference"
+
+
+def _added(evidence: Evidence, place: Place) -> str | None:
+    """Try whether what is added to an earlier tensor is the reference's in another order, or rows of another tensor."""
+    ours, theirs = evidence.pair(place)
+    for p in _earlier(evidence, place)[:NUM_BASES]:
+        base = evidence.theirs.tensors[p]
+        mine, yours = ours - base, theirs - base
+        rows = (mine.norm(dim=1) > evidence.tolerance * base.norm(dim=1)).nonzero()[:, 0]
+        if len(rows) < 2 or not bool((mine[rows] - yours[rows]).any()):
+            continue
+        order = explain_order(mine[rows], yours[rows], 10 * evidence.tolerance)
+        if order:
+            return f"what is added to {p}: {order}"
+        sources = {n: t for n, t in _row_sources(evidence, place, ours.shape[1]).items() if n != str(p)}
+        own, right = (_origins(x[rows], sources, 10 * evidence.tolerance) for x in (mine, yours))
+        if own is not None and own != right:
+            return f"what is added to {p}: {_made_of(own, right, 'rows')}"
+    return None
+
+
+def describe_added(evidence: Evidence, place: Place) -> str | None:
+    """Return how far what a tower of ours adds to the tensor before differs, if it is much less than what is added."""
+    if not evidence.ours.parts.is_tower(place.module):
         return None
-    yours = _origins(theirs, {n: t for n, t in (sources | vectors).items() if n != str(place)}, evidence.tolerance)
-    text = f"it is made of {_runs(mine)}"
-    return text if yours is None else f"{text}; the reference's of {_runs(yours)}"
+    ours, theirs = evidence.pair(place)
+    for p in _earlier(evidence, place)[:1]:
+        added = theirs - evidence.theirs.tensors[p]
+        ratio = float((ours - theirs).norm() / added.norm().clamp(min=1e-30))
+        if 0 < ratio < ALIKE:
+            return (
+                f"what is added to {p} is not quite what the reference adds: they are {ratio:.0%} apart (of a learned "
+                "table: another interpolation, or other rows)"
+            )
+    return None
 
 
 def _other_columns(evidence: Evidence, place: Place) -> str | None:
@@ -181,8 +278,15 @@ def _other_columns(evidence: Evidence, place: Place) -> str | None:
     mine, yours = (_origins(x.T, sources, evidence.tolerance) for x in (ours, theirs))
     if mine is None or mine == yours:
         return None
-    text = f"it is made of {_runs(mine, 'columns')}"
-    return text if yours is None else f"{text}; the reference's of {_runs(yours, 'columns')}"
+    return _made_of(mine, yours, "columns")
+
+
+def other_columns(evidence: Evidence, place: Place, ours: torch.Tensor) -> str | None:
+    """Return of which columns of the reference's outputs around a place ours are made; None: of others, too."""
+    tensors = {str(p): evidence.theirs.tensors[p] for p in _around(evidence, place) if p.part == OUTPUT}
+    sources = {name: tensor[-len(ours) :].T for name, tensor in tensors.items() if len(tensor) >= len(ours)}
+    found = _origins(ours.T, sources, evidence.tolerance) if len(ours) >= MIN_ROWS else None
+    return None if found is None else _runs(found, "columns")
 
 
 def _is_table(parameter: torch.Tensor, width: int) -> bool:
@@ -221,9 +325,12 @@ def _runs(origins: list[tuple[str, int]], what: str = "rows") -> str:
             runs[-1][2] = row
         else:
             runs.append([name, row, row])
+    if len(runs) > 3:
+        counts = Counter(name for name, _ in origins)
+        return ", ".join(f"{number} {what} of {name}" for name, number in counts.most_common(3))
     shown = [f"{first}" if first == last else f"{first} to {last}" for _, first, last in runs]
     texts = [f"{what} {rows} of {name}" for rows, (name, _, _) in zip(shown, runs, strict=True)]
-    return ", ".join(texts[:3]) + (f", ... ({len(texts)} runs)" if len(texts) > 3 else "")
+    return ", ".join(texts)
 
 
 def _limits(evidence: Evidence, place: Place) -> str | None:

@@ -8,11 +8,13 @@ from torch import nn
 
 from rtp_llm.models_py.transformers import TransformersForCausalLM
 from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
+from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.placement import MediaPlacementError
+from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
 from rtp_llm.tools.verify.causes import explain, explain_logits, pass_over_layout
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.latent import add_latent_scores
@@ -23,18 +25,20 @@ from rtp_llm.tools.verify.locate import (
     compare,
     first_difference,
     logits_error,
+    pass_over_embedding,
 )
 from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.names import aligned_names
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
-from rtp_llm.tools.verify.prompts import Prompt, image_prompts, read_or_default_prompts
+from rtp_llm.tools.verify.pixels import pixels_note
+from rtp_llm.tools.verify.prompts import Prompt, image_prompt, image_prompts, read_or_default_prompts
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
 from rtp_llm.tools.verify.replay import Replay
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
+from rtp_llm.tools.verify.ties import Parting, parting, same_in_float32
 from rtp_llm.tools.verify.trace import LOGITS, Parts, Place, Trace
 
 TOP = 5
-TIE_GAP = 1e-4  # logits closer than this are a tie: either token is right
 MAX_KEPT_TOKENS = 256  # most tokens at a prompt's end that are recorded (and all keys and values)
 NUM_SHOWN = 3  # places shown before and after the first that differs
 
@@ -49,15 +53,18 @@ class PromptResult:
     error: float  # relative, see ``logits_error``
     top_agreement: float  # fraction of the five best tokens that are the same
     output_ids: list[int]
-    parting: tuple[int, int] | None  # transformers' first other token: (its index, its id)
+    parting: Parting | None  # None: the texts are the same
 
 
 @dataclass(frozen=True)
 class Report:
-    """``finding`` is None if they agree, or if the model runs through transformers, without modules of ours.
-
-    ``failure``: why ours cannot be loaded or run; ``results`` is then empty. ``source``: the method of our model file
-    with the difference. ``around``: the places before and after the differing one, of ``num_compared`` common places.
+    """
+    Args:
+        finding: None if they agree, or if the model runs through transformers, without modules of ours.
+        around: the places before and after the differing one, of ``num_compared`` common places.
+        source: the method of our model file with the difference.
+        pixels: how our processor compares with transformers'; empty: no prompt has images.
+        failure: why ours cannot be loaded or run; ``results`` is then empty.
     """
 
     model_path: str
@@ -70,6 +77,7 @@ class Report:
     num_compared: int = 0
     source: str = ""
     note: str = ""
+    pixels: str = ""
     failure: str = ""
 
     @property
@@ -105,11 +113,45 @@ def _verify(args: ServerArgs, options: VerifyOptions) -> Report:
         ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
         theirs = TheirModel(args, config)
         results = [_compare_prompt(ours, theirs, prompt, options) for prompt in prompts]
+        pixels = _pixels(args, config, tokenizer, options, theirs, prompts)
     except (WeightLoadError, ModelBuildError, ModelImportError, MediaPlacementError, ForwardError) as error:
         name = options.model_class or ", ".join(config.architectures)
         return Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], [], failure=str(error))
-    report = Report(config.model_path, type(ours.model).__name__, dtype, LOGITS_TOLERANCE[dtype], results)
-    return report if report.agrees else _localise(report, ours, theirs, options)
+    name = type(ours.model).__name__
+    report = Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], results, pixels=pixels)
+    if not report.agrees:
+        return _localise(report, ours, theirs, options)
+    del ours, theirs  # their memory is wanted
+    return report if dtype == "float32" else _settle_ties(report, args, options)
+
+
+def _pixels(
+    args: ServerArgs,
+    config: ModelConfig,
+    tokenizer: Any,
+    options: VerifyOptions,
+    theirs: TheirModel,
+    prompts: list[Prompt],
+) -> str:
+    """Return what is to be said of the processor; empty: no prompt has images."""
+    seen = next((prompt for prompt in prompts if prompt.media), None)
+    if seen is None:
+        return ""
+    text, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS)[0], read_images(options.image or ())
+    chat = image_prompt(args, config, tokenizer, text, len(images))
+    return pixels_note(config.model_path, args.trust_remote_code, theirs.model, chat, images, seen)
+
+
+def _settle_ties(report: Report, args: ServerArgs, options: VerifyOptions) -> Report:
+    """Add whether texts that part in 16 bits are equal in float32."""
+    parted = [result for result in report.results if result.parting]
+    same = same_in_float32(args, options, [result.prompt for result in parted]) if parted else []
+    settled = {
+        id(result): replace(result, parting=replace(result.parting, same_in_float32=is_same))
+        for result, is_same in zip(parted, same, strict=True)
+        if result.parting
+    }
+    return _with(report, results=[settled.get(id(result), result) for result in report.results])
 
 
 def _compare_prompt(ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions) -> PromptResult:
@@ -124,7 +166,7 @@ def _compare_prompt(ours: OurModel, theirs: TheirModel, prompt: Prompt, options:
         logits_error(our_logits, their_logits),
         _top_agreement(our_logits, their_logits),
         output_ids,
-        _parting(output_ids, their_logits[-len(output_ids) :]),
+        parting(output_ids, their_logits[-len(output_ids) :]),
     )
 
 
@@ -132,13 +174,6 @@ def _top_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     num = min(TOP, ours.shape[1])
     pairs = zip(ours.topk(num).indices.tolist(), theirs.topk(num).indices.tolist(), strict=True)
     return sum(len({*mine} & {*yours}) for mine, yours in pairs) / (num * len(ours))
-
-
-def _parting(output_ids: list[int], logits: torch.Tensor) -> tuple[int, int] | None:
-    for i, (token_id, row) in enumerate(zip(output_ids, logits, strict=True)):
-        if float(row.max() - row[token_id]) > TIE_GAP:
-            return i, int(row.argmax())
-    return None
 
 
 def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: VerifyOptions) -> Report:
@@ -151,11 +186,12 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     whole = replace(shortest.prompt, ids=[*shortest.prompt.ids, *shortest.output_ids[:-1]])
     evidence = record(report.dtype, ours, theirs, whole, options.cut_len)
     differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place.part != LOGITS]
+    differences = pass_over_embedding(differences, evidence.ours, evidence.theirs, evidence.tolerance)
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
     if index is not None:
         index = pass_over_layout(evidence, differences, index)
-        finding = _with_pieces(explain(evidence, *differences[index]), report, ours, theirs, shortest.prompt, options)
+        finding = _with_pieces(explain(evidence, *differences[index]), report, ours, theirs, whole, options)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
         return _with(report, finding=finding, around=around, source=_source(ours.model, finding.module))
     logits = next(place for place in evidence.ours.tensors if place.part == LOGITS)
@@ -170,11 +206,12 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
 def _with_pieces(
     finding: Finding, report: Report, ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions
 ) -> Finding:
-    """Add to a finding whether ours is right if it computes the prompt at once."""
+    """Add to a finding if ours is right once it computes the prompt, with its text, at once."""
     if not ours.cut_of(prompt, options.cut_len):
         return finding
     output_ids, our_logits = ours.run(prompt, 0, 1)
-    if logits_error(our_logits, theirs.run(prompt, 0, output_ids)[:, : our_logits.shape[1]]) > report.tolerance:
+    error = logits_error(our_logits, theirs.run(prompt, 0, output_ids)[:, : our_logits.shape[1]])
+    if error > report.tolerance / 10:
         return finding
     cause = (
         f"only where a prompt is computed in pieces, {options.cut_len} tokens and then the rest: at once, ours agrees. "
@@ -205,7 +242,8 @@ def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_l
     with OurRecorder(ours.model, our_trace):
         output_ids, our_logits = ours.run(prompt, cut_len, 1, our_trace)
     names = aligned_names(ours.model, theirs.model)
-    recorder = TheirRecorder(theirs.model, their_trace, names)
+    heads = {name: call.num_kv_heads for name, call in our_trace.calls.items()}
+    recorder = TheirRecorder(theirs.model, their_trace, names, heads)
     with recorder:
         their_logits = theirs.run(prompt, cut_len, output_ids, their_trace)
     add_latent_scores(our_trace, their_trace)

@@ -37,7 +37,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of a layer's attention for ``kernels.reference.attention``. ``window`` counts the query's own token."""
+    """Arguments of a layer's attention for ``kernels.reference.attention``.
+
+    Args:
+        window: counts the query's own token.
+        bias: added to the scores, [1 or heads, tokens, tokens]; None: nothing but the causal mask and the window.
+        slopes: of ALiBi, in ours; in the reference they are in ``bias``.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -45,6 +51,8 @@ class AttentionCall:
     window: int | None
     logit_cap: float
     sinks: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

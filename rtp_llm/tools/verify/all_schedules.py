@@ -1,0 +1,92 @@
+"""``rtp-llm verify --schedules``: the model under each of the engine's schedules, against transformers."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
+from rtp_llm.srt.configs.model_config import read_architectures
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.models.registry import ModelImportError
+from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.multimodal.media_store import open_content
+from rtp_llm.tools.model_file import served_by_file
+from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
+from rtp_llm.tools.schedules import NEW_TOKENS, SCHEDULES, Question, ScheduleResult, Teacher, run_schedules
+from rtp_llm.tools.verify.feed import extras_for
+from rtp_llm.tools.verify.model_class import registered
+from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
+from rtp_llm.tools.verify.prompts import image_prompt, image_prompts, read_or_default_prompts
+from rtp_llm.tools.verify.sides import TheirModel
+
+TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}  # of log-probabilities
+
+
+@dataclass(frozen=True)
+class SchedulesReport:
+    """``failure``: why nothing could be compared."""
+
+    model_path: str
+    dtype: str
+    num_questions: int = 0
+    results: tuple[ScheduleResult, ...] = ()
+    failure: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        return not self.failure and all(result.agrees for result in self.results)
+
+
+def verify_schedules(args: ServerArgs, options: VerifyOptions) -> SchedulesReport:
+    """Ask the engine the prompts of ``verify``, those with images included, under each schedule.
+
+    Raises:
+        VerifyError: transformers cannot build the model, or the options do not fit it.
+    """
+    try:
+        with _served(args, options.model_class):
+            config = read_model_config(args)
+            tokenizer = read_tokenizer(args, config)
+            prompts = list(read_or_default_prompts(config, tokenizer, options))
+            theirs = TheirModel(args, config)
+            questions = [Question(prompt.text, prompt.ids) for prompt in prompts]
+            questions += _image_questions(args, config, tokenizer, options, theirs.model)
+            engine_args = _engine_args(args, questions, tokenizer is None)
+            tolerance = TOLERANCES[config.dtype]
+            results = run_schedules(engine_args, Teacher(theirs.model), questions, SCHEDULES, tolerance)
+    except ModelImportError as error:
+        return SchedulesReport(args.model_path, args.dtype, failure=str(error))
+    return SchedulesReport(config.model_path, config.dtype, len(questions), tuple(results))
+
+
+@contextmanager
+def _served(args: ServerArgs, model_class: str | None) -> Iterator[None]:
+    """Register ``--model-class``; a file's class in a form that other ranks can import."""
+    path, _, name = (model_class or "").rpartition(":")
+    with ExitStack() as stack:
+        stack.enter_context(registered(args, model_class))  # which checks it
+        if path.endswith(".py"):
+            stack.enter_context(served_by_file(path, read_architectures(args), name))
+        yield
+
+
+def _image_questions(
+    args: ServerArgs, config: Any, tokenizer: Any, options: VerifyOptions, their_model: Any
+) -> Iterator[Question]:
+    prompts = image_prompts(args, config, tokenizer, options)
+    if not prompts:
+        return
+    texts, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS), read_images(options.image or ())
+    for text, prompt in zip(texts, prompts, strict=True):
+        if prompt.media is None:
+            raise VerifyError(f"the prompt {prompt.text!r} has no images")
+        extras = extras_for(their_model, prompt.ids, MultimodalInputs.decode(open_content(prompt.media.content)))
+        chat = image_prompt(args, config, tokenizer, text, len(images))
+        yield Question(prompt.text, prompt.ids, {"prompt": chat, "image_data": images}, extras)
+
+
+def _engine_args(args: ServerArgs, questions: list[Question], without_tokenizer: bool) -> ServerArgs:
+    """Return the engine's options: a cache for all questions twice, with their answers."""
+    num_tokens = 2 * sum(len(question.ids) + 2 * NEW_TOKENS + 2 * args.page_size for question in questions)
+    return replace(args, max_total_tokens=num_tokens + 256, skip_tokenizer_init=without_tokenizer)

@@ -1,0 +1,144 @@
+"""Experiments of ``rtp-llm verify`` by themselves: routings, orders, separate experts, watched attention."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk
+from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
+from rtp_llm.tools.verify.expert_calls import SeparateExperts, dense_routing, solved_routing
+from rtp_llm.tools.verify.order_causes import explain_order, order_text
+from rtp_llm.tools.verify.routing_causes import RoutingTrials
+
+TOLERANCE = 1e-4
+LOGITS = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+BIAS = torch.linspace(-0.4, 0.5, 8)[[3, 0, 7, 1, 5, 2, 6, 4]]
+
+
+def dense(routing: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    weights, ids = routing
+    return dense_routing(ids, weights, 8)
+
+
+def grouped(**options: Any) -> torch.Tensor:
+    given: dict[str, Any] = dict(correction_bias=BIAS, top_k=3, num_expert_group=4, topk_group=2)
+    return dense(sigmoid_grouped_topk(LOGITS, **given | {"routed_scaling_factor": 2.5} | options))
+
+
+def bias_in_weights() -> torch.Tensor:
+    choice = LOGITS.sigmoid() + BIAS
+    ids = choice.topk(3).indices
+    weights = choice.gather(1, ids)
+    return dense((weights / weights.sum(-1, keepdim=True), ids))
+
+
+NO_GROUPS = dict(num_expert_group=1, topk_group=1, routed_scaling_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "cause"),
+    [
+        (dense(softmax_topk(LOGITS, 3, True)), dense(softmax_topk(LOGITS, 3, False)), "ours divided by their sum"),
+        (dense(softmax_topk(LOGITS, 2, True)), dense(softmax_topk(LOGITS, 3, True)), "of a token: ours 2, the ref"),
+        (dense(softmax_topk(LOGITS, 3, True)), grouped(correction_bias=0 * BIAS, **NO_GROUPS), "ours a softmax over"),
+        (grouped(correction_bias=0 * BIAS), grouped(), "correction bias: ours not added, the reference's gate.bias"),
+        (bias_in_weights(), grouped(**NO_GROUPS), "ours adds it to the weights too"),
+        (
+            grouped(num_expert_group=1, topk_group=1),
+            grouped(),
+            "groups of experts: ours none",
+        ),
+        (grouped(routed_scaling_factor=1.0), grouped(), "weights: ours 1, the reference's 2.5 (routed_scaling_factor)"),
+        (grouped().flip(1), grouped(), "experts lie in another order: the reference's 0 is 7 in ours"),
+        (grouped().sqrt(), grouped(), "the same experts are chosen, with other weights"),
+    ],
+)
+def test_routings_are_told_apart(ours: torch.Tensor, theirs: torch.Tensor, cause: str) -> None:
+    trials = RoutingTrials(LOGITS, {"gate.bias": BIAS}, SimpleNamespace(n_group=4, routed_scaling_factor=2.5))
+    assert cause in trials.explain(ours, theirs, TOLERANCE)
+
+
+def test_orders_are_described() -> None:
+    grid = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(1))
+    rows = grid.flatten(0, 1)
+    assert explain_order(rows, rows, TOLERANCE) is None and explain_order(rows, 2 * rows, TOLERANCE) is None
+    columns_first = explain_order(grid.transpose(0, 1).flatten(0, 1), rows, TOLERANCE)
+    assert columns_first is not None and "exchanged, of a grid of 6 x 4" in columns_first
+    squares = grid.unflatten(0, (3, 2)).unflatten(2, (2, 2))  # [3, 2, 2, 2, 8]
+    right = squares.transpose(1, 2).reshape(6, 32)
+    by_columns = explain_order(squares.permute(0, 2, 3, 1, 4).reshape(6, 32), right, TOLERANCE)
+    assert by_columns is not None and "0, 2, 1, 3: rows and columns of a square are exchanged" in by_columns
+    others = explain_order(rows.reshape(6, 32), right, TOLERANCE)
+    assert others is not None and "merge in another order" in others
+    turns = explain_order(right.unflatten(1, (4, 8)).transpose(1, 2).flatten(1), right, TOLERANCE)
+    assert turns is not None and "take turns in ours" in turns
+    assert order_text([2, 3, 0, 1]) == "shifted by 2" and order_text([3, 2, 1, 0]) == "the last first"
+    assert order_text([4, 5, 2, 3, 0, 1]) == "blocks of 2 in the order 2, 1, 0"
+
+
+class Block(nn.Module):
+    """A mixture as people write it: each expert computes the tokens that chose it, a shared one all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+        self.shared = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = softmax_topk(self.gate(x), 2, False)
+        output = self.shared(x)
+        for index, expert in enumerate(self.experts):
+            tokens, place = (ids == index).nonzero(as_tuple=True)
+            output = output.index_add(0, tokens, expert(x[tokens]) * weights[tokens, place, None])
+        return output
+
+
+def test_the_routing_of_separate_experts_follows_from_their_outputs() -> None:
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(9, 16)
+    experts = SeparateExperts.of(block)
+    assert experts is not None and SeparateExperts.of(nn.Sequential(nn.Linear(3, 3))) is None
+    for index, expert in enumerate(block.experts):
+        expert.register_forward_hook(lambda _, args, output, index=index: experts.add(index, args, output))
+    block.shared.register_forward_hook(lambda module, args, output: experts.add_other(module, output))
+    with torch.inference_mode():
+        output = block(x)
+        weights, ids = softmax_topk(block.gate(x), 2, False)
+    found = experts.solved(x, output)
+    assert found is not None
+    torch.testing.assert_close(found.routing, dense_routing(ids, weights, 4), atol=1e-4, rtol=1e-3)
+    assert experts.solved(x, output) is None  # it has forgotten the call
+
+
+def test_weights_are_solved_for() -> None:
+    outputs = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2))
+    weights = torch.rand(5, 3, generator=torch.Generator().manual_seed(3))
+    found, error = solved_routing(torch.einsum("te,eth->th", weights, outputs), outputs)
+    torch.testing.assert_close(found, weights, atol=1e-5, rtol=1e-4)
+    assert error < 1e-5 and solved_routing(torch.randn(5, 8), outputs)[1] > 0.1
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_attention_is_seen_in_whatever_form(is_fused: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    found: list[Any] = []
+    with AttentionWatch(lambda *call: found.append(call)):
+        if is_fused:
+            output = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=0.3)
+        else:
+            scores = q @ keys.transpose(-1, -2) * 0.3 + torch.full((6, 6), float("-inf")).triu(1)
+            output = torch.matmul(F.softmax(scores, dim=-1), values)
+    ((states, mask, factor, attended),) = found
+    torch.testing.assert_close(states[0], q)
+    torch.testing.assert_close(without_repeats(states[1], 2), k)
+    torch.testing.assert_close(without_repeats(states[2], 2), v)
+    torch.testing.assert_close(attended, output)
+    assert factor == pytest.approx(0.3, rel=1e-4)
+    assert mask is None if is_fused else bool((mask[0, 0].isinf() == torch.ones(6, 6).triu(1).bool()).all())
