@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from broken_models import BrokenModel
-from parity import rewrite_tensors
 from planted_mistakes import PLANTED, SEEING
 from safetensors.torch import load_file
 from seeing_twins import SEEING_TWINS
 
+from parity import rewrite_tensors
 from rtp_llm import ModelRegistry
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
