@@ -450,11 +450,11 @@ MORE_BROKEN_MODELS = (
     BrokenModel(
         "weights of experts not normalised",
         "qwen2_moe",
-        (("self.top_k, self.renormalize)", "self.top_k, False)"),),
+        (("renormalize=config.norm_topk_prob,", "renormalize=False,"),),
         "Qwen2MoeForCausalLM",
         "model.layers.0.mlp.experts",
-        "output",
-        "",
+        "experts' weights",
+        "weights of the chosen experts: ours not renormalised",
         {"norm_topk_prob": True},
     ),
 )

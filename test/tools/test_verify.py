@@ -14,11 +14,13 @@ from rtp_llm import ModelRegistry, cli
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.layers.towers.clip import CLIPVisionEmbeddings
+from rtp_llm.tools.verify.command import _text
 from rtp_llm.tools.verify.locate import compare, first_difference
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.run import Report, record, verify
 from rtp_llm.tools.verify.sides import OurModel, TheirModel
+from rtp_llm.tools.verify.ties import Parting
 from rtp_llm.tools.verify.trace import EMBEDDINGS, Place
 from tiny_models import make_tiny, tiny_model
 
@@ -168,6 +170,39 @@ def test_the_command_prints_a_table_or_json(mistral: str, tmp_path: Path, capsys
     assert report["agrees"] is False and report["finding"]["module"] == broken.module
     assert [result["prompt"]["text"] for result in report["results"]][:2] == ["A window on the sea", "One more line"]
     assert "MistralForCausalLM" not in ModelRegistry.models.overrides
+
+
+def test_texts_that_part_in_16_bits_are_compared_in_float32(mistral: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each text parted at its first token."""
+    monkeypatch.setattr("rtp_llm.tools.verify.run.parting", lambda ids, logits: Parting(0, 3, 0.02))
+    args = ServerArgs(model_path=mistral, dtype="bfloat16", device="cpu", context_length=512, log_level="error")
+    report = verify(args, VerifyOptions(max_new_tokens=4, long_len=0))
+    assert report.agrees and all(result.parting and result.parting.same_in_float32 for result in report.results)
+    assert "a tie within 0.02; equal in float32" in _text(report.results[0], str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["mistral", "qwen2_vl"])
+def test_all_schedules(
+    checkpoint: str, mistral: str, seeing: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir = mistral if checkpoint == "mistral" else seeing[checkpoint]
+    command = ["verify", model_dir, *ENGINE, "--long-len", "40", "--schedules"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "two ranks" in printed and "second turn" in printed and "They agree" in printed
+
+
+@pytest.mark.slow
+def test_all_schedules_of_a_class_that_is_given(
+    mistral: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = next(broken for broken in TEN_BROKEN_MODELS if broken.file == "mistral").write(tmp_path)
+    command = ["verify", mistral, *ENGINE, "--long-len", "400", "--schedules", "--json", "--model-class", broken]
+    assert cli.main(command) == 1
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert len(results) == 7 and not any(result["agrees"] or result["failure"] for result in results)
+    assert results[0]["question"] == "(400 tokens)"
 
 
 def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
