@@ -78,7 +78,7 @@ def _image_questions(
     if not prompts:
         return
     texts, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS), read_images(options.image or ())
-    for text, prompt in zip(texts, prompts, strict=True):
+    for text, prompt in zip(texts, prompts[-len(texts) :], strict=True):  # those with these images
         if prompt.media is None:
             raise VerifyError(f"the prompt {prompt.text!r} has no images")
         extras = extras_for(their_model, prompt.ids, MultimodalInputs.decode(open_content(prompt.media.content)))

@@ -12,6 +12,7 @@ from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
 
 MAX_CHANGES = 2
+MIN_DISTANCE = 3  # tokens from which slopes are seen
 CAUSAL, THEIRS, SLOPES = "causal", "theirs", "slopes"
 
 
@@ -48,6 +49,8 @@ class AttentionTrials:
         found = next((trial for trial in self._trials(right) if self._is(trial, self._ours, tolerance)), None)
         if found is None:
             return None
+        if found.mask == SLOPES and (slopes := _slopes_of(self._call.bias)) is not None:
+            return f"slopes of the bias by distance: ours {_few(self._own_call.slopes)}, the reference's {_few(slopes)}"
         return "; ".join(
             _change(field.name, getattr(found, field.name), getattr(right, field.name))
             for field in fields(found)
@@ -110,6 +113,19 @@ def _attend_biased(
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
     return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., : len(k)], v)
+
+
+def _slopes_of(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return by how much a key that is one token farther scores less, of each head; None: it is not so."""
+    if bias is None or bias.shape[-1] < MIN_DISTANCE or not bool(bias[:, -1].isfinite().all()):
+        return None
+    steps = bias[:, -1].diff(dim=-1)
+    return steps[:, 0] if torch.allclose(steps, steps[:, :1].expand_as(steps), rtol=1e-2, atol=1e-6) else None
+
+
+def _few(slopes: torch.Tensor | None) -> str:
+    values = [] if slopes is None else slopes[:4].tolist()
+    return ", ".join(f"{value:.4g}" for value in values) + ", ..."
 
 
 def _of(call: AttentionCall) -> Attending:

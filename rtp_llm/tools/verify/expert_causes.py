@@ -54,6 +54,8 @@ def explain_experts(evidence: Evidence, place: Place, error: float) -> Finding |
     name, cause = place.module, None
     if run.num_experts <= min(MANY_COLUMNS, theirs.shape[1]):
         cause = _other_experts(run.each()[:, -len(ours) :], ours, weights[-len(ours) :], evidence.tolerance)
+    if cause is None and (mixed := run.weighted_inputs()) is not None and evidence.same(ours, mixed[-len(ours) :]):
+        cause = "the weights are multiplied with the experts' inputs, not with their outputs"
     if cause is None:
         for text, made in (*_layouts(module), *_attributes(name, module)):
             with made():
@@ -80,6 +82,20 @@ class _Experts:
             return torch.einsum("te,eth->th", self._weights, self.each())
         ids = self._weights.abs().topk(self._call.num_chosen, dim=-1).indices
         return self._run(ids, self._weights.gather(1, ids))
+
+    @torch.inference_mode()
+    def weighted_inputs(self) -> torch.Tensor | None:
+        """Compute the sum of experts whose inputs, not outputs, are weighted; None: not of separate experts."""
+        if isinstance(self._module, nn.ModuleList):
+            return None
+        ids = self._weights.abs().topk(self._call.num_chosen, dim=-1).indices
+        x, ones = self._x, torch.ones(len(self._x), 1)
+        outputs = []
+        for i in range(ids.shape[1]):
+            self._x = x * self._weights.gather(1, ids[:, i : i + 1])
+            outputs.append(self._run(ids[:, i : i + 1], ones))
+        self._x = x
+        return torch.stack(outputs).sum(0)
 
     def tried(self) -> torch.Tensor | None:
         """Do the same, while something is changed; None: the change does not fit."""

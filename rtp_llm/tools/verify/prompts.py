@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from rtp_llm.srt.checkpoint import prompts_with_images, read_processor
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -47,20 +49,31 @@ def read_or_default_prompts(config: ModelConfig, tokenizer: Any, options: Verify
 
 
 def image_prompts(args: ServerArgs, config: ModelConfig, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
-    """Return a multimodal model's prompts: those of the file, or the default, after the images of ``--image``."""
+    """Return a multimodal model's prompts: those of the file, or the default, after the images of ``--image``;
+    without such, after a drawn one, and the first also after two of different shapes, if the context has room."""
     if tokenizer is None or not config.is_multimodal or not _has_own_processor(config):
         if options.image:
             reason = "has no tokenizer" if tokenizer is None else f"({', '.join(config.architectures)}) takes no images"
             raise VerifyError(f"{config.model_path} {reason}: --image means nothing here")
         return []
     texts, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS), read_images(options.image or ())
+    prompts = _with_images(args, config, tokenizer, texts, images)
+    room = config.context_length - options.max_new_tokens
+    for prompt in prompts:
+        _check_len(prompt, room, options)
+    if options.image:
+        return prompts
+    two = _with_images(args, config, tokenizer, texts[:1], [*images, images[0].rotate(90, expand=True)])
+    return [*(prompt for prompt in two if len(prompt.ids) <= room), *prompts]
+
+
+def _with_images(
+    args: ServerArgs, config: ModelConfig, tokenizer: Any, texts: list[str], images: list[Image.Image]
+) -> list[Prompt]:
     chats = [image_prompt(args, config, tokenizer, text, len(images)) for text in texts]
     found = prompts_with_images(args, config, tokenizer, chats, images)
     count = "1 image" if len(images) == 1 else f"{len(images)} images"
-    prompts = [Prompt(f"({count}) {text}", p.input_ids, p.media) for text, p in zip(texts, found, strict=True)]
-    for prompt in prompts:
-        _check_len(prompt, config.context_length - options.max_new_tokens, options)
-    return prompts
+    return [Prompt(f"({count}) {text}", p.input_ids, p.media) for text, p in zip(texts, found, strict=True)]
 
 
 def _check_len(prompt: Prompt, room: int, options: VerifyOptions) -> None:

@@ -7,6 +7,7 @@ from itertools import permutations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.order_causes import explain_order
@@ -22,7 +23,17 @@ MIN_ROWS = 3  # from which factors of columns are told apart from chance
 
 def explain_relation(evidence: Evidence, place: Place) -> str | None:
     """Return the first relation that holds, and that names what it is."""
-    searches = (_column_factors, _row_factors, _difference, other_rows, _other_parts, _other_columns, _added, _limits)
+    searches = (
+        _column_factors,
+        _row_factors,
+        _difference,
+        _gated,
+        other_rows,
+        _other_parts,
+        _other_columns,
+        _added,
+        _limits,
+    )
     causes = (search(evidence, place) for search in searches)
     return next((cause for cause in causes if cause and not cause.endswith(NAMELESS)), None)
 
@@ -175,6 +186,21 @@ def _earlier(evidence: Evidence, place: Place) -> list[Place]:
     shape = evidence.theirs.tensors[place].shape
     fitting = [p for p in reversed(places) if evidence.theirs.tensors[p].shape == shape]
     return sorted(fitting, key=lambda p: p.part != OUTPUT)[:MAX_SOURCES]
+
+
+def _gated(evidence: Evidence, place: Place) -> str | None:
+    """Try whether one side is the other times a function of an earlier tensor: a gate that is missing or not."""
+    ours, theirs = evidence.pair(place)
+    for p in _earlier(evidence, place):
+        tensor = evidence.theirs.tensors[p]
+        for name, function in (("sigmoid", torch.sigmoid), ("silu", F.silu), ("tanh", torch.tanh), ("", None)):
+            gate = tensor if function is None else function(tensor)
+            named = f"{name} of {p}" if name else str(p)
+            if evidence.same(ours * gate, theirs):
+                return f"it is not multiplied by {named}"
+            if evidence.same(ours, theirs * gate):
+                return f"it is multiplied by {named}, in the reference not"
+    return None
 
 
 def other_rows(evidence: Evidence, place: Place) -> str | None:

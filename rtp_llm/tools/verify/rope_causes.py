@@ -1,7 +1,7 @@
 """Search for the rotation that turns given queries or keys into others."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
@@ -80,10 +80,32 @@ class RotationTrials:
         if self._is(self._unrotated(), ours, tolerance):
             return "it does not rotate them at all"
         own = [r for r, result in tried if result is not None and self._is(result, ours, tolerance)]
+        own = own or [r for r in self._with_other_numbers(right[0]) if self._gives(r, ours, tolerance)]
         if not own:
             return f"{UNKNOWN_ROTATION}; the reference's is {self._text(right[0])}"
         mine, yours = min(product(own, right), key=lambda pair: len(pair[0].changes(pair[1])))
         return "; ".join(self._change(name, mine, yours) for name in mine.changes(yours)) or None
+
+    def _with_other_numbers(self, right: Rotation) -> Iterator[Rotation]:
+        """Yield the reference's rotation with its scaling less one of its settings, or with another number there."""
+        scaling = self._scalings[right.scaling] or {}
+        changed = [{k: v for k, v in scaling.items() if k != key} for key in scaling if key != "rope_type"]
+        for key, value in scaling.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                changed += [{**scaling, key: type(value)(value * factor)} for factor in (2, 0.5)]
+        factors = [key for key in ("short_factor", "long_factor") if key in scaling]
+        if len(factors) == len(("short_factor", "long_factor")):
+            changed.append({**scaling, factors[0]: scaling[factors[1]], factors[1]: scaling[factors[0]]})
+        for each in changed:
+            self._scalings.append(each)
+            yield replace(right, scaling=len(self._scalings) - 1)
+
+    def _gives(self, rotation: Rotation, expected: torch.Tensor, tolerance: float) -> bool:
+        try:
+            result = self._apply(rotation)
+        except (KeyError, TypeError, ZeroDivisionError):  # a setting that it needs is missing
+            return False
+        return result is not None and self._is(result, expected, tolerance)
 
     def gives(self, theirs: torch.Tensor, tolerance: float) -> bool:
         """Return whether some rotation makes the reference's tensor."""

@@ -134,12 +134,12 @@ def _pixels(
     prompts: list[Prompt],
 ) -> str:
     """Return what is to be said of the processor; empty: no prompt has images."""
-    seen = next((prompt for prompt in prompts if prompt.media), None)
-    if seen is None:
+    seen = [prompt for prompt in prompts if prompt.media]
+    if not seen:
         return ""
-    text, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS)[0], read_images(options.image or ())
-    chat = image_prompt(args, config, tokenizer, text, len(images))
-    return pixels_note(config.model_path, args.trust_remote_code, theirs.model, chat, images, seen)
+    texts, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS), read_images(options.image or ())
+    num_texts, chat = len(texts), image_prompt(args, config, tokenizer, texts[0], len(images))
+    return pixels_note(config.model_path, args.trust_remote_code, theirs.model, chat, images, seen[-num_texts])
 
 
 def _settle_ties(report: Report, args: ServerArgs, options: VerifyOptions) -> Report:
