@@ -534,7 +534,7 @@ BROKEN_SEEING_MODELS = (
         "qwen2_vl",
         "model.visual.merger.mlp.0",
         "input",
-        "",
+        "0 to 47 of output of model.visual.blocks.1; the reference's of rows",
     ),
     BrokenModel(
         "norms of a block exchanged",

@@ -211,7 +211,7 @@ def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsy
     assert not unset.agrees and "parameters were not set" in unset.failure and "qkv_proj.bias" in unset.failure
     failing = run(
         model_dir,
-        model_class=changed(tmp_path, "self.mlp(hidden_states)", "self.mlp(hidden_states[:, :3])"),
+        model_class=changed(tmp_path, "self.feed(hidden_states)", "self.feed(hidden_states[:, :3])"),
     )
     assert "fails while it computes" in failing.failure and "broken_llama.py" in failing.failure
     (tmp_path / "syntax.py").write_text("class A(:\n")
@@ -220,7 +220,7 @@ def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsy
 
 
 def test_numbers_that_are_none_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model_class = changed(tmp_path, "self.mlp(hidden_states)", "self.mlp(hidden_states / 0)")
+    model_class = changed(tmp_path, "self.feed(hidden_states)", "self.feed(hidden_states / 0)")
     command = ["verify", tiny_model("llama-default"), *ENGINE, "--model-class", model_class, "--json"]
     assert cli.main(command) == 1
     report = json.loads(capsys.readouterr().out)

@@ -7,7 +7,7 @@ the finding names only the place.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,13 @@ from rtp_llm.tools.verify.latent_causes import explain_scores
 from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
 from rtp_llm.tools.verify.mutations import ACTIVATIONS, find_mutation, without_effect
 from rtp_llm.tools.verify.order_causes import explain_order, order_text
-from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation, origin_of, other_columns
+from rtp_llm.tools.verify.relation_causes import (
+    describe_relation,
+    explain_added,
+    explain_relation,
+    origin_of,
+    other_columns,
+)
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
@@ -79,7 +85,7 @@ def pass_over_layout(evidence: Evidence, differences: list[Difference], index: i
     for i in range(index + 1, len(differences)) if attention else ():
         other, error = differences[i]
         if other.module == attention and other.part in (QUERIES, KEYS) and error > evidence.tolerance:
-            return i if _explain_rotation(evidence, other, error).module != attention else index
+            return i if _is_rotation_alone(evidence, other) else index
     return index
 
 
@@ -100,44 +106,66 @@ def _uncalled(evidence: Evidence, place: Place) -> list[str]:
 # Attention
 
 
+class _RotationOfPlace(NamedTuple):
+    """Our rotary embedding at an attention block, and what it is given and makes; see RotationTrials."""
+
+    name: str
+    rope: RotaryEmbedding
+    rotated: Rotated
+
+    @classmethod
+    def of(cls, evidence: Evidence, place: Place) -> "_RotationOfPlace | None":
+        """Return it of queries or keys; None: our model file does not rotate them."""
+        attention = evidence.our_model.get_submodule(place.module)
+        ropes = [(name, child) for name, child in attention.named_children() if isinstance(child, RotaryEmbedding)]
+        unrotated = evidence.ours.tensors.get(Place(place.module, UNROTATED[place.part]))
+        if not ropes or unrotated is None:
+            return None
+        call = evidence.theirs.calls[place.module]
+        heads = call.num_heads if place.part == QUERIES else call.num_kv_heads
+        num_tokens = evidence.theirs.num_tokens
+        rotated = Rotated(
+            unrotated,
+            num_tokens - len(unrotated),
+            num_tokens,
+            evidence.theirs.tensors[place].shape[-1] // heads,
+            evidence.ours.positions,
+            evidence.theirs.positions,
+        )
+        return cls(*ropes[0], rotated)
+
+    def cause(self, evidence: Evidence, place: Place) -> str | None:
+        trials = RotationTrials(evidence.config, self.rope, self.rotated)
+        return trials.explain(*evidence.pair(place), evidence.tolerance)
+
+
+def _is_rotation_alone(evidence: Evidence, place: Place) -> bool:
+    rotation = _RotationOfPlace.of(evidence, place)
+    return rotation is not None and rotation.cause(evidence, place) is not None
+
+
 def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding:
-    attention = evidence.our_model.get_submodule(place.module)
-    ropes = [(name, child) for name, child in attention.named_children() if isinstance(child, RotaryEmbedding)]
-    unrotated = evidence.ours.tensors.get(Place(place.module, UNROTATED[place.part]))
-    if not ropes or unrotated is None:
+    rotation = _RotationOfPlace.of(evidence, place)
+    if rotation is None:
         finding = _explain_input(evidence, place, error)
         hint = "our model file does not rotate queries and keys here"
         return finding if finding.causes else Finding(place.module, place.part, error, [hint])
-    rope_name, rope = ropes[0]
-    call = evidence.theirs.calls[place.module]
-    theirs = evidence.theirs.tensors[place]
-    head_dim = theirs.shape[-1] // (call.num_heads if place.part == QUERIES else call.num_kv_heads)
-    num_tokens = evidence.theirs.num_tokens
-    rotated = Rotated(
-        unrotated,
-        num_tokens - len(unrotated),
-        num_tokens,
-        head_dim,
-        evidence.ours.positions,
-        evidence.theirs.positions,
-    )
-    trials = RotationTrials(evidence.config, rope, rotated)
-    cause = trials.explain(evidence.ours.tensors[place], theirs, evidence.tolerance)
+    cause = rotation.cause(evidence, place)
     if cause is None or cause.startswith(UNKNOWN_ROTATION):
-        before = _explain_before_rotation(evidence, place, error, rope, unrotated, rotated)
+        before = _explain_before_rotation(evidence, place, error, rotation.rope, rotation.rotated)
         if before is not None:
             return before
         finding = _explain_input(evidence, place, error)
         if finding.causes or cause is None:
             return finding
-    return Finding(f"{place.module}.{rope_name}", place.part, error, [cause])
+    return Finding(f"{place.module}.{rotation.name}", place.part, error, [cause])
 
 
 def _explain_before_rotation(
-    evidence: Evidence, place: Place, error: float, rope: RotaryEmbedding, unrotated: torch.Tensor, rotated: Rotated
+    evidence: Evidence, place: Place, error: float, rope: RotaryEmbedding, rotated: Rotated
 ) -> Finding | None:
     """Explain what ours rotates, if it is not what the reference rotates: an output before, which ours has not."""
-    theirs = evidence.theirs.tensors[place]
+    theirs, unrotated = evidence.theirs.tensors[place], rotated.before
     for p, tensor in reversed(evidence.theirs.tensors.items()):
         if p.part != OUTPUT or not p.module.startswith(f"{place.module}.") or tensor.shape != unrotated.shape:
             continue
@@ -254,7 +282,7 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
     activation = _explain_activation(evidence, place)
     if activation:
         return Finding(_activation_name(evidence, place), INPUT, error, [activation])
-    for search in (_elsewhere, _early_rotation, _multiple, _order, explain_relation, _combination):
+    for search in (_elsewhere, _early_rotation, _multiple, _order, explain_relation, _combination, explain_added):
         cause = search(evidence, place)
         if cause:
             return Finding(place.module, place.part, error, [cause])

@@ -57,7 +57,7 @@ def _changed(evidence: Evidence, place: Place, mutation: Mutation) -> torch.Tens
     try:
         with mutation.made():
             return evidence.replay.tensor(place)
-    except (TypeError, ValueError, AttributeError):  # the attribute cannot have that value
+    except Exception:  # of any kind: the attribute cannot have that value
         return None
 
 

@@ -258,7 +258,7 @@ def _made_of(mine: list[tuple[str, int]], yours: list[tuple[str, int]] | None, w
     return f"{text}. The first that differs is {mine[first][1]} in ours, {yours[first][1]} in the reference"
 
 
-def _added(evidence: Evidence, place: Place) -> str | None:
+def explain_added(evidence: Evidence, place: Place) -> str | None:
     """Try whether what is added to an earlier tensor is the reference's in another order, or rows of another tensor."""
     ours, theirs = evidence.pair(place)
     for p in _earlier(evidence, place)[:NUM_BASES]:
