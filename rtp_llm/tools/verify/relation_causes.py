@@ -31,7 +31,6 @@ def explain_relation(evidence: Evidence, place: Place) -> str | None:
         other_rows,
         _other_parts,
         _other_columns,
-        _added,
         _limits,
     )
     causes = (search(evidence, place) for search in searches)
