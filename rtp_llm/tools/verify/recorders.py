@@ -334,8 +334,14 @@ class TheirRecorder(Recorder):
             self.model.set_attn_implementation(RECORDING)  # type: ignore[operator]
         return self
 
+    def end_watches(self) -> None:
+        """End what a forward pass that failed has left open."""
+        while self._watches:
+            self._watches.pop().__exit__(None, None, None)
+
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
+        self.end_watches()
         if self.model._can_set_attn_implementation():  # type: ignore[operator]
             self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]
         for module in self.names:

@@ -49,6 +49,7 @@ class Replay:
         except Exception:  # of any kind: what was changed does not fit
             return None
         finally:
+            self._recorder.end_watches()
             self._recorder.trace = before
         if place.part in (PLAIN, ROTATED):
             trace.latent_sizes = before.latent_sizes
