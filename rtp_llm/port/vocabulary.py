@@ -84,6 +84,7 @@ ENGINE_ATTRIBUTES = frozenset({
     "supports_eagle3", "supports_eagle", "lm_head_only", "aux_hidden_state_layers",
 })  # fmt: skip
 
+POOLING = "pooling models"
 # Whole features that have no counterpart, so that what needs them cannot be ported by rules: name -> what is missing.
 MISSING: dict[str, str] = {
     name: reason
@@ -101,7 +102,7 @@ MISSING: dict[str, str] = {
         "attention that is not causal": (
             "EncoderOnlyAttention", "CrossAttention", "MMEncoderAttention", "ChunkedLocalAttention",
         ),
-        "pooling models": (
+        POOLING: (
             "DispatchPooler", "Pooler", "as_embedding_model", "as_seq_cls_model", "pooler_for_token_classify",
         ),
         "kernels of the other engine": (

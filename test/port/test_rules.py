@@ -265,7 +265,7 @@ def test_loading_that_does_more_is_kept(ported: Porter, mapping: str, weights: s
         ),
         ("self.a = [vllm_config.device_config.device]", "vllm_config is not defined any more"),
         ("self.a = MambaMixer(config)", "not portable: MambaMixer needs recurrent state"),
-        ("self.a = gadget(config)", "gadget of vllm.gadgets has no equivalent here"),
+        ("self.a = [gadget(config)]", "gadget of vllm.gadgets has no equivalent here"),
     ],
 )
 def test_what_is_left_gets_a_comment_above_its_line(ported: Porter, theirs: str, said: str):

@@ -13,8 +13,9 @@ from rtp_llm.port.facts import Engine
 from rtp_llm.port.program import Program, code, lineage, methods, parameters
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.rules.calls import NamedCall
+from rtp_llm.port.scopes import Scopes
 from rtp_llm.port.source import Origin
-from rtp_llm.port.values import Scopes, engine_parameter, evaluate
+from rtp_llm.port.values import engine_parameter, evaluate
 from rtp_llm.port.visiting import Transformer
 
 CACHE = Engine("vllm_config.cache_config")

@@ -6,7 +6,8 @@ from functools import cached_property
 import libcst as cst
 
 from rtp_llm.port.program import Program
-from rtp_llm.port.values import Scope, Scopes
+from rtp_llm.port.scopes import Scopes
+from rtp_llm.port.values import Scope
 from rtp_llm.port.visiting import Transformer
 
 MARK = "# PORT: "

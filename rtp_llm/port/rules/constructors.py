@@ -102,7 +102,8 @@ class RewriteConstructors(Rule):
         config, quant_config = self._root_names(old.value, value)
         if config:
             if name is None:
-                return [cst.Arg(cst.parse_expression(config)), cst.Arg(cst.parse_expression(quant_config))]
+                texts = [config] if "quant_config" in given else [config, quant_config]
+                return [cst.Arg(cst.parse_expression(text)) for text in texts]
             pairs = {"config": config, "quant_config": quant_config}
             return [keyword(key, text) for key, text in pairs.items() if key not in given]
         if is_part(value) and old.star == "":

@@ -12,7 +12,7 @@ from rtp_llm.port.rules.base import MARK, Rule
 from rtp_llm.port.rules.fold import tidied
 from rtp_llm.port.source import bound_names
 from rtp_llm.port.visiting import Visitor
-from rtp_llm.port.vocabulary import MISSING, target
+from rtp_llm.port.vocabulary import MISSING, POOLING, target
 
 _PURE_CALLS = ("getattr", "hasattr", "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "len")
 
@@ -82,7 +82,8 @@ class RemoveUnused(Rule):
     def _is_foreign_call(self, value: cst.BaseExpression) -> bool:
         """Whether an expression is a call of something that nothing stands for: if nobody reads it, it goes."""
         name = self.program.engine_name(value.func) if isinstance(value, cst.Call) else ""
-        return bool(name) and target(name, self.program.engine) is None
+        is_lost = MISSING.get(name, POOLING) != POOLING  # a part of the model, which must be told
+        return bool(name) and target(name, self.program.engine) is None and not is_lost
 
     def _read_in(self, function: cst.FunctionDef) -> set[str]:
         if id(function) not in self._read:

@@ -14,8 +14,8 @@ from rtp_llm.port.program import COMPUTE, Program, code, computes_logits, family
 from rtp_llm.port.rules.base import Rule, expression
 from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.rules.threading import BATCH
+from rtp_llm.port.scopes import Scopes
 from rtp_llm.port.source import Origin
-from rtp_llm.port.values import Scopes
 from rtp_llm.port.visiting import Transformer
 
 

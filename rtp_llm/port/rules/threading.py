@@ -22,8 +22,9 @@ from rtp_llm.port.program import (
     self_attribute,
 )
 from rtp_llm.port.rules.base import Rule, keyword, with_args
+from rtp_llm.port.scopes import Scopes
 from rtp_llm.port.source import Origin, bound_names
-from rtp_llm.port.values import Scope, Scopes
+from rtp_llm.port.values import Scope
 from rtp_llm.port.visiting import Transformer, Visitor
 
 BATCH = "forward_batch"
@@ -52,6 +53,7 @@ class Reach:
         self.classes = self._reaching()
         self.attributes = {name: self._reaching_attributes(name) for name in self.all}
         self.needs: set[Method] = set()
+        self.most_positional = 0  # arguments given by position to a module that reaches attention
         self._calls: dict[int, tuple[list[cst.Call], set[str]]] = {}  # of functions: their calls, and loop_names
         self._find_needs()
 
@@ -122,7 +124,17 @@ class Reach:
                     self.needs.add((owner, method))
                     self._add_relatives(owner, method)
             if len(self.needs) == before:
-                return
+                break
+        for owner, _, node in candidates:
+            calls, loops = self._calls.get(id(node), ([], set()))
+            for call in calls:
+                if self._is_module_call(call, owner, loops) and STAGE not in names_in(call):
+                    self.most_positional = max(self.most_positional, sum(not arg.keyword for arg in call.args))
+
+    def _is_module_call(self, call: cst.Call, owner: str, loops: set[str]) -> bool:
+        """Whether a call is of a module whose class is only known by what it reaches."""
+        is_named = isinstance(call.func, cst.Attribute) and not self_attribute(call.func)
+        return not is_named and self.takes_batch(call, owner, loops)
 
     def _add_relatives(self, owner: str, method: str) -> None:
         """Methods of one name in a family are called in one way."""
@@ -281,6 +293,9 @@ class ThreadBatch(Rule):
             before = [param.with_changes(default=None) for param in params.params[:place]]
             return params.with_changes(params=[*before, new, *params.params[place + 1 :]])
         place = next((i for i, param in enumerate(params.params) if param.default is not None), len(names))
+        if place < len(names) and self.reach.most_positional >= place and params.star_arg == cst.MaybeSentinel.DEFAULT:
+            # Some call passes one of the parameters after this place by position: then the batch has a name only.
+            return params.with_changes(star_arg=cst.ParamStar(), kwonly_params=[new, *params.kwonly_params])
         commas = [param.comma for param in params.params if isinstance(param.comma, cst.Comma)]
         usual = commas[1] if len(commas) > 1 else cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
         result = list(params.params)
