@@ -295,7 +295,7 @@ class ThreadBatch(Rule):
         place = next((i for i, param in enumerate(params.params) if param.default is not None), len(names))
         if place < len(names) and self.reach.most_positional >= place and params.star_arg == cst.MaybeSentinel.DEFAULT:
             # Some call passes one of the parameters after this place by position: then the batch has a name only.
-            return params.with_changes(star_arg=cst.ParamStar(), kwonly_params=[new, *params.kwonly_params])
+            return self._by_name(params, new)
         commas = [param.comma for param in params.params if isinstance(param.comma, cst.Comma)]
         usual = commas[1] if len(commas) > 1 else cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
         result = list(params.params)
@@ -306,6 +306,20 @@ class ThreadBatch(Rule):
         else:
             result.insert(place, new.with_changes(comma=usual))
         return params.with_changes(params=result)
+
+    def _by_name(self, params: cst.Parameters, new: cst.Param) -> cst.Parameters:
+        """Add the batch after a star, in the layout of the parameters before it."""
+        last = params.params[-1]
+        commas = [param.comma for param in params.params if isinstance(param.comma, cst.Comma)]
+        usual = commas[1] if len(commas) > 1 else cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+        before = last.with_changes(comma=usual, whitespace_after_param=cst.SimpleWhitespace(""))
+        if not params.kwonly_params:
+            new = new.with_changes(comma=last.comma, whitespace_after_param=last.whitespace_after_param)
+        return params.with_changes(
+            params=[*params.params[:-1], before],
+            star_arg=cst.ParamStar(comma=usual),
+            kwonly_params=[new, *params.kwonly_params],
+        )
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         loops = self._loops[-1] if self._loops else set()
