@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM, NormedHeadsAttention
+from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
@@ -20,6 +21,7 @@ class ApertusAttention(NormedHeadsAttention):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
+        require(config, "qk_norm", (True,))
         super().__init__(
             config,
             layer_id,
@@ -34,6 +36,8 @@ class ApertusDecoderLayer(LlamaDecoderLayer):
     def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> nn.Module:
+        require(config, "post_norm", (False,))
+        require(config, "mlp_bias", (False,))
         return UngatedMLP(
             config.hidden_size,
             config.intermediate_size,

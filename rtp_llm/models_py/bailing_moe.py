@@ -148,6 +148,9 @@ class BailingMoeForCausalLM(LlamaForCausalLM):
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         require(config, "norm_head", (False,))  # a head whose columns are normed
+        require(config, "norm_softmax", (False,))
+        require(config, "multi_gate", (False,))
+        require(config, "use_rmsnorm", (True,))
         super().__init__(config, quant_config, prefix)
 
 

@@ -80,6 +80,7 @@ class Ernie4_5MoeDecoderLayer(Ernie4_5DecoderLayer):
 
 
 class Ernie4_5_MoeForCausalLM(Ernie4_5ForCausalLM):
+    ignore = [r"^model\.mtp_"]  # what predicts further tokens
     layer_type = Ernie4_5MoeDecoderLayer
 
     def has_head_bias(self, config: "PretrainedConfig") -> bool:

@@ -18,7 +18,9 @@ from parity import (
     PAGES,
     Case,
     Served,
+    Tensors,
     check_anew,
+    check_other_layout,
     check_quickly,
     check_two_ranks,
     disturb_correction_biases,
@@ -179,6 +181,16 @@ def test_one_prompt(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_two_ranks(case: Case, tmp_path: Path) -> None:
     check_two_ranks(case, tmp_path)
+
+
+def test_ernie_leaves_out_what_predicts_further_tokens(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "ernie4.5-moe")
+
+    def change(tensors: Tensors) -> Tensors:
+        names = ("mtp_emb_norm.0.weight", "mtp_linear_proj.0.weight", "mtp_block.0.mlp.up_proj.weight")
+        return tensors | {f"model.{name}": torch.ones(2, 2) for name in names}
+
+    check_other_layout(case, tmp_path, change)
 
 
 @pytest.mark.parametrize("jitter", [0.01, 0.3])
