@@ -14,7 +14,6 @@ from rtp_llm.port.source import PortError
 EXIT_COMPLETE = 0
 EXIT_LEFT = 1
 STDOUT = "-"
-WIDTH = 100
 
 
 def run_port(args: argparse.Namespace) -> int:

@@ -134,6 +134,11 @@ class Reach:
     def _is_module_call(self, call: cst.Call, owner: str, loops: set[str]) -> bool:
         """Whether a call is of a module whose class is only known by what it reaches."""
         is_named = isinstance(call.func, cst.Attribute) and not self_attribute(call.func)
+        node = next(iter(methods(self.all[owner]).values()), None) if owner in self.all else None
+        if node is not None:
+            values = self.scopes.at(node).attributes.assigned.get(self_attribute(call.func), [])
+            layers = [v for v, _ in values if isinstance(v, cst.Call) and self.program.is_engine(v.func, *ATTENTIONS)]
+            is_named = is_named or (bool(values) and len(layers) == len(values))
         return not is_named and self.takes_batch(call, owner, loops)
 
     def _add_relatives(self, owner: str, method: str) -> None:
