@@ -73,21 +73,9 @@ class RewriteLayers(Rule):
             return updated_node if len(kept) == len(updated_node.args) else with_args(updated_node, kept)
         if self.program.engine == "vllm" and (name in DROPPED or name in _NORMALISED):
             return self._options(name, updated_node)
-        if self._rotates_queries_only(updated_node):
-            args = [*updated_node.args[:2], updated_node.args[2].with_changes(value=updated_node.args[1].value)]
-            return updated_node.with_changes(args=args)
         if isinstance(original_node.func, cst.Name):
             return self._slices(original_node.func.value, updated_node)
         return updated_node
-
-    def _rotates_queries_only(self, call: cst.Call) -> bool:
-        """``self.rotary_emb(positions, q, None)``, where no keys are to be rotated: here they are the queries again."""
-        if len(call.args) != 3 or code(call.args[2].value) != "None":
-            return False
-        values = self.scope.attributes.assigned.get(self_attribute(call.func), [])
-        return any(
-            isinstance(value, cst.Call) and self.program.is_engine(value.func, "get_rope") for value, _ in values
-        )
 
     def _make_layers(self, call: cst.Call) -> cst.Call:
         named = NamedCall.of(call, "make_layers")
