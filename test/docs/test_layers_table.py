@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ROOT / "rtp_llm" / "srt" / "layers"
-PAGE = ROOT / "docs" / "supported_models" / "support_new_models.md"
+PAGE = ROOT / "docs" / "supported_models" / "layers.md"
 ROW = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \| (\S.*\S) \|$")
 
 # What the engine and the layers use among themselves, by module.
@@ -61,7 +61,7 @@ def modules() -> dict[str, set[str]]:
 
 
 def rows() -> list[tuple[str, str]]:
-    section = PAGE.read_text().partition("\n### The layers\n")[2].partition("\n#")[0]
+    section = PAGE.read_text()
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     matches = [ROW.match(line) for line in lines]
     assert all(matches), [line for line, match in zip(lines, matches, strict=True) if not match]
