@@ -152,7 +152,7 @@ PATHS: dict[str, Value] = {
     "vllm_config.model_config.multimodal_config": Const(None),
     "vllm_config.model_config.is_multimodal_model": _OFF,
     "vllm_config.model_config.is_encoder_decoder": _OFF,
-    "vllm_config.model_config.use_mla": _OFF,
+    "vllm_config.model_config.use_mla": Const(True),
     "vllm_config.model_config.quantization": Expression("{owner}quant_config and {owner}quant_config.get_name()"),
     "vllm_config.cache_config.sliding_window": Expression('getattr({owner}config, "sliding_window", None)'),
     "vllm_config.cache_config.kv_sharing_fast_prefill": _OFF,

@@ -33,6 +33,7 @@ ATTENTIONS = (
     "Attention", "EncoderOnlyAttention", "ChunkedLocalAttention", "RadixAttention", "MLAAttention",
     "StaticSinkAttention", "MultiHeadLatentAttentionWrapper",
 )  # fmt: skip
+LATENT = "MultiHeadLatentAttentionWrapper"
 Method = tuple[str, str]  # class ("" for a function), name
 
 
@@ -339,19 +340,24 @@ class ThreadBatch(Rule):
                 new = keyword(BATCH, BATCH) if arg.keyword else cst.Arg(cst.Name(BATCH))
                 args[position] = new.with_changes(comma=arg.comma, whitespace_after_arg=arg.whitespace_after_arg)
                 return updated_node.with_changes(args=args)
+        if self._is_layer(original_node, LATENT) and sum(not arg.keyword for arg in args) > 2:
+            new = cst.Arg(cst.Name(BATCH))
+            return with_args(updated_node, [*args[:2], new, *args[2:]])
         stars = [arg for arg in args if arg.star]
         plain = [arg for arg in args if not arg.star]
-        is_attention = not any(arg.keyword for arg in args) and not stars and self._is_layer(original_node)
+        is_attention = (
+            not any(arg.keyword for arg in args)
+            and not stars
+            and self._is_layer(original_node, "Attention", "RadixAttention")
+        )
         new = cst.Arg(cst.Name(BATCH)) if is_attention else keyword(BATCH, BATCH)
         return with_args(updated_node, [*plain, new, *stars])
 
-    def _is_layer(self, call: cst.Call) -> bool:
-        """Whether the callee is an attention layer, whose fourth argument is the batch."""
+    def _is_layer(self, call: cst.Call, *names: str) -> bool:
+        """Whether the callee is a layer of these names, called with three arguments."""
         values = self.scope.attributes.assigned.get(self_attribute(call.func), [])
         layers = [
-            value
-            for value, _ in values
-            if isinstance(value, cst.Call) and self.program.is_engine(value.func, "Attention", "RadixAttention")
+            value for value, _ in values if isinstance(value, cst.Call) and self.program.is_engine(value.func, *names)
         ]
         return bool(values) and len(layers) == len(values) and len(call.args) == 3
 
