@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from vllm_file import HEAD
 
 from rtp_llm.port.porter import Ported
 
@@ -165,6 +166,21 @@ class MoreHeads(Heads):
         "def forward(self, input_ids, positions, forward_batch: ForwardBatch, input_embeds=None)",
     ):
         assert expected in text, f"{expected}\n{text}"
+
+
+def test_a_model_named_by_an_attribute_of_the_class_is_given_the_batch(ported: Porter):
+    before = """
+class Inner(nn.Module):
+    def __init__(self, prefix):
+        super().__init__()
+        self.attn = Attention(4, 8, 1.0, prefix=prefix)
+
+    def forward(self, input_ids, positions, intermediate_tensors, inputs_embeds=None):
+        return self.attn(inputs_embeds, inputs_embeds, inputs_embeds)
+"""
+    text = model("self.model = self.kind(prefix)", "return self.model(input_ids, positions, intermediate_tensors)")
+    text = flat(ported(text.replace("(nn.Module):\n", "(nn.Module):\n    kind = Inner\n"), head=HEAD + before).text)
+    assert "self.model(input_ids, positions, forward_batch)" in text
 
 
 def test_loops_over_a_stages_layers_are_loops_over_all(ported: Porter):

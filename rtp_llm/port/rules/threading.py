@@ -51,6 +51,7 @@ class Reach:
         self.functions = program.functions()
         self.scopes = Scopes(program)
         self._passed = _passed_classes(program)
+        self._class_attributes = _class_attributes(self.all)
         self.classes = self._reaching()
         self.attributes = {name: self._reaching_attributes(name) for name in self.all}
         self.needs: set[Method] = set()
@@ -102,6 +103,8 @@ class Reach:
         for call in m.findall(value, m.Call(func=m.Attribute(value=m.Name("self")))):
             assert isinstance(call, cst.Call)
             method = self_attribute(call.func)
+            if self._class_attributes.get(method, set()) & self.classes:
+                return True
             owners = [other for other in self.all.values() if method in methods(other)]
             if any(_mentions(methods(owner)[method]) & self.classes for owner in owners):
                 return True
@@ -173,6 +176,8 @@ class Reach:
     def takes_batch(self, call: cst.Call, owner: str, loops: set[str]) -> bool:
         """Whether a call must be given the batch."""
         func = call.func
+        if any(isinstance(arg.value, cst.Name) and arg.value.value == STAGE for arg in call.args):
+            return True  # what passes between stages is only given to models
         attributes = self.attributes.get(owner, set())
         if isinstance(func, cst.Name):
             return func.value in loops or ("", func.value) in self.needs
@@ -192,6 +197,17 @@ class Reach:
         holder = func.value.value if isinstance(func.value, cst.Subscript) else func.value
         is_module = self_attribute(holder) in attributes or (isinstance(holder, cst.Name) and holder.value in loops)
         return is_module and any(method == name and cls in self.classes for cls, method in self.needs)
+
+
+def _class_attributes(classes: dict[str, cst.ClassDef]) -> dict[str, set[str]]:
+    """Attributes of classes, such as ``layer_cls = …`` -> names that their values mention."""
+    found: dict[str, set[str]] = {}
+    for node in classes.values():
+        for statement in node.body.body:
+            if isinstance(statement, cst.SimpleStatementLine):
+                for name in bound_names(statement):
+                    found.setdefault(name, set()).update(names_in(statement))
+    return found
 
 
 def _mentions(node: cst.CSTNode) -> set[str]:
@@ -332,7 +348,7 @@ class ThreadBatch(Rule):
         if not self.function_stack or self.function_stack[0].name.value == "__init__":
             return updated_node
         if not self.reach.takes_batch(original_node, self.owner, loops):
-            return self._without_stage(updated_node)
+            return updated_node
         args = list(updated_node.args)
         for position, arg in enumerate(args):
             named = arg.keyword is not None and arg.keyword.value == STAGE
@@ -360,15 +376,6 @@ class ThreadBatch(Rule):
             value for value, _ in values if isinstance(value, cst.Call) and self.program.is_engine(value.func, *names)
         ]
         return bool(values) and len(layers) == len(values) and len(call.args) == 3
-
-    def _without_stage(self, call: cst.Call) -> cst.Call:
-        kept = [
-            arg
-            for arg in call.args
-            if not (isinstance(arg.value, cst.Name) and arg.value.value == STAGE)
-            and not (arg.keyword is not None and arg.keyword.value == STAGE)
-        ]
-        return call if len(kept) == len(call.args) else with_args(call, kept)
 
 
 class RenameEmbeds(Transformer):
