@@ -2,7 +2,7 @@
 
 import libcst as cst
 
-from rtp_llm.port.facts import CAPTURES
+from rtp_llm.port.facts import CALLS, CAPTURES, Engine
 from rtp_llm.port.program import Program, family, methods, parameters, self_attribute
 from rtp_llm.port.values import Attributes, Scope, engine_parameter
 from rtp_llm.port.visiting import Visitor
@@ -99,7 +99,15 @@ class _Bindings(Visitor):
         for param in node.params.params:
             self._bind(param.name, None)
 
+    def _is_asked_again(self, name: str, value: cst.BaseExpression | None) -> bool:
+        """``vllm_config = get_current_vllm_config()`` says of a parameter of that name what it is already."""
+        found = CALLS.get(self.scope.program.engine_name(value.func)) if isinstance(value, cst.Call) else None
+        known = self.scope._known.get(name)
+        return isinstance(found, Engine) and isinstance(known, Engine) and found.path == known.path
+
     def _bind(self, target: cst.BaseExpression, value: cst.BaseExpression | None) -> None:
+        if isinstance(target, cst.Name) and self._is_asked_again(target.value, value):
+            return
         if isinstance(target, cst.Name):
             self.scope._known.pop(target.value, None)
             self.scope.assigned.setdefault(target.value, []).append(value)

@@ -307,3 +307,32 @@ def test_types_of_the_other_engine_leave_annotations(ported: Porter):
     methods = "    def extra_repr(self, x: torch.Tensor | OtherThing, y: CacheThing) -> OtherThing | None: ..."
     text = ported(model(methods=methods, before="from vllm.things import CacheThing, OtherThing")).text
     assert "def extra_repr(self, x: torch.Tensor, y: object) -> None: ..." in text
+
+
+@pytest.mark.parametrize(
+    ("call", "ours"),
+    [
+        ("Part(vllm_config, config, quant_config=q, prefix=prefix)", "Part(config, quant_config=q, prefix=prefix)"),
+        ("Part(vllm_config, config.text, q)", "Part(config.text, q)"),
+        ("Part(vllm_config, prefix=prefix)", "Part(config, quant_config, prefix=prefix)"),
+        (
+            "Part(vllm_config=vllm_config.with_hf_config(config.text))",
+            "Part(config=config.text, quant_config=quant_config)",
+        ),
+    ],
+)
+def test_a_part_that_takes_the_whole_configuration_and_more(ported: Porter, call: str, ours: str):
+    before = """
+class Part(nn.Module):
+    def __init__(self, vllm_config: VllmConfig, config=None, quant_config=None, prefix=""):
+        super().__init__()
+        config = config or vllm_config.model_config.hf_config
+        self.size = config.size
+        vllm_config = get_current_vllm_config()
+        self.norm = RMSNorm(self.size if vllm_config.parallel_config.enable_eplb else 3)
+"""
+    head = HEAD + "from vllm.config import get_current_vllm_config\n"
+    result = ported(model(init=f"q = config.q\nself.part = {call}", before=before), head=head)
+    assert f"self.part = {ours}" in flat(result.text), result.text
+    assert "config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix" in flat(result.text)
+    assert "RMSNorm(3)" in result.text and result.report.is_complete

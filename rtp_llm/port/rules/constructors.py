@@ -82,16 +82,29 @@ class RewriteConstructors(Rule):
             return updated_node
         names = self._callee_parameters(original_node)
         given = {arg.keyword.value for arg in original_node.args if arg.keyword}
+        num_positional = sum(arg.keyword is None and not arg.star for arg in original_node.args)
+        merged = self._merged(names, num_positional) if names else {}
         args: list[cst.Arg] = []
-        changed = False
         for position, (old, new) in enumerate(zip(original_node.args, updated_node.args, strict=True)):
+            if position in merged.values():
+                continue  # it stands in the place of the whole configuration
             replaced = self._argument(old, new, names[position] if position < len(names) else None, given)
-            changed = changed or replaced is None
+            if replaced is not None and len(replaced) > 1 and not old.keyword:
+                for place, name in enumerate(("config", "quant_config")):
+                    if name in merged:
+                        replaced[place] = cst.Arg(updated_node.args[merged[name]].value)
             args += [new] if replaced is None else replaced
-            changed = changed or replaced is not None
-        if not changed or [code(arg) for arg in args] == [code(arg) for arg in updated_node.args]:
+        if [code(arg) for arg in args] == [code(arg) for arg in updated_node.args]:
             return updated_node
         return with_args(updated_node, args)
+
+    def _merged(self, names: list[cst.Param], num_positional: int) -> dict[str, int]:
+        """Parameters of a callee that takes the whole configuration, and these beside it -> their places."""
+        if not any(engine_parameter(param, self.program) == ROOT for param in names):
+            return {}
+        places = {param.name.value: place for place, param in enumerate(names)}
+        wanted = [name for name in ("config", "quant_config") if name in places]
+        return {name: places[name] for name in wanted if places[name] < num_positional}
 
     def _argument(
         self, old: cst.Arg, new: cst.Arg, parameter: cst.Param | None, given: set[str]
