@@ -7,13 +7,11 @@ from torch import nn
 
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM, NormedHeadsAttention
 from rtp_llm.srt.configs.requirements import require
-from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import Routing, sigmoid_grouped_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
-from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,6 +50,7 @@ class BailingSparseMoeBlock(SparseMoeBlock):
         gate_dtype: torch.dtype | None = None,
     ) -> None:
         self.check_routing(config)
+        shared_size = getattr(config, "moe_shared_expert_intermediate_size", None) or config.moe_intermediate_size
         super().__init__(
             config.num_experts,
             config.num_experts_per_tok,
@@ -60,19 +59,10 @@ class BailingSparseMoeBlock(SparseMoeBlock):
             config.hidden_act,
             renormalize=config.norm_topk_prob,
             gate_dtype=gate_dtype,
+            shared=("shared_experts", shared_size * config.num_shared_experts),
             quant_config=quant_config,
             prefix=prefix,
         )
-        self.shared_experts = None
-        if config.num_shared_experts:
-            size = getattr(config, "moe_shared_expert_intermediate_size", None) or config.moe_intermediate_size
-            self.shared_experts = GatedMLP(
-                config.hidden_size,
-                size * config.num_shared_experts,
-                config.hidden_act,
-                quant_config=quant_config,
-                prefix=add_prefix("shared_experts", prefix),
-            )
 
     def check_routing(self, config: "PretrainedConfig") -> None:
         """Raise ValueError for a routing that this class does not compute."""
@@ -80,10 +70,6 @@ class BailingSparseMoeBlock(SparseMoeBlock):
         require(config, "moe_router_enable_expert_bias", (False,))
         require(config, "n_group", (None, 1))
         require(config, "routed_scaling_factor", (1.0, None))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        routed = super().forward(hidden_states)
-        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
 
 class BailingV2SparseMoeBlock(BailingSparseMoeBlock):

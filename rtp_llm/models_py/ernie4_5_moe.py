@@ -6,12 +6,10 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.ernie4_5 import Ernie4_5DecoderLayer, Ernie4_5ForCausalLM
-from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
-from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,25 +36,13 @@ class Ernie4_5SparseMoeBlock(SparseMoeBlock):
             config.moe_intermediate_size,
             config.hidden_act,
             gate_dtype=torch.float32,
+            shared=("shared_experts", config.moe_intermediate_size * config.moe_num_shared_experts),
+            shared_bias=config.use_bias,
             quant_config=quant_config,
             prefix=prefix,
         )
         self.least_sum = config.moe_norm_min
         self.moe_statics = Ernie4_5MoeStatics(config.moe_num_experts)
-        self.shared_experts = None
-        if config.moe_num_shared_experts:
-            self.shared_experts = GatedMLP(
-                config.hidden_size,
-                config.moe_intermediate_size * config.moe_num_shared_experts,
-                config.hidden_act,
-                quant_config=quant_config,
-                prefix=add_prefix("shared_experts", prefix),
-                bias=config.use_bias,
-            )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        routed = super().forward(hidden_states)
-        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
     def route(self, router_logits: torch.Tensor) -> Routing:
         """Choose the largest of a softmax plus a correction, which the weights are without."""

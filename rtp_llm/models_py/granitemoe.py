@@ -6,11 +6,9 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.granite import GraniteDecoderLayer, GraniteForCausalLM
-from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import Routing, topk_softmax
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
-from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,23 +26,10 @@ class GraniteMoeBlock(SparseMoeBlock):
             config.hidden_size,
             config.intermediate_size,
             config.hidden_act,
+            shared=("shared_mlp", getattr(config, "shared_intermediate_size", 0)),
             quant_config=quant_config,
             prefix=prefix,
         )
-        shared_size = getattr(config, "shared_intermediate_size", 0)
-        self.shared_mlp = None
-        if shared_size:
-            self.shared_mlp = GatedMLP(
-                config.hidden_size,
-                shared_size,
-                config.hidden_act,
-                quant_config=quant_config,
-                prefix=add_prefix("shared_mlp", prefix),
-            )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        routed = super().forward(hidden_states)
-        return routed if self.shared_mlp is None else routed + self.shared_mlp(hidden_states)
 
     def route(self, router_logits: torch.Tensor) -> Routing:
         return topk_softmax(router_logits, self.top_k)

@@ -8,10 +8,8 @@ from torch import nn
 from rtp_llm.models_py.hunyuan_v1_dense import HunYuanDenseV1ForCausalLM
 from rtp_llm.models_py.llama import LlamaDecoderLayer
 from rtp_llm.srt.configs.requirements import require
-from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
-from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,19 +32,10 @@ class HunYuanMoeBlock(SparseMoeBlock):
             config.intermediate_size,
             config.hidden_act,
             gate_dtype=torch.float32,
+            shared=("shared_mlp", config.intermediate_size),
             quant_config=quant_config,
             prefix=prefix,
         )
-        self.shared_mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            quant_config=quant_config,
-            prefix=add_prefix("shared_mlp", prefix),
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) + self.shared_mlp(hidden_states)
 
 
 def of_layer(value: int | list[int], layer_id: int) -> int:
