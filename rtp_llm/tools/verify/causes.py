@@ -4,7 +4,7 @@ Each cause is a computation on the reference's tensors that reproduced ours, nev
 the finding names only the place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
+from rtp_llm.tools.verify.activation_causes import activation_name, explain_activation, is_before
 from rtp_llm.tools.verify.attention_causes import AttentionTrials
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.expert_causes import explain_experts, explain_routing, given_to_experts
 from rtp_llm.tools.verify.latent import PLAIN, ROTATED
 from rtp_llm.tools.verify.latent_causes import explain_scores
-from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
-from rtp_llm.tools.verify.mutations import ACTIVATIONS, find_mutation, without_effect
+from rtp_llm.tools.verify.locate import Difference, layer_of
+from rtp_llm.tools.verify.mutations import find_mutation, without_effect
 from rtp_llm.tools.verify.order_causes import explain_order, order_text
 from rtp_llm.tools.verify.relation_causes import (
     describe_relation,
@@ -42,10 +42,9 @@ from rtp_llm.tools.verify.trace import (
     UNROTATED,
     VALUES,
     Place,
-    Trace,
 )
 from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing
-from rtp_llm.tools.verify.weight_causes import explain_linear, explain_norm, weight_of
+from rtp_llm.tools.verify.weight_causes import OTHER_ROWS, explain_linear, explain_norm, weight_of
 
 NEARBY = 24  # places of the reference before and after one that are tried
 
@@ -77,16 +76,21 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
 
 
 def pass_over_layout(evidence: Evidence, differences: list[Difference], index: int) -> int:
-    """Return the index of the first rotated queries or keys of the attention block at ``index``, if they differ by
-    their rotation alone: then the places before are right, in another layout (a fused projection with rows in another
-    order). Else return ``index``."""
+    """Return the index of the first difference behind a fused projection at ``index`` whose rows are in another order,
+    if that order is right: if some of queries, keys and values agree, or differ by their rotation alone. Else return
+    ``index``."""
     place = differences[index].place
     attention = next((name for name in evidence.theirs.calls if place.module.startswith(f"{name}.")), None)
-    for i in range(index + 1, len(differences)) if attention else ():
-        other, error = differences[i]
-        if other.module == attention and other.part in (QUERIES, KEYS) and error > evidence.tolerance:
-            return i if _is_rotation_alone(evidence, other) else index
-    return index
+    if attention is None:
+        return index
+    later = [(i, d) for i, d in enumerate(differences) if i > index and d.place.module == attention]
+    states = [(i, d) for i, d in later if d.place.part in (QUERIES, KEYS, VALUES)]
+    wrong = [(i, d) for i, d in later if d.error > evidence.tolerance]
+    if place.part == OUTPUT and wrong and any(d.error <= evidence.tolerance / 10 for _, d in states):
+        cause = _explain_output(evidence, place, differences[index].error).causes
+        return wrong[0][0] if cause and cause[0].startswith(OTHER_ROWS) else index
+    rotated = [(i, d) for i, d in wrong if d.place.part in (QUERIES, KEYS)]
+    return rotated[0][0] if rotated and _is_rotation_alone(evidence, rotated[0][1].place) else index
 
 
 def _uncalled(evidence: Evidence, place: Place) -> list[str]:
@@ -279,9 +283,9 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
 
 def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
     """Try whether ours is the reference's tensor of another place, an activation, a multiple, or a sum of others."""
-    activation = _explain_activation(evidence, place)
+    activation = explain_activation(evidence, place)
     if activation:
-        return Finding(_activation_name(evidence, place), INPUT, error, [activation])
+        return Finding(activation_name(evidence, place), INPUT, error, [activation])
     for search in (_elsewhere, _early_rotation, _multiple, _order, explain_relation, _combination, explain_added):
         cause = search(evidence, place)
         if cause:
@@ -337,18 +341,13 @@ def _multiple(evidence: Evidence, place: Place) -> str | None:
 
 def _combination(evidence: Evidence, place: Place) -> str | None:
     """Try ours and the reference's as sums of two multiples of the reference's earlier tensors."""
-    earlier = [p for p in _nearby(evidence, place) if _is_before(evidence.theirs, p, place)]
+    earlier = [p for p in _nearby(evidence, place) if is_before(evidence.theirs, p, place)]
     earlier.sort(key=lambda p: p.part != OUTPUT)  # outputs first: a tensor's origin explains more than its use
     ours = _sum_of_two(evidence, evidence.ours.tensors[place], earlier)
     theirs = _sum_of_two(evidence, evidence.theirs.tensors[place], earlier)
     if ours is None:
         return None
     return f"a sum of something else: ours is {ours}" + (f"; the reference's is {theirs}" if theirs else "")
-
-
-def _is_before(trace: Trace, first: Place, second: Place) -> bool:
-    places = list(trace.tensors)
-    return places.index(first) < places.index(second)
 
 
 def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place]) -> str | None:
@@ -361,63 +360,6 @@ def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place
                 for factor, p in zip(factors.tolist(), pair, strict=True)
             )
     return None
-
-
-# Activations
-
-
-def _explain_activation(evidence: Evidence, place: Place) -> str | None:
-    """Try activations of its siblings' outputs as a projection's input."""
-    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
-    if place.part != INPUT:
-        return None
-    trials = list(_activations(evidence, place))
-    right = _best(evidence, trials, theirs)
-    wrong = _best(evidence, trials, ours)
-    return f"it computes {wrong}, the reference {right}" if right and wrong else None
-
-
-def _best(evidence: Evidence, trials: list[tuple[str, torch.Tensor]], target: torch.Tensor) -> str | None:
-    error, text = min(((relative_error(tensor, target), text) for text, tensor in trials), default=(1.0, ""))
-    return text if error <= evidence.tolerance else None
-
-
-def _activations(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.Tensor]]:
-    parts = _parts_of_siblings(evidence, place)
-    for gate_name, gate in parts:
-        for act in ACTIVATIONS:
-            activated = get_act_fn(act)(gate)
-            yield f"{act}({gate_name})", activated
-            for up_name, up in parts:
-                if up_name != gate_name:
-                    yield f"{act}({gate_name}) * {up_name}", activated * up
-
-
-def _parts_of_siblings(evidence: Evidence, place: Place) -> list[tuple[str, torch.Tensor]]:
-    """Return what an activation may be given: outputs of siblings, their halves, and with another bias."""
-    parent, theirs = place.module.rpartition(".")[0], evidence.theirs.tensors
-    size = theirs[place].shape[-1]
-    parts: list[tuple[str, torch.Tensor]] = []
-    for p, tensor in theirs.items():
-        name = p.module.rpartition(".")[2]
-        if p.part != OUTPUT or p.module.rpartition(".")[0] != parent or not _is_before(evidence.theirs, p, place):
-            continue
-        if tensor.shape[-1] == size:
-            parts.append((name, tensor))
-            bias = evidence.their_parameters.get(f"{p.module}.bias")
-            if bias is not None:
-                parts += [(f"{name} without its bias", tensor - bias), (f"{name} with its bias twice", tensor + bias)]
-        elif tensor.shape[-1] == 2 * size:
-            first, second = tensor.chunk(2, dim=-1)
-            parts += [(f"first half of {name}", first), (f"second half of {name}", second)]
-            parts += [(f"even columns of {name}", tensor[:, ::2]), (f"odd columns of {name}", tensor[:, 1::2])]
-    return parts
-
-
-def _activation_name(evidence: Evidence, place: Place) -> str:
-    parent = place.module.rpartition(".")[0]
-    children = dict(evidence.our_model.get_submodule(parent).named_children())
-    return f"{parent}.act_fn" if "act_fn" in children else place.module
 
 
 # Logits

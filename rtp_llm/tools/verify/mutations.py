@@ -4,6 +4,7 @@ Each is made, the reference computed again, and what comes out compared with our
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.trace import Place
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
+MAX_SECONDS = 120.0  # for changes of the reference, each of which computes a layer or all anew
 MAX_COUNT = 64  # integers up to this are taken for counts, and changed by one
 _NOT_CHANGED = {
     "initializer_range",
@@ -40,8 +42,10 @@ class Mutation:
 
 
 def find_mutation(evidence: Evidence, place: Place) -> Mutation | None:
-    """Return the change of the reference that gives ours at a place; None: there is none among those tried."""
+    """Return the change of the reference that gives ours at a place; None: there is none among those that are tried
+    within MAX_SECONDS."""
     ours, theirs = evidence.pair(place)
+    deadline = time.monotonic() + MAX_SECONDS
     with evidence.replay.recording():
         right = evidence.replay.tensor(place)
         if right is None or not evidence.same(right, theirs):
@@ -50,6 +54,8 @@ def find_mutation(evidence: Evidence, place: Place) -> Mutation | None:
             changed = _changed(evidence, place, mutation)
             if changed is not None and evidence.same(ours, changed):
                 return mutation
+            if time.monotonic() > deadline:
+                break
     return None
 
 

@@ -13,6 +13,7 @@ from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.recorders import packed_sources, vision_aliases
 
+OTHER_ROWS = "its weight has the rows of the right one in another order"
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
 
 
@@ -70,7 +71,7 @@ def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, eviden
     if _equal(weight, right.T):
         return "its weight is transposed"
     if weight.shape == right.shape and _equal(weight.sort(dim=0).values, right.sort(dim=0).values):
-        return "its weight has the rows of the right one in another order: heads, or the pairs of the rotary embedding"
+        return f"{OTHER_ROWS}: heads, or the pairs of the rotary embedding"
     return "its weight is none of the reference's: never set, or changed while loading"
 
 
