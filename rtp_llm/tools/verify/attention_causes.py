@@ -62,7 +62,7 @@ class AttentionTrials:
         own, window, head_dim = _of(self._own_call), right.window, self._states[0].shape[-1] // self._call.num_heads
         windows = [own.window, None] + ([] if window is None else [window - 1, window + 1])
         other: dict[str, list[Any]] = {
-            "scaling": [own.scaling, head_dim**-0.5, 1 / head_dim, 1.0, self._config.hidden_size**-0.5],
+            "scaling": [own.scaling, head_dim**-0.5, 1 / head_dim, 1.0, *self._by_hidden_size()],
             "window": windows,
             "logit_cap": [own.logit_cap, 0.0],
             "has_sinks": [own.has_sinks, False],
@@ -73,6 +73,10 @@ class AttentionTrials:
             for names in combinations(other, num_changes):
                 for values in product(*(other[name] for name in names)):
                     yield replace(right, **dict(zip(names, values, strict=True)))
+
+    def _by_hidden_size(self) -> list[float]:
+        size = getattr(self._config, "hidden_size", None)
+        return [size**-0.5] if isinstance(size, int) and size > 0 else []
 
     def _masks(self) -> list[str]:
         return [

@@ -120,10 +120,10 @@ class _RotationOfPlace(NamedTuple):
     @classmethod
     def of(cls, evidence: Evidence, place: Place) -> "_RotationOfPlace | None":
         """Return it of queries or keys; None: our model file does not rotate them."""
-        attention = evidence.our_model.get_submodule(place.module)
-        ropes = [(name, child) for name, child in attention.named_children() if isinstance(child, RotaryEmbedding)]
+        name = evidence.ours.ropes.get(place.module)
         unrotated = evidence.ours.tensors.get(Place(place.module, UNROTATED[place.part]))
-        if not ropes or unrotated is None:
+        rope = evidence.our_modules.get(name or "")
+        if name is None or unrotated is None or not isinstance(rope, RotaryEmbedding):
             return None
         call = evidence.theirs.calls[place.module]
         heads = call.num_heads if place.part == QUERIES else call.num_kv_heads
@@ -136,7 +136,7 @@ class _RotationOfPlace(NamedTuple):
             evidence.ours.positions,
             evidence.theirs.positions,
         )
-        return cls(*ropes[0], rotated)
+        return cls(name, rope, rotated)
 
     def cause(self, evidence: Evidence, place: Place) -> str | None:
         trials = RotationTrials(evidence.config, self.rope, self.rotated)
@@ -152,7 +152,7 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
     rotation = _RotationOfPlace.of(evidence, place)
     if rotation is None:
         finding = _explain_input(evidence, place, error)
-        hint = "our model file does not rotate queries and keys here"
+        hint = "our model file does not rotate queries and keys here, by a rotary embedding"
         return finding if finding.causes else Finding(place.module, place.part, error, [hint])
     cause = rotation.cause(evidence, place)
     if cause is None or cause.startswith(UNKNOWN_ROTATION):
@@ -162,7 +162,7 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
         finding = _explain_input(evidence, place, error)
         if finding.causes or cause is None:
             return finding
-    return Finding(f"{place.module}.{rotation.name}", place.part, error, [cause])
+    return Finding(rotation.name, place.part, error, [cause])
 
 
 def _explain_before_rotation(
@@ -191,11 +191,11 @@ def _explain_before_rotation(
 def _explain_values(evidence: Evidence, place: Place, error: float) -> Finding:
     """Explain other values; they may be rotated."""
     ours, theirs = evidence.pair(place)
-    ropes = [m for m in evidence.our_modules[place.module].children() if isinstance(m, RotaryEmbedding)]
+    rope = evidence.our_modules.get(evidence.ours.ropes.get(place.module, ""))
     call, num_tokens = evidence.theirs.calls[place.module], evidence.theirs.num_tokens
-    if ropes and theirs.shape[1] % call.num_kv_heads == 0:
+    if isinstance(rope, RotaryEmbedding) and theirs.shape[1] % call.num_kv_heads == 0:
         rotated = Rotated(theirs, num_tokens - len(theirs), num_tokens, theirs.shape[1] // call.num_kv_heads)
-        if RotationTrials(evidence.config, ropes[0], rotated).gives(ours, evidence.tolerance):
+        if RotationTrials(evidence.config, rope, rotated).gives(ours, evidence.tolerance):
             return Finding(place.module, place.part, error, ["they are rotated, which only queries and keys are"])
     return _explain_input(evidence, place, error)
 

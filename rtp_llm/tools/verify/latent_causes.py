@@ -52,15 +52,15 @@ def _windows(sources: dict[str, torch.Tensor], size: int, num_rows: int) -> Iter
 
 
 def _explain_rotated(evidence: Evidence, place: Place) -> str | None:
-    ropes = [m for m in evidence.our_model.get_submodule(place.module).children() if hasattr(m, "inv_freq")]
+    rope = evidence.our_modules.get(evidence.ours.ropes.get(place.module, ""))
     ours, theirs = evidence.pair(place)
     unrotated = [evidence.ours.tensors.get(Place(place.module, UNROTATED[part])) for part in (QUERIES, KEYS)]
-    if not ropes or unrotated[0] is None or unrotated[1] is None:
+    if rope is None or unrotated[0] is None or unrotated[1] is None:
         return "our model file does not rotate queries and keys here"
     size, num_tokens = evidence.ours.latent_sizes[place.module], evidence.theirs.num_tokens
     first = num_tokens - len(unrotated[1])
     rotated = Rotated(unrotated[1], first, num_tokens, size)
-    trials = LatentRotationTrials(evidence.config, ropes[0], rotated, unrotated[0])
+    trials = LatentRotationTrials(evidence.config, rope, rotated, unrotated[0])
     return trials.one_sided(ours, theirs, evidence.tolerance) or trials.explain(ours, theirs, evidence.tolerance)
 
 

@@ -133,11 +133,12 @@ class OurRecorder(Recorder):
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         super().__init__(model, trace)
         self._packed = ModelTraits.of(model).packed_modules_mapping
+        self._rope_name = ""
         self._rotation: tuple[Any, ...] | None = None  # (queries, keys), inputs of the last rotation
 
     def watch(self, name: str, module: nn.Module) -> None:
         if isinstance(module, RotaryEmbedding):
-            self.before(module, self._keep_rotation)
+            self.before(module, lambda args: self._keep_rotation(name, args))
         elif isinstance(module, RadixAttention):
             self._watch_attention(name.rpartition(".")[0], module)
         elif isinstance(module, VisionAttention):
@@ -162,13 +163,15 @@ class OurRecorder(Recorder):
         for (source, _), shard in zip(sources, shards, strict=True):
             self.trace.add(source, OUTPUT, shard)
 
-    def _keep_rotation(self, args: tuple[Any, ...]) -> None:
+    def _keep_rotation(self, name: str, args: tuple[Any, ...]) -> None:
         self.trace.add_positions(args[0])
+        self._rope_name = name
         self._rotation = tuple(tensor.clone() for tensor in args[1:3])
 
     def _watch_attention(self, name: str, layer: RadixAttention) -> None:
         def before(args: tuple[Any, ...]) -> None:
             if self._rotation is not None:
+                self.trace.ropes[name] = self._rope_name
                 for part, tensor in zip((QUERIES, KEYS), self._rotation, strict=True):
                     self.trace.add(name, UNROTATED[part], tensor)
                 self._rotation = None

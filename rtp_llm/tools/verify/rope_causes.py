@@ -12,6 +12,7 @@ from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, get_rop
 from rtp_llm.tools.verify.locate import relative_error
 
 COMMON_BASES = (10000.0, 500000.0, 1000000.0)
+MIN_BASE = 100.0
 MAX_TRIED_TOKENS = 64
 UNKNOWN_ROTATION = "it rotates in a way that none of the trials gives"
 
@@ -51,14 +52,15 @@ class RotationTrials:
     def __init__(self, config: Any, rope: RotaryEmbedding, rotated: Rotated) -> None:
         self._config, self._rope, self._rotated = config, rope, rotated
         layer_types = sorted(set(getattr(config, "layer_types", None) or [])) or [None]
-        sets = [get_rope_config(config, layer_type) for layer_type in layer_types]
+        sets = [_settings(config, layer_type) for layer_type in layer_types]
         self._scalings: list[dict[str, Any] | None] = []
         for scaling in [*(s for _, s, _ in sets), *_mrope_variants(rope, [s for _, s, _ in sets]), None]:
             if scaling not in self._scalings:
                 self._scalings.append(scaling)
         self._positions = list(_positions(rotated))
         own_dim = 2 * rope.inv_freq.shape[-1]
-        self._bases = list(dict.fromkeys([*(base for base, _, _ in sets), *self._own_base(own_dim), *COMMON_BASES]))
+        bases = [*(base for base, _, _ in sets), *self._own_base(own_dim), *_named_bases(config), *COMMON_BASES]
+        self._bases = list(dict.fromkeys(bases))
         head_dim = rotated.head_dim
         dims = [*(int(head_dim * partial) for _, _, partial in sets), head_dim, own_dim, head_dim // 2, head_dim // 4]
         self._dims = [dim for dim in dict.fromkeys(dims) if 2 <= dim <= head_dim]
@@ -140,7 +142,7 @@ class RotationTrials:
             rope = get_rope(
                 given.head_dim,
                 rotary_dim=rotation.rotary_dim,
-                max_position=self._config.max_position_embeddings,
+                max_position=getattr(self._config, "max_position_embeddings", None) or given.num_tokens,
                 base=rotation.base,
                 is_neox_style=rotation.is_neox_style,
                 rope_scaling=self._scalings[rotation.scaling],
@@ -189,6 +191,20 @@ class RotationTrials:
             f"base {rotation.base:g}, scaling {self._kind(rotation.scaling)}, {rotation.rotary_dim} components, "
             f"pairs {_pairs(rotation.is_neox_style)}"
         )
+
+
+def _settings(config: Any, layer_type: str | None) -> tuple[float, dict[str, Any] | None, float]:
+    """Return base, scaling and rotated part of a configuration; the usual ones if it names them in a way of its own."""
+    try:
+        return get_rope_config(config, layer_type)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return COMMON_BASES[0], None, 1.0
+
+
+def _named_bases(config: Any) -> list[float]:
+    """Return numbers of the configuration that may be bases, whatever they are called."""
+    named = {key: value for key, value in vars(config).items() if "rope" in key or "rotary" in key or "theta" in key}
+    return [float(value) for value in named.values() if isinstance(value, (int, float)) and value > MIN_BASE]
 
 
 def _mrope_variants(rope: RotaryEmbedding, scalings: Sequence[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:

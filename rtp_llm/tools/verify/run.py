@@ -1,5 +1,6 @@
 """Run our and transformers' model on the same prompts, and locate their first difference."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.building import ModelBuildError
-from rtp_llm.srt.models.registry import ModelImportError
+from rtp_llm.srt.models.registry import ModelImportError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.placement import MediaPlacementError
 from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
@@ -190,17 +191,39 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
     if index is not None:
-        index = pass_over_layout(evidence, differences, index)
-        finding = _with_pieces(explain(evidence, *differences[index]), report, ours, theirs, whole, options)
+        index, finding = _searched(evidence, differences, index)
+        finding = _with_pieces(finding, report, ours, theirs, whole, options)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
         return _with(report, finding=finding, around=around, source=_source(ours.model, finding.module))
     logits = next(place for place in evidence.ours.tensors if place.part == LOGITS)
     error = logits_error(*evidence.pair(logits))
     if error > report.tolerance:
-        finding = explain_logits(evidence, logits, error)
+        finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
         return _with(report, finding=finding, source=_source(ours.model, ""))
     note = "All modules agree over prompt and text at once: only tokens computed one by one, from the cache, differ."
     return _with(report, note=note)
+
+
+def _searched(evidence: Evidence, differences: list[Difference], index: int) -> tuple[int, Finding]:
+    """Return the first difference that is none of layout, and what is found there."""
+    place, error = differences[index]
+    found = [index]
+
+    def search() -> Finding:
+        found.append(pass_over_layout(evidence, differences, index))
+        return explain(evidence, *differences[found[-1]])
+
+    finding = _guarded(search, Finding(place.module, place.part, error))
+    return found[-1], finding
+
+
+def _guarded(search: Callable[[], Finding], place: Finding) -> Finding:
+    """Return what a search finds. A reference is anybody's code, and may have what experiments do not expect: then the
+    place is found all the same, and what went wrong is said."""
+    try:
+        return search()
+    except Exception as failure:  # of any kind; it is reported
+        return replace(place, causes=[f"the search for it failed, which is a fault of verify: {reason(failure)}"])
 
 
 def _with_pieces(

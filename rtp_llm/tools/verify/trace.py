@@ -112,6 +112,7 @@ class Trace:
         self.parts = parts or Parts()
         self.calls: dict[str, AttentionCall] = {}
         self.vision_calls: dict[str, VisionCall] = {}
+        self.ropes: dict[str, str] = {}  # of attention blocks of ours: their rotary embeddings
         self.latent_sizes: dict[str, int] = {}  # rotated components of latent attention
         self.experts: dict[str, ExpertsCall] = {}  # the last call of each module of experts
         self.positions: torch.Tensor | None = None  # inputs of rotations: [tokens], or [3, tokens] of M-RoPE
