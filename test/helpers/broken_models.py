@@ -421,7 +421,7 @@ MORE_BROKEN_MODELS = (
         "GPTNeoXForCausalLM",
         "gpt_neox.layers.0.post_attention_layernorm",
         "input",
-        "a sum of something else",
+        "output of gpt_neox.layers.0.attention is added once more",
     ),
     BrokenModel(
         "residual factor missing",

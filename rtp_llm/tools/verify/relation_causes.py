@@ -39,7 +39,7 @@ def explain_relation(evidence: Evidence, place: Place) -> str | None:
 
 def describe_relation(evidence: Evidence, place: Place) -> str | None:
     """Return the first relation that holds, though it may not name what the factors are."""
-    searches = (_column_factors, _row_factors, _difference, describe_added)
+    searches = (_column_factors, _row_factors, _difference, _other_factor, describe_added)
     return next((cause for search in searches if (cause := search(evidence, place))), None)
 
 
@@ -135,8 +135,8 @@ def _difference(evidence: Evidence, place: Place) -> str | None:
     for p in _earlier(evidence, place):
         tensor = evidence.theirs.tensors[p]
         factor = float((difference * tensor).sum() / tensor.square().sum().clamp(min=1e-30))
-        if abs(factor) > 1e-6 and evidence.same(ours, theirs + factor * tensor):
-            return f"{_missing(factor, str(p))}: ours is the reference's {factor:+.6g} times it"
+        if abs(abs(factor) - 1) < 1e-3 and evidence.same(ours, theirs + factor * tensor):
+            return f"{p} is not added" if factor < 0 else f"{p} is added once more"
     for p in _earlier(evidence, place):
         cause = _scaled_columns(evidence, difference, theirs, p)
         if cause:
@@ -170,12 +170,15 @@ def _scaled_columns(evidence: Evidence, difference: torch.Tensor, theirs: torch.
     return None
 
 
-def _missing(factor: float, name: str) -> str:
-    if abs(factor + 1) < 1e-3:
-        return f"{name} is not added"
-    if abs(factor - 1) < 1e-3:
-        return f"{name} is added once more"
-    return f"{name} has another factor"
+def _other_factor(evidence: Evidence, place: Place) -> str | None:
+    """Try whether ours and the reference's differ by any multiple of one tensor."""
+    ours, theirs = evidence.pair(place)
+    for p in _earlier(evidence, place):
+        tensor = evidence.theirs.tensors[p]
+        factor = float(((ours - theirs) * tensor).sum() / tensor.square().sum().clamp(min=1e-30))
+        if abs(factor) > 1e-6 and evidence.same(ours, theirs + factor * tensor):
+            return f"{p} has another factor: ours is the reference's {factor:+.6g} times it"
+    return None
 
 
 def _earlier(evidence: Evidence, place: Place) -> list[Place]:
