@@ -115,3 +115,11 @@ def _first_sentence(error: Exception) -> str:
 def takes_images(model: Any) -> bool:
     """Return whether a model of transformers takes pixels."""
     return "pixel_values" in inspect.signature(model.forward).parameters
+
+
+def forget_last_prompt(model: Any) -> None:
+    """Forget what a model of transformers keeps of the last prompt beside its cache: M-RoPE's offset of later tokens,
+    which it would add to those of a prompt without images."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None

@@ -14,6 +14,7 @@ import torch
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.engine import Engine
 from rtp_llm.srt.models.registry import reason
+from rtp_llm.tools.auto_classes import forget_last_prompt
 
 ONE_BY_ONE, BATCHED, CHUNKED, WARM, SECOND_TURN, PAGES, TWO_RANKS = (
     "one by one", "batched", "chunked", "warm cache", "second turn", "pages", "two ranks",
@@ -88,6 +89,7 @@ class Teacher:
         key = (*question.ids, *output_ids) if not question.extras else ()
         if key and key in self._known:
             return self._known[key]
+        forget_last_prompt(self.model)
         output = self._forward(question.ids, None, question.extras)
         rows = [output.logits[0]]
         for token_id in output_ids[:-1]:

@@ -15,6 +15,7 @@ from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.worker.worker import WorkerConfig
+from rtp_llm.tools.auto_classes import forget_last_prompt
 from rtp_llm.tools.reference import Extras, TransformersModel
 from rtp_llm.tools.step_driver import StepDriver
 from rtp_llm.tools.verify.feed import extras_for
@@ -99,6 +100,7 @@ class TheirModel:
         ids, extras = prompt.ids, {}
         if prompt.media is not None:
             extras = extras_for(self.model, ids, MultimodalInputs.decode(open_content(prompt.media.content)))
+        forget_last_prompt(self.model)
         with trace.step(0, len(ids)) if trace else _no_trace():
             output = self._forward(ids, None, extras)
         rows = [output.logits[:, cut_len - 1], output.logits[:, -1]] if cut_len else [output.logits[:, -1]]
