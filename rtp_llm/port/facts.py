@@ -4,46 +4,14 @@ A model file asks its engine how it runs: on how many stages, with which caches,
 answers are constants, or an expression of the constructor's ``config`` and ``quant_config``.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from rtp_llm.port import sglang_facts
+from rtp_llm.port.answers import EMPTY, ClassName, Const, Engine, Expression, Value
 
-
-@dataclass(frozen=True)
-class Const:
-    """A value. ``of_engine``: it follows from how this engine works, not from a literal of the file."""
-
-    value: Any
-    of_engine: bool = True
-
-
-@dataclass(frozen=True)
-class Engine:
-    """An object of the other engine, by the path that leads to it; ``owner`` is "self." if a module keeps it."""
-
-    path: str
-    owner: str = ""
-
-
-@dataclass(frozen=True)
-class Expression:
-    """An expression of ours with the same value."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ClassName:
-    """A class, by the name that it has in the file."""
-
-    name: str
-
-
-Value = Const | Engine | Expression | ClassName
-
-EMPTY = ()  # stands for an empty list, tuple or dictionary
+__all__ = ["EMPTY", "ClassName", "Const", "Engine", "Expression", "Value", "is_part"]
 
 # Parameters that carry a part of the other engine, or an option of its own. They go, and arguments for them go too.
 PARAMETERS: dict[str, Value] = {
+    **sglang_facts.PARAMETERS,
     "vllm_config": Engine("vllm_config"),
     "cache_config": Engine("vllm_config.cache_config"),
     "model_config": Engine("vllm_config.model_config"),
@@ -52,8 +20,6 @@ PARAMETERS: dict[str, Value] = {
     "compilation_config": Engine("vllm_config.compilation_config"),
     "speculative_config": Const(None),
     "lora_config": Const(None),
-    "pp_proxy_tensors": Const(None),
-    "get_embedding": Const(False),
     "enable_eplb": Const(False),
     "num_redundant_experts": Const(0),
 }
@@ -72,6 +38,7 @@ TYPES: dict[str, Value] = {
 
 # Calls of these give a part of the other engine.
 CALLS: dict[str, Value] = {
+    **sglang_facts.CALLS,
     "get_current_vllm_config": Engine("vllm_config", "current"),
     "get_current_vllm_config_or_none": Engine("vllm_config", "current"),
     "get_pp_group": Engine("group"),
@@ -85,12 +52,6 @@ CALLS: dict[str, Value] = {
     "get_pp_missing_layer_names": Const(EMPTY),
     "make_empty_intermediate_tensors_factory": Engine("intermediate_tensors_factory"),
     "init_logger": Expression("logging.getLogger(__name__)"),
-    "get_global_server_args": Engine("server_args"),
-    "is_cuda": Const(False),
-    "is_hip": Const(False),
-    "is_npu": Const(False),
-    "is_xpu": Const(False),
-    "is_dp_attention_enabled": Const(False),
     "has_flashinfer": Const(False),
     "resolve_layer_fused_shared_expert": Const(False),
     "is_model_fused_shared_expert_compatible": Const(False),
@@ -107,11 +68,11 @@ CAPTURES: dict[str, Value] = {
 
 # Attributes of a module that the other engine sets.
 ATTRIBUTES: dict[str, Value] = {
+    **sglang_facts.ATTRIBUTES,
     "aux_hidden_state_layers": Const(EMPTY),
     "make_empty_intermediate_tensors": Engine("intermediate_tensors_factory"),
     "start_layer": Const(0),
     "do_not_compile": Const(True),
-    "layers_to_capture": Const(EMPTY),
 }
 
 # Attributes of any module that only serve the passing between stages.
@@ -122,6 +83,7 @@ _OFF = Const(False)
 # Paths from an Engine, and the value at their end. ``{owner}`` is "self." or nothing. A path that is not here is an
 # Engine still, and is told where it is left.
 PATHS: dict[str, Value] = {
+    **sglang_facts.PATHS,
     "group.is_first_rank": Const(True),
     "group.is_last_rank": Const(True),
     "group.world_size": Const(1),
@@ -175,11 +137,12 @@ PATHS: dict[str, Value] = {
 QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config", "enable_")
 NEGATIVE = frozenset({
     "current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops", "HpcRopeNorm", "vllm.envs",
-    "envs", "server_args",
+    "envs", "server_args", *sglang_facts.NEGATIVE,
 })  # fmt: skip
 
 # Objects that are there whenever they are asked for.
 OBJECTS = frozenset({
+    *sglang_facts.OBJECTS,
     "vllm_config", "vllm_config.model_config", "vllm_config.cache_config", "vllm_config.parallel_config",
     "vllm_config.scheduler_config", "vllm_config.compilation_config", "group",
 })  # fmt: skip

@@ -67,7 +67,7 @@ def _declared(file: SourceFile) -> list[tuple[str, str]]:
     """SGLang's ``EntryClass``: one class, or a list of them; each is its architecture."""
     positions = file.definitions.get("EntryClass", [])
     names = {name for position in positions for name in names_in(file.tree.body[position])} - {"EntryClass"}
-    return [(name, name) for name in file.definitions if name in names]
+    return [(name, name) for name in [*file.definitions, *file.imports] if name in names]
 
 
 def registered(tree: SourceTree) -> list[tuple[str, str]]:

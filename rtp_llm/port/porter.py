@@ -10,10 +10,13 @@ from rtp_llm.port.report import Report
 from rtp_llm.port.rules.attention import rewrite_attention
 from rtp_llm.port.rules.constructors import rewrite_constructors
 from rtp_llm.port.rules.fold import fold
-from rtp_llm.port.rules.layers import rewrite_layers
+from rtp_llm.port.rules.layers import count_layers, rewrite_layers
 from rtp_llm.port.rules.leftovers import clean, comment_leftovers
 from rtp_llm.port.rules.logits import rewrite_logits
 from rtp_llm.port.rules.sglang import rewrite_sglang
+from rtp_llm.port.rules.sglang_boundaries import write_residuals
+from rtp_llm.port.rules.sglang_layers import keep_one_loader, rewrite_sglang_layers
+from rtp_llm.port.rules.sglang_shell import answer_flags, finish_kernels, remove_sglang_shell
 from rtp_llm.port.rules.shell import remove_shell
 from rtp_llm.port.rules.threading import thread_batch
 from rtp_llm.port.rules.unused import remove_unused
@@ -37,12 +40,20 @@ RULES = {
         comment_leftovers,
     ),
     "sglang": (
+        remove_sglang_shell,
         remove_shell,
         fold,
         remove_unused,
+        write_residuals,
+        answer_flags,
+        fold,
+        keep_one_loader,
+        finish_kernels,
+        remove_unused,
         rewrite_constructors,
-        rewrite_layers,
+        rewrite_sglang_layers,
         rewrite_sglang,
+        count_layers,
         clean,
         remove_unused,
         comment_leftovers,

@@ -33,7 +33,9 @@ class RewriteConstructors(Rule):
     def _parameters(self, old: cst.Parameters, new: cst.Parameters, engine: set[str]) -> cst.Parameters:
         has_root = any(engine_parameter(param, self.program) == ROOT for param in (*old.params, *old.kwonly_params))
         if not has_root:
-            return new.with_changes(params=_kept(new.params, engine), kwonly_params=_kept(new.kwonly_params, engine))
+            named = _kept(new.kwonly_params, engine)
+            star = new.star_arg if named or not new.kwonly_params else _plain_star(new.star_arg)
+            return new.with_changes(params=_kept(new.params, engine), kwonly_params=named, star_arg=star)
         merged: list[cst.Param] = []
         given = {param.name.value: param for param in (*new.params, *new.kwonly_params)}
         for param in (*old.params, *old.kwonly_params):

@@ -22,6 +22,7 @@ _NEEDED = {
     "torch": Origin("torch"),
     "logging": Origin("logging"),
     "get_tensor_model_parallel_world_size": Origin(PARALLEL, "get_tensor_model_parallel_world_size"),
+    "get_tensor_model_parallel_rank": Origin(PARALLEL, "get_tensor_model_parallel_rank"),
 }
 _ENDS = (cst.Return, cst.Raise, cst.Continue, cst.Break)
 
@@ -136,7 +137,7 @@ class FoldFacts(Rule):
         test = truth(original_node.test, self.scope)
         if test is not None:
             self.count("facts of the engine folded")
-            return updated_node.body if test else updated_node.orelse
+            return in_brackets(updated_node, updated_node.body if test else updated_node.orelse)
         return self._replaced(original_node, updated_node)
 
     def leave_BooleanOperation(
@@ -145,12 +146,12 @@ class FoldFacts(Rule):
         decides = isinstance(original_node.operator, cst.Or)
         left, right = self._value(original_node.left), self._value(original_node.right)
         if isinstance(left, Const) and left.of_engine and bool(left.value) is not decides:
-            return updated_node.right
+            return in_brackets(updated_node, updated_node.right)
         if isinstance(right, Const) and right.of_engine and bool(right.value) is not decides:
-            return updated_node.left
+            return in_brackets(updated_node, updated_node.left)
         replaced = self._replaced(original_node, updated_node)
         if isinstance(replaced, cst.BooleanOperation) and code(replaced.left) == code(replaced.right):
-            return replaced.left
+            return in_brackets(replaced, replaced.left)
         return replaced
 
     # Statements.
@@ -208,6 +209,11 @@ class FoldFacts(Rule):
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
         return tidied(updated_node)
+
+
+def in_brackets(whole: cst.BaseExpression, part: cst.BaseExpression) -> cst.BaseExpression:
+    """Give a part of an expression the brackets of the whole, in which it may have stood on several lines."""
+    return part.with_changes(lpar=whole.lpar, rpar=whole.rpar) if whole.lpar and not part.lpar else part
 
 
 def tidied(block: cst.IndentedBlock) -> cst.IndentedBlock:

@@ -196,3 +196,7 @@ def rewrite_layers(program: Program) -> None:
     RewriteLayers.apply(program)
     CountLayers.apply(program)
     TieHeads.apply(program)
+
+
+def count_layers(program: Program) -> None:
+    CountLayers.apply(program)

@@ -14,7 +14,10 @@ from rtp_llm.port.source import bound_names
 from rtp_llm.port.visiting import Visitor
 from rtp_llm.port.vocabulary import MISSING, POOLING, target
 
-_PURE_CALLS = ("getattr", "hasattr", "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "len")
+_PURE_CALLS = (
+    "getattr", "hasattr", "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "len",
+    "get_layer_id",
+)  # fmt: skip
 
 
 class CleanAnnotations(Rule):

@@ -283,6 +283,7 @@ def get_rope(
     dtype: torch.dtype | None = None,
     partial_rotary_factor: float = 1.0,
     rope_parameters: dict[str, Any] | None = None,
+    dual_chunk_attention_config: dict[str, Any] | None = None,
 ) -> RotaryEmbedding:
     """Return the rotary embedding of an attention layer, called as ``q, k = rotary_emb(positions, q, k)``.
 
@@ -299,8 +300,10 @@ def get_rope(
             it has among its fields.
 
     Raises:
-        ValueError: unknown kind, or a parameter is missing or does not fit.
+        ValueError: unknown kind, or a parameter is missing or does not fit; there is a ``dual_chunk_attention_config``.
     """
+    if dual_chunk_attention_config is not None:
+        raise ValueError("dual_chunk_attention_config is not supported: remove it from config.json to attend to all")
     if rope_parameters is not None:
         if rope_scaling is not None or base != 10000.0 or partial_rotary_factor != 1.0:
             raise ValueError("rope_parameters stand in place of base, rope_scaling and partial_rotary_factor")
