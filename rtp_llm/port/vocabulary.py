@@ -47,9 +47,6 @@ SAME: dict[str, str] = {
     for name in names
 }  # fmt: skip
 
-# Their name -> ours, called the same way.
-RENAMED: dict[str, str] = {}
-
 # What describes the other engine itself. A class may not have these as bases here, and nothing is imported for them.
 MARKERS = frozenset({
     "EagleModelMixin", "LocalArgmaxMixin", "SupportsEagle", "SupportsEagle3", "SupportsEagleBase", "SupportsLoRA",
@@ -128,7 +125,7 @@ RULED = frozenset({
 
 def is_known(name: str) -> bool:
     """Whether a name of the other engine's has a meaning to the rules, so that its definition is not taken along."""
-    known = (SAME, RENAMED, MISSING, MARKERS, DEVICE_OPS, DECORATORS, RULED)
+    known = (SAME, MISSING, MARKERS, DEVICE_OPS, DECORATORS, RULED)
     return any(name in names for names in known)
 
 
@@ -144,5 +141,4 @@ def target(name: str, engine: str = "vllm") -> tuple[str, str] | None:
     """Return (module, name) of what stands for a name of the other engine; None if there is nothing."""
     if engine == "sglang" and name in OF_SGLANG:
         return OF_SGLANG[name], name
-    ours = RENAMED.get(name, name)
-    return (SAME[ours], ours) if ours in SAME else None
+    return (SAME[name], name) if name in SAME else None
