@@ -1,13 +1,25 @@
 """``rtp-llm port --check``: a file in vLLM's form against transformers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import transformers
-from vllm_helium import HELIUM
 
 from rtp_llm.cli import main
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "porting.md"
+
+
+def vllm_form() -> str:
+    """The page's example as it was before it was edited by hand."""
+    diff = re.search(r"<!-- test: model helium -->\n```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert diff is not None
+    return "".join(f"{line[1:]}\n" for line in diff[1].splitlines() if not line.startswith("+"))
+
+
+HELIUM = vllm_form()
 
 
 @pytest.fixture
