@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from published import published_fields, switches
-from vllm_files import Entry, ModelFile
-
 from rtp_llm.port.porter import port
 from rtp_llm.port.report import Remark
 from rtp_llm.port.source import PortError
@@ -22,6 +20,7 @@ from rtp_llm.tools.tiny_checkpoint import NotMadeError, make_tiny_checkpoint, mo
 from rtp_llm.tools.tiny_config import tiny_config
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import Report, verify
+from vllm_files import Entry, ModelFile
 
 AGREES, IN_PART, DIFFERS, NOT_PORTED, NO_CHECKPOINT = (
     "agrees",

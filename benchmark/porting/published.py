@@ -62,9 +62,11 @@ def published_fields(config: PreTrainedConfig, source: str) -> dict[str, Any]:
 
 def switches(config: PreTrainedConfig, problem: str) -> dict[str, Any]:
     """Return switches to turn on, by what an error of loading says about weights that do not fit: biases that the file
-    has, or norms of heads that the checkpoint has."""
+    has, or norms of heads or correction biases that the checkpoint has."""
     if ".bias " in problem:
         return {name: True for name, value in config.to_dict().items() if name.endswith("bias") and value is False}
+    if "e_score_correction_bias" in problem:
+        return {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "use_routing_bias": True}
     return {"qk_norm": True} if "k_norm" in problem else {}
 
 

@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 import transformers
+
 from examine import AGREES, Row, examine
 from vllm_files import ModelFile, SourceError, count_multimodal, model_files, unpacked, version_of
 

@@ -1,0 +1,108 @@
+"""The sweep over vLLM's model files, about a folder that looks like vLLM's, with files of these tests' own writing."""
+
+import json
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from warm_python import ROOT, run_python
+
+FOLDER = ROOT / "benchmark" / "porting"
+sys.path.insert(0, str(FOLDER))
+import published  # noqa: E402
+import vllm_files  # noqa: E402
+
+PAGE = ROOT / "docs" / "porting.md"
+REGISTRY = """
+_TEXT_GENERATION_MODELS = {
+    # comments stand here, too
+    "HeliumForCausalLM": ("helium", "HeliumForCausalLM"),
+    "NobodysForCausalLM": ("nobody", "NobodysForCausalLM"),
+    "GemmaForCausalLM": ("broken", "GemmaForCausalLM"),
+    "ElsewhereForCausalLM": ("vllm.models.elsewhere", "ElsewhereForCausalLM"),
+}
+_SPECULATIVE_DECODING_MODELS = {"DraftModel": ("draft", "DraftModel")}
+_MULTIMODAL_MODELS = {"SeeingForConditionalGeneration": ("seeing", "SeeingForConditionalGeneration")}
+"""
+
+
+def helium() -> str:
+    """vLLM's form of Helium, from the page's example."""
+    diff = re.search(r"<!-- test: model helium -->\n```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert diff is not None
+    return "".join(f"{line[1:]}\n" for line in diff[1].splitlines() if not line.startswith("+"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The folder that holds ``vllm/``."""
+    models = tmp_path / "source" / "vllm" / "model_executor" / "models"
+    models.mkdir(parents=True)
+    (models.parents[1] / "_version.py").write_text("__version__ = version = '0.99.1'\n")
+    model = "from vllm.config import VllmConfig\nfrom torch import nn\nclass {}(nn.Module):\n    pass\n"
+    files = {
+        "__init__": "",
+        "utils": "def maybe_prefix(prefix, name):\n    return name\n",
+        "registry": REGISTRY,
+        "helium": helium(),
+        "nobody": model.format("NobodysForCausalLM"),
+        "draft": model.format("DraftModel"),
+        "broken": "from vllm import x\ndef f(:\n",
+        "tower": model.format("Tower"),
+        "seeing": "from vllm.multimodal import MULTIMODAL_REGISTRY\n",
+    }
+    for name, text in files.items():
+        (models / f"{name}.py").write_text(text)
+    return tmp_path / "source"
+
+
+def test_text_model_files_are_told_from_multimodal_ones(root: Path) -> None:
+    files = vllm_files.model_files(root)
+    assert [file.name for file in files] == ["broken", "draft", "helium", "nobody", "tower"]
+    assert vllm_files.count_multimodal(root) == 1 and vllm_files.version_of(root) == "0.99.1"
+    tasks = {file.name: file.tasks() for file in files}
+    assert tasks["helium"] == ["text generation"] and tasks["draft"] == ["drafter"] and tasks["tower"] == []
+
+
+def test_a_wheel_is_unpacked(root: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "vllm-0.99.1.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in root.rglob("*.py"):
+            archive.write(path, path.relative_to(root))
+        archive.writestr("vllm/library.so", "not taken")
+    with vllm_files.unpacked(wheel) as unpacked:
+        assert len(vllm_files.model_files(unpacked)) == 5 and not (unpacked / "vllm" / "library.so").exists()
+    with pytest.raises(vllm_files.SourceError, match=r"registry\.py"), vllm_files.unpacked(tmp_path):
+        pass
+
+
+def test_fields_of_published_configurations_follow_from_the_others() -> None:
+    import transformers
+
+    config = transformers.Glm4MoeConfig(hidden_size=64, num_attention_heads=4)
+    source = "config.head_dim + config.n_group + config.get_text_config() + config.first_k_dense_replace"
+    assert published.published_fields(config, source) == {"head_dim": 16}
+    assert published.switches(config, "1 parameters were not set: lm_head.bias [99]") == {"attention_bias": True}
+
+
+def test_every_file_is_ported_and_compared_or_classified(root: Path, tmp_path: Path) -> None:
+    results, table = tmp_path / "results.json", tmp_path / "table.md"
+    command = ["benchmark/porting/sweep.py", "--vllm", str(root), "--jobs", "1"]
+    done = run_python([*command, "--json", str(results), "--table", str(table)])
+    assert done.returncode == 0, done.stderr
+    rows = {row["file"]: row for row in json.loads(results.read_text())}
+    assert {name: row["outcome"] for name, row in rows.items()} == {
+        "broken": "not ported",
+        "draft": "drafter",
+        "helium": "agrees",
+        "nobody": "no class in transformers",
+        "tower": "part of other models",
+    }
+    assert rows["helium"]["compared"][0]["difference"] < 1e-3
+    assert "broken.py" in rows["broken"]["detail"]
+    text = table.read_text()
+    assert "vLLM 0.99.1" in text and "5 text model files" in text and "1 agree" in text
+    assert "| helium | HeliumForCausalLM | agrees |" in text
