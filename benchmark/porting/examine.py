@@ -36,12 +36,13 @@ SCHEDULES = (BATCHED, CHUNKED, WARM)
 
 @dataclass
 class Compared:
-    """What became of one architecture."""
+    """What became of one architecture. ``fields``: of its configuration, beside transformers' defaults."""
 
     architecture: str
     outcome: str
     detail: str = ""
     difference: float | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,7 +143,8 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
             return Compared(name, NO_CHECKPOINT, str(error))
         found = check_checkpoint(folder, SCHEDULES, path, name, LENGTHS)
         if found.agrees:
-            return Compared(name, AGREES, difference=max(result.difference for result in found.results))
+            difference = max(result.difference for result in found.results)
+            return Compared(name, AGREES, difference=difference, fields=fields)
         problem = _first_failure(found)
         if problem is not None:
             return Compared(name, *problem)

@@ -134,3 +134,17 @@ def test_a_missing_file_a_folder_and_bytes_are_told(models: Path):
 def test_an_unknown_architecture_names_those_of_the_file(ported, whole_model):
     with pytest.raises(PortError, match=r"no architecture Y; have \['BoatForCausalLM'\]"):
         ported(whole_model, "Y")
+
+
+def test_a_layer_that_is_given_the_whole_configuration_beside_its_parts_gets_each_once(ported, whole_model):
+    text = whole_model.replace(
+        "BoatLayer(config, cache_config, quant_config, prefix=prefix)",
+        "BoatLayer(vllm_config, config, cache_config, quant_config=quant_config, prefix=prefix)",
+    ).replace(
+        'def __init__(self, config, cache_config=None, quant_config=None, prefix=""):\n        super().__init__()\n'
+        "        self.self_attn",
+        'def __init__(self, vllm_config, config, cache_config=None, quant_config=None, prefix=""):\n'
+        "        super().__init__()\n        self.self_attn",
+    )
+    assert text != whole_model
+    assert "BoatLayer(config, quant_config=quant_config, prefix=prefix)" in ported(text).text
