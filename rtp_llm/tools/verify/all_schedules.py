@@ -13,7 +13,7 @@ from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.tools.model_file import served_by_file
 from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
-from rtp_llm.tools.schedules import NEW_TOKENS, SCHEDULES, Question, ScheduleResult, Teacher, run_schedules
+from rtp_llm.tools.schedules import NEW_TOKENS, SCHEDULES, SECOND_TURN, Question, ScheduleResult, Teacher, run_schedules
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
@@ -51,13 +51,23 @@ def verify_schedules(args: ServerArgs, options: VerifyOptions) -> SchedulesRepor
             prompts = list(read_or_default_prompts(config, tokenizer, options))
             theirs = TheirModel(args, config)
             questions = [Question(prompt.text, prompt.ids) for prompt in prompts]
-            questions += _image_questions(args, config, tokenizer, options, theirs.model)
-            engine_args = _engine_args(args, questions, tokenizer is None)
-            tolerance = TOLERANCES[config.dtype]
-            results = run_schedules(engine_args, Teacher(theirs.model), questions, SCHEDULES, tolerance)
+            seeing = list(_image_questions(args, config, tokenizer, options, theirs.model))
+            engine_args = _engine_args(args, [*questions, *seeing], tokenizer is None)
+            tolerance, teacher = TOLERANCES[config.dtype], Teacher(theirs.model)
+            results = run_schedules(engine_args, teacher, questions, SCHEDULES, tolerance)
+            if seeing:  # apart, since a batch is of ids or of texts
+                names = [name for name in SCHEDULES if name != SECOND_TURN]
+                results = _worse(results, run_schedules(engine_args, teacher, seeing, names, tolerance))
     except ModelImportError as error:
         return SchedulesReport(args.model_path, args.dtype, failure=str(error))
-    return SchedulesReport(config.model_path, config.dtype, len(questions), tuple(results))
+    return SchedulesReport(config.model_path, config.dtype, len(questions) + len(seeing), tuple(results))
+
+
+def _worse(first: list[ScheduleResult], second: list[ScheduleResult]) -> list[ScheduleResult]:
+    """Return of each schedule the result that failed, or differs more."""
+    others = {result.schedule: result for result in second}
+    pairs = [[result, *([others[result.schedule]] if result.schedule in others else [])] for result in first]
+    return [max(pair, key=lambda result: (bool(result.failure), result.difference)) for pair in pairs]
 
 
 @contextmanager
