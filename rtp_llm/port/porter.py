@@ -13,6 +13,7 @@ from rtp_llm.port.rules.fold import fold
 from rtp_llm.port.rules.layers import count_layers, rewrite_layers
 from rtp_llm.port.rules.leftovers import clean, comment_leftovers
 from rtp_llm.port.rules.logits import rewrite_logits
+from rtp_llm.port.rules.multimodal import add_processor, take_media
 from rtp_llm.port.rules.sglang import rewrite_sglang
 from rtp_llm.port.rules.sglang_boundaries import write_residuals
 from rtp_llm.port.rules.sglang_layers import keep_one_loader, rewrite_sglang_layers
@@ -26,6 +27,7 @@ from rtp_llm.port.source import SourceTree
 # In this order: what a rule reads, the earlier ones have left in place.
 RULES = {
     "vllm": (
+        take_media,
         remove_shell,
         fold,
         remove_unused,
@@ -37,6 +39,7 @@ RULES = {
         rewrite_weights,
         clean,
         remove_unused,
+        add_processor,
         comment_leftovers,
     ),
     "sglang": (

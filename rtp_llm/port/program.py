@@ -24,6 +24,7 @@ class Program:
         entries: (architecture, class) pairs that the output registers.
         done: what the rules did -> how often.
         left_out: definitions of the file that were not taken over, with the reason.
+        placeholders: texts that stand for media in prompts.
     """
 
     module: cst.Module
@@ -33,6 +34,7 @@ class Program:
     engine: str = "vllm"
     done: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
+    placeholders: list[str] = field(default_factory=list)
 
     def is_engine(self, node: cst.BaseExpression, *names: str) -> bool:
         """Whether an expression is a name imported from the other engine, there called by one of ``names``."""
