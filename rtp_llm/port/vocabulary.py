@@ -119,7 +119,7 @@ RULED = frozenset({
     "make_empty_intermediate_tensors_factory", "is_pp_missing_parameter", "get_pp_missing_layer_names",
     "spec_decode_needs_target_embed",
     "cdiv", "round_up", "getattr_iter", "_ACTIVATION_REGISTRY", "maybe_remap_moe_expert_param_name",
-    "get_current_vllm_config_or_none", "StageMissingLayer", "maybe_fused_act_quant",
+    "get_current_vllm_config_or_none", "StageMissingLayer", "maybe_fused_act_quant", "init_vllm_registered_model",
 })  # fmt: skip
 
 

@@ -8,7 +8,7 @@ own processor of transformers prepares the media here.
 import libcst as cst
 from libcst import matchers as m
 
-from rtp_llm.port.program import Program, code, methods
+from rtp_llm.port.program import Program, code, methods, self_attribute
 from rtp_llm.port.rules.base import MARK, Rule
 from rtp_llm.port.rules.fold import opened, tidied
 from rtp_llm.port.source import Origin, Statement
@@ -23,7 +23,27 @@ _IMPORTS = {
     "BaseMultimodalProcessor": f"{_MULTIMODAL}.base_processor",
     "MultimodalSpecialTokens": f"{_MULTIMODAL}.base_processor",
     "MultimodalDataItem": f"{_MULTIMODAL}.items",
+    "general_mm_embed_routine": "rtp_llm.srt.layers.multimodal",
+    "pad_placeholders": f"{_MULTIMODAL}.items",
+    "LogitsProcessorOutput": "rtp_llm.srt.layers.logits_processor",
+    "ForwardBatch": "rtp_llm.srt.forward_batch",
+    "ModelRegistry": "rtp_llm.srt.models.registry",
 }
+REGISTERED = "init_vllm_registered_model"
+FORWARD = """
+def forward(
+    self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+) -> LogitsProcessorOutput:
+    hidden_states = general_mm_embed_routine(
+        input_ids, forward_batch, {path}.model, multimodal_model=self, positions=positions
+    )
+    return {path}.logits_processor(input_ids, hidden_states, {path}.lm_head, forward_batch)
+
+def get_input_embeddings(self) -> nn.Module:
+    return {path}.model.get_input_embeddings()
+
+pad_input_ids = pad_placeholders
+"""
 FEATURE = f'''
 def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
     """[rows of all items, hidden size], in the order of the items."""
@@ -56,6 +76,28 @@ class TakeMedia(Rule):
     def __init__(self, program: Program, fields: list[str]) -> None:
         super().__init__(program)
         self.fields = fields
+        found = {name: _language_model(node, program) for name, node in program.classes().items()}
+        self.paths = {name: path for name, path in found.items() if path}  # class -> its language model
+
+    def _forward(self) -> cst.FlattenSentinel[cst.BaseStatement]:
+        self.count("forward made the routine that puts media in their places")
+        _need_imports(
+            self.program, "general_mm_embed_routine", "pad_placeholders", "LogitsProcessorOutput", "ForwardBatch"
+        )
+        body = cst.parse_module(FORWARD.replace("{path}", self.paths[self.class_stack[-1]])).body
+        return cst.FlattenSentinel([body[0], *(_spaced(statement) for statement in body[1:])])
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
+        """A language model that the other engine's registry makes is made by ours."""
+        if not self.program.is_engine(original_node.func, REGISTERED):
+            return updated_node
+        given = {arg.keyword.value: code(arg.value) for arg in updated_node.args if arg.keyword}
+        config = given.get("hf_config", "config.get_text_config()")
+        names = given.get("architectures", f"{config}.architectures")
+        self.review("where this configuration names no architectures, call the class of the language model instead")
+        _need_imports(self.program, "ModelRegistry")
+        prefix = given.get("prefix", "prefix")
+        return cst.parse_expression(f"ModelRegistry.resolve_model_cls({names})[0]({config}, quant_config, {prefix})")
 
     def leave_With(self, original_node: cst.With, updated_node: cst.With):  # type: ignore[no-untyped-def]
         calls = [item.item for item in original_node.items]
@@ -79,8 +121,10 @@ class TakeMedia(Rule):
         name = original_node.name.value
         if not self.class_stack or self.function_stack:
             return noted
-        if name in _METHODS:
+        if name in _METHODS or (name == "compute_logits" and self.class_stack[-1] in self.paths):
             return cst.RemoveFromParent()
+        if name == "forward" and self.class_stack[-1] in self.paths:
+            return self._forward()
         if name != EMBED:
             return noted
         self.count("get_image_feature written")
@@ -97,6 +141,18 @@ class TakeMedia(Rule):
         return tidied(updated_node)
 
 
+def _language_model(node: cst.ClassDef, program: Program) -> str:
+    """Return ``self.x`` of a class that encodes media for a language model of the registry; "" for others."""
+    if EMBED not in methods(node):
+        return ""
+    for assign in m.findall(node, m.Assign(value=m.Call(func=m.Name()))):
+        if isinstance(assign, cst.Assign) and isinstance(assign.value, cst.Call):
+            target = assign.targets[0].target
+            if program.is_engine(assign.value.func, REGISTERED) and self_attribute(target):
+                return code(target)
+    return ""
+
+
 def _method(call: cst.Call) -> str:
     """Return the name in ``self.name(…)``; "" for other calls."""
     func = call.func
@@ -105,7 +161,10 @@ def _method(call: cst.Call) -> str:
 
 
 def _parsed(text: str) -> Statement:
-    statement = cst.parse_module(text).body[0]
+    return _spaced(cst.parse_module(text).body[0])
+
+
+def _spaced(statement: Statement) -> Statement:
     return statement.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
 
 
