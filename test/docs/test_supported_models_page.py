@@ -31,6 +31,11 @@ def test_every_model_is_tested(files: dict[str, supported_models.TestFile]) -> N
     assert "Qwen2VLForConditionalGeneration" in quick
 
 
+def test_no_test_of_a_model_is_missing() -> None:
+    """Each has cases, and is tested on two ranks."""
+    assert "| none |" not in supported_models.page()
+
+
 def test_cases_are_counted(files: dict[str, supported_models.TestFile], tmp_path: Path) -> None:
     path = tmp_path / "test_parity_some.py"
     path.write_text(

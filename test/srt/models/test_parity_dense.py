@@ -188,7 +188,9 @@ def test_olmo2_norms_the_heads_of_all_ranks(num_parts: int) -> None:
     torch.testing.assert_close(half(x[:, :size]), whole(x)[:, :size])
 
 
-TP_CASES = ("gemma2", "phi3-longrope", "olmo2", "olmo2-wide-heads-tied", "cohere2")
+TP_CASES = (
+    "gemma2", "gemma3", "glm4", "granite", "phi3-longrope", "olmo2", "olmo2-wide-heads-tied", "cohere2",
+)  # fmt: skip
 
 
 @pytest.mark.slow

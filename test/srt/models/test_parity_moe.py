@@ -134,7 +134,7 @@ def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callab
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("tensor-parallel")
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen2-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "qwen2-moe", "qwen3-moe"])
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     """Sinks, biases of experts, and a shared expert, each counted once."""
     case = next(case for case in CASES if case.name == name)
