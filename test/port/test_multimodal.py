@@ -37,6 +37,7 @@ class BoatForCausalLM(nn.Module, SupportsMultiModal):
         self.configure_mm_token_handling(7)
         with self._mark_tower_model(vllm_config, "image"):
             self.eye = nn.Linear(4, 4)
+            self.end_layer = config.num_hidden_layers
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=vllm_config.model_config.hf_config.text_config,
@@ -76,7 +77,15 @@ def test_a_processor_is_begun_and_left_for_review(seeing: Ported):
 
 
 def test_the_other_engines_processing_goes(seeing: Ported):
-    for gone in ("vllm", "LampProcessor", "_mark_tower", "configure_mm", "get_placeholder_str", "MULTIMODAL_REGISTRY"):
+    for gone in (
+        "vllm",
+        "LampProcessor",
+        "_mark_tower",
+        "configure_mm",
+        "end_layer",
+        "get_placeholder_str",
+        "MULTIMODAL_REGISTRY",
+    ):
         assert gone not in seeing.text
 
 

@@ -13,6 +13,7 @@ from libcst import matchers as m
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule, with_args
 from rtp_llm.port.rules.calls import NamedCall
+from rtp_llm.port.rules.fold import tidied
 from rtp_llm.port.signatures import DROPPED, DROPPED_OF_SGLANG, SIGNATURES
 from rtp_llm.port.source import Origin
 
@@ -158,7 +159,19 @@ class RewriteLayers(Rule):
 
 
 class CountLayers(Rule):
-    """What is left of ``end_layer`` is the number of layers."""
+    """What is left of ``end_layer`` is the number of layers; what sets it goes."""
+
+    def leave_SimpleStatementLine(  # type: ignore[no-untyped-def]
+        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+    ):
+        noted = super().leave_SimpleStatementLine(original_node, updated_node)
+        sets = m.Assign(targets=[m.AssignTarget(m.Attribute(attr=m.Name("end_layer")))])
+        return cst.RemoveFromParent() if m.matches(original_node.body[0], sets) else noted
+
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.IndentedBlock:
+        return tidied(updated_node)
 
     def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
         if updated_node.attr.value != "end_layer":
