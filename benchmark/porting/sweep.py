@@ -169,12 +169,13 @@ def heading_of(root: Path, files: Sequence[ModelFile], rows: Sequence[Row]) -> s
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return a line for each file, in Markdown."""
-    lines = ["| file | compared | outcome | why | left to review |", "|---|---|---|---|---|"]
+    """Return a line for each file, in Markdown. What the porter left, and explanations of differences, are in the JSON
+    results."""
+    lines = ["| file | compared | outcome | why |", "|---|---|---|---|"]
     for row in rows:
         names = ", ".join(each.architecture for each in row.compared)
-        why = short(row.detail).replace("|", "\\|")
-        lines.append(f"| {row.file} | {names} | {row.outcome} | {why} | {len(row.left) or ''} |")
+        why = short(row.detail.partition("; ")[0]).replace("|", "\\|") if row.compared else ""
+        lines.append(f"| {row.file} | {names} | {row.outcome} | {why} |")
     return "\n".join(lines)
 
 
