@@ -57,7 +57,8 @@ class FerryAttention(nn.Module):
         )
         theta, scaling = get_rope_config(config)
         self.rotary_emb = get_rope(
-            self.head_dim, rotary_dim=self.head_dim, max_position=config.max_position_embeddings,
+            self.head_dim, rotary_dim=int(self.head_dim * getattr(config, "partial_rotary_factor", 1)),
+            max_position=config.max_position_embeddings,
             base=theta, rope_scaling=scaling,
         )
         self.attn = RadixAttention(
@@ -280,6 +281,7 @@ def test_what_belongs_to_the_engine_goes(whole: Ported, gone: str):
         "return residual + hidden_states",
         "return self.norm(hidden_states)",
         "self.layers = make_layers(",
+        "rotary_dim=int(self.head_dim * get_rope_config(config)[2])",
         "theta, scaling, _ = get_rope_config(config)",
         'logit_cap=(getattr(config, "cap", None)) or 0.0',
         "from rtp_llm.srt.layers.rotary import get_rope, get_rope_config",

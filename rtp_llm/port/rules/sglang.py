@@ -1,7 +1,8 @@
 """What differs in SGLang's files, whose conventions are this engine's.
 
-Stages and captured states go as in vLLM's files. ``config.rope_theta`` and ``rope_scaling``, which configurations of
-transformers 5 do not have any more, are read by ``get_rope_config``. ``GeluAndMul()`` means what it means here.
+Stages and captured states go as in vLLM's files. ``config.rope_theta``, ``rope_scaling`` and
+``partial_rotary_factor``, which configurations of transformers 5 do not have any more, are read by ``get_rope_config``.
+``GeluAndMul()`` means what it means here.
 """
 
 import libcst as cst
@@ -13,7 +14,7 @@ from rtp_llm.port.source import Origin
 from rtp_llm.port.vocabulary import LAYERS
 
 # Fields of a configuration -> their place in what get_rope_config returns.
-_ROPE_FIELDS = {"rope_theta": 0, "rope_scaling": 1}
+_ROPE_FIELDS = {"rope_theta": 0, "rope_scaling": 1, "partial_rotary_factor": 2}
 
 
 class ReadRope(Rule):
