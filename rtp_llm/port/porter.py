@@ -1,5 +1,6 @@
 """Porting a model file: gather what it needs, rewrite it rule by rule, and write it down."""
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rtp_llm.port.rules.shell import remove_shell
 from rtp_llm.port.rules.threading import thread_batch
 from rtp_llm.port.rules.unused import remove_unused
 from rtp_llm.port.rules.weights import rewrite_weights
-from rtp_llm.port.source import SourceTree
+from rtp_llm.port.source import PortError, SourceTree
 
 # In this order: what a rule reads, the earlier ones have left in place.
 RULES = {
@@ -80,7 +81,7 @@ def port(path: Path, architecture: str | None = None, engine: str | None = None)
         engine: "vllm" or "sglang"; None: found by the file's imports.
 
     Raises:
-        PortError: the file cannot be read, has no model class, or a sibling is missing.
+        PortError: the file cannot be read, has no model class, or a sibling is missing; or a rule fails on it.
     """
     program = gather(SourceTree(path, engine), architecture)
     return _ported(program)
@@ -88,6 +89,19 @@ def port(path: Path, architecture: str | None = None, engine: str | None = None)
 
 def _ported(program: Program) -> Ported:
     for rule in RULES[program.engine]:
-        rule(program)
+        try:
+            rule(program)
+        except PortError:
+            raise
+        except Exception as error:  # whatever a rule may stumble over; the cause is chained
+            raise _fault(f"{rule.__name__} failed: {type(error).__name__}: {error}") from error
     text = text_of(program)
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        raise _fault(f"the result is not valid Python, line {error.lineno}: {error.msg}: {error.text}") from error
     return Ported(text, Report.of(program, text))
+
+
+def _fault(what: str) -> PortError:
+    return PortError(f"{what}. This is a fault of the porter, not of the file: please report it, with the file")

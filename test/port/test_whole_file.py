@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rtp_llm.port import porter
 from rtp_llm.port.porter import port
 from rtp_llm.port.source import PortError
 
@@ -148,3 +149,21 @@ def test_a_layer_that_is_given_the_whole_configuration_beside_its_parts_gets_eac
     )
     assert text != whole_model
     assert "BoatLayer(config, quant_config=quant_config, prefix=prefix)" in ported(text).text
+
+
+def test_defaults_before_the_stage_are_dropped_with_it(ported, whole_model):
+    required = "positions: torch.Tensor,\n        intermediate_tensors: IntermediateTensors | None,"
+    assert required in whole_model
+    optional = required.replace("Tensor,", "Tensor = None,").replace("| None,", "| None = None,")
+    text = ported(whole_model.replace(required, optional)).text
+    assert "positions: torch.Tensor,\n        forward_batch: ForwardBatch," in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"), [(lambda program: 1 / 0, "ZeroDivisionError"), (lambda program: None, "not valid Python")]
+)
+def test_a_fault_of_the_porter_is_told_as_such(ported, whole_model, monkeypatch, rule, told):
+    monkeypatch.setitem(porter.RULES, "vllm", (rule,))
+    monkeypatch.setattr(porter, "text_of", lambda program: "def (:")
+    with pytest.raises(PortError, match=f"(?s){told}.*fault of the porter"):
+        ported(whole_model)

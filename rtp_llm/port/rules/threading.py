@@ -312,7 +312,8 @@ class ThreadBatch(Rule):
         if STAGE in names:
             place = names.index(STAGE)
             new = new.with_changes(comma=params.params[place].comma)
-            before = [param.with_changes(default=None) for param in params.params[:place]]
+            no_default = {"default": None, "equal": cst.MaybeSentinel.DEFAULT}
+            before = [param.with_changes(**no_default) for param in params.params[:place]]
             return params.with_changes(params=[*before, new, *params.params[place + 1 :]])
         place = next((i for i, param in enumerate(params.params) if param.default is not None), len(names))
         if place < len(names) and self.reach.most_positional >= place and params.star_arg == cst.MaybeSentinel.DEFAULT:
