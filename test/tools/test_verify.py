@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rtp_llm.tools.verify.command import _text
 from rtp_llm.tools.verify.locate import compare, first_difference
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.prompts import Prompt
-from rtp_llm.tools.verify.run import Report, record, verify
+from rtp_llm.tools.verify.run import PromptResult, Report, _with_text, record, verify
 from rtp_llm.tools.verify.sides import OurModel, TheirModel
 from rtp_llm.tools.verify.ties import Parting
 from rtp_llm.tools.verify.trace import EMBEDDINGS, Place
@@ -247,6 +248,14 @@ def test_models_that_run_through_transformers_have_no_modules_of_ours() -> None:
 def test_errors_are_told_in_a_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", tiny_model("llama-default"), *ENGINE, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_text_ends_before_a_placeholder() -> None:
+    """Which transformers would want an image for."""
+    config = SimpleNamespace(image_token_id=7, video_token_id=8, hidden_size=9)
+    for output_ids, ids in (([9, 7, 3], [1, 2, 9]), ([4, 8], [1, 2, 4]), ([7], [1, 2]), ([9, 3, 7], [1, 2, 9, 3])):
+        result = PromptResult(Prompt("", [1, 2]), 0, 0, 0, 1, output_ids, None)
+        assert _with_text(result, config).ids == ids
 
 
 def test_what_transformers_does_not_know_cannot_be_compared(

@@ -36,6 +36,12 @@ def bias_in_weights() -> torch.Tensor:
     return dense((weights / weights.sum(-1, keepdim=True), ids))
 
 
+def chosen_by_logits() -> torch.Tensor:
+    ids = (LOGITS + BIAS).topk(3).indices
+    weights = LOGITS.sigmoid().gather(1, ids)
+    return dense((weights / weights.sum(-1, keepdim=True), ids))
+
+
 NO_GROUPS = dict(num_expert_group=1, topk_group=1, routed_scaling_factor=1.0)
 
 
@@ -54,6 +60,7 @@ NO_GROUPS = dict(num_expert_group=1, topk_group=1, routed_scaling_factor=1.0)
         ),
         (grouped(routed_scaling_factor=1.0), grouped(), "weights: ours 1, the reference's 2.5 (routed_scaling_factor)"),
         (grouped().flip(1), grouped(), "experts lie in another order: the reference's 1 is 6 in ours"),
+        (chosen_by_logits(), grouped(**NO_GROUPS), "chosen by: ours the logits themselves + the correction bias, the"),
         (grouped().sqrt(), grouped(), "the same experts are chosen, with other weights"),
     ],
 )
@@ -121,6 +128,25 @@ def test_weights_are_solved_for() -> None:
     found, error = solved_routing(torch.einsum("te,eth->th", weights, outputs), outputs)
     torch.testing.assert_close(found, weights, atol=1e-5, rtol=1e-4)
     assert error < 1e-5 and solved_routing(torch.randn(5, 8), outputs)[1] > 0.1
+
+
+def test_a_bias_by_distance_is_seen_beside_the_factor() -> None:
+    """As BLOOM computes it: heads in the place of a batch, the bias the sum that a product is added to."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 6, 8) for _ in range(3))
+    bias = torch.tensor([0.5, 0.25, 0.1, 0.05])[:, None, None] * torch.arange(6.0)
+    causal = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)
+    found: list[Any] = []
+    with AttentionWatch(lambda *call: found.append(call)):
+        scores = bias.baddbmm(batch1=q, batch2=k.transpose(-1, -2), beta=1.0, alpha=0.3).view(1, 4, 6, 6) + causal
+        torch.bmm(F.softmax(scores, dim=-1).view(4, 6, 6), v)
+        scores = q[None] @ k[None].transpose(-1, -2) * 0.3 + bias + causal
+        torch.matmul(F.softmax(scores, dim=-1), v[None])
+    assert len(found) == 2
+    for states, mask, factor, _ in found:
+        torch.testing.assert_close(states, (q[None], k[None], v[None]))
+        assert factor == pytest.approx(0.3)
+        torch.testing.assert_close(mask[0, :, -1], bias[:, 0])
 
 
 @pytest.mark.parametrize("is_fused", [True, False])

@@ -46,6 +46,10 @@ from rtp_llm.tools.verify.trace import (
 from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing
 from rtp_llm.tools.verify.weight_causes import OTHER_ROWS, explain_linear, explain_norm, weight_of
 
+UNSEEN_ATTENTION = (
+    ". That is right if our attention takes its rows so: the reference's attention was not recorded, and what follows "
+    "the projection, its queries, keys, values and biases by distance, is compared nowhere"
+)
 NEARBY = 24  # places of the reference before and after one that are tried
 
 
@@ -271,11 +275,20 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
         module, weight, bias = weight_of(evidence.our_model, place.module)
         if isinstance(module, LinearBase):
             cause = explain_linear(weight, bias, place.module, evidence)
+            if cause is not None and cause.startswith(OTHER_ROWS) and _is_of_unseen_attention(evidence, place):
+                cause += UNSEEN_ATTENTION
         elif weight.dim() == 1:
             cause = explain_norm(given, ours, place.module, evidence)
     if cause is None:
         return _explain_input(evidence, place, error)
     return Finding(place.module, place.part, error, [cause])
+
+
+def _is_of_unseen_attention(evidence: Evidence, place: Place) -> bool:
+    """Return whether this is a part of attention that the reference computes in a way that is not recorded."""
+    return any(
+        place.module.startswith(f"{name}.") for name in evidence.ours.calls.keys() - evidence.theirs.calls.keys()
+    )
 
 
 # Inputs of modules

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.tools.reference import load_processor
@@ -34,7 +33,7 @@ def pixels_note(
     except Exception as error:  # of any kind: packages are missing, or it wants other arguments
         return (
             "Both models got our processor's pixels, which were not compared: transformers' processor of this "
-            f"checkpoint cannot be used here ({type(error).__name__}: {reason(error)[:120]})."
+            f"checkpoint cannot be used here: {_first_words(f'{type(error).__name__}: {error}')}."
         )
     assert prompt.media is not None
     media = MultimodalInputs.decode(open_content(prompt.media.content))
@@ -52,6 +51,11 @@ def pixels_note(
         f"Both models got our processor's pixels, but transformers' own processor makes others: {'; '.join(found)}. "
         "See the processor in the model file."
     )
+
+
+def _first_words(text: str, num: int = 160) -> str:
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= num else f"{line[:num]} ..."
 
 
 def _difference(name: str, ours: torch.Tensor, theirs: Any) -> str:

@@ -18,7 +18,7 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
 from rtp_llm.srt.model_traits import ModelTraits
-from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
+from rtp_llm.tools.verify.attention_watch import HIDDEN, AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.trace import (
@@ -392,7 +392,7 @@ def _window(mask: Any, num_tokens: int) -> int | None:
     if not isinstance(mask, torch.Tensor):
         return None
     last = mask[0, 0, -1, :num_tokens]
-    seen = int(last.sum()) if mask.dtype == torch.bool else int((last >= 0).sum())
+    seen = int((last if mask.dtype == torch.bool else last > HIDDEN).sum())
     return None if seen == num_tokens else seen
 
 
@@ -403,7 +403,7 @@ def _bias(mask: Any, num_tokens: int, window: int | None) -> torch.Tensor | None
         return None
     added = mask[0, :, :num_tokens, :num_tokens].detach().cpu()
     added = torch.zeros(added.shape).masked_fill(~added, float("-inf")) if added.dtype == torch.bool else added.float()
-    visible = added > -1e4
+    visible = added > HIDDEN
     usual = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
     if window is not None:
         usual = usual.triu(1 - window)

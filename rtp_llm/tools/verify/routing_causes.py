@@ -1,7 +1,7 @@
 """Search for the routing that gives each token its experts and their weights, and for how ours departs from it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -23,6 +23,7 @@ class Routing:
         groups: (number, chosen ones, how a group is scored): experts are taken from the best groups; None: from all.
         normalise: what is done with the weights of the chosen: nothing, divided by their sum, or a softmax.
         num_chosen: experts of a token.
+        chosen_by: what a logit becomes to choose experts; empty: the scores.
     """
 
     scores: str
@@ -31,6 +32,7 @@ class Routing:
     groups: tuple[int, int, str] | None
     normalise: str
     num_chosen: int
+    chosen_by: str = ""
 
     def changes(self, other: "Routing") -> list[str]:
         return [item.name for item in fields(self) if getattr(self, item.name) != getattr(other, item.name)]
@@ -54,15 +56,29 @@ class RoutingTrials:
         """Return how our weights [tokens, num_experts] depart from the reference's."""
         counts = list(dict.fromkeys(int((x != 0).sum(-1).max()) for x in (theirs, ours)))
         tried = [(routing, self._apply(routing)) for routing in self._routings(counts)]
-        right = [(routing, factor) for routing, w in tried if (factor := _factor(w, theirs, tolerance)) is not None]
-        own = [(routing, factor) for routing, w in tried if (factor := _factor(w, ours, tolerance)) is not None]
+        right = _that_give(theirs, tried, tolerance) or self._chosen_by_others(theirs, tried, tolerance)
+        own = _that_give(ours, tried, tolerance) or self._chosen_by_others(ours, tried, tolerance)
         if not right or not own:
             return self._described(ours, theirs, right, own)
         mine, yours = min(product(own, right), key=lambda pair: self._distance(pair[0], pair[1]))
         texts = [self._change(name, mine[0], yours[0]) for name in mine[0].changes(yours[0])]
+        if texts and (same := _same_groups(mine, yours, own)) is not None:
+            texts = [f"{texts[0]} (or ours {_groups_text(same)}, which chooses the same)", *texts[1:]]
         if abs(mine[1] / yours[1] - 1) > 1e-3:
             texts.append(self._factors(mine[1], yours[1]))
         return "; ".join(texts)
+
+    def _chosen_by_others(
+        self, weights: torch.Tensor, tried: list[tuple[Routing, torch.Tensor]], tolerance: float
+    ) -> list[tuple[Routing, float]]:
+        """Return routings that give ``weights``, whose experts are chosen by other scores than they are weighted with.
+        Without a bias and groups, all scores choose the same."""
+        others = (
+            replace(routing, chosen_by=kind)
+            for (routing, _), kind in product(tried, _SCORES)
+            if (routing.bias or routing.groups) and not routing.bias_in_weights and kind != routing.scores
+        )
+        return _that_give(weights, [(routing, self._apply(routing)) for routing in others], tolerance)
 
     def _distance(self, mine: tuple[Routing, float], yours: tuple[Routing, float]) -> tuple[int, bool]:
         return len(mine[0].changes(yours[0])) + (abs(mine[1] / yours[1] - 1) > 1e-3), yours[1] != 1.0
@@ -83,7 +99,9 @@ class RoutingTrials:
 
     def _apply(self, routing: Routing) -> torch.Tensor:
         scores = _scored(self._logits, routing.scores)
-        choice = scores + self._biases[routing.bias] if routing.bias else scores
+        choice = _scored(self._logits, routing.chosen_by) if routing.chosen_by else scores
+        if routing.bias:
+            choice = choice + self._biases[routing.bias]
         weights = choice if routing.bias_in_weights else scores
         if routing.groups is not None:
             choice = _grouped(choice, *routing.groups)
@@ -117,6 +135,9 @@ class RoutingTrials:
                 return f"groups of experts: ours {_groups_text(mine)}, the reference's {_groups_text(yours)}"
             case "normalise":
                 return f"weights of the chosen experts: ours {_NORMALISED[mine]}, the reference's {_NORMALISED[yours]}"
+            case "chosen_by":
+                mine, yours = (_SCORES[routing.chosen_by or routing.scores] for routing in (ours, theirs))
+                return f"what experts are chosen by: ours {mine}{_plus(ours)}, the reference's {yours}{_plus(theirs)}"
             case _:
                 return f"experts of a token: ours {mine}, the reference's {yours}"
 
@@ -139,6 +160,17 @@ class RoutingTrials:
         known = [f"the reference's are {_text(*right[0])}"] if right else []
         known += [f"ours are {_text(*own[0])}"] if own else []
         return "; ".join([text, *known])
+
+
+def _same_groups(
+    mine: tuple[Routing, float], yours: tuple[Routing, float], own: list[tuple[Routing, float]]
+) -> tuple[int, int, str] | None:
+    """Return groups as many as the reference's that give ours, too, where ``mine`` has none: the best experts always
+    lie in the groups with the best ones, if there are as many of them."""
+    if mine[0].changes(yours[0]) != ["groups"] or mine[0].groups is not None or yours[0].groups is None:
+        return None
+    found = [r.groups for r, factor in own if factor == mine[1] and r.changes(mine[0]) == ["groups"]]
+    return next((groups for groups in found if groups and groups[:2] == yours[0].groups[:2]), None)
 
 
 def _moved(ours: torch.Tensor, theirs: torch.Tensor, num_experts: int) -> str | None:
@@ -201,6 +233,17 @@ def _sums(ours: torch.Tensor, theirs: torch.Tensor) -> str:
     return f"; they sum to {float(mine.mean()):.4g} on the mean, the reference's to {float(yours.mean()):.4g}"
 
 
+def _that_give(
+    weights: torch.Tensor, tried: list[tuple[Routing, torch.Tensor]], tolerance: float
+) -> list[tuple[Routing, float]]:
+    """Return the routings whose results are these weights but for a factor, and the factors."""
+    return [(routing, factor) for routing, w in tried if (factor := _factor(w, weights, tolerance)) is not None]
+
+
+def _plus(routing: Routing) -> str:
+    return " + the correction bias" if routing.bias else ""
+
+
 def _bias(name: str) -> str:
     return name or "not added"
 
@@ -213,6 +256,7 @@ def _groups_text(groups: tuple[int, int, str] | None) -> str:
 
 def _text(routing: Routing, factor: float) -> str:
     parts = [_SCORES[routing.scores]]
+    parts += [f"chosen by {_SCORES[routing.chosen_by]}"] if routing.chosen_by else []
     parts += [f"{routing.bias} added to choose"] if routing.bias else []
     parts += [f"groups {_groups_text(routing.groups)}"] if routing.groups else []
     parts += [] if routing.normalise == "no" else [_NORMALISED[routing.normalise]]

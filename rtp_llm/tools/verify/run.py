@@ -1,5 +1,7 @@
 """Run our and transformers' model on the same prompts, and locate their first difference."""
 
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -41,6 +43,7 @@ from rtp_llm.tools.verify.trace import LOGITS, Parts, Place, Trace
 
 TOP = 5
 MAX_KEPT_TOKENS = 256  # most tokens at a prompt's end that are recorded (and all keys and values)
+_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 NUM_SHOWN = 3  # places shown before and after the first that differs
 
 
@@ -184,10 +187,9 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
         return _with(report, note=note)
     wrong = [result for result in report.results if result.error > report.tolerance]
     shortest = min(wrong, key=lambda result: len(result.prompt.ids))
-    whole = replace(shortest.prompt, ids=[*shortest.prompt.ids, *shortest.output_ids[:-1]])
+    whole = _with_text(shortest, theirs.model.config)
     evidence = record(report.dtype, ours, theirs, whole, options.cut_len)
-    differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place.part != LOGITS]
-    differences = pass_over_embedding(differences, evidence.ours, evidence.theirs, evidence.tolerance)
+    differences = _compared(evidence)
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
     if index is not None:
@@ -195,8 +197,7 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
         finding = _with_pieces(finding, report, ours, theirs, whole, options)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
         return _with(report, finding=finding, around=around, source=_source(ours.model, finding.module))
-    logits = next(place for place in evidence.ours.tensors if place.part == LOGITS)
-    error = logits_error(*evidence.pair(logits))
+    logits, error = _logits_of(evidence)
     if error > report.tolerance:
         finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
         return _with(report, finding=finding, source=_source(ours.model, ""))
@@ -226,15 +227,36 @@ def _guarded(search: Callable[[], Finding], place: Finding) -> Finding:
         return replace(place, causes=[f"the search for it failed, which is a fault of verify: {reason(failure)}"])
 
 
+def _compared(evidence: Evidence) -> list[Difference]:
+    differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place.part != LOGITS]
+    return pass_over_embedding(differences, evidence.ours, evidence.theirs, evidence.tolerance)
+
+
+def _logits_of(evidence: Evidence) -> tuple[Place, float]:
+    """Return the place of the logits, and their difference."""
+    place = next(place for place in evidence.ours.tensors if place.part == LOGITS)
+    return place, logits_error(*evidence.pair(place))
+
+
+def _with_text(result: PromptResult, config: Any) -> Prompt:
+    """Return the prompt with its text, up to the first placeholder of media in it: those would want media of their
+    own. ``config``: the reference's, which names placeholders."""
+    prompt = result.prompt
+    placeholders = {value for name, value in vars(config).items() if _PLACEHOLDER.fullmatch(name)}
+    blocks = prompt.media.blocks if prompt.media else []
+    placeholders |= {prompt.ids[i] for first, last in blocks for i in range(first, last + 1)}
+    text = itertools.takewhile(lambda token_id: token_id not in placeholders, result.output_ids[:-1])
+    return replace(prompt, ids=[*prompt.ids, *text])
+
+
 def _with_pieces(
     finding: Finding, report: Report, ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions
 ) -> Finding:
-    """Add to a finding if ours is right once it computes the prompt, with its text, at once."""
+    """Add to a finding if ours is right, at all tokens, once it computes the prompt, with its text, at once."""
     if not ours.cut_of(prompt, options.cut_len):
         return finding
-    output_ids, our_logits = ours.run(prompt, 0, 1)
-    error = logits_error(our_logits, theirs.run(prompt, 0, output_ids)[:, : our_logits.shape[1]])
-    if error > report.tolerance / 10:
+    at_once = record(report.dtype, ours, theirs, prompt, 0)
+    if first_difference(_compared(at_once), at_once.tolerance) is not None or _logits_of(at_once)[1] > report.tolerance:
         return finding
     cause = (
         f"only where a prompt is computed in pieces, {options.cut_len} tokens and then the rest: at once, ours agrees. "
