@@ -1,6 +1,6 @@
 """Causes of different attention outputs, found by computing attention again with the reference's tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
 from typing import Any
@@ -36,6 +36,12 @@ class Attending:
 
 class AttentionTrials:
     def __init__(self, name: str, ours: Trace, theirs: Trace, config: Any) -> None:
+        self._name = name
+        self._all = {
+            other: (theirs.tensors[Place(other, KEYS)], theirs.tensors[Place(other, VALUES)])
+            for other in theirs.calls
+            if all(Place(other, part) in theirs.tensors for part in (KEYS, VALUES))
+        }
         self._states = [theirs.tensors[Place(name, part)] for part in (QUERIES, KEYS, VALUES)]
         self._first = theirs.first_position(Place(name, QUERIES))
         self._ours, self._theirs = ours.tensors[Place(name, ATTENDED)], theirs.tensors[Place(name, ATTENDED)]
@@ -48,7 +54,7 @@ class AttentionTrials:
             return None
         found = next((trial for trial in self._trials(right) if self._is(trial, self._ours, tolerance)), None)
         if found is None:
-            return None
+            return self._of_another_layer(right, tolerance)
         if found.mask == SLOPES and (slopes := _slopes_of(self._call.bias)) is not None:
             return f"slopes of the bias by distance: ours {_few(self._own_call.slopes)}, the reference's {_few(slopes)}"
         return "; ".join(
@@ -56,6 +62,22 @@ class AttentionTrials:
             for field in fields(found)
             if getattr(found, field.name) != getattr(right, field.name)
         )
+
+    def _of_another_layer(self, right: Attending, tolerance: float) -> str | None:
+        """Try keys and values, or one of them, of the reference's other layers, as layers that share them may do."""
+        for other in self._all:
+            keys, values = self._all[other]
+            if any(x.shape != own.shape for x, own in zip((keys, values), self._states[1:], strict=True)):
+                continue
+            for text, k, v in (
+                ("keys and values", keys, values),
+                ("keys", keys, self._states[2]),
+                ("values", self._states[1], values),
+            ):
+                if relative_error(self._attend(right, (self._states[0], k, v)), self._ours) <= tolerance:
+                    of = next((n for n in self._all if torch.equal(self._all[n][0], self._states[1])), self._name)
+                    return f"{text} are those of {other}, in the reference those of {of}"
+        return None
 
     def _trials(self, right: Attending) -> Iterator[Attending]:
         """Yield one change of the reference's parameters, then two; our layer's own parameters come first."""
@@ -88,10 +110,12 @@ class AttentionTrials:
     def _is(self, trial: Attending, expected: torch.Tensor, tolerance: float) -> bool:
         return relative_error(self._attend(trial), expected) <= tolerance
 
-    def _attend(self, trial: Attending) -> torch.Tensor:
+    def _attend(self, trial: Attending, states: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
         q, k, v = (
             tensor.unflatten(-1, (heads, -1))
-            for tensor, heads in zip(self._states, (self._call.num_heads, *[self._call.num_kv_heads] * 2), strict=True)
+            for tensor, heads in zip(
+                states or self._states, (self._call.num_heads, *[self._call.num_kv_heads] * 2), strict=True
+            )
         )
         if trial.is_tiled:
             k, v = (x.repeat(1, self._call.num_heads // self._call.num_kv_heads, 1) for x in (k, v))

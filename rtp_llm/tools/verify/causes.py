@@ -43,8 +43,8 @@ from rtp_llm.tools.verify.trace import (
     VALUES,
     Place,
 )
-from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing
-from rtp_llm.tools.verify.weight_causes import OTHER_ROWS, explain_linear, explain_norm, weight_of
+from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing, explain_turn
+from rtp_llm.tools.verify.weight_causes import OTHER_ROWS, explain_linear, explain_norm, explain_norms, weight_of
 
 UNSEEN_ATTENTION = (
     ". That is right if our attention takes its rows so: the reference's attention was not recorded, and what follows "
@@ -59,6 +59,9 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
         missing = explain_missing(*evidence.pair(place), place.module, evidence.their_modules, evidence.tolerance)
         if missing:
             return Finding(place.module, place.part, error, [missing])
+        moved = explain_turn(evidence.ours, evidence.theirs, place, evidence.tolerance)
+        if moved:
+            return Finding(moved[0], INPUT, error, [moved[1]])
     uncalled = without_effect(evidence, place, _uncalled(evidence, place))
     if uncalled:
         return Finding(uncalled[0], OUTPUT, error, [f"{', '.join(uncalled)}: never called by our model file"])
@@ -279,6 +282,8 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
                 cause += UNSEEN_ATTENTION
         elif weight.dim() == 1:
             cause = explain_norm(given, ours, place.module, evidence)
+    elif given is None and theirs is not None:
+        cause = explain_norms(evidence, place)
     if cause is None:
         return _explain_input(evidence, place, error)
     return Finding(place.module, place.part, error, [cause])

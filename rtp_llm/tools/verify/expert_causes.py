@@ -25,9 +25,9 @@ def explain_routing(evidence: Evidence, place: Place, error: float) -> Finding:
         return Finding(place.module, place.part, error)
     block, num_experts = place.module.rpartition(".")[0], theirs.shape[1]
     biases = {
-        name: tensor
+        name: tensor.flatten()
         for name, tensor in evidence.their_parameters.items()
-        if name.startswith(f"{block}.") and tensor.shape == (num_experts,)
+        if name.startswith(f"{block}.") and tensor.shape[-1:] == (num_experts,) and tensor.numel() == num_experts
     }
     trials = RoutingTrials(logits, biases, evidence.config)
     return Finding(place.module, place.part, error, [trials.explain(ours, theirs, evidence.tolerance)])
@@ -36,11 +36,16 @@ def explain_routing(evidence: Evidence, place: Place, error: float) -> Finding:
 def _router_logits(evidence: Evidence, experts: str, routing: torch.Tensor) -> torch.Tensor | None:
     """Return what a matrix beside the experts makes of their input, as the reference has it."""
     block = experts.rpartition(".")[0]
+    found = {}
     for place, tensor in evidence.theirs.tensors.items():
         is_beside = place.module.startswith(f"{block}.") and not place.module.startswith(f"{experts}.")
         if place.part == OUTPUT and is_beside and tensor.shape == routing.shape and place.module != experts:
+            found[place.module] = tensor
+    for name, tensor in found.items():  # others may be made of logits: scores with a bias
+        parameters = evidence.their_modules[name].parameters(recurse=False)
+        if any(p.dim() == 2 and len(p) == routing.shape[1] for p in parameters):
             return tensor
-    return None
+    return next(iter(found.values()), None)
 
 
 def explain_experts(evidence: Evidence, place: Place, error: float) -> Finding | None:

@@ -55,7 +55,8 @@ def _column_factors(evidence: Evidence, place: Place) -> str | None:
         is_offset = bool(offset.abs().max() > 1e-3 * theirs.abs().mean())
         if evidence.same(ours, slope * theirs + (offset if is_offset else 0)):
             texts = [] if bool((slope == 1).all()) else [_factor_text(slope, evidence.their_parameters)]
-            texts += [_offset_text(offset, evidence.their_parameters)] if is_offset else []
+            if is_offset and not _is_bias_of_factor(offset, slope, evidence.their_parameters):
+                texts.append(_offset_text(offset, evidence.their_parameters))
             return "; ".join(texts) or None
     return None
 
@@ -71,6 +72,12 @@ def _factor_text(factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -
             if torch.allclose(factor, value, rtol=1e-2, atol=1e-5):
                 return text
     return f"each column has a factor of its own (weights of a norm, a scale), {NAMELESS}"
+
+
+def _is_bias_of_factor(offset: torch.Tensor, factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a bias is added rightly, after a wrong factor: ``factor * (x + b) + offset = factor * x + b``."""
+    biases = (value for _, value in _vectors(parameters, len(offset)))
+    return any(torch.allclose(offset, bias * (1 - factor), rtol=1e-2, atol=1e-4) for bias in biases if bias.any())
 
 
 def _offset_text(offset: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> str:

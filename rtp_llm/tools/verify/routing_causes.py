@@ -60,7 +60,9 @@ class RoutingTrials:
         own = _that_give(ours, tried, tolerance) or self._chosen_by_others(ours, tried, tolerance)
         if not right or not own:
             return self._described(ours, theirs, right, own)
-        mine, yours = min(product(own, right), key=lambda pair: self._distance(pair[0], pair[1]))
+        mine, yours = self._nearest(own, right)
+        if self._distance(mine, yours)[0] > 1:  # other scores that choose may say it in one change
+            mine, yours = self._nearest([mine, *self._chosen_by_others(ours, tried, tolerance)], right)
         texts = [self._change(name, mine[0], yours[0]) for name in mine[0].changes(yours[0])]
         if texts and (same := _same_groups(mine, yours, own)) is not None:
             texts = [f"{texts[0]} (or ours {_groups_text(same)}, which chooses the same)", *texts[1:]]
@@ -79,6 +81,11 @@ class RoutingTrials:
             if (routing.bias or routing.groups) and not routing.bias_in_weights and kind != routing.scores
         )
         return _that_give(weights, [(routing, self._apply(routing)) for routing in others], tolerance)
+
+    def _nearest(
+        self, own: list[tuple[Routing, float]], right: list[tuple[Routing, float]]
+    ) -> tuple[tuple[Routing, float], tuple[Routing, float]]:
+        return min(product(own, right), key=lambda pair: self._distance(*pair))
 
     def _distance(self, mine: tuple[Routing, float], yours: tuple[Routing, float]) -> tuple[int, bool]:
         return len(mine[0].changes(yours[0])) + (abs(mine[1] / yours[1] - 1) > 1e-3), yours[1] != 1.0

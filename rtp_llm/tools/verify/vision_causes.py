@@ -1,15 +1,16 @@
 """Causes of different attention outputs in a vision tower, found by computing attention again with the reference's
-queries, keys and values; and learned positions that are not added."""
+queries, keys and values; learned positions that are not added; and modules on the other side of a pooling."""
 
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import product, takewhile
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.tools.verify.locate import relative_error
-from rtp_llm.tools.verify.trace import KEYS, QUERIES, VALUES, Place, Trace
+from rtp_llm.tools.verify.order_causes import matching_rows, order_text
+from rtp_llm.tools.verify.trace import INPUT, KEYS, QUERIES, VALUES, Place, Trace
 
 Trial = tuple[float, tuple[int, ...], str]  # (scaling, patches of each segment, how queries and keys are turned)
 AS_IT_IS = "as the reference"
@@ -58,7 +59,15 @@ class VisionTrials:
         yield "ours with rows and columns exchanged", [_turn(x, *swapped) for x in plain]
         if self._own_call.cos_sin is not None and self._own_call.cos_sin.shape == self._call.cos_sin.shape:
             own = [table[:, None] for table in self._own_call.cos_sin.chunk(2, dim=-1)]
-            yield "ours by other angles", [_turn(x, *own) for x in plain]
+            yield f"ours by {self._angles()}", [_turn(x, *own) for x in plain]
+
+    def _angles(self) -> str:
+        """Say what our angles are to the reference's: the same ones in another order, or others."""
+        assert self._own_call.cos_sin is not None and self._call.cos_sin is not None
+        order = matching_rows(_told_apart(self._own_call.cos_sin), _told_apart(self._call.cos_sin), 1e-3)
+        if order is None:
+            return "other angles"
+        return f"the reference's angles in another order of patches: {order_text(order)}"
 
     def _attend(self, trial: Trial) -> torch.Tensor:
         scaling, lengths, turning = trial
@@ -77,6 +86,13 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     """Rotate pairs (i, i + half) of [patches, heads, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _told_apart(rows: torch.Tensor) -> torch.Tensor:
+    """Append a column to rows of which some are equal, as those of several images: how many such came before."""
+    _, kinds = rows.mul(1e4).round().unique(dim=0, return_inverse=True)
+    before = (kinds[:, None] == kinds).tril(-1).sum(1, keepdim=True)
+    return torch.cat([rows, before.to(rows.dtype)], dim=1)
 
 
 def _turn_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -120,3 +136,29 @@ def explain_missing(
                 if relative_error(ours, result) <= tolerance and relative_error(ours, theirs) > tolerance:
                     return f"{place}.{parameter_name} is {text}"
     return None
+
+
+def explain_turn(ours: Trace, theirs: Trace, place: Place, tolerance: float) -> tuple[str, str] | None:
+    """Return a module that is given another number of rows than the reference's, up to ``place``, and what it is
+    given: it stands on the other side of what makes many rows few, such as a pooling or a merge of patches."""
+    earlier = set(takewhile(place.__ne__, ours.tensors)) | set(takewhile(place.__ne__, theirs.tensors))
+    for p in (p for p in ours.tensors if p in earlier):
+        tensor, right = ours.tensors[p], theirs.tensors.get(p)
+        if right is not None and p.part == INPUT and len(tensor) != len(right) and ours.parts.is_tower(p.module):
+            origin = _same_of(tensor, theirs, tolerance)
+            if origin is not None:
+                what = f"it is given what the reference has as {origin}"
+            elif (origin := _same_of(right, ours, tolerance)) is not None:
+                what = f"the reference's is given what ours has as {origin}"
+            else:
+                continue
+            side = "before" if len(tensor) > len(right) else "after"
+            rows = f"{len(tensor)} rows, the reference's {len(right)}"
+            return p.module, f"it comes {side} a pooling or merge of rows, in the reference it does not: {rows}; {what}"
+    return None
+
+
+def _same_of(tensor: torch.Tensor, trace: Trace, tolerance: float) -> Place | None:
+    """Return the last place of a trace with this tensor."""
+    fitting = (p for p, other in reversed(trace.tensors.items()) if other.shape == tensor.shape)
+    return next((p for p in fitting if relative_error(tensor, trace.tensors[p]) <= tolerance), None)

@@ -1,6 +1,6 @@
 """Causes in modules: a weight that is not the reference's, or another use of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.recorders import packed_sources, vision_aliases
+from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Place
 
 OTHER_ROWS = "its weight has the rows of the right one in another order"
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
@@ -81,13 +82,47 @@ def explain_norm(given: torch.Tensor, ours: torch.Tensor, name: str, evidence: E
     weight, bias = _host(getattr(theirs, "weight", None)), _host(getattr(theirs, "bias", None))
     if weight is None or weight.dim() != 1 or given.shape[-1] % len(weight):
         return None
-    eps = _eps_of(theirs)
     x = given.unflatten(-1, (-1, len(weight)))
-    target = ours.unflatten(-1, (-1, len(weight)))
-    trials = list(_norms(x, target, weight, bias, eps, name, evidence.their_parameters))
-    errors = [(relative_error(result.flatten(1), target.flatten(1)), text) for text, result in trials]
+    trials = _norms(x, ours.view(x.shape), weight, bias, _eps_of(theirs), name, evidence.their_parameters)
+    cause = _best(trials, ours, evidence.tolerance)
+    right = evidence.theirs.tensors[Place(name, OUTPUT)]
+    form = _best(_forms(x, weight, bias, _eps_of(theirs)), right, evidence.tolerance)
+    return f"{cause}; the reference's is {form.removeprefix('it is ')}" if cause and form else cause
+
+
+def explain_norms(evidence: Evidence, place: Place) -> str | None:
+    """Return the cause in norms that the reference keeps as a list, one for each head, with weights of its own."""
+    theirs, ours = evidence.theirs.tensors, evidence.ours.tensors[place]
+    norms = {
+        name: module
+        for name, module in evidence.their_modules.items()
+        if name.startswith(f"{place.module}.") and Place(name, INPUT) in theirs and Place(name, OUTPUT) in theirs
+    }
+    weights = [_host(getattr(module, "weight", None)) for module in norms.values()]
+    if len(norms) < 2 or any(weight is None or weight.dim() != 1 for weight in weights):
+        return None
+    made = torch.cat([theirs[Place(name, OUTPUT)] for name in norms], dim=-1)
+    if not evidence.same(made, theirs[place]):
+        return None
+    weight = torch.stack([weight for weight in weights if weight is not None])
+    biases = [bias for module in norms.values() if (bias := _host(getattr(module, "bias", None))) is not None]
+    bias = torch.stack(biases) if len(biases) == len(weight) else None
+    x = torch.stack([theirs[Place(name, INPUT)] for name in norms], dim=1)
+    eps = _eps_of(next(iter(norms.values())))
+    trials = [*_norms(x, ours.view(x.shape), weight, bias, eps, place.module, {})]
+    for text, other in (
+        ("it has the first head's weight for all heads", weight[:1]),
+        ("its heads' weights are in reverse order", weight.flip(0)),
+    ):
+        trials.append((text, _layer_norm(x, eps) * other + (0.0 if bias is None else bias)))
+    return _best(trials, ours, evidence.tolerance)
+
+
+def _best(trials: Iterable[tuple[str, torch.Tensor]], ours: torch.Tensor, tolerance: float) -> str | None:
+    """Return the text of the trial that is nearest to ours [tokens, features]; None: none is it."""
+    errors = [(relative_error(result.flatten(1), ours), text) for text, result in trials]
     error, text = min(errors, default=(1.0, ""))
-    return text if error <= evidence.tolerance else None
+    return text if error <= tolerance else None
 
 
 def _norms(
@@ -100,11 +135,8 @@ def _norms(
     parameters: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     layer_norm, rms = _layer_norm(x, eps), _rms(x, eps)
-    for text, normed in (("a root-mean-square norm", rms), ("a layer norm (mean subtracted)", layer_norm)):
-        yield f"it is {text}, times weight", normed * weight
-        yield f"it is {text}, times 1 + weight", normed * (1 + weight)
-        yield f"it is {text} without weight", normed
-    yield from _other_groups(x, weight, eps)
+    yield from _forms(x, weight, bias, eps)
+    yield from _other_groups(x, weight, bias, eps)
     if bias is not None:
         yield "its bias is not added", layer_norm * weight
     for other_eps in (*EPSILONS, *_solved_eps(x, ours, weight)):
@@ -125,13 +157,34 @@ def _norms(
                 yield text, layer_norm * other_weight + other_bias
 
 
-def _other_groups(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Iterator[tuple[str, torch.Tensor]]:
+def _forms(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for text, normed in (
+        ("a root-mean-square norm", _rms(x, eps)),
+        ("a layer norm (mean subtracted)", _layer_norm(x, eps)),
+    ):
+        yield f"it is {text}, times weight", normed * weight
+        yield f"it is {text}, times 1 + weight", normed * (1 + weight)
+        yield f"it is {text} without weight", normed
+        if bias is not None:
+            yield f"it is {text}, times weight, plus bias", normed * weight + bias
+            yield f"it is {text}, times 1 + weight, plus bias", normed * (1 + weight) + bias
+
+
+def _other_groups(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield norms over each head where the reference's is over all, and the other way round."""
-    for size in (size for size in range(2, len(weight)) if len(weight) % size == 0):
-        grouped = x.unflatten(-1, (-1, size))
-        yield f"it is over each {size} components (a head), not over all", _rms(grouped, eps).flatten(-2) * weight
-    if x.shape[1] > 1:
-        yield "it is over all heads together, not over each", _rms(x.flatten(1), eps).view(x.shape) * weight
+    shift = 0.0 if bias is None else bias
+    width = weight.shape[-1]
+    for norm in (_rms, _layer_norm):
+        for size in (size for size in range(2, width) if width % size == 0):
+            normed = norm(x.unflatten(-1, (-1, size)), eps).flatten(-2)
+            yield f"it is over each {size} components (a head), not over all", normed * weight + shift
+        if x.shape[1] > 1:
+            text = "it is over all heads together, not over each"
+            yield text, norm(x.flatten(1), eps).view(x.shape) * weight + shift
 
 
 def _solved_eps(x: torch.Tensor, ours: torch.Tensor, weight: torch.Tensor) -> Iterator[float]:
