@@ -73,6 +73,7 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     commands = said.partition("Next:\n")[2].splitlines()[:4]
     assert commands[0].strip().startswith(f"cd {root} && export PYTHONPATH=$PWD {PACKAGE_VARIABLE}=my_model2 ")
     assert [command.split()[0] for command in commands[1:]] == ["python", "python", "rtp-llm"]
+    assert "verify needs --trust-remote-code: " in said
     text = "".join((root / file).read_text() for file in files)
     assert "zeta" not in text.lower() and "class MyModel2ForCausalLM(" in text
     assert main(["new", "My-Model2", "--directory", str(root)]) == 2

@@ -10,6 +10,10 @@ import rtp_llm
 from rtp_llm.tools.new.names import Name, NewModelError
 from rtp_llm.tools.new.sources import MODEL_FILE, REFERENCE, TEMPLATES, TEST, sources
 
+WHY_TRUST = (
+    "verify needs --trust-remote-code: the reference is Python code, and runs from its copy in the checkpoint. Serving "
+    "runs the model file alone."
+)
 GUIDE = "docs/supported_models/support_new_models.md"
 
 
@@ -30,7 +34,7 @@ def run_new(args: argparse.Namespace) -> int:
     print("\nNext:")
     for command in commands:
         print(f"    {command}")
-    print(f"\nThen change the reference and the model file alike. What each part must do: {GUIDE}")
+    print(f"\n{WHY_TRUST}\nThen change the reference and the model file alike. What each part must do: {GUIDE}")
     return 0
 
 
