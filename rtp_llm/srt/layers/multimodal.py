@@ -25,9 +25,11 @@ class Placement(NamedTuple):
 
 def placements(forward_batch: ForwardBatch) -> list[Placement]:
     """Return the placements of items among this step's tokens; items outside of them are left out."""
+    if forward_batch.mm_inputs is None:
+        return []  # without reading the batch's lists, so that decode steps are replayed
     placed = []
     starts = accumulate(forward_batch.extend_seq_lens_cpu, initial=0)
-    for row, (inputs, start) in enumerate(zip(forward_batch.mm_inputs or (), starts, strict=False)):
+    for row, (inputs, start) in enumerate(zip(forward_batch.mm_inputs, starts, strict=False)):
         if inputs is None:
             continue
         prefix, count = forward_batch.extend_prefix_lens_cpu[row], forward_batch.extend_seq_lens_cpu[row]

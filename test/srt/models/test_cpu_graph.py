@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig
 
 from rtp_llm import Engine
@@ -16,6 +17,7 @@ from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from tiny_models import TINY_MODELS, make_tiny, random_prompts, tiny_model
+from tiny_seeing import IMAGE, make_seeing
 
 pytestmark = pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")
 
@@ -73,6 +75,24 @@ def test_experts_latent_caches_and_others(architecture: str, tmp_path: Path) -> 
     replayed, recorded = answers_of(model_dir, vocab_size, "bfloat16")
     assert (replayed, 0) == answers_of(model_dir, vocab_size, "bfloat16", disable_cpu_graph=True)
     assert recorded == 5
+
+
+def test_models_that_see(tmp_path: Path) -> None:
+    """Steps behind a prompt with an image, and behind text alone."""
+    model_dir = make_seeing(tmp_path)
+    prompts = [f"{IMAGE} What is it?", "No image."]
+    images = [Image.new("RGB", (56, 56), "red"), None]
+    params = [{"temperature": 0, "max_new_tokens": count, "ignore_eos": True} for count in (12, 24)]
+    answers = []
+    for disabled in (False, True):
+        options: dict[str, Any] = dict(dtype="float32", device="cpu", max_total_tokens=600, inline=True)
+        with Engine(model_path=model_dir, disable_cpu_graph=disabled, **options) as engine:
+            results = engine.generate(prompts, params, image_data=images)
+            answers.append([result["output_ids"] for result in results])
+            graphs = engine._runner.core.executor.worker.runner.recorder
+        if not disabled:
+            assert sum(not isinstance(graph, int) for graph in graphs._graphs.values()) == 2  # two rows, then one
+    assert answers[0] == answers[1]
 
 
 def test_many_numbers_of_rows_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
