@@ -44,6 +44,17 @@ class PromptMedia:
     cache_keys: list[int]
     blocks: list[tuple[int, int]]
 
+    def too_long_for(self, max_block: int) -> str | None:
+        """Return why a block is too long for a model that computes each in one step of ``max_block`` tokens; None if
+        none is, or if ``max_block`` is 0: the model computes media in pieces."""
+        longest = max((last - first + 1 for first, last in self.blocks), default=0)
+        if not 0 < max_block < longest:
+            return None
+        return (
+            f"media side by side take {longest} tokens, but this model computes them in one step, of {max_block} at "
+            "most (max_media_block): send fewer, or text between them"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:

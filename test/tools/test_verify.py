@@ -15,6 +15,7 @@ from rtp_llm import ModelRegistry, cli
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.layers.towers.clip import CLIPVisionEmbeddings
+from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.tools.verify.command import _text
 from rtp_llm.tools.verify.locate import compare, first_difference
 from rtp_llm.tools.verify.options import VerifyOptions
@@ -81,6 +82,12 @@ def test_more_broken_models_are_explained(broken: BrokenModel, tmp_path: Path) -
 @pytest.mark.parametrize("broken", BROKEN_SEEING_MODELS, ids=lambda broken: broken.name)
 def test_broken_models_that_see_are_explained(broken: BrokenModel, seeing: dict[str, str], tmp_path: Path) -> None:
     assert_found(broken, seeing[broken.checkpoint], tmp_path)
+
+
+def test_a_run_of_media_that_the_engine_refuses(seeing: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelRunner, "max_media_block", 3)
+    report = run(seeing["qwen2_vl"])
+    assert "the engine refuses the prompt '(" in report.failure and "of 3 at most (max_media_block)" in report.failure
 
 
 @pytest.mark.slow

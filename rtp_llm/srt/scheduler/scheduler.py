@@ -126,11 +126,8 @@ class Scheduler:
                 f"the request needs {total} tokens ({len(message.prompt_ids)} of the prompt), "
                 f"but at most {self.config.max_req_len} can be served"
             )
-        if message.spec.media is not None and self.config.max_media_block:
-            longest = max((last - first + 1 for first, last in message.spec.media.blocks), default=0)
-            if longest > self.config.max_media_block:
-                return f"an image takes {longest} tokens, but the model's take {self.config.max_media_block} at most"
-        return None
+        media = message.spec.media
+        return None if media is None else media.too_long_for(self.config.max_media_block)
 
     def _abort(self, rid: str | None) -> list[FromCore]:
         requests = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []

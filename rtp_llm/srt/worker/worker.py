@@ -41,7 +41,7 @@ class LoadedModel:
 
     layout: CacheLayout
     weight_bytes: int
-    max_media_block: int = 0  # most tokens of an image that see each other both ways; 0: media are causal
+    max_media_block: int = 0  # most tokens of media side by side, which see each other both ways; 0: media are causal
     reads_shared_prefixes: bool = False  # whether attention uses StepPlan.shared_prefixes
 
 

@@ -53,6 +53,8 @@ class OurModel:
     ) -> tuple[list[int], torch.Tensor]:
         """Return ``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each
         id but the last. A trace records the prompt's steps. Images are encoded again."""
+        if prompt.media is not None and (problem := prompt.media.too_long_for(self._runner.max_media_block)):
+            raise ForwardError(f"the engine refuses the prompt {prompt.text!r}: {problem}")
         self._runner.embedding_cache.clear()
         self._driver.start([prompt.ids], num_new, [prompt.media])
         ids = prompt.ids

@@ -383,10 +383,10 @@ def test_a_match_ends_before_a_block_or_after_it():
     loop.check_empty()
 
 
-def test_an_image_larger_than_the_models_is_refused():
+def test_media_side_by_side_that_are_larger_than_the_models_step_are_refused():
     loop = Loop(config(max_media_block=7), layout([None]), [100])
     loop.run([with_image(request("r", [1, 2]), 1, list(range(1000, 1008)))])
-    assert "an image takes 8 tokens" in loop.outputs["r"][-1].finish_reason.message
+    assert "media side by side take 8 tokens" in loop.outputs["r"][-1].finish_reason.message
 
 
 def test_a_resubmitted_request_goes_on_where_it_was():
