@@ -122,7 +122,8 @@ def check_command(command: str) -> None:
         known = help_of(arguments[0], *subcommand) if arguments[1:] else ""
         assert not {flag for flag in flags_of(arguments) if flag not in known}
     elif program == "pip":
-        assert arguments == ["install", "-e", ".", "-c", "constraints.txt"]
+        is_download = arguments[:2] == ["download", "--no-deps"] and len(arguments) == 3
+        assert is_download or arguments == ["install", "-e", ".", "-c", "constraints.txt"]
     elif program in ("ruff", "mypy"):
         assert f"$(BIN)/{' '.join([program, *arguments])}\n" in (ROOT / "Makefile").read_text(), "as make runs it"
     else:

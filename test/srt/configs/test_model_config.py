@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
+from remote_code import fresh_code
 from rtp_llm.srt.configs import model_config as module
 from rtp_llm.srt.configs import model_path
 from rtp_llm.srt.configs.hf_config import apply_overrides
@@ -382,7 +383,7 @@ class OddConfig(PreTrainedConfig):
 
 
 def test_remote_code_only_when_trusted(make_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    fresh_code(tmp_path / "cache", monkeypatch)
     (tmp_path / "odd.py").write_text(REMOTE_CODE)
     names = {"model_type": "odd_for_test", "architectures": ["OddForCausalLM"]}
     path = make_checkpoint(**names, auto_map={"AutoConfig": "odd.OddConfig"})
