@@ -520,7 +520,9 @@ def test_models_of_a_server(server: FakeServer, capsys: pytest.CaptureFixture[st
 # A person at a terminal
 
 
-PATH = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # the program may import this file
+PATH = os.pathsep.join(
+    map(str, (ROOT, ROOT / "test/helpers", Path(__file__).parent))
+)  # the program may import this file
 
 
 class Person:
