@@ -12,7 +12,10 @@ from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk
 from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, dense_routing, solved_routing
 from rtp_llm.tools.verify.order_causes import explain_order, order_text
+from rtp_llm.tools.verify.pointer import source_of
+from rtp_llm.tools.verify.recorders import OurRecorder
 from rtp_llm.tools.verify.routing_causes import RoutingTrials
+from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Trace
 
 TOLERANCE = 1e-4
 LOGITS = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
@@ -168,3 +171,35 @@ def test_attention_is_seen_in_whatever_form(is_fused: bool) -> None:
     torch.testing.assert_close(attended, output)
     assert factor == pytest.approx(0.3, rel=1e-4)
     assert mask is None if is_fused else bool((mask[0, 0].isinf() == torch.ones(6, 6).triu(1).bool()).all())
+
+
+class Doubled(nn.Linear):
+    pass
+
+
+class Pointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.doubled, self.project = Block(), Doubled(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.doubled(self.block(x)) + self.project(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "found"),
+    [
+        ("block", OUTPUT, "Block.forward, "),
+        ("block.gate", INPUT, "Block.forward, "),
+        ("block.experts.1", OUTPUT, "Block.forward, "),
+        ("doubled", OUTPUT, "Doubled, "),
+        ("project", OUTPUT, "Pointed.forward, "),
+        ("nowhere", OUTPUT, "Pointed.forward, "),
+    ],
+)
+def test_what_to_read_is_in_the_model_file(name: str, part: str, found: str) -> None:
+    model, trace = Pointed(), Trace(3)
+    with OurRecorder(model, trace), trace.step(0, 3):
+        model(torch.randn(3, 16))
+    text = source_of(model, name, part, trace.call_sites)
+    assert text.startswith(found) and __file__ in text, text

@@ -21,6 +21,7 @@ from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.attention_watch import HIDDEN, AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
 from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.pointer import call_sites
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
@@ -137,6 +138,7 @@ class OurRecorder(Recorder):
         self._rotation: tuple[Any, ...] | None = None  # (queries, keys), inputs of the last rotation
 
     def watch(self, name: str, module: nn.Module) -> None:
+        self.before(module, lambda args: self.trace.call_sites.__setitem__(name, call_sites(self.model)))
         if isinstance(module, RotaryEmbedding):
             self.before(module, lambda args: self._keep_rotation(name, args))
         elif isinstance(module, RadixAttention):

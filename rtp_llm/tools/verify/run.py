@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from rtp_llm.models_py.transformers import TransformersForCausalLM
 from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
@@ -34,6 +33,7 @@ from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.names import aligned_names
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
 from rtp_llm.tools.verify.pixels import pixels_note
+from rtp_llm.tools.verify.pointer import source_of
 from rtp_llm.tools.verify.prompts import Prompt, image_prompt, image_prompts, read_or_default_prompts
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
 from rtp_llm.tools.verify.replay import Replay
@@ -66,7 +66,7 @@ class Report:
     Args:
         finding: None if they agree, or if the model runs through transformers, without modules of ours.
         around: the places before and after the differing one, of ``num_compared`` common places.
-        source: the method of our model file with the difference.
+        source: the place in our model file to be read.
         pixels: how our processor compares with transformers'; empty: no prompt has images.
         failure: why ours cannot be loaded or run; ``results`` is then empty.
     """
@@ -194,13 +194,14 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     report = _with(report, num_compared=len(differences))
     if index is not None:
         index, finding = _searched(evidence, differences, index)
+        source = source_of(ours.model, finding.module, finding.part, evidence.ours.call_sites)
         finding = _with_pieces(finding, report, ours, theirs, whole, options)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
-        return _with(report, finding=finding, around=around, source=_source(ours.model, finding.module))
+        return _with(report, finding=finding, around=around, source=source)
     logits, error = _logits_of(evidence)
     if error > report.tolerance:
         finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
-        return _with(report, finding=finding, source=_source(ours.model, ""))
+        return _with(report, finding=finding, source=source_of(ours.model, "", finding.part, {}))
     note = "All modules agree over prompt and text at once: only tokens computed one by one, from the cache, differ."
     return _with(report, note=note)
 
@@ -263,16 +264,6 @@ def _with_pieces(
         "Something depends on which tokens are computed together"
     )
     return replace(finding, causes=[*finding.causes, cause])
-
-
-def _source(model: nn.Module, name: str) -> str:
-    """Return the forward method of the innermost module from a model file that contains ``name``."""
-    modules = dict(model.named_modules())
-    while name and (name not in modules or type(modules[name]).__module__.startswith(("rtp_llm.srt.", "torch."))):
-        name = name.rpartition(".")[0]
-    module = modules[name]
-    method: Any = type(module).forward
-    return f"{type(module).__name__}.forward, {method.__code__.co_filename}:{method.__code__.co_firstlineno}"
 
 
 def _with(report: Report, **changes: Any) -> Report:

@@ -67,6 +67,18 @@ class VisionCall:
 
 
 @dataclass(frozen=True)
+class CallSite:
+    """A line of a function that is called while a model computes, ``Class.function``."""
+
+    function: str
+    filename: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.function}, {self.filename}:{self.line}"
+
+
+@dataclass(frozen=True)
 class Parts:
     """The parts of a multimodal model, by the checkpoint's names, which are equal on both sides.
 
@@ -115,6 +127,7 @@ class Trace:
         self.ropes: dict[str, str] = {}  # of attention blocks of ours: their rotary embeddings
         self.latent_sizes: dict[str, int] = {}  # rotated components of latent attention
         self.experts: dict[str, ExpertsCall] = {}  # the last call of each module of experts
+        self.call_sites: dict[str, tuple[CallSite, ...]] = {}  # of our modules' last calls
         self.positions: torch.Tensor | None = None  # inputs of rotations: [tokens], or [3, tokens] of M-RoPE
         self._position_pieces: list[torch.Tensor] = []
         self.tensors: dict[Place, torch.Tensor] = {}
