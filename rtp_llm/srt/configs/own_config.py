@@ -1,8 +1,10 @@
 """Configurations without transformers: the class that a model file names, or the fields of config.json as they are."""
 
 import dataclasses
+import json
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -63,6 +65,17 @@ class _Served:
 def is_known(model_type: Any) -> bool:
     """Return whether transformers has a configuration class for a model type, its own or one that was registered."""
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def config_of_unknown_type(directory: str, trust_remote_code: bool) -> PreTrainedConfig | None:
+    """Return the content of a directory's config.json if transformers has no class for its model type, beside the
+    weights neither: what it would make itself, with a warning that the model is another one. None: it has one."""
+    path = Path(directory) / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    has_code = trust_remote_code and "AutoConfig" in values.get("auto_map", {})
+    if "model_type" not in values or is_known(values["model_type"]) or has_code:
+        return None
+    return PreTrainedConfig.from_dict(values)
 
 
 def check_config_class(config_class: object) -> None:

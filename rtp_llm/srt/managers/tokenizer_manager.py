@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
+from rtp_llm.srt.configs.own_config import config_of_unknown_type
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.generate_options import (
@@ -64,7 +65,11 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
     try:
         names = named_symbols(tokenizer_path)
         tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_path, trust_remote_code=trust_remote_code, revision=revision or "main", **names
+            tokenizer_path,
+            config=config_of_unknown_type(tokenizer_path, trust_remote_code),
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            **names,
         )
         is_empty = len(tokenizer) <= len(tokenizer.added_tokens_decoder)  # as some classes do without files
         if not is_empty:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import configuration_utils
 
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerError, TokenizerManager, load_tokenizer
 from rtp_llm.srt.request_spec import LogprobSpec
@@ -191,6 +192,20 @@ def test_special_tokens_are_added_as_transformers_does(data_dir: Path) -> None:
     stories = TokenizerManager(tokenizer, vocab_size=512, context_length=512, max_req_len=512)
     assert stories.encode("Once upon") == tokenizer.encode("Once upon") == [1, 403, 407]
     assert stories.requests(Prompt(""))[0].prompt_ids == [1]
+
+
+@pytest.mark.parametrize("more", ["", ', "auto_map": {"AutoConfig": "configuration_zeta.ZetaConfig"}'])
+def test_a_model_type_of_ones_own_is_no_cause_for_alarm(
+    more: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers warns, where it has no class for a model type, that the model may be another one."""
+    for path in (data_dir / "models/stories260K-hf").glob("tokenizer*"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").write_text('{"model_type": "zeta", "vocab_size": 512' + more + "}")
+    warnings: list[str] = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", warnings.append)
+    assert load_tokenizer(str(tmp_path)).encode("Once upon") == [1, 403, 407]
+    assert warnings == []
 
 
 def test_no_tokenizer_there(tmp_path: Path) -> None:
