@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -107,14 +107,29 @@ def _chat_template(model_path: Path, tokenizer: Any) -> str:
     return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
 
 
+class NoProcessorError(ValueError):
+    """A checkpoint has no processor of transformers."""
+
+
 def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
     """Return transformers' processor for a model's texts and images; without its part for videos if torchvision,
     which that needs, is missing.
 
     Raises:
-        ValueError, OSError: the model has none, or its files are missing.
+        NoProcessorError: the checkpoint has none, only a tokenizer.
+        ValueError, OSError: its files are missing.
         ImportError: a package for its images is not installed.
     """
+    processor = _load_processor(model_path, trust_remote_code)
+    if isinstance(processor, PreTrainedTokenizerBase):  # which takes images, and leaves them out
+        raise NoProcessorError(
+            f"{model_path} has no processor of transformers for images, only a tokenizer. For a model whose processor "
+            "is its own, `rtp-llm verify` gives transformers the pixels that this one makes"
+        )
+    return processor
+
+
+def _load_processor(model_path: str, trust_remote_code: bool) -> Any:
     try:
         return AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except ImportError:
@@ -277,7 +292,11 @@ class TransformersModel:
         return self.encode_with_images(text, images)
 
     def encode_with_images(self, text: str, images: Sequence[Image.Image]) -> tuple[list[int], Extras]:
-        """Do the same as ``encode_chat`` for a text with the template's placeholders and special tokens."""
+        """Do the same as ``encode_chat`` for a text with the template's placeholders and special tokens.
+
+        Raises:
+            NoProcessorError: the checkpoint has only a tokenizer.
+        """
         inputs = self.processor(
             text=[text], images=list(images) or None, add_special_tokens=False, return_tensors="pt"
         ).to(self.device)

@@ -17,6 +17,8 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
 from rtp_llm.tools.new.names import Name, NewModelError
 from rtp_llm.tools.new.sources import ARCHITECTURE, sources
+from rtp_llm.tools.reference import TransformersModel, drawn_image
+from rtp_llm.tools.verify.all_schedules import image_question
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import verify
 from tiny_server import own_process
@@ -51,6 +53,10 @@ def test_a_package_agrees_at_once(kind: str, tmp_path: Path, monkeypatch: pytest
     assert report.agrees, report.failure or report.finding
     assert report.class_name == entry.__name__
     assert any(result.prompt.media is not None for result in report.results) == (kind == "sees")
+    if kind == "sees":
+        their_model = TransformersModel(checkpoint, "float32", "cpu", trust_remote_code=True).model
+        question = image_question(args, their_model, "What is it?", [drawn_image()] * 2)
+        assert question.extras["pixel_values"].shape[0] == len(question.call["image_data"]) == 2
 
 
 def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

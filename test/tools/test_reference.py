@@ -9,7 +9,16 @@ import torch
 
 import rtp_llm
 from parity import rewrite_tensors
-from rtp_llm.tools.reference import HalfLoadedError, TransformersModel, near_ties, ties_text
+from rtp_llm.tools.reference import (
+    HalfLoadedError,
+    NoProcessorError,
+    TransformersModel,
+    drawn_image,
+    near_ties,
+    ties_text,
+)
+from rtp_llm.tools.verify.pixels import pixels_note
+from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.ties import parting
 from tiny_models import make_tiny
 
@@ -33,6 +42,16 @@ def test_what_transformers_makes_up_is_no_reference(tmp_path: Path, capsys: pyte
     reference_hf: dict[str, Any] = runpy.run_path(str(REFERENCE_HF))
     assert reference_hf["main"](["--model-path", model_dir, "--device", "cpu"]) == 2
     assert "is no reference for" in capsys.readouterr().err
+
+
+def test_images_are_not_left_out_where_there_is_no_processor(tmp_path: Path) -> None:
+    """transformers gives the tokenizer instead, which takes images and does nothing with them."""
+    model_dir = make_tiny("MistralForCausalLM", tmp_path)
+    model = TransformersModel(model_dir, device="cpu")
+    with pytest.raises(NoProcessorError, match="no processor of transformers for images, only a tokenizer"):
+        model.encode_with_images("What is it?", [drawn_image()])
+    note = pixels_note(model_dir, False, model.model, "What is it?", [drawn_image()], Prompt("", [1]))
+    assert "There are no others to compare them with" in note
 
 
 def test_near_ties_are_told_in_16_bits() -> None:

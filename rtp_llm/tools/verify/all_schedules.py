@@ -1,16 +1,19 @@
 """``rtp-llm verify --schedules``: the model under each of the engine's schedules, against transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
+from PIL import Image
+
+from rtp_llm.srt.checkpoint import prompts_with_images, read_model_config, read_tokenizer
 from rtp_llm.srt.configs.model_config import read_architectures
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.registry import ModelImportError
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
+from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.tools.model_file import served_by_file
 from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
 from rtp_llm.tools.schedules import NEW_TOKENS, SCHEDULES, SECOND_TURN, Question, ScheduleResult, Teacher, run_schedules
@@ -91,9 +94,27 @@ def _image_questions(
     for text, prompt in zip(texts, prompts[-len(texts) :], strict=True):  # those with these images
         if prompt.media is None:
             raise VerifyError(f"the prompt {prompt.text!r} has no images")
-        extras = extras_for(their_model, prompt.ids, MultimodalInputs.decode(open_content(prompt.media.content)))
         chat = image_prompt(args, config, tokenizer, text, len(images))
-        yield Question(prompt.text, prompt.ids, {"prompt": chat, "image_data": images}, extras)
+        yield _image_question(their_model, prompt.text, chat, images, prompt.ids, prompt.media)
+
+
+def image_question(args: ServerArgs, their_model: Any, text: str, images: Sequence[Image.Image]) -> Question:
+    """Return a user's message with images before its text: the engine gets the images themselves, and transformers'
+    model what our processor makes of them."""
+    config = read_model_config(args)
+    tokenizer = read_tokenizer(args, config)
+    chat = image_prompt(args, config, tokenizer, text, len(images))
+    (prompt,) = prompts_with_images(args, config, tokenizer, [chat], images)
+    if prompt.media is None:
+        raise VerifyError(f"the prompt {text!r} has no images")
+    return _image_question(their_model, f"{text} ({len(images)} images)", chat, images, prompt.input_ids, prompt.media)
+
+
+def _image_question(
+    their_model: Any, name: str, chat: str, images: Sequence[Image.Image], ids: list[int], media: PromptMedia
+) -> Question:
+    extras = extras_for(their_model, ids, MultimodalInputs.decode(open_content(media.content)))
+    return Question(name, ids, {"prompt": chat, "image_data": list(images)}, extras)
 
 
 def _engine_args(args: ServerArgs, questions: list[Question], without_tokenizer: bool) -> ServerArgs:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
-from rtp_llm.tools.reference import load_processor
+from rtp_llm.tools.reference import NoProcessorError, load_processor
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.order_causes import explain_order
 from rtp_llm.tools.verify.prompts import Prompt
@@ -30,6 +30,11 @@ def pixels_note(
     try:
         processor = load_processor(model_path, trust_remote_code)
         inputs = processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
+    except NoProcessorError:
+        return (
+            "Both models got our processor's pixels. There are no others to compare them with, since the checkpoint "
+            "has no processor of transformers, only a tokenizer: a wrong scale or order of pixels goes unseen."
+        )
     except Exception as error:  # of any kind: packages are missing, or it wants other arguments
         return (
             "Both models got our processor's pixels, which were not compared: transformers' processor of this "

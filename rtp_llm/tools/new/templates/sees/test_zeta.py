@@ -6,8 +6,9 @@ from zeta.zeta import EntryClass
 
 from rtp_llm import ModelRegistry
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.tools.reference import TransformersModel, chat_text, drawn_image
+from rtp_llm.tools.reference import TransformersModel, drawn_image
 from rtp_llm.tools.schedules import SCHEDULES, Question, Teacher, random_questions, run_schedules
+from rtp_llm.tools.verify.all_schedules import image_question
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import verify
 
@@ -52,11 +53,9 @@ def test_schedules(checkpoint: str, reference: TransformersModel) -> None:
 
 
 def test_schedules_with_images(checkpoint: str, reference: TransformersModel) -> None:
-    """The engine gets the image itself, and the reference what transformers' processor makes of it."""
-    questions = []
-    for count in (1, 2):
-        images = [drawn_image(), drawn_image().rotate(90)][:count]
-        text = chat_text(checkpoint, reference.tokenizer, "What is it?", count)
-        ids, extras = reference.encode_with_images(text, images)
-        questions.append(Question(f"{count} images", ids, {"prompt": text, "image_data": images}, extras))
+    """The engine gets the images themselves, and the reference what our processor makes of them: ``rtp-llm verify``
+    says how that compares with transformers' processor, if the checkpoint has one."""
+    images = [drawn_image(), drawn_image().rotate(90)]
+    args = arguments(checkpoint)
+    questions = [image_question(args, reference.model, "What is it?", images[:count]) for count in (1, 2)]
     check_schedules(checkpoint, reference, questions)
