@@ -102,7 +102,8 @@ def server(checkpoint: Path, packages: Path, options: Sequence[str]) -> Iterator
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "rtp_llm.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--context-length", "256"]
-    command += ["--max-total-tokens", "1024", "--model-impl", "rtp_llm", "--log-level", "error", *options]
+    command += ["--max-total-tokens", "1024", "--model-impl", "rtp_llm", "--log-level", "error"]
+    command += ["--served-model-name", PACKAGE, *options]
     environment = os.environ | {
         "RTP_LLM_EXTERNAL_MODEL_PACKAGE": PACKAGE,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(packages)]),
@@ -132,7 +133,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 def complete(url: str) -> str:
     """Return what the server adds to the prompt."""
-    body = {"prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "model": "default"}
+    body = {"prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "model": PACKAGE}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
