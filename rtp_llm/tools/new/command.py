@@ -3,7 +3,9 @@
 import argparse
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import rtp_llm
@@ -59,14 +61,14 @@ def write(name: Name, files: Mapping[str, str], root: Path) -> list[Path]:
 
 def _format(paths: list[Path]) -> None:
     """Sort imports and break lines, where ruff is installed: names that are longer or shorter than Zeta need it."""
-    ruff = shutil.which("ruff")
+    ruff = _ruff()
     if ruff is None:
         return
     style = ["--isolated", "--quiet", "--line-length", "120"]
     first_party = 'lint.isort.known-first-party = ["rtp_llm"]'
     files = [str(path) for path in paths]
-    subprocess.run([ruff, "check", "--select", "I", "--fix", *style, "--config", first_party, *files], check=True)
-    subprocess.run([ruff, "format", *style, *files], check=True)
+    subprocess.run([*ruff, "check", "--select", "I", "--fix", *style, "--config", first_party, *files], check=True)
+    subprocess.run([*ruff, "format", *style, *files], check=True)
 
 
 def _outside(texts: Mapping[str, str]) -> dict[str, str]:
@@ -136,3 +138,11 @@ def _commands_inside(name: Name, sees: bool) -> list[str]:
         "rtp-llm verify tiny --trust-remote-code",
         "rtp-llm serve --model-path tiny",
     ]
+
+
+def _ruff() -> list[str] | None:
+    """Return the command that runs ruff: this Python's own, else the one on the path; None if there is none."""
+    if find_spec("ruff") is not None:
+        return [sys.executable, "-m", "ruff"]
+    found = shutil.which("ruff")
+    return [found] if found else None
