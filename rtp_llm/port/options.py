@@ -8,8 +8,8 @@ along. The report says what was done, what to look at and what cannot be ported;
 comment. Exit status: 0 nothing is left, 1 something is left or differs, 2 the file cannot be ported.
 
 example:
-  rtp-llm port vllm/model_executor/models/olmo2.py -o my_models/olmo2.py --arch Olmo2ForCausalLM
-  rtp-llm verify CHECKPOINT --model-class my_models/olmo2.py:Olmo2ForCausalLM
+  rtp-llm port vllm/model_executor/models/olmoe.py -o my_models/olmoe.py --arch OlmoeForCausalLM
+  rtp-llm verify CHECKPOINT --model-class my_models/olmoe.py:OlmoeForCausalLM
 """
 
 
