@@ -200,7 +200,7 @@ class Sums(TPGroup):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_a_norm_over_the_heads_of_all_ranks(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight query components, and of four of keys, which two ranks share if there are four."""
+    """Eight query components and four of keys are normed; of four ranks, each two share the same key heads."""
     num_parts = min(num_ranks, 2)
     q, k, v = torch.randn(3, 8), torch.randn(3, 4), torch.randn(3, 4)
     q_weight, k_weight = torch.randn(8), torch.randn(4)
