@@ -106,6 +106,11 @@ class DeviceProvider(ABC):
         products of ``reference.linear_uint8``."""
 
     @abstractmethod
+    def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> PackedWeight:
+        """Pack a weight [N, num_inputs] in blocks, [N, bytes per row] uint8, of a type of
+        ``kernels.blocks.BLOCK_TYPES``, for the products of ``kernels.blocks.PlainBlocks``."""
+
+    @abstractmethod
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         """Make kernels that are bound within the context report their times to ``watch``, also later; for a profile."""
 

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity
 
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
 from rtp_llm.srt.kernels import packed, reference
+from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks
 from rtp_llm.srt.platform import host_memory_bytes, num_cpus
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
@@ -65,6 +66,11 @@ class ReferenceProvider(DeviceProvider):
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> packed.PackedWeight:
         return packed.PlainGroups(weight, scales, zeros, group_size, bits=8)
+
+    def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> packed.PackedWeight:
+        if blocks.shape[-1] != BLOCK_TYPES[block_type].row_bytes(num_inputs):
+            raise ValueError(f"{num_inputs} inputs in blocks of {block_type} are not of shape {list(blocks.shape)}")
+        return PlainBlocks(blocks, block_type)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return nullcontext()
