@@ -16,6 +16,7 @@ from torch import nn
 
 from rtp_llm.srt.cache.spec import CacheSpec, LengthScaling
 from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.gguf.form import GGUFForm, is_form
 
 
 class TraitError(ValueError):
@@ -40,6 +41,7 @@ class ModelTraits:
     max_media_block: int = 0
     replays_steps: bool = True
     config_class: type | None = None
+    gguf: GGUFForm | Sequence[GGUFForm] = ()
 
     @classmethod
     def of(cls, model: object) -> Self:
@@ -103,6 +105,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_positions": ("a number of tokens", _is_count),
     "max_media_block": ("a number of tokens", _is_count),
     "replays_steps": ("True or False", lambda value: isinstance(value, bool)),
+    "gguf": ("a GGUFForm, or a tuple of them", is_form),
     "config_class": ("a dataclass or a transformers configuration", lambda value: isinstance(value, type)),
 }
 

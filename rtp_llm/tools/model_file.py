@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, entry_class_names, reason
+from rtp_llm.srt.models.model_source import entry_class_names
+from rtp_llm.srt.models.registry import ModelImportError, ModelRegistry, reason
 
 _numbers = count()
 

@@ -1,9 +1,7 @@
 """Map architecture names to model classes. Model files are found by reading them, and imported only when needed."""
 
-import ast
 import logging
 import os
-import re
 import traceback
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -19,16 +17,16 @@ from types import ModuleType
 from torch import nn
 
 from rtp_llm.srt.configs.architectures import with_other_names
+from rtp_llm.srt.gguf.form import declared_forms
+from rtp_llm.srt.models.model_source import CONFIG_CLASS, ModelSource, entry_class_names
 
 logger = logging.getLogger(__name__)
 
 ADDING_A_MODEL = "docs/supported_models/support_new_models.md"
 PACKAGE_VARIABLE = "RTP_LLM_EXTERNAL_MODEL_PACKAGE"
 ENTRY_POINT_GROUP = "rtp_llm.models"
-CONFIG_CLASS = "config_class"  # the attribute of a model class that names its configuration's class
 
 _NOT_MODEL_FILES = ("rtp_llm.srt.", "torch.", "transformers.", "importlib.")
-_ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", re.MULTILINE)
 
 
 class UnknownArchitectureError(ValueError):
@@ -47,13 +45,13 @@ class DuplicateModelError(AssertionError, ValueError):
 class ModelFile:
     """A class that is not imported yet.
 
-    ``places``: the classes, as ``module:Class``, that claim the architecture. ``config_is_own``: the class may name a
-    configuration class, as far as its source says.
+    ``places``: the classes, as ``module:Class``, that claim the architecture. ``source``: what the text of its file
+    says; None: it was not read.
     """
 
     arch: str
     places: tuple[str, ...]
-    config_is_own: bool = True
+    source: ModelSource | None = None
 
     def load(self) -> type[nn.Module]:
         """Import the class.
@@ -87,10 +85,10 @@ class _Found:
     entries: dict[str, Entry] = field(default_factory=dict)  # by architecture
     unreadable: dict[str, Exception] = field(default_factory=dict)  # file -> why its architectures are not known
 
-    def claim(self, arch: str, place: str, config_is_own: bool = True) -> None:
+    def claim(self, arch: str, place: str, source: ModelSource | None = None) -> None:
         before = self.entries.get(arch)
         places = before.places if isinstance(before, ModelFile) else ()
-        self.entries[arch] = ModelFile(arch, tuple(dict.fromkeys((*places, place))), config_is_own)
+        self.entries[arch] = ModelFile(arch, tuple(dict.fromkeys((*places, place))), source)
 
 
 class ModelMap(MutableMapping[str, type[nn.Module]]):
@@ -231,9 +229,38 @@ class _ModelRegistry:
         if found is None:
             return None
         entry = self.models.entry(found)
-        if isinstance(entry, ModelFile) and is_known and not entry.config_is_own:
+        if isinstance(entry, ModelFile) and is_known and entry.source and not entry.source.config_is_own:
             return None
         return getattr(self.models[found], CONFIG_CLASS, None)
+
+    def gguf_classes(self, gguf_architecture: str) -> list[dict[str, type[nn.Module]]]:
+        """Return the classes that declare a GGUF form of this architecture themselves, by name.
+
+        There is a dict for each of the four places of ``ModelMap``, in order of precedence. A file of ``models_py`` is
+        imported only if it has such a form. An installed file that cannot be imported is logged and left out.
+
+        Raises:
+            ModelImportError, DuplicateModelError: as ``resolve_model_cls``, for a file that has such a form.
+        """
+
+        def reads(entry: type) -> bool:
+            return any(form.architecture == gguf_architecture for form in declared_forms(entry))
+
+        found = []
+        for layer in self.models.layers:
+            entries = {arch: _load_if_gguf(entry, gguf_architecture) for arch, entry in layer.items()}
+            found.append({arch: entry for arch, entry in entries.items() if entry and reads(entry)})
+        return found
+
+    def gguf_architectures(self) -> set[str]:
+        """Return the GGUF architectures that classes declare, as far as is known without importing a file."""
+        found: set[str] = set()
+        for entry in map(self.models.entry, self.models):
+            if isinstance(entry, ModelFile):
+                found |= entry.source.gguf_architectures if entry.source else set()
+            else:
+                found |= {form.architecture for form in declared_forms(entry)}
+        return found
 
     def _find(self, names: list[str]) -> str | None:
         for layer in self.models.layers:
@@ -252,6 +279,19 @@ class _ModelRegistry:
         )
         error.__cause__ = next(iter(unreadable.values()), None)
         return error
+
+
+def _load_if_gguf(entry: Entry, gguf_architecture: str) -> type[nn.Module] | None:
+    """Return the class if it may have a form of this architecture, as far as its source says."""
+    if not isinstance(entry, ModelFile):
+        return entry
+    if entry.source:
+        return entry.load() if gguf_architecture in entry.source.gguf_architectures else None
+    try:
+        return entry.load()
+    except (ModelImportError, DuplicateModelError) as error:
+        logger.warning("%s is left out in the search for a reader of GGUF files: %s", entry.arch, error)
+        return None
 
 
 def import_model_classes(package_name: str, strict: bool = False) -> dict[str, type[nn.Module]]:
@@ -338,7 +378,9 @@ def _read_entry_points() -> _Found:
         found.unreadable |= package.unreadable
         for arch, entry in package.entries.items():
             for place in entry.places if isinstance(entry, ModelFile) else ():
-                found.claim(arch, place)  # its file is imported before a configuration is read: it may register one
+                found.claim(
+                    arch, place
+                )  # without its source: its file is imported before a configuration is read: it may register one
     return found
 
 
@@ -372,49 +414,9 @@ def _claim_by_source(found: _Found, module: str, path: Path) -> None:
     except (SyntaxError, ValueError, OSError) as error:
         found.unreadable[str(path)] = error
         return
+    said = ModelSource.of(source)
     for name in names:
-        found.claim(name, f"{module}:{name}", CONFIG_CLASS in source)
-
-
-def entry_class_names(source: str, filename: str) -> list[str]:
-    """Return the class names that a module's source assigns to ``EntryClass``; empty if it does not assign it.
-
-    If the source is not valid Python, they are searched in its text, so that loading one shows the syntax error.
-
-    Raises:
-        SyntaxError: the source is not valid Python, and no names are found in it.
-        ValueError: ``EntryClass`` is not written as a name or a list or tuple of names.
-    """
-    try:
-        statements = ast.parse(source, filename).body
-    except SyntaxError:
-        matches = _ENTRY_CLASS_TEXT.findall(source)
-        if not matches:
-            raise
-        return re.findall(r"\w+", matches[-1])
-    names: list[str] = []
-    for statement in statements:
-        value = _entry_class_value(statement)
-        if value is None:
-            continue
-        items = value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]
-        names = [item.id for item in items if isinstance(item, ast.Name)]
-        if len(names) < len(items):
-            raise ValueError(
-                f"line {statement.lineno}: EntryClass must be a class name or a list or tuple of class names"
-            )
-    return names
-
-
-def _entry_class_value(statement: ast.stmt) -> ast.expr | None:
-    targets: list[ast.expr] = []
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, ast.AnnAssign):
-        targets = [statement.target]
-    if any(isinstance(target, ast.Name) and target.id == "EntryClass" for target in targets):
-        return statement.value  # type: ignore[attr-defined]
-    return None
+        found.claim(name, f"{module}:{name}", said)
 
 
 def reason(error: Exception) -> str:

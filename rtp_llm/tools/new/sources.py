@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import rtp_llm
 from rtp_llm.srt.configs.model_config import is_multimodal_model
-from rtp_llm.srt.models.registry import entry_class_names
+from rtp_llm.srt.models.model_source import entry_class_names
 from rtp_llm.tools.new.names import NewModelError
 from rtp_llm.tools.new.options import DEFAULT_LIKE
 

@@ -10,6 +10,8 @@ import pytest
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
+from rtp_llm.srt.models.model_source import entry_class_names
 from rtp_llm.srt.models.registrations import RegistrationError, pack_registrations, unpack_registrations
 from rtp_llm.srt.models.registry import (
     PACKAGE_VARIABLE,
@@ -18,7 +20,6 @@ from rtp_llm.srt.models.registry import (
     ModelRegistry,
     UnknownArchitectureError,
     _ModelRegistry,
-    entry_class_names,
     import_model_classes,
 )
 from warm_python import run_python
@@ -431,6 +432,50 @@ def test_a_class_that_cannot_be_sent(nothing_set):
     ModelRegistry.models["Mine"] = type("Mine", (nn.Module,), {"__module__": "__main__", "lock": lock})
     with pytest.raises(RegistrationError, match=r"registered as 'Mine', cannot be sent .*lock"):
         pack_registrations()
+
+
+GGUF = """
+    from rtp_llm.srt.gguf.form import GGUFForm
+    class Alpha:
+        gguf = GGUFForm("alpha"), GGUFForm(
+            architecture="alpha2",
+        )
+    class AlphaHeir(Alpha): pass
+    class AlphaCopy(Alpha):
+        gguf = GGUFForm("alpha")
+    EntryClass = [Alpha, AlphaHeir, AlphaCopy]
+"""
+
+
+def gguf_names(registry, architecture):
+    return [name for layer in registry.gguf_classes(architecture) for name in layer]
+
+
+def test_classes_that_read_a_gguf_architecture(make_registry):
+    registry = make_registry(alpha=GGUF, broken="import nothing_of_this_name\nclass B: pass\nEntryClass = B")
+    assert gguf_names(registry, "alpha") == ["Alpha", "AlphaCopy"]
+    assert gguf_names(registry, "alpha2") == ["Alpha"]
+    assert gguf_names(registry, "beta") == []
+    assert registry.gguf_architectures() == {"alpha", "alpha2"}
+
+
+def test_a_class_that_was_set_reads_a_gguf_architecture(make_registry):
+    class Mine(nn.Module):
+        gguf = GGUFForm("mine")
+
+    registry = make_registry(alpha=GGUF)
+    registry.models["Mine"] = Mine
+    registry.models["Hers"] = type("Hers", (Mine,), {})
+    assert registry.gguf_classes("mine")[0] == {"Mine": Mine}
+    assert "mine" in registry.gguf_architectures()
+
+
+def test_an_installed_class_reads_a_gguf_architecture(make_registry, make_package, install, caplog):
+    make_package("installed", alpha=GGUF, broken="import nothing_of_this_name\nclass B: pass\nEntryClass = B")
+    install("some", "Alpha = installed.alpha:Alpha", "others = installed.broken")
+    registry = make_registry(beta=ALPHA)
+    assert gguf_names(registry, "alpha2") == ["Alpha"]
+    assert "B is left out in the search for a reader of GGUF files" in caplog.text
 
 
 def test_the_projects_own_models_can_all_be_imported():

@@ -1,0 +1,68 @@
+"""What the text of a model file says of the classes in it, without importing it."""
+
+import ast
+import re
+from dataclasses import dataclass
+from typing import Self
+
+CONFIG_CLASS = "config_class"  # the attribute of a model class that names its configuration's class
+
+_GGUF_FORM_TEXT = re.compile(r"""\bGGUFForm\(\s*(?:architecture\s*=\s*)?["']([^"']+)["']""")
+_ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What the text of a model file says of its classes together.
+
+    ``config_is_own``: one may name a configuration class. ``gguf_architectures``: those of the GGUF files that they
+    read.
+    """
+
+    config_is_own: bool
+    gguf_architectures: frozenset[str]
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        return cls(CONFIG_CLASS in text, frozenset(_GGUF_FORM_TEXT.findall(text)))
+
+
+def entry_class_names(source: str, filename: str) -> list[str]:
+    """Return the class names that a module's source assigns to ``EntryClass``; empty if it does not assign it.
+
+    If the source is not valid Python, they are searched in its text, so that loading one shows the syntax error.
+
+    Raises:
+        SyntaxError: the source is not valid Python, and no names are found in it.
+        ValueError: ``EntryClass`` is not written as a name or a list or tuple of names.
+    """
+    try:
+        statements = ast.parse(source, filename).body
+    except SyntaxError:
+        matches = _ENTRY_CLASS_TEXT.findall(source)
+        if not matches:
+            raise
+        return re.findall(r"\w+", matches[-1])
+    names: list[str] = []
+    for statement in statements:
+        value = _entry_class_value(statement)
+        if value is None:
+            continue
+        items = value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]
+        names = [item.id for item in items if isinstance(item, ast.Name)]
+        if len(names) < len(items):
+            raise ValueError(
+                f"line {statement.lineno}: EntryClass must be a class name or a list or tuple of class names"
+            )
+    return names
+
+
+def _entry_class_value(statement: ast.stmt) -> ast.expr | None:
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    if any(isinstance(target, ast.Name) and target.id == "EntryClass" for target in targets):
+        return statement.value  # type: ignore[attr-defined]
+    return None
