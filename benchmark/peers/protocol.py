@@ -24,12 +24,17 @@ class NotOffered(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to load: a checkpoint folder, bits of each weight (16, 8 or 4), and a folder for converted files."""
+    """What to load: a checkpoint folder, bits of each weight (16, 8 or 4), and a folder for converted files; or a GGUF
+    file, which is taken as it is."""
 
     checkpoint: str
     precision: int
     threads: int
     files: str
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.checkpoint.endswith(".gguf")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     python benchmark/peers/setup.py llama.cpp openvino vllm transformers
     python benchmark/peers/run.py --precision 16 --shape 0.6b --rounds 3
+    python benchmark/peers/run.py --model FILE.gguf
     python benchmark/peers/run.py --before CHECKOUT
 
 Prints each round, a markdown table with medians, ratios to the best peer and to what the machine allows, and the
@@ -10,7 +11,6 @@ machine's ceilings, measured before the first and after the last round. README.m
 
 import argparse
 import json
-import math
 import platform
 import signal
 import subprocess
@@ -24,15 +24,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for the modules beside this one
 
-from benchmark.peers.peers import BEFORE, DEFAULT_INTO, HERE, OURS, PEERS, REPOSITORY, Peer, add_before
+from benchmark.peers.peers import BEFORE, DEFAULT_INTO, HERE, OURS, PEERS, Peer, add_before
 from benchmark.peers.process import SideFailed
 from benchmark.peers.protocol import Job, NotOffered
 from benchmark.peers.report import FIGURES, Comparison, bound, compare, table
 from benchmark.peers.side import Side
+from benchmark.peers.subject import (
+    BITS_PER_WEIGHT,
+    GGUF_SUFFIX,
+    SHAPES,
+    Subject,
+    of_checkpoint,
+    of_gguf,
+    shape_checkpoint,
+)
 from benchmark.peers.workloads import WORKLOADS
 
-SHAPES = ("0.6b", "llama-1b", "tiny", "small")
-BITS_PER_WEIGHT = {16: 16.0, 8: 8.0, 4: 4.5}  # 4 bits: and a 16-bit scale for each 32 weights
+GGUF_PEERS = (OURS, "llama.cpp")
 WARMUP_OUTPUT_LEN = 2  # one step of decoding
 EXIT_FAILED = 1
 
@@ -60,20 +68,20 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the sides are ended
-    checkpoint = args.checkpoint or shape_checkpoint(args.shape, args.work_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    subject = subject_of(args)
     ceilings = [measure_ceilings(args.threads)]
     with tempfile.TemporaryDirectory(prefix="peers-") as logs:
-        run = start(args, checkpoint, Path(logs))
+        run = start(args, subject, Path(logs))
         try:
             for name in args.workloads:
-                run_workload(run, name, vocab_size(checkpoint), args)
+                run_workload(run, name, subject.vocab_size, args)
             peak = {name: side.group.peak_memory() for name, side in run.sides.items()}
         finally:
             for side in run.sides.values():
                 side.close()
     ceilings.append(measure_ceilings(args.threads))
-    report(args, checkpoint, run, ceilings, peak)
+    report(args, subject, run, ceilings, peak)
     return EXIT_FAILED if run.failed else 0
 
 
@@ -82,6 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", type=int, choices=BITS_PER_WEIGHT, default=16, help="bits of a weight")
     parser.add_argument("--shape", choices=SHAPES, default="0.6b", help="random checkpoint, made if it is not there")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder in bfloat16 instead of --shape")
+    parser.add_argument("--model", type=Path, help="a GGUF file, which those who read one are given as it is")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="sides; all by default, or with --before ours alone")
     parser.add_argument("--before", type=Path, help="a checkout of another commit of ours, which is one more side")
@@ -93,7 +102,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
-    args.peers = args.peers or ([OURS] if args.before else list(PEERS))
+    if args.model and args.model.suffix != GGUF_SUFFIX:
+        parser.error(f"--model {args.model} must be a GGUF file; name a folder by --checkpoint")
+    readers = GGUF_PEERS if args.model else tuple(PEERS)
+    if unfit := set(args.peers or ()) - {*readers, BEFORE}:
+        parser.error(f"{', '.join(sorted(unfit))} read no GGUF file; {', '.join(readers)} do")
+    args.peers = args.peers or ([OURS] if args.before else list(readers))
     if args.before:
         if not (args.before / "benchmark" / "peers").is_dir():
             parser.error(f"--before {args.before} is no checkout of this repository")
@@ -102,21 +116,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # each side has its own working directory
     args.into, args.work_dir = args.into.resolve(), args.work_dir.resolve()
     args.checkpoint = args.checkpoint and args.checkpoint.resolve()
+    args.model = args.model and args.model.resolve()
     return args
 
 
-def shape_checkpoint(shape: str, work_dir: Path) -> Path:
-    folder = work_dir / "checkpoints" / shape
-    if not (folder / "config.json").exists():
-        print(f"making {folder} ...", flush=True)
-        script = REPOSITORY / "benchmark" / "make_checkpoint.py"
-        options = ["--size", shape, "--dtype", "bfloat16", "--tokenizer", "--out", str(folder)]
-        subprocess.run([sys.executable, str(script), *options], check=True)
-    return folder
-
-
-def vocab_size(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+def subject_of(args: argparse.Namespace) -> Subject:
+    if args.model:
+        return of_gguf(args.model)
+    return of_checkpoint(args.checkpoint or shape_checkpoint(args.shape, args.work_dir), args.precision)
 
 
 def measure_ceilings(threads: int) -> dict[str, float]:
@@ -128,7 +135,7 @@ def measure_ceilings(threads: int) -> dict[str, float]:
     return ceilings
 
 
-def start(args: argparse.Namespace, checkpoint: Path, logs: Path) -> Run:
+def start(args: argparse.Namespace, subject: Subject, logs: Path) -> Run:
     """Loads all sides that have this precision, one after the other."""
     run = Run({}, {})
     for name in args.peers:
@@ -140,9 +147,9 @@ def start(args: argparse.Namespace, checkpoint: Path, logs: Path) -> Run:
             continue
         side = open_side(peer, args, logs)
         run.sides[name] = side
-        files = args.work_dir / "converted" / checkpoint.name / name
+        files = args.work_dir / "converted" / subject.name / name
         try:
-            run.about[name] = side.load(Job(str(checkpoint), args.precision, args.threads, str(files)))
+            run.about[name] = side.load(Job(str(subject.path), subject.precision, args.threads, str(files)))
             print(f"{peer.title}: {run.about[name]}", flush=True)
         except NotOffered as why:
             run.left_out.append(f"{peer.title}: {why}")
@@ -194,62 +201,40 @@ def warm_up(run: Run, name: str, size: int) -> list[str]:
     return taking_part
 
 
-def model_size(checkpoint: Path, precision: int) -> dict[str, float]:
-    """Parameters, those of the layers (without embedding), and bytes that are read for one token."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    total = sum(count_parameters(file) for file in checkpoint.glob("*.safetensors"))
-    embedding = config["vocab_size"] * config["hidden_size"]
-    read = total if config["tie_word_embeddings"] else total - embedding
-    bits = BITS_PER_WEIGHT[precision]
-    return {
-        "parameters": total, "layer_parameters": read - embedding, "bits": precision, "weight_bytes": read * bits / 8,
-    }  # fmt: skip
-
-
-def count_parameters(file: Path) -> int:
-    """Count the parameters of a safetensors file, from its header."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
 def report(
-    args: argparse.Namespace, checkpoint: Path, run: Run, ceilings: list[dict[str, float]], peak: dict[str, int]
+    args: argparse.Namespace, subject: Subject, run: Run, ceilings: list[dict[str, float]], peak: dict[str, int]
 ) -> None:
-    model = model_size(checkpoint, args.precision)
     best = {name: max(ceiling[name] for ceiling in ceilings) for name in ceilings[0]}
     rows: list[tuple[str, Comparison, float | None]] = []
     for (name, figure), rounds in run.values.items():
         comparison = compare(FIGURES[figure], rounds, OURS)
-        rows.append((name, comparison, bound(name, FIGURES[figure], best, model)))
+        rows.append((name, comparison, bound(name, FIGURES[figure], best, subject.size)))
     titles = {name: PEERS[name].title for name in args.peers if name in run.sides}
-    print(
-        f"\n{checkpoint.name}, {args.precision}-bit weights, {args.threads} threads, medians of {args.rounds} rounds\n"
-    )
+    print(f"\n{subject.name}, {subject.weights}, {args.threads} threads, medians of {args.rounds} rounds\n")
     print(table(rows, titles, OURS))
     print("\nCeilings (best of before and after): " + ", ".join(f"{name} {value:.1f}" for name, value in best.items()))
     for line in run.left_out:
         print(f"Left out: {line}")
     if args.json:
-        args.json.write_text(json.dumps(record(args, checkpoint, run, ceilings, rows, model, peak), indent=1) + "\n")
+        args.json.write_text(json.dumps(record(args, subject, run, ceilings, rows, peak), indent=1) + "\n")
 
 
 def record(
     args: argparse.Namespace,
-    checkpoint: Path,
+    subject: Subject,
     run: Run,
     ceilings: list[dict[str, float]],
     rows: list[tuple[str, Comparison, float | None]],
-    model: dict[str, float],
     peak: dict[str, int],
 ) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
-        "checkpoint": checkpoint.name,
-        "precision": args.precision,
+        "checkpoint": subject.name,
+        "precision": subject.precision,
+        "weights": subject.weights,
         "threads": args.threads,
-        "model": model,
+        "model": subject.size,
         "ceilings": ceilings,
         "sides": run.about,
         "peak_memory_bytes": peak,

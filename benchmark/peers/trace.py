@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 from benchmark.peers.peers import DEFAULT_INTO, HERE, OURS, PEERS, REPOSITORY, llama_cpp_libraries
 from benchmark.peers.process import ProcessGroup, SideFailed
-from benchmark.peers.run import EXIT_FAILED, SHAPES, shape_checkpoint, vocab_size
+from benchmark.peers.run import EXIT_FAILED
+from benchmark.peers.subject import SHAPES, shape_checkpoint, vocab_size
 from rtp_llm.tools.bench_serving.async_http import HttpClient, RequestFailed
 from rtp_llm.tools.bench_serving.benchmark import run_benchmark, workload
 from rtp_llm.tools.bench_serving.options import BenchArgs, BenchError

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import gguf
 import numpy
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from benchmark.make_checkpoint import SIZES, made_up_word, make_tokenizer
-from benchmark.peers import run, setup, trace
+from benchmark.peers import run, setup, subject, trace
 from benchmark.peers.peers import BEFORE, OURS, PEERS, REPOSITORY
 from benchmark.peers.process import ProcessGroup, SideFailed
 from benchmark.peers.protocol import Job, NotOffered, Stopwatch, Timing, Work, serve_lines
@@ -207,15 +208,45 @@ def test_the_size_of_a_checkpoint(tmp_path: Path) -> None:
     header = {"a": {"shape": [10, 4]}, "b": {"shape": [6, 4]}, "c": {"shape": [3]}, "__metadata__": {}}
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    size = run.model_size(tmp_path, 16)
+    size = subject.model_size(tmp_path, 16)
     assert (size["parameters"], size["layer_parameters"], size["weight_bytes"]) == (67, 27, 134)
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    assert run.model_size(tmp_path, 8)["weight_bytes"] == 27  # the embedding is not multiplied with
+    assert subject.model_size(tmp_path, 8)["weight_bytes"] == 27  # the embedding is not multiplied with
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_size_of_a_gguf_file(tmp_path: Path, tied: bool) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    tensors = {"token_embd.weight": (10, 32), "blk.0.attn_q.weight": (6, 32)} | (
+        {} if tied else {"output.weight": (10, 32)}
+    )
+    for name, shape in tensors.items():
+        blocks = gguf.quants.quantize(numpy.ones(shape, numpy.float32), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("output_norm.weight", numpy.ones(32, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = subject.of_gguf(path)
+    assert (found.vocab_size, found.weights, found.name) == (10, "Q8_0", "model.gguf")
+    assert found.size["layer_parameters"] == 6 * 32 + 32
+    assert found.size["weight_bytes"] == (10 + 6) * 34 + 32 * 4  # the embedding or the head, not both
+
+
+def test_a_gguf_file_is_given_to_those_who_read_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.parse(["--model", "a.gguf"]).peers == [OURS, "llama.cpp"]
+    for wrong, expected in ((["--peers", "vllm"], "vllm read no GGUF"), (["--model", "folder"], "must be a GGUF file")):
+        with pytest.raises(SystemExit):
+            run.parse(["--model", "a.gguf", *wrong])
+        assert expected in capsys.readouterr().err
 
 
 def test_a_missing_environment_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = run.parse(["--peers", "openvino", "--into", str(tmp_path)])
-    state = run.start(args, tmp_path, tmp_path)
+    state = run.start(args, subject.Subject(tmp_path, 16, "16-bit weights", 10, {}), tmp_path)
     assert state.failed and "setup.py openvino" in capsys.readouterr().out
 
 

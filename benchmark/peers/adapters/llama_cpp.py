@@ -144,6 +144,8 @@ def rounded(num_cells: int) -> int:
 
 def model_file(job: Job) -> tuple[Path, str]:
     """The checkpoint as a GGUF file, converted and quantised on first use; and its type."""
+    if job.is_gguf:
+        return Path(job.checkpoint), "as in the file"
     folder = Path(job.files)
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / "bf16.gguf"

@@ -19,9 +19,10 @@ class Ours:
     def load(self, job: Job) -> dict[str, str]:
         torch.set_num_threads(job.threads)
         options: dict[str, Any] = dict(dtype="bfloat16", device="cpu", skip_tokenizer_init=True)
-        options |= {"max_total_tokens": MOST_TOKENS_SHARED} | quantization_options(job.precision)
+        options |= {"max_total_tokens": MOST_TOKENS_SHARED}
+        options |= {} if job.is_gguf else quantization_options(job.precision)
         self._engine = Engine(model_path=job.checkpoint, **options)
-        weights = QUANTIZATION.get(job.precision, "bfloat16")
+        weights = "as in the file" if job.is_gguf else QUANTIZATION.get(job.precision, "bfloat16")
         return {"engine": "rtp_llm", "version": __version__, "weights": weights, "kv": "bfloat16"}
 
     def run(self, work: Work) -> Timing:
