@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints import as_published, with_window
 from published import published_fields, switches
 from rtp_llm.port.porter import port
 from rtp_llm.port.report import Remark
@@ -30,6 +31,7 @@ AGREES, IN_PART, DIFFERS, NOT_PORTED, NO_CHECKPOINT = (
     "no tiny checkpoint",
 )
 IMPORT, BUILD, LOAD, COMPUTE = "does not import", "does not build", "does not load", "does not compute"
+OTHER_WINDOW = "agrees with another window"
 NO_CLASS, PART = "no class in transformers", "part of other models"
 SCHEDULES = (BATCHED, CHUNKED, WARM)
 
@@ -96,7 +98,7 @@ def examine(file: ModelFile, out: Path) -> Row:
     return row
 
 
-_ORDER = (AGREES, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
+_ORDER = (AGREES, OTHER_WINDOW, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
 _STOPPED = (COMPUTE, LOAD, BUILD, IMPORT)
 
 
@@ -145,16 +147,46 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
         except NotMadeError as error:
             return Compared(name, NO_CHECKPOINT, str(error))
         found = check_checkpoint(folder, SCHEDULES, path, name, LENGTHS)
-        if found.agrees:
-            difference = max(result.difference for result in found.results)
-            return Compared(name, AGREES, difference=difference, fields=fields)
         problem = _first_failure(found)
+        if problem is not None and problem[0] == LOAD:
+            found = _check_published(Path(folder), problem[1], path, name) or found
+            problem = _first_failure(found)
+        if found.agrees:
+            return Compared(name, AGREES, difference=_difference(found), fields=fields)
         if problem is not None:
             return Compared(name, *problem)
+        detail = _other_window(Path(folder), path, name)
+        if detail:
+            return Compared(name, OTHER_WINDOW, detail, fields=fields)
         worst = max(found.results, key=lambda result: result.difference)
         with served_by_file(path, [type_name(folder)], name):
             detail = f"{worst.schedule}: {worst.difference:.2g}; {_explained(folder)}"
         return Compared(name, DIFFERS, detail, worst.difference)
+
+
+def _difference(found: TinyCheck) -> float:
+    return max(result.difference for result in found.results)
+
+
+def _check_published(directory: Path, problem: str, path: Path, name: str) -> TinyCheck | None:
+    """Compare about the tensors that published checkpoints have; None: they have the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not as_published(directory, Path(folder), problem):
+            return None
+        return check_checkpoint(folder, SCHEDULES, path, name, LENGTHS, reference=directory)
+
+
+def _other_window(directory: Path, path: Path, name: str) -> str:
+    """Say whether the file agrees with transformers where the latter's window is a token longer or shorter; "" if it
+    does not. Then the file itself takes the configuration's window otherwise."""
+    for change, word in ((1, "longer"), (-1, "shorter")):
+        with tempfile.TemporaryDirectory() as folder:
+            if not with_window(directory, Path(folder), change):
+                return ""
+            found = check_checkpoint(directory, SCHEDULES, path, name, LENGTHS, reference=folder)
+        if found.agrees:
+            return f"where transformers' window is one token {word}, within {_difference(found):.0e}"
+    return ""
 
 
 def type_name(directory: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-_READ = re.compile(r"\bconfig\.(\w+)\b(?!\()")
+_OF_ATTENTION = {"rope_theta": 10000.0, "clip_qkv": 8}  # of a part of a configuration
+_READ = re.compile(r"""\bconfig(?:\.|,\s*")(\w+\b\[?)(?!\()""")  # config.name, config.name[, getattr(config, "name", …)
+_OF_LAYERS = "["  # how a field of FIELDS ends that a file must index by the layer
 
 
 def _leading_dense(config: Any) -> int:
@@ -23,40 +25,63 @@ def _rotary_dim(config: Any) -> int:
     return int(config.head_dim * factor)
 
 
+def _rope(kind: str, name: str) -> Callable[[Any], Any]:
+    """Return what reads a parameter of the rotary embedding of one kind of layer."""
+    return lambda config: config.rope_parameters[kind][name]
+
+
+def _long_scaling(config: Any) -> dict[str, Any]:
+    """The factor of queries far behind, as files of Mistral's own format (params.json) have it."""
+    rope = config.rope_parameters
+    name = "original_max_position_embeddings"
+    return {"beta": rope["llama_4_scaling_beta"], name: rope[name]}
+
+
 FIELDS: dict[str, Callable[[Any], Any]] = {
+    "add_swa_attention_sink_bias": lambda config: True,
     "expert_hidden_dim": lambda config: config.moe_intermediate_size,
     "first_k_dense_replace": _leading_dense,
     "head_dim": lambda config: config.hidden_size // config.num_attention_heads,
     "hybrid_layer_pattern": lambda config: [int(kind == "sliding_attention") for kind in config.layer_types],
     "layernorm_epsilon": lambda config: config.rms_norm_eps,
-    "moe_layer_freq": lambda config: [int(kind == "sparse") for kind in config.mlp_layer_types],
+    "llama_4_scaling": _long_scaling,
+    "mla_scale_kv_lora": lambda config: True,
+    "mla_scale_q_lora": lambda config: True,
+    "moe_layer_freq[": lambda config: [int(kind == "sparse") for kind in config.mlp_layer_types],
     "n_group": lambda config: 1,
+    "partial_rotary_factor": _rope("full_attention", "partial_rotary_factor"),
+    "rope_theta": _rope("full_attention", "rope_theta"),
     "rotary_dim": _rotary_dim,
     "route_norm": lambda config: True,
     "score_func": lambda config: "sigmoid",
     "scoring_func": lambda config: "sigmoid",
-    "sliding_window_size": lambda config: config.sliding_window,
+    "sliding_window_size": lambda config: config.sliding_window - 1,  # of tokens before the query's own
     "swa_head_dim": lambda config: config.head_dim,
     "swa_num_attention_heads": lambda config: config.num_attention_heads,
-    "swa_num_key_value_heads": lambda config: config.num_key_value_heads,
+    "swa_num_key_value_heads": lambda config: 2 * config.num_key_value_heads,
+    "swa_rope_theta": _rope("sliding_attention", "rope_theta"),
     "swa_v_head_dim": lambda config: config.v_head_dim,
     "topk_group": lambda config: 1,
+    "zero_expert_type": lambda config: "identity",
 }
 
 
 def published_fields(config: PreTrainedConfig, source: str) -> dict[str, Any]:
     """Return the fields that a model file reads, and that its configuration lacks."""
     found: dict[str, Any] = {}
-    for name in sorted(set(_READ.findall(source)) & FIELDS.keys()):
+    read = set(_READ.findall(source))
+    for key in sorted((read | {name.removesuffix(_OF_LAYERS) for name in read}) & FIELDS.keys()):
+        name = key.removesuffix(_OF_LAYERS)
         if _has(config, name):
             continue
         try:
-            found[name] = FIELDS[name](config)
-        except (AttributeError, TypeError):  # what it follows from is not there either: the file can do without it
+            found[name] = FIELDS[key](config)
+        except (AttributeError, KeyError, TypeError):  # nothing that it follows from is there: the file does without
             continue
     for name in config.sub_configs:
-        if "attn" in name and not _has(getattr(config, name), "rope_theta"):
-            found[name] = {"rope_theta": 10000.0}
+        if "attn" in name:
+            part = getattr(config, name)
+            found[name] = {field: value for field, value in _OF_ATTENTION.items() if _value(part, field) is None}
     return found
 
 
@@ -72,3 +97,7 @@ def switches(config: PreTrainedConfig, problem: str) -> dict[str, Any]:
 
 def _has(config: Any, name: str) -> bool:
     return name in config.to_dict()
+
+
+def _value(config: Any, name: str) -> Any:
+    return config.to_dict().get(name)

@@ -7,7 +7,10 @@ answers are constants, or an expression of the constructor's ``config`` and ``qu
 from rtp_llm.port import sglang_facts
 from rtp_llm.port.answers import EMPTY, ClassName, Const, Engine, Expression, Value
 
-__all__ = ["EMPTY", "ClassName", "Const", "Engine", "Expression", "Value", "is_part"]
+__all__ = ["BACKEND", "EMPTY", "ClassName", "Const", "Engine", "Expression", "Value", "is_part"]
+
+# Whatever stands for the kernels that a layer of attention runs on: all that is asked of it gives the same again.
+BACKEND = "attention_backend"
 
 # Parameters that carry a part of the other engine, or an option of its own. They go, and arguments for them go too.
 PARAMETERS: dict[str, Value] = {
@@ -51,11 +54,17 @@ CALLS: dict[str, Value] = {
     "is_pp_missing_parameter": Const(False),
     "get_pp_missing_layer_names": Const(EMPTY),
     "make_empty_intermediate_tensors_factory": Engine("intermediate_tensors_factory"),
+    "get_attn_backend": Engine(BACKEND),
     "init_logger": Expression("logging.getLogger(__name__)"),
     "has_flashinfer": Const(False),
     "resolve_layer_fused_shared_expert": Const(False),
     "is_model_fused_shared_expert_compatible": Const(False),
     "is_torch_equal_or_newer": Const(True),
+}
+
+# Numbers of the other engine.
+NUMBERS: dict[str, Const] = {
+    "OCP_MX_BLOCK_SIZE": Const(32),  # values with one scale, in the Open Compute Project's MX formats (2023)
 }
 
 # Methods of a module's base that capture hidden states for a drafter: what they return.
@@ -84,6 +93,9 @@ _OFF = Const(False)
 # Engine still, and is told where it is left.
 PATHS: dict[str, Value] = {
     **sglang_facts.PATHS,
+    "FusedMoEParallelConfig.flatten_tp_across_dp_and_pcp()": Expression(
+        "(get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())"
+    ),
     "group.is_first_rank": Const(True),
     "group.is_last_rank": Const(True),
     "group.world_size": Const(1),
@@ -120,6 +132,7 @@ PATHS: dict[str, Value] = {
     "vllm_config.cache_config.kv_sharing_fast_prefill": _OFF,
     "vllm_config.cache_config.enable_prefix_caching": _OFF,
     "vllm_config.cache_config.cache_dtype": Const("auto"),
+    "vllm_config.attention_config.backend": Const(None),
     "vllm_config.parallel_config.enable_eplb": _OFF,
     "vllm_config.parallel_config.enable_expert_parallel": _OFF,
     "vllm_config.parallel_config.use_sequence_parallel_moe": _OFF,
@@ -137,14 +150,14 @@ PATHS: dict[str, Value] = {
 QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config", "enable_")
 NEGATIVE = frozenset({
     "current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops", "HpcRopeNorm", "vllm.envs",
-    "envs", "server_args", *sglang_facts.NEGATIVE,
+    "envs", "server_args", "FusedMoEParallelConfig", *sglang_facts.NEGATIVE,
 })  # fmt: skip
 
 # Objects that are there whenever they are asked for.
 OBJECTS = frozenset({
     *sglang_facts.OBJECTS,
     "vllm_config", "vllm_config.model_config", "vllm_config.cache_config", "vllm_config.parallel_config",
-    "vllm_config.scheduler_config", "vllm_config.compilation_config", "group",
+    "vllm_config.scheduler_config", "vllm_config.compilation_config", "group", BACKEND,
 })  # fmt: skip
 
 # Parts of the other engine that hold others, or that nothing here asks for.

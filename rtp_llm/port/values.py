@@ -11,11 +11,13 @@ import libcst as cst
 
 from rtp_llm.port.facts import (
     ATTRIBUTES,
+    BACKEND,
     CALLS,
     CAPTURES,
     EMPTY,
     FACTORIES,
     NEGATIVE,
+    NUMBERS,
     PARAMETERS,
     PATHS,
     QUESTIONS,
@@ -32,6 +34,7 @@ from rtp_llm.port.program import Program, self_attribute
 
 ATTENTION_CLASSES = ("Attention", "EncoderOnlyAttention", "ChunkedLocalAttention")
 RECURSION = ClassName("")  # a value in terms of itself
+_BACKEND, _BACKENDS = Engine(BACKEND), "AttentionBackendEnum"
 _LITERAL_EMPTY = Const(EMPTY, of_engine=False)
 _LITERALS = {"True": True, "False": False, "None": None}
 
@@ -112,6 +115,8 @@ class Attributes:
 def agreed(values: Iterator[Value | None]) -> Value | None:
     """Return the value that all have; None if they differ, or if it is a literal that nothing of the engine backs."""
     found = [value for value in values if value is not RECURSION]
+    if _BACKEND in found:  # one, or the default that None stands for
+        found = [value for value in found if not (isinstance(value, Const) and value.value is None)]
     first = found[0] if found else None
     if first is None or any(not _same(value, first) for value in found):
         return None
@@ -152,6 +157,10 @@ def _name(node: cst.Name, scope: Scope) -> Value | None:
     origin = scope.program.engine_name(node)
     if origin in NEGATIVE:
         return Engine(origin)
+    if origin == _BACKENDS:
+        return _BACKEND
+    if origin in NUMBERS:
+        return NUMBERS[origin]
     value = scope.name(node.value)
     if isinstance(value, Const) and value.value == EMPTY and scope.may_change(node.value):
         return None
@@ -177,6 +186,8 @@ def _attribute(node: cst.Attribute, scope: Scope) -> Value | None:
 
 
 def _step(base: Engine, step: str) -> Value:
+    if base.path == BACKEND:
+        return Const(False) if step.startswith(QUESTIONS) else base
     path = f"{base.path}.{step}"
     if (base.path in NEGATIVE or path in NEGATIVE) and path not in PATHS:
         return Const(False) if step.startswith(QUESTIONS) and path not in NEGATIVE else Engine(path, base.owner)
@@ -253,7 +264,7 @@ def _hasattr(node: cst.Call, scope: Scope) -> Value | None:
     found = _getattr(node, scope)
     if found is None:
         return None
-    return Const(not isinstance(found, Engine))
+    return Const(not isinstance(found, Engine) or found.path == BACKEND)
 
 
 # Classes that nothing is an instance of.

@@ -25,7 +25,7 @@ SAME: dict[str, str] = {
         f"{LAYERS}.rotary_embedding": ("get_rope", "set_default_rope_theta", "ApplyRotaryEmb"),
         f"{LAYERS}.vocab_parallel_embedding": ("ParallelLMHead", "VocabParallelEmbedding"),
         f"{LAYERS}.fused_moe": (
-            "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "fused_moe_make_expert_params_mapping",
+            "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "RoutedExperts", "fused_moe_make_expert_params_mapping",
         ),
         f"{LAYERS}.attention": ("Attention",),
         f"{LAYERS}.radix_attention": ("RadixAttention", "AttentionType", "model_window"),
@@ -97,8 +97,9 @@ MISSING: dict[str, str] = {
             "MLAAttention",
         ),
         "attention that is not causal": (
-            "EncoderOnlyAttention", "CrossAttention", "MMEncoderAttention", "ChunkedLocalAttention",
+            "EncoderOnlyAttention", "CrossAttention", "MMEncoderAttention", "PrefillPrefixLMAttention",
         ),
+        "attention with a window that keeps the prompt in sight": ("RSWAAttention",),
         POOLING: (
             "DispatchPooler", "Pooler", "as_embedding_model", "as_seq_cls_model", "pooler_for_token_classify",
         ),
@@ -119,7 +120,9 @@ RULED = frozenset({
     "make_empty_intermediate_tensors_factory", "is_pp_missing_parameter", "get_pp_missing_layer_names",
     "spec_decode_needs_target_embed",
     "cdiv", "round_up", "getattr_iter", "_ACTIVATION_REGISTRY", "maybe_remap_moe_expert_param_name",
-    "get_current_vllm_config_or_none", "StageMissingLayer", "maybe_fused_act_quant", "init_vllm_registered_model",
+    "get_current_vllm_config_or_none", "str_dtype_to_torch_dtype", "AttentionBackendEnum", "get_attn_backend",
+    "remap_moe_expert_weights", "FusedMoEParallelConfig", "OCP_MX_BLOCK_SIZE",
+    "StageMissingLayer", "maybe_fused_act_quant", "init_vllm_registered_model",
 })  # fmt: skip
 
 

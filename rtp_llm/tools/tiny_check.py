@@ -78,8 +78,14 @@ def check_checkpoint(
     path: str | Path | None = None,
     class_name: str | None = None,
     lengths: Sequence[int] = LENGTHS,
+    reference: str | Path | None = None,
 ) -> TinyCheck:
-    """Compare the answers about a tiny checkpoint. ``path``: of the model file; None: the registered one."""
+    """Compare the answers about a tiny checkpoint.
+
+    Args:
+        path: of the model file; None: the registered one.
+        reference: a variant of the checkpoint, which transformers gets; None: the same.
+    """
     config = AutoConfig.from_pretrained(directory)
     architectures = list(config.architectures or [])
     vocab_size = getattr(config.get_text_config(), "vocab_size", VOCAB_SIZE)
@@ -88,7 +94,7 @@ def check_checkpoint(
         with served:
             results = run_schedules(
                 tiny_server_args(directory),
-                Teacher(load_reference(directory, architectures[0])),
+                Teacher(load_reference(reference or directory, architectures[0])),
                 random_questions(vocab_size, lengths),
                 schedules,
             )

@@ -12,6 +12,7 @@ from warm_python import ROOT, run_python
 
 FOLDER = ROOT / "benchmark" / "porting"
 sys.path.insert(0, str(FOLDER))
+import checkpoints  # noqa: E402
 import published  # noqa: E402
 import vllm_files  # noqa: E402
 
@@ -85,7 +86,27 @@ def test_fields_of_published_configurations_follow_from_the_others() -> None:
     config = transformers.Glm4MoeConfig(hidden_size=64, num_attention_heads=4)
     source = "config.head_dim + config.n_group + config.get_text_config() + config.first_k_dense_replace"
     assert published.published_fields(config, source) == {"head_dim": 16}
+    source = 'getattr(config, "zero_expert_type", None) + config.moe_layer_freq % 2'
+    assert published.published_fields(config, source) == {"zero_expert_type": "identity"}
     assert published.switches(config, "1 parameters were not set: lm_head.bias [99]") == {"attention_bias": True}
+
+
+def test_a_checkpoint_gets_the_tensors_that_published_ones_have(tmp_path: Path) -> None:
+    """Gates of experts that return their input go; a norm that transformers passes over comes."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, target = tmp_path / "made", tmp_path / "published"
+    folder.mkdir()
+    names = ["norm.weight", *(f"mlp.experts.{expert}.gate_proj.weight" for expert in range(3))]
+    save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
+    config = {"n_routed_experts": 2, "zero_expert_num": 1, "sliding_window": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert checkpoints.as_published(folder, target, "a parameter")
+    assert sorted(load_file(target / "model.safetensors")) == sorted(names[:-1])
+    assert not checkpoints.as_published(target, tmp_path / "again", "a parameter")
+    assert checkpoints.with_window(folder, target, -1)
+    assert json.loads((target / "config.json").read_text()) == config | {"sliding_window": 7}
 
 
 def test_every_file_is_ported_and_compared_or_classified(root: Path, tmp_path: Path) -> None:

@@ -75,10 +75,13 @@ class BoatForCausalLM(nn.Module):
         ("self.lm_head.tie_weights(self.b)", "self.lm_head = self.b"),
         ("self.a = RowParallelLinear(8, 8, True, True, prefix=prefix)", "input_is_parallel=True"),
         ("self.a = VocabParallelEmbedding(9, 8, padding_size=64)", "self.a = VocabParallelEmbedding(9, 8)"),
+        ("self.a = str_dtype_to_torch_dtype(config.d)", "self.a = getattr(torch, config.d)"),
+        ("self.a = config.p * OCP_MX_BLOCK_SIZE", "self.a = config.p * 32"),
     ],
 )
 def test_statements_of_a_constructor(ported: Porter, theirs: str, ours: str):
-    result = ported(model(init=theirs))
+    before = "from vllm.helpers import OCP_MX_BLOCK_SIZE, str_dtype_to_torch_dtype"
+    result = ported(model(init=theirs, before=before))
     assert ours in flat(result.text), result.text
     assert result.report.is_complete, result.report
 
@@ -107,6 +110,40 @@ def test_arguments_of_attention(ported: Porter, arguments: str, ours: str):
     [call] = re.findall(r"self\.attn = RadixAttention\(.*\)", text)
     assert call.startswith("self.attn = RadixAttention(4, 8, 1.0, ") and ours in call
     assert "cache_config" not in text and "sliding_window" not in text
+
+
+@pytest.mark.parametrize("more", ["shape", "shape, x.dtype", "output_dtype=x.dtype, output_shape=shape"])
+def test_where_attention_writes_its_output_is_not_said(ported: Porter, more: str):
+    init, forward = ATTENTION.format("2, prefix=prefix"), f"x = inputs_embeds\nreturn self.attn(x, x, x, {more})"
+    result = ported(model(init, forward))
+    assert "self.attn(x, x, x, forward_batch)" in result.text and result.report.is_complete
+
+
+def test_a_choice_of_attentions_kernels_goes(ported: Porter):
+    init = f"""
+if config.odd:
+    asked = vllm_config.attention_config.backend
+    if asked is not None and asked.name == "FAST":
+        kind = asked
+    else:
+        fast = AttentionBackendEnum.FAST.get_class()
+        assert hasattr(fast, "supports_odd")
+        if fast.supports_odd(config.size):
+            kind = AttentionBackendEnum.FAST
+        else:
+            kind = AttentionBackendEnum.SLOW
+    backend = kind.get_class()
+    backend.set_size(config.size)
+    logger.info_once("on %s", backend.get_name())
+else:
+    backend = None
+{ATTENTION.format("2, attn_backend=backend, prefix=prefix")}
+logger.warning_once("built with %s", config.size, scope="local")
+"""
+    head = HEAD + "from vllm.logger import init_logger\nlogger = init_logger(__name__)\n"
+    result = ported(model(init, before="from vllm.v1.backends import AttentionBackendEnum"), head=head)
+    assert "backend" not in result.text and "kind" not in result.text and result.report.is_complete, result.text
+    assert 'logger.warning("built with %s", config.size)' in result.text
 
 
 @pytest.mark.parametrize("option", ["sinks=self.sinks", 'kv_sharing_target_layer_name="layers.0.attn"'])

@@ -10,6 +10,7 @@ from typing import cast
 import libcst as cst
 from libcst import matchers as m
 
+from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
 from rtp_llm.port.rules.base import Rule, with_args
 from rtp_llm.port.rules.calls import NamedCall
@@ -18,12 +19,13 @@ from rtp_llm.port.signatures import DROPPED, DROPPED_OF_SGLANG, SIGNATURES
 from rtp_llm.port.source import Origin
 
 # Helpers that give back their first argument here.
-_IDENTITIES = frozenset({"maybe_remap_moe_expert_param_name"})
-# Helpers of one line, as an expression of their two arguments.
+_IDENTITIES = frozenset({"maybe_remap_moe_expert_param_name", "remap_moe_expert_weights"})
+# Helpers of one line: how many arguments they have, and an expression of these.
 _WRITTEN_OUT = {
-    "cdiv": "-(-({}) // ({}))",
-    "round_up": "-(-({0}) // ({1})) * ({1})",
-    "getattr_iter": "next((getattr({0}, name) for name in {1} if hasattr({0}, name)), None)",
+    "cdiv": (2, "-(-({}) // ({}))"),
+    "round_up": (2, "-(-({0}) // ({1})) * ({1})"),
+    "getattr_iter": (2, "next((getattr({0}, name) for name in {1} if hasattr({0}, name)), None)"),
+    "str_dtype_to_torch_dtype": (1, "getattr(torch, {})"),
 }
 _STAGES = ("pp_rank", "pp_size", "return_tuple")
 _ADD_PREFIX = Origin("vllm", "add_prefix")
@@ -59,10 +61,8 @@ class RewriteLayers(Rule):
             return self._add_prefix(part, prefix)
         if name == "maybe_fused_act_quant" and len(updated_node.args) >= 2:
             return cst.Call(updated_node.args[0].value, [cst.Arg(updated_node.args[1].value)])
-        if name in _WRITTEN_OUT and len(updated_node.args) == 2:
-            self.count("small helpers written out")
-            first, second = (code(arg.value) for arg in updated_node.args)
-            return cst.parse_expression(_WRITTEN_OUT[name].format(first, second))
+        if name in _WRITTEN_OUT and len(updated_node.args) == _WRITTEN_OUT[name][0]:
+            return self._written_out(name, updated_node)
         if name in _IDENTITIES and updated_node.args:
             return updated_node.args[0].value
         if name == "GeluAndMul" and self.program.engine == "vllm" and not updated_node.args:
@@ -77,6 +77,14 @@ class RewriteLayers(Rule):
         if isinstance(original_node.func, cst.Name):
             return self._slices(original_node.func.value, updated_node)
         return updated_node
+
+    def _written_out(self, name: str, call: cst.Call) -> cst.BaseExpression:
+        self.count("small helpers written out")
+        text = _WRITTEN_OUT[name][1].format(*(code(arg.value) for arg in call.args))
+        node = cst.parse_expression(text)
+        if "torch" in names_in(node):
+            self.program.imports.setdefault("torch", Origin("torch"))
+        return node
 
     def _make_layers(self, call: cst.Call) -> cst.Call:
         named = NamedCall.of(call, "make_layers")

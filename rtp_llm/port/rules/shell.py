@@ -4,11 +4,13 @@ import libcst as cst
 from libcst import matchers as m
 
 from rtp_llm.port.program import Program, code, methods, self_attribute
-from rtp_llm.port.rules.base import Rule
+from rtp_llm.port.rules.base import Rule, with_args
 from rtp_llm.port.rules.fold import opened, tidied
 from rtp_llm.port.source import Origin
 from rtp_llm.port.visiting import Transformer
 from rtp_llm.port.vocabulary import CONTEXTS, DECORATORS, DEVICE_OPS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS, target
+
+_ONCE = "_once"  # how methods of vLLM's loggers end that say a thing only once
 
 
 class RemoveShell(Rule):
@@ -65,6 +67,16 @@ class RemoveShell(Rule):
         ]
         node = node.with_changes(bases=bases, body=node.body.with_changes(body=statements))
         return cst.ensure_type(node.visit(_NativeForward()), cst.ClassDef)
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        """``logger.info_once(…)`` is not a method of Python's loggers."""
+        func = updated_node.func
+        if not isinstance(func, cst.Attribute) or code(func.value) != "logger" or not func.attr.value.endswith(_ONCE):
+            return updated_node
+        self.count("words that are logged once logged plainly")
+        args = [arg for arg in updated_node.args if not (arg.keyword and arg.keyword.value == "scope")]
+        plain = func.with_changes(attr=cst.Name(func.attr.value.removesuffix(_ONCE)))
+        return with_args(updated_node, args).with_changes(func=plain)
 
     def leave_With(self, original_node: cst.With, updated_node: cst.With):  # type: ignore[no-untyped-def]
         if not all(self.program.is_engine(_root(item.item), *CONTEXTS) for item in original_node.items):

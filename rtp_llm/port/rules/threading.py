@@ -29,6 +29,7 @@ from rtp_llm.port.visiting import Transformer, Visitor
 
 BATCH = "forward_batch"
 STAGE = "intermediate_tensors"
+NUM_INPUTS = 3  # of attention: queries, keys and values
 ATTENTIONS = (
     "Attention", "EncoderOnlyAttention", "ChunkedLocalAttention", "RadixAttention", "MLAAttention",
     "StaticSinkAttention", "MultiHeadLatentAttentionWrapper",
@@ -351,6 +352,9 @@ class ThreadBatch(Rule):
         if not self.reach.takes_batch(original_node, self.owner, loops):
             return updated_node
         args = list(updated_node.args)
+        is_attention = self._is_layer(original_node, "Attention", "RadixAttention", "ChunkedLocalAttention")
+        if is_attention:
+            args = [arg for place, arg in enumerate(args) if _is_input(place, arg)]
         for position, arg in enumerate(args):
             named = arg.keyword is not None and arg.keyword.value == STAGE
             if named or (isinstance(arg.value, cst.Name) and arg.value.value == STAGE):
@@ -362,21 +366,22 @@ class ThreadBatch(Rule):
             return with_args(updated_node, [*args[:2], new, *args[2:]])
         stars = [arg for arg in args if arg.star]
         plain = [arg for arg in args if not arg.star]
-        is_attention = (
-            not any(arg.keyword for arg in args)
-            and not stars
-            and self._is_layer(original_node, "Attention", "RadixAttention")
-        )
-        new = cst.Arg(cst.Name(BATCH)) if is_attention else keyword(BATCH, BATCH)
+        is_plain = is_attention and len(args) == NUM_INPUTS and not stars and not any(arg.keyword for arg in args)
+        new = cst.Arg(cst.Name(BATCH)) if is_plain else keyword(BATCH, BATCH)
         return with_args(updated_node, [*plain, new, *stars])
 
     def _is_layer(self, call: cst.Call, *names: str) -> bool:
-        """Whether the callee is a layer of these names, called with three arguments."""
+        """Whether the callee is a layer of these names."""
         values = self.scope.attributes.assigned.get(self_attribute(call.func), [])
         layers = [
             value for value, _ in values if isinstance(value, cst.Call) and self.program.is_engine(value.func, *names)
         ]
-        return bool(values) and len(layers) == len(values) and len(call.args) == 3
+        return bool(values) and len(layers) == len(values)
+
+
+def _is_input(place: int, arg: cst.Arg) -> bool:
+    """Whether an argument of attention is one of queries, keys and values; the others say where the output lies."""
+    return arg.keyword.value not in ("output_shape", "output_dtype") if arg.keyword else place < NUM_INPUTS
 
 
 class RenameEmbeds(Transformer):

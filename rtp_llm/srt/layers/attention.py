@@ -7,7 +7,7 @@ import torch
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.utils import extract_layer_index
+from rtp_llm.srt.utils import cache_number
 
 __all__ = ["Attention"]
 
@@ -44,14 +44,14 @@ class Attention(RadixAttention):
         layer_id: int | None = None,
         **options: Any,
     ) -> None:
-        own_id = extract_layer_index(prefix) if layer_id is None else layer_id
+        own_id = cache_number(prefix) if layer_id is None else layer_id
         self.reads_only = kv_sharing_target_layer_name is not None
         super().__init__(
             num_heads,
             head_size,
             scale,
             num_kv_heads or num_heads,
-            extract_layer_index(kv_sharing_target_layer_name) if kv_sharing_target_layer_name else own_id,
+            cache_number(kv_sharing_target_layer_name) if kv_sharing_target_layer_name else own_id,
             logits_soft_cap or 0.0,
             head_size_v or -1,
             quant_config=quant_config,

@@ -1,6 +1,7 @@
 """Experts with their routing inside, as vLLM's model files call them: ``experts(hidden_states, router_logits)``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "FusedMoE",
     "FusedMoEFactory",
     "GateLinear",
+    "RoutedExperts",
     "RoutedMoE",
     "SharedFusedMoE",
     "activation_without_mul",
@@ -49,6 +51,10 @@ class RoutedMoE(Experts):
         shared_experts: for every token; its output, of this rank only (``reduce_results=False``), is added.
         routed_input_transform, routed_output_transform: around the routed experts.
         reduce_results: False: each rank returns its summand.
+        zero_expert_type: "identity": logits beyond those of ``num_experts`` are of experts that return their input
+            (LongCat-Flash, 2025); None: there are none.
+        routed_experts_cls, routed_experts_args: a subclass of RoutedExperts whose ``weight_loader`` reads the
+            checkpoint, and arguments for it.
     """
 
     # long: half of it is the signature, which is vLLM's
@@ -82,7 +88,12 @@ class RoutedMoE(Experts):
         routed_input_transform: nn.Module | None = None,
         routed_output_transform: nn.Module | None = None,
         apply_routed_scale_to_output: bool = False,
+        zero_expert_type: str | None = None,
+        routed_experts_cls: "type[RoutedExperts] | None" = None,
+        routed_experts_args: Mapping[str, Any] | None = None,
     ) -> None:
+        if zero_expert_type not in (None, "identity"):
+            raise ValueError(f"{prefix}: unknown zero_expert_type {zero_expert_type!r}; have ['identity', None]")
         super().__init__(
             num_experts,
             hidden_size,
@@ -103,6 +114,7 @@ class RoutedMoE(Experts):
         self.custom_routing_function = custom_routing_function
         self.weights_inputs = apply_router_weight_on_input
         self.output_scale = routed_scaling_factor if apply_routed_scale_to_output else 1.0
+        self.returns_inputs = zero_expert_type is not None
         self.rule = TopK(
             top_k,
             scoring_func,
@@ -117,6 +129,11 @@ class RoutedMoE(Experts):
             raise ValueError(f"{self.name}: routed_output_transform takes a whole sum: reduce_results must be True")
         # In a tuple, so that they are not registered here.
         self._around = (gate, shared_experts, routed_input_transform, routed_output_transform)
+        if routed_experts_cls is not None:
+            for param in self.parameters(recurse=False):
+                loader: Any = param.weight_loader  # type: ignore[attr-defined]
+                reader = routed_experts_cls(self, loader, **(routed_experts_args or {}))
+                param.weight_loader = reader.weight_loader  # type: ignore[attr-defined]
 
     @property
     def is_internal_router(self) -> bool:
@@ -129,7 +146,7 @@ class RoutedMoE(Experts):
         if gate is not None:
             router_logits = _output_of(gate(hidden_states))
         routed = hidden_states if input_transform is None else _output_of(input_transform(hidden_states))
-        output = self.compute(routed, *self.route(routed, router_logits), self.weights_inputs)
+        output = self._routed(routed, *self.route(routed, router_logits))
         if self.output_scale != 1.0:
             output = output * self.output_scale
         if output_transform is not None:
@@ -147,10 +164,64 @@ class RoutedMoE(Experts):
         )
         return topk_weights.float(), topk_ids.long()
 
+    def _routed(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        """The experts' weighted outputs, this rank's summand; one rank adds the inputs of those that return them."""
+        if not self.returns_inputs:
+            return self.compute(hidden_states, topk_weights, topk_ids, self.weights_inputs)
+        is_input = topk_ids >= self.num_experts
+        factors = topk_weights.masked_fill(~is_input, 0.0).sum(dim=-1, keepdim=True).to(hidden_states.dtype)
+        topk_weights, topk_ids = topk_weights.masked_fill(is_input, 0.0), topk_ids.masked_fill(is_input, 0)
+        output = self.compute(hidden_states, topk_weights, topk_ids, self.weights_inputs)
+        return output + hidden_states * factors if self.tp_group.rank == 0 else output
+
+    @property
+    def moe_config(self) -> SimpleNamespace:
+        """Sizes by the names that model files ask for: nothing is padded."""
+        parallel = SimpleNamespace(tp_size=self.tp_group.world_size, tp_rank=self.tp_group.rank)
+        return SimpleNamespace(
+            hidden_dim=self.hidden_size,
+            num_experts=self.num_experts,
+            intermediate_size_per_partition=self.intermediate_size_per_partition,
+            moe_parallel_config=parallel,
+            **vars(parallel),
+        )
+
     def add_parameter(self, name: str, *shape: int, **options: Any) -> nn.Parameter:
         param = super().add_parameter(name, *shape, **options)
         param.weight_loader = called_by_expert(param.weight_loader)  # type: ignore[attr-defined]
         return param
+
+
+class RoutedExperts:
+    """How experts read a checkpoint: a model file overrides ``weight_loader`` for tensors of a form of their own.
+
+    It writes into ``param.data``, which has this rank's part of all experts (see ``moe.Experts``).
+
+    Args:
+        experts: the layer that has the parameters.
+        loader: that layer's own, which ``super().weight_loader(...)`` calls.
+    """
+
+    def __init__(self, experts: RoutedMoE, loader: Callable[..., bool | None]) -> None:
+        self.moe_config = experts.moe_config
+        self.quant_method = experts.quant_method
+        self._load = loader
+
+    def weight_loader(
+        self,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy this rank's part of a tensor; see ``called_by_expert``."""
+        return self._load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+
+    def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
+        """Every rank has a part of every expert."""
+        return expert_id
 
 
 FusedMoE = SharedFusedMoE = FusedMoEFactory = RoutedMoE

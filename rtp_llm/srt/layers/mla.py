@@ -14,7 +14,7 @@ from torch import nn
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.utils import add_prefix, extract_layer_index
+from rtp_llm.srt.utils import add_prefix, cache_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class MultiHeadLatentAttentionWrapper(nn.Module):
             kv_lora_rank + qk_rope_head_dim,
             scale,
             num_kv_heads=1,
-            layer_id=extract_layer_index(prefix),
+            layer_id=cache_number(prefix),
             v_head_dim=kv_lora_rank,
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),

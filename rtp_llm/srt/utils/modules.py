@@ -17,6 +17,19 @@ def make_layers(num_layers: int, layer_fn: Callable[[int, str], nn.Module], pref
     )
 
 
+def cache_number(layer_name: str) -> int:
+    """Return a number for the cache of an attention layer, by its dotted name: the layer's index; where one layer has
+    several attention layers, whose names have a second number, one that no other layer's cache has."""
+    numbers = [int(part) for part in layer_name.split(".") if part.isdecimal()]
+    if len(numbers) != 2:
+        return extract_layer_index(layer_name)
+    layer, own = numbers
+    return _PER_LAYER * (own + 1) + layer
+
+
+_PER_LAYER = 1 << 20  # above every index of a layer
+
+
 def extract_layer_index(layer_name: str) -> int:
     """Return the number in a layer's dotted name: ``extract_layer_index("model.layers.3.self_attn") == 3``.
 

@@ -14,6 +14,7 @@ from rtp_llm.srt.layers import moe
 from rtp_llm.srt.layers.fused_moe import (
     FusedMoEFactory,
     GateLinear,
+    RoutedExperts,
     activation_without_mul,
     fused_moe_make_expert_params_mapping,
 )
@@ -128,6 +129,47 @@ def test_a_routing_of_the_models_own() -> None:
     experts = loaded(weights, custom_routing_function=smallest, renormalize=False)
     topk_weights, ids = (-logits).topk(TOP_K)
     close(experts(x, logits), routed(weights, x, (topk_weights.bfloat16().float(), ids)))
+
+
+def test_experts_that_return_their_input() -> None:
+    weights, x, logits = expert_weights(), torch.randn(5, HIDDEN), torch.randn(5, EXPERTS + 4)
+    topk_weights, ids = TopK(TOP_K)(logits)
+    is_input = ids >= EXPERTS
+    assert is_input.any() and not is_input.all()
+    expected = routed(weights, x, (topk_weights * ~is_input, ids * ~is_input))
+    expected += x * (topk_weights * is_input).sum(dim=-1, keepdim=True)
+    close(loaded(weights, zero_expert_type="identity", renormalize=False)(x, logits), expected)
+    with pytest.raises(ValueError, match="zero_expert_type 'copy'"):
+        Block(zero_expert_type="copy")
+
+
+class FlatRows(RoutedExperts):
+    """Reads gates of all experts, one below the other, and leaves others to the layer."""
+
+    def __init__(self, *args: Any, size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.size = size * self.moe_config.tp_size
+
+    def weight_loader(
+        self, param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: Any, *rest: Any
+    ) -> Any:
+        if shard_id != "all gates":
+            return super().weight_loader(param, loaded_weight, weight_name, shard_id, *rest)
+        param.data[:, : self.size] = loaded_weight.view(EXPERTS, self.size, -1)
+        return None
+
+
+def test_a_reader_of_the_models_own() -> None:
+    weights, x, logits = expert_weights(), torch.randn(5, HIDDEN), torch.randn(5, EXPERTS)
+    block: Any = Block(routed_experts_cls=FlatRows, routed_experts_args={"size": SIZE})
+    experts = block.experts
+    gates = torch.cat([weights[f"experts.{i}.gate_proj.weight"] for i in range(EXPERTS)])
+    experts.w13_weight.weight_loader(experts.w13_weight, gates, "gates", "all gates")
+    for expert in range(EXPERTS):
+        for param, name, shard in ((experts.w13_weight, "up", "w3"), (experts.w2_weight, "down", "w2")):
+            param.weight_loader(param, weights[f"experts.{expert}.{name}_proj.weight"], name, shard, expert, False)
+    experts.quant_method.process_weights_after_loading(experts)
+    close(experts(x, logits), routed(weights, x, TopK(TOP_K, renormalize=True)(logits)))
 
 
 def test_weights_of_inputs() -> None:

@@ -18,7 +18,7 @@ from rtp_llm.srt.layers.attention import Attention
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.rotary import get_rope as get_rope_by_parts
 from rtp_llm.srt.layers.rotary import get_rope_config
-from rtp_llm.srt.utils import extract_layer_index
+from rtp_llm.srt.utils import cache_number, extract_layer_index
 
 HALF = torch.bfloat16
 
@@ -374,6 +374,14 @@ def test_the_index_in_a_name() -> None:
     for name in ("model.norm", "model.layers.0.experts.1"):
         with pytest.raises(ValueError, match="one number among its parts"):
             extract_layer_index(name)
+
+
+def test_each_attention_layer_has_a_cache_of_its_own() -> None:
+    names = [f"model.layers.{layer}.attn{own}" for layer in (0, 1, 40) for own in ("", ".0", ".1")]
+    numbers = [cache_number(name) for name in names]
+    assert numbers[::3] == [0, 1, 40] and len(set(numbers)) == len(names)
+    with pytest.raises(ValueError, match="one number among its parts"):
+        cache_number("model.norm")
 
 
 # Attention
