@@ -73,6 +73,30 @@ class Input {
     uint32_t* packed_;
 };
 
+// The largest magnitude; NaN if there is one: without signs, bits compare as magnitudes do, and NaN is the largest.
+template <class T>
+float amax(const T* x, int64_t count) {
+    ivec most = ivec{};
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) most = larger(most, (ivec)load(x + k) & 0x7fffffff);
+    if (k < count) most = larger(most, (ivec)load_part(x + k, int(count - k)) & 0x7fffffff);
+    int32_t bits = largest(most);
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+// The nearest integers, ties to even.
+INLINE ivec nearest(vec x) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtps_epi32((__m256)x);
+#else
+    return (ivec)(x + 12582912.0f) - (ivec)splat(12582912.0f);
+#endif
+}
+
 // Rows as bytes, four to a unit, in the order of Input. Each group of `group` inputs has a scale, so that the largest
 // becomes 127. `offset` is added to every byte. Rows are padded with zeros to whole groups.
 class Bytes {
@@ -146,30 +170,6 @@ class Bytes {
             scales[row * groups + g] = scale;
             totals[row * groups + g] = sum(total);
         }
-    }
-
-    // The largest magnitude; NaN if there is one: without signs, bits compare as magnitudes do, and NaN is the largest.
-    template <class T>
-    static float amax(const T* x, int64_t count) {
-        ivec most = ivec{};
-        int64_t k = 0;
-        for (; k + LANES <= count; k += LANES) most = larger(most, (ivec)load(x + k) & 0x7fffffff);
-        if (k < count) most = larger(most, (ivec)load_part(x + k, int(count - k)) & 0x7fffffff);
-        int32_t bits = largest(most);
-        float result;
-        std::memcpy(&result, &bits, 4);
-        return result;
-    }
-
-    // The nearest integers, ties to even.
-    static INLINE ivec nearest(vec x) {
-#if defined(__AVX512F__)
-        return (ivec)_mm512_cvtps_epi32((__m512)x);
-#elif defined(__AVX2__)
-        return (ivec)_mm256_cvtps_epi32((__m256)x);
-#else
-        return (ivec)(x + 12582912.0f) - (ivec)splat(12582912.0f);
-#endif
     }
 
     const void* x_;

@@ -114,7 +114,7 @@ class BFloat16Panels(PanelWeight):
         ids = ids.contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=torch.bfloat16)
         if not _function("rows_bf16")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr()):
-            _refuse(ids, self.shape[0])
+            refuse_ids(ids, self.shape[0])
         return out
 
     def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
@@ -147,7 +147,7 @@ class Int8Panels(PanelWeight):
             self.packed.data_ptr(), self.scales.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr(),
             dtype == torch.float32,
         ):  # fmt: skip
-            _refuse(ids, self.shape[0])
+            refuse_ids(ids, self.shape[0])
         return out
 
     def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
@@ -197,7 +197,7 @@ class Int4Panels(PanelWeight):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int64 -> [..., K] float32."""
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
-            _refuse(ids, self.shape[0])
+            refuse_ids(ids, self.shape[0])
         panel, row = ids // PANEL, ids % PANEL
         halves = self.packed[panel, :, row]  # [..., units / 2, 4]
         values = torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-2).view(*ids.shape, -1, self.group_size)
@@ -214,5 +214,5 @@ class Int4Panels(PanelWeight):
         )  # fmt: skip
 
 
-def _refuse(ids: torch.Tensor, num_rows: int) -> NoReturn:
+def refuse_ids(ids: torch.Tensor, num_rows: int) -> NoReturn:
     raise IndexError(f"ids must be in [0, {num_rows}), not {int(ids.min())} to {int(ids.max())}")

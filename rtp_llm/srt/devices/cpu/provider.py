@@ -8,6 +8,7 @@ import torch
 
 from rtp_llm.srt.device.provider import Kernel
 from rtp_llm.srt.devices.cpu import linear, moe
+from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
@@ -75,6 +76,12 @@ class CpuProvider(ReferenceProvider):
         if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
             return linear.BFloat16Panels(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
         return super().pack_uint8(weight, scales, zeros, group_size)
+
+    def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> PackedWeight:
+        """Pack for kernels only for models in bfloat16, as ``pack_int4``."""
+        if blocks.is_cpu and block_type in NUMBERS and _builds_for_kernels((torch.bfloat16,)):
+            return BlockPanels(blocks, block_type, num_inputs)
+        return super().pack_blocks(blocks, block_type, num_inputs)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return timed_kernels(watch)

@@ -1,0 +1,100 @@
+// Rows of x as bytes for products with blocks: 32 neighbouring inputs have a scale of their own.
+#pragma once
+
+#include "gemm_rows.h"
+
+namespace {
+
+constexpr int RUN = 32;           // inputs with one scale
+constexpr int MOST_ROWS = 32;     // of a tile, a multiple of ROWS_IN_STEP
+constexpr int ROWS_IN_STEP = 4;   // tiles start at a multiple of it
+
+// A run of one row. The totals are those of its bytes, or of each half's; for weights that have an offset they are whole
+// numbers times -offset, from which sums start.
+struct Run {
+    int8_t bytes[RUN];
+    float scale;
+    union {
+        float totals[2];
+        int32_t starts[2];
+    };
+
+    INLINE ivec unit(int number) const {
+        int32_t bits;
+        std::memcpy(&bits, bytes + 4 * number, 4);
+        return ivec{} + bits;
+    }
+};
+
+// In a tile of R rows, run g of row r is number g * R + r.
+class Runs {
+   public:
+    const int64_t tiles;
+
+    // offset: of the weights, or 0: totals are wanted. halves: each has a total.
+    Runs(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int offset, bool halves)
+        : tiles(divide_up(M, MOST_ROWS)), x_(x), is_float_(is_float), stride_(stride), M_(M), runs_(K / RUN),
+          offset_(offset), halves_(halves) {
+        reserve();
+    }
+
+    int64_t start(int64_t tile) const { return std::min(M_, divide_up(M_, ROWS_IN_STEP) * tile / tiles * ROWS_IN_STEP); }
+
+    const Run* tile(int64_t number) const { return to_ + start(number) * runs_; }
+
+    // To be called by all threads of a team, each with a copy: see Bytes::pack.
+    void pack() {
+        if (M_ <= ROWS_OF_EACH) {
+            reserve();
+            for (int64_t row = 0; row < M_; row++) pack_row(row);
+            return;
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < M_; row++) pack_row(row);
+    }
+
+   private:
+    void reserve() { to_ = scratch<Run, 0>(M_ * runs_); }
+
+    void pack_row(int64_t row) {
+        int64_t tile = 0;
+        while (start(tile + 1) <= row) tile++;
+        int64_t first = start(tile), count = start(tile + 1) - first;
+        Run* to = to_ + first * runs_ + row - first;
+        if (is_float_)
+            quantize(static_cast<const float*>(x_) + row * stride_, to, count);
+        else
+            quantize(static_cast<const bf16*>(x_) + row * stride_, to, count);
+    }
+
+    template <class T>
+    void quantize(const T* x, Run* to, int64_t step) const {
+        for (int64_t g = 0; g < runs_; g++, x += RUN, to += step) {
+            float most = amax(x, RUN), inverse = most > 0 ? 127 / most : 0;
+            ivec total[2] = {};
+            for (int k = 0; k < RUN; k += LANES) {
+                ivec whole = nearest(load(x + k) * inverse);
+                total[halves_ ? 2 * k / RUN : 0] += whole;
+                bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
+                std::memcpy(to->bytes + k, &bytes, LANES);
+            }
+            to->scale = most / 127;
+            for (int half = 0; half < 1 + halves_; half++) {
+                int32_t of_half = sum(total[half]);
+                if (offset_)
+                    to->starts[half] = -offset_ * of_half;
+                else
+                    to->totals[half] = float(of_half);
+            }
+        }
+    }
+
+    const void* x_;
+    bool is_float_;
+    int64_t stride_, M_, runs_;
+    int offset_;
+    bool halves_;
+    Run* to_;
+};
+
+}  // namespace
