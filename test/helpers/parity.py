@@ -223,6 +223,17 @@ def disturb_correction_biases(model_dir: str) -> None:
     rewrite_tensors(model_dir, change)
 
 
+def disturb_layer_scalars(model_dir: str) -> None:
+    """They are one in a model that was never trained."""
+
+    def change(tensors: Tensors) -> Tensors:
+        names = [name for name in tensors if name.endswith("layer_scalar")]
+        assert names
+        return tensors | {name: torch.tensor([0.6 + 0.1 * i]) for i, name in enumerate(names)}
+
+    rewrite_tensors(model_dir, change)
+
+
 def check_other_layout(case: Case, directory: Path, change: Callable[[Tensors], Tensors]) -> None:
     """With its tensors changed, the checkpoint still means what it meant."""
     model_dir = case.make(directory)

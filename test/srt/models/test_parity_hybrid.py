@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from parity import (
@@ -18,13 +17,12 @@ from parity import (
     PAGES,
     Case,
     Served,
-    Tensors,
     check_anew,
     check_quickly,
     check_two_ranks,
+    disturb_layer_scalars,
     engine_fixture,
     open_engine,
-    rewrite_tensors,
 )
 from rtp_llm.srt.models.registry import ModelRegistry
 
@@ -40,17 +38,6 @@ LLAMA3 = rope(
     rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 YARN = rope(rope_type="yarn", rope_theta=5e5, factor=4.0, original_max_position_embeddings=64, attention_factor=1.2)
-
-
-def disturb_layer_scalars(model_dir: str) -> None:
-    """They are one in a model that was never trained."""
-
-    def change(tensors: Tensors) -> Tensors:
-        names = [name for name in tensors if name.endswith("layer_scalar")]
-        assert names
-        return tensors | {name: torch.tensor([0.6 + 0.1 * i]) for i, name in enumerate(names)}
-
-    rewrite_tensors(model_dir, change)
 
 
 CASES = (
