@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -288,6 +289,7 @@ class LlamaForCausalLM(nn.Module):
     attention_type: type[nn.Module] = LlamaAttention
     layer_type: type[nn.Module] = LlamaDecoderLayer
     base_model_type: type[nn.Module] = LlamaModel
+    gguf = GGUFForm("llama", presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"})
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
     attention_type = Qwen2Attention
+    gguf = GGUFForm("qwen2")
 
 
 EntryClass = Qwen2ForCausalLM

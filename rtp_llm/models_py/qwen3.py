@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from rtp_llm.models_py.llama import LlamaForCausalLM, NormedHeadsAttention
 from rtp_llm.models_py.qwen2 import layer_window
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Qwen3Attention(NormedHeadsAttention):
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
     attention_type = Qwen3Attention
+    gguf = GGUFForm("qwen3", presence={"blk.0.attn_q.bias": "attention_bias"})
 
 
 EntryClass = Qwen3ForCausalLM
