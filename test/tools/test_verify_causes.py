@@ -69,7 +69,7 @@ NO_GROUPS = dict(num_expert_group=1, topk_group=1, routed_scaling_factor=1.0)
 )
 def test_routings_are_told_apart(ours: torch.Tensor, theirs: torch.Tensor, cause: str) -> None:
     trials = RoutingTrials(LOGITS, {"gate.bias": BIAS}, SimpleNamespace(n_group=4, routed_scaling_factor=2.5))
-    assert cause in trials.explain(ours, theirs, TOLERANCE)
+    assert cause in trials.explain(ours, theirs, TOLERANCE)[0]
 
 
 def test_orders_are_described() -> None:

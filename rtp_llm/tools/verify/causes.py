@@ -31,6 +31,7 @@ from rtp_llm.tools.verify.relation_causes import (
     other_columns,
 )
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
+from rtp_llm.tools.verify.source_mutations import find_source_edit
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
@@ -50,11 +51,26 @@ UNSEEN_ATTENTION = (
     ". That is right if our attention takes its rows so: the reference's attention was not recorded, and what follows "
     "the projection, its queries, keys, values and biases by distance, is compared nowhere"
 )
+ELSEWHERE = "it is what the reference has as"
 NEARBY = 24  # places of the reference before and after one that are tried
 
 
 def explain(evidence: Evidence, place: Place, error: float) -> Finding:
     """Return what is wrong at the first place that differs."""
+    finding = _by_experiments(evidence, place, error)
+    return finding if finding.is_explained else _by_source(evidence, place, finding)
+
+
+def _by_source(evidence: Evidence, place: Place, finding: Finding) -> Finding:
+    """Return an edit of the reference's code that gives ours, if there is one, with what is known already."""
+    edit = find_source_edit(evidence, place)
+    if edit is None:
+        return finding
+    part = place.part if edit.module == place.module else OUTPUT
+    return Finding(edit.module, part, finding.error, [edit.cause, *finding.causes])
+
+
+def _by_experiments(evidence: Evidence, place: Place, error: float) -> Finding:
     if evidence.ours.parts.is_tower(place.module):
         missing = explain_missing(*evidence.pair(place), place.module, evidence.their_modules, evidence.tolerance)
         if missing:
@@ -160,16 +176,28 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
     if rotation is None:
         finding = _explain_input(evidence, place, error)
         hint = "our model file does not rotate queries and keys here, by a rotary embedding"
-        return finding if finding.causes else Finding(place.module, place.part, error, [hint])
+        if not _rotates(evidence):
+            return finding
+        if not finding.is_explained:
+            return Finding(place.module, place.part, error, [hint], is_description=True)
+        texts = [f"{cause}; {hint}" if cause.startswith(ELSEWHERE) else cause for cause in finding.causes]
+        return replace(finding, causes=texts)
     cause = rotation.cause(evidence, place)
     if cause is None or cause.startswith(UNKNOWN_ROTATION):
         before = _explain_before_rotation(evidence, place, error, rotation.rope, rotation.rotated)
         if before is not None:
             return before
         finding = _explain_input(evidence, place, error)
-        if finding.causes or cause is None:
+        if finding.is_explained or cause is None:
             return finding
+        return Finding(rotation.name, place.part, error, [cause], is_description=True)
     return Finding(rotation.name, place.part, error, [cause])
+
+
+def _rotates(evidence: Evidence) -> bool:
+    """Return whether the reference has rotary positions, by the names of its modules and of its configuration."""
+    names = (*evidence.their_modules, *(key for key, value in vars(evidence.config).items() if value))
+    return any("rotary" in name or "rope_" in name for name in names)
 
 
 def _explain_before_rotation(
@@ -313,7 +341,7 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
         part = place.part if mutation.module == place.module else OUTPUT
         return Finding(mutation.module, part, error, [mutation.text])
     cause = describe_relation(evidence, place)
-    return Finding(place.module, place.part, error, [cause] if cause else [])
+    return Finding(place.module, place.part, error, [cause] if cause else [], is_description=True)
 
 
 def _order(evidence: Evidence, place: Place) -> str | None:
@@ -334,7 +362,7 @@ def _elsewhere(evidence: Evidence, place: Place) -> str | None:
     ours = evidence.ours.tensors[place]
     for other in _nearby(evidence, place):
         if evidence.same(ours, evidence.theirs.tensors[other]):
-            return f"it is what the reference has as {other}: a wrong slot or order"
+            return f"{ELSEWHERE} {other}: a wrong slot or order"
     return None
 
 
@@ -405,5 +433,6 @@ def explain_logits(evidence: Evidence, place: Place, error: float) -> Finding:
     causes = [text for text, tensor in trials.items() if evidence.same(ours, tensor[:, : ours.shape[1]])]
     if not causes:
         finding = _explain_input(evidence, place, error)
-        return Finding(place.module, place.part, error, finding.causes)
+        finding = Finding(place.module, place.part, error, finding.causes, finding.is_description)
+        return finding if finding.is_explained else _by_source(evidence, place, finding)
     return Finding(place.module, place.part, error, causes[:1])

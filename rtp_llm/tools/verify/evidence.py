@@ -14,12 +14,21 @@ from rtp_llm.tools.verify.trace import Place, Trace
 
 @dataclass(frozen=True)
 class Finding:
-    """The first difference. ``causes`` is empty if no experiment reproduced ours."""
+    """The first difference. ``causes`` is empty if no experiment reproduced ours.
+
+    Args:
+        is_description: the causes say how ours and the reference's differ, and no experiment reproduced ours.
+    """
 
     module: str
     part: str
     error: float
     causes: list[str] = field(default_factory=list)
+    is_description: bool = False
+
+    @property
+    def is_explained(self) -> bool:
+        return bool(self.causes) and not self.is_description
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def explain_routing(evidence: Evidence, place: Place, error: float) -> Finding:
         if name.startswith(f"{block}.") and tensor.shape[-1:] == (num_experts,) and tensor.numel() == num_experts
     }
     trials = RoutingTrials(logits, biases, evidence.config)
-    return Finding(place.module, place.part, error, [trials.explain(ours, theirs, evidence.tolerance)])
+    cause, is_given = trials.explain(ours, theirs, evidence.tolerance)
+    return Finding(place.module, place.part, error, [cause], is_description=not is_given)
 
 
 def _router_logits(evidence: Evidence, experts: str, routing: torch.Tensor) -> torch.Tensor | None:

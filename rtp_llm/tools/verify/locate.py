@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from rtp_llm.tools.verify.trace import EMBEDDINGS, KEYS, OUTPUT, QUERIES, VALUES, Place, Trace
+from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, KEYS, OUTPUT, QUERIES, VALUES, Place, Trace
 
 # Tolerances of the worst token's relative difference: of a module's tensors, and of logits.
 MODULE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
@@ -62,7 +62,7 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
 
     Differences before a later complete agreement are only another layout: for example a scale that one side applies
     inside a module and the other after it. Agreement is complete if a layer's input or output agrees, in an attention
-    block if queries, keys and values do.
+    block if queries, keys and values do, or what it attends to.
     """
     suspects: list[int] = []
     layer = ""
@@ -76,7 +76,7 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
                 layer_of(place.module) and (layer_of(place.module) != layer or layer_of(place.module) == place.module)
             ):
                 suspects = []
-            elif agreeing >= {Place(place.module, part) for part in (QUERIES, KEYS, VALUES)}:
+            elif place.part == ATTENDED or agreeing >= {Place(place.module, part) for part in (QUERIES, KEYS, VALUES)}:
                 suspects = [i for i in suspects if not differences[i].place.module.startswith(place.module)]
         layer = layer_of(place.module)
     return suspects[0] if suspects else None

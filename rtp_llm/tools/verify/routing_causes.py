@@ -52,14 +52,15 @@ class RoutingTrials:
         self._biases = {name: bias.double() for name, bias in biases.items()}
         self._config = config
 
-    def explain(self, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> str:
-        """Return how our weights [tokens, num_experts] depart from the reference's."""
+    def explain(self, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> tuple[str, bool]:
+        """Return how our weights [tokens, num_experts] depart from the reference's, and whether a trial gave ours."""
         counts = list(dict.fromkeys(int((x != 0).sum(-1).max()) for x in (theirs, ours)))
         tried = [(routing, self._apply(routing)) for routing in self._routings(counts)]
         right = _that_give(theirs, tried, tolerance) or self._chosen_by_others(theirs, tried, tolerance)
         own = _that_give(ours, tried, tolerance) or self._chosen_by_others(ours, tried, tolerance)
         if not right or not own:
-            return self._described(ours, theirs, right, own)
+            moved = _moved(ours, theirs, self._logits.shape[1])
+            return (moved, True) if moved else (self._described(ours, theirs, right, own), False)
         mine, yours = self._nearest(own, right)
         if self._distance(mine, yours)[0] > 1:  # other scores that choose may say it in one change
             mine, yours = self._nearest([mine, *self._chosen_by_others(ours, tried, tolerance)], right)
@@ -68,7 +69,7 @@ class RoutingTrials:
             texts = [f"{texts[0]} (or ours {_groups_text(same)}, which chooses the same)", *texts[1:]]
         if abs(mine[1] / yours[1] - 1) > 1e-3:
             texts.append(self._factors(mine[1], yours[1]))
-        return "; ".join(texts)
+        return "; ".join(texts), True
 
     def _chosen_by_others(
         self, weights: torch.Tensor, tried: list[tuple[Routing, torch.Tensor]], tolerance: float
@@ -156,9 +157,6 @@ class RoutingTrials:
         own: list[tuple[Routing, float]],
     ) -> str:
         """Return what can be seen without a trial that gives both sides."""
-        moved = _moved(ours, theirs, self._logits.shape[1])
-        if moved:
-            return moved
         others = ((ours != 0) != (theirs != 0)).any(-1)
         if bool(others.any()):
             text = f"{int(others.sum())} of {len(others)} tokens go to other experts"

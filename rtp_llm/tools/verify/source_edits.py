@@ -1,0 +1,220 @@
+"""Small edits of a function's source that people make by mistake when they write it again: an operand left out, two
+steps in the other order, another function in the place of one.
+
+They are edits of the syntax tree, one at a time (mutation operators; DeMillo, Lipton and Sayward, 1978).
+"""
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+MAX_SHOWN = 100  # characters of a statement
+NUM_AROUND = 2  # words of a long statement before and after what differs
+_SWAPPED = {"sigmoid": "tanh", "tanh": "sigmoid", "cos": "sin", "sin": "cos", "floor": "ceil", "ceil": "floor"}
+_OTHER_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+}
+_DIMENSIONS = ("dim", "axis")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A changed function. ``before`` and ``after``: what is changed, as source; ``after`` empty: it is left out."""
+
+    tree: ast.FunctionDef
+    before: str
+    after: str
+
+
+def edits_text(found: Sequence[Edit]) -> str:
+    """Return what edits with the same result change, as the end of a sentence that begins with "as if"."""
+    by_statement: dict[str, list[str]] = {}
+    for edit in found:
+        by_statement.setdefault(edit.before, []).append(edit.after)
+    return ", or ".join(_change_text(before, [*dict.fromkeys(after)]) for before, after in by_statement.items())
+
+
+def _change_text(before: str, after: Sequence[str]) -> str:
+    changed: dict[str, list[str]] = {}
+    for other in filter(None, after):
+        old, new = _differing(before, other)
+        changed.setdefault(old, []).append(new)
+    texts = [f"{' or '.join(f'`{new}`' for new in many)} stood in place of `{old}`" for old, many in changed.items()]
+    return ", or ".join([*([f"`{_cut(before)}` were left out"] if "" in after else []), *texts])
+
+
+def edits(tree: ast.FunctionDef) -> Iterator[Edit]:
+    """Yield the function with one edit each. It is the same object each time, and whole again after the last one."""
+    for owner in list(ast.walk(tree)):
+        for field, value in list(ast.iter_fields(owner)):
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, list) and isinstance(first, ast.stmt):
+                yield from _of_statements(tree, value)
+            elif isinstance(owner, ast.stmt) and isinstance(first, ast.expr):
+                yield from _of_expression(tree, owner, owner, field)
+
+
+def _of_expression(tree: ast.FunctionDef, statement: ast.stmt, owner: ast.AST, field: str) -> Iterator[Edit]:
+    """Yield edits of the expression at ``owner.field``, and of those in it."""
+    node = getattr(owner, field)
+    items = node if isinstance(node, list) else [node]
+    for index, item in enumerate(items):
+        if isinstance(item, ast.keyword):
+            yield from _of_expression(tree, statement, item, "value")
+        if not isinstance(item, ast.expr):
+            continue
+        before = _shown(statement)
+        for other in _others(item):
+            _put(owner, field, index, other)
+            yield Edit(tree, before, _shown(statement))
+            _put(owner, field, index, item)
+        if isinstance(item, ast.Call):
+            yield from _without_keywords(tree, statement, item)
+        for inner, _ in list(ast.iter_fields(item)):
+            yield from _of_expression(tree, statement, item, inner)
+
+
+def _put(owner: ast.AST, field: str, index: int, item: ast.expr) -> None:
+    value = getattr(owner, field)
+    if isinstance(value, list):
+        value[index] = item
+    else:
+        setattr(owner, field, item)
+
+
+def _without_keywords(tree: ast.FunctionDef, statement: ast.stmt, call: ast.Call) -> Iterator[Edit]:
+    keywords, before = call.keywords, _shown(statement)
+    for index in range(len(keywords)):
+        call.keywords = keywords[:index] + keywords[index + 1 :]
+        yield Edit(tree, before, _shown(statement))
+        call.keywords = keywords
+
+
+def _others(node: ast.expr) -> Iterator[ast.expr]:
+    """Yield what may stand in the place of an expression."""
+    match node:
+        case ast.BinOp(left=left, op=op, right=right):
+            yield left
+            yield right
+            other = _OTHER_OPERATORS.get(type(op))
+            if other is not None:
+                yield ast.BinOp(left, other(), right)
+        case ast.UnaryOp(op=ast.USub() | ast.Not(), operand=operand):
+            yield operand
+        case ast.Call(func=func, args=args):
+            yield from _other_calls(node, func, args)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield body
+            yield orelse
+        case ast.Subscript(slice=ast.Tuple(elts=elements)):
+            yield from _other_slices(node, elements)
+        case ast.Tuple(elts=[first, second]):
+            yield ast.Tuple([second, first], node.ctx)
+        case ast.Constant(value=value) if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield from (ast.Constant(other) for other in (0, 1, value + 1, value - 1) if other != value)
+
+
+def _other_calls(node: ast.Call, func: ast.expr, args: list[ast.expr]) -> Iterator[ast.expr]:
+    if isinstance(func, ast.Attribute) and not _is_library(func.value):
+        yield func.value  # x.clamp(...): x
+    for arg in args[:2]:
+        if not isinstance(arg, (ast.Constant, ast.Starred)):
+            yield arg
+    name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+    if name in _SWAPPED and isinstance(func, ast.Attribute):
+        yield ast.Call(ast.Attribute(func.value, _SWAPPED[name], ast.Load()), args, node.keywords)
+    if name == "sigmoid" and isinstance(func, ast.Attribute):
+        yield ast.Call(ast.Attribute(func.value, "softmax", ast.Load()), args, [_last_dimension()])
+    if name == "softmax" and isinstance(func, ast.Attribute):
+        given = args[:1] if _is_library(func.value) else []
+        yield ast.Call(ast.Attribute(func.value, "sigmoid", ast.Load()), given, [])
+    if len(args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
+        yield ast.Call(func, [args[1], args[0], *args[2:]], node.keywords)
+
+
+def _last_dimension() -> ast.keyword:
+    return ast.keyword("dim", ast.UnaryOp(ast.USub(), ast.Constant(1)))
+
+
+def _is_library(node: ast.expr) -> bool:
+    """Return whether an expression is ``torch``, ``F``, ``nn.functional`` or the like, or the module itself."""
+    root = node
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    return isinstance(root, ast.Name) and root.id in ("torch", "F", "nn", "math", "self")
+
+
+def _other_slices(node: ast.expr, elements: list[ast.expr]) -> Iterator[ast.expr]:
+    """Yield every second element from the other start: ``x[..., ::2]`` and ``x[..., 1::2]``."""
+    assert isinstance(node, ast.Subscript)
+    for index, item in enumerate(elements):
+        if isinstance(item, ast.Slice) and isinstance(item.step, ast.Constant):
+            lower = None if item.lower is not None else ast.Constant(1)
+            others = [*elements[:index], ast.Slice(lower, item.upper, item.step), *elements[index + 1 :]]
+            yield ast.Subscript(node.value, ast.Tuple(others, ast.Load()), node.ctx)
+
+
+def _of_statements(tree: ast.FunctionDef, body: list[ast.stmt]) -> Iterator[Edit]:
+    """Yield a statement left out, a condition the other way round, and two neighbours in the other order."""
+    whole = list(body)
+    for index, statement in enumerate(whole):
+        if isinstance(statement, (ast.Assign, ast.AugAssign)):
+            body[:] = [*whole[:index], *whole[index + 1 :]] or [ast.Pass()]
+            yield Edit(tree, _shown(statement), "")
+            body[:] = whole
+        elif isinstance(statement, ast.If):
+            for kept in (statement.body, statement.orelse):
+                body[:] = [*whole[:index], *kept, *whole[index + 1 :]] or [ast.Pass()]
+                yield Edit(tree, f"if {_shown(statement.test)}:", "if True:" if kept is statement.body else "if False:")
+                body[:] = whole
+    for index, (first, second) in enumerate(pairwise(whole)):
+        if isinstance(first, ast.Assign) and isinstance(second, ast.Assign):
+            before = f"{_shown(first)}; {_shown(second)}"
+            for others in ([second, first], _scaled_after(first, second)):
+                if others:
+                    body[:] = [*whole[:index], *others, *whole[index + 2 :]]
+                    yield Edit(tree, before, "; ".join(map(_shown, others)))
+                    body[:] = whole
+
+
+def _scaled_after(first: ast.Assign, second: ast.Assign) -> list[ast.stmt]:
+    """Return ``y = f(x); y = y * w`` for ``x = x * w; y = f(x)``; empty: the statements are no such pair."""
+    scaled, given = first.value, second.value
+    if not isinstance(scaled, ast.BinOp) or not isinstance(given, ast.Call) or not isinstance(scaled.left, ast.Name):
+        return []
+    targets = [*first.targets, *second.targets]
+    if len(targets) != 2 or not all(isinstance(target, ast.Name) for target in targets):
+        return []
+    if scaled.left.id not in {name.id for name in ast.walk(given) if isinstance(name, ast.Name)}:
+        return []
+    name = targets[1].id  # type: ignore[attr-defined]
+    after = ast.BinOp(ast.Name(name, ast.Load()), scaled.op, scaled.right)
+    return [second, ast.Assign([ast.Name(name, ast.Store())], after)]
+
+
+def _shown(node: Any) -> str:
+    """Return the source of a statement's first line."""
+    return ast.unparse(ast.fix_missing_locations(node)).split("\n")[0]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _differing(before: str, after: str) -> tuple[str, str]:
+    """Return both texts; of long ones, the words around what differs."""
+    if max(len(before), len(after)) <= MAX_SHOWN:
+        return before, after
+    old, new = before.split(" "), after.split(" ")
+    start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    rest = zip(reversed(old[start:]), reversed(new[start:]), strict=False)
+    end = next((i for i, (a, b) in enumerate(rest) if a != b), min(len(old), len(new)) - start)
+    start, end = max(0, start - NUM_AROUND), max(0, end - NUM_AROUND)
+    texts = [" ".join(words[start : len(words) - end]) for words in (old, new)]
+    one, other = (f"{'... ' if start else ''}{_cut(text)}{' ...' if end else ''}" for text in texts)
+    return one, other

@@ -1,0 +1,170 @@
+"""Edits of the reference's own code, tried when nothing else reproduces ours.
+
+A model's methods, and functions of its file that they call, are compiled anew with one small edit each, for one module
+at a time; see ``source_edits``. If the reference then gives ours, ours is what that edit makes of it.
+"""
+
+import ast
+import inspect
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text
+from rtp_llm.tools.verify.trace import Place
+
+MAX_SECONDS = 120.0  # each edit computes a layer or all anew
+MAX_SHOWN = 3  # edits with the same result
+_LIBRARIES = ("torch.", "transformers.masking_utils", "transformers.modeling_utils", "transformers.cache_utils")
+_FACTORY = "made"
+
+
+class SourceEdit(NamedTuple):
+    """``module``: the name of the module whose code is edited; ``cause``: how."""
+
+    module: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function of the reference's code.
+
+    Args:
+        module: the name of the module whose method it is, or that calls it.
+        owner: where it is set: the module itself, or the globals of the model's file.
+    """
+
+    module: str
+    name: str
+    function: FunctionType
+    owner: nn.Module | dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        return self.function.__qualname__
+
+    def parsed(self) -> ast.FunctionDef | None:
+        """Return its syntax tree; None: there is no source, or it is no plain function."""
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(self.function))).body[0]
+        except (OSError, TypeError, SyntaxError):
+            return None
+        return tree if isinstance(tree, ast.FunctionDef) else None
+
+    def compiled(self, tree: ast.FunctionDef) -> Any:
+        """Return the function of a changed tree, in the globals of the old one. ``super()`` needs its class."""
+        factory = ast.FunctionDef(
+            name=_FACTORY,
+            args=ast.arguments(posonlyargs=[], args=[ast.arg("__class__")], kwonlyargs=[], kw_defaults=[], defaults=[]),
+            body=[tree, ast.Return(ast.Name(tree.name, ast.Load()))],
+            decorator_list=[],
+        )
+        whole = ast.fix_missing_locations(ast.Module([factory], []))
+        space: dict[str, Any] = {}
+        # The code is the reference's, which runs anyway, with one edit
+        exec(compile(whole, inspect.getfile(self.function), "exec"), self.function.__globals__, space)
+        kind = self.function.__qualname__.rpartition(".")[0]
+        return space[_FACTORY](self.function.__globals__.get(kind))
+
+    @contextmanager
+    def replaced(self, other: Any) -> Iterator[None]:
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = other
+            try:
+                yield
+            finally:
+                self.owner[self.name] = self.function
+            return
+        before = vars(self.owner).get(self.name)
+        setattr(self.owner, self.name, MethodType(other, self.owner))
+        try:
+            yield
+        finally:
+            delattr(self.owner, self.name)
+            if before is not None:
+                setattr(self.owner, self.name, before)
+
+
+def find_source_edit(evidence: Evidence, place: Place) -> SourceEdit | None:
+    """Return the edit of the reference's code that gives ours at a place; None: none of those does that are tried
+    within MAX_SECONDS."""
+    ours, theirs = evidence.pair(place)
+    deadline = time.monotonic() + MAX_SECONDS
+    with evidence.replay.recording():
+        for function in _functions(evidence, place):
+            tree = function.parsed()
+            if tree is None or not _gives(evidence, place, function, tree, theirs):
+                continue
+            found: list[Edit] = []
+            for edit in edits(tree):
+                if time.monotonic() > deadline or len(found) == MAX_SHOWN:
+                    break
+                if _gives(evidence, place, function, edit.tree, ours):
+                    found.append(edit)
+            if found:
+                return SourceEdit(function.module, f"as if in the reference's {function.title} {edits_text(found)}")
+            if time.monotonic() > deadline:
+                break
+    return None
+
+
+def _gives(
+    evidence: Evidence, place: Place, function: _Function, tree: ast.FunctionDef, expected: torch.Tensor
+) -> bool:
+    """Return whether the reference has a tensor at a place, with a function as ``tree`` says."""
+    try:
+        with function.replaced(function.compiled(tree)):
+            changed = evidence.replay.tensor(place)
+    except Exception:  # of any kind: the edit does not fit
+        return False
+    return changed is not None and evidence.same(changed, expected)
+
+
+def _functions(evidence: Evidence, place: Place) -> Iterator[_Function]:
+    """Yield the functions that may have made a place's tensor: of modules around it, the nearest first."""
+    around = evidence.replay.modules_around(place)
+    names = sorted((name for name in around if name), key=lambda name: -_shared(name, place.module))
+    seen: set[int] = set()
+    for name in names:
+        for function in _methods(name, around[name]):
+            yield function
+            for called in _called(function):
+                if id(called.function) not in seen:
+                    seen.add(id(called.function))
+                    yield called
+
+
+def _shared(name: str, other: str) -> int:
+    """Return how many parts of two names are equal from their beginning."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(name.count("."), other.count(".")) + 1)
+
+
+def _methods(name: str, module: nn.Module) -> Iterator[_Function]:
+    for kind in type(module).__mro__:
+        if f"{kind.__module__}.".startswith(_LIBRARIES):
+            break
+        for key, value in vars(kind).items():
+            if key == "forward" or (inspect.isfunction(value) and not key.startswith("__")):
+                function = inspect.unwrap(value) if callable(value) else None
+                if isinstance(function, FunctionType) and getattr(type(module), key, None) is value:
+                    yield _Function(name, key, function, module)
+
+
+def _called(function: _Function) -> Iterator[_Function]:
+    """Yield the functions of the same file that a function names."""
+    space = function.function.__globals__
+    for key in function.function.__code__.co_names:
+        value = space.get(key)
+        plain = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else None
+        if isinstance(plain, FunctionType) and plain.__module__ == function.function.__module__:
+            yield _Function(function.module, key, plain, space)

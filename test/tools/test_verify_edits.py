@@ -1,0 +1,63 @@
+"""Edits of a reference's source that ``rtp-llm verify`` tries."""
+
+import ast
+
+import pytest
+
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text
+
+
+def function(body: str) -> ast.FunctionDef:
+    tree = ast.parse("def f(self, x, y):\n" + "\n".join(f"    {line}" for line in body.split("\n"))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    return tree
+
+
+def all_edits(body: str) -> list[str]:
+    tree = function(body)
+    whole = ast.unparse(tree)
+    found = [ast.unparse(ast.fix_missing_locations(edit.tree)).partition("\n")[2] for edit in edits(tree)]
+    assert ast.unparse(tree) == whole  # each edit is taken back
+    assert all(text != whole.partition("\n")[2] for text in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("body", "edited"),
+    [
+        ("return (x + 1) * y", "return x * y"),
+        ("return (x + 1) * y", "return x + 1"),
+        ("return x - y", "return x + y"),
+        ("return torch.sigmoid(x)", "return x"),
+        ("return torch.sigmoid(x)", "return torch.softmax(x, dim=-1)"),
+        ("return torch.softmax(x, dim=-1)", "return torch.sigmoid(x)"),
+        ("return x.clamp(max=3)", "return x"),
+        ("return x[..., ::2]", "return x[..., 1::2]"),
+        ("x, y = y.chunk(2)\nreturn x", "y, x = y.chunk(2)\n    return x"),
+        ("x = self.norm(x)\nreturn x", "return x"),
+        ("if y:\n    x = 2 * x\nreturn x", "return x"),
+        ("x = norm(x)\nx = turn(x)\nreturn x", "x = turn(x)\n    x = norm(x)\n    return x"),
+        ("x = x * y\nz = f(x)\nreturn z", "z = f(x)\n    z = z * y\n    return z"),
+        ("return f(x, scale=2)", "return f(x)"),
+        ("return f(x, y)", "return f(y, x)"),
+        ("return -x", "return x"),
+    ],
+)
+def test_mistakes_are_among_the_edits(body: str, edited: str) -> None:
+    assert any(text.strip() == edited.strip() for text in all_edits(body)), all_edits(body)
+
+
+def test_edits_are_told_by_what_differs() -> None:
+    tree = function("pass")
+    assert edits_text([Edit(tree, "a = b + 1", "a = b")]) == "`a = b` stood in place of `a = b + 1`"
+    assert edits_text([Edit(tree, "a = b", "")]) == "`a = b` were left out"
+    two = [Edit(tree, "a = b + c", "a = b"), Edit(tree, "a = b + c", "a = c")]
+    assert edits_text(two) == "`a = b` or `a = c` stood in place of `a = b + c`"
+
+
+def test_of_long_statements_only_what_differs_is_shown() -> None:
+    words = " + ".join(f"number_{i}" for i in range(30))
+    text = edits_text([Edit(function("pass"), words, words.replace("number_15", "other"))])
+    assert (
+        text == "`... number_14 + other + number_16 ...` stood in place of `... number_14 + number_15 + number_16 ...`"
+    )
