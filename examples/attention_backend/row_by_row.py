@@ -26,13 +26,13 @@ class RowByRow(AttentionBackend):
             batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[cache.group], k, v)
         out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
         for row, start, end, token in self.rows:
-            first = 0 if layer.window is None else max(0, start - layer.window + 1)  # the oldest key that is seen
+            first = layer.first_visible(start)  # the oldest key that is seen
             positions = torch.arange(first, end, device=q.device)
             slots = slots_of(batch.page_tables[cache.group], row, positions, cache.page_size)
             keys, values = cache.numbers(slots, q.dtype)
             tokens = slice(token, token + end - start)
             ends = None if batch.visible_ends is None else batch.visible_ends[tokens] - first
-            options = (layer.window, layer.logit_cap, sinks, ends, layer.alibi_slopes)
+            options = (layer.window, layer.logit_cap, sinks, ends, layer.alibi_slopes, layer.chunk)
             out[tokens] = reference.attention(q[tokens], keys, values, layer.scaling, start - first, *options)
         return out.flatten(1)
 

@@ -29,6 +29,7 @@ class GroupedQueryAttention(nn.Module):
         sliding_window: tokens that a token sees, itself included; None: all up to it.
         scaling: factor of the scores; None: ``head_dim ** -0.5``.
         logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
+        chunk_size: tokens in a chunk of the sequence, of which a token sees its own; None: it is not cut.
 
     Attributes:
         rotates_in_float32: whether queries and keys are rotated in float32 and rounded once.
@@ -49,6 +50,7 @@ class GroupedQueryAttention(nn.Module):
         prefix: str = "",
         scaling: float | None = None,
         logit_cap: float = 0.0,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if sliding_window is not None and sliding_window < 1:
@@ -82,6 +84,7 @@ class GroupedQueryAttention(nn.Module):
             layer_id=layer_id,
             logit_cap=logit_cap,
             window=sliding_window,
+            attention_chunk_size=chunk_size,
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )

@@ -1,8 +1,4 @@
-"""Llama 4 (Meta, 2025), text, in contexts of up to one attention chunk: experts, and layers without positions.
-
-In layers of the type ``chunked_attention`` a token sees those of its own chunk of ``attention_chunk_size`` only. Up to
-there that is full attention; longer contexts are refused.
-"""
+"""Llama 4 (Meta, 2025), text: experts, attention within chunks, and layers without positions."""
 
 from typing import TYPE_CHECKING
 
@@ -47,6 +43,7 @@ class Llama4Attention(GroupedQueryAttention):
             o_bias=config.attention_bias,
             quant_config=quant_config,
             prefix=prefix,
+            chunk_size=config.attention_chunk_size if config.layer_types[layer_id] == "chunked_attention" else None,
         )
         self.has_positions = bool(config.no_rope_layers[layer_id])
         self.norms_heads = self.has_positions and config.use_qk_norm
@@ -129,16 +126,8 @@ class Llama4DecoderLayer(LlamaDecoderLayer):
 
 
 class Llama4ForCausalLM(LlamaForCausalLM):
-    """``max_positions``: the chunk's size, where layers have chunks."""
-
     attention_type = Llama4Attention
     layer_type = Llama4DecoderLayer
-
-    def __init__(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
-    ) -> None:
-        super().__init__(config, quant_config, prefix)
-        self.max_positions = config.attention_chunk_size if "chunked_attention" in config.layer_types else None
 
 
 EntryClass = Llama4ForCausalLM

@@ -105,6 +105,7 @@ PATHS: dict[str, Value] = {
     "group.rank()": Const(0),
     "group.size()": Const(1),
     "group.device_group": Engine("group"),
+    "current_platform.fp8_dtype()": Expression("torch.float8_e4m3fn"),
     "current_platform.device_type": Expression("torch.get_default_device().type"),
     "vllm_config.quant_config": Expression("{owner}quant_config"),
     "vllm_config.lora_config": Const(None),

@@ -27,7 +27,7 @@ SAME: dict[str, str] = {
         f"{LAYERS}.fused_moe": (
             "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "RoutedExperts", "fused_moe_make_expert_params_mapping",
         ),
-        f"{LAYERS}.attention": ("Attention",),
+        f"{LAYERS}.attention": ("Attention", "ChunkedLocalAttention"),
         f"{LAYERS}.radix_attention": ("RadixAttention", "AttentionType", "model_window"),
         f"{LAYERS}.logits_processor": ("LogitsProcessor",),
         f"{LAYERS}.conv": ("Conv2dLayer", "Conv3dLayer"),

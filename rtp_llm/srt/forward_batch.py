@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from rtp_llm.srt.kernels.paged import first_visible
 from rtp_llm.srt.kv_pool import KVPool
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs
@@ -58,10 +59,18 @@ class AttentionSpec:
     window: int | None = None
     latent: bool = False  # a token's value is the first v_head_dim components of its key, which alone is stored
     alibi_slopes: torch.Tensor | None = None  # [num_heads] float32, on the layer's device. None: no bias by distance
+    # Tokens in a chunk, of which a query sees its own alone: key j is visible iff ``i // chunk * chunk <= j <= i``.
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window counts the query's own token, so it is at least 1, not {self.window}")
+        if self.chunk is not None and (self.chunk < 1 or self.window is not None):
+            raise ValueError(f"a chunk has at least 1 token, and no window: not {self.chunk} with {self.window}")
+
+    def first_visible(self, position: int) -> int:
+        """Return the position of the first key that a query at ``position`` sees."""
+        return first_visible(position, self.window, self.chunk)
 
 
 class StepAttention(Protocol):

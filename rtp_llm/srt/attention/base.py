@@ -62,7 +62,7 @@ class AttentionBackend(ABC):
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend over the cache, so that a token sees itself.
 
-        A query at position p sees the keys up to p, the last ``layer.window`` of them if that is not None; where
+        A query at position p sees the keys from ``layer.first_visible(p)`` up to p; where
         ``batch.visible_ends`` is given, also later ones before that position. For one row it is what ``attention`` of
         ``kernels/reference.py`` computes.
 

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.paged import first_visible
 from rtp_llm.srt.kv_pool import LayerCache, slots_of
 
 
@@ -48,7 +49,7 @@ class TorchAttention(AttentionBackend):
     def __init__(self) -> None:
         # cuDNN makes a plan for every new length, and keys get longer with each step.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self._layouts: dict[tuple[int, int | None], StepLayout] = {}
+        self._layouts: dict[tuple[int, int | None, int | None], StepLayout] = {}
 
     def plan(self, batch: ForwardBatch) -> None:
         self._layouts = {}
@@ -66,7 +67,7 @@ class TorchAttention(AttentionBackend):
         cache = batch.kv_pool.layer(layer.layer_id)
         if save_kv_cache and k is not None:
             batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[cache.group], k, v)
-        layout = self._layout(batch, cache.group, layer.window)
+        layout = self._layout(batch, cache.group, layer)
         out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
         for bucket in layout.decode:
             out[bucket.token_rows] = _decode(q[bucket.token_rows], cache, bucket, layer, sinks)
@@ -74,15 +75,16 @@ class TorchAttention(AttentionBackend):
             out[row.start : row.end] = _extend(q[row.start : row.end], cache, row, layer, sinks)
         return out.flatten(1)
 
-    def _layout(self, batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
-        """Return the layout, made by the first layer of each group and window, then shared."""
-        layout = self._layouts.get((group, window))
+    def _layout(self, batch: ForwardBatch, group: int, layer: AttentionSpec) -> StepLayout:
+        """Return the layout, made by the first layer of each group and window or chunk, then shared."""
+        key = (group, layer.window, layer.chunk)
+        layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[group, window] = _layout(batch, group, window)
+            layout = self._layouts[key] = _layout(batch, *key)
         return layout
 
 
-def _layout(batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
+def _layout(batch: ForwardBatch, group: int, window: int | None, chunk: int | None) -> StepLayout:
     """Make a layout; rows of one token are grouped by the number of keys that they see, within a factor of two."""
     table, page_size = batch.page_tables[group], batch.kv_pool.groups[group].page_size
     device = table.device
@@ -92,14 +94,14 @@ def _layout(batch: ForwardBatch, group: int, window: int | None) -> StepLayout:
     rows = batch.req_pool_indices
     for b, num_tokens in enumerate(batch.extend_seq_lens_cpu):
         seq_len, prefix_len = batch.seq_lens_cpu[b], batch.extend_prefix_lens_cpu[b]
-        first = 0 if window is None else max(0, prefix_len - window + 1)
+        first = first_visible(prefix_len, window, chunk)
         if num_tokens == 1:
             buckets.setdefault((seq_len - first).bit_length(), []).append((b, token, first, seq_len))
         else:
             positions = torch.arange(first, seq_len, device=device)
             slots = slots_of(table, rows[b].expand(len(positions)), positions, page_size)
             ends = None if batch.visible_ends is None else batch.visible_ends[token : token + num_tokens] - first
-            visible = _visible(prefix_len - first, seq_len - first, window, ends, device)
+            visible = _visible(prefix_len - first, seq_len - first, window, chunk, ends, device)
             extend.append(ExtendRow(token, token + num_tokens, slots, visible, prefix_len - first, ends))
         token += num_tokens
     decode = [_bucket(members, table, rows, page_size) for members in buckets.values()]
@@ -120,13 +122,19 @@ def _bucket(
 
 
 def _visible(
-    q_offset: int, num_keys: int, window: int | None, visible_ends: torch.Tensor | None, device: torch.device
+    q_offset: int,
+    num_keys: int,
+    window: int | None,
+    chunk: int | None,
+    visible_ends: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """[n, L] bool: whether a query sees a key, of L = ``num_keys``; queries are the positions from ``q_offset`` on.
+    The first key begins a chunk, where there are chunks.
 
     None: plain causal, no history.
     """
-    if q_offset == 0 and visible_ends is None and (window is None or window >= num_keys):
+    if q_offset == 0 and visible_ends is None and min(window or num_keys, chunk or num_keys) >= num_keys:
         return None
     queries = torch.arange(q_offset, num_keys, device=device)[:, None]
     keys = torch.arange(num_keys, device=device)[None, :]
@@ -135,6 +143,8 @@ def _visible(
         visible |= keys < visible_ends[:, None]
     if window is not None:
         visible &= keys > queries - window
+    if chunk is not None:
+        visible &= keys >= queries // chunk * chunk
     return visible
 
 
@@ -229,18 +239,17 @@ def _extend_explicit(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Compute some queries at a time, so that a long prompt's scores are never all in memory."""
-    window, pieces, start = layer.window, [], 0
+    pieces, start = [], 0
     for piece in q.split(max(1, SCORES_PER_PIECE // (q.shape[1] * len(k)))):
         q_start, end = row.q_offset + start, start + len(piece)
-        first = 0 if window is None else max(0, q_start - window + 1)
+        first = layer.first_visible(q_start)
         if row.visible_ends is None:
             seen, ends = slice(first, row.q_offset + end), None
         else:  # only the device knows how far ahead a query sees
             seen, ends = slice(first, None), row.visible_ends[start:end] - first
         offset = q_start - first
-        out = reference.attention(
-            piece, k[seen], v[seen], layer.scaling, offset, window, layer.logit_cap, sinks, ends, layer.alibi_slopes
-        )
+        options = (layer.window, layer.logit_cap, sinks, ends, layer.alibi_slopes, layer.chunk)
+        out = reference.attention(piece, k[seen], v[seen], layer.scaling, offset, *options)
         pieces.append(out)
         start = end
     return torch.cat(pieces)

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 import torch
 
 
+def first_visible(position: int, window: int | None, chunk: int | None = None) -> int:
+    """Return the position of the first key that a query at ``position`` sees: the first of its window, which counts
+    its own token, or of its chunk; 0 without either."""
+    if chunk is not None:
+        return position // chunk * chunk
+    return 0 if window is None else max(0, position - window + 1)
+
+
 def _none() -> torch.Tensor:
     return torch.empty(0, dtype=torch.int32)
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.kernels.paged import PagedRows
+from rtp_llm.srt.kernels.paged import PagedRows, first_visible
 
 
 def attention(
@@ -17,6 +17,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     visible_ends: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of one sequence: a softmax in float32 whatever the input dtype.
 
@@ -34,6 +35,7 @@ def attention(
             of Gemma 3, 2025); a window still bounds it from below.
         alibi_slopes: [num_heads]: ``alibi_slopes[h] * (j - q_start - i)`` is added to the score of query i and key j,
             after the cap (ALiBi; Press et al., 2022).
+        chunk: a query sees keys of its own chunk alone; position 0 of the keys begins one (Llama 4, 2025).
 
     Returns:
         [n, num_heads, v_head_dim] in q's dtype.
@@ -48,7 +50,7 @@ def attention(
         queries = torch.arange(q_start, q_start + num_queries, device=q.device)
         distances = torch.arange(num_keys, device=q.device) - queries[:, None]
         scores = scores + alibi_slopes.float().view(num_kv_heads, -1, 1, 1) * distances
-    visible = _visible(num_queries, num_keys, q_start, window, visible_ends, q.device)
+    visible = _visible(num_queries, num_keys, q_start, window, visible_ends, chunk, q.device)
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         sink_scores = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, 1)
@@ -64,6 +66,7 @@ def _visible(
     q_start: int,
     window: int | None,
     visible_ends: torch.Tensor | None,
+    chunk: int | None,
     device: torch.device,
 ) -> torch.Tensor:
     """[n, L] bool: whether the query sees the key."""
@@ -72,6 +75,8 @@ def _visible(
     visible = key_positions <= query_positions
     if visible_ends is not None:
         visible = visible | (key_positions < visible_ends[:, None])
+    if chunk is not None:
+        visible = visible & (key_positions >= query_positions // chunk * chunk)
     return visible if window is None else visible & (key_positions > query_positions - window)
 
 
@@ -90,6 +95,7 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Compute ``attention`` of each row over its sequence's part of the cache. A token's slot is
     ``page_table[row, position // page_size] * page_size + position % page_size``.
@@ -107,14 +113,15 @@ def paged_attention(
     outputs, first_token = [q.new_empty(0, q.shape[1], values.shape[2])], 0
     for row, start, count in zip(rows.table_rows.tolist(), rows.starts.tolist(), rows.counts.tolist(), strict=True):
         tokens = slice(first_token, first_token + count)
-        first = 0 if window is None else max(0, start - window + 1)
+        first = first_visible(start, window, chunk)
         positions = torch.arange(first, start + count, device=q.device)
         slots = page_table[row, positions // page_size].long() * page_size + positions % page_size
         k, v = keys[slots].float(), values[slots].float()
         if key_scales is not None and value_scales is not None:
             k, v = k * key_scales[slots, :, None], v * value_scales[slots, :, None]
         ends = None if visible_ends is None else visible_ends[tokens] - first
-        outputs.append(attention(q[tokens], k, v, scaling, start - first, window, logit_cap, sinks, ends, alibi_slopes))
+        options = (window, logit_cap, sinks, ends, alibi_slopes, chunk)
+        outputs.append(attention(q[tokens], k, v, scaling, start - first, *options))
         first_token += count
     return torch.cat(outputs)
 

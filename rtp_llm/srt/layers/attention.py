@@ -9,7 +9,7 @@ from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.utils import cache_number
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "ChunkedLocalAttention"]
 
 
 class Attention(RadixAttention):
@@ -75,3 +75,10 @@ class Attention(RadixAttention):
         if self.reads_only:
             return super().forward(q, None, None, forward_batch, save_kv_cache=False, sinks=sinks)
         return super().forward(q, k, v, forward_batch, save_kv_cache, sinks)
+
+
+class ChunkedLocalAttention(Attention):
+    """Attention within chunks of ``attention_chunk_size`` tokens, from the sequence's beginning (Llama 4, 2025)."""
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, attention_chunk_size: int, **options: Any) -> None:
+        super().__init__(num_heads, head_size, scale, attention_chunk_size=attention_chunk_size, **options)

@@ -25,6 +25,7 @@ __all__ = [
     "fused_moe_make_expert_params_mapping",
 ]
 
+NUM_DIMS = 3  # of a tensor of all experts' weights
 WITHOUT_GATE = "_no_mul"  # how the name of an activation ends for experts without gates
 
 
@@ -56,6 +57,8 @@ class RoutedMoE(Experts):
         routed_experts_cls, routed_experts_args: a subclass of RoutedExperts whose ``weight_loader`` reads the
             checkpoint, and arguments for it.
     """
+
+    expert_map = None  # of experts to places: every rank has a part of every expert
 
     # long: half of it is the signature, which is vLLM's
     def __init__(
@@ -230,8 +233,9 @@ FusedMoE = SharedFusedMoE = FusedMoEFactory = RoutedMoE
 def called_by_expert(weight_loader: WeightLoader) -> Callable[..., bool | None]:
     """Return a loader that is also called as vLLM's ``load_weights`` do.
 
-    That is ``(param, tensor, name, shard_id="w1", expert_id=3)``, where the tensor's name is not needed. Every tensor
-    belongs to this rank, which True as the result says, if ``return_success`` asks for one.
+    That is ``(param, tensor, name, shard_id="w1", expert_id=3)``, where the tensor's name is not needed. A tensor of
+    three dimensions holds those of all experts, from this one on. Every tensor belongs to this rank, which True as the
+    result says, if ``return_success`` asks for one.
     """
 
     def load(
@@ -245,7 +249,9 @@ def called_by_expert(weight_loader: WeightLoader) -> Callable[..., bool | None]:
         if expert_id is None:
             weight_loader(param, loaded_weight, shard_id if isinstance(weight_name, str) else weight_name)
         else:
-            weight_loader(param, loaded_weight, (expert_id, str(shard_id)))
+            tensors = loaded_weight if loaded_weight.dim() == NUM_DIMS else [loaded_weight]
+            for expert, tensor in enumerate(tensors, expert_id):
+                weight_loader(param, tensor, (expert, str(shard_id)))
         return return_success or None
 
     return load

@@ -51,6 +51,8 @@ class RadixAttention(nn.Module):
             than ``window``; -1 or None for all of them.
         latent: a token's value is the first ``v_head_dim`` components of its key, stored once and never passed
             (multi-head latent attention; DeepSeek-V2, 2024).
+        attention_chunk_size: the sequence is cut into chunks of so many tokens, and a token sees those of its own
+            (Llama 4, 2025); None: it is not cut.
         alibi_slopes: [num_heads], of this rank (see ``layers/alibi.py``): head h's score of a key that lies d tokens
             before the query is lowered by ``alibi_slopes[h] * d``, after scaling and cap (ALiBi; Press et al., 2022).
     """
@@ -71,6 +73,7 @@ class RadixAttention(nn.Module):
         latent: bool = False,
         window: int | None = None,
         alibi_slopes: torch.Tensor | Sequence[float] | None = None,
+        attention_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if attn_type != AttentionType.DECODER:
@@ -92,6 +95,7 @@ class RadixAttention(nn.Module):
             window=window,
             latent=latent,
             alibi_slopes=None if alibi_slopes is None else _slopes(alibi_slopes, num_heads, prefix),
+            chunk=attention_chunk_size,
         )
         self.attn_type = attn_type
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
@@ -101,7 +105,8 @@ class RadixAttention(nn.Module):
     def cache_spec(self) -> CacheSpec:
         """Return the description of this layer's cache; layers with equal specs share pages."""
         spec = self.spec
-        return CacheSpec(spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.cache_dtype, spec.window, spec.latent)
+        window = spec.chunk or spec.window  # as many tokens as a query sees at most
+        return CacheSpec(spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.cache_dtype, window, spec.latent)
 
     # Names that model files know these by.
     layer_id = property(lambda self: self.spec.layer_id)

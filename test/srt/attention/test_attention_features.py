@@ -73,6 +73,8 @@ CASES = {
     "sinks, window, one key head": Case(4, 1, 6, 6, page_size=4, window=7, has_sinks=True),
     "sinks, cap, values of another size": Case(4, 2, 6, 3, has_sinks=True, options={"logit_cap": 2.0}),
     "window of one": Case(3, 3, 4, 4, window=1),
+    "chunks": Case(6, 2, 5, 5, page_size=4, options={"attention_chunk_size": 7}),
+    "chunks, sinks, cap": Case(4, 1, 6, 6, has_sinks=True, options={"attention_chunk_size": 32, "logit_cap": 1.5}),
     "slopes": Case(6, 2, 5, 5, page_size=4, options={"alibi_slopes": [0.5, 0.25, 1.0, 0.02, 0.0, 0.125]}),
     "slopes, window, narrow values": Case(4, 4, 6, 3, window=7, options={"alibi_slopes": [1.5, 0.1, 0.0, 0.3]}),
     "slopes, cap, sinks": Case(3, 1, 6, 6, 4, None, True, options={"logit_cap": 1.5, "alibi_slopes": [0.3, 0.01, 1.0]}),
@@ -175,7 +177,7 @@ def test_every_row_of_a_step(
         v = k[..., : case.v_head_dim] if layer.latent else torch.randn(cached + new, case.num_kv_heads, case.v_head_dim)
         slots = slots_of(table, torch.tensor(row), torch.arange(cached), case.page_size)
         pool.write(0, slots, k[:cached], None if layer.latent else v[:cached])
-        options = (case.window, layer.logit_cap, sinks, ends[row], layer.alibi_slopes)
+        options = (case.window, layer.logit_cap, sinks, ends[row], layer.alibi_slopes, layer.spec.chunk)
         expected.append(reference.attention(q, k, v, 0.37, cached, *options))
         qs.append(q)
         ks.append(k[cached:])
@@ -211,6 +213,16 @@ def test_reference_blocks_by_hand(window: int | None, cached: int) -> None:
             torch.testing.assert_close(output[i, head], weights[: len(scores)] @ v[seen, head // 2])
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+def test_reference_chunks_by_hand(chunk: int) -> None:
+    q, k, v = torch.randn(11, 2, 6), torch.randn(20, 2, 6), torch.randn(20, 2, 3)
+    output = reference.attention(q, k, v, 0.4, 9, chunk=chunk)
+    for i, head in product(range(11), range(2)):
+        seen = [j for j in range(20) if j <= 9 + i and j // chunk == (9 + i) // chunk]
+        weights = (k[seen, head] @ q[i, head] * 0.4).softmax(0)
+        torch.testing.assert_close(output[i, head], weights @ v[seen, head])
+
+
 def test_blocks_as_gemma3() -> None:
     """What each query sees in layers of both kinds, where a window cuts a block, and two images follow one another."""
     kinds = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1]])
@@ -230,7 +242,7 @@ def test_blocks_as_gemma3() -> None:
     ends = torch.arange(1, num_tokens + 1)
     ends[1:6], ends[8:10], ends[11:14] = 6, 10, 14
     for kind, window in (("full_attention", None), ("sliding_attention", 4)):
-        ours = reference._visible(num_tokens, num_tokens, 0, window, ends, torch.device("cpu"))
+        ours = reference._visible(num_tokens, num_tokens, 0, window, ends, None, torch.device("cpu"))
         assert torch.equal(ours, masks[kind][0, 0] == 0)
 
 

@@ -328,6 +328,15 @@ def test_loading_by_a_loop_of_the_models_own() -> None:
                 param = params[name.replace(theirs, ours)]
                 options = {"shard_id": shard_id, "expert_id": expert_id}
                 assert param.weight_loader(param, tensor, name, **options, return_success=True)
+    twin = Block()  # gets each projection of all experts at once
+    for shard, param in (
+        ("w1", twin.experts.w13_weight),
+        ("w3", twin.experts.w13_weight),
+        ("w2", twin.experts.w2_weight),
+    ):
+        fused = torch.stack([weights[f"experts.{expert}.{shard}.weight"] for expert in range(EXPERTS)])
+        param.weight_loader(param, fused, "fused", shard_id=shard, expert_id=0)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(twin.parameters(), block.parameters(), strict=True))
     block.experts.quant_method.process_weights_after_loading(block.experts)
     expected = routed(weights, x, TopK(TOP_K, renormalize=True)(logits), names=("w1", "w2", "w3"))
     close(block.experts(x, logits), expected)

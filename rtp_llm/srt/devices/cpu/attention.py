@@ -30,7 +30,7 @@ _Attention = _structure(
     rows=c_void_p, starts=c_void_p, counts=c_void_p, num_rows=c_int64,
     shared=c_void_p, members=c_void_p, num_shared=c_int64,
     visible_ends=c_void_p, sinks=c_void_p, alibi_slopes=c_void_p,
-    num_heads=c_int64, num_kv_heads=c_int64, head_dim=c_int64, v_head_dim=c_int64, window=c_int64,
+    num_heads=c_int64, num_kv_heads=c_int64, head_dim=c_int64, v_head_dim=c_int64, window=c_int64, chunk=c_int64,
     scaling=c_double, logit_cap=c_double, activations=c_int64, stored=c_int64,
 )  # fmt: skip
 
@@ -72,6 +72,7 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """See ``reference.paged_attention``. Shared prefixes are read once.
 
@@ -97,7 +98,7 @@ def paged_attention(
         rows.table_rows.data_ptr(), rows.starts.data_ptr(), rows.counts.data_ptr(), rows.table_rows.shape[0],
         rows.shared.data_ptr(), rows.members.data_ptr(), rows.shared.shape[0],
         _pointer(ends), _pointer(sinks), _pointer(slopes),
-        num_heads, num_kv_heads, head_dim, v_head_dim, window or 0,
+        num_heads, num_kv_heads, head_dim, v_head_dim, window or 0, chunk or 0,
         scaling, logit_cap, DTYPES[q.dtype], DTYPES[keys.dtype],
     )  # fmt: skip
     _check(_kernel("paged_attention")(ctypes.byref(arguments)), f"a cache of {keys.dtype} for queries of {q.dtype}")

@@ -32,6 +32,7 @@ struct Step {
 };
 
 int64_t first_visible(const Attention& a, int64_t position) {
+    if (a.chunk) return position / a.chunk * a.chunk;
     return a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
 }
 

@@ -68,5 +68,6 @@ class CpuAttention(AttentionBackend):
             key_scales,
             value_scales,
             layer.alibi_slopes,
+            layer.chunk,
         )
         return out.flatten(1)

@@ -48,12 +48,13 @@ class Problem:
     visible_ends: torch.Tensor | None = None
     scales: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
     alibi_slopes: torch.Tensor | None = None
+    chunk: int | None = None
 
     @property
     def arguments(self) -> tuple:
         return (
             self.q, self.keys, self.values, self.page_table, self.page_size, self.rows, self.scaling, self.window,
-            self.logit_cap, self.sinks, self.visible_ends, *self.scales, self.alibi_slopes,
+            self.logit_cap, self.sinks, self.visible_ends, *self.scales, self.alibi_slopes, self.chunk,
         )  # fmt: skip
 
     def expected(self) -> torch.Tensor:
@@ -104,6 +105,7 @@ def random_problem(rng: random.Random, activations: torch.dtype, stored: torch.d
         (head_dim, rng.choice([head_dim, 16, 24])), rng.choice([1, 4, 16]),
     )  # fmt: skip
     problem.window = rng.choice([None, None, 1, 7, 40])
+    problem.chunk = rng.choice([None, 1, 6, 33, 4000]) if problem.window is None else None
     problem.logit_cap = rng.choice([0.0, 0.0, 1.5])
     problem.sinks = rng.choice([None, torch.randn(problem.q.shape[1])])
     problem.alibi_slopes = rng.choice([None, torch.rand(problem.q.shape[1]).square()])
