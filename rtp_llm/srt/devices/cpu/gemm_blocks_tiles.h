@@ -8,7 +8,7 @@ namespace {
 
 constexpr int UNITS = RUN / 4;            // of a run
 constexpr int ROWS_TOGETHER = LANES == 16 ? 4 : 2;  // whose products are computed in turn: the registers have room for them
-constexpr int BYTES_AHEAD = 4096;         // distance of the prefetch
+constexpr int LEAST_AHEAD = 4096;         // bytes: distance of the prefetch, but at least a block
 
 // ---- products of bytes
 
@@ -128,12 +128,13 @@ INLINE void add_rows(const Weights<T>& w, const Run* x, vec* sums) {
 // blocks: of one output. sums: [rows].
 template <class T>
 void tile_blocks(const Run* x, int rows, const uint8_t* panel, int64_t blocks, vec (*sums)[VECS]) {
-    constexpr int RUNS = T::INPUTS / RUN, RUN_BYTES = T::BYTES * PANEL / RUNS;
+    constexpr int BLOCK_BYTES = T::BYTES * PANEL, RUNS = T::INPUTS / RUN, RUN_BYTES = BLOCK_BYTES / RUNS;
+    constexpr int AHEAD = BLOCK_BYTES > LEAST_AHEAD ? BLOCK_BYTES : LEAST_AHEAD;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECS; v++) sums[r][v] = vec{};
-    for (int64_t b = 0; b < blocks; b++, panel += T::BYTES * PANEL)
+    for (int64_t b = 0; b < blocks; b++, panel += BLOCK_BYTES)
         for (int run = 0; run < RUNS; run++, x += rows) {
-            for (int at = 0; at < RUN_BYTES; at += 64) __builtin_prefetch(panel + run * RUN_BYTES + BYTES_AHEAD + at, 0, 2);
+            for (int at = 0; at < RUN_BYTES; at += 64) __builtin_prefetch(panel + run * RUN_BYTES + AHEAD + at, 0, 2);
             for (int v = 0; v < VECS; v++) {
                 const Weights<T> w(panel, run, v);
                 int r = 0;

@@ -29,9 +29,16 @@ struct Field {
 INLINE ivec word(const uint8_t* at, int number, int v) { return load_bits(at + (number * PANEL + v * LANES) * 4); }
 
 INLINE ivec byte(const uint8_t* at, int number, int v) {
+    at += number * PANEL + v * LANES;
+#if defined(__AVX512F__)  // GCC 12 would take the bytes one by one
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+#else
     bytes_vec bytes;
-    std::memcpy(&bytes, at + number * PANEL + v * LANES, LANES);
+    std::memcpy(&bytes, at, LANES);
     return __builtin_convertvector(bytes, ivec);
+#endif
 }
 
 INLINE ivec signed_byte(const uint8_t* at, int number, int v) { return byte(at, number, v) << 24 >> 24; }
