@@ -8,6 +8,7 @@ namespace {
 constexpr int RUN = 32;           // inputs with one scale
 constexpr int MOST_ROWS = 32;     // of a tile, a multiple of ROWS_IN_STEP
 constexpr int ROWS_IN_STEP = 4;   // tiles start at a multiple of it
+constexpr int64_t RUNS_OF_EACH = 16;  // of a tile's rows, that one thread prepares at a time
 
 // A run of one row. The totals are those of its bytes, or of each half's; for weights that have an offset they are whole
 // numbers times -offset, from which sums start.
@@ -46,46 +47,50 @@ class Runs {
     void pack() {
         if (M_ <= ROWS_OF_EACH) {
             reserve();
-            for (int64_t row = 0; row < M_; row++) pack_row(row);
+            for (int64_t t = 0; t < tiles; t++) pack_tile(t, 0, runs_);
             return;
         }
+        int64_t pieces = divide_up(runs_, RUNS_OF_EACH);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < M_; row++) pack_row(row);
+        for (int64_t i = 0; i < tiles * pieces; i++) {
+            int64_t first = i % pieces * RUNS_OF_EACH;
+            pack_tile(i / pieces, first, std::min(first + RUNS_OF_EACH, runs_));
+        }
     }
 
    private:
     void reserve() { to_ = scratch<Run, 0>(M_ * runs_); }
 
-    void pack_row(int64_t row) {
-        int64_t tile = 0;
-        while (start(tile + 1) <= row) tile++;
-        int64_t first = start(tile), count = start(tile + 1) - first;
-        Run* to = to_ + first * runs_ + row - first;
-        if (is_float_)
-            quantize(static_cast<const float*>(x_) + row * stride_, to, count);
-        else
-            quantize(static_cast<const bf16*>(x_) + row * stride_, to, count);
+    // Writes one place after another: lines of memory go from one processor's cache to another's as few times as may be.
+    void pack_tile(int64_t tile, int64_t first, int64_t last) {
+        int64_t row = start(tile), count = start(tile + 1) - row;
+        Run* to = to_ + row * runs_ + first * count;
+        for (int64_t k = first * RUN; k < last * RUN; k += RUN)
+            for (int64_t r = row; r < row + count; r++, to++) {
+                if (is_float_)
+                    quantize(static_cast<const float*>(x_) + r * stride_ + k, *to);
+                else
+                    quantize(static_cast<const bf16*>(x_) + r * stride_ + k, *to);
+            }
     }
 
     template <class T>
-    void quantize(const T* x, Run* to, int64_t step) const {
-        for (int64_t g = 0; g < runs_; g++, x += RUN, to += step) {
-            float most = amax(x, RUN), inverse = most > 0 ? 127 / most : 0;
-            ivec total[2] = {};
-            for (int k = 0; k < RUN; k += LANES) {
-                ivec whole = nearest(load(x + k) * inverse);
-                total[halves_ ? 2 * k / RUN : 0] += whole;
-                bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
-                std::memcpy(to->bytes + k, &bytes, LANES);
-            }
-            to->scale = most / 127;
-            for (int half = 0; half < 1 + halves_; half++) {
-                int32_t of_half = sum(total[half]);
-                if (offset_)
-                    to->starts[half] = -offset_ * of_half;
-                else
-                    to->totals[half] = float(of_half);
-            }
+    INLINE void quantize(const T* x, Run& to) const {
+        float most = amax(x, RUN), inverse = most > 0 ? 127 / most : 0;
+        ivec total[2] = {};
+        for (int k = 0; k < RUN; k += LANES) {
+            ivec whole = nearest(load(x + k) * inverse);
+            total[halves_ ? 2 * k / RUN : 0] += whole;
+            bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
+            std::memcpy(to.bytes + k, &bytes, LANES);
+        }
+        to.scale = most / 127;
+        for (int half = 0; half < 1 + halves_; half++) {
+            int32_t of_half = sum(total[half]);
+            if (offset_)
+                to.starts[half] = -offset_ * of_half;
+            else
+                to.totals[half] = float(of_half);
         }
     }
 
