@@ -107,8 +107,9 @@ class DeviceProvider(ABC):
 
     @abstractmethod
     def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> PackedWeight:
-        """Pack a weight [N, num_inputs] in blocks, [N, bytes per row] uint8, of a type of
-        ``kernels.blocks.BLOCK_TYPES``, for the products of ``kernels.blocks.PlainBlocks``."""
+        """Pack a copy of a weight [N, num_inputs] in blocks, [N, bytes per row] uint8, of a type of
+        ``kernels.blocks.BLOCK_TYPES``, for the products of ``kernels.blocks.PlainBlocks``. ``blocks`` may be a view of
+        a mapped file."""
 
     @abstractmethod
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:

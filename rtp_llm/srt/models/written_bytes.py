@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rtp_llm.srt.kernels.block_tensor import BlockTensor
+
 Runs = np.ndarray  # [n, 2] int64: first byte, and the byte after the last, in a storage
 MOST_RUNS = 1 << 16  # that are kept before they are merged
 
@@ -63,6 +65,7 @@ class WrittenBytes(TorchDispatchMode):
 
     def _add(self, written: Any) -> None:
         for tensor in written if isinstance(written, (list, tuple)) else [written]:
+            tensor = tensor.blocks if isinstance(tensor, BlockTensor) else tensor
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 coverage = self._written.get(_address(tensor))
                 if coverage is not None:

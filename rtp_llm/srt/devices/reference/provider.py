@@ -70,7 +70,7 @@ class ReferenceProvider(DeviceProvider):
     def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> packed.PackedWeight:
         if blocks.shape[-1] != BLOCK_TYPES[block_type].row_bytes(num_inputs):
             raise ValueError(f"{num_inputs} inputs in blocks of {block_type} are not of shape {list(blocks.shape)}")
-        return PlainBlocks(blocks, block_type)
+        return PlainBlocks(blocks.clone(), block_type)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return nullcontext()
