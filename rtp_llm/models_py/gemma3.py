@@ -54,7 +54,7 @@ def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
     attention_type = Gemma3Attention
-    gguf = GGUFForm("gemma3", adapt=_from_gguf)
+    gguf = GGUFForm("gemma3", adapt=_from_gguf, changes=[(r"norm\.weight$", "plus_one")])
 
 
 EntryClass = Gemma3ForCausalLM

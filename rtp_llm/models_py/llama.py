@@ -292,7 +292,11 @@ class LlamaForCausalLM(nn.Module):
     attention_type: type[nn.Module] = LlamaAttention
     layer_type: type[nn.Module] = LlamaDecoderLayer
     base_model_type: type[nn.Module] = LlamaModel
-    gguf = GGUFForm("llama", presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"})
+    gguf = GGUFForm(
+        "llama",
+        presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
+        changes=[(r"\.q_proj\.", "permuted_queries"), (r"\.k_proj\.", "permuted_keys")],
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

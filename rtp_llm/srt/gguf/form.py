@@ -22,6 +22,10 @@ class GGUFForm:
             others cannot say. An unsupported value is a GGUFError.
         changes: (regular expression on a tensor's name in the Hugging Face checkpoint, name of a change in
             ``rtp_llm/srt/gguf/changes.py``): what the converter did to these tensors, to be undone.
+        names: name of a tensor in the file, with ``{bid}`` for the block's number, with or without its suffix
+            (``.weight``) -> name in the Hugging Face checkpoint, for what the ``gguf`` package does not know. Several
+            may have the same: then a change makes them one. ``{part}`` in it: the tensor is several of the
+            checkpoint's, and this the number of one along the first dimension.
         matches: whether a file with this metadata is of this class, where several classes have the architecture. One
             form of them may do without: it takes what no other matches.
     """
@@ -32,6 +36,7 @@ class GGUFForm:
     presence: Mapping[str, str] = field(default_factory=dict)
     adapt: Callable[[Mapping[str, Any], dict[str, Any]], None] | None = None
     changes: Sequence[tuple[str, str]] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
     matches: Callable[[Mapping[str, Any]], bool] | None = None
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from rtp_llm.srt.layers.weights import Weights
 from rtp_llm.srt.model_traits import FinishesLoad, ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError, build_model, built_as
 from rtp_llm.srt.models.dummy_weights import fill_with_dummy_weights
+from rtp_llm.srt.models.gguf_weights import gguf_weights
 from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
-from rtp_llm.srt.models.weight_files import Progress, find_weight_files, read_weights
+from rtp_llm.srt.models.weight_files import GGUF, Progress, find_weight_files, read_weights
 from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def load_model(
         UnknownArchitectureError, ModelImportError: no model class (see registry.py), nor one of transformers that can
             be served.
         ModelBuildError: the model class cannot be built from the configuration.
-        WeightsNotFoundError, WeightFileError: no usable weight files (see weight_files.py).
+        WeightsNotFoundError, WeightFileError, GGUFError: no usable weight files (see weight_files.py, gguf_weights.py).
         WeightLoadError: the weights do not fit the model.
         QuantizationError: an unknown scheme, or one that does not fit the checkpoint.
     """
@@ -95,15 +97,17 @@ def _load_fallback(unknown: UnknownArchitectureError, source: _Source) -> nn.Mod
 def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     model_config = source.model_config
     quant_config = _quant_config(model_class, source)
-    quantizes_layers = quant_config is not None and quant_config.quantizes_layers
     is_dummy = source.load_format == "dummy"
+    if is_dummy and quant_config and quant_config.needs_files:
+        quant_config = None
+    quantizes_layers = quant_config is not None and quant_config.quantizes_layers
     files = [] if is_dummy else find_weight_files(source.model_path, source.load_format)
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
         model = build_model(model_class, model_config, quant_config if quantizes_layers else None)
         if is_dummy:
             fill_with_dummy_weights(model)
         else:
-            weights: Weights = read_weights(files, source.progress)
+            weights = _read(files, model, source)
             if quant_config:
                 weights = quant_config.translate(weights, torch.get_default_dtype(), torch.get_default_device())
             load_weights(model, weights, model_config.num_layers, quant_config)
@@ -111,6 +115,12 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     if quant_config and quantizes_layers:
         _log_quantization(model, quant_config)
     return model.eval().requires_grad_(False)
+
+
+def _read(files: list[Path], model: nn.Module, source: _Source) -> Weights:
+    if files[0].suffix == GGUF:
+        return gguf_weights(files, model, source.model_config, source.progress)
+    return read_weights(files, source.progress)
 
 
 def _log_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
@@ -132,6 +142,7 @@ def _quant_config(model_class: type[nn.Module], source: _Source) -> Quantization
         packed_modules_mapping=traits.packed_modules_mapping,
         rename=traits.rename,
         has_encoders=config.hf_config is not config.hf_text_config,
+        dtype=config.dtype,
     )
     return quantization_config(source.scheme, model)
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
+GGUF = ".gguf"
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 _UNPICKLING_GARBAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error
@@ -37,7 +38,8 @@ def find_weight_files(model_path: str, load_format: str = "auto") -> list[Path]:
     """Return the weight files of a checkpoint directory, in order.
 
     Per format, tried in this order: the single file under its usual name, the files that an index names, all files of
-    the format. ``safetensors``: ``*.safetensors``; ``pt``: ``*.bin``, else ``*.pt``; ``auto``: safetensors, else pt.
+    the format. ``safetensors``: ``*.safetensors``; ``pt``: ``*.bin``, else ``*.pt``; ``auto``: safetensors,
+    else pt, else ``*.gguf``.
 
     Raises:
         WeightsNotFoundError: there are none, or files that the index names are missing (the message names all).
@@ -59,7 +61,8 @@ def find_weight_files(model_path: str, load_format: str = "auto") -> list[Path]:
 def _kinds(load_format: str) -> list[tuple[str, str]]:
     safetensors = [("model.safetensors", "*.safetensors")]
     pickled = [("pytorch_model.bin", "*.bin"), ("pytorch_model.pt", "*.pt")]
-    kinds = {"auto": safetensors + pickled, "safetensors": safetensors, "pt": pickled}
+    in_gguf = [("model.gguf", f"*{GGUF}")]
+    kinds = {"auto": safetensors + pickled + in_gguf, "safetensors": safetensors, "pt": pickled}
     if load_format not in kinds:
         raise ValueError(f"load format {load_format!r} has no weight files; have {', '.join(kinds)}")
     return kinds[load_format]

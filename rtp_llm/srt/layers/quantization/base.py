@@ -213,12 +213,14 @@ class QuantizedModel:
         settings: the checkpoint's ``quantization_config``; empty where the weights are quantized while they load.
         packed_modules_mapping, rename: of the model class; see ``models.loader``.
         has_encoders: the model also has encoders of media, and its language model is ``language_model``.
+        dtype: of the model, such as ``bfloat16``.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     packed_modules_mapping: Mapping[str, Sequence[str]] = field(default_factory=dict)
     rename: Sequence[tuple[str, str]] = ()
     has_encoders: bool = False
+    dtype: str = "bfloat16"
 
     def sources(self, prefix: str) -> list[str]:
         """Names of the layer, or of the layers that it fuses, in the checkpoint, with ``rename`` applied."""
@@ -237,10 +239,13 @@ class QuantizationConfig(ABC):
     """A scheme, for one model: which method each layer gets, and how the checkpoint's tensors become its parameters'.
 
     Attributes:
-        quantizes_layers: False: ``translate`` dequantizes the tensors, and the model is built unquantized.
+        quantizes_layers: False: ``translate`` dequantizes the tensors, or they are computed when they are copied, and
+            the model is built unquantized.
+        needs_files: only the weight files say what the weights are: a model with dummy weights is built unquantized.
     """
 
-    quantizes_layers = True
+    quantizes_layers: bool = True
+    needs_files: bool = False
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:

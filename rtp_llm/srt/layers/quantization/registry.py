@@ -14,6 +14,7 @@ SCHEMES: dict[str, str] = {
     "awq": "awq.AWQConfig",
     "compressed-tensors": "compressed_tensors.CompressedTensorsConfig",
     "mxfp4": "mxfp4.Mxfp4Config",
+    "gguf": "gguf.GGUFConfig",
 }
 
 

@@ -1,0 +1,86 @@
+"""From the names of a GGUF's tensors to those of a Hugging Face checkpoint.
+
+The ``gguf`` package knows under which names the checkpoints of an architecture have a tensor; a model has a place for
+one of them. What it does not know, a model's form says (``GGUFForm.names``).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import gguf
+
+from rtp_llm.srt.gguf.header import GGUFError
+
+PART = "{part}"  # in a name: the tensor is one of several, this one's number along the first dimension
+NOT_LOADED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # in the configuration
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+_EXPERTS = re.compile(r"\.experts\.(?=\w+$)")
+
+FindPlace = Callable[[str], object | None]
+"""Called with a name of the checkpoint; returns its place in the model, or None."""
+
+
+def checkpoint_names(
+    architecture: str, tensors: Iterable[str], own_names: Mapping[str, str], find: FindPlace
+) -> dict[str, str]:
+    """Return the tensors' names in the checkpoint; those that have no place in the model keep their own.
+
+    A name with ``{part}`` stands for as many tensors as the GGUF's has along its first dimension. Several of the GGUF's
+    may have the same: together they are one of the checkpoint's.
+
+    Args:
+        own_names: the form's, which go before the package's.
+
+    Raises:
+        GGUFError: the package does not know the architecture, or a tensor has several places.
+    """
+    wanted = [name for name in tensors if name not in NOT_LOADED]
+    known = _known_names(architecture, wanted)
+    return {name: _placed(name, _candidates(name, known, own_names), find) for name in wanted}
+
+
+def _known_names(architecture: str, tensors: Iterable[str]) -> dict[str, list[str]]:
+    """Return the package's names of tensors, without suffixes such as ``.weight``."""
+    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if number is None:
+        raise GGUFError(
+            f"`general.architecture` is {architecture!r}, whose names of tensors this version of the gguf package does "
+            "not know: update it"
+        )
+    blocks = [int(match[1]) for match in map(_BLOCK.match, tensors) if match]
+    known: defaultdict[str, list[str]] = defaultdict(list)
+    for checkpoint_name, (_, name) in gguf.get_tensor_name_map(number, max(blocks, default=-1) + 1).mapping.items():
+        known[name].append(checkpoint_name)
+    return known
+
+
+def _candidates(name: str, known: Mapping[str, list[str]], own_names: Mapping[str, str]) -> Iterator[str]:
+    block = _BLOCK.match(name)
+    stem, dot, suffix = name.rpartition(".")
+    pattern = _BLOCK.sub("blk.{bid}.", stem) if block else stem
+    for key, ending in ((pattern, dot + suffix), (f"{pattern}.{suffix}", "")):
+        if key in own_names:
+            yield own_names[key].replace("{bid}", block[1] if block else "") + ending
+            return
+    for candidate in known.get(stem, ()):
+        base = _EXPERTS.sub(f".experts.{PART}.", candidate) if stem.endswith("_exps") else candidate
+        for whole in (base, f"model.{base}"):
+            yield whole + dot + suffix
+            yield whole
+            yield f"{whole}_{suffix}"  # such as experts' down_proj_bias
+            if base != candidate:
+                yield from (f"{candidate}_{suffix}", candidate)
+
+
+def _placed(name: str, candidates: Iterable[str], find: FindPlace) -> str:
+    places: dict[object, str] = {}
+    for candidate in candidates:
+        place = find(candidate.replace(PART, "0"))
+        if place is not None:
+            places.setdefault(place, candidate)
+    if len(places) > 1:  # all of a parameter, and a part of it: the names of what is fused here are known too
+        places = {place: found for place, found in places.items() if getattr(place, "shard_id", None) is not None}
+    if len(places) > 1:
+        raise GGUFError(f"tensor {name!r} has several places in the model: {', '.join(sorted(places.values()))}")
+    return next(iter(places.values()), name)
