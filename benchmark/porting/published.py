@@ -82,6 +82,9 @@ def published_fields(config: PreTrainedConfig, source: str) -> dict[str, Any]:
         if "attn" in name:
             part = getattr(config, name)
             found[name] = {field: value for field, value in _OF_ATTENTION.items() if _value(part, field) is None}
+    if _value(config, "layer_types") is None and _has(config, "conv_L_cache"):
+        kinds = ("conv", "conv", "full_attention", "conv")  # of Liquid AI's models, whose classes name none
+        found["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config.num_hidden_layers)]
     return found
 
 

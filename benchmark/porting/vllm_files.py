@@ -32,6 +32,7 @@ TASKS = {
 # What a file's source shows that it needs, which the engine does not have.
 NEEDS = {
     "recurrent state": re.compile(r"\b(HasInnerState|IsHybrid|MambaBase|MambaMixer2?|layers\.mamba\b)"),
+    "attention that is not causal": re.compile(r"\bPrefillPrefixLMAttention\b"),
     "latent attention": re.compile(r"\b(MultiHeadLatentAttention\w*|MLAModules|MLAAttention)\b"),
 }
 

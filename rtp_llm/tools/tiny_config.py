@@ -138,7 +138,8 @@ class _Facts:
 
     @property
     def new_head_dim(self) -> int:
-        return HEAD_DIM if self.head_dim * self.num_heads == self.hidden_size else WIDE_HEAD_DIM
+        is_usual = self.head_dim * self.num_heads == self.hidden_size or _field(self.config, _HEADS) is None
+        return HEAD_DIM if is_usual else WIDE_HEAD_DIM
 
     @property
     def rotated_dim(self) -> int:
@@ -249,6 +250,12 @@ def _heads(name: str, value: int, facts: _Facts) -> int:
     return NUM_HEADS + (NUM_HEADS // 2) * ((value > facts.num_heads) - (value < facts.num_heads))
 
 
+def _state_heads(name: str, value: int, facts: _Facts) -> int:
+    """Heads of a recurrent state, which together are ``expand`` times as wide as the model (Mamba 2, 2024)."""
+    expand = _field(facts.config, "expand")
+    return expand * HIDDEN_SIZE // facts.new_head_dim if expand else value
+
+
 def _scaled(name: str, value: int, facts: _Facts) -> int:
     """A size without a rule of its own keeps its ratio to the hidden size."""
     if value <= HIDDEN_SIZE // 2:
@@ -268,6 +275,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = (
     (re.compile(rf"^{_HIDDEN}$"), lambda name, value, facts: HIDDEN_SIZE),
     (re.compile(rf"^(swa_)?{_HEADS}(_per_layer)?$"), _heads),
     (_KV_HEADS, _kv_heads),
+    (re.compile(r"^num_heads$"), _state_heads),
     (
         re.compile(rf"^(swa_)?({'|'.join(_LATENT)})$"),
         lambda name, value, facts: _LATENT[name.removeprefix("swa_")] if value else value,

@@ -340,6 +340,21 @@ def test_logits_changed_after_they_are_computed_are_told(ported: Porter):
     assert "the logits are changed" in result.report.review[0].text
 
 
+def test_a_head_that_an_adapter_wraps_is_not_asked_for(ported: Porter):
+    text = model().replace(
+        "        return self.logits_processor(self.lm_head, hidden_states)",
+        """        is_plain = hasattr(self.lm_head, "weight")
+        if is_plain:
+            logits = self.logits_processor(self.lm_head, hidden_states)
+        else:
+            logits = self.logits_processor(self.lm_head.base_layer, hidden_states)
+        return logits""",
+    )
+    result = ported(text)
+    assert "logits = self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)" in result.text
+    assert "base_layer" not in result.text and "is_plain" not in result.text and result.report.is_complete
+
+
 def test_types_of_the_other_engine_leave_annotations(ported: Porter):
     methods = "    def extra_repr(self, x: torch.Tensor | OtherThing, y: CacheThing) -> OtherThing | None: ..."
     text = ported(model(methods=methods, before="from vllm.things import CacheThing, OtherThing")).text

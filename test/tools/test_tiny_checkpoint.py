@@ -47,6 +47,11 @@ def test_wide_heads_stay_wide() -> None:
     assert config.head_dim * config.num_attention_heads > config.hidden_size
 
 
+def test_heads_of_a_recurrent_state_fit() -> None:
+    config = tiny_config(transformers.Mamba2Config)
+    assert config.num_heads * config.head_dim == config.expand * config.hidden_size
+
+
 def test_rotary_embeddings_fit_small_heads() -> None:
     rope = {
         "rope_type": "longrope",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import libcst as cst
+from libcst import matchers as m
 
 from rtp_llm.port.facts import BACKEND, EMPTY, ClassName, Const, Engine, Expression, Value
 from rtp_llm.port.names import names_in
@@ -165,6 +166,8 @@ class FoldFacts(Rule):
     def leave_If(self, original_node: cst.If, updated_node: cst.If):  # type: ignore[no-untyped-def]
         noted = cast(cst.If, super().leave_If(original_node, updated_node))
         test = truth(original_node.test, self.scope)
+        if test is None and _is_for_adapters(noted):
+            test = True
         if test is None:
             return noted
         self.count("branches that cannot be taken removed")
@@ -212,6 +215,16 @@ class FoldFacts(Rule):
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
         return tidied(updated_node)
+
+
+def _is_for_adapters(node: cst.If) -> bool:
+    """Whether only the other branch looks into a layer that an adapter (LoRA) wraps, as none is wrapped here."""
+    wrapped = m.Attribute(attr=m.Name("base_layer"))
+    return (
+        isinstance(node.orelse, cst.Else)
+        and bool(m.findall(node.orelse, wrapped))
+        and not m.findall(node.body, wrapped)
+    )
 
 
 def in_brackets(whole: cst.BaseExpression, part: cst.BaseExpression) -> cst.BaseExpression:
