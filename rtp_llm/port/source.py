@@ -76,12 +76,34 @@ class SourceFile:
     definitions: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        shadowed = self._name_shadowed_bases()
         for position, statement in enumerate(self.tree.body):
             for name in bound_names(statement):
                 self.definitions.setdefault(name, []).append(position)
         collector = _Imports(self.package)
         self.tree.visit(collector)
-        self.imports = {name: origin for name, origin in collector.found.items() if name not in self.definitions}
+        found = {name: origin for name, origin in collector.found.items() if name not in self.definitions}
+        self.imports = found | shadowed
+
+    def _name_shadowed_bases(self) -> dict[str, Origin]:
+        """``class X(X)``, of an imported X, becomes ``class X(ImportedX)``: return those names, and where they come
+        from."""
+        collector = _Imports(self.package)
+        self.tree.visit(collector)
+        found: dict[str, Origin] = {}
+        body: list[Statement] = []
+        for statement in self.tree.body:
+            own = statement.name.value if isinstance(statement, cst.ClassDef) else ""
+            if isinstance(statement, cst.ClassDef) and own in collector.found:
+                alias = f"Imported{own}"
+                bases = [_renamed(arg, own, alias) for arg in statement.bases]
+                if any(new is not old for new, old in zip(bases, statement.bases, strict=True)):
+                    found[alias] = collector.found[own]
+                    statement = statement.with_changes(bases=bases)
+            body.append(statement)
+        if found:
+            self.tree = self.tree.with_changes(body=body)
+        return found
 
     @property
     def package(self) -> str:
@@ -181,6 +203,11 @@ def _detect(path: Path, text: str) -> Convention:
         f"{path} imports neither vllm nor sglang, so it is not a model file of theirs; if it is one that imports only "
         "from its siblings, say --from vllm or --from sglang"
     )
+
+
+def _renamed(arg: cst.Arg, old: str, new: str) -> cst.Arg:
+    is_old = isinstance(arg.value, cst.Name) and arg.value.value == old
+    return arg.with_changes(value=cst.Name(new)) if is_old else arg
 
 
 def bound_names(statement: Statement) -> list[str]:

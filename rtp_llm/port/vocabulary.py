@@ -111,7 +111,7 @@ MISSING: dict[str, str] = {
 }  # fmt: skip
 
 # Contexts that only tell the other engine how to compile what is in them.
-CONTEXTS = frozenset({"set_model_tag", "get_global_expert_distribution_recorder"})
+CONTEXTS = frozenset({"set_model_tag", "layer_stack", "get_global_expert_distribution_recorder"})
 
 # Names that rules fold away or rewrite; what is left of them is told.
 RULED = frozenset({

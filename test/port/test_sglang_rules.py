@@ -304,6 +304,12 @@ def test_experts_are_summed_over_ranks_once(ported: Porter, own: str, given: boo
     assert ("reduce_results=False" in ported(MOE.replace("{sum}", own)).text) is given
 
 
+def test_a_drafter_is_told(ported: Porter):
+    text = WHOLE.replace("hidden_states = self.embed_tokens(input_ids)", "hidden_states = forward_batch.spec_info.x")
+    [remark] = ported(text).report.not_portable
+    assert "spec_info is of the model that this one drafts for" in remark.text
+
+
 def test_a_stage_that_is_not_a_plain_sum_is_told(ported: Porter):
     report = ported(WHOLE.replace("return declare_attn(),", "return declare_attn(update=config.u),")).report
     assert not report.is_complete

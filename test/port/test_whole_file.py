@@ -98,6 +98,21 @@ class CanoeForCausalLM(BoatForCausalLM):
     assert "class BoatAttention(nn.Module)" in text and "class BoatAttention_boats(nn.Module)" in text
 
 
+def test_a_class_may_derive_from_an_imported_one_of_its_own_name(ported, whole_model):
+    mine = """
+from .boats import BoatAttention, BoatForCausalLM
+
+class BoatAttention(BoatAttention):
+    size = 3
+
+class CanoeForCausalLM(BoatForCausalLM):
+    other = BoatAttention
+"""
+    text = ported(mine, boats=whole_model).text
+    assert "class BoatAttention_boats(nn.Module)" in text and "class BoatAttention(BoatAttention_boats)" in text
+    assert "other = BoatAttention\n" in text
+
+
 def test_an_architecture_of_another_name_gets_a_class_of_that_name(ported, models, whole_model):
     (models / "registry.py").write_text(
         '_TEXT_GENERATION_MODELS = {"FerryForCausalLM": ("harbor", "BoatForCausalLM"), "X": ("other", "Y")}\n'

@@ -19,6 +19,8 @@ _PURE_CALLS = (
     "get_layer_id",
 )  # fmt: skip
 
+DRAFTED = "spec_info"  # of SGLang's batches
+
 
 class CleanAnnotations(Rule):
     """Types without an equivalent go: ``torch.Tensor | IntermediateTensors`` becomes ``torch.Tensor``."""
@@ -239,6 +241,8 @@ class CommentLeftovers(Rule):
         return False
 
     def visit_Attribute(self, node: cst.Attribute) -> bool:
+        if node.attr.value == DRAFTED:
+            self.review(f"not portable: {DRAFTED} is of the model that this one drafts for: nothing is drafted here")
         node.value.visit(self)
         return False
 
