@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE_KEY = "tokenizer.chat_template"
 _SPACE = "▁"
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # as transformers names them, with _token
-_ADDED = {"llama": ["bos"], "gemma4": ["bos"], "t5": ["eos"], "bert": ["bos", "eos"]}  # by llama.cpp, if not said
+_ADDED = {"llama": ["bos"], "gemma4": ["bos"], "t5": ["eos"]}  # by llama.cpp, if not said
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _NEVER = -1e6  # the score of unigrams that are not matched with text
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -216,7 +216,10 @@ def _token(vocabulary: Vocabulary, name: str) -> str | None:
 
 
 def _adds(vocabulary: Vocabulary, name: str) -> bool:
-    """Return whether bos or eos is put around a text, by the file or else by llama.cpp's defaults."""
+    """Return whether bos or eos is put around a text, by the file or else by llama.cpp's defaults. BERT's text is
+    always between [CLS] and [SEP]."""
+    if vocabulary.kind == "bert":
+        return True
     if vocabulary.kind == "gpt2":
         default = ["bos"] if vocabulary.pre and pre_tokenization(vocabulary).add_bos else []
     else:
@@ -285,6 +288,7 @@ def _settings(vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # the model's configuration has it
+        "fix_mistral_regex": False,  # else transformers suspects the expressions of all Mistral models
     }
     if vocabulary.kind != "bert":
         settings |= {f"add_{name}_token": _adds(vocabulary, name) for name in ("bos", "eos")}

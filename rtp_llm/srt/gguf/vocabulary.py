@@ -239,8 +239,8 @@ def _may_be_special(token: str, kind: TokenType, are_types_known: bool) -> bool:
 
 def _flags(metadata: Mapping[str, Any]) -> dict[str, bool]:
     names = (
-        "add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces",
-        "normalizer.lowercase", "normalizer.strip_accents",
+        "add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces", "normalizer.lowercase",
+        "normalizer.strip_accents",
     )  # fmt: skip
     found = {name: _value(metadata, PREFIX + name, bool) for name in names}
     return {name: flag for name, flag in found.items() if flag is not None}
