@@ -106,6 +106,18 @@ class DeviceProvider(ABC):
         products of ``reference.linear_uint8``."""
 
     @abstractmethod
+    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+        """Pack [N, K] float8_e4m3fn with scales [N, ceil(K / group_size)] float32, for products as
+        ``packed.PlainCodes`` has them."""
+
+    @abstractmethod
+    def pack_table(
+        self, weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int
+    ) -> PackedWeight:
+        """Pack [N, K / 2] uint8 of codes of 4 bits with the numbers that they stand for, [16] float32, and scales
+        [N, ceil(K / group_size)] float32, for products as ``packed.PlainCodes`` has them."""
+
+    @abstractmethod
     def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> PackedWeight:
         """Pack a copy of a weight [N, num_inputs] in blocks, [N, bytes per row] uint8, of a type of
         ``kernels.blocks.BLOCK_TYPES``, for the products of ``kernels.blocks.PlainBlocks``. ``blocks`` may be a view of

@@ -145,6 +145,44 @@ class PlainGroups(PackedWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PlainCodes(PackedWeight):
+    """float8_e4m3fn, or with a ``table`` codes of 4 bits: see ``reference.dequantize_fp8`` and ``dequantize_table``.
+    Products are in float32."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    group_size: int
+    table: torch.Tensor | None = None
+
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        inputs, outputs = x.float(), []
+        for start in range(0, len(self.weight), ROWS_AT_ONCE):
+            outputs.append(F.linear(inputs, self._dequantized(slice(start, start + ROWS_AT_ONCE))))
+        product = torch.cat(outputs, dim=-1)
+        return (product if bias is None else product + bias.float()).to(out_dtype or x.dtype)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._dequantized(ids)
+
+    def _dequantized(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            weight = self.weight.view(torch.uint8)[rows].view(
+                torch.float8_e4m3fn
+            )  # torch indexes no fp8 on some devices
+            return reference.dequantize_fp8(weight, self.scales[rows], self.group_size)
+        return reference.dequantize_table(self.weight[rows], self.table, self.scales[rows], self.group_size)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.weight)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return tuple(tensor for tensor in (self.weight, self.scales, self.table) if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Reordered(PackedWeight):
     """A weight whose columns are in another order: column i is that of input ``order[i]``."""
 

@@ -343,10 +343,30 @@ def dequantize_uint8(
 def _dequantize(
     values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, middle: int
 ) -> torch.Tensor:
-    def by_column(of_groups: torch.Tensor) -> torch.Tensor:
-        return of_groups.float().repeat_interleave(group_size, dim=-1)[..., : values.shape[-1]]
+    columns = values.shape[-1]
+    offsets = middle if zeros is None else _by_column(zeros, group_size, columns)
+    return (values.float() - offsets) * _by_column(scales, group_size, columns)
 
-    return (values.float() - (middle if zeros is None else by_column(zeros))) * by_column(scales)
+
+def _by_column(of_groups: torch.Tensor, group_size: int, num_columns: int) -> torch.Tensor:
+    """[N, groups] -> [N, num_columns] float32."""
+    return of_groups.float().repeat_interleave(group_size, dim=-1)[..., :num_columns]
+
+
+def dequantize_fp8(weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[N, K] float32: each number times its group's scale; scales: [N, ceil(K / group_size)]."""
+    return weight.float() * _by_column(scales, group_size, weight.shape[-1])
+
+
+def dequantize_table(weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[N, K] float32: ``table[code]`` times its group's scale.
+
+    Args:
+        weight: [N, K / 2] uint8: codes 0 .. 15, two in a byte as in ``dequantize_int4``.
+        table: [16] float32; scales: [N, ceil(K / group_size)].
+    """
+    codes = unpack_int4(weight)
+    return table.float()[codes.int()] * _by_column(scales, group_size, codes.shape[-1])
 
 
 def _linear_float(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

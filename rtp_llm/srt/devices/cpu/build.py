@@ -57,6 +57,7 @@ ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
     "portable": ((), ()),
 }
+WELCOME = ("avx512vbmi",)  # flags that kernels for AVX-512 make use of where the processor has them
 
 
 class KernelBuildError(RuntimeError):
@@ -212,6 +213,8 @@ def _compiler_version() -> str:
 def _command(name: str, target: str, output: Path) -> list[str]:
     asked = shlex.split(os.environ.get("CXX", ""))
     _, flags = ISAS[target]
+    if target.startswith("avx512"):
+        flags += tuple(f"-m{flag}" for flag in WELCOME if flag in cpu_flags())
     return [
         str(compiler()), *asked[1:], *FLAGS, *flags, "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"),
         *openmp_libraries(), "-o", str(output),

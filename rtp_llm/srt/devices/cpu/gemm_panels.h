@@ -72,15 +72,16 @@ T* scratch(int64_t count) {
 
 // ---- the product of one unit of the inputs, added to the sums of one register of outputs
 
-INLINE vec add_bf16(vec sum, uint32_t x, const uint32_t* w) {
+INLINE vec add_pair(vec sum, uint32_t x, ivec pair) {
 #if defined(__AVX512BF16__)
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(int(x)));
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(int(x)));
 #else
-    ivec pair = load_bits(w);
     sum += splat(to_float(bf16{uint16_t(x)})) * (vec)(pair << 16);
     return sum + splat(to_float(bf16{uint16_t(x >> 16)})) * (vec)(pair & int32_t(0xffff0000));
 #endif
 }
+
+INLINE vec add_bf16(vec sum, uint32_t x, const uint32_t* w) { return add_pair(sum, x, load_bits(w)); }
 
 // Four unsigned bytes of one factor and four signed ones of the other.
 INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {

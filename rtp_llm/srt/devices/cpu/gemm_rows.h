@@ -27,9 +27,13 @@ class Input {
 
     // memory: the caller's, [M * ceil(K / 2)].
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K, uint32_t* memory)
-        : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
+        : Input(x, stride, M, K, divide_up(K, 2), memory) {}
+
+    // Rows are padded with zeros to `units`; memory: [M * units].
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, int64_t units, uint32_t* memory)
+        : tiles(M), x_(x), stride_(stride), K_(K), units_(units) {
         even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
-        packed_ = even_ && M == 1 ? nullptr : memory;  // a single row is in the right order
+        packed_ = even_ && M == 1 && K == 2 * units ? nullptr : memory;  // a single row is in the right order
     }
 
     // To be called by all threads of a team.
@@ -51,18 +55,19 @@ class Input {
     void pack_tile(int64_t start, int64_t count, int64_t first, int64_t last) {
         uint32_t* to = packed_ + start * units_;
         for (int64_t block = first; block < last; block += 16) {  // a cache line of each row at a time
-            int64_t end = std::min(block + 16, last);
+            int64_t end = std::min(block + 16, last), there = std::min(end, divide_up(K_, 2));
             for (int64_t r = 0; r < count; r++) {
                 const bf16* row = x_ + (start + r) * stride_;
                 if (even_) {
                     const uint32_t* from = reinterpret_cast<const uint32_t*>(row);
-                    for (int64_t u = block; u < end; u++) to[u * count + r] = from[u];
+                    for (int64_t u = block; u < there; u++) to[u * count + r] = from[u];
                 } else {
-                    for (int64_t u = block; u < end; u++) {
+                    for (int64_t u = block; u < there; u++) {
                         uint32_t second = 2 * u + 1 < K_ ? row[2 * u + 1].bits : 0;
                         to[u * count + r] = row[2 * u].bits | second << 16;
                     }
                 }
+                for (int64_t u = std::max(block, there); u < end; u++) to[u * count + r] = 0;
             }
         }
     }

@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 
 from rtp_llm.srt.device.provider import Kernel
-from rtp_llm.srt.devices.cpu import linear, moe
+from rtp_llm.srt.devices.cpu import codes, linear, moe
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
@@ -72,8 +72,10 @@ class CpuProvider(ReferenceProvider):
     def pack_uint8(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """Pack as bfloat16 for models in bfloat16: twice the memory, but the fastest."""
+        """Pack for models in bfloat16 as signed integers; with zeros as bfloat16, which takes twice the memory."""
         if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
+            if zeros is None and codes.takes_groups(weight.shape[1], group_size):
+                return codes.CodePanels(codes.Codes.INT8, weight ^ 128, scales, group_size)
             return linear.BFloat16Panels(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
         return super().pack_uint8(weight, scales, zeros, group_size)
 
@@ -82,6 +84,19 @@ class CpuProvider(ReferenceProvider):
         if blocks.is_cpu and block_type in NUMBERS and _builds_for_kernels((torch.bfloat16,)):
             return BlockPanels(blocks, block_type, num_inputs)
         return super().pack_blocks(blocks, block_type, num_inputs)
+
+    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+        if _takes_codes(weight, weight.shape[1], group_size):
+            return codes.fp8_panels(weight, scales, group_size)
+        return super().pack_fp8(weight, scales, group_size)
+
+    def pack_table(
+        self, weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int
+    ) -> PackedWeight:
+        """Pack for kernels only for models in bfloat16, to which the table's numbers are rounded."""
+        if _takes_codes(weight, 2 * weight.shape[1], group_size):
+            return codes.CodePanels(codes.Codes.TABLE, reference.unpack_int4(weight), scales, group_size, table)
+        return super().pack_table(weight, table, scales, group_size)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return timed_kernels(watch)
@@ -97,6 +112,10 @@ class CpuProvider(ReferenceProvider):
 
 def _takes(weight: torch.Tensor) -> bool:
     return weight.is_cpu and weight.dtype == torch.bfloat16 and _builds_for_kernels(DTYPES)
+
+
+def _takes_codes(weight: torch.Tensor, num_inputs: int, group_size: int) -> bool:
+    return weight.is_cpu and codes.takes_groups(num_inputs, group_size) and _builds_for_kernels((torch.bfloat16,))
 
 
 def _builds_for_kernels(dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -67,6 +67,14 @@ class ReferenceProvider(DeviceProvider):
     ) -> packed.PackedWeight:
         return packed.PlainGroups(weight, scales, zeros, group_size, bits=8)
 
+    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> packed.PackedWeight:
+        return packed.PlainCodes(weight, scales, group_size)
+
+    def pack_table(
+        self, weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int
+    ) -> packed.PackedWeight:
+        return packed.PlainCodes(weight, scales, group_size, table)
+
     def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> packed.PackedWeight:
         if blocks.shape[-1] != BLOCK_TYPES[block_type].row_bytes(num_inputs):
             raise ValueError(f"{num_inputs} inputs in blocks of {block_type} are not of shape {list(blocks.shape)}")
