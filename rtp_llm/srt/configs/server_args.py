@@ -24,7 +24,9 @@ DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
 DEMO_NAME = "rtp-llm-demo"
 MEDIA_KINDS = ("image", "video", "audio")
 DEFAULT_MEDIA_LIMITS = {"image": 64, "video": 4}  # per request
-QUANTIZATIONS = ("int8", "int4", "gptq", "awq", "compressed-tensors", "mxfp4")  # as in layers.quantization.registry
+QUANTIZATIONS = (  # as in layers.quantization.registry
+    "int8", "fp8", "int4", "gptq", "awq", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,8 @@ class ServerArgs:
     )
     quantization: str | None = option(
         None,
-        help="How the weights are stored in memory. int8 and int4 quantize any checkpoint while it is loaded; "
-        "the others read checkpoints that are stored so. If unset, the checkpoint's own scheme is used, if "
+        help="How the weights are stored in memory. int8, fp8 and int4 quantize any checkpoint while it is "
+        "loaded; the others read checkpoints that are stored so. If unset, the checkpoint's own scheme is used, if "
         "it has one.",
         choices=QUANTIZATIONS,
     )

@@ -87,6 +87,10 @@ class LinearBase(PackedLayer):
     def _result(self, output: torch.Tensor) -> LinearOutput:
         return (output, self.bias if self.skip_bias_add else None) if self.return_bias else output
 
+    def num_source_outputs(self, shard_id: ShardId) -> int:
+        """Return the outputs, on all ranks, of the checkpoint tensor with this shard id; see ``weight_loader``."""
+        return self.output_size
+
     def dequantized_weight(self) -> torch.Tensor:
         """Return this rank's weight [outputs, inputs], for other uses than ``forward``; from ``finish_load`` on."""
         return self.quant_method.dequantized_weight(self)
@@ -205,6 +209,10 @@ class ColumnParallelLinear(LinearBase):
     def _gather(self, output: torch.Tensor) -> torch.Tensor:
         parts = output.split([shard.size for shard in self.shards], dim=-1)
         return torch.cat([self.tp_group.all_gather(part) for part in parts], dim=-1)
+
+    def num_source_outputs(self, shard_id: ShardId) -> int:
+        wanted = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+        return sum(shard.full_size for shard in self.shards if shard_id is None or shard.id in wanted)
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         dim: int | None = param.output_dim  # type: ignore[attr-defined]

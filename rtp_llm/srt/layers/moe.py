@@ -101,7 +101,7 @@ class Experts(ExpertsLayer):
         self.tp_group = tp_group or get_tp_group()
         self.expert_names = _checked_names(expert_names, gated, self.name)
         self.quant_method = _experts_method(self, quant_config, prefix)
-        self.weight_sources = expert_sources(num_experts, self.expert_names, bias, self.quant_method.kinds)
+        self.weight_sources = expert_sources(num_experts, self.expert_names, bias, self.quant_method)
         self._group_rows = pick("group_rows", self.params_dtype)
         self._gather_rows = pick("gather_rows", self.params_dtype)
         self._sum_rows = pick("sum_rows", self.params_dtype)
@@ -130,11 +130,13 @@ class Experts(ExpertsLayer):
         weight_loader: WeightLoader | None = None,
         is_split: bool = True,
         is_optional: bool = False,
+        in_order: bool = False,
     ) -> nn.Parameter:
         data = torch.empty(shape, dtype=dtype or self.params_dtype)
         loader, input_dim = weight_loader or self.weight_loader, 2 if is_split else None
         param = make_parameter(data, loader, input_dim=input_dim, is_optional=is_optional)
         param.is_down = name.startswith("w2_")  # type: ignore[attr-defined]
+        param.in_order = in_order  # type: ignore[attr-defined]
         self.register_parameter(name, param)
         return param
 
@@ -178,9 +180,10 @@ class Experts(ExpertsLayer):
         """
         is_down: bool = param.is_down  # type: ignore[attr-defined]
         if shard_id is None:
-            if param.dim() == 3 and tensor.dim() == 3 and self._stores_transposed(tensor, is_down):
+            in_order: bool = param.in_order  # type: ignore[attr-defined]
+            if param.dim() == 3 and tensor.dim() == 3 and not in_order and self._stores_transposed(tensor, is_down):
                 tensor = tensor.transpose(1, 2)
-            self._load_down(param.data, tensor, 2) if is_down else self._load_gate_up(param.data, tensor)
+            self._load_down(param, param.data, tensor, 2) if is_down else self._load_gate_up(param.data, tensor)
             return
         names = ("w2",) if is_down else self.halves
         if not isinstance(shard_id, tuple) or shard_id[1] not in names or not 0 <= shard_id[0] < self.num_experts:
@@ -189,7 +192,7 @@ class Experts(ExpertsLayer):
             )
         expert, name = shard_id
         if is_down:
-            self._load_down(param.data[expert], tensor, 1 if param.input_dim is not None else 2)  # type: ignore[attr-defined]
+            self._load_down(param, param.data[expert], tensor, 1)
         else:
             self._load_outputs(self._half(param.data[expert], name, 0), tensor, 0)
 
@@ -217,8 +220,9 @@ class Experts(ExpertsLayer):
     def _load_outputs(self, target: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
-    def _load_down(self, target: torch.Tensor, tensor: torch.Tensor, input_dim: int) -> None:
-        dim = input_dim if target.dim() > input_dim else None  # a bias and scales of whole outputs are not split
+    def _load_down(self, param: nn.Parameter, target: torch.Tensor, tensor: torch.Tensor, input_dim: int) -> None:
+        is_split = param.input_dim is not None and target.dim() > input_dim  # type: ignore[attr-defined]
+        dim = input_dim if is_split else None  # a bias and scales of whole outputs are not split
         load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
 
 
@@ -262,7 +266,7 @@ def _experts_method(layer: Experts, quant_config: QuantizationConfig | None, pre
 
 
 def expert_sources(
-    num_experts: int, expert_names: tuple[str, ...], bias: bool, kinds: tuple[str, ...] = ("weight",)
+    num_experts: int, expert_names: tuple[str, ...], bias: bool, method: ExpertsMethodBase
 ) -> dict[str, tuple[str, ShardId]]:
     """Checkpoint names, relative to the layer's own -> the parameter that each fills and its shard id.
 
@@ -271,11 +275,10 @@ def expert_sources(
     *firsts, down = expert_names
     fused = "gate_up_proj" if len(firsts) == 2 else "up_proj"
     sources: dict[str, tuple[str, ShardId]] = {}
-    if "weight" in kinds:
-        sources = {fused: ("w13_weight", None), "down_proj": ("w2_weight", None)}
-    if bias:
-        sources |= {f"{fused}_bias": ("w13_bias", None), "down_proj_bias": ("w2_bias", None)}
-    for kind in (*kinds, "bias") if bias else kinds:
+    together = [(kind, method.fused_suffixes[kind]) for kind in method.kinds if kind in method.fused_suffixes]
+    for kind, suffix in (*together, ("bias", "_bias")) if bias else together:
+        sources |= {f"{fused}{suffix}": (f"w13_{kind}", None), f"down_proj{suffix}": (f"w2_{kind}", None)}
+    for kind in (*method.kinds, "bias") if bias else method.kinds:
         for expert in range(num_experts):
             for name, half in zip(firsts, ("w1", "w3"), strict=False):
                 sources[f"{expert}.{name}.{kind}"] = f"w13_{kind}", (expert, half)

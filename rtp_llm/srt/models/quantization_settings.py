@@ -13,7 +13,11 @@ from rtp_llm.srt.layers.quantization.spellings import canonical
 logger = logging.getLogger(__name__)
 
 KEYS = ("quantization_config", "compression_config")  # in config.json; the second is the older one
-FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ, and of AutoAWQ
+FILES = {  # of AutoGPTQ, AutoAWQ and ModelOpt, and the key that each must have: other programs use these names, too
+    "quantize_config.json": ("gptq", "bits"),
+    "quant_config.json": ("awq", "bits"),
+    "hf_quant_config.json": ("modelopt", "quant_algo"),
+}
 
 
 def quantization_settings(model_config: ModelConfig) -> dict[str, Any]:
@@ -29,9 +33,9 @@ def quantization_settings(model_config: ModelConfig) -> dict[str, Any]:
             settings = getattr(config, key, None)
             if settings:
                 return canonical(settings.to_dict() if hasattr(settings, "to_dict") else settings)
-    for name, method in FILES.items():
+    for name, (method, key) in FILES.items():
         settings = canonical(_read(Path(model_config.model_path) / name), default_method=method)
-        if "bits" in settings:  # programs for other formats use these file names, too
+        if settings.get(key):
             logger.info("the checkpoint is quantized as %s says", name)
             return settings
     return {}

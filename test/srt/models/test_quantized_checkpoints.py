@@ -281,14 +281,14 @@ def refused(settings: dict[str, Any], model_dir: str, tmp_path: Path, quantizati
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "bitnet"}, r"quantized by 'bitnet', which is not supported; have int8, int4, gptq, awq, "),
+        ({"quant_method": "bitnet"}, r"quantized by 'bitnet', which is not supported; have gptq, awq, "),
         (GPTQ | {"bits": 3}, r"bits must be one of \[4, 8\], not 3"),
         (GPTQ | {"group_size": 0}, "group_size must be a positive number or -1, not 0"),
         (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format must be one of \['gptq', 'gptq_v2'\]"),
         (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "gives layers '.*down.*' a bits of 8"),
         (AWQ | {"version": "gemv"}, r"version must be one of \['gemm'\], not 'gemv'"),
         (AWQ | {"zero_point": False}, "zero_point: false"),
-        (compressed("float-quantized", type="float", num_bits=8, strategy="tensor"), "type 'float' with 8 bits"),
+        (compressed("float-quantized", type="float", num_bits=6, strategy="tensor"), "type 'float' with 6 bits"),
         (compressed("marlin-24", num_bits=4, strategy="channel"), "format 'marlin-24' is not supported"),
         (packed(group_size=16) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not supported"),
         (compressed("int-quantized", ROWS | {"dynamic": False}, **CHANNEL), "input_activations must be"),
@@ -304,8 +304,8 @@ def test_flag_and_checkpoint_must_agree(model_dir: str, tmp_path: Path) -> None:
     assert "'int8' was asked for, but the checkpoint is quantized by 'gptq'" in refused(
         GPTQ, model_dir, tmp_path, "int8"
     )
-    assert "for any checkpoint there are int8, int4" in refused({}, model_dir, tmp_path, "awq")
-    assert "unknown quantization 'int2'; have int8, int4" in refused({}, model_dir, tmp_path, "int2")
+    assert "for any checkpoint there are int8, fp8, int4" in refused({}, model_dir, tmp_path, "awq")
+    assert "unknown quantization 'int2'; have int8, fp8, int4" in refused({}, model_dir, tmp_path, "int2")
 
 
 def test_missing_and_misshapen_tensors_are_named(model_dir: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``quantization="int8"`` and ``"int4"``: the engine answers as transformers does on weights rounded the same way."""
+"""``quantization=`` of any checkpoint: the engine answers as transformers does on weights rounded the same way."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +35,9 @@ def rounded(weight: torch.Tensor, scheme: str) -> torch.Tensor:
     if scheme == "int8":
         values, scales = quantize_rows(weight)
         return values.float() * scales
+    if scheme == "fp8":
+        scales = weight.abs().amax(dim=1, keepdim=True) / 448
+        return (weight / scales).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scales
     group_size = next(size for least, size in GROUP_SIZES.items() if weight.shape[1] >= least)
     return dequantize_int4(*quantize_int4(weight, group_size), group_size)
 
@@ -80,6 +83,8 @@ def logprobs_of(model: nn.Module) -> list[torch.Tensor]:
         ("Qwen3ForCausalLM", "int8", {"tie_word_embeddings": True, "head_dim": 16}),
         ("Qwen3ForCausalLM", "int4", {"tie_word_embeddings": True, "head_dim": 16}),
         ("Qwen2ForCausalLM", "int8", {"tie_word_embeddings": False}),
+        ("Qwen2ForCausalLM", "fp8", {"tie_word_embeddings": False}),
+        ("Qwen3MoeForCausalLM", "fp8", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
         ("Phi3ForCausalLM", "int4", {"hidden_size": 256}),
         ("GPT2LMHeadModel", "int4", {}),
         ("Qwen3MoeForCausalLM", "int4", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
@@ -112,14 +117,14 @@ def demo_texts() -> Iterator[dict[str | None, list[str]]]:
     questions += [f"How many r's are in {word}?" for word in ("strawberry", "mirror", "carrot", "river")]
     prompts = [f"<|user|>{question}<|end|><|assistant|>" for question in questions]
     texts: dict[str | None, list[str]] = {}
-    for scheme in (None, "int8", "int4"):
+    for scheme in (None, "int8", "fp8", "int4"):
         with Engine(model_path=DEMO_MODEL, quantization=scheme, max_total_tokens=2048, log_level="error") as engine:
             results = engine.generate(prompts, {"temperature": 0, "max_new_tokens": 32})
         texts[scheme] = [result["text"] for result in results]
     yield texts
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4"])
 def test_the_demo_model_answers_as_before(scheme: str, demo_texts: dict[str | None, list[str]]) -> None:
     same = [ours == theirs for ours, theirs in zip(demo_texts[scheme], demo_texts[None], strict=True)]
     assert sum(same) >= len(same) - 2, demo_texts
@@ -134,8 +139,8 @@ def test_weights_take_less_memory() -> None:
         own = {id(module): stored_bytes(module, recurse=False) for module in tower}
         return worker.loaded().weight_bytes - sum(own.values())
 
-    plain, int8, int4 = (weight_bytes(scheme) for scheme in (None, "int8", "int4"))
-    assert int8 < 0.6 * plain
+    plain, int8, fp8, int4 = (weight_bytes(scheme) for scheme in (None, "int8", "fp8", "int4"))
+    assert max(int8, fp8) < 0.6 * plain
     assert int4 < 0.45 * plain
 
 

@@ -1,4 +1,4 @@
-"""Weights that are codes of 4 or 8 bits, packed for the products of gemm_codes.cpp: fp8, tables of 16 numbers, integers."""
+"""Weights that are codes of 4 or 8 bits, packed for the products of gemm_codes.cpp: fp8, tables, integers."""
 
 import enum
 import functools

@@ -4,10 +4,10 @@
 // Codes are packed in panels of PANEL outputs, lane by lane:
 //
 //     8 bits  [panels][inputs / 4][PANEL / 4][16]
-//     4 bits  [panels][inputs / 8][PANEL / 4][16]  inputs 0 to 3 of eight in the lower halves of bytes, 4 to 7 in the upper
+//     4 bits  [panels][inputs / 8][PANEL / 4][16]  of eight inputs the first four in the lower halves of bytes
 //
-// Every number is exact in bfloat16; products and sums are in float32, and scales are applied to a group's sum. With few
-// rows codes are decoded as they are multiplied: the time is that of reading them. With more, each panel is first
+// Every number is exact in bfloat16; products and sums are in float32, and scales are applied to a group's sum. With
+// few rows codes are decoded as they are multiplied: the time is that of reading them. With many, each panel is first
 // written out in bfloat16, to be read once for each tile of rows.
 #include "gemm_codes_decode.h"
 
@@ -33,7 +33,8 @@ struct Scales {
 };
 
 template <int R>
-INLINE void add_scaled(vec (&result)[R][VECS], const vec (&sums)[R][VECS], const Scales& scales, int64_t panel, int64_t g) {
+INLINE void add_scaled(vec (&result)[R][VECS], const vec (&sums)[R][VECS], const Scales& scales, int64_t panel,
+                       int64_t g) {
     for (int v = 0; v < VECS; v++) {
         vec scale = scales.at(panel, g, v);
         for (int r = 0; r < R; r++) result[r][v] = g == 0 ? sums[r][v] * scale : result[r][v] + sums[r][v] * scale;
@@ -42,9 +43,8 @@ INLINE void add_scaled(vec (&result)[R][VECS], const vec (&sums)[R][VECS], const
 
 // One panel times a tile of few rows; codes: the panel's.
 template <int R, class Codes>
-NOINLINE void tile_codes(
-    const Codes& decoder, const uint32_t* x, const uint8_t* codes, const Scales& scales, int64_t panel, vec (&result)[R][VECS]
-) {
+NOINLINE void tile_codes(const Codes& decoder, const uint32_t* x, const uint8_t* codes, const Scales& scales,
+                         int64_t panel, vec (&result)[R][VECS]) {
     constexpr int SETS = R <= 2 ? 2 : 1;  // of sums: a single one would wait for itself
     int64_t unit = 0;
     for (int64_t g = 0; g < scales.groups; g++) {
@@ -88,7 +88,8 @@ NOINLINE void write_out(const Codes& decoder, const uint8_t* codes, int64_t unit
 }
 
 template <int R>
-INLINE void tile_written(const uint32_t* x, const uint32_t* panel, const Scales& scales, int64_t at, vec (&result)[R][VECS]) {
+INLINE void tile_written(const uint32_t* x, const uint32_t* panel, const Scales& scales, int64_t at,
+                         vec (&result)[R][VECS]) {
     int64_t units = scales.group / 2;
     for (int64_t g = 0; g < scales.groups; g++) {
         vec sums[R][VECS];
@@ -152,11 +153,11 @@ KERNEL void pack_codes(const uint8_t* codes, int64_t N, int64_t inputs, int bits
         }
 }
 
-// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate. kind: 0 e4m3fn, 1 nibbles, 2 integers. table: the numbers
-// of the first two; scales: [panels][groups][scale_width].
-KERNEL void gemm_codes(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, int kind, const uint16_t* table,
-                       const float* scales, int scale_width, int64_t group, int64_t N, int64_t K, const void* bias,
-                       int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate. kind: 0 e4m3fn, 1 nibbles, 2 integers. table: the
+// numbers of the first two; scales: [panels][groups][scale_width].
+KERNEL void gemm_codes(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, int kind,
+                       const uint16_t* table, const float* scales, int scale_width, int64_t group, int64_t N, int64_t K,
+                       const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
     Scales of_groups{scales, divide_up(K, group), group, scale_width};
     if (kind == 0) multiply(E4M3(table), x, x_stride, M, packed, of_groups, K, output);

@@ -1,7 +1,7 @@
 // From codes of 4 and 8 bits to the numbers of bfloat16 that they stand for, in registers.
 //
-// A *lane* of 16 bytes holds 4 outputs by 4 inputs: first inputs 0 and 1 of output 0, of output 1, ..., then inputs 2 and
-// 3. So the upper and lower bytes of bfloat16, made separately, need only be interleaved to become units.
+// A *lane* of 16 bytes holds 4 outputs by 4 inputs: first inputs 0 and 1 of output 0, of output 1, ..., then inputs 2
+// and 3. So the upper and lower bytes of bfloat16, made separately, need only be interleaved to become units.
 #pragma once
 
 #include "gemm_tiles.h"
@@ -51,14 +51,15 @@ INLINE void look_up_lane(const uint8_t* p, const Table& table, int shift, int ma
 }
 #endif
 
-// e4m3fn: a sign, four bits of exponent (bias 7), three of mantissa; `table` has the numbers without signs, [128]. A NaN
-// (0x7f) may become 480 here: whoever packs a weight makes the scale of its group a NaN.
+// e4m3fn: a sign, four bits of exponent (bias 7), three of mantissa; `table` has the numbers without signs, [128]. A
+// NaN (0x7f) may become 480 here: whoever packs a weight makes the scale of its group a NaN.
 struct E4M3 {
     static constexpr int PARTS = 1;  // a register holds two units for each output in every part
 
 #if defined(__AVX512VBMI__)
     explicit E4M3(const uint16_t* table) {
-        for (int code = 0; code < 128; code++) low_[code] = uint8_t(table[code]), high_[code] = uint8_t(table[code] >> 8);
+        for (int code = 0; code < 128; code++)
+            low_[code] = uint8_t(table[code]), high_[code] = uint8_t(table[code] >> 8);
     }
 
     template <int PART>
@@ -114,7 +115,8 @@ struct Nibbles {
 
 #if defined(__AVX2__)
     explicit Nibbles(const uint16_t* table) {
-        for (int code = 0; code < 16; code++) low_[code] = uint8_t(table[code]), high_[code] = uint8_t(table[code] >> 8);
+        for (int code = 0; code < 16; code++)
+            low_[code] = uint8_t(table[code]), high_[code] = uint8_t(table[code] >> 8);
     }
 
     template <int PART>
@@ -164,9 +166,9 @@ struct Integers {
    private:
     // Two integers in the upper bytes of either half -> two numbers of bfloat16.
     static INLINE ivec pair(ivec upper_bytes) {
-        ivec first = (upper_bytes << 16) >> 24, second = upper_bytes >> 24;
-        ivec first_bits = (ivec)__builtin_convertvector(first, vec), second_bits = (ivec)__builtin_convertvector(second, vec);
-        return ((first_bits >> 16) & 0xffff) | (second_bits & int32_t(0xffff0000));
+        ivec first = (ivec)__builtin_convertvector((upper_bytes << 16) >> 24, vec);
+        ivec second = (ivec)__builtin_convertvector(upper_bytes >> 24, vec);
+        return ((first >> 16) & 0xffff) | (second & int32_t(0xffff0000));
     }
 };
 

@@ -82,8 +82,13 @@ class ExpertsLayer(nn.Module):
         weight_loader: WeightLoader | None = None,
         is_split: bool = True,
         is_optional: bool = False,
+        in_order: bool = False,
     ) -> nn.Parameter:
-        """Register a parameter of ``w13`` or ``w2``. ``is_split``: the inputs of ``w2`` are split over ranks."""
+        """Register a parameter of ``w13`` or ``w2``.
+
+        ``is_split``: the inputs of ``w2`` are split over ranks. ``in_order``: tensors of all experts have outputs
+        before inputs, also where the weights themselves are stored transposed.
+        """
 
     @abstractmethod
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -184,9 +189,11 @@ class ExpertsMethodBase(ABC):
     Attributes:
         kinds: suffixes of an expert's projection in names of the checkpoint; for each, the layer has parameters
             ``w13_KIND`` and ``w2_KIND`` of all experts.
+        fused_suffixes: kinds that may be stored for all experts together, under a name that ends like this.
     """
 
     kinds: tuple[str, ...] = ("weight",)
+    fused_suffixes: Mapping[str, str] = {"weight": ""}
 
     @abstractmethod
     def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:

@@ -1,11 +1,12 @@
-"""Checkpoints of the compressed-tensors library (llm-compressor): integers of 4 and 8 bits.
+"""Checkpoints of the compressed-tensors library (llm-compressor): integers of 4 and 8 bits, and fp8.
 
 ``pack-quantized``: ``weight_packed`` [N, K * bits / 32] int32, consecutive inputs in a word, the first in its lowest
 bits; ``weight_scale`` [N, groups]; with zero points ``weight_zero_point`` [N * bits / 32, groups], consecutive outputs
 in a word; ``weight_g_idx`` [K], the group of each input, with ``actorder: group``. Integers have an offset of
 ``2 ** (bits - 1)``, zero points too. ``int-quantized``: ``weight`` [N, K] int8, ``weight_scale`` [N, groups] and
 ``weight_zero_point`` int8. Products use integers, with activations quantized per token, where the configuration asks
-for it and there is one scale per output.
+for it and there is one scale per output. ``float-quantized``: ``weight`` [N, K] in float8_e4m3fn and ``weight_scale``
+of the tensor, of outputs, groups or blocks (see ``fp8_weights.py``).
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,12 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizedModel,
     QuantizeMethodBase,
 )
+from rtp_llm.srt.layers.quantization.fp8_weights import (
+    Fp8Format,
+    fp8_method,
+    in_one_spelling,
+    is_not_needed,
+)
 from rtp_llm.srt.layers.quantization.grouped import (
     GroupFormat,
     bytes_of,
@@ -32,6 +39,7 @@ from rtp_llm.srt.layers.quantization.grouped import (
 from rtp_llm.srt.layers.quantization.settings import (
     REGEX,
     LayerRules,
+    block_size,
     choice,
     flag,
     integer,
@@ -41,9 +49,12 @@ from rtp_llm.srt.layers.quantization.settings import (
     strings,
 )
 from rtp_llm.srt.layers.quantization.spellings import is_stored_dense
+from rtp_llm.srt.layers.weights import Weights
 
 NAME = "compressed-tensors"
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
+FLOATS = ("float-quantized", "naive-quantized")
+Stored = GroupFormat | Fp8Format
 ORDERS = {"weight": False, "static": False, "group": True, "dynamic": True, "true": True, "false": False}
 """Values of ``actorder`` -> whether a group's inputs need not be neighbours; False ones only order the calibration."""
 
@@ -51,7 +62,7 @@ ORDERS = {"weight": False, "static": False, "group": True, "dynamic": True, "tru
 class CompressedTensorsConfig(QuantizationConfig):
     """``targets``: names of layers or classes -> how their weights are stored."""
 
-    def __init__(self, model: QuantizedModel, targets: Mapping[str, GroupFormat]) -> None:
+    def __init__(self, model: QuantizedModel, targets: Mapping[str, Stored]) -> None:
         self.model = model
         self.targets = targets
         self.rules = LayerRules(model, strings(model.settings, "ignore"))
@@ -63,12 +74,12 @@ class CompressedTensorsConfig(QuantizationConfig):
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise QuantizationError(f"quantization_config of {NAME} must have `config_groups`, an object")
-        targets: dict[str, GroupFormat] = {}
+        targets: dict[str, Stored] = {}
         for name, group in groups.items():
             where = f"config_groups.{name}"
             if not isinstance(group, Mapping):
                 raise QuantizationError(f"quantization_config: {where} must be an object, not {group!r}")
-            stored = group_format(group, group.get("format") or settings.get("format"), where)
+            stored = stored_format(group, group.get("format") or settings.get("format"), where)
             targets |= dict.fromkeys(map(layer_name, strings(group, "targets") or ["Linear"]), stored)
         return cls(model, dict(sorted(targets.items(), key=lambda item: item[0].startswith(REGEX))))
 
@@ -81,9 +92,9 @@ class CompressedTensorsConfig(QuantizationConfig):
         stored = self._format_of(name_in_checkpoint(layer, prefix))
         if stored is None:
             return None
-        return grouped_method(layer, stored)
+        return fp8_method(layer, stored) if isinstance(stored, Fp8Format) else grouped_method(layer, stored)
 
-    def _format_of(self, prefix: str) -> GroupFormat | None:
+    def _format_of(self, prefix: str) -> Stored | None:
         """Return the format of the first target that names the layer (names before expressions), or else its class."""
         sources = self.model.sources(prefix)
         found = [next((stored for name, stored in self.targets.items() if matches(name, s)), None) for s in sources]
@@ -91,12 +102,16 @@ class CompressedTensorsConfig(QuantizationConfig):
             raise ValueError(f"{prefix}: {', '.join(sources)} are computed as one, but not quantized alike")
         return found[0] or self.targets.get("Linear")
 
+    def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
+        has_floats = any(isinstance(stored, Fp8Format) for stored in self.targets.values())
+        return in_one_spelling(weights) if has_floats else weights
+
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether it is a shape, which the configuration gives as well."""
-        return name.endswith(".weight_shape")
+        """Whether it is a shape, which the configuration gives as well, or a scale of activations or of a cache."""
+        return is_not_needed(name, tensor)
 
 
-def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> GroupFormat:
+def stored_format(group: Mapping[str, Any], stored: str | None, where: str) -> Stored:
     """Return how the weights of a config group are stored.
 
     Raises:
@@ -105,11 +120,46 @@ def group_format(group: Mapping[str, Any], stored: str | None, where: str) -> Gr
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise QuantizationError(f"quantization_config: {where} must have `weights`, an object")
-    if str(weights.get("type") or "int").lower() != "int":
+    if str(weights.get("type") or "int").lower() == "int":
+        return group_format(group, weights, stored, where)
+    if str(weights.get("type")).lower() == "float" and number(weights.get("num_bits")) == 8:
+        return float_format(group, weights, stored, where)
+    raise QuantizationError(
+        f"quantization_config: {where}: weights of type {weights.get('type')!r} with {weights.get('num_bits')} bits "
+        f"({stored}) are not supported; have int of 4 and 8 bits, and float of 8"
+    )
+
+
+def float_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: str | None, where: str) -> Fp8Format:
+    """Return how weights in float8_e4m3fn are scaled. Scales of activations are not needed: see ``fp8_weights.py``."""
+    if stored and str(stored).lower().replace("_", "-") not in FLOATS:
         raise QuantizationError(
-            f"quantization_config: {where}: weights of type {weights.get('type')!r} with "
-            f"{weights.get('num_bits')} bits ({stored}) are not supported; have int of 4 and 8 bits"
+            f"quantization_config: {where}: format {stored!r} is not supported for floats; have {', '.join(FLOATS)}"
         )
+    if not flag(weights, "symmetric", True):
+        raise QuantizationError(f"quantization_config: {where}: floats with zero points are not supported")
+    _check_output(group, where)
+    inputs = group.get("input_activations") or {}
+    if str(inputs.get("type") or "float").lower() != "float" or number(inputs.get("num_bits") or 8) != 8:
+        raise QuantizationError(
+            f"quantization_config: {where}: input_activations of weights in fp8 must be floats of 8 bits, not "
+            f"{dict(inputs)}"
+        )
+    strategy = choice(weights, "strategy", ("tensor", "channel", "group", "block"), "tensor")
+    if strategy == "group":
+        return Fp8Format((1, integer(weights, "group_size")))
+    block = block_size(weights, "block_structure") if strategy == "block" else None
+    if strategy == "block" and block is None:
+        raise QuantizationError(f"quantization_config: {where}: strategy block needs a block_structure")
+    return Fp8Format(block)
+
+
+def group_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: str | None, where: str) -> GroupFormat:
+    """Return how integers are stored.
+
+    Raises:
+        QuantizationError: in an unsupported way, which the message names.
+    """
     given, stored = stored, str(stored).lower().replace("_", "-")
     if stored not in (PACKED, *PLAIN):
         raise QuantizationError(
@@ -141,7 +191,7 @@ def _check_rest(settings: Mapping[str, Any]) -> None:
     asks_for = {
         "sparsity_config": not is_stored_dense(settings.get("sparsity_config") or {}),
         "transform_config": bool(_without_empty(settings.get("transform_config"))),
-        "kv_cache_scheme": bool(settings.get("kv_cache_scheme")),
+        "kv_cache_scheme": not _is_float_cache(settings.get("kv_cache_scheme")),
         "moe_sparsity_config": bool(settings.get("moe_sparsity_config")),
     }
     for key, is_asked in asks_for.items():
@@ -149,14 +199,24 @@ def _check_rest(settings: Mapping[str, Any]) -> None:
             raise QuantizationError(f"quantization_config: {key} is not supported for {NAME}, got {settings[key]!r}")
 
 
+def _is_float_cache(scheme: Any) -> bool:
+    """Whether a ``kv_cache_scheme`` asks for no cache in 8 bits, or for one in fp8, whose scales then are not needed:
+    ``--kv-cache-dtype`` says how the cache is stored."""
+    return not scheme or (isinstance(scheme, Mapping) and str(scheme.get("type")).lower() == "float")
+
+
 def _without_empty(config: Any) -> Any:
     """Return a ``transform_config`` without empty entries, such as an empty ``config_groups``."""
     return {key: value for key, value in config.items() if value} if isinstance(config, Mapping) else config
 
 
-def _check_activations(group: Mapping[str, Any], bits: int, strategy: str, where: str) -> None:
+def _check_output(group: Mapping[str, Any], where: str) -> None:
     if group.get("output_activations"):
         raise QuantizationError(f"quantization_config: {where}: output_activations are not supported")
+
+
+def _check_activations(group: Mapping[str, Any], bits: int, strategy: str, where: str) -> None:
+    _check_output(group, where)
     inputs = group.get("input_activations")
     if not inputs:
         return

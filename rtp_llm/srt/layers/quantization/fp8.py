@@ -5,8 +5,7 @@ transformers' FineGrainedFP8Config (DeepSeek-V3, Qwen3-FP8) writes ``weight`` an
 output. On load, each output's scale makes its largest weight 448, the largest number of the format.
 """
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from rtp_llm.srt.layers.quantization.base import (
 from rtp_llm.srt.layers.quantization.fp8_weights import Fp8Format, fp8_method, in_one_spelling, is_not_needed
 from rtp_llm.srt.layers.quantization.grouped import name_in_checkpoint
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, row_blocks
-from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, number, strings
+from rtp_llm.srt.layers.quantization.settings import LayerRules, block_size, choice, strings
 from rtp_llm.srt.layers.weights import Weights
 
 LARGEST = 448.0  # of float8_e4m3fn
@@ -40,13 +39,11 @@ class Fp8Config(QuantizationConfig):
         self.rules = LayerRules(model, left)
 
     @classmethod
-    def from_model(cls, model: QuantizedModel) -> "Fp8Config | Fp8OnLoadConfig":  # type: ignore[override]
+    def from_model(cls, model: QuantizedModel) -> Self:
         settings = model.settings
-        if not settings:
-            return Fp8OnLoadConfig(model)
         choice(settings, "activation_scheme", ("dynamic", "static"), "dynamic")
-        _check_one_of(settings, "fmt", ("e4m3", "e4m3fn", "float8_e4m3fn"))
-        _check_one_of(settings, "expert_dtype", ("fp8",))
+        choice(settings, "fmt", ("e4m3", "e4m3fn", "float8_e4m3fn"), "e4m3")
+        choice(settings, "expert_dtype", ("fp8",), "fp8")
         if settings.get("modules_to_convert"):
             raise QuantizationError(
                 "quantization_config: modules_to_convert, tables in 8 bits, is not supported, got "
@@ -96,23 +93,3 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         steps = torch.where(scales[rows] == 0, 1.0, scales[rows])[:, None]
         values[rows] = (piece / steps).nan_to_num(0.0).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return values, scales
-
-
-def block_size(settings: Mapping[str, Any], key: str) -> tuple[int, int] | None:
-    """Return the value of ``key``, rows and columns of a block; None where there is none.
-
-    Raises:
-        QuantizationError: it is no pair of positive numbers.
-    """
-    value = settings.get(key)
-    if not value:
-        return None
-    sizes = value.lower().split("x") if isinstance(value, str) else value
-    pair = [number(size) for size in sizes] if isinstance(sizes, (list, tuple)) else []
-    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
-        raise QuantizationError(f"quantization_config: {key} must be two positive numbers, not {value!r}")
-    return pair[0], pair[1]
-
-
-def _check_one_of(settings: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> None:
-    choice(settings, key, allowed, allowed[0])

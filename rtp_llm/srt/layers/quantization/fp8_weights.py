@@ -61,7 +61,7 @@ class ScaleGrid:
         columns = min(stored.block[1], input_size) if stored.block else input_size
         self.is_split = columns < input_size and num_inputs < input_size
         self.group_size = math.gcd(columns, num_inputs) if self.is_split else columns
-        self.num_groups = -(-num_inputs // self.group_size) if self.is_split or num_inputs == input_size else 1
+        self.num_groups = -(-num_inputs // self.group_size)
 
     def spread(self, scales: torch.Tensor, num_outputs: int) -> torch.Tensor:
         """Scales of ``num_outputs`` -> [num_outputs, groups of all ranks] float32.
@@ -105,10 +105,10 @@ class Fp8LinearMethod(PackedLinearMethod):
     ) -> None:
         num_outputs = sum(output_partition_sizes)
         grid = self.grid = ScaleGrid(layer.name, self.stored, input_size_per_partition, input_size)
-        linear = cast(LinearBase, layer)
+        num_source_outputs = cast(LinearBase, layer).num_source_outputs
 
         def load_scales(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-            weight_loader(param, grid.spread(tensor, linear.num_source_outputs(shard_id)), shard_id)
+            weight_loader(param, grid.spread(tensor, num_source_outputs(shard_id)), shard_id)
 
         weight = torch.empty(num_outputs, input_size_per_partition, dtype=torch.float8_e4m3fn)
         loader = checked_dtype(weight_loader, layer.name)
@@ -194,10 +194,12 @@ def checked_dtype(weight_loader: WeightLoader, name: str) -> WeightLoader:
 
     def load(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         if tensor.dtype != torch.float8_e4m3fn:
-            kind = "of another format" if tensor.element_size() == 1 else "not quantized: leave it out of quantization"
+            why = "another format"
+            if tensor.element_size() > 1:
+                why = "not quantized: name the layer among those that are left as they are"
             raise ValueError(
                 f"{name}: expected a weight in float8_e4m3fn, as the configuration says; the checkpoint's is in "
-                f"{str(tensor.dtype).removeprefix('torch.')}, {kind}"
+                f"{str(tensor.dtype).removeprefix('torch.')}, {why}"
             )
         weight_loader(param, tensor, shard_id)
 
@@ -218,8 +220,9 @@ def _of_all_experts(
     if scales.shape[0] != num_experts:
         raise ValueError(f"{grid.name}: expected scales of {num_experts} experts, got {list(scales.shape)}")
     rows = scales.shape[1] if scales.dim() > 1 else 1
-    block_rows = min(grid.block[0], outputs) if grid.block else outputs
-    if projections > 1 and rows == projections * -(-outputs // block_rows) and rows != projections * outputs:
+    block_rows = grid.block[0] if grid.block else outputs
+    through = -(-projections * outputs // block_rows) if grid.block else projections * outputs
+    if rows != through and projections > 1 and rows == projections * -(-outputs // block_rows):
         parts = [[grid.spread(part, outputs) for part in one.chunk(projections)] for one in scales]
         return torch.stack([torch.cat(of_expert) for of_expert in parts])
     return torch.stack([grid.spread(one, projections * outputs) for one in scales])

@@ -46,6 +46,22 @@ def integer(settings: Mapping[str, Any], key: str, default: int | None = None) -
     return value
 
 
+def block_size(settings: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    """Return the value of ``key``, rows and columns of a block; None where there is none.
+
+    Raises:
+        QuantizationError: it is no pair of positive numbers.
+    """
+    value = settings.get(key)
+    if not value:
+        return None
+    sizes = value.lower().split("x") if isinstance(value, str) else value
+    pair = [number(size) for size in sizes] if isinstance(sizes, (list, tuple)) else []
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        raise QuantizationError(f"quantization_config: {key} must be two positive numbers, not {value!r}")
+    return pair[0], pair[1]
+
+
 def flag(settings: Mapping[str, Any], key: str, default: bool) -> bool:
     """Whether ``key`` holds: true, 1, "true" and their opposites; ``default`` where there is none."""
     value = settings.get(key)

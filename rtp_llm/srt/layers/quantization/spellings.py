@@ -2,7 +2,8 @@
 
 AutoAWQ called ``bits`` ``w_bit`` and kept its settings in ``quant_config.json``; AutoGPTQ kept them in
 ``quantize_config.json`` and named no ``quant_method``; compressed-tensors was ``sparseml`` first, and transformers once
-put its settings one level deeper. Each scheme interprets the values (``settings.py`` reads them).
+put its settings one level deeper, as ModelOpt does in ``hf_quant_config.json``. Each scheme interprets the values
+(``settings.py`` reads them).
 """
 
 import logging
@@ -22,8 +23,15 @@ _SYNONYMS = {
     "groupsize": "group_size",
     "method": "quant_method",
 }
-_METHODS = {"compressed_tensors": COMPRESSED, "compressedtensors": COMPRESSED, "sparseml": COMPRESSED}
+_METHODS = {
+    "compressed_tensors": COMPRESSED,
+    "compressedtensors": COMPRESSED,
+    "sparseml": COMPRESSED,
+    "modelopt_fp8": "modelopt",
+    "modelopt_fp4": "modelopt",
+}
 _KEYS_OF_METHODS = {
+    "modelopt": {"quant_algo"},
     COMPRESSED: {"config_groups", "sparsity_config"},
     "awq": {"w_bit", "q_group_size", "zero_point"},
     "gptq": {"desc_act", "sym", "damp_percent", "true_sequential", "static_groups", "checkpoint_format"},
@@ -60,8 +68,10 @@ def canonical(settings: Mapping[str, Any], default_method: str | None = None) ->
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(settings)
-    inner = result.pop("quantization_config", None)
-    return result | dict(inner) if isinstance(inner, Mapping) else result
+    for key in ("quantization_config", "quantization"):  # of transformers once, of ModelOpt
+        inner = result.pop(key, None)
+        result |= inner if isinstance(inner, Mapping) else {}
+    return result
 
 
 def _rename(settings: dict[str, Any], key: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Products with weights of codes (fp8, tables, integers), on every instruction set, against what the codes stand for."""
+"""Products with weights of codes (fp8, tables, integers), on every instruction set, against their values."""
 
 import pytest
 import torch
