@@ -1,0 +1,77 @@
+"""What was measured: kept as JSON, a file for each part, so that an interrupted run goes on where it was."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmark.peers.peers import REPOSITORY
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything lies, and with how many threads all sides compute.
+
+    Args:
+        models: folder of the GGUF files.
+        work: folder of results and of what is made on the way.
+        peers: where benchmark/peers/setup.py put llama.cpp.
+        data: folder with gsm8k/test.jsonl and mmlu; None: they are downloaded.
+        again: measure anew what was measured before.
+    """
+
+    models: Path
+    work: Path
+    peers: Path
+    data: Path | None
+    threads: int
+    rounds: int
+    again: bool
+
+    @property
+    def references(self) -> Path:
+        return self.work / "reference"
+
+
+def kept(place: Place, section: str, name: str, measure: Callable[[], Record]) -> Record:
+    """Return the record of a part: the one that is there, unless all is measured again, else a new one."""
+    file = record_file(place, section, name)
+    if file.exists() and not place.again:
+        record = json.loads(file.read_text())
+        print(f"{section}, {name}: kept from {record['date']}; --again measures it anew", flush=True)
+        return record
+    print(f"{section}, {name} ...", flush=True)
+    record = about() | measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.rename(file)
+    return record
+
+
+def record_file(place: Place, section: str, name: str) -> Path:
+    return place.work / "results" / section / f"{name}.json"
+
+
+def about() -> Record:
+    """Return when and where, and of which commit ("+": with changes)."""
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "cpu": cpu_name(), "commit": commit()}
+
+
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
