@@ -72,8 +72,13 @@ static INLINE vec splat(float x) { return x - vec{}; }
 static INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 
 static INLINE vec load(const bf16* p) {
+#if defined(__AVX512F__)  // GCC 12 would take the register in two halves
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
     hvec half = *reinterpret_cast<const hvec_unaligned*>(p);
     return (vec)(__builtin_convertvector(half, ivec) << 16);
+#endif
 }
 
 static INLINE void store(float* p, vec x) { *reinterpret_cast<vec_unaligned*>(p) = x; }

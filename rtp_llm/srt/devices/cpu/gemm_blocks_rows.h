@@ -80,18 +80,21 @@ class Runs {
         ivec total[2] = {};
         for (int k = 0; k < RUN; k += LANES) {
             ivec whole = nearest(load(x + k) * inverse);
-            total[halves_ ? 2 * k / RUN : 0] += whole;
+            total[2 * k / RUN] += whole;
             bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
             std::memcpy(to.bytes + k, &bytes, LANES);
         }
         to.scale = most / 127;
-        for (int half = 0; half < 1 + halves_; half++) {
-            int32_t of_half = sum(total[half]);
-            if (offset_)
-                to.starts[half] = -offset_ * of_half;
-            else
-                to.totals[half] = float(of_half);
-        }
+        if (!halves_) total[0] += total[1];
+        write_total(to, 0, sum(total[0]));
+        if (halves_) write_total(to, 1, sum(total[1]));
+    }
+
+    INLINE void write_total(Run& to, int half, int32_t total) const {
+        if (offset_)
+            to.starts[half] = -offset_ * total;
+        else
+            to.totals[half] = float(total);
     }
 
     const void* x_;
