@@ -114,11 +114,12 @@ class ModelConfig:
         load_format: str = "auto",
         enable_multimodal: bool = True,
         by_transformers: bool = False,
+        with_tokenizer: bool = True,
     ) -> Self:
         """Read a checkpoint's configuration.
 
         Args:
-            model_path: a directory, or a hub id (see ``resolve_model_path``).
+            model_path: a directory, a GGUF, or a hub id (see ``resolve_model_path``).
             dtype: one of DTYPES, or ``auto``: config.json's, else the weights' own, else float32.
                 float32 stays float32 (other engines make it float16).
             context_length: instead of the model's own; a longer one is allowed, with a warning.
@@ -126,13 +127,17 @@ class ModelConfig:
                 replaces what was there, but an object under a key ``*_config`` is merged into the one there.
             enable_multimodal: whether a multimodal model is served with media.
             by_transformers: whether only transformers' configuration classes are taken, not one of a model file.
+            with_tokenizer: whether a GGUF's own tokenizer is needed.
 
         Raises:
             ModelNotFoundError: no such model, or no config.json in it.
             ModelConfigError: the configuration cannot be used.
+            GGUFError: a GGUF is damaged, or not supported.
             ModelImportError: the file of the architecture's class, which may name a configuration class, is broken.
         """
-        directory = resolve_model_path(model_path, revision, download_dir, load_format, trust_remote_code)
+        directory = resolve_model_path(
+            model_path, revision, download_dir, load_format, trust_remote_code, with_tokenizer
+        )
         overrides = parse_overrides(json_model_override_args)
         try:
             hf_config = load_hf_config(directory, overrides, trust_remote_code, by_transformers)
@@ -157,6 +162,7 @@ class ModelConfig:
             load_format=args.load_format,
             enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # takes text only
             by_transformers=args.model_impl == "transformers",
+            with_tokenizer=_needs_tokenizer(args),
         )
 
     @classmethod
@@ -190,6 +196,10 @@ class ModelConfig:
         )
 
 
+def _needs_tokenizer(args: ServerArgs) -> bool:
+    return args.tokenizer_path is None and not args.skip_tokenizer_init
+
+
 def read_architectures(args: ServerArgs) -> list[str]:
     """Return the names under ``architectures`` of the checkpoint that an engine runs, before its configuration is read.
 
@@ -197,7 +207,12 @@ def read_architectures(args: ServerArgs) -> list[str]:
         ModelNotFoundError, ModelConfigError: as ``ModelConfig.from_pretrained``.
     """
     directory = resolve_model_path(
-        args.model_path, args.revision, args.download_dir, args.load_format, args.trust_remote_code
+        args.model_path,
+        args.revision,
+        args.download_dir,
+        args.load_format,
+        args.trust_remote_code,
+        _needs_tokenizer(args),
     )
     return architecture_names(read_config_json(directory, parse_overrides(args.json_model_override_args)))
 

@@ -35,19 +35,21 @@ class ServerArgs:
 
     model_path: str = option(
         DEMO_MODEL,
-        help="The model: a directory with its checkpoint, or its name on the Hugging Face hub.",
+        help="The model: a directory with its checkpoint, a GGUF file (of a split one, any part), or a name on the "
+        "Hugging Face hub, for a GGUF with its quantization or file: owner/name:Q4_K_M, owner/name/file.gguf.",
         aliases=("--model",),
         default_text="the embedded demo model",
     )
     tokenizer_path: str | None = option(
-        None, help="Directory or hub name of the tokenizer. If unset, the model's own is used."
+        None, help="Directory or hub name of the tokenizer. If unset, the model's own is used, also that in a GGUF."
     )
     skip_tokenizer_init: bool = option(False, help="Load no tokenizer. Prompts and answers are then token ids.")
     load_format: str = option(
         "auto",
         help="Which weight files to read. auto reads safetensors files and, where there are none, pt files "
-        "(.bin). dummy reads no files and fills the model with random weights.",
-        choices=("auto", "safetensors", "pt", "dummy"),
+        "(.bin). gguf takes a directory's or repository's GGUF file although it has others, too. dummy reads no "
+        "files and fills the model with random weights.",
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
     model_impl: str = option(
         "auto",

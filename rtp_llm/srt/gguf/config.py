@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.form import GGUFForm, declared_forms
+from rtp_llm.srt.gguf.generation import token_id, vocabulary_size
 from rtp_llm.srt.gguf.header import GGUFError
 from rtp_llm.srt.gguf.rope import rope_scaling
 from rtp_llm.srt.models.model_source import CONFIG_CLASS
@@ -146,8 +147,8 @@ def _said(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
         if prefix + key in file.metadata:
             config[form.config[key]] = _uniform(file.metadata[prefix + key])
     for key, name in _TOKEN_IDS.items():
-        if key in file.metadata:
-            config[name] = _checked(key, file.metadata[key], int)
+        if (given := token_id(file.metadata, key, vocabulary_size(file))) is not None:
+            config[name] = given
     if scaling := rope_scaling(file):
         config["rope_scaling"] = scaling
     _add_head_sizes(config, file, form)

@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 GGUF = ".gguf"
-LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _UNPICKLING_GARBAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error
 )  # fmt: skip
@@ -38,8 +38,8 @@ def find_weight_files(model_path: str, load_format: str = "auto") -> list[Path]:
     """Return the weight files of a checkpoint directory, in order.
 
     Per format, tried in this order: the single file under its usual name, the files that an index names, all files of
-    the format. ``safetensors``: ``*.safetensors``; ``pt``: ``*.bin``, else ``*.pt``; ``auto``: safetensors,
-    else pt, else ``*.gguf``.
+    the format. ``safetensors``: ``*.safetensors``; ``pt``: ``*.bin``, else ``*.pt``; ``gguf``: ``*.gguf``; ``auto``:
+    safetensors, else pt, else gguf.
 
     Raises:
         WeightsNotFoundError: there are none, or files that the index names are missing (the message names all).
@@ -62,7 +62,7 @@ def _kinds(load_format: str) -> list[tuple[str, str]]:
     safetensors = [("model.safetensors", "*.safetensors")]
     pickled = [("pytorch_model.bin", "*.bin"), ("pytorch_model.pt", "*.pt")]
     in_gguf = [("model.gguf", f"*{GGUF}")]
-    kinds = {"auto": safetensors + pickled + in_gguf, "safetensors": safetensors, "pt": pickled}
+    kinds = {"auto": safetensors + pickled + in_gguf, "safetensors": safetensors, "pt": pickled, "gguf": in_gguf}
     if load_format not in kinds:
         raise ValueError(f"load format {load_format!r} has no weight files; have {', '.join(kinds)}")
     return kinds[load_format]

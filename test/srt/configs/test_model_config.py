@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
+from fake_hub import FakeHub
 from remote_code import fresh_code
 from rtp_llm.srt.configs import model_config as module
 from rtp_llm.srt.configs import model_path
@@ -279,7 +280,7 @@ def test_server_arguments_of_a_hub_id_say_where_it_is_fetched(make_checkpoint, m
         model_path="owner/name", revision="v1", download_dir="/cache", load_format="pt", trust_remote_code=True
     )
     assert ModelConfig.from_server_args(args).model_path == directory
-    assert asked == [("owner/name", "v1", "/cache", "pt", True)]
+    assert asked == [("owner/name", "v1", "/cache", "pt", True, True)]
 
 
 def test_no_such_directory(tmp_path):
@@ -288,7 +289,7 @@ def test_no_such_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load("./nowhere")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ModelNotFoundError, match="is a file; give the directory"):
+    with pytest.raises(ModelNotFoundError, match="is a file, but no GGUF; give the directory"):
         load(str(tmp_path / "model.safetensors"))
 
 
@@ -397,25 +398,6 @@ def test_remote_code_only_when_trusted(make_checkpoint, tmp_path, monkeypatch):
 # The hub
 
 
-class FakeHub:
-    """Stands for huggingface_hub.snapshot_download: a repository is a list of file names."""
-
-    def __init__(self, directory: Path, files: list[str]) -> None:
-        self.directory, self.files = directory, files
-        self.calls: list[dict] = []
-
-    def __call__(self, repo_id, *, allow_patterns, ignore_patterns=None, **kwargs) -> str:
-        self.calls.append({"repo_id": repo_id, **kwargs})
-        wanted = huggingface_hub.utils.filter_repo_objects(
-            self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-        )
-        for name in wanted:
-            path = self.directory / name
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
-        return str(self.directory)
-
-
 SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"]
 
 
@@ -432,7 +414,7 @@ SMALL = ["config.json", "tokenizer.json", "model.safetensors.index.json", "chat_
 )  # fmt: skip
 def test_weights_of_one_format_are_fetched(tmp_path, monkeypatch, files, load_format, weights):
     hub = FakeHub(tmp_path, SMALL + files)
-    monkeypatch.setattr(model_path, "snapshot_download", hub)
+    hub.install(monkeypatch)
     assert resolve_model_path("owner/name", "v2", "/downloads", load_format) == str(tmp_path)
     fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert fetched == {*SMALL, *weights}
@@ -442,7 +424,7 @@ def test_weights_of_one_format_are_fetched(tmp_path, monkeypatch, files, load_fo
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_is_fetched_only_when_trusted(tmp_path, monkeypatch, trusted):
     code = ["modeling_own.py", "zmq.py", "nested/processing_own.py"]
-    monkeypatch.setattr(model_path, "snapshot_download", FakeHub(tmp_path, SMALL + code))
+    FakeHub(tmp_path, SMALL + code).install(monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     load("owner/name", trust_remote_code=trusted)
     assert sorted(tmp_path.rglob("*.py")) == (sorted(tmp_path / name for name in code) if trusted else [])

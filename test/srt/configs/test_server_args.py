@@ -43,7 +43,7 @@ def test_flags_beside_others() -> None:
         ("model_path", 5),
         ("model_path", None),
         ("skip_tokenizer_init", 1),
-        ("load_format", "gguf"),
+        ("load_format", "tar"),
         ("context_length", 0),
         ("context_length", True),
         ("context_length", "8"),

@@ -1,0 +1,123 @@
+"""A GGUF as a checkpoint folder in the user's cache: what reads checkpoints reads it like any other.
+
+The folder has config.json, generation_config.json, the tokenizer's files with the chat template, and links to the GGUF
+and its parts, from which the weights are read. It is made once for a file as it is (path, size, time of change), what
+its model class declares, and the code that made it; it may be removed whenever no engine runs on it.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rtp_llm.srt.gguf.config import config_json
+from rtp_llm.srt.gguf.file import GGUFFile
+from rtp_llm.srt.gguf.generation import generation_config
+from rtp_llm.srt.gguf.tokenizer import write_tokenizer
+from rtp_llm.srt.utils.private_files import OTHERS_WRITE
+from rtp_llm.srt.utils.scratch import ScratchFolder
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+_NO_TOKENIZER = (None, "no_vocab", "none")  # values of tokenizer.ggml.model
+_temporary: dict[str, ScratchFolder] = {}  # by key; kept until the process ends, where there is no cache
+
+
+def cache_root() -> Path:
+    """Return the folder of all checkpoint folders, ``~/.cache/rtp-llm/gguf`` (or below ``XDG_CACHE_HOME``)."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "rtp-llm" / "gguf"
+
+
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder is one of those made here, or like them: its config.json says that its weights are in a GGUF."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "gguf")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def checkpoint_folder(path: str | Path, with_tokenizer: bool = True) -> Path:
+    """Return the checkpoint folder of a GGUF, or of a split one of which any part is given; make it if there is none.
+
+    Args:
+        with_tokenizer: whether the file's own tokenizer is written, which must then be one that is supported.
+
+    Raises:
+        GGUFError: the file is damaged, or of a kind that is not supported.
+        OSError: it cannot be read.
+    """
+    file = GGUFFile.open(path)
+    content = {CONFIG_FILE: config_json(file), "generation_config.json": generation_config(file)}
+    key = _key(file, content, with_tokenizer)
+    name = f"{file.paths[0].stem[:80]}-{key}"
+    try:
+        return _in_cache(cache_root() / name, file, content, with_tokenizer)
+    except OSError as error:
+        logger.warning("%s cannot be used (%s): the GGUF's config and tokenizer go to a temporary folder", name, error)
+    if key not in _temporary:
+        scratch = ScratchFolder()
+        _write(scratch.path, file, content, with_tokenizer)
+        _temporary[key] = scratch
+    return _temporary[key].path
+
+
+def _in_cache(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tokenizer: bool) -> Path:
+    """Return ``folder``, written first if it is not there: whole or not at all, also where several processes do so.
+
+    Raises:
+        OSError: it cannot be written, or others could have written it.
+    """
+    if not os.path.lexists(folder):
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))  # for this user alone
+        try:
+            _write(new, file, content, with_tokenizer)
+            new.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those: another process was faster
+                raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & OTHERS_WRITE:
+        raise PermissionError(f"{folder} is no folder that only this user can write to")
+    return folder
+
+
+def _write(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tokenizer: bool) -> None:
+    for path in file.paths:
+        name = path.name if path.suffix == ".gguf" else f"{path.stem}.gguf"  # as weight files are found
+        (folder / name).symlink_to(path.resolve())
+    if with_tokenizer and file.metadata.get("tokenizer.ggml.model") not in _NO_TOKENIZER:
+        write_tokenizer(file.metadata, folder)
+    for name, value in content.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _key(file: GGUFFile, content: Mapping[str, Any], with_tokenizer: bool) -> str:
+    parts = []
+    for path in file.paths:
+        info = path.stat()
+        parts.append((str(path.resolve()), path.name, info.st_size, info.st_mtime_ns))
+    said = json.dumps([parts, content, with_tokenizer, _code()])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+@cache
+def _code() -> str:
+    """Return a digest of this room's source: what another version of it wrote is not used."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
