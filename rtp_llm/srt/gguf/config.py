@@ -47,6 +47,7 @@ COMMON: dict[str, tuple[str, type]] = {
     "leading_dense_block_count": ("first_k_dense_replace", int),
 }
 _NEEDED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+_BY_LAYER = ("attention.head_count",)  # of these, may be a list with a value for each layer
 _NORMS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _TOKEN_IDS = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
@@ -133,11 +134,7 @@ def _check_kind(file: GGUFFile) -> None:
 def _said(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
     """Return the fields that metadata say."""
     prefix = f"{file.architecture}."
-    for key in _NEEDED:
-        if prefix + key not in file.metadata:
-            raise GGUFError(f"`{prefix}{key}` is missing")
-    if not any(prefix + key in file.metadata for key in _NORMS):
-        raise GGUFError(f"`{prefix}{_NORMS[0]}` is missing")
+    _check_needed(file, prefix)
     config: dict[str, Any] = {}
     for key, (common, kind) in COMMON.items():
         value = file.metadata.get(prefix + key)
@@ -155,6 +152,19 @@ def _said(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
     return config
 
 
+def _check_needed(file: GGUFFile, prefix: str) -> None:
+    for key in _NEEDED:
+        value = file.metadata.get(prefix + key)
+        if value is None:
+            raise GGUFError(f"`{prefix}{key}` is missing")
+        is_list = isinstance(value, list) and key in _BY_LAYER and value
+        for size in value if is_list else [value]:
+            if isinstance(size, list) or (_checked(prefix + key, size, int) == 0 and not is_list):
+                raise GGUFError(f"`{prefix}{key}` must be a positive integer, not {size!r:.40}")
+    if not any(prefix + key in file.metadata for key in _NORMS):
+        raise GGUFError(f"`{prefix}{_NORMS[0]}` is missing")
+
+
 def _add_head_sizes(config: dict[str, Any], file: GGUFFile, form: GGUFForm) -> None:
     """Add the size of heads and the part of them that is rotated, where they are not the usual ones."""
     arch = file.architecture
@@ -167,12 +177,17 @@ def _add_head_sizes(config: dict[str, Any], file: GGUFFile, form: GGUFForm) -> N
         )
     rotated = file.metadata.get(f"{arch}.rope.dimension_count")
     heads = file.metadata[f"{arch}.attention.head_count"]
-    if rotated is None or "rope.dimension_count" in form.config or isinstance(heads, list):
+    if (
+        rotated is None
+        or "rope.dimension_count" in form.config
+        or isinstance(heads, list)
+        or isinstance(key_length, list)
+    ):
         return
     rotated = _checked(f"{arch}.rope.dimension_count", rotated, int)
-    size = key_length or file.metadata[f"{arch}.embedding_length"] // max(heads, 1)
-    if isinstance(size, list):
-        return
+    if isinstance(rotated, list):
+        raise GGUFError(f"`{arch}.rope.dimension_count` must be an integer, not {rotated!r:.40}")
+    size = key_length or file.metadata[f"{arch}.embedding_length"] // heads
     if rotated > size and key_length is None:
         config["head_dim"] = rotated  # files of early 2024 do not say the length of keys
     elif 0 < rotated < size:
@@ -218,9 +233,6 @@ def _check(config: Mapping[str, Any], file: GGUFFile, form: GGUFForm) -> None:
     num_layers = file.metadata[prefix + "block_count"]
     if num_layers > len(file.tensors):
         raise GGUFError(f"`{prefix}block_count` is {num_layers}, but there are only {len(file.tensors)} tensors")
-    for key in _NEEDED:
-        if file.metadata[prefix + key] == 0:
-            raise GGUFError(f"`{prefix}{key}` is 0")
     try:
         json.dumps(config, allow_nan=False)
     except ValueError as error:

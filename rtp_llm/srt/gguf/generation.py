@@ -26,35 +26,41 @@ def generation_config(file: GGUFFile) -> dict[str, Any]:
     Raises:
         GGUFError: a value is no token id, or no number.
     """
-    size = vocabulary_size(file)
-    ends = [token_id(file.metadata, TOKENIZER + key, size) for key in _ENDS]
-    more = file.metadata.get(f"{TOKENIZER}eos_token_ids", [])
+    try:
+        return _ids(file.metadata, vocabulary_size(file)) | _sampling(file.metadata)
+    except GGUFError as error:
+        raise GGUFError(f"{file.paths[0]}: {error}") from None
+
+
+def _ids(metadata: Mapping[str, Any], size: int) -> dict[str, Any]:
+    ends = [token_id(metadata, TOKENIZER + key, size) for key in _ENDS]
+    more = metadata.get(f"{TOKENIZER}eos_token_ids", [])
     if not isinstance(more, list):
-        raise _wrong(file, f"{TOKENIZER}eos_token_ids", more, "a list of token ids")
+        raise _wrong(f"{TOKENIZER}eos_token_ids", more, "a list of token ids")
     ends += [token_id({f"{TOKENIZER}eos_token_ids": item}, f"{TOKENIZER}eos_token_ids", size) for item in more]
     config: dict[str, Any] = {}
     if ids := list(dict.fromkeys(end for end in ends if end is not None)):
         config["eos_token_id"] = ids
-    start = token_id(file.metadata, f"{TOKENIZER}bos_token_id", size)
+    start = token_id(metadata, f"{TOKENIZER}bos_token_id", size)
     if start is not None:
         config["bos_token_id"] = start
-    return config | _sampling(file)
+    return config
 
 
-def _sampling(file: GGUFFile) -> dict[str, Any]:
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for key, name in _SAMPLING.items():
-        value = file.metadata.get(f"general.sampling.{key}")
+        value = metadata.get(f"general.sampling.{key}")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value - value != 0:  # NaN, infinite
-            raise _wrong(file, f"general.sampling.{key}", value, "a number")
+            raise _wrong(f"general.sampling.{key}", value, "a number")
         config[name] = value
     return config
 
 
-def _wrong(file: GGUFFile, key: str, value: object, expected: str) -> GGUFError:
-    return GGUFError(f"{file.paths[0]}: `{key}` must be {expected}, not {value!r:.40}")
+def _wrong(key: str, value: object, expected: str) -> GGUFError:
+    return GGUFError(f"`{key}` must be {expected}, not {value!r:.40}")
 
 
 def vocabulary_size(file: GGUFFile) -> int:
@@ -73,7 +79,7 @@ def token_id(metadata: Mapping[str, Any], key: str, size: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise GGUFError(f"`{key}` must be a token id, not {value!r:.40}")
+        raise _wrong(key, value, "a token id")
     if 0 <= value < size:
         return value
     logger.warning("`%s` is left out: there is no token %d among %d", key, value, size)

@@ -1,5 +1,6 @@
 """config.json made of a GGUF's metadata."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -15,6 +18,7 @@ from gguf_files import arrays_of, llama_metadata, write_gguf
 from rtp_llm.srt.gguf.config import config_json
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.form import GGUFForm
+from rtp_llm.srt.gguf.generation import generation_config
 from rtp_llm.srt.gguf.header import GGUFError
 from rtp_llm.srt.gguf.rope import llama3_factors
 from rtp_llm.srt.layers.rope_scaling import FREQUENCIES, RopeSpec
@@ -249,8 +253,10 @@ def test_an_unknown_architecture_lists_what_there_is(read):
         ({"attention__layer_norm_rms_epsilon": None}, "`llama.attention.layer_norm_rms_epsilon` is missing"),
         ({"block_count": 2**31}, r"`llama.block_count` must be an integer from 0 to 134217728, not 2147483648"),
         ({"block_count": 4000}, "`llama.block_count` is 4000, but there are only 3 tensors"),
-        ({"block_count": 0}, "`llama.block_count` is 0"),
-        ({"attention__head_count": 0}, "`llama.attention.head_count` is 0"),
+        ({"block_count": 0}, "`llama.block_count` must be a positive integer, not 0"),
+        ({"attention__head_count": 0}, "`llama.attention.head_count` must be a positive integer, not 0"),
+        ({"block_count": [2]}, "`llama.block_count` must be a positive integer, not "),
+        ({"rope__dimension_count": [2]}, "`llama.rope.dimension_count` must be an integer"),
         ({"embedding_length": "wide"}, "`llama.embedding_length` must be an integer .*, not 'wide'"),
         ({"embedding_length": 64}, "`llama.embedding_length` is 64, but tensor 'token_embd.weight' has 32"),
         ({"attention__head_count_kv": [2, 1]}, "`llama.attention.head_count_kv` differs from layer to layer"),
@@ -296,3 +302,45 @@ def test_two_files_that_claim_a_class_are_told(read, monkeypatch):
     monkeypatch.setattr(ModelRegistry, "gguf_classes", twice)
     with pytest.raises(DuplicateModelError):
         read(llama_metadata())
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(-5, 2**40), st.floats(), st.text(max_size=2), st.booleans()), max_size=4),
+)
+MORE_KEYS = {
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+    "attention.sliding_window": 32,
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.freq_base_swa": 1e4,
+    "expert_count": 4,
+    "expert_used_count": 2,
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_is_used_or_refused_by_key(tmp_path, architecture, data):
+    metadata = llama_metadata(architecture, **{name.replace(".", "__"): value for name, value in MORE_KEYS.items()})
+    metadata |= {"general.type": "model", "general.sampling.temp": 0.5, "tokenizer.ggml.eot_token_id": 3}
+    path = tmp_path / "toy.gguf"
+    if not path.exists():
+        write_gguf(path, metadata, arrays_of())
+    tensors = GGUFFile.open(path).tensors
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), max_size=3)):
+        metadata[key] = data.draw(VALUES)
+    metadata["general.architecture"] = architecture
+    try:
+        file = GGUFFile((path,), {key: value for key, value in metadata.items() if value is not None}, tensors)
+        json.dumps([config_json(file), generation_config(file)], allow_nan=False)
+    except GGUFError as error:
+        assert "toy.gguf" in str(error)
