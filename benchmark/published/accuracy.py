@@ -9,7 +9,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from benchmark.peers.peers import PEERS, REPOSITORY
-from benchmark.published.models import PublishedModel, prompts
+from benchmark.published.models import PublishedModel, short_texts
 from benchmark.published.reference import Reference
 from benchmark.published.results import Place, Record
 from rtp_llm.srt.checkpoint import read_model_config
@@ -50,8 +50,11 @@ def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Re
     reference = Reference(folder)
     with ExitStack() as stack:
         sides = {OURS: our_logits(file), BFLOAT16: Reference(folder, torch.bfloat16).logits}
+        same_ids = None
         if PEERS["llama.cpp"].python(place.peers).exists():
-            sides[LLAMA_CPP] = stack.enter_context(llama_cpp_logits(file, place))
+            side = stack.enter_context(llama_cpp(file, place))
+            sides[LLAMA_CPP] = side.logits
+            same_ids = sum(side.ids(text) == reference.ids(text) for text in short_texts())
         else:
             print("llama.cpp is left out: python benchmark/peers/setup.py llama.cpp makes its environment")
         rows: dict[str, dict[str, list[torch.Tensor]]] = {}
@@ -60,11 +63,12 @@ def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Re
             for name, logits in sides.items():
                 found = compared(expected, logits(piece.ids, piece.start), piece.ids[piece.start :])
                 rows.setdefault(name, {}).setdefault(piece.kind, []).append(found)
-    return {"sides": {name: {kind: figures(found) for kind, found in of.items()} for name, of in rows.items()}}
+    by_side = {name: {kind: figures(found) for kind, found in of.items()} for name, of in rows.items()}
+    return {"sides": by_side, "texts": len(short_texts()), "same_token_ids": same_ids}
 
 
 def pieces(reference: Reference) -> Iterator[Piece]:
-    for text in [text for texts in prompts().values() for text in texts]:
+    for text in short_texts():
         ids = reference.ids(text)
         yield Piece(ANSWERS, [*ids, *reference.greedy(ids, NEW_TOKENS)], len(ids))
     for name in TEXTS:
@@ -110,24 +114,41 @@ def our_logits(file: Path) -> Logits:
     return logits
 
 
+class LlamaCpp:
+    """llama.cpp in a process of its own environment (see llama_cpp_logits.py). Its log goes to ``folder``."""
+
+    def __init__(self, file: Path, place: Place, folder: Path) -> None:
+        peer = PEERS["llama.cpp"]
+        command = [str(peer.python(place.peers)), "-P", "-m", "benchmark.published.llama_cpp_logits"]
+        command += [str(file), str(place.threads)]
+        self._log, self._result = folder / "log", folder / "logits.npy"
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with self._log.open("w") as log:
+            variables = peer.process_variables(place.peers, place.threads)
+            self._process = subprocess.Popen(command, env=variables, stderr=log, **pipes)
+
+    def ids(self, text: str) -> list[int]:
+        return self._ask({"text": text})["ids"]
+
+    def logits(self, ids: list[int], start: int) -> torch.Tensor:
+        self._ask({"ids": ids, "start": start, "into": str(self._result)})
+        return torch.from_numpy(numpy.load(self._result))
+
+    def close(self) -> None:
+        self._process.communicate()  # the end of its input ends it
+
+    def _ask(self, question: Record) -> Record:
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama.cpp ended: {self._log.read_text()[-1000:]}")
+        return json.loads(line)
+
+
 @contextmanager
-def llama_cpp_logits(file: Path, place: Place) -> Iterator[Logits]:
-    """llama.cpp in a process of its own environment."""
-    peer = PEERS["llama.cpp"]
-    command = [str(peer.python(place.peers)), "-P", "-m", "benchmark.published.llama_cpp_logits"]
-    command += [str(file), str(place.threads)]
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-        with subprocess.Popen(command, env=peer.process_variables(place.peers, place.threads), **pipes) as process:
-
-            def logits(ids: list[int], start: int) -> torch.Tensor:
-                path = Path(folder, "logits.npy")
-                print(json.dumps({"ids": ids, "start": start, "into": str(path)}), file=process.stdin, flush=True)
-                if not process.stdout.readline():
-                    raise RuntimeError(f"llama.cpp ended: {Path(folder, 'log').read_text()[-1000:]}")
-                return torch.from_numpy(numpy.load(path))
-
-            yield logits
+def llama_cpp(file: Path, place: Place) -> Iterator[LlamaCpp]:
+    with tempfile.TemporaryDirectory() as folder, closing(LlamaCpp(file, place, Path(folder))) as side:
+        yield side
 
 
 def table(records: Mapping[str, Record]) -> str:
@@ -140,4 +161,8 @@ def table(records: Mapping[str, Record]) -> str:
                 cells = [f"{title}: {side}", kind, str(row["tokens"]), f"{row['kl_mean']:.2g}", f"{row['kl_99']:.2g}"]
                 cells += [f"{row['top_1']:.2%}", f"{row['log_prob']:+.4f}"]
                 lines.append(f"| {' | '.join(cells)} |")
+    for title, record in records.items():
+        if record["same_token_ids"] is not None:
+            counts = f"{record['same_token_ids']} of {record['texts']}"
+            lines += ["", f"{title}: llama.cpp's tokenizer gives transformers' ids for {counts} texts."]
     return "\n".join(lines)

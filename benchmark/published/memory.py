@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from http.client import HTTPConnection
 from pathlib import Path
 
-from benchmark.published.models import PublishedModel, prompts
+from benchmark.published.models import PublishedModel, short_texts
 from benchmark.published.results import Place, Record
 from benchmark.published.server import serving
 
@@ -22,7 +22,7 @@ CACHE = re.compile(r"([\d.]+) GiB of cache")
 def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Record:
     """Serve a file, have all prompts answered at once and a long one alone; return the peak."""
     options = ["--device", "cpu", "--max-total-tokens", str(MAX_TOTAL_TOKENS)]
-    texts = [text for of_language in prompts().values() for text in of_language]
+    texts = short_texts()
     with serving(file, options, place.work / "server.log") as served:
         generate(served.port, texts)
         generate(served.port, ["\n".join(texts)])

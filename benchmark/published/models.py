@@ -71,3 +71,7 @@ MODELS = (
 def prompts() -> dict[str, list[str]]:
     """Return the prompts of each language."""
     return tomllib.loads(PROMPTS.read_text(encoding="utf-8"))
+
+
+def short_texts() -> list[str]:
+    return [text for texts in prompts().values() for text in texts]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.published.models import PublishedModel, prompts
+from benchmark.published.models import PublishedModel, prompts, short_texts
 from benchmark.published.reference import Reference, gap_at
 from benchmark.published.results import Place, Record
 from rtp_llm import Engine
@@ -64,10 +64,6 @@ def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Re
         "prompt_lengths": sorted(len(each.ids) for each in expected),
         "schedules": [asdict(each) for each in found],
     }
-
-
-def short_texts() -> list[str]:
-    return [text for texts in prompts().values() for text in texts]
 
 
 def expectations(reference: Reference) -> list[Expected]:

@@ -209,8 +209,10 @@ def test_tables_of_the_other_sections() -> None:
     assert lines[2] == "| Some: warm cache | 56 | 55 | – |"
     assert lines[-1] == "- warm cache: code: token 3" and "prompts of 4 to 2800 tokens" in lines[-2]
     figures = {"tokens": 9, "kl_mean": 0.00123, "kl_99": 0.0456, "top_1": 0.987, "log_prob": -0.001}
-    lines = accuracy.table({"Some": {"sides": {"ours": {"four texts": figures}}}}).splitlines()
-    assert lines[-1] == "| Some: ours | four texts | 9 | 0.0012 | 0.046 | 98.70% | -0.0010 |"
+    record = {"sides": {"ours": {"four texts": figures}}, "texts": 50, "same_token_ids": 50}
+    lines = accuracy.table({"Some": record}).splitlines()
+    assert lines[-1] == "Some: llama.cpp's tokenizer gives transformers' ids for 50 of 50 texts."
+    assert lines[2] == "| Some: ours | four texts | 9 | 0.0012 | 0.046 | 98.70% | -0.0010 |"
     sizes = {"file": 98e6, "cache": 100e6, "peak": 500e6, "allowed": 607.8e6}
     assert memory.table({"Some": sizes}).splitlines()[-1] == "| Some | 98 | 100 | 500 | 608 |"
     decode = {
@@ -248,6 +250,7 @@ def test_a_published_model_answers_as_transformers_does(
     file = Path(folder, model.name)
     read = reference.reference_folder(model, file, tmp_path)
     some = {language: texts[:1] for language, texts in prompts().items()}
+    monkeypatch.setattr("benchmark.published.models.prompts", lambda: some)
     monkeypatch.setattr(parity, "prompts", lambda: some)
     record = parity.measure(model, file, read, place)
     assert record["same_token_ids"] == record["texts"] == 5
