@@ -6,6 +6,7 @@ from typing import Any
 
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.header import GGUFError
+from rtp_llm.srt.gguf.vocabulary import known_ends
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def _ids(metadata: Mapping[str, Any], size: int) -> dict[str, Any]:
     if not isinstance(more, list):
         raise _wrong(f"{TOKENIZER}eos_token_ids", more, "a list of token ids")
     ends += [token_id({f"{TOKENIZER}eos_token_ids": item}, f"{TOKENIZER}eos_token_ids", size) for item in more]
+    ends += [end for end in known_ends(metadata) if end < size]
     config: dict[str, Any] = {}
     if ids := list(dict.fromkeys(end for end in ends if end is not None)):
         config["eos_token_id"] = ids

@@ -35,6 +35,7 @@ _SPACE = "▁"
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # as transformers names them, with _token
 _ADDED = {"llama": ["bos"], "gemma4": ["bos"], "t5": ["eos"]}  # by llama.cpp, if not said
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_LONGEST_MERGED = 512  # characters
 _NEVER = -1e6  # the score of unigrams that are not matched with text
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # Where llama.cpp strips spaces beside special tokens, as the original tokenizers do, which the format cannot say.
@@ -133,13 +134,14 @@ def _sentencepiece_bpe(vocabulary: Vocabulary) -> Tokenizer:
 
 def merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Return the pairs of tokens that form another, the best score of the result first, then the first of the
-    results, as sentencepiece merges."""
+    results, as sentencepiece merges. Tokens of more than 512 characters are not merged: none are so long, and a file
+    of long ones would take minutes."""
     mergeable = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
     tokens = vocabulary.tokens
     ids = {tokens[token_id]: token_id for token_id in vocabulary.of_types(*mergeable)}
     pairs = []
     for token, token_id in ids.items():
-        for cut in range(1, len(token)):
+        for cut in range(1, len(token) if len(token) <= _LONGEST_MERGED else 1):
             left = ids.get(token[:cut])
             if left is not None and (right := ids.get(token[cut:])) is not None:
                 pairs.append((-vocabulary.scores[token_id], token_id, left, right))
@@ -297,14 +299,14 @@ def _settings(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return the chat templates' files: the default one's, and those of named ones."""
-    files = {}
+    files: dict[str, str] = {}
     for key, template in metadata.items():
         if key != TEMPLATE_KEY and not key.startswith(f"{TEMPLATE_KEY}."):
             continue
         if not isinstance(template, str):
             raise GGUFError(f"{key} must be of type str, not {type(template).__name__}")
         if key == TEMPLATE_KEY:
-            files["chat_template.jinja"] = template
+            files |= {"chat_template.jinja": template} if template else {}
             continue
         name = key.removeprefix(f"{TEMPLATE_KEY}.")
         if not _TEMPLATE_NAME.fullmatch(name):

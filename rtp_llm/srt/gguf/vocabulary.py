@@ -107,20 +107,22 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     )
 
 
-def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Return the ids that end an answer: eos, eot and eom, and tokens whose text is known to do so, since files name
-    one of them where generation_config.json has all.
+def known_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """Return the ids of tokens that end an answer by their text: files name one of them where generation_config.json
+    has all. The text alone does not count if it is a normal token's.
 
     Raises:
-        GGUFError: as in ``read_vocabulary``.
+        GGUFError: the tokens or their types are damaged.
     """
-    vocabulary = read_vocabulary(metadata)
-    named = [vocabulary.special[name] for name in ("eos", "eot", "eom") if name in vocabulary.special]
-    marked = set(vocabulary.of_types(TokenType.CONTROL, TokenType.USER_DEFINED))
-    found = {text: i for text in _END_TEXTS if (i := vocabulary.ids.get(text)) in marked}
-    if any(ends <= found.keys() for ends in _TURN_ENDS):
-        found.pop(_MESSAGE_END, None)
-    return list(dict.fromkeys([*named, *sorted(found.values())]))
+    if TOKENS_KEY not in metadata:
+        return []
+    tokens = _tokens(metadata)
+    types = _types(metadata, tokens)
+    marked = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ids = {token: i for i, token in enumerate(tokens) if token in _END_TEXTS and types[i] in marked}
+    if any(ends <= ids.keys() for ends in _TURN_ENDS):
+        ids.pop(_MESSAGE_END, None)
+    return sorted(ids.values())
 
 
 def _value(metadata: Mapping[str, Any], key: str, expected: type) -> Any:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rtp_llm.srt.configs.own_config import config_of_unknown_type
+from rtp_llm.srt.gguf.folder import is_checkpoint_folder
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.generate_options import (
@@ -63,14 +64,7 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
     """
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # else tiktoken may use an old cached file
     try:
-        names = named_symbols(tokenizer_path)
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_path,
-            config=config_of_unknown_type(tokenizer_path, trust_remote_code),
-            trust_remote_code=trust_remote_code,
-            revision=revision or "main",
-            **names,
-        )
+        tokenizer = _from_files(tokenizer_path, trust_remote_code, revision)
         is_empty = len(tokenizer) <= len(tokenizer.added_tokens_decoder)  # as some classes do without files
         if not is_empty:
             follow_sentencepiece(tokenizer)
@@ -81,6 +75,18 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
             tokenizer_path, trust_remote_code, "its vocabulary is empty (tokenizer.json is missing?)"
         )
     return tokenizer
+
+
+def _from_files(tokenizer_path: str, trust_remote_code: bool, revision: str | None) -> Any:
+    if is_checkpoint_folder(Path(tokenizer_path)):  # the file is right; some model types have a class that ignores it
+        return PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
+    return AutoTokenizer.from_pretrained(
+        tokenizer_path,
+        config=config_of_unknown_type(tokenizer_path, trust_remote_code),
+        trust_remote_code=trust_remote_code,
+        revision=revision or "main",
+        **named_symbols(tokenizer_path),
+    )
 
 
 def _tokenizer_error(tokenizer_path: str, trust_remote_code: bool, reason: str) -> TokenizerError:

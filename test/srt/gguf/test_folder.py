@@ -145,6 +145,12 @@ def test_ends_and_sampling(tmp_path):
     }
 
 
+def test_tokens_that_end_an_answer_by_their_text(tmp_path):
+    tokens = [f"t{number}" for number in range(61)] + ["<|im_end|>", "<|eot_id|>", "</s>"]
+    keys = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__token_type": [1] * 62 + [3, 1]}
+    assert generation(tmp_path / "toy.gguf", **keys) == {"eos_token_id": [2, 61, 62]}  # </s> is text here
+
+
 def test_ids_that_do_not_exist_are_left_out(tmp_path, caplog):
     keys = {"tokenizer__ggml__eot_token_id": 64, "tokenizer__ggml__bos_token_id": 2**32 - 1}
     assert generation(tmp_path / "toy.gguf", **keys) == {"eos_token_id": [2]}

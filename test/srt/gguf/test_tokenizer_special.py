@@ -1,5 +1,7 @@
 """Special tokens, templates and errors of tokenizers of GGUF metadata."""
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from gguf_vocabularies import (
 )  # fmt: skip
 from rtp_llm.srt.gguf.header import GGUFError
 from rtp_llm.srt.gguf.tokenizer import write_tokenizer
-from rtp_llm.srt.gguf.vocabulary import end_token_ids
+from rtp_llm.srt.gguf.vocabulary import known_ends
+from rtp_llm.srt.managers.tokenizer_manager import load_tokenizer
 
 
 def test_control_tokens_can_be_skipped_and_user_defined_ones_are_text(tmp_path: Path) -> None:
@@ -93,25 +96,35 @@ def test_a_mask_takes_the_spaces_before_it(tmp_path: Path) -> None:
     assert ours.convert_ids_to_tokens(ours.encode("a  [MASK] b")) == ["a", "[MASK]", "Ġ", "b"]
 
 
-def test_end_tokens_are_named_or_known_by_their_text() -> None:
-    added = {"<|eot_id|>": CONTROL, "<|im_end|>": CONTROL, "<s>": CONTROL, "</s>": NORMAL}
-    metadata = byte_level(added=added)
-    ids = {token: i for i, token in enumerate(metadata[f"{KEY}tokens"])}
-    metadata[f"{KEY}eos_token_id"] = ids["<|im_end|>"]
-    assert end_token_ids(metadata) == [ids["<|im_end|>"], ids["<|eot_id|>"]]
-    metadata[f"{KEY}eot_token_id"] = ids["<s>"]
-    assert end_token_ids(metadata) == [ids["<|im_end|>"], ids["<s>"], ids["<|eot_id|>"]]
+def test_end_tokens_are_known_by_their_text() -> None:
+    metadata = byte_level(added={"<|eot_id|>": CONTROL, "<|im_end|>": USER_DEFINED, "<s>": CONTROL, "</s>": NORMAL})
+    tokens = metadata[f"{KEY}tokens"]
+    assert known_ends(metadata) == [tokens.index("<|eot_id|>"), tokens.index("<|im_end|>")]
+    assert known_ends({}) == []
 
 
 def test_the_end_of_a_harmony_message_ends_no_turn() -> None:
     metadata = byte_level(added=dict.fromkeys(["<|return|>", "<|call|>", "<|end|>"], CONTROL))
-    ids = {token: i for i, token in enumerate(metadata[f"{KEY}tokens"])}
-    assert end_token_ids(metadata) == [ids["<|return|>"], ids["<|call|>"]]
+    tokens = metadata[f"{KEY}tokens"]
+    assert known_ends(metadata) == [tokens.index("<|return|>"), tokens.index("<|call|>")]
+    assert known_ends(byte_level(added={"<|end|>": CONTROL})) != []
 
 
 def test_an_end_of_turn_that_is_marked_as_text_is_a_control_token(tmp_path: Path) -> None:
     ours = written(byte_level(added={"<|im_end|>": NORMAL}), tmp_path)
     assert ours.decode(ours.encode("a<|im_end|>"), skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "mistral", "bert", "of-our-own"])
+def test_the_server_loads_what_is_written_whatever_the_models_type(tmp_path: Path, model_type: str) -> None:
+    """transformers has classes for some types that cut words in their own way."""
+    ours = written(byte_level("gpt-2"), tmp_path)
+    config = {"model_type": model_type, "quantization_config": {"quant_method": "gguf"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = "it's 12345 e\u0301"
+    ids = load_tokenizer(str(tmp_path)).encode(text)
+    assert ids == ours.encode(text)
+    assert ours.decode(ids) == text
 
 
 def test_chat_templates_are_written(tmp_path: Path) -> None:
@@ -124,6 +137,8 @@ def test_chat_templates_are_written(tmp_path: Path) -> None:
     assert ours.chat_template == {"default": "{{ messages[0].content }}", "tool_use": "tools"}
     del metadata["tokenizer.chat_template.tool_use"]
     (tmp_path / "one").mkdir()
+    (tmp_path / "none").mkdir()
+    assert written(metadata | {"tokenizer.chat_template": ""}, tmp_path / "none").chat_template is None
     assert written(metadata, tmp_path / "one").chat_template == "{{ messages[0].content }}"
 
 
@@ -212,3 +227,14 @@ def test_a_template_cannot_be_written_elsewhere(tmp_path: Path, name: str) -> No
         write_tokenizer(byte_level() | {f"tokenizer.chat_template.{name}": "x"}, tmp_path)
     with pytest.raises(GGUFError, match=r"tokenizer\.chat_template must be of type str, not int"):
         write_tokenizer(byte_level() | {"tokenizer.chat_template": 1}, tmp_path)
+
+
+def test_a_token_of_a_book_takes_no_minutes(tmp_path: Path) -> None:
+    metadata = of_sentencepiece(sentencepiece_model("bpe", **MODELS["llama"][1]), "llama")
+    book = "the quick " * 200_000
+    metadata[f"{KEY}tokens"].append(book)
+    metadata[f"{KEY}token_type"].append(NORMAL)
+    metadata[f"{KEY}scores"].append(0.0)
+    start = time.monotonic()
+    write_tokenizer(metadata, tmp_path)
+    assert time.monotonic() - start < 30
