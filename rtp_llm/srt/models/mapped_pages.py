@@ -4,10 +4,13 @@ import ctypes
 import functools
 import mmap
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+_files: "weakref.WeakSet[MappedFile]" = weakref.WeakSet()
 
 
 class MappedFile:
@@ -15,6 +18,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
+        _files.add(self)
         self._ranges: list[range] | None = None  # found when the first tensor is dropped: by then it is mapped
 
     def drop(self, tensor: torch.Tensor) -> None:
@@ -30,6 +34,12 @@ class MappedFile:
         inside = any(start in mapped and end - 1 in mapped for mapped in self._ranges)
         if start < end and inside:
             _madvise()(start, end - start, mmap.MADV_DONTNEED)
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Drop a tensor's pages if it lies in a MappedFile that is in use: what was read is not needed again."""
+    for file in list(_files):
+        file.drop(tensor)
 
 
 def mapped_ranges(path: Path) -> list[range]:

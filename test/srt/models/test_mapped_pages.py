@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rtp_llm.srt.models.mapped_pages import MappedFile, mapped_ranges
+from rtp_llm.srt.models.mapped_pages import MappedFile, mapped_ranges, release
 from rtp_llm.srt.models.weight_files import read_weights
 
 SIZE = 1 << 20  # floats: 4 MiB
@@ -53,3 +53,17 @@ def test_memory_without_a_file_behind_it_is_left_alone(tmp_path: Path) -> None:
     assert tensor.sum() == SIZE
     view = torch.from_file(str(path), size=1 << 16, dtype=torch.uint8)
     assert len(mapped_ranges(path.resolve())) == 1 and int(view.sum()) == ord("x") << 16
+
+
+def test_what_was_read_is_released(checkpoint: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """Only of files that are in use: other memory would lose its content."""
+    path, tensors = checkpoint
+    bystander = torch.ones(SIZE)
+    for name, tensor in read_weights([path]):
+        first, second = tensor.split(SIZE // 2)
+        assert first.sum() != second.sum()
+        release(first)
+        release(bystander)
+        assert 0.9 * second.nbytes < resident_bytes(path) < 1.5 * second.nbytes
+        assert torch.equal(tensor, tensors[name])
+    assert bool(bystander.all())

@@ -10,7 +10,9 @@ from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, bind
 from rtp_llm.srt.devices.cpu.linear import PANEL, PanelWeight, refuse_ids
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
+from rtp_llm.srt.models.mapped_pages import release
 
+BYTES_AT_ONCE = 1 << 24  # of a file that are packed, and then need not stay in memory
 # Those that gemm_blocks.cpp has, by ggml's numbers.
 NUMBERS = {
     "Q4_0": 2,
@@ -55,8 +57,11 @@ class BlockPanels(PanelWeight):
             )
         self.block_type, self._number = block_type, NUMBERS[block_type]
         self.packed = memory.weights.empty(self.num_panels, row_bytes * PANEL, dtype=torch.uint8)
-        blocks = blocks.contiguous()
-        _function("pack_blocks")(self._number, blocks.data_ptr(), *self.shape, self.packed.data_ptr())
+        num_rows = -(-BYTES_AT_ONCE // (row_bytes * PANEL)) * PANEL
+        for piece, packed in zip(blocks.split(num_rows), self.packed.split(num_rows // PANEL), strict=True):
+            rows = piece.contiguous()
+            _function("pack_blocks")(self._number, rows.data_ptr(), len(rows), num_inputs, packed.data_ptr())
+            release(piece)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed]
