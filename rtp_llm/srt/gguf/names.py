@@ -33,7 +33,8 @@ def checkpoint_names(
         own_names: the form's, which go before the package's.
 
     Raises:
-        GGUFError: the package does not know the architecture, or a tensor has several places.
+        GGUFError: the package does not know the architecture, a block's number is absurd, or a tensor has several
+            places.
     """
     wanted = [name for name in tensors if name not in NOT_LOADED]
     known = _known_names(architecture, wanted)
@@ -48,9 +49,12 @@ def _known_names(architecture: str, tensors: Iterable[str]) -> dict[str, list[st
             f"`general.architecture` is {architecture!r}, whose names of tensors this version of the gguf package does "
             "not know: update it"
         )
-    blocks = [int(match[1]) for match in map(_BLOCK.match, tensors) if match]
+    names = list(tensors)
+    num_blocks = 1 + max((int(match[1]) for match in map(_BLOCK.match, names) if match), default=-1)
+    if num_blocks > len(names):
+        raise GGUFError(f"a tensor is of block {num_blocks - 1}, but there are only {len(names)} tensors")
     known: defaultdict[str, list[str]] = defaultdict(list)
-    for checkpoint_name, (_, name) in gguf.get_tensor_name_map(number, max(blocks, default=-1) + 1).mapping.items():
+    for checkpoint_name, (_, name) in gguf.get_tensor_name_map(number, num_blocks).mapping.items():
         known[name].append(checkpoint_name)
     return known
 
@@ -58,8 +62,8 @@ def _known_names(architecture: str, tensors: Iterable[str]) -> dict[str, list[st
 def _candidates(name: str, known: Mapping[str, list[str]], own_names: Mapping[str, str]) -> Iterator[str]:
     block = _BLOCK.match(name)
     stem, dot, suffix = name.rpartition(".")
-    pattern = _BLOCK.sub("blk.{bid}.", stem) if block else stem
-    for key, ending in ((pattern, dot + suffix), (f"{pattern}.{suffix}", "")):
+    for whole, ending in ((stem, dot + suffix), (name, "")):
+        key = _BLOCK.sub("blk.{bid}.", whole)
         if key in own_names:
             yield own_names[key].replace("{bid}", block[1] if block else "") + ending
             return
@@ -80,7 +84,8 @@ def _placed(name: str, candidates: Iterable[str], find: FindPlace) -> str:
         if place is not None:
             places.setdefault(place, candidate)
     if len(places) > 1:  # all of a parameter, and a part of it: the names of what is fused here are known too
-        places = {place: found for place, found in places.items() if getattr(place, "shard_id", None) is not None}
+        parts = {place: found for place, found in places.items() if getattr(place, "shard_id", None) is not None}
+        places = parts or places
     if len(places) > 1:
         raise GGUFError(f"tensor {name!r} has several places in the model: {', '.join(sorted(places.values()))}")
     return next(iter(places.values()), name)

@@ -100,6 +100,10 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     is_dummy = source.load_format == "dummy"
     if is_dummy and quant_config and quant_config.needs_files:
         quant_config = None
+    if quant_config and quant_config.needs_files and model_class is ModelRegistry.models[FALLBACK]:
+        raise QuantizationError(
+            "weights of a GGUF file are read into models of this engine only: leave out --model-impl transformers"
+        )
     quantizes_layers = quant_config is not None and quant_config.quantizes_layers
     files = [] if is_dummy else find_weight_files(source.model_path, source.load_format)
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
