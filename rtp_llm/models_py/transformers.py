@@ -62,13 +62,16 @@ class TransformersForCausalLM(nn.Module):
             raise UnservableModelError(
                 "models that run through transformers cannot be shared by ranks: use --tp-size 1"
             )
-        if quant_config is not None:
+        if quant_config is not None and not quant_config.dequantizes_rest:
             raise UnservableModelError(
                 f"models that run through transformers are not quantized (by {quant_config.get_name()}) here"
             )
         self.vocab_size = config.get_text_config().vocab_size
+        own_config = copy.deepcopy(config)
+        if quant_config is not None:
+            vars(own_config).pop("quantization_config", None)  # weights come dequantized
         with no_init_weights():
-            self.model = build(copy.deepcopy(config))
+            self.model = build(own_config)
         self.model.tie_weights()
         refuse_unservable(self.model)
         self._takes_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters

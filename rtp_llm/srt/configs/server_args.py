@@ -25,8 +25,8 @@ DEMO_NAME = "rtp-llm-demo"
 MEDIA_KINDS = ("image", "video", "audio")
 DEFAULT_MEDIA_LIMITS = {"image": 64, "video": 4}  # per request
 QUANTIZATIONS = (  # as in layers.quantization.registry
-    "int8", "fp8", "int4", "gptq", "awq", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4",
-    "gguf",
+    "int8", "fp8", "int4", "gptq", "awq", "compressed-tensors", "modelopt", "fbgemm_fp8", "bitsandbytes",
+    "mxfp4", "gguf",
 )  # fmt: skip
 
 

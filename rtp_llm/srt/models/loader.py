@@ -128,13 +128,13 @@ def _read(files: list[Path], model: nn.Module, source: _Source) -> Weights:
 
 
 def _log_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
-    """Log how many layers are quantized; raise QuantizationError if none is."""
+    """Log how many layers are quantized; raise QuantizationError if none is, and weights would be missing."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     plain = sum(isinstance(method, UnquantizedLinearMethod) for method in methods)
     quantized = sum(isinstance(method, (PackedLinearMethod, PackedExpertsMethod)) for method in methods)
-    if not quantized:
+    if not quantized and not quant_config.dequantizes_rest:
         raise QuantizationError(f"{quant_config.get_name()} quantizes no layer of {type(model).__name__}")
-    logger.info("quantized by %s: %d linear layers; %d are as they were", quant_config.get_name(), quantized, plain)
+    logger.info("quantized by %s: %d layers; %d linear ones are not", quant_config.get_name(), quantized, plain)
 
 
 def _quant_config(model_class: type[nn.Module], source: _Source) -> QuantizationConfig | None:

@@ -15,7 +15,12 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from parity import CHECKS, CHUNKS, PAGES, Case, Served, check_anew, check_two_ranks, engine_fixture
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.kernels.blocks import dequantize_blocks
+from rtp_llm.srt.layers.moe import Experts, FusedMoE
 from rtp_llm.srt.layers.quantization import mxfp4
+from rtp_llm.srt.layers.quantization.base import QuantizedModel
+from rtp_llm.srt.layers.quantization.mxfp4 import Mxfp4Config
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from tiny_models import make_tiny
@@ -171,7 +176,7 @@ def test_mxfp4_dequantizes_as_in_transformers(dtype: torch.dtype) -> None:
         scales = torch.arange(90).reshape(3, 10, 3).to(torch.uint8) * 2 + 60  # 2 ** -67 to 2 ** 111
     expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
     weights = [("x_scales", scales), ("y_bias", torch.ones(2)), ("x_blocks", blocks)]
-    ours = dict(mxfp4.dequantize_experts(weights, dtype, "cpu"))
+    ours = dict(Mxfp4Config(QuantizedModel()).translate(weights, dtype, "cpu"))  # no layer of it takes blocks
     assert ours.keys() == {"x", "y_bias"}
     assert ours["x"].dtype == dtype and torch.equal(ours["x"], expected)
 
@@ -181,6 +186,34 @@ def test_an_mxfp4_scale_of_255_is_not_a_number() -> None:
     scales[0, 1, 0] = 255
     values = mxfp4.dequantize(blocks, scales, torch.bfloat16)
     assert values[0, 1, :32].isnan().all() and values.isnan().sum() == 32
+
+
+def test_mxfp4_keeps_its_bits() -> None:
+    """In GGUF's blocks, each with the values that it had."""
+    blocks, scales = random_mxfp4(3, 10, 96)
+    kept = mxfp4.to_blocks(blocks, scales)
+    assert kept.nbytes == 3 * 10 * 3 * 17
+    assert torch.equal(dequantize_blocks(kept, "MXFP4"), mxfp4.dequantize(blocks, scales, torch.float32))
+    scales[2, 0, 1] = 255
+    with pytest.raises(ValueError, match="a scale is 255, not a number"):
+        mxfp4.to_blocks(blocks, scales)
+
+
+def test_mxfp4_takes_a_quarter_of_the_memory(tmp_path: Path) -> None:
+    plain, quantized = tmp_path / "plain", tmp_path / "quantized"
+    quantized.mkdir()
+    config = dict(num_hidden_layers=1, hidden_size=64, intermediate_size=96, dtype="bfloat16")
+    quantize(Path(make_tiny("GptOssForCausalLM", plain, **config)), quantized)
+    model = load_model(ModelConfig.from_pretrained(str(quantized)), str(quantized))
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    values = sum(experts.num_experts * rows * columns for rows, columns in ((192, 64), (64, 96)))
+    assert sum(packed.nbytes for packed in experts.packed.values()) == values * 17 // 32
+
+
+def test_ranks_that_would_share_a_group_are_refused() -> None:
+    config = Mxfp4Config(QuantizedModel())
+    with pytest.raises(ValueError, match=r"experts\.w2: 48 of 96 inputs .* groups of 32; use a smaller --tp-size"):
+        FusedMoE(2, 64, 96, quant_config=config, prefix="layers.0.experts", tp_group=TPGroup(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +226,9 @@ def test_an_mxfp4_scale_of_255_is_not_a_number() -> None:
 )
 def test_mxfp4_of_other_shapes_or_dtypes_is_refused(blocks: torch.Tensor, scales: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"x_blocks and x_scales: .*{message}"):
-        list(mxfp4.dequantize_experts([("x_blocks", blocks), ("x_scales", scales)], torch.float32, "cpu"))
+        list(
+            Mxfp4Config(QuantizedModel()).translate([("x_blocks", blocks), ("x_scales", scales)], torch.float32, "cpu")
+        )
 
 
 def test_mxfp4_blocks_without_scales_are_named(tmp_path: Path) -> None:
@@ -201,7 +236,7 @@ def test_mxfp4_blocks_without_scales_are_named(tmp_path: Path) -> None:
     quantized.mkdir()
     quantize(Path(make_tiny("GptOssForCausalLM", plain, num_hidden_layers=1)), quantized)
     (quantized / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(WeightLoadError, match=r"(?s)experts\.down_proj_blocks .*parameters were not set.*w2_weight"):
+    with pytest.raises(WeightLoadError, match=r"(?s)experts\.down_proj_blocks .*parameters were not set.*w2_mxfp4"):
         load(quantized)
 
 

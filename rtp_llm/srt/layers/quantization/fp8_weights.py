@@ -105,17 +105,12 @@ class Fp8LinearMethod(PackedLinearMethod):
     ) -> None:
         num_outputs = sum(output_partition_sizes)
         grid = self.grid = ScaleGrid(layer.name, self.stored, input_size_per_partition, input_size)
-        num_source_outputs = cast(LinearBase, layer).num_source_outputs
-
-        def load_scales(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-            weight_loader(param, grid.spread(tensor, num_source_outputs(shard_id)), shard_id)
-
         weight = torch.empty(num_outputs, input_size_per_partition, dtype=torch.float8_e4m3fn)
         loader = checked_dtype(weight_loader, layer.name)
         layer.register_parameter(WEIGHT, make_parameter(weight, loader, input_dim=1, output_dim=0))
         scales = torch.empty(num_outputs, grid.num_groups, dtype=torch.float32)
         input_dim = 1 if grid.is_split else None
-        loader = cast(WeightLoader, load_scales)
+        loader = scales_loader(layer, grid, weight_loader)
         layer.register_parameter(SCALE, make_parameter(scales, loader, input_dim=input_dim, output_dim=0))
 
     def parameter_names(self) -> tuple[str, ...]:
@@ -172,6 +167,16 @@ def fp8_method(layer: nn.Module, stored: Fp8Format) -> Fp8LinearMethod | Fp8Expe
     if isinstance(layer, LinearBase):
         return Fp8LinearMethod(stored)
     return Fp8ExpertsMethod(stored) if isinstance(layer, Experts) else None
+
+
+def scales_loader(layer: PackedLayer, grid: ScaleGrid, weight_loader: WeightLoader) -> WeightLoader:
+    """Return a loader that spreads a linear layer's scales before they are cut."""
+    num_source_outputs = cast(LinearBase, layer).num_source_outputs
+
+    def load(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        weight_loader(param, grid.spread(tensor, num_source_outputs(shard_id)), shard_id)
+
+    return cast(WeightLoader, load)
 
 
 def in_one_spelling(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:

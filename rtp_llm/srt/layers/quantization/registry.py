@@ -18,6 +18,7 @@ STORED: dict[str, str] = {  # of checkpoints that say so
     "modelopt": "modelopt.ModelOptConfig",
     "fp8": "fp8.Fp8Config",
     "fbgemm_fp8": "fp8.FbgemmFp8Config",
+    "bitsandbytes": "bitsandbytes.BitsAndBytesConfig",
     "mxfp4": "mxfp4.Mxfp4Config",
     "gguf": "gguf.GGUFConfig",
 }
