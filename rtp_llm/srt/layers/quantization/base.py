@@ -248,10 +248,12 @@ class QuantizationConfig(ABC):
     Attributes:
         quantizes_layers: False: ``translate`` dequantizes the tensors, or they are computed when they are copied, and
             the model is built unquantized.
+        dequantizes_rest: ``translate`` dequantizes what no layer takes quantized, so that any model can be loaded.
         needs_files: only the weight files say what the weights are: a model with dummy weights is built unquantized.
     """
 
     quantizes_layers: bool = True
+    dequantizes_rest: bool = False
     needs_files: bool = False
 
     @classmethod
