@@ -21,6 +21,7 @@ from typing import Any
 from rtp_llm.srt.gguf.config import config_json
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.generation import generation_config
+from rtp_llm.srt.gguf.header import GGUFError
 from rtp_llm.srt.gguf.tokenizer import write_tokenizer
 from rtp_llm.srt.utils.private_files import OTHERS_WRITE
 from rtp_llm.srt.utils.scratch import ScratchFolder
@@ -100,7 +101,10 @@ def _write(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tokeni
         name = path.name if path.suffix == ".gguf" else f"{path.stem}.gguf"  # as weight files are found
         (folder / name).symlink_to(path.resolve())
     if with_tokenizer and file.metadata.get("tokenizer.ggml.model") not in _NO_TOKENIZER:
-        write_tokenizer(file.metadata, folder)
+        try:
+            write_tokenizer(file.metadata, folder)
+        except GGUFError as error:
+            raise GGUFError(f"{file.paths[0]}: {error}") from None
     for name, value in content.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

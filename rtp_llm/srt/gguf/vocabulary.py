@@ -109,7 +109,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 def known_ends(metadata: Mapping[str, Any]) -> list[int]:
     """Return the ids of tokens that end an answer by their text: files name one of them where generation_config.json
-    has all. The text alone does not count if it is a normal token's.
+    has all. The text alone does not count if it is a normal token's, or one that is text elsewhere: Gemma's </s> is a
+    user-defined tag.
 
     Raises:
         GGUFError: the tokens or their types are damaged.
@@ -118,11 +119,15 @@ def known_ends(metadata: Mapping[str, Any]) -> list[int]:
         return []
     tokens = _tokens(metadata)
     types = _types(metadata, tokens)
-    marked = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    ids = {token: i for i, token in enumerate(tokens) if token in _END_TEXTS and types[i] in marked}
+    ids = {token: i for i, token in enumerate(tokens) if token in _END_TEXTS and _is_end(token, types[i])}
     if any(ends <= ids.keys() for ends in _TURN_ENDS):
         ids.pop(_MESSAGE_END, None)
     return sorted(ids.values())
+
+
+def _is_end(token: str, kind: TokenType) -> bool:
+    is_marked = kind is TokenType.USER_DEFINED and _UNMISTAKABLE.fullmatch(token) is not None
+    return kind is TokenType.CONTROL or is_marked
 
 
 def _value(metadata: Mapping[str, Any], key: str, expected: type) -> Any:

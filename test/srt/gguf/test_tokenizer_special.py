@@ -97,7 +97,9 @@ def test_a_mask_takes_the_spaces_before_it(tmp_path: Path) -> None:
 
 
 def test_end_tokens_are_known_by_their_text() -> None:
-    metadata = byte_level(added={"<|eot_id|>": CONTROL, "<|im_end|>": USER_DEFINED, "<s>": CONTROL, "</s>": NORMAL})
+    metadata = byte_level(
+        added={"<|eot_id|>": CONTROL, "<|im_end|>": USER_DEFINED, "<s>": CONTROL, "</s>": NORMAL, "<eos>": USER_DEFINED}
+    )
     tokens = metadata[f"{KEY}tokens"]
     assert known_ends(metadata) == [tokens.index("<|eot_id|>"), tokens.index("<|im_end|>")]
     assert known_ends({}) == []
