@@ -647,8 +647,8 @@ def test_dummy_weights_need_no_file(tiny_directory):
 
 
 def test_a_quantized_checkpoint_is_refused(tiny_directory):
-    with pytest.raises(ValueError, match=r"is quantized by 'fp8', which is not supported; have int8, int4, gptq"):
-        load_directory(tiny_directory, json_model_override_args={"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(ValueError, match=r"is quantized by 'hqq', which is not supported; have gptq, awq, "):
+        load_directory(tiny_directory, json_model_override_args={"quantization_config": {"quant_method": "hqq"}})
 
 
 class Recorded:
