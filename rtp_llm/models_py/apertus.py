@@ -6,6 +6,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM, NormedHeadsAttention
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
@@ -56,6 +57,13 @@ class ApertusForCausalLM(LlamaForCausalLM):
     ]
     attention_type = ApertusAttention
     layer_type = ApertusDecoderLayer
+    gguf = GGUFForm(
+        "apertus",
+        presence={"blk.0.attn_q.bias": "attention_bias"},
+        values={
+            f"xielu.{name}": f"model.layers.{{bid}}.mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")
+        },
+    )
 
 
 EntryClass = ApertusForCausalLM

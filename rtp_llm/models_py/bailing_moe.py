@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM, NormedHeadsAttention
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.moe import Routing, sigmoid_grouped_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
@@ -119,7 +120,7 @@ class BailingV2DecoderLayer(BailingDecoderLayer):
 
 
 class BailingMoeForCausalLM(LlamaForCausalLM):
-    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     rename = [
         (r"^model\.word_embeddings\.", "model.embed_tokens."),
         (r"\.attention\.query_key_value\.", ".self_attn.qkv_proj."),
@@ -129,6 +130,12 @@ class BailingMoeForCausalLM(LlamaForCausalLM):
     ]
     attention_type = BailingAttention
     layer_type: type[nn.Module] = BailingDecoderLayer
+    gguf = GGUFForm(
+        "bailingmoe",
+        config={"expert_shared_count": "num_shared_experts"},
+        defaults={"model_type": "bailing_moe", "hidden_act": "silu", "use_qkv_bias": False, "norm_topk_prob": False},
+        changes=PERMUTED,
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -142,6 +149,18 @@ class BailingMoeForCausalLM(LlamaForCausalLM):
 
 class BailingMoeV2ForCausalLM(BailingMoeForCausalLM):
     layer_type = BailingV2DecoderLayer
+    gguf = GGUFForm(
+        "bailingmoe2",
+        config={"expert_shared_count": "num_shared_experts"},
+        defaults={
+            "model_type": "bailing_moe",
+            "hidden_act": "silu",
+            "score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+        },
+        presence={"blk.0.attn_qkv.bias": "use_qkv_bias", "blk.0.attn_q_norm.weight": "use_qk_norm"},
+        names={"blk.{bid}.exp_probs_b.bias": "model.layers.{bid}.mlp.gate.expert_bias"},
+    )
 
 
 EntryClass = [BailingMoeForCausalLM, BailingMoeV2ForCausalLM]

@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.models_py.falcon import FalconForCausalLM, FalconModel
 from rtp_llm.models_py.gpt_neox import QKVByHeadAttention
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.alibi import alibi_slopes
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
@@ -89,6 +90,11 @@ class BloomForCausalLM(FalconForCausalLM):
     # Saved from the base model.
     rename = [(r"^(word_embeddings|word_embeddings_layernorm|h|ln_f)\.", r"transformer.\1.")]
     base_model_type = BloomModel
+    gguf = GGUFForm(
+        "bloom",
+        config={"context_length": "seq_length", "attention.layer_norm_epsilon": "layer_norm_epsilon"},
+        changes=[(r"\.query_key_value\.", "by_head")],
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

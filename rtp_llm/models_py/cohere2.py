@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel, layer_window
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
@@ -87,6 +88,7 @@ class Cohere2ForCausalLM(LlamaForCausalLM):
     attention_type = Cohere2Attention
     layer_type = Cohere2DecoderLayer
     base_model_type = Cohere2Model
+    gguf = GGUFForm("cohere2")
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

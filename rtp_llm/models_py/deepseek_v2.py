@@ -1,6 +1,7 @@
 """DeepSeek-V2 (DeepSeek-AI, 2024): multi-head latent attention, and routed and shared experts."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from rtp_llm.srt.layers.mla import apply_by_head
 from rtp_llm.srt.layers.mlp import GatedMLP
@@ -239,10 +241,47 @@ class DeepseekV2DecoderLayer(LlamaDecoderLayer):
         return super().make_mlp(config, layer_id, quant_config, prefix)
 
 
+GGUF_CONFIG = {
+    "expert_count": "n_routed_experts",
+    "rope.dimension_count": "qk_rope_head_dim",
+    "attention.value_length": "v_head_dim",
+}
+GGUF_CHANGES = [(r"\.kv_b_proj\.weight$", "latent")]
+GGUF_NAMES = {
+    "blk.{bid}.attn_k_b": "model.layers.{bid}.self_attn.kv_b_proj",
+    "blk.{bid}.attn_v_b": "model.layers.{bid}.self_attn.kv_b_proj",
+}
+
+
+def add_gguf_sizes(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set the sizes of heads, which a GGUF of 2025 and later has beside those of the cache, and YaRN's factors."""
+    del config["head_dim"]
+    size = metadata.get("deepseek2.attention.key_length_mla", metadata["deepseek2.attention.key_length"])
+    config["qk_nope_head_dim"] = size - metadata["deepseek2.rope.dimension_count"]
+    config["v_head_dim"] = metadata.get("deepseek2.attention.value_length_mla", config["v_head_dim"])
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    if "deepseek2.rope.scaling.yarn_log_multiplier" in metadata:
+        scale = round(10 * metadata["deepseek2.rope.scaling.yarn_log_multiplier"], 6)
+        config["rope_scaling"] |= {"mscale": scale, "mscale_all_dim": scale}
+
+
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    add_gguf_sizes(metadata, config)
+    config["topk_method"] = "group_limited_greedy" if config.get("n_group", 1) > 1 else "greedy"
+
+
 class DeepseekV2ForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     attention_type: type[nn.Module] = DeepseekV2Attention
     layer_type: type[nn.Module] = DeepseekV2DecoderLayer
+    gguf = GGUFForm(
+        "deepseek2",
+        config=GGUF_CONFIG,
+        defaults={"q_lora_rank": None},
+        adapt=_from_gguf,
+        changes=GGUF_CHANGES,
+        names=GGUF_NAMES,
+    )
 
 
 EntryClass = DeepseekV2ForCausalLM

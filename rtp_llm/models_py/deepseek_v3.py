@@ -3,19 +3,25 @@
 A checkpoint's layers past ``num_hidden_layers`` predict further tokens; the loader leaves them out.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.deepseek_v2 import (
+    GGUF_CHANGES,
+    GGUF_CONFIG,
+    GGUF_NAMES,
     DeepseekV2Attention,
     DeepseekV2DecoderLayer,
     DeepseekV2ForCausalLM,
     DeepseekV2MoE,
+    add_gguf_sizes,
     check_groups,
 )
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.moe import Routing, sigmoid_grouped_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
@@ -61,9 +67,28 @@ class DeepseekV3DecoderLayer(DeepseekV2DecoderLayer):
     moe_type = DeepseekV3MoE
 
 
+_SIGMOID = 2  # in a GGUF's metadata
+
+
+def _is_of_gguf(metadata: Mapping[str, Any]) -> bool:
+    """Whether experts are chosen by sigmoid scores; files of GLM-4.7-Flash do not say so."""
+    by_sigmoid = metadata.get("deepseek2.expert_gating_func") == _SIGMOID
+    is_glm_flash = metadata["deepseek2.block_count"] in (47, 48) and metadata.get("deepseek2.vocab_size") == 154880
+    return by_sigmoid or is_glm_flash
+
+
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     attention_type: type[nn.Module] = DeepseekV3Attention
     layer_type: type[nn.Module] = DeepseekV3DecoderLayer
+    gguf = GGUFForm(
+        "deepseek2",
+        config=GGUF_CONFIG,
+        defaults={"q_lora_rank": None, "norm_topk_prob": False},
+        adapt=add_gguf_sizes,
+        changes=GGUF_CHANGES,
+        names=GGUF_NAMES,
+        matches=_is_of_gguf,
+    )
 
 
 EntryClass = DeepseekV3ForCausalLM

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
@@ -49,6 +50,7 @@ class Ernie4_5DecoderLayer(LlamaDecoderLayer):
 class Ernie4_5ForCausalLM(LlamaForCausalLM):
     attention_type: type[nn.Module] = Ernie4_5Attention
     layer_type: type[nn.Module] = Ernie4_5DecoderLayer
+    gguf = GGUFForm("ernie4_5", presence={"blk.0.attn_q.bias": "use_bias"})
 
 
 EntryClass = Ernie4_5ForCausalLM

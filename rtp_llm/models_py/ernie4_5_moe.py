@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.ernie4_5 import Ernie4_5DecoderLayer, Ernie4_5ForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
@@ -68,6 +69,17 @@ class Ernie4_5MoeDecoderLayer(Ernie4_5DecoderLayer):
 class Ernie4_5_MoeForCausalLM(Ernie4_5ForCausalLM):
     ignore = [r"^model\.mtp_"]  # what predicts further tokens
     layer_type = Ernie4_5MoeDecoderLayer
+    gguf = GGUFForm(
+        "ernie4_5-moe",
+        config={
+            "expert_count": "moe_num_experts",
+            "expert_used_count": "moe_k",
+            "expert_shared_count": "moe_num_shared_experts",
+            "interleave_moe_layer_step": "moe_layer_interval",
+            "leading_dense_block_count": "moe_layer_start_index",
+        },
+        presence={"blk.0.attn_q.bias": "use_bias"},
+    )
 
     def has_head_bias(self, config: "PretrainedConfig") -> bool:
         return config.use_bias

@@ -1,11 +1,13 @@
 """EXAONE 4.0 (LG AI Research, 2025): norms after the blocks, normed heads, and positions only in windows."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaForCausalLM, NormedHeadsAttention, layer_window
 from rtp_llm.models_py.olmo2 import Olmo2DecoderLayer
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import NoPositions
@@ -43,9 +45,15 @@ class Exaone4DecoderLayer(Olmo2DecoderLayer):
     norm_type = RMSNorm
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    if config.setdefault("sliding_window", None) is None:
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+
+
 class Exaone4ForCausalLM(LlamaForCausalLM):
     attention_type = Exaone4Attention
     layer_type = Exaone4DecoderLayer
+    gguf = GGUFForm("exaone4", adapt=_from_gguf)
 
 
 EntryClass = Exaone4ForCausalLM

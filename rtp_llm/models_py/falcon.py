@@ -1,11 +1,13 @@
 """Falcon (Almazrouei et al., 2023): few key heads, blocks side by side; the first ones bias scores by distance."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.gpt_neox import QKVByHeadAttention
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.alibi import alibi_slopes
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -140,9 +142,28 @@ class FalconModel(nn.Module):
         return self.ln_f(hidden_states)
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set the form of the blocks: the newer one has several key heads, and one norm or two."""
+    num_kv_heads, has_two_norms = config["num_kv_heads"], config["new_decoder_architecture"]
+    config["multi_query"] = num_kv_heads == 1
+    config["new_decoder_architecture"] = has_two_norms or 1 < num_kv_heads < config["num_attention_heads"]
+    config["num_ln_in_parallel_attn"] = 2 if has_two_norms else 1
+
+
 class FalconForCausalLM(nn.Module):
     rename = [(r"^(word_embeddings|h|ln_f)\.", r"transformer.\1.")]  # saved from the base model
     base_model_type: type[FalconModel] = FalconModel
+    gguf = GGUFForm(
+        "falcon",
+        config={
+            "attention.head_count_kv": "num_kv_heads",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "feed_forward_length": "ffn_hidden_size",
+        },
+        presence={"blk.0.attn_qkv.bias": "bias", "blk.0.attn_norm_2.weight": "new_decoder_architecture"},
+        adapt=_from_gguf,
+        changes=[(r"\.query_key_value\.", "by_head")],
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

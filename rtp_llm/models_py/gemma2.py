@@ -1,11 +1,13 @@
 """Gemma 2 (Gemma Team, 2024): norms before and after each block, capped scores and logits, windows on some layers."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel, layer_window
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
@@ -114,10 +116,19 @@ class Gemma2Model(LlamaModel):
         return GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set the scale of scores, which a GGUF leaves out; that of 27B is another."""
+    of_27b = config["num_hidden_layers"] == 46
+    config["query_pre_attn_scalar"] = (
+        config["hidden_size"] // config["num_attention_heads"] if of_27b else metadata["gemma2.attention.key_length"]
+    )
+
+
 class Gemma2ForCausalLM(LlamaForCausalLM):
     attention_type: type[nn.Module] = Gemma2Attention
     layer_type = Gemma2DecoderLayer
     base_model_type = Gemma2Model
+    gguf = GGUFForm("gemma2", adapt=_from_gguf, changes=[(r"norm\.weight$", "plus_one")])
 
 
 EntryClass = Gemma2ForCausalLM

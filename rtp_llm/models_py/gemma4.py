@@ -1,6 +1,7 @@
 """Gemma 4 (Google DeepMind, 2026), text: heads of two sizes, shared keys and values, and embeddings for every layer."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from rtp_llm.models_py.llama import LlamaForCausalLM, LlamaModel, layer_window
 from rtp_llm.models_py.olmo2 import Olmo2RMSNorm
 from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import (
@@ -338,6 +340,27 @@ class Gemma4Model(LlamaModel):
         return list(((self.per_layer_projection_norm(projected) + own) * 2.0**-0.5).unbind(dim=1))
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Tell layers that see everything from those with a window, by heads and rotations, and shared ones by widths."""
+    key_heads, widths = config["num_key_value_heads"], config["intermediate_size"]
+    if isinstance(key_heads, list):
+        by_kind = dict(zip(config["layer_types"], key_heads, strict=True))
+        config["num_key_value_heads"] = by_kind["sliding_attention"]
+        config["num_global_key_value_heads"] = by_kind["full_attention"]
+        config["attention_k_eq_v"] = True
+    if isinstance(widths, list):
+        config["intermediate_size"], config["use_double_wide_mlp"] = widths[0], True
+    factors = config.pop("rope_scaling")["long_factor"]
+    whole = {
+        "rope_type": "proportional",
+        "partial_rotary_factor": sum(factor == 1 for factor in factors) / len(factors),
+        "rope_theta": config.pop("rope_theta"),
+    }
+    in_windows = {"rope_type": "default", "rope_theta": metadata["gemma4.rope.freq_base_swa"]}
+    config["rope_parameters"] = {"full_attention": whole, "sliding_attention": in_windows}
+    config["vocab_size_per_layer_input"] = config["vocab_size"]
+
+
 class Gemma4ForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -347,6 +370,24 @@ class Gemma4ForCausalLM(LlamaForCausalLM):
     attention_type = Gemma4Attention
     layer_type = Gemma4DecoderLayer
     base_model_type = Gemma4Model
+    gguf = GGUFForm(
+        "gemma4",
+        config={
+            "attention.key_length": "global_head_dim",
+            "attention.key_length_swa": "head_dim",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "expert_used_count": "top_k_experts",
+            "rope.dimension_count": "global_head_dim",
+        },
+        presence={"blk.0.ffn_gate_inp.weight": "enable_moe_block"},
+        adapt=_from_gguf,
+        names={
+            "blk.{bid}.layer_output_scale.weight": "model.layers.{bid}.layer_scalar",
+            "blk.{bid}.ffn_gate_inp.scale": "model.layers.{bid}.router.scale",
+            "blk.{bid}.ffn_down_exps.scale": "model.layers.{bid}.router.per_expert_scale",
+        },
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

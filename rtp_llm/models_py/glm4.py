@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
@@ -71,6 +72,7 @@ class Glm4ForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # the checkpoint has gate_up_proj itself
     attention_type = Glm4Attention
     layer_type = Glm4DecoderLayer
+    gguf = GGUFForm("glm4", defaults={"partial_rotary_factor": 1.0}, presence={"blk.0.attn_q.bias": "attention_bias"})
 
 
 EntryClass = Glm4ForCausalLM

@@ -6,6 +6,7 @@ from torch import nn
 
 from rtp_llm.models_py.deepseek_v3 import DeepseekV3DecoderLayer
 from rtp_llm.models_py.llama import LlamaForCausalLM, NormedHeadsAttention
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
 
@@ -41,6 +42,12 @@ class Glm4MoeAttention(NormedHeadsAttention):
 class Glm4MoeForCausalLM(LlamaForCausalLM):
     attention_type = Glm4MoeAttention
     layer_type = DeepseekV3DecoderLayer
+    gguf = GGUFForm(
+        "glm4moe",
+        config={"expert_count": "n_routed_experts"},
+        defaults={"partial_rotary_factor": 1.0},
+        presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.attn_q_norm.weight": "use_qk_norm"},
+    )
 
 
 EntryClass = Glm4MoeForCausalLM

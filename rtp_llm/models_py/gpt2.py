@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
@@ -180,6 +181,15 @@ class GPT2LMHeadModel(nn.Module):
 
     rename = [(r"^(wte|wpe|h|ln_f)\.", r"transformer.\1.")]  # the first checkpoints were saved from the base model
     base_model_type: type[GPT2Model] = GPT2Model
+    gguf = GGUFForm(
+        "gpt2",
+        config={
+            "context_length": "n_positions",
+            "feed_forward_length": "n_inner",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        changes=[(r"\.c_(attn|proj|fc)\.weight$", "transposed")],
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

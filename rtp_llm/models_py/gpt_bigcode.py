@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from rtp_llm.models_py.gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2LMHeadModel, GPT2Model
 from rtp_llm.models_py.gpt_neox import QKVByHeadLinear
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ class GPTBigCodeModel(GPT2Model):
 
 class GPTBigCodeForCausalLM(GPT2LMHeadModel):
     base_model_type = GPTBigCodeModel
+    gguf = GGUFForm(
+        "starcoder",
+        config={
+            "context_length": "n_positions",
+            "feed_forward_length": "n_inner",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+    )
 
 
 EntryClass = GPTBigCodeForCausalLM

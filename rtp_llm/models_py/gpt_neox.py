@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -28,7 +29,8 @@ class QKVByHeadLinear(QKVParallelLinear):
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         dim: int | None = param.output_dim  # type: ignore[attr-defined]
         group = self.total_num_heads // self.total_num_kv_heads
-        if dim is not None and tensor.dim() > dim and tensor.shape[dim] % (self.total_num_kv_heads * (group + 2)) == 0:
+        parts_of_all = self.total_num_kv_heads * (group + 2)
+        if shard_id is None and dim is not None and tensor.dim() > dim and tensor.shape[dim] % parts_of_all == 0:
             by_head = tensor.unflatten(dim, (self.total_num_kv_heads, group + 2, -1))
             parts = by_head.split([group, 1, 1], dim + 1)
             tensor = torch.cat([part.flatten(dim, dim + 2) for part in parts], dim)
@@ -181,6 +183,13 @@ class GPTNeoXForCausalLM(nn.Module):
         (r"^(embed_in|layers|final_layer_norm)\.", r"gpt_neox.\1."),  # saved from the base model
         (r"^lm_head\.", "embed_out."),
     ]
+    gguf = GGUFForm(
+        "gptneox",
+        config={"use_parallel_residual": "use_parallel_residual"},
+        defaults={"partial_rotary_factor": 1.0},
+        presence={"blk.0.attn_qkv.bias": "attention_bias"},
+        changes=[(r"\.query_key_value\.", "by_head")],
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

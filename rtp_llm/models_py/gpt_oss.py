@@ -1,11 +1,13 @@
 """gpt-oss (OpenAI, 2025): experts on every layer, attention sinks, and windows on every other layer."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, layer_window
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.moe import FusedMoE, topk_softmax
@@ -90,10 +92,22 @@ class GptOssDecoderLayer(LlamaDecoderLayer):
         return GptOssMLP(config, quant_config, prefix)
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    if "rope_scaling" in config:
+        config["rope_scaling"]["truncate"] = False  # of YaRN, which no key says
+
+
 class GptOssForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     attention_type = GptOssAttention
     layer_type = GptOssDecoderLayer
+    gguf = GGUFForm(
+        "gpt-oss",
+        config={"expert_count": "num_local_experts"},
+        presence={"blk.0.attn_q.bias": "attention_bias"},
+        adapt=_from_gguf,
+        names={"blk.{bid}.attn_sinks.weight": "model.layers.{bid}.self_attn.sinks"},
+    )
 
 
 EntryClass = GptOssForCausalLM

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
@@ -84,10 +85,24 @@ class GraniteModel(LlamaModel):
         return super().forward(input_ids, positions, forward_batch, embeds * self.embedding_multiplier)
 
 
+GGUF_CONFIG = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
 class GraniteForCausalLM(LlamaForCausalLM):
     attention_type = GraniteAttention
     layer_type: type[nn.Module] = GraniteDecoderLayer
     base_model_type = GraniteModel
+    gguf = GGUFForm(
+        "granite",
+        config=GGUF_CONFIG,
+        presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
+        changes=PERMUTED,
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

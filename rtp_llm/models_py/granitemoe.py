@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.granite import GraniteDecoderLayer, GraniteForCausalLM
+from rtp_llm.models_py.granite import GGUF_CONFIG, GraniteDecoderLayer, GraniteForCausalLM
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.moe import Routing, topk_softmax
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
@@ -44,8 +45,22 @@ class GraniteMoeDecoderLayer(GraniteDecoderLayer):
         return GraniteMoeBlock(config, quant_config, prefix)
 
 
+_GGUF_CONFIG = GGUF_CONFIG | {
+    "expert_count": "num_local_experts",
+    "expert_shared_feed_forward_length": "shared_intermediate_size",
+}
+_GGUF_NAMES = {
+    "blk.{bid}.ffn_gate_exps.weight": "model.layers.{bid}.block_sparse_moe.experts.{part}.gate_proj.weight",
+    "blk.{bid}.ffn_up_exps.weight": "model.layers.{bid}.block_sparse_moe.experts.{part}.up_proj.weight",
+    "blk.{bid}.ffn_down_exps.weight": "model.layers.{bid}.block_sparse_moe.experts.{part}.down_proj.weight",
+    "blk.{bid}.ffn_gate_shexp": "model.layers.{bid}.block_sparse_moe.shared_mlp.gate_proj",
+    "blk.{bid}.ffn_up_shexp": "model.layers.{bid}.block_sparse_moe.shared_mlp.up_proj",
+    "blk.{bid}.ffn_down_shexp": "model.layers.{bid}.block_sparse_moe.shared_mlp.down_proj",
+}
+
+
 class GraniteMoeForCausalLM(GraniteForCausalLM):
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     rename = [
         (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
         (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
@@ -54,10 +69,24 @@ class GraniteMoeForCausalLM(GraniteForCausalLM):
         (r"\.shared_mlp\.output_linear\.", ".block_sparse_moe.shared_mlp.down_proj."),
     ]
     layer_type = GraniteMoeDecoderLayer
+    gguf = GGUFForm(
+        "granitemoe",
+        config=_GGUF_CONFIG,
+        presence={"blk.0.attn_q.bias": "attention_bias"},
+        changes=PERMUTED,
+        names=_GGUF_NAMES,
+    )
 
 
 class GraniteMoeSharedForCausalLM(GraniteMoeForCausalLM):
-    pass
+    gguf = GGUFForm(
+        "granitemoe",
+        config=_GGUF_CONFIG,
+        presence={"blk.0.attn_q.bias": "attention_bias"},
+        changes=PERMUTED,
+        names=_GGUF_NAMES,
+        matches=lambda metadata: "granitemoe.expert_shared_feed_forward_length" in metadata,
+    )
 
 
 EntryClass = [GraniteMoeForCausalLM, GraniteMoeSharedForCausalLM]

@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import get_rope, get_rope_config, rope_kind
@@ -55,6 +56,7 @@ class HunYuanV1Attention(GroupedQueryAttention):
 
 class HunYuanDenseV1ForCausalLM(LlamaForCausalLM):
     attention_type: type[nn.Module] = HunYuanV1Attention
+    gguf = GGUFForm("hunyuan-dense", presence={"blk.0.attn_q.bias": "attention_bias"})
 
 
 EntryClass = HunYuanDenseV1ForCausalLM

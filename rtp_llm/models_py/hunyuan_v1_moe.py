@@ -8,6 +8,7 @@ from torch import nn
 from rtp_llm.models_py.hunyuan_v1_dense import HunYuanDenseV1ForCausalLM
 from rtp_llm.models_py.llama import LlamaDecoderLayer
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
 
@@ -65,6 +66,9 @@ class HunYuanMoEV1DecoderLayer(LlamaDecoderLayer):
 class HunYuanMoEV1ForCausalLM(HunYuanDenseV1ForCausalLM):
     rename = [(r"\.mlp\.gate\.wg\.", ".mlp.gate.")]
     layer_type = HunYuanMoEV1DecoderLayer
+    gguf = GGUFForm(
+        "hunyuan-moe", config={"expert_used_count": "moe_topk"}, presence={"blk.0.attn_q.bias": "attention_bias"}
+    )
 
 
 EntryClass = HunYuanMoEV1ForCausalLM

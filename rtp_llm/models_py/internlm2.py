@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from rtp_llm.models_py.gpt_neox import QKVByHeadLinear
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class InternLM2Attention(GroupedQueryAttention):
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
-    packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     rename = [
         (r"^model\.tok_embeddings\.", "model.embed_tokens."),
         (r"^output\.", "lm_head."),
@@ -39,6 +40,11 @@ class InternLM2ForCausalLM(LlamaForCausalLM):
         (r"\.ffn_norm\.", ".post_attention_layernorm."),
     ]
     attention_type = InternLM2Attention
+    gguf = GGUFForm(
+        "internlm2",
+        defaults={"model_type": "internlm2", "hidden_act": "silu", "bias": False},
+        changes=PERMUTED,
+    )
 
 
 EntryClass = InternLM2ForCausalLM

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.srt.gguf.form import GGUFForm
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -295,7 +295,7 @@ class LlamaForCausalLM(nn.Module):
     gguf = GGUFForm(
         "llama",
         presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
-        changes=[(r"\.q_proj\.", "permuted_queries"), (r"\.k_proj\.", "permuted_keys")],
+        changes=PERMUTED,
     )
 
     def __init__(

@@ -1,11 +1,13 @@
 """Llama 4 (Meta, 2025), text: experts, attention within chunks, and layers without positions."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import FusedMoE
@@ -125,9 +127,24 @@ class Llama4DecoderLayer(LlamaDecoderLayer):
         )
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    config["use_qk_norm"] = config["num_local_experts"] != 128  # Maverick has none, and no key says so
+
+
 class Llama4ForCausalLM(LlamaForCausalLM):
     attention_type = Llama4Attention
     layer_type = Llama4DecoderLayer
+    gguf = GGUFForm(
+        "llama4",
+        config={
+            "expert_count": "num_local_experts",
+            "feed_forward_length": "intermediate_size_mlp",
+            "expert_feed_forward_length": "intermediate_size",
+            "interleave_moe_layer_step": "interleave_moe_layer_step",
+        },
+        defaults={"model_type": "llama4_text"},
+        adapt=_from_gguf,
+    )
 
 
 EntryClass = Llama4ForCausalLM

@@ -8,6 +8,7 @@ from torch import nn
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.models_py.olmoe import OlmoeHeadsNorm
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.moe import Routing, sigmoid_grouped_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
@@ -85,6 +86,7 @@ class MiniMaxM2ForCausalLM(LlamaForCausalLM):
     rename = [(r"\.mlp\.", ".block_sparse_moe.")]  # the name in transformers 5, which may be saved
     attention_type = MiniMaxM2Attention
     layer_type = MiniMaxM2DecoderLayer
+    gguf = GGUFForm("minimax-m2", config={"expert_count": "num_local_experts", "rope.dimension_count": "rotary_dim"})
 
 
 EntryClass = MiniMaxM2ForCausalLM

@@ -1,11 +1,13 @@
 """Ministral 3 (Mistral AI, 2025): Mistral with queries that grow with their position, beyond the original context."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.models_py.mistral import MistralAttention
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -40,8 +42,15 @@ class Ministral3Attention(MistralAttention):
         return q * factors.to(q.dtype).view(-1, *[1] * (q.dim() - 1)), k
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    scale = metadata["mistral3.rope.scaling.yarn_log_multiplier"]
+    growth = metadata["mistral3.attention.temperature_scale"]
+    config["rope_scaling"] |= {"mscale": scale, "mscale_all_dim": scale, "llama_4_scaling_beta": growth}
+
+
 class Ministral3ForCausalLM(LlamaForCausalLM):
     attention_type = Ministral3Attention
+    gguf = GGUFForm("mistral3", adapt=_from_gguf, changes=PERMUTED)
 
 
 EntryClass = Ministral3ForCausalLM

@@ -6,6 +6,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.models_py.mistral import MistralAttention
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
 
@@ -36,6 +37,12 @@ class MixtralForCausalLM(LlamaForCausalLM):
     rename = [(r"\.mlp\.", ".block_sparse_moe.")]  # the name in transformers 5, which may be saved
     attention_type = MistralAttention
     layer_type = MixtralDecoderLayer
+    gguf = GGUFForm(
+        "llama",
+        config={"expert_count": "num_local_experts"},
+        changes=PERMUTED,
+        matches=lambda metadata: metadata.get("llama.expert_count", 0) > 0,
+    )
 
 
 EntryClass = MixtralForCausalLM

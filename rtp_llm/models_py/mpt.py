@@ -1,10 +1,12 @@
 """MPT (MosaicML, 2023): biases by distance instead of positions, clipped queries, keys and values, no other biases."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.alibi import alibi_slopes
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -141,8 +143,27 @@ def _refuse_other_forms(config: "PretrainedConfig") -> None:
             raise ValueError(f"{name}={value!r} is not supported for MPT; have {list(values)}")
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    config["attn_config"] = {
+        "clip_qkv": metadata.get("mpt.attention.clamp_kqv"),
+        "alibi_bias_max": int(metadata["mpt.attention.max_alibi_bias"]),
+        "alibi": metadata["mpt.attention.max_alibi_bias"] > 0,
+    }
+
+
 class MptForCausalLM(nn.Module):
     rename = [(r"^(wte|blocks|norm_f)\.", r"transformer.\1.")]  # saved from the base model
+    gguf = GGUFForm(
+        "mpt",
+        config={
+            "context_length": "max_seq_len",
+            "embedding_length": "d_model",
+            "block_count": "n_layers",
+            "attention.head_count": "n_heads",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        adapt=_from_gguf,
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

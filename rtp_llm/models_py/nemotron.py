@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -63,6 +64,12 @@ class NemotronForCausalLM(LlamaForCausalLM):
     attention_type = NemotronAttention
     layer_type = NemotronDecoderLayer
     base_model_type = NemotronModel
+    gguf = GGUFForm(
+        "nemotron",
+        config={"attention.layer_norm_epsilon": "norm_eps"},
+        defaults={"partial_rotary_factor": 1.0},
+        changes=[(r"norm\.weight$", "plus_one")],
+    )
 
 
 EntryClass = NemotronForCausalLM

@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
 from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import Norm
@@ -141,6 +142,7 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
     attention_type: type[nn.Module] = Olmo2Attention
     layer_type = Olmo2DecoderLayer
     base_model_type = Olmo2Model
+    gguf = GGUFForm("olmo2", presence={"blk.0.attn_q.bias": "attention_bias"})
 
 
 EntryClass = Olmo2ForCausalLM

@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.models_py.olmo2 import Olmo2HeadsNorm
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.sparse_moe import SparseMoeBlock
 
@@ -79,6 +80,7 @@ class OlmoeForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     attention_type = OlmoeAttention
     layer_type = OlmoeDecoderLayer
+    gguf = GGUFForm("olmoe")
 
 
 EntryClass = OlmoeForCausalLM

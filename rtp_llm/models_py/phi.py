@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -91,6 +92,7 @@ class PhiForCausalLM(LlamaForCausalLM):
     attention_type = PhiAttention
     layer_type = PhiDecoderLayer
     base_model_type = PhiModel
+    gguf = GGUFForm("phi2", defaults={"partial_rotary_factor": 1.0})
 
     def has_head_bias(self, config: "PretrainedConfig") -> bool:
         return True

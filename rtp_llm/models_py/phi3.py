@@ -1,10 +1,12 @@
 """Phi-3 and Phi-4 (Microsoft, 2024): Llama with projections that the checkpoint fuses, and partly rotated heads."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
 
@@ -34,9 +36,18 @@ class Phi3Attention(GroupedQueryAttention):
         return rope_of_layer(config, self.head_dim, layer_id, is_partial=True)
 
 
+def use_window_from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    config["sliding_window"] = config.get("sliding_window") or None  # a GGUF says 0 for none
+
+
 class Phi3ForCausalLM(LlamaForCausalLM):
     packed_modules_mapping: dict[str, list[str]] = {}  # the checkpoint has qkv_proj and gate_up_proj themselves
     attention_type = Phi3Attention
+    gguf = GGUFForm(
+        "phi3",
+        config={"rope.scaling.original_context_length": "original_max_position_embeddings"},
+        adapt=use_window_from_gguf,
+    )
 
 
 EntryClass = Phi3ForCausalLM

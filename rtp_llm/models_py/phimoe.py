@@ -1,12 +1,15 @@
 """Phi-3.5-MoE (Microsoft, 2024): Mixtral with layer norms, two experts found one after the other, and LongRoPE."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from rtp_llm.models_py.phi3 import use_window_from_gguf
 from rtp_llm.srt.configs.requirements import require
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -110,12 +113,28 @@ class PhimoeModel(LlamaModel):
         return LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    use_window_from_gguf(metadata, config)
+    if "rope_scaling" in config:
+        scale = config["rope_scaling"].pop("attention_factor", 1.0)
+        config["rope_scaling"] |= {"short_mscale": scale, "long_mscale": scale}
+
+
 class PhimoeForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     rename = [(r"\.mlp\.router\.", ".block_sparse_moe.gate."), (r"\.mlp\.", ".block_sparse_moe.")]  # transformers 5
     attention_type = PhimoeAttention
     layer_type = PhimoeDecoderLayer
     base_model_type = PhimoeModel
+    gguf = GGUFForm(
+        "phimoe",
+        config={
+            "expert_count": "num_local_experts",
+            "rope.scaling.original_context_length": "original_max_position_embeddings",
+        },
+        presence={"blk.0.attn_q.bias": "attention_bias", "output.bias": "lm_head_bias"},
+        adapt=_from_gguf,
+    )
 
     def has_head_bias(self, config: "PretrainedConfig") -> bool:
         return config.lm_head_bias

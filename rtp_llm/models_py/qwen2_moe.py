@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.models_py.qwen2 import layer_window
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -102,6 +103,7 @@ class Qwen2MoeDecoderLayer(QwenMoeDecoderLayer):
 class Qwen2MoeForCausalLM(LlamaForCausalLM):
     attention_type = Qwen2MoeAttention
     layer_type = Qwen2MoeDecoderLayer
+    gguf = GGUFForm("qwen2moe", presence={"blk.0.attn_q.bias": "qkv_bias"})
 
 
 EntryClass = Qwen2MoeForCausalLM

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class SeedOssAttention(GroupedQueryAttention):
 
 class SeedOssForCausalLM(LlamaForCausalLM):
     attention_type = SeedOssAttention
+    gguf = GGUFForm(
+        "seed_oss",
+        presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.attn_output.bias": "attention_out_bias"},
+    )
 
 
 EntryClass = SeedOssForCausalLM

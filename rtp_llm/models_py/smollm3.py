@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, layer_window
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import NoPositions
 
@@ -37,6 +38,7 @@ class SmolLM3Attention(GroupedQueryAttention):
 
 class SmolLM3ForCausalLM(LlamaForCausalLM):
     attention_type = SmolLM3Attention
+    gguf = GGUFForm("smollm3", presence={"blk.0.attn_q.bias": "attention_bias"}, changes=PERMUTED)
 
 
 EntryClass = SmolLM3ForCausalLM

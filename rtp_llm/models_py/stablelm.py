@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -119,6 +120,16 @@ class StableLmForCausalLM(LlamaForCausalLM):
     attention_type = StableLmAttention
     layer_type = StableLmDecoderLayer
     base_model_type = StableLmModel
+    gguf = GGUFForm(
+        "stablelm",
+        config={"use_parallel_residual": "use_parallel_residual"},
+        defaults={"partial_rotary_factor": 1.0},
+        presence={"blk.0.attn_q.bias": "use_qkv_bias", "blk.0.attn_q_norm.weight": "qk_layernorm"},
+        names={
+            "blk.{bid}.attn_q_norm": "model.layers.{bid}.self_attn.q_layernorm.norms.{part}",
+            "blk.{bid}.attn_k_norm": "model.layers.{bid}.self_attn.k_layernorm.norms.{part}",
+        },
+    )
 
 
 EntryClass = StableLmForCausalLM

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -129,6 +130,12 @@ class Starcoder2ForCausalLM(LlamaForCausalLM):
     attention_type = Starcoder2Attention
     layer_type = Starcoder2DecoderLayer
     base_model_type = Starcoder2Model
+    gguf = GGUFForm(
+        "starcoder2",
+        config={"attention.layer_norm_epsilon": "norm_epsilon"},
+        defaults={"sliding_window": None},
+        presence={"blk.0.attn_q.bias": "use_bias"},
+    )
 
 
 EntryClass = Starcoder2ForCausalLM

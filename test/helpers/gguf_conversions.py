@@ -575,6 +575,7 @@ CONVERSIONS: dict[str, Conversion] = {
     ),
     "Starcoder2ForCausalLM": Conversion("starcoder2"),
 }
+PHI3 = CONVERSIONS["Phi3ForCausalLM"]
 CONVERSIONS["PhimoeForCausalLM"] = Conversion(
-    "phimoe", CONVERSIONS["Phi3ForCausalLM"].keys, CONVERSIONS["Phi3ForCausalLM"].common, extra=long_and_short_factors
+    "phimoe", PHI3.keys, (*(PHI3.common or ()), "expert_count", "expert_used_count"), extra=long_and_short_factors
 )

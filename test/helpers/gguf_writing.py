@@ -21,6 +21,8 @@ Tensors = dict[str, torch.Tensor]
 Key = str | Callable[[Config], Any]  # a field of the configuration, or what is made of it; None is not written
 Change = Callable[[str, torch.Tensor, Config], Tensors]  # name and tensor of the checkpoint -> what is written of it
 
+F32 = gguf.GGMLQuantizationType.F32
+
 # Keys that the converter takes from the first of these fields which the configuration has.
 COMMON: dict[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers", "n_layer", "n_layers"),
@@ -80,9 +82,15 @@ def write_gguf(
     model_dir: str | Path,
     path: str | Path,
     conversion: Conversion,
-    quantized: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    quantized: gguf.GGMLQuantizationType = F32,
+    as_values: bool = False,
 ) -> Path:
-    """Write the checkpoint in a folder as a GGUF, matrices as ``quantized``, and return its path."""
+    """Write the checkpoint in a folder as a GGUF, and return its path.
+
+    Args:
+        quantized: the type of matrices; vectors, routers and learned positions are F32.
+        as_values: write the values that the blocks of ``quantized`` stand for, as F32.
+    """
     config = json.loads(Path(model_dir, "config.json").read_text())
     tensors = load_file(Path(model_dir, "model.safetensors"))
     writer = gguf.GGUFWriter(path, conversion.architecture)
@@ -90,14 +98,24 @@ def write_gguf(
         _add(writer, key, value)
     _add_tokenizer(writer, Path(model_dir))
     for name, tensor in converted_tensors(config, tensors, conversion).items():
-        kind = quantized if _IS_QUANTIZED.search(name) and tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
+        kind = type_of(name, tensor, quantized)
         data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+        if as_values:
+            data, kind = gguf.quants.dequantize(data, kind), F32
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+def type_of(name: str, tensor: torch.Tensor, quantized: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
+    """Return the type of a tensor of the file: F16 where rows are no whole blocks."""
+    if tensor.dim() < 2 or not _IS_QUANTIZED.search(name):
+        return F32
+    values_of_a_block, _ = gguf.GGML_QUANT_SIZES[quantized]
+    return gguf.GGMLQuantizationType.F16 if tensor.shape[-1] % values_of_a_block else quantized
 
 
 def metadata_of(config: Config, tensors: Tensors, conversion: Conversion) -> dict[str, Any]:

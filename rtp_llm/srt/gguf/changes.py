@@ -46,23 +46,16 @@ def _transposed(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> 
 def _by_head(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
     """Undo that queries, keys and values of a fused tensor were put together.
 
-    The checkpoint has the queries of one key head, its key and its value, then those of the next.
+    The checkpoint has the queries of one key head, its key and its value, then those of the next. How many key heads
+    there are follows from the number of rows.
     """
     (tensor,) = tensors
-    num_keys = num_key_heads(config)
-    group = config.num_attention_heads // num_keys
+    num_heads = config.num_attention_heads
+    num_keys = (tensor.shape[0] * num_heads // config.hidden_size - num_heads) // 2
+    group = num_heads // num_keys
     heads = tensor.unflatten(0, (num_keys * (group + 2), -1))
     q, k, v = heads.split([num_keys * group, num_keys, num_keys])
     return torch.cat((q.unflatten(0, (num_keys, group)), k[:, None], v[:, None]), dim=1).flatten(0, 2)
-
-
-def _grouped(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
-    """Undo that a fused tensor, which is as in ``_by_head``, was taken apart into queries, keys and values, the first
-    two permuted."""
-    queries, keys, values = tensors
-    q = _permuted(lambda config: config.num_attention_heads)([queries], config)
-    k = _permuted(num_key_heads)([keys], config)
-    return _by_head([torch.cat((q, k, values))], config)
 
 
 def _latent(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
@@ -86,7 +79,6 @@ CHANGES: Mapping[str, Change] = {
     "plus_one": _plus_one,
     "transposed": _transposed,
     "by_head": _by_head,
-    "grouped": _grouped,
     "latent": _latent,
     "fused": _fused,
 }

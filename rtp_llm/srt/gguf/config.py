@@ -106,7 +106,7 @@ def find_model(file: GGUFFile) -> tuple[str, type[nn.Module], GGUFForm]:
             for form in declared_forms(model_class)
             if form.architecture == architecture
         ]
-        found = [entry for entry in forms if entry[2].matches and entry[2].matches(metadata)]
+        found = [entry for entry in forms if _matches(entry[2], metadata)]
         found = found or [entry for entry in forms if entry[2].matches is None]
         if len({id(form) for _, _, form in found}) > 1:
             names = ", ".join(name for name, _, _ in found)
@@ -118,6 +118,15 @@ def find_model(file: GGUFFile) -> tuple[str, type[nn.Module], GGUFForm]:
         f"no model here reads GGUF files of the architecture {architecture!r}; have {known}. A model file may declare "
         f"it: see `gguf` in {ADDING_A_MODEL}"
     )
+
+
+def _matches(form: GGUFForm, metadata: Mapping[str, Any]) -> bool:
+    try:
+        return form.matches is not None and form.matches(metadata)
+    except _UNUSABLE as error:
+        if isinstance(error, GGUFError):
+            raise
+        raise GGUFError(f"its metadata cannot be used for {form.architecture}: {error!r}") from error
 
 
 def _check_kind(file: GGUFFile) -> None:
@@ -148,6 +157,10 @@ def _said(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
             config[name] = given
     if scaling := rope_scaling(file):
         config["rope_scaling"] = scaling
+    windows = file.metadata.get(f"{prefix}attention.sliding_window_pattern")
+    if isinstance(windows, list):
+        config["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in windows]
+    _leave_out_predictors(config, file, form)
     _add_head_sizes(config, file, form)
     return config
 
@@ -163,6 +176,16 @@ def _check_needed(file: GGUFFile, prefix: str) -> None:
                 raise GGUFError(f"`{prefix}{key}` must be a positive integer, not {size!r:.40}")
     if not any(prefix + key in file.metadata for key in _NORMS):
         raise GGUFError(f"`{prefix}{_NORMS[0]}` is missing")
+
+
+def _leave_out_predictors(config: dict[str, Any], file: GGUFFile, form: GGUFForm) -> None:
+    """Count the layers that are the model's: the last of a file may predict further tokens."""
+    key = f"{file.architecture}.nextn_predict_layers"
+    number = _checked(key, file.metadata.get(key, 0), int)
+    name = form.config.get("block_count", "num_hidden_layers")
+    if isinstance(number, list) or (number and number >= config[name]):
+        raise GGUFError(f"`{key}` is {number!r:.40}, but must be less than the number of layers, {config[name]}")
+    config[name] -= number
 
 
 def _add_head_sizes(config: dict[str, Any], file: GGUFFile, form: GGUFForm) -> None:

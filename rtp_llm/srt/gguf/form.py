@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# Changes of Llama's queries and keys, and of what follows it.
+PERMUTED = ((r"\.q_proj\.(weight|bias)$", "permuted_queries"), (r"\.k_proj\.(weight|bias)$", "permuted_keys"))
 TRAIT = "gguf"  # the attribute of a model class that has its form, or a tuple of them
 
 
@@ -26,6 +28,8 @@ class GGUFForm:
             (``.weight``) -> name in the Hugging Face checkpoint, for what the ``gguf`` package does not know. Several
             may have the same: then a change makes them one. ``{part}`` in it: the tensor is several of the
             checkpoint's, and this the number of one along the first dimension.
+        values: metadata key, whole, with a number for each layer -> name in the Hugging Face checkpoint, with ``{bid}``
+            for the layer's number, of the tensor that has it.
         matches: whether a file with this metadata is of this class, where several classes have the architecture. One
             form of them may do without: it takes what no other matches.
     """
@@ -37,6 +41,7 @@ class GGUFForm:
     adapt: Callable[[Mapping[str, Any], dict[str, Any]], None] | None = None
     changes: Sequence[tuple[str, str]] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, str] = field(default_factory=dict)
     matches: Callable[[Mapping[str, Any]], bool] | None = None
 
 

@@ -6,7 +6,7 @@ one of them. What it does not know, a model's form says (``GGUFForm.names``).
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import gguf
 
@@ -19,12 +19,19 @@ _EXPERTS = re.compile(r"\.experts\.(?=\w+$)")
 
 FindPlace = Callable[[str], object | None]
 """Called with a name of the checkpoint; returns its place in the model, or None."""
+IsLeftOut = Callable[[str], object]
+"""Called with a name of the checkpoint that has no place; returns whether the model may do without it."""
 
 
 def checkpoint_names(
-    architecture: str, tensors: Iterable[str], own_names: Mapping[str, str], find: FindPlace
+    architecture: str,
+    tensors: Iterable[str],
+    own_names: Mapping[str, str],
+    find: FindPlace,
+    is_left_out: IsLeftOut = lambda name: False,
 ) -> dict[str, str]:
-    """Return the tensors' names in the checkpoint; those that have no place in the model keep their own.
+    """Return the tensors' names in the checkpoint. Those that have no place in the model, though they need one, keep
+    their own.
 
     A name with ``{part}`` stands for as many tensors as the GGUF's has along its first dimension. Several of the GGUF's
     may have the same: together they are one of the checkpoint's.
@@ -38,7 +45,7 @@ def checkpoint_names(
     """
     wanted = [name for name in tensors if name not in NOT_LOADED]
     known = _known_names(architecture, wanted)
-    return {name: _placed(name, _candidates(name, known, own_names), find) for name in wanted}
+    return {name: _placed(name, list(_candidates(name, known, own_names)), find, is_left_out) for name in wanted}
 
 
 def _known_names(architecture: str, tensors: Iterable[str]) -> dict[str, list[str]]:
@@ -77,7 +84,7 @@ def _candidates(name: str, known: Mapping[str, list[str]], own_names: Mapping[st
                 yield from (f"{candidate}_{suffix}", candidate)
 
 
-def _placed(name: str, candidates: Iterable[str], find: FindPlace) -> str:
+def _placed(name: str, candidates: Sequence[str], find: FindPlace, is_left_out: IsLeftOut) -> str:
     places: dict[object, str] = {}
     for candidate in candidates:
         place = find(candidate.replace(PART, "0"))
@@ -88,4 +95,6 @@ def _placed(name: str, candidates: Iterable[str], find: FindPlace) -> str:
         places = parts or places
     if len(places) > 1:
         raise GGUFError(f"tensor {name!r} has several places in the model: {', '.join(sorted(places.values()))}")
-    return next(iter(places.values()), name)
+    if places:
+        return next(iter(places.values()))
+    return next((candidate for candidate in candidates if is_left_out(candidate.replace(PART, "0"))), name)

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,14 @@ def gguf_weights(
     _check_types(file.tensors.values(), torch.get_default_dtype())
     names = WeightNames(model)
     to_checkpoint = checkpoint_names(
-        file.architecture, file.tensors, form.names, lambda name: names.find(names.renamed(name))
+        file.architecture,
+        file.tensors,
+        form.names,
+        lambda name: names.find(names.renamed(name)),
+        lambda name: names.why_ignored(names.renamed(name), model_config.num_layers),
     )
-    return _Reading(file, form, to_checkpoint, names.declared.weight_defaults, model_config).run(progress)
+    reading = _Reading(file, form, to_checkpoint, names.declared.weight_defaults, model_config)
+    return chain(reading.run(progress), _of_metadata(file, form, names))
 
 
 class _Reading:
@@ -126,6 +132,18 @@ class _Reading:
                 sources = ", ".join(self.sources[name])
                 raise GGUFError(f"{sources} {list(tensors[0].shape)} cannot be {change}: {error}") from error
         return tensors[0]
+
+
+def _of_metadata(file: GGUFFile, form: GGUFForm, names: WeightNames) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of one number that layers have as values of the metadata."""
+    for key, pattern in form.values.items():
+        values = file.metadata.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, float) for value in values):
+            raise GGUFError(f"`{key}` must be a list of numbers, not {values!r:.40}")
+        for layer, value in enumerate(values):
+            name = pattern.replace("{bid}", str(layer))
+            if place := names.find(names.renamed(name)):
+                yield name, torch.full_like(names.targets[place.name], value)
 
 
 def as_torch(tensor: GGUFTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,14 +4,34 @@ Each case is a tiny checkpoint. Transformers answers from its folder; we answer 
 know nothing of the folder. Weights are float32 in both, so ids must be equal and log-probabilities close.
 """
 
+import json
+import math
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
+
 from gguf_conversions import CONVERSIONS
-from parity import Case, disturb_correction_biases, disturb_layer_scalars
+from gguf_writing import write_gguf
+from parity import (
+    Case,
+    disturb_correction_biases,
+    disturb_layer_scalars,
+    generate,
+    open_engine,
+    params_of,
+    same_logprobs,
+)
+from rtp_llm.srt.configs.hf_config import load_hf_config
 from rtp_llm.srt.configs.model_config import is_multimodal_model
+from rtp_llm.srt.gguf.config import config_json
+from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.models.loader import FALLBACK
 from rtp_llm.srt.models.registry import ModelRegistry
+from tiny_models import assert_same_ids, random_prompts, reference
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 ORIGINAL_LEN = 53  # of LongRoPE: no prompt grows past it, where transformers computes all keys anew
@@ -21,14 +41,15 @@ def rope(**parameters: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0} | parameters
 
 
-def longrope(half: int) -> dict[str, Any]:
+def longrope(half: int, original: int = ORIGINAL_LEN) -> dict[str, Any]:
     factors = {
         "short_factor": [1.0 + 0.1 * i for i in range(half)],
         "long_factor": [1.5 + 0.7 * i for i in range(half)],
     }
-    return rope(rope_type="longrope", original_max_position_embeddings=ORIGINAL_LEN, **factors)
+    return rope(rope_type="longrope", original_max_position_embeddings=original, **factors)
 
 
+PHI_SCALE = math.sqrt(1 + math.log(512 / 400) / math.log(400))  # what the converter writes, whatever the model says
 LINEAR = rope(rope_type="linear", factor=3.0)
 YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 DEEPSEEK_YARN = YARN | dict(beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707)
@@ -38,12 +59,36 @@ LLAMA3 = rope(
 CORRECTED = dict(scoring_func="sigmoid")  # what these checkpoints say, and transformers' classes leave out
 
 
-# No GGUF has these, and why.
+# Read by another class, which computes the same.
+READ_AS = {
+    "MistralForCausalLM": "LlamaForCausalLM",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "Glm4MoeLiteForCausalLM": "DeepseekV3ForCausalLM",
+}
+# No GGUF has these.
 WITHOUT_GGUF = {
-    "DeepseekV32ForCausalLM": "the package gguf does not know deepseek32 yet",
-    "GPTJForCausalLM": "llama.cpp neither converts nor runs it",
-    "OPTForCausalLM": "llama.cpp neither converts nor runs it",
-    "PersimmonForCausalLM": "llama.cpp does not run it any more",
+    "DeepseekV32ForCausalLM": "the package `gguf` does not know `deepseek32` yet",
+    "GPTJForCausalLM": "llama.cpp has neither converter nor model",
+    "OPTForCausalLM": "llama.cpp has neither converter nor model",
+    "PersimmonForCausalLM": "llama.cpp has dropped its converter and model",
+}
+# What the keys of a file do not say, though config.json does, and what is computed instead.
+NOT_SAID = {
+    "Ernie4_5_MoeForCausalLM": "`moe_layer_end_index`, `moe_norm_min`: the class's own values",
+    "FalconForCausalLM": "ALiBi of the first ones (not convertible), the context's length: 2,048 tokens",
+    "GPT2LMHeadModel": "`activation_function`, `scale_attn_by_inverse_layer_idx`: the class's own values",
+    "GPTBigCodeForCausalLM": "`activation_function`, `multi_query`: the class's own values",
+    "Gemma2ForCausalLM": "`query_pre_attn_scalar`: the size of heads, but for 27B",
+    "Gemma3ForCausalLM": "`query_pre_attn_scalar`: the size of heads, but for 27B",
+    "Llama4ForCausalLM": "`no_rope_layers`, `attention_chunk_size`; `use_qk_norm`: false for 128 experts",
+    "MistralForCausalLM": "`sliding_window`: no window",
+    "MixtralForCausalLM": "`sliding_window`: no window",
+    "PhimoeForCausalLM": "`short_mscale`, `long_mscale`: llama.cpp's factor",
+    "Qwen2ForCausalLM": "`use_sliding_window`: no windows",
+    "Qwen2MoeForCausalLM": "`decoder_sparse_step`, `mlp_only_layers`, `norm_topk_prob`: the class's own values",
+    "Qwen3MoeForCausalLM": "`decoder_sparse_step`, `mlp_only_layers`: the class's own values; `norm_topk_prob`: true",
+    "SmolLM3ForCausalLM": "`no_rope_layers`: every fourth has no positions",
+    "Starcoder2ForCausalLM": "`sliding_window`: no window",
 }
 
 SlowCase = partial(Case, slow=True)
@@ -152,7 +197,7 @@ CASES = (
     SlowCase("internlm2", "InternLM2ForCausalLM", dict(rope_theta=500.0)),
     SlowCase("llama4", "Llama4ForCausalLM", dict(interleave_moe_layer_step=2)),
     SlowCase("minimax-2", "MiniMaxM2ForCausalLM", CORRECTED | dict(rotary_dim=8), edit=disturb_correction_biases),
-    SlowCase("ministral3", "Ministral3ForCausalLM", {}),
+    SlowCase("ministral3", "Ministral3ForCausalLM", dict(sliding_window=None)),
     SlowCase("mpt", "MptForCausalLM", {}),
     SlowCase("nemotron", "NemotronForCausalLM", {}),
     SlowCase("olmo2", "Olmo2ForCausalLM", {}),
@@ -169,19 +214,108 @@ CASES = (
     SlowCase(
         "phimoe",
         "PhimoeForCausalLM",
-        dict(attention_bias=True, lm_head_bias=True, rope_parameters=longrope(8), sliding_window=None)
-        | dict(original_max_position_embeddings=ORIGINAL_LEN),
+        dict(attention_bias=True, lm_head_bias=True, sliding_window=None)
+        | dict(rope_parameters=longrope(8, 400) | {"short_mscale": PHI_SCALE, "long_mscale": PHI_SCALE}),
     ),
     SlowCase("qwen2", "Qwen2ForCausalLM", dict(tie_word_embeddings=True)),
     Case("qwen2-moe", "Qwen2MoeForCausalLM", {}),
     SlowCase("qwen3", "Qwen3ForCausalLM", dict(head_dim=24)),
     SlowCase("qwen3-moe", "Qwen3MoeForCausalLM", dict(norm_topk_prob=True)),
     SlowCase("seed-oss", "SeedOssForCausalLM", {}),
-    SlowCase("smollm3", "SmolLM3ForCausalLM", {}),
+    SlowCase("smollm3", "SmolLM3ForCausalLM", dict(sliding_window=None)),
     SlowCase("stablelm", "StableLmForCausalLM", dict(use_qkv_bias=True)),
     SlowCase("stablelm-parallel", "StableLmForCausalLM", dict(use_parallel_residual=True, qk_layernorm=True)),
     SlowCase("starcoder2", "Starcoder2ForCausalLM", dict(sliding_window=None)),
 )
+
+
+SLOW_BLOCKS = ("phi3", "gpt-oss", "deepseek-2", "granite-moe", "falcon-40b")  # fused, split, turned and stacked tensors
+
+# Fields that say nothing of what is computed.
+OF_NO_MATTER = {
+    "_name_or_path",
+    "pad_token_id",
+    "architectures",
+    "dtype",
+    "initializer_range",
+    "model_type",
+    "transformers_version",
+    "use_cache",
+}
+OF_NO_MATTER |= {"bias", "n_ctx", "rotary_pct", "scoring_func", "sliding_window_pattern"}  # of old files and classes
+# Fields that differ from the original's, and mean the same.
+DIFFERENT = {
+    "apertus": {"rope_parameters"},  # the factors that follow from it
+    "bailing": {"partial_rotary_factor", "use_qk_norm"},
+    "exaone4": {"rope_parameters"},
+    "falcon-7b": {"max_position_embeddings", "num_ln_in_parallel_attn"},
+    "falcon-40b": {"max_position_embeddings", "multi_query"},  # the newer form does not ask
+    "gemma4-moe": {"rope_parameters"},  # a part of 20 features of which as many are rotated
+    "glm4-moe-lite": {"mlp_layer_types"},  # first_k_dense_replace
+    "gpt2": {"n_inner"},  # four times the width
+    "hunyuan-moe": {"moe_intermediate_size", "moe_topk", "num_shared_expert"},  # one value for all layers
+    "llama": {"rope_parameters"},
+    "ministral3": {"rope_parameters"},  # the length of the context in it
+    "phi3-longrope": {"rope_parameters"},  # float32, and the factor of scores
+    "phimoe": {"rope_parameters"},
+    "starcoder": {"n_inner", "num_key_value_heads"},
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    case: Case
+    model_dir: str  # that transformers reads
+    path: Path  # of the GGUF
+
+
+@pytest.fixture(scope="module", params=params_of(CASES))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case = request.param
+    directory = tmp_path_factory.mktemp("gguf")
+    model_dir = case.make(directory / "checkpoint")
+    return Made(case, model_dir, write_gguf(model_dir, directory / "model.gguf", CONVERSIONS[case.architecture]))
+
+
+def test_answers_are_those_of_transformers(made: Made) -> None:
+    vocab_size = json.loads(Path(made.model_dir, "config.json").read_text())["vocab_size"]
+    prompts = random_prompts(vocab_size, [40, 130])
+    with open_engine(str(made.path)) as engine:
+        results = generate(engine, prompts, max_new_tokens=4, return_logprob=True, logprob_start_len=0)
+    for prompt, result in zip(prompts, results, strict=True):
+        expected = reference(made.model_dir, tuple(prompt), 4)
+        assert_same_ids(result["output_ids"], expected, f"{made.case.name}, prompt of {len(prompt)}")
+        same_logprobs(result, expected)
+
+
+def test_configuration_is_the_original_ones(made: Made, tmp_path: Path) -> None:
+    content = config_json(GGUFFile.open(made.path))
+    Path(tmp_path, "config.json").write_text(json.dumps(content))
+    ours = load_hf_config(str(tmp_path), {}, False).to_dict()
+    original = load_hf_config(made.model_dir, {}, False).to_dict()
+    different = {name for name, value in original.items() if value != ours.get(name)} - OF_NO_MATTER
+    assert different == DIFFERENT.get(made.case.name, set())
+    assert content["architectures"] == [READ_AS.get(made.case.architecture, made.case.architecture)]
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ["qwen2-moe", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_BLOCKS)])
+def test_blocks_are_their_values(name: str, kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    """In float32, a file of blocks answers as one of the values that they stand for."""
+    case = next(case for case in CASES if case.name == name)
+    model_dir = case.make(tmp_path / "checkpoint")
+    blocks, values = (
+        write_gguf(model_dir, tmp_path / f"{as_values}.gguf", CONVERSIONS[case.architecture], kind, as_values)
+        for as_values in (False, True)
+    )
+    prompt = random_prompts(90, [40])
+    answers = []
+    for path in (blocks, values):
+        with open_engine(str(path)) as engine:
+            answers += generate(engine, prompt, max_new_tokens=4, return_logprob=True, logprob_start_len=0)
+    first, second = (answer["meta_info"]["input_token_logprobs"][1:] for answer in answers)
+    assert answers[0]["output_ids"] == answers[1]["output_ids"]
+    assert [one[0] for one in first] == pytest.approx([one[0] for one in second], abs=1e-4)
 
 
 def test_every_architecture_has_a_case() -> None:
@@ -189,3 +323,10 @@ def test_every_architecture_has_a_case() -> None:
     asked = {case.architecture for case in CASES}
     assert asked == CONVERSIONS.keys()
     assert ours == asked | WITHOUT_GGUF.keys()
+    assert NOT_SAID.keys() <= asked
+
+
+def test_forms_are_of_architectures_that_the_package_knows() -> None:
+    assert ModelRegistry.gguf_architectures() <= set(MODEL_ARCH_NAMES.values())
+    assert {conversion.architecture for conversion in CONVERSIONS.values()} <= ModelRegistry.gguf_architectures()
+    assert "deepseek32" not in MODEL_ARCH_NAMES.values()  # else DeepSeek-V3.2 wants a form
