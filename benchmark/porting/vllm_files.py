@@ -113,9 +113,15 @@ def model_files(root: Path) -> list[ModelFile]:
     ]
 
 
+def multimodal_files(root: Path) -> list[Path]:
+    """Return the model files that are not of text, in alphabetical order."""
+    of_text = {file.path for file in model_files(root)}
+    files = (path for path in sorted((root / MODELS).glob("*.py")) if path.stem not in HELPERS)
+    return [path for path in files if path not in of_text]
+
+
 def count_multimodal(root: Path) -> int:
-    num_files = sum(path.stem not in HELPERS for path in (root / MODELS).glob("*.py"))
-    return num_files - len(model_files(root))
+    return len(multimodal_files(root))
 
 
 def read_registry(root: Path) -> dict[str, list[Entry]]:

@@ -7,7 +7,7 @@ answers are constants, or an expression of the constructor's ``config`` and ``qu
 from rtp_llm.port import sglang_facts
 from rtp_llm.port.answers import EMPTY, ClassName, Const, Engine, Expression, Value
 
-__all__ = ["BACKEND", "EMPTY", "ClassName", "Const", "Engine", "Expression", "Value", "is_part"]
+__all__ = ["BACKEND", "EMPTY", "ClassName", "Const", "Engine", "Expression", "Value", "is_backend", "is_part"]
 
 # Whatever stands for the kernels that a layer of attention runs on: all that is asked of it gives the same again.
 BACKEND = "attention_backend"
@@ -21,6 +21,7 @@ PARAMETERS: dict[str, Value] = {
     "parallel_config": Engine("vllm_config.parallel_config"),
     "scheduler_config": Engine("vllm_config.scheduler_config"),
     "compilation_config": Engine("vllm_config.compilation_config"),
+    "attn_backend": Engine(BACKEND),
     "speculative_config": Const(None),
     "lora_config": Const(None),
     "enable_eplb": Const(False),
@@ -35,6 +36,7 @@ TYPES: dict[str, Value] = {
     "ParallelConfig": Engine("vllm_config.parallel_config"),
     "SchedulerConfig": Engine("vllm_config.scheduler_config"),
     "CompilationConfig": Engine("vllm_config.compilation_config"),
+    "AttentionBackendEnum": Engine(BACKEND),
     "SpeculativeConfig": Const(None),
     "LoRAConfig": Const(None),
 }
@@ -55,6 +57,9 @@ CALLS: dict[str, Value] = {
     "get_pp_missing_layer_names": Const(EMPTY),
     "make_empty_intermediate_tensors_factory": Engine("intermediate_tensors_factory"),
     "get_attn_backend": Engine(BACKEND),
+    "get_vit_attn_backend": Engine(BACKEND),
+    "is_vit_use_data_parallel": Const(False),
+    "get_multimodal_config": Engine("multimodal_config"),
     "init_logger": Expression("logging.getLogger(__name__)"),
     "has_flashinfer": Const(False),
     "resolve_layer_fused_shared_expert": Const(False),
@@ -64,6 +69,7 @@ CALLS: dict[str, Value] = {
 
 # Numbers of the other engine.
 NUMBERS: dict[str, Const] = {
+    "PIN_MEMORY": Const(False),
     "OCP_MX_BLOCK_SIZE": Const(32),  # values with one scale, in the Open Compute Project's MX formats (2023)
 }
 
@@ -124,7 +130,13 @@ PATHS: dict[str, Value] = {
     "vllm_config.model_config.try_get_generation_config()": Expression("{{}}"),
     "vllm_config.model_config.override_generation_config": Expression("{{}}"),
     "vllm_config.model_config.pooler_config": Const(None),
-    "vllm_config.model_config.multimodal_config": Const(None),
+    "vllm_config.model_config.multimodal_config": Engine("multimodal_config"),
+    "multimodal_config.mm_encoder_tp_mode": Const("weights"),
+    "multimodal_config.mm_encoder_attn_backend": Const(None),
+    "multimodal_config.video_pruning_rate": Const(None),
+    "multimodal_config.video_pruning_method": Const(None),
+    "multimodal_config.language_model_only": _OFF,
+    "vllm_config.model_config.get_multimodal_config()": Engine("multimodal_config"),
     "vllm_config.model_config.is_multimodal_model": _OFF,
     "vllm_config.model_config.is_encoder_decoder": _OFF,
     "vllm_config.model_config.use_mla": Const(True),
@@ -151,7 +163,7 @@ PATHS: dict[str, Value] = {
 QUESTIONS = ("is_", "has_", "support", "use_", "on_", "opaque_", "fast_", "pass_config", "enable_")
 NEGATIVE = frozenset({
     "current_platform", "vllm_config.compilation_config", "rocm_aiter_ops", "_aiter_ops", "HpcRopeNorm", "vllm.envs",
-    "envs", "server_args", "FusedMoEParallelConfig", *sglang_facts.NEGATIVE,
+    "envs", "server_args", "multimodal_config", "FusedMoEParallelConfig", *sglang_facts.NEGATIVE,
 })  # fmt: skip
 
 # Objects that are there whenever they are asked for.
@@ -159,14 +171,20 @@ OBJECTS = frozenset({
     *sglang_facts.OBJECTS,
     "vllm_config", "vllm_config.model_config", "vllm_config.cache_config", "vllm_config.parallel_config",
     "vllm_config.scheduler_config", "vllm_config.compilation_config", "group", BACKEND,
+    "multimodal_config",
 })  # fmt: skip
 
 # Parts of the other engine that hold others, or that nothing here asks for.
 PARTS = frozenset({
     "vllm_config.parallel_config.eplb_config", "vllm_config.attention_config", "vllm_config.device_config",
-    "vllm_config.load_config", "vllm_config.kv_transfer_config", "vllm_config.model_config.multimodal_config",
+    "vllm_config.load_config", "vllm_config.kv_transfer_config",
     "intermediate_tensors_factory", *FACTORIES,
 })  # fmt: skip
+
+
+def is_backend(value: object) -> bool:
+    """Whether a value stands for the kernels of attention."""
+    return isinstance(value, Engine) and value.path == BACKEND
 
 
 def is_part(value: object) -> bool:

@@ -5,7 +5,7 @@ from typing import cast
 import libcst as cst
 from libcst import matchers as m
 
-from rtp_llm.port.names import names_in
+from rtp_llm.port.names import eager_names_in, names_in
 from rtp_llm.port.program import Program, base_names, top_level
 from rtp_llm.port.source import (
     Origin,
@@ -213,29 +213,28 @@ class _Gatherer:
         return key[1] if key[1] in locals_of or not locals_of else locals_of[0]
 
     def _ordered_files(self) -> list[SourceFile]:
-        """Files whose definitions others use first; a file's own order of definitions stays."""
+        """Files whose definitions others use first; a file's own order of definitions stays. Where files use one
+        another, those come first whose definitions are needed to make others."""
         depends: dict[str, set[str]] = {file.module: set() for file in self.files}
         for (module, _), target in self.resolved.items():
             if target in self.taken and target[0] != module and module in depends:
                 depends[module].add(target[0])
-        ordered: list[SourceFile] = []
-        by_module = {file.module: file for file in self.files}
-
-        def visit(module: str, path: tuple[str, ...]) -> None:
-            if module in path or by_module[module] in ordered:
-                return
-            for other in sorted(depends[module]):
-                visit(other, (*path, module))
-            if by_module[module] not in ordered:
-                ordered.append(by_module[module])
-
-        if self.tree.root in self.files:
-            visit(self.tree.root.module, ())
-        for file in self.files:
-            visit(file.module, ())
+        root = [file for file in self.files if file is self.tree.root]
+        ordered = _in_order(_in_order([*root, *self.files], depends), self._eager_needs())
         return [file for file in ordered if file is not self.tree.root] + [
             file for file in ordered if file is self.tree.root
         ]
+
+    def _eager_needs(self) -> dict[str, set[str]]:
+        """Files -> those that must stand before them."""
+        needs: dict[str, set[str]] = {file.module: set() for file in self.files}
+        for (module, name), file in self.taken.items():
+            for position in file.definitions[name]:
+                for other in eager_names_in(file.tree.body[position]):
+                    target = self.resolved.get((module, other))
+                    if target in self.taken and target is not None and target[0] != module:
+                        needs[module].add(target[0])
+        return needs
 
     def _statements(self, file: SourceFile, merged: dict[Key, str]) -> list[Statement]:
         positions = sorted(
@@ -254,6 +253,24 @@ class _Gatherer:
         elif result and len(self.files) > 1:
             result[0] = _headed(result[0], f"# {file.path.name} itself:")
         return result
+
+
+def _in_order(files: list[SourceFile], depends: dict[str, set[str]]) -> list[SourceFile]:
+    """Return the files, each once, in their order, but after those that it depends on; a circle stays as it is."""
+    by_module = {file.module: file for file in files}
+    ordered: list[SourceFile] = []
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path or by_module[module] in ordered:
+            return
+        for other in sorted(depends[module]):
+            visit(other, (*path, module))
+        if by_module[module] not in ordered:
+            ordered.append(by_module[module])
+
+    for file in files:
+        visit(file.module, ())
+    return ordered
 
 
 def _definition(file: SourceFile, name: str) -> Statement:

@@ -12,6 +12,13 @@ def names_in(node: cst.CSTNode) -> set[str]:
     return finder.names
 
 
+def eager_names_in(node: cst.CSTNode) -> set[str]:
+    """Names that a definition reads when it is made: all but those in the bodies of its functions."""
+    finder = _EagerNames()
+    node.visit(finder)
+    return finder.names
+
+
 class _Names(Visitor):
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -37,3 +44,14 @@ class _Names(Visitor):
         text = node.evaluated_value
         if isinstance(text, str) and text.isidentifier():  # an annotation in quotes
             self.names.add(text)
+
+
+class _EagerNames(_Names):
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
+        for part in (node.params, node.returns, *node.decorators):
+            if part is not None:
+                part.visit(self)
+        return False
+
+    def visit_Lambda(self, node: cst.Lambda) -> bool:
+        return False

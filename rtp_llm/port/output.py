@@ -53,7 +53,9 @@ def _import_lines(imports: dict[str, Origin]) -> list[str]:
     groups: dict[int, list[str]] = defaultdict(list)
     by_module: dict[str, list[str]] = defaultdict(list)
     for local, origin in imports.items():
-        if origin.name is None:
+        if origin.is_optional:
+            groups[_OPTIONAL].append(_optional_lines(local, origin))
+        elif origin.name is None:
             line = f"import {origin.module}" if origin.module == local else f"import {origin.module} as {local}"
             groups[_group(origin.module)].append(line)
         else:
@@ -65,6 +67,14 @@ def _import_lines(imports: dict[str, Origin]) -> list[str]:
         plain = sorted(line for line in groups[group] if line.startswith("import "))
         lines += [*([""] if lines else []), *plain, *sorted(line for line in groups[group] if line not in plain)]
     return lines
+
+
+def _optional_lines(local: str, origin: Origin) -> str:
+    name = origin.name if origin.name == local else f"{origin.name} as {local}"
+    return f"try:\n    from {origin.module} import {name}\nexcept ImportError:  # of other versions\n    {local} = None"
+
+
+_OPTIONAL = 3  # after the groups of ``_group``
 
 
 def _from_line(module: str, names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from rtp_llm.port.program import Program
 from rtp_llm.port.report import Report
 from rtp_llm.port.rules.attention import rewrite_attention
 from rtp_llm.port.rules.constructors import rewrite_constructors
+from rtp_llm.port.rules.encoders import rewrite_encoders
 from rtp_llm.port.rules.fold import fold
 from rtp_llm.port.rules.layers import count_layers, rewrite_layers
 from rtp_llm.port.rules.leftovers import clean, comment_leftovers
@@ -29,6 +30,7 @@ from rtp_llm.port.source import PortError, SourceTree
 RULES = {
     "vllm": (
         take_media,
+        rewrite_encoders,
         remove_shell,
         fold,
         remove_unused,

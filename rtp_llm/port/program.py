@@ -25,6 +25,7 @@ class Program:
         done: what the rules did -> how often.
         left_out: definitions of the file that were not taken over, with the reason.
         placeholders: texts that stand for media in prompts.
+        has_mrope: whether a model computes positions of three axes.
     """
 
     module: cst.Module
@@ -35,6 +36,7 @@ class Program:
     done: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     placeholders: list[str] = field(default_factory=list)
+    has_mrope: bool = False
 
     def is_engine(self, node: cst.BaseExpression, *names: str) -> bool:
         """Whether an expression is a name imported from the other engine, there called by one of ``names``."""

@@ -49,10 +49,14 @@ CONVENTIONS = {convention.name: convention for convention in (VLLM, SGLANG)}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an imported name comes from: ``from module import name``, or ``import module`` if ``name`` is None."""
+    """Where an imported name comes from: ``from module import name``, or ``import module`` if ``name`` is None.
+
+    ``is_optional``: it is imported where something else is not there, so it may be missing.
+    """
 
     module: str
     name: str | None = None
+    is_optional: bool = False
 
     @property
     def dotted(self) -> str:
@@ -254,6 +258,13 @@ class _Imports(Visitor):
     def __init__(self, package: str) -> None:
         self.package = package
         self.found: dict[str, Origin] = {}
+        self._num_branches = 0  # of ``else`` around
+
+    def visit_Else(self, node: cst.Else) -> None:
+        self._num_branches += 1
+
+    def leave_Else(self, original_node: cst.Else) -> None:
+        self._num_branches -= 1
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> None:
         if isinstance(node.names, cst.ImportStar):
@@ -261,7 +272,7 @@ class _Imports(Visitor):
         module = absolute_module(node, self.package)
         for alias in node.names:
             name = alias.evaluated_name
-            self.found.setdefault(alias.evaluated_alias or name, Origin(module, name))
+            self.found.setdefault(alias.evaluated_alias or name, Origin(module, name, self._num_branches > 0))
 
     def visit_Import(self, node: cst.Import) -> None:
         for alias in node.names:

@@ -27,6 +27,7 @@ from rtp_llm.port.facts import (
     Engine,
     Expression,
     Value,
+    is_backend,
     is_part,
 )
 from rtp_llm.port.names import names_in
@@ -115,7 +116,7 @@ class Attributes:
 def agreed(values: Iterator[Value | None]) -> Value | None:
     """Return the value that all have; None if they differ, or if it is a literal that nothing of the engine backs."""
     found = [value for value in values if value is not RECURSION]
-    if _BACKEND in found:  # one, or the default that None stands for
+    if any(is_backend(value) for value in found):  # one, or the default that None stands for
         found = [value for value in found if not (isinstance(value, Const) and value.value is None)]
     first = found[0] if found else None
     if first is None or any(not _same(value, first) for value in found):
@@ -264,7 +265,7 @@ def _hasattr(node: cst.Call, scope: Scope) -> Value | None:
     found = _getattr(node, scope)
     if found is None:
         return None
-    return Const(not isinstance(found, Engine) or found.path == BACKEND)
+    return Const(not isinstance(found, Engine) or is_backend(found))
 
 
 # Classes that nothing is an instance of.
@@ -314,8 +315,10 @@ def _conditional(node: cst.IfExp, scope: Scope) -> Value | None:
 def _comparison(node: cst.Comparison, scope: Scope) -> Value | None:
     if len(node.comparisons) != 1:
         return None
-    left, right = evaluate(node.left, scope), evaluate(node.comparisons[0].comparator, scope)
+    left, right = _operand(node.left, scope), _operand(node.comparisons[0].comparator, scope)
     operator = node.comparisons[0].operator
+    if is_backend(left) and not (isinstance(right, Const) and right.value is None):
+        return _OF_BACKENDS.get(type(operator))
     if isinstance(operator, cst.In | cst.NotIn) and isinstance(right, Const) and right.value == EMPTY:
         return Const(isinstance(operator, cst.NotIn))
     if isinstance(left, Engine) and isinstance(right, Const) and right.value is None:
@@ -339,6 +342,19 @@ _COMPARISONS: dict[type, Any] = {
     cst.LessThan: lambda a, b: a < b,
     cst.LessThanEqual: lambda a, b: a <= b,
 }
+
+
+def _operand(node: cst.BaseExpression, scope: Scope) -> Value | None:
+    """Return a side of a comparison: also texts, and that nothing passes between stages."""
+    if isinstance(node, cst.SimpleString):
+        return Const(node.evaluated_value, of_engine=False)
+    if isinstance(node, cst.Name) and node.value == "intermediate_tensors":
+        return Const(None)
+    return evaluate(node, scope)
+
+
+# The kernels are none of those that a file names, and among those that it knows.
+_OF_BACKENDS = {cst.Equal: Const(False), cst.NotEqual: Const(True), cst.In: Const(True), cst.NotIn: Const(False)}
 
 
 def _binary(node: cst.BinaryOperation, scope: Scope) -> Value | None:

@@ -28,6 +28,10 @@ SAME: dict[str, str] = {
             "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "RoutedExperts", "fused_moe_make_expert_params_mapping",
         ),
         f"{LAYERS}.attention": ("Attention", "ChunkedLocalAttention"),
+        f"{LAYERS}.encoder_attention": ("MMEncoderAttention",),
+        f"{LAYERS}.input_norm": ("IdentityInputNorm", "build_mm_input_norm"),
+        f"{LAYERS}.language_model": ("make_registered_model",),
+        "rtp_llm.srt.multimodal.tensor_schema": ("TensorSchema", "TensorShape"),
         f"{LAYERS}.radix_attention": ("RadixAttention", "AttentionType", "model_window"),
         f"{LAYERS}.logits_processor": ("LogitsProcessor",),
         f"{LAYERS}.conv": ("Conv2dLayer", "Conv3dLayer"),
@@ -70,7 +74,7 @@ ENGINE_METHODS = frozenset({
     "update_physical_experts_metadata", "set_moe_parameters", "extract_moe_parameters", "get_top_tokens",
     "compute_logits_local", "get_mamba_state_shape_from_config", "get_mamba_state_dtype_from_config",
     "get_mamba_state_copy_func", "sample", "get_mm_mapping", "get_num_mm_encoder_tokens",
-    "get_num_mm_connector_tokens",
+    "get_num_mm_connector_tokens", "get_speech_to_text_config", "get_generation_prompt", "get_num_audio_tokens",
 })  # fmt: skip
 ENGINE_ATTRIBUTES = frozenset({
     "embedding_modules", "embedding_padding_modules", "fall_back_to_pt_during_load", "supports_lora", "supports_pp",
@@ -97,7 +101,7 @@ MISSING: dict[str, str] = {
             "MLAAttention",
         ),
         "attention that is not causal": (
-            "EncoderOnlyAttention", "CrossAttention", "MMEncoderAttention", "PrefillPrefixLMAttention",
+            "EncoderOnlyAttention", "CrossAttention", "PrefillPrefixLMAttention",
         ),
         "attention with a window that keeps the prompt in sight": ("RSWAAttention",),
         POOLING: (
@@ -111,7 +115,7 @@ MISSING: dict[str, str] = {
 }  # fmt: skip
 
 # Contexts that only tell the other engine how to compile what is in them.
-CONTEXTS = frozenset({"set_model_tag", "layer_stack", "get_global_expert_distribution_recorder"})
+CONTEXTS = frozenset({"set_model_tag", "layer_stack", "gpu_sync_allowed", "get_global_expert_distribution_recorder"})
 
 # Names that rules fold away or rewrite; what is left of them is told.
 RULED = frozenset({
@@ -121,6 +125,7 @@ RULED = frozenset({
     "spec_decode_needs_target_embed",
     "cdiv", "round_up", "getattr_iter", "_ACTIVATION_REGISTRY", "maybe_remap_moe_expert_param_name",
     "get_current_vllm_config_or_none", "str_dtype_to_torch_dtype", "AttentionBackendEnum", "get_attn_backend",
+    "PIN_MEMORY", "async_tensor_h2d", "get_vit_attn_backend", "is_vit_use_data_parallel", "get_multimodal_config",
     "remap_moe_expert_weights", "FusedMoEParallelConfig", "OCP_MX_BLOCK_SIZE",
     "StageMissingLayer", "maybe_fused_act_quant", "init_vllm_registered_model",
 })  # fmt: skip

@@ -10,7 +10,7 @@ from typing import cast
 import libcst as cst
 from libcst import matchers as m
 
-from rtp_llm.port.facts import BACKEND, EMPTY, ClassName, Const, Engine, Expression, Value
+from rtp_llm.port.facts import EMPTY, ClassName, Const, Engine, Expression, Value, is_backend
 from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code
 from rtp_llm.port.rules.base import Rule, expression
@@ -25,7 +25,6 @@ _NEEDED = {
     "get_tensor_model_parallel_world_size": Origin(PARALLEL, "get_tensor_model_parallel_world_size"),
     "get_tensor_model_parallel_rank": Origin(PARALLEL, "get_tensor_model_parallel_rank"),
 }
-_BACKEND = Engine(BACKEND)
 _ENDS = (cst.Return, cst.Raise, cst.Continue, cst.Break)
 
 
@@ -194,7 +193,7 @@ class FoldFacts(Rule):
     def _is_void(self, old: cst.BaseSmallStatement, new: cst.BaseSmallStatement) -> bool:
         """Whether a statement has become one that does nothing."""
         if isinstance(old, cst.Expr):
-            if isinstance(old.value, cst.Call) and any(self._value(arg.value) == _BACKEND for arg in old.value.args):
+            if isinstance(old.value, cst.Call) and any(is_backend(self._value(arg.value)) for arg in old.value.args):
                 return True  # a word about the kernels
             return not isinstance(old.value, cst.SimpleString | cst.ConcatenatedString | cst.Name) and (
                 isinstance(self._value(old.value), Const | Engine)

@@ -12,11 +12,12 @@ from libcst import matchers as m
 
 from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, code, self_attribute
-from rtp_llm.port.rules.base import Rule, with_args
+from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.rules.fold import tidied
 from rtp_llm.port.signatures import DROPPED, DROPPED_OF_SGLANG, SIGNATURES
 from rtp_llm.port.source import Origin
+from rtp_llm.port.vocabulary import target
 
 # Helpers that give back their first argument here.
 _IDENTITIES = frozenset({"maybe_remap_moe_expert_param_name", "remap_moe_expert_weights"})
@@ -27,6 +28,7 @@ _WRITTEN_OUT = {
     "getattr_iter": (2, "next((getattr({0}, name) for name in {1} if hasattr({0}, name)), None)"),
     "str_dtype_to_torch_dtype": (1, "getattr(torch, {})"),
 }
+_MODULES = frozenset({"parallel_state", "utils"})  # of vllm.distributed
 _STAGES = ("pp_rank", "pp_size", "return_tuple")
 _ADD_PREFIX = Origin("vllm", "add_prefix")
 _NORMALISED = frozenset(SIGNATURES) - {
@@ -63,6 +65,12 @@ class RewriteLayers(Rule):
             return cst.Call(updated_node.args[0].value, [cst.Arg(updated_node.args[1].value)])
         if name in _WRITTEN_OUT and len(updated_node.args) == _WRITTEN_OUT[name][0]:
             return self._written_out(name, updated_node)
+        if name == "async_tensor_h2d" and updated_node.args:
+            self.program.imports.setdefault("torch", Origin("torch"))
+            device = next((arg for arg in updated_node.args[1:] if not arg.keyword), None)
+            rest = [keyword("device", device.value)] if device else []
+            kept = [updated_node.args[0], *rest, *(arg for arg in updated_node.args[1:] if arg.keyword)]
+            return with_args(updated_node.with_changes(func=cst.parse_expression("torch.as_tensor")), kept)
         if name in _IDENTITIES and updated_node.args:
             return updated_node.args[0].value
         if name == "GeluAndMul" and self.program.engine == "vllm" and not updated_node.args:
@@ -155,6 +163,14 @@ class RewriteLayers(Rule):
         if function == "enumerate" and len(args) == 2 and code(args[1].value) == "0":
             return with_args(call, [args[0]])
         return call
+
+    def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
+        """``parallel_state.get_tensor_model_parallel_rank`` of an imported module is the name itself."""
+        name = updated_node.attr.value
+        if self.program.engine_name(original_node.value) not in _MODULES or target(name) is None:
+            return updated_node
+        self.program.engine_names.setdefault(name, Origin("vllm", name))
+        return cst.Name(name)
 
     def leave_Subscript(self, original_node: cst.Subscript, updated_node: cst.Subscript) -> cst.BaseExpression:
         index = updated_node.slice[0].slice if len(updated_node.slice) == 1 else None

@@ -12,7 +12,8 @@ from rtp_llm.port.source import Statement, bound_names
 # Methods that this engine, torch or another rule calls.
 CALLED = frozenset({
     "forward", "load_weights", "compute_logits", "embed_input_ids", "get_input_embeddings", "extra_repr",
-    "get_image_feature", "get_video_feature", "pad_input_ids", "weight_loader", "finish_load", "cache_spec",
+    "get_image_feature", "get_video_feature", "get_mrope_input_positions", "pad_input_ids", "weight_loader",
+    "finish_load", "cache_spec",
 })  # fmt: skip
 
 

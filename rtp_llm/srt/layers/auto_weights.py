@@ -23,8 +23,11 @@ from rtp_llm.srt.layers.weights import (
     Weights,
     declared_sources,
     fill,
+    packed_shard_ids,
     shape_of,
+    swap_part,
 )
+from rtp_llm.srt.model_traits import ModelTraits
 
 __all__ = ["AutoWeightsLoader", "WeightsMapper", "maybe_remap_kv_scale_name"]
 
@@ -124,10 +127,11 @@ class WeightsMapper:
 class AutoWeightsLoader:
     """Loads tensors into a module by their names, strictly.
 
-    A name is a parameter's or persistent buffer's, or one that a layer declares in ``weight_sources``. A submodule with
-    a ``load_weights`` of its own gets its tensors, under names relative to it. A tensor without a place is an error,
-    unless it is skipped, may be missing by the arguments, is ignored for every model (rotary frequencies, causal
-    masks), or is a bias of zeros.
+    A name is a parameter's or persistent buffer's, one that a layer declares in ``weight_sources``, or a source in the
+    ``packed_modules_mapping`` of a module above it, after that module's ``rename``. A submodule with a ``load_weights``
+    of its own gets its tensors, under names relative to it. A tensor without a place is an error, unless it is skipped,
+    may be missing by the arguments, is ignored for every model (rotary frequencies, causal masks), or is a bias of
+    zeros.
 
     Args:
         skip_prefixes, skip_substrs: tensors with such names are not loaded.
@@ -192,6 +196,11 @@ class _Run:
             for path, submodule in module.named_modules()
             if path and callable(getattr(submodule, "load_weights", None))
         }
+        self.declaring = {
+            path: ModelTraits.of(submodule)
+            for path, submodule in module.named_modules()
+            if hasattr(submodule, "packed_modules_mapping") or hasattr(submodule, "rename")
+        }
         self.first_names: dict[int, str] = {}  # of tensors with several names, all of them -> the first
         for name, target in self.targets.items():
             self.first_names.setdefault(id(target), name)
@@ -224,11 +233,39 @@ class _Run:
             shard_id: ShardId = getattr(tensor, "shard_id", None)
             if name in self.targets:
                 self._fill(name, name, tensor, shard_id)
-            elif name in self.sources:
-                target_name, source_shard_id = self.sources[name]
+            elif place := self.sources.get(name) or self._declared_place(name):
+                target_name, source_shard_id = place
                 self._fill(name, target_name, tensor, shard_id if source_shard_id is None else source_shard_id)
             elif not self.loader.may_leave(name, tensor):
                 self.without_place.append(f"{name} {shape_of(tensor)}")
+
+    def _declared_place(self, name: str) -> tuple[str, ShardId] | None:
+        """Return the place by what the modules above declare, the nearest first; None if they do not say."""
+        parts = name.split(".")
+        for depth in range(len(parts) - 1, -1, -1):
+            path = ".".join(parts[:depth])
+            if path in self.declaring:
+                found = self._place_below(path, ".".join(parts[depth:]))
+                if found is not None:
+                    return found
+        return None
+
+    def _place_below(self, path: str, name: str) -> tuple[str, ShardId] | None:
+        declared = self.declaring[path]
+        for pattern, replacement in declared.rename:
+            name = re.sub(pattern, replacement, name)
+        whole = f"{path}.{name}".removeprefix(".")
+        if whole in self.targets:
+            return whole, None
+        if whole in self.sources:
+            return self.sources[whole]
+        for packed, sources in declared.packed_modules_mapping.items():
+            for i, source in enumerate(sources):
+                candidate = swap_part(whole, source, packed)
+                if candidate in self.targets:
+                    layer = self.module.get_submodule(candidate.rpartition(".")[0])
+                    return candidate, packed_shard_ids(layer, packed, len(sources))[i]
+        return None
 
     def _fill(self, name: str, target_name: str, tensor: torch.Tensor, shard_id: ShardId) -> None:
         target = self.targets[target_name]

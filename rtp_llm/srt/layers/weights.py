@@ -123,6 +123,20 @@ def declared_sources(model: nn.Module) -> dict[str, tuple[str, ShardId]]:
     }
 
 
+def swap_part(name: str, part: str, other: str) -> str | None:
+    """Return a dotted name with a part of it replaced, or None if it has no such part."""
+    dotted = f".{name}."
+    if f".{part}." not in dotted:
+        return None
+    return dotted.replace(f".{part}.", f".{other}.", 1)[1:-1]
+
+
+def packed_shard_ids(layer: nn.Module, packed: str, num_sources: int) -> tuple[ShardId, ...]:
+    """Return the shard ids of a packed layer's sources, in the order of ``packed_modules_mapping``."""
+    default = ("q", "k", "v") if packed.endswith("qkv_proj") and num_sources == 3 else tuple(range(num_sources))
+    return tuple(getattr(layer, "shard_ids", default))
+
+
 def shape_of(tensor: torch.Tensor) -> str:
     return str(list(tensor.shape))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rtp_llm.srt.layers.weights import COMMON_IGNORE, ShardId, declared_sources
+from rtp_llm.srt.layers.weights import COMMON_IGNORE, ShardId, declared_sources, packed_shard_ids, swap_part
 from rtp_llm.srt.model_traits import ModelTraits
 
 BASE_MODEL_PREFIX = "model."  # missing in the names of a checkpoint saved from the base model's class
@@ -50,7 +50,7 @@ class WeightNames:
             return self._sources[name]
         for packed, sources in self.declared.packed_modules_mapping.items():
             for i, source in enumerate(sources):
-                candidate = _swap(name, source, packed)
+                candidate = swap_part(name, source, packed)
                 if candidate and candidate in self.targets:
                     return Place(candidate, self._shard_ids(candidate, packed)[i])
         return None
@@ -78,7 +78,7 @@ class WeightNames:
         if name in self._sources_of:
             return self._sources_of[name]
         for packed, sources in self.declared.packed_modules_mapping.items():
-            names = [source for source in (_swap(name, packed, source) for source in sources) if source]
+            names = [source for source in (swap_part(name, packed, source) for source in sources) if source]
             if names and len(names) == len(sources):
                 return list(zip(names, self._shard_ids(name, packed), strict=True))
         return []
@@ -92,9 +92,7 @@ class WeightNames:
     def _shard_ids(self, name: str, packed: str) -> tuple[ShardId, ...]:
         """Return the layer's shard ids of the sources, in the order of ``packed_modules_mapping``."""
         layer = self._model.get_submodule(name.rpartition(".")[0])
-        sources = self.declared.packed_modules_mapping[packed]
-        default = ("q", "k", "v") if packed.endswith("qkv_proj") and len(sources) == 3 else tuple(range(len(sources)))
-        return tuple(getattr(layer, "shard_ids", default))
+        return packed_shard_ids(layer, packed, len(self.declared.packed_modules_mapping[packed]))
 
 
 def _by_target(sources: Mapping[str, Place]) -> dict[str, list[tuple[str, ShardId]]]:
@@ -111,11 +109,3 @@ def _names_by_tensor(targets: dict[str, torch.Tensor]) -> dict[int, list[str]]:
     for name, target in targets.items():
         names[id(target)].append(name)
     return dict(names)
-
-
-def _swap(name: str, part: str, other: str) -> str | None:
-    """Return ``name`` with the dotted part replaced, or None if it has no such part."""
-    dotted = f".{name}."
-    if f".{part}." not in dotted:
-        return None
-    return dotted.replace(f".{part}.", f".{other}.", 1)[1:-1]

@@ -154,6 +154,33 @@ def test_a_tied_head_under_either_name(name: str) -> None:
         AutoWeightsLoader(model).load_weights(both)
 
 
+class Packed(nn.Module):
+    """A model with declared names, as this engine's are."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up": ["gate", "up"]}
+    rename = [(r"^old\.", "new.")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = nn.Module()
+        self.new.qkv_proj = QKVParallelLinear(4, 2, 2, 2, bias=False)
+        self.new.gate_up = MergedColumnParallelLinear(4, [3, 3], bias=False)
+
+
+def test_a_submodule_may_declare_its_names() -> None:
+    model = nn.Module()
+    model.inner, model.norm = Packed(), RMSNorm(4)
+    parts = {name: torch.randn(4 if "proj" in name else 3, 4) for name in ("q_proj", "k_proj", "v_proj", "gate", "up")}
+    given = {f"inner.old.{name}.weight": part for name, part in parts.items()} | {"norm.weight": torch.ones(4)}
+    loaded = AutoWeightsLoader(model).load_weights(given.items())
+    assert loaded == {"inner.new.qkv_proj.weight", "inner.new.gate_up.weight", "norm.weight"}
+    fused = torch.cat([parts["q_proj"], parts["k_proj"], parts["v_proj"]])
+    assert torch.equal(model.inner.new.qkv_proj.weight, fused)
+    assert torch.equal(model.inner.new.gate_up.weight, torch.cat([parts["gate"], parts["up"]]))
+    with pytest.raises(ValueError, match=r"inner\.old\.down\.weight"):
+        AutoWeightsLoader(model).load_weights([("inner.old.down.weight", torch.ones(4))])
+
+
 def test_what_needs_no_place() -> None:
     extra = {
         "layers.0.rotary_emb.inv_freq": torch.ones(2),
