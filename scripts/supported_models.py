@@ -13,7 +13,7 @@ import ast
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -32,6 +32,7 @@ from rtp_llm.srt.models.loader import FALLBACK
 from rtp_llm.srt.models.registry import ModelFile, ModelRegistry
 from tiny_models import TINY_MODELS
 
+GGUF_TEST = TESTS / "gguf" / "test_architectures.py"
 PAGE = ROOT / "docs" / "supported_models" / "supported_models.md"
 TEST_FILES = [
     TESTS / "models" / "test_engine_parity.py",
@@ -47,8 +48,8 @@ Written by `scripts/supported_models.py` from the registry and the tests. Do not
 
 Language models of these architectures, as `config.json` names them under `architectures`, have a file of their own:
 
-| architecture | file | what it is | cases | on two ranks |
-|---|---|---|---|---|
+| architecture | file | what it is | GGUF | cases | on two ranks |
+|---|---|---|---|---|---|
 {language_rows}
 
 **Cases** are tiny random checkpoints, each of another configuration, whose answers must be those of transformers in
@@ -58,6 +59,26 @@ runs all. **On two ranks** counts the cases that tensor parallelism is tested wi
 `make test-all` only. Beside these, [test_generation_models.py](../../test/srt/models/test_generation_models.py)
 compares log-probabilities and text of a twin of every architecture above, from short prompts to long ones;
 `make test-all` runs all of them.
+
+## From GGUF files
+
+**GGUF** above is the `general.architecture` of files that hold the model; their class is found by it, and `config.json`
+is made of their metadata. Of each such architecture, [test_architectures.py](../../test/srt/gguf/test_architectures.py)
+writes a file from a tiny checkpoint, as llama.cpp's converter does: in float32 our answers to it must be those of
+transformers to the checkpoint, and its configuration the checkpoint's own. Some are read by another class, which
+computes the same:
+
+{read_as}
+
+No GGUF has these:
+
+{without_gguf}
+
+What `config.json` may say and no key of a GGUF does, and what is taken instead:
+
+{not_said}
+
+Of a model that sees, a GGUF holds the language model alone.
 
 ## Models that see
 
@@ -191,19 +212,35 @@ def _parameters(test: Callable[..., Any] | None) -> list[Any]:
 
 def page() -> str:
     files = [read_test_file(path) for path in TEST_FILES]
+    gguf = _import(GGUF_TEST)
     seeing = [model for model in models() if model.sees]
     reading = [model for model in models() if not model.sees]
     return TEXT.format(
-        language_rows="\n".join(_row(model, files) for model in reading),
-        seeing_rows="\n".join(_row(model, files) for model in seeing),
+        language_rows="\n".join(_row(model, files, [_gguf_name(model, gguf)]) for model in reading),
+        seeing_rows="\n".join(_row(model, files, [_takes_videos(model, files)]) for model in seeing),
+        read_as=_list({name: f"`{other}`" for name, other in gguf.READ_AS.items()}),
+        without_gguf=_list(gguf.WITHOUT_GGUF),
+        not_said=_list(gguf.NOT_SAID),
     )
 
 
-def _row(model: Model, files: list[TestFile]) -> str:
+def _list(said: Mapping[str, str]) -> str:
+    return "\n".join(f"- `{architecture}`: {what}" for architecture, what in sorted(said.items()))
+
+
+def _gguf_name(model: Model, gguf: ModuleType) -> str:
+    """``general.architecture`` of its files."""
+    conversion = gguf.CONVERSIONS.get(model.architecture)
+    return f"`{conversion.architecture}`" if conversion else "none"
+
+
+def _takes_videos(model: Model, files: list[TestFile]) -> str:
+    return "yes" if any(model.architecture in file.with_videos for file in files) else "no"
+
+
+def _row(model: Model, files: list[TestFile], more: list[str]) -> str:
     num_parallel = sum(file.on_two_ranks[model.architecture] for file in files)
-    takes_videos = any(model.architecture in file.with_videos for file in files)
-    media = ["yes" if takes_videos else "no"] if model.sees else []
-    cells = [f"`{model.architecture}`", _link(model.file), model.summary, *media, _counts(model, files)]
+    cells = [f"`{model.architecture}`", _link(model.file), model.summary, *more, _counts(model, files)]
     return f"| {' | '.join(cells)} | {num_parallel or 'none'} |"
 
 
