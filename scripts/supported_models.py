@@ -231,7 +231,7 @@ def _list(said: Mapping[str, str]) -> str:
 def _gguf_name(model: Model, gguf: ModuleType) -> str:
     """``general.architecture`` of its files."""
     conversion = gguf.CONVERSIONS.get(model.architecture)
-    return f"`{conversion.architecture}`" if conversion else "none"
+    return f"`{conversion.architecture}`" if conversion else "no"
 
 
 def _takes_videos(model: Model, files: list[TestFile]) -> str:

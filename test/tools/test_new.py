@@ -14,6 +14,7 @@ from remote_code import fresh_code
 from rtp_llm import ModelRegistry
 from rtp_llm.cli import main
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.gguf.form import declared_forms
 from rtp_llm.srt.models.registry import PACKAGE_VARIABLE
 from rtp_llm.tools.new.names import Name, NewModelError
 from rtp_llm.tools.new.sources import ARCHITECTURE, sources
@@ -47,6 +48,7 @@ def test_a_package_agrees_at_once(kind: str, tmp_path: Path, monkeypatch: pytest
     fresh_code(tmp_path / "cache", monkeypatch)
     checkpoint = import_module(f"{module}.reference.make_tiny").make_tiny(tmp_path / "tiny")
     entry = import_module(f"{module}.{module}").EntryClass
+    assert [form.architecture for form in declared_forms(entry)] == ([module] if kind == "like" else [])
     monkeypatch.setitem(ModelRegistry.models, entry.__name__, entry)
     args = ServerArgs(model_path=checkpoint, dtype="float32", device="cpu", trust_remote_code=True)
     report = verify(args, VerifyOptions(max_new_tokens=4, long_len=0))

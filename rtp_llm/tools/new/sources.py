@@ -88,6 +88,7 @@ def renamed(source: str, architecture: str, config_name: str, file: str) -> str:
     classes = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     names = {name: "Zeta" + name.removeprefix(stem) for name in classes if name.startswith(stem)}
     source = _with_words(source, names | {architecture: ARCHITECTURE})
+    source = re.sub(r'(?<=GGUFForm\()(\s*)"[^"]+"', r'\1"zeta"', source)  # not the other model's files
     lines = source.splitlines()
     lines[0] = f'"""Zeta: so far the form of {file}, to be changed.' + ('"""' if lines[0].endswith('"""') else "")
     lines = _with_config(lines, config_name)
