@@ -61,8 +61,10 @@ def _by_head(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> tor
 def _latent(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
     """Undo that ``kv_b_proj`` was split, into keys [heads, kv_lora_rank, size] and values [heads, size, kv_lora_rank].
 
-    It is [heads * (size of keys + size of values), kv_lora_rank].
+    It is [heads * (size of keys + size of values), kv_lora_rank]. Files of early 2025 and before have it whole.
     """
+    if len(tensors) == 1:
+        return tensors[0]
     keys, values = tensors
     return torch.cat((keys.transpose(1, 2), values.to(keys.dtype)), dim=1).flatten(0, 1)
 

@@ -6,23 +6,26 @@ know nothing of the folder. Weights are float32 in both, so ids must be equal an
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 
 from gguf_conversions import CONVERSIONS
 from gguf_writing import write_gguf
 from parity import (
     Case,
+    Tensors,
     disturb_correction_biases,
     disturb_layer_scalars,
     generate,
     open_engine,
     params_of,
+    rewrite_tensors,
     same_logprobs,
 )
 from rtp_llm.srt.configs.hf_config import load_hf_config
@@ -92,6 +95,36 @@ NOT_SAID = {
     "Starcoder2ForCausalLM": "`sliding_window`: no window",
 }
 
+
+def with_a_predictor(model_dir: str) -> None:
+    """Checkpoints of GLM-4.5 have a layer more, which predicts a second token."""
+    disturb_correction_biases(model_dir)
+
+    def change(tensors: Tensors) -> Tensors:
+        last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
+        more = {name.replace("layers.3.", "layers.4."): tensor for name, tensor in last.items()}
+        norms = {f"model.layers.4.{name}.weight": torch.ones(64) for name in ("enorm", "hnorm", "shared_head.norm")}
+        return tensors | more | norms | {"model.layers.4.eh_proj.weight": torch.ones(64, 128)}
+
+    rewrite_tensors(model_dir, change)
+
+
+def with_keys_of_all_layers(model_dir: str) -> None:
+    """Checkpoints of Gemma 4 have keys and values in layers that take another's."""
+    disturb_layer_scalars(model_dir)
+
+    def change(tensors: Tensors) -> Tensors:
+        more = {
+            name.replace("layers.0.", "layers.2."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(("model.layers.0.self_attn.k", "model.layers.0.self_attn.v"))
+        }
+        assert more and not more.keys() & tensors.keys()
+        return tensors | more
+
+    rewrite_tensors(model_dir, change)
+
+
 SlowCase = partial(Case, slow=True)
 CASES = (
     Case("llama", "LlamaForCausalLM", dict(num_key_value_heads=1, rope_parameters=LLAMA3)),
@@ -160,7 +193,7 @@ CASES = (
         "Gemma4ForCausalLM",
         dict(layer_types=[WINDOW, FULL, WINDOW, FULL], num_kv_shared_layers=2, use_double_wide_mlp=True)
         | dict(global_head_dim=24, sliding_window=7, final_logit_softcapping=3.0),
-        edit=disturb_layer_scalars,
+        edit=with_keys_of_all_layers,
     ),
     SlowCase(
         "gemma4-moe",
@@ -175,7 +208,7 @@ CASES = (
         "glm4-moe",
         "Glm4MoeForCausalLM",
         dict(use_qk_norm=True, attention_bias=True, routed_scaling_factor=1.7, head_dim=16),
-        edit=disturb_correction_biases,
+        edit=with_a_predictor,
     ),
     Case("gpt-oss", "GptOssForCausalLM", dict(sliding_window=7, rope_parameters=YARN | dict(truncate=False))),
     SlowCase(
@@ -279,6 +312,26 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_answers_are_those_of_transformers(made: Made) -> None:
+    check_answers(made)
+
+
+def test_a_file_with_latent_keys_and_values_in_one(tmp_path: Path) -> None:
+    """The converter took them apart only from April 2025 on."""
+    case = next(case for case in CASES if case.name == "deepseek-2")
+    keys = {
+        "attention.key_length": lambda config: config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "attention.value_length": "v_head_dim",
+        "attention.head_count_kv": "num_attention_heads",
+        "attention.key_length_mla": lambda config: None,
+        "attention.value_length_mla": lambda config: None,
+    }
+    now = CONVERSIONS[case.architecture]
+    model_dir = case.make(tmp_path / "checkpoint")
+    before = replace(now, keys=now.keys | keys, changes=())
+    check_answers(Made(case, model_dir, write_gguf(model_dir, tmp_path / "model.gguf", before)))
+
+
+def check_answers(made: Made) -> None:
     vocab_size = json.loads(Path(made.model_dir, "config.json").read_text())["vocab_size"]
     prompts = random_prompts(vocab_size, [40, 130])
     with open_engine(str(made.path)) as engine:
