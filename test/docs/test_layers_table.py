@@ -39,7 +39,7 @@ NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
         "VisionAttentionMetadata",
         "prepare_vision_attention_metadata",
     },
-    "weights": {"declared_sources", "fill", "is_optional", "shape_of"},
+    "weights": {"declared_sources", "fill", "is_optional", "packed_shard_ids", "shape_of", "swap_part"},
 }
 ROOMS_OF_THE_ENGINE = ("fallback", "quantization")
 
