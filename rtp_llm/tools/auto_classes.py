@@ -4,11 +4,14 @@ There are three: code beside the weights, named under ``auto_map`` in config.jso
 process has registered (``AutoModelForCausalLM.register(Config, Model)``); transformers' own class for the model type.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,6 +20,9 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedConfig,
 )
+
+from rtp_llm.srt.gguf.folder import is_checkpoint_folder
+from rtp_llm.tools.gguf_values import gguf_values
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModel)
 
@@ -53,7 +59,18 @@ def load_by_transformers(model_path: str, own_config: Any, trust_remote_code: bo
         names = ", ".join(getattr(own_config, "architectures", None) or ()) or "the model"
         raise CannotBuildError(f"transformers cannot build {names} of {model_path}. Tried: {'; '.join(tried)}")
     way = choose(ways, getattr(own_config, "architectures", None) or ())
+    if is_checkpoint_folder(Path(model_path)):
+        return _load_values(model_path, way, **options)
     return way.auto_class.from_pretrained(model_path, config=way.config, trust_remote_code=trust_remote_code, **options)
+
+
+def _load_values(model_path: str, way: Way, dtype: torch.dtype, **options: Any) -> Any:
+    """Load the model of a GGUF with computed weights: transformers' own reader knows few architectures."""
+    config = copy.deepcopy(way.config)
+    config.__dict__.pop("quantization_config", None)
+    values = gguf_values(model_path, dtype)
+    model_class = _model_class(way.auto_class, config)
+    return model_class.from_pretrained(None, config=config, state_dict=values, dtype=dtype, **options)
 
 
 def choose(ways: Sequence[Way], architectures: Sequence[str]) -> Way:
@@ -99,11 +116,15 @@ def _class_name(auto_class: Any, config: PreTrainedConfig, code: Mapping[str, st
         return place.rpartition(".")[2]
     if type(config) not in auto_class._model_mapping:
         return None
-    found = auto_class._model_mapping[type(config)]
-    model_class = found[0] if isinstance(found, (list, tuple)) else found
+    model_class = _model_class(auto_class, config)
     if auto_class is AutoModel and model_class.__module__.startswith("transformers."):
         return None
     return model_class.__name__
+
+
+def _model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
+    found = auto_class._model_mapping[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def _first_sentence(error: Exception) -> str:
