@@ -124,6 +124,10 @@ class DeviceProvider(ABC):
         a mapped file."""
 
     @abstractmethod
+    def group_experts(self, experts: Sequence[PackedWeight]) -> PackedExperts:
+        """Make one weight of those of a layer's experts, whatever their form, without copying them."""
+
+    @abstractmethod
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         """Make kernels that are bound within the context report their times to ``watch``, also later; for a profile."""
 

@@ -44,6 +44,38 @@ void pack_block(const BlockType& type, const uint8_t* block, int64_t n, uint8_t*
     }
 }
 
+// One thread's tiles.
+class Multiplier {
+   public:
+    Multiplier(const BlockType& type, int64_t K) : type_(type), blocks_(K / type.inputs) {}
+
+    // Writes outputs of panel p, or with a gate of those of either half, for rows [row, last).
+    void compute(const Output& output, const Run* x, int64_t row, int64_t last, const uint8_t* packed, int64_t p) {
+        multiply(x, last - row, packed, p, sums_);
+        if (output.gate) multiply(x, last - row, packed, output.columns / 2 / PANEL + p, others_);
+        for (int64_t r = 0; r < last - row; r++)
+            for (int v = 0; v < VECS; v++) {
+                if (output.gate)
+                    output.write_gated(row + r, p * PANEL + v * LANES, sums_[r][v], others_[r][v]);
+                else
+                    output.write(row + r, p * PANEL + v * LANES, sums_[r][v]);
+            }
+    }
+
+   private:
+    void multiply(const Run* x, int64_t rows, const uint8_t* packed, int64_t p, vec (*sums)[VECS]) const {
+        type_.tile(x, int(rows), packed + p * blocks_ * type_.bytes * PANEL, blocks_, sums);
+    }
+
+    const BlockType& type_;
+    const int64_t blocks_;
+    vec sums_[MOST_ROWS][VECS], others_[MOST_ROWS][VECS];
+};
+
+const void* bias_at(const void* bias, bool is_float, int64_t number) {
+    return bias ? static_cast<const char*>(bias) + number * (is_float ? sizeof(float) : sizeof(bf16)) : nullptr;
+}
+
 }  // namespace
 
 // Each function returns whether there is such a type of blocks, and rows_blocks whether all ids are in range.
@@ -86,33 +118,60 @@ KERNEL int gemm_blocks(int number, const void* x, int x_is_float, int64_t x_stri
                        int out_is_float, int gate) {
     const BlockType* type = type_numbered(number);
     if (!type) return 0;
-    const int64_t blocks = K / type->inputs, panel_bytes = blocks * type->bytes * PANEL;
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
-    const Runs rows(x, x_is_float != 0, x_stride, M, K, type->offset, type->halves);
+    RowTiles tiles;
+    tiles.add(M);
+    const Runs rows(tiles, x, x_is_float != 0, x_stride, K, type->offset, type->halves);
     Panels panels(output);
 #pragma omp parallel
     {
         Runs input = rows;
         input.pack();
-        vec sums[MOST_ROWS][VECS], others[MOST_ROWS][VECS];
+        Multiplier multiplier(*type, K);
         int64_t first, last;
         while (panels.take(first, last))
-            for (int64_t t = 0; t < input.tiles; t++) {
-                const int64_t start = input.start(t);
-                const int count = int(input.start(t + 1) - start);
-                for (int64_t p = first; p < last; p++) {
-                    type->tile(input.tile(t), count, packed + p * panel_bytes, blocks, sums);
-                    if (gate) {
-                        type->tile(input.tile(t), count, packed + (panels.count + p) * panel_bytes, blocks, others);
-                        for (int r = 0; r < count; r++)
-                            for (int v = 0; v < VECS; v++)
-                                output.write_gated(start + r, p * PANEL + v * LANES, sums[r][v], others[r][v]);
-                    } else {
-                        for (int r = 0; r < count; r++)
-                            for (int v = 0; v < VECS; v++) output.write(start + r, p * PANEL + v * LANES, sums[r][v]);
-                    }
-                }
-            }
+            for (int64_t t = 0; t < tiles.count(); t++)
+                for (int64_t p = first; p < last; p++)
+                    multiplier.compute(output, input.tile(t), tiles.starts[t], tiles.starts[t + 1], packed, p);
+    }
+    return 1;
+}
+
+// out [M, N] = x [M, K] times the weight, and plus the bias, of each row's group. Rows are sorted by group,
+// rows_per_group of each. packed: [groups] weights; bias: [groups][N] or null. Also returns whether groups have M rows
+// together.
+KERNEL int grouped_gemm_blocks(int number, const void* x, int x_is_float, int64_t x_stride, int64_t M,
+                               const int64_t* rows_per_group, int64_t groups, const uint8_t* const* packed, int64_t N,
+                               int64_t K, const void* bias, int bias_is_float, void* out, int64_t out_stride,
+                               int out_is_float) {
+    const BlockType* type = type_numbered(number);
+    if (!type) return 0;
+    RowTiles tiles;
+    std::vector<int64_t> ids, firsts;  // of groups with rows; each one's first tile
+    for (int64_t g = 0; g < groups; g++) {
+        if (rows_per_group[g] == 0) continue;
+        ids.push_back(g);
+        firsts.push_back(tiles.count());
+        tiles.add(rows_per_group[g]);
+    }
+    firsts.push_back(tiles.count());
+    if (tiles.starts.back() != M) return 0;
+    const Runs rows(tiles, x, x_is_float != 0, x_stride, K, type->offset, type->halves);
+    const int64_t panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
+#pragma omp parallel
+    {
+        Runs input = rows;
+        input.pack();
+        Multiplier multiplier(*type, K);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < int64_t(ids.size()) * pieces; task++) {
+            const int64_t i = task / pieces, first = task % pieces * PANELS_AT_ONCE;
+            const void* of_group = bias_at(bias, bias_is_float != 0, ids[i] * N);
+            Output output{out, out_stride, N, of_group, out_is_float != 0, bias_is_float != 0};
+            for (int64_t t = firsts[i]; t < firsts[i + 1]; t++)
+                for (int64_t p = first; p < std::min(first + PANELS_AT_ONCE, panels); p++)
+                    multiplier.compute(output, input.tile(t), tiles.starts[t], tiles.starts[t + 1], packed[ids[i]], p);
+        }
     }
     return 1;
 }

@@ -27,43 +27,52 @@ struct Run {
     }
 };
 
+// Rows cut into tiles: tile t is of rows starts[t] to starts[t + 1].
+struct RowTiles {
+    std::vector<int64_t> starts{0};
+
+    int64_t count() const { return int64_t(starts.size()) - 1; }
+
+    // Adds tiles of nearly equal size for the next rows.
+    void add(int64_t rows) {
+        const int64_t first = starts.back(), tiles = divide_up(rows, MOST_ROWS), steps = divide_up(rows, ROWS_IN_STEP);
+        for (int64_t t = 1; t <= tiles; t++) starts.push_back(first + std::min(rows, steps * t / tiles * ROWS_IN_STEP));
+    }
+};
+
 // In a tile of R rows, run g of row r is number g * R + r.
 class Runs {
    public:
-    const int64_t tiles;
-
     // offset: of the weights, or 0: totals are wanted. halves: each has a total.
-    Runs(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int offset, bool halves)
-        : tiles(divide_up(M, MOST_ROWS)), x_(x), is_float_(is_float), stride_(stride), M_(M), runs_(K / RUN),
-          offset_(offset), halves_(halves) {
+    Runs(const RowTiles& tiles, const void* x, bool is_float, int64_t stride, int64_t K, int offset, bool halves)
+        : starts_(tiles.starts.data()), tiles_(tiles.count()), x_(x), is_float_(is_float), stride_(stride),
+          runs_(K / RUN), offset_(offset), halves_(halves) {
         reserve();
     }
 
-    int64_t start(int64_t tile) const { return std::min(M_, divide_up(M_, ROWS_IN_STEP) * tile / tiles * ROWS_IN_STEP); }
-
-    const Run* tile(int64_t number) const { return to_ + start(number) * runs_; }
+    const Run* tile(int64_t number) const { return to_ + starts_[number] * runs_; }
 
     // To be called by all threads of a team, each with a copy: see Bytes::pack.
     void pack() {
-        if (M_ <= ROWS_OF_EACH) {
+        if (starts_[tiles_] <= ROWS_OF_EACH) {
             reserve();
-            for (int64_t t = 0; t < tiles; t++) pack_tile(t, 0, runs_);
+            for (int64_t t = 0; t < tiles_; t++) pack_tile(t, 0, runs_);
             return;
         }
         int64_t pieces = divide_up(runs_, RUNS_OF_EACH);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tiles * pieces; i++) {
+        for (int64_t i = 0; i < tiles_ * pieces; i++) {
             int64_t first = i % pieces * RUNS_OF_EACH;
             pack_tile(i / pieces, first, std::min(first + RUNS_OF_EACH, runs_));
         }
     }
 
    private:
-    void reserve() { to_ = scratch<Run, 0>(M_ * runs_); }
+    void reserve() { to_ = scratch<Run, 0>(starts_[tiles_] * runs_); }
 
     // Writes one place after another: lines of memory go from one processor's cache to another's as few times as may be.
     void pack_tile(int64_t tile, int64_t first, int64_t last) {
-        int64_t row = start(tile), count = start(tile + 1) - row;
+        int64_t row = starts_[tile], count = starts_[tile + 1] - row;
         Run* to = to_ + row * runs_ + first * count;
         for (int64_t k = first * RUN; k < last * RUN; k += RUN)
             for (int64_t r = row; r < row + count; r++, to++) {
@@ -97,9 +106,11 @@ class Runs {
             to.totals[half] = float(total);
     }
 
+    const int64_t* starts_;
+    int64_t tiles_;
     const void* x_;
     bool is_float_;
-    int64_t stride_, M_, runs_;
+    int64_t stride_, runs_;
     int offset_;
     bool halves_;
     Run* to_;

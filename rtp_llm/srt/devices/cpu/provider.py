@@ -8,7 +8,7 @@ import torch
 
 from rtp_llm.srt.device.provider import Kernel
 from rtp_llm.srt.devices.cpu import codes, linear, moe
-from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels
+from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
@@ -84,6 +84,9 @@ class CpuProvider(ReferenceProvider):
         if blocks.is_cpu and block_type in NUMBERS and _builds_for_kernels((torch.bfloat16,)):
             return BlockPanels(blocks, block_type, num_inputs)
         return super().pack_blocks(blocks, block_type, num_inputs)
+
+    def group_experts(self, experts: Sequence[PackedWeight]) -> PackedExperts:
+        return BlockExperts(experts) if BlockExperts.are_alike(experts) else super().group_experts(experts)
 
     def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
         if _takes_codes(weight, weight.shape[1], group_size):

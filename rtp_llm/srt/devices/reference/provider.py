@@ -80,6 +80,9 @@ class ReferenceProvider(DeviceProvider):
             raise ValueError(f"{num_inputs} inputs in blocks of {block_type} are not of shape {list(blocks.shape)}")
         return PlainBlocks(blocks.clone(), block_type)
 
+    def group_experts(self, experts: Sequence[packed.PackedWeight]) -> packed.PackedExperts:
+        return packed.OneByOne(experts)
+
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return nullcontext()
 

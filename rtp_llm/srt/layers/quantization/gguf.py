@@ -19,7 +19,7 @@ from torch import nn
 from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.kernels.block_tensor import BlockTensor
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
-from rtp_llm.srt.kernels.packed import OneByOne, PackedWeight, PlainDense, PlainExperts, SideBySide
+from rtp_llm.srt.kernels.packed import PackedWeight, PlainDense, PlainExperts, SideBySide
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import Experts
@@ -234,7 +234,7 @@ class GGUFExpertsMethod(PackedExpertsMethod):
         for name in ("w13", "w2"):
             weight = self.staged[name].whole()
             if weight is None:
-                layer.packed[name] = OneByOne(self.pack(layer, name))
+                layer.packed[name] = built_for().group_experts(self.pack(layer, name))
             else:
                 layer.packed[name] = built_for().pack_experts(weight) or PlainExperts(weight)
             del self.staged[name]

@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 
-from rtp_llm.srt.kernels.packed import OneByOne, PackedWeight
+from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase, LinearMethodBase, PackedLayer, free
 
 
@@ -31,5 +32,5 @@ class PackedExpertsMethod(ExpertsMethodBase):
 
     def process_weights_after_loading(self, layer: ExpertsLayer) -> None:
         for name in ("w13", "w2"):
-            layer.packed[name] = OneByOne(self.pack(layer, name))
+            layer.packed[name] = built_for().group_experts(self.pack(layer, name))
             free(layer, *(f"{name}_{kind}" for kind in self.kinds))

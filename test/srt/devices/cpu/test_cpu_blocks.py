@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.devices.cpu import blocks, elementwise
-from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels
+from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels
 from rtp_llm.srt.devices.cpu.linear import GATES, PANEL
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks, dequantize_blocks
+from rtp_llm.srt.kernels.packed import OneByOne, PlainDense
 
 FUNCTIONS = (blocks._function, elementwise._function)
 ROWS = (1, 2, 3, 4, 5, 7, 33, 70)
@@ -154,6 +155,34 @@ def test_a_row_that_is_not_a_number_stays_alone(isa: str) -> None:
         result = packed.apply(x)
         assert result[2].isnan().all()
         assert result[torch.arange(num_rows) != 2].isfinite().all()
+
+
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q6_K"])
+def test_experts_in_one_call_are_the_products_of_each(isa: str, block_type: str) -> None:
+    """To the last bit, also without rows, for one expert, and with a bias."""
+    experts = [BlockPanels(random_weight(block_type, 70, 256), block_type, 256) for _ in range(5)]
+    together = BlockExperts(experts)
+    for counts in ((0, 3, 0, 40, 1), (0, 0, 1, 0, 0), (2, 1, 0, 0, 1), (0, 0, 0, 0, 0)):
+        rows_per_expert = torch.tensor(counts)
+        x, bias = torch.randn(sum(counts), 256), torch.randn(5, 70)
+        for rows in (x, x.bfloat16()):
+            for of_experts in (None, bias, bias.bfloat16()):
+                separate = OneByOne(experts).apply(rows, rows_per_expert, of_experts)
+                assert torch.equal(together.apply(rows, rows_per_expert, of_experts), separate)
+    with pytest.raises(ValueError, match=r"groups have \[1, 1, 1, 1, 1\] rows, but x has 4"):
+        together.apply(torch.randn(4, 256), torch.ones(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"take bfloat16 or float32 \[rows, 256\] in 5 groups"):
+        together.apply(torch.randn(4, 256), torch.ones(4, dtype=torch.int64))
+    assert together.nbytes == sum(expert.nbytes for expert in experts)
+
+
+def test_only_experts_that_are_alike_are_computed_in_one_call() -> None:
+    provider = provider_named("cpu")
+    pair = [BlockPanels(random_weight("Q4_0", 64, 256), "Q4_0", 256) for _ in range(2)]
+    assert isinstance(provider.group_experts(pair), BlockExperts)
+    other = BlockPanels(random_weight("Q6_K", 64, 256), "Q6_K", 256)
+    assert isinstance(provider.group_experts([*pair, other]), OneByOne)
+    assert isinstance(provider.group_experts([*pair, PlainDense(torch.randn(64, 256))]), OneByOne)
 
 
 @pytest.mark.parametrize("block_type", NUMBERS)
