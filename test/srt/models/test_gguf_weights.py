@@ -19,9 +19,9 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.gguf.header import GGUFError
-from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
+from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks
 from rtp_llm.srt.layers.auto_weights import AutoWeightsLoader
-from rtp_llm.srt.layers.quantization.base import QuantizationError, stored_bytes
+from rtp_llm.srt.layers.quantization.base import ExpertsLayer, PackedLayer, QuantizationError, stored_bytes
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.models.weight_loading import WeightLoadError
@@ -92,8 +92,8 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The values of all tables and projections, in the checkpoint's parts."""
     found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
-        packed: Any = getattr(module, "packed", None)
-        if packed is not None:
+        if isinstance(module, PackedLayer):
+            packed = module.packed
             found[path] = packed.rows(torch.arange(packed.num_rows))
     return found
 
@@ -323,3 +323,37 @@ def test_damaged_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     (folder / "model.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(GGUFError, match="it is truncated"):
         load(str(folder))
+
+
+# Sizes that are whole blocks of 32.
+WHOLE = dict(hidden_size=64, intermediate_size=96, vocab_size=99)
+REARRANGED = {
+    "GPT2LMHeadModel": dict(n_embd=64, vocab_size=99),  # transposed
+    "BloomForCausalLM": WHOLE | dict(seq_length=512),  # fused by heads
+    "GptOssForCausalLM": WHOLE,  # gates and ups in turns
+    "DeepseekV2ForCausalLM": WHOLE
+    | dict(moe_intermediate_size=32, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, v_head_dim=32),
+    "GraniteMoeForCausalLM": WHOLE,  # experts of two tensors that the checkpoint fuses
+}
+VALUES_IN_ALL = {"gate", "router", "kv_b_proj"}  # which files have in float32, or latent attention splits
+
+
+@pytest.mark.parametrize("architecture", REARRANGED)
+def test_rearranged_weights_stay_in_their_blocks(architecture: str, tmp_path: Path) -> None:
+    make_tiny(architecture, tmp_path, **REARRANGED[architecture])
+    file = tmp_path / "model.gguf"
+    write_gguf(tmp_path, file, CONVERSIONS[architecture], gguf.GGMLQuantizationType.Q8_0)
+    models = []
+    for dtype in ("float32", "bfloat16"):
+        config = ModelConfig.from_pretrained(str(file), dtype=dtype, with_tokenizer=False)
+        models.append(load_model(config, config.model_path, device="reference"))
+    in_values, in_blocks = (dict(model.named_modules()) for model in models)
+    for name, weight in weights_of(models[0]).items():
+        packed: Any = in_blocks[name].packed
+        assert isinstance(packed, PlainBlocks) or name.rpartition(".")[2] in VALUES_IN_ALL, name
+        assert torch.equal(packed.rows(torch.arange(packed.num_rows)).bfloat16(), weight.bfloat16()), name
+    for name, module in in_blocks.items():
+        for part, packed in module.packed.items() if isinstance(module, ExpertsLayer) else ():
+            assert all(isinstance(expert, PlainBlocks) for expert in packed.experts), name
+            found = torch.stack([expert.rows(torch.arange(expert.num_rows)) for expert in packed.experts])
+            assert torch.equal(found, in_values[name].packed[part].weight), name
