@@ -133,7 +133,7 @@ def _check_kind(file: GGUFFile) -> None:
     """Refuse what is no language model: adapters, vision parts, importance matrices, vocabularies."""
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
-        raise GGUFError(f"`general.type` is {kind!r}, so it is no language model; expected is 'model'")
+        raise GGUFError(f"`general.type` is {kind!r:.40}, so it is no language model; expected is 'model'")
     if file.architecture == "clip":
         raise GGUFError("it is the vision part of a model (its architecture is 'clip'); give the language model's file")
     if not file.tensors:

@@ -25,10 +25,12 @@ from rtp_llm.srt.gguf.header import (
     GGUFError,
     TensorEntry,
     read_header,
+    shown,
 )
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+_MOST_LETTERS = 60  # of an architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +114,26 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
     for key, expected in (("split.no", number), ("split.count", count)):
         if metadata.get(key) != expected:
-            raise GGUFError(f"{path}: `{key}` is {metadata.get(key)!r}, but its name says {expected}; was it renamed?")
+            raise GGUFError(
+                f"{path}: `{key}` is {shown(metadata.get(key))}, but its name says {expected}; was it renamed?"
+            )
 
 
 def _check_whole(paths: tuple[Path, ...], metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> None:
     count = metadata.get("split.count", 1)
     if len(paths) == 1 and count not in (0, 1):
         raise GGUFError(
-            f"{paths[0]} is one of {count} parts (`split.count`), but is not named as one: give the parts their own "
-            f"names again, NAME-00001-of-{count:05d}.gguf and so on"
+            f"{paths[0]} is one of {shown(count)} parts (`split.count`), but is not named as one: give the parts their "
+            "own names again, NAME-00001-of-0000N.gguf and so on"
         )
     expected = metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:
-        raise GGUFError(f"{paths[0]}: `split.tensors.count` is {expected!r}, but the parts have {len(tensors)} tensors")
+        raise GGUFError(
+            f"{paths[0]}: `split.tensors.count` is {shown(expected)}, but the parts have {len(tensors)} tensors"
+        )
     architecture = metadata.get(ARCHITECTURE_KEY)
-    if not isinstance(architecture, str) or not architecture:
-        raise GGUFError(f"{paths[0]}: `{ARCHITECTURE_KEY}` must name an architecture, not {architecture!r}")
+    if not isinstance(architecture, str) or not 0 < len(architecture) <= _MOST_LETTERS:
+        raise GGUFError(f"{paths[0]}: `{ARCHITECTURE_KEY}` must name an architecture, not {shown(architecture)}")
 
 
 def _read_part(path: Path) -> tuple[Mapping[str, Any], dict[str, GGUFTensor]]:
@@ -135,7 +141,7 @@ def _read_part(path: Path) -> tuple[Mapping[str, Any], dict[str, GGUFTensor]]:
     header = read_header(content, str(path))
     alignment = header.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise GGUFError(f"{path}: `{ALIGNMENT_KEY}` must be a power of two from 8 on, not {alignment!r}")
+        raise GGUFError(f"{path}: `{ALIGNMENT_KEY}` must be a power of two from 8 on, not {shown(alignment)}")
     start = -(-header.end // alignment) * alignment
     everything = torch.frombuffer(content, dtype=torch.uint8)
     tensors: dict[str, GGUFTensor] = {}

@@ -61,7 +61,7 @@ def checkpoint_folder(path: str | Path, with_tokenizer: bool = True) -> Path:
     file = GGUFFile.open(path)
     content = {CONFIG_FILE: config_json(file), "generation_config.json": generation_config(file)}
     key = _key(file, content, with_tokenizer)
-    name = f"{file.paths[0].stem[:80]}-{key}"
+    name = f"{file.paths[0].stem[:50]}-{key}"
     try:
         return _in_cache(cache_root() / name, file, content, with_tokenizer)
     except OSError as error:
@@ -82,6 +82,7 @@ def _in_cache(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tok
     if not os.path.lexists(folder):
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))  # for this user alone
+        logger.info("writing configuration and tokenizer of %s to %s", file.paths[0], folder)
         try:
             _write(new, file, content, with_tokenizer)
             new.rename(folder)

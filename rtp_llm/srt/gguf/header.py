@@ -72,8 +72,8 @@ def read_header(content: Any, path: str) -> Header:
         reader.place = f"key {number + 1} of {num_keys}"
         key = reader.name()
         if key in metadata:
-            raise GGUFError(f"{path}: key {_shown(key)} is there twice")
-        reader.place = f"key {_shown(key)}"
+            raise GGUFError(f"{path}: key {shown(key)} is there twice")
+        reader.place = f"key {shown(key)}"
         metadata[key] = reader.value()
     tensors = []
     for number in range(num_tensors):
@@ -188,7 +188,7 @@ class _Reader:
 
     def tensor(self) -> TensorEntry:
         name = self.name()
-        self.place = f"the description of tensor {_shown(name)}"
+        self.place = f"the description of tensor {shown(name)}"
         num_dimensions = self.uint32()
         if num_dimensions > _MOST_DIMENSIONS:
             raise self.error(f"has {num_dimensions} dimensions; expected are 1 to 4")
@@ -196,6 +196,7 @@ class _Reader:
         return TensorEntry(name, dimensions, self.uint32(), self.uint64())
 
 
-def _shown(name: str) -> str:
-    """Quote a name from a file for a message; a long one is cut."""
-    return repr(name if len(name) <= 100 else f"{name[:100]}…")
+def shown(value: object) -> str:
+    """Write a value from a file for a message; a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -42,7 +42,7 @@ def rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
         return {"rope_type": "linear", "factor": _number(file, f"{prefix}factor")}
     if kind == "yarn":
         return _yarn(file, prefix)
-    raise GGUFError(f"`{prefix}type` is {kind!r}, which is not supported; have none, linear, yarn, longrope")
+    raise GGUFError(f"`{prefix}type` is {kind!r:.40}, which is not supported; have none, linear, yarn, longrope")
 
 
 def _yarn(file: GGUFFile, prefix: str) -> dict[str, Any]:

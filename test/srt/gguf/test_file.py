@@ -165,6 +165,8 @@ DAMAGED = {
     "big endian": (content(order=">"), "big endian.*gguf_convert_endian"),
     "no keys": (content(keys=()), "`general.architecture` must name an architecture, not None"),
     "a number for a name": (content([key("general.architecture", U32, b"\1\0\0\0")]), "must name an architecture"),
+    "a sentence for a name": (content([key("general.architecture", 8, text("toy" * 99))]), "must name an architecture"),
+    "a word for a count": (content([ARCH, key("split.count", 8, text("many"))]), "is one of 'many' parts"),
     "many keys": (content(counts=(0, 2**64 - 1)), "key 2 of 18446744073709551615"),
     "many tensors": (content(counts=(2**64 - 1, 1)), "description of tensor 1 of 18446744073709551615"),
     "a long name": (content([HUGE + b"general"]), "key 1 of 1: needs 9223372036854775807 bytes"),
