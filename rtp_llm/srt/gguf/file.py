@@ -60,8 +60,11 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, with_vocabulary: bool = True) -> Self:
         """Read a file; of a split one, all parts, whichever is given.
+
+        Args:
+            with_vocabulary: False: for weights alone; see ``read_header``.
 
         Raises:
             GGUFError: the file is none, is truncated or damaged, or lacks parts; the message names the key or the
@@ -72,7 +75,7 @@ class GGUFFile:
         metadata: Mapping[str, Any] = {}
         tensors: dict[str, GGUFTensor] = {}
         for number, part in enumerate(paths):
-            said, found = _read_part(part)
+            said, found = _read_part(part, with_vocabulary)
             if len(paths) > 1:
                 _check_part(part, said, number, len(paths))
             metadata = metadata or said
@@ -136,9 +139,9 @@ def _check_whole(paths: tuple[Path, ...], metadata: Mapping[str, Any], tensors: 
         raise GGUFError(f"{paths[0]}: `{ARCHITECTURE_KEY}` must name an architecture, not {shown(architecture)}")
 
 
-def _read_part(path: Path) -> tuple[Mapping[str, Any], dict[str, GGUFTensor]]:
+def _read_part(path: Path, with_vocabulary: bool) -> tuple[Mapping[str, Any], dict[str, GGUFTensor]]:
     content = _map(path)
-    header = read_header(content, str(path))
+    header = read_header(content, str(path), with_vocabulary)
     alignment = header.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise GGUFError(f"{path}: `{ALIGNMENT_KEY}` must be a power of two from 8 on, not {shown(alignment)}")

@@ -58,8 +58,11 @@ class Header:
     end: int
 
 
-def read_header(content: Any, path: str) -> Header:
+def read_header(content: Any, path: str, with_vocabulary: bool = True) -> Header:
     """Read the header of a file's content (a buffer).
+
+    Args:
+        with_vocabulary: False: arrays below ``tokenizer.`` are left empty, which saves a second and much memory.
 
     Raises:
         GGUFError: it is damaged, or of a version that is unknown.
@@ -74,7 +77,7 @@ def read_header(content: Any, path: str) -> Header:
         if key in metadata:
             raise GGUFError(f"{path}: key {shown(key)} is there twice")
         reader.place = f"key {shown(key)}"
-        metadata[key] = reader.value()
+        metadata[key] = reader.value(is_skipped=not with_vocabulary and key.startswith("tokenizer."))
     tensors = []
     for number in range(num_tensors):
         reader.place = f"the description of tensor {number + 1} of {num_tensors}"
@@ -119,7 +122,6 @@ class _Reader:
         self._size = len(content)
         self._readers: dict[GGUFValueType, Callable[[], Any]] = {
             GGUFValueType.STRING: self.string,
-            GGUFValueType.ARRAY: self.array,
         }
 
     def error(self, problem: str) -> GGUFError:
@@ -165,8 +167,11 @@ class _Reader:
         except ValueError:
             raise self.error(f"has a value of type {number}, which is unknown") from None
 
-    def value(self) -> Any:
+    def value(self, is_skipped: bool = False) -> Any:
+        """Read a value of any kind; ``is_skipped``: nothing of an array."""
         kind = self.kind()
+        if kind == GGUFValueType.ARRAY:
+            return self.array(is_skipped)
         if kind in self._readers:
             return self._readers[kind]()
         [value] = self.numbers(kind, 1)
@@ -178,13 +183,26 @@ class _Reader:
         values = np.frombuffer(self._content, dtype, count, start)
         return (values != 0).tolist() if kind == GGUFValueType.BOOL else values.tolist()
 
-    def array(self) -> list[Any]:
+    def array(self, is_skipped: bool) -> list[Any]:
         kind, length = self.kind(), self.uint64()
         if kind == GGUFValueType.ARRAY:
             raise self.error("is an array of arrays, which is not supported")
+        if not is_skipped:
+            is_text = kind == GGUFValueType.STRING
+            return [self.string() for _ in range(length)] if is_text else self.numbers(kind, length)
         if kind == GGUFValueType.STRING:
-            return [self.string() for _ in range(length)]
-        return self.numbers(kind, length)
+            self._skip_strings(length)
+        else:
+            self.advance(length * np.dtype(_NUMBERS[kind]).itemsize)
+        return []
+
+    def _skip_strings(self, count: int) -> None:
+        end = self.offset
+        for _ in range(count):
+            if end + 8 > self._size:
+                self.advance(end + 8 - self.offset)  # which is an error
+            end += 8 + _UINT64.unpack_from(self._content, end)[0]
+        self.advance(end - self.offset)
 
     def tensor(self) -> TensorEntry:
         name = self.name()

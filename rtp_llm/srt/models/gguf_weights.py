@@ -52,7 +52,7 @@ def gguf_weights(
         GGUFError: a file is damaged, a tensor is of a type that cannot be read, or the model's class declares no form
             for the file; from this call, not from the iterator.
     """
-    file = GGUFFile.open(files[0])
+    file = GGUFFile.open(files[0], with_vocabulary=False)
     form = _form(type(model), file)
     _check_types(file.tensors.values(), torch.get_default_dtype())
     names = WeightNames(model)

@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -77,6 +78,30 @@ def test_lists_keep_their_values(tmp_path):
     writer.close()
     metadata = GGUFFile.open(tmp_path / "toy.gguf").metadata
     assert {key: metadata[key] for key in lists} == lists
+
+
+def test_a_vocabulary_may_be_left_out(tmp_path):
+    writer = GGUFWriter(tmp_path / "toy.gguf", "toy")
+    lists = {
+        "toy.ints": [1, 2],
+        "tokenizer.texts": ["", "a", "é"],
+        "tokenizer.ints": [1, -2],
+        "tokenizer.flags": [True],
+    }
+    for key, values in lists.items():
+        writer.add_array(key, values)
+    writer.add_string("tokenizer.model", "gpt2")
+    writer.add_tensor("a", ARRAYS["halves"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole, part = (GGUFFile.open(tmp_path / "toy.gguf", with_vocabulary=kept) for kept in (True, False))
+    assert {key: whole.metadata[key] for key in lists} == lists
+    left = {key: [] if key.startswith("tokenizer.") else values for key, values in lists.items()}
+    assert {key: part.metadata[key] for key in lists} == left
+    assert part.metadata["tokenizer.model"] == "gpt2"
+    assert torch.equal(part.tensors["a"].data, whole.tensors["a"].data)
 
 
 def test_a_view_outlives_its_file(file):
@@ -240,7 +265,11 @@ def test_what_cannot_be_read_is_told_by_the_system(tmp_path):
 
 
 SOUND = content(
-    [ARCH, key("toy.x", ARRAY, struct.pack("<IQ", STRING, 2) + text("a") + text("bc")), key("toy.f", F32, b"\0\0\0\1")],
+    [
+        ARCH,
+        key("tokenizer.x", ARRAY, struct.pack("<IQ", STRING, 2) + text("a") + text("bc")),
+        key("toy.f", F32, b"\0\0\0\1"),
+    ],
     [tensor("a", [32, 2], kind=8), tensor("b", [8], offset=96)],
     b"\1" * 128,
 )
@@ -265,6 +294,7 @@ def test_a_changed_or_cut_file_is_read_or_refused(scratch, changes, length):
         mutated[place] = value
     scratch.write_bytes(mutated[:length])
     try:
+        GGUFFile.open(scratch, with_vocabulary=False)
         file = GGUFFile.open(scratch)
     except GGUFError as error:
         assert "toy.gguf" in str(error)
@@ -281,6 +311,7 @@ def test_a_changed_count_is_read_or_refused(scratch, place, value):
     mutated[place * 4 : place * 4 + 4] = struct.pack("<I", value)
     scratch.write_bytes(mutated)
     try:
+        GGUFFile.open(scratch, with_vocabulary=False)
         GGUFFile.open(scratch)
     except GGUFError as error:
         assert "toy.gguf" in str(error)
