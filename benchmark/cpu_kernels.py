@@ -1,12 +1,14 @@
 """C++ kernels against plain torch, in turn: ``python benchmark/cpu_kernels.py [--threads N] [--only WORD]``.
 
-Each case is a kernel and what plain torch does in its place, on the same data. Both run in turn, A B A B; of each the
-best time counts, since other work on the machine only ever adds.
+Each case is a kernel and what plain torch does in its place, on the same data; for weights of fewer bits, the kernel of
+bfloat16 weights is in its place. Both run in turn, A B A B; of each the best time counts, since other work on the
+machine only ever adds.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +16,14 @@ import torch.nn.functional as F
 
 from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import elementwise, sampling
-from rtp_llm.srt.devices.cpu.linear import BFloat16Panels
+from rtp_llm.srt.devices.cpu.codes import CodePanels, Codes, fp8_panels
+from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int4Panels, Int8Panels, PanelWeight
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import process_weights
+from rtp_llm.srt.layers.quantization.fp8 import quantize_fp8
+from rtp_llm.srt.layers.quantization.on_load import quantize_int8
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.sampler import draw
 
@@ -64,6 +69,25 @@ def products(rows: int) -> Iterator[Case]:
     yield Case(f"linear bfloat16, {rows} rows", lambda: packed.apply(x), lambda: F.linear(x, weight))
 
 
+def quantized(rows: int) -> Iterator[Case]:
+    """Products with weights of fewer bits, against the kernel of bfloat16."""
+    x, weight = torch.randn(rows, HIDDEN).bfloat16(), torch.randn(2 * SIZE, HIDDEN)
+    dense = BFloat16Panels(weight.bfloat16())
+    values, scales = quantize_fp8(weight)
+    blocks = torch.rand(2 * SIZE // 128, HIDDEN // 128).repeat_interleave(128, dim=0)
+    nibbles = torch.randint(0, 16, weight.shape, dtype=torch.uint8)
+    numbers, sixteen = torch.randn(16), torch.rand(2 * SIZE, HIDDEN // 64)
+    forms: dict[str, PanelWeight] = {
+        "int8": Int8Panels(*quantize_int8(weight)),
+        "int4": Int4Panels(nibbles, torch.rand(2 * SIZE, HIDDEN // 32), None, 32),
+        "fp8, scales of outputs": fp8_panels(values, scales[:, None], HIDDEN),
+        "fp8, scales of blocks": fp8_panels(values, blocks, 128),
+        "4 bits of a table": CodePanels(Codes.TABLE, nibbles, sixteen, 64, numbers),
+    }
+    for name, packed in forms.items():
+        yield Case(f"{name}, {rows} rows", partial(packed.apply, x), lambda: dense.apply(x))
+
+
 def experts(rows: int) -> Iterator[Case]:
     """64 experts of 512 x 1,024, of which 8 for each token."""
     x, weights = torch.randn(rows, HIDDEN).bfloat16(), torch.rand(rows, 8)
@@ -104,6 +128,7 @@ CASES: dict[Callable[[int], Iterator[Case]], tuple[int, ...]] = {
     activations: (1, 16, 2048),
     rotations: (1, 16, 2048),
     products: (1, 16, 256),
+    quantized: (1, 4, 16, 512),
     experts: (1, 16, 256),
     choices: (1, 64, 256),
 }

@@ -53,7 +53,7 @@ def blocks(
     return write
 
 
-def powers_of_two(rows: int, columns: int) -> Write:
+def powers_of_two(rows: int, columns: int, scale: str = "weight_scale_inv") -> Write:
     """Scales as bytes: exponents plus 127."""
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -61,7 +61,7 @@ def powers_of_two(rows: int, columns: int) -> Write:
         exponents = torch.arange(-(-weight.shape[0] // rows) * -(-weight.shape[1] // columns)) % 5 - 9
         exponents = exponents.reshape(-(-weight.shape[0] // rows), -1)
         every = (2.0**exponents).repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)
-        stored = {"weight": values, "weight_scale_inv": (exponents + 127).to(torch.uint8)}
+        stored = {"weight": values, scale: (exponents + 127).to(torch.uint8)}
         return stored, values.float() * every[:, : weight.shape[1]]
 
     return write
@@ -82,6 +82,33 @@ def outputs(scale: str, shape: tuple[int, ...]) -> Write:
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         values, scales, meant = in_blocks(weight, 1, weight.shape[1])
         return {"weight": values, scale: scales.reshape(shape)}, meant
+
+    return write
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def four_bits(group: int, weight_name: str, whole: str = "", divides: bool = False) -> Write:
+    """Numbers of FP4, two in a byte. ``whole``: name of the tensor's own scale; without one, scales are exponents."""
+
+    def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        num_outputs, num_inputs = weight.shape
+        largest = weight.reshape(num_outputs, -1, group).abs().amax(dim=2)
+        factor = torch.tensor(float(largest.max()) / 448 / 6)
+        if whole:
+            stored = (largest / 6 / factor).to(torch.float8_e4m3fn)
+            # An implementation divides by a divisor, or multiplies by a factor: not the same in the last bit.
+            scales = stored.float() / (1 / factor) if divides else stored.float() * factor
+        else:
+            stored = (largest / 6).log2().ceil().add(127).to(torch.uint8)
+            scales = 2.0 ** (stored.float() - 127)
+        by_column = scales.repeat_interleave(group, dim=1)
+        codes = (weight[..., None] / by_column[..., None] - torch.tensor(FP4)).abs().argmin(dim=-1)
+        tensors = {weight_name: (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8), "weight_scale": stored}
+        if whole:
+            tensors |= {whole: (1 / factor if divides else factor).reshape(1), "input_global_scale": torch.ones(1)}
+        return tensors, torch.tensor(FP4)[codes] * by_column
 
     return write
 

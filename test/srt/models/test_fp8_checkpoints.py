@@ -71,6 +71,11 @@ FORMATS = [
     Format("channel", compressed("channel"), floats.outputs("weight_scale", (-1, 1))),
     Format("group", compressed("group", group_size=32), floats.blocks(1, 32, "weight_scale")),
     Format("block", compressed("block", block_structure="16x40"), floats.blocks(16, 40, "weight_scale")),
+    Format(
+        "mxfp8",
+        compressed("group", "mxfp8-quantized", group_size=32, scale_dtype="torch.uint8"),
+        floats.powers_of_two(1, 32, "weight_scale"),
+    ),
     Format("modelopt", MODELOPT, floats.whole("weight_scale", (), input_scale=0.5), "hf_quant_config.json"),
     Format(
         "modelopt-blocks",
@@ -154,6 +159,30 @@ def test_answers_of_latent_attention_and_experts(tmp_path: Path) -> None:
     model_dir = make_tiny("DeepseekV3ForCausalLM", tmp_path / "model")
     plain, packed = floats.store(model_dir, tmp_path, named("blocks"), is_quantized)
     assert_close(engine_logprobs(packed), PlainModel(plain).logprobs(PROMPTS), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["blocks", "channel", "modelopt"])
+def test_what_the_model_does_not_multiply_in_fp8_is_dequantized(name: str, tmp_path: Path) -> None:
+    """A router and the head: ``ignore`` and ``exclude_modules`` may lack them."""
+    model_dir = make_tiny("Qwen3MoeForCausalLM", tmp_path / "model", **EXPERTS | {"tie_word_embeddings": False})
+    plain, packed = floats.store(
+        model_dir, tmp_path, named(name), lambda n: is_quantized(n) or n in ("lm_head.weight", ROUTER)
+    )
+    assert_equal(weights_of(packed), weights_of(plain))
+    heads = [
+        load_model(ModelConfig.from_pretrained(path), path, device="reference").lm_head for path in (packed, plain)
+    ]
+    assert torch.equal(*(rows_of(head.packed) for head in heads))
+
+
+ROUTER = "model.layers.1.mlp.gate.weight"
+
+
+def test_answers_through_transformers(model_dir: str, tmp_path: Path) -> None:
+    """There, all weights are dequantized."""
+    plain, packed = floats.store(model_dir, tmp_path, named("blocks"), is_quantized)
+    expected = PlainModel(plain).logprobs(PROMPTS)
+    assert_close(engine_logprobs(packed, model_impl="transformers"), expected, 1e-3)
 
 
 # Ranks, and tensors of all experts
@@ -244,7 +273,7 @@ def _two_dim(scales: torch.Tensor) -> torch.Tensor:
         (FP8 | {"expert_dtype": "fp4"}, r"expert_dtype must be one of \['fp8'\], not 'fp4'"),
         (FP8 | {"modules_to_convert": ["embed"]}, "modules_to_convert, tables in 8 bits, is not supported"),
         (FP8 | {"modules_to_not_convert": ["q_proj"]}, "qkv_proj: the checkpoint quantizes some of .*k_proj"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' of ModelOpt is not supported"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ' of ModelOpt is not supported"),
         (compressed("block"), "strategy block needs a block_structure"),
         (compressed("tensor_group"), "strategy must be one of"),
         (compressed("channel", "nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not supported for floats"),

@@ -23,7 +23,7 @@ from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.quantization.base import PackedLayer, QuantizationConfig, QuantizationError, QuantizedModel
-from rtp_llm.srt.layers.quantization.fp8_weights import SCALE, WEIGHT, Fp8Format, ScaleGrid, scales_loader
+from rtp_llm.srt.layers.quantization.fp8_weights import SCALE, WEIGHT, Fp8Format, TableLinearMethod
 from rtp_llm.srt.layers.quantization.methods import PackedLinearMethod
 from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, flag, strings
 from rtp_llm.srt.layers.weights import WeightLoader, Weights, make_parameter
@@ -76,7 +76,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase) or self.rules.leaves(prefix):
             return None
         self.layers.update(self.model.sources(prefix))
-        return Int8Method() if self.quant_type is None else TableMethod(self.quant_type)
+        return Int8Method() if self.quant_type is None else FourBitMethod(TABLES[self.quant_type], BLOCK)
 
     def translate(
         self, weights: Weights, dtype: torch.dtype, device: torch.device | str
@@ -143,42 +143,11 @@ class BitsAndBytesConfig(QuantizationConfig):
         return name.endswith(".weight_format")
 
 
-class TableMethod(PackedLinearMethod):
-    """Parameters: ``weight`` [N, K / 2] uint8, the first of two codes in a byte's lower half, and ``weight_scale``
-    [N, groups]."""
+class FourBitMethod(TableLinearMethod):
+    """Rows that are no multiple of a block have groups in which no block ends."""
 
-    def __init__(self, quant_type: str) -> None:
-        self.quant_type = quant_type
-
-    def create_weights(
-        self,
-        layer: PackedLayer,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        weight_loader: WeightLoader,
-    ) -> None:
-        if input_size_per_partition % 2:
-            raise ValueError(f"{layer.name}: {input_size_per_partition} inputs of 4 bits do not fill bytes")
-        num_outputs = sum(output_partition_sizes)
-        stored = Fp8Format((1, math.gcd(BLOCK, input_size)))
-        grid = self.grid = ScaleGrid(layer.name, stored, input_size_per_partition, input_size)
-        weight = torch.empty(num_outputs, input_size_per_partition // 2, dtype=torch.uint8)
-        layer.register_parameter(WEIGHT, make_parameter(weight, weight_loader, input_dim=1, output_dim=0))
-        scales = torch.empty(num_outputs, grid.num_groups, dtype=torch.float32)
-        input_dim = 1 if grid.is_split else None
-        loader = scales_loader(layer, grid, weight_loader)
-        layer.register_parameter(SCALE, make_parameter(scales, loader, input_dim=input_dim, output_dim=0))
-
-    def parameter_names(self) -> tuple[str, ...]:
-        return (WEIGHT, SCALE)
-
-    def pack(self, layer: PackedLayer) -> PackedWeight:
-        weight, scales = (layer.get_parameter(name).data for name in (WEIGHT, SCALE))
-        table = torch.tensor(TABLES[self.quant_type], device=weight.device, dtype=torch.float32)
-        return built_for().pack_table(weight, table, scales, self.grid.group_size)
+    def stored(self, input_size: int) -> Fp8Format:
+        return Fp8Format((1, math.gcd(self.group_size, input_size)))
 
 
 class Int8Method(PackedLinearMethod):

@@ -23,11 +23,14 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizedModel,
     QuantizeMethodBase,
 )
+from rtp_llm.srt.layers.quantization.fp4 import DIVISOR, Fp4Format, fp4_method, with_one_scale
 from rtp_llm.srt.layers.quantization.fp8_weights import (
     Fp8Format,
+    dequantized_rest,
     fp8_method,
     in_one_spelling,
     is_not_needed,
+    last_parts,
 )
 from rtp_llm.srt.layers.quantization.grouped import (
     GroupFormat,
@@ -53,8 +56,9 @@ from rtp_llm.srt.layers.weights import Weights
 
 NAME = "compressed-tensors"
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
-FLOATS = ("float-quantized", "naive-quantized")
-Stored = GroupFormat | Fp8Format
+FLOATS = ("float-quantized", "naive-quantized", "mxfp8-quantized")
+FOUR_BIT_FLOATS = {"nvfp4-pack-quantized": Fp4Format(16, DIVISOR), "mxfp4-pack-quantized": Fp4Format(32)}
+Stored = GroupFormat | Fp8Format | Fp4Format
 ORDERS = {"weight": False, "static": False, "group": True, "dynamic": True, "true": True, "false": False}
 """Values of ``actorder`` -> whether a group's inputs need not be neighbours; False ones only order the calibration."""
 
@@ -66,6 +70,8 @@ class CompressedTensorsConfig(QuantizationConfig):
         self.model = model
         self.targets = targets
         self.rules = LayerRules(model, strings(model.settings, "ignore"))
+        self.kept: set[str] = set()  # last parts of the names of layers that multiply fp8
+        self.dequantizes_rest = any(isinstance(stored, Fp8Format) for stored in targets.values())
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
@@ -92,7 +98,12 @@ class CompressedTensorsConfig(QuantizationConfig):
         stored = self._format_of(name_in_checkpoint(layer, prefix))
         if stored is None:
             return None
-        return fp8_method(layer, stored) if isinstance(stored, Fp8Format) else grouped_method(layer, stored)
+        if isinstance(stored, Fp4Format):
+            return fp4_method(layer, stored)
+        if isinstance(stored, GroupFormat):
+            return grouped_method(layer, stored)
+        self.kept.update(last_parts(layer, self.model.sources(prefix)))
+        return fp8_method(layer, stored)
 
     def _format_of(self, prefix: str) -> Stored | None:
         """Return the format of the first target that names the layer (names before expressions), or else its class."""
@@ -103,8 +114,15 @@ class CompressedTensorsConfig(QuantizationConfig):
         return found[0] or self.targets.get("Linear")
 
     def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
-        has_floats = any(isinstance(stored, Fp8Format) for stored in self.targets.values())
-        return in_one_spelling(weights) if has_floats else weights
+        of_four = next((stored for stored in self.targets.values() if isinstance(stored, Fp4Format)), None)
+        of_eight = next((stored for stored in self.targets.values() if isinstance(stored, Fp8Format)), None)
+        if of_four is not None and len({*self.targets.values()}) > 1:
+            raise QuantizationError(
+                "quantization_config: config_groups: floats of 4 bits beside others are not supported"
+            )
+        if of_four is not None:
+            return with_one_scale(weights, of_four)
+        return weights if of_eight is None else dequantized_rest(in_one_spelling(weights), of_eight, self.kept, dtype)
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether it is a shape, which the configuration gives as well, or a scale of activations or of a cache."""
@@ -124,9 +142,14 @@ def stored_format(group: Mapping[str, Any], stored: str | None, where: str) -> S
         return group_format(group, weights, stored, where)
     if str(weights.get("type")).lower() == "float" and number(weights.get("num_bits")) == 8:
         return float_format(group, weights, stored, where)
+    name = str(stored).lower().replace("_", "-")
+    if str(weights.get("type")).lower() == "float" and number(weights.get("num_bits")) == 4 and name in FOUR_BIT_FLOATS:
+        _check_output(group, where)
+        return FOUR_BIT_FLOATS[name]
     raise QuantizationError(
         f"quantization_config: {where}: weights of type {weights.get('type')!r} with {weights.get('num_bits')} bits "
-        f"({stored}) are not supported; have int of 4 and 8 bits, and float of 8"
+        f"({stored}) are not supported; have int of 4 and 8 bits, float of 8, and float of 4 as "
+        f"{', '.join(FOUR_BIT_FLOATS)}"
     )
 
 

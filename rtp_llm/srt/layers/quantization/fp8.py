@@ -19,7 +19,14 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizedModel,
     QuantizeMethodBase,
 )
-from rtp_llm.srt.layers.quantization.fp8_weights import Fp8Format, fp8_method, in_one_spelling, is_not_needed
+from rtp_llm.srt.layers.quantization.fp8_weights import (
+    Fp8Format,
+    dequantized_rest,
+    fp8_method,
+    in_one_spelling,
+    is_not_needed,
+    last_parts,
+)
 from rtp_llm.srt.layers.quantization.grouped import name_in_checkpoint
 from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, row_blocks
 from rtp_llm.srt.layers.quantization.settings import LayerRules, block_size, choice, strings
@@ -33,10 +40,13 @@ class Fp8Config(QuantizationConfig):
     """``stored``: how weights are scaled; ``rules``: which layers are left as they are."""
 
     name = "fp8"
+    dequantizes_rest = True
 
     def __init__(self, model: QuantizedModel, stored: Fp8Format, left: list[str]) -> None:
+        self.model = model
         self.stored = stored
         self.rules = LayerRules(model, left)
+        self.kept: set[str] = set()  # last parts of the names of layers that multiply fp8
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
@@ -57,10 +67,13 @@ class Fp8Config(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | ExpertsMethodBase | None:
         method = fp8_method(layer, self.stored)
-        return None if method is None or self.rules.leaves(name_in_checkpoint(layer, prefix)) else method
+        if method is None or self.rules.leaves(name_in_checkpoint(layer, prefix)):
+            return None
+        self.kept.update(last_parts(layer, self.model.sources(prefix)))
+        return method
 
     def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
-        return in_one_spelling(weights)
+        return dequantized_rest(in_one_spelling(weights), self.stored, self.kept, dtype)
 
     def may_leave(self, name: str, tensor: torch.Tensor) -> bool:
         return is_not_needed(name, tensor)

@@ -10,7 +10,8 @@ ranks' parts nor fused layers need to begin where a block does.
 
 import math
 import re
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import Experts
@@ -27,7 +29,7 @@ from rtp_llm.srt.layers.weights import ShardId, WeightLoader, Weights, check_sha
 
 WEIGHT, SCALE = "weight", "weight_scale"
 _NOT_NEEDED = re.compile(  # scales of activations and of a quantized cache, and bounds of the former
-    r"(^|[._])(input|activation|output|prob|[qkv]|kv)_(scale|zero_point)$|\.(input_scale_ub|weight_shape)$"
+    r"(^|[._])(input|activation|output|prob|[qkv]|kv)_(scale|zero_point)$|\.(input_(scale_ub|global_scale)|weight_shape)$"
 )
 _SPELLINGS = (  # names of scales -> those of parameters
     (re.compile(r"\.(weight_scale_inv|qscale_weight)$"), f".{SCALE}"),
@@ -89,9 +91,19 @@ class ScaleGrid:
         return of_rows.repeat_interleave(finer, dim=1)[:, :num_groups]
 
 
-class Fp8LinearMethod(PackedLinearMethod):
-    def __init__(self, stored: Fp8Format) -> None:
-        self.stored = stored
+class ScaledLinearMethod(PackedLinearMethod):
+    """Parameters: ``weight`` [N, bytes per row] of bytes, and ``weight_scale`` [N, groups]."""
+
+    weight_dtype: torch.dtype
+    codes_per_byte = 1
+
+    @abstractmethod
+    def stored(self, input_size: int) -> Fp8Format:
+        """Return the scales' blocks, for a layer of so many inputs on all ranks."""
+
+    @abstractmethod
+    def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+        """Pack the parameters."""
 
     def create_weights(
         self,
@@ -104,9 +116,10 @@ class Fp8LinearMethod(PackedLinearMethod):
         weight_loader: WeightLoader,
     ) -> None:
         num_outputs = sum(output_partition_sizes)
-        grid = self.grid = ScaleGrid(layer.name, self.stored, input_size_per_partition, input_size)
-        weight = torch.empty(num_outputs, input_size_per_partition, dtype=torch.float8_e4m3fn)
-        loader = checked_dtype(weight_loader, layer.name)
+        grid = self.grid = ScaleGrid(layer.name, self.stored(input_size), input_size_per_partition, input_size)
+        row_bytes = _row_bytes(layer.name, input_size_per_partition, self.codes_per_byte)
+        weight = torch.empty(num_outputs, row_bytes, dtype=self.weight_dtype)
+        loader = checked_dtype(weight_loader, layer.name, self.weight_dtype)
         layer.register_parameter(WEIGHT, make_parameter(weight, loader, input_dim=1, output_dim=0))
         scales = torch.empty(num_outputs, grid.num_groups, dtype=torch.float32)
         input_dim = 1 if grid.is_split else None
@@ -118,20 +131,23 @@ class Fp8LinearMethod(PackedLinearMethod):
 
     def pack(self, layer: PackedLayer) -> PackedWeight:
         weight, scales = (layer.get_parameter(name).data for name in (WEIGHT, SCALE))
-        return built_for().pack_fp8(weight, scales, self.grid.group_size)
+        return self.pack_scaled(weight, scales, self.grid.group_size)
 
 
-class Fp8ExpertsMethod(PackedExpertsMethod):
+class ScaledExpertsMethod(PackedExpertsMethod):
+    """As ScaledLinearMethod, for experts."""
+
     kinds = (WEIGHT, SCALE)
     fused_suffixes = {WEIGHT: "", SCALE: f"_{SCALE}"}
 
-    def __init__(self, stored: Fp8Format) -> None:
-        self.stored = stored
+    def __init__(self, linear: ScaledLinearMethod) -> None:
+        self.linear = linear
         self.grids: dict[str, ScaleGrid] = {}
 
     def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:
         num_experts, num_outputs, num_inputs = shape
-        grid = self.grids[name] = ScaleGrid(f"{layer.name}.{name}", self.stored, num_inputs, input_size)
+        grid = ScaleGrid(f"{layer.name}.{name}", self.linear.stored(input_size), num_inputs, input_size)
+        self.grids[name] = grid
         experts = cast(Experts, layer)
         projections = len(experts.halves) if name == "w13" else 1
         outputs = experts.intermediate_size if name == "w13" else experts.hidden_size  # of one projection, on all ranks
@@ -143,8 +159,9 @@ class Fp8ExpertsMethod(PackedExpertsMethod):
                 spread = grid.spread(tensor, outputs)
             layer.weight_loader(param, spread, shard_id)
 
-        loader = checked_dtype(layer.weight_loader, layer.name)
-        layer.add_parameter(f"{name}_{WEIGHT}", *shape, dtype=torch.float8_e4m3fn, weight_loader=loader)
+        row_bytes, dtype = _row_bytes(grid.name, num_inputs, self.linear.codes_per_byte), self.linear.weight_dtype
+        loader = checked_dtype(layer.weight_loader, layer.name, dtype)
+        layer.add_parameter(f"{name}_{WEIGHT}", num_experts, num_outputs, row_bytes, dtype=dtype, weight_loader=loader)
         layer.add_parameter(
             f"{name}_{SCALE}",
             num_experts,
@@ -159,14 +176,49 @@ class Fp8ExpertsMethod(PackedExpertsMethod):
     def pack(self, layer: ExpertsLayer, name: str) -> list[PackedWeight]:
         weights, scales = (layer.get_parameter(f"{name}_{kind}").data for kind in self.kinds)
         size = self.grids[name].group_size
-        return [built_for().pack_fp8(weight, own, size) for weight, own in zip(weights, scales, strict=True)]
+        return [self.linear.pack_scaled(weight, own, size) for weight, own in zip(weights, scales, strict=True)]
 
 
-def fp8_method(layer: nn.Module, stored: Fp8Format) -> Fp8LinearMethod | Fp8ExpertsMethod | None:
+class Fp8LinearMethod(ScaledLinearMethod):
+    weight_dtype = torch.float8_e4m3fn
+
+    def __init__(self, stored: Fp8Format) -> None:
+        self._stored = stored
+
+    def stored(self, input_size: int) -> Fp8Format:
+        return self._stored
+
+    def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+        return built_for().pack_fp8(weight, scales, group_size)
+
+
+class TableLinearMethod(ScaledLinearMethod):
+    """Codes of 4 bits, two in a byte, the first in the lower half. ``numbers``: [16], what they stand for."""
+
+    weight_dtype = torch.uint8
+    codes_per_byte = 2
+
+    def __init__(self, numbers: Sequence[float], group_size: int) -> None:
+        self.numbers, self.group_size = numbers, group_size
+
+    def stored(self, input_size: int) -> Fp8Format:
+        return Fp8Format((1, self.group_size))
+
+    def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+        table = torch.tensor(self.numbers, device=weight.device, dtype=torch.float32)
+        return built_for().pack_table(weight, table, scales, group_size)
+
+
+def fp8_method(layer: nn.Module, stored: Fp8Format) -> ScaledLinearMethod | ScaledExpertsMethod | None:
     """Return the method for a linear layer or a layer of experts; None for others."""
+    return scaled_method(layer, Fp8LinearMethod(stored))
+
+
+def scaled_method(layer: nn.Module, linear: ScaledLinearMethod) -> ScaledLinearMethod | ScaledExpertsMethod | None:
+    """Return the method for a linear layer, or for a layer of such experts; None for others."""
     if isinstance(layer, LinearBase):
-        return Fp8LinearMethod(stored)
-    return Fp8ExpertsMethod(stored) if isinstance(layer, Experts) else None
+        return linear
+    return ScaledExpertsMethod(linear) if isinstance(layer, Experts) else None
 
 
 def scales_loader(layer: PackedLayer, grid: ScaleGrid, weight_loader: WeightLoader) -> WeightLoader:
@@ -187,6 +239,46 @@ def in_one_spelling(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, _float_scales(tensor) if name.endswith(f".{SCALE}") or name.endswith(f"_{SCALE}") else tensor
 
 
+def dequantized_rest(
+    weights: Weights, stored: Fp8Format, kept: Collection[str], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint, with weights of layers that the model does not multiply in fp8 dequantized.
+
+    Args:
+        weights: in one spelling.
+        kept: last parts of the names of layers that it does: ``q_proj``, ...
+    """
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        layer, _, kind = name.rpartition(".")
+        is_half = kind == SCALE or (kind == WEIGHT and tensor.dtype == torch.float8_e4m3fn)
+        if not is_half or layer.rpartition(".")[2] in kept:
+            yield name, tensor
+            continue
+        halves = waiting.setdefault(layer, {})
+        halves[kind] = tensor
+        if len(halves) == 2:
+            yield f"{layer}.{WEIGHT}", dequantized(layer, stored, waiting.pop(layer)).to(dtype)
+    for layer, halves in waiting.items():
+        yield from ((f"{layer}.{kind}", tensor) for kind, tensor in halves.items())
+
+
+def dequantized(name: str, stored: Fp8Format, halves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A weight [N, K] and its scales, of any format -> [N, K] float32."""
+    weight = halves[WEIGHT]
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: only weights of two dimensions are dequantized, not of {list(weight.shape)}")
+    grid = ScaleGrid(name, stored, weight.shape[1], weight.shape[1])
+    return reference.dequantize_fp8(weight, grid.spread(halves[SCALE], weight.shape[0]), grid.group_size)
+
+
+def last_parts(layer: nn.Module, sources: Iterable[str]) -> list[str]:
+    """Return the last parts of the names that a layer, or the layers it fuses, or its experts have in a checkpoint."""
+    if isinstance(layer, Experts):
+        return list(layer.expert_names)
+    return [source.rpartition(".")[2] for source in sources]
+
+
 def is_not_needed(name: str, tensor: torch.Tensor) -> bool:
     """Whether a tensor has scales of activations or of a cache, neither of which is rounded to 8 bits by them."""
     if name.endswith("weight_zero_point"):
@@ -194,21 +286,28 @@ def is_not_needed(name: str, tensor: torch.Tensor) -> bool:
     return _NOT_NEEDED.search(name) is not None
 
 
-def checked_dtype(weight_loader: WeightLoader, name: str) -> WeightLoader:
-    """Return a loader that takes float8_e4m3fn only: any other dtype would be rounded silently."""
+def checked_dtype(weight_loader: WeightLoader, name: str, dtype: torch.dtype) -> WeightLoader:
+    """Return a loader that takes this dtype only: any other would be converted silently."""
 
     def load(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        if tensor.dtype != torch.float8_e4m3fn:
+        if tensor.dtype != dtype:
             why = "another format"
             if tensor.element_size() > 1:
                 why = "not quantized: name the layer among those that are left as they are"
+            expected, found = (str(one).removeprefix("torch.") for one in (dtype, tensor.dtype))
             raise ValueError(
-                f"{name}: expected a weight in float8_e4m3fn, as the configuration says; the checkpoint's is in "
-                f"{str(tensor.dtype).removeprefix('torch.')}, {why}"
+                f"{name}: expected a weight in {expected}, as the configuration says; the checkpoint's is in {found}, "
+                f"{why}"
             )
         weight_loader(param, tensor, shard_id)
 
     return cast(WeightLoader, load)
+
+
+def _row_bytes(name: str, num_inputs: int, codes_per_byte: int) -> int:
+    if num_inputs % codes_per_byte:
+        raise ValueError(f"{name}: {num_inputs} inputs of {8 // codes_per_byte} bits do not fill bytes")
+    return num_inputs // codes_per_byte
 
 
 def _of_all_experts(
