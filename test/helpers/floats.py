@@ -93,8 +93,7 @@ def four_bits(group: int, weight_name: str, whole: str = "", divides: bool = Fal
     """Numbers of FP4, two in a byte. ``whole``: name of the tensor's own scale; without one, scales are exponents."""
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        num_outputs, num_inputs = weight.shape
-        largest = weight.reshape(num_outputs, -1, group).abs().amax(dim=2)
+        largest = weight.reshape(len(weight), -1, group).abs().amax(dim=2)
         factor = torch.tensor(float(largest.max()) / 448 / 6)
         if whole:
             stored = (largest / 6 / factor).to(torch.float8_e4m3fn)

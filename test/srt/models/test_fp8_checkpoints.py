@@ -195,11 +195,12 @@ def scheme_of(stored: Format) -> Any:
     return quantization_config(settings["quant_method"], QuantizedModel(settings=settings))
 
 
-def load_into(layer: Any, scheme: Any, tensors: floats.Tensors, prefix: str = "", shard_id: Any = None) -> None:
-    for name, tensor in scheme.translate(((f"x.{kind}", part) for kind, part in tensors.items()), torch.float32, "cpu"):
-        kind = prefix + name.removeprefix("x.")
+def load_into(layer: LinearBase, scheme: Any, tensors: floats.Tensors) -> None:
+    named_tensors = ((f"{layer.prefix}.{kind}", tensor) for kind, tensor in tensors.items())
+    for name, tensor in scheme.translate(named_tensors, torch.float32, "cpu"):
+        kind = name.removeprefix(f"{layer.prefix}.")
         if kind in dict(layer.named_parameters()):
-            layer.get_parameter(kind).weight_loader(layer.get_parameter(kind), tensor, shard_id)
+            layer.get_parameter(kind).weight_loader(layer.get_parameter(kind), tensor)  # type: ignore[operator]
         else:
             assert scheme.may_leave(name, tensor)
 
