@@ -47,6 +47,17 @@ def test_a_file_comes_over_whole(models: Path, name: str):
     assert tops <= {"torch", "transformers", "rtp_llm"}
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_file_that_sees_leaves_only_its_processor(models: Path, name: str):
+    if not (models / f"{name}.py").is_file():
+        pytest.skip(f"this vLLM has no {name}.py")
+    ported = port(models / f"{name}.py")
+    ast.parse(ported.text)
+    places = "that the checkpoint's processor gives these inputs|other engine's placeholders|expands placeholders"
+    left = [remark.text for remark in (*ported.report.review, *ported.report.not_portable)]
+    assert left and all(re.search(places, text) for text in left), left
+
+
 def test_renaming_every_class_of_a_file_changes_nothing_else(models: Path, tmp_path: Path):
     """No rule knows a class by its name."""
     folder = tmp_path / MODELS
