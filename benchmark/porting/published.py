@@ -11,7 +11,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 _OF_ATTENTION = {"rope_theta": 10000.0, "clip_qkv": 8}  # of a part of a configuration
-_READ = re.compile(r"""\bconfig(?:\.|,\s*")(\w+\b\[?)(?!\()""")  # config.name, config.name[, getattr(config, "name", …)
+_READ = re.compile(r"\bconfig\.(\w+\b\[?)(?!\()")  # config.name, config.name[
+_ASKED_FOR = re.compile(r'\bgetattr\(\s*(?:self\.)?config,\s*"(\w+)"')
+# Fields that published files of a model have, although its file has a default for them.
+OPTIONAL = frozenset({
+    "add_swa_attention_sink_bias", "llama_4_scaling", "partial_rotary_factor", "rope_theta", "swa_rope_theta",
+    "swa_v_head_dim",
+})  # fmt: skip
 _OF_LAYERS = "["  # how a field of FIELDS ends that a file must index by the layer
 
 
@@ -69,7 +75,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 def published_fields(config: PreTrainedConfig, source: str) -> dict[str, Any]:
     """Return the fields that a model file reads, and that its configuration lacks."""
     found: dict[str, Any] = {}
-    read = set(_READ.findall(source))
+    read = set(_READ.findall(source)) | (set(_ASKED_FOR.findall(source)) & OPTIONAL)
     for key in sorted((read | {name.removesuffix(_OF_LAYERS) for name in read}) & FIELDS.keys()):
         name = key.removesuffix(_OF_LAYERS)
         if _has(config, name):

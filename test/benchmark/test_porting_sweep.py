@@ -86,8 +86,10 @@ def test_fields_of_published_configurations_follow_from_the_others() -> None:
     config = transformers.Glm4MoeConfig(hidden_size=64, num_attention_heads=4)
     source = "config.head_dim + config.n_group + config.get_text_config() + config.first_k_dense_replace"
     assert published.published_fields(config, source) == {"head_dim": 16}
-    source = 'getattr(config, "zero_expert_type", None) + config.moe_layer_freq % 2'
-    assert published.published_fields(config, source) == {"zero_expert_type": "identity"}
+    source = """getattr(config, "scoring_func", "softmax") + config.moe_layer_freq % 2 + config.zero_expert_type
+        getattr(config, "add_swa_attention_sink_bias", False)"""
+    fields = {"zero_expert_type": "identity", "add_swa_attention_sink_bias": True}
+    assert published.published_fields(config, source) == fields
     assert published.switches(config, "1 parameters were not set: lm_head.bias [99]") == {"attention_bias": True}
 
 
