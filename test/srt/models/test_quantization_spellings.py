@@ -313,7 +313,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("rows", in_config(rows({"input_activations": ROWS | {"dynamic": "local"}})), "input_activations must be"),
     ("rows", in_config(rows({"input_activations": ROWS | {"num_bits": 4}})), "input_activations must be"),
     ("gptq", in_config({"bits": 4, "group_size": 16}), r"names no quant_method, and its keys \(bits, group_size\)"),
-    ("gptq", in_config({"load_in_4bit": True}), "quantized by 'bitsandbytes'"),
+    ("gptq", in_config({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}), "bnb_4bit_quant_type must be one of"),
     ("gptq", in_config({"quant_method": "AQLM"}), "quantized by 'aqlm'"),
 ]
 
