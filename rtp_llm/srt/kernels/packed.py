@@ -38,6 +38,14 @@ class PackedWeight(Packed):
     ) -> torch.Tensor:
         """``x @ weight.T + bias``: [..., K] -> [..., N] in ``out_dtype``; None: in x's dtype."""
 
+    def apply_into(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Write ``apply`` of [M, K] to ``out``, [M, N], which may be some columns of a wider tensor."""
+        out.copy_(self.apply(x, bias, out.dtype))
+
+    def empty_result(self, x: torch.Tensor, num_outputs: int, dtype: torch.dtype) -> torch.Tensor:
+        """Allocate [M, num_outputs] for products with [M, K], where this weight has its results."""
+        return torch.empty(len(x), num_outputs, dtype=dtype, device=x.device)
+
     def ends_in(self, activation: str) -> bool:
         """Whether ``apply_gated`` takes this activation, given by its kernel's name."""
         return False
@@ -216,8 +224,12 @@ class SideBySide(PackedWeight):
     def apply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        biases = [None] * len(self.parts) if bias is None else bias.split(list(self.sizes))
-        return torch.cat([part.apply(x, own, out_dtype) for part, own in zip(self.parts, biases, strict=True)], dim=-1)
+        inputs, sizes = x.reshape(-1, x.shape[-1]), list(self.sizes)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        out = self.parts[0].empty_result(inputs, self.num_rows, out_dtype or x.dtype)
+        for part, columns, own in zip(self.parts, out.split(sizes, dim=1), biases, strict=True):
+            part.apply_into(inputs, columns, own)
+        return out.view(*x.shape[:-1], self.num_rows)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         every = [part.rows(torch.arange(part.num_rows, device=ids.device)) for part in self.parts]

@@ -57,27 +57,35 @@ class PanelWeight(PackedWeight):
         """[..., K] -> [..., N] in ``out_dtype`` (bfloat16 or float32; None: x's). With an ``activation``, for which
         ``ends_in`` must be true, [..., N / 2]: equal to the kernel of that name after the product."""
         inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        num_rows, num_inputs = inputs.shape
+        num_outputs = self.shape[0] // 2 if activation else self.shape[0]
+        out = self.empty_result(inputs, num_outputs, out_dtype or x.dtype)
+        self.apply_into(inputs, out, bias, activation)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], num_outputs)
+
+    def apply_into(
+        self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None, activation: str = ""
+    ) -> None:
+        num_rows, num_inputs = x.shape
         if num_inputs != self.shape[1]:
             raise ValueError(
                 f"a product with a weight of {list(self.shape)} takes {self.shape[1]} inputs, not {num_inputs}"
             )
         if activation and not self.ends_in(activation):
             raise ValueError(f"a product with a weight of {list(self.shape)} cannot end in {activation!r}")
-        num_outputs = self.shape[0] // 2 if activation else self.shape[0]
-        if inputs.stride(1) != 1 and num_inputs > 1:
-            inputs = inputs.contiguous()
+        if x.stride(1) != 1 and num_inputs > 1:
+            x = x.contiguous()
         if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
             bias = bias.float()
-        out = memory.empty((num_rows, num_outputs), out_dtype or x.dtype)
         if num_rows:
             is_float = bias is not None and bias.dtype == torch.float32
             output = (
-                address(bias), is_float, out.data_ptr(), num_outputs, out.dtype == torch.float32,
+                address(bias), is_float, out.data_ptr(), out.stride(0), out.dtype == torch.float32,
                 GATES[activation] if activation else 0,
             )  # fmt: skip
-            self._multiply(inputs, output)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], num_outputs)
+            self._multiply(x, output)
+
+    def empty_result(self, x: torch.Tensor, num_outputs: int, dtype: torch.dtype) -> torch.Tensor:
+        return memory.empty((len(x), num_outputs), dtype)
 
     def ends_in(self, activation: str) -> bool:
         """Whether a product can end in this gated activation, without another pass over memory."""
