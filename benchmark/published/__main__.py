@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from benchmark.peers.peers import DEFAULT_INTO, PEERS
 from benchmark.peers.peers import HERE as PEERS_FOLDER
+from benchmark.peers.workloads import WORKLOADS
 from benchmark.published import accuracy, evaluations, memory, page, parity, speed
 from benchmark.published.files import FilesError, default_folder, installed
 from benchmark.published.models import MODELS, PublishedModel
@@ -47,7 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     data = args.data or default_data()
     place = Place(
-        args.folder.resolve(), args.work_dir.resolve(), args.into.resolve(), data, args.threads, args.rounds, args.again
+        args.folder.resolve(),
+        args.work_dir.resolve(),
+        args.into.resolve(),
+        data,
+        args.threads,
+        args.rounds,
+        args.again,
+        tuple(args.workloads),
     )
     place.work.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
@@ -83,6 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with gsm8k/test.jsonl and mmlu; unset: they are downloaded")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of the section speed")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="of that section")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="where the tables are written")
     parser.add_argument("--no-page", action="store_const", const=None, dest="page", help="only print the tables")
     args = parser.parse_args(argv)

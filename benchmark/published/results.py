@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.peers.peers import REPOSITORY
+from benchmark.peers.workloads import WORKLOADS
 
 Record = dict[str, Any]
 
@@ -24,6 +25,7 @@ class Place:
         peers: where benchmark/peers/setup.py put llama.cpp.
         data: folder with gsm8k/test.jsonl and mmlu; None: they are downloaded.
         again: measure anew what was measured before.
+        workloads: those of benchmark/peers that are run.
     """
 
     models: Path
@@ -33,6 +35,7 @@ class Place:
     threads: int
     rounds: int
     again: bool
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
 
     @property
     def references(self) -> Path:

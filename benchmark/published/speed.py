@@ -33,6 +33,7 @@ def measure(file: Path, place: Place) -> Record:
     result.unlink(missing_ok=True)
     command = [sys.executable, str(REPOSITORY / "benchmark" / "peers" / "run.py"), "--model", str(file)]
     command += ["--rounds", str(place.rounds), "--threads", str(place.threads), "--into", str(place.peers)]
+    command += ["--workloads", *place.workloads]
     subprocess.run([*command, "--work-dir", str(place.work), "--json", str(result)], check=True, cwd=REPOSITORY)
     return {"run": json.loads(result.read_text())}
 
