@@ -79,7 +79,8 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert said.count("wrote ") == len(files)
     commands = said.partition("Next:\n")[2].splitlines()[:4]
-    assert commands[0].strip().startswith(f"cd {root} && export PYTHONPATH=$PWD {PACKAGE_VARIABLE}=my_model2 ")
+    path = "PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    assert commands[0].strip().startswith(f"cd {root} && export {path} {PACKAGE_VARIABLE}=my_model2 ")
     assert [command.split()[0] for command in commands[1:]] == ["python", "python", "rtp-llm"]
     assert "verify needs --trust-remote-code: " in said
     text = "".join((root / file).read_text() for file in files)

@@ -13,6 +13,7 @@ from typing import Any
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.distributed.parallel_state import init_tensor_parallel
 from rtp_llm.srt.models.registrations import unpack_registrations
+from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.plan import StepPlan, StepResult
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
@@ -84,7 +85,7 @@ def main(fd: int) -> None:
         pass  # this is how a worker is told to end
     except Exception as error:
         with suppress(ParentGone):
-            parent.send("error", (f"{type(error).__name__}: {error}", traceback.format_exc()))
+            parent.send("error", (reason(error), traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # without the interpreter's finalization, which takes seconds

@@ -122,8 +122,9 @@ def _checkout() -> Path:
 
 def _commands_outside(name: Name, root: Path) -> list[str]:
     module = name.module
+    path = "PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}"
     return [
-        f"cd {root} && export PYTHONPATH=$PWD RTP_LLM_EXTERNAL_MODEL_PACKAGE={module}  # or: pip install -e {root}",
+        f"cd {root} && export {path} RTP_LLM_EXTERNAL_MODEL_PACKAGE={module}  # or: pip install -e {root}",
         "python -m pytest",
         f"python -m {module}.reference.make_tiny tiny && rtp-llm verify tiny --trust-remote-code",
         "rtp-llm serve --model-path tiny",

@@ -142,7 +142,7 @@ class OurRecorder(Recorder):
         if isinstance(module, RotaryEmbedding):
             self.before(module, lambda args: self._keep_rotation(name, args))
         elif isinstance(module, RadixAttention):
-            self._watch_attention(name.rpartition(".")[0], module)
+            self._watch_attention(self._attention_name(name, module), module)
         elif isinstance(module, VisionAttention):
             super().watch(name, module)
             self.called(module, lambda given: self.trace.add_vision_call(name, _our_vision_call(module, given)))
@@ -155,6 +155,13 @@ class OurRecorder(Recorder):
             self.after(module, lambda args, output: self._add_shards(sources, output[0]))
         else:
             super().watch(name, module)
+
+    def _attention_name(self, name: str, layer: RadixAttention) -> str:
+        """Return the module that is this attention: the one around it; of a further cache in the same module, which has
+        a later ``layer_id``, its own name."""
+        around = name.rpartition(".")[0]
+        caches = [child for child in self.model.get_submodule(around).children() if isinstance(child, RadixAttention)]
+        return around if layer is min(caches, key=lambda cache: cache.layer_id) else name
 
     def _add_everywhere(self, names: list[str], part: str, tensor: torch.Tensor) -> None:
         for name in names:
@@ -348,9 +355,16 @@ class TheirRecorder(Recorder):
         super().__exit__(*exception)
         self.end_watches()
         if self.model._can_set_attn_implementation():  # type: ignore[operator]
-            self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]
+            self._restore()
         for module in self.names:
             del module.rtp_llm_recorder
+
+    def _restore(self) -> None:
+        """Set the attention function from before; a part may not support it, such as a tower without attention."""
+        try:
+            self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]
+        except ValueError:
+            self.model.set_attn_implementation("eager")  # type: ignore[operator]
 
     def add_attention(
         self,
