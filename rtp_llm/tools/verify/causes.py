@@ -4,9 +4,8 @@ Each cause is a computation on the reference's tensors that reproduced ours, nev
 the finding names only the place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
-from rtp_llm.tools.verify.activation_causes import activation_name, explain_activation, is_before
+from rtp_llm.tools.verify.activation_causes import activation_name, explain_activation
 from rtp_llm.tools.verify.attention_causes import AttentionTrials
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.expert_causes import explain_experts, explain_routing, given_to_experts
@@ -22,7 +21,8 @@ from rtp_llm.tools.verify.latent import PLAIN, ROTATED
 from rtp_llm.tools.verify.latent_causes import explain_scores
 from rtp_llm.tools.verify.locate import Difference, layer_of
 from rtp_llm.tools.verify.mutations import find_mutation, without_effect
-from rtp_llm.tools.verify.order_causes import explain_order, order_text
+from rtp_llm.tools.verify.number_names import factor_reason, value_name
+from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.relation_causes import (
     describe_relation,
     explain_added,
@@ -32,6 +32,15 @@ from rtp_llm.tools.verify.relation_causes import (
 )
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
 from rtp_llm.tools.verify.source_mutations import find_source_edit
+from rtp_llm.tools.verify.sum_causes import (
+    ELSEWHERE,
+    combination,
+    early_rotation,
+    elsewhere,
+    module_of_sum,
+    multiple,
+    own_order,
+)
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
@@ -51,8 +60,6 @@ UNSEEN_ATTENTION = (
     ". That is right if our attention takes its rows so: the reference's attention was not recorded, and what follows "
     "the projection, its queries, keys, values and biases by distance, is compared nowhere"
 )
-ELSEWHERE = "it is what the reference has as"
-NEARBY = 24  # places of the reference before and after one that are tried
 
 
 def explain(evidence: Evidence, place: Place, error: float) -> Finding:
@@ -269,7 +276,10 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
     where = f"{len(rows)} of {len(ours)} tokens' are wrong, the first of them token {first + rows[0]}'s" if rows else ""
     origin = origin_of(evidence, place, theirs[wrong]) if rows else None
     where += f" (the reference has {origin} there)" if origin else ""
-    cause = _rows_elsewhere(ours[wrong], theirs[wrong]) if rows else None
+    cause = _rows_elsewhere(ours[wrong], theirs[wrong], evidence.config) if rows else None
+    if cause is None and rows:  # rows that are equal by chance, as separators, are among them
+        order = paired_rows(ours[rows[0] : rows[-1] + 1], theirs[rows[0] : rows[-1] + 1], 1e-3)
+        cause = order and f"from there to the last wrong one they are in another order: {order_text(order)}"
     if cause is None:
         finding = _explain_input(evidence, place, error)
         named = "" if finding.module == place.module else f"{finding.module}: "
@@ -277,16 +287,16 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
     return Finding(place.module, place.part, error, [f"{where}: {cause}" if where else cause])
 
 
-def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor, config: Any) -> str | None:
     """Return a cause that concerns only the differing rows."""
     if not bool(ours.any()):
         return "they are zero: nothing is put there"
-    nearest = torch.cdist(ours, theirs).argmin(dim=1)
-    if len(set(nearest.tolist())) == len(theirs) and torch.allclose(ours, theirs[nearest], rtol=1e-3, atol=1e-4):
-        return f"they are the reference's in another order: {order_text(nearest.tolist())}"
+    order = paired_rows(ours, theirs, 1e-3)
+    if order is not None:
+        return f"they are the reference's in another order: {order_text(order)}"
     factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
     if torch.allclose(ours, factor * theirs, rtol=1e-3, atol=1e-4):
-        return f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"
+        return f"they are the reference's times {factor:.6g}: {factor_reason(factor, config)}"
     return None
 
 
@@ -332,7 +342,8 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
     activation = explain_activation(evidence, place)
     if activation:
         return Finding(activation_name(evidence, place), INPUT, error, [activation])
-    for search in (_elsewhere, _early_rotation, _multiple, _order, explain_relation, _combination, explain_added):
+    searches = (elsewhere, early_rotation, multiple, own_order, explain_relation, combination, explain_added)
+    for search in (*searches, module_of_sum):
         cause = search(evidence, place)
         if cause:
             return Finding(place.module, place.part, error, [cause])
@@ -342,70 +353,6 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
         return Finding(mutation.module, part, error, [mutation.text])
     cause = describe_relation(evidence, place)
     return Finding(place.module, place.part, error, [cause] if cause else [], is_description=True)
-
-
-def _order(evidence: Evidence, place: Place) -> str | None:
-    return explain_order(*evidence.pair(place), evidence.tolerance)
-
-
-def _nearby(evidence: Evidence, place: Place) -> list[Place]:
-    """Return places of the reference with tensors of this shape, the nearest first, earlier before later ones."""
-    places = list(evidence.theirs.tensors)
-    here = places.index(place)
-    shape = evidence.ours.tensors[place].shape
-    fitting = [p for p in places if evidence.theirs.tensors[p].shape == shape and p != place]
-    fitting.sort(key=lambda p: (p.part != place.part, abs(places.index(p) - here)))
-    return [p for p in fitting if abs(places.index(p) - here) <= NEARBY]
-
-
-def _elsewhere(evidence: Evidence, place: Place) -> str | None:
-    ours = evidence.ours.tensors[place]
-    for other in _nearby(evidence, place):
-        if evidence.same(ours, evidence.theirs.tensors[other]):
-            return f"{ELSEWHERE} {other}: a wrong slot or order"
-    return None
-
-
-def _early_rotation(evidence: Evidence, place: Place) -> str | None:
-    """Try whether the input of a norm of heads has already been rotated by our attention."""
-    attention = place.module.rpartition(".")[0]
-    unrotated = (evidence.theirs.tensors[place], evidence.ours.tensors[place])
-    for part in (QUERIES, KEYS):
-        before = evidence.ours.tensors.get(Place(attention, UNROTATED[part]))
-        if before is not None and evidence.same(before, unrotated[0]):
-            return f"it comes after the rotary embedding, which in the reference follows it: it is given rotated {part}"
-    return None
-
-
-def _multiple(evidence: Evidence, place: Place) -> str | None:
-    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
-    factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
-    if abs(factor) > 1e-6 and evidence.same(ours, factor * theirs):
-        return f"it is the reference's times {factor:.6g}: a scale is missing, or one too many"
-    return None
-
-
-def _combination(evidence: Evidence, place: Place) -> str | None:
-    """Try ours and the reference's as sums of two multiples of the reference's earlier tensors."""
-    earlier = [p for p in _nearby(evidence, place) if is_before(evidence.theirs, p, place)]
-    earlier.sort(key=lambda p: p.part != OUTPUT)  # outputs first: a tensor's origin explains more than its use
-    ours = _sum_of_two(evidence, evidence.ours.tensors[place], earlier)
-    theirs = _sum_of_two(evidence, evidence.theirs.tensors[place], earlier)
-    if ours is None:
-        return None
-    return f"a sum of something else: ours is {ours}" + (f"; the reference's is {theirs}" if theirs else "")
-
-
-def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place]) -> str | None:
-    for pair in combinations(places, 2):
-        columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in pair], dim=1).double()
-        factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
-        if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:
-            return " + ".join(
-                f"{p}" if abs(factor - 1) < 1e-3 else f"{factor:.4g} * {p}"
-                for factor, p in zip(factors.tolist(), pair, strict=True)
-            )
-    return None
 
 
 # Logits
@@ -422,17 +369,38 @@ def explain_logits(evidence: Evidence, place: Place, error: float) -> Finding:
     raw = evidence.theirs.tensors[Place(place.module, OUTPUT)][-1:]
     embedding: Any = evidence.their_model.get_input_embeddings()  # type: ignore[operator]
     trials = {
-        "they are the head's product itself: a scale or a soft cap of the logits is missing": raw,
+        _missing_scale(evidence, theirs, raw[:, : theirs.shape[1]]): raw,
         "they are made with the embedding's weights, but the head has its own": F.linear(
             hidden, embedding.weight.detach().float().cpu()
         ),
         "the head's bias is missing": F.linear(hidden, head.weight.detach().float().cpu()),
     }
     factor = float((ours * theirs).sum() / theirs.square().sum())
-    trials[f"they are the reference's times {factor:.6g}: a scale is missing, or one too many"] = factor * theirs
+    trials[_scaled_logits(evidence, ours, theirs, raw[:, : ours.shape[1]])] = factor * theirs
     causes = [text for text, tensor in trials.items() if evidence.same(ours, tensor[:, : ours.shape[1]])]
     if not causes:
         finding = _explain_input(evidence, place, error)
         finding = Finding(place.module, place.part, error, finding.causes, finding.is_description)
         return finding if finding.is_explained else _by_source(evidence, place, finding)
     return Finding(place.module, place.part, error, causes[:1])
+
+
+def _scaled_logits(evidence: Evidence, ours: torch.Tensor, theirs: torch.Tensor, raw: torch.Tensor) -> str:
+    """Return how our logits are scaled, if they are a multiple of the reference's: by the head's product, if both are
+    multiples of that."""
+    config = evidence.config
+    pairs = ((ours, raw), (theirs, raw), (ours, theirs))
+    mine, yours, factor = (float((x * y).sum() / y.square().sum()) for x, y in pairs)
+    text = f"they are the reference's times {factor:.6g}"
+    if not evidence.same(ours, mine * raw) or not evidence.same(theirs, yours * raw):
+        return f"{text}: {factor_reason(factor, config)}"
+    right = f"the reference by {value_name(yours, config)}" if abs(yours - 1) > 1e-3 else "the reference does not"
+    return f"{text}: ours multiplies the head's product by {value_name(mine, config)}, {right}"
+
+
+def _missing_scale(evidence: Evidence, theirs: torch.Tensor, raw: torch.Tensor) -> str:
+    """Return the cause of logits that are the head's product."""
+    factor = float((theirs * raw).sum() / raw.square().sum())
+    is_scaled = evidence.same(theirs, factor * raw)
+    scale = f": the reference multiplies it by {value_name(factor, evidence.config)}" if is_scaled else ""
+    return f"they are the head's product itself: a scale or a soft cap of the logits is missing{scale}"

@@ -6,6 +6,8 @@ import torch
 
 MAX_ROWS = 4096  # compared with each other
 MAX_PARTS = 16  # of a row: merged patches, say
+MAX_RUNS = 4  # of rows that are named
+SMALL_SHIFT = 2  # rows; larger ones are told as two runs
 SHOWN = 8
 
 
@@ -70,12 +72,47 @@ def matching_rows(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     return order if len(set(order)) == len(order) and order != sorted(order) else None
 
 
+def paired_rows(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> list[int] | None:
+    """Return the order p with ``ours[i] == theirs[p[i]]`` where some rows may be equal, as separators are: of those, it
+    takes the one that follows the row before. None: there is none, or it changes nothing."""
+    if ours.shape != theirs.shape or not 2 <= len(ours) <= MAX_ROWS:
+        return None
+    distances = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist")
+    size = theirs.norm(dim=1)
+    fits = distances <= tolerance * size.clamp(min=0.1 * float(size.mean()) + 1e-30)
+    free, order = set(range(len(theirs))), list[int]()
+    for row in fits:
+        candidates = [i for i in row.nonzero()[:, 0].tolist() if i in free]
+        if not candidates:
+            return None
+        following = order[-1] + 1 if order else 0
+        order.append(following if following in candidates else candidates[0])
+        free.remove(order[-1])
+    return order if order != sorted(order) else None
+
+
+def runs_text(order: Sequence[int]) -> str | None:
+    """Describe an order that is made of a few runs of neighbouring rows, from the reference's first; None: of many."""
+    starts = [i for i in range(len(order)) if not i or order[i] != order[i - 1] + 1]
+    if not 2 <= len(starts) <= MAX_RUNS:
+        return None
+    runs = [(order[i], order[end - 1]) for i, end in zip(starts, [*starts[1:], len(order)], strict=True)]
+    shown = [f"{first} to {last}" if first < last else f"{first}" for first, last in runs]
+    ranks = {rank: f"number {rank + 1} of {len(runs)} runs" for rank in range(len(runs))} | {0: "first"}
+    ranks[len(runs) - 1] = "last"
+    place = next(rank for rank, (first, _) in enumerate(runs) if first == min(order))
+    return f"rows {', then '.join(shown)} of the reference (its rows {shown[place]} stand {ranks[place]} in ours)"
+
+
 def order_text(order: Sequence[int]) -> str:
     """Describe an order of rows: a shift, a reversal, or a grid with its directions exchanged."""
     num = len(order)
     if list(order) == list(range(num - 1, -1, -1)):
         return "the last first"
-    if all(row == (i + order[0]) % num for i, row in enumerate(order)):
+    is_shift = all(row == (i + order[0]) % num for i, row in enumerate(order))
+    if is_shift and min(order[0], num - order[0]) > SMALL_SHIFT and (runs := runs_text(order)) is not None:
+        return runs
+    if is_shift:
         return f"shifted by {order[0] if order[0] <= num // 2 else order[0] - num}"
     for rows in range(2, num // 2 + 1):
         if num % rows == 0 and list(order) == [j * rows + i for i in range(rows) for j in range(num // rows)]:
@@ -89,7 +126,7 @@ def order_text(order: Sequence[int]) -> str:
             order[i] == inner[i % block] + i - i % block for i in range(num)
         ):
             return f"within each {block} of them, {order_text(inner)}"
-    return f"{_numbers(order)} of the reference"
+    return runs_text(order) or f"{_numbers(order)} of the reference"
 
 
 def _numbers(values: Sequence[int]) -> str:

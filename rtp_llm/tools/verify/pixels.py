@@ -37,8 +37,9 @@ def pixels_note(
         )
     except Exception as error:  # of any kind: packages are missing, or it wants other arguments
         return (
-            "Both models got our processor's pixels, which were not compared: transformers' processor of this "
-            f"checkpoint cannot be used here: {_first_words(f'{type(error).__name__}: {error}')}."
+            "Both models got our processor's pixels. They were not compared with those of transformers' own processor, "
+            f"which fails on this checkpoint ({_first_words(f'{type(error).__name__}: {error}')}). That says nothing "
+            "about the model file."
         )
     assert prompt.media is not None
     media = MultimodalInputs.decode(open_content(prompt.media.content))

@@ -71,7 +71,16 @@ def _factor_text(factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -
         ):
             if torch.allclose(factor, value, rtol=1e-2, atol=1e-5):
                 return text
+    if (same := _constant(factor)) is not None:
+        return f"every component is multiplied by {same:.6g}"
     return f"each column has a factor of its own (weights of a norm, a scale), {NAMELESS}"
+
+
+def _constant(values: torch.Tensor) -> float | None:
+    """Return the number that all values are; None: they are several."""
+    mean = float(values.mean())
+    is_constant = bool((values - mean).abs().max() <= 1e-3 * abs(mean))
+    return (float(round(mean)) if abs(mean - round(mean)) < 1e-3 else mean) if is_constant and mean else None
 
 
 def _is_bias_of_factor(offset: torch.Tensor, factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> bool:
@@ -86,6 +95,11 @@ def _offset_text(offset: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -
             return f"{name} is not added"
         if torch.allclose(offset, parameter, rtol=1e-2, atol=1e-4):
             return f"{name} is added where the reference does not, or twice"
+    if (same := _constant(offset)) is not None:
+        hint = (
+            "" if abs(same) != 1 else f" ({'bias + 1, or 1 + ...' if same > 0 else '1 + ...'} where it does not belong)"
+        )
+        return f"{abs(same):.6g} is {'added to' if same > 0 else 'missing from'} every component{hint}"
     return f"the same is added to all rows (a bias, an embedding), {NAMELESS}"
 
 
@@ -218,6 +232,11 @@ def other_rows(evidence: Evidence, place: Place) -> str | None:
     sources = _row_sources(evidence, place, ours.shape[1])
     mine = _origins(ours, sources | {str(place): theirs}, evidence.tolerance)
     yours = _origins(theirs, sources, evidence.tolerance)
+    here = str(place)
+    if mine is not None and yours is not None:  # never by the place itself
+        mine = [yours[row] if name == here else (name, row) for name, row in mine]
+    if mine is not None and any(name == here for name, _ in mine):
+        return f"its rows are the reference's at other places: {_runs(mine).replace(f' of {here}', '')}"
     return None if mine is None else _made_of(mine, yours, "rows")
 
 

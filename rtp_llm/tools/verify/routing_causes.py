@@ -161,10 +161,23 @@ class RoutingTrials:
         if bool(others.any()):
             text = f"{int(others.sum())} of {len(others)} tokens go to other experts"
         else:
-            text = "the same experts are chosen, with other weights" + _sums(ours, theirs)
+            text = (
+                "the same experts are chosen, with other weights" + self._of_which(ours, theirs) + _sums(ours, theirs)
+            )
         known = [f"the reference's are {_text(*right[0])}"] if right else []
         known += [f"ours are {_text(*own[0])}"] if own else []
         return "; ".join([text, *known])
+
+    def _of_which(self, ours: torch.Tensor, theirs: torch.Tensor) -> str:
+        """Return of which of a token's chosen experts weights differ, the first being the one with the best logit."""
+        chosen = self._logits.masked_fill(theirs == 0, float("-inf")).topk(int((theirs != 0).sum(-1).max()), dim=-1)
+        mine, yours = (x.gather(1, chosen.indices) for x in (ours, theirs))
+        wrong = ((mine - yours).abs() > 1e-3 * yours.abs().amax()).any(0).tolist()
+        if all(wrong) or not any(wrong):
+            return ""
+        names = [name for name, differs in zip(_RANKS, wrong, strict=False) if differs]
+        rest = [name for name, differs in zip(_RANKS, wrong, strict=False) if not differs]
+        return f", of each token's {', '.join(names)} one; the {', '.join(rest)} one's agree" if names and rest else ""
 
 
 def _same_groups(
@@ -192,6 +205,7 @@ def _moved(ours: torch.Tensor, theirs: torch.Tensor, num_experts: int) -> str | 
     return f"experts lie in another order: {shown}" if moved else None
 
 
+_RANKS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _SCORES = {
     "softmax": "a softmax over all experts",
     "sigmoid": "a sigmoid",

@@ -19,7 +19,8 @@ _OTHER_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Mult: ast.Div,
     ast.Div: ast.Mult,
 }
-_DIMENSIONS = ("dim", "axis")
+_CLAMPS = ("clamp", "clamp_", "clip", "clip_")
+_BOUNDS = ("min", "max")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _others(node: ast.expr) -> Iterator[ast.expr]:
             yield operand
         case ast.Call(func=func, args=args):
             yield from _other_calls(node, func, args)
+            yield from _other_bounds(node)
         case ast.IfExp(body=body, orelse=orelse):
             yield body
             yield orelse
@@ -135,6 +137,35 @@ def _other_calls(node: ast.Call, func: ast.expr, args: list[ast.expr]) -> Iterat
         yield ast.Call(ast.Attribute(func.value, "sigmoid", ast.Load()), given, [])
     if len(args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
         yield ast.Call(func, [args[1], args[0], *args[2:]], node.keywords)
+
+
+def _other_bounds(node: ast.Call) -> Iterator[ast.expr]:
+    """Yield a call of ``clamp`` with the bound that is missing, as the negative of the other, and with the same sign of
+    both; bounds are its last arguments, or ``min`` and ``max``."""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    if name not in _CLAMPS:
+        return
+    first = 1 if isinstance(node.func, ast.Attribute) and _is_library(node.func.value) else 0
+    given = dict(zip(_BOUNDS, node.args[first:], strict=False)) | {k.arg: k.value for k in node.keywords}
+    bounds = {key: value for key in _BOUNDS if (value := given.get(key)) is not None and not _is_none(value)}
+    for key, value in bounds.items():
+        other = "max" if key == "min" else "min"
+        mirrored = value.operand if isinstance(value, ast.UnaryOp) else ast.UnaryOp(ast.USub(), value)
+        both = {key: value, other: mirrored}
+        if other not in bounds or ast.dump(mirrored) != ast.dump(bounds[other]):
+            yield _clamped(node, first, both)
+        yield _clamped(node, first, {other: mirrored})  # the other side is limited
+        if other in bounds:
+            yield _clamped(node, first, {key: value})
+
+
+def _clamped(node: ast.Call, first: int, bounds: dict[str, ast.expr]) -> ast.Call:
+    keywords = [ast.keyword(key, bounds[key]) for key in _BOUNDS if key in bounds]
+    return ast.Call(node.func, node.args[:first], keywords)
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _last_dimension() -> ast.keyword:

@@ -1,0 +1,92 @@
+"""Names for numbers: which fields of a configuration, or functions of them, a factor is."""
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any
+
+TOLERANCE = 1e-3
+_SCALE = re.compile(r"scal|multiplier|factor|alpha|softcap|eps")
+_SIZE = re.compile(r"(^|_)(hidden_size|head_dim|size|dim|scalar|rank)$")
+_NO_SIZE = re.compile(r"vocab|chunk|image|patch|window")
+MAX_NAMED = 2
+
+# A factor as a function of a number x, and what people do who are wrong by it. {0} is the number's name and value.
+_Relation = tuple[Callable[[float], float], str]
+_TWICE: tuple[_Relation, ...] = (
+    (lambda x: x * x, "ours multiplies by {0}, the reference divides by it (or ours by its square)"),
+    (lambda x: 1 / (x * x), "ours divides by {0}, the reference multiplies by it (or ours by its square)"),
+)
+_ONCE: tuple[_Relation, ...] = (
+    (lambda x: x, "ours multiplies by {0} and the reference does not, or it divides by it and ours does not"),
+    (lambda x: 1 / x, "the reference multiplies by {0} and ours does not, or ours divides by it"),
+)
+_ROOTS: tuple[_Relation, ...] = (
+    (lambda x: x**0.5, "ours multiplies by the root of {0} and the reference does not, or it divides by it"),
+    (lambda x: x**-0.5, "the reference multiplies by the root of {0} and ours does not, or ours divides by it"),
+)
+_SHIFTED: tuple[_Relation, ...] = (
+    (lambda x: 1 + x, "1 + {0}"),
+    (lambda x: x - 1, "{0} - 1"),
+    (lambda x: 1 / (1 + x), "1 / (1 + {0})"),
+    (lambda x: -x, "the negative of {0}"),
+)
+
+
+def numbers_of(config: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the configuration's scales and its sizes, by name; a head's size is derived if it is not given."""
+    values = {
+        name: float(value)
+        for name, value in vars(config).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and value != 1
+    }
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if heads and hidden and "head_dim" not in values:
+        values["head_dim"] = hidden / heads
+    scales = {name: value for name, value in values.items() if _SCALE.search(name)}
+    sizes = {n: v for n, v in values.items() if n not in scales and _SIZE.search(n) and not _NO_SIZE.search(n)}
+    return scales, sizes
+
+
+def factor_reason(factor: float, config: Any) -> str:
+    """Return what a wrong factor (ours through the reference's) comes from by the configuration."""
+    found = list(dict.fromkeys(_reasons(factor, config)))[:MAX_NAMED]
+    return "; or ".join(found) if found else "another factor, or one where there is none"
+
+
+def value_name(value: float, config: Any) -> str:
+    """Return a number with what it is by the configuration: ``0.25 (1 / logits_scaling)``."""
+    scales, sizes = numbers_of(config)
+    forms: tuple[tuple[Callable[[float], float], str], ...] = (
+        (lambda x: x, "{0}"),
+        (lambda x: 1 / x, "1 / {0}"),
+        (lambda x: x**0.5, "root of {0}"),
+        (lambda x: x**-0.5, "1 / root of {0}"),
+        (lambda x: x * x, "{0} squared"),
+    )
+    for numbers in (scales, sizes):
+        for function, text in forms:
+            for name, x in numbers.items():
+                if _is(value, function(x)):
+                    return f"{value:.6g} ({text.format(name)})"
+    return f"{value:.6g}"
+
+
+def _reasons(factor: float, config: Any) -> Iterator[str]:
+    scales, sizes = numbers_of(config)
+    for numbers, relations in ((scales, _ONCE), (scales, _TWICE), (sizes, _ROOTS), (sizes, _ONCE), (scales, _ROOTS)):
+        for function, text in relations:
+            yield from (text.format(f"{n} ({x:.6g})") for n, x in numbers.items() if _is(factor, function(x)))
+    for (first, x), (second, y) in combinations(scales.items(), 2):
+        for value, text in ((x * y, "times"), (x / y, "through"), (y / x, "through"), (1 / (x * y), "1 / of")):
+            names = (second, first) if value == y / x else (first, second)
+            if _is(factor, value):
+                yield (
+                    f"1 / ({first} * {second})" if text == "1 / of" else f"{names[0]} {text} {names[1]}"
+                ) + " of the configuration"
+    for function, text in _SHIFTED:
+        yield from (text.format(f"{n} ({x:.6g})") for n, x in scales.items() if _is(factor, function(x)))
+
+
+def _is(value: float, other: float) -> bool:
+    return abs(value - other) <= TOLERANCE * abs(other)

@@ -1,0 +1,154 @@
+"""Ours as other tensors of the reference: of another place, a multiple, a sum, what a module makes of a sum."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import torch
+from torch import nn
+
+from rtp_llm.tools.verify.activation_causes import is_before
+from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.number_names import factor_reason
+from rtp_llm.tools.verify.order_causes import explain_order
+from rtp_llm.tools.verify.trace import INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place
+
+ELSEWHERE = "it is what the reference has as"
+NEARBY = 24  # places of the reference before and after one that are tried
+MAX_SUMMED = 12  # earlier tensors of which sums are given to modules
+
+
+def own_order(evidence: Evidence, place: Place) -> str | None:
+    return explain_order(*evidence.pair(place), evidence.tolerance)
+
+
+def _nearby(evidence: Evidence, place: Place) -> list[Place]:
+    """Return places of the reference with tensors of this shape, the nearest first, earlier before later ones."""
+    places = list(evidence.theirs.tensors)
+    here = places.index(place)
+    shape = evidence.ours.tensors[place].shape
+    fitting = [p for p in places if evidence.theirs.tensors[p].shape == shape and p != place]
+    fitting.sort(key=lambda p: (p.part != place.part, abs(places.index(p) - here)))
+    return [p for p in fitting if abs(places.index(p) - here) <= NEARBY]
+
+
+def elsewhere(evidence: Evidence, place: Place) -> str | None:
+    ours = evidence.ours.tensors[place]
+    for other in _nearby(evidence, place):
+        if evidence.same(ours, evidence.theirs.tensors[other]):
+            return f"{ELSEWHERE} {other}: a wrong slot or order"
+    return None
+
+
+def early_rotation(evidence: Evidence, place: Place) -> str | None:
+    """Try whether the input of a norm of heads has already been rotated by our attention."""
+    attention = place.module.rpartition(".")[0]
+    unrotated = (evidence.theirs.tensors[place], evidence.ours.tensors[place])
+    for part in (QUERIES, KEYS):
+        before = evidence.ours.tensors.get(Place(attention, UNROTATED[part]))
+        if before is not None and evidence.same(before, unrotated[0]):
+            return f"it comes after the rotary embedding, which in the reference follows it: it is given rotated {part}"
+    return None
+
+
+def multiple(evidence: Evidence, place: Place) -> str | None:
+    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
+    factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
+    if abs(factor) > 1e-6 and evidence.same(ours, factor * theirs):
+        return f"it is the reference's times {factor:.6g}: {factor_reason(factor, evidence.config)}"
+    return None
+
+
+def combination(evidence: Evidence, place: Place) -> str | None:
+    """Try ours and the reference's as sums of two multiples of the reference's earlier tensors."""
+    earlier = [p for p in _nearby(evidence, place) if is_before(evidence.theirs, p, place)]
+    earlier.sort(key=lambda p: p.part != OUTPUT)  # outputs first: a tensor's origin explains more than its use
+    ours = _sum_of_two(evidence, evidence.ours.tensors[place], earlier)
+    theirs = _sum_of_two(evidence, evidence.theirs.tensors[place], earlier)
+    if ours is None:
+        return None
+    return f"a sum of something else: ours is {ours}" + (f"; the reference's is {theirs}" if theirs else "")
+
+
+def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place]) -> str | None:
+    for pair in combinations(places, 2):
+        columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in pair], dim=1).double()
+        factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
+        if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:
+            return " + ".join(
+                f"{p}" if abs(factor - 1) < 1e-3 else f"{factor:.4g} * {p}"
+                for factor, p in zip(factors.tolist(), pair, strict=True)
+            )
+    return None
+
+
+def module_of_sum(evidence: Evidence, place: Place) -> str | None:
+    """Try ours as what a module of the layer makes of an earlier tensor or of a sum of two: a norm that is applied once
+    more, or to the sum of input and attention's output where blocks stand side by side."""
+    layer = layer_of(place.module)
+    if not layer:
+        return None
+    modules = {
+        name: module
+        for name, module in evidence.their_modules.items()
+        if name.startswith(f"{layer}.") and not list(module.children()) and list(module.parameters())
+    }
+    for text, names, given in _summands(evidence, place, layer):
+        for name, module in modules.items():
+            made = _made_by(module, given, evidence.ours.tensors[place].shape)
+            if made is not None and evidence.same(evidence.ours.tensors[place], made):
+                return f"it is {name} of ({text}){_instead(evidence, place, name, names)}"
+    return None
+
+
+def _instead(evidence: Evidence, place: Place, module: str, names: Sequence[Place]) -> str:
+    """Say what the reference has in the place of a module's output, and what follows from that."""
+    theirs = evidence.theirs.tensors[place]
+    right = next(
+        (p for p in _before(evidence, place, OUTPUT) if evidence.same(theirs, evidence.theirs.tensors[p])), None
+    )
+    text = "" if right is None else f"; the reference has {right} here"
+    given = evidence.theirs.tensors.get(Place(module, INPUT))
+    if right != Place(module, OUTPUT) or given is None or len(names) < 2:
+        return text
+    is_given = [evidence.same(evidence.theirs.tensors[p], given) for p in names]
+    if not any(is_given):
+        return text
+    return f"{text}. Your blocks follow one another, the reference's stand side by side"
+
+
+def _before(evidence: Evidence, place: Place, part: str) -> list[Place]:
+    places = list(evidence.theirs.tensors)
+    return [p for p in reversed(places[: places.index(place)]) if p.part == part]
+
+
+def _summands(evidence: Evidence, place: Place, layer: str) -> Iterator[tuple[str, list[Place], torch.Tensor]]:
+    """Yield earlier tensors of a layer and sums of two of them, each tensor once."""
+    places, tensors = list(evidence.theirs.tensors), evidence.theirs.tensors
+    found: list[Place] = []
+    for p in reversed(places[: places.index(place)]):
+        is_own = p.part in (INPUT, OUTPUT) and layer_of(p.module) == layer
+        if is_own and len(found) < MAX_SUMMED and not any(evidence.same(tensors[p], tensors[q]) for q in found):
+            found.append(p)
+    found.reverse()
+    yield from ((str(p), [p], tensors[p]) for p in found)
+    for p, q in combinations(found, 2):
+        if tensors[p].shape == tensors[q].shape:
+            yield f"{p} + {q}", [p, q], tensors[p] + tensors[q]
+
+
+@torch.inference_mode()
+def _made_by(module: nn.Module, given: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """Return a module's output for rows, or for each head in them; None: it does not take them."""
+    parameter = next(module.parameters())
+    width = parameter.shape[-1]
+    x = given.to(parameter.device, parameter.dtype)
+    if parameter.dim() == 1 and width != x.shape[-1] and x.shape[-1] % width == 0:
+        x = x.unflatten(-1, (-1, width))
+    try:
+        made = module(x[None])
+    except Exception:  # of any kind: it takes something else
+        return None
+    return (
+        made.float().cpu().reshape(shape) if isinstance(made, torch.Tensor) and made.numel() == shape.numel() else None
+    )
