@@ -435,7 +435,7 @@ MORE_BROKEN_MODELS = (
         "GraniteForCausalLM",
         "model.layers.0.post_attention_layernorm",
         "input",
-        "the reference's is 0.22 * output of model.layers.0.self_attn",
+        "the reference's is 0.22 (residual_multiplier) * output of model.layers.0.self_attn",
         {"residual_multiplier": 0.22},
     ),
     BrokenModel(

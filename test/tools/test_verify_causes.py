@@ -201,5 +201,5 @@ def test_what_to_read_is_in_the_model_file(name: str, part: str, found: str) -> 
     model, trace = Pointed(), Trace(3)
     with OurRecorder(model, trace), trace.step(0, 3):
         model(torch.randn(3, 16))
-    text = source_of(model, name, part, trace.call_sites)
+    text = source_of(model, name, part, trace)
     assert text.startswith(found) and __file__ in text, text

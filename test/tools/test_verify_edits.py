@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits
 
 
 def function(body: str) -> ast.FunctionDef:
@@ -41,6 +41,10 @@ def all_edits(body: str) -> list[str]:
         ("return f(x, scale=2)", "return f(x)"),
         ("return f(x, y)", "return f(y, x)"),
         ("return -x", "return x"),
+        ("return x.clamp(min=None, max=y)", "return x.clamp(min=-y, max=y)"),
+        ("return x.clamp(max=y)", "return x.clamp(min=-y)"),
+        ("return x.clamp(-y, y)", "return x.clamp(max=y)"),
+        ("return torch.clamp(x, max=y)", "return torch.clamp(x, min=-y, max=y)"),
     ],
 )
 def test_mistakes_are_among_the_edits(body: str, edited: str) -> None:
@@ -61,3 +65,10 @@ def test_of_long_statements_only_what_differs_is_shown() -> None:
     assert (
         text == "`... number_14 + other + number_16 ...` stood in place of `... number_14 + number_15 + number_16 ...`"
     )
+
+
+def test_another_variable_is_read() -> None:
+    tree = function("z = x.scatter(y)\nw = z.fill(y)\nreturn w")
+    found = [(edit.before, edit.after) for edit in name_edits(tree)]
+    assert ("w = z.fill(y)", "w = x.fill(y)") in found and ("return w", "return z") in found
+    assert all("self" not in after for _, after in found)

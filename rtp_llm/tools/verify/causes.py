@@ -19,7 +19,7 @@ from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.expert_causes import explain_experts, explain_routing, given_to_experts
 from rtp_llm.tools.verify.latent import PLAIN, ROTATED
 from rtp_llm.tools.verify.latent_causes import explain_scores
-from rtp_llm.tools.verify.locate import Difference, layer_of
+from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
 from rtp_llm.tools.verify.mutations import find_mutation, without_effect
 from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
@@ -31,6 +31,7 @@ from rtp_llm.tools.verify.relation_causes import (
     other_columns,
 )
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
+from rtp_llm.tools.verify.routing_causes import FACTOR_ALONE
 from rtp_llm.tools.verify.source_mutations import find_source_edit
 from rtp_llm.tools.verify.sum_causes import (
     ELSEWHERE,
@@ -56,6 +57,7 @@ from rtp_llm.tools.verify.trace import (
 from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing, explain_turn
 from rtp_llm.tools.verify.weight_causes import OTHER_ROWS, explain_linear, explain_norm, explain_norms, weight_of
 
+WINDOW = "attention window"
 UNSEEN_ATTENTION = (
     ". That is right if our attention takes its rows so: the reference's attention was not recorded, and what follows "
     "the projection, its queries, keys, values and biases by distance, is compared nowhere"
@@ -73,8 +75,7 @@ def _by_source(evidence: Evidence, place: Place, finding: Finding) -> Finding:
     edit = find_source_edit(evidence, place)
     if edit is None:
         return finding
-    part = place.part if edit.module == place.module else OUTPUT
-    return Finding(edit.module, part, finding.error, [edit.cause, *finding.causes])
+    return Finding(place.module, place.part, finding.error, [edit.cause, *finding.causes], look=edit.module)
 
 
 def _by_experiments(evidence: Evidence, place: Place, error: float) -> Finding:
@@ -96,7 +97,7 @@ def _by_experiments(evidence: Evidence, place: Place, error: float) -> Finding:
         EMBEDDINGS: _explain_embeddings,
         INPUT: _explain_input,
         OUTPUT: _explain_output,
-        ROUTING: explain_routing,
+        ROUTING: _explain_weights,
         PLAIN: explain_scores,
         ROTATED: explain_scores,
     }
@@ -244,7 +245,17 @@ def _explain_values(evidence: Evidence, place: Place, error: float) -> Finding:
 
 def _explain_attention(evidence: Evidence, place: Place, error: float) -> Finding:
     cause = AttentionTrials(place.module, evidence.ours, evidence.theirs, evidence.config).explain(evidence.tolerance)
+    if cause and cause.startswith(WINDOW):
+        cause += _layer_type(evidence, place)
     return Finding(place.module, place.part, error, [cause] if cause else [])
+
+
+def _layer_type(evidence: Evidence, place: Place) -> str:
+    """Return what the configuration says of the layer's kind of attention; empty: nothing."""
+    kinds, number = getattr(evidence.config, "layer_types", None), layer_of(place.module).rpartition(".")[2]
+    if not kinds or not number.isdigit() or int(number) >= len(kinds):
+        return ""
+    return f"; layer_types of the configuration has {kinds[int(number)]} for layer {number}"
 
 
 def _is_of_vision_attention(evidence: Evidence, place: Place) -> bool:
@@ -279,12 +290,13 @@ def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Findi
     cause = _rows_elsewhere(ours[wrong], theirs[wrong], evidence.config) if rows else None
     if cause is None and rows:  # rows that are equal by chance, as separators, are among them
         order = paired_rows(ours[rows[0] : rows[-1] + 1], theirs[rows[0] : rows[-1] + 1], 1e-3)
-        cause = order and f"from there to the last wrong one they are in another order: {order_text(order)}"
+        cause = f"from there to the last wrong one they are in another order: {order_text(order)}" if order else None
     if cause is None:
         finding = _explain_input(evidence, place, error)
         named = "" if finding.module == place.module else f"{finding.module}: "
         cause = next((f"{named}{cause}" for cause in finding.causes), "they are not what the reference puts there")
-    return Finding(place.module, place.part, error, [f"{where}: {cause}" if where else cause])
+    look = origin.partition(" of ")[2] if origin else ""
+    return Finding(place.module, place.part, error, [f"{where}: {cause}" if where else cause], look=look)
 
 
 def _rows_elsewhere(ours: torch.Tensor, theirs: torch.Tensor, config: Any) -> str | None:
@@ -334,6 +346,26 @@ def _is_of_unseen_attention(evidence: Evidence, place: Place) -> bool:
     )
 
 
+def _explain_weights(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Explain experts' weights. A factor may be applied after the experts as well: then the block's output tells what
+    is wrong with it, unless that differs by what the experts' output does."""
+    finding = explain_routing(evidence, place, error)
+    if not finding.is_explained or not finding.causes[0].startswith(FACTOR_ALONE):
+        return finding
+    block = Place(place.module.rpartition(".")[0], OUTPUT)
+    experts = Place(place.module, OUTPUT)
+    if any(p not in trace.tensors for p in (block, experts) for trace in (evidence.ours, evidence.theirs)):
+        return finding
+    (ours, theirs), (mine, yours) = evidence.pair(block), evidence.pair(experts)
+    if evidence.same(ours, theirs + mine - yours):
+        return finding
+    found = _explain_input(evidence, block, relative_error(ours, theirs))
+    if not found.is_explained:
+        return finding
+    note = f". The {finding.causes[0]}, which is no mistake by itself: it may be applied to the experts' output"
+    return replace(found, causes=[f"{found.causes[0]}{note}", *found.causes[1:]])
+
+
 # Inputs of modules
 
 
@@ -349,6 +381,8 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
             return Finding(place.module, place.part, error, [cause])
     mutation = find_mutation(evidence, place)
     if mutation is not None:
+        if mutation.module not in evidence.their_modules:  # of the configuration
+            return Finding(place.module, place.part, error, [mutation.text])
         part = place.part if mutation.module == place.module else OUTPUT
         return Finding(mutation.module, part, error, [mutation.text])
     cause = describe_relation(evidence, place)

@@ -18,6 +18,7 @@ class Finding:
 
     Args:
         is_description: the causes say how ours and the reference's differ, and no experiment reproduced ours.
+        look: the module whose code, or the call of which, is to be read; empty: ``module``'s.
     """
 
     module: str
@@ -25,6 +26,7 @@ class Finding:
     error: float
     causes: list[str] = field(default_factory=list)
     is_description: bool = False
+    look: str = ""
 
     @property
     def is_explained(self) -> bool:

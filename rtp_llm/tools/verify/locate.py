@@ -61,8 +61,8 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
     """Return the index of the first wrong place; None: there is none.
 
     Differences before a later complete agreement are only another layout: for example a scale that one side applies
-    inside a module and the other after it. Agreement is complete if a layer's input or output agrees, in an attention
-    block if queries, keys and values do, or what it attends to.
+    inside a module and the other after it. Agreement is complete if a layer's input or output agrees, or a block's
+    output, in an attention block if queries, keys and values do, or what it attends to.
     """
     suspects: list[int] = []
     layer = ""
@@ -72,6 +72,8 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
             suspects.append(index)
         elif error <= tolerance / 10:
             agreeing.add(place)
+            if place.part == OUTPUT:  # of a block: what differs inside of it is another way of writing it
+                suspects = [i for i in suspects if not differences[i].place.module.startswith(f"{place.module}.")]
             if place.part == EMBEDDINGS or (
                 layer_of(place.module) and (layer_of(place.module) != layer or layer_of(place.module) == place.module)
             ):

@@ -54,8 +54,9 @@ def factor_reason(factor: float, config: Any) -> str:
     return "; or ".join(found) if found else "another factor, or one where there is none"
 
 
-def value_name(value: float, config: Any) -> str:
+def value_name(value: float, config: Any, digits: int = 6) -> str:
     """Return a number with what it is by the configuration: ``0.25 (1 / logits_scaling)``."""
+    shown = f"{value:.{digits}g}"
     scales, sizes = numbers_of(config)
     forms: tuple[tuple[Callable[[float], float], str], ...] = (
         (lambda x: x, "{0}"),
@@ -68,8 +69,8 @@ def value_name(value: float, config: Any) -> str:
         for function, text in forms:
             for name, x in numbers.items():
                 if _is(value, function(x)):
-                    return f"{value:.6g} ({text.format(name)})"
-    return f"{value:.6g}"
+                    return f"{shown} ({text.format(name)})"
+    return shown
 
 
 def _reasons(factor: float, config: Any) -> Iterator[str]:

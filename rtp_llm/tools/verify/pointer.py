@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rtp_llm.srt.model_traits import ModelTraits
-from rtp_llm.tools.verify.trace import INPUT, CallSite
+from rtp_llm.tools.verify.trace import EMBEDDINGS, INPUT, CallSite, Trace
 
 _PASSED_OVER = ("torch.", "rtp_llm.srt.layers.", "rtp_llm.srt.utils", "rtp_llm.tools.verify.")
 _LIBRARIES = ("rtp_llm.srt.", "torch.")
@@ -29,30 +29,54 @@ def call_sites(model: nn.Module) -> tuple[CallSite, ...]:
     return tuple(found)
 
 
-def source_of(model: nn.Module, name: str, part: str, sites: dict[str, tuple[CallSite, ...]]) -> str:
-    """Return where a place of our model is computed: in the model's own file, if anything there has to do with it: the
+def source_of(model: nn.Module, module: str, part: str, trace: Trace, look: str = "") -> str:
+    """Return where a place is computed: in the model's own file, if anything there has to do with it: the
     module's forward, the line that calls it, or the class around it; else in the file that the module is from.
 
     Args:
-        sites: of our modules' calls, by name.
+        look: the module whose code, or whose call for embeddings, is to be read; empty: ``module``'s.
+        trace: ours, with the lines of our modules' calls.
     """
     modules = dict(model.named_modules())
-    name = _module_name(model, name, modules)
+    is_call = part == INPUT or (part == EMBEDDINGS and bool(look))
+    name = _module_name(model, look or module, modules)
     own = type(model).__module__
     kind = type(modules[name])
-    if name and part != INPUT and kind.__module__ == own:
+    if name and kind.__module__ == own and (look != "" or not is_call) and part != EMBEDDINGS:
         return _class_text(kind)
     file = inspect.getsourcefile(type(model))
-    line = next((site for site in sites.get(name, ()) if site.filename == file), None)
-    if line is not None:
-        return str(line)
+    lines = [site for site in trace.call_sites.get(name, ()) if site.filename == file]
     parents = [".".join(name.split(".")[:length]) for length in range(name.count("."), 0, -1)]
-    around = next((type(modules[p]) for p in parents if type(modules[p]).__module__ == own), None)
+    around = next((p for p in parents if type(modules[p]).__module__ == own), None)
+    if lines and (
+        around is None or not _is_of(lines[0], [type(modules[p]) for p in _above(around, parents, "")], model)
+    ):
+        is_first = part == INPUT and look == "" and _is_first(name, parents, trace)
+        caller = f", called by {lines[1]}" if is_first and len(lines) > 1 else ""
+        return f"{lines[0]}{caller}"
     if around is not None:
-        return _class_text(around)
+        return _class_text(type(modules[around]))
     chain = [type(modules[p]) for p in (name, *parents, "")]
     kind = next((kind for kind in chain if not f"{_forward(kind).__module__}.".startswith(_LIBRARIES)), chain[-1])
     return _class_text(kind)
+
+
+def _above(name: str, parents: list[str], root: str) -> list[str]:
+    return [*parents[parents.index(name) + 1 :], root]
+
+
+def _is_of(site: CallSite, kinds: list[type[nn.Module]], model: nn.Module) -> bool:
+    """Return whether a line is in a method of one of some classes: of the modules around the class that is meant."""
+    names = {base.__name__ for kind in kinds for base in kind.__mro__ if base.__module__ == type(model).__module__}
+    return site.function.partition(".")[0] in names
+
+
+def _is_first(name: str, parents: list[str], trace: Trace) -> bool:
+    """Return whether a module is the first that the module around it calls: then it is given what that is given."""
+    if not parents:
+        return False
+    first = next((place for place in trace.tensors if place.module.startswith(f"{parents[0]}.")), None)
+    return first is not None and first.module == name
 
 
 def _module_name(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.order_causes import explain_order
 from rtp_llm.tools.verify.trace import OUTPUT, Place
 
@@ -237,7 +238,17 @@ def other_rows(evidence: Evidence, place: Place) -> str | None:
         mine = [yours[row] if name == here else (name, row) for name, row in mine]
     if mine is not None and any(name == here for name, _ in mine):
         return f"its rows are the reference's at other places: {_runs(mine).replace(f' of {here}', '')}"
-    return None if mine is None else _made_of(mine, yours, "rows")
+    return None if mine is None else _made_of(mine, yours, "rows") + _feature_layer(evidence, mine, yours)
+
+
+def _feature_layer(evidence: Evidence, mine: list[tuple[str, int]], yours: list[tuple[str, int]] | None) -> str:
+    """Return the configuration's field that chooses layers of a tower, if rows are another layer's; empty: they are
+    not, or there is none."""
+    own, right = ({layer_of(name.partition(" of ")[2]) for name, _ in origins} for origins in (mine, yours or ()))
+    if not own or not right or own == right or "" in own | right:
+        return ""
+    fields = {key: value for key, value in vars(evidence.their_model.config).items() if "feature_layer" in key}
+    return "".join(f". The configuration has {key} {value}" for key, value in fields.items() if value is not None)
 
 
 def origin_of(evidence: Evidence, place: Place, rows: torch.Tensor) -> str | None:

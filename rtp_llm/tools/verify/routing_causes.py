@@ -9,6 +9,7 @@ import torch
 
 from rtp_llm.tools.verify.locate import relative_error
 
+FACTOR_ALONE = "factor of the experts' weights"
 MANY_EXPERTS = 16  # with more, only groups that the configuration names are tried
 _FACTORS = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor", "scaling_factor")
 
@@ -124,7 +125,7 @@ class RoutingTrials:
     def _factors(self, ours: float, theirs: float) -> str:
         values = {name: getattr(self._config, name, None) for name in _FACTORS}
         name = next((f" ({name})" for name, value in values.items() if value and abs(theirs / value - 1) < 1e-3), "")
-        return f"factor of the experts' weights: ours {ours:.6g}, the reference's {theirs:.6g}{name}"
+        return f"{FACTOR_ALONE}: ours {ours:.6g}, the reference's {theirs:.6g}{name}"
 
     def _change(self, name: str, ours: Routing, theirs: Routing) -> str:
         mine, yours = getattr(ours, name), getattr(theirs, name)

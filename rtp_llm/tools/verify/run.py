@@ -194,14 +194,14 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     report = _with(report, num_compared=len(differences))
     if index is not None:
         index, finding = _searched(evidence, differences, index)
-        source = source_of(ours.model, finding.module, finding.part, evidence.ours.call_sites)
+        source = source_of(ours.model, finding.module, finding.part, evidence.ours, finding.look)
         finding = _with_pieces(finding, report, ours, theirs, whole, options)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
         return _with(report, finding=finding, around=around, source=source)
     logits, error = _logits_of(evidence)
     if error > report.tolerance:
         finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
-        return _with(report, finding=finding, source=source_of(ours.model, "", finding.part, {}))
+        return _with(report, finding=finding, source=source_of(ours.model, "", finding.part, evidence.ours))
     note = "All modules agree over prompt and text at once: only tokens computed one by one, from the cache, differ."
     return _with(report, note=note)
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 MAX_SHOWN = 100  # characters of a statement
+MAX_DIFFERING = 300  # of what differs in it
 NUM_AROUND = 2  # words of a long statement before and after what differs
 _SWAPPED = {"sigmoid": "tanh", "tanh": "sigmoid", "cos": "sin", "sin": "cos", "floor": "ceil", "ceil": "floor"}
 _OTHER_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
@@ -58,6 +59,29 @@ def edits(tree: ast.FunctionDef) -> Iterator[Edit]:
                 yield from _of_statements(tree, value)
             elif isinstance(owner, ast.stmt) and isinstance(first, ast.expr):
                 yield from _of_expression(tree, owner, owner, field)
+
+
+def name_edits(tree: ast.FunctionDef) -> Iterator[Edit]:
+    """Yield the function with another of its arguments and variables in the place of one, each time it is read."""
+    arguments = [argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs) if argument.arg != "self"]
+    stored = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    names = list(dict.fromkeys([*arguments, *stored]))
+    for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node is not tree):
+        before = _shown(statement)
+        for node in _names_read(statement):
+            own = node.id
+            for other in names if own in names else ():
+                if other != own:
+                    node.id = other
+                    yield Edit(tree, before, _shown(statement))
+                    node.id = own
+
+
+def _names_read(statement: ast.stmt) -> Iterator[ast.Name]:
+    """Yield the names that a statement itself reads, without those in its body."""
+    for child in ast.iter_child_nodes(statement):
+        if isinstance(child, ast.expr):
+            yield from (n for n in ast.walk(child) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
 
 
 def _of_expression(tree: ast.FunctionDef, statement: ast.stmt, owner: ast.AST, field: str) -> Iterator[Edit]:
@@ -233,8 +257,8 @@ def _shown(node: Any) -> str:
     return ast.unparse(ast.fix_missing_locations(node)).split("\n")[0]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+def _cut(text: str, size: int = MAX_SHOWN) -> str:
+    return text if len(text) <= size else text[: size - 3] + "..."
 
 
 def _differing(before: str, after: str) -> tuple[str, str]:
@@ -247,5 +271,5 @@ def _differing(before: str, after: str) -> tuple[str, str]:
     end = next((i for i, (a, b) in enumerate(rest) if a != b), min(len(old), len(new)) - start)
     start, end = max(0, start - NUM_AROUND), max(0, end - NUM_AROUND)
     texts = [" ".join(words[start : len(words) - end]) for words in (old, new)]
-    one, other = (f"{'... ' if start else ''}{_cut(text)}{' ...' if end else ''}" for text in texts)
+    one, other = (f"{'... ' if start else ''}{_cut(text, MAX_DIFFERING)}{' ...' if end else ''}" for text in texts)
     return one, other

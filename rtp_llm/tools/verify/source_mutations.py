@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ import torch
 from torch import nn
 
 from rtp_llm.tools.verify.evidence import Evidence
-from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits
 from rtp_llm.tools.verify.trace import Place
 
 MAX_SECONDS = 120.0  # each edit computes a layer or all anew
+MAX_NAME_SECONDS = 20.0  # for one variable in the place of another, of which there are many
 MAX_SHOWN = 3  # edits with the same result
 _LIBRARIES = ("torch.", "transformers.masking_utils", "transformers.modeling_utils", "transformers.cache_utils")
 _FACTORY = "made"
@@ -98,14 +100,17 @@ def find_source_edit(evidence: Evidence, place: Place) -> SourceEdit | None:
     """Return the edit of the reference's code that gives ours at a place; None: none of those does that are tried
     within MAX_SECONDS."""
     ours, theirs = evidence.pair(place)
-    deadline = time.monotonic() + MAX_SECONDS
+    begin = time.monotonic()
+    deadline = begin + MAX_SECONDS
     with evidence.replay.recording():
-        for function in _functions(evidence, place):
+        for edited, function in product((edits, name_edits), list(_functions(evidence, place))):
+            if edited is name_edits and deadline == begin + MAX_SECONDS:
+                deadline = min(deadline, time.monotonic() + MAX_NAME_SECONDS)
             tree = function.parsed()
             if tree is None or not _gives(evidence, place, function, tree, theirs):
                 continue
             found: list[Edit] = []
-            for edit in edits(tree):
+            for edit in edited(tree):
                 if time.monotonic() > deadline or len(found) == MAX_SHOWN:
                     break
                 if _gives(evidence, place, function, edit.tree, ours):

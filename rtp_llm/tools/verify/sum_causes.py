@@ -9,7 +9,7 @@ from torch import nn
 from rtp_llm.tools.verify.activation_causes import is_before
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import layer_of
-from rtp_llm.tools.verify.number_names import factor_reason
+from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import explain_order
 from rtp_llm.tools.verify.trace import INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place
 
@@ -76,7 +76,7 @@ def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place
         factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
         if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:
             return " + ".join(
-                f"{p}" if abs(factor - 1) < 1e-3 else f"{factor:.4g} * {p}"
+                f"{p}" if abs(factor - 1) < 1e-3 else f"{value_name(factor, evidence.config, 4)} * {p}"
                 for factor, p in zip(factors.tolist(), pair, strict=True)
             )
     return None
@@ -97,8 +97,20 @@ def module_of_sum(evidence: Evidence, place: Place) -> str | None:
         for name, module in modules.items():
             made = _made_by(module, given, evidence.ours.tensors[place].shape)
             if made is not None and evidence.same(evidence.ours.tensors[place], made):
+                if _takes_the_place(evidence, place, name, given):
+                    return None
                 return f"it is {name} of ({text}){_instead(evidence, place, name, names)}"
     return None
+
+
+def _takes_the_place(evidence: Evidence, place: Place, module: str, given: torch.Tensor) -> bool:
+    """Return whether the reference has what another module makes of the same input: that is told as an exchange."""
+    tensors, theirs = evidence.theirs.tensors, evidence.theirs.tensors[place]
+    return any(
+        evidence.same(tensors[Place(p.module, INPUT)], given)
+        for p in _before(evidence, place, OUTPUT)
+        if p.module != module and Place(p.module, INPUT) in tensors and evidence.same(tensors[p], theirs)
+    )
 
 
 def _instead(evidence: Evidence, place: Place, module: str, names: Sequence[Place]) -> str:

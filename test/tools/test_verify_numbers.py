@@ -1,0 +1,46 @@
+"""Names that ``rtp-llm verify`` gives to factors and to orders of rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rtp_llm.tools.verify.number_names import factor_reason, value_name
+from rtp_llm.tools.verify.order_causes import order_text, paired_rows
+
+CONFIG = SimpleNamespace(logits_scaling=4.0, residual_multiplier=0.3, hidden_size=48, num_attention_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("factor", "text"),
+    [
+        (16.0, "ours multiplies by logits_scaling (4), the reference divides by it"),
+        (1 / 16, "ours divides by logits_scaling (4), the reference multiplies by it"),
+        (4.0, "ours multiplies by logits_scaling (4) and the reference does not"),
+        (0.25, "the reference multiplies by logits_scaling (4) and ours does not"),
+        (48**-0.5, "the reference multiplies by the root of hidden_size (48) and ours does not"),
+        (1.2, "logits_scaling times residual_multiplier of the configuration"),
+        (7.77, "another factor, or one where there is none"),
+    ],
+)
+def test_factors_are_told_by_the_configuration(factor: float, text: str) -> None:
+    assert factor_reason(factor, CONFIG).startswith(text), factor_reason(factor, CONFIG)
+
+
+def test_numbers_are_told_by_the_configuration() -> None:
+    assert value_name(0.25, CONFIG) == "0.25 (1 / logits_scaling)"
+    assert value_name(16.0, CONFIG) == "16 (logits_scaling squared)"
+    assert value_name(7.77, CONFIG) == "7.77"
+
+
+def test_runs_of_rows_are_found_among_equal_rows() -> None:
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    rows[3] = rows[7]  # as separators are
+    order = paired_rows(rows[[4, 5, 6, 7, 0, 1, 2, 3]], rows, 1e-4)
+    assert order is not None and torch.equal(rows[order], rows[[4, 5, 6, 7, 0, 1, 2, 3]])
+    assert paired_rows(rows, rows, 1e-4) is None and paired_rows(rows + 1, rows, 1e-4) is None
+
+
+def test_a_few_runs_are_told_by_their_ends() -> None:
+    order = [*range(3, 10), *range(3)]
+    assert order_text(order) == "rows 3 to 9, then 0 to 2 of the reference (its rows 0 to 2 stand last in ours)"
