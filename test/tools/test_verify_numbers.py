@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rtp_llm.tools.verify.locate import Difference, first_difference
 from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
+from rtp_llm.tools.verify.trace import INPUT, OUTPUT, ROUTING, Place
 
 CONFIG = SimpleNamespace(logits_scaling=4.0, residual_multiplier=0.3, hidden_size=48, num_attention_heads=3)
 
@@ -44,3 +46,14 @@ def test_runs_of_rows_are_found_among_equal_rows() -> None:
 def test_a_few_runs_are_told_by_their_ends() -> None:
     order = [*range(3, 10), *range(3)]
     assert order_text(order) == "rows 3 to 9, then 0 to 2 of the reference (its rows 0 to 2 stand last in ours)"
+
+
+@pytest.mark.parametrize(("block_error", "first"), [(0.0, 3), (0.5, 1)])
+def test_what_differs_inside_of_a_block_that_agrees_is_passed_over(block_error: float, first: int) -> None:
+    differences = [
+        Difference(Place("layers.0.mlp.gate", OUTPUT), 0.0),
+        Difference(Place("layers.0.mlp.experts", ROUTING), 0.6),
+        Difference(Place("layers.0.mlp", OUTPUT), block_error),
+        Difference(Place("layers.0.norm", INPUT), 0.3),
+    ]
+    assert first_difference(differences, 1e-4) == first
