@@ -10,7 +10,9 @@ from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, ROUTING, Place
 
-CONFIG = SimpleNamespace(logits_scaling=4.0, residual_multiplier=0.3, hidden_size=48, num_attention_heads=3)
+CONFIG = SimpleNamespace(
+    partial_rotary_factor=0.5, logits_scaling=4.0, residual_multiplier=0.3, hidden_size=48, num_attention_heads=3
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def test_numbers_are_told_by_the_configuration() -> None:
     assert value_name(0.25, CONFIG) == "0.25 (1 / logits_scaling)"
     assert value_name(16.0, CONFIG) == "16 (logits_scaling squared)"
     assert value_name(7.77, CONFIG) == "7.77"
+    assert value_name(0.5, CONFIG) == "0.5 (1 / root of logits_scaling)"  # a rotary factor multiplies no tensor
 
 
 def test_runs_of_rows_are_found_among_equal_rows() -> None:

@@ -6,7 +6,8 @@ from itertools import combinations
 from typing import Any
 
 TOLERANCE = 1e-3
-_SCALE = re.compile(r"scal|multiplier|factor|alpha|softcap|eps")
+_SCALE = re.compile(r"scal|multiplier|factor|alpha|softcap")
+_NO_SCALE = re.compile(r"rope|rotary|init|aux|capacity")  # they multiply no tensor
 _SIZE = re.compile(r"(^|_)(hidden_size|head_dim|size|dim|scalar|rank)$")
 _NO_SIZE = re.compile(r"vocab|chunk|image|patch|window")
 MAX_NAMED = 2
@@ -43,7 +44,7 @@ def numbers_of(config: Any) -> tuple[dict[str, float], dict[str, float]]:
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
     if heads and hidden and "head_dim" not in values:
         values["head_dim"] = hidden / heads
-    scales = {name: value for name, value in values.items() if _SCALE.search(name)}
+    scales = {name: value for name, value in values.items() if _SCALE.search(name) and not _NO_SCALE.search(name)}
     sizes = {n: v for n, v in values.items() if n not in scales and _SIZE.search(n) and not _NO_SIZE.search(n)}
     return scales, sizes
 
