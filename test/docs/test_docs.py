@@ -178,7 +178,7 @@ def test_the_model_file_is_right(mark: str, tmp_path: Path, monkeypatch: pytest.
     module = f"{mark.split()[1]}_of_the_docs"
     (tmp_path / f"{module}.py").write_text(model_file(mark))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(ModelRegistry.models, architecture, import_module(module).EntryClass)
+    monkeypatch.setitem(ModelRegistry.models.overrides, architecture, import_module(module).EntryClass)
     model_dir = make_tiny(architecture, tmp_path / "checkpoint", **config)
     params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     with Engine(

@@ -289,7 +289,7 @@ def test_a_model_that_loads_by_itself(
     mixture: tuple[str, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, values = mixture
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", OwnLoading)
+    monkeypatch.setitem(ModelRegistry.models.overrides, "LlamaForCausalLM", OwnLoading)
     found = weights_of(load(folder))
     for name, weight in expected_weights(values).items():
         assert torch.equal(found[name].bfloat16(), weight.bfloat16()), name
@@ -304,7 +304,7 @@ class HeadWithBias(LlamaForCausalLM):
 
 def test_a_tied_head_with_a_bias(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weight is a copy of the embedding's, which is packed by the time that the copy would be made."""
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", HeadWithBias)
+    monkeypatch.setitem(ModelRegistry.models.overrides, "LlamaForCausalLM", HeadWithBias)
     tensors = tensors_of(checkpoint)
     del tensors["output.weight"]
     tensors["output.bias"] = "F32", torch.ones(75)
