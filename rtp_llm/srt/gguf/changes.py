@@ -69,12 +69,6 @@ def _latent(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torc
     return torch.cat((keys.transpose(1, 2), values.to(keys.dtype)), dim=1).flatten(0, 1)
 
 
-def _fused(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
-    """Undo that a tensor was taken apart by rows (the last dimension but one)."""
-    dim = max(0, tensors[0].dim() - 2)
-    return torch.cat(list(tensors), dim=dim)
-
-
 CHANGES: Mapping[str, Change] = {
     "permuted_queries": _permuted(lambda config: config.num_attention_heads),
     "permuted_keys": _permuted(num_key_heads),
@@ -82,5 +76,4 @@ CHANGES: Mapping[str, Change] = {
     "transposed": _transposed,
     "by_head": _by_head,
     "latent": _latent,
-    "fused": _fused,
 }

@@ -90,11 +90,9 @@ def test_latent_keys_and_values_are_one() -> None:
 def test_other_changes() -> None:
     assert torch.equal(CHANGES["plus_one"]([WEIGHT], CONFIG), WEIGHT - 1)
     assert torch.equal(CHANGES["transposed"]([WEIGHT], CONFIG), WEIGHT.t())
-    experts = WEIGHT.view(3, 20, 32)
-    assert torch.equal(CHANGES["fused"]([experts[:, :8], experts[:, 8:]], CONFIG), experts)
 
 
-@pytest.mark.parametrize("change", ["permuted_queries", "permuted_keys", "by_head", "transposed", "fused"])
+@pytest.mark.parametrize("change", ["permuted_queries", "permuted_keys", "by_head", "transposed"])
 def test_blocks_stay_blocks(change: str) -> None:
     blocks = random_blocks("Q4_0", (60, 32))
     changed = CHANGES[change]([BlockTensor(blocks, "Q4_0", torch.float32)], CONFIG)

@@ -42,7 +42,7 @@ FORMATS = [
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of 64 and 96 inputs: blocks of 64 end within rows of 96."""
+    """A model with layers of 64 and 96 inputs: blocks of 64 end within rows of 96."""
     return make_tiny("Qwen2ForCausalLM", tmp_path_factory.mktemp("model"), **SIZES)
 
 
@@ -81,7 +81,7 @@ def test_answers_through_transformers(model_dir: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "most"), [("nf4-nested", 0.3), ("int8", 0.52)])
 def test_memory(name: str, most: float, tmp_path: Path) -> None:
-    """Of bfloat16; 4 bits have a scale in float32 for each 64."""
+    """At most this part of bfloat16's bytes is stored; 4 bits have a scale in float32 for each 64."""
     model_dir = make_tiny(
         "Qwen2ForCausalLM", tmp_path / "model", **SIZES | {"hidden_size": 128, "intermediate_size": 256}
     )

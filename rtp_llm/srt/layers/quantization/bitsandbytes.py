@@ -22,11 +22,17 @@ from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.linear import LinearBase
-from rtp_llm.srt.layers.quantization.base import PackedLayer, QuantizationConfig, QuantizationError, QuantizedModel
-from rtp_llm.srt.layers.quantization.fp8_weights import SCALE, WEIGHT, Fp8Format, TableLinearMethod
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig, QuantizationError, QuantizedModel
 from rtp_llm.srt.layers.quantization.methods import PackedLinearMethod
+from rtp_llm.srt.layers.quantization.scaled_weights import (
+    SCALE,
+    WEIGHT,
+    ScaledLinearMethod,
+    ScaleFormat,
+    TableLinearMethod,
+)
 from rtp_llm.srt.layers.quantization.settings import LayerRules, choice, flag, strings
-from rtp_llm.srt.layers.weights import WeightLoader, Weights, make_parameter
+from rtp_llm.srt.layers.weights import Weights
 
 BLOCK = 64  # bitsandbytes' smallest usual block; scales are kept for each group of so many inputs, or fewer
 TABLES: dict[str, tuple[float, ...]] = {
@@ -146,35 +152,20 @@ class BitsAndBytesConfig(QuantizationConfig):
 class FourBitMethod(TableLinearMethod):
     """Rows that are no multiple of a block have groups in which no block ends."""
 
-    def stored(self, input_size: int) -> Fp8Format:
-        return Fp8Format((1, math.gcd(self.group_size, input_size)))
+    def stored(self, input_size: int) -> ScaleFormat:
+        return ScaleFormat((1, math.gcd(self.group_size, input_size)))
 
 
-class Int8Method(PackedLinearMethod):
-    """Parameters: ``weight`` [N, K] int8; ``weight_scale`` [N, 1]."""
+class Int8Method(ScaledLinearMethod):
+    """Bytes with a sign, and a scale for each output."""
 
-    def create_weights(
-        self,
-        layer: PackedLayer,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        weight_loader: WeightLoader,
-    ) -> None:
-        num_outputs = sum(output_partition_sizes)
-        weight = torch.empty(num_outputs, input_size_per_partition, dtype=torch.int8)
-        layer.register_parameter(WEIGHT, make_parameter(weight, weight_loader, input_dim=1, output_dim=0))
-        scales = torch.empty(num_outputs, 1, dtype=torch.float32)
-        layer.register_parameter(SCALE, make_parameter(scales, weight_loader, output_dim=0))
+    weight_dtype = torch.int8
 
-    def parameter_names(self) -> tuple[str, ...]:
-        return (WEIGHT, SCALE)
+    def stored(self, input_size: int) -> ScaleFormat:
+        return ScaleFormat()
 
-    def pack(self, layer: PackedLayer) -> PackedWeight:
-        weight, scales = (layer.get_parameter(name).data for name in (WEIGHT, SCALE))
-        return built_for().pack_uint8(weight.view(torch.uint8) ^ 128, scales, None, weight.shape[1])
+    def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+        return built_for().pack_uint8(weight.view(torch.uint8) ^ 128, scales, None, group_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ in a word; ``weight_g_idx`` [K], the group of each input, with ``actorder: group
 ``2 ** (bits - 1)``, zero points too. ``int-quantized``: ``weight`` [N, K] int8, ``weight_scale`` [N, groups] and
 ``weight_zero_point`` int8. Products use integers, with activations quantized per token, where the configuration asks
 for it and there is one scale per output. ``float-quantized``: ``weight`` [N, K] in float8_e4m3fn and ``weight_scale``
-of the tensor, of outputs, groups or blocks (see ``fp8_weights.py``).
+of the tensor, of outputs, groups or blocks (see ``scaled_weights.py``).
 """
 
 from collections.abc import Mapping
@@ -24,20 +24,20 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizeMethodBase,
 )
 from rtp_llm.srt.layers.quantization.fp4 import DIVISOR, Fp4Format, fp4_method, with_one_scale
-from rtp_llm.srt.layers.quantization.fp8_weights import (
-    Fp8Format,
-    dequantized_rest,
-    fp8_method,
-    in_one_spelling,
-    is_not_needed,
-    last_parts,
-)
 from rtp_llm.srt.layers.quantization.grouped import (
     GroupFormat,
     bytes_of,
     grouped_method,
     name_in_checkpoint,
     unpack_words,
+)
+from rtp_llm.srt.layers.quantization.scaled_weights import (
+    ScaleFormat,
+    dequantized_rest,
+    fp8_method,
+    in_one_spelling,
+    is_not_needed,
+    last_parts,
 )
 from rtp_llm.srt.layers.quantization.settings import (
     REGEX,
@@ -58,7 +58,7 @@ NAME = "compressed-tensors"
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
 FLOATS = ("float-quantized", "naive-quantized", "mxfp8-quantized")
 FOUR_BIT_FLOATS = {"nvfp4-pack-quantized": Fp4Format(16, DIVISOR), "mxfp4-pack-quantized": Fp4Format(32)}
-Stored = GroupFormat | Fp8Format | Fp4Format
+Stored = GroupFormat | ScaleFormat | Fp4Format
 ORDERS = {"weight": False, "static": False, "group": True, "dynamic": True, "true": True, "false": False}
 """Values of ``actorder`` -> whether a group's inputs need not be neighbours; False ones only order the calibration."""
 
@@ -71,7 +71,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         self.targets = targets
         self.rules = LayerRules(model, strings(model.settings, "ignore"))
         self.kept: set[str] = set()  # last parts of the names of layers that multiply fp8
-        self.dequantizes_rest = any(isinstance(stored, Fp8Format) for stored in targets.values())
+        self.dequantizes_rest = any(isinstance(stored, ScaleFormat) for stored in targets.values())
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
@@ -115,7 +115,7 @@ class CompressedTensorsConfig(QuantizationConfig):
 
     def translate(self, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> Weights:
         of_four = next((stored for stored in self.targets.values() if isinstance(stored, Fp4Format)), None)
-        of_eight = next((stored for stored in self.targets.values() if isinstance(stored, Fp8Format)), None)
+        of_eight = next((stored for stored in self.targets.values() if isinstance(stored, ScaleFormat)), None)
         if of_four is not None and len({*self.targets.values()}) > 1:
             raise QuantizationError(
                 "quantization_config: config_groups: floats of 4 bits beside others are not supported"
@@ -153,8 +153,8 @@ def stored_format(group: Mapping[str, Any], stored: str | None, where: str) -> S
     )
 
 
-def float_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: str | None, where: str) -> Fp8Format:
-    """Return how weights in float8_e4m3fn are scaled. Scales of activations are not needed: see ``fp8_weights.py``."""
+def float_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: str | None, where: str) -> ScaleFormat:
+    """Return how weights in float8_e4m3fn are scaled. Activations' scales are not needed: see ``scaled_weights.py``."""
     if stored and str(stored).lower().replace("_", "-") not in FLOATS:
         raise QuantizationError(
             f"quantization_config: {where}: format {stored!r} is not supported for floats; have {', '.join(FLOATS)}"
@@ -170,11 +170,11 @@ def float_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: s
         )
     strategy = choice(weights, "strategy", ("tensor", "channel", "group", "block"), "tensor")
     if strategy == "group":
-        return Fp8Format((1, integer(weights, "group_size")))
+        return ScaleFormat((1, integer(weights, "group_size")))
     block = block_size(weights, "block_structure") if strategy == "block" else None
     if strategy == "block" and block is None:
         raise QuantizationError(f"quantization_config: {where}: strategy block needs a block_structure")
-    return Fp8Format(block)
+    return ScaleFormat(block)
 
 
 def group_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: str | None, where: str) -> GroupFormat:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rtp_llm.srt.layers.quantization.fp8_weights import (
+from rtp_llm.srt.layers.quantization.scaled_weights import (
     SCALE,
     ScaledExpertsMethod,
     ScaledLinearMethod,

@@ -19,16 +19,16 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizedModel,
     QuantizeMethodBase,
 )
-from rtp_llm.srt.layers.quantization.fp8_weights import (
-    Fp8Format,
+from rtp_llm.srt.layers.quantization.grouped import name_in_checkpoint
+from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, row_blocks
+from rtp_llm.srt.layers.quantization.scaled_weights import (
+    ScaleFormat,
     dequantized_rest,
     fp8_method,
     in_one_spelling,
     is_not_needed,
     last_parts,
 )
-from rtp_llm.srt.layers.quantization.grouped import name_in_checkpoint
-from rtp_llm.srt.layers.quantization.on_load import OnLoadConfig, row_blocks
 from rtp_llm.srt.layers.quantization.settings import LayerRules, block_size, choice, strings
 from rtp_llm.srt.layers.weights import Weights
 
@@ -42,7 +42,7 @@ class Fp8Config(QuantizationConfig):
     name = "fp8"
     dequantizes_rest = True
 
-    def __init__(self, model: QuantizedModel, stored: Fp8Format, left: list[str]) -> None:
+    def __init__(self, model: QuantizedModel, stored: ScaleFormat, left: list[str]) -> None:
         self.model = model
         self.stored = stored
         self.rules = LayerRules(model, left)
@@ -59,7 +59,7 @@ class Fp8Config(QuantizationConfig):
                 "quantization_config: modules_to_convert, tables in 8 bits, is not supported, got "
                 f"{settings['modules_to_convert']!r}"
             )
-        stored = Fp8Format(block_size(settings, "weight_block_size"))
+        stored = ScaleFormat(block_size(settings, "weight_block_size"))
         return cls(model, stored, [name for key in NAMES_LEFT for name in strings(settings, key)])
 
     def get_name(self) -> str:
@@ -84,7 +84,7 @@ class FbgemmFp8Config(Fp8Config):
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
-        return cls(model, Fp8Format(), strings(model.settings, NAMES_LEFT[0]))
+        return cls(model, ScaleFormat(), strings(model.settings, NAMES_LEFT[0]))
 
 
 class Fp8OnLoadConfig(OnLoadConfig):

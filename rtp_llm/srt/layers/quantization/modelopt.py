@@ -3,7 +3,7 @@
 ``weight`` in float8_e4m3fn and ``weight_scale``: of the tensor (``FP8``), of each output
 (``FP8_PER_CHANNEL_PER_TOKEN``) or of blocks of 128 x 128 (``FP8_PB_WO``). Settings are in config.json, or in
 ``hf_quant_config.json``. ``input_scale`` and the cache's ``k_scale`` and ``v_scale`` are not needed: see
-``fp8_weights.py``; for ``NVFP4`` see ``fp4.py``.
+``scaled_weights.py``; for ``NVFP4`` see ``fp4.py``.
 """
 
 import re
@@ -20,14 +20,14 @@ from rtp_llm.srt.layers.quantization.base import (
 )
 from rtp_llm.srt.layers.quantization.fp4 import FACTOR, Fp4Format, fp4_method, with_one_scale
 from rtp_llm.srt.layers.quantization.fp8 import Fp8Config
-from rtp_llm.srt.layers.quantization.fp8_weights import Fp8Format
+from rtp_llm.srt.layers.quantization.scaled_weights import ScaleFormat
 from rtp_llm.srt.layers.quantization.settings import REGEX, strings
 from rtp_llm.srt.layers.weights import Weights
 
-ALGORITHMS: dict[str, Fp8Format | Fp4Format] = {
-    "FP8": Fp8Format(),
-    "FP8_PER_CHANNEL_PER_TOKEN": Fp8Format(),
-    "FP8_PB_WO": Fp8Format((128, 128)),
+ALGORITHMS: dict[str, ScaleFormat | Fp4Format] = {
+    "FP8": ScaleFormat(),
+    "FP8_PER_CHANNEL_PER_TOKEN": ScaleFormat(),
+    "FP8_PB_WO": ScaleFormat((128, 128)),
     "NVFP4": Fp4Format(16, FACTOR),
 }
 
@@ -35,8 +35,8 @@ ALGORITHMS: dict[str, Fp8Format | Fp4Format] = {
 class ModelOptConfig(Fp8Config):
     name = "modelopt"
 
-    def __init__(self, model: QuantizedModel, stored: Fp8Format | Fp4Format, left: list[str]) -> None:
-        super().__init__(model, stored if isinstance(stored, Fp8Format) else Fp8Format(), left)
+    def __init__(self, model: QuantizedModel, stored: ScaleFormat | Fp4Format, left: list[str]) -> None:
+        super().__init__(model, stored if isinstance(stored, ScaleFormat) else ScaleFormat(), left)
         self.of_four = stored if isinstance(stored, Fp4Format) else None
         self.dequantizes_rest = self.of_four is None
 

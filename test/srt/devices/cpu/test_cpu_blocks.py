@@ -85,7 +85,7 @@ def test_products(isa: str, block_type: str) -> None:
 
 @pytest.mark.parametrize("block_type", NUMBERS)
 def test_rows_have_the_bits_of_the_plain_values(isa: str, block_type: str) -> None:
-    """Of any bytes: also with scales that are infinite, not numbers, subnormal or negative."""
+    """Rows of any bytes: also with scales that are infinite, not numbers, subnormal or negative."""
     num_inputs = 3 * BLOCK_TYPES[block_type].num_values
     weight = random_bytes(block_type, 101, num_inputs).flatten(1)
     packed = BlockPanels(weight, block_type, num_inputs)

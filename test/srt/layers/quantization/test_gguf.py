@@ -281,7 +281,7 @@ def test_what_is_loaded_as_values() -> None:
 
 
 def test_a_transposed_layer_keeps_blocks() -> None:
-    """Of GPT-2, whose checkpoint has inputs first: the converter transposes, its change undoes that, the layer too."""
+    """GPT-2's checkpoint has inputs first: the converter transposes, its change undoes that, the layer too."""
 
     class Transposed(RowParallelLinear):
         def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:

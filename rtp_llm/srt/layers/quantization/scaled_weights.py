@@ -1,4 +1,4 @@
-"""Weights stored in float8_e4m3fn, with a scale for each tensor, output, block or group of inputs, whatever the format.
+"""Weights stored in 8 or 4 bits with a scale for each tensor, output, block or group of inputs, whatever the format.
 
 A weight is its number times its scale. Activations are not rounded to 8 bits, whether the checkpoint has scales for
 them or asks for scales to be found: products with activations as they are have smaller errors, and take no longer
@@ -38,7 +38,7 @@ _SPELLINGS = (  # names of scales -> those of parameters
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Format:
+class ScaleFormat:
     """How weights are scaled.
 
     Attributes:
@@ -58,7 +58,7 @@ class ScaleGrid:
         num_groups: on this rank; is_split: ranks have different ones.
     """
 
-    def __init__(self, name: str, stored: Fp8Format, num_inputs: int, input_size: int) -> None:
+    def __init__(self, name: str, stored: ScaleFormat, num_inputs: int, input_size: int) -> None:
         self.name, self.block, self.input_size = name, stored.block, input_size
         columns = min(stored.block[1], input_size) if stored.block else input_size
         self.is_split = columns < input_size and num_inputs < input_size
@@ -98,7 +98,7 @@ class ScaledLinearMethod(PackedLinearMethod):
     codes_per_byte = 1
 
     @abstractmethod
-    def stored(self, input_size: int) -> Fp8Format:
+    def stored(self, input_size: int) -> ScaleFormat:
         """Return the scales' blocks, for a layer of so many inputs on all ranks."""
 
     @abstractmethod
@@ -182,10 +182,10 @@ class ScaledExpertsMethod(PackedExpertsMethod):
 class Fp8LinearMethod(ScaledLinearMethod):
     weight_dtype = torch.float8_e4m3fn
 
-    def __init__(self, stored: Fp8Format) -> None:
+    def __init__(self, stored: ScaleFormat) -> None:
         self._stored = stored
 
-    def stored(self, input_size: int) -> Fp8Format:
+    def stored(self, input_size: int) -> ScaleFormat:
         return self._stored
 
     def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
@@ -201,15 +201,15 @@ class TableLinearMethod(ScaledLinearMethod):
     def __init__(self, numbers: Sequence[float], group_size: int) -> None:
         self.numbers, self.group_size = numbers, group_size
 
-    def stored(self, input_size: int) -> Fp8Format:
-        return Fp8Format((1, self.group_size))
+    def stored(self, input_size: int) -> ScaleFormat:
+        return ScaleFormat((1, self.group_size))
 
     def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
         table = torch.tensor(self.numbers, device=weight.device, dtype=torch.float32)
         return built_for().pack_table(weight, table, scales, group_size)
 
 
-def fp8_method(layer: nn.Module, stored: Fp8Format) -> ScaledLinearMethod | ScaledExpertsMethod | None:
+def fp8_method(layer: nn.Module, stored: ScaleFormat) -> ScaledLinearMethod | ScaledExpertsMethod | None:
     """Return the method for a linear layer or a layer of experts; None for others."""
     return scaled_method(layer, Fp8LinearMethod(stored))
 
@@ -240,7 +240,7 @@ def in_one_spelling(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def dequantized_rest(
-    weights: Weights, stored: Fp8Format, kept: Collection[str], dtype: torch.dtype
+    weights: Weights, stored: ScaleFormat, kept: Collection[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a checkpoint, with weights of layers that the model does not multiply in fp8 dequantized.
 
@@ -263,7 +263,7 @@ def dequantized_rest(
         yield from ((f"{layer}.{kind}", tensor) for kind, tensor in halves.items())
 
 
-def dequantized(name: str, stored: Fp8Format, halves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def dequantized(name: str, stored: ScaleFormat, halves: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A weight [N, K] and its scales, of any format -> [N, K] float32."""
     weight = halves[WEIGHT]
     if weight.dim() != 2:
