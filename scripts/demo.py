@@ -30,7 +30,7 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for benchmark/
 
 from benchmark.published.files import default_folder
-from benchmark.published.models import MODELS
+from benchmark.published.models import CHAT_OPTIONS, MODELS
 from demo_training.pictures import Picture, Thing, draw
 
 USUAL_PORT = 30000
@@ -244,7 +244,7 @@ def real_model(command: Path) -> dict[str, str]:
     model = MODELS[0]
     file = default_folder() / model.name
     shown = file.relative_to(Path.home()) if file.is_relative_to(Path.home()) else None
-    chat = f"{command} chat --model-path {file if shown is None else f'~/{shown}'}"
+    chat = f"{command} chat --model-path {file if shown is None else f'~/{shown}'} {CHAT_OPTIONS}"
     if file.exists():
         return {f"a real conversation, with {model.title}": chat}
     download = f"{command.with_name('python')} -m benchmark.published files --models {model.stem}"

@@ -22,7 +22,7 @@ from benchmark.peers.peers import HERE as PEERS_FOLDER
 from benchmark.peers.workloads import WORKLOADS
 from benchmark.published import accuracy, evaluations, memory, page, parity, speed
 from benchmark.published.files import FilesError, default_folder, installed
-from benchmark.published.models import MODELS, PublishedModel
+from benchmark.published.models import CHAT_OPTIONS, MODELS, PublishedModel
 from benchmark.published.reference import ReadingError, reference_folder
 from benchmark.published.results import Place, Record, kept
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     for model, file in files.items():
-        print(f"{model.title}: {file}\n  rtp-llm chat --model-path {file}")
+        print(f"{model.title}: {file}\n  rtp-llm chat --model-path {file} {CHAT_OPTIONS}")
     return 0
 
 

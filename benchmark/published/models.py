@@ -4,6 +4,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+CHAT_OPTIONS = "--temperature 0.2 --top-p 0.9"  # the files name none, and at 1 such small models talk nonsense
 PROMPTS = Path(__file__).with_name("prompts.toml")
 
 
