@@ -16,6 +16,7 @@ from gguf_conversions import CONVERSIONS
 from gguf_writing import write_gguf
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.gguf.changes import CHANGES
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.gguf.header import GGUFError
@@ -236,8 +237,11 @@ def test_what_a_form_does_not_say_is_named(checkpoint: Path, tmp_path: Path, lla
         load(folder, "float32", model_impl="transformers")
 
 
-def test_names_of_a_form(checkpoint: Path, tmp_path: Path, llama_form: Callable[[Any], None]) -> None:
+def test_names_of_a_form(
+    checkpoint: Path, tmp_path: Path, llama_form: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three tensors are one of the checkpoint's, in the form's order; one is several."""
+    monkeypatch.setitem(CHANGES, "one above the other", lambda parts, config: torch.cat(list(parts)))
     tensors = tensors_of(checkpoint)
     values = {name: data for name, (_, data) in tensors.items()}
     permuted_keys = [values[f"blk.{i}.attn_k.weight"].clone() for i in range(3)]
@@ -253,7 +257,7 @@ def test_names_of_a_form(checkpoint: Path, tmp_path: Path, llama_form: Callable[
                 **{f"blk.{{bid}}.attn_{x}": "model.layers.{bid}.self_attn.qkv_proj" for x in "qkv"},
                 "all_norms": "model.layers.{part}.post_attention_layernorm.weight",
             },
-            changes=[("qkv_proj", "fused")],
+            changes=[("qkv_proj", "one above the other")],
         )
     )
     model: Any = load(folder_with(checkpoint, tmp_path, tensors), "float32")
