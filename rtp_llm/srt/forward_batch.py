@@ -11,6 +11,7 @@ from rtp_llm.srt.kv_pool import KVPool
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.plan import SharedPrefix
+from rtp_llm.srt.state_pool import StatePool
 
 
 class ForwardMode(IntEnum):
@@ -103,6 +104,21 @@ class LogprobRow:
 
 
 @dataclass(slots=True)
+class StateWave:
+    """Pieces of rows that recurrent layers compute in one call: [N] pieces, [P] tokens in all.
+
+    A step is one wave, unless a state is to be kept in the middle of a row: then that row's next piece is of the next
+    wave, and begins with the state that the piece before it has stored. Waves are computed in order.
+    """
+
+    load: torch.Tensor  # [N] int64: slots of the states before each piece; slot 0 has those of no tokens: zeros
+    store: torch.Tensor  # [N] int64: slots that the states after each piece go to, no two equal
+    cu_seqlens: torch.Tensor  # [N + 1] int64: piece n is tokens [cu_seqlens[n], cu_seqlens[n + 1]) of the wave's
+    cu_seqlens_cpu: list[int]
+    tokens: torch.Tensor | None = None  # [P] int64: the wave's tokens in the batch's [T]; None: all of them, in order
+
+
+@dataclass(slots=True)
 class ForwardBatch:
     """A step's inputs. Tokens of all rows are flattened: no batch dimension, and no row is padded.
 
@@ -145,6 +161,8 @@ class ForwardBatch:
     num_dummies: int = 0
     # The plan's, with rows of the batch. A back end may read each of them once for all its rows.
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
+    state_pool: StatePool | None = None  # None: the model keeps no states
+    state_waves: list[StateWave] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

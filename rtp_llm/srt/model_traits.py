@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import nn
 
-from rtp_llm.srt.cache.spec import CacheSpec, LengthScaling
+from rtp_llm.srt.cache.spec import CacheSpec, LengthScaling, StateSpec
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.gguf.form import GGUFForm, is_form
 
@@ -124,6 +124,16 @@ class KeepsCache(Protocol):
 
 
 @runtime_checkable
+class KeepsState(Protocol):
+    """Keeps something of a whole sequence for its next tokens. Layers with the same ``layer_id`` have other names."""
+
+    @property
+    def layer_id(self) -> int: ...
+
+    def state_spec(self) -> StateSpec: ...
+
+
+@runtime_checkable
 class PreparesForward(Protocol):
     """Computes something once a step, before the model runs."""
 
@@ -172,6 +182,7 @@ LAYER_TRAITS = frozenset(
         "finish_load",
         "length_scaling",
         "prepare_for_forward",
+        "state_spec",
         "step_tensors",
         "takes_mrope_positions",
         "weight_sources",

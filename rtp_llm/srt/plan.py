@@ -31,6 +31,7 @@ class Admission:
     output_ids: list[int]
     spec: RequestSpec
     logprob_from: int | None = None  # prompt logprobs are wanted from the logits of this position on; None: none
+    state_slot: int = 0  # where the row's states are kept while it runs, if the model has any
 
 
 @dataclass(slots=True)
@@ -75,6 +76,21 @@ class RowWork:
 
 
 @dataclass(slots=True)
+class StateAccess:
+    """Slots that a row's work reads and writes besides its own (``Admission.state_slot``).
+
+    Without one, the work reads the states of its sequence from the row's slot and writes them there. A slot is read and
+    written in the order of plans: a slot that a plan frees may be given to another row by a later one.
+    """
+
+    row: int
+    load: int  # the slot of the states after ``RowWork.start`` tokens; 0: the sequence begins here
+    # (position, slot), ascending, ``start < position <= start + num_tokens``: the states after ``position`` tokens of
+    # the sequence are also written to ``slot``. Those after the last token always go to the row's own slot.
+    saves: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class SharedPrefix:
     """The first ``num_tokens`` tokens of these rows are in the same pages: attention may read them once.
 
@@ -96,6 +112,7 @@ class StepPlan:
     masked_rows: list[int] = field(default_factory=list)  # rows whose token mask arrives with executor.sample()
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
     new_pages: list[NewPages] = field(default_factory=list)  # of rows that decode, at most one per cache group
+    states: list[StateAccess] = field(default_factory=list)  # at most one for each row of ``work``
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Descriptions of a layer's cache, and groups of layers with equal ones. Host only, no torch."""
+"""What layers keep: keys and values of tokens, in groups of equal layers, and states of sequences. No torch."""
 
 import math
 from collections.abc import Sequence
@@ -73,6 +73,44 @@ def whole_pages(groups: Sequence[CacheGroup]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of a layer's state, for one sequence on one rank."""
+
+    name: str  # unique among those of a layer
+    shape: tuple[int, ...]
+    dtype: str  # a torch dtype's name
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What a layer keeps of a whole sequence, of one size however long it is: a recurrent layer's memory.
+
+    A state belongs to one position: it sums up the tokens before it, and cannot be cut back. The state of no tokens is
+    all zeros.
+    """
+
+    tensors: tuple[StateTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StateGroup:
+    """The states of all layers. They share slot ids: a slot holds one sequence's states of all layers at one position.
+
+    Running requests have a slot each; others hold *checkpoints*, from which the prefix cache lets requests resume.
+    """
+
+    layers: tuple[tuple[int, StateSpec], ...]  # (layer_id, its tensors)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return sum(tensor.num_bytes for _, spec in self.layers for tensor in spec.tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class LengthScaling:
     """Keys that depend on the length of the sequence they were computed in (dynamic NTK and LongRoPE rotations).
 
@@ -94,7 +132,8 @@ class LengthScaling:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """The worker's report after loading: its cache groups, and whether keys depend on the sequence length."""
+    """The worker's report after loading: its cache groups, whether keys depend on the sequence length, its states."""
 
     groups: tuple[CacheGroup, ...]
     length_scaling: LengthScaling | None = None
+    states: StateGroup | None = None  # None: no layer keeps one
