@@ -1,6 +1,7 @@
 """From a checkpoint directory to a model ready to run."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,13 +129,19 @@ def _read(files: list[Path], model: nn.Module, source: _Source) -> Weights:
 
 
 def _log_quantization(model: nn.Module, quant_config: QuantizationConfig) -> None:
-    """Log how many layers are quantized; raise QuantizationError if none is, and weights would be missing."""
-    methods = [getattr(module, "quant_method", None) for module in model.modules()]
-    plain = sum(isinstance(method, UnquantizedLinearMethod) for method in methods)
-    quantized = sum(isinstance(method, (PackedLinearMethod, PackedExpertsMethod)) for method in methods)
+    """Log which layers are quantized and which not; raise QuantizationError if weights would be missing: if none is."""
+    methods = {name: getattr(module, "quant_method", None) for name, module in model.named_modules()}
+    plain = [name for name, method in methods.items() if isinstance(method, UnquantizedLinearMethod)]
+    quantized = sum(isinstance(method, (PackedLinearMethod, PackedExpertsMethod)) for method in methods.values())
     if not quantized and not quant_config.dequantizes_rest:
         raise QuantizationError(f"{quant_config.get_name()} quantizes no layer of {type(model).__name__}")
-    logger.info("quantized by %s: %d layers; %d linear ones are not", quant_config.get_name(), quantized, plain)
+    rest = f"; {len(plain)} linear ones are not: {', '.join(_of_all_layers(plain))}" if plain else ""
+    logger.info("quantized by %s: %d layers%s", quant_config.get_name(), quantized, rest)
+
+
+def _of_all_layers(names: list[str]) -> list[str]:
+    """Return names with ``*`` in place of numbers, each once: ``model.layers.*.mlp.gate``."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
 
 
 def _quant_config(model_class: type[nn.Module], source: _Source) -> QuantizationConfig | None:
