@@ -6,8 +6,8 @@ Each run of each side is kept by itself, since together they take long.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from benchmark.published.models import PublishedModel
 from benchmark.published.results import Place, Record, kept
 from benchmark.published.server import serving
 
-BATCH_SIZE = 16  # of transformers
+BATCH_SIZE = 32  # of transformers
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,17 @@ def run(evaluation: Evaluation, script: str, options: Sequence[str], place: Plac
     Raises:
         subprocess.CalledProcessError: it failed, and has said why.
     """
-    with results_files(place) as (result, answers):
+    with tempfile.TemporaryDirectory(dir=place.work) as folder:
+        result, answers = Path(folder, "result.jsonl"), Path(folder, "answers.jsonl")
         command = [sys.executable, str(REPOSITORY / "benchmark" / evaluation.name / script), *evaluation.options]
         command += [*options, "--result-filename", str(result), "--answers", str(answers)]
         if place.data is not None:
             command += ["--data-path", str(place.data / evaluation.data)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)  # which requests failed, and why
+        done.check_returncode()
         return json.loads(result.read_text()) | {"answers": answers.read_text()}
-
-
-@contextmanager
-def results_files(place: Place) -> Iterator[tuple[Path, Path]]:
-    files = place.work / "result.jsonl", place.work / "answers.jsonl"
-    try:
-        for file in files:
-            file.unlink(missing_ok=True)
-        yield files
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
 
 
 def compared(by_side: Mapping[str, Record]) -> list[Record]:

@@ -23,7 +23,7 @@ def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Re
     """Serve a file, have all prompts answered at once and a long one alone; return the peak."""
     options = ["--device", "cpu", "--max-total-tokens", str(MAX_TOTAL_TOKENS)]
     texts = short_texts()
-    with serving(file, options, place.work / "server.log") as served:
+    with serving(file, options, place.work / "server.log", watched=True) as served:
         generate(served.port, texts)
         generate(served.port, ["\n".join(texts)])
         peak = sum(served.memory.peak.values())

@@ -16,14 +16,16 @@ SAMPLE_S = 0.05  # between two looks at the memory
 
 @dataclass(frozen=True)
 class Served:
+    """``memory`` has seen nothing unless the server is watched."""
+
     port: int
     log: Path
     memory: MemorySampler
 
 
 @contextmanager
-def serving(file: Path, options: Sequence[str], log: Path) -> Iterator[Served]:
-    """A server that is ready; its memory is watched from its start to its end."""
+def serving(file: Path, options: Sequence[str], log: Path, watched: bool = False) -> Iterator[Served]:
+    """A server that is ready. ``watched``: its memory is sampled from its start to its end, which takes it time."""
     port = free_port()
     command = [sys.executable, "-m", "rtp_llm", "serve", "--model-path", str(file), "--host", "127.0.0.1"]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -33,10 +35,12 @@ def serving(file: Path, options: Sequence[str], log: Path) -> Iterator[Served]:
             [*command, "--port", str(port), *options], stdout=output, stderr=output, env=variables
         )
     sampler = MemorySampler(process.pid, SAMPLE_S)
-    sampler.start()
+    if watched:
+        sampler.start()
     try:
         wait_for(lambda: is_ready(port), "becoming ready", process, log)
         yield Served(port, log, sampler)
     finally:
-        sampler.stop()
+        if watched:
+            sampler.stop()
         stop(process)
