@@ -12,11 +12,14 @@ demo: $(VENV)/.installed-demo
 	@$(BIN)/python scripts/demo.py
 
 # Published models from PyPI, beside transformers and llama.cpp, which is compiled first. What is done stays: an
-# interrupted run goes on where it was. SECTIONS=parity makes that table alone (benchmark/published).
+# interrupted run goes on where it was. SECTIONS=parity makes that table alone (benchmark/published). PEERS and RESULTS
+# name other folders for the compiled llama.cpp and for what was measured, so that another clone's are taken over.
 SECTIONS ?= all
+PEERS    ?= benchmark/peers/.envs
+RESULTS  ?= benchmark/peers/.work
 real: $(VENV)/.installed-real
-	$(BIN)/python benchmark/peers/setup.py llama.cpp
-	$(BIN)/python -m benchmark.published $(SECTIONS)
+	$(BIN)/python benchmark/peers/setup.py llama.cpp --into $(PEERS)
+	$(BIN)/python -m benchmark.published $(SECTIONS) --into $(PEERS) --work-dir $(RESULTS)
 
 test: lint
 	$(PYTEST) -m "not slow"

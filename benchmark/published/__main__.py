@@ -39,7 +39,7 @@ TABLES = {
     "memory": memory.table,
     "speed": speed.table,
 }
-FILES, SPEED, ALL = "files", "speed", "all"
+FILES, SPEED, ALL = "files", speed.SECTION, "all"
 SECTIONS = (FILES, "parity", "accuracy", "evaluations", "memory", SPEED)
 EXIT_ERROR = 2
 
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with gsm8k/test.jsonl and mmlu; unset: they are downloaded")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of the section speed")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="of that section")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="that it measures")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="where the tables are written")
     parser.add_argument("--no-page", action="store_const", const=None, dest="page", help="only print the tables")
     args = parser.parse_args(argv)
@@ -121,7 +121,7 @@ def speed_records(files: dict[PublishedModel, Path], place: Place) -> dict[str, 
     if not PEERS["llama.cpp"].python(place.peers).exists():
         raise FilesError("the section speed needs llama.cpp: python benchmark/peers/setup.py llama.cpp")
     titles = {model.title: file for model, file in files.items()} | speed.random_files(place)
-    return {title: kept(place, SPEED, file.stem, partial(speed.measure, file, place)) for title, file in titles.items()}
+    return speed.records(titles, place)
 
 
 if __name__ == "__main__":

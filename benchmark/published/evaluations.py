@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmark.compare_answers import differing
 from benchmark.peers.peers import REPOSITORY
 from benchmark.published.models import PublishedModel
-from benchmark.published.results import Place, Record, kept
+from benchmark.published.results import Place, Record, about, kept
 from benchmark.published.server import serving
 
 BATCH_SIZE = 32  # of transformers
@@ -41,7 +41,7 @@ OURS = {"rtp_llm, float32": ("--dtype", "float32"), "rtp_llm, the file's bits": 
 
 def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Record:
     """Return the record of each evaluation and side, of which those that are there are kept."""
-    rows = []
+    rows, parts = [], []
     for evaluation in EVALUATIONS:
         name = f"{model.stem}-{evaluation.name}"
         by_side = {THEIRS: kept(place, "answers", f"{name}-transformers", partial(theirs, evaluation, folder, place))}
@@ -49,7 +49,8 @@ def measure(model: PublishedModel, file: Path, folder: Path, place: Place) -> Re
             part = f"{name}-{'float32' if options else 'packed'}"
             by_side[side] = kept(place, "answers", part, partial(ours, evaluation, file, options, place))
         rows.append({"evaluation": evaluation.title, "options": evaluation.options, "sides": compared(by_side)})
-    return {"evaluations": rows}
+        parts += [{name: record[name] for name in about()} for record in by_side.values()]
+    return {"evaluations": rows, "parts": parts}
 
 
 def theirs(evaluation: Evaluation, folder: Path, place: Place) -> Record:
@@ -78,7 +79,9 @@ def run(evaluation: Evaluation, script: str, options: Sequence[str], place: Plac
         if done.returncode:
             print(done.stdout, file=sys.stderr)  # which requests failed, and why
         done.check_returncode()
-        return json.loads(result.read_text()) | {"answers": answers.read_text()}
+        record = json.loads(result.read_text())
+        del record["date"]  # a part has a date of its own
+        return record | {"answers": answers.read_text()}
 
 
 def compared(by_side: Mapping[str, Record]) -> list[Record]:

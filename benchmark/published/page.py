@@ -30,9 +30,11 @@ def replace_section(page: Path, section: str, table: str, records: Mapping[str, 
 
 
 def measured(section: str, records: Mapping[str, Record]) -> str:
-    dates = sorted(record["date"] for record in records.values())
+    """Return a line of when, where and of which commits all parts of a section were measured."""
+    parts = [part for record in records.values() for part in record.get("parts", [record])]
+    dates = sorted(part["date"] for part in parts)
     when = dates[0] if len(set(dates)) == 1 else f"{dates[0]} to {dates[-1]}"
-    cpus, commits = ({record[name] for record in records.values()} for name in ("cpu", "commit"))
+    cpus, commits = ({part[name] for part in parts} for name in ("cpu", "commit"))
     return (
         f"`python -m benchmark.published {section}`, {when}, {', '.join(sorted(cpus))}, "
         f"commit {', '.join(sorted(commits))}:"

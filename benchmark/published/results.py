@@ -25,7 +25,7 @@ class Place:
         peers: where benchmark/peers/setup.py put llama.cpp.
         data: folder with gsm8k/test.jsonl and mmlu; None: they are downloaded.
         again: measure anew what was measured before.
-        workloads: those of benchmark/peers that are run.
+        workloads: those of benchmark/peers that are measured.
     """
 
     models: Path
@@ -44,18 +44,23 @@ class Place:
 
 def kept(place: Place, section: str, name: str, measure: Callable[[], Record]) -> Record:
     """Return the record of a part: the one that is there, unless all is measured again, else a new one."""
-    file = record_file(place, section, name)
-    if file.exists() and not place.again:
-        record = json.loads(file.read_text())
+    if not place.again and (record := known(place, section, name)):
         print(f"{section}, {name}: kept from {record['date']}; --again measures it anew", flush=True)
         return record
     print(f"{section}, {name} ...", flush=True)
     record = about() | measure()
+    file = record_file(place, section, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.rename(file)
     return record
+
+
+def known(place: Place, section: str, name: str) -> Record | None:
+    """Return the record of a part that was measured before."""
+    file = record_file(place, section, name)
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def record_file(place: Place, section: str, name: str) -> Path:

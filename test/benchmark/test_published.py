@@ -5,6 +5,7 @@ Slow: two real files, if RTP_LLM_REAL names the folder that `make real` put them
 
 import json
 import os
+import subprocess
 import zipfile
 from dataclasses import replace
 from hashlib import sha256
@@ -219,8 +220,60 @@ def test_tables_of_the_other_sections() -> None:
         "workload": "W1", "figure": "decode", "unit": "tok/s", "medians": {"ours": 66.0, "llama.cpp": 60.0},
         "ratio": 1.1, "ratios": [1.0, 1.2],
     }  # fmt: skip
-    line = speed.table({"Some": {"run": {"rows": [decode]}}}).splitlines()[-1]
-    assert line == "| Some | W1 decode, tok/s | 66 | 60 | 1.10 (1.00 to 1.20) |"
+    line = speed.table({"Some": {"rows": [decode]}}).splitlines()[-1]
+    assert line == "| Some | W1 decode, tok/s | 2 | 66 | 60 | 1.10 (1.00 to 1.20) |"
+
+
+def test_speed_is_measured_by_workloads_and_all_that_is_known_is_shown(
+    place: results.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def measure(file: Path, workload: str, place: results.Place) -> results.Record:
+        asked.append(workload)
+        return {"run": {"rows": [f"{file.stem} {workload}"]}}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    titles = {"Some": Path("some.gguf")}
+    speed.records(titles, replace(place, workloads=("W2",)))
+    found = speed.records(titles, replace(place, workloads=("W1", "W3")))
+    assert asked == ["W2", "W1", "W3"]
+    assert found["Some"]["rows"] == ["some W1", "some W2", "some W3"] and len(found["Some"]["parts"]) == 3
+    assert page.measured("speed", found).startswith("`python -m benchmark.published speed`, ")
+
+
+def test_a_run_tells_when_its_parts_were_measured() -> None:
+    parts = [{"date": f"2026-11-{day} 20:00 UTC", "cpu": "A CPU", "commit": "abc"} for day in (28, 27)]
+    told = page.measured("evaluations", {"Some": {"date": "2026-12-01 20:00 UTC", "parts": parts}})
+    assert told.endswith(" 2026-11-27 20:00 UTC to 2026-11-28 20:00 UTC, A CPU, commit abc:")
+
+
+BENCH = """
+import json, pathlib, sys
+print("one request failed")
+if "--fail" in sys.argv:
+    sys.exit(1)
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+row = {"date": "-", "correct": 1, "answered": 1, "failed": 0, "questions": options["--num-questions"]}
+pathlib.Path(options["--result-filename"]).write_text(json.dumps(row))
+pathlib.Path(options["--answers"]).write_text("answers")
+"""
+
+
+def test_a_run_of_an_evaluation_gives_its_record_and_its_answers(
+    place: results.Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluations, "REPOSITORY", place.work)
+    script = place.work / "benchmark" / "some" / "bench.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(BENCH)
+    some = evaluations.Evaluation("some", "Some", "some", ("--num-questions", "3"))
+    record = evaluations.run(some, "bench.py", (), place)
+    assert record == {"correct": 1, "answered": 1, "failed": 0, "questions": "3", "answers": "answers"}
+    with pytest.raises(subprocess.CalledProcessError):
+        evaluations.run(some, "bench.py", ("--fail",), place)
+    assert "one request failed" in capsys.readouterr().err
+    assert [path.name for path in place.work.iterdir()] == ["benchmark"]
 
 
 def test_wrong_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,16 +291,57 @@ def test_speed_needs_llama_cpp(tmp_path: Path, pypi: list[str], monkeypatch: pyt
     assert f"rtp-llm chat --model-path {tmp_path / 'models' / 'some.gguf'}" in capsys.readouterr().out
 
 
+def installed_or_skipped(model: PublishedModel) -> Path:
+    folder = os.environ.get(files.FOLDER_VARIABLE)
+    if not folder or not Path(folder, model.name).exists():
+        pytest.skip(f"RTP_LLM_REAL names no folder with {model.name}; `make real SECTIONS=files` gets it")
+    pytest.importorskip("accelerate", reason="transformers reads no GGUF file without accelerate")
+    return Path(folder, model.name)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A data folder of four questions of GSM8K, three of one subject of MMLU and an example of that."""
+    folder = tmp_path / "data"
+    rows = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(6)]
+    letters = "\n".join(f"Which is number {i}?,zero,one,two,three,{'ABCD'[i]}" for i in range(3))
+    contents = {
+        "gsm8k/test.jsonl": "\n".join(map(json.dumps, rows)),
+        "mmlu/dev/numbers_dev.csv": "Which is number 3?,zero,one,two,three,D",
+        "mmlu/test/numbers_test.csv": letters,
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_published_model_is_evaluated_beside_transformers(
+    tmp_path: Path, place: results.Place, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = installed_or_skipped(MODELS[0])
+    read = reference.reference_folder(MODELS[0], file, tmp_path)
+    gsm8k, mmlu = evaluations.EVALUATIONS
+    monkeypatch.setattr(
+        evaluations, "EVALUATIONS", (replace(gsm8k, options=("--num-shots", "2", "--max-new-tokens", "8")), mmlu)
+    )
+    place.work.mkdir()
+    record = evaluations.measure(MODELS[0], file, read, replace(place, data=questions))
+    assert [each["evaluation"] for each in record["evaluations"]] == ["GSM8K", "MMLU"]
+    for each, asked in zip(record["evaluations"], (4, 3), strict=True):
+        theirs, float32, packed = each["sides"]
+        assert theirs["answered"] == float32["answered"] == packed["answered"] == asked
+        assert float32["same_text"] == asked and float32["correct"] == theirs["correct"]
+    assert len(record["parts"]) == 6 and evaluations.table({"Some": record}).count("\n") == 7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.stem)
 def test_a_published_model_answers_as_transformers_does(
     model: PublishedModel, tmp_path: Path, place: results.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = os.environ.get(files.FOLDER_VARIABLE)
-    if not folder or not Path(folder, model.name).exists():
-        pytest.skip(f"RTP_LLM_REAL names no folder with {model.name}; `make real SECTIONS=files` gets it")
-    pytest.importorskip("accelerate", reason="transformers reads no GGUF file without accelerate")
-    file = Path(folder, model.name)
+    file = installed_or_skipped(model)
     read = reference.reference_folder(model, file, tmp_path)
     some = {language: texts[:1] for language, texts in prompts().items()}
     monkeypatch.setattr("benchmark.published.models.prompts", lambda: some)
