@@ -16,9 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Lfm2Config,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -55,6 +57,21 @@ def llama(**shape: int) -> LlamaConfig:
     )
 
 
+def qwen3_5(**shape: int) -> Qwen3_5TextConfig:
+    return Qwen3_5TextConfig(
+        **shape,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        max_position_embeddings=262144,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        tie_word_embeddings=True,
+    )
+
+
+def lfm2(attention_layers: list[int], **shape: int) -> Lfm2Config:
+    return Lfm2Config(**shape, full_attn_idxs=attention_layers, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
 SIZES: dict[str, PreTrainedConfig] = {
     "tiny": qwen3(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -73,6 +90,17 @@ SIZES: dict[str, PreTrainedConfig] = {
     "llama-1b": llama(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
         head_dim=64, vocab_size=128256,
+    ),
+    # the shape of Qwen3.5-0.8B: three layers of linear attention (gated delta rule) to one of attention
+    "qwen3.5-0.8b": qwen3_5(
+        hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=256, vocab_size=248320,
+    ),
+    # the shape of LFM2-350M: short convolutions, and attention in six layers
+    "lfm2-350m": lfm2(
+        [2, 5, 8, 10, 12, 14],
+        hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=8,
+        vocab_size=65536,
     ),
 }  # fmt: skip
 

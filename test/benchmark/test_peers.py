@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from benchmark.make_checkpoint import SIZES, made_up_word, make_tokenizer
@@ -317,6 +318,30 @@ def test_names_in_a_gguf_file(to_gguf: ModuleType) -> None:
     assert to_gguf.gguf_name("model.layers.12.self_attn.q_norm.weight") == "blk.12.attn_q_norm.weight"
     with pytest.raises(ValueError, match=r"no place for 'model.layers.0.mlp.router.weight'"):
         to_gguf.gguf_name("model.layers.0.mlp.router.weight")
+    assert to_gguf.gguf_name("model.layers.1.linear_attn.A_log", "qwen3_5_text") == "blk.1.ssm_a"
+    assert to_gguf.gguf_name("model.layers.1.linear_attn.dt_bias", "qwen3_5_text") == "blk.1.ssm_dt.bias"
+    assert to_gguf.gguf_name("model.layers.1.conv.conv.weight", "lfm2") == "blk.1.shortconv.conv.weight"
+
+
+@pytest.mark.parametrize("size", ["qwen3.5-0.8b", "lfm2-350m"])
+def test_models_with_states_have_a_place_for_every_tensor(to_gguf: ModuleType, size: str) -> None:
+    config = SIZES[size]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = [to_gguf.gguf_name(name, config.model_type) for name, _ in model.named_parameters()]
+    assert len(names) == len(set(names))
+    widths = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if size == "lfm2-350m":
+        assert widths["model.layers.0.feed_forward.w1.weight"][0] == to_gguf._lfm2_width(config.to_dict())
+
+
+def test_values_are_changed_as_the_graph_of_qwen3_5_takes_them(to_gguf: ModuleType) -> None:
+    bits = torch.tensor([0.5, -1.0]).bfloat16().view(torch.uint16).numpy()
+    config = {"model_type": "qwen3_5_text"}
+    assert to_gguf._converted("model.norm.weight", bits, config).tolist() == [1.5, 0.0]
+    assert to_gguf._converted("model.layers.0.linear_attn.norm.weight", bits, config) is bits
+    decay = to_gguf._converted("model.layers.0.linear_attn.A_log", bits, config)
+    numpy.testing.assert_allclose(decay, -numpy.exp([0.5, -1.0]), rtol=1e-6)
 
 
 def test_rope_factors_are_those_of_transformers(to_gguf: ModuleType) -> None:
