@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
-from rtp_llm.srt.kernels import packed, reference
+from rtp_llm.srt.kernels import packed, recurrent, reference
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks
 from rtp_llm.srt.platform import host_memory_bytes, num_cpus
 from rtp_llm.srt.utils.stopwatch import Stopwatch
@@ -43,7 +43,8 @@ class ReferenceProvider(DeviceProvider):
         return None
 
     def pick(self, name: str, dtype: torch.dtype) -> Kernel:
-        return self.find(name, dtype) or getattr(reference, name)
+        plain = recurrent if hasattr(recurrent, name) else reference
+        return self.find(name, dtype) or getattr(plain, name)
 
     def attention_backend(self, dtype: torch.dtype) -> str:
         return "torch_native"

@@ -1,0 +1,219 @@
+// Layers that keep a state of single numbers: the convolution of the last tokens, Mamba 1's scan, a linear recurrence;
+// and norms with a gate. States are [..., channels]: channels do not depend on each other, and lie side by side.
+#include <algorithm>
+
+#include "common.h"
+
+constexpr int64_t WORTH_THREADS = 32768;  // elements
+constexpr int64_t CHANNELS = 4 * LANES;   // that a thread computes together
+constexpr int MOST_TAPS = 16;
+constexpr int MOST_STATES = 256;
+
+// Pieces of rows: piece n begins with the state of slot load[n], and its last state goes to slot store[n].
+struct Pieces {
+    const int64_t *load, *store, *bounds;  // bounds null: one token in each piece
+    int64_t count;
+    INLINE int64_t begin(int64_t piece) const { return bounds ? bounds[piece] : piece; }
+    INLINE int64_t end(int64_t piece) const { return bounds ? bounds[piece + 1] : piece + 1; }
+};
+
+struct Whole {};  // all lanes of a vector; an int in its place: that number of first lanes
+template <class T>
+static INLINE vec load(const T* p, Whole) { return load(p); }
+template <class T>
+static INLINE vec load(const T* p, int count) { return load_part(p, count); }
+template <class T>
+static INLINE void store(T* p, vec x, Whole) { store(p, x); }
+template <class T>
+static INLINE void store(T* p, vec x, int count) { store_part(p, x, count); }
+
+// body(piece, first channel, Whole or a number of channels) for all vectors of channels of all pieces.
+template <class F>
+static INLINE void by_channels(const Pieces& pieces, int64_t channels, int64_t elements, F body) {
+    const int64_t strips = (channels + CHANNELS - 1) / CHANNELS, tasks = pieces.count * strips;
+    auto task = [&](int64_t i) {
+        const int64_t first = i % strips * CHANNELS, end = std::min(first + CHANNELS, channels);
+        int64_t c = first;
+        for (; c + LANES <= end; c += LANES) body(i / strips, c, Whole{});
+        if (c < end) body(i / strips, c, int(end - c));
+    };
+    if (elements < WORTH_THREADS || tasks == 1) {
+        for (int64_t i = 0; i < tasks; i++) task(i);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t i = 0; i < tasks; i++) task(i);
+}
+
+// ---- convolution
+
+// y[t] = act(bias + the sum of weight[i] * x[t - (taps - 1) + i]); inputs before the piece are the state's, [taps - 1,
+// channels], oldest first.
+template <class T>
+static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const Pieces& pieces,
+                        int64_t tokens, int64_t channels, int64_t taps, bool silus, T* y) {
+    const int64_t kept = taps - 1;
+    by_channels(pieces, channels, tokens * channels * taps, [&](int64_t piece, int64_t c, auto part) {
+        const int64_t begin = pieces.begin(piece), length = pieces.end(piece) - begin;
+        const T* before = states + pieces.load[piece] * kept * channels + c;
+        T* after = states + pieces.store[piece] * kept * channels + c;
+        vec taps_of[MOST_TAPS], seen[MOST_TAPS];
+        for (int64_t i = 0; i < taps; i++) taps_of[i] = load(weight + i * channels + c, part);
+        for (int64_t i = 0; i < kept; i++) seen[i] = load(before + i * channels, part);
+        vec start = bias ? load(bias + c, part) : vec{};
+        for (int64_t t = 0; t < length; t++) {
+            seen[kept] = load(x + (begin + t) * x_stride + c, part);
+            vec total = start;
+            for (int64_t i = 0; i < taps; i++) total += taps_of[i] * seen[i];
+            store(y + (begin + t) * channels + c, silus ? silu(total) : total, part);
+            for (int64_t i = 0; i < kept; i++) seen[i] = seen[i + 1];
+        }
+        for (int64_t i = 0; i < kept; i++) store(after + i * channels, seen[i], part);
+    });
+}
+
+#define EXPORT_CONV(name, T)                                                                                        \
+    KERNEL void name(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const int64_t* load,  \
+                     const int64_t* store, const int64_t* bounds, int64_t pieces, int64_t tokens, int64_t channels, \
+                     int64_t taps, bool silus, T* y) {                                                              \
+        causal_conv(x, x_stride, weight, bias, states, {load, store, bounds, pieces}, tokens, channels, taps,       \
+                    silus, y);                                                                                      \
+    }
+EXPORT_CONV(causal_conv1d_f32, float)
+EXPORT_CONV(causal_conv1d_bf16, bf16)
+
+// ---- Mamba 1
+
+// log(1 + z) for z in [0, 1]: twice the series of the inverse hyperbolic tangent of z / (2 + z), which is below 1/3.
+static INLINE vec log1p(vec z) {
+    vec w = z / (z + 2.0f), s = w * w;
+    vec p = splat(1.0f / 15);
+    p = p * s + 1.0f / 13;
+    p = p * s + 1.0f / 11;
+    p = p * s + 1.0f / 9;
+    p = p * s + 1.0f / 7;
+    p = p * s + 1.0f / 5;
+    p = p * s + 1.0f / 3;
+    p = p * s + 1.0f;
+    return w * p * 2.0f;
+}
+
+static INLINE vec softplus(vec x) {
+    vec size = x < 0.0f ? -x : x;
+    return (x > 0.0f ? x : vec{}) + log1p(exp(-size)) + (x - x);  // x - x: a NaN stays one
+}
+
+template <class T>
+static void selective_scan(const T* x, int64_t x_stride, const T* dt, int64_t dt_stride, const float* a, const T* b,
+                           int64_t b_stride, const T* c, int64_t c_stride, const float* d, const float* dt_bias,
+                           float* states, const Pieces& pieces, int64_t tokens, int64_t channels, int64_t size, T* y) {
+    by_channels(pieces, channels, tokens * channels * size, [&](int64_t piece, int64_t at, auto part) {
+        const float* from = states + pieces.load[piece] * size * channels + at;
+        float* to = states + pieces.store[piece] * size * channels + at;
+        vec state[MOST_STATES];
+        for (int64_t n = 0; n < size; n++) state[n] = load(from + n * channels, part);
+        vec skip = d ? load(d + at, part) : vec{}, bias = dt_bias ? load(dt_bias + at, part) : vec{};
+        for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
+            vec input = load(x + t * x_stride + at, part);
+            vec step = softplus(load(dt + t * dt_stride + at, part) + bias);
+            vec scaled = step * input, total = input * skip;
+            for (int64_t n = 0; n < size; n++) {
+                vec decay = exp(step * load(a + n * channels + at, part));
+                state[n] = state[n] * decay + scaled * to_float(b[t * b_stride + n]);
+                total += state[n] * to_float(c[t * c_stride + n]);
+            }
+            store(y + t * channels + at, total, part);
+        }
+        for (int64_t n = 0; n < size; n++) store(to + n * channels, state[n], part);
+    });
+}
+
+#define EXPORT_SCAN(name, T)                                                                                        \
+    KERNEL void name(const T* x, int64_t x_stride, const T* dt, int64_t dt_stride, const float* a, const T* b,      \
+                     int64_t b_stride, const T* c, int64_t c_stride, const float* d, const float* dt_bias,          \
+                     float* states, const int64_t* load, const int64_t* store, const int64_t* bounds,               \
+                     int64_t pieces, int64_t tokens, int64_t channels, int64_t size, T* y) {                        \
+        selective_scan(x, x_stride, dt, dt_stride, a, b, b_stride, c, c_stride, d, dt_bias, states,                 \
+                       {load, store, bounds, pieces}, tokens, channels, size, y);                                   \
+    }
+EXPORT_SCAN(selective_scan_f32, float)
+EXPORT_SCAN(selective_scan_bf16, bf16)
+
+// ---- a linear recurrence
+
+template <class T>
+static void recurrence(const T* x, int64_t x_stride, const float* log_decay, float* states, const Pieces& pieces,
+                       int64_t tokens, int64_t channels, T* y) {
+    by_channels(pieces, channels, tokens * channels, [&](int64_t piece, int64_t c, auto part) {
+        vec state = load(states + pieces.load[piece] * channels + c, part);
+        for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
+            state = state * exp(load(log_decay + t * channels + c, part)) + load(x + t * x_stride + c, part);
+            store(y + t * channels + c, state, part);
+        }
+        store(states + pieces.store[piece] * channels + c, state, part);
+    });
+}
+
+#define EXPORT_RECURRENCE(name, T)                                                                                    \
+    KERNEL void name(const T* x, int64_t x_stride, const float* log_decay, float* states, const int64_t* load,        \
+                     const int64_t* store, const int64_t* bounds, int64_t pieces, int64_t tokens, int64_t channels,   \
+                     T* y) {                                                                                          \
+        recurrence(x, x_stride, log_decay, states, {load, store, bounds, pieces}, tokens, channels, y);               \
+    }
+EXPORT_RECURRENCE(linear_recurrence_f32, float)
+EXPORT_RECURRENCE(linear_recurrence_bf16, bf16)
+
+// ---- norms with a gate
+
+enum Place { AFTER, BEFORE };
+
+// Rows of x and of the gate have two levels of strides; y is contiguous. `groups` are side by side in a row.
+template <class T, Place GATE>
+static void gated_norm(const T* x, int64_t x_outer, int64_t x_inner, const T* gate, int64_t gate_outer,
+                       int64_t gate_inner, const T* weight, T* y, int64_t outer, int64_t inner, int64_t groups,
+                       int64_t size, float eps, bool silus) {
+    auto factor = [&](const T* p, auto part) {
+        vec value = load(p, part);
+        return silus ? silu(value) : 1.0f / (exp(-value) + 1.0f);
+    };
+    auto by_vectors = [&](auto body) {
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) body(i, Whole{});
+        if (i < size) body(i, int(size - i));
+    };
+    auto row = [&](int64_t o) {
+        for (int64_t at = 0; at < inner * groups; at++) {
+            const int64_t i = at / groups, first = at % groups * size;
+            const T* from = x + o * x_outer + i * x_inner + first;
+            const T* gates = gate + o * gate_outer + i * gate_inner + first;
+            T* to = y + (o * inner * groups + at) * size;
+            vec squares{};
+            by_vectors([&](int64_t j, auto part) {
+                vec value = load(from + j, part);
+                if (GATE == BEFORE) value = value * factor(gates + j, part);
+                squares += value * value;
+            });
+            const float scale = 1.0f / std::sqrt(sum(squares) / size + eps);
+            by_vectors([&](int64_t j, auto part) {
+                vec value = load(from + j, part) * factor(gates + j, part);
+                store(to + j, value * scale * load(weight + first + j, part), part);
+            });
+        }
+    };
+    if (outer * inner * groups * size < WORTH_THREADS || outer == 1) {
+        for (int64_t o = 0; o < outer; o++) row(o);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t o = 0; o < outer; o++) row(o);
+}
+
+#define EXPORT_GATED_NORM(name, T)                                                                                   \
+    KERNEL void name(const T* x, int64_t x_outer, int64_t x_inner, const T* gate, int64_t gate_outer,                \
+                     int64_t gate_inner, const T* weight, T* y, int64_t outer, int64_t inner, int64_t groups,        \
+                     int64_t size, float eps, bool gates_first, bool silus) {                                        \
+        auto run = gates_first ? gated_norm<T, BEFORE> : gated_norm<T, AFTER>;                                       \
+        run(x, x_outer, x_inner, gate, gate_outer, gate_inner, weight, y, outer, inner, groups, size, eps, silus);   \
+    }
+EXPORT_GATED_NORM(gated_rms_norm_f32, float)
+EXPORT_GATED_NORM(gated_rms_norm_bf16, bf16)

@@ -1,0 +1,101 @@
+"""Rows of a step for kernels and layers that keep a state, with slots of a pool."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rtp_llm.srt.cache.spec import StateGroup, StateSpec
+from rtp_llm.srt.distributed import parallel_state
+from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.forward_batch import StateWave
+from rtp_llm.srt.layers.weights import declared_sources, fill
+from rtp_llm.srt.model_traits import FinishesLoad, KeepsState
+from rtp_llm.srt.state_pool import StatePool
+
+
+def rows_of(lengths: Sequence[int], load: Sequence[int], store: Sequence[int]) -> StateWave:
+    """Pieces of these lengths, with the slots before and after each."""
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    return StateWave(torch.tensor(load), torch.tensor(store), torch.tensor(bounds), bounds)
+
+
+def pool_of(model: nn.Module, num_slots: int = 4) -> StatePool:
+    """A pool for all states of a model, or of one layer."""
+    kept = [module for module in model.modules() if isinstance(module, KeepsState)]
+    layers = tuple((module.layer_id, module.state_spec()) for module in kept)
+    merged: dict[int, StateSpec] = {}
+    for layer_id, spec in layers:
+        merged[layer_id] = StateSpec((*merged[layer_id].tensors, *spec.tensors) if layer_id in merged else spec.tensors)
+    return StatePool(StateGroup(tuple(merged.items())), num_slots, "cpu")
+
+
+def batch_of(pool: StatePool, *waves: StateWave) -> Any:
+    """As much of a batch as layers that keep a state read."""
+    return SimpleNamespace(state_pool=pool, state_waves=list(waves))
+
+
+def in_pieces(
+    compute: Callable[..., torch.Tensor],
+    states: torch.Tensor,
+    pieces: Sequence[int],
+    tokens: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Compute one sequence piece after piece, from slot 0 on, in slot 1; tokens are [L, ...] each."""
+    outputs, start = [], 0
+    for number, length in enumerate(pieces):
+        rows = rows_of([length], [min(number, 1)], [1])
+        outputs.append(compute(states, rows, *(x[start : start + length] for x in tokens)))
+        start += length
+    return torch.cat(outputs)
+
+
+class ThreadGroup(TPGroup):
+    """A rank among threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, shared: list[torch.Tensor]) -> None:
+        super().__init__(rank, barrier.parties)
+        self._barrier, self._shared = barrier, shared
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self._shared[self.rank] = x
+        self._barrier.wait()
+        total = torch.stack(self._shared).sum(dim=0)
+        self._barrier.wait()
+        return total
+
+
+def on_ranks(
+    num_ranks: int, build: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], run: Callable[[Any], Any]
+) -> list[Any]:
+    """Build a module for each rank, load the same checkpoint into all, and run them side by side."""
+    barrier, shared = threading.Barrier(num_ranks, timeout=30), [torch.empty(0)] * num_ranks
+    modules = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(num_ranks):
+            patch.setattr(parallel_state, "_tp_group", ThreadGroup(rank, barrier, shared))
+            modules.append(build())
+            load_all(modules[-1], weights)
+    with ThreadPoolExecutor(num_ranks) as threads, torch.no_grad():
+        return list(threads.map(torch.no_grad()(run), modules))
+
+
+def load_all(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load a module's parameters by the names that a checkpoint has for them, all of them."""
+    sources = declared_sources(module)
+    loaded = set()
+    for name, tensor in weights.items():
+        target, shard_id = sources.get(name, (name, None))
+        fill(module.get_parameter(target), tensor, shard_id)
+        loaded.add(target)
+    assert loaded == {name for name, _ in module.named_parameters()}
+    for part in module.modules():
+        if isinstance(part, FinishesLoad):
+            part.finish_load()
