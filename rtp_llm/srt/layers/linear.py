@@ -6,6 +6,7 @@ Megatron's (Shoeybi et al., 2019): a column-parallel layer holds a part of the o
 the inputs, and sums over ranks. With ``disable_tp=True`` every rank holds and computes the whole layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,24 @@ class OutputShard:
     @property
     def full_size(self) -> int:
         return self.size * self.num_parts
+
+
+def output_shards(
+    sizes: Sequence[int], tp_group: TPGroup, name: str, num_parts: Sequence[int] | None = None
+) -> list[OutputShard]:
+    """Return this rank's share of outputs side by side, with the ids 0, 1, ...
+
+    Args:
+        sizes: of all ranks.
+        num_parts: into how many parts each is split; fewer than ranks: neighbouring ranks have the same part. None: as
+            many as ranks.
+    """
+    ranks, shards = tp_group.world_size, []
+    for i, size in enumerate(sizes):
+        parts = ranks if num_parts is None else num_parts[i]
+        replicas = divide(ranks, parts, f"{name}: tensor-parallel size")
+        shards.append(OutputShard(i, divide(size, parts, f"{name}: output size"), tp_group.rank // replicas, parts))
+    return shards
 
 
 class LinearBase(PackedLayer):
@@ -189,11 +208,7 @@ class ColumnParallelLinear(LinearBase):
         options = (skip_bias_add, params_dtype, quant_config, prefix, tp_group, return_bias, disable_tp)
         super().__init__(input_size, output_size, *options)
         self.gather_output = gather_output
-        self._create_shards([self._even_shard(0, output_size)], bias)
-
-    def _even_shard(self, shard_id: str | int, output_size: int) -> OutputShard:
-        ranks = self.tp_group.world_size
-        return OutputShard(shard_id, divide(output_size, ranks, f"{self.name}: output size"), self.tp_group.rank, ranks)
+        self._create_shards(output_shards([output_size], self.tp_group, self.name), bias)
 
     def _create_shards(self, shards: list[OutputShard], bias: bool) -> None:
         self.shards = shards
@@ -247,7 +262,11 @@ class ColumnParallelLinear(LinearBase):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel layers of one input as one product; outputs side by side. Shard ids: 0, 1, ..."""
+    """Several column-parallel layers of one input as one product; outputs side by side. Shard ids: 0, 1, ...
+
+    ``num_parts``: into how many parts each output is split; fewer than ranks: neighbouring ranks have the same part, as
+    with the groups of keys of a state-space model. None: as many as ranks.
+    """
 
     def __init__(
         self,
@@ -262,12 +281,13 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         tp_group: TPGroup | None = None,
         return_bias: bool = True,
         disable_tp: bool = False,
+        num_parts: Sequence[int] | None = None,
     ) -> None:
         options = (skip_bias_add, params_dtype, quant_config, prefix, tp_group, return_bias, disable_tp)
         LinearBase.__init__(self, input_size, sum(output_sizes), *options)
         self.output_sizes = output_sizes
         self.gather_output = gather_output
-        self._create_shards([self._even_shard(i, size) for i, size in enumerate(output_sizes)], bias)
+        self._create_shards(output_shards(output_sizes, self.tp_group, self.name, num_parts), bias)
 
     def activated(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
         """``activation(output)`` for a gated activation, if possible in one product without its output in memory.
