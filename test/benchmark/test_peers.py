@@ -285,9 +285,24 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert setup.main(["transformers", "--into", str(tmp_path)]) == 0
     assert len(calls) == made
     (tmp_path / "transformers" / "complete.txt").write_text("another list")
-    assert "older" in setup.state("transformers", tmp_path / "transformers")
+    assert "of other versions" in setup.state("transformers", tmp_path / "transformers")
     assert setup.main(["transformers", "--into", str(tmp_path)]) == 0
     assert len(calls) == 2 * made
+
+
+def test_llama_cpp_is_compiled_for_the_instruction_set_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(setup.venv, "create", lambda folder, with_pip: Path(folder).mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(setup, "pip", lambda folder, *arguments, **options: None)
+    monkeypatch.setattr(setup, "make_llama_cpp", lambda folder, version, jobs, isa: asked.append(isa))
+    for isa in ("native", "avx2", "avx2"):
+        assert setup.main(["llama.cpp", "--isa", isa, "--into", str(tmp_path)]) == 0
+    assert asked == ["native", "avx2"]
+    options = setup.llama_cpp_options("avx2")
+    assert "-DGGML_NATIVE=OFF" in options and "-DGGML_AVX2=ON" in options and "-DGGML_AVX512=ON" not in options
+    assert "-DGGML_NATIVE=ON" in setup.llama_cpp_options("native")
 
 
 def test_a_setup_that_fails_says_so(
