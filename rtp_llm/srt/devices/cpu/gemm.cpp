@@ -15,21 +15,36 @@
 
 KERNEL int64_t panel_size() { return PANEL; }
 
+constexpr int64_t UNITS_PACKED = 16;  // of a row at a time: a line of the cache
+
+// Rows of `size` bytes, `stride` apart, of which there are `num_rows` -> the units of a panel [units][PANEL][4 bytes],
+// ending in zeros.
+static void pack_units(const char* rows, int64_t stride, int64_t num_rows, int64_t size, int64_t units, char* panel) {
+    for (int64_t start = 0; start < units; start += UNITS_PACKED) {
+        int64_t end = std::min(start + UNITS_PACKED, units), whole = std::min(end, size / 4);
+        for (int64_t n = 0; n < PANEL; n++) {
+            const char* row = rows + n * stride;
+            bool there = n < num_rows;
+            int64_t unit = start;
+            if (there)
+                for (; unit < whole; unit++) std::memcpy(panel + (unit * PANEL + n) * 4, row + unit * 4, 4);
+            for (; unit < end; unit++) {
+                std::memset(panel + (unit * PANEL + n) * 4, 0, 4);
+                if (there && unit * 4 < size) std::memcpy(panel + (unit * PANEL + n) * 4, row + unit * 4, size % 4);
+            }
+        }
+    }
+}
+
 // ---- bfloat16
 
 // weight [N, K], rows `stride` apart -> packed [panels][ceil(K / 2)][PANEL][2], ending in zeros.
 KERNEL void pack_bf16(const bf16* weight, int64_t stride, int64_t N, int64_t K, bf16* packed) {
     int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL);
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
-        bf16* panel = packed + p * units * PANEL * 2;
-        for (int64_t n = 0; n < PANEL; n++) {
-            const bf16* row = weight + (p * PANEL + n) * stride;
-            bool there = p * PANEL + n < N;
-            for (int64_t k = 0; k < 2 * units; k++)
-                panel[(k / 2) * PANEL * 2 + n * 2 + k % 2] = there && k < K ? row[k] : bf16{0};
-        }
-    }
+    for (int64_t p = 0; p < panels; p++)
+        pack_units(reinterpret_cast<const char*>(weight + p * PANEL * stride), 2 * stride, N - p * PANEL, 2 * K, units,
+                   reinterpret_cast<char*>(packed + p * units * PANEL * 2));
 }
 
 // Rows `ids` of the weight [N, K] that was packed -> [count, K]. Returns whether all ids are in range.
@@ -118,16 +133,12 @@ KERNEL void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed
     int64_t units = divide_up(K, 4), panels = divide_up(N, PANEL);
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < panels; p++) {
-        int8_t* panel = packed + p * units * PANEL * 4;
+        const int8_t* rows = weight + p * PANEL * K;
+        pack_units(reinterpret_cast<const char*>(rows), K, N - p * PANEL, K, units,
+                   reinterpret_cast<char*>(packed + p * units * PANEL * 4));
         for (int64_t n = 0; n < PANEL; n++) {
-            const int8_t* row = weight + (p * PANEL + n) * K;
-            bool there = p * PANEL + n < N;
             int32_t total = 0;
-            for (int64_t k = 0; k < 4 * units; k++) {
-                int8_t value = there && k < K ? row[k] : 0;
-                panel[(k / 4) * PANEL * 4 + n * 4 + k % 4] = value;
-                total += value;
-            }
+            for (int64_t k = 0; p * PANEL + n < N && k < K; k++) total += rows[n * K + k];
             totals[p * PANEL + n] = total;
         }
     }

@@ -37,6 +37,7 @@ KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "selective_scan": "recurrent",
     "linear_recurrence": "recurrent",
     "gated_rms_norm": "recurrent",
+    "quantize_rows": "elementwise",
     "argmax": "sampling",
     "draw": "sampling",
     "group_rows": "moe",

@@ -12,9 +12,8 @@ from typing import Self
 import torch
 from torch import nn
 
-from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.device.choice import built_for, pick
 from rtp_llm.srt.kernels.packed import PackedWeight
-from rtp_llm.srt.kernels.reference import quantize_rows
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import Experts
@@ -112,6 +111,7 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, K] -> values of [N, K] int8 and scales [N] float32, symmetric: see ``reference.quantize_rows``."""
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    quantize_rows = pick("quantize_rows", weight.dtype)
     for rows in row_blocks(weight):
         values[rows], of_rows = quantize_rows(weight[rows])
         scales[rows] = of_rows[:, 0]
