@@ -1,4 +1,4 @@
-"""Compile a C++ kernel file at its first use, for this machine, and load it.
+"""Compile a C++ kernel file at its first use, for this machine, or take it from the wheel, and load it.
 
 A kernel file ``NAME.cpp`` is in this folder, includes headers of this folder (``common.h``, and its own parts,
 ``NAME_PART.h``) and exports ``extern "C"`` functions of pointers and sizes. It includes none of torch's headers, so
@@ -6,58 +6,45 @@ that it compiles in seconds. It uses the OpenMP library that torch has loaded, s
 Libraries are kept in ``~/.cache/rtp_llm/kernels`` (``RTP_LLM_KERNEL_CACHE`` names another folder), under a key of
 everything that they depend on. They are code, so they are loaded only from a folder and a file that no other user
 could have written (``utils/private_files.py``). If the folder is not safe, each process compiles for itself and keeps
-nothing.
+nothing. A library that came compiled with the package (``kernel_files.py``) is taken instead, without any compiler.
 """
 
 import ctypes
 import fcntl
 import functools
-import hashlib
 import logging
 import os
+import queue
 import re
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from rtp_llm.srt.platform import cpu_flags
+from rtp_llm.srt.devices.cpu.kernel_files import (
+    COMPILED,
+    COMPILER_TIMEOUT_S,
+    ISAS,
+    SOURCES,
+    arguments,
+    compiled_name,
+    digest_of,
+    welcome_flags,
+)
+from rtp_llm.srt.platform import cpu_flags, num_cpus
 from rtp_llm.srt.utils.private_files import problem_of_file, problem_of_folder
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-shared",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-psabi",
-    "-Werror=return-type",
-)
-COMPILER_TIMEOUT_S = 300
-
-# Best first: instruction set -> flags that the processor must have, and the compiler's flags.
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c")
-ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "avx512_bf16": (
-        (*_AVX512, "avx512_bf16", "avx512_vnni"),
-        (*(f"-m{flag}" for flag in _AVX512), "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
-    ),
-    "avx512": (_AVX512, (*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512")),
-    "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
-    "portable": ((), ()),
-}
-WELCOME = ("avx512vbmi",)  # flags that kernels for AVX-512 make use of where the processor has them
+# What every model needs, those first that take the compiler longest.
+USUAL = ("gemm", "attention", "elementwise", "sampling", "moe")
 
 
 class KernelBuildError(RuntimeError):
@@ -100,6 +87,9 @@ def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
         KernelBuildError: there is no compiler, or compiling or loading fails.
     """
     target = for_isa or isa()
+    library = _open_carried(name, target)
+    if library is not None:
+        return library
     folder = _sound_cache()
     if folder is not None:
         return _open(_built_in(folder, name, target))
@@ -109,9 +99,11 @@ def load(name: str, for_isa: str | None = None) -> ctypes.CDLL:
 
 @functools.cache
 def kernels_work() -> bool:
-    """Whether this machine can compile and load kernels; if not, log once why."""
+    """Whether this machine can compile and load kernels; if not, log once why. The usual ones are compiled from now
+    on, in the background."""
     try:
         load("probe")
+        compile_ahead()
     except KernelBuildError as error:
         logger.warning(
             "no CPU kernels: %s\nPlain torch computes instead, several times slower in bfloat16. Install g++ "
@@ -120,6 +112,47 @@ def kernels_work() -> bool:
         )
         return False
     return True
+
+
+def compile_ahead() -> None:
+    """Begin to compile the usual kernels, as many at once as there are processors; ``load`` waits for its own."""
+    folder = _sound_cache()
+    if folder is None:
+        return
+    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in USUAL:
+        if _carried(name, isa()) is None:
+            names.put(name)
+    for _ in range(min(num_cpus(), names.qsize())):
+        threading.Thread(target=_compile_named, args=(names, folder), name="kernel compiler", daemon=True).start()
+
+
+def _compile_named(names: queue.SimpleQueue[str], folder: Path) -> None:
+    """Compile until there is no more name. An error ends it: ``load`` compiles the same again, and raises it."""
+    with suppress(queue.Empty, KernelBuildError):
+        while True:
+            _built_in(folder, names.get_nowait(), isa())
+
+
+def _carried(name: str, target: str) -> Path | None:
+    """Return the library that came compiled with the package, of these very sources, if there is one."""
+    if not COMPILED.is_dir():
+        return None
+    path = COMPILED / compiled_name(name, target, welcome_flags(name, target, cpu_flags()))
+    return path if path.exists() else None
+
+
+def _open_carried(name: str, target: str) -> ctypes.CDLL | None:
+    path = _carried(name, target)
+    if path is None:
+        return None
+    for library in openmp_libraries():
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # loaded already: from now on others find its functions, too
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # made for a newer system
+        logger.warning("the CPU kernel %s that came with the package does not load, and is compiled: %s", name, error)
+        return None
 
 
 def _built_in(folder: Path, name: str, target: str) -> Path:
@@ -185,21 +218,8 @@ def _warn_of_cache(problem: str) -> None:
 
 def _key(name: str, target: str) -> str:
     """Return a hash of sources, flags, compiler, processor and torch."""
-    digest = hashlib.sha256()
-    for file in _sources(f"{name}.cpp"):
-        digest.update((SOURCES / file).read_bytes())
-    for part in (*_command(name, target, Path("x")), _compiler_version(), torch.__version__, *sorted(cpu_flags())):
-        digest.update(f"{part}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sources(file: str) -> list[str]:
-    """Return a file and the files of this folder that it includes, each once."""
-    files = [file]
-    for known in files:
-        included = re.findall(r'^#include "([^"]+)"$', (SOURCES / known).read_text(encoding="utf-8"), re.MULTILINE)
-        files += [name for name in dict.fromkeys(included) if name not in files]
-    return files
+    command = _command(name, target, Path("x"))
+    return digest_of(name, (*command, _compiler_version(), torch.__version__, *sorted(cpu_flags())), SOURCES)
 
 
 @functools.cache
@@ -212,12 +232,9 @@ def _compiler_version() -> str:
 
 def _command(name: str, target: str, output: Path) -> list[str]:
     asked = shlex.split(os.environ.get("CXX", ""))
-    _, flags = ISAS[target]
-    if target.startswith("avx512"):
-        flags += tuple(f"-m{flag}" for flag in WELCOME if flag in cpu_flags())
     return [
-        str(compiler()), *asked[1:], *FLAGS, *flags, "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"),
-        *openmp_libraries(), "-o", str(output),
+        str(compiler()), *asked[1:], "-shared", *arguments(target, welcome_flags(name, target, cpu_flags())),
+        "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"), *openmp_libraries(), "-o", str(output),
     ]  # fmt: skip
 
 

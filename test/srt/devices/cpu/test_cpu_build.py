@@ -8,13 +8,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from rtp_llm.srt.device.choice import building_for, pick, provider_named
-from rtp_llm.srt.devices.cpu import build
+from rtp_llm.srt.devices.cpu import build, kernel_files
 from rtp_llm.srt.kernels import reference
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
@@ -248,6 +249,65 @@ def test_a_file_that_does_not_compile_says_why(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "SOURCES", sources)
     with pytest.raises(build.KernelBuildError, match=r"does not compile the CPU kernel probe(.|\n)*broken"):
         build.load("probe")
+
+
+@needs_compiler
+def test_the_usual_kernels_are_compiled_several_at_once(cache, monkeypatch):
+    compiling, together = set(), threading.Barrier(2, timeout=30)
+
+    def compile_one(name, target, path):
+        together.wait()  # which passes only if two are compiled at the same time
+        compiling.add(name)
+        path.write_bytes(b"")
+        path.chmod(0o700)
+
+    monkeypatch.setattr(build, "_compile", compile_one)
+    monkeypatch.setattr(build, "num_cpus", lambda: 2)
+    monkeypatch.setattr(build, "USUAL", ("moe", "gemm", "attention", "sampling"))
+    before = set(threading.enumerate())
+    build.compile_ahead()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert compiling == set(build.USUAL) == {path.name.split("-")[0] for path in cache.glob("*.so")}
+
+
+@pytest.fixture
+def carried(tmp_path, monkeypatch) -> Path:
+    """The folder of compiled libraries of a package, with one of them; no compiler is found after that."""
+    compiler, flags = build.compiler(), kernel_files.welcome_flags("probe", build.isa(), build.cpu_flags())
+    library = kernel_files.compile_carried([compiler], tmp_path, "probe", build.isa(), flags)
+    monkeypatch.setattr(build, "COMPILED", tmp_path)
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled though it is there"))
+    return library
+
+
+@needs_compiler
+def test_a_library_that_came_with_the_package_needs_no_compiler(carried, cache):
+    before = torch.get_num_threads()
+    try:
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            assert build.load("probe").num_threads() == count  # there is one pool of threads
+    finally:
+        torch.set_num_threads(before)
+    assert not cache.exists()
+
+
+@needs_compiler
+def test_a_library_of_other_sources_or_a_newer_system_is_not_taken(carried, cache, monkeypatch, caplog):
+    carried.write_bytes(b"no library")
+    with caplog.at_level("WARNING", logger="rtp_llm"):
+        assert build._open_carried("probe", build.isa()) is None
+    assert "that came with the package does not load" in caplog.text
+    monkeypatch.setattr(kernel_files, "FLAGS", (*kernel_files.FLAGS, "-DANOTHER"))
+    assert build._carried("probe", build.isa()) is None
+
+
+def test_only_kernels_that_use_them_are_compiled_for_further_flags():
+    assert kernel_files.welcome_flags("gemm_codes", "avx512", kernel_files.WELCOME) == kernel_files.WELCOME
+    assert kernel_files.welcome_flags("gemm_codes", "avx2", kernel_files.WELCOME) == ()
+    assert kernel_files.welcome_flags("probe", "avx512", kernel_files.WELCOME) == ()
 
 
 def test_without_a_compiler_the_reference_runs(cache, monkeypatch, caplog):
