@@ -18,6 +18,7 @@ from rtp_llm.srt.configs.options import ArgumentParser, add_field_flags
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.srt.utils.transformers_imports import hide_torch
 from rtp_llm.tools.bench_profile import options as profile_options
 from rtp_llm.tools.bench_serving import command as bench_serving
 from rtp_llm.tools.bench_serving import options as bench_options
@@ -180,6 +181,10 @@ def _serve(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         core_process = start_core_process()  # imports what it needs while this process does
         stack.callback(core_process.discard)
+        from rtp_llm.srt.configs.text_only import takes_text_only  # the hub's library, only needed here
+
+        if takes_text_only(server_args):
+            hide_torch()  # before transformers is imported: the core alone computes
         from rtp_llm.srt.entrypoints.http_server import AddressError, launch_server  # a web framework, only needed here
 
         bar = stack.enter_context(ExitStack())

@@ -14,9 +14,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.conversation import ChatTemplateError, Template, load_chat_template
 from rtp_llm.srt.managers.end_tokens import EndToken, find_end_tokens
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
-from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
-from rtp_llm.srt.multimodal.items import pad_placeholders
 from rtp_llm.srt.multimodal.media_store import MediaStore
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 
@@ -77,6 +75,9 @@ def read_placer(config: ModelConfig, workers_are_here: bool = True) -> MediaPlac
         model_cls = ModelRegistry.resolve_model_cls(config.architectures)[0]
     except UnknownArchitectureError:
         return MediaPlacer(store=store)
+    from rtp_llm.srt.model_traits import ModelTraits  # torch, only needed here
+    from rtp_llm.srt.multimodal.items import pad_placeholders
+
     if ModelTraits.of(model_cls).pad_input_ids in (None, pad_placeholders):
         return MediaPlacer(store=store)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tiny_models import tiny_model
+from tiny_server import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rtp_llm"
@@ -253,6 +254,41 @@ def loaded_after(statement: str, suspects: tuple[str, ...]) -> list[str]:
 )
 def test_host_side_needs_no_torch(module: str) -> None:
     assert loaded_after(f"import {module}", ("torch", "transformers", "numpy")) == []
+
+
+def test_a_configuration_is_read_without_the_code_of_transformers_models() -> None:
+    read = "from rtp_llm.srt.configs.model_config import ModelConfig as C"
+    suspects = ("torch._dynamo", "torch.distributed.tensor", "sympy", "triton", "transformers.modeling_utils")
+    assert loaded_after(f"{read}\nC.from_pretrained({tiny_model('llama-default')!r})", suspects) == []
+
+
+def test_blocks_of_weights_need_no_distributed_tensors() -> None:
+    use = """
+import torch
+from rtp_llm.srt.kernels.block_tensor import BlockTensor, leave_out_distributed_tensors
+leave_out_distributed_tensors()
+weight = BlockTensor(torch.zeros(4, 34, dtype=torch.uint8), "Q8_0", torch.bfloat16)
+assert torch.equal(torch.nn.Parameter(weight, requires_grad=False)[1:].data.values(), torch.zeros(3, 32).bfloat16())
+"""
+    assert loaded_after(use, ("torch.distributed.tensor", "sympy")) == []
+    assert loaded_after(f"{use}from torch.distributed.tensor import DTensor, Replicate", ("sympy",)) == ["sympy"]
+
+
+def test_the_server_of_a_text_model_needs_no_torch(tmp_path: Path) -> None:
+    build = f"""
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.configs.text_only import takes_text_only
+from rtp_llm.srt.utils.transformers_imports import hide_torch
+args = ServerArgs(model_path={make_checkpoint(tmp_path)!r})
+assert takes_text_only(args)
+hide_torch()
+from rtp_llm.srt.entrypoints.http_server import read_chat_template, read_end_tokens, read_model_config, read_tokenizer
+config = read_model_config(args)
+tokenizer = read_tokenizer(args, config)
+read_chat_template(args, config, tokenizer), read_end_tokens(args, config, tokenizer)
+assert tokenizer.decode(tokenizer("a text")["input_ids"]) == "a text"
+"""
+    assert loaded_after(build, ("torch", "transformers.modeling_utils")) == []
 
 
 def test_the_offline_engine_needs_no_web_framework_and_no_sockets() -> None:

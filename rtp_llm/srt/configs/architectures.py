@@ -43,6 +43,11 @@ def _with_head(bare: str) -> str | None:
     return usual if usual in heads else next(iter(heads)) if len(heads) == 1 else None
 
 
+def model_types_of(architecture: str) -> list[str]:
+    """Return transformers' model types whose class for generating text has this name."""
+    return [kind for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name == architecture]
+
+
 def architecture_of(model_type: str) -> str | None:
     """Return transformers' class for generating text with models of this type; None if there is none."""
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):

@@ -10,6 +10,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rtp_llm.srt.utils.transformers_imports import leave_out_activations
+
+leave_out_activations()
+
 _PART = "_config"  # how keys of objects that are configurations end
 _NO_PARTS = ("quantization_config", "generation_config")  # objects that stay dicts
 _BASE_FIELDS = frozenset(item.name for item in dataclasses.fields(PreTrainedConfig)) | {"torch_dtype"}

@@ -17,8 +17,10 @@ from typing import get_args
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.engine.orders import Orders
+from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.messages import FromCore, ToCore
 from rtp_llm.srt.models.registrations import unpack_registrations
+from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_once
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.utils.zmq_link import ZmqCoreEnd
@@ -46,8 +48,10 @@ def main(fd: int) -> None:
 def _run(orders: Orders, pipe: Connection) -> None:
     args = orders.server_args
     configure_logging(args.log_level)
+    leave_out_distributed_tensors()
     unpack_registrations(orders.registrations)
     model_config = ModelConfig.from_server_args(args)
+    drop_library_pages()  # before the weights come
     link = ZmqCoreEnd(orders.socket_dir, get_args(ToCore), get_args(FromCore))
     core = EngineCore(
         args,
@@ -56,8 +60,9 @@ def _run(orders: Orders, pipe: Connection) -> None:
         on_progress=lambda done, total: send(pipe, ("progress", (done, total))),
         on_admission=lambda rids: send(pipe, ("running", rids)),
     )
-    gc.collect()
+    give_back_once()
     gc.freeze()  # these objects stay for good: full collections need not traverse them again and again
+    drop_library_pages()  # what loading needed
     try:
         send(pipe, ("ready", core.info))
         core.run()

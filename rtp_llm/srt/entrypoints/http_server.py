@@ -51,7 +51,7 @@ from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
-from rtp_llm.srt.utils.freed_memory import give_back_freed_memory
+from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_freed_memory, give_back_once
 from rtp_llm.srt.utils.logging import LOG_FORMAT, RateLimit, configure_logging
 from rtp_llm.srt.utils.process import StartedPython
 from rtp_llm.version import __version__
@@ -192,6 +192,8 @@ class HTTPServer:
         config = read_model_config(self._args)
         tokenizer = read_tokenizer(self._args, config)
         read_chat_template(self._args, config, tokenizer)  # before the weights: errors come early
+        give_back_once()  # what the tokenizer's file needed
+        drop_library_pages()  # before the weights come
         supervisor = Supervisor(self._args, config, self._on_progress, self._core_process)
         supervisor.on_dead = self._on_core_dead
         supervisor.start()

@@ -3,12 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGMLQuantizationType
-from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rtp_llm.srt.configs.architectures import model_types_of
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.form import GGUFForm, declared_forms
 from rtp_llm.srt.gguf.generation import token_id, vocabulary_size
@@ -16,6 +15,9 @@ from rtp_llm.srt.gguf.header import GGUFError
 from rtp_llm.srt.gguf.rope import rope_scaling
 from rtp_llm.srt.models.model_source import CONFIG_CLASS
 from rtp_llm.srt.models.registry import ADDING_A_MODEL, ModelRegistry
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Metadata key without the architecture's prefix -> (field of config.json, type). A form's own names go before.
 COMMON: dict[str, tuple[str, type]] = {
@@ -91,7 +93,7 @@ def config_json(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def find_model(file: GGUFFile) -> tuple[str, type[nn.Module], GGUFForm]:
+def find_model(file: GGUFFile) -> "tuple[str, type[nn.Module], GGUFForm]":
     """Return the name of the class that reads a file, the class, and its form.
 
     Raises:
@@ -113,8 +115,12 @@ def find_model(file: GGUFFile) -> tuple[str, type[nn.Module], GGUFForm]:
             raise GGUFError(f"several classes read its architecture {architecture!r}: {names}; keep one")
         if found:
             return found[0]
+    raise _unread(architecture)
+
+
+def _unread(architecture: str) -> GGUFError:
     known = ", ".join(sorted(ModelRegistry.gguf_architectures())) or "none"
-    raise GGUFError(
+    return GGUFError(
         f"no model here reads GGUF files of the architecture {architecture!r}; have {known}. A model file may declare "
         f"it: see `gguf` in {ADDING_A_MODEL}"
     )
@@ -127,6 +133,20 @@ def _matches(form: GGUFForm, metadata: Mapping[str, Any]) -> bool:
         if isinstance(error, GGUFError):
             raise
         raise GGUFError(f"its metadata cannot be used for {form.architecture}: {error!r}") from error
+
+
+def check_architecture(file: GGUFFile) -> None:
+    """Refuse a file that no model reads, as far as that is known without importing a model.
+
+    Raises:
+        GGUFError: it is no language model, or of an architecture that no class declares.
+    """
+    try:
+        _check_kind(file)
+        if file.architecture not in ModelRegistry.gguf_architectures() and not ModelRegistry.has_external:
+            raise _unread(file.architecture)
+    except GGUFError as error:
+        raise GGUFError(f"{file.paths[0]}: {error}") from None
 
 
 def _check_kind(file: GGUFFile) -> None:
@@ -293,7 +313,7 @@ def _model_type(name: str, model_class: type, form: GGUFForm) -> str:
     if "model_type" in form.defaults:
         return str(form.defaults["model_type"])
     own = getattr(getattr(model_class, CONFIG_CLASS, None), "model_type", None)
-    types = [kind for kind, arch in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if arch == name]
+    types = model_types_of(name)
     if own:
         return str(own)
     return types[0] if len(types) == 1 else form.architecture

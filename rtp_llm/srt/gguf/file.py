@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rtp_llm.srt.gguf.header import (
@@ -28,6 +27,9 @@ from rtp_llm.srt.gguf.header import (
     shown,
 )
 
+if TYPE_CHECKING:
+    import torch
+
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MOST_LETTERS = 60  # of an architecture
@@ -37,14 +39,27 @@ _MOST_LETTERS = 60  # of an architecture
 class GGUFTensor:
     """A tensor in the bits of its file.
 
-    ``shape``: in torch's order, rows first (the file has it the other way round). ``data``: uint8, the shape with the
-    bytes of a row in place of its last dimension; a view of a private memory map, which lasts as long as its views.
+    ``shape``: in torch's order, rows first (the file has it the other way round). ``stored``: the shape with the bytes
+    of a row in place of its last dimension. ``content``: a private memory map of the file. ``first``: byte in it.
     """
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    data: torch.Tensor
+    stored: tuple[int, ...]
+    content: mmap.mmap
+    first: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.stored)
+
+    @property
+    def data(self) -> "torch.Tensor":
+        """The bytes, uint8, of the shape ``stored``: a view of the memory map, which lasts as long as its views."""
+        import torch  # which reading the metadata alone does without
+
+        return torch.frombuffer(self.content, dtype=torch.uint8, count=self.nbytes, offset=self.first).view(self.stored)
 
 
 @dataclass(frozen=True)
@@ -146,17 +161,16 @@ def _read_part(path: Path, with_vocabulary: bool) -> tuple[Mapping[str, Any], di
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise GGUFError(f"{path}: `{ALIGNMENT_KEY}` must be a power of two from 8 on, not {shown(alignment)}")
     start = -(-header.end // alignment) * alignment
-    everything = torch.frombuffer(content, dtype=torch.uint8)
     tensors: dict[str, GGUFTensor] = {}
     places: list[tuple[int, int, str]] = []  # (first byte, end, name)
     for entry in header.tensors:
         if entry.name in tensors:
             raise GGUFError(f"{path}: tensor {entry.name!r} is there twice")
         try:
-            tensors[entry.name] = tensor = _tensor(entry, everything, start, alignment)
+            tensors[entry.name] = tensor = _tensor(entry, content, start, alignment)
         except GGUFError as error:
             raise GGUFError(f"{path}: tensor {entry.name!r}: {error}") from None
-        places.append((entry.offset, entry.offset + tensor.data.nbytes, entry.name))
+        places.append((entry.offset, entry.offset + tensor.nbytes, entry.name))
     places.sort()
     for (_, end, name), (first, _, next_name) in pairwise(places):
         if first < end:
@@ -173,7 +187,7 @@ def _map(path: Path) -> mmap.mmap:
             raise GGUFError(f"{path} is empty or no regular file; it cannot be a GGUF") from error
 
 
-def _tensor(entry: TensorEntry, everything: torch.Tensor, start: int, alignment: int) -> GGUFTensor:
+def _tensor(entry: TensorEntry, content: mmap.mmap, start: int, alignment: int) -> GGUFTensor:
     try:
         kind = GGMLQuantizationType(entry.type)
         values, size = GGML_QUANT_SIZES[kind]
@@ -189,9 +203,9 @@ def _tensor(entry: TensorEntry, everything: torch.Tensor, start: int, alignment:
     stored = (*shape[:-1], shape[-1] // values * size)
     first = start + entry.offset
     end = first + prod(stored)
-    if end > len(everything):
+    if end > len(content):
         raise GGUFError(
-            f"ends at byte {end}, but the file has {len(everything)}: it is truncated, or not yet fully downloaded. "
+            f"ends at byte {end}, but the file has {len(content)}: it is truncated, or not yet fully downloaded. "
             "Download it again"
         )
-    return GGUFTensor(entry.name, kind, shape, everything[first:end].view(stored))
+    return GGUFTensor(entry.name, kind, shape, stored, content, first)

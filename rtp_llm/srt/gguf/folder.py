@@ -1,8 +1,9 @@
 """A GGUF as a checkpoint folder in the user's cache: what reads checkpoints reads it like any other.
 
 The folder has config.json, generation_config.json, the tokenizer's files with the chat template, and links to the GGUF
-and its parts, from which the weights are read. It is made once for a file as it is (path, size, time of change), what
-its model class declares, and the code that made it; it may be removed whenever no engine runs on it.
+and its parts, from which the weights are read. It is made once for a file as it is (path, size, time of change) and the
+code that makes it (this room, model files, what models from elsewhere declare), after which the file's vocabulary is
+not read again; it may be removed whenever no engine runs on it.
 """
 
 import errno
@@ -12,25 +13,21 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from rtp_llm.srt.gguf.config import config_json
-from rtp_llm.srt.gguf.file import GGUFFile
-from rtp_llm.srt.gguf.generation import generation_config
-from rtp_llm.srt.gguf.header import GGUFError
-from rtp_llm.srt.gguf.tokenizer import write_tokenizer
+from rtp_llm.srt.gguf.file import GGUFFile, parts_of
+from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.utils.private_files import OTHERS_WRITE
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-_NO_TOKENIZER = (None, "no_vocab", "none")  # values of tokenizer.ggml.model
 _temporary: dict[str, ScratchFolder] = {}  # by key; kept until the process ends, where there is no cache
+_MODELS = Path(__file__).parents[2] / "models_py"
 
 
 def cache_root() -> Path:
@@ -58,22 +55,23 @@ def checkpoint_folder(path: str | Path, with_tokenizer: bool = True) -> Path:
         GGUFError: the file is damaged, or of a kind that is not supported.
         OSError: it cannot be read.
     """
-    file = GGUFFile.open(path)
-    content = {CONFIG_FILE: config_json(file), "generation_config.json": generation_config(file)}
-    key = _key(file, content, with_tokenizer)
-    name = f"{file.paths[0].stem[:50]}-{key}"
+    paths = parts_of(Path(path))
+    key = _key(paths, with_tokenizer)
+    name = f"{paths[0].stem[:50]}-{key}"
     try:
-        return _in_cache(cache_root() / name, file, content, with_tokenizer)
+        return _in_cache(cache_root() / name, paths, with_tokenizer)
     except OSError as error:
+        for part in paths:
+            part.open("rb").close()  # the error, if it is the file's
         logger.warning("%s cannot be used (%s): the GGUF's config and tokenizer go to a temporary folder", name, error)
     if key not in _temporary:
         scratch = ScratchFolder()
-        _write(scratch.path, file, content, with_tokenizer)
+        _write(scratch.path, paths[0], with_tokenizer)
         _temporary[key] = scratch
     return _temporary[key].path
 
 
-def _in_cache(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tokenizer: bool) -> Path:
+def _in_cache(folder: Path, paths: tuple[Path, ...], with_tokenizer: bool) -> Path:
     """Return ``folder``, written first if it is not there: whole or not at all, also where several processes do so.
 
     Raises:
@@ -82,9 +80,9 @@ def _in_cache(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tok
     if not os.path.lexists(folder):
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))  # for this user alone
-        logger.info("writing configuration and tokenizer of %s to %s", file.paths[0], folder)
+        logger.info("writing configuration and tokenizer of %s to %s", paths[0], folder)
         try:
-            _write(new, file, content, with_tokenizer)
+            _write(new, paths[0], with_tokenizer)
             new.rename(folder)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those: another process was faster
@@ -97,32 +95,38 @@ def _in_cache(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tok
     return folder
 
 
-def _write(folder: Path, file: GGUFFile, content: Mapping[str, Any], with_tokenizer: bool) -> None:
-    for path in file.paths:
-        name = path.name if path.suffix == ".gguf" else f"{path.stem}.gguf"  # as weight files are found
-        (folder / name).symlink_to(path.resolve())
-    if with_tokenizer and file.metadata.get("tokenizer.ggml.model") not in _NO_TOKENIZER:
-        try:
-            write_tokenizer(file.metadata, folder)
-        except GGUFError as error:
-            raise GGUFError(f"{file.paths[0]}: {error}") from None
-    for name, value in content.items():
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _write(folder: Path, path: Path, with_tokenizer: bool) -> None:
+    """Write the folder's files, in a process of its own where this one has not imported torch, nor models from
+    elsewhere, which only it may know: a model file needs torch, and a large vocabulary hundreds of MB."""
+    if "torch" in sys.modules or ModelRegistry.has_external:
+        from rtp_llm.srt.gguf.making import write_folder as write  # tokenizers, only needed here
+    else:
+        from rtp_llm.srt.gguf.making_apart import write_folder_apart as write
+    write(folder, path, with_tokenizer)
 
 
-def _key(file: GGUFFile, content: Mapping[str, Any], with_tokenizer: bool) -> str:
+def _key(paths: tuple[Path, ...], with_tokenizer: bool) -> str:
     parts = []
-    for path in file.paths:
+    for path in paths:
         info = path.stat()
         parts.append((str(path.resolve()), path.name, info.st_size, info.st_mtime_ns))
-    said = json.dumps([parts, content, with_tokenizer, _code()])
+    said = json.dumps([parts, _of_elsewhere(paths[0]), with_tokenizer, _code()])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _of_elsewhere(path: Path) -> object:
+    """Return what depends on models that are not the project's own, if there are any."""
+    if not ModelRegistry.has_external:
+        return None
+    from rtp_llm.srt.gguf.config import config_json  # models, only needed here
+
+    return config_json(GGUFFile.open(path))
 
 
 @cache
 def _code() -> str:
-    """Return a digest of this room's source: what another version of it wrote is not used."""
+    """Return a digest of the source that makes a folder: what another version of it wrote is not used."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted((*Path(__file__).parent.glob("*.py"), *_MODELS.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+import numpy as np
 from gguf import GGMLQuantizationType
 
 from rtp_llm.srt.gguf.file import GGUFFile
@@ -99,7 +99,7 @@ def _factors(file: GGUFFile, name: str) -> list[float]:
     tensor = file.tensors.get(name)
     if tensor is None or tensor.type != GGMLQuantizationType.F32 or len(tensor.shape) != 1:
         raise GGUFError(f"tensor {name!r} is missing, or no row of F32")
-    factors: list[float] = tensor.data.view(torch.float32).tolist()
+    factors: list[float] = np.frombuffer(tensor.content, "<f4", tensor.shape[0], tensor.first).tolist()
     if not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise GGUFError(f"tensor {name!r} has factors that are not positive numbers")
     return factors

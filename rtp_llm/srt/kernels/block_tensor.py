@@ -4,9 +4,11 @@ Every operation gives what it would give for the values. Those that move whole r
 and give a BlockTensor again; all others compute values first.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -112,6 +114,27 @@ class BlockTensor(torch.Tensor):
     def like(self, blocks: torch.Tensor, axis: int | None = None) -> "BlockTensor":
         """Return a tensor of other blocks of the same type."""
         return BlockTensor(blocks, self.block_type, self.dtype, self.axis if axis is None else axis, self.target)
+
+
+def leave_out_distributed_tensors() -> None:
+    """Keep torch from importing its distributed tensors, and sympy with them: 45 MB and a second.
+
+    It does so at the first operation on a tensor of any class but its own, to see whether that is one of them
+    (``DTensor``). A class of this name that has no instances serves as well. Only for processes that have no DTensor:
+    torch would not know it afterwards.
+    """
+    name = "torch.distributed.tensor"
+    if name in sys.modules:
+        return
+    stand_in: Any = ModuleType(name)
+    stand_in.DTensor = type("DTensor", (torch.Tensor,), {})
+    sys.modules[name] = stand_in
+    try:
+        BlockTensor(torch.zeros(1, BLOCK_TYPES["Q8_0"].num_bytes, dtype=torch.uint8), "Q8_0", torch.float32).detach()
+    except AttributeError:  # another version asks it for more: the import takes place then
+        pass
+    finally:
+        del sys.modules[name]
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

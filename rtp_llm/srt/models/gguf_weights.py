@@ -101,7 +101,7 @@ class _Reading:
             yield from self._named(tensor)
             for part in mapped:
                 part.drop(tensor.data)
-            done += tensor.data.nbytes
+            done += tensor.nbytes
             if progress:
                 progress(min(done, total), total)
         if progress:

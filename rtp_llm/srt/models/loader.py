@@ -101,7 +101,7 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     is_dummy = source.load_format == "dummy"
     if is_dummy and quant_config and quant_config.needs_files:
         quant_config = None
-    if quant_config and quant_config.needs_files and model_class is ModelRegistry.models[FALLBACK]:
+    if quant_config and quant_config.needs_files and model_class.__name__ == FALLBACK:
         raise QuantizationError(
             "weights of a GGUF file are read into models of this engine only: leave out --model-impl transformers"
         )

@@ -1,14 +1,13 @@
 """Release pages of memory-mapped files, which need not stay in the process once they are copied."""
 
-import ctypes
-import functools
 import mmap
 import re
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from rtp_llm.srt.utils.freed_memory import dont_need
 
 _files: "weakref.WeakSet[MappedFile]" = weakref.WeakSet()
 
@@ -33,7 +32,7 @@ class MappedFile:
         end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         inside = any(start in mapped and end - 1 in mapped for mapped in self._ranges)
         if start < end and inside:
-            _madvise()(start, end - start, mmap.MADV_DONTNEED)
+            dont_need(start, end - start)
 
 
 def release(tensor: torch.Tensor) -> None:
@@ -50,10 +49,3 @@ def mapped_ranges(path: Path) -> list[range]:
         return []  # not Linux
     found = re.findall(rf"^([0-9a-f]+)-([0-9a-f]+) .* {re.escape(str(path))}$", maps, re.MULTILINE)
     return [range(int(start, 16), int(end, 16)) for start, end in found]
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None, use_errno=True).madvise
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return function

@@ -5,6 +5,10 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
+# Where models from elsewhere are named: an environment variable, and entry points of installed packages.
+PACKAGE_VARIABLE = "RTP_LLM_EXTERNAL_MODEL_PACKAGE"
+ENTRY_POINT_GROUP = "rtp_llm.models"
+
 CONFIG_CLASS = "config_class"  # the attribute of a model class that names its configuration's class
 
 _GGUF_FORM_TEXT = re.compile(r"""\bGGUFForm\(\s*(?:architecture\s*=\s*)?["']([^"']+)["']""")

@@ -13,18 +13,24 @@ from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-
-from torch import nn
+from typing import TYPE_CHECKING, TypeAlias
 
 from rtp_llm.srt.configs.architectures import with_other_names
 from rtp_llm.srt.gguf.form import declared_forms
-from rtp_llm.srt.models.model_source import CONFIG_CLASS, ModelSource, entry_class_names
+from rtp_llm.srt.models.model_source import (
+    CONFIG_CLASS,
+    ENTRY_POINT_GROUP,
+    PACKAGE_VARIABLE,
+    ModelSource,
+    entry_class_names,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
 ADDING_A_MODEL = "docs/supported_models/support_new_models.md"
-PACKAGE_VARIABLE = "RTP_LLM_EXTERNAL_MODEL_PACKAGE"
-ENTRY_POINT_GROUP = "rtp_llm.models"
 
 _NOT_MODEL_FILES = ("rtp_llm.srt.", "torch.", "transformers.", "importlib.")
 
@@ -53,7 +59,7 @@ class ModelFile:
     places: tuple[str, ...]
     source: ModelSource | None = None
 
-    def load(self) -> type[nn.Module]:
+    def load(self) -> "type[nn.Module]":
         """Import the class.
 
         Raises:
@@ -75,7 +81,7 @@ class ModelFile:
         return model_class
 
 
-Entry = type[nn.Module] | ModelFile
+Entry: TypeAlias = "type[nn.Module] | ModelFile"
 
 
 @dataclass
@@ -91,7 +97,7 @@ class _Found:
         self.entries[arch] = ModelFile(arch, tuple(dict.fromkeys((*places, place))), source)
 
 
-class ModelMap(MutableMapping[str, type[nn.Module]]):
+class ModelMap(MutableMapping[str, "type[nn.Module]"]):
     """All supported architectures, and their classes.
 
     Names come from four places, in order of precedence: ``overrides``, the entries set here; the packages that the
@@ -121,11 +127,11 @@ class ModelMap(MutableMapping[str, type[nn.Module]]):
         """Return the class, or the file that has it, without importing it."""
         return self._entries[arch]
 
-    def __getitem__(self, arch: str) -> type[nn.Module]:
+    def __getitem__(self, arch: str) -> "type[nn.Module]":
         entry = self.entry(arch)
         return entry.load() if isinstance(entry, ModelFile) else entry
 
-    def __setitem__(self, arch: str, model_class: type[nn.Module]) -> None:
+    def __setitem__(self, arch: str, model_class: "type[nn.Module]") -> None:
         _check_is_class(f"ModelRegistry.models[{arch!r}]", model_class)
         self.overrides[arch] = model_class
 
@@ -190,11 +196,16 @@ class _ModelRegistry:
     def is_arch_supported(self, arch: str) -> bool:
         return arch in self.models
 
+    @property
+    def has_external(self) -> bool:
+        """Whether any class is not the project's own."""
+        return any(self.models.layers[:-1])
+
     def is_external(self, arch: str) -> bool:
         """Whether its class is not the project's own, but was set here or comes from an installed package."""
         return any(arch in layer for layer in self.models.layers[:-1])
 
-    def resolve_model_cls(self, architectures: str | Iterable[str]) -> tuple[type[nn.Module], str]:
+    def resolve_model_cls(self, architectures: str | Iterable[str]) -> "tuple[type[nn.Module], str]":
         """Return the class for the first supported name, and that name. External classes are tried first.
 
         A name may be an alias of another one, as ``LLaMAForCausalLM`` is (see ``configs.architectures``).
@@ -233,7 +244,7 @@ class _ModelRegistry:
             return None
         return getattr(self.models[found], CONFIG_CLASS, None)
 
-    def gguf_classes(self, gguf_architecture: str) -> list[dict[str, type[nn.Module]]]:
+    def gguf_classes(self, gguf_architecture: str) -> "list[dict[str, type[nn.Module]]]":
         """Return the classes that declare a GGUF form of this architecture themselves, by name.
 
         There is a dict for each of the four places of ``ModelMap``, in order of precedence. A file of ``models_py`` is
@@ -281,7 +292,7 @@ class _ModelRegistry:
         return error
 
 
-def _load_if_gguf(entry: Entry, gguf_architecture: str) -> type[nn.Module] | None:
+def _load_if_gguf(entry: Entry, gguf_architecture: str) -> "type[nn.Module] | None":
     """Return the class if it may have a form of this architecture, as far as its source says."""
     if not isinstance(entry, ModelFile):
         return entry
@@ -294,7 +305,7 @@ def _load_if_gguf(entry: Entry, gguf_architecture: str) -> type[nn.Module] | Non
         return None
 
 
-def import_model_classes(package_name: str, strict: bool = False) -> dict[str, type[nn.Module]]:
+def import_model_classes(package_name: str, strict: bool = False) -> "dict[str, type[nn.Module]]":
     """Return, by name, the ``EntryClass`` classes of a module, or of a package and its modules (not subpackages).
 
     A module that cannot be imported is logged and left out; with ``strict``, it raises a ModelImportError.
@@ -329,7 +340,7 @@ def _import_package(package: str, strict: bool) -> _Found:
     return found
 
 
-def _entry_classes(module: ModuleType) -> list[type[nn.Module]]:
+def _entry_classes(module: ModuleType) -> "list[type[nn.Module]]":
     value = getattr(module, "EntryClass", [])
     classes = list(value) if isinstance(value, (list, tuple)) else [value]
     for model_class in classes:

@@ -1,26 +1,26 @@
 """Items, the processed media of a prompt: the encoder's input, positions in the prompt, and cache keys.
 
-Everything here is host data. ``MultimodalInputs.encode`` makes bytes of it, which the core passes on unread.
+Everything here is host data. ``MultimodalInputs.encode`` makes bytes of it, which the core passes on unread. Torch is
+imported with the first item: a server of a text model needs none.
 """
 
 import hashlib
-import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import safetensors.torch
-import torch
+from rtp_llm.srt.multimodal.media_error import MediaError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rtp_llm.srt.multimodal.packing import Packed
 
 PAD_START = 1 << 40  # ids from here on stand for media; no vocabulary reaches them
 _ID_BYTES = 7  # of the digest stream per id: ids stay below 2**57, well within 64 bits
-
-
-class MediaError(ValueError):
-    """A processor's output, or what ``pad_input_ids`` made of it, contradicts itself."""
 
 
 class Modality(Enum):
@@ -49,17 +49,17 @@ class MultimodalDataItem:
     """
 
     modality: Modality
-    feature: torch.Tensor | list[torch.Tensor] | None = None
+    feature: "torch.Tensor | list[torch.Tensor] | None" = None
     offsets: list[tuple[int, int]] = field(default_factory=list)
-    precomputed_embeddings: torch.Tensor | None = None
+    precomputed_embeddings: "torch.Tensor | None" = None
     model_specific_data: dict[str, Any] = field(default_factory=dict)
 
     def __init__(
         self,
         modality: Modality,
-        feature: torch.Tensor | list[torch.Tensor] | None = None,
+        feature: "torch.Tensor | list[torch.Tensor] | None" = None,
         offsets: Sequence[tuple[int, int]] = (),
-        precomputed_embeddings: torch.Tensor | None = None,
+        precomputed_embeddings: "torch.Tensor | None" = None,
         model_specific_data: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> None:
@@ -99,9 +99,11 @@ class MultimodalDataItem:
     def digest(self) -> bytes:
         """SHA-256 of the encoder's input: kinds, shapes and contents. Computed once."""
         if "_digest" not in self.__dict__:
+            from rtp_llm.srt.multimodal.packing import absorb
+
             content = hashlib.sha256()
             for part in (self.modality.value, self.feature, self.precomputed_embeddings, self.model_specific_data):
-                _absorb(content, part)
+                absorb(content, part)
             self._digest = content.digest()
         return self._digest
 
@@ -131,29 +133,6 @@ class MultimodalDataItem:
 _ITEM_FIELDS = {item.name for item in fields(MultimodalDataItem)}
 
 
-def _absorb(content: Any, value: Any) -> None:
-    """Add a value to a hash, with its kind and length, so that different values never hash the same bytes."""
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        content.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}:".encode())
-        content.update(_bytes_of(tensor))
-    elif isinstance(value, Mapping):
-        content.update(f"map {len(value)}:".encode())
-        for key in sorted(value):
-            _absorb(content, str(key))
-            _absorb(content, value[key])
-    elif isinstance(value, (list, tuple)):
-        content.update(f"list {len(value)}:".encode())
-        for item in value:
-            _absorb(content, item)
-    elif isinstance(value, (str, int, float, bool, bytes, type(None))):
-        data = value if isinstance(value, bytes) else repr(value).encode()
-        content.update(f"{type(value).__name__} {len(data)}:".encode())
-        content.update(data)
-    else:
-        raise MediaError(f"media data may hold tensors, numbers, strings, bytes, lists and dicts, not {_kind(value)}")
-
-
 @dataclass(slots=True)
 class MultimodalInputs:
     """A prompt's media.
@@ -172,7 +151,7 @@ class MultimodalInputs:
     audio_token_id: int | None = None
     audio_start_id: int | None = None
     audio_end_id: int | None = None
-    mrope_positions: torch.Tensor | None = None
+    mrope_positions: "torch.Tensor | None" = None
     mrope_position_delta: int = 0
 
     @classmethod
@@ -192,7 +171,9 @@ class MultimodalInputs:
         return ids[modality]
 
     def encode(self) -> bytes:
-        return _pack([*[_form_of(item) for item in self.mm_items], self._rest()])
+        from rtp_llm.srt.multimodal.packing import pack
+
+        return pack([*[_form_of(item) for item in self.mm_items], self._rest()])
 
     def _rest(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "mm_items"}
@@ -201,7 +182,9 @@ class MultimodalInputs:
     def decode(cls, data: bytes | mmap.mmap) -> Self:
         """Return the inputs of ``encode``'s bytes, in a time independent of their size: tensors are made on first use,
         from a mapped file without a copy."""
-        packed = _Packed(data)
+        from rtp_llm.srt.multimodal.packing import Packed
+
+        packed = Packed(data)
         *items, rest = packed.structure
         return cls([_PackedItem(form, packed) for form in items], **packed.value(rest))
 
@@ -237,7 +220,7 @@ def _form_of(item: MultimodalDataItem) -> dict[str, Any]:
 class _PackedItem(MultimodalDataItem):
     """An item of decoded inputs, whose encoder input is decoded on first use."""
 
-    def __init__(self, form: Mapping[str, Any], packed: "_Packed") -> None:
+    def __init__(self, form: Mapping[str, Any], packed: "Packed") -> None:
         self.modality = Modality(form["modality"])
         self.offsets = [(first, last) for first, last in form["offsets"]]
         self._digest = bytes.fromhex(form["digest"])
@@ -255,80 +238,6 @@ class _PackedItem(MultimodalDataItem):
     @cached_property
     def model_specific_data(self) -> Any:  # type: ignore[override]
         return self._packed.value(self._form["model_specific_data"])
-
-
-_STRUCTURE = "structure"  # name of everything but the tensors in encoded media, as JSON
-_TENSOR_KEY, _BYTES_KEY = "$tensor", "$bytes"
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _pack(value: Any) -> bytes:
-    """Encode numbers, strings, bytes, lists, dicts and tensors as the bytes of a safetensors file."""
-    tensors: dict[str, torch.Tensor] = {}
-    structure = json.dumps(_take_apart(value, tensors)).encode()
-    tensors[_STRUCTURE] = torch.frombuffer(bytearray(structure), dtype=torch.uint8)
-    return safetensors.torch.save(tensors)
-
-
-def _take_apart(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {_TENSOR_KEY: [name, str(value.dtype).removeprefix("torch.")]}
-    if isinstance(value, bytes):
-        name = str(len(tensors))
-        tensors[name] = (
-            torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
-        )
-        return {_BYTES_KEY: name}
-    if isinstance(value, Mapping):
-        return {str(key): _take_apart(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_take_apart(item, tensors) for item in value]
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    raise MediaError(f"media data may hold tensors, numbers, strings, bytes, lists and dicts, not {_kind(value)}")
-
-
-class _Packed:
-    """The bytes of ``_pack``, read piece by piece."""
-
-    def __init__(self, data: bytes | mmap.mmap) -> None:
-        self._data = memoryview(data)
-        self._begin = 8 + int.from_bytes(self._data[:8], "little")
-        self._header = json.loads(bytes(self._data[8 : self._begin]))
-        self.structure = json.loads(bytes(self._piece(_STRUCTURE)))
-
-    def _piece(self, name: str) -> memoryview:
-        begin, end = self._header[name]["data_offsets"]
-        return self._data[self._begin + begin : self._begin + end]
-
-    def value(self, structure: Any) -> Any:
-        """Return the value of a part of the structure, with its tensors."""
-        if isinstance(structure, list):
-            return [self.value(item) for item in structure]
-        if not isinstance(structure, dict):
-            return structure
-        if structure.keys() == {_TENSOR_KEY}:
-            return self._tensor(*structure[_TENSOR_KEY])
-        if structure.keys() == {_BYTES_KEY}:
-            return bytes(self._piece(structure[_BYTES_KEY]))
-        return {key: self.value(item) for key, item in structure.items()}
-
-    def _tensor(self, name: str, dtype: str) -> torch.Tensor:
-        piece, shape = self._piece(name), self._header[name]["shape"]
-        if not piece.nbytes:
-            return torch.empty(shape, dtype=getattr(torch, dtype))
-        # An encoder may write to its input, while others read the same bytes.
-        memory = bytearray(piece) if piece.readonly else piece
-        return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(shape)
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
 
 
 # pad_input_ids

@@ -12,9 +12,11 @@ from typing import Any
 
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.distributed.parallel_state import init_tensor_parallel
+from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.utils.freed_memory import drop_library_pages
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.step import WorkerStep
@@ -93,10 +95,12 @@ def main(fd: int) -> None:
 
 def _serve(parent: Parent) -> None:
     registrations, packed, init_method, timeout_s = parent.receive()
+    leave_out_distributed_tensors()
     unpack_registrations(registrations)
     config: WorkerConfig = pickle.loads(packed)
     configure_logging(config.server_args.log_level)
     _join(config, init_method, timeout_s)
+    drop_library_pages()  # before the weights come
     worker = Worker(config, lambda done, total: parent.send("progress", (done, total)))
     parent.send("result", worker.loaded())
     server = RankServer(worker, config.rank)

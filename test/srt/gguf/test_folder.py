@@ -3,7 +3,10 @@
 import json
 import logging
 import os
+import shutil
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from gguf_files import arrays_of, llama_metadata, write_gguf
-from rtp_llm.srt.gguf import folder
+from rtp_llm.srt.gguf import folder, making
 from rtp_llm.srt.gguf.file import GGUFFile
 from rtp_llm.srt.gguf.folder import cache_root, checkpoint_folder, is_checkpoint_folder
 from rtp_llm.srt.gguf.generation import generation_config
@@ -99,11 +102,40 @@ def test_what_cannot_be_written_leaves_nothing(file, cache, monkeypatch):
         raise GGUFError("`tokenizer.ggml.pre` is 'unheard'")
 
     write_gguf(file, llama_metadata(), arrays_of())
-    monkeypatch.setattr(folder, "write_tokenizer", refuse)
+    monkeypatch.setattr(making, "write_tokenizer", refuse)
     with pytest.raises(GGUFError, match=r"toy\.gguf: .*tokenizer\.ggml\.pre"):
         checkpoint_folder(file)
     assert list(cache.iterdir()) == []
     assert (checkpoint_folder(file, with_tokenizer=False) / "config.json").exists()
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from rtp_llm.srt.utils.transformers_imports import hide_torch
+hide_torch()
+from rtp_llm.srt.gguf.folder import checkpoint_folder
+from rtp_llm.srt.gguf.header import GGUFError
+try:
+    print(checkpoint_folder(sys.argv[1]))
+except GGUFError as error:
+    print("refused:", error)
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_process_without_torch_has_it_made_by_another(file, cache):
+    def made_for(path: Path) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, path], check=True, stdout=-1, text=True
+        ).stdout.strip()
+
+    made = Path(made_for(file))
+    files = {path.name: path.read_bytes() for path in made.iterdir()}
+    shutil.rmtree(made)
+    assert checkpoint_folder(file) == made and {path.name: path.read_bytes() for path in made.iterdir()} == files
+    write_gguf(file, metadata_without_tokenizer() | {"llama.attention.head_count": 0}, arrays_of())
+    assert made_for(file) == f"refused: {file}: `llama.attention.head_count` must be a positive integer, not 0"
 
 
 def test_all_parts_are_linked(tmp_path):

@@ -30,6 +30,10 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def maps_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def read_stream(server: Process, started: threading.Event, lines: list[str]) -> None:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
         for line in response.iter_lines():
@@ -52,6 +56,9 @@ def test_sigterm_lets_streams_finish(tiny_checkpoint: str, tmp_path: Path) -> No
         server.wait_ready()
         children = server.children()
         thread, lines = begin_stream(server)
+        assert [
+            pid for pid in (server.process.pid, *children) if maps_torch(pid)
+        ] == children  # it is not in memory twice
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
         refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
