@@ -5,43 +5,12 @@ to several cache groups: a node may have lost its pages in a window group and st
 """
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 from rtp_llm.srt.cache.allocator import PageAllocator
 from rtp_llm.srt.cache.prefix_cache import Exchange, Insertion, Lock, Match, PrefixCache, SharedByLocks, common_length
 from rtp_llm.srt.cache.spec import CacheGroup
-
-
-class TreeNode:
-    """The tokens ``[start, end)`` of every sequence through it, and per group their pages, or None."""
-
-    __slots__ = ("children", "end", "holders", "ids", "last_access", "locks", "pages", "parent", "queued")
-
-    def __init__(self, parent: "TreeNode | None", ids: list[int], end: int, pages: list[list[int] | None]) -> None:
-        self.parent = parent
-        self.ids = ids
-        self.end = end
-        self.pages = pages
-        self.children: dict[Hashable, TreeNode] = {}
-        self.locks = [0] * len(pages)
-        self.queued = [False] * len(pages)
-        self.holders = 0  # locks that end here: they keep the node, even after they released all its pages
-        self.last_access = 0
-
-    @property
-    def start(self) -> int:
-        return self.end - len(self.ids)
-
-    @property
-    def is_free_leaf(self) -> bool:
-        return not self.children and not self.holders and not any(self.locks)
-
-    def path(self) -> "Iterator[TreeNode]":
-        """Yield the nodes from this one up to the root, the root excluded."""
-        node = self
-        while node.parent is not None:
-            yield node
-            node = node.parent
+from rtp_llm.srt.cache.tree_node import TreeNode, shared_by
 
 
 class RadixCache(PrefixCache):
@@ -178,20 +147,7 @@ class RadixCache(PrefixCache):
         lock.node = None
 
     def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:
-        held_by: dict[TreeNode, list[int]] = {}
-        for place, lock in enumerate(locks):
-            node = lock.node
-            while node is not None and node.parent is not None:  # path(), without a generator for each of many locks
-                held_by.setdefault(node, []).append(place)
-                node = node.parent
-        shared = sorted((node for node, places in held_by.items() if len(places) > 1), key=lambda node: node.end)
-        # Above a node that as many locks hold, a prefix goes on.
-        goes_on = {
-            parent
-            for node in shared
-            if (parent := node.parent) in held_by and len(held_by[parent]) == len(held_by[node])
-        }
-        return [SharedByLocks(node.end, held_by[node]) for node in shared if node not in goes_on]
+        return shared_by([lock.node for lock in locks])
 
     # Inserting
 
@@ -344,7 +300,7 @@ class RadixCache(PrefixCache):
 
     def reset(self) -> None:
         for root in self._roots.values():
-            for node in list(_descendants(root)):
+            for node in list(root.descendants()):
                 if any(node.locks):
                     raise RuntimeError("the prefix cache was reset while a request holds a part of it")
                 for g in range(len(self._groups)):
@@ -403,7 +359,7 @@ class RadixCache(PrefixCache):
         evictable = [0] * len(self._groups)
         seen: list[set[int]] = [set() for _ in self._groups]
         for root in self._roots.values():
-            for node in _descendants(root):
+            for node in root.descendants():
                 self._check_node(node)
                 for g, pages in enumerate(node.pages):
                     for page in pages or []:
@@ -432,12 +388,4 @@ class RadixCache(PrefixCache):
             assert all(p is not None or r == 0 for p, r in zip(node.pages, self._reach, strict=True)), "a useless leaf"
 
     def num_pages(self, group: int) -> int:
-        return sum(len(node.pages[group] or []) for root in self._roots.values() for node in _descendants(root))
-
-
-def _descendants(root: TreeNode) -> Iterator[TreeNode]:
-    stack = list(root.children.values())
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(node.children.values())
+        return sum(len(node.pages[group] or []) for root in self._roots.values() for node in root.descendants())

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rtp_llm.srt.configs.media_limits import DEFAULT_MEDIA_LIMITS, parse_media_limits
 from rtp_llm.srt.configs.options import (
     ArgumentParser,
     ServerArgsError,
@@ -22,8 +22,6 @@ from rtp_llm.srt.utils.logging import LOG_LEVELS
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
 DEMO_NAME = "rtp-llm-demo"
-MEDIA_KINDS = ("image", "video", "audio")
-DEFAULT_MEDIA_LIMITS = {"image": 64, "video": 4}  # per request
 QUANTIZATIONS = (  # as in layers.quantization.registry
     "int8", "fp8", "int4", "gptq", "awq", "compressed-tensors", "modelopt", "fbgemm_fp8", "bitsandbytes",
     "mxfp4", "gguf",
@@ -349,7 +347,7 @@ class ServerArgs:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ServerArgsError(f"{name}: there is no file {path!r}")
-        _media_limits(self.limit_mm_data_per_request)
+        parse_media_limits(self.limit_mm_data_per_request)
 
     @property
     def is_demo(self) -> bool:
@@ -370,7 +368,7 @@ class ServerArgs:
     @property
     def media_limits(self) -> dict[str, int]:
         """Kind of media -> how many a request may hold; kinds without a limit are left out."""
-        return DEFAULT_MEDIA_LIMITS | _media_limits(self.limit_mm_data_per_request)
+        return DEFAULT_MEDIA_LIMITS | parse_media_limits(self.limit_mm_data_per_request)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -402,23 +400,6 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
         return ServerArgs.from_cli_args(parser.parse_args(argv))
     except ServerArgsError as error:
         parser.error(str(error))
-
-
-def _media_limits(text: str) -> dict[str, int]:
-    """Parse ``limit_mm_data_per_request``."""
-    name = "limit_mm_data_per_request"
-    try:
-        limits = json.loads(text)
-    except ValueError as error:
-        raise ServerArgsError(f"{name} is not JSON: {error}; got {text!r}") from None
-    if not isinstance(limits, dict):
-        raise ServerArgsError(f'{name} must be an object such as {{"image": 4}}, not {text!r}')
-    for kind, limit in limits.items():
-        if kind not in MEDIA_KINDS:
-            raise ServerArgsError(f"{name} names {kind!r}; kinds of media are {', '.join(MEDIA_KINDS)}")
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-            raise ServerArgsError(f"{name}: the limit of {kind} must be a whole number from 0 on, not {limit!r}")
-    return limits
 
 
 def markdown() -> str:

@@ -2,8 +2,9 @@
 
 from rtp_llm.srt.cache.allocator import PageAllocator
 from rtp_llm.srt.cache.prefix_cache import Lock, NoPrefixCache
-from rtp_llm.srt.cache.radix_cache import RadixCache, TreeNode
+from rtp_llm.srt.cache.radix_cache import RadixCache
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
+from rtp_llm.srt.cache.tree_node import TreeNode
 from rtp_llm.srt.plan import SharedPrefix
 from rtp_llm.srt.scheduler.sharing import saved_tokens, worth_reading_once
 
