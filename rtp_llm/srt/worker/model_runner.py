@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.attention.base import AttentionBackend
-from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
@@ -19,19 +18,14 @@ from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.quantization.base import stored_bytes
-from rtp_llm.srt.model_traits import (
-    KeepsCache,
-    ModelTraits,
-    PreparesForward,
-    ScalesWithLength,
-    TakesMropePositions,
-)
+from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, TakesMropePositions
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
+from rtp_llm.srt.worker.layout import cache_layout
 from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 
@@ -354,60 +348,3 @@ def _mode(counts: list[int]) -> ForwardMode:
 
 def takes_mrope_positions(model: nn.Module) -> bool:
     return any(isinstance(module, TakesMropePositions) and module.takes_mrope_positions for module in model.modules())
-
-
-def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
-    """Group the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
-
-    Args:
-        kv_cache_dtype: "auto": the model's dtype; or "bf16", "int8".
-
-    Raises:
-        ValueError: there are no attention layers, they do not agree, or their cache cannot have ``kv_cache_dtype``.
-    """
-    specs: dict[int, CacheSpec] = {}
-    length_scaling: LengthScaling | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, KeepsCache):
-            spec = stored_as(module.cache_spec(), kv_cache_dtype, device)
-            if specs.setdefault(module.layer_id, spec) != spec:
-                raise ValueError(f"{name}: layer {module.layer_id} is used twice with different caches")
-        scaling = module.length_scaling if isinstance(module, ScalesWithLength) else None
-        if scaling is not None:
-            if length_scaling not in (None, scaling):
-                raise ValueError(f"{name}: the model mixes rotations that depend on the sequence length differently")
-            length_scaling = scaling
-    if not specs:
-        raise ValueError("the model has no RadixAttention layer: there is nothing to cache")
-    groups: dict[CacheSpec, list[int]] = {}
-    for layer_id, spec in sorted(specs.items()):
-        groups.setdefault(spec, []).append(layer_id)
-    return CacheLayout(
-        tuple(CacheGroup(spec, tuple(layer_ids), page_size) for spec, layer_ids in groups.items()), length_scaling
-    )
-
-
-def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:
-    """Return a layer's spec in the type that ``--kv-cache-dtype`` asks for.
-
-    Raises:
-        ValueError: the device or the layer cannot store that type.
-    """
-    if kv_cache_dtype == "auto":
-        return spec
-    possible = provider_named(device).kv_cache_dtypes
-    if kv_cache_dtype not in possible:
-        raise ValueError(
-            f"kv_cache_dtype={kv_cache_dtype} is not for the device {device}, which has {', '.join(possible)}; leave "
-            "it at auto"
-        )
-    if kv_cache_dtype == "bf16":
-        if spec.dtype == "float16":
-            raise ValueError("kv_cache_dtype=bf16 saves nothing for a model in float16; leave it at auto")
-        return replace(spec, dtype="bfloat16")
-    if spec.latent:
-        raise ValueError(
-            "kv_cache_dtype=int8 is not possible for a model with multi-head latent attention, whose cache is small as "
-            "it is; leave it at auto"
-        )
-    return replace(spec, dtype="int8")

@@ -8,7 +8,7 @@ import torch
 from rtp_llm import Engine
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.devices.cpu.build import kernels_work
-from rtp_llm.srt.worker.model_runner import stored_as
+from rtp_llm.srt.worker.layout import stored_as
 from tiny_models import TINY_MODELS, random_prompts, tiny_model
 
 MODELS = ["llama-default", "qwen3-mixed-window7-tied"]
