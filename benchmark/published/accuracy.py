@@ -104,7 +104,7 @@ def our_logits(file: Path) -> Logits:
     config = read_model_config(args)
     executor = InProcessExecutor(WorkerConfig(args, config, choose_device(args.device)))
     num_groups = len(executor.load().layout.groups)
-    executor.init_cache([-(-TEXT_LEN // args.page_size)] * num_groups, 1, TEXT_LEN)
+    executor.init_cache([-(-TEXT_LEN // args.page_size)] * num_groups, 1, TEXT_LEN, num_state_slots=1)
     driver = StepDriver(executor, num_groups, args.page_size)
 
     def logits(ids: list[int], start: int) -> torch.Tensor:

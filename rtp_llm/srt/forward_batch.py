@@ -117,6 +117,10 @@ class StateWave:
     cu_seqlens_cpu: list[int]
     tokens: torch.Tensor | None = None  # [P] int64: the wave's tokens in the batch's [T]; None: all of them, in order
 
+    def copy(self) -> "StateWave":
+        """Return a wave of all the batch's tokens with tensors of its own."""
+        return StateWave(self.load.clone(), self.store.clone(), self.cu_seqlens.clone(), self.cu_seqlens_cpu)
+
 
 @dataclass(slots=True)
 class ForwardBatch:

@@ -109,6 +109,7 @@ class CoreStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     retractions: int = 0
+    state_usage: float = 0.0  # slots for recurrent states that requests hold, as a part of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class CoreInfo:
     weight_bytes: int  # per rank, as is cache_bytes
     cache_bytes: int
     device: str
+    state_bytes: int = 0  # of one request, per rank; 0: the model keeps no recurrent states
 
 
 ToCore = GenerateRequest | AbortRequest | FlushCache | Ping | Shutdown

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from rtp_llm.srt.engine.executor import Executor
-from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
+from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StateAccess, StepPlan, StepResult
 from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -25,7 +25,7 @@ class StepDriver:
     """Computes one batch of prompts at a time; each row has pages of its own.
 
     Args:
-        executor: with a loaded model; its cache is reserved before the first step.
+        executor: with a loaded model; its cache is reserved before the first step, with a state slot for each row.
         num_groups: cache groups of the model.
     """
 
@@ -49,7 +49,8 @@ class StepDriver:
         num_pages = -(-(max(map(len, prompts)) + num_new) // self._page_size)
         specs = [replace(GREEDY, media=each) for each in media or [None] * len(prompts)]
         admissions = [
-            Admission(row, str(row), ids, [], spec) for row, (ids, spec) in enumerate(zip(prompts, specs, strict=True))
+            Admission(row, str(row), ids, [], spec, state_slot=row + 1)
+            for row, (ids, spec) in enumerate(zip(prompts, specs, strict=True))
         ]
         writes = [
             PageWrite(row, group, 0, list(range(1 + row * num_pages, 1 + (row + 1) * num_pages)))  # 0 is the dummy
@@ -77,4 +78,5 @@ class StepDriver:
             for row, (start, end) in enumerate(zip(self._lens, ends, strict=True))
         ]
         self._lens = ends
-        return replace(plan, step_id=self._step_id, work=work)
+        begins = [StateAccess(w.row, load=0) for w in work if w.start == 0]
+        return replace(plan, step_id=self._step_id, work=work, states=begins)

@@ -19,6 +19,7 @@ class Match:
     num_tokens: int
     pages: list[list[int]]
     node: Any = None  # private to the implementation
+    found_len: int = 0  # tokens that the cache has, though a request cannot resume from all of them
 
 
 @dataclass(slots=True)
@@ -64,7 +65,12 @@ class PrefixCache(ABC):
     - Locked pages are never evicted: in full groups the whole prefix, in window groups the part within reach.
     - ``match`` changes neither capacity nor structure; locks alone move pages between evictable and held.
     - ``insert`` takes over the request's pages, except those that are cached already: it returns them as duplicates.
+
+    Of a model with recurrent states the cache holds *checkpoints* too: slots with the states after some prefix. Then a
+    match ends at one, and ``keeps_states`` is True.
     """
+
+    keeps_states = False
 
     def __init__(self, groups: Sequence[CacheGroup]) -> None:
         self.unit = whole_pages(groups)
@@ -98,6 +104,29 @@ class PrefixCache(ABC):
         """Number of leading tokens, of ``limit``, that the cache would hold once for two sequences."""
         common = common_length(ids, 0, other_ids, 0, limit)
         return common - common % self.unit
+
+    def state_of(self, lock: Lock) -> int:
+        """Return the slot of the states after a locked prefix; 0: the prefix is empty, or there are none."""
+        return 0
+
+    def keep_state(self, lock: Lock, position: int, slot: int) -> bool:
+        """Own a slot with the states after the first ``position`` tokens, whole units, of a locked prefix.
+
+        False: it stays the caller's, because there is no cache or it has the same states already.
+        """
+        return False
+
+    def take_state(self, lock: Lock) -> int:
+        """Give up the slot of the states after a locked prefix, and return it.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        raise RuntimeError("the prefix cache keeps no states")
+
+    def evict_state(self) -> bool:
+        """Free the slot that was least recently used, except pinned ones; False if there is none."""
+        return False
 
     @abstractmethod
     def shared_prefixes(self, locks: Sequence[Lock]) -> list[SharedByLocks]:

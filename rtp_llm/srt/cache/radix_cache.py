@@ -1,13 +1,15 @@
 """A radix tree over cache keys that owns the pages of computed prefixes.
 
 After RadixAttention (Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024), extended
-to several cache groups: a node may have lost its pages in a window group and still serve the others.
+to several cache groups: a node may have lost its pages in a window group and still serve the others. And to recurrent
+states: a node may hold a checkpoint, the states after its last token.
 """
 
 import heapq
 from collections.abc import Hashable, Sequence
 
 from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.checkpoints import Checkpoints
 from rtp_llm.srt.cache.prefix_cache import Exchange, Insertion, Lock, Match, PrefixCache, SharedByLocks, common_length
 from rtp_llm.srt.cache.spec import CacheGroup
 from rtp_llm.srt.cache.tree_node import TreeNode, shared_by
@@ -21,12 +23,20 @@ class RadixCache(PrefixCache):
     - A lock counts on every node from its end up to the root in full groups, and up to ``held_from`` in window groups;
       ``held_from`` is always a node boundary, so that splitting a node keeps every count right.
     - A node's pages in a group are evictable if no lock counts there. In full groups descendants go first, and a node
-      goes as a whole; in window groups any node may lose its pages. An unlocked leaf that no request can resume from
-      is removed.
+      goes as a whole; in window groups any node may lose its pages, and any its checkpoint. An unlocked leaf that no
+      request can resume from is removed.
     """
 
-    def __init__(self, groups: Sequence[CacheGroup], allocators: Sequence[PageAllocator]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[CacheGroup],
+        allocators: Sequence[PageAllocator],
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        """``checkpoints``: of a model with recurrent states."""
         super().__init__(groups)
+        self.keeps_states = checkpoints is not None
+        self._checkpoints = Checkpoints(1) if checkpoints is None else checkpoints
         self._page_sizes = [group.page_size for group in groups]
         self._groups = list(groups)
         self._allocators = list(allocators)
@@ -64,11 +74,13 @@ class RadixCache(PrefixCache):
             for g, pages in enumerate(child.pages):
                 if pages is None:
                     live_from[g] = position
-            if self._can_resume(position, live_from):
+            has_states = not self.keeps_states or (child.checkpoint and common == len(child.ids))
+            if has_states and self._can_resume(position, live_from):
                 best.num_tokens, best.node, best_depth = position, child, len(path)
             if common < len(child.ids):
                 break
             node = child
+        best.found_len = position
         for child, common in path[:best_depth]:
             for g, pages in enumerate(child.pages):
                 count = common // self._page_sizes[g]
@@ -88,6 +100,7 @@ class RadixCache(PrefixCache):
         if node.end > match.num_tokens:
             node = self._split(node, match.num_tokens)
         self._touch(node)
+        self._checkpoints.touch(node)
         return self._lock_node(node)
 
     def _lock_node(self, node: TreeNode) -> Lock:
@@ -234,6 +247,33 @@ class RadixCache(PrefixCache):
                 return index * page_size
         return end
 
+    # States
+
+    def state_of(self, lock: Lock) -> int:
+        return 0 if lock.node is None else lock.node.checkpoint
+
+    def keep_state(self, lock: Lock, position: int, slot: int) -> bool:
+        self._boundary(lock.node, position)
+        node = next(node for node in lock.node.path() if node.end == position)
+        if node.checkpoint:
+            self._checkpoints.touch(node)
+            return False
+        self._checkpoints.attach(node, slot)
+        return True
+
+    def take_state(self, lock: Lock) -> int:
+        if not self.state_of(lock):
+            raise RuntimeError("the prefix cache has no states of a prefix that were to be taken from it")
+        return self._checkpoints.detach(lock.node)
+
+    def evict_state(self) -> bool:
+        node = self._checkpoints.oldest()
+        if node is None:
+            return False
+        self._checkpoints.drop(node)
+        self._prune(node)
+        return True
+
     # Evicting
 
     def evict(self, group: int, num_pages: int) -> None:
@@ -276,24 +316,34 @@ class RadixCache(PrefixCache):
 
     def _remove(self, node: TreeNode) -> None:
         """Remove an unlocked leaf, and ancestors that no request can use without it."""
-        parent = node.parent
-        assert parent is not None and node.is_free_leaf
-        for g in range(len(self._groups)):
-            self._drop_pages(node, g)
-        del parent.children[self._key(node.ids, 0)]
-        node.parent = None
-        if parent.parent is not None:
+        while True:
+            parent = node.parent
+            assert parent is not None and node.is_free_leaf
+            for g in range(len(self._groups)):
+                self._drop_pages(node, g)
+            self._checkpoints.drop(node)
+            del parent.children[self._key(node.ids, 0)]
+            node.parent = None
+            if parent.parent is None:
+                if not parent.children:
+                    del self._roots[self._namespaces.pop(parent)]
+                return
             for g in range(len(self._groups)):
                 self._queue(parent, g)
-            self._prune(parent)
-        elif not parent.children:
-            del self._roots[self._namespaces.pop(parent)]
+            if not self._is_useless(parent):
+                return
+            node = parent
 
     def _prune(self, node: TreeNode) -> None:
         """Remove an unlocked leaf that no request can resume from."""
-        useless = any(p is None and reach != 0 for p, reach in zip(node.pages, self._reach, strict=True))
-        if useless and node.is_free_leaf:
+        if self._is_useless(node):
             self._remove(node)
+
+    def _is_useless(self, node: TreeNode) -> bool:
+        if not node.is_free_leaf:
+            return False
+        lacks_states = self.keeps_states and not node.checkpoint
+        return lacks_states or any(p is None and reach != 0 for p, reach in zip(node.pages, self._reach, strict=True))
 
     def evictable_pages(self, group: int) -> int:
         return self._evictable[group]
@@ -301,10 +351,11 @@ class RadixCache(PrefixCache):
     def reset(self) -> None:
         for root in self._roots.values():
             for node in list(root.descendants()):
-                if any(node.locks):
+                if node.holders or any(node.locks):
                     raise RuntimeError("the prefix cache was reset while a request holds a part of it")
                 for g in range(len(self._groups)):
                     self._drop_pages(node, g)
+                self._checkpoints.drop(node)
                 node.parent = None
         self._roots.clear()
         self._namespaces.clear()
@@ -367,6 +418,7 @@ class RadixCache(PrefixCache):
                         seen[g].add(page)
                     if pages is not None and node.locks[g] == 0:
                         evictable[g] += len(pages)
+        self._checkpoints.check_integrity([node for root in self._roots.values() for node in root.descendants()])
         assert evictable == self._evictable, f"evictable {self._evictable}, counted {evictable}"
         for g, allocator in enumerate(self._allocators):
             assert seen[g] <= allocator.used_pages(), f"group {g}: the tree holds pages that are free"
@@ -384,8 +436,7 @@ class RadixCache(PrefixCache):
                 assert pages is not None, "a node without pages in a full group"
                 assert parent.parent is None or parent.locks[g] >= node.locks[g], "held below what is not"
             assert node.queued[g] or not self._is_evictable(node, g), "evictable, but not queued"
-        if node.is_free_leaf:
-            assert all(p is not None or r == 0 for p, r in zip(node.pages, self._reach, strict=True)), "a useless leaf"
+        assert not self._is_useless(node), "a useless leaf"
 
     def num_pages(self, group: int) -> int:
         return sum(len(node.pages[group] or []) for root in self._roots.values() for node in root.descendants())

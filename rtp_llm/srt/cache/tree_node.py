@@ -8,7 +8,7 @@ from rtp_llm.srt.cache.prefix_cache import SharedByLocks
 class TreeNode:
     """The tokens ``[start, end)`` of every sequence through it, and per group their pages, or None."""
 
-    __slots__ = ("children", "end", "holders", "ids", "last_access", "locks", "pages", "parent", "queued")
+    __slots__ = ("checkpoint", "children", "end", "holders", "ids", "last_access", "locks", "pages", "parent", "queued")
 
     def __init__(self, parent: "TreeNode | None", ids: list[int], end: int, pages: list[list[int] | None]) -> None:
         self.parent = parent
@@ -20,6 +20,7 @@ class TreeNode:
         self.queued = [False] * len(pages)
         self.holders = 0  # locks that end here: they keep the node, even after they released all its pages
         self.last_access = 0
+        self.checkpoint = 0  # the slot of the states after the last of its tokens; 0: none
 
     @property
     def start(self) -> int:

@@ -135,6 +135,20 @@ class ServerArgs:
         low=0.01,
         high=1,
     )
+    state_cache_fraction: float | None = option(
+        None,
+        help="Of a model that keeps recurrent states, the fraction of the cache's memory for checkpoints: states of "
+        "prefixes, from which later requests resume. If unset, 0.2, and all that is left in a model without attention.",
+        low=0,
+        high=1,
+    )
+    state_checkpoint_interval: int | None = option(
+        None,
+        help="Of a model that keeps recurrent states, the number of prompt tokens between two checkpoints, rounded up "
+        "to a multiple of 64. 0 writes them only where prompts part and end. If unset, 1024 or more, by the memory "
+        "that there is.",
+        low=0,
+    )
     disable_radix_cache: bool = option(False, help="Do not reuse the cached prefixes of earlier requests.")
     attention_backend: str | None = option(
         None,

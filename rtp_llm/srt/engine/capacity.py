@@ -1,9 +1,9 @@
-"""The number of pages of each cache group."""
+"""The number of pages of each cache group, and of slots for states."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rtp_llm.srt.cache.spec import CacheGroup, whole_pages
+from rtp_llm.srt.cache.spec import CacheGroup, StateGroup, whole_pages
 
 # Without a limit, no more tokens than this are reserved: small models would fill the memory without need.
 MAX_AUTO_TOKENS = 1 << 22
@@ -22,6 +22,20 @@ class Capacity:
     max_total_tokens: int  # of full groups, or of window groups where there are no others
     max_req_len: int  # tokens of the longest request that fits
     cache_bytes: int  # per rank
+
+
+# A checkpoint for so many tokens that the cache holds is as many as are ever written.
+TOKENS_PER_CHECKPOINT = 64
+DEFAULT_CHECKPOINT_FRACTION = 0.2  # of the cache's memory, beside pages
+
+
+@dataclass(frozen=True, slots=True)
+class StateCapacity:
+    """Slots for recurrent states: one for each running request, all others for checkpoints."""
+
+    max_running_requests: int
+    num_slots: int = 0
+    num_bytes: int = 0  # per rank
 
 
 def auto_max_tokens(context_length: int, max_running_requests: int) -> int:
@@ -63,7 +77,7 @@ def plan_capacity(
 
     unit = whole_pages(groups)
     has_full = any(group.window is None for group in groups)
-    page_size = max(group.page_size for group in groups)
+    page_size = max((group.page_size for group in groups), default=1)
     if max_total_tokens is not None:
         total = max_total_tokens
         if bytes_for(total) > budget_bytes:
@@ -83,12 +97,50 @@ def plan_capacity(
     num_pages = pages_for(total)
     slides = max_chunk is not None
     longest = [_longest(group, pages, slides, unit) for group, pages in zip(groups, num_pages, strict=True)]
-    if min(longest) < 2:
+    if min(longest, default=2) < 2:
         raise NotEnoughMemory(
             f"the cache holds {total} token, but a request needs two at least: one of the prompt and a new one. "
             "Raise max_total_tokens or mem_fraction_static"
         )
     return Capacity(tuple(num_pages), total // page_size * page_size, min([context_length, *longest]), bytes_for(total))
+
+
+def plan_states(
+    states: StateGroup | None,
+    max_running_requests: int,
+    budget_bytes: int,
+    auto_tokens: int,
+    checkpoint_fraction: float | None,
+    keeps_checkpoints: bool,
+    beside_pages: bool,
+) -> StateCapacity:
+    """Return how many requests may run, and how many slots they and checkpoints get, within ``budget_bytes`` per rank.
+
+    Args:
+        checkpoint_fraction: of the budget, for checkpoints. None: ``DEFAULT_CHECKPOINT_FRACTION`` beside pages, else
+            what is left.
+        keeps_checkpoints: there is a prefix cache; it gets one slot at least.
+        beside_pages: pages come out of the same budget, and keep half of it, or more.
+
+    Raises:
+        NotEnoughMemory: one request and one checkpoint do not fit.
+    """
+    if states is None:
+        return StateCapacity(max_running_requests)
+    least = 1 if keeps_checkpoints else 0
+    slots = budget_bytes // states.bytes_per_slot - 2  # beside those of no tokens and of dummies
+    if slots < 1 + least:
+        raise NotEnoughMemory(
+            f"there is no room for the states of {1 + least} requests of {states.bytes_per_slot / 2**20:.1f} MiB each: "
+            f"{_gib(budget_bytes)} are left for the cache beside the weights. Free memory, raise mem_fraction_static, "
+            "or lower max_total_tokens"
+        )
+    live = min(max_running_requests, max(1, (slots // 2 if beside_pages else slots) - least))
+    if checkpoint_fraction is None:
+        checkpoint_fraction = DEFAULT_CHECKPOINT_FRACTION if beside_pages else 1.0
+    wanted = min(int(slots * checkpoint_fraction), auto_tokens // TOKENS_PER_CHECKPOINT, slots - live)
+    num_slots = live + (max(least, wanted) if keeps_checkpoints else 0)
+    return StateCapacity(live, num_slots, (num_slots + 2) * states.bytes_per_slot)
 
 
 def _longest(group: CacheGroup, num_pages: int, slides: bool, unit: int) -> int:

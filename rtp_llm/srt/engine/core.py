@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
-from rtp_llm.srt.engine.capacity import Capacity, auto_max_tokens, plan_capacity
+from rtp_llm.srt.engine.capacity import Capacity, StateCapacity, auto_max_tokens, plan_capacity, plan_states
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
 from rtp_llm.srt.engine.meter import Meter
 from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
@@ -54,16 +54,20 @@ class EngineCore:
         )
         try:
             loaded = self.executor.load(on_progress)
-            self.capacity = self._plan_capacity(loaded, model_config, free_bytes)
+            self.states, self.capacity = self._plan_memory(loaded, model_config, free_bytes)
             self.scheduler = self._make_scheduler(loaded, model_config)
             self.executor.init_cache(
-                list(self.capacity.num_pages), self.scheduler.config.max_running_requests, self.max_req_len
+                list(self.capacity.num_pages),
+                self.scheduler.config.max_running_requests,
+                self.max_req_len,
+                self.states.num_slots,
             )
         except BaseException:
             self.executor.shutdown()
             raise
         self._meter = Meter(self.scheduler, self.max_total_tokens, server_args.decode_log_interval)
         self._weight_bytes = loaded.weight_bytes
+        self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
 
     @property
@@ -74,8 +78,9 @@ class EngineCore:
             max_running_requests=self.max_running_requests,
             chunked_prefill_size=self.chunked_prefill_size,
             weight_bytes=self._weight_bytes,
-            cache_bytes=self.capacity.cache_bytes,
+            cache_bytes=self.cache_bytes,
             device=self.device,
+            state_bytes=self._state_bytes,
         )
 
     @property
@@ -94,20 +99,46 @@ class EngineCore:
 
     @property
     def max_running_requests(self) -> int:
-        return self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
+        """Requests that may run at once: as many as are asked for, or as there is memory for their states."""
+        return self.states.max_running_requests
 
-    def _plan_capacity(self, loaded: LoadedModel, model_config: ModelConfig, free_bytes: int) -> Capacity:
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of pages and states, per rank."""
+        return self.capacity.cache_bytes + self.states.num_bytes
+
+    def _plan_memory(
+        self, loaded: LoadedModel, model_config: ModelConfig, free_bytes: int
+    ) -> tuple[StateCapacity, Capacity]:
+        """Share what is left beside the weights among states and pages; a given number of tokens comes first."""
         fraction = self._args.mem_fraction_static or self._provider.mem_fraction_static
         ranks_sharing = self._args.tp_size if self._provider.ranks_share_memory else 1
-        return plan_capacity(
-            loaded.layout.groups,
-            model_config.context_length,
-            max(self.chunked_prefill_size, loaded.max_media_block) if self.chunked_prefill_size > 0 else None,
-            max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes),
-            self._args.max_total_tokens,
-            auto_max_tokens(model_config.context_length, self.max_running_requests),
-            self._args.swa_full_tokens_ratio,
+        budget_bytes = max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
+        wanted_running = self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
+        auto_tokens = auto_max_tokens(model_config.context_length, wanted_running)
+
+        def pages(budget_bytes: int) -> Capacity:
+            return plan_capacity(
+                loaded.layout.groups,
+                model_config.context_length,
+                max(self.chunked_prefill_size, loaded.max_media_block) if self.chunked_prefill_size > 0 else None,
+                budget_bytes,
+                self._args.max_total_tokens,
+                auto_tokens,
+                self._args.swa_full_tokens_ratio,
+            )
+
+        given = self._args.max_total_tokens is not None
+        states = plan_states(
+            loaded.layout.states,
+            wanted_running,
+            budget_bytes - (pages(budget_bytes).cache_bytes if given else 0),
+            auto_tokens,
+            self._args.state_cache_fraction,
+            keeps_checkpoints=not self._args.disable_radix_cache,
+            beside_pages=bool(loaded.layout.groups) and not given,
         )
+        return states, pages(budget_bytes - states.num_bytes)
 
     def _make_scheduler(self, loaded: LoadedModel, model_config: ModelConfig) -> Scheduler:
         config = SchedulerConfig(
@@ -117,10 +148,11 @@ class EngineCore:
             max_prefill_tokens=self._args.max_prefill_tokens,
             schedule_policy=self._args.schedule_policy,
             disable_radix_cache=self._args.disable_radix_cache,
+            state_checkpoint_interval=self._args.state_checkpoint_interval,
             max_media_block=loaded.max_media_block,
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
         )
-        return Scheduler(config, loaded.layout, self.capacity.num_pages)
+        return Scheduler(config, loaded.layout, self.capacity.num_pages, self.states.num_slots)
 
     def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
         logger.info(
@@ -129,10 +161,18 @@ class EngineCore:
             self.device if self._args.tp_size == 1 else f"{self._args.tp_size} x {self.device}",
             model_config.dtype,
             loaded.weight_bytes / 2**30,
-            self.capacity.cache_bytes / 2**30,
+            self.cache_bytes / 2**30,
             self.max_total_tokens,
             self.max_req_len,
         )
+        if self._state_bytes:
+            logger.info(
+                "states: %.2f MiB a request, beside %d bytes a token; %d requests run at once, %d checkpoints",
+                self._state_bytes / 2**20,
+                sum(group.bytes_per_page // group.page_size for group in loaded.layout.groups),
+                self.max_running_requests,
+                self.states.num_slots - self.max_running_requests,
+            )
 
     def run(self) -> None:
         """Loop until a Shutdown message."""

@@ -42,7 +42,8 @@ class Executor(ABC):
     def load(self, progress: Progress | None = None) -> LoadedModel: ...
 
     @abstractmethod
-    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None: ...
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
+        """Reserve the cache; see ModelRunner.init_cache."""
 
     @abstractmethod
     def submit(self, plan: StepPlan) -> StepHandle: ...
@@ -79,8 +80,8 @@ class InProcessExecutor(Executor):
         self.worker = Worker(self._config, progress)
         return self.worker.loaded()
 
-    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
-        self.worker.init_cache(num_pages, max_rows, max_len)
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
+        self.worker.init_cache(num_pages, max_rows, max_len, num_state_slots)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         self._last = WorkerStep(plan, self.worker)
@@ -188,8 +189,8 @@ class MultiProcessExecutor(Executor):
                 self._receive(rank)  # raises the rank's error
                 raise
 
-    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
-        self.rpc("init_cache", num_pages, max_rows, max_len)
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
+        self.rpc("init_cache", num_pages, max_rows, max_len, num_state_slots)
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         self._send(method, *args)

@@ -59,7 +59,9 @@ class Meter:
         totals = self._scheduler.stats
         usage = self._scheduler.memory.usage()
         memory = self._scheduler.memory
-        num_free, num_evictable = memory.free_tokens(0), memory.evictable_tokens(0)
+        num_free, num_evictable = self._max_total_tokens, 0
+        if memory.groups:
+            num_free, num_evictable = memory.free_tokens(0), memory.evictable_tokens(0)
         prompt_tokens = totals.prompt_tokens - before.prompt_tokens
         cached_tokens = totals.cached_tokens - before.cached_tokens
         generated_tokens = totals.generated_tokens - before.generated_tokens
@@ -80,4 +82,5 @@ class Meter:
             cached_tokens=totals.cached_tokens,
             generated_tokens=totals.generated_tokens,
             retractions=totals.retractions,
+            state_usage=memory.states.usage,
         )

@@ -370,11 +370,12 @@ def _summary(
 ) -> str:
     info = core.info
     name = args.model_name
+    states = f", and {_size(info.state_bytes)} of states a request" if info.state_bytes else ""
     lines = [
         f"RTP-LLM {__version__} serves {name} at {address} (ready after {seconds:.1f} s)",
         f"  model     {config.architectures[0]}, {config.dtype} on {info.device}",
         f"  weights   {_size(info.weight_bytes)}",
-        f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens",
+        f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens{states}",
         f"  capacity  {info.max_running_requests} requests at once, each of at most {info.max_req_len} tokens",
         f"  ends      {', '.join(map(str, ends)) or 'none: texts go on to their limit'}",
     ]

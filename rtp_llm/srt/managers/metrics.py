@@ -112,6 +112,7 @@ class CoreMetrics(Collector):
         yield self._gauge("utilization", "Used share of slots or cache, the larger one.", self._used(stats))
         yield self._gauge("max_total_num_tokens", "Tokens that the cache has room for.", stats.max_total_tokens)
         yield self._gauge("token_usage", "num_used_tokens / max_total_num_tokens.", stats.token_usage)
+        yield self._gauge("mamba_usage", "Part of the slots for recurrent states in use.", stats.state_usage)
         yield self._gauge("cache_hit_rate", "Part of the newest prompts' tokens found cached.", stats.cache_hit_rate)
         yield self._gauge("gen_throughput", "Tokens generated per second.", stats.gen_throughput)
         for name, value in self._constants.items():

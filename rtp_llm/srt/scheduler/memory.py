@@ -4,11 +4,13 @@ from collections import deque
 from collections.abc import Sequence
 
 from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.checkpoints import Checkpoints
 from rtp_llm.srt.cache.prefix_cache import Lock, Match, NoPrefixCache, PrefixCache
 from rtp_llm.srt.cache.radix_cache import RadixCache
 from rtp_llm.srt.cache.spec import CacheGroup
 from rtp_llm.srt.plan import NewPages, PageWrite
 from rtp_llm.srt.scheduler.request import Request
+from rtp_llm.srt.scheduler.states import NoStates, StateLimits, StateSlots
 
 
 class CacheMemory:
@@ -18,11 +20,23 @@ class CacheMemory:
     """
 
     def __init__(
-        self, groups: Sequence[CacheGroup], num_pages: Sequence[int], max_chunk: int, disable_prefix_cache: bool
+        self,
+        groups: Sequence[CacheGroup],
+        num_pages: Sequence[int],
+        max_chunk: int,
+        disable_prefix_cache: bool,
+        states: StateLimits | None = None,
     ) -> None:
+        """``states``: of a model that keeps some."""
         self.groups = list(groups)
         self.allocators = [PageAllocator(count) for count in num_pages]
-        self.cache: PrefixCache = NoPrefixCache(groups) if disable_prefix_cache else RadixCache(groups, self.allocators)
+        self.checkpoints = Checkpoints(1 if states is None else states.num_slots)
+        self.cache: PrefixCache = (
+            NoPrefixCache(groups)
+            if disable_prefix_cache
+            else RadixCache(groups, self.allocators, None if states is None else self.checkpoints)
+        )
+        self.states = NoStates() if states is None else StateSlots(self.cache, self.checkpoints, states)
         self._page_sizes = [group.page_size for group in groups]
         self._unit = self.cache.unit
         self._has_windows = any(group.window is not None for group in groups)
@@ -47,7 +61,8 @@ class CacheMemory:
 
     def usage(self) -> float:
         """Return the share of the fullest group's pages that requests hold, 0 to 1; cached pages count as free."""
-        return max(1 - self.available(g) / allocator.num_pages for g, allocator in enumerate(self.allocators))
+        shares = (1 - self.available(g) / allocator.num_pages for g, allocator in enumerate(self.allocators))
+        return max(shares, default=0.0)
 
     def free_tokens(self, group: int) -> int:
         """Tokens of a group that neither a request nor the prefix cache holds."""
@@ -74,15 +89,16 @@ class CacheMemory:
 
     def room(self, request: Request) -> int:
         """Number of tokens that the request can grow by now."""
-        return min(
+        rooms = (
             (len(table) + self.available(g)) * self._page_sizes[g] - request.num_computed
             for g, table in enumerate(request.pages)
         )
+        return min(rooms, default=request.uncomputed)
 
     def can_grow_by_one(self, requests: Sequence[Request]) -> bool:
         """Whether each request can get the page of its next token."""
         available = self.available_everywhere()
-        if len(requests) <= min(available):
+        if len(requests) <= min(available, default=len(requests)):
             return True
         needed = [len(self._without_page(requests, g)) for g in range(len(self.groups))]
         return all(n <= a for n, a in zip(needed, available, strict=True))
@@ -192,6 +208,7 @@ class CacheMemory:
         """Take back all that the request holds; computed tokens stay cached. No step in flight names it."""
         if request.insertable_len > request.cached_len:
             self.share(request, last_step=-1)
+        self.states.release(request)
         cached_len = request.cached_len
         self.cache.unlock(request.lock)
         for g, table in enumerate(request.pages):
@@ -208,6 +225,7 @@ class CacheMemory:
     def check_integrity(self, requests: Sequence[Request]) -> None:
         """Check that every page is free, the cache's, exactly one request's, or waiting to be freed. For tests."""
         self.cache.check_integrity()
+        self.states.check_integrity(requests)
         for g, allocator in enumerate(self.allocators):
             owned: list[int] = []
             for request in requests:

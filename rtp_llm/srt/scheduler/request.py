@@ -21,6 +21,19 @@ from rtp_llm.srt.request_spec import RequestSpec
 # for requests with media, whose keys distinguish the placeholders of different images.
 
 
+@dataclass(slots=True)
+class HeldStates:
+    """What a request holds of recurrent states, if the model has any, and where they are to be saved."""
+
+    slot: int = 0  # where they are kept while it runs; 0: it does not run
+    load: int = 0  # the slot that its first tokens begin from
+    resumed_len: int = 0  # tokens whose states ``load`` has
+    points: list[int] = field(default_factory=list)  # ascending; positions still to be computed, to be saved
+    # (position, slot), ascending: saved, or being saved by steps in flight, and not the prefix cache's yet.
+    saves: list[tuple[int, int]] = field(default_factory=list)
+    common_len: int = 0  # while it waits: tokens that it has in common with a running request
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     rid: str
@@ -39,6 +52,7 @@ class Request:
     pages: list[list[int]] = field(default_factory=list)  # per cache group, its page table; 0: freed, out of reach
     first_page: list[int] = field(default_factory=list)  # per cache group, pages before this are out of reach
     lock: Lock = field(default_factory=lambda: Lock(0))
+    states: HeldStates = field(default_factory=HeldStates)
     prefill_len: int = 0  # len(ids) when it was last admitted
     num_computed: int = 0
     num_committed: int = 0
@@ -167,6 +181,7 @@ class Request:
             output_ids=self.ids[self.prompt_len :],
             spec=self.spec,
             logprob_from=self.logprob_from,
+            state_slot=self.states.slot,
         )
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:

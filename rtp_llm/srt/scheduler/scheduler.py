@@ -21,6 +21,7 @@ from rtp_llm.srt.scheduler.memory import CacheMemory
 from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
 from rtp_llm.srt.scheduler.sharing import PrefixSharing, saved_tokens
+from rtp_llm.srt.scheduler.states import StateLimits
 from rtp_llm.srt.scheduler.steps import Budget, PendingPlan, SchedulerStats, StepInFlight
 
 # A request waits for another that is computing the same prefix only if at least so many tokens are saved.
@@ -41,6 +42,8 @@ class SchedulerConfig:
     schedule_policy: str = "fcfs"
     disable_radix_cache: bool = False
     max_media_block: int = 0  # tokens of media that a step must compute together, at most
+    # Of a model with recurrent states: a prompt's are saved at multiples of so many tokens. 0: not; None: by memory.
+    state_checkpoint_interval: int | None = None
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
 
 
@@ -54,7 +57,9 @@ class Scheduler:
     with ``priority`` it waits for all that come before it.
     """
 
-    def __init__(self, config: SchedulerConfig, layout: CacheLayout, num_pages: Sequence[int]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, layout: CacheLayout, num_pages: Sequence[int], num_state_slots: int = 0
+    ) -> None:
         self.config = config
         self._length_scaling = layout.length_scaling
         self._cut_prompts = config.chunked_prefill_size > 0
@@ -64,7 +69,17 @@ class Scheduler:
             else config.max_prefill_tokens
         )
         max_chunk = max(self._prefill_budget, config.max_media_block) if self._cut_prompts else config.max_req_len
-        self.memory = CacheMemory(layout.groups, num_pages, max_chunk, config.disable_radix_cache)
+        limits = StateLimits(
+            num_state_slots, config.max_running_requests, config.max_req_len, config.state_checkpoint_interval
+        )
+        self.memory = CacheMemory(
+            layout.groups,
+            num_pages,
+            max_chunk,
+            config.disable_radix_cache,
+            None if layout.states is None else limits,
+        )
+        self._states = self.memory.states
         self.waiting = WaitingQueue(config.schedule_policy, lambda r: self.memory.match(r).num_tokens)
         self.running: list[Request] = []  # in order of admission
         self.stats = SchedulerStats()
@@ -150,6 +165,7 @@ class Scheduler:
             if decoding is None:
                 return None
             plan = StepPlan(self._num_steps)
+            self._states.begin_plan()
             requests: list[Request] = []
             budget = Budget(self._prefill_budget, self._cut_prompts)
             prefilling = [r for r in self.running if r.uncomputed > 1] if len(decoding) < len(self.running) else []
@@ -211,7 +227,7 @@ class Scheduler:
                 self.memory.release(request)
                 return
             num_tokens = self._share(request, budget)
-            if num_tokens <= 0:
+            if num_tokens <= 0 or not self._states.take(request, match):
                 self.memory.release(request)
                 return
             self._admit(plan, request, match.num_tokens)
@@ -256,8 +272,12 @@ class Scheduler:
             limit = min(request.match_limit, other.prefill_len)
             if limit - matched < MIN_SHARED_TOKENS or request.keys[matched] != other.keys[matched]:
                 continue
-            if self.memory.cache.common_len(request.keys, other.keys, limit) - matched >= MIN_SHARED_TOKENS:
+            common = self.memory.cache.common_len(request.keys, other.keys, limit)
+            if common - matched < MIN_SHARED_TOKENS:
+                continue
+            if self._states.resumable_len(other, common, matched) - matched >= MIN_SHARED_TOKENS:
                 return True
+            request.states.common_len = max(request.states.common_len, common)
         return False
 
     def _admit(self, plan: StepPlan, request: Request, matched: int) -> None:
@@ -281,6 +301,7 @@ class Scheduler:
         plan.page_writes.extend(self.memory.grow(request, num_tokens))
         reaches_end = num_tokens == request.uncomputed
         sample = reaches_end and request.remaining_new_tokens > 0
+        self._states.add_work(request, num_tokens)
         plan.work.append(RowWork(request.row, request.num_computed, num_tokens, sample))
         requests.append(request)
         request.num_computed += num_tokens
@@ -291,6 +312,7 @@ class Scheduler:
 
     def _submit(self, plan: StepPlan, requests: list[Request]) -> StepPlan:
         plan.releases = self._pending.releases
+        plan.states = self._states.accesses()
         plan.page_writes = self._pending.page_writes + plan.page_writes
         self._pending = PendingPlan()
         if self._sharing is not None:
@@ -365,6 +387,7 @@ class Scheduler:
         if reason is None:
             if request.is_prefilling and self.memory.has_pages_to_share(request):
                 self._pending.page_writes.extend(self.memory.share(request, self._num_steps - 1))
+                self._states.keep(request)
             self.memory.advance(request)
             if not token_ids and not row.prompt_logprobs:
                 return None

@@ -1,22 +1,24 @@
-"""What a model's layers keep, read from its modules: its cache groups."""
+"""What a model's layers keep, read from its modules: its cache groups and its states."""
 
 from dataclasses import replace
 
 from torch import nn
 
-from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling
+from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling, StateGroup, StateSpec, StateTensor
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.model_traits import KeepsCache, ScalesWithLength
+from rtp_llm.srt.model_traits import KeepsCache, KeepsState, ScalesWithLength
 
 
 def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
-    """Group the model's attention layers by what they keep. Layers that share a cache (equal ids) must agree.
+    """Group the model's attention layers by what they keep, and collect the states of recurrent layers.
+
+    Attention layers that share a cache (equal ids) must agree.
 
     Args:
         kv_cache_dtype: "auto": the model's dtype; or "bf16", "int8".
 
     Raises:
-        ValueError: there are no attention layers, they do not agree, or their cache cannot have ``kv_cache_dtype``.
+        ValueError: no layer keeps anything, they do not agree, or their cache cannot have ``kv_cache_dtype``.
     """
     specs: dict[int, CacheSpec] = {}
     length_scaling: LengthScaling | None = None
@@ -30,14 +32,39 @@ def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto",
             if length_scaling not in (None, scaling):
                 raise ValueError(f"{name}: the model mixes rotations that depend on the sequence length differently")
             length_scaling = scaling
-    if not specs:
-        raise ValueError("the model has no RadixAttention layer: there is nothing to cache")
+    states = state_group(model)
+    if not specs and states is None:
+        raise ValueError("the model has no RadixAttention layer, and none with states: there is nothing to cache")
     groups: dict[CacheSpec, list[int]] = {}
     for layer_id, spec in sorted(specs.items()):
         groups.setdefault(spec, []).append(layer_id)
     return CacheLayout(
-        tuple(CacheGroup(spec, tuple(layer_ids), page_size) for spec, layer_ids in groups.items()), length_scaling
+        tuple(CacheGroup(spec, tuple(layer_ids), page_size) for spec, layer_ids in groups.items()),
+        length_scaling,
+        states,
     )
+
+
+def state_group(model: nn.Module) -> StateGroup | None:
+    """Collect the states of the model's layers; None if no layer keeps one.
+
+    Raises:
+        ValueError: two tensors of a layer have the same name.
+    """
+    tensors: dict[int, dict[str, StateTensor]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, KeepsState):
+            continue
+        of_layer = tensors.setdefault(module.layer_id, {})
+        for tensor in module.state_spec().tensors:
+            if tensor.name in of_layer:
+                raise ValueError(
+                    f"{name}: layer {module.layer_id} has a state {tensor.name!r} already; give each of its modules "
+                    "names of its own, or another layer_id"
+                )
+            of_layer[tensor.name] = tensor
+    layers = tuple((layer_id, StateSpec(tuple(named.values()))) for layer_id, named in sorted(tensors.items()))
+    return StateGroup(layers) if layers else None
 
 
 def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:

@@ -24,8 +24,10 @@ from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
+from rtp_llm.srt.state_pool import StatePool
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
 from rtp_llm.srt.worker.layout import cache_layout
+from rtp_llm.srt.worker.states import RowStates
 from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 
@@ -107,8 +109,11 @@ class ModelRunner:
         """Memory of parameters, buffers and packed weights."""
         return stored_bytes(self.model)
 
-    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
         """Reserve cache tensors and page tables for ``max_rows`` requests of at most ``max_len`` tokens.
+
+        Args:
+            num_state_slots: of a model with states, how many the scheduler has: one for each row, at least.
 
         Raises:
             ValueError: the model takes fewer tokens (``max_positions``) than ``max_len``.
@@ -132,6 +137,10 @@ class ModelRunner:
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._torch_device)
         self._num_known = np.zeros(num_rows, dtype=np.int64)  # per row, len(ids) of its RowState
         self._prompt_lens = np.zeros(num_rows, dtype=np.int64)
+        self.states = None
+        if self.layout.states is not None:
+            pool = StatePool(self.layout.states, num_state_slots, self.device)
+            self.states = RowStates(pool, num_rows, self._provider)
 
     def row(self, row: int) -> RowState:
         return self._rows[row]
@@ -144,6 +153,8 @@ class ModelRunner:
             self._rows_with_logprobs.discard(row)
         for admission in plan.admissions:
             self._admit(admission)
+        if self.states is not None:
+            self.states.admit(plan.admissions)
         for group, table in enumerate(self._page_tables):
             writes = [write for write in plan.page_writes if write.group == group]
             self._write_pages(table, writes, [new for new in plan.new_pages if new.group == group])
@@ -175,11 +186,16 @@ class ModelRunner:
         self.apply(plan)
         batch = self.make_batch(plan.work, self._num_dummies(plan.work))
         batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
+        if self.states is not None:
+            batch.state_pool = self.states.pool
+            batch.state_waves = self.states.waves(plan.work, plan.states, batch.num_dummies)
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self.attn_backend.plan(batch)
         recorder = self.recorder
         output = recorder.run(batch) if recorder is not None and recorder.takes(batch) else self._forward(batch)
+        if self.states is not None:
+            self.states.keep_last(plan.work, plan.states)
         _check_output(output, self.model, self.traits, batch)
         return batch, _without_dummies(output, batch.num_dummies)
 

@@ -115,8 +115,8 @@ class Worker:
         runner = self.runner
         return LoadedModel(runner.layout, runner.weight_bytes, runner.max_media_block, runner.reads_shared_prefixes)
 
-    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int) -> None:
-        self.runner.init_cache(num_pages, max_rows, max_len)
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
+        self.runner.init_cache(num_pages, max_rows, max_len, num_state_slots)
         self.sampler = Sampler(max_rows, self._vocab_size, self._provider.name)
 
     def step(self, plan: StepPlan) -> PendingResult:

@@ -10,7 +10,7 @@ import torch
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
-from rtp_llm.srt.engine.capacity import Capacity, auto_max_tokens, plan_capacity
+from rtp_llm.srt.engine.capacity import Capacity, StateCapacity, auto_max_tokens, plan_capacity, plan_states
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS
 from rtp_llm.srt.engine.executor import make_executor
 from rtp_llm.srt.plan import StepResult
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 # Options of ServerArgs that only a scheduler uses. Those of the HTTP server are marked in ServerArgs.
 SCHEDULER_OPTIONS = (
     "chunked_prefill_size", "max_prefill_tokens", "schedule_policy", "disable_radix_cache", "disable_overlap_schedule",
-    "max_running_requests", "swa_full_tokens_ratio", "decode_log_interval", "watchdog_timeout", "random_seed",
+    "max_running_requests", "swa_full_tokens_ratio", "state_cache_fraction", "state_checkpoint_interval",
+    "decode_log_interval", "watchdog_timeout", "random_seed",
 )  # fmt: skip
 
 
@@ -51,27 +52,39 @@ class OneBatch:
         )
         try:
             loaded = self._executor.load()
-            self._capacity = self._plan_capacity(loaded, device, free_bytes)
+            self._states, self._capacity = self._plan_capacity(loaded, device, free_bytes)
         except BaseException:
             self._executor.shutdown()
             raise
         self.computes_blocks = loaded.max_media_block > 0  # media are computed in one step each
         self._driver = StepDriver(self._executor, len(loaded.layout.groups), server_args.page_size)
 
-    def _plan_capacity(self, loaded: LoadedModel, device: str, free_bytes: int) -> Capacity:
+    def _plan_capacity(self, loaded: LoadedModel, device: str, free_bytes: int) -> tuple[StateCapacity, Capacity]:
         """Plan the cache with as many pages for sliding windows as for others: none is freed here."""
         provider = provider_named(device)
         fraction = self._args.mem_fraction_static or provider.mem_fraction_static
         ranks_sharing = self._args.tp_size if provider.ranks_share_memory else 1
-        return plan_capacity(
+        budget_bytes = max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
+        auto_tokens = auto_max_tokens(self.model_config.context_length, DEFAULT_MAX_RUNNING_REQUESTS)
+        states = plan_states(
+            loaded.layout.states,
+            DEFAULT_MAX_RUNNING_REQUESTS,
+            budget_bytes,
+            auto_tokens,
+            checkpoint_fraction=0.0,
+            keeps_checkpoints=False,
+            beside_pages=bool(loaded.layout.groups),
+        )
+        pages = plan_capacity(
             loaded.layout.groups,
             self.model_config.context_length,
             None,
-            max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes),
+            budget_bytes - states.num_bytes,
             self._args.max_total_tokens,
-            auto_max_tokens(self.model_config.context_length, DEFAULT_MAX_RUNNING_REQUESTS),
+            auto_tokens,
             window_ratio=1.0,
         )
+        return states, pages
 
     @property
     def max_total_tokens(self) -> int:
@@ -82,6 +95,8 @@ class OneBatch:
         """Return why there is no room for so many requests of so many tokens; None if there is."""
         if num_tokens > self.model_config.context_length:
             return f"{num_tokens} tokens exceed the context length of {self.model_config.context_length}"
+        if self._states.num_slots and batch_size > self._states.num_slots:
+            return f"{batch_size} requests exceed the {self._states.num_slots} whose states there is memory for"
         page_size = self._args.page_size
         if batch_size > self.max_total_tokens // (-(-num_tokens // page_size) * page_size):
             return f"{batch_size} x {num_tokens} tokens exceed the {self.max_total_tokens} that the cache holds"
@@ -89,7 +104,8 @@ class OneBatch:
 
     def reserve(self, max_batch_size: int, max_len: int) -> None:
         """Reserve the cache. Call it once, before the first batch."""
-        self._executor.init_cache(list(self._capacity.num_pages), max_batch_size, max_len)
+        num_slots = max_batch_size if self._states.num_slots else 0
+        self._executor.init_cache(list(self._capacity.num_pages), max_batch_size, max_len, num_slots)
 
     def start(self, prompts: list[list[int]], num_new: int, media: Sequence[PromptMedia | None] | None = None) -> None:
         """Replace the batch.

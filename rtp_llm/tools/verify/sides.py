@@ -34,7 +34,7 @@ class OurModel:
     def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int) -> None:
         executor = InProcessExecutor(WorkerConfig(args, config, choose_device(args.device)))
         num_groups = len(executor.load().layout.groups)
-        executor.init_cache([-(-max_len // args.page_size)] * num_groups, 1, max_len)
+        executor.init_cache([-(-max_len // args.page_size)] * num_groups, 1, max_len, num_state_slots=1)
         self._runner = executor.worker.runner
         self._driver = StepDriver(executor, num_groups, args.page_size)
 

@@ -112,6 +112,7 @@ class CpuGraphs(StepRecorder):
         for field, tensor in _fields_of_step(batch):
             setattr(batch, field, tensor.clone())
         batch.out_cache_locs = [tensor.clone() for tensor in batch.out_cache_locs]
+        batch.state_waves = [wave.copy() for wave in batch.state_waves]
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
@@ -272,4 +273,5 @@ def _fields_of_step(batch: ForwardBatch) -> list[tuple[str, torch.Tensor]]:
 
 def batch_tensors(batch: ForwardBatch) -> list[torch.Tensor]:
     """Return all tensors of this step; page tables and cache have the same addresses in every step."""
-    return [*(tensor for _, tensor in _fields_of_step(batch)), *batch.out_cache_locs]
+    waves = [tensor for wave in batch.state_waves for tensor in (wave.load, wave.store, wave.cu_seqlens)]
+    return [*(tensor for _, tensor in _fields_of_step(batch)), *batch.out_cache_locs, *waves]
