@@ -163,12 +163,14 @@ class StateSlots(NoStates):
 
     def resumable_len(self, request: Request, common: int, matched: int) -> int:
         common -= common % self._cache.unit
-        held = request.states
-        known = [*held.points, *(position for position, _ in held.saves)]
-        if common not in known and len(known) < 2 * self._most_saves and self._is_useful(request, common, []):
+        before = [position for position in self._known(request) if position <= common]
+        if len(before) < 2 * self._most_saves and self._is_useful(request, common, before):
             self._save_at(request, common)
-        known = [*held.points, *(position for position, _ in held.saves)]
-        return max((position for position in known if position <= common), default=matched)
+        return max((position for position in self._known(request) if position <= common), default=matched)
+
+    def _known(self, request: Request) -> list[int]:
+        """Return the positions at which a request's states are being saved, or will be."""
+        return [*request.states.points, *(position for position, _ in request.states.saves)]
 
     def _save_at(self, request: Request, position: int) -> None:
         """Have the states at ``position`` saved, if the request computes it later, or in the plan being made."""

@@ -2,8 +2,15 @@
 
 import pytest
 
-from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
-from rtp_llm.srt.engine.capacity import Capacity, NotEnoughMemory, auto_max_tokens, plan_capacity
+from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec, StateGroup, StateSpec, StateTensor
+from rtp_llm.srt.engine.capacity import (
+    Capacity,
+    NotEnoughMemory,
+    StateCapacity,
+    auto_max_tokens,
+    plan_capacity,
+    plan_states,
+)
 
 FULL = CacheGroup(CacheSpec(2, 16, 16, "float32"), (0, 2))  # 2 * 32 * 4 bytes in two layers: 512 a token
 WINDOW = CacheGroup(CacheSpec(2, 16, 16, "float32", window=10), (1,))  # 256 a token
@@ -81,3 +88,52 @@ def test_whole_pages():
     group = CacheGroup(FULL.spec, FULL.layer_ids, page_size=16)
     capacity = plan([group])
     assert capacity.num_pages == (18,) and capacity.max_req_len == 18 * 16
+
+
+STATES = StateGroup(((0, StateSpec((StateTensor("state", (16, 4), "float32"),))),))  # 256 bytes a slot
+
+
+def plan_slots(num_slots: int, **kwargs) -> StateCapacity:
+    """With memory for so many slots, and the two that nobody owns."""
+    defaults = dict(
+        max_running_requests=256,
+        auto_tokens=100_000,
+        checkpoint_fraction=None,
+        keeps_checkpoints=True,
+        beside_pages=True,
+    )
+    capacity = plan_states(STATES, budget_bytes=256 * (num_slots + 2), **(defaults | kwargs))
+    assert capacity.num_bytes == 256 * (capacity.num_slots + 2) <= 256 * (num_slots + 2)
+    return capacity
+
+
+def test_a_model_without_states_takes_no_memory_for_them():
+    assert plan_states(None, 256, 1 << 30, 1000, None, True, True) == StateCapacity(256)
+
+
+def test_requests_have_a_slot_each_and_checkpoints_a_fifth():
+    capacity = plan_slots(2000)
+    assert (capacity.max_running_requests, capacity.num_slots) == (256, 256 + 400)
+    assert plan_slots(2000, checkpoint_fraction=0.5).num_slots == 256 + 1000
+    assert plan_slots(2000, keeps_checkpoints=False).num_slots == 256
+
+
+def test_small_states_do_not_fill_the_memory_for_nothing():
+    assert plan_slots(1 << 20).num_slots == 256 + 100_000 // 64
+
+
+def test_with_little_memory_fewer_requests_run():
+    capacity = plan_slots(100)
+    assert (capacity.max_running_requests, capacity.num_slots) == (49, 49 + 20)
+    for num_slots, running in ((3, 2), (2, 1)):
+        capacity = plan_slots(num_slots, beside_pages=False)
+        assert (capacity.max_running_requests, capacity.num_slots) == (running, num_slots)
+    with pytest.raises(NotEnoughMemory, match="no room for the states of 2 requests"):
+        plan_slots(1)
+    assert plan_slots(1, keeps_checkpoints=False).num_slots == 1
+
+
+def test_a_model_without_attention_needs_no_pages():
+    capacity = plan([], auto_tokens=5000)
+    assert (capacity.num_pages, capacity.max_total_tokens, capacity.max_req_len) == ((), 5000, 1000)
+    assert capacity.cache_bytes == 0

@@ -10,6 +10,12 @@ import pytest
 from history_models import VOCAB_SIZE, HistoryForCausalLM, HybridHistoryForCausalLM, answer, write_checkpoint
 
 from rtp_llm import Engine, ModelRegistry
+from rtp_llm.srt.configs.model_config import read_model_config
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.devices.cpu.graphs import CpuGraph
+from rtp_llm.srt.engine.executor import InProcessExecutor
+from rtp_llm.srt.worker.worker import WorkerConfig
+from rtp_llm.tools.step_driver import StepDriver
 
 KINDS = (HistoryForCausalLM, HybridHistoryForCausalLM)
 NEW_TOKENS = 12
@@ -60,3 +66,74 @@ def test_answers_are_right(open_engine: Open, kind: type, options: dict[str, Any
         ask(engine, kind, asked)
         results = ask(engine, kind, asked)  # a warm cache
         ask(engine, kind, [[*prompt, *r["output_ids"], 5, 7] for prompt, r in zip(asked, results, strict=True)])
+
+
+def alike(common: int, count: int, seed: int = 2) -> list[list[int]]:
+    """Prompts that share ``common`` tokens."""
+    [prefix, *rest] = prompts(common, *range(5, 5 + 9 * count, 9), seed=seed)
+    return [[*prefix, place % VOCAB_SIZE, *own] for place, own in enumerate(rest)]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunked_prefill_size": 100}, {"page_size": 8}], ids=str)
+def test_a_common_prefix_is_resumed_amid_chunks(open_engine: Open, kind: type, options: dict[str, Any]) -> None:
+    """Its states are saved amid a chunk, at intervals and where prompts part."""
+    asked = alike(205, 7)
+    with open_engine(state_checkpoint_interval=64, **options) as engine:
+        [first, *others] = [result["meta_info"]["cached_tokens"] for result in ask(engine, kind, asked)]
+        assert first == 0 and all(tokens in (192, 200, 205) for tokens in others)
+        longer = [[*prompt, 3, 1, 4, 1, 5] for prompt in asked]
+        assert all(result["meta_info"]["cached_tokens"] >= 192 for result in ask(engine, kind, longer))
+
+
+def test_slots_for_two_requests_and_one_checkpoint(open_engine: Open, kind: type) -> None:
+    with open_engine(max_running_requests=2, state_cache_fraction=0.0, chunked_prefill_size=32) as engine:
+        ask(engine, kind, [*alike(70, 8), *prompts(*range(1, 40, 5), seed=3)], num_new=5)
+
+
+def test_requests_that_are_retracted(open_engine: Open) -> None:
+    with open_engine(max_total_tokens=160, context_length=128) as engine:
+        results = ask(engine, HybridHistoryForCausalLM, prompts(20, 21, 22, 23, seed=4), num_new=60)
+    assert sum(result["meta_info"]["num_retractions"] for result in results) > 0
+
+
+def test_a_chat_computes_each_token_once(open_engine: Open, kind: type) -> None:
+    with open_engine() as engine:
+        ids: list[int] = []
+        for turn, said in enumerate(prompts(9, 70, 3, 1, seed=5)):
+            known, ids = len(ids), [*ids, *said]
+            (result,) = ask(engine, kind, [ids])
+            assert result["meta_info"]["cached_tokens"] == (known - 1 if turn else 0)
+            ids = [*ids, *result["output_ids"]]
+
+
+def test_prompt_logprobs_beside_a_warm_cache(open_engine: Open, kind: type) -> None:
+    [prompt] = prompts(150, seed=6)
+    with open_engine() as engine:
+        params = {"temperature": 0, "max_new_tokens": 3}
+        asked = {"sampling_params": params, "return_logprob": True, "logprob_start_len": 100}
+        cold, warm = (engine.generate(input_ids=prompt, **asked)["meta_info"] for _ in range(2))
+    assert cold["input_token_logprobs"] == warm["input_token_logprobs"] and len(cold["input_token_logprobs"]) == 50
+    assert (cold["cached_tokens"], warm["cached_tokens"]) == (0, 0), "no checkpoint lies before the first logprob"
+
+
+def test_two_ranks(open_engine: Open, kind: type) -> None:
+    with open_engine(tp_size=2) as engine:
+        ask(engine, kind, [*alike(70, 4), *prompts(1, 30, seed=7)], num_new=4)
+
+
+def test_steps_without_a_scheduler(open_engine: Open, kind: type, tmp_path: Path) -> None:
+    """As ``verify`` and ``bench_one_batch`` run them."""
+    args = ServerArgs(model_path=str(tmp_path), device="cpu", dtype="float32", load_format="dummy")
+    executor = InProcessExecutor(WorkerConfig(args, read_model_config(args), "cpu"))
+    num_groups = len(executor.load().layout.groups)
+    executor.init_cache([200] * num_groups, 3, 100, num_state_slots=3)
+    driver = StepDriver(executor, num_groups, page_size=1)
+    for batch in (prompts(10, 11, 12, seed=8), prompts(7, 9, seed=9)):
+        driver.start(batch, 9)
+        driver.step([4] * len(batch))
+        results = [driver.step([len(prompt) - 4 for prompt in batch])]
+        results += [driver.step([1] * len(batch)) for _ in range(8)]
+        for row, prompt in enumerate(batch):
+            assert [r.rows[row].token_ids[0] for r in results] == answer(prompt, 9, kind.has_attention)
+    recorder: Any = executor.worker.runner.recorder
+    assert any(isinstance(graph, CpuGraph) for graph in recorder._graphs.values()), "decode steps were recorded"
