@@ -10,7 +10,7 @@ import pytest
 from history_models import VOCAB_SIZE, HistoryForCausalLM, HybridHistoryForCausalLM, answer, write_checkpoint
 
 from rtp_llm import Engine, ModelRegistry
-from rtp_llm.srt.configs.model_config import read_model_config
+from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.devices.cpu.graphs import CpuGraph
 from rtp_llm.srt.engine.executor import InProcessExecutor
