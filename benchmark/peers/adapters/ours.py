@@ -6,8 +6,6 @@ All requests of W3 and W4 are given in one call, whose end is all that is timed:
 from dataclasses import fields
 from typing import Any
 
-import torch
-
 from benchmark.peers.protocol import Job, NotOffered, Stopwatch, Timing, Work, serve
 from benchmark.peers.workloads import MOST_TOKENS_SHARED
 from rtp_llm import Engine, ServerArgs, __version__
@@ -17,9 +15,8 @@ QUANTIZATION = {8: "int8", 4: "int4"}
 
 class Ours:
     def load(self, job: Job) -> dict[str, str]:
-        torch.set_num_threads(job.threads)
         options: dict[str, Any] = dict(dtype="bfloat16", device="cpu", skip_tokenizer_init=True)
-        options |= {"max_total_tokens": MOST_TOKENS_SHARED}
+        options |= {"max_total_tokens": MOST_TOKENS_SHARED, "cpu_threads": job.threads}
         options |= {} if job.is_gguf else quantization_options(job.precision)
         self._engine = Engine(model_path=job.checkpoint, **options)
         weights = "as in the file" if job.is_gguf else QUANTIZATION.get(job.precision, "bfloat16")

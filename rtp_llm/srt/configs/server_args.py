@@ -94,6 +94,17 @@ class ServerArgs:
         choices=(1, 2),
         aliases=("--tensor-parallel-size",),
     )
+    cpu_threads: int | None = option(
+        None,
+        help="Number of threads that compute on a CPU, of all ranks together. If unset, one for each physical core, "
+        "of a hybrid processor for each fast one, as far as this process may use them; OMP_NUM_THREADS limits it.",
+        low=1,
+    )
+    pin_cpu_threads: bool = option(
+        False,
+        help="Bind each thread that computes to a core of its own: for a machine that does nothing else. Otherwise "
+        "the system may move them when another program takes a core.",
+    )
     mem_fraction_static: float | None = option(
         None,
         help="Fraction of the free memory that weights and cache may take. If unset, 0.6 on a CPU and 0.88 on a GPU.",

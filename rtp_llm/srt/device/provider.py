@@ -24,7 +24,8 @@ class DeviceProvider(ABC):
     """One device: its kernels, weight formats, memory and copies.
 
     Order: ``problem`` and ``memory_bytes`` before anything is loaded; ``prepare_rank`` in a process of its own per
-    rank; kernels and packed weights while a model is built and loaded; the cache's memory; then the methods of steps.
+    rank; ``use_threads``; kernels and packed weights while a model is built and loaded; the cache's memory; then the
+    methods of steps.
 
     Attributes:
         name: its name for ``--device``.
@@ -64,6 +65,15 @@ class DeviceProvider(ABC):
     @abstractmethod
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
         """Prepare a rank's process for joining the others; return this rank's device."""
+
+    @abstractmethod
+    def use_threads(self, num_threads: int | None, pinned: bool, rank: int, world_size: int) -> None:
+        """Set how many of the host's threads compute for this rank, from the thread that will execute its steps.
+
+        Args:
+            num_threads: of all ranks together; None: as many as suit this machine, and not more than before.
+            pinned: bind each to a core of its own.
+        """
 
     # While a model is built and loaded
 

@@ -103,12 +103,14 @@ class Worker:
     """Executes plans: ``step(plan)``, or ``forward`` and then ``sample`` where token masks come in between."""
 
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        self._provider = provider_named(config.device)
+        args = config.server_args
+        self._provider.use_threads(args.cpu_threads, args.pin_cpu_threads, config.rank, config.world_size)
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)
         give_back_once()  # what loading needed, before the cache takes memory
         self._vocab_size = config.model_config.vocab_size
-        self._provider = provider_named(config.device)
         self._profiler = Profiler(config.rank, self._provider.activities)
 
     def loaded(self) -> LoadedModel:

@@ -1,5 +1,9 @@
-// Shows whether kernels can be compiled and loaded on this machine, and how many threads share their work.
+// Shows whether kernels can be compiled and loaded on this machine, and how many threads share their work, and where.
 #include "common.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 // Number of threads of a parallel region.
 KERNEL int num_threads() {
@@ -8,6 +12,26 @@ KERNEL int num_threads() {
 #pragma omp atomic
     count++;
     return count;
+}
+
+// Binds thread t of a parallel region to the logical processors cpus[starts[t]] to cpus[starts[t + 1] - 1]; returns how
+// many of the threads could not be bound.
+KERNEL int bind_threads(const int* cpus, const int* starts, int num_threads) {
+#if defined(__linux__)
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) reduction(+ : failed)
+    {
+        int thread = omp_get_thread_num();
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        for (int i = starts[thread]; i < starts[thread + 1]; i++)
+            if (cpus[i] < CPU_SETSIZE) CPU_SET(cpus[i], &set);
+        failed += sched_setaffinity(0, sizeof set, &set) != 0;
+    }
+    return failed;
+#else
+    return num_threads;
+#endif
 }
 
 // y = e^x for n elements, for a test that every instruction set computes the same.

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
 from rtp_llm.srt.kernels import packed, recurrent, reference
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks
-from rtp_llm.srt.platform import host_memory_bytes, num_cpus
+from rtp_llm.srt.platform import compute_cores, host_memory_bytes
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 
@@ -35,9 +35,14 @@ class ReferenceProvider(DeviceProvider):
         return host_memory_bytes()
 
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
-        torch.set_num_threads(max(1, num_cpus() // world_size))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return torch.device(self.torch_device)
+
+    def use_threads(self, num_threads: int | None, pinned: bool, rank: int, world_size: int) -> None:
+        """Nothing is pinned: plain torch has no way to."""
+        if num_threads is None:
+            num_threads = min(torch.get_num_threads(), len(compute_cores()))
+        torch.set_num_threads(max(1, num_threads // world_size))
 
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         return None
