@@ -86,6 +86,11 @@ SIZES: dict[str, PreTrainedConfig] = {
         hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
         head_dim=128, vocab_size=151936,
     ),
+    # the shape of Qwen3-4B
+    "4b": qwen3(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    ),
     # the shape of Llama-3.2-1B
     "llama-1b": llama(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
@@ -108,7 +113,7 @@ SIZES: dict[str, PreTrainedConfig] = {
 def make_checkpoint(size: str, folder: Path, dtype: str, seed: int = 0, tokenizer: bool = False) -> int:
     """Writes the checkpoint and returns its number of parameters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(SIZES[size], dtype=torch.float32).to(getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(SIZES[size], dtype=getattr(torch, dtype))  # float32 of 4b would be 16 GB
     model.save_pretrained(folder)
     if tokenizer:
         make_tokenizer(SIZES[size].vocab_size).save_pretrained(folder)

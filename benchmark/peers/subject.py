@@ -11,7 +11,7 @@ import gguf
 
 from benchmark.peers.peers import REPOSITORY
 
-SHAPES = ("0.6b", "llama-1b", "qwen3.5-0.8b", "lfm2-350m", "tiny", "small")
+SHAPES = ("0.6b", "4b", "llama-1b", "qwen3.5-0.8b", "lfm2-350m", "tiny", "small")
 BITS_PER_WEIGHT = {16: 16.0, 8: 8.0, 4: 4.5}  # 4 bits: and a 16-bit scale for each 32 weights
 GGUF_SUFFIX = ".gguf"
 PLAIN_TYPES = ("F32", "F16", "BF16")
