@@ -14,12 +14,17 @@ Prompts = list[list[int]]
 
 
 def make_loop(
-    windows: tuple[int | None, ...] = (None,), num_slots: int = 200, depth: int = 0, page_size: int = 1, **options
+    windows: tuple[int | None, ...] = (None,),
+    num_slots: int = 200,
+    depth: int = 0,
+    page_size: int = 1,
+    num_tokens: int = 30_000,
+    **options,
 ) -> Loop:
-    """A loop with room for pages; ``num_slots`` are those of states."""
+    """A loop with room for ``num_tokens`` in pages; ``num_slots`` are those of states."""
     options = {"max_req_len": 4000, "max_running_requests": min(64, num_slots - 1)} | options
     cache_layout = layout(list(windows), page_size, states=True)
-    loop = Loop(config(**options), cache_layout, [30_000 // page_size] * len(windows), depth, num_slots)
+    loop = Loop(config(**options), cache_layout, [num_tokens // page_size] * len(windows), depth, num_slots)
     loop.worker = QuickWorker(cache_layout)
     return loop
 
@@ -78,7 +83,8 @@ def test_equal_prompts_are_computed_once() -> None:
     loop = make_loop()
     loop.run([request(f"r{i}", prompt, 2) for i in range(9)])
     last = (len(prompt) - 1) // states.STATE_UNIT * states.STATE_UNIT
-    assert sorted(cached(loop, f"r{i}") for i in range(9)) == [0, *[last] * 8]
+    first, *others = sorted(cached(loop, f"r{i}") for i in range(9))
+    assert first == 0 and all(last <= tokens < len(prompt) for tokens in others)
 
 
 @pytest.mark.parametrize("windows", [(None,), (), (None, 50)], ids=str)
@@ -106,7 +112,8 @@ def test_fifty_requests_with_slots_for_three(num_slots: int, windows: tuple[int 
     prefix = draw_ids(draw, 40)
     prompts = [[*prefix[: draw.choice([0, 35, 40])], *draw_ids(draw, draw.randrange(1, 80))] for _ in range(50)]
     requests = [request(f"r{i}", prompt, 10, params=NEVER_ENDS) for i, prompt in enumerate(prompts)]
-    loop = make_loop(windows, num_slots, depth, max_running_requests=num_slots - 1, chunked_prefill_size=64)
+    options = {"max_running_requests": num_slots - 1, "chunked_prefill_size": 64}
+    loop = make_loop(windows, num_slots, depth, num_tokens=2000, **options)
     loop.run(requests)
     assert all(loop.ids(each.rid) == loop.worker.expected(each) for each in requests)
     loop.check_empty()
@@ -127,7 +134,7 @@ def test_a_long_prompt_is_kept_at_intervals() -> None:
     prompt = draw_ids(random.Random(3), 3000)
     loop = make_loop(state_checkpoint_interval=500)  # 512, in units of 64
     loop.run([request("long", prompt, 1)])
-    for cut in (511, 600, 1024, 2999):
+    for cut in (511, 600, 1024, 2900):
         loop.run([request("part", [*prompt[:cut], 99, 98], 1)])
         assert cached(loop, "part") == cut // 512 * 512, cut
         loop.outputs.clear()
