@@ -70,7 +70,7 @@ KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* pa
         input.pack();
         each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following following) {
             constexpr int R = ROWS_OF<decltype(sums)>;
-            const uint32_t* rows = input.rows(start);
+            const auto* rows = input.rows<R>(start);
             const uint32_t* panel = reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL;
             tile_bf16<R>(rows, panel, units, sums, following.of<R>(rows, units, panel, units * PANEL));
         });
@@ -87,7 +87,7 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
     for (int64_t g = 0; g < groups; g++) rows += rows_per_group[g];
     if (rows != M) return 0;
     int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
-    uint32_t* memory = scratch<uint32_t, 0>(M * units);
+    Unit* memory = scratch<Unit, 0>(M * units);
     std::vector<int64_t> ids, starts;  // of groups with rows
     std::vector<Input> inputs;
     for (int64_t g = 0, start = 0; g < groups; start += rows_per_group[g++]) {
@@ -114,7 +114,7 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
                     constexpr int R = decltype(constant)::value;
                     for (int64_t p = first; p < last; p++) {
                         vec sums[R][VECS];
-                        const uint32_t* rows = input.rows(start);
+                        const auto* rows = input.rows<R>(start);
                         const uint32_t* panel = weight + p * units * PANEL;
                         tile_bf16<R>(rows, panel, units, sums, Following{}.of<R>(rows, units, panel, units * PANEL));
                         write_tile<R>(output, start, p * PANEL, sums);
@@ -170,7 +170,7 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     int64_t units = divide_up(K, 4);
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
-    const Bytes rows(x, x_is_float != 0, x_stride, M, K, 4 * units, 128, ROWS);
+    const Bytes rows(x, x_is_float != 0, x_stride, M, K, 4 * units, OFFSET_OF_BYTES, ROWS_OF_BYTES);
     Panels panels(output);
 #pragma omp parallel
     {
@@ -178,16 +178,18 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
         input.pack();
         each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& results, Following following) {
             constexpr int R = ROWS_OF<decltype(results)>;
-            ivec sums[R][VECS];
-            const uint32_t* rows = input.rows(start);
-            const uint32_t* panel = reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL;
-            tile_int8<R>(rows, panel, units, sums, following.of<R>(rows, units, panel, units * PANEL));
-            for (int v = 0; v < VECS; v++) {
-                ivec total = load_bits(totals + p * PANEL + v * LANES);
-                vec scale = load(scales + p * PANEL + v * LANES);
-                for (int r = 0; r < R; r++)  // a byte of x is its value plus 128
-                    results[r][v] = __builtin_convertvector(sums[r][v] - 128 * total, vec) *
-                                    (scale * splat(input.scales[start + r]));
+            if constexpr (R <= ROWS_OF_BYTES) {
+                ivec sums[R][VECS];
+                const uint32_t* rows = input.rows(start);
+                const uint32_t* panel = reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL;
+                tile_int8<R>(rows, panel, units, sums, following.of<R>(rows, units, panel, units * PANEL));
+                for (int v = 0; v < VECS; v++) {
+                    ivec total = load_bits(totals + p * PANEL + v * LANES);
+                    vec scale = load(scales + p * PANEL + v * LANES);
+                    for (int r = 0; r < R; r++)
+                        results[r][v] = __builtin_convertvector(sums[r][v] - OFFSET_OF_BYTES * total, vec) *
+                                        (scale * splat(input.scales[start + r]));
+                }
             }
         });
     }

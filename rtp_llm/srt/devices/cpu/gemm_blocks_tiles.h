@@ -10,61 +10,13 @@ constexpr int UNITS = RUN / 4;            // of a run
 constexpr int ROWS_TOGETHER = LANES == 16 ? 4 : 2;  // whose products are computed in turn: the registers have room for them
 constexpr int LEAST_AHEAD = 4096;         // bytes: distance of the prefetch, but at least a block
 
-// ---- products of bytes
-
-#if defined(__AVX512VNNI__)
-constexpr bool WITH_SIGN = false;  // bytes of weights must be unsigned
-#else
-constexpr bool WITH_SIGN = true;
-#endif
-
-// Sums in 16 bits of two neighbouring products each.
-typedef int16_t svec __attribute__((vector_size(LANES * 4)));
-
-// w: unsigned bytes below 128, or, with SIGNED, any; `magnitudes` are theirs. x: no byte is -128.
-template <bool SIGNED>
-INLINE svec pairs(ivec w, ivec magnitudes, ivec x) {
-#if defined(__AVX512BW__)
-    if (!SIGNED) return (svec)_mm512_maddubs_epi16((__m512i)w, (__m512i)x);
-    __m512i with_sign = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), __m512i{}, (__m512i)x);
-    return (svec)_mm512_maddubs_epi16((__m512i)magnitudes, with_sign);
-#elif defined(__AVX2__)
-    if (!SIGNED) return (svec)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-    return (svec)_mm256_maddubs_epi16((__m256i)magnitudes, _mm256_sign_epi8((__m256i)x, (__m256i)w));
-#else
-    svec first = ((svec)w << 8 >> 8) * ((svec)x << 8 >> 8);
-    return first + ((svec)w >> 8) * ((svec)x >> 8);
-#endif
-}
-
-INLINE ivec magnitudes_of(ivec w) {
-#if defined(__AVX512BW__)
-    return (ivec)_mm512_abs_epi8((__m512i)w);
-#elif defined(__AVX2__)
-    return (ivec)_mm256_abs_epi8((__m256i)w);
-#else
-    return w;  // not needed
-#endif
-}
-
-// The sums of neighbours.
-INLINE ivec widened(svec sums) {
-#if defined(__AVX512BW__)
-    return (ivec)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
-    return (ivec)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
-#else
-    return ((ivec)sums << 16 >> 16) + ((ivec)sums >> 16);
-#endif
-}
-
 // ---- a run of the weights
 
 // Of one register of outputs.
 template <class T>
 struct Weights {
     static constexpr int PARTS = T::HALVES ? 2 : 1;  // of a run, with a scale each
-    static constexpr int OFFSET = T::SIGNED && !WITH_SIGN ? 128 : T::OFFSET;
+    static constexpr int OFFSET = T::SIGNED && HAVE_DOT ? 128 : T::OFFSET;
 
     ivec units[UNITS], magnitudes[UNITS];
     vec scales[PARTS], minima[PARTS];
@@ -72,8 +24,8 @@ struct Weights {
     INLINE Weights(const uint8_t* block, int run, int v) {
         for (int u = 0; u < UNITS; u++) {
             units[u] = T::unit(block, run, u, v);
-            if (T::SIGNED && WITH_SIGN) magnitudes[u] = magnitudes_of(units[u]);
-            if (T::SIGNED && !WITH_SIGN) units[u] ^= int32_t(0x80808080);
+            if (T::SIGNED && !HAVE_DOT) magnitudes[u] = magnitudes_of(units[u]);
+            if (T::SIGNED && HAVE_DOT) units[u] ^= int32_t(0x80808080);
         }
         for (int part = 0; part < PARTS; part++) {
             scales[part] = T::scale(block, run, part, v);
@@ -86,10 +38,12 @@ struct Weights {
 template <class T, int R>
 INLINE void add_products(const Weights<T>& w, const Run* x, ivec (&products)[R][Weights<T>::PARTS]) {
     constexpr int EACH = UNITS / Weights<T>::PARTS;
-#if defined(__AVX512VNNI__)
-    for (int u = 0; u < UNITS; u++)
-        for (int r = 0; r < R; r++) products[r][u / EACH] = add_bytes(products[r][u / EACH], w.units[u], x[r].unit(u));
-#else
+    if constexpr (HAVE_DOT) {
+        for (int u = 0; u < UNITS; u++)
+            for (int r = 0; r < R; r++)
+                products[r][u / EACH] = add_bytes(products[r][u / EACH], w.units[u], x[r].unit(u));
+        return;
+    }
     constexpr int FIT = 32767 / (T::LARGEST * 127 * 2);  // units whose sums are of 16 bits
     constexpr int STEP = FIT >= EACH ? EACH : FIT >= 4 ? 4 : FIT >= 2 ? 2 : 1;
     for (int first = 0; first < UNITS; first += STEP) {
@@ -101,7 +55,6 @@ INLINE void add_products(const Weights<T>& w, const Run* x, ivec (&products)[R][
             }
         for (int r = 0; r < R; r++) products[r][first / EACH] += widened(sums[r]);
     }
-#endif
 }
 
 // sums[r * VECS] += weights times row r.

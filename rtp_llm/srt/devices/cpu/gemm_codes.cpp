@@ -43,7 +43,7 @@ INLINE void add_scaled(vec (&result)[R][VECS], const vec (&sums)[R][VECS], const
 
 // One panel times a tile of few rows; codes: the panel's.
 template <int R, class Codes>
-NOINLINE void tile_codes(const Codes& decoder, const uint32_t* x, const uint8_t* codes, const Scales& scales,
+NOINLINE void tile_codes(const Codes& decoder, const UnitOf<R>* x, const uint8_t* codes, const Scales& scales,
                          int64_t panel, vec (&result)[R][VECS]) {
     constexpr int SETS = R <= 2 ? 2 : 1;  // of sums: a single one would wait for itself
     int64_t unit = 0;
@@ -88,12 +88,13 @@ NOINLINE void write_out(const Codes& decoder, const uint8_t* codes, int64_t unit
 }
 
 template <int R>
-INLINE void tile_written(const uint32_t* x, const uint32_t* panel, const Scales& scales, int64_t at,
+INLINE void tile_written(const UnitOf<R>* x, const uint32_t* panel, const Scales& scales, int64_t at,
                          vec (&result)[R][VECS]) {
     int64_t units = scales.group / 2;
     for (int64_t g = 0; g < scales.groups; g++) {
         vec sums[R][VECS];
-        const uint32_t *rows = x + g * units * R, *weights = panel + g * units * PANEL;
+        const UnitOf<R>* rows = x + g * units * R;
+        const uint32_t* weights = panel + g * units * PANEL;
         tile_bf16<R>(rows, weights, units, sums, Following{}.of<R>(rows, units, weights, units * PANEL));
         add_scaled<R>(result, sums, scales, at, g);
     }
@@ -103,7 +104,7 @@ template <class Codes>
 void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, const uint8_t* codes,
               const Scales& scales, int64_t K, const Output& output) {
     int64_t units = scales.groups * scales.group / 2, panel_bytes = units / (2 * Codes::PARTS) * STEP;
-    Input input(x, x_stride, M, K, units, scratch<uint32_t, 0>(M * units));
+    Input input(x, x_stride, M, K, units, scratch<Unit, 0>(M * units));
     if (M <= ROWS_AS_THEY_COME) {
         Panels panels(output);
 #pragma omp parallel
@@ -112,7 +113,7 @@ void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, 
             each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following) {
                 constexpr int R = ROWS_OF<decltype(sums)>;
                 if constexpr (R <= ROWS_AS_THEY_COME)
-                    tile_codes<R>(decoder, input.rows(start), codes + p * panel_bytes, scales, p, sums);
+                    tile_codes<R>(decoder, input.rows<R>(start), codes + p * panel_bytes, scales, p, sums);
             });
         }
         return;
@@ -129,7 +130,7 @@ void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, 
             uint32_t* panel = memory + half * units * PANEL;
             if (written[half] != p) write_out(decoder, codes + p * panel_bytes, units, panel);
             written[half] = p;
-            tile_written<R>(input.rows(start), panel, scales, p, sums);
+            tile_written<R>(input.rows<R>(start), panel, scales, p, sums);
         });
     }
 }

@@ -164,7 +164,7 @@ KERNEL void gemm_int4(const bf16* x, int64_t x_stride, int64_t M, const uint8_t*
                 uint32_t* panel = memory + half * panel_units;
                 if (written[half] != p) write_out(weight, p, panel);
                 written[half] = p;
-                const uint32_t* rows = input.rows(start);
+                const auto* rows = input.rows<R>(start);
                 tile_bf16<R>(rows, panel, units, sums, Following{}.of<R>(rows, units, panel, panel_units));
             });
         }

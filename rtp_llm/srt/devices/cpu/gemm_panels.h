@@ -1,4 +1,4 @@
-// Panels and units, a thread's memory, and the product of one unit of the inputs.
+// Panels and units, and a thread's memory.
 #pragma once
 
 #include "common.h"
@@ -13,12 +13,15 @@ namespace {
 
 constexpr int PANEL = 32;
 constexpr int VECS = PANEL / LANES;
-constexpr int ROWS = LANES == 16 ? 12 : 4;  // of a tile: the registers have room for their sums
+constexpr int ROWS = LANES == 16 ? 12 : 6;  // of a tile: the registers have room for their sums
+constexpr int ROWS_OF_BYTES = LANES == 16 ? 12 : 4;  // likewise, where both factors are bytes
+constexpr int HALF = LANES == 16 ? VECS : VECS / 2;  // of a panel: the sums of so many outputs with ROWS rows
+constexpr int ROWS_OF_WHOLE_PANELS = 2;     // up to this number, there is room for those of all outputs
 constexpr int PANELS_AT_ONCE = 4;           // panels that a thread takes; a tile of rows stays in its cache meanwhile
 constexpr int64_t UNITS_OF_EACH = 256;      // units of a tile's rows that one thread prepares at a time
 constexpr int ROWS_OF_EACH = 4;             // up to this number of rows, every thread prepares all for itself
 constexpr int FEW_TILES = 16;               // up to this number, all tiles are multiplied with a panel before the next
-constexpr int FEWEST_THAT_ASK = 4;          // rows: with fewer there is no time for prefetching the next data
+constexpr int FEWEST_THAT_ASK = LANES == 16 ? 4 : 3;  // rows: with fewer there is no time for prefetching the next data
 constexpr int UNITS_AHEAD = 24;             // distance of the prefetch of weights
 
 typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -70,32 +73,8 @@ T* scratch(int64_t count) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
 }
 
-// ---- the product of one unit of the inputs, added to the sums of one register of outputs
-
-INLINE vec add_pair(vec sum, uint32_t x, ivec pair) {
-#if defined(__AVX512BF16__)
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(int(x)));
-#else
-    sum += splat(to_float(bf16{uint16_t(x)})) * (vec)(pair << 16);
-    return sum + splat(to_float(bf16{uint16_t(x >> 16)})) * (vec)(pair & int32_t(0xffff0000));
-#endif
-}
-
-INLINE vec add_bf16(vec sum, uint32_t x, const uint32_t* w) { return add_pair(sum, x, load_bits(w)); }
-
-// Four unsigned bytes of one factor and four signed ones of the other.
-INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
-#if defined(__AVX512VNNI__)
-    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
-#else
-    for (int i = 0; i < 4; i++)
-        sum += ((unsigned_bytes >> (8 * i)) & 0xff) * ((signed_bytes << (24 - 8 * i)) >> 24);
-    return sum;
-#endif
-}
-
-// CACHE: prefetch into level 1, or 2, which allows more outstanding requests: with one row, whose time is all waiting,
-// that outweighs the longer way.
+// Prefetches a unit further on. CACHE: into level 1, or 2, which allows more outstanding requests: with one row, whose
+// time is all waiting, that outweighs the longer way.
 template <int CACHE = 1>
 INLINE void ahead(const uint32_t* w) {
     __builtin_prefetch(w + UNITS_AHEAD * PANEL, 0, 4 - CACHE);

@@ -1,11 +1,10 @@
 // Rows of x, copied to the order in which they are read.
 #pragma once
 
-#include "gemm_panels.h"
+#include "gemm_units.h"
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -23,14 +22,14 @@ class Input {
     const Tiles tiles;
 
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K)
-        : Input(x, stride, M, K, scratch<uint32_t, 0>(M * divide_up(K, 2))) {}
+        : Input(x, stride, M, K, scratch<Unit, 0>(M * divide_up(K, 2))) {}
 
     // memory: the caller's, [M * ceil(K / 2)].
-    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, uint32_t* memory)
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, Unit* memory)
         : Input(x, stride, M, K, divide_up(K, 2), memory) {}
 
     // Rows are padded with zeros to `units`; memory: [M * units].
-    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, int64_t units, uint32_t* memory)
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, int64_t units, Unit* memory)
         : tiles(M), x_(x), stride_(stride), K_(K), units_(units) {
         even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
         packed_ = even_ && M == 1 && K == 2 * units ? nullptr : memory;  // a single row is in the right order
@@ -47,27 +46,38 @@ class Input {
         }
     }
 
-    const uint32_t* rows(int64_t start) const {
-        return packed_ ? packed_ + start * units_ : reinterpret_cast<const uint32_t*>(x_);
+    // Of a tile of R rows.
+    template <int R>
+    const UnitOf<R>* rows(int64_t start) const {
+        if (R == 1 && !packed_) return reinterpret_cast<const UnitOf<R>*>(x_);
+        return reinterpret_cast<const UnitOf<R>*>(packed_ + start * units_);
     }
 
    private:
     void pack_tile(int64_t start, int64_t count, int64_t first, int64_t last) {
-        uint32_t* to = packed_ + start * units_;
+        Unit* to = packed_ + start * units_;
+        if (count <= ROWS_OF_PAIRS)
+            pack_rows(start, count, first, last, reinterpret_cast<uint32_t*>(to));
+        else
+            pack_rows(start, count, first, last, to);
+    }
+
+    template <class T>
+    INLINE void pack_rows(int64_t start, int64_t count, int64_t first, int64_t last, T* to) {
         for (int64_t block = first; block < last; block += 16) {  // a cache line of each row at a time
             int64_t end = std::min(block + 16, last), there = std::min(end, divide_up(K_, 2));
             for (int64_t r = 0; r < count; r++) {
                 const bf16* row = x_ + (start + r) * stride_;
                 if (even_) {
                     const uint32_t* from = reinterpret_cast<const uint32_t*>(row);
-                    for (int64_t u = block; u < there; u++) to[u * count + r] = from[u];
+                    for (int64_t u = block; u < there; u++) to[u * count + r] = unit_of<T>(from[u]);
                 } else {
                     for (int64_t u = block; u < there; u++) {
                         uint32_t second = 2 * u + 1 < K_ ? row[2 * u + 1].bits : 0;
-                        to[u * count + r] = row[2 * u].bits | second << 16;
+                        to[u * count + r] = unit_of<T>(row[2 * u].bits | second << 16);
                     }
                 }
-                for (int64_t u = std::max(block, there); u < end; u++) to[u * count + r] = 0;
+                for (int64_t u = std::max(block, there); u < end; u++) to[u * count + r] = T{};
             }
         }
     }
@@ -75,7 +85,7 @@ class Input {
     const bf16* x_;
     int64_t stride_, K_, units_;
     bool even_;
-    uint32_t* packed_;
+    Unit* packed_;
 };
 
 // The largest magnitude; NaN if there is one: without signs, bits compare as magnitudes do, and NaN is the largest.

@@ -75,7 +75,11 @@ INLINE void with_rows(int64_t rows, F&& f) {
 
 // ---- one tile of rows times one panel
 
-// Data of the next tile, to be prefetched: `step` words for each unit.
+// Passes over a panel of a tile of R rows, each for the outputs for whose sums there is room.
+template <int R>
+constexpr int PASSES = R <= ROWS_OF_WHOLE_PANELS ? 1 : VECS / HALF;
+
+// Data of the next tile, to be prefetched: `step` words for each unit of each pass.
 struct Next {
     const uint32_t* at;
     int step;
@@ -86,45 +90,61 @@ struct Next {
     }
 };
 
-// Data that a tile can prefetch: half `half` of the panel that is `panels` further on, or, if 0, the next tile's rows.
+// Data that a tile can prefetch: part `part` of `parts` of the panel that is `panels` further on, or, if 0, the next
+// tile's rows.
 struct Following {
     int64_t panels;
-    int half;
+    int part, parts;
 
-    template <int R>
-    INLINE Next of(const uint32_t* x, int64_t units, const uint32_t* panel, int64_t words) const {
-        if (panels) return {panel + panels * words + half * words / 2, 16};
-        return {x + units * R, R};
+    template <int R, class T>
+    INLINE Next of(const T* x, int64_t units, const uint32_t* panel, int64_t words) const {
+        if (panels) return {panel + panels * words + part * words / parts, PANEL / parts / PASSES<R>};
+        return {reinterpret_cast<const uint32_t*>(x + units * R), R * int(sizeof(T) / 4) / PASSES<R>};
     }
 };
 
-template <int R>
-NOINLINE void tile_bf16(const uint32_t* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
-    constexpr int CACHE = R == 1 ? 2 : 1;
-    vec sums[R][VECS] = {};
-    for (int64_t u = 0; u < units; u++) {
-        const uint32_t* w = panel + u * PANEL;
-        ahead<CACHE>(w);
-        next.ask<R>(u);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECS; v++) sums[r][v] = add_bf16(sums[r][v], x[u * R + r], w + v * LANES);
-    }
-    std::memcpy(result, sums, sizeof sums);
+// Calls f(number, first, count) for each pass: registers of outputs [first, first + count).
+template <int R, class F>
+INLINE void each_pass(F&& f) {
+    constexpr int COUNT = VECS / PASSES<R>;
+    for (int pass = 0; pass < PASSES<R>; pass++) f(pass, pass * COUNT, std::integral_constant<int, COUNT>{});
 }
 
 template <int R>
+NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
+    constexpr int CACHE = R == 1 ? 2 : 1;
+    each_pass<R>([&](int pass, int first, auto count) {
+        vec sums[R][count];
+        for (auto& row : sums)
+            for (vec& sum : row) sum = vec{};
+        for (int64_t u = 0; u < units; u++) {
+            const uint32_t* w = panel + u * PANEL + first * LANES;
+            if (pass == 0) ahead<CACHE>(w);
+            next.ask<R>(pass * units + u);
+            add_unit<R, count>(sums, x + u * R, w);
+        }
+        for (int r = 0; r < R; r++) std::memcpy(result[r] + first, sums[r], sizeof sums[r]);
+    });
+}
+
+// x: bytes plus OFFSET_OF_BYTES.
+template <int R>
 NOINLINE void tile_int8(const uint32_t* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
     constexpr int CACHE = R == 1 ? 2 : 1;
-    ivec sums[R][VECS] = {};
-    for (int64_t u = 0; u < units; u++) {
-        const uint32_t* w = panel + u * PANEL;
-        ahead<CACHE>(w);
-        next.ask<R>(u);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECS; v++)
-                sums[r][v] = add_bytes(sums[r][v], ivec{} + int32_t(x[u * R + r]), load_bits(w + v * LANES));
-    }
-    std::memcpy(result, sums, sizeof sums);
+    each_pass<R>([&](int pass, int first, auto count) {
+        ivec sums[R][count];
+        for (auto& row : sums)
+            for (ivec& sum : row) sum = ivec{};
+        for (int64_t u = 0; u < units; u++) {
+            const uint32_t* w = panel + u * PANEL + first * LANES;
+            if (pass == 0) ahead<CACHE>(w);
+            next.ask<R>(pass * units + u);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < count; v++)
+                    sums[r][v] = add_four(sums[r][v], ivec{} + int32_t(x[u * R + r]), load_bits(w + v * LANES));
+        }
+        for (int r = 0; r < R; r++) std::memcpy(result[r] + first, sums[r], sizeof sums[r]);
+    });
 }
 
 template <int R>
@@ -169,8 +189,9 @@ class Panels {
 // Computes every tile of rows by every panel; to be called by all threads of a team. tile(panel, first row, sums,
 // following) computes one.
 //
-// With few tiles, all are multiplied with a panel while the next one is read from memory: otherwise the first tile
-// would wait for memory, and the others for the multipliers. With many, each is multiplied with several panels in turn.
+// With few tiles, all are multiplied with a panel while the next one is read from memory, as the passes of a single tile
+// are: otherwise the first one would wait for memory, and the others for the multipliers. With many, each is multiplied
+// with several panels in turn.
 template <class F>
 void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) {
     auto compute = [&](int64_t p, int64_t t, Following following) {
@@ -188,7 +209,9 @@ void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) 
         });
     };
     // A thread takes its next panels early, to prefetch them, unless no panels would be left for the others.
-    const bool few = tiles.count > 1 && tiles.count <= FEW_TILES;
+    const bool passes = tiles.count > 1 || (VECS > HALF && tiles.rows > ROWS_OF_WHOLE_PANELS);
+    const bool few = passes && tiles.count <= FEW_TILES;
+    const int parts = int(std::min<int64_t>(tiles.count, 2));
     const bool early = few && panels.count >= 4 * omp_get_num_threads();
     int64_t first, last, next_first = 0, next_last = 0;
     bool taken = panels.take(first, last);
@@ -197,7 +220,8 @@ void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) 
         if (few) {
             for (int64_t p = first; p < last; p++) {
                 int64_t next = p + 1 < last ? p + 1 : next_taken ? next_first : p;
-                for (int64_t t = 0; t < tiles.count; t++) compute(p, t, t < 2 ? Following{next - p, int(t)} : Following{});
+                for (int64_t t = 0; t < tiles.count; t++)
+                    compute(p, t, t < parts ? Following{next - p, int(t), parts} : Following{});
             }
         } else {
             for (int64_t t = 0; t < tiles.count; t++)

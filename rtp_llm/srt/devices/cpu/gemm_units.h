@@ -1,0 +1,145 @@
+// Products of a unit of inputs with a register of outputs: pairs of bfloat16, and fours of bytes.
+#pragma once
+
+#include "gemm_panels.h"
+
+#include <type_traits>
+
+namespace {
+
+// ---- two inputs
+
+// Of rows: two bfloat16, or both in float32, so that rows are widened once (weights are in registers). In a tile of few
+// rows, whose time is that of reading weights, rows should not need the nearest cache for themselves.
+#if defined(__AVX512BF16__)
+typedef uint32_t Unit;
+constexpr int ROWS_OF_PAIRS = ROWS;
+#else
+struct Unit {
+    float first, second;
+};
+constexpr int ROWS_OF_PAIRS = 2;
+#endif
+
+template <int R>
+using UnitOf = std::conditional_t<R <= ROWS_OF_PAIRS, uint32_t, Unit>;
+
+template <class T>
+INLINE T unit_of(uint32_t pair) {
+    if constexpr (std::is_same_v<T, uint32_t>)
+        return pair;
+    else
+        return {to_float(bf16{uint16_t(pair)}), to_float(bf16{uint16_t(pair >> 16)})};
+}
+
+INLINE vec first_of(ivec pair) { return (vec)(pair << 16); }
+
+INLINE vec second_of(ivec pair) { return (vec)(pair & int32_t(0xffff0000)); }
+
+INLINE vec add_pair(vec sum, uint32_t x, ivec pair) {
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(int(x)));
+#else
+    sum += first_of(ivec{} + int32_t(x)) * first_of(pair);
+    return sum + second_of(ivec{} + int32_t(x)) * second_of(pair);
+#endif
+}
+
+// sums[r][v] += the pairs of COUNT registers at w times the unit of row r.
+template <int R, int COUNT>
+INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w) {
+    for (int v = 0; v < COUNT; v++) {
+        ivec pair = load_bits(w + v * LANES);
+        for (int r = 0; r < R; r++) sums[r][v] = add_pair(sums[r][v], x[r], pair);
+    }
+}
+
+#if !defined(__AVX512BF16__)
+// All first inputs come before the second ones: so fewer registers are in use at a time.
+template <int R, int COUNT>
+INLINE void add_unit(vec (&sums)[R][COUNT], const Unit* x, const uint32_t* w) {
+    vec weights[COUNT];
+    for (int v = 0; v < COUNT; v++) weights[v] = first_of(load_bits(w + v * LANES));
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < COUNT; v++) sums[r][v] += splat(x[r].first) * weights[v];
+    for (int v = 0; v < COUNT; v++) weights[v] = second_of(load_bits(w + v * LANES));
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < COUNT; v++) sums[r][v] += splat(x[r].second) * weights[v];
+}
+#endif
+
+// ---- four inputs as bytes
+
+// Whether one instruction adds the products of unsigned and signed bytes; if not, products of neighbours are added in 16
+// bits, for which one factor must be small or both have their signs apart.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool HAVE_DOT = true;
+
+INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#elif defined(__AVXVNNI__)
+    return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)unsigned_bytes, (__m256i)signed_bytes);
+#else
+    return (ivec)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)unsigned_bytes, (__m256i)signed_bytes);
+#endif
+}
+#else
+constexpr bool HAVE_DOT = false;
+
+INLINE ivec add_bytes(ivec sum, ivec, ivec) { return sum; }  // not called
+#endif
+
+// Sums in 16 bits of two neighbouring products each.
+typedef int16_t svec __attribute__((vector_size(LANES * 4)));
+
+// w: unsigned bytes below 128, or, with SIGNED, any; `magnitudes` are theirs. x: no byte is -128.
+template <bool SIGNED>
+INLINE svec pairs(ivec w, ivec magnitudes, ivec x) {
+#if defined(__AVX512BW__)
+    if (!SIGNED) return (svec)_mm512_maddubs_epi16((__m512i)w, (__m512i)x);
+    __m512i with_sign = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), __m512i{}, (__m512i)x);
+    return (svec)_mm512_maddubs_epi16((__m512i)magnitudes, with_sign);
+#elif defined(__AVX2__)
+    if (!SIGNED) return (svec)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    return (svec)_mm256_maddubs_epi16((__m256i)magnitudes, _mm256_sign_epi8((__m256i)x, (__m256i)w));
+#else
+    svec first = ((svec)w << 8 >> 8) * ((svec)x << 8 >> 8);
+    return first + ((svec)w >> 8) * ((svec)x >> 8);
+#endif
+}
+
+INLINE ivec magnitudes_of(ivec w) {
+#if defined(__AVX512BW__)
+    return (ivec)_mm512_abs_epi8((__m512i)w);
+#elif defined(__AVX2__)
+    return (ivec)_mm256_abs_epi8((__m256i)w);
+#else
+    return w;  // not needed
+#endif
+}
+
+// The sums of neighbours.
+INLINE ivec widened(svec sums) {
+#if defined(__AVX512BW__)
+    return (ivec)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+#else
+    return ((ivec)sums << 16 >> 16) + ((ivec)sums >> 16);
+#endif
+}
+
+// Of x in the first product and of weights in the second, which are signed: products of bytes want one factor unsigned,
+// or, without HAVE_DOT, the magnitudes of one.
+constexpr int OFFSET_OF_BYTES = HAVE_DOT ? 128 : 0;
+
+// x: bytes plus OFFSET_OF_BYTES; w: signed bytes.
+INLINE ivec add_four(ivec sum, ivec x, ivec w) {
+    if constexpr (HAVE_DOT)
+        return add_bytes(sum, x, w);
+    else
+        return sum + widened(pairs<true>(w, magnitudes_of(w), x));
+}
+
+}  // namespace
