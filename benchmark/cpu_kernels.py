@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import elementwise, sampling
+from rtp_llm.srt.devices.cpu.blocks import int4_panels
 from rtp_llm.srt.devices.cpu.codes import CodePanels, Codes, fp8_panels
-from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int4Panels, Int8Panels, PanelWeight
+from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int8Panels, PanelWeight
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.moe import FusedMoE
@@ -79,11 +80,13 @@ def quantized(rows: int) -> Iterator[Case]:
     numbers, sixteen = torch.randn(16), torch.rand(2 * SIZE, HIDDEN // 64)
     forms: dict[str, PanelWeight] = {
         "int8": Int8Panels(*quantize_int8(weight)),
-        "int4": Int4Panels(nibbles, torch.rand(2 * SIZE, HIDDEN // 32), None, 32),
         "fp8, scales of outputs": fp8_panels(values, scales[:, None], HIDDEN),
         "fp8, scales of blocks": fp8_panels(values, blocks, 128),
         "4 bits of a table": CodePanels(Codes.TABLE, nibbles, sixteen, 64, numbers),
     }
+    int4 = int4_panels(nibbles[:, ::2] | nibbles[:, 1::2] << 4, torch.rand(2 * SIZE, HIDDEN // 32), None, 32)
+    if int4 is not None:
+        forms["int4"] = int4
     for name, packed in forms.items():
         yield Case(f"{name}, {rows} rows", partial(packed.apply, x), lambda: dense.apply(x))
 

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels
+from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels, int4_panels
 from rtp_llm.srt.devices.cpu.build import isa
-from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int4Panels, Int8Panels, PanelWeight
+from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int8Panels, PanelWeight
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
 
 SHAPES = "4096x4096", "3072x1024", "1536x576"  # a large layer, one of Qwen3-0.6B and one of SmolLM2-135M
+INT4_GROUPS = {"int4": 32, "int4 in groups of 128": 128}
 ROWS = "1,2,4,8,16,64,512"
 COPIES_BYTES = 100 << 20  # of one weight
 TURNS = 3
@@ -33,9 +34,12 @@ def weight_in(form: str, num_outputs: int, num_inputs: int) -> PanelWeight:
         return BFloat16Panels(torch.randn(shape).bfloat16())
     if form == "int8":
         return Int8Panels(torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(num_outputs))
-    if form == "int4":
-        values, scales = torch.randint(16, shape, dtype=torch.uint8), torch.rand(num_outputs, num_inputs // 32)
-        return Int4Panels(values, scales, None, 32)
+    if form in INT4_GROUPS:
+        levels = torch.randint(256, (num_outputs, num_inputs // 2), dtype=torch.uint8)
+        size = INT4_GROUPS[form]
+        packed = int4_panels(levels, torch.rand(num_outputs, -(-num_inputs // size)), None, size)
+        assert packed is not None  # such groups have blocks
+        return packed
     size = BLOCK_TYPES[form].row_bytes(num_inputs)
     return BlockPanels(torch.randint(8, 56, (num_outputs, size), dtype=torch.uint8), form, num_inputs)  # finite scales
 
@@ -83,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    forms = args.formats.split(",") if args.formats else ["bfloat16", "int8", "int4", *NUMBERS]
+    forms = args.formats.split(",") if args.formats else ["bfloat16", "int8", *INT4_GROUPS, *NUMBERS]
     all_rows = [int(rows) for rows in args.rows.split(",")]
     print(f"{isa()}, {torch.get_num_threads()} threads")
     for shape in args.shape or SHAPES:

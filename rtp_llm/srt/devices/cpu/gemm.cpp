@@ -1,4 +1,4 @@
-// Linear layers on packed weights: y = x W^T + bias, for bfloat16, int8 and int4 weights.
+// Linear layers on packed weights: y = x W^T + bias, for bfloat16 and int8 weights.
 //
 // A weight [N, K] is packed into panels of PANEL outputs. Within a panel the inputs run slowest, a few of them together
 // in 32 bits (a *unit*: two bfloat16 or four int8), so that a panel is read once from its start to its end and every
@@ -6,7 +6,6 @@
 //
 //     bfloat16  [panels][units][PANEL][2]            a unit is 2 inputs
 //     int8      [panels][units][PANEL][4]            a unit is 4 inputs
-//     int4      [panels][units / 2][PANEL][4 bytes]  the lower halves of 4 bytes are a unit, the upper halves the next
 //
 // Up to ROWS rows of x at a time are multiplied with one panel, with all sums in registers: with few rows the time is
 // that of reading the weights, with many that of the multiplications. Many rows are first copied to the order in which
@@ -194,5 +193,3 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
         });
     }
 }
-
-#include "gemm_int4.h"

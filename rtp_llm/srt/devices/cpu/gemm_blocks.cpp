@@ -1,11 +1,11 @@
-// Linear layers on weights in GGUF's blocks, which stay in their bits: y = x W^T + bias.
+// Linear layers on weights in blocks, GGUF's and those of 4 bits of our own, which stay in their bits: y = x W^T + bias.
 //
-// A weight [N, K] is packed into panels of PANEL outputs, [panels][blocks][bytes of a block][PANEL] by elements, so that
-// a register holds the same element of as many outputs: see gemm_blocks_types.h, which has all that differs by type.
-// Rows of x become bytes, with a scale for 32 inputs. For 32 inputs at a time the weights of one register of outputs
-// become bytes, in registers, and are multiplied with up to MOST_ROWS rows; sums stay in the nearest cache. So with few
-// rows the time is that of reading the weights, and with many, unpacking them hardly counts. Threads share the panels; a
-// row's result depends only on that row.
+// A weight [N, K], padded to whole blocks, is packed into panels of PANEL outputs, [panels][blocks][bytes of a
+// block][PANEL] by elements, so that a register holds the same element of as many outputs: see gemm_blocks_types.h,
+// which has all that differs by type. Rows of x become bytes, with a scale for 32 inputs. For 32 inputs at a time the
+// weights of one register of outputs become bytes, in registers, and are multiplied with up to MOST_ROWS rows; sums stay
+// in the nearest cache. So with few rows the time is that of reading the weights, and with many, unpacking them hardly
+// counts. Threads share the panels; a row's result depends only on that row.
 #include "gemm_blocks_tiles.h"
 #include "gemm_tiles.h"
 
@@ -47,7 +47,7 @@ void pack_block(const BlockType& type, const uint8_t* block, int64_t n, uint8_t*
 // One thread's tiles.
 class Multiplier {
    public:
-    Multiplier(const BlockType& type, int64_t K) : type_(type), blocks_(K / type.inputs) {}
+    Multiplier(const BlockType& type, int64_t blocks) : type_(type), blocks_(blocks) {}
 
     // Writes outputs of panel p, or with a gate of those of either half, for rows [row, last).
     void compute(const Output& output, const Run* x, int64_t row, int64_t last, const uint8_t* packed, int64_t p) {
@@ -63,13 +63,14 @@ class Multiplier {
     }
 
    private:
-    void multiply(const Run* x, int64_t rows, const uint8_t* packed, int64_t p, vec (*sums)[VECS]) const {
-        type_.tile(x, int(rows), packed + p * blocks_ * type_.bytes * PANEL, blocks_, sums);
+    void multiply(const Run* x, int64_t rows, const uint8_t* packed, int64_t p, vec (*sums)[VECS]) {
+        type_.tile(x, int(rows), packed + p * blocks_ * type_.bytes * PANEL, blocks_, {sums, whole_});
     }
 
     const BlockType& type_;
     const int64_t blocks_;
     vec sums_[MOST_ROWS][VECS], others_[MOST_ROWS][VECS];
+    ivec whole_[MOST_ROWS][VECS];
 };
 
 const void* bias_at(const void* bias, bool is_float, int64_t number) {
@@ -78,7 +79,8 @@ const void* bias_at(const void* bias, bool is_float, int64_t number) {
 
 }  // namespace
 
-// Each function returns whether there is such a type of blocks, and rows_blocks whether all ids are in range.
+// Each function returns whether there is such a type of blocks, and rows_blocks whether all ids are in range. In the
+// first two K is a whole number of blocks.
 
 // blocks [N][blocks of a row][bytes of a block] -> packed, ending in zeros.
 KERNEL int pack_blocks(int number, const uint8_t* blocks, int64_t N, int64_t K, uint8_t* packed) {
@@ -121,13 +123,15 @@ KERNEL int gemm_blocks(int number, const void* x, int x_is_float, int64_t x_stri
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
     RowTiles tiles;
     tiles.add(M);
-    const Runs rows(tiles, x, x_is_float != 0, x_stride, K, type->offset, type->halves);
+    const int64_t blocks = divide_up(K, type->inputs);
+    const Runs rows(tiles, x, x_is_float != 0, x_stride, K, blocks * type->inputs / RUN, type->together,
+                    type->offset, type->halves);
     Panels panels(output);
 #pragma omp parallel
     {
         Runs input = rows;
         input.pack();
-        Multiplier multiplier(*type, K);
+        Multiplier multiplier(*type, blocks);
         int64_t first, last;
         while (panels.take(first, last))
             for (int64_t t = 0; t < tiles.count(); t++)
@@ -156,13 +160,15 @@ KERNEL int grouped_gemm_blocks(int number, const void* x, int x_is_float, int64_
     }
     firsts.push_back(tiles.count());
     if (tiles.starts.back() != M) return 0;
-    const Runs rows(tiles, x, x_is_float != 0, x_stride, K, type->offset, type->halves);
+    const int64_t blocks = divide_up(K, type->inputs);
+    const Runs rows(tiles, x, x_is_float != 0, x_stride, K, blocks * type->inputs / RUN, type->together,
+                    type->offset, type->halves);
     const int64_t panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
 #pragma omp parallel
     {
         Runs input = rows;
         input.pack();
-        Multiplier multiplier(*type, K);
+        Multiplier multiplier(*type, blocks);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < int64_t(ids.size()) * pieces; task++) {
             const int64_t i = task / pieces, first = task % pieces * PANELS_AT_ONCE;

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int RUN = 32;           // inputs with one scale
+constexpr int RUN = 32;           // inputs that are multiplied together, with one scale
+constexpr int MOST_TOGETHER = 4;  // runs with one scale
 constexpr int MOST_ROWS = 32;     // of a tile, a multiple of ROWS_IN_STEP
 constexpr int ROWS_IN_STEP = 4;   // tiles start at a multiple of it
 constexpr int64_t RUNS_OF_EACH = 16;  // of a tile's rows, that one thread prepares at a time
@@ -43,10 +44,12 @@ struct RowTiles {
 // In a tile of R rows, run g of row r is number g * R + r.
 class Runs {
    public:
-    // offset: of the weights, or 0: totals are wanted. halves: each has a total.
-    Runs(const RowTiles& tiles, const void* x, bool is_float, int64_t stride, int64_t K, int offset, bool halves)
-        : starts_(tiles.starts.data()), tiles_(tiles.count()), x_(x), is_float_(is_float), stride_(stride),
-          runs_(K / RUN), offset_(offset), halves_(halves) {
+    // Rows are padded with zeros to `runs`, of which `together` have one scale, and the total of all. offset: of the
+    // weights, or 0: totals are wanted. halves: each half of a run has a total.
+    Runs(const RowTiles& tiles, const void* x, bool is_float, int64_t stride, int64_t K, int64_t runs, int together,
+         int offset, bool halves)
+        : starts_(tiles.starts.data()), tiles_(tiles.count()), x_(x), is_float_(is_float), stride_(stride), K_(K),
+          runs_(runs), together_(together), offset_(offset), halves_(halves) {
         reserve();
     }
 
@@ -74,29 +77,44 @@ class Runs {
     void pack_tile(int64_t tile, int64_t first, int64_t last) {
         int64_t row = starts_[tile], count = starts_[tile + 1] - row;
         Run* to = to_ + row * runs_ + first * count;
-        for (int64_t k = first * RUN; k < last * RUN; k += RUN)
+        for (int64_t g = first; g < last; g += together_, to += (together_ - 1) * count)
             for (int64_t r = row; r < row + count; r++, to++) {
                 if (is_float_)
-                    quantize(static_cast<const float*>(x_) + r * stride_ + k, *to);
+                    prepare(static_cast<const float*>(x_) + r * stride_ + g * RUN, K_ - g * RUN, to, count);
                 else
-                    quantize(static_cast<const bf16*>(x_) + r * stride_ + k, *to);
+                    prepare(static_cast<const bf16*>(x_) + r * stride_ + g * RUN, K_ - g * RUN, to, count);
             }
     }
 
+    // Runs with one scale, `step` apart. rest: inputs that there are from here on.
     template <class T>
-    INLINE void quantize(const T* x, Run& to) const {
-        float most = amax(x, RUN), inverse = most > 0 ? 127 / most : 0;
+    INLINE void prepare(const T* x, int64_t rest, Run* to, int64_t step) const {
+        const int64_t inputs = together_ * RUN;
+        if (rest >= inputs) return quantize(x, to, step);
+        T padded[MOST_TOGETHER * RUN] = {};
+        std::copy_n(x, std::max<int64_t>(rest, 0), padded);
+        quantize(padded, to, step);
+    }
+
+    template <class T>
+    INLINE void quantize(const T* x, Run* to, int64_t step) const {
+        const float most = amax(x, together_ * RUN), inverse = most > 0 ? 127 / most : 0;
         ivec total[2] = {};
-        for (int k = 0; k < RUN; k += LANES) {
-            ivec whole = nearest(load(x + k) * inverse);
-            total[2 * k / RUN] += whole;
-            bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
-            std::memcpy(to.bytes + k, &bytes, LANES);
+        for (int i = 0; i < together_; i++) {
+            for (int k = 0; k < RUN; k += LANES) {
+                ivec whole = nearest(load(x + i * RUN + k) * inverse);
+                total[2 * k / RUN] += whole;
+                bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
+                std::memcpy(to[i * step].bytes + k, &bytes, LANES);
+            }
         }
-        to.scale = most / 127;
         if (!halves_) total[0] += total[1];
-        write_total(to, 0, sum(total[0]));
-        if (halves_) write_total(to, 1, sum(total[1]));
+        const int32_t sums[2] = {sum(total[0]), halves_ ? sum(total[1]) : 0};
+        for (int i = 0; i < together_; i++, to += step) {
+            to->scale = most / 127;
+            write_total(*to, 0, sums[0]);
+            if (halves_) write_total(*to, 1, sums[1]);
+        }
     }
 
     INLINE void write_total(Run& to, int half, int32_t total) const {
@@ -110,8 +128,8 @@ class Runs {
     int64_t tiles_;
     const void* x_;
     bool is_float_;
-    int64_t stride_, runs_;
-    int offset_;
+    int64_t stride_, K_, runs_;
+    int together_, offset_;
     bool halves_;
     Run* to_;
 };

@@ -176,6 +176,26 @@ struct MXFP4 {
     }
 };
 
+// ---- blocks of our own: a scale and, with ZEROS, a zero for a group of 16 inputs, 32 or more; scale * (level - zero)
+
+template <int GROUP, bool ZEROS>
+struct Int4 {
+    static constexpr int GROUPS = GROUP < 32 ? 32 / GROUP : 1, HEAD = (ZEROS ? 3 : 2) * GROUPS;  // bytes before levels
+    static constexpr int INPUTS = GROUP * GROUPS, BYTES = HEAD + INPUTS / 2, OFFSET = ZEROS ? 0 : 8, LARGEST = 15;
+    static constexpr bool HALVES = GROUPS == 2, MINIMA = ZEROS, SIGNED = false;
+    static constexpr Field FIELDS[] = {{2, GROUPS}, {1, ZEROS ? GROUPS : 0}, {4, INPUTS / 8}};
+
+    static INLINE ivec unit(const uint8_t* block, int run, int u, int v) {
+        return nibbles(block + HEAD * PANEL, 4 * run, u, v);
+    }
+    static INLINE vec scale(const uint8_t* block, int, int half, int v) {
+        return half_float(block + 2 * half * PANEL, v);
+    }
+    static INLINE vec minimum(const uint8_t* block, int run, int half, int v) {
+        return scale(block, run, half, v) * as_float(byte(block + 2 * GROUPS * PANEL, half, v));
+    }
+};
+
 // ---- blocks of 256 inputs
 
 // Scales and minima of 6 bits: the first four of each are whole, the others are put together.

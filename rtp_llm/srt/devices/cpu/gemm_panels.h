@@ -14,7 +14,6 @@ namespace {
 constexpr int PANEL = 32;
 constexpr int VECS = PANEL / LANES;
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // of a tile: the registers have room for their sums
-constexpr int ROWS_OF_BYTES = LANES == 16 ? 12 : 4;  // likewise, where both factors are bytes
 constexpr int HALF = LANES == 16 ? VECS : VECS / 2;  // of a panel: the sums of so many outputs with ROWS rows
 constexpr int ROWS_OF_WHOLE_PANELS = 2;     // up to this number, there is room for those of all outputs
 constexpr int PANELS_AT_ONCE = 4;           // panels that a thread takes; a tile of rows stays in its cache meanwhile

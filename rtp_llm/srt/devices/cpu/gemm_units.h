@@ -90,6 +90,8 @@ constexpr bool HAVE_DOT = false;
 INLINE ivec add_bytes(ivec sum, ivec, ivec) { return sum; }  // not called
 #endif
 
+constexpr int ROWS_OF_BYTES = LANES == 16 || HAVE_DOT ? ROWS : 4;  // of a tile whose factors are both bytes
+
 // Sums in 16 bits of two neighbouring products each.
 typedef int16_t svec __attribute__((vector_size(LANES * 4)));
 

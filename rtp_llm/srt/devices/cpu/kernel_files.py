@@ -35,6 +35,7 @@ X86_64: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*(f"-m{flag}" for flag in _AVX512), "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
     ),
     "avx512": (_AVX512, (*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512")),
+    "avx2_vnni": (("avx2", "fma", "f16c", "avx_vnni"), ("-mavx2", "-mfma", "-mf16c", "-mavxvnni")),
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
 }
 ISAS = X86_64 | {PORTABLE: ((), ())}

@@ -17,7 +17,6 @@ from rtp_llm.srt.kernels.packed import PackedWeight
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
 GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product, numbered as in gemm.cpp
-STEPS = 32767  # scales of int4 groups are stored as multiples of 1 / STEPS of their output's largest scale
 
 
 @functools.cache
@@ -30,8 +29,6 @@ def _function(name: str) -> Kernel:
         "pack_int8": (POINTER, INT64, INT64, POINTER, POINTER),
         "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT),
         "gemm_int8": (POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, INT64, INT64, *output),
-        "pack_int4": (POINTER, INT64, INT64, POINTER),
-        "gemm_int4": (POINTER, INT64, INT64, POINTER, POINTER, POINTER, POINTER, INT64, INT64, INT64, *output),
     }
     return bind("gemm", name, *types[name], result=INT if name.startswith("rows") else None)
 
@@ -162,63 +159,6 @@ class Int8Panels(PanelWeight):
         _function("gemm_int8")(
             x.data_ptr(), x.dtype == torch.float32, x.stride(0), x.shape[0], self.packed.data_ptr(),
             self.scales.data_ptr(), self.totals.data_ptr(), *self.shape, *output,
-        )  # fmt: skip
-
-
-class Int4Panels(PanelWeight):
-    """weight: [N, K] uint8 of 0 to 15; its value is ``(weight - zero) * scale`` by output and group of inputs.
-
-    scales: [N, groups] float32; zeros: [N, groups] uint8, or None: 8. ``group_size`` is a multiple of 8;
-    the last group may be shorter. Rows of x are quantized to int8 by group; if the processor does not multiply bytes,
-    weights are converted to bfloat16 instead.
-    """
-
-    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]))
-        rows, inputs = self.shape
-        groups = -(-inputs // group_size)
-        if group_size % 8 or scales.shape != (rows, groups):
-            raise ValueError(
-                f"groups must be of a multiple of 8 inputs, with scales of {[rows, groups]}, not of {group_size} with "
-                f"{list(scales.shape)}"
-            )
-        self.group_size = group_size
-        padded = torch.nn.functional.pad(weight, (0, groups * group_size - inputs)).contiguous()
-        self.packed = memory.weights.empty(self.num_panels, groups * group_size // 8, PANEL, 4, dtype=torch.uint8)
-        _function("pack_int4")(padded.data_ptr(), rows, padded.shape[1], self.packed.data_ptr())
-        largest = scales.abs().amax(dim=1)
-        steps = (scales / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None] * STEPS).round()
-        self.scales = self._panels(steps.to(torch.int16))
-        self.steps = torch.nn.functional.pad(largest / STEPS, (0, self.num_panels * PANEL - rows))
-        self.zeros = None if zeros is None or bool((zeros == 8).all()) else self._panels(zeros)
-
-    def _panels(self, table: torch.Tensor) -> torch.Tensor:
-        """[N, groups] -> [panels, groups, PANEL]."""
-        rows, groups = table.shape
-        result = torch.zeros(self.num_panels * PANEL, groups, dtype=table.dtype)
-        result[:rows] = table
-        return memory.weights.copy(result.view(self.num_panels, PANEL, groups).transpose(1, 2))
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.packed, self.scales, self.steps, self.zeros) if t is not None]
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """[...] int64 -> [..., K] float32."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
-            refuse_ids(ids, self.shape[0])
-        panel, row = ids // PANEL, ids % PANEL
-        halves = self.packed[panel, :, row]  # [..., units / 2, 4]
-        values = torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-2).view(*ids.shape, -1, self.group_size)
-        scales = self.scales[panel, :, row].float() * self.steps[ids][..., None]
-        zeros = 8 if self.zeros is None else self.zeros[panel, :, row].float()[..., None]
-        return ((values.float() - zeros) * scales[..., None]).flatten(-2)[..., : self.shape[1]]
-
-    def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
-        if x.dtype != torch.bfloat16:
-            raise ValueError(f"a packed int4 weight multiplies bfloat16, not {x.dtype}")
-        _function("gemm_int4")(
-            x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), self.scales.data_ptr(), address(self.zeros),
-            self.steps.data_ptr(), self.group_size, *self.shape, *output,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 
 from rtp_llm.srt.device.provider import Kernel
 from rtp_llm.srt.devices.cpu import codes, linear, moe
-from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels
+from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels, int4_panels
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.threads import bind_threads
@@ -78,9 +78,13 @@ class CpuProvider(ReferenceProvider):
     def pack_int4(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """Pack for kernels only for models in bfloat16, whose rounding errors are as large as the kernels'."""
-        if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)) and group_size % 8 == 0:
-            return linear.Int4Panels(reference.unpack_int4(weight), scales, zeros, group_size)
+        """Pack for kernels only for models in bfloat16, whose rounding errors are as large as the kernels'. What does
+        not fit into blocks, as groups of 8 do not, becomes bfloat16, which takes four times the memory."""
+        if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
+            panels = int4_panels(weight, scales, zeros, group_size)
+            if panels is not None:
+                return panels
+            return linear.BFloat16Panels(reference.dequantize_int4(weight, scales, zeros, group_size).bfloat16())
         return super().pack_int4(weight, scales, zeros, group_size)
 
     def pack_uint8(

@@ -208,9 +208,12 @@ def test_errors_are_those_of_a_scale_for_32_inputs() -> None:
 
 def test_wrong_inputs_are_refused() -> None:
     weight = random_weight("Q4_K", 8, 512)
-    with pytest.raises(ValueError, match=r"512 inputs in Q6_K are rows of 420 uint8 .* not torch\.uint8 \[8, 288\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"512 inputs in Q6_K are rows of 420 uint8 in blocks of 256 inputs, not torch\.uint8 \[8, 288\]",
+    ):
         BlockPanels(weight, "Q6_K", 512)
-    with pytest.raises(ValueError, match="whole blocks of 256 inputs"):
+    with pytest.raises(ValueError, match="in blocks of 256 inputs"):
         BlockPanels(weight[:, :144], "Q4_K", 320)
     packed = BlockPanels(weight, "Q4_K", 512)
     with pytest.raises(ValueError, match="takes 512 inputs, not 256"):

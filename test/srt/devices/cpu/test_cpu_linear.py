@@ -73,11 +73,9 @@ def test_a_slice_of_a_weight(isa, generator):
 def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PanelWeight]:
     """Return a weight of each packed form."""
     weight = torch.randn(num_outputs, num_inputs)
-    levels = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8)
     return [
         linear.BFloat16Panels(weight.bfloat16()),
         linear.Int8Panels(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(num_outputs) / 30),
-        linear.Int4Panels(levels, torch.rand(num_outputs, -(-num_inputs // 32)) / 8, None, 32),
     ]
 
 
@@ -124,7 +122,6 @@ def test_a_row_that_is_not_a_number_stays_alone(isa, generator):
     packed = [
         linear.BFloat16Panels(weight.bfloat16()),
         linear.Int8Panels(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(64)),
-        linear.Int4Panels(torch.randint(0, 16, (64, 40), dtype=torch.uint8), torch.rand(64, 2), None, 32),
     ]
     for num_rows in (5, 30):
         x = torch.randn(num_rows, 40).bfloat16()
@@ -135,10 +132,8 @@ def test_a_row_that_is_not_a_number_stays_alone(isa, generator):
             assert result[torch.arange(num_rows) != 2].isfinite().all()
 
 
-def quantized(x: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
-    """Rows as int8 with a scale each, or one for each group of inputs, as float64 values."""
-    if group_size is not None:
-        return torch.cat([quantized(part) for part in x.split(group_size, dim=-1)], dim=-1)
+def quantized(x: torch.Tensor) -> torch.Tensor:
+    """Rows as int8 with a scale each, as float64 values."""
     x = x.float()
     most = x.abs().amax(-1, keepdim=True)
     inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0)  # `127 / most` is rounded twice
@@ -167,55 +162,9 @@ def test_int8_rows_of_a_table(isa, generator):
     assert torch.equal(packed.rows(ids, torch.bfloat16), (weight[ids].float() * scales[ids, None]).bfloat16())
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (33, 40), (100, 77), (64, 172), (96, 256)])
-@pytest.mark.parametrize("group_size", [8, 32, 128])
-@pytest.mark.parametrize("asymmetric", [False, True])
-def test_int4(isa, generator, shape, group_size, asymmetric):
-    rows, size = shape
-    groups = -(-size // group_size)
-    weight = torch.randint(0, 16, shape, dtype=torch.uint8)
-    scales = torch.rand(rows, groups) + 0.1
-    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if asymmetric else None
-    offset = 8 if zeros is None else zeros.repeat_interleave(group_size, 1)[:, :size].double()
-    values = (weight.double() - offset) * scales.repeat_interleave(group_size, 1)[:, :size].double()
-    packed = linear.Int4Panels(weight, scales, zeros, group_size)
-    for num_rows in ROWS:
-        for x in inputs(num_rows, size):
-            as_bytes = isa == "avx512_bf16"
-            expected = F.linear(
-                quantized(x, group_size) if as_bytes else x.double(), values if as_bytes else values.bfloat16().double()
-            )
-            # scales are rounded to steps, so that a weight may become its neighbour in bfloat16
-            assert error(packed.apply(x, out_dtype=torch.float32), expected) < (3e-4 if as_bytes else 5e-3)
-    padded = packed.num_panels * linear.PANEL
-    assert packed.nbytes <= padded * groups * (group_size / 2 + 3) + padded * 4
-
-
-def test_int4_equals_what_it_stands_for(isa, generator):
-    """Where x is whole numbers, nothing is lost."""
-    weight, scales = torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.ones(64, 2)
-    packed = linear.Int4Panels(weight, scales, None, 32)
-    for num_rows in (3, 20, 60):
-        x = torch.randint(-8, 9, (num_rows, 64))
-        x[:, ::32] = 8 if isa != "avx512_bf16" else 127  # so that steps of int8 are whole
-        x = x.bfloat16()
-        result = packed.apply(x, out_dtype=torch.float32)
-        assert error(result, F.linear(x.double(), weight.double() - 8)) < 1e-5
-
-
 def test_wrong_inputs_are_refused():
     packed = linear.BFloat16Panels(torch.randn(8, 6).bfloat16())
     with pytest.raises(ValueError, match="takes 6 inputs, not 5"):
         packed.apply(torch.randn(2, 5).bfloat16())
     with pytest.raises(ValueError, match=r"multiplies bfloat16, not torch\.float32"):
         packed.apply(torch.randn(2, 6))
-    with pytest.raises(ValueError, match="multiple of 8 inputs"):
-        linear.Int4Panels(torch.zeros(4, 12, dtype=torch.uint8), torch.ones(4, 1), None, 12)
-
-
-def test_int4_rows(isa, generator):
-    weight, scales = torch.randint(0, 16, (50, 40), dtype=torch.uint8), torch.rand(50, 2) + 0.1
-    zeros = torch.randint(0, 16, (50, 2), dtype=torch.uint8)
-    values = (weight.float() - zeros.repeat_interleave(32, 1)[:, :40]) * scales.repeat_interleave(32, 1)[:, :40]
-    ids = torch.randint(0, 50, (7,))
-    assert error(linear.Int4Panels(weight, scales, zeros, 32).rows(ids), values[ids].double()) < 1e-4
