@@ -1,4 +1,4 @@
-"""C++ kernels against plain torch, in turn: ``python benchmark/cpu_kernels.py [--threads N] [--only WORD]``.
+"""C++ kernels against plain torch, in turn: ``python benchmark/cpu_kernels.py [--threads N] [--only WORD] [--tune]``.
 
 Each case is a kernel and what plain torch does in its place, on the same data; for weights of fewer bits, the kernel of
 bfloat16 weights is in its place. Both run in turn, A B A B; of each the best time counts, since other work on the
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import cpu_tune
 import torch
 import torch.nn.functional as F
 
@@ -159,9 +160,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--only", default="", help="cases whose group has this word in its name: norms, choices, ...")
+    parser.add_argument("--tune", action="store_true", help="measure ways of products instead; write gemm_choice.h")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.tune:
+        cpu_tune.tune()
+        return
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads\n\n| kernel | µs | plain torch, µs | ratio |\n|---|---|---|---|")
     with torch.inference_mode():

@@ -108,7 +108,7 @@ KERNEL int rows_blocks(int number, const uint8_t* packed, const int64_t* ids, in
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= N) return 0;
     const int64_t blocks = K / type->inputs;
-#pragma omp parallel for schedule(static) if (count > ROWS_OF_EACH)
+#pragma omp parallel for schedule(static) if (count > most_rows(PREPARE_ALONE))
     for (int64_t i = 0; i < count; i++)
         type->row(packed + ids[i] / PANEL * blocks * type->bytes * PANEL, int(ids[i] % PANEL), blocks, out + i * K);
     return 1;

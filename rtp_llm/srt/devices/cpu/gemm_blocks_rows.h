@@ -57,7 +57,7 @@ class Runs {
 
     // To be called by all threads of a team, each with a copy: see Bytes::pack.
     void pack() {
-        if (starts_[tiles_] <= ROWS_OF_EACH) {
+        if (starts_[tiles_] <= most_rows(PREPARE_ALONE)) {
             reserve();
             for (int64_t t = 0; t < tiles_; t++) pack_tile(t, 0, runs_);
             return;

@@ -13,8 +13,6 @@
 
 namespace {
 
-constexpr int ROWS_AS_THEY_COME = LANES == 16 ? 4 * ROWS : 2;  // with more, panels are written out
-
 template <class Codes, class F>
 INLINE void each_part(F&& f) {
     f(std::integral_constant<int, 0>{});
@@ -100,19 +98,20 @@ INLINE void tile_written(const UnitOf<R>* x, const uint32_t* panel, const Scales
     }
 }
 
-template <class Codes>
+template <Choice DECODE, class Codes>
 void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, const uint8_t* codes,
               const Scales& scales, int64_t K, const Output& output) {
     int64_t units = scales.groups * scales.group / 2, panel_bytes = units / (2 * Codes::PARTS) * STEP;
     Input input(x, x_stride, M, K, units, scratch<Unit, 0>(M * units));
-    if (M <= ROWS_AS_THEY_COME) {
+    constexpr int64_t DECODED = most_rows(DECODE);
+    if (M <= DECODED) {
         Panels panels(output);
 #pragma omp parallel
         {
             input.pack();
             each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following) {
                 constexpr int R = ROWS_OF<decltype(sums)>;
-                if constexpr (R <= ROWS_AS_THEY_COME)
+                if constexpr (R <= DECODED)
                     tile_codes<R>(decoder, input.rows<R>(start), codes + p * panel_bytes, scales, p, sums);
             });
         }
@@ -161,7 +160,7 @@ KERNEL void gemm_codes(const bf16* x, int64_t x_stride, int64_t M, const uint8_t
                        const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
     Scales of_groups{scales, divide_up(K, group), group, scale_width};
-    if (kind == 0) multiply(E4M3(table), x, x_stride, M, packed, of_groups, K, output);
-    if (kind == 1) multiply(Nibbles(table), x, x_stride, M, packed, of_groups, K, output);
-    if (kind == 2) multiply(Integers(table), x, x_stride, M, packed, of_groups, K, output);
+    if (kind == 0) multiply<DECODE_E4M3>(E4M3(table), x, x_stride, M, packed, of_groups, K, output);
+    if (kind == 1) multiply<DECODE_TABLE>(Nibbles(table), x, x_stride, M, packed, of_groups, K, output);
+    if (kind == 2) multiply<DECODE_INTEGER>(Integers(table), x, x_stride, M, packed, of_groups, K, output);
 }

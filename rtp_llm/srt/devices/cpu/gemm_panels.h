@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "gemm_choice.h"
 
 #include <memory>
 
@@ -18,8 +19,6 @@ constexpr int HALF = LANES == 16 ? VECS : VECS / 2;  // of a panel: the sums of 
 constexpr int ROWS_OF_WHOLE_PANELS = 2;     // up to this number, there is room for those of all outputs
 constexpr int PANELS_AT_ONCE = 4;           // panels that a thread takes; a tile of rows stays in its cache meanwhile
 constexpr int64_t UNITS_OF_EACH = 256;      // units of a tile's rows that one thread prepares at a time
-constexpr int ROWS_OF_EACH = 4;             // up to this number of rows, every thread prepares all for itself
-constexpr int FEW_TILES = 16;               // up to this number, all tiles are multiplied with a panel before the next
 constexpr int FEWEST_THAT_ASK = LANES == 16 ? 4 : 3;  // rows: with fewer there is no time for prefetching the next data
 constexpr int UNITS_AHEAD = 24;             // distance of the prefetch of weights
 

@@ -130,7 +130,7 @@ class Bytes {
     // To be called by all threads of a team, each with a copy. With few rows each thread converts all of them, which
     // takes less time than waiting for the others.
     void pack() {
-        if (tiles.rows <= ROWS_OF_EACH) {
+        if (tiles.rows <= most_rows(PREPARE_ALONE)) {
             reserve();
             for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
             return;

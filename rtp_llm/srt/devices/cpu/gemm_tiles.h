@@ -210,7 +210,7 @@ void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) 
     };
     // A thread takes its next panels early, to prefetch them, unless no panels would be left for the others.
     const bool passes = tiles.count > 1 || (VECS > HALF && tiles.rows > ROWS_OF_WHOLE_PANELS);
-    const bool few = passes && tiles.count <= FEW_TILES;
+    const bool few = passes && tiles.rows <= most_rows(PANEL_BY_PANEL);
     const int parts = int(std::min<int64_t>(tiles.count, 2));
     const bool early = few && panels.count >= 4 * omp_get_num_threads();
     int64_t first, last, next_first = 0, next_last = 0;

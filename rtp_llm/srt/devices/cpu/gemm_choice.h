@@ -1,0 +1,42 @@
+// Up to how many rows of x the first of two ways of computing a product is taken, by measurement.
+//
+// `python benchmark/cpu_kernels.py --tune` measures both ways under the instruction set of this machine, or the one in
+// RTP_LLM_CPU_ISA, and writes its line of the table anew; docs/performance.md has the figures.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+enum Choice {
+    DECODE_E4M3,     // codes of e4m3fn are decoded as they are multiplied; or each panel is written out before
+    DECODE_TABLE,    // likewise codes of 4 bits
+    DECODE_INTEGER,  // likewise integers of 8 bits
+    PREPARE_ALONE,   // each thread turns all rows into bytes for itself; or all share the rows, and wait for each other
+    PANEL_BY_PANEL,  // all rows are multiplied with a panel while the next is read; or each tile with several in turn
+};
+
+constexpr int64_t ROWS_OF_CHOICE[] = {
+#if defined(__AVX512BF16__)
+    48, 48, 48, 4, 192  // avx512_bf16
+#elif defined(__AVX512F__)
+    48, 48, 48, 4, 192  // avx512
+#elif defined(__AVXVNNI__)
+    2, 2, 2, 4, 96  // avx2_vnni
+#elif defined(__AVX2__)
+    2, 2, 2, 4, 96  // avx2
+#else
+    2, 2, 2, 4, 96  // portable
+#endif
+};
+
+// The number of rows up to which the first way is taken. To measure one of them alone, compile with
+// -DTUNED=number -DTUNED_ROWS=rows.
+constexpr int64_t most_rows(Choice choice) {
+#if defined(TUNED)
+    if (choice == TUNED) return TUNED_ROWS;
+#endif
+    return ROWS_OF_CHOICE[choice];
+}
+
+}  // namespace
