@@ -29,7 +29,7 @@ CHOICES = ("DECODE_E4M3", "DECODE_TABLE", "DECODE_INTEGER", "PREPARE_ALONE", "PA
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHAPE = 1024, 1024  # outputs and inputs
 COPIES_BYTES = 100 << 20  # of a weight, more than caches hold: each call takes another one
-TURNS, TURN_S = 4, 0.05
+TURNS, TURN_S = 3, 0.04
 ALWAYS = 1 << 20  # rows: the first way for all
 LOST = 3  # numbers of rows in turn with which the second way is a tenth faster: with more it will be, too
 

@@ -169,7 +169,7 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
                       int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
     int64_t units = divide_up(K, 4);
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
-    const Bytes rows(x, x_is_float != 0, x_stride, M, K, 4 * units, OFFSET_OF_BYTES, ROWS_OF_BYTES);
+    const Bytes rows(x, x_is_float != 0, x_stride, M, K);
     Panels panels(output);
 #pragma omp parallel
     {
@@ -179,7 +179,7 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
             constexpr int R = ROWS_OF<decltype(results)>;
             if constexpr (R <= ROWS_OF_BYTES) {
                 ivec sums[R][VECS];
-                const uint32_t* rows = input.rows(start);
+                const FourOf<R>* rows = input.rows<R>(start);
                 const uint32_t* panel = reinterpret_cast<const uint32_t*>(packed) + p * units * PANEL;
                 tile_int8<R>(rows, panel, units, sums, following.of<R>(rows, units, panel, units * PANEL));
                 for (int v = 0; v < VECS; v++) {

@@ -112,18 +112,15 @@ INLINE ivec nearest(vec x) {
 #endif
 }
 
-// Rows as bytes, four to a unit, in the order of Input. Each group of `group` inputs has a scale, so that the largest
-// becomes 127. `offset` is added to every byte. Rows are padded with zeros to whole groups.
+// Rows as bytes, four to a unit, in the order of Input, padded with zeros. Each row has a scale, so that its largest
+// becomes 127; OFFSET_OF_BYTES is added.
 class Bytes {
    public:
     const Tiles tiles;
-    const int64_t groups;
-    float* scales;    // [M][groups]
-    int32_t* totals;  // [M][groups], without the offset
+    float* scales;  // [M]
 
-    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K, int64_t group, int offset, int most)
-        : tiles(M, most), groups(divide_up(K, group)), x_(x), is_float_(is_float), stride_(stride), K_(K),
-          group_(group), units_(groups * group / 4), offset_(offset) {
+    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K)
+        : tiles(M, ROWS_OF_BYTES), x_(x), is_float_(is_float), stride_(stride), K_(K), units_(divide_up(K, 4)) {
         reserve();
     }
 
@@ -139,59 +136,62 @@ class Bytes {
         for (int64_t t = 0; t < tiles.count; t++) pack_tile(t);
     }
 
-    const uint32_t* rows(int64_t start) const { return reinterpret_cast<const uint32_t*>(bytes_) + start * units_; }
+    // Of a tile of R rows.
+    template <int R>
+    const FourOf<R>* rows(int64_t start) const {
+        return reinterpret_cast<const FourOf<R>*>(units_of_rows_ + start * units_);
+    }
 
    private:
     void reserve() {
-        bytes_ = scratch<uint8_t, 1>(tiles.rows * units_ * 4);
-        scales = scratch<float, 2>(tiles.rows * groups);
-        totals = scratch<int32_t, 3>(tiles.rows * groups);
+        units_of_rows_ = scratch<Four, 1>(tiles.rows * units_);
+        scales = scratch<float, 2>(tiles.rows);
     }
 
     void pack_tile(int64_t t) {
         int64_t start = tiles.start(t), count = tiles.start(t + 1) - start;
-        uint32_t* to = reinterpret_cast<uint32_t*>(bytes_) + start * units_;
-        uint32_t* row = count == 1 ? to : scratch<uint32_t, 4>(units_);
+        Four* to = units_of_rows_ + start * units_;
+        if (count <= ROWS_OF_FOURS)
+            pack_rows(start, count, reinterpret_cast<uint32_t*>(to));
+        else
+            pack_rows(start, count, to);
+    }
+
+    template <class T>
+    INLINE void pack_rows(int64_t start, int64_t count, T* to) {
+        uint32_t* row = count == 1 ? reinterpret_cast<uint32_t*>(to) : scratch<uint32_t, 4>(units_);
         for (int64_t r = 0; r < count; r++) {
             if (is_float_)
                 quantize(static_cast<const float*>(x_) + (start + r) * stride_, start + r, row);
             else
                 quantize(static_cast<const bf16*>(x_) + (start + r) * stride_, start + r, row);
             if (count > 1)
-                for (int64_t u = 0; u < units_; u++) to[u * count + r] = row[u];
+                for (int64_t u = 0; u < units_; u++) to[u * count + r] = four_of<T>(row[u]);
         }
     }
 
     template <class T>
     void quantize(const T* x, int64_t row, uint32_t* units) {
         uint8_t* to = reinterpret_cast<uint8_t*>(units);
-        for (int64_t g = 0; g < groups; g++, to += group_) {
-            int64_t first = g * group_, count = std::min(group_, K_ - first);
-            float most = amax(x + first, count), scale = most / 127, inverse = most > 0 ? 127 / most : 0;
-            ivec total = ivec{};
-            int64_t k = 0;
-            for (; k + LANES <= count; k += LANES) {
-                ivec whole = nearest(load(x + first + k) * inverse);
-                total += whole;
-                bytes_vec bytes = __builtin_convertvector(whole + offset_, bytes_vec);
-                std::memcpy(to + k, &bytes, LANES);
-            }
-            if (k < count) {
-                ivec whole = nearest(load_part(x + first + k, int(count - k)) * inverse);
-                total += whole;
-                for (int i = 0; i < count - k; i++) to[k + i] = uint8_t(whole[i] + offset_);
-            }
-            for (k = count; k < group_; k++) to[k] = uint8_t(offset_);
-            scales[row * groups + g] = scale;
-            totals[row * groups + g] = sum(total);
+        float most = amax(x, K_), inverse = most > 0 ? 127 / most : 0;
+        int64_t k = 0;
+        for (; k + LANES <= K_; k += LANES) {
+            ivec whole = nearest(load(x + k) * inverse) + OFFSET_OF_BYTES;
+            bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
+            std::memcpy(to + k, &bytes, LANES);
         }
+        if (k < K_) {
+            ivec whole = nearest(load_part(x + k, int(K_ - k)) * inverse) + OFFSET_OF_BYTES;
+            for (int i = 0; i < K_ - k; i++) to[k + i] = uint8_t(whole[i]);
+        }
+        for (k = K_; k < 4 * units_; k++) to[k] = OFFSET_OF_BYTES;
+        scales[row] = most / 127;
     }
 
     const void* x_;
     bool is_float_;
-    int64_t stride_, K_, group_, units_;
-    int offset_;
-    uint8_t* bytes_;
+    int64_t stride_, K_, units_;
+    Four* units_of_rows_;
 };
 
 }  // namespace

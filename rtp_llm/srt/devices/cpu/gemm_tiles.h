@@ -127,9 +127,8 @@ NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units
     });
 }
 
-// x: bytes plus OFFSET_OF_BYTES.
 template <int R>
-NOINLINE void tile_int8(const uint32_t* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
+NOINLINE void tile_int8(const FourOf<R>* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
     constexpr int CACHE = R == 1 ? 2 : 1;
     each_pass<R>([&](int pass, int first, auto count) {
         ivec sums[R][count];
@@ -139,9 +138,7 @@ NOINLINE void tile_int8(const uint32_t* x, const uint32_t* panel, int64_t units,
             const uint32_t* w = panel + u * PANEL + first * LANES;
             if (pass == 0) ahead<CACHE>(w);
             next.ask<R>(pass * units + u);
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < count; v++)
-                    sums[r][v] = add_four(sums[r][v], ivec{} + int32_t(x[u * R + r]), load_bits(w + v * LANES));
+            add_fours<R, count>(sums, x + u * R, w);
         }
         for (int r = 0; r < R; r++) std::memcpy(result[r] + first, sums[r], sizeof sums[r]);
     });

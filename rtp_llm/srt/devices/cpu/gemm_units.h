@@ -55,6 +55,11 @@ INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w
 }
 
 #if !defined(__AVX512BF16__)
+INLINE vec add_pair(vec sum, Unit x, ivec pair) {
+    sum += splat(x.first) * first_of(pair);
+    return sum + splat(x.second) * second_of(pair);
+}
+
 // All first inputs come before the second ones: so fewer registers are in use at a time.
 template <int R, int COUNT>
 INLINE void add_unit(vec (&sums)[R][COUNT], const Unit* x, const uint32_t* w) {
@@ -132,16 +137,70 @@ INLINE ivec widened(svec sums) {
 #endif
 }
 
-// Of x in the first product and of weights in the second, which are signed: products of bytes want one factor unsigned,
-// or, without HAVE_DOT, the magnitudes of one.
-constexpr int OFFSET_OF_BYTES = HAVE_DOT ? 128 : 0;
+// ---- a unit of four inputs as bytes, times weights of 8 bits
 
-// x: bytes plus OFFSET_OF_BYTES; w: signed bytes.
-INLINE ivec add_four(ivec sum, ivec x, ivec w) {
-    if constexpr (HAVE_DOT)
-        return add_bytes(sum, x, w);
-    else
-        return sum + widened(pairs<true>(w, magnitudes_of(w), x));
+// Of rows: four bytes, with HAVE_DOT plus 128, since one factor is unsigned; or all in 16 bits, whose products are added
+// without another step. In a tile of few rows, bytes: as with Unit.
+constexpr int OFFSET_OF_BYTES = HAVE_DOT ? 128 : 0;
+constexpr int ROWS_OF_FOURS = HAVE_DOT ? ROWS : 2;
+
+struct Shorts {
+    uint32_t even, odd;  // inputs 0 and 2, and 1 and 3
+};
+
+using Four = std::conditional_t<HAVE_DOT, uint32_t, Shorts>;
+template <int R>
+using FourOf = std::conditional_t<R <= ROWS_OF_FOURS, uint32_t, Four>;
+
+template <class T>
+INLINE T four_of(uint32_t bytes) {
+    if constexpr (std::is_same_v<T, uint32_t>) {
+        return bytes;
+    } else {
+        uint32_t parts[2];
+        for (int i = 0; i < 2; i++, bytes >>= 8)
+            parts[i] = uint32_t(int8_t(bytes)) & 0xffff | uint32_t(int8_t(bytes >> 16)) << 16;
+        return {parts[0], parts[1]};
+    }
+}
+
+// Two products each of numbers of 16 bits, and their sum.
+INLINE ivec add_shorts(ivec sum, svec a, ivec b) {
+#if defined(__AVX512BW__)
+    return sum + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + ((ivec)a << 16 >> 16) * (b << 16 >> 16) + ((ivec)a >> 16) * (b >> 16);
+#endif
+}
+
+// sums[r][v] += the fours of COUNT registers at w times the unit of row r.
+template <int R, int COUNT>
+INLINE void add_fours(ivec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w) {
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < COUNT; v++) {
+            ivec bytes = ivec{} + int32_t(x[r]), four = load_bits(w + v * LANES);
+            if constexpr (HAVE_DOT)
+                sums[r][v] = add_bytes(sums[r][v], bytes, four);
+            else
+                sums[r][v] += widened(pairs<true>(four, magnitudes_of(four), bytes));
+        }
+}
+
+template <int R, int COUNT>
+INLINE void add_fours(ivec (&sums)[R][COUNT], const Shorts* x, const uint32_t* w) {
+    svec even[COUNT], odd[COUNT];
+    for (int v = 0; v < COUNT; v++) {
+        odd[v] = (svec)load_bits(w + v * LANES);
+        even[v] = odd[v] << 8 >> 8, odd[v] >>= 8;
+    }
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; v < COUNT; v++) sums[r][v] = add_shorts(sums[r][v], even[v], ivec{} + int32_t(x[r].even));
+        for (int v = 0; v < COUNT; v++) sums[r][v] = add_shorts(sums[r][v], odd[v], ivec{} + int32_t(x[r].odd));
+    }
 }
 
 }  // namespace
