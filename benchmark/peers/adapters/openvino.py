@@ -2,7 +2,8 @@
 
 Requests of W3 are added at once. In W4 the first request is added alone and the others after its first token: added
 at once, they would not find each other's prefix. Keys and values are kept in bfloat16 (u8 is OpenVINO's own default),
-since sides are compared at the same precision.
+since sides are compared at the same precision. On a processor without bfloat16 OpenVINO computes in float32, and takes
+no other type for keys and values then but 8 bits: they are float32 there.
 """
 
 import os
@@ -22,8 +23,7 @@ EXPORT_OPTIONS = {
     8: ["--weight-format", "int8"],
     4: ["--weight-format", "int4", "--sym", "--group-size", "128", "--ratio", "1.0"],
 }
-WEIGHTS = {16: "fp16, computed in bf16", 8: "int8 per channel", 4: "int4 in groups of 128, embedding int8"}
-KV_TYPE = "bf16"
+WEIGHTS = {16: "fp16", 8: "int8 per channel", 4: "int4 in groups of 128, embedding int8"}
 CACHE_GB = 2
 BATCH_TOKENS = 2048
 SOME_ID = 0  # the pipeline wants an end of sequence, and ignores it
@@ -36,13 +36,15 @@ class OpenVino:
         scheduler.cache_size = CACHE_GB
         scheduler.enable_prefix_caching = True
         scheduler.max_num_batched_tokens = BATCH_TOKENS
+        number = number_type(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         properties = {
-            "INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": KV_TYPE, "INFERENCE_NUM_THREADS": job.threads,
+            "INFERENCE_PRECISION_HINT": number, "KV_CACHE_PRECISION": number, "INFERENCE_NUM_THREADS": job.threads,
         }  # fmt: skip
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
         self._num_added = 0
         version = f"{openvino_genai.__version__}, openvino {openvino.__version__}"
-        return {"engine": "OpenVINO GenAI", "version": version, "weights": WEIGHTS[job.precision], "kv": KV_TYPE}
+        weights = f"{WEIGHTS[job.precision]}, computed in {number}"
+        return {"engine": "OpenVINO GenAI", "version": version, "weights": weights, "kv": number}
 
     def run(self, work: Work) -> Timing:
         watch = Stopwatch()
@@ -64,6 +66,11 @@ class OpenVino:
         self._num_added += 1
         ids = openvino.Tensor(numpy.array([prompt], dtype=numpy.int64))
         return self._pipeline.add_request(self._num_added, ids, config)
+
+
+def number_type(capabilities: list[str]) -> str:
+    """The type that this processor computes in, and keeps keys and values in."""
+    return "bf16" if "BF16" in capabilities else "f32"
 
 
 def num_new_tokens(handle: Any) -> int:
