@@ -1,6 +1,4 @@
-// Norms, gated activations, rotations and rows in 8 bits: one pass over memory each, with the roundings of
-// kernels/reference.py.
-#include <algorithm>
+// Norms, gated activations and rotations: one pass over memory each, with the roundings of kernels/reference.py.
 #include <initializer_list>
 
 #include "common.h"
@@ -20,8 +18,6 @@ static INLINE void parallel_for(int64_t n, int64_t elements, F body) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) body(i);
 }
-
-typedef int8_t cvec __attribute__((vector_size(LANES)));
 
 struct Whole {};  // all lanes of a vector; an int in its place: that number of first lanes
 
@@ -257,41 +253,3 @@ static void rotate(Heads<T> q, Heads<T> k, const T* cos, const T* sin, int64_t n
     }
 EXPORT_ROTARY(rotary_f32, float)
 EXPORT_ROTARY(rotary_bf16, bf16)
-
-// ---- rows in 8 bits
-
-constexpr float ROUNDING = 12582912;  // 1.5 * 2^23: a float of up to 2^22 that is added to it is rounded half to even
-
-// One row of n elements to bytes and its scale; a row with a NaN becomes zeros and the scale NaN.
-template <class T>
-static float quantize_row(const T* x, int8_t* values, int64_t n) {
-    vec most{}, is_bad{};
-    by_vectors(n, [&](int64_t i, auto part) {
-        vec value = load(x + i, part);
-        most = max(most, max(value, -value));
-        is_bad += value - value;  // NaN for an infinity, too
-    });
-    bool is_nan = false;
-    if (!(sum(is_bad) == 0))
-        for (int64_t i = 0; i < n; i++) is_nan |= std::isnan(to_float(x[i]));
-    float scale = is_nan ? NAN : largest(most) / 127, divisor = scale == 0 ? 1 : scale;
-    if (!std::isfinite(scale)) {
-        std::memset(values, 0, n);
-        return scale;
-    }
-    by_vectors(n, [&](int64_t i, auto part) {
-        ivec whole = (ivec)(load(x + i, part) / divisor + ROUNDING) - (ivec)splat(ROUNDING);
-        cvec bytes = __builtin_convertvector(whole, cvec);
-        std::memcpy(values + i, &bytes, std::min<int64_t>(LANES, n - i));
-    });
-    return scale;
-}
-
-#define EXPORT_QUANTIZE(name, T)                                                                              \
-    KERNEL void name(const T* x, int8_t* values, float* scales, int64_t rows, int64_t size, int64_t stride) { \
-        parallel_for(rows, rows * size, [&](int64_t row) {                                                    \
-            scales[row] = quantize_row(x + row * stride, values + row * size, size);                          \
-        });                                                                                                   \
-    }
-EXPORT_QUANTIZE(quantize_rows_f32, float)
-EXPORT_QUANTIZE(quantize_rows_bf16, bf16)

@@ -1,4 +1,4 @@
-"""Norms, gated activations, rotations and rows in 8 bits in C++. Other dtypes or devices go to ``reference``.
+"""Norms, gated activations and rotations in C++. Other dtypes or devices go to plain torch (``reference``).
 
 A kernel reads rows with strides: queries and keys are slices of a projection's output, and are not copied.
 """
@@ -25,7 +25,6 @@ _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "gelu_tanh_and_mul": _GATED,
     "swiglu_oai_and_mul": (*_GATED, FLOAT, FLOAT),
     "rotary": (*_HEADS, *_HEADS, POINTER, POINTER, INT64, INT64, INT64, INT),
-    "quantize_rows": (POINTER, POINTER, POINTER, INT64, INT64, INT64),
 }
 
 
@@ -206,19 +205,3 @@ def _rotate(
 
 def _heads(x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
     return x.data_ptr(), y.data_ptr(), x.shape[1], x.stride(0), x.stride(1), y.stride(0), y.stride(1)
-
-
-# Rows in 8 bits
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _fits(x):
-        return reference.quantize_rows(x)
-    size = x.shape[-1]
-    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, size).contiguous()
-    values = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
-    _function("quantize_rows", x.dtype)(
-        rows.data_ptr(), values.data_ptr(), scales.data_ptr(), len(rows), size, rows.stride(0)
-    )
-    return values, scales

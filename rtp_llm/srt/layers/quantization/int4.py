@@ -28,7 +28,9 @@ class Int4Config(OnLoadConfig):
         if weight.shape[1] % 2:  # two values share a byte
             return built_for().pack_int8(*quantize_int8(weight))
         group_size = next(size for least, size in GROUP_SIZES.items() if weight.shape[1] >= least)
-        return built_for().pack_int4(*quantize_int4(weight, group_size), group_size)
+        quantize = built_for().find("quantize_int4", weight.dtype) or quantize_int4
+        values, scales, zeros = quantize(weight, group_size)
+        return built_for().pack_int4(values, scales, zeros, group_size)
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,7 +78,9 @@ def best_grid(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for narrowed in NARROWED:
         levels = (grouped * (15 / narrowed / width)[..., None]).round_()
         levels.clamp_(-zeros[..., None], 15 - zeros[..., None])
-        products, squares = (grouped * levels).sum(dim=-1), levels.square().sum(dim=-1)
+        # in float64 the order of additions does not matter: kernels give the same scales
+        products = (grouped * levels).sum(dim=-1, dtype=torch.float64).float()
+        squares = levels.square().sum(dim=-1)
         explained = products.square() / squares.clamp(min=1)
         scales = torch.where(explained > best, products / squares.clamp(min=1), scales)
         best = torch.maximum(best, explained)
