@@ -18,7 +18,8 @@ class StatePool:
     def __init__(self, group: StateGroup, num_slots: int, device: str) -> None:
         self.group = group
         self.num_slots = num_slots
-        allocate = provider_named(device).cache_allocator()
+        self._provider = provider_named(device)
+        allocate = self._provider.cache_allocator()
         self._tensors: dict[tuple[int, str], torch.Tensor] = {}
         for layer_id, spec in group.layers:
             for tensor in spec.tensors:
@@ -39,5 +40,6 @@ class StatePool:
         """Copy the states of all layers from slots to other slots; no slot is in both lists."""
         if not sources:
             return
+        from_slots, to_slots = (self._provider.to_device(slots, torch.int64) for slots in (sources, targets))
         for states in self._tensors.values():
-            states[torch.tensor(targets, device=states.device)] = states[torch.tensor(sources, device=states.device)]
+            states[to_slots] = states[from_slots]

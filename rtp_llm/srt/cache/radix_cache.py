@@ -349,14 +349,14 @@ class RadixCache(PrefixCache):
         return self._evictable[group]
 
     def reset(self) -> None:
-        for root in self._roots.values():
-            for node in list(root.descendants()):
-                if node.holders or any(node.locks):
-                    raise RuntimeError("the prefix cache was reset while a request holds a part of it")
-                for g in range(len(self._groups)):
-                    self._drop_pages(node, g)
-                self._checkpoints.drop(node)
-                node.parent = None
+        nodes = [node for root in self._roots.values() for node in root.descendants()]
+        if any(node.holders or any(node.locks) for node in nodes):
+            raise RuntimeError("the prefix cache was reset while a request holds a part of it")
+        for node in nodes:
+            for g in range(len(self._groups)):
+                self._drop_pages(node, g)
+            self._checkpoints.drop(node)
+            node.parent = None
         self._roots.clear()
         self._namespaces.clear()
         self._queues = [[] for _ in self._groups]

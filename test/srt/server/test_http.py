@@ -266,7 +266,7 @@ def test_metrics(server: InProcess) -> None:
     wait_for(lambda: server.core.core.scheduler.idle)
     shares = [value(f"kv_{kind}_tokens") for kind in ("used", "evictable", "available")]
     assert sum(shares) == 4096 and min(shares[1:]) > 0
-    for name in ("num_retracted_reqs", "utilization", "startup_time_seconds", "evicted_tokens_total"):
+    for name in ("num_retracted_reqs", "utilization", "startup_time_seconds", "evicted_tokens_total", "mamba_usage"):
         assert value(name) >= 0
     assert value("request_time_per_output_token_seconds_count") > 0
     assert value("time_to_first_token_seconds_count") > 0

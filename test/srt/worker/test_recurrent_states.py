@@ -85,8 +85,12 @@ def test_a_common_prefix_is_resumed_amid_chunks(open_engine: Open, kind: type, o
         assert all(result["meta_info"]["cached_tokens"] >= 192 for result in ask(engine, kind, longer))
 
 
-def test_slots_for_two_requests_and_one_checkpoint(open_engine: Open, kind: type) -> None:
+def test_slots_for_two_requests_and_one_checkpoint(
+    open_engine: Open, kind: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     with open_engine(max_running_requests=2, state_cache_fraction=0.0, chunked_prefill_size=32) as engine:
+        assert "2 requests run at once, 1 checkpoints" in caplog.text
         ask(engine, kind, [*alike(70, 8), *prompts(*range(1, 40, 5), seed=3)], num_new=5)
 
 
