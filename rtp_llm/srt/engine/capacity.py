@@ -24,9 +24,8 @@ class Capacity:
     cache_bytes: int  # per rank
 
 
-# A checkpoint for so many tokens that the cache holds is as many as are ever written.
+# More checkpoints than one for so many tokens that the cache holds would be of no use.
 TOKENS_PER_CHECKPOINT = 64
-DEFAULT_CHECKPOINT_FRACTION = 0.2  # of the cache's memory, beside pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +109,15 @@ def plan_states(
     max_running_requests: int,
     budget_bytes: int,
     auto_tokens: int,
-    checkpoint_fraction: float | None,
+    checkpoint_fraction: float,
     keeps_checkpoints: bool,
     beside_pages: bool,
 ) -> StateCapacity:
     """Return how many requests may run, and how many slots they and checkpoints get, within ``budget_bytes`` per rank.
 
     Args:
-        checkpoint_fraction: of the budget, for checkpoints. None: ``DEFAULT_CHECKPOINT_FRACTION`` beside pages, else
-            what is left.
+        auto_tokens: tokens that the cache is for; more checkpoints than one for each 64 of them are not kept.
+        checkpoint_fraction: of the budget, for checkpoints; at most what requests leave.
         keeps_checkpoints: there is a prefix cache; it gets one slot at least.
         beside_pages: pages come out of the same budget, and keep half of it, or more.
 
@@ -136,8 +135,6 @@ def plan_states(
             "or lower max_total_tokens"
         )
     live = min(max_running_requests, max(1, (slots // 2 if beside_pages else slots) - least))
-    if checkpoint_fraction is None:
-        checkpoint_fraction = DEFAULT_CHECKPOINT_FRACTION if beside_pages else 1.0
     wanted = min(int(slots * checkpoint_fraction), auto_tokens // TOKENS_PER_CHECKPOINT, slots - live)
     num_slots = live + (max(least, wanted) if keeps_checkpoints else 0)
     return StateCapacity(live, num_slots, (num_slots + 2) * states.bytes_per_slot)

@@ -18,6 +18,7 @@ from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING_REQUESTS = 256
+DEFAULT_CHECKPOINT_FRACTION = 0.2  # of the cache's memory, where there are pages as well
 DEFAULT_DIST_TIMEOUT_S = 600.0
 
 
@@ -133,12 +134,16 @@ class EngineCore:
             loaded.layout.states,
             wanted_running,
             budget_bytes - (pages(budget_bytes).cache_bytes if given else 0),
-            auto_tokens,
-            self._args.state_cache_fraction,
+            self._args.max_total_tokens or auto_tokens,
+            self._checkpoint_fraction(loaded),
             keeps_checkpoints=not self._args.disable_radix_cache,
             beside_pages=bool(loaded.layout.groups) and not given,
         )
         return states, pages(budget_bytes - states.num_bytes)
+
+    def _checkpoint_fraction(self, loaded: LoadedModel) -> float:
+        given = self._args.state_cache_fraction
+        return given if given is not None else DEFAULT_CHECKPOINT_FRACTION if loaded.layout.groups else 1.0
 
     def _make_scheduler(self, loaded: LoadedModel, model_config: ModelConfig) -> Scheduler:
         config = SchedulerConfig(

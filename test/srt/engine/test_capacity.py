@@ -98,7 +98,7 @@ def plan_slots(num_slots: int, **kwargs) -> StateCapacity:
     defaults = dict(
         max_running_requests=256,
         auto_tokens=100_000,
-        checkpoint_fraction=None,
+        checkpoint_fraction=0.2,
         keeps_checkpoints=True,
         beside_pages=True,
     )
@@ -108,7 +108,7 @@ def plan_slots(num_slots: int, **kwargs) -> StateCapacity:
 
 
 def test_a_model_without_states_takes_no_memory_for_them():
-    assert plan_states(None, 256, 1 << 30, 1000, None, True, True) == StateCapacity(256)
+    assert plan_states(None, 256, 1 << 30, 1000, 0.2, True, True) == StateCapacity(256)
 
 
 def test_requests_have_a_slot_each_and_checkpoints_a_fifth():
@@ -120,13 +120,14 @@ def test_requests_have_a_slot_each_and_checkpoints_a_fifth():
 
 def test_small_states_do_not_fill_the_memory_for_nothing():
     assert plan_slots(1 << 20).num_slots == 256 + 100_000 // 64
+    assert plan_slots(1 << 20, checkpoint_fraction=1.0, auto_tokens=640).num_slots == 256 + 10
 
 
 def test_with_little_memory_fewer_requests_run():
     capacity = plan_slots(100)
     assert (capacity.max_running_requests, capacity.num_slots) == (49, 49 + 20)
     for num_slots, running in ((3, 2), (2, 1)):
-        capacity = plan_slots(num_slots, beside_pages=False)
+        capacity = plan_slots(num_slots, beside_pages=False, checkpoint_fraction=1.0)
         assert (capacity.max_running_requests, capacity.num_slots) == (running, num_slots)
     with pytest.raises(NotEnoughMemory, match="no room for the states of 2 requests"):
         plan_slots(1)
