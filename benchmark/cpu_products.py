@@ -1,9 +1,10 @@
 """Products of packed weights, beside each other: ``python benchmark/cpu_products.py [--shape OUTPUTSxINPUTS] ...``.
 
-Every format of a weight [N, K] in turn: bfloat16, int8, int4, and all types of GGUF's blocks. For one row the speed is
-told in GB of packed weights per second, which is at best that of the memory; for more rows in GFLOP per second (a
-multiplication and an addition are two). Each call takes another copy of the weight, together more than caches hold, as
-the layers of a model are. Of several turns the best counts, since other work on the machine only ever adds.
+Every format of a weight [N, K] in turn: bfloat16, int8, int4, fp8 with a scale per output and per 128 inputs of it, and
+all types of GGUF's blocks. For one row the speed is told in GB of packed weights per second, which is at best that of
+the memory; for more rows in GFLOP per second (a multiplication and an addition are two). Each call takes another copy
+of the weight, together more than caches hold, as the layers of a model are. Of several turns the best counts, since
+other work on the machine only ever adds.
 
 ``RTP_LLM_CPU_ISA=avx2`` (or ``portable``) measures what a processor without AVX-512 has.
 """
@@ -16,12 +17,14 @@ import torch
 
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockPanels, int4_panels
 from rtp_llm.srt.devices.cpu.build import isa
+from rtp_llm.srt.devices.cpu.codes import fp8_panels
 from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int8Panels, PanelWeight
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
 
 SHAPES = "4096x4096", "3072x1024", "1536x576"  # a large layer, one of Qwen3-0.6B and one of SmolLM2-135M
 INT4_GROUPS = {"int4": 32, "int4 in groups of 128": 128}
 ROWS = "1,2,4,8,16,64,512"
+FP8_GROUPS = {"fp8": 0, "fp8 in groups of 128": 128}  # inputs that share a scale; 0: all
 COPIES_BYTES = 100 << 20  # of one weight
 TURNS = 3
 TURN_S = 0.1  # a turn is as many calls as fit
@@ -40,6 +43,10 @@ def weight_in(form: str, num_outputs: int, num_inputs: int) -> PanelWeight:
         packed = int4_panels(levels, torch.rand(num_outputs, -(-num_inputs // size)), None, size)
         assert packed is not None  # such groups have blocks
         return packed
+    if form in FP8_GROUPS:
+        group_size = FP8_GROUPS[form] or num_inputs
+        scales = torch.rand(num_outputs, -(-num_inputs // group_size))
+        return fp8_panels(torch.randn(shape).to(torch.float8_e4m3fn), scales, group_size)
     size = BLOCK_TYPES[form].row_bytes(num_inputs)
     return BlockPanels(torch.randint(8, 56, (num_outputs, size), dtype=torch.uint8), form, num_inputs)  # finite scales
 
@@ -81,13 +88,13 @@ def measure(form: str, num_outputs: int, num_inputs: int, all_rows: Sequence[int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help=f"outputs x inputs, repeatable; default: {', '.join(SHAPES)}")
-    parser.add_argument("--formats", help="comma-separated; default: bfloat16, int8, int4 and all types of blocks")
+    parser.add_argument("--formats", help="comma-separated; default: all")
     parser.add_argument("--rows", default=ROWS, help="comma-separated; default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    forms = args.formats.split(",") if args.formats else ["bfloat16", "int8", *INT4_GROUPS, *NUMBERS]
+    forms = args.formats.split(",") if args.formats else ["bfloat16", "int8", *INT4_GROUPS, *FP8_GROUPS, *NUMBERS]
     all_rows = [int(rows) for rows in args.rows.split(",")]
     print(f"{isa()}, {torch.get_num_threads()} threads")
     for shape in args.shape or SHAPES:

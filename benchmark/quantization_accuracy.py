@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from demo_training import skills as demo_skills
 
-SCHEMES = (None, "int8", "int4")
+SCHEMES = (None, "fp8", "int8", "int4")
 
 
 def main() -> None:

@@ -91,13 +91,15 @@ class TransformersAnswers:
     def answer(
         self, prompts: Sequence[str], max_new_tokens: int, stop: tuple[str, ...], on_done: Callable[[], None]
     ) -> list[Reply]:
-        replies: list[Reply] = []
-        for start in range(0, len(prompts), self._batch_size):
-            batch = [self._encode(prompt) for prompt in prompts[start : start + self._batch_size]]
-            for reply in self._continue(batch, max_new_tokens, stop):
-                replies.append(reply)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # so that batches are padded little
+        replies: dict[int, Reply] = {}
+        for start in range(0, len(encoded), self._batch_size):
+            batch = by_length[start : start + self._batch_size]
+            for i, reply in zip(batch, self._continue([encoded[i] for i in batch], max_new_tokens, stop), strict=True):
+                replies[i] = reply
                 on_done()
-        return replies
+        return [replies[i] for i in range(len(encoded))]
 
     def _encode(self, prompt: str) -> list[int]:
         return self._tokenizer(prompt, verbose=False).input_ids

@@ -73,10 +73,14 @@ def about() -> Record:
 
 
 def commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
-    return described.stdout.strip() or "unknown"
+    """Return the commit that is measured. The page of results is no change of it: each section writes its table."""
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/published_models.md")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changes else "")
+
+
+def git(*arguments: str) -> str:
+    """Return what a command prints; empty where this is no clone."""
+    return subprocess.run(["git", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def cpu_name() -> str:

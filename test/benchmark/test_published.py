@@ -248,6 +248,22 @@ def test_a_run_tells_when_its_parts_were_measured() -> None:
     assert told.endswith(" 2026-11-27 20:00 UTC to 2026-11-28 20:00 UTC, A CPU, commit abc:")
 
 
+def test_the_page_of_results_is_no_change_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    page_file, code = tmp_path / "docs" / "published_models.md", tmp_path / "code.py"
+    page_file.parent.mkdir()
+    page_file.write_text("old")
+    code.write_text("old")
+    assert results.commit() == "unknown"
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "First")):
+        results.git(*arguments)
+    page_file.write_text("new")
+    clean = results.commit()
+    code.write_text("new")
+    assert results.commit() == f"{clean}+" and clean == results.git("rev-parse", "--short", "HEAD")
+
+
 BENCH = """
 import json, pathlib, sys
 print("one request failed")
