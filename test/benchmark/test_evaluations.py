@@ -17,6 +17,7 @@ from benchmark.evaluation import EvaluationError, Outcome, Question, Reply, Task
 from benchmark.gsm8k import bench_rtp_llm, gsm8k
 from benchmark.mmlu import mmlu
 from benchmark.server_answers import read_completion
+from benchmark.transformers_answers import TransformersAnswers
 from rtp_llm.tools.bench_serving.async_http import BrokenResponse
 
 GSM8K_ROWS = [
@@ -339,6 +340,23 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(tmp_path: Path, monke
 
 def bench_args() -> Any:
     return argparse.Namespace(data_path=None)
+
+
+def test_prompts_of_like_length_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[str]] = []
+
+    def continued(self: TransformersAnswers, prompts: list[Any], *_: Any) -> list[Reply]:
+        batches.append(["".join(prompt) for prompt in prompts])
+        return [Reply(f"after {text}") for text in batches[-1]]
+
+    monkeypatch.setattr(TransformersAnswers, "_encode", lambda self, prompt: list(prompt))
+    monkeypatch.setattr(TransformersAnswers, "_continue", continued)
+    answerer = TransformersAnswers.__new__(TransformersAnswers)
+    answerer._batch_size = 2
+    done: list[int] = []
+    replies = answerer.answer(["long one", "a", "longest one", "bc", "d"], 1, (), lambda: done.append(1))
+    assert batches == [["a", "d"], ["bc", "long one"], ["longest one"]] and len(done) == 5
+    assert [reply.text.removeprefix("after ") for reply in replies] == ["long one", "a", "longest one", "bc", "d"]
 
 
 def test_answers_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
