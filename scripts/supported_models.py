@@ -12,6 +12,7 @@ import argparse
 import ast
 import json
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "test" / "srt"
 sys.path[:0] = [str(ROOT), str(ROOT / "test" / "helpers")]
+
+import recurrent_fallback
+import transformers
 
 import tiny_models
 from rtp_llm.srt.configs.model_config import is_multimodal_model
@@ -96,11 +100,29 @@ pixels, and answers must be its own, as above. Sound is not taken.
 ## Other architectures
 
 Any other causal language model of transformers runs by transformers' own code, on our cache and in our batches, on one
-rank, if it keeps nothing but keys and values between tokens. The engine checks this after loading, on a few tokens, and
-says what is missing if it refuses. `--model-impl transformers` asks for that code where there is a file here as well.
-[test_fallback.py](../../test/srt/models/test_fallback.py) goes through all causal language models of transformers in
-`make test-all`, and prints what becomes of each. See [how to support a new model](support_new_models.md).
-A model that takes images and has no file here is refused by name. Embedding and reward models are not supported yet.
+rank, if it keeps keys and values, and states that it asks transformers' cache for. The engine checks this after
+loading, on a few tokens, and says what is missing if it refuses. `--model-impl transformers` asks for that code where
+there is a file here as well. [test_fallback.py](../../test/srt/models/test_fallback.py) goes through all causal
+language models of transformers in `make test-all`, and prints what becomes of each. See
+[how to support a new model](support_new_models.md). A model that takes images and has no file here is refused by name.
+Embedding and reward models are not supported yet.
+
+### Models that keep a state
+
+Of the causal language models of transformers {version} that keep a recurrent state, or that of a convolution, these
+{num_agree} agree with transformers in float32 when they run by its code: tiny random checkpoints, one by one, batched,
+in chunks, from a warm cache, in pages, and for a second turn
+([test_fallback_states.py](../../test/srt/models/test_fallback_states.py)).
+
+{agree}
+
+Of these, some agree under a condition:
+
+{notes}
+
+These are refused:
+
+{refused}
 """
 
 
@@ -221,6 +243,11 @@ def page() -> str:
         read_as=_list({name: f"`{other}`" for name, other in gguf.READ_AS.items()}),
         without_gguf=_list(gguf.WITHOUT_GGUF),
         not_said=_list(gguf.NOT_SAID),
+        version=transformers.__version__.rpartition(".")[0],
+        num_agree=len(recurrent_fallback.AGREE),
+        agree=textwrap.fill(", ".join(f"`{name}`" for name in recurrent_fallback.AGREE), 120),
+        notes=_list(recurrent_fallback.NOTES),
+        refused=_list(recurrent_fallback.REFUSED),
     )
 
 

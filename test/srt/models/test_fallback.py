@@ -37,8 +37,8 @@ NEW_TOKENS = 8
 TOLERANCE = 1e-3  # of log-probabilities
 SECONDS_PER_ARCHITECTURE = 180
 MOST_PARAMETERS = 100e6
-# What refusals for a recurrent state (or a convolution's), an encoder, or ALiBi say.
-STATE = ("linear_attention", "conv", "hybrid", "recurrent", "cross-attention", "ALiBi")
+# What refusals for a state of another kind, an encoder, or ALiBi say.
+STATE = ("of type", "recurrent", "cross-attention", "ALiBi", "an index")
 
 # Sizes that tiny_models has no need of.
 SIZES = _TINY_SIZES | dict(
@@ -251,7 +251,7 @@ def test_a_model_that_looks_at_other_tokens_is_refused(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("architecture", "overrides", "reason"),
     [
-        ("MambaForCausalLM", {}, "layers of type linear_attention, whose state is not kept"),
+        ("InklingForCausalLM", {}, "attention is given position_bias, which ours does not know"),
         ("Llama4ForCausalLM", {}, "chunked"),
         ("BloomForCausalLM", {}, "ALiBi"),
         ("GPTJForCausalLM", {}, "computes attention by itself"),
@@ -269,10 +269,10 @@ def test_refuses_and_says_what_is_missing(
 
 
 def test_auto_says_why_transformers_cannot_step_in_either(tmp_path: Path) -> None:
-    make_tiny("MambaForCausalLM", tmp_path)
+    make_tiny("BartForCausalLM", tmp_path, decoder_layers=2, decoder_attention_heads=4)
     with (
         pytest.raises(
-            UnknownArchitectureError, match=r"no model for .*(.|\n)*Nor can it run through transformers.*state"
+            UnknownArchitectureError, match=r"no model for .*(.|\n)*Nor can it run through transformers.*an encoder"
         ),
         served(tmp_path, model_impl="auto"),
     ):

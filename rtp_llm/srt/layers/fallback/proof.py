@@ -1,21 +1,23 @@
 """The check after loading: logits of two sequences, computed plainly and in pieces through our cache, are compared."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
 from rtp_llm.srt.attention.torch import TorchAttention
-from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
+from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, StateWave
 from rtp_llm.srt.kv_pool import KVPool
 from rtp_llm.srt.layers.fallback.masks import UnservableModelError
+from rtp_llm.srt.state_pool import StatePool
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Lengths of the two sequences, and the ends of the pieces that they are computed in.
-CHECKED_LENS = (11, 8)
-CHECKED_PIECES = ((5, 3), (10, 6), (11, 8))
+CHECKED_LENS = (12, 9)
+CHECKED_PIECES = ((5, 3), (10, 6), (11, 8), (12, 9))
 # Relative difference of a token's logits that is more than rounding. In 16 bits, near ties of a router may go either
 # way, which changes a few tokens much: there it holds for the median of each piece.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -37,8 +39,12 @@ def check_batch(
     ends: tuple[int, ...],
     pool: KVPool,
     attention: TorchAttention,
+    state_pool: StatePool | None = None,
 ) -> ForwardBatch:
-    """Make a batch of tokens [start, end) of each sequence; their slots follow one another, from page 1 on."""
+    """Make a batch of tokens [start, end) of each sequence; their slots follow one another, from page 1 on.
+
+    Sequence i has the states of slot i + 1.
+    """
     device = sequences[0].device
 
     def tensor(values: Iterable[int]) -> torch.Tensor:
@@ -68,7 +74,17 @@ def check_batch(
         kv_pool=pool,
         attn_backend=attention,
         sample_rows=tensor([]),
+        state_pool=state_pool,
+        state_waves=[] if state_pool is None else [_wave(starts, counts, device)],
     )
+
+
+def _wave(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> StateWave:
+    store = range(1, len(starts) + 1)
+    load = [slot if start else 0 for slot, start in zip(store, starts, strict=True)]
+    bounds = [0, *accumulate(counts)]
+    tensors = [torch.tensor(values, device=device) for values in (load, [*store], bounds)]
+    return StateWave(tensors[0], tensors[1], tensors[2], bounds)
 
 
 def compare(expected: list[torch.Tensor], ours: list[torch.Tensor], dtype: torch.dtype) -> None:
