@@ -44,6 +44,10 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, 
 }
 MODELS = {
     "model olmo": ("OlmoForCausalLM", SIZES | {"clip_qkv": 1.5}),
+    "model mamba": (
+        "MambaForCausalLM",
+        {"hidden_size": 48, "intermediate_size": 96, "state_size": 10, "num_hidden_layers": 3, "vocab_size": 131},
+    ),
     "model helium": ("HeliumForCausalLM", SIZES | {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
 }
 CHECKPOINTS: dict[str, Callable[[Path], str]] = {  # what DIR is in blocks that are run, by their mark
