@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,14 +98,19 @@ def _text_of(file: Path) -> str:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Return the processor's features by Linux's names (``avx2``, ``avx512_bf16``); empty on other systems."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
-    try:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return frozenset()  # not Linux
+    """Return the processor's features by Linux's names (``avx2``, ``avx512_bf16``; on ARM ``asimddp``, ``bf16``)."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return _flags_of_apple()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text_of(ROOT / "proc/cpuinfo"), re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
+
+
+def _flags_of_apple() -> frozenset[str]:
+    """Of macOS's answers, such as ``hw.optional.arm.FEAT_BF16: 1``, those that kernels are compiled for."""
+    names = {"FEAT_DotProd": "asimddp", "FEAT_BF16": "bf16"}
+    command = ["/usr/sbin/sysctl", *(f"hw.optional.arm.{name}" for name in names)]
+    answer = subprocess.run(command, capture_output=True, text=True).stdout  # without lines for what it does not know
+    return frozenset(names[name] for name in re.findall(r"^hw\.optional\.arm\.(\w+): 1$", answer, re.MULTILINE))
 
 
 def host_memory_bytes() -> tuple[int, int]:

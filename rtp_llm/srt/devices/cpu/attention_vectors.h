@@ -169,6 +169,9 @@ INLINE void sums(const vec (&x)[4], float* out) {
     __m256 ab = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), cd = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
     __m256 halves = _mm256_hadd_ps(ab, cd);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#elif defined(__aarch64__)
+    float32x4_t ab = vpaddq_f32((float32x4_t)x[0], (float32x4_t)x[1]);
+    vst1q_f32(out, vpaddq_f32(ab, vpaddq_f32((float32x4_t)x[2], (float32x4_t)x[3])));
 #else
     for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
 #endif

@@ -1,7 +1,7 @@
 // Common parts of all CPU kernels: number formats, and vectors of float32 as wide as the machine's.
 //
-// A kernel file is compiled for one instruction set; __AVX512BF16__, __AVX512F__, __AVX2__ or none of them shows which.
-// All code below is correct for each of them; the vectors are GCC's vector extensions, which Clang has, too.
+// A kernel file is compiled for one instruction set; __AVX512BF16__, __AVX512F__, __AVX2__ or none of them shows which,
+// and __ARM_FEATURE_DOTPROD and __ARM_FEATURE_BF16_VECTOR_ARITHMETIC on AArch64, where vectors are NEON's anyway. All code below is correct for each of them; the vectors are GCC's vector extensions, which Clang has, too.
 #pragma once
 
 #include <omp.h>
@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define KERNEL extern "C" __attribute__((visibility("default")))
@@ -77,6 +79,8 @@ static INLINE vec load(const bf16* p) {
 #if defined(__AVX512F__)  // GCC 12 would take the register in two halves
     __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__aarch64__)
+    return (vec)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16);
 #else
     hvec half = *reinterpret_cast<const hvec_unaligned*>(p);
     return (vec)(__builtin_convertvector(half, ivec) << 16);
@@ -89,6 +93,9 @@ static INLINE void store(bf16* p, vec x) {
 #if defined(__AVX512BF16__)
     __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(p, &rounded, 32);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    bfloat16x4_t rounded = vcvt_bf16_f32((float32x4_t)x);
+    std::memcpy(p, &rounded, 8);
 #else
     ivec bits = (ivec)x;
     ivec rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -109,6 +116,8 @@ static INLINE vec min(vec a, vec b) {
 static INLINE float sum(vec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__aarch64__)
+    return vaddvq_f32((float32x4_t)x);
 #else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];

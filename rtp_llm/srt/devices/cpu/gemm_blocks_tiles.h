@@ -19,7 +19,8 @@ constexpr int LEAST_AHEAD = 4096;         // bytes: distance of the prefetch, bu
 template <class T>
 struct Weights {
     static constexpr int PARTS = T::HALVES ? 2 : 1;  // of a run, with a scale each
-    static constexpr int OFFSET = T::SIGNED && HAVE_DOT ? 128 : T::OFFSET;
+    static constexpr bool SHIFTED = T::SIGNED && HAVE_DOT && !DOT_OF_SIGNED;  // by 128, to be unsigned
+    static constexpr int OFFSET = SHIFTED ? 128 : T::OFFSET;
 
     ivec units[UNITS], magnitudes[UNITS];
     vec scales[PARTS], minima[PARTS];
@@ -28,7 +29,7 @@ struct Weights {
         for (int u = 0; u < UNITS; u++) {
             units[u] = T::unit(block, run, u, v);
             if (T::SIGNED && !HAVE_DOT) magnitudes[u] = magnitudes_of(units[u]);
-            if (T::SIGNED && HAVE_DOT) units[u] ^= int32_t(0x80808080);
+            if (SHIFTED) units[u] ^= int32_t(0x80808080);
         }
         for (int part = 0; part < PARTS; part++) {
             scales[part] = T::scale(block, run, part, v);

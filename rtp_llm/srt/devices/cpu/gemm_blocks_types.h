@@ -79,6 +79,8 @@ struct alignas(16) Table {
 #elif defined(__AVX2__)
         __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(values)));
         return (ivec)_mm256_shuffle_epi8(table, (__m256i)indices);
+#elif defined(__aarch64__)
+        return (ivec)vqtbl1q_s8(vld1q_s8(values), (uint8x16_t)indices);
 #else
         uint8_t bytes[sizeof indices];
         std::memcpy(bytes, &indices, sizeof indices);

@@ -34,6 +34,8 @@ INLINE ivec larger(ivec a, ivec b) { return a > b ? a : b; }
 INLINE int32_t largest(ivec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(__aarch64__)
+    return vmaxvq_s32((int32x4_t)x);
 #else
     int32_t most = x[0];
     for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
@@ -44,6 +46,8 @@ INLINE int32_t largest(ivec x) {
 INLINE int32_t sum(ivec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__aarch64__)
+    return vaddvq_s32((int32x4_t)x);
 #else
     int32_t total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];

@@ -107,6 +107,8 @@ INLINE ivec nearest(vec x) {
     return (ivec)_mm512_cvtps_epi32((__m512)x);
 #elif defined(__AVX2__)
     return (ivec)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__aarch64__)
+    return (ivec)vcvtnq_s32_f32((float32x4_t)x);
 #else
     return (ivec)(x + 12582912.0f) - (ivec)splat(12582912.0f);
 #endif

@@ -11,7 +11,8 @@ namespace {
 
 // Of rows: two bfloat16, or both in float32, so that rows are widened once (weights are in registers). In a tile of few
 // rows, whose time is that of reading weights, rows should not need the nearest cache for themselves.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAVE_DOT_OF_BF16
 typedef uint32_t Unit;
 constexpr int ROWS_OF_PAIRS = ROWS;
 #else
@@ -39,6 +40,8 @@ INLINE vec second_of(ivec pair) { return (vec)(pair & int32_t(0xffff0000)); }
 INLINE vec add_pair(vec sum, uint32_t x, ivec pair) {
 #if defined(__AVX512BF16__)
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(int(x)));
+#elif defined(HAVE_DOT_OF_BF16)
+    return (vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)pair, (bfloat16x8_t)vdupq_n_u32(x));
 #else
     sum += first_of(ivec{} + int32_t(x)) * first_of(pair);
     return sum + second_of(ivec{} + int32_t(x)) * second_of(pair);
@@ -54,7 +57,7 @@ INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w
     }
 }
 
-#if !defined(__AVX512BF16__)
+#if !defined(HAVE_DOT_OF_BF16)
 INLINE vec add_pair(vec sum, Unit x, ivec pair) {
     sum += splat(x.first) * first_of(pair);
     return sum + splat(x.second) * second_of(pair);
@@ -75,10 +78,11 @@ INLINE void add_unit(vec (&sums)[R][COUNT], const Unit* x, const uint32_t* w) {
 
 // ---- four inputs as bytes
 
-// Whether one instruction adds the products of unsigned and signed bytes; if not, products of neighbours are added in 16
-// bits, for which one factor must be small or both have their signs apart.
+// Whether one instruction adds the products of bytes; if not, products of neighbours are added in 16 bits, for which one
+// factor must be small or both have their signs apart. On x86-64 one factor is unsigned; on ARM both are signed, so that
+// an unsigned one must be below 128.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool HAVE_DOT = true;
+constexpr bool HAVE_DOT = true, DOT_OF_SIGNED = false;
 
 INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
 #if defined(__AVX512F__)
@@ -89,8 +93,14 @@ INLINE ivec add_bytes(ivec sum, ivec unsigned_bytes, ivec signed_bytes) {
     return (ivec)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)unsigned_bytes, (__m256i)signed_bytes);
 #endif
 }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr bool HAVE_DOT = true, DOT_OF_SIGNED = true;
+
+INLINE ivec add_bytes(ivec sum, ivec a, ivec b) {
+    return (ivec)vdotq_s32((int32x4_t)sum, (int8x16_t)a, (int8x16_t)b);
+}
 #else
-constexpr bool HAVE_DOT = false;
+constexpr bool HAVE_DOT = false, DOT_OF_SIGNED = false;
 
 INLINE ivec add_bytes(ivec sum, ivec, ivec) { return sum; }  // not called
 #endif
@@ -139,9 +149,9 @@ INLINE ivec widened(svec sums) {
 
 // ---- a unit of four inputs as bytes, times weights of 8 bits
 
-// Of rows: four bytes, with HAVE_DOT plus 128, since one factor is unsigned; or all in 16 bits, whose products are added
+// Of rows: four bytes, plus 128 where one factor of HAVE_DOT is unsigned; or all in 16 bits, whose products are added
 // without another step. In a tile of few rows, bytes: as with Unit.
-constexpr int OFFSET_OF_BYTES = HAVE_DOT ? 128 : 0;
+constexpr int OFFSET_OF_BYTES = HAVE_DOT && !DOT_OF_SIGNED ? 128 : 0;
 constexpr int ROWS_OF_FOURS = HAVE_DOT ? ROWS : 2;
 
 struct Shorts {

@@ -38,7 +38,11 @@ X86_64: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2_vnni": (("avx2", "fma", "f16c", "avx_vnni"), ("-mavx2", "-mfma", "-mf16c", "-mavxvnni")),
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
 }
-ISAS = X86_64 | {PORTABLE: ((), ())}
+AARCH64: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "neon_bf16": (("asimddp", "bf16"), ("-march=armv8.2-a+dotprod+bf16",)),
+    "neon_dot": (("asimddp",), ("-march=armv8.2-a+dotprod",)),
+}
+ISAS = X86_64 | AARCH64 | {PORTABLE: ((), ())}
 WELCOME = ("avx512vbmi",)  # flags that kernels for AVX-512 make use of where the processor has them
 
 
@@ -103,7 +107,7 @@ def compile_all(compiler: Sequence[str], folder: Path, machine: str, jobs: int) 
 
 
 def _sets_of(machine: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    return {"x86_64": X86_64, "AMD64": X86_64}.get(machine, {})
+    return {"x86_64": X86_64, "aarch64": AARCH64}.get(machine, {})
 
 
 def compile_carried(compiler: Sequence[str], folder: Path, name: str, target: str, welcome: tuple[str, ...]) -> Path:

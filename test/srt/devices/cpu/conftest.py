@@ -1,17 +1,18 @@
-"""Every instruction set that this machine has, in turn."""
+"""Every instruction set that this machine has or can emulate, in turn."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from emulated import instruction_sets, use
 from rtp_llm.srt.devices.cpu import build
 
 
-@pytest.fixture(params=build.supported_isas() if build.compiler() else [])
+@pytest.fixture(params=instruction_sets())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernels are those of this instruction set. A test module names what keeps functions in ``FUNCTIONS``."""
-    monkeypatch.setattr(build, "isa", lambda: request.param)
     caches = [build.load, *request.module.FUNCTIONS]
+    use(request.param, monkeypatch)
     for cached in caches:
         cached.cache_clear()
     yield request.param

@@ -1,7 +1,6 @@
 """Attention over a paged cache, and its writing: every instruction set against plain torch, on random shapes."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,18 +16,7 @@ pytestmark = needs_compiler
 KINDS = [(activations, stored) for activations, several in attention.STORED.items() for stored in several]
 CACHED = [0, 1, 5, 31, 63, 200, 700]
 NEW = [1, 1, 1, 2, 9, 70]
-
-
-@pytest.fixture(params=build.supported_isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels are those of this instruction set."""
-    monkeypatch.setenv("RTP_LLM_CPU_ISA", request.param)
-    caches = (build.isa, build.load, attention._kernel)
-    for cached in caches:
-        cached.cache_clear()
-    yield request.param
-    for cached in caches:
-        cached.cache_clear()
+FUNCTIONS = [attention._kernel]
 
 
 @dataclass

@@ -4,23 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rtp_llm.srt.devices.cpu import binding, build, elementwise, linear
+from rtp_llm.srt.devices.cpu import build, elementwise, linear
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 24, 25, 61, 205)
 SHAPES = ((1, 1), (33, 7), (100, 77), (96, 64), (64, 172), (130, 258), (640, 40))
-
-
-@pytest.fixture(params=build.supported_isas())
-def isa(request, monkeypatch):
-    """Kernels are those of this instruction set."""
-    original = build.load
-    monkeypatch.setattr(binding.build, "load", lambda name: original(name, request.param))
-    for bound in (linear._function, elementwise._function):
-        bound.cache_clear()
-    yield request.param
-    for bound in (linear._function, elementwise._function):
-        bound.cache_clear()
+FUNCTIONS = [linear._function, elementwise._function]
 
 
 @pytest.fixture
