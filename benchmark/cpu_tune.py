@@ -126,26 +126,41 @@ def best_limit(ratios: dict[int, float]) -> int:
     return max((0, *ratios), key=gain)
 
 
-def with_line(text: str, target: str, limits: list[int]) -> str:
+def limits_of(text: str, target: str) -> list[int]:
+    """Return the line of one instruction set in the table's text."""
+    return [int(number) for number in _line(text, target)[1].split(",")]
+
+
+def with_limits(text: str, target: str, limits: list[int]) -> str:
     """Return the table's text with the line of one instruction set replaced."""
-    line = f"    {', '.join(map(str, limits))}  // {target}\n"
-    text, count = re.subn(rf"^ .*// {re.escape(target)}\n", line, text, flags=re.MULTILINE)
-    if count != 1:
-        raise ValueError(f"{TABLE} has {count} lines of {target}, not one")
-    return text
+    start, end = _line(text, target).span(1)
+    return f"{text[:start]}{', '.join(map(str, limits))}{text[end:]}"
+
+
+def _line(text: str, target: str) -> re.Match[str]:
+    found = list(re.finditer(rf"^    (.*)  // {re.escape(target)}$", text, re.MULTILINE))
+    if len(found) != 1:
+        raise ValueError(f"{TABLE} has {len(found)} lines of {target}, not one")
+    return found[0]
 
 
 def tune() -> None:
-    """Measure all choices under this instruction set, print them and write their limits."""
+    """Measure all choices under this instruction set, print them and write their limits.
+
+    With one thread, which other work on the machine hardly disturbs, PREPARE_ALONE stays as it is.
+    """
     print(f"{isa()}, {torch.get_num_threads()} threads: times as fast is the first way, by rows\n")
     print(f"| | up to | {' | '.join(map(str, ROWS))} |\n|---|---|{'---|' * len(ROWS)}", flush=True)
-    limits = []
-    for choice in CHOICES:
+    text = TABLE.read_text(encoding="utf-8")
+    limits = limits_of(text, isa())
+    for place, choice in enumerate(CHOICES):
+        if choice == "PREPARE_ALONE" and torch.get_num_threads() == 1:
+            continue
         ratios = measure(choice)
-        limits.append(best_limit(ratios))
+        limits[place] = best_limit(ratios)
         cells = (f"{ratios[rows]:.2f}" if rows in ratios else "" for rows in ROWS)
-        print(f"| {choice} | {limits[-1]} | {' | '.join(cells)} |", flush=True)
-    TABLE.write_text(with_line(TABLE.read_text(encoding="utf-8"), isa(), limits), encoding="utf-8")
+        print(f"| {choice} | {limits[place]} | {' | '.join(cells)} |", flush=True)
+    TABLE.write_text(with_limits(text, isa(), limits), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 #include "gemm_blocks_rows.h"
 #include "gemm_blocks_types.h"
 
+#include <utility>
+
 namespace {
 
 constexpr int UNITS = RUN / 4;            // of a run
@@ -144,14 +146,6 @@ INLINE void add_rows(const Weights<T>* w, const Run* x, int run, const Sums& to,
 
 template <class T>
 INLINE void add_run(const Run* x, int rows, const uint8_t* block, int run, const Sums& sums) {
-    if (rows == 1) {
-        for (int v = 0; v < VECS; v++) {
-            Weights<T> w;
-            w.read(block, run, v);
-            add_rows<T, 1, 1>(&w, x, run, sums, 0, v);
-        }
-        return;
-    }
     for (int v = 0; v < VECS; v += TOGETHER) {
         Weights<T> w[TOGETHER];
         for (int i = 0; i < TOGETHER; i++) w[i].read(block, run, v + i);
@@ -162,17 +156,45 @@ INLINE void add_run(const Run* x, int rows, const uint8_t* block, int run, const
     }
 }
 
+// Asks for the bytes of a run of the weights that is needed later.
+template <class T>
+INLINE void ahead_of(const uint8_t* block, int run) {
+    constexpr int BLOCK_BYTES = T::BYTES * PANEL, RUN_BYTES = BLOCK_BYTES * RUN / T::INPUTS;
+    constexpr int AHEAD = BLOCK_BYTES > LEAST_AHEAD ? BLOCK_BYTES : LEAST_AHEAD;
+    for (int at = 0; at < RUN_BYTES; at += 64) __builtin_prefetch(block + run * RUN_BYTES + AHEAD + at, 0, 2);
+}
+
+// A block times a single row: unpacking takes most of the time. Runs are unrolled, so that shifts are by constants.
+template <class T, int... RUNS>
+INLINE void add_block_to_row(const Run* x, const uint8_t* block, const Sums& sums, std::integer_sequence<int, RUNS...>) {
+    auto add = [&](auto run) __attribute__((always_inline)) {
+        ahead_of<T>(block, run);
+#pragma GCC unroll 1
+        for (int v = 0; v < VECS; v++) {
+            Weights<T> w;
+            w.read(block, run, v);
+            add_rows<T, 1, 1>(&w, x + run, run, sums, 0, v);
+        }
+        asm volatile("" : : : "memory");  // otherwise all runs' bytes would be asked for and read first
+    };
+    (add(std::integral_constant<int, RUNS>{}), ...);
+}
+
 // blocks: of one output.
 template <class T>
 void tile_blocks(const Run* x, int rows, const uint8_t* panel, int64_t blocks, const Sums& given) {
-    constexpr int BLOCK_BYTES = T::BYTES * PANEL, RUNS = T::INPUTS / RUN, RUN_BYTES = BLOCK_BYTES / RUNS;
-    constexpr int AHEAD = BLOCK_BYTES > LEAST_AHEAD ? BLOCK_BYTES : LEAST_AHEAD;
+    constexpr int BLOCK_BYTES = T::BYTES * PANEL, RUNS = T::INPUTS / RUN;
     const Sums sums = given;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECS; v++) sums.sums[r][v] = vec{};
+    if (rows == 1) {
+        for (int64_t b = 0; b < blocks; b++, panel += BLOCK_BYTES, x += RUNS)
+            add_block_to_row<T>(x, panel, sums, std::make_integer_sequence<int, RUNS>{});
+        return;
+    }
     for (int64_t b = 0; b < blocks; b++, panel += BLOCK_BYTES)
         for (int run = 0; run < RUNS; run++, x += rows) {
-            for (int at = 0; at < RUN_BYTES; at += 64) __builtin_prefetch(panel + run * RUN_BYTES + AHEAD + at, 0, 2);
+            ahead_of<T>(panel, run);
             add_run<T>(x, rows, panel, run, sums);
         }
 }

@@ -18,13 +18,13 @@ enum Choice {
 
 constexpr int64_t ROWS_OF_CHOICE[] = {
 #if defined(__AVX512BF16__)
-    48, 48, 48, 4, 192  // avx512_bf16
+    16, 16, 8, 4, 96  // avx512_bf16
 #elif defined(__AVX512F__)
-    48, 48, 48, 4, 192  // avx512
+    8, 8, 6, 4, 192  // avx512
 #elif defined(__AVXVNNI__)
-    2, 2, 2, 4, 96  // avx2_vnni
+    6, 4, 6, 4, 96  // avx2_vnni
 #elif defined(__AVX2__)
-    2, 2, 2, 4, 96  // avx2
+    6, 4, 6, 4, 96  // avx2
 #else
     2, 2, 2, 4, 96  // portable
 #endif
