@@ -20,7 +20,6 @@ from rtp_llm.srt.engine.start import start_core_process
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.utils.transformers_imports import hide_torch
 from rtp_llm.tools.bench_profile import options as profile_options
-from rtp_llm.tools.bench_serving import command as bench_serving
 from rtp_llm.tools.bench_serving import options as bench_options
 from rtp_llm.tools.chat.command import run_chat
 from rtp_llm.tools.chat.engine_backend import announce_demo
@@ -239,6 +238,12 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(PROFILE_FLAG, action="store_true", help=text)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from rtp_llm.tools.bench_serving.command import run  # an HTTP client and numpy, only needed here
+
+    return run(args)
+
+
 def _profile(args: argparse.Namespace) -> int:
     from rtp_llm.tools.bench_profile.command import run_profile  # torch, only needed here
 
@@ -277,7 +282,7 @@ COMMANDS = (
     Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
     Command("chat", "Talk to a model in the terminal.", _add_chat_flags, _chat),
     Command("models", "List the supported model architectures.", _add_models_flags, run_models),
-    Command("bench", "Put load on a server, and print its figures.", _add_bench_flags, bench_serving.run),
+    Command("bench", "Put load on a server, and print its figures.", _add_bench_flags, _bench),
     Command(
         f"bench {PROFILE_FLAG}", "Show where a step's time goes, part by part.", profile_options.add_cli_args, _profile
     ),

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp.http import HttpProcessingError
 
+from rtp_llm.tools.bench_serving.errors import BrokenResponse, RequestFailed, error_message
+
 KEPT_S = 4.0  # an idle connection; less than the 5 s after which uvicorn and others close it
 MAX_SHOWN_CHARS = 300
 LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -21,14 +23,6 @@ OnEvent = Callable[[str, float], None]  # (an event's data, time.perf_counter() 
 
 class BadAddress(ValueError):
     """The text is not a server's address."""
-
-
-class RequestFailed(Exception):
-    """A request got no complete answer; the message says why."""
-
-
-class BrokenResponse(RequestFailed):
-    """The answer is not valid HTTP, or not a valid event stream."""
 
 
 class HttpClient:
@@ -171,14 +165,6 @@ class SseDecoder:
             return data.decode()
         except UnicodeDecodeError:
             raise BrokenResponse(f"an event is not UTF-8: {_shown(data)}") from None
-
-
-def error_message(value: Any) -> str:
-    """Return the message of an error object, in OpenAI's form or another."""
-    for key in ("error", "message", "detail"):
-        if isinstance(value, dict) and value.get(key):
-            return error_message(value[key])
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _is_address(text: str) -> bool:

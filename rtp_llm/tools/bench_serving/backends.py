@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rtp_llm.tools.bench_serving.async_http import BrokenResponse, RequestFailed, error_message
+from rtp_llm.tools.bench_serving.errors import BrokenResponse, RequestFailed, error_message
 
 END_OF_STREAM = "[DONE]"
 

@@ -101,8 +101,16 @@ class Reused:
     def _make_room(self, num_bytes: int) -> None:
         held = sum(size * len(pieces) for size, pieces in self._pieces.items())
         if self._most_bytes is not None and held + num_bytes > self._most_bytes:
-            for pieces in self._pieces.values():
-                pieces[:] = [piece for piece in pieces if not _is_free(piece)]
+            self._drop_unused()
+
+    def give_back(self) -> None:
+        """Give unused pieces back to the system."""
+        with self._lock:
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        for pieces in self._pieces.values():
+            pieces[:] = [piece for piece in pieces if not _is_free(piece)]
 
 
 def _is_free(piece: torch.UntypedStorage) -> bool:
@@ -115,7 +123,7 @@ def _rounded_up(num_bytes: int) -> int:
     return max(1, -(-num_bytes // step)) * step
 
 
-_results = Reused(KEPT_BYTES)
+results = Reused(KEPT_BYTES)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -126,7 +134,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
     if math.prod(shape) * dtype.itemsize < LEAST_REUSED_BYTES or binding.are_noted():
         return torch.empty(shape, dtype=dtype)  # a recording manages its own memory
-    return _results.empty(shape, dtype)
+    return results.empty(shape, dtype)
 
 
 def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:
