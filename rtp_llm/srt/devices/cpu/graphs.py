@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cpu.binding import noted_calls
-from rtp_llm.srt.devices.cpu.memory import Reused, results
+from rtp_llm.srt.devices.cpu.memory import Reused, give_back_results
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.model_traits import ReplaysForward
@@ -108,7 +108,7 @@ class CpuGraphs(StepRecorder):
         return [*own, *self._attn_backend.step_tensors()]
 
     def _record(self, batch: ForwardBatch) -> "CpuGraph":
-        results.give_back()  # those of this kind's steps, which use a graph's memory from now on
+        give_back_results()  # those of this kind's steps, which use a graph's memory from now on
         batch = dataclasses.replace(batch, mm_inputs=None)
         for field, tensor in _fields_of_step(batch):
             setattr(batch, field, tensor.clone())

@@ -123,7 +123,7 @@ def _rounded_up(num_bytes: int) -> int:
     return max(1, -(-num_bytes // step)) * step
 
 
-results = Reused(KEPT_BYTES)
+_results = Reused(KEPT_BYTES)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -134,7 +134,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
     if math.prod(shape) * dtype.itemsize < LEAST_REUSED_BYTES or binding.are_noted():
         return torch.empty(shape, dtype=dtype)  # a recording manages its own memory
-    return results.empty(shape, dtype)
+    return _results.empty(shape, dtype)
+
+
+def give_back_results() -> None:
+    """Give memory of results that no tensor uses back to the system."""
+    _results.give_back()
 
 
 def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:

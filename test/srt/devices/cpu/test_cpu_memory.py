@@ -104,6 +104,16 @@ def test_memory_of_other_sizes_is_given_back():
     assert [tensor.unique().tolist() for tensor in kept] == [[0], [1], [2], [3]]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_not_used_is_given_back_when_asked():
+    memory = Reused()
+    used, before = memory.empty((30 << 20,), torch.uint8).fill_(1), mapped_bytes()
+    memory.empty((50 << 20,), torch.uint8)
+    assert mapped_bytes() - before >= 50 << 20
+    memory.give_back()
+    assert mapped_bytes() - before < 1 << 20 and used.unique().tolist() == [1]
+
+
 def test_results_of_kernels_are_large_ones_of_it(monkeypatch):
     monkeypatch.setattr(memory, "_results", Reused())
     weight = torch.ones(1024).bfloat16()
