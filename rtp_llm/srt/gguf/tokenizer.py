@@ -8,7 +8,7 @@ BPE), ``llama`` (sentencepiece's BPE), ``gemma4`` (BPE in characters), ``t5`` (s
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,25 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     vocabulary = read_vocabulary(metadata)
     tokenizer = make_tokenizer(vocabulary, str(metadata.get("general.name", "")))
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    settings = json.dumps(_settings(vocabulary), ensure_ascii=False, indent=2)
-    (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+    settings = _settings(vocabulary)
+    settings["added_tokens_decoder"] = _named_tokens(tokenizer, {settings.get(f"{name}_token") for name in _NAMED})
+    text = json.dumps(settings, ensure_ascii=False, indent=2)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     for name, template in _chat_templates(metadata).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(template, encoding="utf-8")
+
+
+def _named_tokens(tokenizer: Tokenizer, names: Set[str | None]) -> dict[int, dict[str, Any]]:
+    """Return what tokenizer_config.json says of the tokens that it names, by id. Without that, transformers parses all
+    of tokenizer.json in Python, beside the library that reads it: seconds and 150 MB for 262,144 tokens."""
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {
+        token_id: {name: getattr(token, name) for name in fields}
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.content in names
+    }
 
 
 def make_tokenizer(vocabulary: Vocabulary, model_name: str = "") -> Tokenizer:
