@@ -33,6 +33,7 @@ class EngineCore:
         on_progress: Callable[[int, int], None] | None = None,
         on_admission: Callable[[list[str]], None] | None = None,
         executor: Executor | None = None,
+        on_loaded: Callable[[], None] | None = None,
     ) -> None:
         """Load the model and reserve the cache.
 
@@ -40,6 +41,7 @@ class EngineCore:
             on_progress: called with (bytes loaded, bytes in all) while weights are read.
             on_admission: called with the rids of requests that the workers see for the first time in the next step.
             executor: used instead of the one that ``server_args`` asks for.
+            on_loaded: called once the weights are loaded, before the cache takes memory.
         """
         self._args = server_args
         self._link = link
@@ -55,6 +57,8 @@ class EngineCore:
         )
         try:
             loaded = self.executor.load(on_progress)
+            if on_loaded is not None:
+                on_loaded()
             self.states, self.capacity = self._plan_memory(loaded, model_config, free_bytes)
             self.scheduler = self._make_scheduler(loaded, model_config)
             self.executor.init_cache(

@@ -59,8 +59,9 @@ def _run(orders: Orders, pipe: Connection) -> None:
         link,
         on_progress=lambda done, total: send(pipe, ("progress", (done, total))),
         on_admission=lambda rids: send(pipe, ("running", rids)),
+        on_loaded=give_back_once,
     )
-    give_back_once()
+    gc.collect()
     gc.freeze()  # these objects stay for good: full collections need not traverse them again and again
     drop_library_pages()  # what loading needed
     try:

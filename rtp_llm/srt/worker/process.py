@@ -16,7 +16,7 @@ from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.plan import StepPlan, StepResult
-from rtp_llm.srt.utils.freed_memory import drop_library_pages
+from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_once
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.step import WorkerStep
@@ -102,6 +102,7 @@ def _serve(parent: Parent) -> None:
     _join(config, init_method, timeout_s)
     drop_library_pages()  # before the weights come
     worker = Worker(config, lambda done, total: parent.send("progress", (done, total)))
+    give_back_once()  # what loading needed, before the cache takes memory
     parent.send("result", worker.loaded())
     server = RankServer(worker, config.rank)
     while True:

@@ -13,7 +13,6 @@ from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.layers.logits_processor import Logprobs
 from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult
-from rtp_llm.srt.utils.freed_memory import give_back_once
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
@@ -109,7 +108,6 @@ class Worker:
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)
-        give_back_once()  # what loading needed, before the cache takes memory
         self._vocab_size = config.model_config.vocab_size
         self._profiler = Profiler(config.rank, self._provider.activities)
 
