@@ -2,11 +2,13 @@
 
     python benchmark/make_checkpoint.py --size 0.6b --dtype bfloat16 --out checkpoint
     python benchmark/startup.py --model-path checkpoint
+    python benchmark/startup.py --model-path checkpoint --first -- --quantization int8
 
 Starts `rtp-llm serve` on a free port of this machine, waits until the port is open, until the server is ready, and for
 the first token of a streamed request; prints the seconds of each phase. Meanwhile the memory of all its processes is
 summed up (proportional set size: what processes share is counted once) every --sample-s seconds. Afterwards the server
-is stopped. With --rounds the first round also warms up the file cache and the kernels' cache.
+is stopped. With --rounds the first round also warms up the file cache and the kernels' cache; with --first it is that
+of a machine that has never run this program: kernels are compiled, and weight files are read from the disk.
 """
 
 import argparse
@@ -142,6 +144,13 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
+def drop_from_memory(model_path: str) -> None:
+    """Make the system forget the weight files that it keeps in memory, as far as it can."""
+    for file in Path(model_path).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def weight_bytes(model_path: str) -> int:
     return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
 
@@ -191,13 +200,18 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--first", action="store_true", help="begin as on a machine that has never run this program")
     parser.add_argument("--sample-s", type=float, default=0.05, help="time between two looks at the memory")
     parser.add_argument("server_args", nargs="*", help="further arguments of the server, after --")
     args = parser.parse_args()
-    for number in range(1, args.rounds + 1):
-        print(f"round {number}:")
-        with tempfile.TemporaryDirectory() as folder:
-            measure(args, Path(folder))
+    with tempfile.TemporaryDirectory() as kernels:
+        if args.first:
+            os.environ["RTP_LLM_KERNEL_CACHE"] = kernels
+            drop_from_memory(args.model_path)
+        for number in range(1, args.rounds + 1):
+            print("first start:" if args.first and number == 1 else f"round {number}:", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                measure(args, Path(folder))
 
 
 if __name__ == "__main__":
