@@ -1,10 +1,12 @@
 """Which processors and how many of them compute: told by trees of files as the system has them."""
 
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from rtp_llm.srt import platform
+from rtp_llm.srt.devices.cpu import build
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -82,3 +84,28 @@ def test_a_container_has_a_share_of_the_processors(tmp_path: Path, files: dict[s
 def test_less_than_a_processor_is_one_thread(tmp_path: Path) -> None:
     root = write(tmp_path, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "20000 100000"})
     assert platform.compute_cores(range(4), root) == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "isas"),
+    [
+        ("Features\t: fp asimd evtstrm aes asimdhp asimddp sve i8mm bf16", ["neon_bf16", "neon_dot", "portable"]),
+        ("Features\t: fp asimd evtstrm crc32 asimdhp asimddp", ["neon_dot", "portable"]),
+        ("Features\t: fp asimd evtstrm crc32 cpuid", ["portable"]),
+        ("flags\t\t: fpu sse2 fma f16c avx2 avx_vnni", ["avx2_vnni", "avx2", "portable"]),
+    ],
+)
+def test_instruction_sets_by_the_features_of_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, isas: list[str]
+) -> None:
+    monkeypatch.setattr(platform, "ROOT", write(tmp_path, {"proc/cpuinfo": f"processor\t: 0\n{line}\nother\t: 1"}))
+    monkeypatch.setattr(build, "cpu_flags", platform.cpu_flags.__wrapped__)
+    assert build.supported_isas() == isas
+
+
+def test_features_of_an_apple_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "hw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_BF16: 0\n"
+    monkeypatch.setattr(platform.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform.subprocess, "run", lambda *_, **__: CompletedProcess([], 0, stdout=answer))
+    assert platform.cpu_flags.__wrapped__() == {"asimddp"}
