@@ -231,10 +231,12 @@ def _compiler_version() -> str:
 
 
 def _command(name: str, target: str, output: Path) -> list[str]:
+    """Clang's regions run in its own OpenMP library, so that torch's must not answer for the number of a thread."""
     asked = shlex.split(os.environ.get("CXX", ""))
+    libraries = () if "clang" in _compiler_version() else openmp_libraries()
     return [
         str(compiler()), *asked[1:], "-shared", *arguments(target, welcome_flags(name, target, cpu_flags())),
-        "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"), *openmp_libraries(), "-o", str(output),
+        "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"), *libraries, "-o", str(output),
     ]  # fmt: skip
 
 

@@ -14,6 +14,10 @@ KERNEL int num_threads() {
     return count;
 }
 
+// Sets the number of threads of the calling thread's parallel regions. torch has done so already for a library that is
+// its own, but not for clang's.
+KERNEL void use_threads(int count) { omp_set_num_threads(count); }
+
 // Binds thread t of a parallel region to the logical processors cpus[starts[t]] to cpus[starts[t + 1] - 1]; returns how
 // many of the threads could not be bound.
 KERNEL int bind_threads(const int* cpus, const int* starts, int num_threads) {

@@ -7,11 +7,10 @@ from importlib import import_module
 import torch
 
 from rtp_llm.srt.device.provider import Kernel
-from rtp_llm.srt.devices.cpu import codes, linear, moe
+from rtp_llm.srt.devices.cpu import codes, linear, moe, threads
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels, int4_panels
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
-from rtp_llm.srt.devices.cpu.threads import bind_threads
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.devices.reference.provider import ReferenceProvider
 from rtp_llm.srt.kernels import reference
@@ -55,7 +54,8 @@ class CpuProvider(ReferenceProvider):
     def use_threads(self, num_threads: int | None, pinned: bool, rank: int, world_size: int) -> None:
         super().use_threads(num_threads, pinned, rank, world_size)
         if kernels_work():
-            bind_threads(pinned, rank)
+            threads.use_threads(torch.get_num_threads())
+            threads.bind_threads(pinned, rank)
 
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         if name not in KERNELS or dtype not in DTYPES or not kernels_work():

@@ -13,6 +13,11 @@ from rtp_llm.srt.platform import compute_cores, fast_cpus, usable_cpus
 logger = logging.getLogger(__name__)
 
 
+def use_threads(num_threads: int) -> None:
+    """Set how many threads of this thread's pool compute."""
+    bind("probe", "use_threads", INT)(num_threads)
+
+
 def bind_threads(pinned: bool, rank: int) -> None:
     """Bind each thread to a core of its own if ``pinned``; else, on a hybrid processor, all to its fast cores."""
     num_threads, usable, cores = torch.get_num_threads(), usable_cpus(), compute_cores()
