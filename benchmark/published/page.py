@@ -1,6 +1,7 @@
 """The page of published models: prose that people write, and a table of each section that the command replaces."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from benchmark.peers.peers import REPOSITORY
 from benchmark.published.results import Record
 
 PAGE = REPOSITORY / "docs" / "published_models.md"
+LINE_LEN = 120
 
 
 class PageError(Exception):
@@ -35,7 +37,8 @@ def measured(section: str, records: Mapping[str, Record]) -> str:
     dates = sorted(part["date"] for part in parts)
     when = dates[0] if len(set(dates)) == 1 else f"{dates[0]} to {dates[-1]}"
     cpus, commits = ({part[name] for part in parts} for name in ("cpu", "commit"))
-    return (
+    line = (
         f"`python -m benchmark.published {section}`, {when}, {', '.join(sorted(cpus))}, "
         f"commit {', '.join(sorted(commits))}:"
     )
+    return textwrap.fill(line, LINE_LEN, break_long_words=False, break_on_hyphens=False)
