@@ -1,7 +1,8 @@
 // Up to how many rows of x the first of two ways of computing a product is taken, by measurement.
 //
 // `python benchmark/cpu_kernels.py --tune` measures both ways under the instruction set of this machine, or the one in
-// RTP_LLM_CPU_ISA, and writes its line of the table anew; docs/performance.md has the figures.
+// RTP_LLM_CPU_ISA, and writes its line of the table anew; docs/performance.md has the figures. Not measured so far, for
+// want of such a machine: avx2_vnni, which has avx2's line, and both of neon.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +21,17 @@ constexpr int64_t ROWS_OF_CHOICE[] = {
 #if defined(__AVX512BF16__)
     16, 16, 8, 4, 96  // avx512_bf16
 #elif defined(__AVX512F__)
-    8, 8, 6, 4, 192  // avx512
+    8, 8, 6, 4, 32  // avx512
 #elif defined(__AVXVNNI__)
     6, 4, 6, 4, 96  // avx2_vnni
 #elif defined(__AVX2__)
     6, 4, 6, 4, 96  // avx2
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    2, 2, 2, 4, 96  // neon_bf16
+#elif defined(__ARM_FEATURE_DOTPROD)
+    2, 2, 2, 4, 96  // neon_dot
 #else
-    2, 2, 2, 4, 96  // portable
+    4, 6, 0, 4, 256  // portable
 #endif
 };
 
