@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk
 from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, dense_routing, solved_routing
@@ -177,13 +178,27 @@ class Doubled(nn.Linear):
     pass
 
 
+class Inheriting(UngatedMLP):
+    pass
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Inheriting(16, 24, "gelu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(x)
+
+
 class Pointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block, self.doubled, self.project = Block(), Doubled(16, 16), nn.Linear(16, 16)
+        self.layer = Layer()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.doubled(self.block(x)) + self.project(x)
+        return self.layer(self.doubled(self.block(x)) + self.project(x))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +209,9 @@ class Pointed(nn.Module):
         ("block.experts.1", OUTPUT, "Block.forward, "),
         ("doubled", OUTPUT, "Doubled, "),
         ("project", OUTPUT, "Pointed.forward, "),
+        ("layer.mlp.up_proj", INPUT, "Layer.forward, "),
+        ("layer.mlp.up_proj", OUTPUT, "Inheriting, "),
+        ("layer.mlp.down_proj", INPUT, "Inheriting, "),
         ("nowhere", OUTPUT, "Pointed.forward, "),
     ],
 )

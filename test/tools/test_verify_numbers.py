@@ -1,12 +1,13 @@
 """Names that ``rtp-llm verify`` gives to factors and to orders of rows."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rtp_llm.tools.verify.locate import Difference, first_difference
-from rtp_llm.tools.verify.number_names import factor_reason, value_name
+from rtp_llm.tools.verify.number_names import factor_reason, scaling_name, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, ROUTING, Place
 
@@ -36,6 +37,17 @@ def test_numbers_are_told_by_the_configuration() -> None:
     assert value_name(16.0, CONFIG) == "16 (logits_scaling squared)"
     assert value_name(7.77, CONFIG) == "7.77"
     assert value_name(0.5, CONFIG) == "0.5 (1 / root of logits_scaling)"  # a rotary factor multiplies no tensor
+
+
+def test_factors_of_scores_are_told_by_sizes_and_by_yarn() -> None:
+    yarn = {"factor": 4.0, "mscale_all_dim": 0.707}
+    mscale = 1 + 0.1 * 0.707 * math.log(4.0)
+    config = SimpleNamespace(hidden_size=64, v_head_dim=12, rope_parameters=yarn)
+    assert scaling_name(16**-0.5, 16, config) == "1 / root of 16, the size of a head"
+    assert scaling_name(12**-0.5, 16, config) == "1 / root of v_head_dim (12)"
+    assert scaling_name(1 / 64, 16, config) == "1 / hidden_size (64)"
+    assert scaling_name(16**-0.5 * mscale**2, 16, config).endswith("YaRN's factor of mscale_all_dim (1.09801) squared")
+    assert scaling_name(1.0, 16, config) == "1" and scaling_name(0.3, 16, config) == ""
 
 
 def test_runs_of_rows_are_found_among_equal_rows() -> None:

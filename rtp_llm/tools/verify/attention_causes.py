@@ -9,6 +9,7 @@ import torch
 
 from rtp_llm.srt.kernels import reference
 from rtp_llm.tools.verify.locate import relative_error
+from rtp_llm.tools.verify.number_names import scaling_name
 from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
 
 MAX_CHANGES = 2
@@ -57,11 +58,16 @@ class AttentionTrials:
             return self._of_another_layer(right, tolerance)
         if found.mask == SLOPES and (slopes := _slopes_of(self._call.bias)) is not None:
             return f"slopes of the bias by distance: ours {_few(self._own_call.slopes)}, the reference's {_few(slopes)}"
-        return "; ".join(
+        changes = [
             _change(field.name, getattr(found, field.name), getattr(right, field.name))
             for field in fields(found)
             if getattr(found, field.name) != getattr(right, field.name)
-        )
+        ]
+        if found.scaling != right.scaling:
+            head_dim = self._states[0].shape[-1] // self._call.num_heads
+            mine, yours = (scaling_name(value, head_dim, self._config) for value in (found.scaling, right.scaling))
+            changes[0] += f" (ours is {mine}, the reference's {yours})" if mine and yours else ""
+        return "; ".join(changes)
 
     def _of_another_layer(self, right: Attending, tolerance: float) -> str | None:
         """Try keys and values, or one of them, of the reference's other layers, as layers that share them may do."""

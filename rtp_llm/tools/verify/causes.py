@@ -23,6 +23,7 @@ from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
 from rtp_llm.tools.verify.mutations import find_mutation, without_effect
 from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
+from rtp_llm.tools.verify.own_rotation import explain_own_rotation, fused_sources
 from rtp_llm.tools.verify.relation_causes import (
     describe_relation,
     explain_added,
@@ -182,8 +183,11 @@ def _is_rotation_alone(evidence: Evidence, place: Place) -> bool:
 def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding:
     rotation = _RotationOfPlace.of(evidence, place)
     if rotation is None:
+        own = explain_own_rotation(evidence, place)
+        if own is not None:
+            return Finding(place.module, place.part, error, [own])
         finding = _explain_input(evidence, place, error)
-        hint = "our model file does not rotate queries and keys here, by a rotary embedding"
+        hint = "no rotary embedding is called here that verify knows"
         if not _rotates(evidence):
             return finding
         if not finding.is_explained:
@@ -195,6 +199,9 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
         before = _explain_before_rotation(evidence, place, error, rotation.rope, rotation.rotated)
         if before is not None:
             return before
+        own = explain_own_rotation(evidence, place)
+        if own is not None:
+            return Finding(rotation.name, place.part, error, [own])
         finding = _explain_input(evidence, place, error)
         if finding.is_explained or cause is None:
             return finding
@@ -227,7 +234,10 @@ def _explain_before_rotation(
     columns = other_columns(evidence, place, unrotated)
     if columns is None:
         return None
-    cause = f"it rotates {columns}: other parts of a projection than the reference"
+    sources = ((text, x) for text, x in fused_sources(evidence, place) if x.shape == theirs.shape)
+    trials = ((text, RotationTrials(evidence.config, rope, replace(rotated, before=x))) for text, x in sources)
+    right = next((f", which has them {text}" for text, t in trials if t.gives(theirs, evidence.tolerance)), "")
+    cause = f"it rotates {columns}: other parts of a projection than the reference{right}"
     return Finding(place.module, place.part, error, [cause])
 
 

@@ -7,8 +7,9 @@ import torch
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.latent import ROTATED, products
 from rtp_llm.tools.verify.locate import relative_error
+from rtp_llm.tools.verify.own_rotation import own_rotation
 from rtp_llm.tools.verify.rope_causes import Rotated, Rotation, RotationTrials
-from rtp_llm.tools.verify.trace import KEYS, OUTPUT, QUERIES, UNROTATED, Place
+from rtp_llm.tools.verify.trace import KEYS, LATENT, OUTPUT, QUERIES, UNROTATED, Place
 
 
 def explain_scores(evidence: Evidence, place: Place, error: float) -> Finding:
@@ -55,13 +56,29 @@ def _explain_rotated(evidence: Evidence, place: Place) -> str | None:
     rope = evidence.our_modules.get(evidence.ours.ropes.get(place.module, ""))
     ours, theirs = evidence.pair(place)
     unrotated = [evidence.ours.tensors.get(Place(place.module, UNROTATED[part])) for part in (QUERIES, KEYS)]
-    if rope is None or unrotated[0] is None or unrotated[1] is None:
-        return "our model file does not rotate queries and keys here"
     size, num_tokens = evidence.ours.latent_sizes[place.module], evidence.theirs.num_tokens
+    if rope is None or unrotated[0] is None or unrotated[1] is None:
+        return _explain_own(evidence, place, size)
     first = num_tokens - len(unrotated[1])
     rotated = Rotated(unrotated[1], first, num_tokens, size)
     trials = LatentRotationTrials(evidence.config, rope, rotated, unrotated[0])
     return trials.one_sided(ours, theirs, evidence.tolerance) or trials.explain(ours, theirs, evidence.tolerance)
+
+
+def _explain_own(evidence: Evidence, place: Place, size: int) -> str | None:
+    """Explain rotated keys of the last ``size`` components, or queries, of code of the model file's own."""
+    name, call = place.module, evidence.theirs.calls[place.module]
+    for part, heads in ((KEYS, 1), (QUERIES, call.num_heads)):
+        ours = evidence.ours.tensors[Place(name, LATENT[part])].unflatten(1, (heads, -1))[..., -size:]
+        theirs = evidence.theirs.tensors[Place(name, part)].unflatten(1, (call.num_heads, -1))[:, :heads, -size:]
+        windows = _windows(dict(_heads_of_projections(evidence, name, heads)), size, len(theirs))
+        sources = [(text, heads_of.flatten(1)) for text, heads_of in windows]
+        if any(evidence.same(ours.flatten(1), tensor) for _, tensor in sources):
+            return f"{part} are not rotated"
+        found = own_rotation(evidence, sources, (ours.flatten(1), theirs.flatten(1)), size)
+        if found:
+            return f"{part}: {found}"
+    return None
 
 
 class LatentRotationTrials(RotationTrials):

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
+
+from rtp_llm.srt.layers.rope_scaling import yarn_get_mscale
 
 TOLERANCE = 1e-3
 _SCALE = re.compile(r"scal|multiplier|factor|alpha|softcap")
@@ -72,6 +74,34 @@ def value_name(value: float, config: Any, digits: int = 6) -> str:
                 if _is(value, function(x)):
                     return f"{shown} ({text.format(name)})"
     return shown
+
+
+def scaling_name(scaling: float, head_dim: int, config: Any) -> str:
+    """Return what a factor of attention's scores is by a head's size, the configuration's numbers and those of a
+    stretched context; empty: nothing of these."""
+    sizes = {f"{head_dim}, the size of a head": float(head_dim)}
+    sizes |= {f"{name} ({size:.6g})": size for name, size in numbers_of(config)[1].items()}
+    factors = {"": 1.0, **_stretch_factors(config)}
+    for (factor_name, factor), (name, size) in product(factors.items(), sizes.items()):
+        for text, value in ((f"1 / root of {name}", size**-0.5), (f"1 / {name}", 1 / size)):
+            if _is(scaling, factor * value):
+                return f"{text}{factor_name}"
+    return next((f"1{name}" for name, factor in factors.items() if _is(scaling, factor)), "")
+
+
+def _stretch_factors(config: Any) -> dict[str, float]:
+    """Return the factors of scores that YaRN's settings give, by text."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("factor"), (int, float)):
+        return {}
+    given = {key: parameters.get(key) for key in ("mscale", "mscale_all_dim")}
+    settings = {key: value for key, value in given.items() if isinstance(value, (int, float)) and value}
+    scales = {key: yarn_get_mscale(parameters["factor"], value) for key, value in settings.items()}
+    return {
+        f", times YaRN's factor of {key} ({scale:.6g}){text}": scale**power
+        for key, scale in scales.items()
+        for power, text in ((1, ""), (2, " squared"))
+    }
 
 
 def _reasons(factor: float, config: Any) -> Iterator[str]:

@@ -48,11 +48,11 @@ def source_of(model: nn.Module, module: str, part: str, trace: Trace, look: str 
     lines = [site for site in trace.call_sites.get(name, ()) if site.filename == file]
     parents = [".".join(name.split(".")[:length]) for length in range(name.count("."), 0, -1)]
     around = next((p for p in parents if type(modules[p]).__module__ == own), None)
-    if lines and (
-        around is None or not _is_of(lines[0], [type(modules[p]) for p in _above(around, parents, "")], model)
-    ):
-        is_first = part == INPUT and look == "" and _is_first(name, parents, trace)
-        caller = f", called by {lines[1]}" if is_first and len(lines) > 1 else ""
+    is_first = part == INPUT and look == "" and _is_first(name, parents, trace)
+    above = [] if around is None else [type(modules[p]) for p in _above(around, parents, "")]
+    is_caller = bool(lines) and around is not None and _is_of(lines[0], above, model)
+    if lines and (is_first or not is_caller):
+        caller = f", called by {lines[1]}" if is_first and not is_caller and len(lines) > 1 else ""
         return f"{lines[0]}{caller}"
     if around is not None:
         return _class_text(type(modules[around]))
