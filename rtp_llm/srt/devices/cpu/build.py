@@ -116,13 +116,13 @@ def kernels_work() -> bool:
 
 def compile_ahead() -> None:
     """Begin to compile the usual kernels, as many at once as there are processors; ``load`` waits for its own."""
-    folder = _sound_cache()
+    missing = [name for name in USUAL if _carried(name, isa()) is None]
+    folder = _sound_cache() if missing else None
     if folder is None:
         return
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in USUAL:
-        if _carried(name, isa()) is None:
-            names.put(name)
+    for name in missing:
+        names.put(name)
     for _ in range(min(num_cpus(), names.qsize())):
         threading.Thread(target=_compile_named, args=(names, folder), name="kernel compiler", daemon=True).start()
 
