@@ -191,6 +191,7 @@ class LlamaDecoderLayer(nn.Module):
     """
 
     mlp_name = "mlp"
+    self_attn: nn.Module
 
     def __init__(
         self,
@@ -201,11 +202,27 @@ class LlamaDecoderLayer(nn.Module):
         attention_type: type[nn.Module] = LlamaAttention,
     ) -> None:
         super().__init__()
-        self.self_attn = attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
+        self.mixer_name, mixer = self.make_mixer(config, layer_id, quant_config, prefix, attention_type)
+        self.add_module(self.mixer_name, mixer)
         mlp = self.make_mlp(config, layer_id, quant_config, add_prefix(self.mlp_name, prefix))
         self.add_module(self.mlp_name, mlp)
         self.input_layernorm = self.make_norm(config)
         self.post_attention_layernorm = self.make_norm(config)
+
+    def make_mixer(
+        self,
+        config: "PretrainedConfig",
+        layer_id: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        attention_type: type[nn.Module],
+    ) -> tuple[str, nn.Module]:
+        """Make the block by which tokens see others, with its name in the checkpoint: attention.
+
+        A model with other blocks on some layers overrides this; they are called as attention is. ``prefix``: the
+        layer's.
+        """
+        return "self_attn", attention_type(config, layer_id, quant_config, add_prefix("self_attn", prefix))
 
     def make_norm(self, config: "PretrainedConfig") -> nn.Module:
         """Make the norm before a block."""
@@ -232,7 +249,7 @@ class LlamaDecoderLayer(nn.Module):
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states = self.get_submodule(self.mixer_name)(positions, hidden_states, forward_batch)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.feed(hidden_states), residual
 

@@ -38,7 +38,12 @@ class Qwen2MoeAttention(GroupedQueryAttention):
 
 
 class QwenSparseMoeBlock(SparseMoeBlock):
-    """Experts: the ``num_experts_per_tok`` best of each token; with ``norm_topk_prob`` their weights sum to one."""
+    """Experts: the ``num_experts_per_tok`` best of each token; with ``norm_topk_prob`` their weights sum to one.
+
+    ``always_renormalizes``: they do whatever the configuration says.
+    """
+
+    always_renormalizes = False
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -49,7 +54,7 @@ class QwenSparseMoeBlock(SparseMoeBlock):
             config.hidden_size,
             config.moe_intermediate_size,
             config.hidden_act,
-            renormalize=config.norm_topk_prob,
+            renormalize=self.always_renormalizes or config.norm_topk_prob,
             quant_config=quant_config,
             prefix=prefix,
         )

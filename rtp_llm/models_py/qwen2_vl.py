@@ -166,15 +166,25 @@ def vision_inv_freq(config: "PretrainedConfig", head_dim: int) -> torch.Tensor:
 
 
 def make_mrope(
-    config: "PretrainedConfig", head_dim: int, mrope_section: Sequence[int], interleaved: bool = False
+    config: "PretrainedConfig",
+    head_dim: int,
+    mrope_section: Sequence[int],
+    interleaved: bool = False,
+    is_partial: bool = False,
 ) -> RotaryEmbedding:
-    """Make the rotary embedding. ``mrope_section``: the default, if the configuration has none."""
-    rope_theta, rope_scaling, _ = get_rope_config(config)
+    """Make the rotary embedding.
+
+    Args:
+        mrope_section: the default, if the configuration has none.
+        is_partial: whether ``partial_rotary_factor`` is heeded; else whole heads are rotated.
+    """
+    rope_theta, rope_scaling, partial_rotary_factor = get_rope_config(config)
     return get_rope(
         head_dim,
         max_position=config.max_position_embeddings,
         base=rope_theta,
         rope_scaling={"mrope_section": mrope_section} | (rope_scaling or {}) | {"mrope_interleaved": interleaved},
+        partial_rotary_factor=partial_rotary_factor if is_partial else 1.0,
     )
 
 

@@ -123,14 +123,14 @@ class VisionBlock(nn.Module):
 
 class Qwen3VisionTransformer(nn.Module):
     """Qwen2-VL's tower, with learned positions besides the rotation. It also returns the hidden states of layers
-    ``deepstack_visual_indexes``, each through its own merger."""
+    ``deepstack_visual_indexes``, if there are any, each through its own merger."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         self.merge_size = config.spatial_merge_size
-        self.deepstack_layers = list(config.deepstack_visual_indexes)
+        self.deepstack_layers = list(getattr(config, "deepstack_visual_indexes", ()))
         _check_deepstack(self.deepstack_layers, config.depth)
         self.patch_embed = PatchEmbed(config, config.hidden_size, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)

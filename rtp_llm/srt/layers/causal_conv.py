@@ -46,6 +46,8 @@ class CausalConv1d(nn.Module):
         self.activation = activation
         self.state_name = name
         self.prefix = prefix or type(self).__name__
+        if activation not in (None, "silu"):
+            raise ValueError(f"{self.prefix}: the activation must be 'silu', or None for none, not {activation!r}")
         self.shards: list[OutputShard] = output_shards(sizes, get_tp_group(), self.prefix, num_parts)
         self.channels = sum(shard.size for shard in self.shards)
         self.weight = make_parameter(torch.zeros(kernel_size, self.channels), self.weight_loader)
