@@ -18,7 +18,7 @@ from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rope_scaling import yarn_get_mscale
-from rtp_llm.srt.layers.rotary import RotaryEmbedding, get_rope, get_rope_config
+from rtp_llm.srt.layers.rotary import get_rope, get_rope_config
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class DeepseekV2Attention(nn.Module):
             self.q_lora_rank, q_size, bias=False, quant_config=quant_config, prefix=add_prefix("q_b_proj", prefix)
         )
 
-    def make_rope(self, config: "PretrainedConfig", is_interleaved: bool = True) -> RotaryEmbedding:
+    def make_rope(self, config: "PretrainedConfig", is_interleaved: bool = True) -> nn.Module:
         rope_theta, rope_scaling, _ = get_rope_config(config)
         return get_rope(
             self.rope_dim,

@@ -24,7 +24,6 @@ from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.moe import Routing, sigmoid_grouped_topk
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class DeepseekV3Attention(DeepseekV2Attention):
-    def make_rope(self, config: "PretrainedConfig", is_interleaved: bool = True) -> RotaryEmbedding:
+    def make_rope(self, config: "PretrainedConfig", is_interleaved: bool = True) -> nn.Module:
         return super().make_rope(config, is_interleaved=config.rope_interleave)
 
 

@@ -1,6 +1,6 @@
 """The tensors behind state slots: per layer, the states of sequences that run or can be resumed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,3 +43,13 @@ class StatePool:
         from_slots, to_slots = (self._provider.to_device(slots, torch.int64) for slots in (sources, targets))
         for states in self._tensors.values():
             states[to_slots] = states[from_slots]
+
+    def kept(self, slots: torch.Tensor) -> Callable[[], None]:
+        """Copy the states of slots [N] as they are now; return a function that writes them back."""
+        before = [(states, states[slots]) for states in self._tensors.values()]
+
+        def put_back() -> None:
+            for states, values in before:
+                states[slots] = values
+
+        return put_back

@@ -11,7 +11,7 @@ from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, StateWave
 from rtp_llm.srt.layers.linear import OutputShard, output_shards
 from rtp_llm.srt.layers.state import in_waves, state_tensor
-from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter, refuse_shard
+from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter
 
 
 class CausalConv1d(nn.Module):
@@ -21,7 +21,8 @@ class CausalConv1d(nn.Module):
     kernel_size] (kept as [kernel_size, channels]) and ``bias``.
 
     Args:
-        sizes: channels side by side, such as those of queries, keys and values; each of them is split over ranks.
+        sizes: channels side by side, such as those of queries, keys and values; each of them is split over ranks. A
+            checkpoint has them in one tensor, or in one each (shard ids 0, 1, ...).
         layer_id: the layer whose states are read and written.
         activation: ``"silu"``, or None.
         name: of the state; layers with the same ``layer_id`` have other names.
@@ -55,15 +56,19 @@ class CausalConv1d(nn.Module):
         self._conv = pick("causal_conv1d")
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
-        refuse_shard(shard_id, self.prefix)
-        full_size = sum(shard.full_size for shard in self.shards)
+        """Load all of ``sizes``, or the one whose place ``shard_id`` is."""
+        if shard_id is not None and shard_id not in range(len(self.shards)):
+            raise ValueError(f"{self.prefix}: unknown shard_id {shard_id!r}; have {list(range(len(self.shards)))}")
+        full_size = sum(shard.full_size for shard in self.shards if shard_id in (None, shard.id))
         check_shape(tensor, (full_size, 1, self.kernel_size) if param.dim() == 2 else (full_size,), self.prefix)
         tensor = tensor[:, 0].t() if param.dim() == 2 else tensor
         start, target = 0, 0
         for shard in self.shards:
-            part = tensor.narrow(-1, start + shard.part * shard.size, shard.size)
-            param.data.narrow(-1, target, shard.size).copy_(part)
-            start, target = start + shard.full_size, target + shard.size
+            if shard_id in (None, shard.id):
+                part = tensor.narrow(-1, start + shard.part * shard.size, shard.size)
+                param.data.narrow(-1, target, shard.size).copy_(part)
+                start += shard.full_size
+            target += shard.size
 
     def state_spec(self) -> StateSpec:
         """Return the last inputs, oldest first, in the model's dtype."""

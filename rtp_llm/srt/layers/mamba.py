@@ -48,6 +48,7 @@ class DecayParameter(nn.Module):
         refuse_shard(shard_id, type(self).__name__)
         group = get_tp_group()
         target = param.data.t()  # as in the checkpoint; of one dimension it is the same
+        tensor = tensor.flatten() if target.dim() == 1 else tensor  # some have [1, 1, heads, 1]
         load_part(target, tensor, 0, group.rank, group.world_size, type(self).__name__)
         param.data.copy_(-param.data.exp())
 
@@ -116,8 +117,7 @@ class Mamba2Mixer(DecayParameter):
         self.A = self.make_decays(self.num_heads)
         self.D = self.make_own(self.num_heads)
         self.dt_bias = self.make_own(self.num_heads)
-        group_size = divide(size, num_groups, "size of a state-space layer")
-        self.norm = GatedRMSNorm(size, eps, group_size, gates_first, is_split=True) if has_norm else None
+        self.norm = GatedRMSNorm(size, eps, size // num_groups, gates_first, is_split=True) if has_norm else None
         self.out_proj = RowParallelLinear(
             size,
             hidden_size,

@@ -75,6 +75,8 @@ class CpuGraphs(StepRecorder):
             if graph + 1 < RECORD_AT:
                 self._keep(key, graph + 1)
                 return self._forward(batch)
+            pool = batch.state_pool
+            states = [pool.kept(wave.store) for wave in batch.state_waves] if pool is not None else []
             try:
                 graph = self._record(batch)
             except Exception as error:  # a model's own error occurs again when it runs normally
@@ -82,6 +84,8 @@ class CpuGraphs(StepRecorder):
                     logger.info("decode steps are not replayed: %s", error)
                 else:
                     logger.warning("decode steps are not replayed: recording one failed", exc_info=True)
+                for put_back in states:  # layers before the one that failed have gone on by a token
+                    put_back()
                 return self._give_up(batch)
             self._keep(key, graph)
             return graph.output

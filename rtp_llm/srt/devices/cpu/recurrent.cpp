@@ -48,23 +48,23 @@ static INLINE void by_channels(const Pieces& pieces, int64_t channels, int64_t e
 // ---- convolution
 
 // y[t] = act(bias + the sum of weight[i] * x[t - (taps - 1) + i]); inputs before the piece are the state's, [taps - 1,
-// channels], oldest first.
-template <class T>
+// channels], oldest first. TAPS: known when compiled, so that all of them stay in registers; 0: `given`.
+template <class T, int TAPS>
 static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const Pieces& pieces,
-                        int64_t tokens, int64_t channels, int64_t taps, bool silus, T* y) {
-    const int64_t kept = taps - 1;
+                        int64_t tokens, int64_t channels, int64_t given, bool silus, T* y) {
+    const int64_t taps = TAPS ? TAPS : given, kept = taps - 1;
     by_channels(pieces, channels, tokens * channels * taps, [&](int64_t piece, int64_t c, auto part) {
         const int64_t begin = pieces.begin(piece), length = pieces.end(piece) - begin;
         const T* before = states + pieces.load[piece] * kept * channels + c;
         T* after = states + pieces.store[piece] * kept * channels + c;
-        vec taps_of[MOST_TAPS], seen[MOST_TAPS];
-        for (int64_t i = 0; i < taps; i++) taps_of[i] = load(weight + i * channels + c, part);
+        vec factors[TAPS ? TAPS : MOST_TAPS], seen[TAPS ? TAPS : MOST_TAPS];
+        for (int64_t i = 0; i < taps; i++) factors[i] = load(weight + i * channels + c, part);
         for (int64_t i = 0; i < kept; i++) seen[i] = load(before + i * channels, part);
         vec start = bias ? load(bias + c, part) : vec{};
         for (int64_t t = 0; t < length; t++) {
             seen[kept] = load(x + (begin + t) * x_stride + c, part);
             vec total = start;
-            for (int64_t i = 0; i < taps; i++) total += taps_of[i] * seen[i];
+            for (int64_t i = 0; i < taps; i++) total += factors[i] * seen[i];
             store(y + (begin + t) * channels + c, silus ? silu(total) : total, part);
             for (int64_t i = 0; i < kept; i++) seen[i] = seen[i + 1];
         }
@@ -76,8 +76,8 @@ static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* 
     KERNEL void name(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const int64_t* load,  \
                      const int64_t* store, const int64_t* bounds, int64_t pieces, int64_t tokens, int64_t channels, \
                      int64_t taps, bool silus, T* y) {                                                              \
-        causal_conv(x, x_stride, weight, bias, states, {load, store, bounds, pieces}, tokens, channels, taps,       \
-                    silus, y);                                                                                      \
+        auto run = taps == 4 ? causal_conv<T, 4> : taps == 3 ? causal_conv<T, 3> : causal_conv<T, 0>;               \
+        run(x, x_stride, weight, bias, states, {load, store, bounds, pieces}, tokens, channels, taps, silus, y);    \
     }
 EXPORT_CONV(causal_conv1d_f32, float)
 EXPORT_CONV(causal_conv1d_bf16, bf16)
