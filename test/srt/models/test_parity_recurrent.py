@@ -165,10 +165,10 @@ CASES = (
         edit=disturb_correction_biases,
     ),
     SlowCase(
-        "kimi_linear-low-rank-queries-tied",
+        "kimi_linear-low-rank-queries-bias",
         "KimiLinearForCausalLM",
         KIMI | dict(layer_types=[FULL, LINEAR, LINEAR, LINEAR], mlp_layer_types=["sparse"] * 4, q_lora_rank=20)
-        | dict(tie_word_embeddings=True, attention_bias=True, norm_topk_prob=False, num_expert_group=1, topk_group=1),
+        | dict(attention_bias=True, norm_topk_prob=False, num_expert_group=1),
         CHUNKS,
     ),
 )  # fmt: skip

@@ -25,7 +25,7 @@ def run_steps(reads_values: bool) -> tuple[list[float], CpuGraphs]:
     graphs, results = CpuGraphs(forward, DenseAttention(), []), []
     for token in range(1, RECORD_AT + 4):
         batch = make_batch([token], token, 1)
-        batch.state_pool, batch.state_waves = pool, [rows_of([1], [1], [1])]
+        batch.state_pool, batch.state_waves = pool, [rows_of([1], [min(token - 1, 1)], [1])]
         results.append(graphs.run(batch).next_token_logits.item())
     return results, graphs
 
