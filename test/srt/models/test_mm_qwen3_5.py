@@ -90,8 +90,8 @@ def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
 
 
 CASES = (
-    VisionCase("qwen3.5", make, feed, IMAGE, VIDEO, slow=True),
-    VisionCase("qwen3.5-moe", make_moe, feed, IMAGE, VIDEO, slow=True),
+    VisionCase("qwen3.5", make, feed, IMAGE, VIDEO, slow=True, has_states=True),
+    VisionCase("qwen3.5-moe", make_moe, feed, IMAGE, VIDEO, slow=True, has_states=True),
 )
 
 

@@ -10,6 +10,11 @@ from rtp_llm.srt.layers.causal_conv import CausalConv1d
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 
 
+class NoAttention(DenseAttention):
+    def step_tensors(self) -> list[torch.Tensor]:
+        return []
+
+
 def run_steps(reads_values: bool) -> tuple[list[float], CpuGraphs]:
     """Steps of one row through a convolution that sums the last two inputs; the model may read a value after it."""
     layer = CausalConv1d([1], 2, 0)
@@ -22,7 +27,7 @@ def run_steps(reads_values: bool) -> tuple[list[float], CpuGraphs]:
             y = y + 0 * y.sum().item()
         return LogitsProcessorOutput(y, [])
 
-    graphs, results = CpuGraphs(forward, DenseAttention(), []), []
+    graphs, results = CpuGraphs(forward, NoAttention(), []), []
     for token in range(1, RECORD_AT + 4):
         batch = make_batch([token], token, 1)
         batch.state_pool, batch.state_waves = pool, [rows_of([1], [min(token - 1, 1)], [1])]
