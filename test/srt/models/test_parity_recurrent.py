@@ -90,7 +90,7 @@ CASES = (
         PAGES,
     ),
     SlowCase(
-        "qwen3.5-moe",
+        "qwen3.5_moe",
         "Qwen3_5MoeForCausalLM",
         DELTA | SHARED | dict(num_hidden_layers=3, layer_types=[FULL, LINEAR, LINEAR], rope_parameters=MROPE),
         CHUNKS,
