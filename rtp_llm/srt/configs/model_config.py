@@ -46,6 +46,8 @@ multimodal_model_archs: set[str] = {
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
 }
 """Architectures that take media; ``register_multimodal_model`` adds to them."""
 
