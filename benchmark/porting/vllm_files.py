@@ -29,9 +29,9 @@ TASKS = {
     "_SEQUENCE_CLASSIFICATION_MODELS": "pooling",
     "_MULTIMODAL_MODELS": "multimodal",
 }
-# What a file's source shows that it needs, which the engine does not have.
+# What a file's source shows that it needs, which the engine or the rules do not have.
 NEEDS = {
-    "recurrent state": re.compile(r"\b(HasInnerState|IsHybrid|MambaBase|MambaMixer2?|layers\.mamba\b)"),
+    "recurrent layers": re.compile(r"\b(HasInnerState|IsHybrid|MambaBase|MambaMixer2?|layers\.mamba\b)"),
     "attention that is not causal": re.compile(r"\bPrefillPrefixLMAttention\b"),
     "latent attention": re.compile(r"\b(MultiHeadLatentAttention\w*|MLAModules|MLAAttention)\b"),
 }

@@ -90,7 +90,7 @@ POOLING = "pooling models"
 MISSING: dict[str, str] = {
     name: reason
     for reason, names in {
-        "recurrent state (Mamba and linear attention)": (
+        "the other engine's recurrent layers (write them anew on layers/mamba.py, delta_rule.py or causal_conv.py)": (
             "MambaMixer", "MambaMixer2", "MambaBase", "MambaStateShapeCalculator", "MambaStateDtypeCalculator",
             "MambaStateCopyFuncCalculator", "LinearAttentionMetadata", "GDNAttentionMetadata", "ShortConv",
             "GatedDeltaNetAttention", "QwenGatedDeltaNetAttention", "KimiDeltaAttention",

@@ -317,7 +317,7 @@ def test_loading_that_does_more_is_kept(ported: Porter, mapping: str, weights: s
             "vllm_config.scheduler_config.max_num_seqs is a setting of the other engine",
         ),
         ("self.a = [vllm_config.device_config.device]", "vllm_config is not defined any more"),
-        ("self.a = MambaMixer(config)", "not portable: MambaMixer needs recurrent state"),
+        ("self.a = MambaMixer(config)", "not portable: MambaMixer needs the other engine's recurrent layers"),
         ("self.a = [gadget(config)]", "gadget of vllm.gadgets has no equivalent here"),
     ],
 )
