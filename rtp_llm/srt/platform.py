@@ -58,6 +58,9 @@ def _within_quota(num_cpus: int, root: Path = ROOT) -> int:
     return num_cpus if quota is None else max(1, min(num_cpus, int(quota)))
 
 
+_TIME = "cpu"  # the controller of processors' time
+
+
 def cpu_quota(root: Path = ROOT) -> float | None:
     """Return how much of processors' time this process's control groups allow it, in processors; None: all of it.
 
@@ -66,7 +69,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     quotas = []
     for line in _text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and _TIME not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / controllers
         folder = top / path.strip("/")

@@ -55,7 +55,7 @@ CHECKPOINTS: dict[str, Callable[[Path], str]] = {  # what DIR is in blocks that 
     "run text": lambda directory: make_tiny("Qwen2ForCausalLM", directory),
     "run seeing": make_seeing,
 }
-VARIABLES = {PACKAGE_VARIABLE, "ONLY_RUN"}  # that commands may be preceded by
+VARIABLES = {PACKAGE_VARIABLE, "ONLY_RUN", "RTP_LLM_CPU_ISA"}  # that commands may be preceded by
 
 
 def blocks(language: str, mark: str | None) -> list[Any]:

@@ -64,9 +64,12 @@ FIRST_NORM = """        hidden_states, residual = self.input_layernorm(hidden_st
 NORMED_RESIDUAL = f"""        is_first = residual is None
 {FIRST_NORM}        residual = hidden_states if is_first else residual
 """
-NORMS_AND_BLOCKS = f"""{FIRST_NORM}        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+NORMS_AND_BLOCKS = (
+    FIRST_NORM
+    + """        hidden_states = self.get_submodule(self.mixer_name)(positions, hidden_states, forward_batch)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
 """
+)
 SWAPPED_NORMS = (
     NORMS_AND_BLOCKS.replace("input_layernorm", "other")
     .replace("post_attention_layernorm", "input_layernorm")

@@ -280,6 +280,8 @@ _TINY_SIZES: dict[str, Any] = dict(
 )
 # Architectures that are another's class with a configuration of their own.
 _OTHER_CLASSES = {"InternLM3ForCausalLM": ("LlamaForCausalLM", "InternLM3Config")}
+# Fields that a configuration wants and has no value of its own for.
+_WANTED = {"Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}}
 _TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]]  # as bytes are written: space, newline
 
 
@@ -298,7 +300,7 @@ def make_tiny(architecture: str, directory: str | Path, **overrides: Any) -> str
         raise ValueError(f"transformers {transformers.__version__} has no model class {architecture!r}")
     tokenizer = _character_tokenizer()
     config_class = getattr(transformers, config_name) if config_name else model_class.config_class
-    config = _tiny_config(config_class, {"vocab_size": len(tokenizer)} | overrides)
+    config = _tiny_config(config_class, {"vocab_size": len(tokenizer)} | _WANTED.get(architecture, {}) | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what _disturb does not set anew
         model = model_class(config).to(torch.float32)

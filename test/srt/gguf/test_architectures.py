@@ -71,6 +71,19 @@ READ_AS = {
 # No GGUF has these.
 WITHOUT_GGUF = {
     "DeepseekV32ForCausalLM": "the package `gguf` does not know `deepseek32` yet",
+    **dict.fromkeys(
+        (
+            "FalconH1ForCausalLM",
+            "KimiLinearForCausalLM",
+            "Lfm2ForCausalLM",
+            "Lfm2MoeForCausalLM",
+            "NemotronHForCausalLM",
+            "Qwen3NextForCausalLM",
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5MoeForCausalLM",
+        ),
+        "llama.cpp has it; its file declares no form yet",
+    ),
     "GPTJForCausalLM": "llama.cpp has neither converter nor model",
     "OPTForCausalLM": "llama.cpp has neither converter nor model",
     "PersimmonForCausalLM": "llama.cpp has dropped its converter and model",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.devices.cpu import elementwise
 from rtp_llm.srt.devices.cpu.provider import KERNELS
-from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels import recurrent, reference
 
 FUNCTIONS = [elementwise._function]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -196,5 +196,5 @@ def test_shapes_that_do_not_fit_are_refused(isa: str) -> None:
 def test_layers_pick_kernels() -> None:
     assert pick("rms_norm", torch.bfloat16) is elementwise.rms_norm
     assert pick("rms_norm", torch.float16) is reference.rms_norm
-    for name in KERNELS.keys() - {"draw"}:  # whose reference is the sampler's own
-        assert callable(getattr(reference, name))
+    for name in KERNELS.keys() - {"draw", "quantize_int4"}:  # whose references are the sampler's and the scheme's own
+        assert callable(getattr(reference, name, None) or getattr(recurrent, name))
