@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recurrent_rows import in_pieces, rows_of
+from recurrent_rows import assert_near, in_pieces, rows_of
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba import modeling_mamba as mamba
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
@@ -22,10 +22,6 @@ def seed() -> None:
     value = random.randrange(1 << 31)
     print(f"seed {value}")
     torch.manual_seed(value)
-
-
-def close(result: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-5)
 
 
 def delta_tokens(length: int, by_channel: bool = False) -> Tokens:
@@ -48,12 +44,12 @@ def test_delta_rule(length: int) -> None:
     for theirs in (qwen.torch_recurrent_gated_delta_rule, qwen.torch_chunk_gated_delta_rule):
         expected, final = theirs(*batched, **options)
         states = torch.cat([torch.zeros_like(initial), initial, torch.zeros_like(initial)])
-        close(apply_delta(states, rows_of([length], [1], [2]), *tokens), expected[0])
-        close(states[2:], final)
+        assert_near(apply_delta(states, rows_of([length], [1], [2]), *tokens), expected[0])
+        assert_near(states[2:], final)
         assert torch.equal(states[1:2], initial)
     step, state = recurrent.delta_rule_step(initial, *batched)
-    close(step, expected)
-    close(state, final)
+    assert_near(step, expected)
+    assert_near(state, final)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
@@ -65,10 +61,10 @@ def test_delta_rule_with_gates_of_channels(length: int) -> None:
         *batched, initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=True
     )
     states = torch.cat([torch.zeros_like(initial), initial])
-    close(apply_delta(states, rows_of([length], [1], [1]), *tokens), expected[0])
-    close(states[1:], final)
+    assert_near(apply_delta(states, rows_of([length], [1], [1]), *tokens), expected[0])
+    assert_near(states[1:], final)
     closed, _ = kimi.chunk_kimi_delta_attention(*batched, initial_state=initial, use_qk_l2norm_in_kernel=True)
-    close(closed, expected)
+    assert_near(closed, expected)
 
 
 def test_decays_to_nothing_make_no_infinities() -> None:
@@ -88,10 +84,10 @@ def test_convolution(length: int, bias: bool) -> None:
     expected = qwen.causal_conv1d_fn(seen.t()[None], weight.t(), own_bias, "silu")[0].t()[3:]
     states = torch.stack([torch.zeros(3, 7), before])
     rows = rows_of([length], [1], [1])
-    close(recurrent.causal_conv1d(x, weight, own_bias, states, rows, "silu"), expected)
+    assert_near(recurrent.causal_conv1d(x, weight, own_bias, states, rows, "silu"), expected)
     assert torch.equal(states[1], seen[-3:])
     plain = qwen.causal_conv1d_fn(x.t()[None], weight.t(), own_bias)[0].t()
-    close(recurrent.causal_conv1d(x, weight, own_bias, states, rows_of([length], [0], [1])), plain)
+    assert_near(recurrent.causal_conv1d(x, weight, own_bias, states, rows_of([length], [0], [1])), plain)
 
 
 def test_an_unknown_activation_is_refused() -> None:
@@ -115,8 +111,8 @@ def test_ssd(length: int, dt_limit: tuple[float, float]) -> None:
     )  # fmt: skip
     states = torch.cat([torch.zeros_like(initial), initial])
     rows = rows_of([length], [1], [1])
-    close(recurrent.ssd(x, dt, a, b, c, d, dt_bias, states, rows, dt_limit), expected[0])
-    close(states[1:].transpose(-1, -2), final)
+    assert_near(recurrent.ssd(x, dt, a, b, c, d, dt_bias, states, rows, dt_limit), expected[0])
+    assert_near(states[1:].transpose(-1, -2), final)
 
 
 @pytest.mark.parametrize("length", [1, 2, 33])
@@ -128,8 +124,9 @@ def test_selective_scan(length: int) -> None:
         return_last_state=True,
     )  # fmt: skip
     states = torch.zeros(2, 5, 7)
-    close(recurrent.selective_scan(x, dt, a, b, c, d, dt_bias, states, rows_of([length], [0], [1])), expected[0].t())
-    close(states[1:].transpose(-1, -2), final)
+    result = recurrent.selective_scan(x, dt, a, b, c, d, dt_bias, states, rows_of([length], [0], [1]))
+    assert_near(result, expected[0].t())
+    assert_near(states[1:].transpose(-1, -2), final)
 
 
 def linear_tokens(length: int) -> Tokens:
@@ -184,11 +181,11 @@ def test_pieces_give_what_the_whole_gives(name: str) -> None:
     whole = in_pieces(compute, whole_states, [90], tokens)
     cut = sorted(random.sample(range(1, 90), 3))
     pieces = [end - start for start, end in zip([0, *cut], [*cut, 90], strict=True)]
-    close(in_pieces(compute, states, pieces, tokens), whole)
-    close(states, whole_states)
+    assert_near(in_pieces(compute, states, pieces, tokens), whole)
+    assert_near(states, whole_states)
     states.zero_()
-    close(in_pieces(compute, states, [1] * 90, tokens), whole)
-    close(states, whole_states)
+    assert_near(in_pieces(compute, states, [1] * 90, tokens), whole)
+    assert_near(states, whole_states)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -205,8 +202,8 @@ def test_rows_do_not_see_each_other(name: str) -> None:
     for length, source, target in zip(lengths, load, store, strict=True):
         own = before[[source, 8]].clone()
         alone = compute(own, rows_of([length], [0], [1]), *(x[start : start + length] for x in tokens))
-        close(result[start : start + length], alone)
-        close(states[target], own[1])
+        assert_near(result[start : start + length], alone)
+        assert_near(states[target], own[1])
         start += length
     untouched = [slot for slot in range(9) if slot not in store]
     assert torch.equal(states[untouched], before[untouched])
@@ -222,4 +219,4 @@ def test_gated_norms() -> None:
         theirs.weight.data.copy_(weight)
         with torch.no_grad():
             expected = theirs(x, gate)
-        close(recurrent.gated_rms_norm(x, gate, weight, 1e-3, *options), expected)
+        assert_near(recurrent.gated_rms_norm(x, gate, weight, 1e-3, *options), expected)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from recurrent_rows import batch_of, load_all, on_ranks, pool_of, rows_of
+from recurrent_rows import assert_near, batch_of, load_all, on_ranks, pool_of, rows_of
 from torch import nn
 from transformers import Mamba2Config, MambaConfig, MiniMaxConfig, RecurrentGemmaConfig
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
@@ -31,10 +31,6 @@ def seed() -> None:
     value = random.randrange(1 << 31)
     print(f"seed {value}")
     torch.manual_seed(value)
-
-
-def close(result: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-5)
 
 
 def randomize(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -75,7 +71,7 @@ def test_mamba2(num_groups: int) -> None:
     expected = theirs(x[None])[0]
     ours = build()
     load_all(ours, weights)
-    close(in_steps(ours, x), expected)
+    assert_near(in_steps(ours, x), expected)
 
 
 @pytest.mark.parametrize(("num_groups", "num_ranks"), [(1, 2), (2, 2), (1, 3), (3, 3)])
@@ -85,7 +81,7 @@ def test_mamba2_on_ranks(num_groups: int, num_ranks: int) -> None:
     with torch.no_grad():
         expected = theirs(x[None])[0]
     for result in on_ranks(num_ranks, build, weights, lambda layer: in_steps(layer, x)):
-        close(result, expected)
+        assert_near(result, expected)
 
 
 def mamba_layers() -> tuple[nn.Module, Any]:
@@ -102,7 +98,7 @@ def test_mamba(num_ranks: int) -> None:
     with torch.no_grad():
         expected = theirs(x[None])[0]
     for result in on_ranks(num_ranks, build, weights, lambda layer: in_steps(layer, x)):
-        close(result, expected)
+        assert_near(result, expected)
 
 
 @torch.no_grad()
@@ -116,7 +112,7 @@ def test_lightning_attention() -> None:
     qkv = theirs.act_fn(theirs.qkv_proj(x)).view(LENGTH, 3, 12)
     layer = LightningAttention(3, 4, theirs.slope_rate.flatten(), 0)
     result = in_steps(layer, *qkv.split(4, dim=-1))
-    close(theirs.output_gate(x).sigmoid() * result.flatten(1), expected)
+    assert_near(theirs.output_gate(x).sigmoid() * result.flatten(1), expected)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -130,7 +126,7 @@ def test_rg_lru(num_ranks: int) -> None:
         width, rank = layer.channels, layer.tp_group.rank
         return in_steps(layer, x[:, rank * width : (rank + 1) * width], positions)
 
-    close(torch.cat(on_ranks(num_ranks, lambda: RGLRU(12, 4, 0), weights, run), dim=1), expected)
+    assert_near(torch.cat(on_ranks(num_ranks, lambda: RGLRU(12, 4, 0), weights, run), dim=1), expected)
 
 
 @torch.no_grad()
@@ -155,8 +151,8 @@ def test_delta_rule_in_a_step_of_several_rows() -> None:
     states = pool.tensor(3, "recurrent")
     for start, end, slot in [(0, 3, 1), (3, 4, 2), (4, 16, 3), (4, 24, 4)]:
         expected, state = alone(start, end)
-        close(result[start:end], expected)
-        close(states[slot], state)
+        assert_near(result[start:end], expected)
+        assert_near(states[slot], state)
 
 
 def test_a_batch_without_states_says_so() -> None:
@@ -192,7 +188,7 @@ def test_gated_norm_over_ranks(gates_first: bool) -> None:
 
         build = partial(GatedRMSNorm, 12, 1e-3, 12 // num_groups, gates_first, is_split=True)
         results = on_ranks(2, build, weights, partial(norm_part, x, gate))
-        close(torch.cat(results, dim=1), expected)
+        assert_near(torch.cat(results, dim=1), expected)
 
 
 def norm_part(x: torch.Tensor, gate: torch.Tensor, norm: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recurrent_rows import rows_of
+from recurrent_rows import assert_near, rows_of
 
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.devices.cpu import recurrent
@@ -44,9 +44,11 @@ def compare(
     expected = theirs(expected_states, rows)
     result = ours(own, rows)
     assert result.dtype == expected.dtype and result.shape == expected.shape
-    rtol, atol = (1e-4, 3e-5) if result.dtype == torch.float32 else (1.6e-2, 1e-2)
-    torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
-    torch.testing.assert_close(own, expected_states, rtol=1e-4, atol=3e-5)
+    if result.dtype == torch.float32:
+        assert_near(result, expected)
+    else:
+        torch.testing.assert_close(result, expected, rtol=1.6e-2, atol=1e-2)
+    assert_near(own, expected_states)
 
 
 def within(x: torch.Tensor, first: int, *shape: int) -> torch.Tensor:
