@@ -43,7 +43,7 @@ class BuildWithKernels(build_py):
 
 
 class PlatformWheel(bdist_wheel):
-    """Of one platform, but of any Python: kernels are called by ctypes."""
+    """A wheel for one platform and any Python: kernels are called by ctypes."""
 
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()

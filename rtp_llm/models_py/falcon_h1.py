@@ -8,9 +8,9 @@ from torch import nn
 from rtp_llm.models_py.granite import GraniteModel
 from rtp_llm.models_py.llama import LlamaAttention, LlamaForCausalLM
 from rtp_llm.srt.layers.activation import get_act_fn
-from rtp_llm.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.mamba import Mamba2Mixer
+from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.utils import add_prefix
@@ -78,35 +78,21 @@ class FalconH1Mixer(Mamba2Mixer):
         return super().project(hidden_states * self.in_multiplier) * self.multipliers
 
 
-class FalconH1MLP(nn.Module):
+class FalconH1MLP(GatedMLP):
     """``down(act(gate(x) * a) * up(x)) * b`` with the factors of ``mlp_multipliers``."""
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
-        super().__init__()
-        size = config.intermediate_size
-        self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size,
-            [size, size],
-            bias=config.mlp_bias,
-            quant_config=quant_config,
-            prefix=add_prefix("gate_up_proj", prefix),
-        )
-        self.down_proj = RowParallelLinear(
-            size,
-            config.hidden_size,
-            bias=config.mlp_bias,
-            quant_config=quant_config,
-            prefix=add_prefix("down_proj", prefix),
-        )
-        self.act_fn = get_act_fn(config.hidden_act)
+        sizes = config.hidden_size, config.intermediate_size
+        super().__init__(*sizes, config.hidden_act, quant_config, prefix, bias=config.mlp_bias)
+        self.gate_act = get_act_fn(config.hidden_act)
         self.gate_multiplier, self.down_multiplier = config.mlp_multipliers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         projected, _ = self.gate_up_proj(x)
         gate, up = projected.chunk(2, dim=-1)
-        output, _ = self.down_proj(self.act_fn(gate * self.gate_multiplier) * up)
+        output, _ = self.down_proj(self.gate_act(gate * self.gate_multiplier) * up)
         return output * self.down_multiplier
 
 

@@ -109,7 +109,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _flags_of_apple() -> frozenset[str]:
-    """Of macOS's answers, such as ``hw.optional.arm.FEAT_BF16: 1``, those that kernels are compiled for."""
+    """Return the features that kernels are compiled for and macOS reports (``hw.optional.arm.FEAT_BF16: 1``)."""
     names = {"FEAT_DotProd": "asimddp", "FEAT_BF16": "bf16"}
     command = ["/usr/sbin/sysctl", *(f"hw.optional.arm.{name}" for name in names)]
     answer = subprocess.run(command, capture_output=True, text=True).stdout  # without lines for what it does not know
@@ -124,14 +124,10 @@ def host_memory_bytes() -> tuple[int, int]:
 
 
 def _available_memory() -> int:
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: free pages are the best there is
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    found = re.search(r"^MemAvailable: *(\d+) kB$", _text_of(ROOT / "proc/meminfo"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")  # not Linux: free pages are the best there is
 
 
 def _container_limit() -> int:

@@ -105,6 +105,18 @@ def token_types(ids: list[int], media: MultimodalInputs) -> torch.Tensor:
     return types
 
 
+def feed_qwen(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
+    """What transformers' Qwen-VL models take besides ids."""
+    images, videos = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
+    return {
+        "pixel_values": joined(images),
+        "image_grid_thw": joined(images, "image_grid_thw"),
+        "pixel_values_videos": joined(videos),
+        "video_grid_thw": joined(videos, "video_grid_thw"),
+        "mm_token_type_ids": token_types(ids, media),
+    }
+
+
 @contextmanager
 def serve_vision(case: VisionCase, directory: Path) -> Iterator[ServedVision]:
     model_dir = case.make(directory)

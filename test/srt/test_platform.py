@@ -36,7 +36,7 @@ def test_where_the_system_tells_nothing_every_processor_counts(tmp_path: Path) -
 
 
 def test_the_fast_cores_of_a_hybrid_processor(tmp_path: Path) -> None:
-    """Of Intel's, two cores with two threads each are fast and four slow ones have one each."""
+    """Two cores with two threads each are fast, four with one thread each are slow, as on Intel's."""
     cores = siblings([0, 1], [2, 3], [4], [5], [6], [7])
     root = write(tmp_path, cores | {"sys/devices/cpu_core/cpus": "0-3", "sys/devices/cpu_atom/cpus": "4-7"})
     assert platform.compute_cores(range(8), root) == [[0, 1], [2, 3]]

@@ -4,6 +4,7 @@ Every operation gives what it would give for the values. Those that move whole r
 and give a BlockTensor again; all others compute values first.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, dequantize_into
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -131,8 +134,8 @@ def leave_out_distributed_tensors() -> None:
     sys.modules[name] = stand_in
     try:
         BlockTensor(torch.zeros(1, BLOCK_TYPES["Q8_0"].num_bytes, dtype=torch.uint8), "Q8_0", torch.float32).detach()
-    except AttributeError:  # another version asks it for more: the import takes place then
-        pass
+    except AttributeError as error:  # another version asks the stand-in for more
+        logger.debug("torch %s imports its distributed tensors all the same: %s", torch.__version__, error)
     finally:
         del sys.modules[name]
 

@@ -1,5 +1,6 @@
 """A worker in a process of its own: ``main`` serves one rank over an inherited socket until it closes."""
 
+import logging
 import os
 import pickle
 import signal
@@ -21,6 +22,8 @@ from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.step import WorkerStep
 from rtp_llm.srt.worker.worker import Masks, Worker, WorkerConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RankServer:
@@ -83,8 +86,8 @@ def main(fd: int) -> None:
     parent = Parent(fd)
     try:
         _serve(parent)
-    except ParentGone:
-        pass  # this is how a worker is told to end
+    except ParentGone:  # this is how a worker is told to end
+        logger.debug("the parent process has gone: the worker ends")
     except Exception as error:
         with suppress(ParentGone):
             parent.send("error", (reason(error), traceback.format_exc()))

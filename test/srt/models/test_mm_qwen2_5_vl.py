@@ -11,10 +11,10 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
+    feed_qwen,
     joined,
     of_kind,
     serve_vision,
-    token_types,
     vision_params,
 )
 from transformers import Qwen2_5_VLConfig
@@ -44,15 +44,8 @@ def make(directory: Path, vision: dict[str, Any] | None = None, **config: Any) -
 
 
 def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
-    images, videos = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
-    return {
-        "pixel_values": joined(images),
-        "image_grid_thw": joined(images, "image_grid_thw"),
-        "pixel_values_videos": joined(videos),
-        "video_grid_thw": joined(videos, "video_grid_thw"),
-        "second_per_grid_ts": joined(videos, "second_per_grid_ts"),
-        "mm_token_type_ids": token_types(ids, media),
-    }
+    seconds = joined(of_kind(media, Modality.VIDEO), "second_per_grid_ts")
+    return feed_qwen(ids, media) | {"second_per_grid_ts": seconds}
 
 
 SLIDING = CONFIG["text_config"] | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mm_parity import (
@@ -10,32 +9,17 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
-    joined,
-    of_kind,
+    feed_qwen,
     serve_vision,
-    token_types,
     vision_params,
 )
 
-from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from tiny_seeing import IMAGE, VIDEO, make_seeing
 
-
-def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
-    images, videos = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
-    return {
-        "pixel_values": joined(images),
-        "image_grid_thw": joined(images, "image_grid_thw"),
-        "pixel_values_videos": joined(videos),
-        "video_grid_thw": joined(videos, "video_grid_thw"),
-        "mm_token_type_ids": token_types(ids, media),
-    }
-
-
 CASES = (
-    VisionCase("qwen2-vl", make_seeing, feed, IMAGE, VIDEO),
-    VisionCase("qwen2-vl-tied", lambda d: make_seeing(d, tie_word_embeddings=True), feed, IMAGE, VIDEO, slow=True),
-    VisionCase("qwen2-vl-pages", make_seeing, feed, IMAGE, VIDEO, options={"page_size": 4}, slow=True),
+    VisionCase("qwen2-vl", make_seeing, feed_qwen, IMAGE, VIDEO),
+    VisionCase("qwen2-vl-tied", lambda d: make_seeing(d, tie_word_embeddings=True), feed_qwen, IMAGE, VIDEO, slow=True),
+    VisionCase("qwen2-vl-pages", make_seeing, feed_qwen, IMAGE, VIDEO, options={"page_size": 4}, slow=True),
 )
 
 

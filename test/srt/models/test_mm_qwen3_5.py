@@ -10,14 +10,11 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
-    joined,
-    of_kind,
+    feed_qwen,
     serve_vision,
-    token_types,
     vision_params,
 )
 
-from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from tiny_models import make_tiny_vision
 from tiny_seeing import CONFIG, IMAGE, TOKENS, VIDEO
 
@@ -78,20 +75,9 @@ def make_moe(directory: Path) -> str:
     return make(directory, "Qwen3_5MoeForConditionalGeneration", **EXPERTS)
 
 
-def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
-    images, videos = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
-    return {
-        "pixel_values": joined(images),
-        "image_grid_thw": joined(images, "image_grid_thw"),
-        "pixel_values_videos": joined(videos),
-        "video_grid_thw": joined(videos, "video_grid_thw"),
-        "mm_token_type_ids": token_types(ids, media),
-    }
-
-
 CASES = (
-    VisionCase("qwen3.5", make, feed, IMAGE, VIDEO, slow=True, has_states=True),
-    VisionCase("qwen3.5-moe", make_moe, feed, IMAGE, VIDEO, slow=True, has_states=True),
+    VisionCase("qwen3.5", make, feed_qwen, IMAGE, VIDEO, slow=True, has_states=True),
+    VisionCase("qwen3.5-moe", make_moe, feed_qwen, IMAGE, VIDEO, slow=True, has_states=True),
 )
 
 

@@ -10,17 +10,14 @@ from mm_parity import (
     ServedVision,
     VisionCase,
     check_two_ranks_vision,
-    joined,
-    of_kind,
+    feed_qwen,
     serve_vision,
-    token_types,
     vision_params,
 )
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLConfig
 
 from rtp_llm.models_py.qwen3_vl import Qwen3VisionTransformer
-from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from tiny_models import make_tiny_vision
 from tiny_seeing import CONFIG, IMAGE, TOKENS, VIDEO
 
@@ -78,23 +75,12 @@ def make_moe_as_published(directory: Path) -> str:
     return model_dir
 
 
-def feed(ids: list[int], media: MultimodalInputs) -> dict[str, Any]:
-    images, videos = of_kind(media, Modality.IMAGE), of_kind(media, Modality.VIDEO)
-    return {
-        "pixel_values": joined(images),
-        "image_grid_thw": joined(images, "image_grid_thw"),
-        "pixel_values_videos": joined(videos),
-        "video_grid_thw": joined(videos, "video_grid_thw"),
-        "mm_token_type_ids": token_types(ids, media),
-    }
-
-
 CASES = (
-    VisionCase("qwen3-vl", make, feed, IMAGE, VIDEO),
+    VisionCase("qwen3-vl", make, feed_qwen, IMAGE, VIDEO),
     VisionCase(
         "qwen3-vl-tied-no-deepstack",
         lambda d: make(d, vision={"deepstack_visual_indexes": []}, tie_word_embeddings=True),
-        feed,
+        feed_qwen,
         IMAGE,
         VIDEO,
         slow=True,
@@ -102,13 +88,13 @@ CASES = (
     VisionCase(
         "qwen3-vl-more-views-than-layers",
         lambda d: make(d, vision={"deepstack_visual_indexes": [0, 1, 2, 3]}),
-        feed,
+        feed_qwen,
         IMAGE,
         VIDEO,
         slow=True,
     ),
-    VisionCase("qwen3-vl-moe", make_moe, feed, IMAGE, VIDEO, slow=True),
-    VisionCase("qwen3-vl-moe-as-published", make_moe_as_published, feed, IMAGE, VIDEO, slow=True),
+    VisionCase("qwen3-vl-moe", make_moe, feed_qwen, IMAGE, VIDEO, slow=True),
+    VisionCase("qwen3-vl-moe-as-published", make_moe_as_published, feed_qwen, IMAGE, VIDEO, slow=True),
 )
 
 
