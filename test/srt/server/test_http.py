@@ -280,8 +280,10 @@ def test_each_request_counts_once_however_it_ends(server: InProcess) -> None:
         return [float(line.split()[-1]) for name in names for line in lines if line.startswith(f"rtp_llm:{name}{{")]
 
     before = counts()
-    text = post(server, "/v1/completions", {"prompt": "the cat", "max_tokens": 20}).json()["choices"][0]["text"]
-    post(server, "/v1/completions", {"prompt": "the cat", "max_tokens": 20, "stop": text[4:6]})
+    greedy = {"prompt": "the cat", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    text = post(server, "/v1/completions", greedy).json()["choices"][0]["text"]
+    stopped = post(server, "/v1/completions", greedy | {"stop": text[4:6]})
+    assert stopped.json()["choices"][0]["finish_reason"] == "stop"
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"rid": "told-to-end"}) as response:
         lines = response.iter_lines()
         next(lines)
