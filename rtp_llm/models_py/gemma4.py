@@ -56,6 +56,16 @@ def layer_of_keys(config: "PretrainedConfig", layer_id: int) -> int:
     return owners[-1]
 
 
+def unused_by_shared_layers(config: "PretrainedConfig", path: str) -> list[str]:
+    """Return what checkpoints have nevertheless for layers that read another's keys and values: weights of their own.
+
+    ``path``: of the layers' module, as a regular expression.
+    """
+    num_own = config.num_hidden_layers - config.num_kv_shared_layers
+    shared = "|".join(str(layer_id) for layer_id in range(num_own, config.num_hidden_layers))
+    return [rf"^{path}\.layers\.({shared})\.self_attn\.[kv]_(proj|norm)\."] if shared else []
+
+
 class QueryKeyLinear(QKVParallelLinear):
     """Queries and keys in one product, for layers whose values are made of their keys: [..., q_size + kv_size]."""
 
@@ -104,6 +114,7 @@ class Gemma4Attention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             layer_id=layer_of_keys(config, layer_id),
             window=window,
+            media_are_causal=window is None,
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )
@@ -321,9 +332,11 @@ class Gemma4Model(LlamaModel):
         positions: torch.Tensor,
         forward_batch: "ForwardBatch",
         input_embeds: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``token_ids``: [T], whose embeddings all layers have, where ``input_embeds`` are given for the first one."""
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        embeddings = self.layer_embeddings(input_ids, hidden_states)
+        embeddings = self.layer_embeddings(input_ids if token_ids is None else token_ids, hidden_states)
         for layer, embedding in zip(self.layers, embeddings, strict=True):
             hidden_states = layer(positions, hidden_states, forward_batch, embedding)
         return self.norm(hidden_states)
@@ -393,10 +406,7 @@ class Gemma4ForCausalLM(LlamaForCausalLM):
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__(config, quant_config, prefix)
-        num_own = config.num_hidden_layers - config.num_kv_shared_layers
-        shared = "|".join(str(layer_id) for layer_id in range(num_own, config.num_hidden_layers))
-        # Checkpoints have weights of keys and values that no layer computes.
-        self.ignore = [rf"^model\.layers\.({shared})\.self_attn\.[kv]_(proj|norm)\."] if shared else []
+        self.ignore = unused_by_shared_layers(config, "model")
 
 
 EntryClass = Gemma4ForCausalLM

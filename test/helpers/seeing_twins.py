@@ -1,6 +1,7 @@
 """A tiny random checkpoint of each architecture that sees, as the test file of its model makes it."""
 
 import test_mm_gemma3
+import test_mm_gemma4
 import test_mm_internvl
 import test_mm_llava
 import test_mm_mistral3
@@ -16,6 +17,7 @@ def _case(cases: tuple[VisionCase, ...], name: str) -> VisionCase:
 
 SEEING_TWINS: dict[str, VisionCase] = {
     "Gemma3ForConditionalGeneration": test_mm_gemma3.CASES[0],
+    "Gemma4ForConditionalGeneration": test_mm_gemma4.CASES[0],
     "InternVLForConditionalGeneration": test_mm_internvl.CASES[0],
     "LlavaForConditionalGeneration": _case(test_mm_llava.CASES, "llava"),
     "LlavaNextForConditionalGeneration": _case(test_mm_llava.CASES, "llava-next"),

@@ -63,8 +63,8 @@ class AttentionBackend(ABC):
         """Write the step's keys and values, then attend over the cache, so that a token sees itself.
 
         A query at position p sees the keys from ``layer.first_visible(p)`` up to p; where
-        ``batch.visible_ends`` is given, also later ones before that position. For one row it is what ``attention`` of
-        ``kernels/reference.py`` computes.
+        ``batch.visible_ends`` is given, also later ones before that position: not in all layers of a model, so it is
+        read here and not in ``plan``. For one row it is what ``attention`` of ``kernels/reference.py`` computes.
 
         Args:
             q: [T, num_heads, head_dim], T the tokens of all rows.

@@ -49,7 +49,7 @@ class TorchAttention(AttentionBackend):
     def __init__(self) -> None:
         # cuDNN makes a plan for every new length, and keys get longer with each step.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self._layouts: dict[tuple[int, int | None, int | None], StepLayout] = {}
+        self._layouts: dict[tuple[int, int | None, int | None, bool], StepLayout] = {}
 
     def plan(self, batch: ForwardBatch) -> None:
         self._layouts = {}
@@ -76,11 +76,12 @@ class TorchAttention(AttentionBackend):
         return out.flatten(1)
 
     def _layout(self, batch: ForwardBatch, group: int, layer: AttentionSpec) -> StepLayout:
-        """Return the layout, made by the first layer of each group and window or chunk, then shared."""
-        key = (group, layer.window, layer.chunk)
+        """Return the layout, made by the first layer of each group and window or chunk, then shared by all that see as
+        far ahead."""
+        key = (group, layer.window, layer.chunk, batch.visible_ends is None)
         layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[key] = _layout(batch, *key)
+            layout = self._layouts[key] = _layout(batch, group, layer.window, layer.chunk)
         return layout
 
 

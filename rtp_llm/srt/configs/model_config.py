@@ -37,6 +37,7 @@ DEFAULT_CONTEXT_LENGTH = 2048  # if a configuration names no length
 
 multimodal_model_archs: set[str] = {
     "Gemma3ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",

@@ -1,6 +1,7 @@
 """The attention layer of model files: it describes what is computed; the ForwardBatch's back end computes it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,8 @@ class RadixAttention(nn.Module):
             (Llama 4, 2025); None: it is not cut.
         alibi_slopes: [num_heads], of this rank (see ``layers/alibi.py``): head h's score of a key that lies d tokens
             before the query is lowered by ``alibi_slopes[h] * d``, after scaling and cap (ALiBi; Press et al., 2022).
+        media_are_causal: a token of an image sees none behind it, although tokens of an image see each other in other
+            layers of the model, which has ``max_media_block`` (Gemma 4, 2026).
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class RadixAttention(nn.Module):
         window: int | None = None,
         alibi_slopes: torch.Tensor | Sequence[float] | None = None,
         attention_chunk_size: int | None = None,
+        media_are_causal: bool = False,
     ) -> None:
         super().__init__()
         if attn_type != AttentionType.DECODER:
@@ -98,6 +102,7 @@ class RadixAttention(nn.Module):
             chunk=attention_chunk_size,
         )
         self.attn_type = attn_type
+        self.media_are_causal = media_are_causal
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         if quant_config is not None and quant_config.get_quant_method(self, prefix) is not None:
             raise ValueError(f"{prefix or 'RadixAttention'}: {quant_config.get_name()} cannot quantize attention yet")
@@ -153,6 +158,8 @@ class RadixAttention(nn.Module):
             k = k.view(-1, spec.num_kv_heads, spec.head_dim)
         if v is not None:
             v = v.view(-1, spec.num_kv_heads, spec.v_head_dim)
+        if self.media_are_causal and forward_batch.visible_ends is not None:
+            forward_batch = replace(forward_batch, visible_ends=None)
         return forward_batch.attn_backend.forward(q, k, v, spec, forward_batch, save_kv_cache, sinks)
 
 

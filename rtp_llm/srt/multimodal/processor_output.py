@@ -18,7 +18,7 @@ MODALITY_OF_OUTPUT = {
         (
             "pixel_values", "image_grid_thw", "image_sizes", "image_grid_hws", "image_attention_mask", "tgt_size",
             "tgt_sizes", "aspect_ratio_ids", "aspect_ratio_mask", "num_patches", "patch_pixel_values", "num_crops",
-            "batch_num_images", "pixel_attention_mask",
+            "batch_num_images", "pixel_attention_mask", "image_position_ids",
         ),
         Modality.IMAGE,
     ),

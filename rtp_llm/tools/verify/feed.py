@@ -18,6 +18,7 @@ FEATURES = {
     Modality.VIDEO: "pixel_values_videos",
     Modality.AUDIO: "input_features",
 }
+PADDING = {"image_position_ids": -1}  # what stands where there is no patch; other arguments are zero there
 TYPES = {Modality.IMAGE: 1, Modality.VIDEO: 2, Modality.AUDIO: 3}  # of a prompt's tokens; 0 is text
 
 
@@ -32,7 +33,7 @@ def extras_for(model: Any, ids: Sequence[int], media: MultimodalInputs) -> Extra
         if items:
             extras[feature_name] = joined([item.feature for item in items])
             for name in _common_names(items):
-                extras[name] = joined([item.model_specific_data[name] for item in items])
+                extras[name] = joined([item.model_specific_data[name] for item in items], PADDING.get(name, 0))
     types = _token_types(ids, media)
     extras |= {"mm_token_type_ids": types, "token_type_ids": types}
     extras["batch_num_images"] = torch.tensor([sum(item.modality is Modality.IMAGE for item in media.mm_items)])
@@ -43,9 +44,9 @@ def _common_names(items: Sequence[MultimodalDataItem]) -> list[str]:
     return [name for name in items[0].model_specific_data if all(name in item.model_specific_data for item in items)]
 
 
-def joined(values: Sequence[Any]) -> Any:
-    """Join all items' values: tensors into one, filled up with zeros if sizes differ; numbers into a tensor, other
-    values into a list; None stays None."""
+def joined(values: Sequence[Any], padding: int = 0) -> Any:
+    """Join all items' values: tensors into one, filled up with ``padding`` if sizes differ; numbers into a tensor,
+    other values into a list; None stays None."""
     if any(value is None for value in values):
         return None
     values = [part for value in values for part in (value if isinstance(value, list) else [value])]
@@ -54,13 +55,13 @@ def joined(values: Sequence[Any]) -> Any:
     if not all(isinstance(value, torch.Tensor) for value in values) or len({value.dim() for value in values}) > 1:
         return values
     sizes = [max(value.shape[axis] for value in values) for axis in range(1, values[0].dim())]
-    return torch.cat([_filled(value, sizes) for value in values])
+    return torch.cat([_filled(value, sizes, padding) for value in values])
 
 
-def _filled(value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Append zeros, up to these sizes of all axes but the first."""
+def _filled(value: torch.Tensor, sizes: Sequence[int], padding: int) -> torch.Tensor:
+    """Append ``padding``, up to these sizes of all axes but the first."""
     missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
-    return torch.nn.functional.pad(value, [pad for num in reversed(missing) for pad in (0, num)])
+    return torch.nn.functional.pad(value, [pad for num in reversed(missing) for pad in (0, num)], value=padding)
 
 
 def _token_types(ids: Sequence[int], media: MultimodalInputs) -> torch.Tensor:
