@@ -281,7 +281,16 @@ _TINY_SIZES: dict[str, Any] = dict(
 # Architectures that are another's class with a configuration of their own.
 _OTHER_CLASSES = {"InternLM3ForCausalLM": ("LlamaForCausalLM", "InternLM3Config")}
 # Fields that a configuration wants and has no value of its own for.
-_WANTED = {"Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}}
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
+_WANTED = {
+    "KimiLinearForCausalLM": {
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+    },
+    "Lfm2ForCausalLM": _CONVOLUTIONS,
+    "Lfm2MoeForCausalLM": _CONVOLUTIONS,
+}
 _TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]]  # as bytes are written: space, newline
 
 

@@ -14,6 +14,7 @@ from parity import rewrite_tensors
 from rtp_llm import ModelRegistry
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.model_traits import KeepsState
 from rtp_llm.tools.verify.locate import compare, first_difference, pass_over_embedding
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.prompts import Prompt
@@ -21,7 +22,12 @@ from rtp_llm.tools.verify.run import record, verify
 from rtp_llm.tools.verify.sides import OurModel, TheirModel
 from tiny_models import make_tiny, tiny_model
 
-QUICK = ("sigmoid in the place of softmax", "latent rotation by halves", "pixel shuffle by columns")
+QUICK = (
+    "sigmoid in the place of softmax",
+    "latent rotation by halves",
+    "pixel shuffle by columns",
+    "state of a convolution in the other order",
+)
 TEXT_MODELS = sorted(
     name
     for name in ModelRegistry.get_supported_archs()
@@ -95,3 +101,6 @@ def test_nothing_is_blamed_in_a_right_model(architecture: str, tmp_path: Path) -
     differences = pass_over_embedding(differences, evidence.ours, evidence.theirs, evidence.tolerance)
     assert first_difference(differences, evidence.tolerance) is None
     assert len(differences) > 20
+    with_states = [name for name, module in ours.model.named_modules() if isinstance(module, KeepsState)]
+    assert len(evidence.states) == 2 * len(with_states) and not evidence.wrong_states()
+    assert len(evidence.theirs.scans) + len(evidence.theirs.convolutions) == len(with_states)

@@ -53,6 +53,67 @@ class DecayParameter(nn.Module):
         param.data.copy_(-param.data.exp())
 
 
+class StateSpaceDual(nn.Module):
+    """The recurrence of Mamba 2 (Dao and Gu, 2024). Its parameters are the mixer's.
+
+    Args:
+        num_heads, num_groups: of this rank; head h reads group ``h // (num_heads // num_groups)``.
+        layer_id: the layer whose states are read and written.
+        dt_limit: bounds of the step size.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_groups: int,
+        state_size: int,
+        layer_id: int,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_groups, self.state_size = num_groups, state_size
+        self.layer_id = layer_id
+        self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
+        self._ssd = pick("ssd")
+
+    def state_spec(self) -> StateSpec:
+        """Return a matrix [state_size, head_dim] for each head."""
+        return StateSpec((StateTensor("recurrent", (self.num_heads, self.state_size, self.head_dim), "float32"),))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        d: torch.Tensor | None,
+        dt_bias: torch.Tensor | None,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Compute the step's tokens.
+
+        Args:
+            x: [T, num_heads * head_dim].
+            dt: [T, num_heads], from which step sizes are made; a (negative), d and dt_bias: [num_heads].
+            b, c: [T, num_groups * state_size].
+
+        Returns:
+            [T, num_heads, head_dim].
+        """
+        states = state_tensor(forward_batch, self.layer_id, "recurrent")
+        b, c = (y.unflatten(-1, (self.num_groups, self.state_size)) for y in (b, c))
+
+        def compute(
+            wave: StateWave, x: torch.Tensor, dt: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+        ) -> torch.Tensor:
+            return self._ssd(x, dt, a, b, c, d, dt_bias, states, wave, self.dt_limit)
+
+        return in_waves(forward_batch, compute, x.unflatten(-1, (self.num_heads, self.head_dim)), dt, b, c)
+
+
 class Mamba2Mixer(DecayParameter):
     """The mixer of Mamba 2 (Dao and Gu, 2024), with its names in checkpoints: ``in_proj``, ``conv1d``, ``A_log``,
     ``D``, ``dt_bias``, ``norm``, ``out_proj``.
@@ -88,9 +149,7 @@ class Mamba2Mixer(DecayParameter):
     ) -> None:
         super().__init__()
         divide(num_heads, num_groups, "number of heads of a state-space layer")
-        self.layer_id = layer_id
         self.head_dim, self.state_size = head_dim, state_size
-        self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
         ranks, size = get_tp_group().world_size, num_heads * head_dim
         group_parts = min(ranks, num_groups)
         self.num_heads = divide(num_heads, ranks, "number of heads of a state-space layer")
@@ -117,6 +176,7 @@ class Mamba2Mixer(DecayParameter):
         self.A = self.make_decays(self.num_heads)
         self.D = self.make_own(self.num_heads)
         self.dt_bias = self.make_own(self.num_heads)
+        self.ssd = StateSpaceDual(self.num_heads, head_dim, self.num_groups, state_size, layer_id, dt_limit)
         self.norm = GatedRMSNorm(size, eps, size // num_groups, gates_first, is_split=True) if has_norm else None
         self.out_proj = RowParallelLinear(
             size,
@@ -125,26 +185,13 @@ class Mamba2Mixer(DecayParameter):
             quant_config=quant_config,
             prefix=add_prefix("out_proj", prefix),
         )
-        self._ssd = pick("ssd")
-
-    def state_spec(self) -> StateSpec:
-        """Return a matrix [state_size, head_dim] for each head."""
-        return StateSpec((StateTensor("recurrent", (self.num_heads, self.state_size, self.head_dim), "float32"),))
 
     def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """[T, hidden_size] to the same."""
         size, group_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
         gate, xbc, dt = self.project(hidden_states).split([size, size + 2 * group_size, self.num_heads], dim=-1)
         x, b, c = self.conv1d(xbc, forward_batch).split([size, group_size, group_size], dim=-1)
-        states = state_tensor(forward_batch, self.layer_id, "recurrent")
-
-        def compute(
-            wave: StateWave, x: torch.Tensor, dt: torch.Tensor, b: torch.Tensor, c: torch.Tensor
-        ) -> torch.Tensor:
-            return self._ssd(x, dt, self.A, b, c, self.D, self.dt_bias, states, wave, self.dt_limit)
-
-        b, c = (y.unflatten(-1, (self.num_groups, self.state_size)) for y in (b, c))
-        y = in_waves(forward_batch, compute, x.unflatten(-1, (self.num_heads, self.head_dim)), dt, b, c).flatten(1)
+        y = self.ssd(x, dt, self.A, b, c, self.D, self.dt_bias, forward_batch).flatten(1)
         y = y * F.silu(gate) if self.norm is None else self.norm(y, gate)
         output, _ = self.out_proj(y)
         return output

@@ -14,7 +14,7 @@ from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, Attentio
 
 MAX_CHANGES = 2
 MIN_DISTANCE = 3  # tokens from which slopes are seen
-CAUSAL, THEIRS, SLOPES = "causal", "theirs", "slopes"
+CAUSAL, THEIRS, SLOPES, AHEAD = "causal", "theirs", "slopes", "ahead"
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Attending:
 
     Args:
         is_tiled: query head h reads key head ``h % num_kv_heads``, not its group's.
-        mask: what is added to the scores: nothing but the causal mask and the window, the reference's own, or our
-            slopes times distances.
+        mask: what is added to the scores: nothing but the causal mask and the window, the reference's own, our slopes
+            times distances, or the causal mask with the later tokens that other layers of the reference see.
     """
 
     scaling: float
@@ -47,6 +47,7 @@ class AttentionTrials:
         self._first = theirs.first_position(Place(name, QUERIES))
         self._ours, self._theirs = ours.tensors[Place(name, ATTENDED)], theirs.tensors[Place(name, ATTENDED)]
         self._call, self._own_call, self._config = theirs.calls[name], ours.calls[name], config
+        self._ahead = next((seen for call in theirs.calls.values() if (seen := _seen_ahead(call)) is not None), None)
 
     def explain(self, tolerance: float) -> str | None:
         """Return why our attention's output is not the reference's; None: no trial explains it."""
@@ -111,6 +112,7 @@ class AttentionTrials:
             CAUSAL,
             *([THEIRS] if self._call.bias is not None else []),
             *([SLOPES] if self._own_call.slopes is not None else []),
+            *([AHEAD] if self._ahead is not None else []),
         ]
 
     def _is(self, trial: Attending, expected: torch.Tensor, tolerance: float) -> bool:
@@ -128,6 +130,9 @@ class AttentionTrials:
         sinks = self._call.sinks if trial.has_sinks else None
         if trial.mask == THEIRS and self._call.bias is not None:
             return _attend_biased(q, k, v, trial, self._call.bias[:, self._first :], sinks).flatten(1)
+        if trial.mask == AHEAD and self._ahead is not None:
+            bias = _bias_of(self._ahead, trial.window)
+            return _attend_biased(q, k, v, trial, bias[:, self._first :], sinks).flatten(1)
         slopes = self._own_call.slopes if trial.mask == SLOPES else None
         return reference.attention(
             q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks, alibi_slopes=slopes
@@ -147,6 +152,19 @@ def _attend_biased(
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
     return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., : len(k)], v)
+
+
+def _seen_ahead(call: AttentionCall) -> torch.Tensor | None:
+    """Return which later tokens a layer sees, [tokens, tokens] bool; None: none."""
+    seen = None if call.bias is None else call.bias[0].isfinite().triu(1)
+    return seen if seen is not None and bool(seen.any()) else None
+
+
+def _bias_of(ahead: torch.Tensor, window: int | None) -> torch.Tensor:
+    """[1, tokens, tokens]: zero where a token sees another, these later ones among them, else minus infinity."""
+    visible = torch.ones_like(ahead).tril() | ahead
+    visible = visible if window is None else visible.triu(1 - window)
+    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[None]
 
 
 def _slopes_of(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -188,6 +206,7 @@ _MASKS = {
     CAUSAL: "only what lies before it",
     THEIRS: "by its own mask (later tokens too, such as an image's, or a bias by distance)",
     SLOPES: "what lies before it, less by distance (ALiBi)",
+    AHEAD: "later tokens too, such as an image's, as in other layers",
 }
 
 

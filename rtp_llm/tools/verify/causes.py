@@ -6,7 +6,7 @@ the finding names only the place.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from rtp_llm.tools.verify.mutations import find_mutation, without_effect
 from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.own_rotation import explain_own_rotation, fused_sources
+from rtp_llm.tools.verify.recurrent_calls import CONVOLVED, DECAYS, SCANNED, SHARES, STEPS
+from rtp_llm.tools.verify.recurrent_causes import explain_boundary, explain_recurrent
 from rtp_llm.tools.verify.relation_causes import (
     describe_relation,
     explain_added,
@@ -32,6 +34,7 @@ from rtp_llm.tools.verify.relation_causes import (
     other_columns,
 )
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
+from rtp_llm.tools.verify.rotation_of_place import RotationOfPlace
 from rtp_llm.tools.verify.routing_causes import FACTOR_ALONE
 from rtp_llm.tools.verify.source_mutations import find_source_edit
 from rtp_llm.tools.verify.sum_causes import (
@@ -51,7 +54,6 @@ from rtp_llm.tools.verify.trace import (
     OUTPUT,
     QUERIES,
     ROUTING,
-    UNROTATED,
     VALUES,
     Place,
 )
@@ -99,6 +101,7 @@ def _by_experiments(evidence: Evidence, place: Place, error: float) -> Finding:
         INPUT: _explain_input,
         OUTPUT: _explain_output,
         ROUTING: _explain_weights,
+        **dict.fromkeys((CONVOLVED, SCANNED, SHARES, STEPS, DECAYS), _explain_recurrent),
         PLAIN: explain_scores,
         ROTATED: explain_scores,
     }
@@ -142,46 +145,13 @@ def _uncalled(evidence: Evidence, place: Place) -> list[str]:
 # Attention
 
 
-class _RotationOfPlace(NamedTuple):
-    """Our rotary embedding at an attention block, and what it is given and makes; see RotationTrials."""
-
-    name: str
-    rope: RotaryEmbedding
-    rotated: Rotated
-
-    @classmethod
-    def of(cls, evidence: Evidence, place: Place) -> "_RotationOfPlace | None":
-        """Return it of queries or keys; None: our model file does not rotate them."""
-        name = evidence.ours.ropes.get(place.module)
-        unrotated = evidence.ours.tensors.get(Place(place.module, UNROTATED[place.part]))
-        rope = evidence.our_modules.get(name or "")
-        if name is None or unrotated is None or not isinstance(rope, RotaryEmbedding):
-            return None
-        call = evidence.theirs.calls[place.module]
-        heads = call.num_heads if place.part == QUERIES else call.num_kv_heads
-        num_tokens = evidence.theirs.num_tokens
-        rotated = Rotated(
-            unrotated,
-            num_tokens - len(unrotated),
-            num_tokens,
-            evidence.theirs.tensors[place].shape[-1] // heads,
-            evidence.ours.positions,
-            evidence.theirs.positions,
-        )
-        return cls(name, rope, rotated)
-
-    def cause(self, evidence: Evidence, place: Place) -> str | None:
-        trials = RotationTrials(evidence.config, self.rope, self.rotated)
-        return trials.explain(*evidence.pair(place), evidence.tolerance)
-
-
 def _is_rotation_alone(evidence: Evidence, place: Place) -> bool:
-    rotation = _RotationOfPlace.of(evidence, place)
+    rotation = RotationOfPlace.of(evidence, place)
     return rotation is not None and rotation.cause(evidence, place) is not None
 
 
 def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding:
-    rotation = _RotationOfPlace.of(evidence, place)
+    rotation = RotationOfPlace.of(evidence, place)
     if rotation is None:
         own = explain_own_rotation(evidence, place)
         if own is not None:
@@ -270,21 +240,36 @@ def _layer_type(evidence: Evidence, place: Place) -> str:
 
 def _is_of_vision_attention(evidence: Evidence, place: Place) -> bool:
     """Return whether this is the output of a tower's attention: its projection's input, used after the queries."""
-    attention = place.module.rpartition(".")[0]
-    if place.part != INPUT or attention not in evidence.theirs.vision_calls.keys() & evidence.ours.vision_calls.keys():
+    attention = _vision_attention_of(evidence, place)
+    if place.part != INPUT or not attention:
         return False
     places = list(evidence.theirs.tensors)
     queries = Place(attention, QUERIES)
     return queries in places and places.index(queries) < places.index(place)
 
 
+def _vision_attention_of(evidence: Evidence, place: Place) -> str:
+    """Return the attention of a tower around a module, which both sides have; empty: there is none."""
+    both = evidence.theirs.vision_calls.keys() & evidence.ours.vision_calls.keys()
+    return next((name for name in both if place.module.startswith(f"{name}.")), "")
+
+
 def _explain_vision_attention(evidence: Evidence, place: Place, error: float) -> Finding:
-    name = place.module.rpartition(".")[0]
+    name = _vision_attention_of(evidence, place)
     trials = VisionTrials(name, evidence.ours, evidence.theirs, evidence.ours.tensors[place])
     cause = trials.explain(evidence.theirs.tensors[place], evidence.tolerance)
     if cause is None:
         return _explain_input(evidence, place, error)
     return Finding(name, ATTENDED, error, [cause])
+
+
+def _explain_recurrent(evidence: Evidence, place: Place, error: float) -> Finding:
+    """Explain a convolution, a gate or a scan: by the state that it begins with, where only that can be wrong."""
+    boundary = explain_boundary(evidence, place, error)
+    if boundary is not None:
+        return boundary
+    cause = explain_recurrent(evidence, place)
+    return Finding(place.module, place.part, error, [cause]) if cause else _explain_input(evidence, place, error)
 
 
 def _explain_embeddings(evidence: Evidence, place: Place, error: float) -> Finding:

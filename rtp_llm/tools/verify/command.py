@@ -14,6 +14,7 @@ from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.tools.verify.all_schedules import SchedulesReport, verify_schedules
+from rtp_llm.tools.verify.locate import MODULE_TOLERANCE
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import TOP, PromptResult, Report, verify
 
@@ -141,7 +142,8 @@ def _text(result: PromptResult, text_of: Any) -> str:
 def _verdict(report: Report) -> list[str]:
     if report.agrees:
         worst = max(result.error for result in report.results)
-        return [f"[green]They agree[/green]: logits differ by {worst:.1g} of their spread ({report.tolerance:g} may)."]
+        agree = f"[green]They agree[/green]: logits differ by {worst:.1g} of their spread ({report.tolerance:g} may)."
+        return [agree, *_states_lines(report)]
     lines = ["[red]They differ.[/red]"]
     if report.dtype != "float32":
         lines.append(f"{report.dtype} rounds: --dtype float32 tells mistakes from rounding, and causes apart.")
@@ -154,6 +156,19 @@ def _verdict(report: Report) -> list[str]:
         lines += [f"Likely cause: {escape(cause)}" for cause in causes]
         lines.append(f"See {escape(report.source)}")
     return lines
+
+
+def _states_lines(report: Report) -> list[str]:
+    """Say how states at boundaries compare, where all logits agree."""
+    states = [result.states for result in report.results if result.states]
+    if not states:
+        return []
+    worst = max(states, key=lambda result: result.error)
+    line = f"States at boundaries: {sum(result.num for result in states)} compared, "
+    if worst.error <= MODULE_TOLERANCE[report.dtype]:
+        return [f"{line}they differ by {worst.error:.1g} at most."]
+    other = f"{escape(worst.worst)} differs by {worst.error:.2g}, though all that is made of it agrees: "
+    return [f"{line}{other}ours is kept in another form."]
 
 
 def _places_table(report: Report) -> Table:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtp_llm.tools.verify.boundary_states import StatePair
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.replay import Replay
 from rtp_llm.tools.verify.trace import Place, Trace
@@ -39,6 +40,7 @@ class Evidence:
 
     Args:
         names: of the reference's modules, as our model file has them.
+        states: what both sides keep after each piece of the prompt.
     """
 
     config: Any
@@ -49,6 +51,7 @@ class Evidence:
     tolerance: float
     names: dict[nn.Module, str]
     replay: Replay
+    states: list[StatePair] = field(default_factory=list)
 
     def same(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
         return ours.shape == theirs.shape and relative_error(ours, theirs) <= self.tolerance
@@ -70,6 +73,10 @@ class Evidence:
             for name, module in self.their_modules.items()
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         }
+
+    def wrong_states(self, module: str = "") -> list[StatePair]:
+        """Return the states that differ, of a module or of all, those of earlier positions first."""
+        return [pair for pair in self.states if module in ("", pair.module) and pair.error > self.tolerance]
 
     def pair(self, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Return our tensor and the reference's at a place."""

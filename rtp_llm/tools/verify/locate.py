@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 import torch
 
+from rtp_llm.tools.verify.recurrent_calls import CONVOLVED, SCAN_INPUTS, SCANNED, TO_CONVOLVE
 from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, KEYS, OUTPUT, QUERIES, VALUES, Place, Trace
 
+# What needs not agree where this does: it is written in another way.
+_MADE_OF = {CONVOLVED: (TO_CONVOLVE,), SCANNED: (TO_CONVOLVE, CONVOLVED, *SCAN_INPUTS)}
 # Tolerances of the worst token's relative difference: of a module's tensors, and of logits.
 MODULE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 LOGITS_TOLERANCE = {"float32": 2e-4, "float16": 3e-2, "bfloat16": 1e-1}
@@ -62,7 +65,8 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
 
     Differences before a later complete agreement are only another layout: for example a scale that one side applies
     inside a module and the other after it. Agreement is complete if a layer's input or output agrees, or a block's
-    output, in an attention block if queries, keys and values do, or what it attends to.
+    output, in an attention block if queries, keys and values do, or what it attends to. In a layer with a state what a
+    convolution or a scan is given needs not agree where its result does.
     """
     suspects: list[int] = []
     layer = ""
@@ -80,6 +84,9 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
                 suspects = []
             elif place.part == ATTENDED or agreeing >= {Place(place.module, part) for part in (QUERIES, KEYS, VALUES)}:
                 suspects = [i for i in suspects if not differences[i].place.module.startswith(place.module)]
+            elif place.part in _MADE_OF:
+                made_of = {Place(place.module, part) for part in _MADE_OF[place.part]}
+                suspects = [i for i in suspects if differences[i].place not in made_of]
         layer = layer_of(place.module)
     return suspects[0] if suspects else None
 

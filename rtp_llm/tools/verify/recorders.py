@@ -13,15 +13,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from rtp_llm.srt.layers.encoder_attention import MMEncoderAttention
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
-from rtp_llm.srt.layers.vision import VisionAttention, VisionAttentionMetadata
+from rtp_llm.srt.layers.vision import VisionAttention
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.attention_watch import HIDDEN, AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.pointer import call_sites
+from rtp_llm.tools.verify.recurrent_watch import RecurrentWatch, watch_ours
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
@@ -35,8 +37,8 @@ from rtp_llm.tools.verify.trace import (
     AttentionCall,
     Trace,
     VisionCall,
-    kept,
 )
+from rtp_llm.tools.verify.vision_calls import cos_sin_of, our_encoder_call, our_vision_call, vision_aliases
 
 RECORDING = "rtp_llm_verify"  # name of the attention function that records calls of transformers' models
 
@@ -139,13 +141,17 @@ class OurRecorder(Recorder):
 
     def watch(self, name: str, module: nn.Module) -> None:
         self.before(module, lambda args: self.trace.call_sites.__setitem__(name, call_sites(self.model)))
+        watch_ours(self, name, module)
         if isinstance(module, RotaryEmbedding):
             self.before(module, lambda args: self._keep_rotation(name, args))
         elif isinstance(module, RadixAttention):
             self._watch_attention(self._attention_name(name, module), module)
         elif isinstance(module, VisionAttention):
             super().watch(name, module)
-            self.called(module, lambda given: self.trace.add_vision_call(name, _our_vision_call(module, given)))
+            self.called(module, lambda given: self.trace.add_vision_call(name, our_vision_call(module, given)))
+        elif isinstance(module, MMEncoderAttention):
+            around = name.rpartition(".")[0]
+            self.called(module, lambda given: self.trace.add_vision_call(around, our_encoder_call(module, given)))
         elif isinstance(module, LinearBase):
             sources = packed_sources(name, module, self._packed)
             aliases = vision_aliases(self.model, name)
@@ -206,35 +212,6 @@ class OurRecorder(Recorder):
             self.after(layer, lambda args, output: self.trace.add(name, ATTENDED, output))
 
 
-def _our_vision_call(layer: VisionAttention, given: dict[str, Any]) -> VisionCall:
-    x, metadata, cu_seqlens = given["x"], given.get("forward_metadata"), given.get("cu_seqlens")
-    if isinstance(metadata, VisionAttentionMetadata):
-        lengths = metadata.seq_lens.tolist()
-    elif isinstance(cu_seqlens, torch.Tensor):
-        lengths = cu_seqlens.diff().tolist()
-    else:
-        lengths = [x.shape[-2]] * (x[..., 0].numel() // x.shape[-2])
-    return VisionCall(layer.num_heads, layer.scaling, tuple(lengths), _cos_sin(given, layer.head_dim))
-
-
-def _cos_sin(given: dict[str, Any], head_dim: int) -> torch.Tensor | None:
-    """Return [patches, 2 * head_dim] float32 of (cos, sin), each [patches, head_dim] or one half of it for both."""
-    tables = given.get("position_embeddings") or (given.get("rotary_pos_emb_cos"), given.get("rotary_pos_emb_sin"))
-    if not isinstance(tables, (tuple, list)) or not all(isinstance(table, torch.Tensor) for table in tables):
-        return None
-    rows = [table.reshape(-1, table.shape[-1]) for table in tables]
-    return torch.cat([kept(row.repeat(1, head_dim // row.shape[1])) for row in rows], dim=1)
-
-
-def vision_aliases(model: nn.Module, name: str) -> list[str]:
-    """Return the checkpoint names of a VisionAttention's projection, taken as a whole."""
-    parent, _, last = name.rpartition(".")
-    if not isinstance(dict(model.named_modules()).get(parent), VisionAttention):
-        return []
-    others: dict[str, tuple[str, ...]] = {"qkv_proj": ("qkv",), "proj": VisionAttention.proj_sources}
-    return [f"{parent}.{other}" for other in others.get(last, ())]
-
-
 def packed_sources(name: str, module: LinearBase, packed: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
     """Return (checkpoint name, number of outputs) of a linear layer's parts; of itself if it is not packed."""
     parent, _, last = name.rpartition(".")
@@ -271,6 +248,7 @@ class TheirRecorder(Recorder):
         self.names = dict(names or {module: name for name, module in model.named_modules()})
         self._attention_heads = attention_heads or {}
         self._watches: list[AttentionWatch] = []
+        self._recurrent = RecurrentWatch(self)
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # a layer's name -> its last call
         self._implementation = model.config._attn_implementation
         self._given: dict[str, dict[str, Any]] = {}  # a tower's module -> arguments of its last call
@@ -344,15 +322,18 @@ class TheirRecorder(Recorder):
             module.rtp_llm_recorder = self  # type: ignore[assignment]
         if self.model._can_set_attn_implementation():  # type: ignore[operator]
             self.model.set_attn_implementation(RECORDING)  # type: ignore[operator]
+        self._recurrent.open(self.names)
         return self
 
     def end_watches(self) -> None:
         """End what a forward pass that failed has left open."""
+        self._recurrent.forget()
         while self._watches:
             self._watches.pop().__exit__(None, None, None)
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
+        self._recurrent.close()
         self.end_watches()
         if self.model._can_set_attn_implementation():  # type: ignore[operator]
             self._restore()
@@ -398,7 +379,7 @@ class TheirRecorder(Recorder):
             self.trace.add_in_pieces(name, part, tensor)
         num_rows, num_heads, length, head_dim = states[0].shape
         scaling = options.get("scaling")
-        cos_sin = _cos_sin(self._given.pop(name, {}), head_dim)  # of all segments, kept with the first
+        cos_sin = cos_sin_of(self._given.pop(name, {}), head_dim)  # of all segments, kept with the first
         scale = head_dim**-0.5 if scaling is None else float(scaling)
         self.trace.add_vision_call(name, VisionCall(num_heads, scale, (length,) * num_rows, cos_sin))
 

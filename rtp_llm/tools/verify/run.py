@@ -17,6 +17,7 @@ from rtp_llm.srt.models.registry import ModelImportError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.placement import MediaPlacementError
 from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
+from rtp_llm.tools.verify.boundary_states import StateLog
 from rtp_llm.tools.verify.causes import explain, explain_logits, pass_over_layout
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.latent import add_latent_scores
@@ -36,6 +37,7 @@ from rtp_llm.tools.verify.pixels import pixels_note
 from rtp_llm.tools.verify.pointer import source_of
 from rtp_llm.tools.verify.prompts import Prompt, image_prompt, image_prompts, read_or_default_prompts
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
+from rtp_llm.tools.verify.recurrent_causes import explain_state
 from rtp_llm.tools.verify.replay import Replay
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.ties import Parting, parting, same_in_float32
@@ -48,8 +50,33 @@ NUM_SHOWN = 3  # places shown before and after the first that differs
 
 
 @dataclass(frozen=True)
+class StatesResult:
+    """States at the boundaries of a prompt's pieces, in layers that keep one.
+
+    Args:
+        num: how many were compared.
+        error: the largest difference; worst: whose it is.
+    """
+
+    num: int
+    error: float
+    worst: str
+
+    @classmethod
+    def of(cls, log: StateLog) -> "StatesResult | None":
+        pairs = log.pairs()
+        if not pairs:
+            return None
+        worst = max(pairs, key=lambda pair: pair.error)
+        return cls(len(pairs), worst.error, f"{worst.part} of {worst.module}")
+
+
+@dataclass(frozen=True)
 class PromptResult:
-    """Differences of logits after the first tokens, after the prompt, and after each new token except the last."""
+    """Differences of logits after the first tokens, after the prompt, and after each new token except the last.
+
+    ``states``: None: the model keeps none, or none that both sides have.
+    """
 
     prompt: Prompt
     max_difference: float
@@ -58,6 +85,7 @@ class PromptResult:
     top_agreement: float  # fraction of the five best tokens that are the same
     output_ids: list[int]
     parting: Parting | None  # None: the texts are the same
+    states: StatesResult | None = None
 
 
 @dataclass(frozen=True)
@@ -159,9 +187,10 @@ def _settle_ties(report: Report, args: ServerArgs, options: VerifyOptions) -> Re
 
 
 def _compare_prompt(ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions) -> PromptResult:
-    cut_len = ours.cut_of(prompt, options.cut_len)
-    output_ids, our_logits = ours.run(prompt, cut_len, options.max_new_tokens)
-    their_logits = theirs.run(prompt, cut_len, output_ids)[:, : our_logits.shape[1]]
+    cut_len, log = ours.cut_of(prompt, options.cut_len), StateLog()
+    output_ids, our_logits = ours.run(prompt, cut_len, options.max_new_tokens, states=log)
+    their_logits = theirs.run(prompt, cut_len, output_ids, states=log)[:, : our_logits.shape[1]]
+    theirs.add_states_at_cut(prompt, cut_len, log)
     differences = (our_logits - their_logits).abs()
     return PromptResult(
         prompt,
@@ -171,6 +200,7 @@ def _compare_prompt(ours: OurModel, theirs: TheirModel, prompt: Prompt, options:
         _top_agreement(our_logits, their_logits),
         output_ids,
         parting(output_ids, their_logits[-len(output_ids) :]),
+        StatesResult.of(log),
     )
 
 
@@ -203,6 +233,13 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
         finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
         return _with(report, finding=finding, source=source_of(ours.model, "", finding.part, evidence.ours))
     note = "All modules agree over prompt and text at once: only tokens computed one by one, from the cache, differ."
+    states = evidence.wrong_states()
+    if states:
+        finding = _guarded(
+            lambda: explain_state(evidence, states[0]), Finding(states[0].module, states[0].part, states[0].error)
+        )
+        source = source_of(ours.model, finding.module, finding.part, evidence.ours)
+        return _with(report, note=note, finding=finding, source=source)
     return _with(report, note=note)
 
 
@@ -272,20 +309,21 @@ def _with(report: Report, **changes: Any) -> Report:
 
 def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int) -> Evidence:
     """Return both sides' traces of a prompt, the last logits among them."""
-    num_tokens, cut_len = len(prompt.ids), ours.cut_of(prompt, cut_len)
+    num_tokens, cut_len, log = len(prompt.ids), ours.cut_of(prompt, cut_len), StateLog()
     parts = Parts() if prompt.media is None else Parts.of(theirs.model)
     our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS), parts) for _ in range(2))
     with OurRecorder(ours.model, our_trace):
-        output_ids, our_logits = ours.run(prompt, cut_len, 1, our_trace)
+        output_ids, our_logits = ours.run(prompt, cut_len, 1, our_trace, log)
     names = aligned_names(ours.model, theirs.model)
     heads = {name: call.num_kv_heads for name, call in our_trace.calls.items()}
     recorder = TheirRecorder(theirs.model, their_trace, names, heads)
     with recorder:
-        their_logits = theirs.run(prompt, cut_len, output_ids, their_trace)
+        their_logits = theirs.run(prompt, cut_len, output_ids, their_trace, log)
+    theirs.add_states_at_cut(prompt, cut_len, log)
     add_latent_scores(our_trace, their_trace)
     logits = Place(names.get(theirs.model.get_output_embeddings(), "lm_head"), LOGITS)
     num_logits = our_logits.shape[1]
     our_trace.tensors[logits], their_trace.tensors[logits] = our_logits[-1:], their_logits[-1:, :num_logits]
     config, tolerance = theirs.model.config.get_text_config(), MODULE_TOLERANCE[dtype]
     replay = Replay(recorder, lambda trace: theirs.run(prompt, cut_len, output_ids, trace)[-1:, :num_logits])
-    return Evidence(config, ours.model, theirs.model, our_trace, their_trace, tolerance, names, replay)
+    return Evidence(config, ours.model, theirs.model, our_trace, their_trace, tolerance, names, replay, log.pairs())

@@ -18,6 +18,7 @@ from rtp_llm.srt.worker.worker import WorkerConfig
 from rtp_llm.tools.auto_classes import forget_last_prompt
 from rtp_llm.tools.reference import Extras, TransformersModel
 from rtp_llm.tools.step_driver import StepDriver
+from rtp_llm.tools.verify.boundary_states import StateLog, our_states, their_states
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.options import VerifyError
 from rtp_llm.tools.verify.prompts import Prompt
@@ -49,10 +50,16 @@ class OurModel:
         return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
 
     def run(
-        self, prompt: Prompt, cut_len: int, num_new: int, trace: Trace | None = None
+        self,
+        prompt: Prompt,
+        cut_len: int,
+        num_new: int,
+        trace: Trace | None = None,
+        states: StateLog | None = None,
     ) -> tuple[list[int], torch.Tensor]:
         """Return ``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each
-        id but the last. A trace records the prompt's steps. Images are encoded again."""
+        id but the last. A trace records the prompt's steps; ``states`` gets what is kept after each of its pieces.
+        Images are encoded again."""
         if prompt.media is not None and (problem := prompt.media.too_long_for(self._runner.max_media_block)):
             raise ForwardError(f"the engine refuses the prompt {prompt.text!r}: {problem}")
         self._runner.embedding_cache.clear()
@@ -65,6 +72,8 @@ class OurModel:
             with trace.step(start, end - start) if trace and end <= len(ids) else _no_trace():
                 token_id, row = self._step(end - start)
             logits.append(row)
+            if states is not None and self._runner.states is not None and end <= len(ids):
+                states.ours[end] = our_states(self.model, self._runner.states.pool)
             if end >= len(ids):
                 output_ids.append(token_id)
         return output_ids, torch.cat(logits)
@@ -97,19 +106,36 @@ class TheirModel:
         self.model, self._device = reference.model, reference.device
 
     @torch.inference_mode()
-    def run(self, prompt: Prompt, cut_len: int, output_ids: list[int], trace: Trace | None = None) -> torch.Tensor:
-        """Return logits like ``OurModel.run``, with these output ids after the prompt."""
+    def run(
+        self,
+        prompt: Prompt,
+        cut_len: int,
+        output_ids: list[int],
+        trace: Trace | None = None,
+        states: StateLog | None = None,
+    ) -> torch.Tensor:
+        """Return logits like ``OurModel.run``, with these output ids after the prompt. ``states`` gets what is kept
+        after the prompt; see ``add_states_at_cut``."""
         ids, extras = prompt.ids, {}
         if prompt.media is not None:
             extras = extras_for(self.model, ids, MultimodalInputs.decode(open_content(prompt.media.content)))
         forget_last_prompt(self.model)
         with trace.step(0, len(ids)) if trace else _no_trace():
             output = self._forward(ids, None, extras)
+        if states is not None:
+            states.theirs[len(ids)] = their_states(output.past_key_values)
         rows = [output.logits[:, cut_len - 1], output.logits[:, -1]] if cut_len else [output.logits[:, -1]]
         for token_id in output_ids[:-1]:
             output = self._forward([token_id], output.past_key_values, {})
             rows.append(output.logits[:, -1])
         return torch.cat(rows).float().cpu()
+
+    @torch.inference_mode()
+    def add_states_at_cut(self, prompt: Prompt, cut_len: int, states: StateLog) -> None:
+        """Add what is kept after the first ``cut_len`` tokens of a prompt without media, computed by themselves."""
+        if prompt.media is None and 0 < cut_len < len(prompt.ids) and states.ours.get(cut_len):
+            forget_last_prompt(self.model)
+            states.theirs[cut_len] = their_states(self._forward(prompt.ids[:cut_len], None, {}).past_key_values)
 
     def _forward(self, ids: list[int], cache: Any, extras: Extras) -> Any:
         input_ids = torch.tensor([ids], device=self._device)

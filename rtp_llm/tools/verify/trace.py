@@ -13,6 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from rtp_llm.tools.verify.expert_calls import ExpertsCall
+from rtp_llm.tools.verify.recurrent_calls import (
+    CONVOLVED,
+    SCAN_INPUTS,
+    TO_CONVOLVE,
+    ConvolutionCall,
+    ScanCall,
+)
 
 INPUT, OUTPUT = "input", "output"
 QUERIES, KEYS, VALUES, ATTENDED = "queries", "keys", "values", "attention output"
@@ -21,12 +28,13 @@ EMBEDDINGS = "embeddings of text and media"  # the input of a language model's f
 ROUTING = "experts' weights"  # [tokens, num_experts], zero where a token does not go
 UNROTATED = {QUERIES: "queries before rotation", KEYS: "keys before rotation"}
 LATENT = {QUERIES: "queries over latents", KEYS: "latents"}
-_KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS], LATENT[KEYS])  # every query needs all of them
+# Every query needs all of them, and every state.
+_KEPT_WHOLE = (KEYS, VALUES, UNROTATED[KEYS], LATENT[KEYS], TO_CONVOLVE, CONVOLVED, *SCAN_INPUTS)
 
 
 class Place(NamedTuple):
     """A tensor of a forward pass. ``part``: INPUT or OUTPUT of a module; of an attention block also QUERIES, KEYS,
-    VALUES, and the output ATTENDED; of experts also ROUTING."""
+    VALUES, and the output ATTENDED; of experts also ROUTING; of layers with states those of ``recurrent_calls``."""
 
     module: str
     part: str
@@ -127,6 +135,8 @@ class Trace:
         self.ropes: dict[str, str] = {}  # of attention blocks of ours: their rotary embeddings
         self.latent_sizes: dict[str, int] = {}  # rotated components of latent attention
         self.experts: dict[str, ExpertsCall] = {}  # the last call of each module of experts
+        self.convolutions: dict[str, ConvolutionCall] = {}
+        self.scans: dict[str, ScanCall] = {}
         self.call_sites: dict[str, tuple[CallSite, ...]] = {}  # of our modules' last calls
         self.positions: torch.Tensor | None = None  # inputs of rotations: [tokens], or [3, tokens] of M-RoPE
         self._position_pieces: list[torch.Tensor] = []
@@ -134,6 +144,11 @@ class Trace:
         self._pieces: defaultdict[Place, list[torch.Tensor]] = defaultdict(list)
         self._uses: Counter[Place] = Counter()
         self._start = self._num = self._num_steps = 0
+
+    @property
+    def num_in_step(self) -> int:
+        """The tokens of this step."""
+        return self._num
 
     @contextmanager
     def step(self, start: int, num: int) -> Iterator[None]:

@@ -21,10 +21,13 @@ class VisionTrials:
 
     def __init__(self, name: str, ours: Trace, theirs: Trace, attended: torch.Tensor) -> None:
         self._call, self._own_call, self._attended = theirs.vision_calls[name], ours.vision_calls[name], attended
-        self._states = [
-            theirs.tensors[Place(name, part)].unflatten(-1, (self._call.num_heads, -1))
-            for part in (QUERIES, KEYS, VALUES)
-        ]
+        queries, keys, values = (theirs.tensors[Place(name, part)] for part in (QUERIES, KEYS, VALUES))
+        num_heads = self._call.num_heads
+        head_dim = queries.shape[-1] // num_heads
+        self._states = [queries.unflatten(-1, (num_heads, head_dim))]
+        for shared in (keys, values):  # by several query heads
+            heads = shared.unflatten(-1, (-1, head_dim))
+            self._states.append(heads.repeat_interleave(num_heads // heads.shape[1], dim=1))
         self._turned = {AS_IT_IS: self._states[:2]} | dict(self._turnings())
 
     def explain(self, theirs: torch.Tensor, tolerance: float) -> str | None:
@@ -51,6 +54,9 @@ class VisionTrials:
         if self._call.cos_sin is None:
             return
         cos, sin = (table[:, None] for table in self._call.cos_sin.chunk(2, dim=-1))
+        if _is_by_quarters(cos, sin):
+            yield from self._turnings_by_quarters(cos, sin)
+            return
         plain = [_turn(x, cos, -sin) for x in self._states[:2]]
         yield "ours not at all", plain
         yield "ours the other way round", [_turn(x, cos, -sin) for x in plain]
@@ -60,6 +66,15 @@ class VisionTrials:
         if self._own_call.cos_sin is not None and self._own_call.cos_sin.shape == self._call.cos_sin.shape:
             own = [table[:, None] for table in self._own_call.cos_sin.chunk(2, dim=-1)]
             yield f"ours by {self._angles()}", [_turn(x, *own) for x in plain]
+
+    def _turnings_by_quarters(self, cos: torch.Tensor, sin: torch.Tensor) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Yield the same where one half of a head turns by the row, the other by the column."""
+        plain = [_turn_halves(x, cos, -sin) for x in self._states[:2]]
+        yield "ours not at all", plain
+        yield "ours the other way round", [_turn_halves(x, cos, -sin) for x in plain]
+        swapped = [table.roll(table.shape[-1] // 2, -1) for table in (cos, sin)]
+        yield "ours with rows and columns exchanged", [_turn_halves(x, *swapped) for x in plain]
+        yield "ours by halves of a head, not by quarters", [_turn(x, cos, sin) for x in plain]
 
     def _angles(self) -> str:
         """Say what our angles are to the reference's: the same ones in another order, or others."""
@@ -86,6 +101,23 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     """Rotate pairs (i, i + half) of [patches, heads, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (i, i + quarter) within each half of [patches, heads, head_dim]."""
+    parts = zip(*(tensor.chunk(2, dim=-1) for tensor in (x, cos, sin)), strict=True)
+    return torch.cat([_turn(*part) for part in parts], dim=-1)
+
+
+def _is_by_quarters(cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Return whether the two quarters of each half have the same angles, and the halves have not."""
+
+    def repeats(table: torch.Tensor) -> bool:
+        first, second = table.chunk(2, dim=-1)
+        return torch.equal(first, second)
+
+    halves = [half for table in (cos, sin) for half in table.chunk(2, dim=-1)]
+    return cos.shape[-1] % 4 == 0 and all(map(repeats, halves)) and not all(map(repeats, (cos, sin)))
 
 
 def _told_apart(rows: torch.Tensor) -> torch.Tensor:

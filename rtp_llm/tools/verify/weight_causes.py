@@ -11,8 +11,9 @@ from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import relative_error
-from rtp_llm.tools.verify.recorders import packed_sources, vision_aliases
+from rtp_llm.tools.verify.recorders import packed_sources
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Place
+from rtp_llm.tools.verify.vision_calls import vision_aliases
 
 OTHER_ROWS = "its weight has the rows of the right one in another order"
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
