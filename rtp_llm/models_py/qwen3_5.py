@@ -2,18 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.models_py.qwen2_vl import Qwen2VLForConditionalGeneration, Qwen2VLModel, make_mrope
-from rtp_llm.models_py.qwen3_next import GatedAttention, GatedDeltaNet, Qwen3NextDecoderLayer, Qwen3NextModel
+from rtp_llm.models_py.qwen3_next import GatedAttention, Qwen3NextDecoderLayer, Qwen3NextModel
 from rtp_llm.models_py.qwen3_vl import Qwen3VisionTransformer, Qwen3VLProcessor
-from rtp_llm.srt.distributed.parallel_state import get_tp_group
-from rtp_llm.srt.layers.linear import MergedColumnParallelLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
-from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,40 +27,8 @@ class Qwen3_5Attention(GatedAttention):
         return make_mrope(config, self.head_dim, (11, 11, 10), interleaved=True, is_partial=True)
 
 
-class Qwen3_5GatedDeltaNet(GatedDeltaNet):
-    """Gated DeltaNet with a projection for each part."""
-
-    def make_projections(
-        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str
-    ) -> None:
-        ranks = get_tp_group().world_size
-        k_size, v_size, num_v_heads = ranks * self.k_size, ranks * self.v_size, ranks * self.num_v_heads
-        self.in_proj_qkvz = MergedColumnParallelLinear(
-            config.hidden_size,
-            [k_size, k_size, v_size, v_size],
-            bias=False,
-            quant_config=quant_config,
-            prefix=add_prefix("in_proj_qkvz", prefix),
-        )
-        self.in_proj_qkvz.shard_ids = ((0, 1, 2), 3)  # type: ignore[assignment]
-        self.in_proj_ba = MergedColumnParallelLinear(
-            config.hidden_size,
-            [num_v_heads, num_v_heads],
-            bias=False,
-            quant_config=quant_config,
-            prefix=add_prefix("in_proj_ba", prefix),
-        )
-
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        qkvz, _ = self.in_proj_qkvz(hidden_states)
-        qkv, z = qkvz.split([2 * self.k_size + self.v_size, self.v_size], dim=-1)
-        ba, _ = self.in_proj_ba(hidden_states)
-        b, a = ba.split([self.num_v_heads, self.num_v_heads], dim=-1)
-        return qkv, z.unflatten(-1, (self.num_v_heads, self.v_dim)), a, b
-
-
 class Qwen3_5DecoderLayer(Qwen3NextDecoderLayer):
-    linear_type = Qwen3_5GatedDeltaNet
+    has_grouped_projections = False
 
     def make_mlp(
         self, config: "PretrainedConfig", layer_id: int, quant_config: QuantizationConfig | None, prefix: str

@@ -111,6 +111,11 @@ def tensor_model_parallel_all_gather(x: torch.Tensor, dim: int = -1) -> torch.Te
     return _tp_group.all_gather(x, dim)
 
 
+def tensor_model_parallel_reduce_scatter(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Return this rank's part, along ``dim``, of the sum over all ranks."""
+    return _tp_group.all_reduce(x).chunk(_tp_group.world_size, dim)[_tp_group.rank]
+
+
 def divide(numerator: int, denominator: int, what: str = "size") -> int:
     """Return ``numerator / denominator``; raise ValueError, which names ``what``, if it is not a whole number."""
     if numerator % denominator != 0:

@@ -188,8 +188,12 @@ class Mamba2Mixer(DecayParameter):
 
     def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """[T, hidden_size] to the same."""
+        return self.mix(self.project(hidden_states), forward_batch)
+
+    def mix(self, projected: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Compute the rest from what ``project`` gives."""
         size, group_size = self.num_heads * self.head_dim, self.num_groups * self.state_size
-        gate, xbc, dt = self.project(hidden_states).split([size, size + 2 * group_size, self.num_heads], dim=-1)
+        gate, xbc, dt = projected.split([size, size + 2 * group_size, self.num_heads], dim=-1)
         x, b, c = self.conv1d(xbc, forward_batch).split([size, group_size, group_size], dim=-1)
         y = self.ssd(x, dt, self.A, b, c, self.D, self.dt_bias, forward_batch).flatten(1)
         y = y * F.silu(gate) if self.norm is None else self.norm(y, gate)
