@@ -144,3 +144,19 @@ def forget_last_prompt(model: Any) -> None:
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
+
+
+CACHES = ("past_key_values", "cache_params")  # what models of transformers call their cache; the second: Mamba's
+
+
+def computed(model: Any, ids: Sequence[int], cache: Any = None, **extras: Any) -> tuple[torch.Tensor, Any]:
+    """Compute one sequence's next tokens by a model of transformers, from its cache (None: from nothing).
+
+    Returns:
+        Logits [1, tokens, vocab_size], and the cache with these tokens.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHES if name in parameters), CACHES[0])
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    output = model(input_ids=input_ids, use_cache=True, **{name: cache}, **extras)
+    return output.logits, getattr(output, name)

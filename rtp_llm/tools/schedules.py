@@ -14,7 +14,7 @@ import torch
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.engine import Engine
 from rtp_llm.srt.models.registry import reason
-from rtp_llm.tools.auto_classes import forget_last_prompt
+from rtp_llm.tools.auto_classes import computed, forget_last_prompt
 
 ONE_BY_ONE, BATCHED, CHUNKED, WARM, SECOND_TURN, PAGES, TWO_RANKS = (
     "one by one", "batched", "chunked", "warm cache", "second turn", "pages", "two ranks",
@@ -90,19 +90,15 @@ class Teacher:
         if key and key in self._known:
             return self._known[key]
         forget_last_prompt(self.model)
-        output = self._forward(question.ids, None, question.extras)
-        rows = [output.logits[0]]
+        logits, cache = computed(self.model, question.ids, **question.extras)
+        rows = [logits[0]]
         for token_id in output_ids[:-1]:
-            output = self._forward([token_id], output.past_key_values, {})
-            rows.append(output.logits[0])
+            logits, cache = computed(self.model, [token_id], cache)
+            rows.append(logits[0])
         result = torch.cat(rows).float().log_softmax(-1).cpu()
         if key:
             self._known[key] = result
         return result
-
-    def _forward(self, ids: Sequence[int], cache: Any, extras: Mapping[str, Any]) -> Any:
-        input_ids = torch.tensor([list(ids)], device=self.model.device)
-        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extras)
 
 
 def random_questions(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> list[Question]:

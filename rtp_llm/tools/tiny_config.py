@@ -6,6 +6,7 @@ divided among them, ratios of rotated dimensions, the kind of the rotary embeddi
 are there at all, and every switch and factor. Windows become shorter than the prompts that tools ask.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def tiny_config(
         ValueError: or whatever the class raises over a configuration that does not suit it.
     """
     usual = config_class.from_dict(dict(given)) if given else config_class()
-    changes = shrunk(usual, vocab_size)
+    changes = shrunk(usual, vocab_size, given=given or {})
     for name, value in _own_names(usual, overrides or {}).items():
         is_part = isinstance(value, Mapping) and name in usual.sub_configs
         changes[name] = changes.get(name, {}) | value if is_part else value
@@ -81,18 +82,27 @@ def tiny_config(
     return config_class(**kept | changes)
 
 
-def shrunk(usual: PreTrainedConfig, vocab_size: int = VOCAB_SIZE, parent: PreTrainedConfig | None = None) -> Any:
+def shrunk(
+    usual: PreTrainedConfig,
+    vocab_size: int = VOCAB_SIZE,
+    parent: PreTrainedConfig | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Any:
     """Return the fields of a configuration that become smaller, by the class's own names, with their new values.
+
+    Fields that the class neither takes nor is given stay out: it computes them of others.
 
     Args:
         parent: the configuration that this one is a part of.
+        given: what a config.json holds.
     """
+    taken = {*inspect.signature(type(usual).__init__).parameters, *_own_names(usual, given or {})}
     facts = _Facts.of(usual, parent)
     changes: dict[str, Any] = {}
     for name, value in usual.to_dict().items():
         if name in _META or name in usual.sub_configs or value is None or isinstance(value, (bool, str)):
             continue
-        if isinstance(getattr(type(usual), name, None), property):
+        if name not in taken or isinstance(getattr(type(usual), name, None), property):
             continue
         new = _new_value(facts.common_name(name), value, facts, vocab_size)
         if new != value:
@@ -101,7 +111,9 @@ def shrunk(usual: PreTrainedConfig, vocab_size: int = VOCAB_SIZE, parent: PreTra
     for name in usual.sub_configs:
         inner = getattr(usual, name, None)
         if isinstance(inner, PreTrainedConfig):
-            changes[name] = shrunk(inner, vocab_size, usual) | {"model_type": inner.model_type}
+            part = (given or {}).get(name)
+            fields = shrunk(inner, vocab_size, usual, part if isinstance(part, Mapping) else None)
+            changes[name] = fields | {"model_type": inner.model_type}
     return changes
 
 

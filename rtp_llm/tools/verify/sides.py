@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.worker.worker import WorkerConfig
-from rtp_llm.tools.auto_classes import forget_last_prompt
-from rtp_llm.tools.reference import Extras, TransformersModel
+from rtp_llm.tools.auto_classes import computed, forget_last_prompt
+from rtp_llm.tools.reference import TransformersModel
 from rtp_llm.tools.step_driver import StepDriver
 from rtp_llm.tools.verify.boundary_states import StateLog, our_states, their_states
 from rtp_llm.tools.verify.feed import extras_for
@@ -103,7 +102,7 @@ class TheirModel:
             raise VerifyError(
                 f"there is nothing to compare {', '.join(config.architectures)} with: {str(error).strip()}"
             ) from error
-        self.model, self._device = reference.model, reference.device
+        self.model = reference.model
 
     @torch.inference_mode()
     def run(
@@ -121,13 +120,13 @@ class TheirModel:
             extras = extras_for(self.model, ids, MultimodalInputs.decode(open_content(prompt.media.content)))
         forget_last_prompt(self.model)
         with trace.step(0, len(ids)) if trace else _no_trace():
-            output = self._forward(ids, None, extras)
+            logits, cache = computed(self.model, ids, **extras)
         if states is not None:
-            states.theirs[len(ids)] = their_states(output.past_key_values)
-        rows = [output.logits[:, cut_len - 1], output.logits[:, -1]] if cut_len else [output.logits[:, -1]]
+            states.theirs[len(ids)] = their_states(cache)
+        rows = [logits[:, cut_len - 1], logits[:, -1]] if cut_len else [logits[:, -1]]
         for token_id in output_ids[:-1]:
-            output = self._forward([token_id], output.past_key_values, {})
-            rows.append(output.logits[:, -1])
+            logits, cache = computed(self.model, [token_id], cache)
+            rows.append(logits[:, -1])
         return torch.cat(rows).float().cpu()
 
     @torch.inference_mode()
@@ -135,8 +134,5 @@ class TheirModel:
         """Add what is kept after the first ``cut_len`` tokens of a prompt without media, computed by themselves."""
         if prompt.media is None and 0 < cut_len < len(prompt.ids) and states.ours.get(cut_len):
             forget_last_prompt(self.model)
-            states.theirs[cut_len] = their_states(self._forward(prompt.ids[:cut_len], None, {}).past_key_values)
-
-    def _forward(self, ids: list[int], cache: Any, extras: Extras) -> Any:
-        input_ids = torch.tensor([ids], device=self._device)
-        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extras)
+            _, cache = computed(self.model, prompt.ids[:cut_len])
+            states.theirs[cut_len] = their_states(cache)
