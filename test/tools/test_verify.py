@@ -199,6 +199,7 @@ def test_all_schedules(
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "two ranks" in printed and "second turn" in printed and "They agree" in printed
+    assert ("of them with images" in printed) == (checkpoint == "qwen2_vl")
 
 
 @pytest.mark.slow

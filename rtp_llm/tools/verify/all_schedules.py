@@ -28,11 +28,12 @@ TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}  # of log-probab
 
 @dataclass(frozen=True)
 class SchedulesReport:
-    """``failure``: why nothing could be compared."""
+    """``num_with_images``: of the questions; ``failure``: why nothing could be compared."""
 
     model_path: str
     dtype: str
     num_questions: int = 0
+    num_with_images: int = 0
     results: tuple[ScheduleResult, ...] = ()
     failure: str = ""
 
@@ -63,7 +64,8 @@ def verify_schedules(args: ServerArgs, options: VerifyOptions) -> SchedulesRepor
                 results = _worse(results, run_schedules(engine_args, teacher, seeing, names, tolerance))
     except ModelImportError as error:
         return SchedulesReport(args.model_path, args.dtype, failure=str(error))
-    return SchedulesReport(config.model_path, config.dtype, len(questions) + len(seeing), tuple(results))
+    num = len(questions) + len(seeing)
+    return SchedulesReport(config.model_path, config.dtype, num, len(seeing), tuple(results))
 
 
 def _worse(first: list[ScheduleResult], second: list[ScheduleResult]) -> list[ScheduleResult]:

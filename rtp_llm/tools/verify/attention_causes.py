@@ -25,6 +25,7 @@ class Attending:
         is_tiled: query head h reads key head ``h % num_kv_heads``, not its group's.
         mask: what is added to the scores: nothing but the causal mask and the window, the reference's own, our slopes
             times distances, or the causal mask with the later tokens that other layers of the reference see.
+        chunk: tokens of each part that sees itself alone.
     """
 
     scaling: float
@@ -33,6 +34,7 @@ class Attending:
     has_sinks: bool
     is_tiled: bool = False
     mask: str = CAUSAL
+    chunk: int | None = None
 
 
 class AttentionTrials:
@@ -90,6 +92,7 @@ class AttentionTrials:
         """Yield one change of the reference's parameters, then two; our layer's own parameters come first."""
         own, window, head_dim = _of(self._own_call), right.window, self._states[0].shape[-1] // self._call.num_heads
         windows = [own.window, None] + ([] if window is None else [window - 1, window + 1])
+        chunks = [own.chunk, None] + ([] if right.chunk is None else [right.chunk - 1, right.chunk + 1])
         other: dict[str, list[Any]] = {
             "scaling": [own.scaling, head_dim**-0.5, 1 / head_dim, 1.0, *self._by_hidden_size()],
             "window": windows,
@@ -97,6 +100,7 @@ class AttentionTrials:
             "has_sinks": [own.has_sinks, False],
             "is_tiled": [True],
             "mask": [mask for mask in self._masks() if mask != right.mask],
+            "chunk": chunks,
         }
         for num_changes in range(1, MAX_CHANGES + 1):
             for names in combinations(other, num_changes):
@@ -135,7 +139,9 @@ class AttentionTrials:
             return _attend_biased(q, k, v, trial, bias[:, self._first :], sinks).flatten(1)
         slopes = self._own_call.slopes if trial.mask == SLOPES else None
         return reference.attention(
-            q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks, alibi_slopes=slopes
+            *(q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks),
+            alibi_slopes=slopes,
+            chunk=trial.chunk,
         ).flatten(1)
 
 
@@ -182,7 +188,7 @@ def _few(slopes: torch.Tensor | None) -> str:
 
 def _of(call: AttentionCall) -> Attending:
     mask = CAUSAL if call.bias is None else THEIRS
-    return Attending(call.scaling, call.window, call.logit_cap, call.sinks is not None, mask=mask)
+    return Attending(call.scaling, call.window, call.logit_cap, call.sinks is not None, mask=mask, chunk=call.chunk)
 
 
 def _change(name: str, ours: Any, theirs: Any) -> str:
@@ -192,6 +198,8 @@ def _change(name: str, ours: Any, theirs: Any) -> str:
         case "window":
             off = "" if None in (ours, theirs) or abs(ours - theirs) != 1 else " (off by one)"
             return f"attention window, own token included: ours {_window(ours)}, the reference's {_window(theirs)}{off}"
+        case "chunk":
+            return f"chunks that see themselves alone: ours {_window(ours)}, the reference's {_window(theirs)}"
         case "logit_cap":
             return f"soft cap of the scores: ours {ours or 'none'}, the reference's {theirs or 'none'}"
         case "has_sinks":

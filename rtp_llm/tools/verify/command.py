@@ -50,7 +50,10 @@ def _run_schedules(args: ServerArgs, options: VerifyOptions, json_wanted: bool) 
 
 def _print_schedules(report: SchedulesReport) -> None:
     console = _console()
-    console.print(f"{escape(report.model_path)}, {report.dtype}, {report.num_questions} prompts", soft_wrap=True)
+    seeing = f", {report.num_with_images} of them with images" if report.num_with_images else ""
+    console.print(
+        f"{escape(report.model_path)}, {report.dtype}, {report.num_questions} prompts{seeing}", soft_wrap=True
+    )
     if report.failure:
         console.print("[red]It cannot be compared.[/red]")
         console.print(escape(report.failure), soft_wrap=True)

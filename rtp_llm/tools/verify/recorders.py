@@ -19,9 +19,10 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention
 from rtp_llm.srt.model_traits import ModelTraits
-from rtp_llm.tools.verify.attention_watch import HIDDEN, AttentionWatch, without_repeats
+from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
 from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.masks import bias_of, chunk_of, window_of
 from rtp_llm.tools.verify.pointer import call_sites
 from rtp_llm.tools.verify.recurrent_watch import RecurrentWatch, watch_ours
 from rtp_llm.tools.verify.trace import (
@@ -205,6 +206,7 @@ class OurRecorder(Recorder):
                 layer.spec.logit_cap,
                 None if sinks is None else sinks.detach().float().cpu(),
                 slopes=None if layer.spec.alibi_slopes is None else layer.spec.alibi_slopes.float().cpu(),
+                chunk=layer.spec.chunk,
             )
 
         self.before(layer, before)
@@ -363,14 +365,17 @@ class TheirRecorder(Recorder):
             self.trace.add(name, part, tensor[:, :, -num:])
         self.trace.add(name, ATTENDED, output)
         scaling, sinks = options.get("scaling"), options.get("s_aux")
+        chunk = chunk_of(mask, num)
+        window = None if chunk else window_of(mask, num)
         self.trace.calls[name] = AttentionCall(
             states[0].shape[1],
             states[1].shape[1],
             states[0].shape[3] ** -0.5 if scaling is None else float(scaling),
-            window := _window(mask, num),
+            window,
             float(options.get("softcap") or 0.0),
             None if sinks is None else sinks.detach().float().cpu().view(-1),
-            _bias(mask, num, window),
+            bias_of(mask, num, window, chunk),
+            chunk=chunk,
         )
 
     def _add_vision_attention(self, name: str, states: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
@@ -382,31 +387,6 @@ class TheirRecorder(Recorder):
         cos_sin = cos_sin_of(self._given.pop(name, {}), head_dim)  # of all segments, kept with the first
         scale = head_dim**-0.5 if scaling is None else float(scaling)
         self.trace.add_vision_call(name, VisionCall(num_heads, scale, (length,) * num_rows, cos_sin))
-
-
-def _window(mask: Any, num_tokens: int) -> int | None:
-    """Return the number of keys that the last query sees; None: all."""
-    if not isinstance(mask, torch.Tensor):
-        return None
-    last = mask[0, 0, -1, :num_tokens]
-    seen = int((last if mask.dtype == torch.bool else last > HIDDEN).sum())
-    return None if seen == num_tokens else seen
-
-
-def _bias(mask: Any, num_tokens: int, window: int | None) -> torch.Tensor | None:
-    """Return what is added to the scores, [1 or heads, tokens, tokens]; None: it only hides later tokens, and those
-    before the window."""
-    if not isinstance(mask, torch.Tensor) or mask.shape[-2] < num_tokens:
-        return None
-    added = mask[0, :, :num_tokens, :num_tokens].detach().cpu()
-    added = torch.zeros(added.shape).masked_fill(~added, float("-inf")) if added.dtype == torch.bool else added.float()
-    visible = added > HIDDEN
-    usual = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
-    if window is not None:
-        usual = usual.triu(1 - window)
-    if bool((visible == usual).all()) and not bool(added[visible].any()):
-        return None
-    return added.masked_fill(~visible, float("-inf"))
 
 
 def _record_attention(

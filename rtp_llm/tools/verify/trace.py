@@ -51,6 +51,7 @@ class AttentionCall:
         window: counts the query's own token.
         bias: added to the scores, [1 or heads, tokens, tokens]; None: nothing but the causal mask and the window.
         slopes: of ALiBi, in ours; in the reference they are in ``bias``.
+        chunk: tokens of each part of the sequence that sees itself alone (Llama 4); None: there are none.
     """
 
     num_heads: int
@@ -61,6 +62,7 @@ class AttentionCall:
     sinks: torch.Tensor | None
     bias: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
