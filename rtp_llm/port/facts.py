@@ -24,6 +24,7 @@ PARAMETERS: dict[str, Value] = {
     "attn_backend": Engine(BACKEND),
     "speculative_config": Const(None),
     "lora_config": Const(None),
+    "is_lora_enabled": Const(False),
     "enable_eplb": Const(False),
     "num_redundant_experts": Const(0),
 }
@@ -65,6 +66,7 @@ CALLS: dict[str, Value] = {
     "resolve_layer_fused_shared_expert": Const(False),
     "is_model_fused_shared_expert_compatible": Const(False),
     "is_torch_equal_or_newer": Const(True),
+    "get_quark_ocp_mx_group_size": Const(None),
 }
 
 # Numbers of the other engine.

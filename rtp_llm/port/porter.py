@@ -16,6 +16,7 @@ from rtp_llm.port.rules.layers import count_layers, rewrite_layers
 from rtp_llm.port.rules.leftovers import clean, comment_leftovers
 from rtp_llm.port.rules.logits import rewrite_logits
 from rtp_llm.port.rules.multimodal import add_processor, take_media
+from rtp_llm.port.rules.recurrent import return_outputs
 from rtp_llm.port.rules.sglang import rewrite_sglang
 from rtp_llm.port.rules.sglang_boundaries import write_residuals
 from rtp_llm.port.rules.sglang_layers import keep_one_loader, rewrite_sglang_layers
@@ -37,6 +38,7 @@ RULES = {
         rewrite_attention,
         rewrite_constructors,
         rewrite_layers,
+        return_outputs,
         thread_batch,
         rewrite_logits,
         rewrite_weights,

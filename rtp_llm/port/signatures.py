@@ -34,6 +34,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         "input_size", "output_size", "bias", "input_is_parallel", "skip_bias_add", "params_dtype", "reduce_results",
         "quant_config", "prefix",
     ),
+    "FusedMoEFactory": ("num_experts", "top_k", "hidden_size", "intermediate_size"),
     "GateLinear": ("input_size", "output_size", "bias", "out_dtype", "params_dtype"),
     "LayerNorm": ("hidden_size", "eps", "elementwise_affine", "bias", "dtype"),
     "RMSNorm": ("hidden_size", "eps", "var_hidden_size", "has_weight", "dtype"),
@@ -44,8 +45,13 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         "hidden_size", "num_heads", "scale", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
         "kv_lora_rank", "mla_modules", "quant_config", "prefix",
     ),  # after cache_config has gone
+    "QwenGatedDeltaNetAttention": ("config", "vllm_config", "prefix", "gqa_interleaved_layout", "reduce_results"),
+    "OlmoHybridGatedDeltaNetAttention": ("config", "vllm_config", "prefix"),
     "make_layers": ("num_hidden_layers", "layer_fn", "prefix"),
 }  # fmt: skip
+
+# Layers that are given the whole configuration of the other engine.
+WHOLE = frozenset(name for name, names in SIGNATURES.items() if "vllm_config" in names)
 
 # How many leading arguments stay positional when a call is written with keywords.
 POSITIONAL = 2

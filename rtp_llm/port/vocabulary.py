@@ -5,6 +5,10 @@ one name two meanings.
 """
 
 LAYERS = "rtp_llm.srt.layers"
+# Layers that keep a state, and are called with the batch.
+RECURRENT = (
+    "MambaMixer", "MambaMixer2", "OlmoHybridGatedDeltaNetAttention", "QwenGatedDeltaNetAttention", "ShortConv",
+)  # fmt: skip
 PARALLEL = "rtp_llm.srt.distributed.parallel_state"
 
 # Names with the same meaning and call here -> their module.
@@ -26,9 +30,11 @@ SAME: dict[str, str] = {
         f"{LAYERS}.vocab_parallel_embedding": ("ParallelLMHead", "VocabParallelEmbedding"),
         f"{LAYERS}.fused_moe": (
             "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "RoutedExperts", "fused_moe_make_expert_params_mapping",
+            "activation_without_mul",
         ),
         f"{LAYERS}.attention": ("Attention", "ChunkedLocalAttention"),
         f"{LAYERS}.encoder_attention": ("MMEncoderAttention",),
+        f"{LAYERS}.recurrent": RECURRENT,
         f"{LAYERS}.input_norm": ("IdentityInputNorm", "build_mm_input_norm"),
         f"{LAYERS}.language_model": ("make_registered_model",),
         "rtp_llm.srt.multimodal.tensor_schema": ("TensorSchema", "TensorShape"),
@@ -41,15 +47,18 @@ SAME: dict[str, str] = {
             "set_weight_attrs", "default_weight_loader", "row_parallel_weight_loader", "sharded_weight_loader",
             "composed_weight_loader",
         ),
-        "rtp_llm.srt.utils": ("extract_layer_index", "make_layers", "add_prefix"),
+        "rtp_llm.srt.utils": ("extract_layer_index", "make_layers", "add_prefix", "cache_number"),
         PARALLEL: (
             "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "get_tp_group",
             "tensor_model_parallel_all_reduce", "tensor_model_parallel_all_gather", "divide",
-            "split_tensor_along_last_dim",
+            "tensor_model_parallel_reduce_scatter", "split_tensor_along_last_dim",
         ),
     }.items()
     for name in names
 }  # fmt: skip
+
+# Attributes of layers by which the other engine steers how ranks share work: what sets them goes.
+STEERING = frozenset({"reduce_commutative"})
 
 # What describes the other engine itself. A class may not have these as bases here, and nothing is imported for them.
 MARKERS = frozenset({
@@ -74,7 +83,8 @@ ENGINE_METHODS = frozenset({
     "update_physical_experts_metadata", "set_moe_parameters", "extract_moe_parameters", "get_top_tokens",
     "compute_logits_local", "get_mamba_state_shape_from_config", "get_mamba_state_dtype_from_config",
     "get_mamba_state_copy_func", "sample", "get_mm_mapping", "get_num_mm_encoder_tokens",
-    "get_num_mm_connector_tokens", "get_speech_to_text_config", "get_generation_prompt", "get_num_audio_tokens",
+    "get_num_mm_connector_tokens", "copy_inputs_before_cuda_graphs", "get_seqlen_agnostic_capture_inputs",
+    "get_speech_to_text_config", "get_generation_prompt", "get_num_audio_tokens",
 })  # fmt: skip
 ENGINE_ATTRIBUTES = frozenset({
     "embedding_modules", "embedding_padding_modules", "fall_back_to_pt_during_load", "supports_lora", "supports_pp",
@@ -90,12 +100,10 @@ POOLING = "pooling models"
 MISSING: dict[str, str] = {
     name: reason
     for reason, names in {
-        "the other engine's recurrent layers (write them anew on layers/mamba.py, delta_rule.py or causal_conv.py)": (
-            "MambaMixer", "MambaMixer2", "MambaBase", "MambaStateShapeCalculator", "MambaStateDtypeCalculator",
-            "MambaStateCopyFuncCalculator", "LinearAttentionMetadata", "GDNAttentionMetadata", "ShortConv",
-            "GatedDeltaNetAttention", "QwenGatedDeltaNetAttention", "KimiDeltaAttention",
-            "MiniMaxText01LinearAttention", "causal_conv1d_fn", "causal_conv1d_update", "BailingMoELinearAttention",
-            "Mamba2Metadata", "mamba_mixer2",
+        "a recurrent layer of its own (write it anew on layers/mamba.py, delta_rule.py or causal_conv.py)": (
+            "MambaBase", "LinearAttentionMetadata", "GDNAttentionMetadata", "GatedDeltaNetAttention",
+            "KimiDeltaAttention", "KimiGatedDeltaNetAttention", "MiniMaxText01LinearAttention", "causal_conv1d_fn",
+            "causal_conv1d_update", "BailingMoELinearAttention", "Mamba2Metadata",
         ),
         "latent attention without its wrapper (write it anew with a latent RadixAttention, as in deepseek_v2.py)": (
             "MLAAttention",
@@ -127,6 +135,8 @@ RULED = frozenset({
     "get_current_vllm_config_or_none", "str_dtype_to_torch_dtype", "AttentionBackendEnum", "get_attn_backend",
     "PIN_MEMORY", "async_tensor_h2d", "get_vit_attn_backend", "is_vit_use_data_parallel", "get_multimodal_config",
     "remap_moe_expert_weights", "FusedMoEParallelConfig", "OCP_MX_BLOCK_SIZE",
+    "MambaStateShapeCalculator", "MambaStateDtypeCalculator", "MambaStateCopyFuncCalculator", "MambaStateCopyFunc",
+    "MambaStateShapes",
     "StageMissingLayer", "maybe_fused_act_quant", "init_vllm_registered_model",
 })  # fmt: skip
 

@@ -153,6 +153,47 @@ def test_attention_with_sinks_or_a_shared_cache_keeps_its_name(ported: Porter, o
     assert "from rtp_llm.srt.layers.attention import Attention" in text
 
 
+RECURRENT = """
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "ours"),
+    [
+        ("y = torch.empty_like(x)\nself.a(x, y)", "y = self.a(x, forward_batch=forward_batch)"),
+        (
+            "y = torch.zeros_like(x)\nself.a(hidden_states=x, output=y)",
+            "y = self.a(hidden_states=x, forward_batch=forward_batch)",
+        ),
+        ("y = self.b(x, mup_vector=x)", "y = self.b(x, mup_vector=x, forward_batch=forward_batch)"),
+    ],
+)
+def test_layers_that_keep_a_state_return_their_result(ported: Porter, call: str, ours: str):
+    init = """
+options = dict(is_lora_enabled=bool(vllm_config.lora_config))
+self.a = MambaMixer(8, 4, cache_config=cache_config, is_lora_enabled=False, prefix=f"{prefix}.mixer")
+self.b = MambaMixer2(8, 4, model_config=vllm_config.model_config, prefix=prefix)
+"""
+    result = ported(model(init, f"x = inputs_embeds\n{call}\nreturn y", before=RECURRENT))
+    text = flat(result.text)
+    assert ours in text and "torch." not in text and result.report.is_complete, text
+    assert 'self.a = MambaMixer(8, 4, prefix=add_prefix("mixer", prefix))' in text
+    assert "self.b = MambaMixer2(8, 4, prefix=prefix)" in text
+    assert "from rtp_llm.srt.layers.recurrent import" in text
+
+
+@pytest.mark.parametrize("given", ["config.part, vllm_config", "config.part, vllm_config=vllm_config"])
+def test_a_layer_that_takes_the_whole_configuration_is_given_its_two_parts(ported: Porter, given: str):
+    init = f"self.a = QwenGatedDeltaNetAttention({given}, prefix=prefix, gqa_interleaved_layout=True)"
+    text = flat(ported(model(init, before=RECURRENT)).text).replace("config=config.part", "config.part")
+    text = text.replace("quant_config=quant_config, prefix", "quant_config, prefix")
+    call = "QwenGatedDeltaNetAttention(config.part, quant_config, prefix=prefix, gqa_interleaved_layout=True)"
+    assert call in text, text
+
+
 def test_a_class_chosen_for_encoders_is_the_causal_one(ported: Porter):
     chosen = "cls = EncoderOnlyAttention if config.encodes else Attention\nself.attn = cls(4, 8, 1.0, prefix=prefix)"
     result = ported(model(init=chosen))
@@ -317,12 +358,12 @@ def test_loading_that_does_more_is_kept(ported: Porter, mapping: str, weights: s
             "vllm_config.scheduler_config.max_num_seqs is a setting of the other engine",
         ),
         ("self.a = [vllm_config.device_config.device]", "vllm_config is not defined any more"),
-        ("self.a = MambaMixer(config)", "not portable: MambaMixer needs the other engine's recurrent layers"),
+        ("self.a = KimiDeltaAttention(config)", "not portable: KimiDeltaAttention needs a recurrent layer of its own"),
         ("self.a = [gadget(config)]", "gadget of vllm.gadgets has no equivalent here"),
     ],
 )
 def test_what_is_left_gets_a_comment_above_its_line(ported: Porter, theirs: str, said: str):
-    before = "from vllm.gadgets import gadget\nfrom vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer"
+    before = "from vllm.gadgets import gadget\nfrom vllm.model_executor.layers.kda import KimiDeltaAttention"
     result = ported(model(init=theirs, before=before))
     [remark] = (*result.report.review, *result.report.not_portable)
     assert said in remark.text

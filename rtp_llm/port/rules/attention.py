@@ -205,6 +205,9 @@ class RewriteAttention(Rule):
         if prefix is None:
             self.review("this attention has no prefix, which would tell its layer: give layer_id the layer's number")
             return "extract_layer_index(prefix)"
+        if _num_expressions(prefix) > 1:  # one of several of the block
+            self.program.engine_names.setdefault("cache_number", Origin("vllm", "cache_number"))
+            return f"cache_number({code(prefix)})"
         base = _prefix_base(prefix)
         return f"extract_layer_index({base})"
 
@@ -220,6 +223,12 @@ class RewriteAttention(Rule):
 def _wrapped(node: cst.BaseExpression) -> str:
     text = code(node)
     return text if isinstance(node, cst.Name | cst.Attribute | cst.Call) else f"({text})"
+
+
+def _num_expressions(prefix: cst.BaseExpression) -> int:
+    """Return how many values stand in ``f"{prefix}.attn.{i}"``."""
+    parts = prefix.parts if isinstance(prefix, cst.FormattedString) else ()
+    return sum(isinstance(part, cst.FormattedStringExpression) for part in parts)
 
 
 def _prefix_base(prefix: cst.BaseExpression) -> str:

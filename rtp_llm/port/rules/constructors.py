@@ -12,6 +12,7 @@ from rtp_llm.port.facts import FACTORIES, Const, Engine, is_part
 from rtp_llm.port.program import Program, code, lineage, methods, parameters, self_attribute
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.rules.fold import tidied
+from rtp_llm.port.signatures import SIGNATURES, WHOLE
 from rtp_llm.port.source import Origin
 from rtp_llm.port.values import engine_parameter, evaluate
 
@@ -91,10 +92,11 @@ class RewriteConstructors(Rule):
             if position in merged.values():
                 continue  # it stands in the place of the whole configuration
             replaced = self._argument(old, new, names[position] if position < len(names) else None, given)
-            if replaced is not None and len(replaced) > 1 and not old.keyword:
+            if replaced is not None and len(replaced) > 1:
                 for place, name in enumerate(("config", "quant_config")):
                     if name in merged:
-                        replaced[place] = cst.Arg(updated_node.args[merged[name]].value)
+                        value = updated_node.args[merged[name]].value
+                        replaced[place] = keyword(name, value) if old.keyword else cst.Arg(value)
             args += [new] if replaced is None else replaced
         if [code(arg) for arg in args] == [code(arg) for arg in updated_node.args]:
             return updated_node
@@ -146,6 +148,9 @@ class RewriteConstructors(Rule):
         """Return the parameters that a call's positional arguments go to, as far as the callee is known."""
         classes = self.program.classes()
         func, name, method = call.func, "", "__init__"
+        layer = self.program.engine_name(func)
+        if layer in WHOLE:
+            return [cst.Param(cst.Name(parameter)) for parameter in SIGNATURES[layer]]
         if isinstance(func, cst.Name) and func.value in classes:
             name = func.value
         elif self_attribute(func) and self.class_stack:

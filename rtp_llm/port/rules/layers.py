@@ -28,6 +28,7 @@ _WRITTEN_OUT = {
     "getattr_iter": (2, "next((getattr({0}, name) for name in {1} if hasattr({0}, name)), None)"),
     "str_dtype_to_torch_dtype": (1, "getattr(torch, {})"),
 }
+_EXPERTS_OF_THEIRS, _EXPERTS_OF_OURS = ".experts.routed_experts.", ".experts."
 _MODULES = frozenset({"parallel_state", "utils"})  # of vllm.distributed
 _STAGES = ("pp_rank", "pp_size", "return_tuple")
 _ADD_PREFIX = Origin("vllm", "add_prefix")
@@ -163,6 +164,13 @@ class RewriteLayers(Rule):
         if function == "enumerate" and len(args) == 2 and code(args[1].value) == "0":
             return with_args(call, [args[0]])
         return call
+
+    def leave_SimpleString(self, original_node: cst.SimpleString, updated_node: cst.SimpleString) -> cst.SimpleString:
+        """Experts' weights are parameters of the layer itself here."""
+        if _EXPERTS_OF_THEIRS not in updated_node.value:
+            return updated_node
+        self.count("names of experts' weights")
+        return updated_node.with_changes(value=updated_node.value.replace(_EXPERTS_OF_THEIRS, _EXPERTS_OF_OURS))
 
     def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
         """``parallel_state.get_tensor_model_parallel_rank`` of an imported module is the name itself."""

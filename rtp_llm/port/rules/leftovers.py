@@ -16,7 +16,7 @@ from rtp_llm.port.vocabulary import MISSING, POOLING, target
 
 _PURE_CALLS = (
     "getattr", "hasattr", "get_tensor_model_parallel_world_size", "get_tensor_model_parallel_rank", "len",
-    "get_layer_id",
+    "get_layer_id", "bool", "int", "sum", "min", "max", "type",
 )  # fmt: skip
 
 DRAFTED = "spec_info"  # of SGLang's batches

@@ -8,7 +8,16 @@ from rtp_llm.port.rules.base import Rule, with_args
 from rtp_llm.port.rules.fold import opened, tidied
 from rtp_llm.port.source import Origin
 from rtp_llm.port.visiting import Transformer
-from rtp_llm.port.vocabulary import CONTEXTS, DECORATORS, DEVICE_OPS, ENGINE_ATTRIBUTES, ENGINE_METHODS, MARKERS, target
+from rtp_llm.port.vocabulary import (
+    CONTEXTS,
+    DECORATORS,
+    DEVICE_OPS,
+    ENGINE_ATTRIBUTES,
+    ENGINE_METHODS,
+    MARKERS,
+    STEERING,
+    target,
+)
 
 _ONCE = "_once"  # how methods of vLLM's loggers end that say a thing only once
 
@@ -130,6 +139,8 @@ class RemoveShell(Rule):
         call = original_node.body[0].value if isinstance(original_node.body[0], cst.Expr) else None
         if isinstance(call, cst.Call) and self_attribute(call.func) in ENGINE_METHODS:
             return cst.RemoveFromParent()
+        if _sets(original_node.body[0], STEERING):
+            return cst.RemoveFromParent()
         in_class_body = bool(self.class_stack) and not self.function_stack
         if in_class_body and len(original_node.body) == 1:
             small = original_node.body[0]
@@ -145,6 +156,12 @@ class RemoveShell(Rule):
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
         return tidied(updated_node)
+
+
+def _sets(node: cst.BaseSmallStatement, names: frozenset[str]) -> bool:
+    """Return whether a statement assigns to an attribute of one of these names."""
+    targets = [target.target for target in node.targets] if isinstance(node, cst.Assign) else []
+    return any(isinstance(target, cst.Attribute) and target.attr.value in names for target in targets)
 
 
 def _root(node: cst.BaseExpression) -> cst.BaseExpression:

@@ -26,13 +26,14 @@ from rtp_llm.port.scopes import Scopes
 from rtp_llm.port.source import Origin, bound_names
 from rtp_llm.port.values import Scope
 from rtp_llm.port.visiting import Transformer, Visitor
+from rtp_llm.port.vocabulary import RECURRENT
 
 BATCH = "forward_batch"
 STAGE = "intermediate_tensors"
 NUM_INPUTS = 3  # of attention: queries, keys and values
 ATTENTIONS = (
     "Attention", "EncoderOnlyAttention", "ChunkedLocalAttention", "RadixAttention", "MLAAttention",
-    "StaticSinkAttention", "MultiHeadLatentAttentionWrapper",
+    "StaticSinkAttention", "MultiHeadLatentAttentionWrapper", *RECURRENT,
 )  # fmt: skip
 LATENT = "MultiHeadLatentAttentionWrapper"
 Method = tuple[str, str]  # class ("" for a function), name
@@ -53,6 +54,7 @@ class Reach:
         self.scopes = Scopes(program)
         self._passed = _passed_classes(program)
         self._class_attributes = _class_attributes(self.all)
+        self._made = _made_inside(self.all)
         self.classes = self._reaching()
         self.attributes = {name: self._reaching_attributes(name) for name in self.all}
         self.needs: set[Method] = set()
@@ -91,6 +93,7 @@ class Reach:
 
     def _reaches(self, value: cst.BaseExpression, scope: Scope, depth: int = 0) -> bool:
         names = names_in(value)
+        names |= {other for name in names if scope.is_local(name) for other in self._made.get(name, ())}
         if names & self.classes:
             return True
         if depth > 3:
@@ -131,7 +134,8 @@ class Reach:
             if len(self.needs) == before:
                 break
         for owner, _, node in candidates:
-            calls, loops = self._calls.get(id(node), ([], set()))
+            self._calls_attention(owner, node)  # of those that are given the batch whatever they call, too
+            calls, loops = self._calls[id(node)]
             for call in calls:
                 if self._is_module_call(call, owner, loops) and STAGE not in names_in(call):
                     self.most_positional = max(self.most_positional, sum(not arg.keyword for arg in call.args))
@@ -208,6 +212,23 @@ def _class_attributes(classes: dict[str, cst.ClassDef]) -> dict[str, set[str]]:
             if isinstance(statement, cst.SimpleStatementLine):
                 for name in bound_names(statement):
                     found.setdefault(name, set()).update(names_in(statement))
+    return found
+
+
+_APPENDS = m.Call(func=m.Attribute(value=m.Name(), attr=m.Name("append")))
+
+
+def _made_inside(classes: dict[str, cst.ClassDef]) -> dict[str, set[str]]:
+    """Local names of methods whose assignments do not tell what they hold -> names that tell it: functions, such as
+    ``def get_layer(prefix)``, with what they mention, and lists with what is appended to them."""
+    found: dict[str, set[str]] = {}
+    for method in (method for node in classes.values() for method in methods(node).values()):
+        for node in m.findall(method.body, m.FunctionDef() | _APPENDS):
+            if isinstance(node, cst.FunctionDef):
+                found.setdefault(node.name.value, set()).update(_mentions(node))
+            elif isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
+                name = cst.ensure_type(node.func.value, cst.Name).value
+                found.setdefault(name, set()).update(*(_mentions(arg.value) for arg in node.args))
     return found
 
 
@@ -317,7 +338,9 @@ class ThreadBatch(Rule):
             before = [param.with_changes(**no_default) for param in params.params[:place]]
             return params.with_changes(params=[*before, new, *params.params[place + 1 :]])
         place = next((i for i, param in enumerate(params.params) if param.default is not None), len(names))
-        if place < len(names) and self.reach.most_positional >= place and params.star_arg == cst.MaybeSentinel.DEFAULT:
+        is_called_by_engine = self.function == "forward" and computes_logits(self.owner, self.reach.all)
+        is_skipped = self.reach.most_positional >= place and not is_called_by_engine
+        if place < len(names) and is_skipped and params.star_arg == cst.MaybeSentinel.DEFAULT:
             # Some call passes one of the parameters after this place by position: then the batch has a name only.
             return self._by_name(params, new)
         commas = [param.comma for param in params.params if isinstance(param.comma, cst.Comma)]
