@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints import as_published, with_window
+from checkpoints import as_published, with_shorter_steps, with_window
 from published import published_fields, switches
 from rtp_llm.port.porter import port
 from rtp_llm.port.report import Remark
@@ -32,6 +32,7 @@ AGREES, IN_PART, DIFFERS, NOT_PORTED, NO_CHECKPOINT = (
 )
 IMPORT, BUILD, LOAD, COMPUTE = "does not import", "does not build", "does not load", "does not compute"
 OTHER_WINDOW = "agrees with another window"
+OTHER_STEP = "agrees without a least step"
 NO_CLASS, PART = "no class in transformers", "part of other models"
 SCHEDULES = (BATCHED, CHUNKED, WARM)
 
@@ -98,7 +99,7 @@ def examine(file: ModelFile, out: Path) -> Row:
     return row
 
 
-_ORDER = (AGREES, OTHER_WINDOW, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
+_ORDER = (AGREES, OTHER_WINDOW, OTHER_STEP, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
 _STOPPED = (COMPUTE, LOAD, BUILD, IMPORT)
 
 
@@ -158,6 +159,9 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
         detail = _other_window(Path(folder), path, name)
         if detail:
             return Compared(name, OTHER_WINDOW, detail, fields=fields)
+        detail = _shorter_steps(Path(folder), path, name)
+        if detail:
+            return Compared(name, OTHER_STEP, detail, fields=fields)
         worst = max(found.results, key=lambda result: result.difference)
         with served_by_file(path, [type_name(folder)], name):
             detail = f"{worst.schedule}: {worst.difference:.2g}; {_explained(folder)}"
@@ -187,6 +191,16 @@ def _other_window(directory: Path, path: Path, name: str) -> str:
         if found.agrees:
             return f"where transformers' window is one token {word}, within {_difference(found):.0e}"
     return ""
+
+
+def _shorter_steps(directory: Path, path: Path, name: str) -> str:
+    """Say whether the file agrees with transformers where the latter's steps of state-space layers may be as short as
+    they come; "" if it does not. Then the file itself passes the limit over."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not with_shorter_steps(directory, Path(folder)):
+            return ""
+        found = check_checkpoint(directory, SCHEDULES, path, name, LENGTHS, reference=folder)
+    return f"where transformers' steps have no least size, within {_difference(found):.0e}" if found.agrees else ""
 
 
 def type_name(directory: str) -> str:

@@ -45,6 +45,8 @@ def _long_scaling(config: Any) -> dict[str, Any]:
 
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "add_swa_attention_sink_bias": lambda config: True,
+    "block_dim": lambda config: config.hidden_size,
+    "conv_dim": lambda config: config.hidden_size,
     "expert_hidden_dim": lambda config: config.moe_intermediate_size,
     "first_k_dense_replace": _leading_dense,
     "head_dim": lambda config: config.hidden_size // config.num_attention_heads,
@@ -90,6 +92,9 @@ def published_fields(config: PreTrainedConfig, source: str) -> dict[str, Any]:
             found[name] = {field: value for field, value in _OF_ATTENTION.items() if _value(part, field) is None}
     if _value(config, "layer_types") is None and _has(config, "conv_L_cache"):
         kinds = ("conv", "conv", "full_attention", "conv")  # of Liquid AI's models, whose classes name none
+        found["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config.num_hidden_layers)]
+    if set(_value(config, "layer_types") or ()) == {"linear_attention"} and _has(config, "num_attention_heads"):
+        kinds = ("linear_attention", "linear_attention", "full_attention", "linear_attention")  # as in Granite 4
         found["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config.num_hidden_layers)]
     return found
 
