@@ -109,6 +109,7 @@ class CoreStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     retractions: int = 0
+    num_grammar_queue: int = 0  # requests whose grammars are being compiled
     state_usage: float = 0.0  # slots for recurrent states that requests hold, as a part of all
 
 

@@ -8,6 +8,9 @@ Order within one plan: ``releases``, ``admissions``, ``page_writes``, ``new_page
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from rtp_llm.srt.request_spec import RequestSpec
 
 
@@ -100,6 +103,18 @@ class SharedPrefix:
 
     num_tokens: int
     rows: list[int]
+
+
+@dataclass(slots=True)
+class TokenMasks:
+    """Which tokens may come next in some rows of a step: those whose bits are set.
+
+    ``words`` is [len(rows), ceil(vocab_size / 32)] int32; token i is bit ``i % 32`` of word ``i // 32``. At least one
+    token may come.
+    """
+
+    rows: list[int]
+    words: npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)

@@ -4,11 +4,11 @@
                       each with the same RequestSpec
 
 It does not change while the request lives, also after a retraction or a core's death. Changing state is kept beside it:
-ids, results sent so far, pages. An adapter's name and a grammar's text will be added here, for the workers that load
-adapters and make masks of grammars.
+ids, results sent so far, pages. An adapter's name will be added here, for the workers that load adapters.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -21,6 +21,19 @@ class LogprobSpec:
     top_logprobs_num: int = 0  # alternatives per position, best first
     token_ids_logprob: tuple[int, ...] = ()  # ids wanted at every position
     return_text_in_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What a generated text must match as a whole.
+
+    ``text`` is, by ``kind``: a JSON schema; a regular expression; a grammar in GBNF or in Lark; a JSON list of texts of
+    which one is generated; a structural tag in JSON (calls of functions within free text).
+    """
+
+    kind: Literal["json_schema", "regex", "grammar", "choice", "structural_tag"]
+    text: str
+    whitespace: str | None = None  # regular expression of the space between JSON tokens; None: the back end's usual
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -71,6 +84,7 @@ class RequestSpec:
     cache_salt: str = ""  # requests share cached prefixes only with equal salts
     priority: int = 0  # the policy "priority" schedules lower numbers earlier; other policies ignore it
     eos_token_ids: tuple[int, ...] = ()  # end the request unless ignore_eos
+    grammar: GrammarSpec | None = None  # None: the text is free
 
     def __post_init__(self) -> None:
         if self.params.max_new_tokens is None:

@@ -84,6 +84,23 @@ class SamplingParams:
         None, "Only these token ids are generated. If unset, all."
     )
     stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "Token ids that end the text."})
+    json_schema: str | dict[str, Any] | bool | None = _param(  # noqa: RUF009
+        None, "The text is JSON that this JSON schema allows."
+    )
+    regex: str | None = _param(None, "The whole text matches this regular expression.")
+    ebnf: str | None = _param(None, "The text is a sentence of this grammar, in GBNF or in Lark.")
+    structural_tag: str | dict[str, Any] | None = _param(  # noqa: RUF009
+        None, "The text is free, but what begins like one of these tags follows its JSON schema to its end."
+    )
+    structured_outputs: dict[str, Any] | None = _param(  # noqa: RUF009
+        None,
+        "The same, as vLLM names it: an object with one of `json`, `regex`, `choice` (a list of texts), `grammar`, "
+        "`json_object` and `structural_tag`.",
+    )
+    response_format: dict[str, Any] | None = _param(  # noqa: RUF009
+        None,
+        "The same, as OpenAI names it: an object with `type` `text`, `json_object`, `json_schema` or `structural_tag`.",
+    )
     ignore_eos: bool = _param(False, "Go on after an end-of-sequence token.")
     include_stop_str_in_output: bool = _param(
         False,

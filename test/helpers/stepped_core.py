@@ -56,7 +56,7 @@ class Core:
         for request in requests:
             self.link.client.send(request)
         self.core.step(block=False)
-        while not self.core.scheduler.idle:
+        while not self.core.scheduler.idle or len(self.core.grammars):
             self.core.step(block=False)
         self.core.scheduler.check_integrity()
         return {rid: [t for o in outputs for t in o.token_ids] for rid, outputs in self.outputs.items()}

@@ -9,8 +9,10 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.capacity import Capacity, StateCapacity, auto_max_tokens, plan_capacity, plan_states
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
+from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.engine.meter import Meter
 from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
+from rtp_llm.srt.plan import StepPlan
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
@@ -46,6 +48,7 @@ class EngineCore:
         self._args = server_args
         self._link = link
         self._on_admission = on_admission
+        self.grammars = Grammars(server_args, model_config, on_admission)
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
@@ -70,7 +73,7 @@ class EngineCore:
         except BaseException:
             self.executor.shutdown()
             raise
-        self._meter = Meter(self.scheduler, self.max_total_tokens, server_args.decode_log_interval)
+        self._meter = Meter(self.scheduler, self.grammars, self.max_total_tokens, server_args.decode_log_interval)
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
@@ -161,7 +164,7 @@ class EngineCore:
             max_media_block=loaded.max_media_block,
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
         )
-        return Scheduler(config, loaded.layout, self.capacity.num_pages, self.states.num_slots)
+        return Scheduler(config, loaded.layout, self.capacity.num_pages, self.states.num_slots, self.grammars.matchers)
 
     def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
         logger.info(
@@ -190,25 +193,42 @@ class EngineCore:
 
     def step(self, block: bool) -> bool:
         """Run one turn of the loop; return False after a Shutdown message. ``block``: wait while nothing is to do."""
-        messages = self._link.drain(block=block and self.scheduler.idle)
+        messages = self._link.drain(block=block and self.scheduler.idle and not len(self.grammars))
         if any(isinstance(message, Shutdown) for message in messages):
             return False
         if any(isinstance(message, Ping) for message in messages):
             self._link.send([self._meter.report()])
-        self._link.send(self.scheduler.receive([message for message in messages if not isinstance(message, Ping)]))
+        messages, ends = self.grammars.pass_on(messages, may_wait=self.scheduler.idle)
+        self._link.send([*ends, *self.scheduler.receive(messages)])
         plan = self.scheduler.plan()
         if plan is not None:
-            if plan.admissions and self._on_admission is not None:
-                self._on_admission([admission.rid for admission in plan.admissions])
-            self._in_flight.append(self.executor.submit(plan))
+            self._submit(plan)
         while self._in_flight and (plan is None or len(self._in_flight) > self.executor.depth):
-            self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
+            self._commit()
         stats = self._meter.step()
         if stats is not None:
             self._link.send([stats])
         return True
 
+    def _submit(self, plan: StepPlan) -> None:
+        if plan.admissions and self._on_admission is not None:
+            self._on_admission([admission.rid for admission in plan.admissions])
+        if not plan.masked_rows:
+            self._in_flight.append(self.executor.submit(plan))
+            return
+        # What may come next depends on the tokens before: of a step in flight, they are known when it is committed.
+        matchers = self.scheduler.matchers
+        masks = None if self._in_flight else self.grammars.masks(plan.masked_rows, matchers)
+        self._in_flight.append(self.executor.submit(plan))
+        while len(self._in_flight) > 1:
+            self._commit()
+        self.executor.sample((masks or self.grammars.masks(plan.masked_rows, matchers)).result())
+
+    def _commit(self) -> None:
+        self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
+
     def shutdown(self) -> None:
         """End the workers. Requests that still run get no answer."""
+        self.grammars.shutdown()
         self._in_flight.clear()
         self.executor.shutdown()

@@ -11,13 +11,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from rtp_llm.srt.models.registrations import pack_by_value, pack_registrations
-from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.request_spec import MediaFile
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.process import start_python
 from rtp_llm.srt.utils.scratch import ScratchFolder
 from rtp_llm.srt.worker.step import WorkerStep, check_masks, waits_for_masks
-from rtp_llm.srt.worker.worker import LoadedModel, Masks, Worker, WorkerConfig
+from rtp_llm.srt.worker.worker import LoadedModel, Worker, WorkerConfig
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +49,7 @@ class Executor(ABC):
     def submit(self, plan: StepPlan) -> StepHandle: ...
 
     @abstractmethod
-    def sample(self, masks: Masks) -> None:
+    def sample(self, masks: TokenMasks) -> None:
         """Pass the masks for the ``masked_rows`` of the step that was submitted last."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class InProcessExecutor(Executor):
             self._last.launch()
         return self._last
 
-    def sample(self, masks: Masks) -> None:
+    def sample(self, masks: TokenMasks) -> None:
         if self._last is None:
             raise RuntimeError("masks came before any step was submitted")
         self._last.set_masks(masks)
@@ -216,7 +216,7 @@ class MultiProcessExecutor(Executor):
                 names.append(name)
         return names
 
-    def sample(self, masks: Masks) -> None:
+    def sample(self, masks: TokenMasks) -> None:
         self._check_alive()
         if not self._in_flight:
             raise RuntimeError("masks came, but no step is in flight")

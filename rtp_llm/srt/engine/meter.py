@@ -3,6 +3,7 @@
 import logging
 import time
 
+from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.messages import CoreStats
 from rtp_llm.srt.scheduler.scheduler import Scheduler
 
@@ -14,8 +15,9 @@ REPORT_INTERVAL_S = 1.0
 class Meter:
     """Measures a scheduler. Rates count from the report before; a pause without work does not lower them."""
 
-    def __init__(self, scheduler: Scheduler, max_total_tokens: int, log_interval: int) -> None:
+    def __init__(self, scheduler: Scheduler, grammars: Grammars, max_total_tokens: int, log_interval: int) -> None:
         self._scheduler = scheduler
+        self._grammars = grammars
         self._max_total_tokens = max_total_tokens
         self._log_interval = log_interval
         self._steps = 0
@@ -83,4 +85,5 @@ class Meter:
             generated_tokens=totals.generated_tokens,
             retractions=totals.retractions,
             state_usage=memory.states.usage,
+            num_grammar_queue=len(self._grammars),
         )

@@ -440,3 +440,11 @@ def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         [S] int64 ids; [S] bool: the row has a NaN, a +inf, or only -inf.
     """
     return logits.argmax(dim=-1), ~torch.isfinite(logits.amax(dim=-1))
+
+
+def mask_tokens(logits: torch.Tensor, lines: torch.Tensor, words: torch.Tensor) -> None:
+    """Set to -inf, in place, what ``words`` of ``plan.TokenMasks`` do not allow in rows ``lines`` ([R] int64) of
+    logits [S, vocab_size]."""
+    bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    logits[lines] = logits[lines].masked_fill(~allowed, -torch.inf)

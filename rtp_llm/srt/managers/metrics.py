@@ -104,6 +104,7 @@ class CoreMetrics(Collector):
         stats = self._stats()
         yield self._gauge("num_running_reqs", "Requests that are being computed.", stats.num_running)
         yield self._gauge("num_queue_reqs", "Requests that wait.", stats.num_waiting)
+        yield self._gauge("num_grammar_queue_reqs", "Requests whose grammars are compiled.", stats.num_grammar_queue)
         yield self._gauge("num_used_tokens", "Tokens in the cache that requests hold.", stats.num_used_tokens)
         yield self._gauge("kv_used_tokens", "Tokens in the cache that requests hold.", stats.num_held_tokens)
         yield self._gauge("kv_evictable_tokens", "Tokens that only the prefix cache holds.", stats.num_evictable_tokens)

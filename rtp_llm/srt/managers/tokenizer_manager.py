@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rtp_llm.srt.configs.own_config import config_of_unknown_type
+from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.gguf.folder import is_checkpoint_folder
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
@@ -241,6 +242,7 @@ class TokenizerManager:
             cache_salt=cache_salt(prompt.options),
             priority=priority(prompt.options, self._takes_priorities),
             eos_token_ids=tuple(token.token_id for token in self.end_tokens),
+            grammar=checked_grammar(params, self.tokenizer),
         )
         return [
             GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64))

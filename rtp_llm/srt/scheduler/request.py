@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rtp_llm.srt.cache.prefix_cache import Lock
 from rtp_llm.srt.cache.spec import LengthScaling
+from rtp_llm.srt.constrained.backend import Matcher
 from rtp_llm.srt.messages import FinishReason, GenerateRequest
 from rtp_llm.srt.plan import Admission
 from rtp_llm.srt.request_spec import RequestSpec
@@ -46,6 +47,7 @@ class Request:
     stop_ids: list[int]
     namespace: Hashable  # of the prefix cache
     logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
+    matcher: Matcher | None = None  # of its grammar; it has taken the generated tokens
     atomic_spans: list[tuple[int, int]] = field(default_factory=list)
 
     row: int = -1
@@ -145,6 +147,11 @@ class Request:
         """Whether tokens that other requests may wait for are not in the prefix cache yet."""
         return self.cached_len < self.prefill_len
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether its grammar allows nothing more."""
+        return self.matcher is not None and self.matcher.is_complete
+
     def append(self, token_id: int) -> None:
         self.ids.append(token_id)
         if self.keys is not self.ids:
@@ -183,6 +190,22 @@ class Request:
             logprob_from=self.logprob_from,
             state_slot=self.states.slot,
         )
+
+    def take(self, token_id: int) -> FinishReason | None:
+        """Add a generated token; return why it ends the request, None if it does not."""
+        self.append(token_id)
+        reason = self.finish_reason_after(token_id)
+        if self.matcher is None or (reason is not None and reason.type == "stop"):
+            return reason
+        if not self.matcher.accept(token_id):
+            message = f"the grammar cannot be followed any further: {self.matcher.error}"
+            return FinishReason("abort", message=message, status_code=400)
+        return FinishReason("stop") if self.is_complete else reason
+
+    def ended_before(self) -> FinishReason | None:
+        """Return why tokens that it came with, of a core that died, end it already; None if they do not."""
+        reason = self.finish_reason_after(self.ids[-1]) if self.num_generated else None
+        return FinishReason("stop") if reason is None and self.is_complete else reason
 
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Return why ``token_id``, just appended to ``ids``, ends the request; None if it does not."""

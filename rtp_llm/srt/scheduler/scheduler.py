@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rtp_llm.srt.cache.spec import CacheLayout
+from rtp_llm.srt.constrained.backend import Matcher
 from rtp_llm.srt.messages import (
     AbortRequest,
     FinishReason,
@@ -54,13 +55,20 @@ class Scheduler:
     in the workers; it gives up row and pages when it ends, or when memory runs out (retraction: it waits again and
     resumes from its tokens; nothing is lost). The first request in the policy's order (by arrival, except with
     ``priority``) is never retracted while another runs. A request that fits into the cache alone is sure to end;
-    with ``priority`` it waits for all that come before it.
+    with ``priority`` it waits for all that come before it. ``matchers`` are those of requests with a grammar, by rid:
+    each is there before its request comes, and taken then.
     """
 
     def __init__(
-        self, config: SchedulerConfig, layout: CacheLayout, num_pages: Sequence[int], num_state_slots: int = 0
+        self,
+        config: SchedulerConfig,
+        layout: CacheLayout,
+        num_pages: Sequence[int],
+        num_state_slots: int = 0,
+        matchers: dict[str, Matcher] | None = None,
     ) -> None:
         self.config = config
+        self._matchers = matchers
         self._length_scaling = layout.length_scaling
         self._cut_prompts = config.chunked_prefill_size > 0
         self._prefill_budget = (
@@ -94,6 +102,10 @@ class Scheduler:
         self._num_steps = 0
 
     @property
+    def matchers(self) -> list[Matcher]:
+        return self._in_flight[-1].matchers()  # of the step that was planned last
+
+    @property
     def idle(self) -> bool:
         return not self.running and not self.waiting and not self._in_flight
 
@@ -121,10 +133,10 @@ class Scheduler:
             message, self._num_arrivals, self._length_scaling, computes_blocks=self.config.max_media_block > 0
         )
         self._num_arrivals += 1
-        if message.output_ids:
-            reason = request.finish_reason_after(request.ids[-1])
-            if reason is not None:
-                return [TokenOutput(message.rid, finish_reason=reason)]
+        request.matcher = self._matchers.pop(request.rid, None) if self._matchers else None
+        reason = request.ended_before()
+        if reason is not None:
+            return [TokenOutput(message.rid, finish_reason=reason)]
         self._live[request.rid] = request
         self.waiting.add(request)
         return []
@@ -319,7 +331,10 @@ class Scheduler:
             decoding = [request for request, work in zip(requests, plan.work, strict=True) if work.num_tokens == 1]
             plan.shared_prefixes = self._sharing.of(decoding)
             self.stats.shared_tokens += saved_tokens(plan.shared_prefixes)
-        self._in_flight.append(StepInFlight(plan, requests))
+        step = StepInFlight(plan, requests)
+        if self._matchers is not None:
+            plan.masked_rows = step.masked_rows()
+        self._in_flight.append(step)
         self._num_steps += 1
         self._reserve = max(MIN_RESERVE_TOKENS, self._reserve * 0.99)
         return plan
@@ -376,8 +391,7 @@ class Scheduler:
             request.take_prompt_logprobs(len(row.prompt_logprobs))
         reason, token_ids = None, row.token_ids
         for count, token_id in enumerate(token_ids, start=1):
-            request.append(token_id)
-            reason = request.finish_reason_after(token_id)
+            reason = request.take(token_id)
             if reason is not None:
                 token_ids = token_ids[:count]
                 break

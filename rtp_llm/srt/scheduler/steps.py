@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from rtp_llm.srt.constrained.backend import Matcher
 from rtp_llm.srt.plan import PageWrite, StepPlan
 from rtp_llm.srt.scheduler.request import Request
 
@@ -23,6 +24,16 @@ class SchedulerStats:
 class StepInFlight:
     plan: StepPlan
     requests: list[Request]
+
+    def masked_rows(self) -> list[int]:
+        """Return the rows whose next token a grammar restricts."""
+        pairs = zip(self.requests, self.plan.work, strict=True)
+        return [work.row for request, work in pairs if work.sample and request.matcher is not None]
+
+    def matchers(self) -> list[Matcher]:
+        """Return the matchers of these rows."""
+        pairs = zip(self.requests, self.plan.work, strict=True)
+        return [request.matcher for request, work in pairs if work.sample and request.matcher is not None]
 
 
 @dataclass(slots=True)

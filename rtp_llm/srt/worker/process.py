@@ -16,12 +16,12 @@ from rtp_llm.srt.distributed.parallel_state import init_tensor_parallel
 from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.models.registry import reason
-from rtp_llm.srt.plan import StepPlan, StepResult
+from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_once
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.worker.step import WorkerStep
-from rtp_llm.srt.worker.worker import Masks, Worker, WorkerConfig
+from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RankServer:
         self._steps.append(WorkerStep(plan, self._worker))
         self._steps[-1].launch()
 
-    def sample(self, masks: Masks) -> None:
+    def sample(self, masks: TokenMasks) -> None:
         """Draw the tokens of the step that was submitted last."""
         self._steps[-1].set_masks(masks)
         self._steps[-1].launch()

@@ -1,14 +1,15 @@
 """From logits to token ids: penalties, masks, filters, and one counter-based draw per row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.layers.logits_processor import Logprobs, token_logprobs
-from rtp_llm.srt.plan import Admission
+from rtp_llm.srt.plan import Admission, TokenMasks
 from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.philox import as_int64, exponential
@@ -50,6 +51,7 @@ class Sampler:
         self._counts = _TokenCounts(vocab_size, self._provider)
         self._bans = TokenBans(vocab_size, self._provider)
         self._argmax = self._provider.pick("argmax", torch.float32)
+        self._mask_tokens = self._provider.pick("mask_tokens", torch.float32)
         self._draw_kernel = self._provider.find("draw", torch.float32)
         # Rows that need more than an argmax; a step with none of them is not examined row by row.
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
@@ -105,7 +107,7 @@ class Sampler:
         logits: torch.Tensor,
         rows: Sequence[int],
         positions: Sequence[int],
-        masks: Mapping[int, torch.Tensor] | None = None,
+        masks: TokenMasks | None = None,
     ) -> torch.Tensor:
         """Return one token per row.
 
@@ -118,7 +120,7 @@ class Sampler:
             logits: [S, vocab_size] float32, not changed.
             rows: the row of each line of logits.
             positions: index in its sequence of the token that is drawn.
-            masks: per row, [vocab_size] bool, False for tokens that must not be drawn; at least one is True.
+            masks: of some of the rows; only what they allow is drawn.
 
         Returns:
             [S] int64 on the device.
@@ -130,7 +132,7 @@ class Sampler:
         logits: torch.Tensor,
         rows: Sequence[int],
         positions: Sequence[int],
-        masks: Mapping[int, torch.Tensor] | None = None,
+        masks: TokenMasks | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``sample``; also return [S] bool: rows whose ``logits`` are bad, and whose tokens are meaningless.
 
@@ -139,8 +141,8 @@ class Sampler:
         self._check_shape(logits, rows, positions)
         states = self._states(rows)
         adjusted = logits
-        if masks or not self._adjusted.isdisjoint(rows):
-            adjusted = self._adjust(logits, states, rows, positions, masks or {})
+        if masks is not None or not self._adjusted.isdisjoint(rows):
+            adjusted = self._adjust(logits, states, rows, positions, masks)
         tokens, bad = self._argmax(adjusted)
         if adjusted is not logits:
             bad = self._argmax(logits)[1]
@@ -207,26 +209,23 @@ class Sampler:
         states: list[_Row],
         rows: Sequence[int],
         positions: Sequence[int],
-        masks: Mapping[int, torch.Tensor],
+        masks: TokenMasks | None,
     ) -> torch.Tensor:
         """Return logits after penalties, masks, biases and bans: a copy, or the same tensor if there are none."""
         counted = [i for i, state in enumerate(states) if state.counted]
-        masked = [i for i, row in enumerate(rows) if row in masks]
-        if len(masks) > len({rows[i] for i in masked}):
-            raise ValueError(f"masks for rows {sorted(masks.keys() - set(rows))}, which are not sampled in this step")
         biased, banned = _Cells(), _Cells()
         for i, state in enumerate(states):
             biased.add(i, state.bias_ids, state.bias_values)
             if state.bans_stops_at(positions[i]):
                 banned.add(i, state.stop_ids)
         restricted = any(row in self._bans for row in rows)
-        if not (counted or masked or biased.lines or banned.lines or restricted):
+        if not (counted or masks is not None or biased.lines or banned.lines or restricted):
             return logits
         logits = logits.clone()
         if counted:
             self._penalise(logits, counted, [rows[i] for i in counted], [states[i].params for i in counted])
-        if masked:
-            self._mask(logits, masked, [masks[rows[i]] for i in masked])
+        if masks is not None:
+            self._mask(logits, rows, masks)
         if biased.lines:
             cells = (self._tensor(biased.lines), self._tensor(biased.ids))
             logits.index_put_(cells, self._provider.to_device(biased.values, torch.float32), accumulate=True)
@@ -248,13 +247,15 @@ class Sampler:
         scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
         logits[index] = scores
 
-    def _mask(self, logits: torch.Tensor, lines: list[int], masks: list[torch.Tensor]) -> None:
-        for mask in masks:
-            if tuple(mask.shape) != (self._vocab_size,) or mask.dtype != torch.bool:
-                raise ValueError(f"a mask must be bool [{self._vocab_size}], not {mask.dtype} {list(mask.shape)}")
-        index = self._tensor(lines)
-        allowed = torch.stack([mask.to(self._device, non_blocking=True) for mask in masks])
-        logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
+    def _mask(self, logits: torch.Tensor, rows: Sequence[int], masks: TokenMasks) -> None:
+        shape = (len(masks.rows), (self._vocab_size + 31) // 32)
+        if masks.words.shape != shape or masks.words.dtype != np.int32:
+            raise ValueError(f"masks must be int32 {list(shape)}, not {masks.words.dtype} {list(masks.words.shape)}")
+        lines = {row: line for line, row in enumerate(rows)}
+        if strange := sorted(set(masks.rows) - lines.keys()):
+            raise ValueError(f"masks for rows {strange}, which are not sampled in this step")
+        words = torch.from_numpy(masks.words).to(self._device, non_blocking=True)
+        self._mask_tokens(logits, self._tensor([lines[row] for row in masks.rows]), words)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """A step on its way through a worker: not launched, waiting for its masks, or launched."""
 
-from rtp_llm.srt.plan import StepPlan, StepResult
-from rtp_llm.srt.worker.worker import Masks, PendingLogits, PendingResult, Worker
+from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
+from rtp_llm.srt.worker.worker import PendingLogits, PendingResult, Worker
 
 
 class WorkerStep:
@@ -11,7 +11,7 @@ class WorkerStep:
         self.plan = plan
         self._worker = worker
         self._logits: PendingLogits | None = None
-        self._masks: Masks | None = None
+        self._masks: TokenMasks | None = None
         self._launched: PendingResult | None = None
 
     def launch(self) -> None:
@@ -20,7 +20,7 @@ class WorkerStep:
         if self._launched is None and (self._masks is not None or not self.plan.masked_rows):
             self._launched = self._worker.sample(self._logits, self._masks)
 
-    def set_masks(self, masks: Masks) -> None:
+    def set_masks(self, masks: TokenMasks) -> None:
         check_masks(self.plan, masks)
         self._masks = masks
 
@@ -31,13 +31,13 @@ class WorkerStep:
         return self._launched.result()
 
 
-def check_masks(plan: StepPlan, masks: Masks) -> None:
+def check_masks(plan: StepPlan, masks: TokenMasks) -> None:
     """Refuse masks that leave out a row that the step waits for.
 
     Raises:
         ValueError: names those rows.
     """
-    missing = set(plan.masked_rows) - set(masks)
+    missing = set(plan.masked_rows) - set(masks.rows)
     if missing:
         raise ValueError(f"step {plan.step_id} needs a mask for rows {sorted(missing)} too")
 

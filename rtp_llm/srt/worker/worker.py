@@ -12,13 +12,12 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.layers.logits_processor import Logprobs
-from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult
+from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
 
 BAD_LOGITS = "the model's logits are not finite numbers for this request"
-Masks = dict[int, torch.Tensor]  # row -> [vocab_size] bool: which tokens may come next
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,7 @@ class Worker:
         return PendingLogits(plan, output.next_token_logits, prompt_logprobs)
 
     @torch.inference_mode()
-    def sample(self, pending: PendingLogits, masks: Masks | None = None) -> PendingResult:
+    def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> PendingResult:
         """Draw the step's tokens, under ``masks`` for ``plan.masked_rows``."""
         work = [w for w in pending.plan.work if w.sample]
         logits = pending.logits
@@ -156,7 +155,7 @@ class Worker:
         )
 
     def _draw(
-        self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: Masks | None
+        self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: TokenMasks | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not rows:
             none = torch.empty(0, dtype=torch.int64, device=logits.device)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from made_requests import generate_request, request_spec
 from stepped_core import Core, mixed_requests
+from token_masks import masks_of
 
 from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -147,9 +148,7 @@ def test_masks_come_between_forward_and_draw(kind):
         step = executor.submit(again)
         with pytest.raises(RuntimeError, match="masks"):
             step.result()
-        mask = torch.zeros(131, dtype=torch.bool)
-        mask[17] = True
-        executor.sample({2: mask})
+        executor.sample(masks_of([2], [[17]], 131))
         assert step.result().rows[0].token_ids == [17] != [free]
         # The drawn token is where the next step takes it from.
         later = executor.submit(StepPlan(2, work=[RowWork(2, 3, 1, True)])).result()
@@ -176,13 +175,11 @@ def test_two_steps_are_in_flight(kind):
         assert [first.result(), second.result()] == expected[:2]
         third, masked = executor.submit(plans[2]), executor.submit(decode_plan(3, masked_rows=[2]))
         with pytest.raises(ValueError, match=r"step 3 needs a mask for rows \[2\] too"):
-            executor.sample({})
+            executor.sample(masks_of([], [], 131))
         assert third.result() == expected[2]
         with pytest.raises(RuntimeError, match=r"step 3 waits for the masks of rows \[2\]"):
             masked.result()
-        mask = torch.zeros(131, dtype=torch.bool)
-        mask[17] = True
-        executor.sample({2: mask})
+        executor.sample(masks_of([2], [[17]], 131))
         assert masked.result().rows[0].token_ids == [17] != expected[3].rows[0].token_ids
     finally:
         executor.shutdown()
@@ -196,7 +193,11 @@ def test_whichever_step_in_flight_fails_everyone_who_asks_is_told_why():
         with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: KeyError: 3"):
             steps.append(executor.submit(StepPlan(1, releases=[3])))  # nobody was admitted there
             steps[0].result()
-        for ask in (*(step.result for step in steps), lambda: executor.rpc("loaded"), lambda: executor.sample({})):
+        for ask in (
+            *(step.result for step in steps),
+            lambda: executor.rpc("loaded"),
+            lambda: executor.sample(masks_of([], [], 131)),
+        ):
             with pytest.raises(WorkerError, match=r"^the worker of rank 0 failed: KeyError: 3"):
                 ask()
     finally:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from made_requests import generate_request, request_spec
 from stepped_core import Core, mixed_requests
+from token_masks import masks_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -124,12 +125,11 @@ def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_masks_are_no_reason_to_wait_either() -> None:
     core = Core("llama-default", disable_cpu_graph=True)
-    worker, mask = core.executor.worker, torch.zeros(131, dtype=torch.bool)
-    mask[17] = True
+    worker = core.executor.worker
     admission = Admission(2, "r", [5, 6, 7], [], request_spec(SamplingParams(temperature=0.8), 3, return_logprob=True))
     plan = StepPlan(0, [], [admission], [PageWrite(2, 0, 0, [9, 3, 7])], [RowWork(2, 0, 3, True)], masked_rows=[2])
     with no_waiting():
-        pending = worker.sample(worker.forward(plan), {2: mask})
+        pending = worker.sample(worker.forward(plan), masks_of([2], [[17]], 131))
         with pytest.raises(Waited, match="tolist"):  # this is the place that does
             pending.result()
     assert pending.result().rows[0].token_ids == [17]

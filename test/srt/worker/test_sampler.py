@@ -4,9 +4,11 @@ import math
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from made_requests import request_spec
+from token_masks import masks_of
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.plan import Admission
+from rtp_llm.srt.plan import Admission, TokenMasks
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.philox import as_int64, exponential, philox4x32
 from rtp_llm.srt.worker.sampler import Sampler, draw, kept_weights
@@ -273,7 +275,7 @@ def test_greedy_is_argmax_and_leaves_the_logits_alone():
     tokens = sampler.sample(logits, [0, 1, 2], [1, 1, 1])
     assert torch.equal(tokens, before.argmax(dim=-1)) and tokens[1] == 4
     admit(sampler, 0, temperature=0.0, frequency_penalty=1.0, output_ids=[3], logit_bias={2: 1.0})
-    sampler.sample(logits, [0, 1, 2], [1, 1, 1], {1: torch.arange(50) < 3})
+    sampler.sample(logits, [0, 1, 2], [1, 1, 1], masks_of([1], [range(3)], 50))
     assert torch.equal(logits, before)
     assert sampler.sample(logits[:0], [], []).shape == (0,)
 
@@ -282,7 +284,7 @@ def test_greedy_is_argmax_and_leaves_the_logits_alone():
 
 
 def adjusted(sampler: Sampler, logits: torch.Tensor, position: int = 1, masks=None) -> torch.Tensor:
-    return sampler._adjust(logits, [sampler._row(0)], [0], [position], masks or {})
+    return sampler._adjust(logits, [sampler._row(0)], [0], [position], masks)
 
 
 def test_frequency_and_presence_count_generated_tokens_only():
@@ -311,7 +313,7 @@ def test_a_row_that_is_taken_again_starts_afresh():
     admit(sampler, 2, frequency_penalty=1.0)
     admit(sampler, 3)
     sampler.observe([1, 3, 2], torch.tensor([7, 7, 6]))
-    logits = sampler._adjust(torch.zeros(4, 8), [sampler._row(i) for i in range(4)], range(4), [9] * 4, {})
+    logits = sampler._adjust(torch.zeros(4, 8), [sampler._row(i) for i in range(4)], range(4), [9] * 4, None)
     expected = torch.zeros(4, 8)
     for row, token in ((0, 0), (1, 1), (1, 7), (2, 6)):
         expected[row, token] = -1
@@ -322,7 +324,7 @@ def test_a_row_that_is_taken_again_starts_afresh():
     admit(sampler, 2, prompt_ids=[5], repetition_penalty=2.0)  # in the place of a row whose prompt was [0]
     expected = torch.ones(1, 8)
     expected[0, 5] = 0.5
-    assert torch.equal(sampler._adjust(torch.ones(1, 8), [sampler._row(2)], [2], [1], {}), expected)
+    assert torch.equal(sampler._adjust(torch.ones(1, 8), [sampler._row(2)], [2], [1], None), expected)
 
 
 def test_stop_ids_are_banned_until_enough_is_generated():
@@ -335,18 +337,17 @@ def test_stop_ids_are_banned_until_enough_is_generated():
 
 def test_a_ban_that_would_leave_nothing_is_lifted():
     sampler = one_row_sampler(4, min_new_tokens=5, stop_ids=[3], temperature=1.0)
-    only_stop = torch.tensor([False, False, False, True])
-    assert sampler.sample(torch.zeros(1, 4), [0], [1], {0: only_stop}).item() == 3
-    also_two = torch.tensor([False, False, True, True])
-    assert {sampler.sample(torch.zeros(1, 4), [0], [p], {0: also_two}).item() for p in range(1, 5)} == {2}
+    only_stop = masks_of([0], [[3]], 4)
+    assert sampler.sample(torch.zeros(1, 4), [0], [1], only_stop).item() == 3
+    also_two = masks_of([0], [[2, 3]], 4)
+    assert {sampler.sample(torch.zeros(1, 4), [0], [p], also_two).item() for p in range(1, 5)} == {2}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_nothing_that_a_mask_forbids_is_drawn(temperature):
     sampler = one_row_sampler(6, temperature=temperature, logit_bias={0: 1e300, 5: 50.0}, repetition_penalty=1e-40)
-    mask = torch.tensor([False, True, False, True, False, False])
     logits = torch.tensor([[9.0, 1.0, 9.0, 2.0, 9.0, 9.0]])
-    drawn = {sampler.sample(logits, [0], [position], {0: mask}).item() for position in range(1, 40)}
+    drawn = {sampler.sample(logits, [0], [position], masks_of([0], [[1, 3]], 6)).item() for position in range(1, 40)}
     assert drawn == ({3} if temperature == 0 else {1, 3})
 
 
@@ -368,9 +369,9 @@ def test_steps_come_in_order():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({0: torch.ones(3, dtype=torch.bool)}, r"bool \[4\]"),
-        ({0: torch.ones(4)}, r"bool \[4\]"),
-        ({1: torch.ones(4, dtype=torch.bool)}, r"masks for rows \[1\]"),
+        (masks_of([0], [[1]], 40), r"int32 \[1, 1\], not int32 \[1, 2\]"),
+        (TokenMasks([0], np.ones((1, 1))), r"int32 \[1, 1\], not float64"),
+        (masks_of([1], [[1]], 4), r"masks for rows \[1\]"),
     ],
 )
 def test_wrong_masks_are_refused(mask, message):
@@ -430,7 +431,7 @@ def test_logprobs_are_the_models_own():
 def test_sampling_does_not_wait_for_the_gpu():
     sampler = Sampler(8, 1000, "cuda")
     logits = torch.randn(8, 1000, device="cuda")
-    masks = {0: (torch.arange(1000) % 2 == 0).pin_memory()}
+    masks = masks_of([0], [range(0, 1000, 2)], 1000)
 
     def step() -> None:
         tokens, _ = sampler.sample_and_check(logits, range(8), [9] * 8, masks)

@@ -41,6 +41,7 @@ KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "quantize_int4": "quantizing",
     "argmax": "sampling",
     "draw": "sampling",
+    "mask_tokens": "sampling",
     "group_rows": "moe",
     "gather_rows": "moe",
     "sum_rows": "moe",

@@ -71,6 +71,24 @@ KERNEL void argmax(const float* logits, int64_t rows, int64_t stride, int64_t si
     }
 }
 
+// Sets to -inf what the bits of each line's words do not allow. words: [rows, num_words].
+KERNEL void mask_tokens(float* logits, int64_t stride, int64_t size, const int64_t* lines, const int32_t* words,
+                        int64_t num_words, int64_t rows) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        float* x = logits + lines[row] * stride;
+        const int32_t* bits = words + row * num_words;
+        for (int64_t start = 0; start < size; start += 32) {
+            uint32_t word = (uint32_t)bits[start / 32];
+            int64_t end = std::min<int64_t>(32, size - start);
+            if (word == 0xffffffffu) continue;
+            for (int64_t i = 0; i < end; i++) {
+                if (!(word >> i & 1)) x[start + i] = -INF;
+            }
+        }
+    }
+}
+
 // ---- selection
 
 // f(i) for every i with x[i] >= bound, in order.

@@ -12,6 +12,7 @@ from rtp_llm.srt.sampling_params import SamplingParams
 
 _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "argmax": (POINTER, INT64, INT64, INT64, POINTER, POINTER),
+    "mask_tokens": (POINTER, INT64, INT64, POINTER, POINTER, INT64, INT64),
     "draw": (POINTER, POINTER, INT64, INT64, INT64, *(POINTER,) * 7),
     "exponential": (INT64, INT64, INT64, POINTER),
 }
@@ -29,6 +30,18 @@ def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, bad = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.bool)
     _function("argmax")(logits.data_ptr(), num_rows, logits.stride(0), vocab_size, tokens.data_ptr(), bad.data_ptr())
     return tokens, bad
+
+
+def mask_tokens(logits: torch.Tensor, lines: torch.Tensor, words: torch.Tensor) -> None:
+    """See ``kernels/reference.py``."""
+    if logits.dtype is not torch.float32 or logits.stride(1) != 1 or not words.is_contiguous():
+        reference.mask_tokens(logits, lines, words)
+        return
+    lines = lines.contiguous()
+    _function("mask_tokens")(
+        logits.data_ptr(), logits.stride(0), logits.shape[1], lines.data_ptr(), words.data_ptr(), words.shape[1],
+        len(lines),
+    )  # fmt: skip
 
 
 def draw(

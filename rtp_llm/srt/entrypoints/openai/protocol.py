@@ -72,6 +72,16 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = Field(None, description="extension: the stop string stays in the text")
     no_stop_trim: bool | None = Field(None, description="extension: another name of include_stop_str_in_output")
     skip_special_tokens: bool | None = Field(None, description="extension: leave special tokens out of the text")
+    response_format: dict[str, Any] | None = Field(
+        None, description='{"type": "json_schema", "json_schema": {"name", "schema"}}, "json_object", "text"'
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="extension: one of json, regex, choice, grammar, json_object, structural_tag"
+    )
+    json_schema: str | dict[str, Any] | bool | None = Field(None, description="extension: the text is such JSON")
+    regex: str | None = Field(None, description="extension: the text matches this regular expression")
+    ebnf: str | None = Field(None, description="extension: a grammar of the text, in GBNF or in Lark")
+    structural_tag: str | dict[str, Any] | None = Field(None, description="extension: tags within free text")
     cache_salt: Salt | None = Field(None, description="extension: share cached prefixes only with equal salts")
     priority: int | None = Field(None, description="extension: lower is earlier; with --schedule-policy priority")
     rid: Name | None = Field(None, description="extension: for /abort_request")

@@ -1,0 +1,46 @@
+"""What the client's side checks of a grammar before its request reaches the core."""
+
+from functools import lru_cache
+from typing import Any
+
+from rtp_llm.srt.constrained.backend import GrammarError
+from rtp_llm.srt.constrained.spec import asked_grammar
+from rtp_llm.srt.request_spec import GrammarSpec
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+
+MAX_REMEMBERED = 64
+
+
+def checked_grammar(params: SamplingParams, tokenizer: Any) -> GrammarSpec | None:
+    """Return the grammar that parameters ask for; None: the text is free.
+
+    Raises:
+        InvalidRequest: it is wrong or cannot be honoured wholly, or there is no tokenizer to apply it to.
+    """
+    asked = asked_grammar(params)
+    if asked is None:
+        return None
+    name, spec = asked
+    if tokenizer is None:
+        raise InvalidRequest(f"{name} needs a tokenizer, and the engine runs without one", name)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise InvalidRequest(
+            f"{name} needs a tokenizer that the tokenizers library can run; this model's is a "
+            f"{type(tokenizer).__name__}, whose code is its own",
+            name,
+        )
+    if error := _error(spec):
+        raise InvalidRequest(f"{name}: {error}", name)
+    return spec
+
+
+@lru_cache(MAX_REMEMBERED)
+def _error(spec: GrammarSpec) -> str | None:
+    """Return what is wrong with a grammar, None if nothing is."""
+    from rtp_llm.srt.constrained.llguidance_backend import check_grammar  # a library that most servers never need
+
+    try:
+        check_grammar(spec)
+    except GrammarError as error:
+        return str(error)
+    return None

@@ -1,0 +1,178 @@
+"""Grammars by llguidance: an Earley parser over derivatives of regular expressions, with limits on all its work."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Self, cast
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, StructTag
+from tokenizers import AddedToken, Tokenizer
+
+from rtp_llm.srt.constrained.backend import GrammarError, Matcher
+from rtp_llm.srt.constrained.json_schema import check_schema
+from rtp_llm.srt.request_spec import GrammarSpec
+
+MAX_ERROR_CHARS = 400
+_NEVER_DRAWN = "<|rtp_llm: no end|>"  # stands for the end of a text where no token does
+_NO_TEXT, _UNKNOWN_KEYWORDS = "NoExtension", "Unimplemented keys: "  # how its messages begin
+# Space between JSON tokens: enough for what is indented, and not so much that a model loses itself in it.
+WHITESPACE = r"[\x20\x0A\x0D\x09]{0,40}"
+# About a tenth of a second to compile, a few milliseconds for a mask at the most.
+_LIMITS = LLParserLimits(
+    verbose_errors=False,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_grammar_size=500_000,
+)
+
+
+class LLGuidanceMatcher:
+    """See Matcher."""
+
+    def __init__(self, inner: LLMatcher) -> None:
+        self.inner = inner
+
+    def fork(self) -> Self:
+        return type(self)(self.inner.deep_copy())
+
+    def accept(self, token_id: int) -> bool:
+        return self.inner.consume_token(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.inner.is_stopped() and not self.inner.is_error()
+
+    @property
+    def error(self) -> str:
+        return _one_line(self.inner.get_error()) if self.inner.is_error() else ""
+
+
+class LLGuidanceBackend:
+    """See GrammarBackend. One thread may compile while another fills masks.
+
+    Args:
+        tokenizer: the tokenizers library's.
+        vocab_size: the model's; ids that the tokenizer does not have are never allowed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        plain = Tokenizer.from_str(tokenizer.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        plain.add_special_tokens([AddedToken(_NEVER_DRAWN, special=True)])
+        self._never_drawn: int = plain.get_vocab(True)[_NEVER_DRAWN]
+        self._json = plain.to_str()
+        self._vocab_size = vocab_size
+        self._size = max(vocab_size, max(plain.get_vocab(True).values()) + 1)
+        self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
+        self._executor = LLExecutor()
+
+    def compile(self, spec: GrammarSpec, end_ids: Sequence[int]) -> Matcher:
+        matcher = _matcher(self._tokenizer(tuple(end_ids)), spec)
+        matcher.compute_bitmask()  # limits may be reached only here; and the next time it is fast
+        _check(matcher)
+        return LLGuidanceMatcher(matcher)
+
+    def fill(self, matchers: Sequence[Matcher], words: npt.NDArray[np.int32]) -> None:
+        inner = [cast(LLGuidanceMatcher, matcher).inner for matcher in matchers]
+        masks = np.full((len(inner), (self._size + 31) // 32), -1, dtype=np.int32)
+        stride = masks.strides[0]
+        live = [(matcher, i) for i, matcher in enumerate(inner) if not matcher.is_error()]
+        if len(live) > 1:
+            self._executor.unsafe_compute_mask_ptr(live, masks.ctypes.data, stride, len(inner))
+        for matcher, i in live if len(live) == 1 else ():
+            matcher.unsafe_compute_mask_ptr(masks.ctypes.data + i * stride, stride)
+        word, bit = divmod(self._never_drawn, 32)
+        masks.view(np.uint32)[:, word] &= np.uint32(0xFFFFFFFF ^ 1 << bit)
+        words[:] = masks[:, : words.shape[1]]
+
+    def _tokenizer(self, end_ids: tuple[int, ...]) -> LLTokenizer:
+        if end_ids not in self._tokenizers:
+            ends = list(end_ids) or [self._never_drawn]
+            self._tokenizers[end_ids] = LLTokenizer(self._json, n_vocab=self._size, eos_token=ends)
+        return self._tokenizers[end_ids]
+
+
+def check_grammar(spec: GrammarSpec) -> None:
+    """Raise GrammarError for a grammar that cannot be compiled, whatever the tokenizer."""
+    matcher = _matcher(_bytes_tokenizer(), spec)
+    matcher.compute_bitmask()
+    _check(matcher)
+
+
+@cache
+def _bytes_tokenizer() -> LLTokenizer:
+    return LLTokenizer("byte")
+
+
+def _matcher(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
+    matcher = LLMatcher(tokenizer, _grammar(spec), log_level=0, limits=_LIMITS)
+    _check(matcher)
+    return matcher
+
+
+def _grammar(spec: GrammarSpec) -> str:
+    try:
+        if spec.kind == "json_schema":
+            return _json_grammar(spec)
+        if spec.kind == "structural_tag":
+            return _tag_grammar(json.loads(spec.text))
+        return llguidance.grammar_from(spec.kind, spec.text)
+    except GrammarError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(_one_line(str(error))) from None
+
+
+def _json_grammar(spec: GrammarSpec) -> str:
+    schema = json.loads(spec.text)
+    check_schema(schema)
+    pattern = WHITESPACE if spec.whitespace is None else spec.whitespace
+    space: dict[str, Any] = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
+    return LLMatcher.grammar_from_json_schema(spec.text, overrides=cast(Any, {**space, "lenient": False}))
+
+
+def _tag_grammar(tag: dict) -> str:
+    """Return the grammar of free text with tags.
+
+    ``{"structures": [{"begin", "schema", "end"}], "triggers": [...]}``: what begins with a trigger goes on as one of
+    the structures that begin with it.
+    """
+    structures, triggers = tag.get("structures"), tag.get("triggers")
+    if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
+        raise GrammarError("a structural tag must have 'structures', a list of objects, and 'triggers', texts")
+    tags = []
+    for item in structures:
+        fields = item if isinstance(item, dict) else {}
+        begin, schema, end = fields.get("begin"), fields.get("schema"), fields.get("end")
+        if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict):
+            raise GrammarError("each structure of a structural tag must have 'begin', 'schema' and 'end'")
+        trigger = next((text for text in triggers if isinstance(text, str) and text and begin.startswith(text)), None)
+        if trigger is None:
+            raise GrammarError(f"no trigger of the structural tag begins {begin[:80]!r}")
+        check_schema(schema)
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
+    return StructTag.to_grammar(tags, assume_special=False)
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarError(_explained(_one_line(matcher.get_error())))
+    if warnings := matcher.get_grammar_warnings():
+        raise GrammarError(_one_line(warnings[0]))
+
+
+def _explained(error: str) -> str:
+    if error.startswith(_NO_TEXT):
+        return "no text matches it"
+    if error.startswith(_UNKNOWN_KEYWORDS):
+        return f"keywords that cannot be enforced: {', '.join(json.loads(error.removeprefix(_UNKNOWN_KEYWORDS)))}"
+    return error
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.partition("<non-verbose/>")[0].split()) or "unknown error"
+    return line if len(line) <= MAX_ERROR_CHARS else f"{line[:MAX_ERROR_CHARS]}..."

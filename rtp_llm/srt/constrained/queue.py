@@ -1,0 +1,127 @@
+"""Requests with a grammar, until it is compiled: on a thread of its own, while the core's loop goes on."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from rtp_llm.srt.constrained.backend import GrammarBackend, GrammarError, Matcher
+from rtp_llm.srt.messages import FinishReason, FromCore, GenerateRequest, TokenOutput
+from rtp_llm.srt.request_spec import GrammarSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_CACHED_CHARS = 2**22  # of the texts of compiled grammars that are kept; each takes some ten times as much memory
+MIN_CACHED_CHARS = 2**10  # what a grammar counts at least
+POLL_S = 0.005
+
+Key = tuple[GrammarSpec, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: GenerateRequest
+    compiled: Future[Matcher]
+
+
+class GrammarQueue:
+    """Holds requests back until their grammars are compiled. Used by the core's thread alone.
+
+    Args:
+        make_backend: called once, on the compiling thread, when the first grammar comes.
+        on_compile: called with the rid of a request whose grammar is about to be compiled.
+    """
+
+    def __init__(
+        self, make_backend: Callable[[], GrammarBackend], on_compile: Callable[[str], None] | None = None
+    ) -> None:
+        self._make_backend = make_backend
+        self._on_compile = on_compile
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rtp-llm-grammar")
+        self._made: Future[GrammarBackend] | None = None
+        self._compiled: OrderedDict[Key, Future[Matcher]] = OrderedDict()
+        self._waiting: dict[str, _Waiting] = {}
+        self.matchers: dict[str, Matcher] = {}  # of the requests that ``ready`` has returned; whoever uses one takes it
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def backend(self) -> GrammarBackend:
+        """The back end that has compiled the matchers."""
+        assert self._made is not None  # there are no matchers without
+        return self._made.result()
+
+    def enter(self, request: GenerateRequest) -> None:
+        """Take a request with a grammar."""
+        spec = request.spec
+        assert spec.grammar is not None
+        end_ids = () if spec.params.ignore_eos else spec.eos_token_ids
+        self._waiting[request.rid] = _Waiting(request, self._compilation(request.rid, (spec.grammar, end_ids)))
+
+    def abort(self, rid: str | None) -> list[FromCore]:
+        """Drop waiting requests, as AbortRequest says; return their ends."""
+        rids = list(self._waiting) if rid is None else [rid] if rid in self._waiting else []
+        for each in rids:
+            del self._waiting[each]
+        return [_ended(each, "the request was aborted", 499) for each in rids]
+
+    def ready(self, may_wait: bool) -> tuple[list[GenerateRequest], list[FromCore]]:
+        """Return requests whose grammars are compiled, in order of arrival, and the ends of those whose are wrong.
+
+        Args:
+            may_wait: wait a moment if none is ready, since there is nothing else to do.
+        """
+        if may_wait and self._waiting:
+            wait([item.compiled for item in self._waiting.values()], POLL_S, return_when="FIRST_COMPLETED")
+        requests: list[GenerateRequest] = []
+        ends: list[FromCore] = []
+        for rid, item in list(self._waiting.items()):
+            if not item.compiled.done():
+                continue
+            del self._waiting[rid]
+            try:
+                self.matchers[rid] = _resumed(item.compiled.result(), item.request.output_ids)
+                requests.append(item.request)
+            except GrammarError as error:
+                ends.append(_ended(rid, f"the grammar cannot be used: {error}", 400))
+            except Exception as error:  # the compiler's own fault costs this request alone
+                logger.exception("the grammar of request %s was not compiled", rid)
+                ends.append(_ended(rid, f"the grammar was not compiled: {type(error).__name__}: {error}", 500))
+        return requests, ends
+
+    def shutdown(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _compilation(self, rid: str, key: Key) -> Future[Matcher]:
+        if key in self._compiled:
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+        if self._on_compile is not None:
+            self._on_compile(rid)
+        if self._made is None:
+            self._made = self._thread.submit(self._make_backend)
+        made = self._made
+        self._compiled[key] = self._thread.submit(lambda: made.result().compile(*key))
+        self._evict()
+        return self._compiled[key]
+
+    def _evict(self) -> None:
+        total = sum(max(MIN_CACHED_CHARS, len(spec.text)) for spec, _ in self._compiled)
+        while total > MAX_CACHED_CHARS and len(self._compiled) > 1:
+            (spec, _), _ = self._compiled.popitem(last=False)
+            total -= max(MIN_CACHED_CHARS, len(spec.text))
+
+
+def _resumed(compiled: Matcher, output_ids: Sequence[int]) -> Matcher:
+    """Return a matcher of a request that has generated tokens before, in a core that died."""
+    matcher = compiled.fork()
+    for token_id in output_ids:
+        if not matcher.accept(token_id):
+            raise GrammarError(f"it does not allow the {len(output_ids)} tokens so far: {matcher.error}")
+    return matcher
+
+
+def _ended(rid: str, message: str, status_code: int) -> TokenOutput:
+    return TokenOutput(rid, finish_reason=FinishReason("abort", message=message, status_code=status_code))

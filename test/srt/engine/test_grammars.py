@@ -1,0 +1,144 @@
+"""Grammars in the core: the same tokens however steps, memory and processes are arranged."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from made_requests import generate_request
+from stepped_core import Core
+
+from rtp_llm.srt.engine.grammars import Grammars
+from rtp_llm.srt.messages import AbortRequest, GenerateRequest
+from rtp_llm.srt.request_spec import GrammarSpec
+from rtp_llm.srt.sampling_params import SamplingParams
+from tiny_server import make_checkpoint
+
+PATTERNS = ("([ab]c){3,20}", "[0-9]{30}", "(the|a) (cat|dog)( (sat|ran))*", "x?")
+PROMPTS = ([5], list(range(4, 60)), [7, 8, 9] * 8, [11, 12])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("with-tokenizer"))
+
+
+@pytest.fixture
+def core(checkpoint: str) -> Iterator[Callable[..., Core]]:
+    made: list[Core] = []
+
+    def make(**options: Any) -> Core:
+        made.append(Core("llama-default", model_path=checkpoint, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def requests(output_ids: dict[str, list[int]] | None = None) -> list[GenerateRequest]:
+    """Requests with grammars, and free ones between them."""
+    made = []
+    for i in range(12):
+        pattern = PATTERNS[i % 4]
+        params = SamplingParams(max_new_tokens=60, temperature=0.0 if i % 3 == 0 else 1.0)
+        options: dict[str, Any] = {} if i % 5 == 4 else {"grammar": GrammarSpec("regex", pattern)}
+        rid = f"r{i}"
+        begun = {} if output_ids is None else {"output_ids": output_ids[rid]}
+        made.append(generate_request(rid, PROMPTS[i % 4], params, 50 + i, eos_token_ids=(0,), **options, **begun))
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: str) -> dict[str, list[int]]:
+    core = Core("llama-default", model_path=checkpoint)
+    found = core.run(requests())
+    ends = {rid: outputs[-1].finish_reason for rid, outputs in core.outputs.items()}
+    assert all(ends.values()) and {ends[f"r{i}"].type for i in range(4)} == {"stop"}
+    core.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 1},
+        {"depth": 1, "delayed": True},
+        {"max_running_requests": 2},
+        {"chunked_prefill_size": 5},
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_steps_and_memory(
+    core: Callable[..., Core], expected: dict[str, list[int]], options: dict[str, Any]
+) -> None:
+    assert core(**options).run(requests()) == expected
+
+
+def test_nor_on_retractions(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
+    small = core(max_total_tokens=150, disable_radix_cache=True)
+    assert small.run(requests()) == expected
+    assert small.core.scheduler.stats.retractions > 0
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_nor_on_processes(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
+    assert core(processes=True).run(requests()) == expected
+
+
+def test_a_resubmitted_request_goes_on_where_it_was(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
+    begun = {rid: ids[: len(ids) // 2] for rid, ids in expected.items()}
+    rest = core().run(requests(begun))
+    assert {rid: begun[rid] + rest.get(rid, []) for rid in begun} == expected
+
+
+def test_a_grammar_that_allows_nothing_more_has_ended(core: Callable[..., Core]) -> None:
+    request = generate_request(
+        "r", [5], SamplingParams(max_new_tokens=20), eos_token_ids=(0,), grammar=GrammarSpec("regex", "abc")
+    )
+    one = core()
+    [output] = [one.run([request])["r"]]
+    resumed = generate_request(
+        "again", [5], SamplingParams(max_new_tokens=20), eos_token_ids=(0,), grammar=GrammarSpec("regex", "abc"),
+        output_ids=output,
+    )  # fmt: skip
+    assert one.run([resumed])["again"] == []
+    assert one.outputs["again"][-1].finish_reason.type == "stop"
+
+
+def test_what_no_token_can_satisfy_ends_with_an_error(core: Callable[..., Core]) -> None:
+    params = SamplingParams(max_new_tokens=20, allowed_token_ids=[300])
+    one = core(depth=1)
+    one.run([generate_request("r", [5], params, grammar=GrammarSpec("regex", "[0-9]+x"))])
+    reason = one.outputs["r"][-1].finish_reason
+    assert (reason.type, reason.status_code) == ("abort", 400) and "grammar" in reason.message
+    one.core.scheduler.check_integrity()
+
+
+def test_a_compiler_that_fails_costs_its_request_alone(
+    core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def compile(self, *_: Any) -> None:
+            raise KeyError("oops")
+
+    monkeypatch.setattr(Grammars, "_make_backend", lambda self: Broken())
+    one = core()
+    free = generate_request("free", [5], SamplingParams(max_new_tokens=5, ignore_eos=True))
+    bound = generate_request("bound", [5], SamplingParams(max_new_tokens=5), grammar=GrammarSpec("regex", "a"))
+    found = one.run([free, bound])
+    while "bound" not in one.outputs:
+        one.core.step(block=False)
+    assert len(found["free"]) == 5
+    reason = one.outputs["bound"][-1].finish_reason
+    assert (reason.type, reason.status_code) == ("abort", 500) and re.search("KeyError", reason.message)
+
+
+def test_a_request_that_waits_for_its_grammar_can_be_aborted(core: Callable[..., Core]) -> None:
+    one = core()
+    request = generate_request("r", [5], SamplingParams(max_new_tokens=5), grammar=GrammarSpec("regex", "a"))
+    for message in (request, AbortRequest("r")):
+        one.link.client.send(message)
+    one.core.step(block=False)
+    assert one.outputs["r"][-1].finish_reason.type == "abort"
+    assert not len(one.core.grammars) and one.core.scheduler.idle
