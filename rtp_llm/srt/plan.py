@@ -7,11 +7,13 @@ Order within one plan: ``releases``, ``admissions``, ``page_writes``, ``new_page
 """
 
 from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from rtp_llm.srt.request_spec import RequestSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class TokenMasks:
     """
 
     rows: list[int]
-    words: npt.NDArray[np.int32]
+    words: "npt.NDArray[np.int32]"
 
 
 @dataclass(slots=True)

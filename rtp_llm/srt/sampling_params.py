@@ -84,7 +84,7 @@ class SamplingParams:
         None, "Only these token ids are generated. If unset, all."
     )
     stop_token_ids: list[int] = field(default_factory=list, metadata={"help": "Token ids that end the text."})
-    json_schema: str | dict[str, Any] | bool | None = _param(  # noqa: RUF009
+    json_schema: str | dict[str, Any] | None = _param(  # noqa: RUF009
         None, "The text is JSON that this JSON schema allows."
     )
     regex: str | None = _param(None, "The whole text matches this regular expression.")

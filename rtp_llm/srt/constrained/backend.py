@@ -1,15 +1,14 @@
 """The port of grammar compilers: from a description of a grammar to masks of the tokens that may come next."""
 
 from collections.abc import Sequence
-from typing import Protocol, Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rtp_llm.srt.request_spec import GrammarSpec
 from rtp_llm.srt.sampling_params import InvalidRequest
 
-Words = npt.NDArray[np.int32]  # [ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set if token i may come next
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class GrammarError(InvalidRequest):
@@ -52,10 +51,10 @@ class GrammarBackend(Protocol):
         """
         ...
 
-    def fill(self, matchers: Sequence[Matcher], words: npt.NDArray[np.int32]) -> None:
+    def fill(self, matchers: Sequence[Matcher], words: "npt.NDArray[np.int32]") -> None:
         """Write the masks of what may come next; after an error, all of it.
 
         Args:
-            words: [len(matchers), ceil(vocab_size / 32)], see Words.
+            words: of ``plan.TokenMasks``, a row for each matcher.
         """
         ...

@@ -89,9 +89,7 @@ def _response_format(name: str, value: Any) -> GrammarSpec | None:
 
 
 def _json_schema(name: str, value: Any) -> GrammarSpec:
-    if value is False:
-        raise InvalidRequest(f"{name}: no text matches it", _param_of(name))
-    return GrammarSpec("json_schema", _dumped(name, {} if value is True else _json_object(name, value)))
+    return GrammarSpec("json_schema", _dumped(name, _json_object(name, value)))
 
 
 def _json_object(name: str, value: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_bad_bodies(server: InProcess, content: bytes, status: int, words: str) 
             "messages[0].content[0] is audio, and this model takes text only",
         ),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"audio": {"voice": "x"}}, "audio is not supported"),
         ({"modalities": ["text", "audio"]}, "modalities is not supported"),
         ({"top_logprobs": 2}, "top_logprobs is only for logprobs=true"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),

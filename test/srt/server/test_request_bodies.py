@@ -83,7 +83,7 @@ def test_a_wrong_value_is_blamed_on_its_field(server: InProcess, path: str, name
     ("path", "options", "param"),
     [
         (CHATS, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        (CHATS, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHATS, {"audio": {"voice": "x"}}, "audio"),
         (CHATS, {"reasoning_effort": "high"}, "reasoning_effort"),
         (CHATS, {"top_logprobs": 2}, "top_logprobs"),
         (CHATS, {"stream_options": {"include_usage": True}}, "stream_options"),
@@ -92,7 +92,7 @@ def test_a_wrong_value_is_blamed_on_its_field(server: InProcess, path: str, name
         (TEXTS, {"suffix": "end"}, "suffix"),
         (TEXTS, {"prompt": ["a"] * 2049}, "prompt"),
         ("/generate", {"lora_path": "x"}, "lora_path"),
-        ("/generate", {"sampling_params": {"regex": "a+"}}, "regex"),
+        ("/generate", {"sampling_params": {"stop_regex": "a+"}}, "stop_regex"),
         ("/tokenize", {"text": "a"}, "text"),
         ("/abort_request", {"rid": "a"}, "rid"),
         (CHATS, {"top_p": 1.5}, "top_p"),

@@ -78,7 +78,7 @@ class GenerationBody(Body):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="extension: one of json, regex, choice, grammar, json_object, structural_tag"
     )
-    json_schema: str | dict[str, Any] | bool | None = Field(None, description="extension: the text is such JSON")
+    json_schema: str | dict[str, Any] | None = Field(None, description="extension: the text is such JSON")
     regex: str | None = Field(None, description="extension: the text matches this regular expression")
     ebnf: str | None = Field(None, description="extension: a grammar of the text, in GBNF or in Lark")
     structural_tag: str | dict[str, Any] | None = Field(None, description="extension: tags within free text")
