@@ -28,6 +28,7 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
     "/abort_request": (AbortBody, {"abort_all": True}),
 }
+OBJECTS = ("chat_template_kwargs", "sampling_params", "metadata", "json_schema")  # any names are right in these
 FIELDS = [(path, name) for path, (body, _) in MINIMAL.items() for name in body.model_fields]
 UNSUPPORTED = {CHATS: CHAT, TEXTS: OPENAI, "/generate": GENERATE, "/tokenize": TOKENIZE}
 
@@ -72,7 +73,7 @@ def test_null_within_objects(server: InProcess, path: str, options: dict[str, An
 
 @pytest.mark.parametrize(("path", "name"), FIELDS)
 def test_a_wrong_value_is_blamed_on_its_field(server: InProcess, path: str, name: str) -> None:
-    wrong = {"no": {"such": "value"}} if name not in ("chat_template_kwargs", "sampling_params", "metadata") else 7
+    wrong = {"no": {"such": "value"}} if name not in OBJECTS else 7
     body = MINIMAL[path][1] | {name: wrong}
     if name.endswith("_data"):
         body[name] = 7
