@@ -23,12 +23,6 @@ def checked_grammar(params: SamplingParams, tokenizer: Any) -> GrammarSpec | Non
     name, spec = asked
     if tokenizer is None:
         raise InvalidRequest(f"{name} needs a tokenizer, and the engine runs without one", name)
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise InvalidRequest(
-            f"{name} needs a tokenizer that the tokenizers library can run; this model's is a "
-            f"{type(tokenizer).__name__}, whose code is its own",
-            name,
-        )
     if error := _error(spec):
         raise InvalidRequest(f"{name}: {error}", name)
     return spec

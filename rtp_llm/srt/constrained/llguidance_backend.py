@@ -8,11 +8,11 @@ from typing import Any, Self, cast
 import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, StructTag
-from tokenizers import AddedToken, Tokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, StructTag, TokenizerWrapper
 
 from rtp_llm.srt.constrained.backend import GrammarError, Matcher
 from rtp_llm.srt.constrained.json_schema import check_schema
+from rtp_llm.srt.constrained.token_bytes import TokenBytes
 from rtp_llm.srt.request_spec import GrammarSpec
 
 MAX_ERROR_CHARS = 400
@@ -54,24 +54,22 @@ class LLGuidanceBackend:
     """See GrammarBackend. One thread may compile while another fills masks.
 
     Args:
-        tokenizer: the tokenizers library's.
+        tokenizer: of transformers.
         vocab_size: the model's; ids that the tokenizer does not have are never allowed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        plain = Tokenizer.from_str(tokenizer.to_str())
-        plain.no_padding()
-        plain.no_truncation()
-        plain.add_special_tokens([AddedToken(_NEVER_DRAWN, special=True)])
-        self._never_drawn: int = plain.get_vocab(True)[_NEVER_DRAWN]
-        self._json = plain.to_str()
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._size = max(vocab_size, max(plain.get_vocab(True).values()) + 1)
+        # One more than either knows: a token that is never drawn, to be the end where no other is.
+        self._never_drawn = max(vocab_size, len(tokenizer), *tokenizer.get_vocab().values())
+        self._size = self._never_drawn + 1
+        self._json = _as_json(tokenizer, self._never_drawn)
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._executor = LLExecutor()
 
     def compile(self, spec: GrammarSpec, end_ids: Sequence[int]) -> Matcher:
-        matcher = _matcher(self._tokenizer(tuple(end_ids)), spec)
+        matcher = _matcher(self._compiled_for(tuple(end_ids)), spec)
         matcher.compute_bitmask()  # limits may be reached only here; and the next time it is fast
         _check(matcher)
         return LLGuidanceMatcher(matcher)
@@ -89,11 +87,29 @@ class LLGuidanceBackend:
         masks.view(np.uint32)[:, word] &= np.uint32(0xFFFFFFFF ^ 1 << bit)
         words[:] = masks[:, : words.shape[1]]
 
-    def _tokenizer(self, end_ids: tuple[int, ...]) -> LLTokenizer:
+    def _compiled_for(self, end_ids: tuple[int, ...]) -> LLTokenizer:
         if end_ids not in self._tokenizers:
             ends = list(end_ids) or [self._never_drawn]
-            self._tokenizers[end_ids] = LLTokenizer(self._json, n_vocab=self._size, eos_token=ends)
+            source = self._json or TokenizerWrapper(TokenBytes(self._tokenizer, self._size, ends[0]))
+            self._tokenizers[end_ids] = LLTokenizer(source, n_vocab=self._size, eos_token=ends)
         return self._tokenizers[end_ids]
+
+
+def _as_json(tokenizer: Any, never_drawn: int) -> str | None:
+    """Return the tokenizer in the tokenizers library's form, with one more token; None if it has none that llguidance
+    reads."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    form = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    form["added_tokens"].append({"id": never_drawn, "content": _NEVER_DRAWN, **flags, "special": True})
+    text = json.dumps(form)
+    try:
+        LLTokenizer(text, n_vocab=never_drawn + 1)
+    except ValueError:  # it does not know the decoder
+        return None
+    return text
 
 
 def check_grammar(spec: GrammarSpec) -> None:

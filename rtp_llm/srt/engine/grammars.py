@@ -76,7 +76,7 @@ class Grammars:
         from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
 
         tokenizer = read_tokenizer(self._args, self._model_config)
-        return LLGuidanceBackend(tokenizer.backend_tokenizer, self._model_config.vocab_size)
+        return LLGuidanceBackend(tokenizer, self._model_config.vocab_size)
 
     def shutdown(self) -> None:
         self._queue.shutdown()

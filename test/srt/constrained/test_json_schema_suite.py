@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rtp_llm.srt.constrained.backend import GrammarError, Matcher
 from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
@@ -40,7 +41,7 @@ def backend() -> LLGuidanceBackend:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
-    return LLGuidanceBackend(tokenizer, END + 1)
+    return LLGuidanceBackend(PreTrainedTokenizerFast(tokenizer_object=tokenizer), END + 1)
 
 
 @pytest.fixture(scope="module")

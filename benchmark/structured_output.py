@@ -1,0 +1,90 @@
+"""What structured output costs: requests under a schema beside free ones, in one run, taking turns.
+
+    python benchmark/structured_output.py CHECKPOINT
+
+Prints tokens per second of ``--requests`` streams under a schema and of as many free ones of the same lengths, and
+their ratio; then the time to the first token of one request: free, under a schema that was used before, and under a
+new one.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rtp_llm.srt.entrypoints.engine import Engine
+
+NUM_ITEMS = 12  # of the array that each request fills
+FIRST_TOKENS = 5  # times that each time to a first token is measured
+
+
+def schema(number: int = 0) -> dict[str, Any]:
+    """Return a schema of some 200 tokens of text; another one for each number."""
+    item = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 24},
+            "kind": {"enum": ["small", "large", f"other {number}"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 9999},
+            "known": {"type": "boolean"},
+        },
+        "required": ["name", "kind", "count", "known"],
+        "additionalProperties": False,
+    }
+    return {"type": "array", "items": item, "minItems": NUM_ITEMS, "maxItems": NUM_ITEMS}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--requests", type=int, default=16, help="Streams at once.")
+    parser.add_argument("--rounds", type=int, default=3, help="Turns of each side.")
+    parser.add_argument("--quantization", help="As of the server.")
+    parser.add_argument("--tokenizer-path", help="Of the checkpoint, if it has one that writes JSON.")
+    args = parser.parse_args(argv)
+    engine = Engine(model_path=args.checkpoint, quantization=args.quantization, tokenizer_path=args.tokenizer_path)
+    try:
+        ratios = [throughput(engine, args.requests, round_) for round_ in range(args.rounds)]
+        print(f"under a schema / free: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        first_tokens(engine)
+    finally:
+        engine.shutdown()
+
+
+def throughput(engine: Engine, num_requests: int, round_: int) -> float:
+    """Run both sides once; return the ratio of their tokens per second."""
+    prompts = [[100 + round_, *range(200 + i, 264 + i)] for i in range(num_requests)]
+    form = {"structured_outputs": {"json": schema(), "disable_any_whitespace": True}}
+    bound = timed(engine, prompts, [{"max_new_tokens": 1024, "seed": i, **form} for i in range(num_requests)])
+    lengths = [len(result["output_ids"]) for result in bound[1]]
+    assert all(len(json.loads(result["text"])) == NUM_ITEMS for result in bound[1])
+    free = timed(engine, prompts, [{"max_new_tokens": n, "seed": i, "ignore_eos": True} for i, n in enumerate(lengths)])
+    total = sum(lengths)
+    print(
+        f"round {round_ + 1}: {total} tokens, {total / bound[0]:.1f} tok/s under a schema, {total / free[0]:.1f} free"
+    )
+    return free[0] / bound[0]
+
+
+def timed(engine: Engine, prompts: list[list[int]], params: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
+    engine.flush_cache()
+    start_s = time.perf_counter()
+    results = engine.generate(input_ids=prompts, sampling_params=params)
+    return time.perf_counter() - start_s, results
+
+
+def first_tokens(engine: Engine) -> None:
+    forms = {
+        "free": [{}] * FIRST_TOKENS,
+        "a schema used before": [{"json_schema": schema()}] * FIRST_TOKENS,
+        "a new schema": [{"json_schema": schema(100 + i)} for i in range(FIRST_TOKENS)],
+    }
+    for name, given in forms.items():
+        times = [timed(engine, [[*range(300, 364)]], [{"max_new_tokens": 1, **form}])[0] for form in given]
+        print(f"first token, {name}: {1000 * statistics.median(times):.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
