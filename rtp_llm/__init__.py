@@ -28,7 +28,18 @@ def _leave_out_working_directory() -> None:
         sys.path.append(directory)
 
 
+def _let_threads_sleep() -> None:
+    """Makes OpenMP's threads that wait for each other sleep after some microseconds. They would go on for milliseconds,
+    while another process computes on the processor of the one that all wait for (docs/cpu.md has figures).
+
+    GNU's library reads this once, when it is loaded with torch. Whoever has set one of these variables decides.
+    """
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 _leave_out_working_directory()
+_let_threads_sleep()
 
 from importlib import import_module  # noqa: E402 - nothing may be imported from the working directory
 from typing import TYPE_CHECKING, Any  # noqa: E402

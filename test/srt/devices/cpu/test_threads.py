@@ -1,6 +1,8 @@
 """How many threads compute, and where they run."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -95,3 +97,17 @@ def test_an_engine_computes_with_as_many_threads_as_it_is_told() -> None:
             return build.load("probe").num_threads()
 
     assert in_a_thread(count) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    ids=str,
+)
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_otherwise(
+    given: dict[str, str], expected: str
+) -> None:
+    variables = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import os, rtp_llm; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", program], env=variables | given, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
