@@ -16,6 +16,28 @@ struct Tiles {
     int64_t start(int64_t tile) const { return rows * tile / count; }
 };
 
+// Rows of groups, each cut by itself: tiles [firsts[i], firsts[i + 1]) are those of group ids[i].
+struct GroupTiles {
+    int64_t rows = 0, count = 0;
+    std::vector<int64_t> ids, firsts{0};
+
+    GroupTiles(const int64_t* rows_per_group, int64_t groups, int most) {
+        for (int64_t g = 0; g < groups; rows += rows_per_group[g++]) {
+            if (rows_per_group[g] == 0) continue;
+            const Tiles tiles(rows_per_group[g], most);
+            for (int64_t t = 0; t < tiles.count; t++) starts_.push_back(rows + tiles.start(t + 1));
+            count += tiles.count;
+            ids.push_back(g);
+            firsts.push_back(count);
+        }
+    }
+
+    int64_t start(int64_t tile) const { return starts_[tile]; }
+
+   private:
+    std::vector<int64_t> starts_{0};
+};
+
 // bfloat16 rows as units: unit u of row r of a tile of R rows is number u * R + r of the tile.
 class Input {
    public:
@@ -115,14 +137,15 @@ INLINE ivec nearest(vec x) {
 }
 
 // Rows as bytes, four to a unit, in the order of Input, padded with zeros. Each row has a scale, so that its largest
-// becomes 127; OFFSET_OF_BYTES is added.
+// becomes 127; OFFSET_OF_BYTES is added. Cut: Tiles or GroupTiles, of at most ROWS_OF_BYTES rows each.
+template <class Cut>
 class Bytes {
    public:
-    const Tiles tiles;
+    const Cut& tiles;
     float* scales;  // [M]
 
-    Bytes(const void* x, bool is_float, int64_t stride, int64_t M, int64_t K)
-        : tiles(M, ROWS_OF_BYTES), x_(x), is_float_(is_float), stride_(stride), K_(K), units_(divide_up(K, 4)) {
+    Bytes(const void* x, bool is_float, int64_t stride, const Cut& tiles, int64_t K)
+        : tiles(tiles), x_(x), is_float_(is_float), stride_(stride), K_(K), units_(divide_up(K, 4)) {
         reserve();
     }
 

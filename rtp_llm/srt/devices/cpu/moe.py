@@ -1,14 +1,18 @@
-"""Mixtures of experts in bfloat16: a sort of rows by expert, one product for all experts, and the weighted sum."""
+"""Mixtures of experts in bfloat16 and int8: a sort of rows by expert, one product for all, and the weighted sum."""
 
 import functools
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 
 from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
-from rtp_llm.srt.devices.cpu.linear import PANEL, pack_bfloat16
+from rtp_llm.srt.devices.cpu.linear import PANEL, Int8Panels, pack_bfloat16
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.packed import PackedExperts
+from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
+
+DTYPES = (torch.bfloat16, torch.float32)  # of rows that int8 multiplies, and of its biases
 
 
 @functools.cache
@@ -22,9 +26,13 @@ def _function(name: str) -> Kernel:
 
 
 @functools.cache
-def _grouped_gemm() -> Kernel:
-    types = POINTER, INT64, INT64, POINTER, INT64, POINTER, INT64, INT64, POINTER, POINTER, INT64
-    return bind("gemm", "grouped_gemm_bf16", *types, result=INT)
+def _grouped_gemm(name: str) -> Kernel:
+    rows = (INT64, INT64, POINTER, INT64)  # x_stride, M, rows_per_group, groups
+    types = {
+        "bf16": (POINTER, *rows, POINTER, INT64, INT64, POINTER, POINTER, INT64),
+        "int8": (POINTER, INT, *rows, *(POINTER,) * 3, INT64, INT64, POINTER, INT, POINTER, INT64, INT),
+    }
+    return bind("gemm", f"grouped_gemm_{name}", *types[name], result=INT)
 
 
 class ExpertPanels(PackedExperts):
@@ -50,9 +58,47 @@ class ExpertPanels(PackedExperts):
             )
         x, bias = x.contiguous(), None if bias is None else bias.bfloat16().contiguous()
         out = memory.empty((x.shape[0], self.shape[0]), torch.bfloat16)
-        if not _grouped_gemm()(
+        if not _grouped_gemm("bf16")(
             x.data_ptr(), x.shape[1], x.shape[0], rows_per_expert.data_ptr(), self.num_groups, self.packed.data_ptr(),
             *self.shape, address(bias), out.data_ptr(), out.shape[1],
+        ):  # fmt: skip
+            raise ValueError(f"groups have {rows_per_expert.tolist()} rows, but x has {len(x)}")
+        return out
+
+
+class Int8Experts(PackedExperts):
+    """The experts' own weights, all of one shape, multiplied in one call."""
+
+    def __init__(self, experts: Sequence[Int8Panels]) -> None:
+        self.experts = experts
+        pointers = [[tensor.data_ptr() for tensor in expert.tensors()] for expert in experts]
+        self._packed, self._scales, self._totals = torch.tensor(pointers).t().contiguous()
+
+    @staticmethod
+    def are_alike(experts: Sequence[PackedWeight]) -> TypeGuard[Sequence[Int8Panels]]:
+        """Whether a call can multiply these."""
+        panels = [expert for expert in experts if isinstance(expert, Int8Panels)]
+        return len(panels) == len(experts) and len({one.shape for one in panels}) == 1
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for expert in self.experts for tensor in expert.tensors()]
+
+    def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        num_outputs, num_inputs = self.experts[0].shape
+        if x.dtype not in DTYPES or x.shape[1] != num_inputs or len(rows_per_expert) != len(self.experts):
+            raise ValueError(
+                f"experts {[len(self.experts), num_outputs, num_inputs]} take bfloat16 or float32 [rows, {num_inputs}] "
+                f"in {len(self.experts)} groups, not {x.dtype} {list(x.shape)} in {len(rows_per_expert)}"
+            )
+        x = x.contiguous()
+        if bias is not None:
+            bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+        out = memory.empty((len(x), num_outputs), x.dtype)
+        is_float = x.dtype == torch.float32
+        if len(x) and not _grouped_gemm("int8")(
+            x.data_ptr(), is_float, num_inputs, len(x), rows_per_expert.data_ptr(), len(self.experts),
+            self._packed.data_ptr(), self._scales.data_ptr(), self._totals.data_ptr(), num_outputs, num_inputs,
+            address(bias), bias is not None and bias.dtype == torch.float32, out.data_ptr(), num_outputs, is_float,
         ):  # fmt: skip
             raise ValueError(f"groups have {rows_per_expert.tolist()} rows, but x has {len(x)}")
         return out

@@ -106,7 +106,9 @@ class CpuProvider(ReferenceProvider):
         return super().pack_blocks(blocks, block_type, num_inputs)
 
     def group_experts(self, experts: Sequence[PackedWeight]) -> PackedExperts:
-        return BlockExperts(experts) if BlockExperts.are_alike(experts) else super().group_experts(experts)
+        if BlockExperts.are_alike(experts):
+            return BlockExperts(experts)
+        return moe.Int8Experts(experts) if moe.Int8Experts.are_alike(experts) else super().group_experts(experts)
 
     def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
         if _takes_codes(weight, weight.shape[1], group_size):

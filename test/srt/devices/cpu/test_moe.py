@@ -11,6 +11,7 @@ from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import linear, moe
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.packed import OneByOne, PlainDense
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import process_weights
@@ -53,6 +54,42 @@ def test_grouped_products(isa: str, rows_per_group: list[int], shape: tuple[int,
         for group, rows in enumerate(torch.arange(len(x)).split(rows_per_group)):  # as if it were alone
             alone = linear.BFloat16Panels(weight[group]).apply(x[rows], None if bias is None else bias[group])
             assert torch.equal(result[rows], alone)
+
+
+def experts_in_8_bits(num_experts: int, shape: tuple[int, int]) -> list[linear.Int8Panels]:
+    values = torch.randint(-127, 128, (num_experts, *shape), dtype=torch.int8)
+    return [linear.Int8Panels(weight, torch.rand(shape[0])) for weight in values]
+
+
+@pytest.mark.parametrize("rows_per_group", [[0, 0, 0], [1, 0, 2], [0, 13, 1], [25, 60, 0]])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (258, 130)])
+@pytest.mark.parametrize("dtype", moe.DTYPES)
+def test_grouped_products_in_8_bits(
+    isa: str, rows_per_group: list[int], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    counts = torch.tensor(rows_per_group)
+    x = torch.randn(int(counts.sum()), shape[1]).to(dtype)
+    experts = experts_in_8_bits(3, shape)
+    packed = provider_named("cpu").group_experts(experts)
+    assert isinstance(packed, moe.Int8Experts)
+    for bias in (None, torch.randn(3, shape[0]), torch.randn(3, shape[0]).bfloat16()):
+        result = packed.apply(x, counts, bias)
+        assert torch.equal(result, OneByOne(experts).apply(x, counts, bias))
+
+
+def test_experts_of_several_shapes_are_not_grouped(isa: str) -> None:
+    pair = experts_in_8_bits(2, (4, 6))
+    for other in (*experts_in_8_bits(1, (4, 8)), PlainDense(torch.randn(4, 6))):
+        assert isinstance(provider_named("cpu").group_experts([*pair, other]), OneByOne)
+
+
+def test_wrong_rows_are_refused_in_8_bits(isa: str) -> None:
+    packed, counts = moe.Int8Experts(experts_in_8_bits(2, (4, 6))), torch.tensor([1, 1])
+    for x in (torch.zeros(2, 6).half(), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 or float32 \[rows, 6\] in 2 groups"):
+            packed.apply(x, counts)
+    with pytest.raises(ValueError, match=r"groups have \[1, 1\] rows, but x has 3"):
+        packed.apply(torch.zeros(3, 6), counts)
 
 
 def test_wrong_rows_are_refused(isa: str) -> None:
