@@ -78,6 +78,10 @@ class DeviceProvider(ABC):
     # While a model is built and loaded
 
     @abstractmethod
+    def expect_weights(self, scheme: str | None) -> None:
+        """Begin to prepare what weights of a quantization scheme need; None: those in their own dtype."""
+
+    @abstractmethod
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         """Return this device's own kernel, which equals ``kernels/reference.py``'s ``name``, for ``dtype``, if any."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.layers.quantization.base import (
     QuantizationConfig,
     QuantizationError,
@@ -108,6 +109,7 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     quantizes_layers = quant_config is not None and quant_config.quantizes_layers
     files = [] if is_dummy else find_weight_files(source.model_path, source.load_format)
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
+        built_for().expect_weights(source.scheme)
         model = build_model(model_class, model_config, quant_config if quantizes_layers else None)
         if is_dummy:
             fill_with_dummy_weights(model)

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def kernels_work() -> bool:
     on, in the background."""
     try:
         load("probe")
-        compile_ahead()
+        compile_ahead(USUAL)
     except KernelBuildError as error:
         logger.warning(
             "no CPU kernels: %s\nPlain torch computes instead, several times slower in bfloat16. Install g++ "
@@ -114,9 +114,9 @@ def kernels_work() -> bool:
     return True
 
 
-def compile_ahead() -> None:
-    """Begin to compile the usual kernels, as many at once as there are processors; ``load`` waits for its own."""
-    missing = [name for name in USUAL if _carried(name, isa()) is None]
+def compile_ahead(kernels: Iterable[str]) -> None:
+    """Begin to compile these kernels, as many at once as there are processors; ``load`` waits for its own."""
+    missing = [name for name in kernels if _carried(name, isa()) is None]
     folder = _sound_cache() if missing else None
     if folder is None:
         return

@@ -1,5 +1,6 @@
 """CPUs: C++ kernels if there is a compiler; for models in float16, and without a compiler, the reference's."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -9,7 +10,7 @@ import torch
 from rtp_llm.srt.device.provider import Kernel
 from rtp_llm.srt.devices.cpu import codes, linear, moe, threads
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels, int4_panels
-from rtp_llm.srt.devices.cpu.build import kernels_work
+from rtp_llm.srt.devices.cpu.build import compile_ahead, kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.devices.reference.provider import ReferenceProvider
@@ -46,6 +47,20 @@ KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "gather_rows": "moe",
     "sum_rows": "moe",
 }
+LIBRARIES = {"recurrent": ("state_matrix", "recurrent")}  # module -> kernel files beyond the usual ones
+LIBRARIES_OF_WEIGHTS = {  # quantization scheme -> kernel files beyond the usual ones
+    "int8": ("quantizing",),
+    "int4": ("gemm_blocks", "quantizing"),
+    "gguf": ("gemm_blocks",),
+    "gptq": ("gemm_blocks",),
+    "awq": ("gemm_blocks",),
+    "mxfp4": ("gemm_blocks",),
+    "compressed-tensors": ("gemm_blocks", "gemm_codes"),
+    "fp8": ("gemm_codes",),
+    "fbgemm_fp8": ("gemm_codes",),
+    "modelopt": ("gemm_codes",),
+    "bitsandbytes": ("gemm_codes",),
+}
 CACHE_TAKEN_AT_START_BYTES = 1 << 30
 
 
@@ -58,9 +73,14 @@ class CpuProvider(ReferenceProvider):
             threads.use_threads(torch.get_num_threads())
             threads.bind_threads(pinned, rank)
 
+    def expect_weights(self, scheme: str | None) -> None:
+        if scheme in LIBRARIES_OF_WEIGHTS and kernels_work():
+            compile_ahead(LIBRARIES_OF_WEIGHTS[scheme])
+
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         if name not in KERNELS or dtype not in DTYPES or not kernels_work():
             return None
+        _compile_libraries_of(KERNELS[name])
         return getattr(import_module(f"{__package__}.{KERNELS[name]}"), name)
 
     def attention_backend(self, dtype: torch.dtype) -> str:
@@ -133,6 +153,12 @@ class CpuProvider(ReferenceProvider):
     def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make the system provide the first gigabyte now, so that the first steps need not wait for it."""
         take_in_background(tensors, CACHE_TAKEN_AT_START_BYTES)
+
+
+@functools.cache
+def _compile_libraries_of(module: str) -> None:
+    """Begin to compile kernel files that a layer of the model needs, and most models do not."""
+    compile_ahead(LIBRARIES.get(module, ()))
 
 
 def _takes(weight: torch.Tensor) -> bool:

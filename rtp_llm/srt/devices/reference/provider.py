@@ -44,6 +44,9 @@ class ReferenceProvider(DeviceProvider):
             num_threads = min(torch.get_num_threads(), len(compute_cores()))
         torch.set_num_threads(max(1, num_threads // world_size))
 
+    def expect_weights(self, scheme: str | None) -> None:
+        pass
+
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         return None
 
