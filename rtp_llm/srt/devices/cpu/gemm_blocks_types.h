@@ -68,6 +68,13 @@ INLINE vec half_float(const uint8_t* at, int v) {
 // The low bits of bytes: `mask` in each of them.
 INLINE ivec low(ivec x, int mask) { return x & (mask * 0x01010101); }
 
+// The bits of bytes from bit `from` on, moved to bit `to`; those below and beyond them are undefined. One shift does it
+// where both are known to the compiler.
+INLINE ivec moved(ivec x, int from, int to) {
+    if (__builtin_constant_p(from)) return from > to ? x >> (from - to) : x << (to - from);
+    return x >> from << to;
+}
+
 struct alignas(16) Table {
     int8_t values[16];
 
@@ -126,7 +133,7 @@ struct Q5_0 {
     static constexpr Field FIELDS[] = {{2, 1}, {4, 1, true}, {4, 4}};
 
     static INLINE ivec unit(const uint8_t* block, int, int u, int v) {
-        return nibbles(block + 6 * PANEL, 0, u, v) | low(word(block + 2 * PANEL, 0, v) >> u, 1) << 4;
+        return nibbles(block + 6 * PANEL, 0, u, v) | low(moved(word(block + 2 * PANEL, 0, v), u, 4), 16);
     }
     static INLINE vec scale(const uint8_t* block, int, int, int v) { return half_float(block, v); }
 };
@@ -137,7 +144,7 @@ struct Q5_1 {
     static constexpr Field FIELDS[] = {{2, 1}, {2, 1}, {4, 1, true}, {4, 4}};
 
     static INLINE ivec unit(const uint8_t* block, int, int u, int v) {
-        return nibbles(block + 8 * PANEL, 0, u, v) | low(word(block + 4 * PANEL, 0, v) >> u, 1) << 4;
+        return nibbles(block + 8 * PANEL, 0, u, v) | low(moved(word(block + 4 * PANEL, 0, v), u, 4), 16);
     }
     static INLINE vec scale(const uint8_t* block, int, int, int v) { return half_float(block, v); }
     static INLINE vec minimum(const uint8_t* block, int, int, int v) { return -half_float(block + 2 * PANEL, v); }
@@ -233,7 +240,8 @@ struct Q3_K {
     static constexpr Field FIELDS[] = {{4, 8}, {4, 16}, {1, 12}, {2, 1}};
 
     static INLINE ivec unit(const uint8_t* block, int run, int u, int v) {
-        return low(word(block + 32 * PANEL, run / 4 * 8 + u, v) >> (run % 4 * 2), 3) | low(word(block, u, v) >> run, 1) << 2;
+        return low(word(block + 32 * PANEL, run / 4 * 8 + u, v) >> (run % 4 * 2), 3) |
+               low(moved(word(block, u, v), run, 2), 4);
     }
     static INLINE vec scale(const uint8_t* block, int run, int half, int v) {
         int number = 2 * run + half;
@@ -266,7 +274,7 @@ struct Q5_K {
 
     static INLINE ivec unit(const uint8_t* block, int run, int u, int v) {
         return low(word(block + 48 * PANEL, run / 2 * 8 + u, v) >> (run % 2 * 4), 15) |
-               low(word(block + 16 * PANEL, u, v) >> run, 1) << 4;
+               low(moved(word(block + 16 * PANEL, u, v), run, 4), 16);
     }
     static INLINE vec scale(const uint8_t* block, int run, int, int v) {
         return half_float(block, v) * six_bit_scale(block + 4 * PANEL, run, v);
@@ -284,7 +292,7 @@ struct Q6_K {
     static INLINE ivec unit(const uint8_t* block, int run, int u, int v) {
         int part = run / 4, quarter = run % 4;  // 128 inputs are together
         return low(word(block, part * 16 + quarter % 2 * 8 + u, v) >> (quarter / 2 * 4), 15) |
-               low(word(block + 128 * PANEL, part * 8 + u, v) >> (quarter * 2), 3) << 4;
+               low(moved(word(block + 128 * PANEL, part * 8 + u, v), quarter * 2, 4), 48);
     }
     static INLINE vec scale(const uint8_t* block, int run, int half, int v) {
         return half_float(block + 208 * PANEL, v) * as_float(signed_byte(block + 192 * PANEL, 2 * run + half, v));
