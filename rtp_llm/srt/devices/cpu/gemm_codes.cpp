@@ -98,12 +98,15 @@ INLINE void tile_written(const UnitOf<R>* x, const uint32_t* panel, const Scales
     }
 }
 
+// Rows of a tile whose codes are decoded as they are multiplied: with more, there are no registers for decoding.
+constexpr int ROWS_OF_CODES = LANES == 16 ? 8 : ROWS;
+
 template <Choice DECODE, class Codes>
 void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, const uint8_t* codes,
               const Scales& scales, int64_t K, const Output& output) {
     int64_t units = scales.groups * scales.group / 2, panel_bytes = units / (2 * Codes::PARTS) * STEP;
-    Input input(x, x_stride, M, K, units, scratch<Unit, 0>(M * units));
     constexpr int64_t DECODED = most_rows(DECODE);
+    Input input(x, x_stride, M, K, units, scratch<Unit, 0>(M * units), M <= DECODED ? ROWS_OF_CODES : ROWS);
     if (M <= DECODED) {
         Panels panels(output);
 #pragma omp parallel
@@ -111,7 +114,7 @@ void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, 
             input.pack();
             each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following) {
                 constexpr int R = ROWS_OF<decltype(sums)>;
-                if constexpr (R <= DECODED)
+                if constexpr (R <= DECODED && R <= ROWS_OF_CODES)
                     tile_codes<R>(decoder, input.rows<R>(start), codes + p * panel_bytes, scales, p, sums);
             });
         }

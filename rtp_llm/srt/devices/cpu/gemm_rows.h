@@ -50,9 +50,9 @@ class Input {
     Input(const bf16* x, int64_t stride, int64_t M, int64_t K, Unit* memory)
         : Input(x, stride, M, K, divide_up(K, 2), memory) {}
 
-    // Rows are padded with zeros to `units`; memory: [M * units].
-    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, int64_t units, Unit* memory)
-        : tiles(M), x_(x), stride_(stride), K_(K), units_(units) {
+    // Rows are padded with zeros to `units`; memory: [M * units]. most: rows of a tile.
+    Input(const bf16* x, int64_t stride, int64_t M, int64_t K, int64_t units, Unit* memory, int most = ROWS)
+        : tiles(M, most), x_(x), stride_(stride), K_(K), units_(units) {
         even_ = K % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
         packed_ = even_ && M == 1 && K == 2 * units ? nullptr : memory;  // a single row is in the right order
     }
