@@ -79,6 +79,9 @@ static INLINE vec load(const bf16* p) {
 #if defined(__AVX512F__)  // GCC 12 would take the register in two halves
     __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+    __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 #elif defined(__aarch64__)
     return (vec)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16);
 #else
@@ -105,12 +108,25 @@ static INLINE void store(bf16* p, vec x) {
 #endif
 }
 
+// b where one is NaN
 static INLINE vec max(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     return a > b ? a : b;
+#endif
 }
 
 static INLINE vec min(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
     return a < b ? a : b;
+#endif
 }
 
 static INLINE float sum(vec x) {

@@ -1,11 +1,15 @@
 // Layers that keep a state of single numbers: the convolution of the last tokens, Mamba 1's scan, a linear recurrence;
 // and norms with a gate. States are [..., channels]: channels do not depend on each other, and lie side by side.
 #include <algorithm>
+#include <type_traits>
 
 #include "common.h"
 
 constexpr int64_t WORTH_THREADS = 32768;  // elements
-constexpr int64_t CHANNELS = 4 * LANES;   // that a thread computes together
+constexpr int64_t CHANNELS = 8 * LANES;        // that a thread computes together
+constexpr int64_t MOST_TOGETHER = 16;          // times as many that it takes at a time
+constexpr int64_t CHANNELS_AHEAD = 4 * LANES;  // distance of the prefetch
+constexpr int LINE = 16 / LANES;  // vectors of float32 in a line of the cache
 constexpr int MOST_TAPS = 16;
 constexpr int MOST_STATES = 256;
 
@@ -17,7 +21,10 @@ struct Pieces {
     INLINE int64_t end(int64_t piece) const { return bounds ? bounds[piece + 1] : piece + 1; }
 };
 
+#define INLINED __attribute__((always_inline))  // of a lambda
+
 struct Whole {};  // all lanes of a vector; an int in its place: that number of first lanes
+struct Line {};   // likewise, of LINE vectors
 template <class T>
 static INLINE vec load(const T* p, Whole) { return load(p); }
 template <class T>
@@ -27,13 +34,26 @@ static INLINE void store(T* p, vec x, Whole) { store(p, x); }
 template <class T>
 static INLINE void store(T* p, vec x, int count) { store_part(p, x, count); }
 
-// body(piece, first channel, Whole or a number of channels) for all vectors of channels of all pieces.
-template <class F>
+static INLINE int64_t channels_of(Whole) { return LANES; }
+static INLINE int64_t channels_of(int count) { return count; }
+template <class T>
+static INLINE void copy(const T* from, int64_t count, T* to) { std::memmove(to, from, count * sizeof(T)); }
+
+template <class Part>
+constexpr int VECTORS_OF = std::is_same_v<Part, Line> ? LINE : 1;
+static INLINE Whole of_each(Line) { return {}; }
+static INLINE Whole of_each(Whole) { return {}; }
+static INLINE int of_each(int count) { return count; }
+
+// body(piece, first channel, Line, Whole or a number of channels) for all channels of all pieces. V: 1: no lines.
+template <int V = 1, class F>
 static INLINE void by_channels(const Pieces& pieces, int64_t channels, int64_t elements, F body) {
     const int64_t strips = (channels + CHANNELS - 1) / CHANNELS, tasks = pieces.count * strips;
     auto task = [&](int64_t i) {
         const int64_t first = i % strips * CHANNELS, end = std::min(first + CHANNELS, channels);
         int64_t c = first;
+        if constexpr (V > 1)
+            for (; c + V * LANES <= end; c += V * LANES) body(i / strips, c, Line{});
         for (; c + LANES <= end; c += LANES) body(i / strips, c, Whole{});
         if (c < end) body(i / strips, c, int(end - c));
     };
@@ -41,7 +61,9 @@ static INLINE void by_channels(const Pieces& pieces, int64_t channels, int64_t e
         for (int64_t i = 0; i < tasks; i++) task(i);
         return;
     }
-#pragma omp parallel for schedule(dynamic, 4)
+    // Several at a time, for which little is to be done: taking them would cost more.
+    const int64_t together = std::min(MOST_TOGETHER, std::max<int64_t>(1, tasks / (8 * omp_get_max_threads())));
+#pragma omp parallel for schedule(dynamic, together)
     for (int64_t i = 0; i < tasks; i++) task(i);
 }
 
@@ -53,7 +75,7 @@ template <class T, int TAPS>
 static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const Pieces& pieces,
                         int64_t tokens, int64_t channels, int64_t given, bool silus, T* y) {
     const int64_t taps = TAPS ? TAPS : given, kept = taps - 1;
-    by_channels(pieces, channels, tokens * channels * taps, [&](int64_t piece, int64_t c, auto part) {
+    by_channels(pieces, channels, tokens * channels * taps, [&](int64_t piece, int64_t c, auto part) INLINED {
         const int64_t begin = pieces.begin(piece), length = pieces.end(piece) - begin;
         const T* before = states + pieces.load[piece] * kept * channels + c;
         T* after = states + pieces.store[piece] * kept * channels + c;
@@ -68,7 +90,11 @@ static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* 
             store(y + (begin + t) * channels + c, silus ? silu(total) : total, part);
             for (int64_t i = 0; i < kept; i++) seen[i] = seen[i + 1];
         }
-        for (int64_t i = 0; i < kept; i++) store(after + i * channels, seen[i], part);
+        // The last inputs as they are: those before this piece, oldest first, and then its own.
+        const int64_t count = channels_of(part), old = std::max<int64_t>(kept - length, 0);
+        for (int64_t i = 0; i < old; i++) copy(before + (i + length) * channels, count, after + i * channels);
+        const T* last = x + (begin + length - kept) * x_stride + c;
+        for (int64_t i = old; i < kept; i++) copy(last + i * x_stride, count, after + i * channels);
     });
 }
 
@@ -103,22 +129,89 @@ static INLINE vec softplus(vec x) {
     return (x > 0.0f ? x : vec{}) + log1p(exp(-size)) + (x - x);  // x - x: a NaN stays one
 }
 
-template <class T>
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// 2^x, relative error below 2e-7; at least 2^-126, at most 2^127, and exactly 1 for 0, so that a state without decay
+// stays as it is.
+static INLINE vec power_of_two(vec given) {
+    vec x = min(splat(127.0f), max(splat(-126.0f), given));  // a NaN stays one
+    vec scaled = x + 12582912.0f;  // rounds to an integer in the lower bits
+    ivec power = (ivec)scaled - (ivec)splat(12582912.0f);
+    vec r = x - (scaled - 12582912.0f);
+    vec p = splat(1.534581243e-4f);
+    p = p * r + 1.339993090e-3f;
+    p = p * r + 9.618489072e-3f;
+    p = p * r + 5.550328642e-2f;
+    p = p * r + 2.402264625e-1f;
+    p = p * r + 6.931471825e-1f;
+    p = p * r + 1.0f;
+    return (vec)((ivec)p + (power << 23));
+}
+
+// Numbers that all tokens share.
+struct Scan {
+    const float *a, *d, *dt_bias;  // d, dt_bias may be null
+    int64_t channels, size;
+};
+
+// A token by itself, for V vectors of channels: states are written as soon as they are read. Those of a channel are
+// often a multiple of a page apart, so that few of them stay in the nearest cache together.
+template <int V, class T, class Part>
+static INLINE void scan_token(const Scan& scan, const T* x, const T* dt, const T* b, const T* c, const float* from,
+                              float* to, int64_t at, T* y, Part part) {
+    vec step[V], scaled[V], total[V];
+    for (int j = 0; j < V; j++) {
+        const int64_t channel = at + j * LANES;
+        vec input = load(x + channel, part);
+        vec bias = scan.dt_bias ? load(scan.dt_bias + channel, part) : vec{};
+        vec skip = scan.d ? load(scan.d + channel, part) : vec{};
+        step[j] = softplus(load(dt + channel, part) + bias);
+        scaled[j] = step[j] * input, total[j] = input * skip;
+        step[j] *= LOG2_E;
+    }
+    for (int64_t n = 0; n < scan.size; n++) {
+        const int64_t place = n * scan.channels + at;
+        __builtin_prefetch(from + place + CHANNELS_AHEAD, 1, 2);
+        for (int j = 0; j < V; j++) {
+            vec decay = power_of_two(step[j] * load(scan.a + place + j * LANES, part));
+            vec state = load(from + place + j * LANES, part) * decay + scaled[j] * to_float(b[n]);
+            total[j] += state * to_float(c[n]);
+            store(to + place + j * LANES, state, part);
+        }
+    }
+    for (int j = 0; j < V; j++) store(y + at + j * LANES, total[j], part);
+}
+
+// SIZE: known when compiled, so that a channel's states stay in registers; 0: `given`.
+template <class T, int SIZE>
 static void selective_scan(const T* x, int64_t x_stride, const T* dt, int64_t dt_stride, const float* a, const T* b,
                            int64_t b_stride, const T* c, int64_t c_stride, const float* d, const float* dt_bias,
-                           float* states, const Pieces& pieces, int64_t tokens, int64_t channels, int64_t size, T* y) {
-    by_channels(pieces, channels, tokens * channels * size, [&](int64_t piece, int64_t at, auto part) {
+                           float* states, const Pieces& pieces, int64_t tokens, int64_t channels, int64_t given, T* y) {
+    const int64_t size = SIZE ? SIZE : given;
+    if (!pieces.bounds) {
+        const Scan scan{a, d, dt_bias, channels, size};
+        auto token = [&](int64_t t, int64_t at, auto part) INLINED {
+            const float* from = states + pieces.load[t] * size * channels;
+            float* to = states + pieces.store[t] * size * channels;
+            constexpr int VECTORS = VECTORS_OF<decltype(part)>;
+            scan_token<VECTORS>(scan, x + t * x_stride, dt + t * dt_stride, b + t * b_stride, c + t * c_stride, from,
+                                to, at, y + t * channels, of_each(part));
+        };
+        return by_channels<LINE>(pieces, channels, tokens * channels * size, token);
+    }
+    by_channels(pieces, channels, tokens * channels * size, [&](int64_t piece, int64_t at, auto part) INLINED {
         const float* from = states + pieces.load[piece] * size * channels + at;
         float* to = states + pieces.store[piece] * size * channels + at;
-        vec state[MOST_STATES];
+        vec state[SIZE ? SIZE : MOST_STATES];
         for (int64_t n = 0; n < size; n++) state[n] = load(from + n * channels, part);
         vec skip = d ? load(d + at, part) : vec{}, bias = dt_bias ? load(dt_bias + at, part) : vec{};
         for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
             vec input = load(x + t * x_stride + at, part);
             vec step = softplus(load(dt + t * dt_stride + at, part) + bias);
             vec scaled = step * input, total = input * skip;
+            step *= LOG2_E;  // exponents of 2
             for (int64_t n = 0; n < size; n++) {
-                vec decay = exp(step * load(a + n * channels + at, part));
+                vec decay = power_of_two(step * load(a + n * channels + at, part));
                 state[n] = state[n] * decay + scaled * to_float(b[t * b_stride + n]);
                 total += state[n] * to_float(c[t * c_stride + n]);
             }
@@ -133,8 +226,9 @@ static void selective_scan(const T* x, int64_t x_stride, const T* dt, int64_t dt
                      int64_t b_stride, const T* c, int64_t c_stride, const float* d, const float* dt_bias,          \
                      float* states, const int64_t* load, const int64_t* store, const int64_t* bounds,               \
                      int64_t pieces, int64_t tokens, int64_t channels, int64_t size, T* y) {                        \
-        selective_scan(x, x_stride, dt, dt_stride, a, b, b_stride, c, c_stride, d, dt_bias, states,                 \
-                       {load, store, bounds, pieces}, tokens, channels, size, y);                                   \
+        auto run = size == 16 ? selective_scan<T, 16> : selective_scan<T, 0>;                                       \
+        run(x, x_stride, dt, dt_stride, a, b, b_stride, c, c_stride, d, dt_bias, states,                            \
+            {load, store, bounds, pieces}, tokens, channels, size, y);                                              \
     }
 EXPORT_SCAN(selective_scan_f32, float)
 EXPORT_SCAN(selective_scan_bf16, bf16)
@@ -144,7 +238,7 @@ EXPORT_SCAN(selective_scan_bf16, bf16)
 template <class T>
 static void recurrence(const T* x, int64_t x_stride, const float* log_decay, float* states, const Pieces& pieces,
                        int64_t tokens, int64_t channels, T* y) {
-    by_channels(pieces, channels, tokens * channels, [&](int64_t piece, int64_t c, auto part) {
+    by_channels(pieces, channels, tokens * channels, [&](int64_t piece, int64_t c, auto part) INLINED {
         vec state = load(states + pieces.load[piece] * channels + c, part);
         for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
             state = state * exp(load(log_decay + t * channels + c, part)) + load(x + t * x_stride + c, part);

@@ -1,19 +1,27 @@
 // Linear attention whose state, a matrix [k_dim, v_dim] for each head, is kept from step to step: the gated delta rule,
 // with decays of heads or of channels, and the same without the rule (lightning attention, Mamba 2).
 //
-// A token costs one pass over the matrix: S = decay * S + k * d, where d is its value, or with the delta rule beta *
-// (v - what S has for k). In the same pass the result, S * q, and what S has for the next token's k are summed up.
-// Columns of the matrix do not depend on each other: a few of them stay in the first-level cache for a block of tokens,
-// so that the matrix goes through memory once for each block. Matrix products of a chunk of tokens would need as many
-// multiplications in float32 as this, within a quarter.
+// In a prompt, a token costs one pass over the matrix: S = decay * S + k * d, where d is its value, or with the delta
+// rule beta * (v - what S has for k). In the same pass the result, S * q, and what S has for the next token's k are
+// summed up. Columns of the matrix do not depend on each other: a few of them stay in the first-level cache for a block
+// of tokens, so that the matrix goes through memory once for each block. Matrix products of a chunk of tokens would
+// need as many multiplications in float32 as this, within a quarter.
+//
+// A token by itself reads the matrix in the order of memory, a few rows at a time, and asks for the matrix of the next
+// head meanwhile.
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "common.h"
 
 constexpr int VECTORS = 2;  // of columns that are computed together
 constexpr int COLUMNS = VECTORS * LANES;
-constexpr int BLOCK = 16;                      // tokens whose queries and keys are prepared together
+constexpr int BLOCK = 16;                   // tokens whose queries and keys are prepared together
+constexpr int WIDTH = 4;                    // vectors of a row that a token by itself takes together
+constexpr int ROWS = 8;                     // of the matrix, likewise
+constexpr int AHEAD = 2 * ROWS;             // distance of the prefetch
+constexpr int64_t MOST_HEADS = 8;           // that a thread takes at a time
 constexpr int64_t WORTH_THREADS = 1 << 16;  // elements of matrices times tokens
 
 template <class T>
@@ -51,14 +59,14 @@ static INLINE int part(int64_t columns, int j) {
     return int(std::min<int64_t>(std::max<int64_t>(columns - j * LANES, 0), LANES));
 }
 
-template <bool WHOLE, class T>
-static INLINE void load_columns(const T* p, int64_t columns, vec* x) {
-    for (int j = 0; j < VECTORS; j++) x[j] = WHOLE ? load(p + j * LANES) : load_part(p + j * LANES, part(columns, j));
+template <bool WHOLE, class T, int V>
+static INLINE void load_columns(const T* p, int64_t columns, vec (&x)[V]) {
+    for (int j = 0; j < V; j++) x[j] = WHOLE ? load(p + j * LANES) : load_part(p + j * LANES, part(columns, j));
 }
 
-template <bool WHOLE, class T>
-static INLINE void store_columns(T* p, int64_t columns, const vec* x) {
-    for (int j = 0; j < VECTORS; j++) {
+template <bool WHOLE, class T, int V>
+static INLINE void store_columns(T* p, int64_t columns, const vec (&x)[V]) {
+    for (int j = 0; j < V; j++) {
         if (WHOLE) store(p + j * LANES, x[j]);
         else store_part(p + j * LANES, x[j], part(columns, j));
     }
@@ -117,6 +125,105 @@ static void run_columns(const Prepared& block, const float* from, float* to, int
     }
 }
 
+// ---- a token by itself
+
+template <int VALUE>
+using Constant = std::integral_constant<int, VALUE>;
+
+// body(first column, vectors as a constant, whether they are whole as a constant, columns).
+template <class F>
+static INLINE void by_columns(int64_t columns, F body) {
+    int64_t c = 0;
+    for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES)
+        body(c, Constant<WIDTH>{}, std::true_type{}, WIDTH * LANES);
+    for (; c + LANES <= columns; c += LANES) body(c, Constant<1>{}, std::true_type{}, LANES);
+    if (c < columns) body(c, Constant<1>{}, std::false_type{}, columns - c);
+}
+
+// Some columns of a head's matrix, rows `stride` apart, and of the matrix that this thread computes next, or null.
+struct Matrix {
+    const float *from, *next;
+    float* to;
+    int64_t rows, columns, stride;
+
+    // body(first row, end) for a few rows at a time; meanwhile asks for as many of `count` rows that begin at `needed`.
+    template <class F>
+    INLINE void by_rows(const float* needed, int64_t count, F body) const {
+        for (int64_t first = 0; first < rows; first += ROWS) {
+            const int64_t end = std::min(first + ROWS, rows);
+            for (int64_t r = first; r < std::min(end, count); r++)
+                for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(needed + r * stride + c, 1, 2);
+            body(first, end);
+        }
+    }
+};
+
+// sums [columns, rounded up to vectors] = what the matrix has for a key.
+static void recall(const Matrix& matrix, const float* key, float* sums) {
+    matrix.by_rows(matrix.from + AHEAD * matrix.stride, matrix.rows - AHEAD, [&](int64_t first, int64_t end) {
+        by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
+            vec total[vectors] = {};
+            if (first > 0) load_columns<true>(sums + c, columns, total);
+            for (int64_t r = first; r < end; r++) {
+                vec s[vectors];
+                load_columns<whole>(matrix.from + r * matrix.stride + c, columns, s);
+                for (int j = 0; j < vectors; j++) total[j] += s[j] * key[r];
+            }
+            store_columns<true>(sums + c, columns, total);
+        });
+    });
+}
+
+// S = decay * S + k * written; sums = S * q. `written` and `sums`: [columns, rounded up to vectors].
+template <Kind KIND>
+static void update(const Prepared& block, const Matrix& matrix, const float* written, float* sums) {
+    matrix.by_rows(matrix.next, matrix.next ? matrix.rows : 0, [&](int64_t first, int64_t end) {
+        by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
+            vec total[vectors] = {}, d[vectors];
+            if (first > 0) load_columns<true>(sums + c, columns, total);
+            load_columns<true>(written + c, columns, d);
+            for (int64_t r = first; r < end; r++) {
+                const float decay = KIND == DELTA_OF_CHANNELS ? block.decays[r] : block.decay[0];
+                vec s[vectors];
+                load_columns<whole>(matrix.from + r * matrix.stride + c, columns, s);
+                for (int j = 0; j < vectors; j++) {
+                    s[j] = s[j] * decay + d[j] * block.k[r];
+                    total[j] += s[j] * block.q[r];
+                }
+                store_columns<whole>(matrix.to + r * matrix.stride + c, columns, s);
+            }
+            store_columns<true>(sums + c, columns, total);
+        });
+    });
+}
+
+// memory: [2 * columns, rounded up to vectors].
+template <class T, Kind KIND>
+static void run_token(const Prepared& block, const Matrix& matrix, const T* values, T* out, float skip, float* memory) {
+    constexpr bool IS_DELTA = KIND == DELTA || KIND == DELTA_OF_CHANNELS;
+    float *sums = memory, *written = memory + (matrix.columns + LANES - 1) / LANES * LANES;
+    if (IS_DELTA) recall(matrix, block.seen, sums);
+    by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
+        vec value[vectors], known[vectors] = {};
+        load_columns<whole>(values + c, columns, value);
+        if (IS_DELTA) load_columns<true>(sums + c, columns, known);
+        for (int j = 0; j < vectors; j++) value[j] = (value[j] - known[j]) * block.write[0];
+        store_columns<true>(written + c, columns, value);
+    });
+    update<KIND>(block, matrix, written, sums);
+    by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
+        vec value[vectors], result[vectors];
+        load_columns<true>(sums + c, columns, result);
+        if (KIND == MAMBA2) {
+            load_columns<whole>(values + c, columns, value);
+            for (int j = 0; j < vectors; j++) result[j] += value[j] * skip;
+        }
+        store_columns<whole>(out + c, columns, result);
+    });
+}
+
+// ---- what tokens need of a head
+
 // y = x in float32, times `factor`, over the length of x if asked.
 template <class T>
 static INLINE void prepare_vector(const T* x, int64_t size, bool normalize, float factor, float* y) {
@@ -173,23 +280,40 @@ static void prepare(const Step<T>& step, int64_t token, int64_t count, int64_t h
     }
 }
 
-// The tokens of a piece, for some columns of a head's matrix.
+// Some columns of a head's matrix, for the tokens of a piece.
+struct Task {
+    int64_t piece, head, first_column, end_column;
+};
+
+template <class T>
+static INLINE float* matrix_of(const Step<T>& step, const int64_t* slots, const Task& task) {
+    return step.states + (slots[task.piece] * step.v_heads + task.head) * step.k_dim * step.v_dim + task.first_column;
+}
+
+// next: the task that this thread does afterwards, or null.
 template <class T, Kind KIND>
-static void run_piece(const Step<T>& step, int64_t piece, int64_t head, int64_t first_column, int64_t end_column,
-                      Prepared& block, float* tile) {
-    const int64_t begin = step.bounds ? step.bounds[piece] : piece, matrix = step.k_dim * step.v_dim;
-    const int64_t end = step.bounds ? step.bounds[piece + 1] : piece + 1;
-    const float* from = step.states + (step.load[piece] * step.v_heads + head) * matrix;
-    float* to = step.states + (step.store[piece] * step.v_heads + head) * matrix;
+static void run_task(const Step<T>& step, const Task& task, const Task* next, Prepared& block, float* tile) {
+    const int64_t begin = step.bounds ? step.bounds[task.piece] : task.piece, head = task.head;
+    const int64_t end = step.bounds ? step.bounds[task.piece + 1] : task.piece + 1;
+    const float* from = matrix_of(step, step.load, task);
+    float* to = matrix_of(step, step.store, task);
     const float skip = KIND == MAMBA2 && step.d ? step.d[head] : 0.0f;
-    for (int64_t token = begin; token < end; token += BLOCK) {
+    const int64_t width = task.end_column - task.first_column, out_stride = step.v_heads * step.v_dim;
+    T* out = step.out + (begin * step.v_heads + head) * step.v_dim + task.first_column;
+    if (end - begin == 1) {
+        prepare<T, KIND>(step, begin, 1, head, block);
+        const float* following = next ? matrix_of(step, step.load, *next) : nullptr;
+        const Matrix matrix{from, following, to, step.k_dim, width, step.v_dim};
+        run_token<T, KIND>(block, matrix, step.v.at(begin, head) + task.first_column, out, skip, tile);
+        return;
+    }
+    for (int64_t token = begin; token < end; token += BLOCK, out += BLOCK * out_stride) {
         prepare<T, KIND>(step, token, std::min<int64_t>(BLOCK, end - token), head, block);
-        for (int64_t c = first_column; c < end_column; c += COLUMNS) {
-            const int64_t columns = std::min<int64_t>(COLUMNS, end_column - c);
-            T* out = step.out + (token * step.v_heads + head) * step.v_dim + c;
+        const T* values = step.v.at(token, head) + task.first_column;
+        for (int64_t c = 0; c < width; c += COLUMNS) {
+            const int64_t columns = std::min<int64_t>(COLUMNS, width - c);
             auto run = columns == COLUMNS ? run_columns<T, KIND, true> : run_columns<T, KIND, false>;
-            run(block, from + c, to + c, step.v_dim, columns, tile, step.v, step.v.at(token, head) + c, out,
-                step.v_heads * step.v_dim, skip);
+            run(block, from + c, to + c, step.v_dim, columns, tile, step.v, values + c, out + c, out_stride, skip);
         }
         from = to;
     }
@@ -201,19 +325,27 @@ static void run(const Step<T>& step, int64_t tokens) {
     const bool is_small = tokens * step.v_heads * step.k_dim * step.v_dim < WORTH_THREADS;
     const int64_t threads = is_small ? 1 : omp_get_max_threads();
     const int64_t parts = std::min(strips, std::max<int64_t>(1, 2 * threads / std::max<int64_t>(heads, 1)));
-    const int64_t strips_of_part = (strips + parts - 1) / parts;
+    const int64_t columns = (strips + parts - 1) / parts * COLUMNS, tasks = heads * parts;
+    const int64_t together = std::min(MOST_HEADS, std::max<int64_t>(1, tasks / (4 * threads)));
+    auto task_of = [&](int64_t number) {
+        const int64_t first = number % parts * columns, end = std::min(first + columns, step.v_dim);
+        return Task{number / parts / step.v_heads, number / parts % step.v_heads, first, end};
+    };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const int64_t rows = BLOCK * step.k_dim;
-        std::unique_ptr<float[]> memory(new float[4 * rows + step.k_dim * COLUMNS + 16]);
+        const int64_t rows = BLOCK * step.k_dim, tile_size = std::max(step.k_dim * COLUMNS, 2 * (step.v_dim + LANES));
+        std::unique_ptr<float[]> memory(new float[4 * rows + tile_size + 16]);
         float* tile = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / 4;
-        float* after = tile + step.k_dim * COLUMNS;
+        float* after = tile + tile_size;
         Prepared block{after, after + rows, after + 2 * rows, after + 3 * rows, {}, {}, 0, step.k_dim};
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < heads * parts; task++) {
-            const int64_t first = task % parts * strips_of_part * COLUMNS;
-            const int64_t end = std::min(first + strips_of_part * COLUMNS, step.v_dim);
-            if (first < end) run_piece<T, KIND>(step, task / parts / step.v_heads, task / parts % step.v_heads, first, end, block, tile);
+        for (int64_t first = 0; first < tasks; first += together) {
+            const int64_t end = std::min(first + together, tasks);
+            for (int64_t number = first; number < end; number++) {
+                const Task task = task_of(number), next = task_of(number + 1);
+                if (task.first_column >= task.end_column) continue;
+                run_task<T, KIND>(step, task, number + 1 < end ? &next : nullptr, block, tile);
+            }
         }
     }
 }
