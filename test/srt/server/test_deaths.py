@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -213,6 +214,22 @@ def test_a_killed_core_changes_no_answer(tiny_checkpoint: str, tmp_path: Path, n
         assert server.children() != [core]
         assert f"was killed by signal 9 while {len(asks)} requests were live" in server.log.read_text()
         assert_same(answers, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_core_changes_no_structured_answer(tiny_checkpoint: str, tmp_path: Path) -> None:
+    regex = "[a-z ]{3000}[.]"  # longer than the answers: no end comes before the core dies
+    with own_process(tmp_path, tiny_checkpoint, "--dtype", "float32", "--max-total-tokens", "8192") as server:
+        server.wait_ready()
+        asks = [an_ask(i, regex=regex, seed=80 + i, temperature=0.9 * (i % 2)) for i in range(8)]
+        undisturbed = answers_of(begin(server, asks))
+        for answer in undisturbed:
+            assert re.search("[a-z ]{300}$", answer["text"]), answer
+        streams = begin_and_wait_for_tokens(server, asks)
+        [core] = server.children()
+        os.kill(core, signal.SIGKILL)
+        assert_same(answers_of(streams), undisturbed)
+        assert server.children() != [core]
 
 
 @pytest.mark.slow
