@@ -3,7 +3,7 @@
 A plan is a delta. A worker keeps, per *row* (the place of one running request), its admission and its pages; a step's
 work then consists of rows and token counts only. Every tensor-parallel rank gets the same plan.
 
-Order within one plan: ``releases``, ``admissions``, ``page_writes``, ``new_pages``, then ``work``.
+Order within one plan: ``releases``, ``admissions``, ``known_tokens``, ``page_writes``, ``new_pages``, then ``work``.
 """
 
 from dataclasses import dataclass, field
@@ -68,10 +68,22 @@ class NewPages:
 
 
 @dataclass(slots=True)
+class KnownTokens:
+    """Ids that nobody needs to draw, since a grammar forces them: those of a row's sequence from ``start`` on.
+
+    ``start`` is at most the number of ids that the worker knew: of the admission, or of the KnownTokens before.
+    """
+
+    row: int
+    start: int
+    ids: list[int]
+
+
+@dataclass(slots=True)
 class RowWork:
     """Compute tokens ``[start, start + num_tokens)`` of a row.
 
-    Ids come from the admission; the id after those is in the worker's last-token buffer.
+    Ids come from the admission and from KnownTokens; the id after those is in the worker's last-token buffer.
     """
 
     row: int
@@ -129,6 +141,7 @@ class StepPlan:
     masked_rows: list[int] = field(default_factory=list)  # rows whose token mask arrives with executor.sample()
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
     new_pages: list[NewPages] = field(default_factory=list)  # of rows that decode, at most one per cache group
+    known_tokens: list[KnownTokens] = field(default_factory=list)
     states: list[StateAccess] = field(default_factory=list)  # at most one for each row of ``work``
 
 

@@ -97,6 +97,13 @@ class RequestSpec:
         return self.params.max_new_tokens
 
     @property
+    def needs_every_draw(self) -> bool:
+        """Whether more is wanted of a generated token than its id: a log-probability, or its effect on later draws."""
+        params = self.params
+        penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
+        return self.logprobs is not None or bool(penalised or params.bad_words_ids)
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end the request; banned while fewer than ``min_new_tokens`` are generated."""
         ends = () if self.params.ignore_eos else self.eos_token_ids

@@ -26,6 +26,10 @@ class Matcher(Protocol):
         """Take the next token; return whether the grammar allows it. After False, ``error`` says more."""
         ...
 
+    def forced_tokens(self) -> list[int]:
+        """Return the tokens that must come next, as a tokenizer writes their text; empty: there is a choice."""
+        ...
+
     @property
     def is_complete(self) -> bool:
         """Whether nothing may follow but the end of the text."""

@@ -32,14 +32,18 @@ _LIMITS = LLParserLimits(
 class LLGuidanceMatcher:
     """See Matcher."""
 
-    def __init__(self, inner: LLMatcher) -> None:
+    def __init__(self, inner: LLMatcher, forces_tokens: bool) -> None:
         self.inner = inner
+        self._forces_tokens = forces_tokens
 
     def fork(self) -> Self:
-        return type(self)(self.inner.deep_copy())
+        return type(self)(self.inner.deep_copy(), self._forces_tokens)
 
     def accept(self, token_id: int) -> bool:
         return self.inner.consume_token(token_id)
+
+    def forced_tokens(self) -> list[int]:
+        return self.inner.compute_ff_tokens() if self._forces_tokens else []
 
     @property
     def is_complete(self) -> bool:
@@ -56,9 +60,11 @@ class LLGuidanceBackend:
     Args:
         tokenizer: of transformers.
         vocab_size: the model's; ids that the tokenizer does not have are never allowed.
+        forces_tokens: matchers say which tokens need no draw.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, forces_tokens: bool = False) -> None:
+        self._forces_tokens = forces_tokens
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         # One more than either knows: a token that is never drawn, to be the end where no other is.
@@ -72,7 +78,7 @@ class LLGuidanceBackend:
         matcher = _matcher(self._compiled_for(tuple(end_ids)), spec)
         matcher.compute_bitmask()  # limits may be reached only here; and the next time it is fast
         _check(matcher)
-        return LLGuidanceMatcher(matcher)
+        return LLGuidanceMatcher(matcher, self._forces_tokens)
 
     def fill(self, matchers: Sequence[Matcher], words: npt.NDArray[np.int32]) -> None:
         inner = [cast(LLGuidanceMatcher, matcher).inner for matcher in matchers]

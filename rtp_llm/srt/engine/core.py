@@ -48,7 +48,6 @@ class EngineCore:
         self._args = server_args
         self._link = link
         self._on_admission = on_admission
-        self.grammars = Grammars(server_args, model_config, on_admission)
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
@@ -58,6 +57,7 @@ class EngineCore:
             depth=int(self._provider.overlaps_steps and not server_args.disable_overlap_schedule),
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
+        self.grammars = Grammars(server_args, model_config, on_admission, skips_forced_tokens=self.executor.depth == 0)
         try:
             loaded = self.executor.load(on_progress)
             if on_loaded is not None:

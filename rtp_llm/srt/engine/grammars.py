@@ -20,11 +20,18 @@ class Grammars:
 
     Args:
         on_admission: see EngineCore.
+        skips_forced_tokens: tokens that a grammar forces are not drawn. With steps in flight some would be, depending
+            on the moment, and answers with it.
     """
 
     def __init__(
-        self, args: ServerArgs, model_config: ModelConfig, on_admission: Callable[[list[str]], None] | None
+        self,
+        args: ServerArgs,
+        model_config: ModelConfig,
+        on_admission: Callable[[list[str]], None] | None,
+        skips_forced_tokens: bool,
     ) -> None:
+        self._skips_forced_tokens = skips_forced_tokens
         self._args = args
         self._model_config = model_config
         self._queue = GrammarQueue(
@@ -76,7 +83,7 @@ class Grammars:
         from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
 
         tokenizer = read_tokenizer(self._args, self._model_config)
-        return LLGuidanceBackend(tokenizer, self._model_config.vocab_size)
+        return LLGuidanceBackend(tokenizer, self._model_config.vocab_size, self._skips_forced_tokens)
 
     def shutdown(self) -> None:
         self._queue.shutdown()

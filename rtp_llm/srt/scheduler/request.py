@@ -8,7 +8,7 @@ from rtp_llm.srt.cache.prefix_cache import Lock
 from rtp_llm.srt.cache.spec import LengthScaling
 from rtp_llm.srt.constrained.backend import Matcher
 from rtp_llm.srt.messages import FinishReason, GenerateRequest
-from rtp_llm.srt.plan import Admission
+from rtp_llm.srt.plan import Admission, KnownTokens
 from rtp_llm.srt.request_spec import RequestSpec
 
 # A request's tokens, from left to right:
@@ -20,6 +20,9 @@ from rtp_llm.srt.request_spec import RequestSpec
 #
 # `ids` holds the known ones: the prompt, then what was generated. `keys` are their cache keys: the same list, except
 # for requests with media, whose keys distinguish the placeholders of different images.
+
+
+MIN_FORCED_TOKENS = 2
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Request:
     lock: Lock = field(default_factory=lambda: Lock(0))
     states: HeldStates = field(default_factory=HeldStates)
     prefill_len: int = 0  # len(ids) when it was last admitted
+    num_sent: int = 0  # ids that the workers know by themselves, beside the one drawn last
     num_computed: int = 0
     num_committed: int = 0
     num_pending: int = 0  # tokens that steps in flight are drawing
@@ -201,6 +205,35 @@ class Request:
             message = f"the grammar cannot be followed any further: {self.matcher.error}"
             return FinishReason("abort", message=message, status_code=400)
         return FinishReason("stop") if self.is_complete else reason
+
+    def take_all(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Add drawn tokens, and those that follow without a draw; return what was added, and why it ends the request,
+        None if it does not."""
+        if self.matcher is None and len(token_ids) == 1:  # this runs for each row and step
+            self.append(token_ids[0])
+            return token_ids, self.finish_reason_after(token_ids[0])
+        taken: list[int] = []
+        while token_ids:
+            for token_id in token_ids:
+                taken.append(token_id)
+                reason = self.take(token_id)
+                if reason is not None:
+                    return taken, reason
+            token_ids = self.forced_tokens()
+        return taken, None
+
+    def to_send(self) -> KnownTokens:
+        """Return the ids that the workers do not know yet."""
+        known = KnownTokens(self.row, self.num_sent, self.ids[self.num_sent :])
+        self.num_sent = len(self.ids)
+        return known
+
+    def forced_tokens(self) -> list[int]:
+        """Return tokens that come next without a draw, if there are enough to be worth a step of several tokens."""
+        if self.matcher is None or self.spec.needs_every_draw:
+            return []
+        forced = self.matcher.forced_tokens()
+        return forced if len(forced) >= MIN_FORCED_TOKENS else []
 
     def ended_before(self) -> FinishReason | None:
         """Return why tokens that it came with, of a core that died, end it already; None if they do not."""

@@ -55,8 +55,7 @@ class Scheduler:
     in the workers; it gives up row and pages when it ends, or when memory runs out (retraction: it waits again and
     resumes from its tokens; nothing is lost). The first request in the policy's order (by arrival, except with
     ``priority``) is never retracted while another runs. A request that fits into the cache alone is sure to end;
-    with ``priority`` it waits for all that come before it. ``matchers`` are those of requests with a grammar, by rid:
-    each is there before its request comes, and taken then.
+    with ``priority`` it waits for all that come before it.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Scheduler:
         matchers: dict[str, Matcher] | None = None,
     ) -> None:
         self.config = config
-        self._matchers = matchers
+        self._matchers = matchers  # of requests with a grammar, by rid: there before the request comes, taken then
         self._length_scaling = layout.length_scaling
         self._cut_prompts = config.chunked_prefill_size > 0
         self._prefill_budget = (
@@ -296,7 +295,7 @@ class Scheduler:
         self.waiting.admitted(request)
         self.running.append(request)
         request.row = self._free_rows.pop()
-        request.prefill_len = len(request.ids)
+        request.prefill_len = request.num_sent = len(request.ids)
         if request.cached_tokens is None:
             request.cached_tokens = min(matched, request.prompt_len)
             request.queue_time_s = time.monotonic() - request.arrived_at
@@ -323,7 +322,7 @@ class Scheduler:
         self.stats.computed_tokens += num_tokens
 
     def _submit(self, plan: StepPlan, requests: list[Request]) -> StepPlan:
-        plan.releases = self._pending.releases
+        plan.releases, plan.known_tokens = self._pending.releases, self._pending.known_tokens
         plan.states = self._states.accesses()
         plan.page_writes = self._pending.page_writes + plan.page_writes
         self._pending = PendingPlan()
@@ -355,8 +354,7 @@ class Scheduler:
         self.memory.release(request)
         if request in self.running:
             self.running.remove(request)
-        self._pending.page_writes = [w for w in self._pending.page_writes if w.row != request.row]
-        self._pending.releases.append(request.row)
+        self._pending.leave_out(request.row)
         self._free_rows.append(request.row)
         request.row = -1
 
@@ -389,12 +387,9 @@ class Scheduler:
             return self._finish(request, FinishReason("abort", message=row.error, status_code=500))
         if row.prompt_logprobs:
             request.take_prompt_logprobs(len(row.prompt_logprobs))
-        reason, token_ids = None, row.token_ids
-        for count, token_id in enumerate(token_ids, start=1):
-            reason = request.take(token_id)
-            if reason is not None:
-                token_ids = token_ids[:count]
-                break
+        token_ids, reason = request.take_all(row.token_ids)
+        if len(token_ids) > len(row.token_ids):
+            self._pending.known_tokens.append(request.to_send())
         if reason is None and request.max_new_tokens == 0 and request.num_committed >= request.prompt_len:
             reason = FinishReason("length", length=0)
         self.stats.generated_tokens += len(token_ids)

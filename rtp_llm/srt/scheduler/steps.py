@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from rtp_llm.srt.constrained.backend import Matcher
-from rtp_llm.srt.plan import PageWrite, StepPlan
+from rtp_llm.srt.plan import KnownTokens, PageWrite, StepPlan
 from rtp_llm.srt.scheduler.request import Request
 
 
@@ -69,3 +69,10 @@ class PendingPlan:
 
     releases: list[int] = field(default_factory=list)
     page_writes: list[PageWrite] = field(default_factory=list)
+    known_tokens: list[KnownTokens] = field(default_factory=list)
+
+    def leave_out(self, row: int) -> None:
+        """Forget what was to be written of a row that is given back."""
+        self.page_writes = [write for write in self.page_writes if write.row != row]
+        self.known_tokens = [known for known in self.known_tokens if known.row != row]
+        self.releases.append(row)

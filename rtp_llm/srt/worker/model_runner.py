@@ -33,7 +33,7 @@ from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 @dataclass(slots=True)
 class RowState:
-    """A row's admission. ``ids`` are the tokens that the host knew then, int64."""
+    """A row's admission. ``ids`` are the tokens that the host knew then or has told of since, int64."""
 
     admission: Admission
     ids: np.ndarray
@@ -146,13 +146,17 @@ class ModelRunner:
         return self._rows[row]
 
     def apply(self, plan: StepPlan) -> None:
-        """Apply all of a plan except its work: releases, admissions, page writes."""
+        """Apply all of a plan except its work: releases, admissions, known tokens, page writes."""
         for row in plan.releases:
             del self._rows[row]
             self._rows_with_media.discard(row)
             self._rows_with_logprobs.discard(row)
         for admission in plan.admissions:
             self._admit(admission)
+        for known in plan.known_tokens:
+            state = self._rows[known.row]
+            state.ids = np.concatenate([state.ids[: known.start], np.array(known.ids, dtype=np.int64)])
+            self._num_known[known.row] = len(state.ids)
         if self.states is not None:
             self.states.admit(plan.admissions)
         for group, table in enumerate(self._page_tables):

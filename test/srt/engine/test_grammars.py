@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from made_requests import generate_request
 from stepped_core import Core
+from transformers import AutoTokenizer
 
 from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest
 from rtp_llm.srt.request_spec import GrammarSpec
 from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.scheduler import request
 from tiny_server import make_checkpoint
 
 PATTERNS = ("([ab]c){3,20}", "[0-9]{30}", "(the|a) (cat|dog)( (sat|ran))*", "x?")
@@ -86,6 +88,35 @@ def test_nor_on_processes(core: Callable[..., Core], expected: dict[str, list[in
     assert core(processes=True).run(requests()) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"chunked_prefill_size": 3}, {"max_total_tokens": 150}], ids=str)
+def test_forced_tokens_are_not_drawn_one_by_one(
+    core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    patterns = ('[{]"the name": "[a-c]{4}", "the other name": [0-9]{3}[}]', "the cat sat on the [a-z]{5} and the dog")
+
+    def asked() -> list[GenerateRequest]:
+        made = []
+        for i in range(6):
+            params = SamplingParams(max_new_tokens=12 if i == 3 else 80, temperature=1.0, min_new_tokens=i)
+            grammar = GrammarSpec("regex", patterns[i % 2])
+            made.append(generate_request(f"r{i}", PROMPTS[i % 4], params, i, eos_token_ids=(0,), grammar=grammar))
+        return made
+
+    jumping = core(**options)
+    found = jumping.run(asked())
+    monkeypatch.setattr(request, "MIN_FORCED_TOKENS", 10**6)
+    plain = core()
+    drawn = plain.run(asked())
+    tokenizer = AutoTokenizer.from_pretrained(plain.core.grammars._args.model_path)
+    for rid, ids in drawn.items():
+        for each, tokens in ((jumping, found[rid]), (plain, ids)):
+            text, ends = tokenizer.decode(tokens), each.outputs[rid][-1].finish_reason.type
+            whole = re.fullmatch(patterns[int(rid[1:]) % 2], text)
+            assert whole if ends == "stop" else (ends, len(tokens)) == ("length", 12), (ends, text)
+    if not options:
+        assert jumping.core.scheduler._num_steps < 0.8 * plain.core.scheduler._num_steps
+
+
 def test_a_resubmitted_request_goes_on_where_it_was(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
     begun = {rid: ids[: len(ids) // 2] for rid, ids in expected.items()}
     rest = core().run(requests(begun))
@@ -93,11 +124,11 @@ def test_a_resubmitted_request_goes_on_where_it_was(core: Callable[..., Core], e
 
 
 def test_a_grammar_that_allows_nothing_more_has_ended(core: Callable[..., Core]) -> None:
-    request = generate_request(
+    asked = generate_request(
         "r", [5], SamplingParams(max_new_tokens=20), eos_token_ids=(0,), grammar=GrammarSpec("regex", "abc")
     )
     one = core()
-    [output] = [one.run([request])["r"]]
+    [output] = [one.run([asked])["r"]]
     resumed = generate_request(
         "again", [5], SamplingParams(max_new_tokens=20), eos_token_ids=(0,), grammar=GrammarSpec("regex", "abc"),
         output_ids=output,
@@ -136,8 +167,8 @@ def test_a_compiler_that_fails_costs_its_request_alone(
 
 def test_a_request_that_waits_for_its_grammar_can_be_aborted(core: Callable[..., Core]) -> None:
     one = core()
-    request = generate_request("r", [5], SamplingParams(max_new_tokens=5), grammar=GrammarSpec("regex", "a"))
-    for message in (request, AbortRequest("r")):
+    asked = generate_request("r", [5], SamplingParams(max_new_tokens=5), grammar=GrammarSpec("regex", "a"))
+    for message in (asked, AbortRequest("r")):
         one.link.client.send(message)
     one.core.step(block=False)
     assert one.outputs["r"][-1].finish_reason.type == "abort"
