@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoints import as_published, with_shorter_steps, with_window
 from published import published_fields, switches
+from rounding import own_rounding
 from rtp_llm.port.porter import port
 from rtp_llm.port.report import Remark
 from rtp_llm.port.source import PortError
@@ -34,6 +35,7 @@ IMPORT, BUILD, LOAD, COMPUTE = "does not import", "does not build", "does not lo
 OTHER_WINDOW = "agrees with another window"
 OTHER_STEP = "agrees without a least step"
 NO_CLASS, PART = "no class in transformers", "part of other models"
+MOST_ROUNDING = 0.01  # of log-probabilities; more is a difference, whatever its cause
 SCHEDULES = (BATCHED, CHUNKED, WARM)
 
 
@@ -163,6 +165,9 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
         if detail:
             return Compared(name, OTHER_STEP, detail, fields=fields)
         worst = max(found.results, key=lambda result: result.difference)
+        if worst.difference < MOST_ROUNDING and worst.difference <= (rounding := own_rounding(Path(folder))):
+            detail = f"within {worst.difference:.2g}; the last bits of its weights move transformers by {rounding:.2g}"
+            return Compared(name, AGREES, detail, worst.difference, fields)
         with served_by_file(path, [type_name(folder)], name):
             detail = f"{worst.schedule}: {worst.difference:.2g}; {_explained(folder)}"
         return Compared(name, DIFFERS, detail, worst.difference)
