@@ -246,6 +246,61 @@ class MoreHeads(Heads):
         assert expected in text, f"{expected}\n{text}"
 
 
+def test_the_batch_reaches_modules_that_are_made_elsewhere(ported: Porter):
+    """By a function inside the constructor, through a list that is filled, or given as an argument."""
+    before = """
+class Heads(nn.Module):
+    def __init__(self, prefix):
+        super().__init__()
+        self.attn = Attention(4, 8, 1.0, prefix=prefix)
+
+    def forward(self, x):
+        return self.attn(x, x, x)
+
+class Around(nn.Module):
+    def __init__(self, shared: Heads):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x):
+        return self.shared(x)
+
+KINDS = {"a": Heads}
+"""
+    init = """
+def get_layer(prefix: str):
+    kind = KINDS["a"]
+    return kind(prefix)
+
+self.start_layer, self.end_layer, self.layers = make_layers(3, get_layer, prefix=prefix)
+more = []
+for i in range(2):
+    more.append(Around(Heads(f"{prefix}.{i}")))
+self.more = nn.ModuleList(more)
+"""
+    forward = """
+x = inputs_embeds
+for layer in self.layers:
+    x = layer(x)
+for block in self.more:
+    x = block(x)
+return x
+"""
+    text = flat(ported(model(init, forward, before=before)).text)
+    for expected in (
+        "return self.shared(x, forward_batch=forward_batch)",
+        "x = layer(x, forward_batch=forward_batch)",
+        "x = block(x, forward_batch=forward_batch)",
+    ):
+        assert expected in text, f"{expected}\n{text}"
+
+
+def test_one_of_several_attention_layers_of_a_block_has_a_cache_of_its_own(ported: Porter):
+    init = 'self.a = nn.ModuleList([Attention(4, 8, 1.0, prefix=f"{prefix}.attn.{i}") for i in range(2)])'
+    text = flat(ported(model(init)).text)
+    assert 'layer_id=cache_number(add_prefix(f"attn.{i}", prefix))' in text, text
+
+
 def test_a_model_named_by_an_attribute_of_the_class_is_given_the_batch(ported: Porter):
     before = """
 class Inner(nn.Module):

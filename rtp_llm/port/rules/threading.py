@@ -262,7 +262,7 @@ class _Mentions(Visitor):
 
 
 def _passed_classes(program: Program) -> dict[str, set[str]]:
-    """Parameter names -> names of classes that calls give them, or that are their defaults."""
+    """Parameter names -> names of classes that calls give them, or that are their defaults or their types."""
     passed: dict[str, set[str]] = {}
     known = set(program.classes()) | set(program.engine_names)
     for arg in m.findall(program.module, m.Arg(keyword=m.Name())):
@@ -270,8 +270,9 @@ def _passed_classes(program: Program) -> dict[str, set[str]]:
         passed.setdefault(arg.keyword.value, set()).update(names_in(arg.value) & known)
     for param in m.findall(program.module, m.Param()):
         assert isinstance(param, cst.Param)
-        if param.default is not None:
-            passed.setdefault(param.name.value, set()).update(names_in(param.default) & known)
+        for told in (param.default, param.annotation):
+            if told is not None:
+                passed.setdefault(param.name.value, set()).update(names_in(told) & known)
     return passed
 
 
