@@ -45,6 +45,7 @@ def all_edits(body: str) -> list[str]:
         ("return x.clamp(max=y)", "return x.clamp(min=-y)"),
         ("return x.clamp(-y, y)", "return x.clamp(max=y)"),
         ("return torch.clamp(x, max=y)", "return torch.clamp(x, min=-y, max=y)"),
+        ("x = F.softplus(x)\nreturn x * (1 + F.softplus(y))", "x = x\n    return x * (1 + y)"),
     ],
 )
 def test_mistakes_are_among_the_edits(body: str, edited: str) -> None:

@@ -5,6 +5,7 @@ They are edits of the syntax tree, one at a time (mutation operators; DeMillo, L
 """
 
 import ast
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,7 +52,7 @@ def _change_text(before: str, after: Sequence[str]) -> str:
 
 
 def edits(tree: ast.FunctionDef) -> Iterator[Edit]:
-    """Yield the function with one edit each. It is the same object each time, and whole again after the last one."""
+    """Yield the function with one edit each. Most are the same object, which is whole again after the last one."""
     for owner in list(ast.walk(tree)):
         for field, value in list(ast.iter_fields(owner)):
             first = value[0] if isinstance(value, list) and value else value
@@ -59,6 +60,30 @@ def edits(tree: ast.FunctionDef) -> Iterator[Edit]:
                 yield from _of_statements(tree, value)
             elif isinstance(owner, ast.stmt) and isinstance(first, ast.expr):
                 yield from _of_expression(tree, owner, owner, field)
+    yield from _without_function(tree)
+
+
+def _without_function(tree: ast.FunctionDef) -> Iterator[Edit]:
+    """Yield the function without another one that it calls at several places: each time its first argument stays."""
+    called: dict[str, list[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and not isinstance(node.args[0], (ast.Constant, ast.Starred)):
+            called.setdefault(ast.unparse(node.func), []).append(ast.unparse(node.args[0]))
+    for function, given in called.items():
+        if len(given) > 1:
+            changed = _FirstArguments(function).visit(copy.deepcopy(tree))
+            yield Edit(changed, f"{function} of {' and of '.join(dict.fromkeys(given))}", "")
+
+
+class _FirstArguments(ast.NodeTransformer):
+    """Puts its first argument in the place of each call of a function."""
+
+    def __init__(self, function: str) -> None:
+        self._function = function
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        return node.args[0] if node.args and ast.unparse(node.func) == self._function else node
 
 
 def name_edits(tree: ast.FunctionDef) -> Iterator[Edit]:
