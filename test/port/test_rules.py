@@ -277,9 +277,13 @@ more = []
 for i in range(2):
     more.append(Around(Heads(f"{prefix}.{i}")))
 self.more = nn.ModuleList(more)
+self.rest = nn.ModuleList([])
+for i in range(2):
+    block = Heads(f"{prefix}.{i}") if i else nn.Identity()
+    self.rest.append(block)
 """
     forward = """
-x = inputs_embeds
+x = self.rest[1](inputs_embeds)
 for layer in self.layers:
     x = layer(x)
 for block in self.more:
@@ -289,6 +293,7 @@ return x
     text = flat(ported(model(init, forward, before=before)).text)
     for expected in (
         "return self.shared(x, forward_batch=forward_batch)",
+        "x = self.rest[1](input_embeds, forward_batch=forward_batch)",
         "x = layer(x, forward_batch=forward_batch)",
         "x = block(x, forward_batch=forward_batch)",
     ):

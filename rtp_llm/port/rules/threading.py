@@ -6,6 +6,8 @@ so do all that call them. ``intermediate_tensors``, which passes between stages,
 is called ``input_embeds`` here.
 """
 
+from collections.abc import Iterator
+
 import libcst as cst
 from libcst import matchers as m
 
@@ -85,11 +87,21 @@ class Reach:
         if node is None:
             return set()
         assigned = self.scopes.at(node).attributes.assigned
-        return {
+        reaching = {
             attribute
             for attribute, values in assigned.items()
             if any(value is not None and self._reaches(value, scope) for value, scope in values)
         }
+        return reaching | set(self._filled_lists(name))
+
+    def _filled_lists(self, name: str) -> Iterator[str]:
+        """Attributes of a class and its bases to which modules that reach attention are appended."""
+        for method in (method for node in lineage(name, self.all) for method in methods(node).values()):
+            scope = self.scopes.at(method)
+            for call in m.findall(method.body, _FILLS):
+                assert isinstance(call, cst.Call) and isinstance(call.func, cst.Attribute)
+                if any(self._reaches(arg.value, scope) for arg in call.args):
+                    yield self_attribute(call.func.value)
 
     def _reaches(self, value: cst.BaseExpression, scope: Scope, depth: int = 0) -> bool:
         names = names_in(value)
@@ -215,6 +227,7 @@ def _class_attributes(classes: dict[str, cst.ClassDef]) -> dict[str, set[str]]:
     return found
 
 
+_FILLS = m.Call(func=m.Attribute(value=m.Attribute(value=m.Name("self")), attr=m.Name("append")))
 _APPENDS = m.Call(func=m.Attribute(value=m.Name(), attr=m.Name("append")))
 
 

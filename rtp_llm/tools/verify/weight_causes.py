@@ -16,6 +16,7 @@ from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Place
 from rtp_llm.tools.verify.vision_calls import vision_aliases
 
 OTHER_ROWS = "its weight has the rows of the right one in another order"
+HELD, WRONG_SLOT = "it holds the weight of ", ": a wrong slot"
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-12, 0.0)
 
 
@@ -69,7 +70,7 @@ def explain_linear(weight: torch.Tensor, bias: torch.Tensor | None, name: str, e
 def _explain_weight(weight: torch.Tensor, right: torch.Tensor, name: str, evidence: Evidence) -> str:
     for other, tensor in evidence.their_parameters.items():
         if other.rpartition(".")[0] != name and _equal(weight, tensor):
-            return f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
+            return f"{HELD}{other.removesuffix('.weight')}{WRONG_SLOT}"
     if _equal(weight, right.T):
         return "its weight is transposed"
     if weight.shape == right.shape and _equal(weight.sort(dim=0).values, right.sort(dim=0).values):
@@ -86,6 +87,9 @@ def explain_norm(given: torch.Tensor, ours: torch.Tensor, name: str, evidence: E
     x = given.unflatten(-1, (-1, len(weight)))
     trials = _norms(x, ours.view(x.shape), weight, bias, _eps_of(theirs), name, evidence.their_parameters)
     cause = _best(trials, ours, evidence.tolerance)
+    if cause and cause.startswith(HELD) and _equal(weight_of(evidence.our_model, name)[1], weight):
+        other = cause.removeprefix(HELD).removesuffix(WRONG_SLOT)
+        cause = f"{other} is called in its place, whose own weight is right"
     right = evidence.theirs.tensors[Place(name, OUTPUT)]
     form = _best(_forms(x, weight, bias, _eps_of(theirs)), right, evidence.tolerance)
     return f"{cause}; the reference's is {form.removeprefix('it is ')}" if cause and form else cause
@@ -148,7 +152,7 @@ def _norms(
             yield text, _layer_norm(x, other_eps) * weight + (0.0 if bias is None else bias)
     for other, parameter in parameters.items():
         if parameter.shape == weight.shape and other.endswith(".weight") and other != f"{name}.weight":
-            text = f"it holds the weight of {other.removesuffix('.weight')}: a wrong slot"
+            text = f"{HELD}{other.removesuffix('.weight')}{WRONG_SLOT}"
             other_weight = parameter
             yield text, rms * other_weight
             yield text, rms * (1 + other_weight)
