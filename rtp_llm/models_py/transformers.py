@@ -39,6 +39,7 @@ from rtp_llm.srt.layers.fallback.proof import (
     compare,
     errors,
 )
+from rtp_llm.srt.layers.fallback.single_steps import check_single_steps
 from rtp_llm.srt.layers.fallback.states import StateKeeper, StateProbe, Steps
 from rtp_llm.srt.layers.logits_processor import ROWS_PER_PIECE, LogitsProcessorOutput, Logprobs, prompt_logprobs
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -155,6 +156,7 @@ class TransformersForCausalLM(nn.Module):
             for i, (call, place) in enumerate(zip(states.calls, states.places, strict=True))
         ]
         self.states.extend(self._keepers)
+        check_single_steps(states.calls, cache, len(ids))
         self._attention = PagedAttention(probe.calls)
         self.attentions.extend(self._attention.layers)
 

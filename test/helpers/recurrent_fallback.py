@@ -39,7 +39,7 @@ REFUSED = {
 }
 # Of some that agree: what transformers' own code does not do alike in whole sequences and in steps of one token.
 NOTES = {
-    name: "while `time_step_min` bounds no step: transformers bounds those of whole prompts only"
+    name: "while `time_step_min` bounds no step: transformers bounds those of whole prompts only; else refused"
     for name in ("NemotronHForCausalLM", "Zamba2ForCausalLM")
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 12, "mamba_chunk_size": 8}

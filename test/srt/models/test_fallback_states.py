@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from recurrent_fallback import AGREE, OVERRIDES, REFUSED
+from recurrent_fallback import AGREE, NOTES, OVERRIDES, REFUSED, UNBOUNDED
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rtp_llm import Engine
@@ -50,6 +50,19 @@ def test_is_refused_with_the_reason(architecture: str, tmp_path: Path) -> None:
     make_tiny_checkpoint(architecture, tmp_path, overrides=OVERRIDES.get(architecture))
     args: dict[str, Any] = vars(tiny_server_args(tmp_path, model_impl="transformers"))
     with pytest.raises(ModelBuildError, match=re.escape(REFUSED[architecture])), Engine(**args, inline=True):
+        pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[] if "Nemotron" in name else [pytest.mark.slow]) for name in NOTES]
+)
+def test_bounds_that_only_whole_prompts_have_are_refused(architecture: str, dtype: str, tmp_path: Path) -> None:
+    overrides = {name: value for name, value in OVERRIDES[architecture].items() if name not in UNBOUNDED}
+    make_tiny_checkpoint(architecture, tmp_path, overrides=overrides)
+    args: dict[str, Any] = vars(tiny_server_args(tmp_path, model_impl="transformers")) | {"dtype": dtype}
+    message = "computes a token that follows others differently when it is given alone"
+    with pytest.raises(ModelBuildError, match=message), Engine(**args, inline=True):
         pass
 
 

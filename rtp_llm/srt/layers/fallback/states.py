@@ -159,8 +159,8 @@ class StateKeeper(nn.Module):
         self.layer_id = layer_id
         self._name, self._plain, self._place, self._steps = str(call), call.module.forward, place, steps
         leaves, self._form = tree_flatten((call.args, call.kwargs))
-        self._is_by_token = [_is_by_token(leaf, num_tokens) for leaf in leaves]
-        self._returns_by_token = [_is_by_token(leaf, num_tokens) for leaf in tree_flatten(call.output)[0]]
+        self._is_by_token = [is_by_token(leaf, num_tokens) for leaf in leaves]
+        self._returns_by_token = [is_by_token(leaf, num_tokens) for leaf in tree_flatten(call.output)[0]]
         states = place.states(call.output)
         self._like = {key: self._checked(key, states.get(key)) for key in call.keys}
         self.goes_on_by_several = self._reads_states(leaves)
@@ -196,7 +196,7 @@ class StateKeeper(nn.Module):
         return True
 
     def _first_by_token(self, leaves: list[Any]) -> torch.Tensor:
-        return next(leaf for leaf, is_by_token in zip(leaves, self._is_by_token, strict=True) if is_by_token)
+        return next(leaf for leaf, of in zip(leaves, self._is_by_token, strict=True) if of)
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module for all tokens of a step, with states of the pool."""
@@ -279,5 +279,6 @@ class _Output:
         return tree_unflatten(self._whole, self._form)
 
 
-def _is_by_token(value: Any, num_tokens: int) -> bool:
+def is_by_token(value: Any, num_tokens: int) -> bool:
+    """Whether a value of a pass over one sequence has a row for each token, [1, num_tokens, ...]."""
     return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == (1, num_tokens)
