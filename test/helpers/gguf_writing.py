@@ -165,7 +165,8 @@ def converted_tensors(config: Config, tensors: Tensors, conversion: Conversion) 
         ValueError: the package's map knows no such tensor.
     """
     architectures = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
-    num_layers = _first(config, COMMON["block_count"]) + config.get("num_nextn_predict_layers", 0)
+    num_layers = _first(config, COMMON["block_count"]) or len(config["layers_block_type"])
+    num_layers += config.get("num_nextn_predict_layers", 0)
     names = gguf.get_tensor_name_map(architectures[conversion.architecture], num_layers)
     written = dict(conversion.extra(config)) if conversion.extra else {}
     for name, tensor in _stacked(dict(_changed(config, tensors, conversion))).items():

@@ -69,6 +69,69 @@ def _latent(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torc
     return torch.cat((keys.transpose(1, 2), values.to(keys.dtype)), dim=1).flatten(0, 1)
 
 
+def _log_decay(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """Undo that ``A_log``, of one dimension, was made ``A = -exp(A_log)``."""
+    (tensor,) = tensors
+    return (-tensor).log().flatten()
+
+
+def _flat(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """Undo that a vector was given further dimensions."""
+    (tensor,) = tensors
+    return tensor.flatten()
+
+
+def _convolution(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """Undo that the weight of a convolution of single channels lost its dimension of one, [channels, 1, kernel]."""
+    (tensor,) = tensors
+    return tensor.reshape(-1, 1, tensor.shape[-1])
+
+
+# Gated DeltaNet: value heads, of which neighbours share a key head, and which the converter orders otherwise: first
+# one of each key head, then the next of each.
+
+
+def _value_heads(config: "PretrainedConfig") -> tuple[int, int]:
+    """Return how many value heads share a key head, and how many key heads there are."""
+    return config.linear_num_value_heads // config.linear_num_key_heads, config.linear_num_key_heads
+
+
+def _tiled_heads(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """Undo that rows of value heads were ordered otherwise."""
+    (tensor,) = tensors
+    return tensor.unflatten(0, (*_value_heads(config), -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _tiled_values(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """As ``_tiled_heads``, of rows of queries and keys, which stay, and of values."""
+    (tensor,) = tensors
+    size = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    return torch.cat((tensor[:size], _tiled_heads([tensor[size:]], config)))
+
+
+def _tiled_inputs(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """As ``_tiled_heads``, of columns. Blocks stay where they are no longer than a head."""
+    (tensor,) = tensors
+    shared, num_keys = _value_heads(config)
+    if shared == 1:
+        return tensor
+    heads = tensor.split(config.linear_value_head_dim, dim=1)
+    return torch.cat([heads[i * num_keys + key] for key in range(num_keys) for i in range(shared)], dim=1)
+
+
+def _by_key_head(tensors: Sequence[torch.Tensor], config: "PretrainedConfig") -> torch.Tensor:
+    """Undo that queries, keys and values became one tensor and gates another.
+
+    The checkpoint has a key head's query, key, values and gates, then those of the next; so have files of 2025.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    qkv, gates = tensors
+    num_keys, key_size = config.linear_num_key_heads, config.linear_num_key_heads * config.linear_key_head_dim
+    parts = *qkv.split([key_size, key_size, qkv.shape[0] - 2 * key_size]), gates
+    return torch.cat([part.unflatten(0, (num_keys, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
 CHANGES: Mapping[str, Change] = {
     "permuted_queries": _permuted(lambda config: config.num_attention_heads),
     "permuted_keys": _permuted(num_key_heads),
@@ -76,4 +139,11 @@ CHANGES: Mapping[str, Change] = {
     "transposed": _transposed,
     "by_head": _by_head,
     "latent": _latent,
+    "log_decay": _log_decay,
+    "flat": _flat,
+    "convolution": _convolution,
+    "tiled_heads": _tiled_heads,
+    "tiled_values": _tiled_values,
+    "tiled_inputs": _tiled_inputs,
+    "by_key_head": _by_key_head,
 }

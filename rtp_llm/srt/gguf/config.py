@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGMLQuantizationType
@@ -49,6 +50,7 @@ COMMON: dict[str, tuple[str, type]] = {
     "leading_dense_block_count": ("first_k_dense_replace", int),
 }
 _NEEDED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+_OF_ATTENTION = ("attention.head_count", "feed_forward_length")  # 0 in files of models of neither
 _BY_LAYER = ("attention.head_count",)  # of these, may be a list with a value for each layer
 _NORMS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _TOKEN_IDS = {
@@ -163,11 +165,12 @@ def _check_kind(file: GGUFFile) -> None:
 def _said(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
     """Return the fields that metadata say."""
     prefix = f"{file.architecture}."
-    _check_needed(file, prefix)
+    without = () if form.has_attention else _OF_ATTENTION
+    _check_needed(file, prefix, without)
     config: dict[str, Any] = {}
     for key, (common, kind) in COMMON.items():
         value = file.metadata.get(prefix + key)
-        if value is not None:
+        if value is not None and key not in without:
             config[form.config.get(key, common)] = _uniform(_checked(prefix + key, value, kind))
     for key in form.config.keys() - COMMON.keys():
         if prefix + key in file.metadata:
@@ -185,8 +188,10 @@ def _said(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
     return config
 
 
-def _check_needed(file: GGUFFile, prefix: str) -> None:
+def _check_needed(file: GGUFFile, prefix: str, without: Collection[str]) -> None:
     for key in _NEEDED:
+        if key in without:
+            continue
         value = file.metadata.get(prefix + key)
         if value is None:
             raise GGUFError(f"`{prefix}{key}` is missing")
@@ -239,7 +244,7 @@ def _add_head_sizes(config: dict[str, Any], file: GGUFFile, form: GGUFForm) -> N
 
 def _of_tensors(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
     """Return the fields that are read off the tensors: the vocabulary's size, the head, biases and the like."""
-    config: dict[str, Any] = {field: name in file.tensors for name, field in form.presence.items()}
+    config: dict[str, Any] = {field: _has(file, name) for name, field in form.presence.items()}
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -256,6 +261,12 @@ def _of_tensors(file: GGUFFile, form: GGUFForm) -> dict[str, Any]:
             f"`tokenizer.ggml.tokens` has {len(tokens)} tokens, but tensor 'token_embd.weight' only {num_rows} rows"
         )
     return config | {"vocab_size": num_rows}
+
+
+def _has(file: GGUFFile, name: str) -> bool:
+    """Whether the file has a tensor; of a name with ``{bid}``, in any block."""
+    pattern = re.escape(name).replace(re.escape("{bid}"), r"\d+")
+    return any(re.fullmatch(pattern, given) for given in file.tensors)
 
 
 def _adapt(form: GGUFForm, metadata: Mapping[str, Any], config: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ class GGUFForm:
             ``rtp_llm/srt/gguf/config.py``. A key that the file lacks is left out.
         defaults: fields of config.json that no key says. What the file says wins.
         presence: name of a tensor -> field of config.json that says whether the file has it, such as
-            ``{"blk.0.attn_q.bias": "attention_bias"}``.
+            ``{"blk.0.attn_q.bias": "attention_bias"}``; ``{bid}`` for the block's number: whether any block has it.
         adapt: called last with the metadata (keys as in the file) and the fields, which it changes; for all that the
             others cannot say. An unsupported value is a GGUFError.
         changes: (regular expression on a tensor's name in the Hugging Face checkpoint, name of a change in
@@ -30,6 +30,7 @@ class GGUFForm:
             checkpoint's, and this the number of one along the first dimension.
         values: metadata key, whole, with a number for each layer -> name in the Hugging Face checkpoint, with ``{bid}``
             for the layer's number, of the tensor that has it.
+        has_attention: False: the model has no heads that attend, and the file's number of them is of no matter.
         matches: whether a file with this metadata is of this class, where several classes have the architecture. One
             form of them may do without: it takes what no other matches.
     """
@@ -42,6 +43,7 @@ class GGUFForm:
     changes: Sequence[tuple[str, str]] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, str] = field(default_factory=dict)
+    has_attention: bool = True
     matches: Callable[[Mapping[str, Any]], bool] | None = None
 
 

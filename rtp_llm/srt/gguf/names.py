@@ -74,6 +74,8 @@ def _candidates(name: str, known: Mapping[str, list[str]], own_names: Mapping[st
         if key in own_names:
             yield own_names[key].replace("{bid}", block[1] if block else "") + ending
             return
+    for candidate in known.get(name, ()):  # a tensor without a suffix
+        yield from (f"model.{candidate}", candidate)
     for candidate in known.get(stem, ()):
         base = _EXPERTS.sub(f".experts.{PART}.", candidate) if stem.endswith("_exps") else candidate
         for whole in (base, f"model.{base}"):
