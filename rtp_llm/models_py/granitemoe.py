@@ -45,11 +45,11 @@ class GraniteMoeDecoderLayer(GraniteDecoderLayer):
         return GraniteMoeBlock(config, quant_config, prefix)
 
 
-_GGUF_CONFIG = GGUF_CONFIG | {
+GGUF_MOE_CONFIG = GGUF_CONFIG | {
     "expert_count": "num_local_experts",
     "expert_shared_feed_forward_length": "shared_intermediate_size",
 }
-_GGUF_NAMES = {
+GGUF_MOE_NAMES = {
     "blk.{bid}.ffn_gate_exps.weight": "model.layers.{bid}.block_sparse_moe.experts.{part}.gate_proj.weight",
     "blk.{bid}.ffn_up_exps.weight": "model.layers.{bid}.block_sparse_moe.experts.{part}.up_proj.weight",
     "blk.{bid}.ffn_down_exps.weight": "model.layers.{bid}.block_sparse_moe.experts.{part}.down_proj.weight",
@@ -71,20 +71,20 @@ class GraniteMoeForCausalLM(GraniteForCausalLM):
     layer_type = GraniteMoeDecoderLayer
     gguf = GGUFForm(
         "granitemoe",
-        config=_GGUF_CONFIG,
+        config=GGUF_MOE_CONFIG,
         presence={"blk.0.attn_q.bias": "attention_bias"},
         changes=PERMUTED,
-        names=_GGUF_NAMES,
+        names=GGUF_MOE_NAMES,
     )
 
 
 class GraniteMoeSharedForCausalLM(GraniteMoeForCausalLM):
     gguf = GGUFForm(
         "granitemoe",
-        config=_GGUF_CONFIG,
+        config=GGUF_MOE_CONFIG,
         presence={"blk.0.attn_q.bias": "attention_bias"},
         changes=PERMUTED,
-        names=_GGUF_NAMES,
+        names=GGUF_MOE_NAMES,
         matches=lambda metadata: "granitemoe.expert_shared_feed_forward_length" in metadata,
     )
 

@@ -3,13 +3,16 @@
 The delta rule: Yang et al., 2024.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import LlamaForCausalLM, LlamaModel, NormedHeadsAttention
 from rtp_llm.models_py.qwen2_moe import Qwen2MoeSparseMoeBlock, QwenMoeDecoderLayer
+from rtp_llm.srt.gguf.form import GGUFForm
+from rtp_llm.srt.gguf.recurrent import by_layer, state_head_dim
 from rtp_llm.srt.layers.gated_delta_net import GatedDeltaNet
 from rtp_llm.srt.layers.linear import QKVParallelLinear
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
@@ -96,10 +99,45 @@ class Qwen3NextModel(LlamaModel):
         return GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+DELTA_GGUF_CONFIG = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "full_attention_interval": "full_attention_interval",
+}
+DELTA_GGUF_CHANGES = (
+    (r"(?<!\.linear_attn\.)norm\.weight$", "plus_one"),
+    (r"\.A_log$", "log_decay"),
+    (r"\.conv1d\.weight$", "convolution"),
+)
+DELTA_GGUF_PRESENCE = {"blk.{bid}.attn_q.bias": "attention_bias"}
+DELTA_GGUF_NAMES = {"blk.{bid}.ssm_dt.bias": "model.layers.{bid}.linear_attn.dt_bias"}
+
+
+def delta_from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set what a GGUF has under other names: the size of value heads, and the kinds of layers."""
+    config["linear_value_head_dim"] = state_head_dim(metadata)
+    config.setdefault("partial_rotary_factor", 1.0)
+    if f"{metadata['general.architecture']}.attention.recurrent_layers" in metadata:
+        recurrent = by_layer(metadata, "attention.recurrent_layers")[: config["num_hidden_layers"]]
+        config["layer_types"] = ["linear_attention" if of_layer else "full_attention" for of_layer in recurrent]
+        config.pop("full_attention_interval", None)
+
+
 class Qwen3NextForCausalLM(LlamaForCausalLM):
     attention_type = GatedAttention
     layer_type = Qwen3NextDecoderLayer
     base_model_type = Qwen3NextModel
+    gguf = GGUFForm(
+        "qwen3next",
+        config=DELTA_GGUF_CONFIG,
+        presence=DELTA_GGUF_PRESENCE,
+        adapt=delta_from_gguf,
+        changes=(*DELTA_GGUF_CHANGES, (r"\.in_proj_qkvz\.weight$", "by_key_head")),
+        names=DELTA_GGUF_NAMES
+        | {f"blk.{{bid}}.attn_{x}": "model.layers.{bid}.linear_attn.in_proj_qkvz" for x in ("qkv", "gate")},
+    )
 
 
 EntryClass = Qwen3NextForCausalLM

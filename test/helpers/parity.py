@@ -108,8 +108,8 @@ def engine_fixture(cases: Sequence[Case]) -> Any:
 
 
 def open_engine(model_dir: str, **options: Any) -> Engine:
-    options = {"dtype": "float32", "context_length": CONTEXT_LENGTH} | options
-    return Engine(model_path=model_dir, device="cpu", skip_tokenizer_init=True, max_total_tokens=2048, **options)
+    options = {"dtype": "float32", "context_length": CONTEXT_LENGTH, "max_total_tokens": 2048} | options
+    return Engine(model_path=model_dir, device="cpu", skip_tokenizer_init=True, **options)
 
 
 def generate(engine: Engine, input_ids: Any, max_new_tokens: int = NEW_TOKENS, **options: Any) -> Any:
