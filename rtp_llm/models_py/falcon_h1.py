@@ -1,12 +1,15 @@
 """Falcon-H1 (TII, 2025): attention and Mamba 2 side by side in each layer, with constant factors everywhere."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.granite import GraniteModel
 from rtp_llm.models_py.llama import LlamaAttention, LlamaForCausalLM
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
+from rtp_llm.srt.gguf.recurrent import MAMBA2_CHANGES, state_head_dim
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.mamba import Mamba2Mixer
@@ -130,11 +133,41 @@ class FalconH1DecoderLayer(nn.Module):
         return self.feed_forward(hidden_states), residual
 
 
+_GGUF_CONFIG = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.inner_size": "mamba_d_ssm",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.time_step_rank": "mamba_n_heads",
+    "ssm.group_count": "mamba_n_groups",
+}
+_GGUF_PRESENCE = {
+    "blk.0.ssm_norm.weight": "mamba_rms_norm",
+    "blk.0.ssm_conv1d.bias": "mamba_conv_bias",
+    "blk.0.ssm_in.bias": "mamba_proj_bias",
+    "blk.0.ssm_out.bias": "projectors_bias",
+    "blk.0.attn_q.bias": "attention_bias",
+    "blk.0.ffn_gate.bias": "mlp_bias",
+}
+
+
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    config["mamba_d_head"] = state_head_dim(metadata)
+
+
 class FalconH1ForCausalLM(LlamaForCausalLM):
     rename = [(r"^model\.final_layernorm\.", "model.norm.")]
     attention_type = FalconH1Attention
     layer_type = FalconH1DecoderLayer
     base_model_type = GraniteModel  # embeddings times a factor
+    gguf = GGUFForm(
+        "falcon-h1",  # whose weights hold the factors
+        config=_GGUF_CONFIG,
+        defaults={"mamba_norm_before_gate": False},
+        presence=_GGUF_PRESENCE,
+        adapt=_from_gguf,
+        changes=(*MAMBA2_CHANGES, *PERMUTED),
+        names={"blk.{bid}.ssm_dt.bias": "model.layers.{bid}.mamba.dt_bias"},
+    )
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""

@@ -1,13 +1,16 @@
 """Kimi Linear (Moonshot AI, 2025): the delta rule with decays of channels, latent attention on some layers, experts."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rtp_llm.models_py.deepseek_v2 import DeepseekV2Attention
+from rtp_llm.models_py.deepseek_v2 import GGUF_CHANGES, GGUF_NAMES, DeepseekV2Attention
 from rtp_llm.models_py.llama import LlamaDecoderLayer, LlamaForCausalLM
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
+from rtp_llm.srt.gguf.form import GGUFForm
+from rtp_llm.srt.gguf.recurrent import kinds_of_layers
 from rtp_llm.srt.layers.causal_conv import CausalConv1d
 from rtp_llm.srt.layers.delta_rule import GatedDeltaRule, log_decay
 from rtp_llm.srt.layers.gated_norm import GatedRMSNorm
@@ -153,6 +156,27 @@ class KimiDecoderLayer(LlamaDecoderLayer):
         return super().make_mlp(config, layer_id, quant_config, prefix)
 
 
+_GGUF_CONFIG = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "kda.head_dim": "linear_head_dim",
+    "rope.dimension_count": "qk_rope_head_dim",
+    "attention.value_length": "v_head_dim",
+}
+
+
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set sizes of heads, those in the cache aside, and kinds of layers; all layers have as many heads."""
+    config.pop("head_dim", None)
+    config["qk_nope_head_dim"] = metadata["kimi-linear.attention.key_length_mla"] - config["qk_rope_head_dim"]
+    config["v_head_dim"] = metadata["kimi-linear.attention.value_length_mla"]
+    config["linear_num_heads"] = config["num_key_value_heads"] = config["num_attention_heads"]
+    config["layer_types"] = kinds_of_layers(metadata)
+    num_dense = config.pop("first_k_dense_replace", 0)
+    config["mlp_layer_types"] = [
+        "dense" if layer < num_dense else "sparse" for layer in range(config["num_hidden_layers"])
+    ]
+
+
 class KimiLinearForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -162,6 +186,13 @@ class KimiLinearForCausalLM(LlamaForCausalLM):
     rename = [(r"\.block_sparse_moe\.", ".mlp."), (r"\.self_attn\.forget_gate\.", ".self_attn.")]
     attention_type = KimiLatentAttention
     layer_type = KimiDecoderLayer
+    gguf = GGUFForm(
+        "kimi-linear",
+        config=_GGUF_CONFIG,
+        adapt=_from_gguf,
+        changes=(*GGUF_CHANGES, (r"\.A_log$", "log_decay"), (r"\.[qkv]_conv1d\.weight$", "convolution")),
+        names=GGUF_NAMES | {"blk.{bid}.ssm_dt.bias": "model.layers.{bid}.self_attn.dt_bias"},
+    )
 
 
 EntryClass = KimiLinearForCausalLM

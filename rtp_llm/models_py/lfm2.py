@@ -1,11 +1,14 @@
 """LFM2 (Liquid AI, 2025): short convolutions between gates on most layers, attention with normed heads on others."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from rtp_llm.srt.gguf.form import GGUFForm
+from rtp_llm.srt.gguf.recurrent import kinds_of_layers, num_key_heads
 from rtp_llm.srt.layers.causal_conv import CausalConv1d
 from rtp_llm.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
@@ -111,6 +114,16 @@ class Lfm2Model(LlamaModel):
         return RMSNorm(config.hidden_size, eps=config.norm_eps)
 
 
+GGUF_CONFIG = {"shortconv.l_cache": "conv_L_cache", "attention.layer_norm_rms_epsilon": "norm_eps"}
+GGUF_CHANGES = ((r"\.conv\.conv\.weight$", "convolution"),)
+
+
+def from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set the kinds of layers, which a GGUF has as numbers of key heads."""
+    config["layer_types"] = kinds_of_layers(metadata, "conv")
+    config["num_key_value_heads"] = num_key_heads(metadata)
+
+
 class Lfm2ForCausalLM(LlamaForCausalLM):
     rename = [
         (r"^model\.embedding_norm\.", "model.norm."),
@@ -124,6 +137,14 @@ class Lfm2ForCausalLM(LlamaForCausalLM):
     attention_type = Lfm2Attention
     layer_type = Lfm2DecoderLayer
     base_model_type = Lfm2Model
+    gguf = GGUFForm(
+        "lfm2",
+        config=GGUF_CONFIG,
+        defaults={"block_auto_adjust_ff_dim": False},  # the file has the size that it gives
+        presence={"blk.{bid}.shortconv.in_proj.bias": "conv_bias"},
+        adapt=from_gguf,
+        changes=GGUF_CHANGES,
+    )
 
 
 EntryClass = Lfm2ForCausalLM

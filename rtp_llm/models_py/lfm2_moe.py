@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.lfm2 import Lfm2DecoderLayer, Lfm2ForCausalLM
+from rtp_llm.models_py.lfm2 import GGUF_CHANGES, GGUF_CONFIG, Lfm2DecoderLayer, Lfm2ForCausalLM, from_gguf
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.moe import Routing
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -60,6 +61,13 @@ class Lfm2MoeDecoderLayer(Lfm2DecoderLayer):
 
 class Lfm2MoeForCausalLM(Lfm2ForCausalLM):
     layer_type = Lfm2MoeDecoderLayer
+    gguf = GGUFForm(
+        "lfm2moe",
+        config=GGUF_CONFIG | {"leading_dense_block_count": "num_dense_layers"},
+        presence={"blk.{bid}.shortconv.in_proj.bias": "conv_bias", "blk.{bid}.exp_probs_b.bias": "use_expert_bias"},
+        adapt=from_gguf,
+        changes=GGUF_CHANGES,
+    )
 
 
 EntryClass = Lfm2MoeForCausalLM

@@ -3,12 +3,15 @@
 Attention has no positions; experts and feed-forward blocks have no gates.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
+from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
+from rtp_llm.srt.gguf.recurrent import MAMBA2_CHANGES, by_layer, num_key_heads, state_head_dim
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.mamba import Mamba2Mixer
 from rtp_llm.srt.layers.mlp import UngatedMLP
@@ -171,6 +174,44 @@ class NemotronHModel(LlamaModel):
         return RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
+_GGUF_CONFIG = {
+    "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.state_size": "ssm_state_size",
+    "ssm.group_count": "n_groups",
+    "ssm.time_step_rank": "mamba_num_heads",
+    "expert_count": "n_routed_experts",
+    "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+    "moe_latent_size": "moe_latent_size",
+}
+_GGUF_NAMES = {"blk.{bid}.ssm_dt.bias": "backbone.layers.{bid}.mixer.dt_bias"}
+_GGUF_EXPERTS = {
+    f"blk.{{bid}}.ffn_{x}_exps.weight": f"backbone.layers.{{bid}}.mixer.experts.{{part}}.{x}_proj.weight"
+    for x in ("up", "down")
+}
+_GGUF_PRESENCE = {
+    "blk.{bid}.ssm_conv1d.bias": "use_conv_bias",
+    "blk.{bid}.ssm_in.bias": "use_bias",
+    "blk.{bid}.ffn_up.bias": "mlp_bias",
+}
+_GGUF_DEFAULTS = {"time_step_min": 0.0}  # the file says no bound, and llama.cpp has none
+
+
+def _from_gguf(metadata: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Set the kinds of layers: attention has key heads, what is fed forward has a size, Mamba 2 has neither."""
+    architecture, num_layers = metadata["general.architecture"], config["num_hidden_layers"]
+    fed = "moe" if architecture == "nemotron_h_moe" else "mlp"
+    heads, sizes = (by_layer(metadata, key) for key in ("attention.head_count_kv", "feed_forward_length"))
+    kinds = [
+        "full_attention" if of_heads else fed if size else "linear_attention"
+        for of_heads, size in zip(heads, sizes, strict=True)
+    ]
+    config["layers_block_type"] = kinds[:num_layers]
+    config["num_key_value_heads"] = num_key_heads(metadata)
+    config["intermediate_size"] = max(sizes)
+    config["mamba_head_dim"] = state_head_dim(metadata)
+
+
 class NemotronHForCausalLM(LlamaForCausalLM):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     rename = [
@@ -181,6 +222,26 @@ class NemotronHForCausalLM(LlamaForCausalLM):
     attention_type = NemotronHAttention
     layer_type = NemotronHLayer
     base_model_type = NemotronHModel
+    gguf = (
+        GGUFForm(
+            "nemotron_h",
+            config=_GGUF_CONFIG,
+            defaults=_GGUF_DEFAULTS,
+            presence=_GGUF_PRESENCE,
+            adapt=_from_gguf,
+            changes=(*MAMBA2_CHANGES, *PERMUTED),
+            names=_GGUF_NAMES,
+        ),
+        GGUFForm(
+            "nemotron_h_moe",
+            config=_GGUF_CONFIG,
+            defaults=_GGUF_DEFAULTS,
+            presence=_GGUF_PRESENCE,
+            adapt=_from_gguf,
+            changes=(*MAMBA2_CHANGES, *PERMUTED),
+            names=_GGUF_NAMES | _GGUF_EXPERTS,
+        ),
+    )
 
 
 EntryClass = NemotronHForCausalLM

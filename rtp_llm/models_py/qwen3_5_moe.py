@@ -6,12 +6,16 @@ from torch import nn
 
 from rtp_llm.models_py.qwen2_moe import Qwen2MoeSparseMoeBlock
 from rtp_llm.models_py.qwen3_5 import (
+    GGUF_CHANGES,
     Qwen3_5DecoderLayer,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5Model,
     Qwen3_5Processor,
+    from_gguf,
 )
+from rtp_llm.models_py.qwen3_next import DELTA_GGUF_CONFIG, DELTA_GGUF_NAMES, DELTA_GGUF_PRESENCE
+from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 
 if TYPE_CHECKING:
@@ -33,6 +37,15 @@ class Qwen3_5MoeDecoderLayer(Qwen3_5DecoderLayer):
 
 class Qwen3_5MoeForCausalLM(Qwen3_5ForCausalLM):
     layer_type = Qwen3_5MoeDecoderLayer
+    gguf = GGUFForm(
+        "qwen35moe",
+        config=DELTA_GGUF_CONFIG,
+        defaults={"model_type": "qwen3_5_moe_text"},
+        presence=DELTA_GGUF_PRESENCE,
+        adapt=from_gguf,
+        changes=GGUF_CHANGES,
+        names=DELTA_GGUF_NAMES,
+    )
 
 
 class Qwen3_5MoeModel(Qwen3_5Model):

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
+from gguf_recurrent import OF_CASES, RECURRENT, RECURRENT_CASES
 
-from gguf_conversions import CONVERSIONS
-from gguf_writing import write_gguf
+from gguf_conversions import CONVERSIONS as OF_OTHERS
+from gguf_writing import Conversion, write_gguf
 from parity import (
     Case,
     Tensors,
@@ -73,37 +74,41 @@ WITHOUT_GGUF = {
     "DeepseekV32ForCausalLM": "the package `gguf` does not know `deepseek32` yet",
     **dict.fromkeys(
         (
-            "FalconH1ForCausalLM",
-            "KimiLinearForCausalLM",
-            "Lfm2ForCausalLM",
-            "Lfm2MoeForCausalLM",
-            "NemotronHForCausalLM",
-            "Qwen3NextForCausalLM",
-            "Qwen3_5ForCausalLM",
-            "Qwen3_5MoeForCausalLM",
+            "GPTJForCausalLM",
+            "OPTForCausalLM",
+            "OlmoHybridForCausalLM",
         ),
-        "llama.cpp has it; its file declares no form yet",
+        "llama.cpp has neither converter nor model",
     ),
-    "GPTJForCausalLM": "llama.cpp has neither converter nor model",
-    "OPTForCausalLM": "llama.cpp has neither converter nor model",
+    **dict.fromkeys(
+        ("MiniMaxForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"),
+        "the package `gguf` does not know `minimax-01` yet",
+    ),
     "PersimmonForCausalLM": "llama.cpp has dropped its converter and model",
 }
+CONVERSIONS = OF_OTHERS | RECURRENT
 # What the keys of a file do not say, though config.json does, and what is computed instead.
 NOT_SAID = {
     "Ernie4_5_MoeForCausalLM": "`moe_layer_end_index`, `moe_norm_min`: the class's own values",
+    "FalconH1ForCausalLM": "the factors, which are in the weights; `mamba_norm_before_gate`: false, as in llama.cpp",
     "FalconForCausalLM": "`alibi`, for which there is no converter; the length of the context: 2,048 tokens",
     "GPT2LMHeadModel": "`activation_function`, `scale_attn_by_inverse_layer_idx`: the class's own values",
     "GPTBigCodeForCausalLM": "`activation_function`: the class's own value",
     "Gemma2ForCausalLM": "`query_pre_attn_scalar`: the size of heads, but for 27B; every other layer has a window",
     "Gemma3ForCausalLM": "`query_pre_attn_scalar`: the size of heads, but for 27B; every sixth layer sees all",
+    "KimiLinearForCausalLM": "`linear_num_heads`: as many as of attention; `moe_renormalize`, `num_expert_group`, "
+    "`topk_group`: the class's own values",
+    "Lfm2MoeForCausalLM": "`norm_topk_prob`, `routed_scaling_factor`: the class's own values",
     "Llama4ForCausalLM": "`no_rope_layers`, `attention_chunk_size`: the class's own; `use_qk_norm`: by the experts",
     "MistralForCausalLM": "`sliding_window`: no window",
     "MixtralForCausalLM": "`sliding_window`: no window",
+    "NemotronHForCausalLM": "`time_step_min`: no bound, as in llama.cpp",
     "PhimoeForCausalLM": "`short_mscale`, `long_mscale`: llama.cpp's factor",
     "Qwen2ForCausalLM": "`use_sliding_window`: no windows",
     "Qwen2MoeForCausalLM": "`decoder_sparse_step`, `mlp_only_layers`, `norm_topk_prob`: the class's own values",
     "Qwen3ForCausalLM": "`use_sliding_window`: no windows",
     "Qwen3MoeForCausalLM": "`decoder_sparse_step`, `mlp_only_layers`: the class's own values; `norm_topk_prob`: true",
+    "Qwen3NextForCausalLM": "`decoder_sparse_step`, `mlp_only_layers`, `norm_topk_prob`: the class's own values",
     "SmolLM3ForCausalLM": "`no_rope_layers`: every fourth has no positions",
     "Starcoder2ForCausalLM": "`sliding_window`: no window",
 }
@@ -273,10 +278,12 @@ CASES = (
     SlowCase("stablelm", "StableLmForCausalLM", dict(use_qkv_bias=True)),
     SlowCase("stablelm-parallel", "StableLmForCausalLM", dict(use_parallel_residual=True, qk_layernorm=True)),
     SlowCase("starcoder2", "Starcoder2ForCausalLM", dict(sliding_window=None)),
+    *RECURRENT_CASES,
 )
 
 
 SLOW_BLOCKS = ("phi3", "gpt-oss", "deepseek-2", "granite-moe", "falcon-40b")  # fused, split, turned and stacked tensors
+SLOW_BLOCKS += ("qwen3.5", "qwen3-next", "nemotron-h-moe", "falcon-h1", "lfm2")  # heads in another order, and columns
 
 # Fields that say nothing of what is computed.
 OF_NO_MATTER = {
@@ -289,6 +296,7 @@ OF_NO_MATTER = {
     "transformers_version",
     "use_cache",
 }
+OF_NO_MATTER |= {"chunk_size", "mamba_chunk_size"}  # what is computed at once
 OF_NO_MATTER |= {"bias", "n_ctx", "rotary_pct", "scoring_func", "sliding_window_pattern"}  # of old files and classes
 # Fields that differ from the original's, and mean the same.
 DIFFERENT = {
@@ -297,12 +305,28 @@ DIFFERENT = {
     "exaone4": {"rope_parameters"},
     "falcon-7b": {"max_position_embeddings", "num_ln_in_parallel_attn"},
     "falcon-40b": {"max_position_embeddings", "multi_query"},  # the newer form does not ask
+    "falcon-h1": {  # they are in the weights
+        "attention_in_multiplier",
+        "attention_out_multiplier",
+        "embedding_multiplier",
+        "key_multiplier",
+        "lm_head_multiplier",
+        "mlp_multipliers",
+        "ssm_in_multiplier",
+        "ssm_multipliers",
+        "ssm_out_multiplier",
+    },
     "gemma4-moe": {"rope_parameters"},  # a part of 20 features of which as many are rotated
     "glm4-moe-lite": {"mlp_layer_types"},  # first_k_dense_replace
+    "granite-hybrid": {"max_position_embeddings"},  # as many as there are: no layer has positions
+    "granite-hybrid-dense": {"max_position_embeddings"},
     "gpt2": {"n_inner"},  # four times the width
     "hunyuan-moe": {"moe_intermediate_size", "moe_topk", "num_shared_expert"},  # one value for all layers
+    "lfm2": {"block_auto_adjust_ff_dim", "block_multiple_of", "intermediate_size"},  # the size that they give
     "llama": {"rope_parameters"},
     "ministral3": {"rope_parameters"},  # the length of the context in it
+    "nemotron-h": {"moe_intermediate_size", "n_routed_experts", "time_step_min"},  # there are no experts
+    "nemotron-h-moe": {"intermediate_size", "time_step_min"},  # there are no blocks without experts
     "phi3-longrope": {"rope_parameters"},  # float32, and the factor of scores
     "phimoe": {"rope_parameters"},
     "starcoder": {"n_inner", "num_key_value_heads"},
@@ -321,7 +345,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     case = request.param
     directory = tmp_path_factory.mktemp("gguf")
     model_dir = case.make(directory / "checkpoint")
-    return Made(case, model_dir, write_gguf(model_dir, directory / "model.gguf", CONVERSIONS[case.architecture]))
+    return Made(case, model_dir, write_gguf(model_dir, directory / "model.gguf", conversion_of(case)))
+
+
+def conversion_of(case: Case) -> Conversion:
+    return OF_CASES.get(case.name, CONVERSIONS[case.architecture])
 
 
 def test_answers_are_those_of_transformers(made: Made) -> None:
@@ -338,7 +366,7 @@ def test_a_file_with_latent_keys_and_values_in_one(tmp_path: Path) -> None:
         "attention.key_length_mla": lambda config: None,
         "attention.value_length_mla": lambda config: None,
     }
-    now = CONVERSIONS[case.architecture]
+    now = conversion_of(case)
     model_dir = case.make(tmp_path / "checkpoint")
     before = replace(now, keys=now.keys | keys, changes=())
     check_answers(Made(case, model_dir, write_gguf(model_dir, tmp_path / "model.gguf", before)))
@@ -372,7 +400,7 @@ def test_blocks_are_their_values(name: str, kind: GGMLQuantizationType, tmp_path
     case = next(case for case in CASES if case.name == name)
     model_dir = case.make(tmp_path / "checkpoint")
     blocks, values = (
-        write_gguf(model_dir, tmp_path / f"{as_values}.gguf", CONVERSIONS[case.architecture], kind, as_values)
+        write_gguf(model_dir, tmp_path / f"{as_values}.gguf", conversion_of(case), kind, as_values)
         for as_values in (False, True)
     )
     prompt = random_prompts(90, [40])
@@ -396,4 +424,5 @@ def test_every_architecture_has_a_case() -> None:
 def test_forms_are_of_architectures_that_the_package_knows() -> None:
     assert ModelRegistry.gguf_architectures() <= set(MODEL_ARCH_NAMES.values())
     assert {conversion.architecture for conversion in CONVERSIONS.values()} <= ModelRegistry.gguf_architectures()
-    assert "deepseek32" not in MODEL_ARCH_NAMES.values()  # else DeepSeek-V3.2 wants a form
+    # Else DeepSeek-V3.2 wants a form, and MiniMax-Text-01.
+    assert not {"deepseek32", "minimax-01"} & set(MODEL_ARCH_NAMES.values())
