@@ -309,7 +309,7 @@ class LlamaForCausalLM(nn.Module):
     attention_type: type[nn.Module] = LlamaAttention
     layer_type: type[nn.Module] = LlamaDecoderLayer
     base_model_type: type[nn.Module] = LlamaModel
-    gguf = GGUFForm(
+    gguf: GGUFForm | tuple[GGUFForm, ...] = GGUFForm(
         "llama",
         presence={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
         changes=PERMUTED,

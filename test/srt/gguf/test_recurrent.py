@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from rtp_llm.models_py.granitemoehybrid import GraniteMoeHybridForCausalLM
+from rtp_llm.srt.gguf.form import declared_forms
 from rtp_llm.srt.gguf.header import GGUFError
 from rtp_llm.srt.gguf.recurrent import by_layer, kinds_of_layers, num_key_heads, state_head_dim
 
@@ -35,7 +36,7 @@ def test_heads_are_whole(number: int) -> None:
 
 
 def test_bamba_is_not_taken_for_granite() -> None:
-    adapt = GraniteMoeHybridForCausalLM.gguf.adapt
-    assert adapt
+    (form,) = declared_forms(GraniteMoeHybridForCausalLM)
+    assert form.adapt
     with pytest.raises(GGUFError, match="Bamba"):
-        adapt({"granitehybrid.rope.scaling.finetuned": True}, {})
+        form.adapt({"granitehybrid.rope.scaling.finetuned": True}, {})
