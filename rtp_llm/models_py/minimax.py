@@ -24,34 +24,48 @@ if TYPE_CHECKING:
     from rtp_llm.srt.forward_batch import ForwardBatch
 
 
+_FACTORS = {
+    f"{name}_{factor}_factor": f"layernorm_{published}_{factor}"
+    for name, published in (("full_attn", "full_attention"), ("linear_attn", "linear_attention"), ("mlp", "mlp"))
+    for factor in ("alpha", "beta")
+}
+
+
 @dataclass
 class MiniMaxText01Config:
-    """The fields of published checkpoints that have other names in transformers' MiniMaxConfig.
+    """What published checkpoints call otherwise than transformers' MiniMaxConfig, whose names are known as well.
 
     Args:
-        attn_type_list: for each layer, 1: attention; 0: lightning attention.
+        attn_type_list: for each layer, 1: attention; 0: lightning attention. Else ``layer_types``.
         rotary_dim: features of a head that are rotated; None: all.
     """
 
-    attn_type_list: list[int]
+    attn_type_list: list[int] | None = None
+    layer_types: list[str] | None = None
     head_dim: int | None = None
     rotary_dim: int | None = None
     sliding_window: int | None = None
-    layernorm_full_attention_alpha: float = 1.0
-    layernorm_full_attention_beta: float = 1.0
-    layernorm_linear_attention_alpha: float = 1.0
-    layernorm_linear_attention_beta: float = 1.0
-    layernorm_mlp_alpha: float = 1.0
-    layernorm_mlp_beta: float = 1.0
+    full_attn_alpha_factor: float = 1.0
+    full_attn_beta_factor: float = 1.0
+    linear_attn_alpha_factor: float = 1.0
+    linear_attn_beta_factor: float = 1.0
+    mlp_alpha_factor: float = 1.0
+    mlp_beta_factor: float = 1.0
+    layernorm_full_attention_alpha: float | None = None
+    layernorm_full_attention_beta: float | None = None
+    layernorm_linear_attention_alpha: float | None = None
+    layernorm_linear_attention_beta: float | None = None
+    layernorm_mlp_alpha: float | None = None
+    layernorm_mlp_beta: float | None = None
 
     def __post_init__(self) -> None:
-        self.layer_types = ["full_attention" if kind else "linear_attention" for kind in self.attn_type_list]
-        self.full_attn_alpha_factor = self.layernorm_full_attention_alpha
-        self.full_attn_beta_factor = self.layernorm_full_attention_beta
-        self.linear_attn_alpha_factor = self.layernorm_linear_attention_alpha
-        self.linear_attn_beta_factor = self.layernorm_linear_attention_beta
-        self.mlp_alpha_factor = self.layernorm_mlp_alpha
-        self.mlp_beta_factor = self.layernorm_mlp_beta
+        if self.attn_type_list is not None:
+            self.layer_types = ["full_attention" if kind else "linear_attention" for kind in self.attn_type_list]
+        if self.layer_types is None:
+            raise ValueError("it has neither `attn_type_list` nor `layer_types`: which layers attend is not said")
+        for name, published in _FACTORS.items():
+            if (value := getattr(self, published)) is not None:
+                setattr(self, name, value)
 
 
 class MiniMaxAttention(GroupedQueryAttention):

@@ -13,6 +13,7 @@ from rtp_llm.srt.layers.gated_norm import GatedRMSNorm
 from rtp_llm.srt.layers.linear import MergedColumnParallelLinear
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import NoPositions
+from rtp_llm.srt.layers.weights import ShardId, make_parameter
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -41,6 +42,17 @@ class OlmoHybridGatedDeltaNet(GatedDeltaNet):
         super().__init__(config, layer_id, quant_config, prefix)
         self.most_written = 2.0 if config.linear_allow_neg_eigval else 1.0
         self.norm = GatedRMSNorm(self.v_dim, 1e-5)
+        self.conv1d.weight = make_parameter(self.conv1d.weight.data, self._load_filters)
+        self._filters: dict[ShardId, torch.Tensor] = {}
+
+    def _load_filters(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Load the filters of queries, keys and values as one: transformers saves them cut into equal thirds."""
+        self._filters[shard_id] = tensor
+        if shard_id is None or len(self._filters) == 3:
+            self.conv1d.weight_loader(
+                param, torch.cat([self._filters[part] for part in sorted(self._filters, key=str)])
+            )
+            self._filters.clear()
 
     def make_projections(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None, prefix: str

@@ -189,8 +189,12 @@ def check_quickly(case: Case, directory: Path) -> None:
     model_dir = case.make(directory)
     vocab_size = json.loads(Path(model_dir, "config.json").read_text())["vocab_size"]
     prompt = random_prompts(vocab_size, [40])[0]
+    served_dir = model_dir
+    if case.twin:
+        (directory / "twin").mkdir()
+        served_dir = case.twin(directory, directory / "twin")
     expected = reference(model_dir, tuple(prompt), 4)
-    with open_engine(model_dir, **case.options) as engine:
+    with open_engine(served_dir, **case.options) as engine:
         result = generate(engine, prompt, max_new_tokens=4, return_logprob=True, logprob_start_len=0)
     assert_same_ids(result["output_ids"], expected, f"{case.name}, one prompt")
     same_logprobs(result, expected)

@@ -279,7 +279,11 @@ _TINY_SIZES: dict[str, Any] = dict(
     pad_token_id=2,
 )
 # Architectures that are another's class with a configuration of their own.
-_OTHER_CLASSES = {"InternLM3ForCausalLM": ("LlamaForCausalLM", "InternLM3Config")}
+_OTHER_CLASSES: dict[str, tuple[str, str | None]] = {
+    "InternLM3ForCausalLM": ("LlamaForCausalLM", "InternLM3Config"),
+    "MiniMaxM1ForCausalLM": ("MiniMaxForCausalLM", None),
+    "MiniMaxText01ForCausalLM": ("MiniMaxForCausalLM", None),
+}
 # Fields that a configuration wants and has no value of its own for.
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _WANTED = {
@@ -290,6 +294,7 @@ _WANTED = {
     },
     "Lfm2ForCausalLM": _CONVOLUTIONS,
     "Lfm2MoeForCausalLM": _CONVOLUTIONS,
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16},
 }
 _TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]]  # as bytes are written: space, newline
 

@@ -97,7 +97,7 @@ def publish_minimax(original: Path, twin: Path) -> str:
     left_out = ("rope_parameters", "layer_types", "block_size")
     kept = {name: value for name, value in config.items() if name not in left_out and not name.endswith("_factor")}
     published = kept | named | {
-        "architectures": ["MiniMaxText01ForCausalLM"], "model_type": "minimax_text_01", "rope_theta": THETA,
+        "model_type": "minimax_text_01", "rope_theta": THETA,
         "rotary_dim": ROTARY_DIM, "postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
         "attn_type_list": [int(kind == FULL) for kind in config["layer_types"]],
     }  # fmt: skip
@@ -121,7 +121,6 @@ CASES = (
         | dict(num_hidden_layers=3, layer_types=[FULL, LINEAR, LINEAR], rope_parameters=ROPE, tie_word_embeddings=True)
         | dict(linear_num_key_heads=2, linear_allow_neg_eigval=False, linear_conv_kernel_dim=3, attention_bias=True),
         CHUNKS,
-        edit=part_convolutions,
     ),
     SlowCase(
         "minimax",
@@ -137,9 +136,16 @@ CASES = (
     ),
     SlowCase(
         "minimax-published",
-        "MiniMaxForCausalLM",
+        "MiniMaxText01ForCausalLM",
         MINIMAX | dict(head_dim=HEAD_DIM),
         PAGES,
+        twin=publish_minimax,
+    ),
+    SlowCase(
+        "minimax-m1",
+        "MiniMaxM1ForCausalLM",
+        MINIMAX | dict(head_dim=HEAD_DIM, layer_types=[FULL, LINEAR], num_hidden_layers=2),
+        CHUNKS,
         twin=publish_minimax,
     ),
     SlowCase(
@@ -170,7 +176,7 @@ CASES = (
         CHUNKS,
     ),
 )
-QUICK = ("olmo_hybrid", "minimax", "mamba2", "granite4")
+QUICK = ("olmo_hybrid", "minimax", "minimax-published", "minimax-m1", "mamba2", "granite4")
 engine_of_case = engine_fixture(CASES)
 
 
