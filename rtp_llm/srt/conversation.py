@@ -232,6 +232,16 @@ class ConversationTemplate:
             stop_token_ids=list(conversation.stop_token_ids or []),
         )
 
+    @property
+    def text(self) -> str:
+        """The text that tells the form of the model's answers: none."""
+        return ""
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The variables that a request may set: none."""
+        return frozenset()
+
     def uses(self, name: str) -> bool:
         """Return False: there are no variables for ``chat_template_kwargs``."""
         return False

@@ -118,9 +118,16 @@ def in_process(model_path: str, **options: Any) -> Iterator[InProcess]:
     """The application behind uvicorn, on a thread of this process."""
     defaults = {"served_model_name": "tiny", "device": "cpu", "max_total_tokens": 4096, "log_level": "error", "port": 0}
     args = ServerArgs(model_path=model_path, **(defaults | options))
+    with thread_core(args) as core, serving(args, core) as running:
+        yield running
+
+
+@contextmanager
+def serving(args: ServerArgs, core: Any) -> Iterator[InProcess]:
+    """The application over a core, behind uvicorn, on a thread of this process."""
     config = read_model_config(args)
     started = threading.Event()
-    with thread_core(args) as core, open_listener(args.host, args.port) as listener:
+    with open_listener(args.host, args.port) as listener:
         parts: list[Any] = []
 
         async def serve() -> None:

@@ -20,6 +20,7 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 ARGUMENT, RESULT = "zq900001x", "zq900002x"  # words that occur in no template
 FUNCTION_ROLE = re.compile(r"""role[^%}\n]*['"]function['"]""")
+THINKING = ("reasoning_content", "reasoning", "thinking")  # names of an assistant's thinking in messages
 FORMER_CALL_ID = "call00000"  # for calls without an id: some templates want nine letters and digits
 TWIN_WORD = re.compile(r"zq\d+x")
 ENCODED_TWICE = re.compile(r'\\"|\{\{')
@@ -85,6 +86,18 @@ def modern(source: str, message: dict[str, Any]) -> dict[str, Any]:
         return message
     kept = {name: value for name, value in message.items() if name != "function_call"}
     return {**kept, "tool_calls": [{"id": FORMER_CALL_ID, "type": "function", "function": call}]}
+
+
+def with_thinking(source: str, message: dict[str, Any]) -> dict[str, Any]:
+    """Return an assistant's message with its thinking under a name that the template reads, if it has another one.
+
+    Beside content and calls it stays as it is: templates refuse the three together, where they do not know its name.
+    """
+    given = next((name for name in THINKING if isinstance(message.get(name), str) and message[name]), None)
+    if given is None or message["role"] != "assistant" or (message.get("content") and message.get("tool_calls")):
+        return message
+    known = [name for name in THINKING if re.search(rf"\b{name}\b", source)]
+    return message if given in known or not known else {**message, known[0]: message[given]}
 
 
 def in_form(message: dict[str, Any], form: CallForm, where: str) -> dict[str, Any]:

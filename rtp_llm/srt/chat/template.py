@@ -17,7 +17,16 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rtp_llm.srt.chat.histories import CALL_FORMS, CallForm, Twin, find_call_form, in_form, modern, shape_of
+from rtp_llm.srt.chat.histories import (
+    CALL_FORMS,
+    CallForm,
+    Twin,
+    find_call_form,
+    in_form,
+    modern,
+    shape_of,
+    with_thinking,
+)
 from rtp_llm.srt.chat.messages import (
     KINDS,
     TEXT_ONLY,
@@ -30,7 +39,7 @@ from rtp_llm.srt.chat.messages import (
     media_of,
     sources_of,
 )
-from rtp_llm.srt.chat.template_sizes import check_sizes
+from rtp_llm.srt.chat.template_sizes import check_sizes, read_variables
 
 TEXT_BETWEEN_PARTS = "\n"  # for templates that take strings only
 RESERVED = ("conversations", "messages", "tools", "documents", "chat_template", "return_assistant_tokens_mask") + (
@@ -125,6 +134,16 @@ class ChatTemplate:
             text, sources_of(checked, "image"), sources_of(checked, "video"), self._wants_special_tokens(text)
         )
 
+    @property
+    def text(self) -> str:
+        """The text that tells the form of the model's answers: of all its templates."""
+        return self.source + (self.tool_use or "")
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads and that something else sets."""
+        return frozenset(name for source in (self.source, self.tool_use) if source for name in read_variables(source))
+
     def uses(self, name: str) -> bool:
         """Return whether ``chat_template_kwargs`` may set a variable of this name."""
         return name in RESERVED or any(_mentions(source, name) for source in (self.source, self.tool_use) if source)
@@ -157,7 +176,7 @@ class ChatTemplate:
 
     def _fit(self, source: str, i: int, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message in the template's form."""
-        message = modern(source, message)
+        message = with_thinking(source, modern(source, message))
         role = _known_role(source, message["role"])
         takes = self._role(source, role)
         if not takes.strings and not takes.parts:

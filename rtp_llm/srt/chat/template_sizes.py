@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rtp_llm.srt.chat.messages import ChatTemplateError
@@ -39,11 +39,21 @@ def _is_small(value: Any, limit: int) -> bool:
 
 
 @lru_cache(maxsize=16)
+def read_variables(source: str) -> frozenset[str]:
+    """Return the names that a template reads and that it does not set itself before."""
+    return frozenset(meta.find_undeclared_variables(_parsed(source)))
+
+
+def _parsed(source: str) -> nodes.Template:
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    return environment.parse(GENERATION.sub("", source))
+
+
+@lru_cache(maxsize=16)
 def size_variables(source: str, sizing: frozenset[str]) -> frozenset[str]:
     """Return names whose value reaches, directly or through others, an argument of one of the filters or methods
     ``sizing``, or with REPEATING a product: rather too many than too few."""
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    tree = environment.parse(GENERATION.sub("", source))
+    tree = _parsed(source)
     names = {name for node in tree.find_all(nodes.Expr) for part in _sizes(node, sizing) for name in _names(part)}
     flows = list(_flows(tree))
     while more := {name for target, origin in flows if target in names for name in origin} - names:

@@ -1,5 +1,7 @@
 """The engine's options, each declared once with its help text; flags, checks and documentation are made from it."""
 
+# long: each option is declared once, here
+
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,9 +20,11 @@ from rtp_llm.srt.configs.options import (
     option,
 )
 from rtp_llm.srt.device.registry import ATTENTION_BACKENDS, DEVICES
+from rtp_llm.srt.parser.tables import REASONING_PARSERS, TOOL_CALL_PARSERS
 from rtp_llm.srt.utils.logging import LOG_LEVELS
 
 DEMO_MODEL = str(Path(__file__).resolve().parents[2] / "assets" / "demo")
+HF = "hf"  # of answers: as the tokenizer's response_template has it
 DEMO_NAME = "rtp-llm-demo"
 QUANTIZATIONS = (  # as in layers.quantization.registry
     "int8", "fp8", "int4", "gptq", "awq", "compressed-tensors", "modelopt", "fbgemm_fp8", "bitsandbytes",
@@ -312,6 +316,20 @@ class ServerArgs:
         help="Chat template, which turns messages into a prompt: a .jinja file, a .json file, or the name of a "
         "registered conversation or of one of the tokenizer's templates. If unset, the tokenizer's own "
         "template, otherwise the one that belongs to the model's name.",
+        server=True,
+    )
+    tool_call_parser: str | None = option(
+        None,
+        help="Form of the model's tool calls, by the names of vLLM and SGLang. none finds no calls; hf reads the "
+        "tokenizer's response_template. If unset, that, or else the one that the chat template's text tells.",
+        choices=(*TOOL_CALL_PARSERS, HF),
+        server=True,
+    )
+    reasoning_parser: str | None = option(
+        None,
+        help="Form of the model's thinking, by the names of vLLM and SGLang. none leaves it in the content. If "
+        "unset, as --tool-call-parser.",
+        choices=(*REASONING_PARSERS, HF),
         server=True,
     )
     sampling_defaults: str = option(

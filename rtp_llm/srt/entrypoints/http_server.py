@@ -51,6 +51,7 @@ from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.parser.response_template import read_response_template
 from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_freed_memory, give_back_once
 from rtp_llm.srt.utils.logging import LOG_FORMAT, RateLimit, configure_logging
 from rtp_llm.srt.utils.process import StartedPython
@@ -299,7 +300,8 @@ def make_app(
         read_placer(config, workers_are_here=False),
     )
     frontend = Frontend(core.client, manager, loop, observers)
-    serving = Serving(args, config, core, frontend, read_chat_template(args, config, tokenizer))
+    template = read_chat_template(args, config, tokenizer)
+    serving = Serving(args, config, core, frontend, template, read_response_template(tokenizer))
     app = FastAPI(
         title="RTP-LLM",
         version=__version__,

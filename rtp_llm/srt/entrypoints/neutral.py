@@ -94,7 +94,13 @@ OPENAI = {
     "vllm_xargs": (),
     "web_search_options": (),
 }
-CHAT = {**OPENAI, "add_special_tokens": (), "best_of": (1,), "echo": ()}
+_OF_CHATS = ("include_reasoning", "reasoning_effort", "separate_reasoning", "tool_choice", "tools")
+CHAT = {
+    **{name: values for name, values in OPENAI.items() if name not in _OF_CHATS},
+    "add_special_tokens": (),
+    "best_of": (1,),
+    "echo": (),
+}
 GENERATE = {**_REQUEST, "max_dynamic_patch": (), "min_dynamic_patch": (), "image_max_dynamic_patch": ()}
 SAMPLING_PARAMS = _SAMPLING
 TOKENIZE: dict[str, tuple[Any, ...]] = {

@@ -9,10 +9,11 @@ from hashlib import sha256
 from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import BaseModel
+from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.configs.server_args import HF, ServerArgs, ServerArgsError
 from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, Template
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
@@ -23,6 +24,8 @@ from rtp_llm.srt.managers.generate_options import OPTION_NAMES, GenerateOptions
 from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
+from rtp_llm.srt.parser.choose import choose_format
+from rtp_llm.srt.parser.formats import Format
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.srt.utils.workers import Busy, Overdue, Workers
 from rtp_llm.version import __version__
@@ -56,10 +59,28 @@ class Serving:
     core: Core
     frontend: Frontend
     template: Template | None
+    response_template: ResponseTemplate | None = None  # the checkpoint's own form of answers
+    answer_format: Format = field(init=False)  # otherwise: of the model's thinking and tool calls
     created: int = field(default_factory=lambda: int(time.time()))
     workers: Workers = field(default_factory=lambda: Workers(NUM_WORKERS, "rtp-llm-text"))
     _template_workers: Workers = field(default_factory=lambda: Workers(NUM_TEMPLATE_WORKERS, "rtp-llm-template"))
     _num_entering: int = 0  # sequences that were admitted and are not live yet
+
+    def __post_init__(self) -> None:
+        text = "" if self.template is None else self.template.text
+        names = (self.args.tool_call_parser, self.args.reasoning_parser)
+        if HF in names and self.response_template is None:
+            raise ServerArgsError(f"the parser {HF!r} reads the tokenizer's response_template, and it has none")
+        if any(name not in (None, HF) for name in names):
+            self.response_template = None
+        self.answer_format = choose_format(text, *(None if name == HF else name for name in names))
+
+    @property
+    def answer_tags(self) -> tuple[str, ...]:
+        """The texts whose special tokens the parser of answers must see."""
+        if self.response_template is None:
+            return self.answer_format.tags
+        return tuple(self.manager.tokenizer.all_special_tokens)
 
     @property
     def model_name(self) -> str:
@@ -98,8 +119,9 @@ class Serving:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> ChatPrompt:
-        """Render messages with the chat template and these further variables into a prompt with media.
+        """Render messages with the chat template, tools and these further variables into a prompt with media.
 
         A template is a program whose run time depends on the request: it runs on another thread, within
         ``--template-timeout``.
@@ -117,6 +139,7 @@ class Serving:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
             chat_template_kwargs=variables,
             media=self.media_rules,
         )

@@ -5,8 +5,10 @@ alone.
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rtp_llm.srt.managers.completion_text import CompletionText
@@ -34,13 +36,15 @@ class Completion:
 
     Args:
         detokenizer: None: results have no text.
+        tags: special tokens in these are part of the text even if special tokens are not: the text will be parsed.
     """
 
-    def __init__(self, request: GenerateRequest, detokenizer: "Detokenizer | None") -> None:
+    def __init__(self, request: GenerateRequest, detokenizer: "Detokenizer | None", tags: tuple[str, ...] = ()) -> None:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._detokenizer = detokenizer
-        self._text = None if detokenizer is None else detokenizer.completion_text(request)
+        self._text = None if detokenizer is None else detokenizer.completion_text(request, tags)
+        self._text_starts: list[int] = []  # of the ids in the text
         self._output_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -117,6 +121,7 @@ class Completion:
         reason = output.finish_reason
         by_id = reason is not None and reason.type == "stop" and isinstance(reason.matched, int)
         for token_id in output.token_ids[:-1] if by_id else output.token_ids:
+            self._text_starts.append(len(text.text))
             text.push(token_id)
             if text.matched is not None:
                 return self._cut(text)
@@ -130,6 +135,11 @@ class Completion:
         del self._output_ids[text.num_tokens :]
         del self._logprobs[text.num_tokens :]
         return FinishReason("stop", matched=text.matched)
+
+    def num_tokens_within(self, spans: Sequence[tuple[int, int]]) -> int:
+        """Return the number of ids that begin within parts ``[start, end)`` of the text, in order."""
+        starts = self._text_starts[: len(self._output_ids)]
+        return sum(bisect_left(starts, end) - bisect_left(starts, start) for start, end in spans)
 
     def result(self) -> dict[str, Any]:
         """Return the result so far in SGLang's form: ``{"text", "output_ids", "meta_info"}``.
@@ -192,9 +202,12 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._plain = Decoder(tokenizer, skip_special_tokens=True)
         self._with_special = Decoder(tokenizer, skip_special_tokens=False)
+        self._with_tags = lru_cache(maxsize=8)(lambda tags: Decoder(tokenizer, skip_special_tokens=True, kept=tags))
 
-    def completion_text(self, request: GenerateRequest) -> CompletionText:
-        shown = self._plain if request.spec.params.skip_special_tokens else self._with_special
+    def completion_text(self, request: GenerateRequest, tags: tuple[str, ...] = ()) -> CompletionText:
+        """``tags``: special tokens in these are not skipped."""
+        skipping = self._with_tags(tags) if tags else self._plain
+        shown = skipping if request.spec.params.skip_special_tokens else self._with_special
         return CompletionText(shown, self._with_special, request.prompt_ids, request.spec.params)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:

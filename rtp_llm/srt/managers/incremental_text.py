@@ -16,13 +16,17 @@ _STOCK_METHODS = {"decode": "tokenization_utils_base", "_decode": "tokenization_
 class Decoder:
     """Ids to text with one tokenizer, without the clean-ups that make a text depend on what follows it.
 
-    ``skipped`` are the ids that never give text: the special tokens, with ``skip_special_tokens``.
+    ``skipped`` are the ids that never give text: the special tokens, with ``skip_special_tokens``, but for those that
+    are part of one of the texts ``kept``.
     """
 
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool, kept: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._backend = plain_backend(tokenizer)
         self.skipped = special_ids(tokenizer) if skip_special_tokens else frozenset()
+        if kept:
+            texts = {token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in self.skipped}
+            self.skipped -= {token_id for token_id, text in texts.items() if any(text in item for item in kept)}
 
     def __call__(self, ids: Sequence[int]) -> str:
         kept = [token_id for token_id in ids if token_id not in self.skipped]

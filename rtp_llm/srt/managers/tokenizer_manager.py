@@ -263,9 +263,9 @@ class TokenizerManager:
                 words += [ids] if ids and ids not in words else []
         return replace(params, bad_words=[], bad_words_ids=words)
 
-    def completion(self, request: GenerateRequest) -> Completion:
-        """Return the object that collects the outputs of ``request`` and makes its result."""
-        return Completion(request, self._detokenizer)
+    def completion(self, request: GenerateRequest, tags: tuple[str, ...] = ()) -> Completion:
+        """Return the object that collects the outputs of ``request`` and makes its result. ``tags``: see Completion."""
+        return Completion(request, self._detokenizer, tags)
 
     def encode(self, text: str, add_special_tokens: bool = True, is_prompt: bool = True) -> list[int]:
         """Return token ids as transformers does, with the tokenizer's special tokens if wanted.

@@ -5,28 +5,24 @@ model's format is content, as it stands. Only the tags themselves, and white spa
 belong to none of them.
 """
 
-import secrets
-import string
 from collections.abc import Callable
-from functools import partial
 
+from rtp_llm.srt.parser.answer_writer import AnswerWriter
 from rtp_llm.srt.parser.bodies import read_call
 from rtp_llm.srt.parser.channels import read_messages
-from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Event, Reasoning, merged
+from rtp_llm.srt.parser.events import Event, merged
 from rtp_llm.srt.parser.formats import Calls, Format, Thinking
 from rtp_llm.srt.parser.schemas import ToolSchemas
 from rtp_llm.srt.parser.source import Malformed, Source, Steps
 
-LETTERS = string.ascii_letters + string.digits
 
-
-class ChatParser:
+class ChatParser(AnswerWriter):
     """Reads one answer.
 
     Args:
         form: the model's format.
         schemas: the request's tools; None: calls are not looked for, and are text.
-        thinks: the prompt has opened the thinking.
+        thinks: the answer begins with thinking, without its opening tag (``begins_thinking``).
         separates: thinking is told from content; otherwise it is content, with its tags.
         new_id: makes the ids of calls that have none of their own.
     """
@@ -39,26 +35,16 @@ class ChatParser:
         separates: bool = True,
         new_id: Callable[[], str] | None = None,
     ) -> None:
+        super().__init__(separates, new_id, form.calls.id_chars if form.calls else 0)
         self.schemas = schemas or ToolSchemas()
         self.only_known = False
         self._channels = form.channels
         self._hidden = form.hidden
         self._calls = None if schemas is None else form.calls
         self._thinking = form.thinking if separates else None
-        self._thinks = self._thinking is not None and (thinks or self._thinking.is_implied)
+        self._thinks = thinks
         self._takes_calls = schemas is not None
-        self._separates = separates
-        self._new_id = new_id or partial(_random_id, self._calls.id_chars if self._calls else 0)
         self._source = Source()
-        self._events: list[Event] = []
-        self._num_calls = 0
-        self._is_open = False  # a call has begun and not ended
-        self._space = ""  # white space that is part of a text only if more of it follows
-        self._last_kind: Callable[[str], Event] = Content  # of what was said
-        self._is_fresh = True  # nothing was said yet since the beginning, or since thinking or calls ended
-        self._drops_space = False
-        self._spans: list[tuple[int, int]] = []
-        self._thinks_since: int | None = None
         self._steps = self._read()
         self._is_done = False
 
@@ -70,86 +56,22 @@ class ChatParser:
     def finish(self, is_cut: bool = False) -> list[Event]:
         """Return the rest: the text has ended. ``is_cut``: where it would have gone on, at the most tokens."""
         self._source.ended, self._source.is_cut = True, is_cut
-        events = self._advance()
-        if self._space:
-            events = merged([*events, self._last_kind(self._space)])
-        self._space = ""
-        return events
+        return merged([*self._advance(), *self.take_rest()])
 
     @property
-    def num_calls(self) -> int:
-        """The number of calls that have begun."""
-        return self._num_calls
-
-    @property
-    def thinking_spans(self) -> list[tuple[int, int]]:
-        """The parts ``[start, end)`` of the text so far that are thinking, tags included."""
-        if self._thinks_since is None:
-            return self._spans
-        return [*self._spans, (self._thinks_since, self._source.offset)]
+    def offset(self) -> int:
+        return self._source.offset
 
     def _advance(self) -> list[Event]:
         if not self._is_done:
             self._is_done = next(self._steps, self) is self
-        events, self._events = merged(self._events), []
-        return events
-
-    # Where readers tell what they find (bodies.CallSink, channels.MessageSink)
+        return self.take()
 
     def begin(self, name: str, call_id: str = "") -> None:
         if self.only_known and name not in self.schemas:
             raise Malformed
         self._source.release()
-        self.border()
-        self._events.append(CallBegin(self._num_calls, name, call_id or self._new_id()))
-        self._num_calls += 1
-        self._is_open = True
-
-    def arguments(self, text: str) -> None:
-        if text:
-            self._events.append(Arguments(self._num_calls - 1, text))
-
-    def end(self) -> None:
-        self._events.append(CallEnd(self._num_calls - 1))
-        self._is_open = False
-
-    def content(self, text: str) -> None:
-        self._say(Content, text)
-
-    def reasoning(self, text: str) -> None:
-        self._say(Reasoning if self._separates else Content, text)
-
-    def border(self) -> None:
-        """End a text: white space around is not part of it."""
-        self._space, self._drops_space, self._is_fresh = "", True, True
-
-    def begin_thinking(self, num_back: int) -> None:
-        """``num_back``: length of the opening tag, which was read."""
-        self.border()
-        self._thinks_since = self._source.offset - num_back
-
-    def end_thinking(self) -> None:
-        self.border()
-        self._end_span(self._source.offset)
-
-    def _end_span(self, end: int) -> None:
-        if self._thinks_since is not None:
-            self._spans.append((self._thinks_since, end))
-        self._thinks_since = None
-
-    def _say(self, kind: Callable[[str], Event], text: str) -> None:
-        if self._drops_space:
-            text = text.lstrip()
-        if not text:
-            return
-        self._drops_space = False
-        text = self._space + text
-        body = text.rstrip()
-        self._space = text[len(body) :]
-        self._last_kind = kind
-        if body:
-            self._is_fresh = False
-            self._events.append(kind(body))
+        super().begin(name, call_id)
 
     # The reading
 
@@ -197,14 +119,14 @@ class ChatParser:
                 break
             end = self._source.offset - len(found)
             if (yield from self._call_section(calls, found)):
-                self._end_span(end)
+                self.end_span(end)
                 return
             self.reasoning(found)
         self.end_thinking()
 
     def _call_section(self, calls: Calls, opening: str) -> Steps[bool]:
         """Read calls after their ``opening``; return False if none is there, and only the opening was read."""
-        num_before = self._num_calls
+        num_before = self.num_calls
         self.only_known = opening in calls.bare
         self._source.mark(len(opening))
         if self.only_known:
@@ -213,10 +135,10 @@ class ChatParser:
             yield from self._read_calls(calls, opening)
         except Malformed:
             self._source.rewind()
-            if self._num_calls == num_before:
+            if self.num_calls == num_before:
                 self._source.pos += len(opening)
         self._source.release()
-        return self._num_calls > num_before
+        return self.num_calls > num_before
 
     def _read_calls(self, calls: Calls, opening: str) -> Steps[None]:
         source, wraps = self._source, calls.wrapped_in
@@ -254,20 +176,14 @@ class ChatParser:
 
     def _read_call(self, calls: Calls) -> Steps[None]:
         """Read one call. One that has begun ends where its text is malformed; arguments in JSON go on to its tag."""
-        num_before = self._num_calls
+        num_before = self.num_calls
         try:
             yield from read_call(self._source, self, calls.body, calls.ends)
         except Malformed:
-            if self._num_calls == num_before:
+            if self.num_calls == num_before:
                 raise
             if self._is_open:
                 found = yield from self._source.until(calls.ends, self.arguments)
                 if found is not None:
                     self._source.pos -= len(found)
                     self.end()
-
-
-def _random_id(num_chars: int) -> str:
-    if num_chars:
-        return "".join(secrets.choice(LETTERS) for _ in range(num_chars))
-    return f"call_{secrets.token_hex(12)}"

@@ -30,5 +30,17 @@ def find_name(template: str, table: tuple[tuple[str, tuple[str, ...]], ...]) -> 
     return next((name for name, texts in table if all(text in template for text in texts)), "none")
 
 
-def takes_calls(form: Format) -> bool:
-    return form.calls is not None or form.channels is not None
+def begins_thinking(form: Format, prompt: str, continued: str | None = None) -> bool:
+    """Return whether an answer begins with thinking whose opening tag is not part of it.
+
+    Args:
+        prompt: the text before the answer.
+        continued: the beginning of the answer, if the prompt ends with one.
+    """
+    thinking = form.thinking
+    if thinking is None:
+        return False
+    if continued is not None:
+        return continued.rfind(thinking.open) > continued.rfind(thinking.close)
+    end = prompt.rstrip()
+    return end.endswith(thinking.open.rstrip()) or (thinking.is_implied and not end.endswith(thinking.close))

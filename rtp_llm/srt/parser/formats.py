@@ -193,6 +193,10 @@ class Format:
     channels: Channels | None = None
 
     @property
+    def has_calls(self) -> bool:
+        return self.calls is not None or self.channels is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether all of a text is content."""
         return self == Format()

@@ -10,7 +10,7 @@ import pytest
 from recorded_answers import ANSWERS, TOOLS, Answer
 
 from rtp_llm.srt.parser.chat_parser import ChatParser
-from rtp_llm.srt.parser.choose import choose_format
+from rtp_llm.srt.parser.choose import begins_thinking, choose_format
 from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Event, Reasoning, merged
 from rtp_llm.srt.parser.schemas import ToolSchemas
 from rtp_llm.srt.parser.tables import REASONING_PARSERS, TOOL_CALL_PARSERS
@@ -22,7 +22,8 @@ by_name = pytest.mark.parametrize("answer", ANSWERS, ids=[answer.name for answer
 def parser_of(answer: Answer, **options: Any) -> ChatParser:
     form = choose_format("", answer.tool_call_parser, answer.reasoning_parser)
     ids = count()
-    return ChatParser(form, SCHEMAS, answer.thinks, new_id=lambda: f"id{next(ids)}", **options)
+    thinks = answer.thinks or begins_thinking(form, "")
+    return ChatParser(form, SCHEMAS, thinks, new_id=lambda: f"id{next(ids)}", **options)
 
 
 def parsed(parser: ChatParser, pieces: list[str], is_cut: bool = False) -> list[Event]:

@@ -96,7 +96,10 @@ def test_bad_bodies(server: InProcess, content: bytes, status: int, words: str) 
             {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "x"}}]}]},
             "messages[0].content[0] is audio, and this model takes text only",
         ),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "the form of this model's tool calls is not known",
+        ),
         ({"audio": {"voice": "x"}}, "audio is not supported"),
         ({"modalities": ["text", "audio"]}, "modalities is not supported"),
         ({"top_logprobs": 2}, "top_logprobs is only for logprobs=true"),

@@ -1,7 +1,7 @@
 """Parts that chat and text completions share."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 from uuid import uuid4
@@ -49,12 +49,19 @@ class OpenAIEndpoint:
 class StreamUsage:
     """The usage fields of a stream's chunks."""
 
-    def __init__(self, body: GenerationBody, completions: Iterable[Completion], num_choices: int) -> None:
+    def __init__(
+        self,
+        body: GenerationBody,
+        completions: Iterable[Completion],
+        num_choices: int,
+        reasoning_tokens: Callable[[], int] = int,
+    ) -> None:
         options = body.stream_options
         self.at_end = options is not None and options.include_usage
         self.continuous = options is not None and options.continuous_usage_stats
         self._completions = list(completions)
         self._num_choices = num_choices
+        self._reasoning_tokens = reasoning_tokens
 
     def chunk_fields(self) -> dict[str, Usage | None]:
         if self.continuous:
@@ -62,10 +69,10 @@ class StreamUsage:
         return {"usage": None} if self.at_end else {}
 
     def current(self) -> Usage:
-        return usage(self._completions, self._num_choices)
+        return usage(self._completions, self._num_choices, self._reasoning_tokens())
 
 
-def usage(completions: list[Completion], num_choices: int) -> Usage:
+def usage(completions: list[Completion], num_choices: int, reasoning_tokens: int = 0) -> Usage:
     """Return the usage of a request. Each ``num_choices`` completions in a row share a prompt, counted once."""
     firsts = completions[::num_choices]
     prompt_tokens = sum(completion.prompt_tokens for completion in firsts)
@@ -75,7 +82,7 @@ def usage(completions: list[Completion], num_choices: int) -> Usage:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in firsts)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 

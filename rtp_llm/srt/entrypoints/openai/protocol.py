@@ -5,6 +5,7 @@ other servers know and this one does not support are errors, unless their value 
 (``entrypoints/neutral.py``).
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
@@ -17,6 +18,9 @@ from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS, InvalidRequest
 MAX_LOGPROBS = 20  # alternatives per token
 MAX_CHOICES = 128  # n
 MAX_PROMPTS = 2048
+MAX_TOOLS = 1024
+MAX_TOOLS_CHARS = 1 << 20
+FUNCTION_NAME = r"^[\w.:/@$-]+$"
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -91,7 +95,7 @@ class GenerationBody(Body):
     safety_identifier: str | None = Field(None, description="accepted; not used")
     prompt_cache_key: str | None = Field(None, description="accepted; the prefix cache needs no key")
     prompt_cache_retention: str | None = Field(None, description="accepted; not used")
-    parallel_tool_calls: bool | None = Field(None, description="accepted; there are no tools")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one tool call; only of chats")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -125,6 +129,27 @@ class Message(BaseModel):
     )
 
 
+class FunctionDefinition(Body):
+    name: str = Field(pattern=FUNCTION_NAME, max_length=256, description="letters, digits and _ . : / @ $ -")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments, an object")
+    strict: bool | None = Field(None, description="accepted; arguments are not made to fit the schema")
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatCompletionRequest(GenerationBody):
     unsupported = CHAT
 
@@ -132,6 +157,15 @@ class ChatCompletionRequest(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=0, description="most tokens to generate; unset: the room left")
     logprobs: bool | None = Field(None, description="log-probabilities of the answer's tokens")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="functions that the model may call")
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description="none: the model does not see the tools"
+    )
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = Field(
+        None, description="none, low, medium, high, or what the chat template knows; none: no thinking"
+    )
+    separate_reasoning: bool | None = Field(None, description="extension: false: thinking stays in the content")
+    include_reasoning: bool | None = Field(None, description="extension: false: thinking is not sent")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="extension: variables of the chat template")
     add_generation_prompt: bool | None = Field(None, description="extension: false: do not begin an assistant turn")
     continue_final_message: bool | None = Field(None, description="extension: go on with the last message")
@@ -144,7 +178,38 @@ class ChatCompletionRequest(GenerationBody):
         if None not in both and both[0] != both[1]:
             message = f"max_tokens ({both[0]}) and max_completion_tokens ({both[1]}) differ; give one"
             raise InvalidRequest(message, "max_completion_tokens")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidRequest(f"tools has two functions of the name {twice!r}", "tools")
+        num_chars = len(json.dumps(self.shown_tools()))
+        if num_chars > MAX_TOOLS_CHARS:
+            message = f"tools has {num_chars} characters as JSON; at most {MAX_TOOLS_CHARS} are taken"
+            raise InvalidRequest(message, "tools")
+        choice = self.tool_choice
+        if choice in (None, "auto", "none"):
+            return
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise InvalidRequest(
+                f"tool_choice names {choice.function.name[:64]!r}, which is not in tools", "tool_choice"
+            )
+        if not names:
+            raise InvalidRequest("tool_choice is 'required', but there are no tools", "tool_choice")
+        raise InvalidRequest(
+            "tool_choice 'required' or a function needs answers under a grammar, which this server does not have: "
+            "leave it out, or choose 'auto' or 'none'",
+            "tool_choice",
+        )
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """Return the tools that the model shall see."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
 
 class CompletionRequest(GenerationBody):
@@ -203,13 +268,29 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "tool_calls"]
+
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
 
 
 class AssistantMessage(TypedDict):
+    """``reasoning`` is the same as ``reasoning_content``; both are there only if the model thought."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(TypedDict):
@@ -229,9 +310,26 @@ class ChatCompletion(TypedDict):
     usage: Usage
 
 
+class CalledFunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """The first of a call has its id, type and name; the arguments of all together are the JSON text."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
+
+
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str
+    reasoning: str
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(TypedDict):

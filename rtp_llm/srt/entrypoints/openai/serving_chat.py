@@ -1,7 +1,8 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -11,7 +12,13 @@ from rtp_llm.srt.chat.messages import ChatPrompt
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
-from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, finish_reason, usage
+from rtp_llm.srt.entrypoints.openai.answers import (
+    Answer,
+    answer_parser,
+    check_takes_tools,
+    template_variables,
+)
+from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, usage
 from rtp_llm.srt.entrypoints.openai.logprobs import chat_logprobs
 from rtp_llm.srt.entrypoints.openai.protocol import (
     ChatChoice,
@@ -21,7 +28,7 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
     ChatLogprobs,
 )
 from rtp_llm.srt.entrypoints.serving import check_not_failed, options_of, request_names
-from rtp_llm.srt.managers.detokenizer import Completion, Delta
+from rtp_llm.srt.managers.detokenizer import Delta
 from rtp_llm.srt.plan import TokenLogprob
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -33,32 +40,36 @@ class ChatEndpoint(OpenAIEndpoint):
         serving.check_model(body.model)
         serving.check_tokenizer()
         with serving.admission(body.n or 1, "n"):
-            loading = self._completions(body)
-            completions = await (unless_disconnected(request.receive, loading) if _may_have_media(body) else loading)
-            if completions is None:
+            loading = self._answers(body)
+            answers = await (unless_disconnected(request.receive, loading) if _may_have_media(body) else loading)
+            if answers is None:
                 return disconnected_response()
-            call = serving.start(completions)
+            call = serving.start([answer.completion for answer in answers])
         head = self._head(body, "chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
         if body.stream:
-            return EventStream(call, self._events(call, body, head))
+            return EventStream(call, self._events(call, body, head, answers))
         with call:
             if not await unless_disconnected(request.receive, call.wait()):
                 return disconnected_response()
+        completions = list(call.completions)
         check_not_failed(completions)
-        choices = [self._choice(body, i, completion) for i, completion in enumerate(completions)]
-        return JSON({**head, "choices": choices, "usage": usage(completions, len(completions))})
+        choices = [self._choice(body, i, answer) for i, answer in enumerate(answers)]
+        return JSON({**head, "choices": choices, "usage": usage(completions, len(answers), _reasoning_tokens(answers))})
 
-    async def _completions(self, body: ChatCompletionRequest) -> list[Completion]:
+    async def _answers(self, body: ChatCompletionRequest) -> list[Answer]:
         manager = self._serving.manager
         asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
         names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
         names |= {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
         with request_names(names):
+            tools = body.shown_tools()
+            check_takes_tools(self._serving, tools)
             chat = await self._serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],
                 add_generation_prompt=_begins_turn(body),
                 continue_final_message=bool(body.continue_final_message),
-                variables=body.chat_template_kwargs,
+                variables=template_variables(body, self._serving.template),
+                tools=tools,
             )
             encoded = await self._serving.encode_chat(chat)
             max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -72,30 +83,30 @@ class ChatEndpoint(OpenAIEndpoint):
                     "top_logprobs_num": body.top_logprobs or 0,
                 },
             )
-            return [manager.completion(item) for item in manager.requests(prompt)]
+            completions = [manager.completion(item, self._serving.answer_tags) for item in manager.requests(prompt)]
+        return [Answer(body, item, answer_parser(self._serving, body, chat)) for item in completions]
 
     def _logprobs(self, body: ChatCompletionRequest, items: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(self.token_texts, items, body.top_logprobs or 0) if body.logprobs else None
 
-    def _choice(self, body: ChatCompletionRequest, i: int, completion: Completion) -> ChatChoice:
+    def _choice(self, body: ChatCompletionRequest, i: int, answer: Answer) -> ChatChoice:
         return {
             "index": i,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": self._logprobs(body, completion.logprobs),
-            "finish_reason": finish_reason(completion) or "stop",
+            "message": answer.message(),
+            "logprobs": self._logprobs(body, answer.completion.logprobs),
+            "finish_reason": answer.finish_reason or "stop",
         }
 
     async def _events(
-        self, call: LiveCall, body: ChatCompletionRequest, head: dict[str, Any]
+        self, call: LiveCall, body: ChatCompletionRequest, head: dict[str, Any], answers: Sequence[Answer]
     ) -> AsyncGenerator[bytes, None]:
-        """Yield role, content and finish reason in chunks of their own, in this order for each choice."""
-        stream_usage = StreamUsage(body, call.completions, len(call.completions))
+        """Yield role, what the answer says, and finish reason in chunks of their own, in this order for each choice."""
+        stream_usage = StreamUsage(body, call.completions, len(answers), partial(_reasoning_tokens, answers))
         begun: set[int] = set()
         async with error_event() as failure:
             async for i, delta in call.deltas():
-                completion = call.completions[i]
-                check_not_failed([completion])
-                for choice in self._chunk_choices(body, i, completion, delta, is_first=i not in begun):
+                check_not_failed([call.completions[i]])
+                for choice in self._chunk_choices(body, i, answers[i], delta, is_first=i not in begun):
                     begun.add(i)
                     yield event({**head, "choices": [choice], **stream_usage.chunk_fields()})
             if stream_usage.at_end:
@@ -104,16 +115,24 @@ class ChatEndpoint(OpenAIEndpoint):
             yield event(failure.body)
 
     def _chunk_choices(
-        self, body: ChatCompletionRequest, i: int, completion: Completion, delta: Delta, is_first: bool
+        self, body: ChatCompletionRequest, i: int, answer: Answer, delta: Delta, is_first: bool
     ) -> Iterator[ChatChunkChoice]:
-        if not (delta.text or body.logprobs or completion.finished):
+        finished = answer.completion.finished
+        deltas = answer.deltas(delta.text)
+        if not (deltas or body.logprobs or finished):
             return
         if is_first:
             yield _chunk_choice(i, {"role": "assistant", "content": ""})
-        if delta.text or (body.logprobs and delta.logprobs):
-            yield {**_chunk_choice(i, {"content": delta.text}), "logprobs": self._logprobs(body, delta.logprobs)}
-        if completion.finished:
-            yield {**_chunk_choice(i, {}), "finish_reason": finish_reason(completion)}
+        logprobs = self._logprobs(body, delta.logprobs) if delta.logprobs or deltas else None
+        for said in deltas or ([{"content": ""}] if logprobs else []):
+            yield {**_chunk_choice(i, said), "logprobs": logprobs}
+            logprobs = None
+        if finished:
+            yield {**_chunk_choice(i, {}), "finish_reason": answer.finish_reason}
+
+
+def _reasoning_tokens(answers: Iterable[Answer]) -> int:
+    return sum(answer.reasoning_tokens for answer in answers)
 
 
 def _chunk_choice(i: int, delta: ChatDelta) -> ChatChunkChoice:

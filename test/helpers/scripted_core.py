@@ -1,0 +1,108 @@
+"""A core that says what a test wants, for what the server makes of it; and a checkpoint for it, without weights."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
+from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.messages import CoreInfo, CoreStats, FinishReason, GenerateRequest, Shutdown, TokenOutput
+from rtp_llm.srt.utils.ipc import QueueLink
+from tiny_server import InProcess, serving
+
+END = "<|end|>"
+INFO = CoreInfo(8192, 4096, 8, 2048, 0, 0, "cpu")
+
+
+def make_spoken_checkpoint(folder: Path, special: list[str]) -> str:
+    """A configuration, and a byte-level tokenizer with these special tokens beside END."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[END, *special])
+    tokenizer.train_from_iterator(["the weather in Paris", '{"name": "get_weather", "arguments": {}}'] * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, additional_special_tokens=special
+    )
+    fast.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=len(fast),
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+    )
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+class ScriptedCore:
+    """Answers each request with the next text of ``texts``, in messages of one to three ids.
+
+    ``prompts`` are the texts that it was asked to continue. A request for fewer tokens than its text has gets these.
+    """
+
+    is_ready = True
+    info = INFO
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.texts: list[str] = []
+        self.prompts: list[str] = []
+        self._tokenizer = tokenizer
+        self._link = QueueLink()
+        self.client = EngineClient(self._link.client)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @property
+    def stats(self) -> CoreStats:
+        return self.client.stats
+
+    def stop(self) -> None:
+        self._link.client.send(Shutdown())
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            for message in self._link.core.drain(block=True):
+                if isinstance(message, Shutdown):
+                    return
+                if isinstance(message, GenerateRequest):
+                    self._answer(message)
+
+    def _answer(self, request: GenerateRequest) -> None:
+        self.prompts.append(self._tokenizer.decode(request.prompt_ids))
+        ids: list[int] = self._tokenizer(self.texts.pop(0), add_special_tokens=False)["input_ids"]
+        most = request.spec.max_new_tokens
+        end = self._tokenizer.eos_token_id
+        reason = FinishReason("stop", matched=end) if len(ids) < most else FinishReason("length", length=most)
+        ids = [*ids, end] if len(ids) < most else ids[:most]
+        while ids:
+            now, ids = ids[: 1 + len(ids) % 3], ids[1 + len(ids) % 3 :]
+            output = TokenOutput(request.rid, now, finish_reason=None if ids else reason)
+            self._link.core.send([output])
+
+
+@contextmanager
+def scripted(model_path: str, **options: Any) -> Iterator[tuple[InProcess, ScriptedCore]]:
+    """A server in this process over a ScriptedCore."""
+    args = ServerArgs(
+        model_path=model_path, served_model_name="tiny", device="cpu", port=0, log_level="error", **options
+    )
+    core = ScriptedCore(read_tokenizer(args, read_model_config(args)))
+    try:
+        with serving(args, core) as running:
+            yield running, core
+    finally:
+        core.stop()

@@ -1,0 +1,224 @@
+"""Tool calls and thinking over HTTP, for the openai package: what the server makes of what a model says."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from recorded_answers import CALL, JSON_ARGUMENTS, TOOLS
+from scripted_core import ScriptedCore, make_spoken_checkpoint, scripted
+
+from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS
+from tiny_server import InProcess
+
+TEMPLATE = """
+{%- if tools %}{{ '<|system|>' + tools|tojson + '<|end|>' }}{% endif %}
+{%- for m in messages %}{{ '<|' + m.role + '|>' }}
+{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content or '' }}
+{%- for call in m.tool_calls or () %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments|tojson }}
+{{- '}</tool_call>' }}
+{%- endfor %}{{ '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking %}{{ '<think>' }}{% endif %}{% endif %}"""
+SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+WEATHER = f'<tool_call>{{"name": "get_weather", "arguments": {JSON_ARGUMENTS}}}</tool_call>'
+NOW = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+USER = {"role": "user", "content": "the weather"}
+
+
+@pytest.fixture(scope="module")
+def core_and_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScriptedCore, openai.OpenAI]]:
+    folder = tmp_path_factory.mktemp("spoken")
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE)
+    path = make_spoken_checkpoint(folder, SPECIAL)
+    with scripted(path, chat_template=str(template)) as (server, core), connected(server) as client:
+        yield core, client
+
+
+def connected(server: InProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def core(core_and_client: tuple[ScriptedCore, openai.OpenAI]) -> ScriptedCore:
+    return core_and_client[0]
+
+
+@pytest.fixture
+def client(core_and_client: tuple[ScriptedCore, openai.OpenAI]) -> openai.OpenAI:
+    return core_and_client[1]
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(**({"model": "tiny", "messages": [USER], "tools": TOOLS} | options))
+
+
+def told(message: Any) -> tuple[str | None, str | None, list[tuple[str, Any]]]:
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    assert getattr(message, "reasoning", None) == getattr(message, "reasoning_content", None)
+    return message.content, getattr(message, "reasoning", None), calls
+
+
+def gathered(chunks: list[ChatCompletionChunk]) -> tuple[str | None, str | None, list[tuple[str, Any]]]:
+    """Return what the chunks of a stream say together, in the form of ``told``."""
+    content, reasoning = "", ""
+    names: list[str] = []
+    arguments: list[str] = []
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        content += choice.delta.content or ""
+        reasoning += getattr(choice.delta, "reasoning_content", None) or ""
+        for call in choice.delta.tool_calls or ():
+            if call.id is not None:
+                assert call.index == len(names) and call.type == "function"
+                names.append(call.function.name)
+                arguments.append("")
+            arguments[call.index] += call.function.arguments
+    calls = list(zip(names, arguments, strict=True))
+    return content or (None if calls else ""), reasoning or None, calls
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning", "calls"),
+    [
+        ("Hello  ", "Hello  ", None, []),
+        ("<think>\nHm\n</think>\n\nHello", "Hello", "Hm", []),
+        (
+            f"<think>Hm</think>I look.\n{WEATHER}\n{NOW}",
+            "I look.",
+            "Hm",
+            [("get_weather", JSON_ARGUMENTS), ("now", "{}")],
+        ),
+        (NOW, None, None, [("now", "{}")]),
+        ("<tool_call>now</tool_call>", "<tool_call>now</tool_call>", None, []),
+    ],
+)
+def test_whole_and_streamed(
+    core: ScriptedCore, client: openai.OpenAI, text: str, content: str, reasoning: str, calls: list[tuple[str, str]]
+) -> None:
+    core.texts = [text, text]
+    whole: ChatCompletion = chat(client)
+    assert told(whole.choices[0].message) == (content, reasoning, calls)
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert gathered(chunks) == (content, reasoning, calls)
+    reasons = {c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason}
+    assert reasons == {whole.choices[0].finish_reason} == {"tool_calls" if calls else "stop"}
+    assert chunks[-1].usage == whole.usage and whole.usage is not None
+    details = whole.usage.completion_tokens_details
+    assert details is not None
+    assert bool(details.reasoning_tokens) == bool(reasoning)
+    assert (details.reasoning_tokens or 0) < whole.usage.completion_tokens
+    ids = [call.id for call in whole.choices[0].message.tool_calls or ()]
+    assert len(set(ids)) == len(calls) and all(ids)
+
+
+def test_a_loop_with_a_tool(core: ScriptedCore, client: openai.OpenAI) -> None:
+    """The call and its result come back into the prompt, in the template's form."""
+    core.texts, core.prompts = [f"<think>Hm</think>{WEATHER}", "Sunny"], []
+    message = chat(client).choices[0].message
+    [call] = message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == CALL
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sun, 21 degrees"}
+    answer = chat(client, messages=[USER, message.model_dump(exclude_none=True), result])
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Sunny", "stop")
+    first, second = core.prompts
+    history = f"<think>Hm</think>{WEATHER}<|end|><|tool|>sun, 21 degrees<|end|><|assistant|>"
+    assert second.replace("\\u00e9", "é") == (first + history) and '"get_weather"' in first
+
+
+def test_tool_choice(core: ScriptedCore, client: openai.OpenAI) -> None:
+    core.texts, core.prompts = [NOW, NOW, NOW], []
+    assert chat(client, tool_choice="auto").choices[0].message.tool_calls
+    assert chat(client, tool_choice="none").choices[0].message.content == NOW
+    assert [("get_weather" in prompt) for prompt in core.prompts] == [True, False]
+    assert chat(client, tools=openai.NOT_GIVEN).choices[0].message.content == NOW
+    named = {"type": "function", "function": {"name": "now"}}
+    for choice, words in (("required", "grammar"), (named, "grammar"), (named | {"function": {"name": "x"}}, "not in")):
+        with pytest.raises(openai.BadRequestError, match=words) as caught:
+            chat(client, tool_choice=choice)
+        assert caught.value.param == "tool_choice"
+
+
+def test_one_call_at_a_time(core: ScriptedCore, client: openai.OpenAI) -> None:
+    core.texts = [WEATHER + NOW] * 2
+    assert len(chat(client, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+    assert len(gathered(list(chat(client, parallel_tool_calls=False, stream=True)))[2]) == 1
+
+
+def test_what_becomes_of_thinking(core: ScriptedCore, client: openai.OpenAI) -> None:
+    text = "<think>Hm</think>\nHello"
+    core.texts = [text] * 4
+    for options, content, reasoning in (
+        ({}, "Hello", "Hm"),
+        ({"separate_reasoning": False}, text, None),
+        ({"include_reasoning": False}, "Hello", None),
+    ):
+        assert told(chat(client, extra_body=options).choices[0].message) == (content, reasoning, [])
+    usage = chat(client, extra_body={"separate_reasoning": False}).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_thinking_that_the_prompt_begins(core: ScriptedCore, client: openai.OpenAI) -> None:
+    core.texts, core.prompts = ["Hm</think>Hello"] * 3, []
+    asked: list[dict[str, Any]] = [
+        {"reasoning_effort": "high"},
+        {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
+    ]
+    for options in asked:
+        assert told(chat(client, **options).choices[0].message) == ("Hello", "Hm", [])
+    assert chat(client, reasoning_effort="none").choices[0].message.content == "Hm</think>Hello"
+    assert [prompt.endswith("<think>") for prompt in core.prompts] == [True, True, False]
+
+
+def test_an_answer_that_is_cut(core: ScriptedCore, client: openai.OpenAI) -> None:
+    core.texts = [WEATHER, WEATHER]
+    whole = chat(client, max_tokens=45).choices[0]
+    name, arguments = told(whole.message)[2][0]
+    assert (whole.finish_reason, name) == ("length", "get_weather") and JSON_ARGUMENTS.startswith(arguments)
+    assert gathered(list(chat(client, max_tokens=45, stream=True)))[2] == [(name, arguments)]
+
+
+def test_several_choices_and_logprobs(core: ScriptedCore, client: openai.OpenAI) -> None:
+    core.texts = [NOW, "Hello"]
+    first, second = chat(client, n=2).choices
+    assert (first.finish_reason, second.finish_reason) == ("tool_calls", "stop")
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ([FUNCTION, FUNCTION], "two functions of the name 'f'"),
+        ([{"type": "function", "function": {"name": "a b"}}], "name"),
+        ([{"type": "function", "function": {"name": "x" * 257}}], "name"),
+        ([{"type": "web_search"}], "function"),
+        ([{"type": "function", "function": {"name": f"f{i}"}} for i in range(MAX_TOOLS + 1)], "at most 1024"),
+        ([{"type": "function", "function": {"name": "f", "description": "x" * MAX_TOOLS_CHARS}}], "characters as JSON"),
+        ([{"type": "function", "function": {"name": "f", "parameters": []}}], "parameters"),
+    ],
+)
+def test_tools_that_are_refused(client: openai.OpenAI, tools: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words) as caught:
+        chat(client, tools=tools)
+    assert (caught.value.param or "").startswith("tools")
+
+
+def test_a_form_of_calls_that_is_not_known(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ tools|tojson }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    path = make_spoken_checkpoint(tmp_path, [])
+    for parser, status in ((None, 400), ("none", 400), ("hermes", 200)):
+        options: dict[str, Any] = {"chat_template": str(template), "tool_call_parser": parser}
+        with scripted(path, **options) as (server, core), connected(server) as client:
+            core.texts = [NOW]
+            if status == 200:
+                assert chat(client).choices[0].finish_reason == "tool_calls"
+                continue
+            with pytest.raises(openai.BadRequestError, match="--tool-call-parser") as caught:
+                chat(client)
+            assert caught.value.param == "tools"
