@@ -147,7 +147,7 @@ def test_variables_that_the_template_does_not_use(server: InProcess) -> None:
 def test_strict_requests(tiny_checkpoint: str) -> None:
     body = MINIMAL[CHATS][1]
     with in_process(tiny_checkpoint, strict_requests=True) as strict:
-        for options in ({"store": True}, {"lora_path": ""}, {"regex": ""}):
+        for options in ({"store": True}, {"lora_path": ""}, {"stop_regex": ""}):
             assert blamed(post(strict, CHATS, body | options)) == next(iter(options))
         for options in ({"chat_template_kwargs": {"enable_thinking": False}}, {"verbosity": "low"}):
             assert blamed(post(strict, CHATS, body | options)) == next(iter(options))
