@@ -22,7 +22,10 @@ TOOLS: list[dict[str, Any]] = [
             },
         },
     },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}},
+    },
 ]
 
 

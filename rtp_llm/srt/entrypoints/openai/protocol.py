@@ -206,10 +206,12 @@ class ChatCompletionRequest(GenerationBody):
         )
 
     def shown_tools(self) -> list[dict[str, Any]]:
-        """Return the tools that the model shall see."""
+        """Return the tools that the model shall see. Templates fail on functions without description or parameters."""
         if self.tool_choice == "none":
             return []
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
+        usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        return [{"type": "function", "function": usual | function} for function in functions]
 
 
 class CompletionRequest(GenerationBody):
