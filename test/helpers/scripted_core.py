@@ -13,6 +13,7 @@ from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.messages import CoreInfo, CoreStats, FinishReason, GenerateRequest, Shutdown, TokenOutput
+from rtp_llm.srt.request_spec import GrammarSpec
 from rtp_llm.srt.utils.ipc import QueueLink
 from tiny_server import InProcess, serving
 
@@ -50,7 +51,8 @@ def make_spoken_checkpoint(folder: Path, special: list[str]) -> str:
 class ScriptedCore:
     """Answers each request with the next text of ``texts``, in messages of one to three ids.
 
-    ``prompts`` are the texts that it was asked to continue. A request for fewer tokens than its text has gets these.
+    ``prompts`` are the texts that it was asked to continue, ``grammars`` those of their answers. A request for fewer
+    tokens than its text has gets these.
     """
 
     is_ready = True
@@ -59,6 +61,7 @@ class ScriptedCore:
     def __init__(self, tokenizer: Any) -> None:
         self.texts: list[str] = []
         self.prompts: list[str] = []
+        self.grammars: list[GrammarSpec | None] = []
         self._tokenizer = tokenizer
         self._link = QueueLink()
         self.client = EngineClient(self._link.client)
@@ -83,6 +86,7 @@ class ScriptedCore:
 
     def _answer(self, request: GenerateRequest) -> None:
         self.prompts.append(self._tokenizer.decode(request.prompt_ids))
+        self.grammars.append(request.spec.grammar)
         ids: list[int] = self._tokenizer(self.texts.pop(0), add_special_tokens=False)["input_ids"]
         most = request.spec.max_new_tokens
         end = self._tokenizer.eos_token_id

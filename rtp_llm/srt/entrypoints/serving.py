@@ -21,6 +21,7 @@ from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.managers.generate_options import OPTION_NAMES, GenerateOptions
+from rtp_llm.srt.managers.incremental_text import special_ids
 from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats
@@ -74,6 +75,11 @@ class Serving:
         if any(name not in (None, HF) for name in names):
             self.response_template = None
         self.answer_format = choose_format(text, *(None if name == HF else name for name in names))
+
+    def special_token_ids(self) -> dict[str, int]:
+        """Return the tokenizer's special tokens: text -> id."""
+        tokenizer = self.manager.tokenizer
+        return {tokenizer.convert_ids_to_tokens(token_id): token_id for token_id in special_ids(tokenizer)}
 
     @property
     def answer_tags(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalP
 from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.srt.multimodal.work import Workers
-from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
+from rtp_llm.srt.request_spec import GrammarSpec, PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     ContextLengthExceeded,
@@ -118,6 +118,7 @@ class Prompt:
     media: PromptMedia | None = None  # the processed media, from ``with_media``
     options: GenerateOptions = field(default_factory=GenerateOptions)  # without the media
     default_max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # or the room, if less; None: all the room
+    grammar: GrammarSpec | None = None  # what the endpoint wants of the text; then the parameters must ask for none
 
     @property
     def has_media(self) -> bool:
@@ -242,7 +243,7 @@ class TokenizerManager:
             cache_salt=cache_salt(prompt.options),
             priority=priority(prompt.options, self._takes_priorities),
             eos_token_ids=tuple(token.token_id for token in self.end_tokens),
-            grammar=checked_grammar(params, self.tokenizer),
+            grammar=self._grammar(prompt, params),
         )
         return [
             GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64))
@@ -262,6 +263,14 @@ class TokenizerManager:
                 ids = self.encode(form, add_special_tokens=False)
                 words += [ids] if ids and ids not in words else []
         return replace(params, bad_words=[], bad_words_ids=words)
+
+    def _grammar(self, prompt: Prompt, params: SamplingParams) -> GrammarSpec | None:
+        asked = checked_grammar(params, self.tokenizer)
+        if asked is not None and prompt.grammar is not None:
+            raise InvalidRequest(
+                "tool_choice asks for calls, and another field for a grammar: give one of them", "tool_choice"
+            )
+        return prompt.grammar or asked
 
     def completion(self, request: GenerateRequest, tags: tuple[str, ...] = ()) -> Completion:
         """Return the object that collects the outputs of ``request`` and makes its result. ``tags``: see Completion."""

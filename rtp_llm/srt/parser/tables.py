@@ -35,9 +35,18 @@ _EQUALS_TAGS = TagCall(
 QWEN3_CODER = Calls(
     (_EQUALS_TAGS,), section=("<tool_call>", "</tool_call>"), section_is_optional=True, wrap=("<function=", "")
 )
-SEED_OSS = replace(QWEN3_CODER, section=("<seed:tool_call>", "</seed:tool_call>"))
+SEED_OSS = replace(
+    QWEN3_CODER,
+    body=(replace(_EQUALS_TAGS, trims_lines=False),),
+    section=("<seed:tool_call>", "</seed:tool_call>"),
+)
 
-LLAMA3_JSON = Calls((JsonCall(names=("name", "function")),), wrap=("<|python_tag|>", ""), separator=";", bare=("{",))
+LLAMA3_JSON = Calls(
+    (JsonCall(names=("name", "function"), arguments=("parameters", "arguments")),),
+    wrap=("<|python_tag|>", ""),
+    separator=";",
+    bare=("{",),
+)
 LLAMA4_PYTHONIC = Calls(
     (PythonCall(),),
     section=("<|python_start|>", "<|python_end|>"),

@@ -1,6 +1,7 @@
 """Tool calls and thinking over HTTP, for the openai package: what the server makes of what a model says."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from recorded_answers import CALL, JSON_ARGUMENTS, TOOLS
 from scripted_core import ScriptedCore, make_spoken_checkpoint, scripted
 
 from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS
-from tiny_server import InProcess
+from tiny_server import InProcess, in_process
 
 TEMPLATE = """
 {%- if tools %}{{ '<|system|>' + tools|tojson + '<|end|>' }}{% endif %}
@@ -135,11 +136,57 @@ def test_tool_choice(core: ScriptedCore, client: openai.OpenAI) -> None:
     assert chat(client, tool_choice="none").choices[0].message.content == NOW
     assert [("get_weather" in prompt) for prompt in core.prompts] == [True, False]
     assert chat(client, tools=openai.NOT_GIVEN).choices[0].message.content == NOW
+    with pytest.raises(openai.BadRequestError, match="not in tools") as caught:
+        chat(client, tool_choice={"type": "function", "function": {"name": "x"}})
+    assert caught.value.param == "tool_choice"
+    with pytest.raises(openai.BadRequestError, match="there are no tools") as caught:
+        chat(client, tool_choice="required", tools=openai.NOT_GIVEN)
+    assert caught.value.param == "tool_choice"
+
+
+def test_calls_that_are_demanded(core: ScriptedCore, client: openai.OpenAI) -> None:
+    """The answer is under a grammar in the model's own format, special tokens by their ids."""
+    core.texts, core.grammars = [NOW, NOW, NOW], []
     named = {"type": "function", "function": {"name": "now"}}
-    for choice, words in (("required", "grammar"), (named, "grammar"), (named | {"function": {"name": "x"}}, "not in")):
-        with pytest.raises(openai.BadRequestError, match=words) as caught:
-            chat(client, tool_choice=choice)
-        assert caught.value.param == "tool_choice"
+    for choice in ("auto", "required", named):
+        assert chat(client, tool_choice=choice).choices[0].finish_reason == "tool_calls"
+    first, second, third = [None if spec is None else spec.text for spec in core.grammars]
+    assert first is None and second is not None and third is not None
+    assert all(re.search(r"<\[\d+\]>", text) and "now" in text for text in (second, third))
+    assert ("get_weather" in second, "get_weather" in third) == (True, False)
+
+
+def test_demands_that_cannot_be_met(client: openai.OpenAI) -> None:
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {"required": ["a"]}}}}
+    with pytest.raises(openai.BadRequestError, match="parameters of tool 0") as caught:
+        chat(client, tools=[bad], tool_choice="required")
+    assert caught.value.param == "tools"
+    with pytest.raises(openai.BadRequestError, match="another field for a grammar") as caught:
+        chat(client, tool_choice="required", response_format={"type": "json_object"})
+    assert caught.value.param == "tool_choice"
+
+
+NUMBER = {
+    "type": "object",
+    "properties": {"number": {"enum": [12, 345]}},
+    "required": ["number"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("parser", ["hermes", "qwen3_coder", "mistral"])
+def test_a_model_that_never_learned_to_call(tiny_checkpoint: str, tmp_path: Path, parser: str) -> None:
+    """A random model calls as it must."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ tools|length }}")
+    tools = [{"type": "function", "function": {"name": "give_number", "parameters": NUMBER}}]
+    options: dict[str, Any] = {"chat_template": str(template), "tool_call_parser": parser}
+    with in_process(tiny_checkpoint, **options) as server, connected(server) as client:
+        asked = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "seed": 1}
+        choice = chat(client, **asked).choices[0]
+        [call] = choice.message.tool_calls
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert json.loads(call.function.arguments) in ({"number": 12}, {"number": 345})
 
 
 def test_one_call_at_a_time(core: ScriptedCore, client: openai.OpenAI) -> None:

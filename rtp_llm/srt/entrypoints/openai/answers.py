@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rtp_llm.srt.chat.messages import ChatPrompt
+from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.openai.base import finish_reason
 from rtp_llm.srt.entrypoints.openai.protocol import (
@@ -16,12 +17,14 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
 )
 from rtp_llm.srt.entrypoints.serving import Serving
 from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.parser.call_grammar import call_grammar
 from rtp_llm.srt.parser.chat_parser import ChatParser
 from rtp_llm.srt.parser.choose import begins_thinking
 from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Event, Reasoning
 from rtp_llm.srt.parser.response_template import ResponseTemplateParser
 from rtp_llm.srt.parser.schemas import ToolSchemas
-from rtp_llm.srt.sampling_params import InvalidRequest
+from rtp_llm.srt.request_spec import GrammarSpec
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thinking on and off
 
@@ -103,6 +106,31 @@ def answer_parser(serving: Serving, body: ChatCompletionRequest, chat: ChatPromp
         return None
     begins = separates and begins_thinking(form, chat.text, _continued(body))
     return ChatParser(form, ToolSchemas(tools) if tools else None, begins, separates)
+
+
+def grammar_of_calls(serving: Serving, body: ChatCompletionRequest, chat: ChatPrompt) -> GrammarSpec | None:
+    """Return the grammar of answers that call what ``tool_choice`` demands; None: it demands nothing."""
+    tools = body.demanded_tools()
+    if not tools:
+        return None
+    for i, tool in enumerate(tools):
+        try:
+            checked_grammar(SamplingParams(json_schema=tool["function"]["parameters"]), serving.manager.tokenizer)
+        except InvalidRequest as error:
+            name = tool["function"]["name"]
+            raise InvalidRequest(f"tool_choice: the parameters of tool {i} ({name}): {error}", "tools") from None
+    form = serving.answer_format
+    is_single = body.tool_choice != "required" or body.parallel_tool_calls is False
+    thinks = begins_thinking(form, chat.text, _continued(body))
+    text = None
+    if serving.response_template is None:
+        text = call_grammar(form, tools, serving.special_token_ids(), thinks, is_single)
+    if text is None:
+        raise InvalidRequest(
+            "tool_choice: there is no grammar for this model's form of calls: leave it out, or choose 'auto'",
+            "tool_choice",
+        )
+    return GrammarSpec("grammar", text)
 
 
 def _continued(body: ChatCompletionRequest) -> str | None:

@@ -133,7 +133,7 @@ class FunctionDefinition(Body):
     name: str = Field(pattern=FUNCTION_NAME, max_length=256, description="letters, digits and _ . : / @ $ -")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments, an object")
-    strict: bool | None = Field(None, description="accepted; arguments are not made to fit the schema")
+    strict: bool | None = Field(None, description="accepted; see tool_choice")
 
 
 class Tool(Body):
@@ -159,7 +159,7 @@ class ChatCompletionRequest(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="functions that the model may call")
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
-        None, description="none: the model does not see the tools"
+        None, description="none: the model does not see the tools; required, or a function: it must call"
     )
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = Field(
         None, description="none, low, medium, high, or what the chat template knows; none: no thinking"
@@ -191,19 +191,11 @@ class ChatCompletionRequest(GenerationBody):
             message = f"tools has {num_chars} characters as JSON; at most {MAX_TOOLS_CHARS} are taken"
             raise InvalidRequest(message, "tools")
         choice = self.tool_choice
-        if choice in (None, "auto", "none"):
-            return
         if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise InvalidRequest(
-                f"tool_choice names {choice.function.name[:64]!r}, which is not in tools", "tool_choice"
-            )
-        if not names:
+            message = f"tool_choice names {choice.function.name[:64]!r}, which is not in tools"
+            raise InvalidRequest(message, "tool_choice")
+        if choice == "required" and not names:
             raise InvalidRequest("tool_choice is 'required', but there are no tools", "tool_choice")
-        raise InvalidRequest(
-            "tool_choice 'required' or a function needs answers under a grammar, which this server does not have: "
-            "leave it out, or choose 'auto' or 'none'",
-            "tool_choice",
-        )
 
     def shown_tools(self) -> list[dict[str, Any]]:
         """Return the tools that the model shall see. Templates fail on functions without description or parameters."""
@@ -212,6 +204,12 @@ class ChatCompletionRequest(GenerationBody):
         functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
         usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
         return [{"type": "function", "function": usual | function} for function in functions]
+
+    def demanded_tools(self) -> list[dict[str, Any]]:
+        """Return those of which the answer must call one; empty: it may do without."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.shown_tools() if tool["function"]["name"] == self.tool_choice.function.name]
+        return self.shown_tools() if self.tool_choice == "required" else []
 
 
 class CompletionRequest(GenerationBody):

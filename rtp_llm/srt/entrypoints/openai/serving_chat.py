@@ -16,6 +16,7 @@ from rtp_llm.srt.entrypoints.openai.answers import (
     Answer,
     answer_parser,
     check_takes_tools,
+    grammar_of_calls,
     template_variables,
 )
 from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, usage
@@ -77,6 +78,7 @@ class ChatEndpoint(OpenAIEndpoint):
                 encoded,
                 sampling_params=_with_stops(self._sampling_params(body, max_tokens), chat),
                 default_max_new_tokens=None,
+                grammar=grammar_of_calls(self._serving, body, chat),
                 options={
                     **options_of(body),
                     "return_logprob": bool(body.logprobs),

@@ -1,0 +1,132 @@
+"""Grammars of calls: they take recorded answers, and what they generate is read as calls."""
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from recorded_answers import ANSWERS, JSON_ARGUMENTS, TOOLS, Answer
+
+from rtp_llm.srt.parser.call_grammar import call_grammar
+from rtp_llm.srt.parser.chat_parser import ChatParser
+from rtp_llm.srt.parser.choose import choose_format
+from rtp_llm.srt.parser.events import Arguments, CallBegin
+from rtp_llm.srt.parser.schemas import ToolSchemas
+from rtp_llm.srt.parser.tables import TOOL_CALL_PARSERS
+
+BYTES = LLTokenizer("byte")
+NUMBERS = {
+    "type": "object",
+    "properties": {"number": {"enum": [12, 345]}, "more": {"type": "boolean"}},
+    "required": ["number"],
+    "additionalProperties": False,
+}
+NUMBER_TOOLS = [{"type": "function", "function": {"name": "give_number", "parameters": NUMBERS}}]
+# Written as their templates do; the others have forms that only the reader forgives, or words before the call.
+TAKEN = (
+    "seed_oss",
+    "llama3_json",
+    "llama4_pythonic",
+    "olmo3",
+    "deepseek_v31",
+    "deepseek_v4",
+    "glm45",
+    "hy_v3",
+    "minicpm5",
+    "granite",
+    "granite4",
+    "nemotron",
+    "functionary",
+    "longcat",
+    "apertus",
+    "minimax_m2",
+)
+WITH_FREE_TEXT = {"openai", "gpt-oss"}  # thinking, which a random walk does not end
+by_parser = pytest.mark.parametrize("parser", sorted(set(TOOL_CALL_PARSERS) - {"none", "gemma4"} - WITH_FREE_TEXT))
+
+
+def matcher_of(grammar: str | None) -> LLMatcher:
+    assert grammar is not None
+    matcher = LLMatcher(BYTES, grammar, log_level=0)
+    assert not matcher.is_error(), (matcher.get_error(), grammar)
+    return matcher
+
+
+def is_taken(grammar: str | None, text: str) -> bool:
+    matcher = matcher_of(grammar)
+    ids = list(text.encode())
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+@pytest.mark.parametrize("answer", [a for a in ANSWERS if a.name in TAKEN], ids=lambda answer: answer.name)
+def test_recorded_answers_are_taken(answer: Answer) -> None:
+    form = choose_format("", answer.tool_call_parser, answer.reasoning_parser)
+    assert is_taken(call_grammar(form, TOOLS, {}, thinks=answer.thinks, is_single=False), answer.text)
+
+
+@by_parser
+def test_what_is_generated_is_a_call(parser: str) -> None:
+    """Random walks under the mask."""
+    form = choose_format("", parser, "none")
+    draw = random.Random(parser)
+    grammar = call_grammar(form, NUMBER_TOOLS, {}, thinks=False, is_single=True)
+    for _ in range(2):
+        text = generated(grammar, draw)
+        reader = ChatParser(form, ToolSchemas(NUMBER_TOOLS))
+        events = [*reader.feed(text), *reader.finish()]
+        assert [event.name for event in events if isinstance(event, CallBegin)] == ["give_number"], text
+        arguments = json.loads("".join(event.text for event in events if isinstance(event, Arguments)))
+        assert arguments["number"] in (12, 345) and set(arguments) <= {"number", "more"}, text
+
+
+def generated(grammar: str | None, draw: random.Random, most: int = 2000) -> str:
+    matcher = matcher_of(grammar)
+    taken: list[int] = []
+    while not matcher.is_stopped() and not (matcher.is_accepting() and draw.random() < 0.3):
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        allowed = [int(i) for i in np.flatnonzero(bits) if i < 256]
+        choices = [i for i in allowed if i not in b" \n"] or allowed  # space may go on for long
+        token = draw.choice(choices)
+        assert matcher.consume_token(token) and len(taken) < most
+        taken.append(token)
+    return bytes(taken).decode()
+
+
+@pytest.mark.parametrize(
+    ("thinks", "head", "taken"),
+    [(True, "Hm</think>\n\n", True), (True, "", False), (False, "", True), (False, "<think>Hm</think>", True)]
+    + [(False, "Hm</think>", False), (False, "I look.\n", False)],
+)
+def test_thinking_comes_first(thinks: bool, head: str, taken: bool) -> None:
+    form = choose_format("", "hermes", "qwen3")
+    text = f'{head}<tool_call>\n{{"name": "get_weather", "arguments": {JSON_ARGUMENTS}}}\n</tool_call>'
+    assert is_taken(call_grammar(form, TOOLS, {}, thinks, is_single=True), text) == taken
+
+
+def test_messages_with_headers() -> None:
+    grammar = call_grammar(choose_format("", "openai", "openai_gptoss"), TOOLS, {}, False, True)
+    call = f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{JSON_ARGUMENTS}"
+    assert is_taken(grammar, call) and not is_taken(grammar, "<|channel|>final<|message|>Ok")
+    assert is_taken(grammar, f"<|channel|>analysis<|message|>Hm<|end|><|start|>assistant{call}")
+
+
+def test_how_many_calls() -> None:
+    form = choose_format("", "hermes", "none")
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for is_single in (True, False):
+        assert is_taken(call_grammar(form, TOOLS, {}, False, is_single), f"{call}\n{call}") != is_single
+
+
+def test_formats_without_a_grammar() -> None:
+    for name, thinking in (("none", "none"), ("gemma4", "gemma4")):
+        assert call_grammar(choose_format("", name, thinking), TOOLS, {}, False, True) is None
+
+
+def test_special_tokens_are_named_by_their_ids() -> None:
+    form = choose_format("", "hermes", "qwen3")
+    ids: dict[str, Any] = {"<tool_call>": 300, "</tool_call>": 301, "<think>": 302, "</think>": 303}
+    grammar = call_grammar(form, TOOLS, ids, False, True)
+    assert grammar is not None
+    assert all(f"<[{number}]>" in grammar and text not in grammar for text, number in ids.items())
