@@ -124,7 +124,9 @@ class ResponseTemplateParser(AnswerWriter):
 def _function(call: Any) -> tuple[str, str] | None:
     """Return a call's name and its arguments as JSON; None: it has no name."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping):
+        return None
+    name = function.get("name")
     if not isinstance(name, str) or not name:
         return None
     arguments = function.get("arguments")
