@@ -251,7 +251,7 @@ REASONING_PARSERS: dict[str, Format] = {
     "gemma4": Format(CHANNEL),
     "gpt-oss": Format(channels=HARMONY),
     "openai_gptoss": Format(channels=HARMONY),
-    "granite": Format(Thinking("Here is my thought process:", "Here is my response:"), hidden=()),
+    "granite": Format(Thinking("Here is my thought process:", "Here is my response:")),
     "granite_thinking": Format(THINK, hidden=("<response>", "</response>")),
     "hy_v3": Format(Thinking("<think:opensource>", "</think:opensource>", ends_at_call=True)),
     "kimi": Format(Thinking("◁think▷", "◁/think▷")),

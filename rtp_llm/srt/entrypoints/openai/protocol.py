@@ -135,6 +135,11 @@ class FunctionDefinition(Body):
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments, an object")
     strict: bool | None = Field(None, description="accepted; see tool_choice")
 
+    def shown(self) -> dict[str, Any]:
+        """Return it as templates get it, in the order in which models learned it."""
+        parameters = {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+        return {"name": self.name, "description": self.description or "", "parameters": parameters}
+
 
 class Tool(Body):
     type: Literal["function"]
@@ -201,9 +206,8 @@ class ChatCompletionRequest(GenerationBody):
         """Return the tools that the model shall see. Templates fail on functions without description or parameters."""
         if self.tool_choice == "none":
             return []
-        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
-        usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
-        return [{"type": "function", "function": usual | function} for function in functions]
+        functions = [tool.function for tool in self.tools or ()]
+        return [{"type": "function", "function": function.shown()} for function in functions]
 
     def demanded_tools(self) -> list[dict[str, Any]]:
         """Return those of which the answer must call one; empty: it may do without."""
