@@ -24,7 +24,7 @@ EXPECTED = {
     "Bielik-11B-v3.0-Instruct": ("hermes", "think", "read"),
     "ByteDance-Seed-OSS": ("seed_oss", "seed_oss", "read"),
     "Cohere2MoE": ("cohere_command3", "cohere_command3", "read"),
-    "CohereForAI-c4ai-command-r-plus-tool_use": ("none", "none", "unknown"),
+    "CohereForAI-c4ai-command-r-plus-tool_use": ("none", "none", "hidden"),
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": ("cohere_command3", "cohere_command3", "read"),
     "GLM-4.6": ("glm45", "think", "read"),
     "GLM-4.7-Flash": ("glm45", "think", "read"),
