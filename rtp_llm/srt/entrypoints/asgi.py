@@ -220,25 +220,27 @@ class JSON(Response):
 LINE_ENDS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
 
 
-def event(value: Any) -> bytes:
-    """Return a server-sent event of one line, by ASCII and by Unicode."""
+def event(value: Any, name: str | None = None) -> bytes:
+    """Return a server-sent event, its data one line by ASCII and by Unicode. ``name``: the event's type."""
     content = msgspec.json.encode(value)
     if not content.isascii():
         for character, escape in LINE_ENDS.items():
             content = content.replace(character, escape)
-    return b"data: " + content + b"\n\n"
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + content + b"\n\n"
 
 
 class EventStream(Response):
-    """A call's server-sent events, ``[DONE]`` at the end. If the client disconnects, the call ends at once."""
+    """A call's server-sent events, and ``end``. If the client disconnects, the call ends at once."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, call: LiveCall, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, call: LiveCall, events: AsyncGenerator[bytes, None], end: bytes = DONE) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._call = call
         self._events = events
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._call:
@@ -249,7 +251,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for part in events:
                 await send(_part(part, more=True))
-        await send(_part(DONE, more=False))
+        await send(_part(self._end, more=False))
 
 
 def _part(body: bytes, more: bool) -> Message:
