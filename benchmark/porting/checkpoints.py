@@ -92,12 +92,13 @@ def with_window(directory: Path, target: Path, change: int) -> bool:
 
 
 def with_shorter_steps(directory: Path, target: Path) -> bool:
-    """Write a checkpoint's variant whose state-space layers have no least step; return False where they have none."""
+    """Write a checkpoint's variant whose state-space layers have next to no least step (transformers takes its
+    logarithm); return False where they have none."""
     config = json.loads((directory / "config.json").read_text())
     if not config.get(_LEAST_STEP):
         return False
     _copy(directory, target)
-    (target / "config.json").write_text(json.dumps(config | {_LEAST_STEP: 0.0}))
+    (target / "config.json").write_text(json.dumps(config | {_LEAST_STEP: 1e-30}))
     return True
 
 
