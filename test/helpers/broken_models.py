@@ -233,9 +233,9 @@ MORE_BROKEN_MODELS = (
         "llama",
         (('["q_proj", "k_proj", "v_proj"]', '["k_proj", "q_proj", "v_proj"]'),),
         "llama-llama3-tied",
-        ATTENTION,
+        f"{ATTENTION}.rotary_emb",
         "queries",
-        "it is what the reference has as keys",
+        "it rotates output of model.layers.0.self_attn.k_proj; the reference output of model.layers.0.self_attn.q_proj",
     ),
     BrokenModel(
         "no window",
@@ -453,7 +453,7 @@ MORE_BROKEN_MODELS = (
     BrokenModel(
         "weights of experts not normalised",
         "qwen2_moe",
-        (("renormalize=config.norm_topk_prob,", "renormalize=False,"),),
+        (("renormalize=self.always_renormalizes or config.norm_topk_prob,", "renormalize=False,"),),
         "Qwen2MoeForCausalLM",
         "model.layers.0.mlp.experts",
         "experts' weights",

@@ -287,6 +287,7 @@ _OTHER_CLASSES: dict[str, tuple[str, str | None]] = {
 # Fields that a configuration wants and has no value of its own for.
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _WANTED = {
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2, "mamba_chunk_size": 8},
     "KimiLinearForCausalLM": {
         "layer_types": ["linear_attention"] * 3 + ["full_attention"],
         "linear_num_heads": 4,

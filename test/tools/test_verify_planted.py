@@ -14,6 +14,9 @@ from parity import rewrite_tensors
 from rtp_llm import ModelRegistry
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.layers.causal_conv import CausalConv1d
+from rtp_llm.srt.layers.delta_rule import GatedDeltaRule
+from rtp_llm.srt.layers.mamba import StateSpaceDual
 from rtp_llm.srt.model_traits import KeepsState
 from rtp_llm.tools.verify.locate import compare, first_difference, pass_over_embedding
 from rtp_llm.tools.verify.options import VerifyOptions
@@ -103,4 +106,10 @@ def test_nothing_is_blamed_in_a_right_model(architecture: str, tmp_path: Path) -
     assert len(differences) > 20
     with_states = [name for name, module in ours.model.named_modules() if isinstance(module, KeepsState)]
     assert len(evidence.states) == 2 * len(with_states) and not evidence.wrong_states()
-    assert len(evidence.theirs.scans) + len(evidence.theirs.convolutions) == len(with_states)
+    assert set(evidence.theirs.convolutions) == around(ours.model, CausalConv1d)
+    assert set(evidence.theirs.scans) == around(ours.model, GatedDeltaRule, StateSpaceDual)
+
+
+def around(model: torch.nn.Module, *kinds: type[torch.nn.Module]) -> set[str]:
+    """The modules that have one of these layers."""
+    return {name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -79,11 +79,20 @@ def our_states(model: nn.Module, pool: StatePool) -> list[State]:
 
 
 def their_states(cache: Any) -> list[list[torch.Tensor]]:
-    """Return copies of the states of each layer of transformers' cache; none for layers without."""
-    return [
+    """Return copies of the states of each layer of transformers' cache; none for layers without.
+
+    MiniMax's cache has them in a list beside its layers.
+    """
+    beside = getattr(cache, "linear_cache", ())
+    layers = getattr(cache, "layers", ())
+    kept = [
         [_host(state[0]) for states in _kept_by(layer) for state in states.values() if state is not None]
-        for layer in getattr(cache, "layers", ())
+        for layer in layers
     ]
+    kept += [[] for _ in range(len(beside) - len(kept))]
+    for layer, state in zip(kept, beside, strict=False):
+        layer += [_host(state[0])] if isinstance(state, torch.Tensor) else []
+    return kept
 
 
 def _kept_by(layer: Any) -> Sequence[Mapping[int, torch.Tensor | None]]:
