@@ -158,7 +158,7 @@ QWEN35 = (
     (r"\.linear_attn\.out_proj\.weight$", tiled_columns),
     DELTA_NORMS,
 )
-QWEN35_KEYS = DELTA_KEYS | {"rope.dimension_sections": lambda c: [*rope_of(c)["mrope_section"], 0]}
+QWEN35_KEYS = DELTA_KEYS | {"rope.dimension_sections": lambda c: [*rope_of(c).get("mrope_section", (11, 11, 10)), 0]}
 LFM2_KEYS = {
     "attention.head_count_kv": only_in(FULL)("num_key_value_heads"),
     "vocab_size": "vocab_size",

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from gguf_blocks import random_blocks, values_of, write_tensors
+from gguf_recurrent import RECURRENT
 from torch import nn
 
 from gguf_conversions import CONVERSIONS
@@ -331,6 +332,9 @@ def test_damaged_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
 
 # Sizes that are whole blocks of 32.
 WHOLE = dict(hidden_size=64, intermediate_size=96, vocab_size=99)
+DELTA: dict[str, Any] = dict(linear_num_key_heads=2, linear_num_value_heads=4)
+DELTA |= dict(linear_key_head_dim=32, linear_value_head_dim=32, moe_intermediate_size=32)
+DELTA |= dict(shared_expert_intermediate_size=64, layer_types=["linear_attention", "full_attention"] * 2)
 REARRANGED = {
     "GPT2LMHeadModel": dict(n_embd=64, vocab_size=99),  # transposed
     "BloomForCausalLM": WHOLE | dict(seq_length=512),  # fused by heads
@@ -338,15 +342,22 @@ REARRANGED = {
     "DeepseekV2ForCausalLM": WHOLE
     | dict(moe_intermediate_size=32, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, v_head_dim=32),
     "GraniteMoeForCausalLM": WHOLE,  # experts of two tensors that the checkpoint fuses
+    "Qwen3NextForCausalLM": WHOLE | DELTA,  # two tensors that the checkpoint has in one, by heads
+    "Qwen3_5ForCausalLM": WHOLE | DELTA,  # heads in another order, as rows and as columns
 }
-VALUES_IN_ALL = {"gate", "router", "kv_b_proj"}  # which files have in float32, or latent attention splits
+VALUES_IN_ALL = {
+    "gate",
+    "router",
+    "kv_b_proj",
+    "shared_expert_gate",
+}  # which files have in float32, or latent attention splits
 
 
 @pytest.mark.parametrize("architecture", REARRANGED)
 def test_rearranged_weights_stay_in_their_blocks(architecture: str, tmp_path: Path) -> None:
     make_tiny(architecture, tmp_path, **REARRANGED[architecture])
     file = tmp_path / "model.gguf"
-    write_gguf(tmp_path, file, CONVERSIONS[architecture], gguf.GGMLQuantizationType.Q8_0)
+    write_gguf(tmp_path, file, (CONVERSIONS | RECURRENT)[architecture], gguf.GGMLQuantizationType.Q8_0)
     models = []
     for dtype in ("float32", "bfloat16"):
         config = ModelConfig.from_pretrained(str(file), dtype=dtype, with_tokenizer=False)

@@ -132,9 +132,9 @@ class Staged:
         Raises:
             ValueError: it was not loaded.
         """
-        for shard_id in (part_id, None):
-            if shard_id in self.types:
-                return self.types[shard_id]
+        for shard_id, block_type in self.types.items():
+            if shard_id in (part_id, None) or (isinstance(shard_id, tuple) and part_id in shard_id):
+                return block_type
         raise ValueError(f"{self.name}: its part {part_id!r} was not loaded")
 
     def whole(self) -> torch.Tensor | None:
