@@ -9,10 +9,24 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rtp_llm.srt.parser.formats import Body, Calls, Channels, Format, HeadCall, JsonCall, PythonCall, TagCall
+from rtp_llm.srt.parser.formats import (
+    BareKeysCall,
+    Body,
+    Calls,
+    Channels,
+    Format,
+    HeadCall,
+    JsonCall,
+    PythonCall,
+    TagCall,
+)
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,40}"  # between JSON tokens: enough for what is indented
 SPACE = "SPACE?"
+# Of schemas whose values are written in a format of their own
+BARE_KEYWORDS = frozenset(
+    {"type", "properties", "required", "items", "enum", "description", "title", "default", "additionalProperties"}
+)
 _HEAD = "%llguidance {}\n"
 _TERMINALS = "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,2}/\nNUMBER: /[0-9]{1,4}/\nWORD: /[A-Za-z0-9_-]{1,32}/\n"
 
@@ -24,7 +38,7 @@ def call_grammar(
     thinks: bool,
     is_single: bool,
 ) -> str | None:
-    """Return the grammar of answers that call one of the tools; None: there is none for this format.
+    """Return the grammar of answers that call one of the tools; None: there is none for this format, or these tools.
 
     Args:
         tools: ``{"type": "function", "function": {"name", "parameters"}}`` each.
@@ -36,16 +50,23 @@ def call_grammar(
     functions = [tool["function"] for tool in tools]
     if form.channels is not None:
         answer = grammar.messages(form.channels, functions)
-    elif form.calls is not None and all(grammar.can_write(body) for body in form.calls.body[:1]):
+    elif form.calls is not None:
         thinking = form.thinking
         before = ""
         if thinking is not None:
             closing = grammar.up_to(thinking.close)
             before = f"{closing} {SPACE}" if thinks else f"({grammar.text(thinking.open)} {closing} {SPACE})?"
-        answer = f"{before} {grammar.calls(form.calls, functions, is_single)}"
+        try:
+            answer = f"{before} {grammar.calls(form.calls, functions, is_single)}"
+        except _CannotWrite:
+            return None
     else:
         return None
     return f"{_HEAD}start: {answer}\n{grammar.rules}{_TERMINALS}"
+
+
+class _CannotWrite(Exception):
+    """A schema for which there is no grammar in a format without JSON."""
 
 
 class _Grammar:
@@ -57,9 +78,6 @@ class _Grammar:
         self._num_rules = 0
         special = sorted(token_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
-
-    def can_write(self, body: Body) -> bool:
-        return isinstance(body, (JsonCall, HeadCall, TagCall, PythonCall))
 
     def text(self, text: str) -> str:
         """Return what matches a text: special tokens by their ids, and the rest as it is."""
@@ -117,6 +135,9 @@ class _Grammar:
             return self._head_call(body, function)
         if isinstance(body, TagCall):
             return self._tag_call(form, body, function)
+        if isinstance(body, BareKeysCall):
+            parameters = {**(function.get("parameters") or {}), "type": "object"}
+            return self._joined(self.text(f"{body.prefix}{function['name']}"), self._bare(parameters, body.quote))
         return self._python_call(function)
 
     def _head_call(self, body: HeadCall, function: Mapping[str, Any]) -> str:
@@ -132,7 +153,7 @@ class _Grammar:
     def _tag_call(self, form: Calls, body: TagCall, function: Mapping[str, Any]) -> str:
         line = self.text("\n") if body.trims_lines else SPACE
         parts = [self.text(f"{body.name[0]}{function['name']}{body.name[1]}"), line]
-        for key, schema, is_required in _members(function):
+        for key, schema, is_required in _members(function.get("parameters") or {}):
             is_string = schema.get("type") == "string" and not {"enum", "pattern", "const", "format"} & schema.keys()
             ends = next((end for end in body.key_ends if end.is_string is is_string), body.key_ends[-1])
             space = SPACE if body.value[0] else ""
@@ -144,16 +165,48 @@ class _Grammar:
         return self._joined(*parts, self.text(body.end))
 
     def _python_call(self, function: Mapping[str, Any]) -> str:
-        required = [(key, schema) for key, schema, is_required in _members(function) if is_required]
-        others = [(key, schema) for key, schema, is_required in _members(function) if not is_required]
-        written = [f"{self.text(key + '=')} %json {_dumped(schema)}" for key, schema in required]
-        optional = [f"{self.text(key + '=')} %json {_dumped(schema)}" for key, schema in others]
-        comma = self.text(", ")
-        if written:
-            inner = f" {comma} ".join(written) + "".join(f" ({comma} {item})?" for item in optional)
-        else:
-            inner = f"({self._any(optional)})?" if optional else ""
-        return self._joined(self.text(f"{function['name']}("), inner, self.text(")"))
+        written = [
+            (f"{self.text(key + '=')} %json {_dumped(schema)}", is_required)
+            for key, schema, is_required in _members(function.get("parameters") or {})
+        ]
+        return self._joined(self.text(f"{function['name']}("), self._listed(written, ", "), self.text(")"))
+
+    def _listed(self, items: Sequence[tuple[str, bool]], comma: str) -> str:
+        """Return items with commas between; those that need not be there come last, and without others only one."""
+        needed = [item for item, is_required in items if is_required]
+        others = [item for item, is_required in items if not is_required]
+        if not needed:
+            return f"({self._any(others)})?" if others else ""
+        return f" {self.text(comma)} ".join(needed) + "".join(f" ({self.text(comma)} {item})?" for item in others)
+
+    def _bare(self, schema: Mapping[str, Any], quote: str) -> str:
+        """Return what matches a value with bare keys and quoted strings.
+
+        Raises:
+            _CannotWrite: the schema says more than types, members, items and values.
+        """
+        if unknown := schema.keys() - BARE_KEYWORDS:
+            raise _CannotWrite(sorted(unknown))
+        kind = schema.get("type")
+        if "enum" in schema:
+            return f"({self._any([self._bare_constant(value, quote) for value in schema['enum']])})"
+        if kind == "string":
+            return f"{self.text(quote)} {self.up_to(quote)}"
+        if kind == "object":
+            members = [
+                (f"{self.text(key + ':')} {self._bare(value, quote)}", is_required)
+                for key, value, is_required in _members(schema)
+            ]
+            return self._joined(self.text("{"), self._listed(members, ","), self.text("}"))
+        if kind == "array" and isinstance(schema.get("items"), Mapping):
+            item = self._rule(self._bare(schema["items"], quote))
+            return f"{self.text('[')} ({item} ({self.text(',')} {item})*)? {self.text(']')}"
+        if kind in ("integer", "number", "boolean", "null"):
+            return f"%json {_dumped({'type': kind})}"
+        raise _CannotWrite([str(kind)])
+
+    def _bare_constant(self, value: Any, quote: str) -> str:
+        return self.text(f"{quote}{value}{quote}" if isinstance(value, str) else json.dumps(value))
 
     def _json(self, function: Mapping[str, Any]) -> str:
         return f"%json {_dumped({'type': 'object', **(function.get('parameters') or {})})}"
@@ -183,9 +236,8 @@ def _dumped(schema: Mapping[str, Any]) -> str:
     return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False}, **schema})
 
 
-def _members(function: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
-    """Return the arguments: name, schema, and whether it must be there."""
-    parameters = function.get("parameters") or {}
+def _members(parameters: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
+    """Return an object's members: name, schema, and whether it must be there."""
     definitions = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
     required = parameters.get("required") or ()
     properties = parameters.get("properties") or {}

@@ -42,9 +42,10 @@ TAKEN = (
     "longcat",
     "apertus",
     "minimax_m2",
+    "gemma4",
 )
 WITH_FREE_TEXT = {"openai", "gpt-oss"}  # thinking, which a random walk does not end
-by_parser = pytest.mark.parametrize("parser", sorted(set(TOOL_CALL_PARSERS) - {"none", "gemma4"} - WITH_FREE_TEXT))
+by_parser = pytest.mark.parametrize("parser", sorted(set(TOOL_CALL_PARSERS) - {"none"} - WITH_FREE_TEXT))
 
 
 def matcher_of(grammar: str | None) -> LLMatcher:
@@ -119,9 +120,24 @@ def test_how_many_calls() -> None:
         assert is_taken(call_grammar(form, TOOLS, {}, False, is_single), f"{call}\n{call}") != is_single
 
 
-def test_formats_without_a_grammar() -> None:
-    for name, thinking in (("none", "none"), ("gemma4", "gemma4")):
-        assert call_grammar(choose_format("", name, thinking), TOOLS, {}, False, True) is None
+def test_formats_and_schemas_without_a_grammar() -> None:
+    assert call_grammar(choose_format("", "none", "none"), TOOLS, {}, False, True) is None
+    gemma = choose_format("", "gemma4", "gemma4")
+    for schema in ({"pattern": "a+", "type": "string"}, {}, {"anyOf": [{"type": "string"}]}):
+        function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+        assert call_grammar(gemma, [{"function": function}], {}, False, True) is None
+
+
+def test_values_with_bare_keys() -> None:
+    places = {"type": "array", "items": {"type": "string"}}
+    unit = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}, "deep": places}, "required": ["unit"]}
+    function = {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"a": places, "b": unit}, "required": ["a", "b"]},
+    }
+    grammar = call_grammar(choose_format("", "gemma4", "none"), [{"function": function}], {}, False, True)
+    text = '<|tool_call>call:f{a:[<|"|>x, y<|"|>,<|"|>z<|"|>],b:{unit:<|"|>C<|"|>,deep:[]}}<tool_call|>'
+    assert is_taken(grammar, text) and not is_taken(grammar, text.replace("C", "K"))
 
 
 def test_special_tokens_are_named_by_their_ids() -> None:

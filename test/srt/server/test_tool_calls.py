@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from recorded_answers import CALL, JSON_ARGUMENTS, TOOLS
 from scripted_core import ScriptedCore, make_spoken_checkpoint, scripted
 
+from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS
 from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS
 from tiny_server import InProcess, in_process
 
@@ -157,10 +158,14 @@ def test_calls_that_are_demanded(core: ScriptedCore, client: openai.OpenAI) -> N
 
 
 def test_demands_that_cannot_be_met(client: openai.OpenAI) -> None:
-    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {"required": ["a"]}}}}
-    with pytest.raises(openai.BadRequestError, match="parameters of tool 0") as caught:
-        chat(client, tools=[bad], tool_choice="required")
-    assert caught.value.param == "tools"
+    for parameters, words in (
+        ({"type": "object", "properties": {"a": {"multipleOf": 0.5}}}, "the parameters of f: multipleOf"),
+        ({"type": "object", "properties": {"a" * MAX_GRAMMAR_CHARS: {}}}, "characters; at most"),
+    ):
+        bad = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        with pytest.raises(openai.BadRequestError, match=words) as caught:
+            chat(client, tools=[bad], tool_choice="required")
+        assert caught.value.param == "tools"
     with pytest.raises(openai.BadRequestError, match="another field for a grammar") as caught:
         chat(client, tool_choice="required", response_format={"type": "json_object"})
     assert caught.value.param == "tool_choice"
@@ -187,6 +192,13 @@ def test_a_model_that_never_learned_to_call(tiny_checkpoint: str, tmp_path: Path
         [call] = choice.message.tool_calls
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
         assert json.loads(call.function.arguments) in ({"number": 12}, {"number": 345})
+        refused = {"type": "object", "not": {"required": ["a"]}}
+        with pytest.raises(openai.BadRequestError, match="the grammar cannot be used"):
+            chat(
+                client,
+                tools=[{"type": "function", "function": {"name": "f", "parameters": refused}}],
+                tool_choice="required",
+            )
 
 
 def test_one_call_at_a_time(core: ScriptedCore, client: openai.OpenAI) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rtp_llm.srt.chat.messages import ChatPrompt
-from rtp_llm.srt.constrained.check import checked_grammar
+from rtp_llm.srt.constrained.json_schema import check_schema
+from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS
 from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.openai.base import finish_reason
 from rtp_llm.srt.entrypoints.openai.protocol import (
@@ -24,7 +25,7 @@ from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Ev
 from rtp_llm.srt.parser.response_template import ResponseTemplateParser
 from rtp_llm.srt.parser.schemas import ToolSchemas
 from rtp_llm.srt.request_spec import GrammarSpec
-from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+from rtp_llm.srt.sampling_params import InvalidRequest
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thinking on and off
 
@@ -109,16 +110,19 @@ def answer_parser(serving: Serving, body: ChatCompletionRequest, chat: ChatPromp
 
 
 def grammar_of_calls(serving: Serving, body: ChatCompletionRequest, chat: ChatPrompt) -> GrammarSpec | None:
-    """Return the grammar of answers that call what ``tool_choice`` demands; None: it demands nothing."""
+    """Return the grammar of answers that call what ``tool_choice`` demands; None: it demands nothing.
+
+    The core compiles it; what is found there ends the request with a 400.
+    """
     tools = body.demanded_tools()
     if not tools:
         return None
-    for i, tool in enumerate(tools):
+    for tool in tools:
         try:
-            checked_grammar(SamplingParams(json_schema=tool["function"]["parameters"]), serving.manager.tokenizer)
+            check_schema(tool["function"]["parameters"])
         except InvalidRequest as error:
             name = tool["function"]["name"]
-            raise InvalidRequest(f"tool_choice: the parameters of tool {i} ({name}): {error}", "tools") from None
+            raise InvalidRequest(f"tool_choice: the parameters of {name}: {error}", "tools") from None
     form = serving.answer_format
     is_single = body.tool_choice != "required" or body.parallel_tool_calls is False
     thinks = begins_thinking(form, chat.text, _continued(body))
@@ -129,6 +133,12 @@ def grammar_of_calls(serving: Serving, body: ChatCompletionRequest, chat: ChatPr
         raise InvalidRequest(
             "tool_choice: there is no grammar for this model's form of calls: leave it out, or choose 'auto'",
             "tool_choice",
+        )
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(
+            f"tool_choice: the grammar of these {len(tools)} tools has {len(text)} characters; at most "
+            f"{MAX_GRAMMAR_CHARS} are taken: demand one of fewer",
+            "tools",
         )
     return GrammarSpec("grammar", text)
 
