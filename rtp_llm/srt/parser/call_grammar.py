@@ -58,7 +58,7 @@ def call_grammar(
             before = f"{closing} {SPACE}" if thinks else f"({grammar.text(thinking.open)} {closing} {SPACE})?"
         try:
             answer = f"{before} {grammar.calls(form.calls, functions, is_single)}"
-        except _CannotWrite:
+        except (_CannotWrite, RecursionError):
             return None
     else:
         return None

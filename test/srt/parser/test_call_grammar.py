@@ -42,7 +42,6 @@ TAKEN = (
     "longcat",
     "apertus",
     "minimax_m2",
-    "gemma4",
 )
 WITH_FREE_TEXT = {"openai", "gpt-oss"}  # thinking, which a random walk does not end
 by_parser = pytest.mark.parametrize("parser", sorted(set(TOOL_CALL_PARSERS) - {"none"} - WITH_FREE_TEXT))

@@ -162,13 +162,24 @@ def test_demands_that_cannot_be_met(client: openai.OpenAI) -> None:
         ({"type": "object", "properties": {"a": {"multipleOf": 0.5}}}, "the parameters of f: multipleOf"),
         ({"type": "object", "properties": {"a" * MAX_GRAMMAR_CHARS: {}}}, "characters; at most"),
     ):
-        bad = {"type": "function", "function": {"name": "f", "parameters": parameters}}
         with pytest.raises(openai.BadRequestError, match=words) as caught:
-            chat(client, tools=[bad], tool_choice="required")
+            chat(client, tools=[function_of(parameters)], tool_choice="required")
         assert caught.value.param == "tools"
     with pytest.raises(openai.BadRequestError, match="another field for a grammar") as caught:
         chat(client, tool_choice="required", response_format={"type": "json_object"})
     assert caught.value.param == "tool_choice"
+
+
+def function_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+def test_schemas_that_are_nested_deeply(client: openai.OpenAI) -> None:
+    parameters: dict[str, Any] = {}
+    for _ in range(400):
+        parameters = {"type": "array", "items": parameters}
+    with pytest.raises(openai.BadRequestError):
+        chat(client, tools=[function_of({"properties": {"a": parameters}})] * 2)
 
 
 NUMBER = {
@@ -194,11 +205,7 @@ def test_a_model_that_never_learned_to_call(tiny_checkpoint: str, tmp_path: Path
         assert json.loads(call.function.arguments) in ({"number": 12}, {"number": 345})
         refused = {"type": "object", "not": {"required": ["a"]}}
         with pytest.raises(openai.BadRequestError, match="the grammar cannot be used"):
-            chat(
-                client,
-                tools=[{"type": "function", "function": {"name": "f", "parameters": refused}}],
-                tool_choice="required",
-            )
+            chat(client, tools=[function_of(refused)], tool_choice="required")
 
 
 def test_one_call_at_a_time(core: ScriptedCore, client: openai.OpenAI) -> None:

@@ -191,7 +191,10 @@ class ChatCompletionRequest(GenerationBody):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise InvalidRequest(f"tools has two functions of the name {twice!r}", "tools")
-        num_chars = len(json.dumps(self.shown_tools()))
+        try:
+            num_chars = len(json.dumps(self.shown_tools()))
+        except RecursionError:
+            raise InvalidRequest("tools is nested too deeply", "tools") from None
         if num_chars > MAX_TOOLS_CHARS:
             message = f"tools has {num_chars} characters as JSON; at most {MAX_TOOLS_CHARS} are taken"
             raise InvalidRequest(message, "tools")
