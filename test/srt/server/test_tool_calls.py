@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,16 @@ def function_of(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
 
-def test_schemas_that_are_nested_deeply(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("depth", [90, 900])
+def test_schemas_that_are_nested_deeply(core: ScriptedCore, client: openai.OpenAI, depth: int) -> None:
+    """They are taken or refused, and no error of the server."""
     parameters: dict[str, Any] = {}
-    for _ in range(400):
+    for _ in range(depth):
         parameters = {"type": "array", "items": parameters}
-    with pytest.raises(openai.BadRequestError):
-        chat(client, tools=[function_of({"properties": {"a": parameters}})] * 2)
+    for choice in ("auto", "required"):
+        core.texts = [NOW]
+        with suppress(openai.BadRequestError):
+            chat(client, tools=[function_of({"properties": {"a": parameters}})], tool_choice=choice)
 
 
 NUMBER = {
