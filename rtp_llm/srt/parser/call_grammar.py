@@ -20,10 +20,25 @@ from rtp_llm.srt.parser.formats import (
     PythonCall,
     TagCall,
 )
+from rtp_llm.srt.parser.schemas import ToolSchemas
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,40}"  # between JSON tokens: enough for what is indented
 SPACE = "SPACE?"
 # Of schemas whose values are written in a format of their own
+PLAIN_STRING = frozenset({"type", "description", "title", "default", "examples"})
+OF_ARGUMENTS = frozenset(
+    {
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "description",
+        "title",
+        "$defs",
+        "definitions",
+        "$schema",
+    }
+)
 BARE_KEYWORDS = frozenset(
     {"type", "properties", "required", "items", "enum", "description", "title", "default", "additionalProperties"}
 )
@@ -134,7 +149,7 @@ class _Grammar:
         if isinstance(body, HeadCall):
             return self._head_call(body, function)
         if isinstance(body, TagCall):
-            return self._tag_call(form, body, function)
+            return self._tag_call(body, function)
         if isinstance(body, BareKeysCall):
             parameters = {**(function.get("parameters") or {}), "type": "object"}
             return self._joined(self.text(f"{body.prefix}{function['name']}"), self._bare(parameters, body.quote))
@@ -150,24 +165,39 @@ class _Grammar:
         opening = self._joined(before, self.text("".join(body.before_name)), named, space, after, space)
         return self._joined(opening, self._json(function), space, end)
 
-    def _tag_call(self, form: Calls, body: TagCall, function: Mapping[str, Any]) -> str:
+    def _tag_call(self, body: TagCall, function: Mapping[str, Any]) -> str:
         line = self.text("\n") if body.trims_lines else SPACE
+        types = ToolSchemas([function])
         parts = [self.text(f"{body.name[0]}{function['name']}{body.name[1]}"), line]
-        for key, schema, is_required in _members(function.get("parameters") or {}):
-            is_string = schema.get("type") == "string" and not {"enum", "pattern", "const", "format"} & schema.keys()
+        for key, schema, is_required in _members(_parameters(function)):
+            is_string = "string" in types.types(function["name"], key)
             ends = next((end for end in body.key_ends if end.is_string is is_string), body.key_ends[-1])
             space = SPACE if body.value[0] else ""
             opening = self._joined(self.text(f"{body.key}{key}{ends.text}"), space, self.text(body.value[0]))
             closing = f"{ends.closing}{body.value[1]}"
-            value = self.up_to(closing) if is_string else f"%json {_dumped(schema)} {line} {self.text(closing)}"
+            if is_string:
+                value = self._string(schema, f"\n{closing}" if body.trims_lines else closing)
+            else:
+                value = f"%json {_dumped(schema)} {line} {self.text(closing)}"
             part = self._joined(opening, line if body.trims_lines else "", value, line)
             parts.append(part if is_required else f"({part})?")
         return self._joined(*parts, self.text(body.end))
 
+    def _string(self, schema: Mapping[str, Any], closing: str) -> str:
+        """Return what matches a string without quotes and what ends it."""
+        if schema.keys() <= PLAIN_STRING:
+            return self.up_to(closing)
+        if schema.keys() <= PLAIN_STRING | {"enum"} and all(isinstance(value, str) for value in schema["enum"]):
+            return f"({self._any([self.text(value) for value in schema['enum']])}) {self.text(closing)}"
+        choices = schema.get("anyOf")
+        if schema.keys() <= PLAIN_STRING | {"anyOf"} and all(item.keys() <= PLAIN_STRING for item in choices or ()):
+            return self.up_to(closing)
+        raise _CannotWrite(sorted(schema))
+
     def _python_call(self, function: Mapping[str, Any]) -> str:
         written = [
             (f"{self.text(key + '=')} %json {_dumped(schema)}", is_required)
-            for key, schema, is_required in _members(function.get("parameters") or {})
+            for key, schema, is_required in _members(_parameters(function))
         ]
         return self._joined(self.text(f"{function['name']}("), self._listed(written, ", "), self.text(")"))
 
@@ -234,6 +264,18 @@ class _Grammar:
 
 def _dumped(schema: Mapping[str, Any]) -> str:
     return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False}, **schema})
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of the arguments, of which each is written by itself.
+
+    Raises:
+        _CannotWrite: it says more than what each of them is.
+    """
+    parameters = dict(function.get("parameters") or {})
+    if unknown := parameters.keys() - OF_ARGUMENTS:
+        raise _CannotWrite(sorted(unknown))
+    return parameters
 
 
 def _members(parameters: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:

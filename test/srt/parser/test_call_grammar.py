@@ -127,6 +127,32 @@ def test_formats_and_schemas_without_a_grammar() -> None:
         assert call_grammar(gemma, [{"function": function}], {}, False, True) is None
 
 
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "deepseek_v32", "minicpm5"])
+def test_strings_without_quotes(name: str) -> None:
+    """What a grammar allows is what the reader then finds."""
+    properties: dict[str, Any] = {
+        "unit": {"enum": ["C", "F"]},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "places": {"type": "array", "items": {"enum": ["x"]}, "minItems": 1, "maxItems": 2},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["unit", "places"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    form = choose_format("", name, "none")
+    del properties["maybe"]  # free text, which a random walk does not end
+    text = generated(call_grammar(form, tools, {}, False, True), random.Random(1))
+    reader = ChatParser(form, ToolSchemas(tools))
+    events = [*reader.feed(text), *reader.finish()]
+    arguments = json.loads("".join(event.text for event in events if isinstance(event, Arguments)))
+    assert arguments["unit"] in ("C", "F") and set(arguments["places"]) == {"x"}, text
+    for schema in ({"type": "string", "maxLength": 3}, {"enum": ["a", 1]}):
+        properties["more"] = schema
+        assert call_grammar(form, tools, {}, False, True) is None
+    parameters["properties"] = {"maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}}
+    assert call_grammar(form, tools, {}, False, True) is not None
+    parameters["not"] = {}
+    assert call_grammar(form, tools, {}, False, True) is None
+
+
 def test_values_with_bare_keys() -> None:
     places = {"type": "array", "items": {"type": "string"}}
     unit = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}, "deep": places}, "required": ["unit"]}
