@@ -35,6 +35,8 @@ class DeviceProvider(ABC):
         ranks_share_memory: all ranks use the same memory.
         process_group: torch.distributed's back end between ranks.
         kv_cache_dtypes: values of ``--kv-cache-dtype`` that its attention supports.
+        logit_bytes_at_once: logits are computed for about so many bytes of rows at a time, to sample from them; None:
+            of all rows.
         step_recorder: the StepRecorder for decode steps, as ``module:attribute``; None: there is none.
         activities: activities that a trace can record, by their names for ``start_profile``.
     """
@@ -46,6 +48,7 @@ class DeviceProvider(ABC):
     ranks_share_memory: bool
     process_group: str
     kv_cache_dtypes: tuple[str, ...]
+    logit_bytes_at_once: int | None
     step_recorder: str | None
     activities: Mapping[str, ProfilerActivity]
 

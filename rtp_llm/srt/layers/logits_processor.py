@@ -1,12 +1,13 @@
 """From hidden states to logits, and from logits to log-probabilities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch, LogprobRow
 from rtp_llm.srt.layers.embedding import VocabParallelEmbedding
@@ -56,18 +57,93 @@ class Logprobs:
         return result
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class LaterLogits:
+    """Logits [S, vocab_size] that are not computed yet, since they would take much memory at once.
+
+    ``hidden_states`` are [S, hidden_size]; ``logits_of`` maps some of their rows [N, hidden_size] to their logits
+    [N, vocab_size], of which ``rows_at_once`` do not take too much.
+    """
+
+    hidden_states: torch.Tensor
+    logits_of: Callable[[torch.Tensor], torch.Tensor]
+    rows_at_once: int
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LaterLogits":
+        return LaterLogits(change(self.hidden_states), self.logits_of, self.rows_at_once)
+
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Compute pieces of about equal size, one after the other; give the rows of each, and its logits."""
+        size = -(-len(self) // -(-len(self) // self.rows_at_once))
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            yield rows, self.logits_of(self.hidden_states[rows])
+
+
 class LogitsProcessorOutput:
     """The result of a model's forward.
 
-    ``next_token_logits``: [S, vocab_size] float32, one row for each of ``forward_batch.sample_rows``.
-    ``prompt_logprobs``: parallel to ``forward_batch.prompt_logprobs``.
-    ``hidden_states``: [T, num_layers_captured * hidden_size], only where the model captures layers for a drafter.
+    Args:
+        next_token_logits: [S, vocab_size] float32, one row for each of ``forward_batch.sample_rows``; or how they are
+            computed later.
+        prompt_logprobs: parallel to ``forward_batch.prompt_logprobs``.
+        hidden_states: [T, num_layers_captured * hidden_size], only where the model captures layers for a drafter.
     """
 
-    next_token_logits: torch.Tensor
-    prompt_logprobs: list[Logprobs]
-    hidden_states: torch.Tensor | None = None
+    __slots__ = ("_logits", "hidden_states", "prompt_logprobs")
+
+    def __init__(
+        self,
+        next_token_logits: torch.Tensor | LaterLogits,
+        prompt_logprobs: list[Logprobs],
+        hidden_states: torch.Tensor | None = None,
+    ) -> None:
+        self._logits = next_token_logits
+        self.prompt_logprobs = prompt_logprobs
+        self.hidden_states = hidden_states
+
+    @property
+    def next_token_logits(self) -> torch.Tensor:
+        """[S, vocab_size] float32. They are all in memory from now on, and may be changed or replaced."""
+        if isinstance(self._logits, LaterLogits):
+            self._logits = self._logits.logits_of(self._logits.hidden_states)
+        return self._logits
+
+    @next_token_logits.setter
+    def next_token_logits(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of ``next_token_logits``."""
+        return len(self._logits)
+
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Give rows of ``next_token_logits`` and their logits, a piece at a time; nothing without rows."""
+        if isinstance(self._logits, LaterLogits):
+            yield from self._logits.pieces()
+        elif len(self._logits):
+            yield slice(0, len(self._logits)), self._logits
+
+    def first(self, num_rows: int, num_tokens: int) -> "LogitsProcessorOutput":
+        """Return the output of the first rows and tokens only."""
+        return self._changed(lambda of_rows: of_rows[:num_rows], lambda of_tokens: of_tokens[:num_tokens])
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LogitsProcessorOutput":
+        """Return an output with other tensors of the same contents."""
+        return self._changed(change, change)
+
+    def _changed(
+        self, of_rows: Callable[[torch.Tensor], torch.Tensor], of_tokens: Callable[[torch.Tensor], torch.Tensor]
+    ) -> "LogitsProcessorOutput":
+        return LogitsProcessorOutput(
+            self._logits.mapped(of_rows) if isinstance(self._logits, LaterLogits) else of_rows(self._logits),
+            self.prompt_logprobs,
+            None if self.hidden_states is None else of_tokens(self.hidden_states),
+        )
 
 
 class LogitsProcessor(nn.Module):
@@ -88,6 +164,8 @@ class LogitsProcessor(nn.Module):
         self.logit_scale = logit_scale
         self.soft_cap: float | None = soft_cap or getattr(config, "final_logit_softcapping", None)
         self.tp_group = get_tp_group()
+        most_bytes = built_for().logit_bytes_at_once
+        self.rows_at_once = None if most_bytes is None else max(1, most_bytes // (4 * self.vocab_size))
 
     def forward(
         self,
@@ -97,7 +175,8 @@ class LogitsProcessor(nn.Module):
         forward_batch: ForwardBatch,
         aux_hidden_states: Sequence[torch.Tensor] | None = None,
     ) -> LogitsProcessorOutput:
-        """Compute the logits to sample from, and the prompt logprobs that are wanted.
+        """Compute the logits to sample from, or leave them for later if they are many, and the prompt logprobs that are
+        wanted.
 
         Args:
             input_ids: [T]; part of the call shape that model files share, not needed here.
@@ -107,16 +186,20 @@ class LogitsProcessor(nn.Module):
         """
         sample_rows = forward_batch.sample_rows  # in order: if there are as many as tokens, they are all tokens
         sampled = hidden_states if len(sample_rows) == len(hidden_states) else hidden_states[sample_rows]
+        if self.rows_at_once is None or len(sampled) <= self.rows_at_once:
+            logits: torch.Tensor | LaterLogits = self.logits(sampled, lm_head)
+        else:
+            logits = LaterLogits(sampled, lambda rows: self.logits(rows, lm_head), self.rows_at_once)
         return LogitsProcessorOutput(
-            next_token_logits=self._logits(sampled, lm_head),
+            next_token_logits=logits,
             prompt_logprobs=[
-                prompt_logprobs(row, lambda token_rows: self._logits(hidden_states[token_rows], lm_head))
+                prompt_logprobs(row, lambda token_rows: self.logits(hidden_states[token_rows], lm_head))
                 for row in forward_batch.prompt_logprobs
             ],
             hidden_states=torch.cat(list(aux_hidden_states), dim=-1) if aux_hidden_states else None,
         )
 
-    def _logits(self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding) -> torch.Tensor:
+    def logits(self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding) -> torch.Tensor:
         """[N, hidden_size] -> [N, vocab_size] float32: scale, gather over ranks, cut the padding, cast, soft cap."""
         if hidden_states.shape[0] == 0:
             return hidden_states.new_empty((0, self.vocab_size), dtype=torch.float32)

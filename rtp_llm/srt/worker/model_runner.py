@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -201,7 +201,10 @@ class ModelRunner:
         if self.states is not None:
             self.states.keep_last(plan.work, plan.states)
         _check_output(output, self.model, self.traits, batch)
-        return batch, _without_dummies(output, batch.num_dummies)
+        if batch.num_dummies:  # which are last, with one token each
+            num_dummies = batch.num_dummies
+            output = output.first(output.num_rows - num_dummies, batch.num_tokens - num_dummies)
+        return batch, output
 
     def _num_dummies(self, work: list[RowWork]) -> int:
         """Number of rows to add up to the next size that decode steps are recorded for; 0 for other steps."""
@@ -333,20 +336,12 @@ def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: 
             f"{name}.{method} must return a LogitsProcessorOutput, which LogitsProcessor makes, not "
             f"{type(output).__name__}"
         )
-    num_rows, expected = output.next_token_logits.shape[0], batch.sample_rows.shape[0]
+    num_rows, expected = output.num_rows, batch.sample_rows.shape[0]
     if num_rows != expected:
         raise ValueError(
             f"{name} returned {num_rows} rows of next_token_logits, not {expected}: there must be one for each of "
             "forward_batch.sample_rows, which LogitsProcessor picks out"
         )
-
-
-def _without_dummies(output: LogitsProcessorOutput, num_dummies: int) -> LogitsProcessorOutput:
-    """Return the output without the rows of dummies, which are last."""
-    if not num_dummies:
-        return output
-    hidden_states = None if output.hidden_states is None else output.hidden_states[:-num_dummies]
-    return replace(output, next_token_logits=output.next_token_logits[:-num_dummies], hidden_states=hidden_states)
 
 
 def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:

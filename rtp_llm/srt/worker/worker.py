@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -11,8 +12,8 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
-from rtp_llm.srt.layers.logits_processor import Logprobs
-from rtp_llm.srt.plan import RowResult, RowWork, StepPlan, StepResult, TokenMasks
+from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
+from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
@@ -49,7 +50,7 @@ class PendingLogits:
     """A step whose forward pass is launched and whose tokens are not drawn yet."""
 
     plan: StepPlan
-    logits: torch.Tensor  # [S, vocab_size] float32, one row per work with ``sample``
+    output: LogitsProcessorOutput  # with a row of logits per work with ``sample``
     prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
 
 
@@ -63,18 +64,18 @@ class PendingResult:
         token_ids: torch.Tensor,
         bad_rows: torch.Tensor,
         asked: list[int],
-        logprobs: Logprobs | None,
+        logprobs: list[Logprobs],
         prompt_logprobs: dict[int, Logprobs],
     ) -> None:
         """
         Args:
             token_ids: [S] int64, the drawn tokens; bad_rows: [S] bool, those from bad logits, which are meaningless.
-            asked: places in ``token_ids`` of the tokens that ``logprobs`` belong to.
+            asked: places in ``token_ids`` of the tokens that ``logprobs``, one after the other, belong to.
             prompt_logprobs: by index into ``plan.work``.
         """
         self._plan = plan
         self._asked, self._prompts = asked, list(prompt_logprobs)
-        self._logprobs = [*prompt_logprobs.values(), *([] if logprobs is None else [logprobs])]
+        self._logprobs = [*prompt_logprobs.values(), *logprobs]
         tensors = (tensor for each in self._logprobs for tensor in (each.ids, each.values))
         self._arrived = provider.to_host([token_ids, bad_rows, *tensors])
 
@@ -82,7 +83,7 @@ class PendingResult:
         token_ids, bad_rows, *tensors = self._arrived()
         pairs = zip(self._logprobs, tensors[::2], tensors[1::2], strict=True)
         read = [replace(logprobs, ids=ids, values=values).read() for logprobs, ids, values in pairs]
-        logprobs = dict(zip(self._asked, read[len(self._prompts)] if self._asked else [], strict=True))
+        logprobs = dict(zip(self._asked, chain(*read[len(self._prompts) :]), strict=True))
         drawn = enumerate(zip(token_ids.tolist(), bad_rows.tolist(), strict=True))
         rows = []
         for work in self._plan.work:
@@ -121,10 +122,11 @@ class Worker:
     def step(self, plan: StepPlan) -> PendingResult:
         return self.sample(self.forward(plan))
 
+    @torch.inference_mode()
     def step_with_logits(self, plan: StepPlan) -> tuple[StepResult, torch.Tensor]:
         """As ``step``, but wait; also return a copy of the logits that were drawn from, [S, vocab_size] float32."""
         pending = self.forward(plan)
-        return self.sample(pending).result(), pending.logits.to("cpu", copy=True)
+        return self.sample(pending).result(), pending.output.next_token_logits.to("cpu", copy=True)
 
     def start_profile(self, activities: list[str], record_shapes: bool) -> None:
         self._profiler.start(activities, record_shapes)
@@ -140,28 +142,42 @@ class Worker:
         batch, output = self.runner.forward(plan)
         indices = [row.batch_index for row in batch.prompt_logprobs]
         prompt_logprobs = dict(zip(indices, output.prompt_logprobs, strict=True))
-        return PendingLogits(plan, output.next_token_logits, prompt_logprobs)
+        return PendingLogits(plan, output, prompt_logprobs)
 
     @torch.inference_mode()
     def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> PendingResult:
         """Draw the step's tokens, under ``masks`` for ``plan.masked_rows``."""
         work = [w for w in pending.plan.work if w.sample]
-        logits = pending.logits
-        rows = [w.row for w in work]
-        token_ids, bad_rows = self._draw(logits, rows, work, masks)
-        asked, logprobs = self.sampler.logprobs(logits, token_ids, rows)
+        rows, positions = [w.row for w in work], [w.start + w.num_tokens for w in work]
+        tokens, bad_rows, asked, logprobs = [], [], [], []
+        for part, logits in pending.output.pieces():
+            own_masks = None if masks is None else _without_others(masks, rows, part)
+            drawn, bad = self.sampler.sample_and_check(logits, rows[part], positions[part], own_masks)
+            places, theirs = self.sampler.logprobs(logits, drawn, rows[part])
+            tokens.append(drawn)
+            bad_rows.append(bad)
+            asked += [part.start + place for place in places]
+            logprobs += [] if theirs is None else [theirs]
+            del logits  # before the next piece takes as much memory
+        token_ids, bad_ones = self._join(tokens), self._join(bad_rows).bool()
+        if rows:
+            self.sampler.observe(rows, token_ids)
+            self.runner.last_tokens[self._provider.to_device(rows, torch.int64)] = token_ids
         return PendingResult(
-            self._provider, pending.plan, token_ids, bad_rows, asked, logprobs, pending.prompt_logprobs
+            self._provider, pending.plan, token_ids, bad_ones, asked, logprobs, pending.prompt_logprobs
         )
 
-    def _draw(
-        self, logits: torch.Tensor, rows: list[int], work: list[RowWork], masks: TokenMasks | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not rows:
-            none = torch.empty(0, dtype=torch.int64, device=logits.device)
-            return none, none.bool()
-        positions = [w.start + w.num_tokens for w in work]
-        token_ids, bad_rows = self.sampler.sample_and_check(logits, rows, positions, masks)
-        self.sampler.observe(rows, token_ids)
-        self.runner.last_tokens[self._provider.to_device(rows, torch.int64)] = token_ids
-        return token_ids, bad_rows
+    def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """Concatenate what was drawn; without pieces, nothing was."""
+        if not pieces:
+            return torch.empty(0, dtype=torch.int64, device=self._provider.torch_device)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _without_others(masks: TokenMasks, rows: list[int], part: slice) -> TokenMasks | None:
+    """Leave out the masks of the step's rows that are not in ``part``; return None if none is left."""
+    others = {*rows[: part.start], *rows[part.stop :]}
+    if others.isdisjoint(masks.rows):
+        return masks
+    lines = [line for line, row in enumerate(masks.rows) if row not in others]
+    return TokenMasks([masks.rows[line] for line in lines], masks.words[lines]) if lines else None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -51,7 +52,6 @@ LAYER_KINDS: Sequence[tuple[tuple[type, ...], str]] = (
     ((ActAndMul, SiluAndMul, SwigluOAIAndMul), "activation"),
     ((FusedMoE,), "experts"),
     ((VocabParallelEmbedding,), "embedding"),
-    ((LogitsProcessor,), "logits"),
 )
 NAMED_KINDS = ("linear", "norm")  # a block has several, distinguished by their attributes' names
 
@@ -170,6 +170,8 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
         if kind is not None:
             part = (kind, name.rpartition(".")[2]) if kind in NAMED_KINDS else (kind,)
             module.forward = _timed_layer(module, part, watch)
+        if isinstance(module, LogitsProcessor):
+            module.logits = _timed_logits(module, watch)  # type: ignore[method-assign]
 
 
 def _with_timed_results(sample: Callable[..., PendingResult], watch: Stopwatch) -> Callable[..., PendingResult]:
@@ -191,10 +193,20 @@ def _timed_layer(module: nn.Module, name: Name, watch: Stopwatch) -> Callable[..
         if isinstance(module, LinearBase):
             output, halves = result[0], 2 if len(args) > 1 else 1  # a gated activation multiplies one half by the other
             _note_product(part, module, output.shape[0], module.input_size * output.shape[-1] * halves)
-        elif isinstance(module, LogitsProcessor):
-            head = kwargs.get("lm_head") or args[2]
-            _note_product(part, head, result.next_token_logits.shape[0], head.num_embeddings * head.embedding_dim)
         return result
+
+    return timed
+
+
+def _timed_logits(module: LogitsProcessor, watch: Stopwatch) -> Callable[..., torch.Tensor]:
+    """Return the timed function that computes logits, within the model's forward or later."""
+    logits_of = module.logits
+
+    def timed(hidden_states: torch.Tensor, head: VocabParallelEmbedding) -> torch.Tensor:
+        with watch.part(("logits",)) as part:
+            logits = logits_of(hidden_states, head)
+        _note_product(part, head, len(hidden_states), head.num_embeddings * head.embedding_dim)
+        return logits
 
     return timed
 

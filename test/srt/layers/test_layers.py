@@ -16,6 +16,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.devices.cpu.build import kernels_work
+from rtp_llm.srt.devices.cpu.provider import CpuProvider
 from rtp_llm.srt.distributed.parallel_state import TPGroup
 from rtp_llm.srt.forward_batch import AttentionSpec
 from rtp_llm.srt.kernels import reference
@@ -447,6 +448,27 @@ def test_logits_processor(num_tokens: int) -> None:
         assert result.logprob == pytest.approx(logprobs[row, targets[row]].item(), abs=1e-5)
         assert result.chosen[1] == (pytest.approx(logprobs[row, 3].item(), abs=1e-5), 3)
         assert len(result.top) == 2
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 4, 7])
+def test_many_logits_are_computed_in_pieces(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuProvider, "logit_bytes_at_once", 2 * 9 * 4 + 5)  # two rows and a little
+    head, hidden = ParallelLMHead(9, 4), torch.randn(num_rows, 4)
+    load(head, "weight", torch.randn(9, 4))
+    batch = make_batch([1] * num_rows, 0, num_rows)
+    batch.sample_rows, batch.prompt_logprobs = torch.arange(num_rows), []
+    config: Any = SimpleNamespace(vocab_size=9)
+    processor = LogitsProcessor(config)
+    output = processor(batch.input_ids, hidden, head, batch)
+    assert output.num_rows == num_rows
+    pieces = list(output.pieces())
+    assert [row for rows, _ in pieces for row in range(num_rows)[rows]] == list(range(num_rows))
+    assert {len(logits) for _, logits in pieces} <= {1, 2} and len(pieces) == -(-num_rows // 2)
+    torch.testing.assert_close(torch.cat([logits for _, logits in pieces]), processor.logits(hidden, head))
+    assert [rows for rows, _ in output.first(1, 1).pieces()] == [slice(0, 1)]
+
+    output.next_token_logits[0, 3] = 7.0  # as a model may change them
+    assert output.next_token_logits[0, 3] == 7.0 and len(list(output.pieces())) == 1
 
 
 def test_logits_processor_with_nothing_to_sample() -> None:

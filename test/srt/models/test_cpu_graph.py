@@ -14,6 +14,7 @@ from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.devices.cpu import graphs as cpu_graph
 from rtp_llm.srt.devices.cpu.build import kernels_work
+from rtp_llm.srt.devices.cpu.provider import CpuProvider
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from tiny_models import TINY_MODELS, make_tiny, random_prompts, tiny_model
@@ -95,7 +96,38 @@ def test_models_that_see(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_many_numbers_of_rows_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disabled", [False, True])
+def test_logits_in_pieces(disabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows at once, of up to five: of greedy ones and others, with log-probabilities, penalties and masks."""
+    name = "llama-default"
+    vocab_size = TINY_MODELS[name].vocab_size
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 3, "top_p": 0.9},
+        {"temperature": 0, "repetition_penalty": 1.5},
+        {"temperature": 0.7, "seed": 4, "logit_bias": {"5": 2.0}},
+        {"temperature": 0, "allowed_token_ids": list(range(0, vocab_size, 3))},
+    ]
+    params = [{**kind, "max_new_tokens": 8 + 3 * i, "ignore_eos": True} for i, kind in enumerate(kinds)]
+    prompts, answers = random_prompts(vocab_size, (3, 20, 9, 1, 30)), []
+    for rows_at_once in (2, 100):
+        monkeypatch.setattr(CpuProvider, "logit_bytes_at_once", rows_at_once * vocab_size * 4)
+        options: dict[str, Any] = dict(dtype="bfloat16", device="cpu", skip_tokenizer_init=True, max_total_tokens=600)
+        with Engine(model_path=tiny_model(name), disable_cpu_graph=disabled, inline=True, **options) as engine:
+            results = engine.generate(
+                input_ids=prompts,
+                sampling_params=params,
+                return_logprob=[True, False, True, True, False],
+                top_logprobs_num=[2, 0, 0, 5, 0],
+            )
+            graphs = engine._runner.core.executor.worker.runner.recorder
+        assert disabled or sum(not isinstance(graph, int) for graph in graphs._graphs.values()) == 5
+        kept = ("output_token_logprobs", "output_top_logprobs")
+        answers.append([(r["output_ids"], *(r["meta_info"].get(name) for name in kept)) for r in results])
+    assert answers[0] == answers[1]
+
+
+def test_many_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that are not used for long are forgotten, and made anew."""
     monkeypatch.setattr(cpu_graph, "MAX_GRAPHS", 2)
     replayed, recorded = answers("llama-default")

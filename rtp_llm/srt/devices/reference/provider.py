@@ -25,6 +25,7 @@ class ReferenceProvider(DeviceProvider):
     ranks_share_memory = True
     process_group = "gloo"
     kv_cache_dtypes: tuple[str, ...] = ("auto", "bf16", "int8")
+    logit_bytes_at_once: int | None = None
     step_recorder: str | None = None
     activities: Mapping[str, ProfilerActivity] = {"CPU": ProfilerActivity.CPU}
 
