@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from typing import Any, NoReturn
 
 import torch
@@ -52,7 +53,7 @@ class CpuGraphs(StepRecorder):
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
         super().__init__(forward, attn_backend, step_modules)
         self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # an int: how often that kind has occurred
-        self._memory = Reused()  # shared by all graphs: one runs at a time, and keeps nothing between steps
+        self._memory = Reused()  # shared by all graphs: one runs at a time, and its output is valid until the next
         unknown = [type(m).__name__ for m in step_modules if not isinstance(m, ReplaysForward)]
         self._works = not unknown
         if unknown:
@@ -88,7 +89,7 @@ class CpuGraphs(StepRecorder):
                     put_back()
                 return self._give_up(batch)
             self._keep(key, graph)
-            return graph.output
+            return graph.output()
         self._keep(key, graph)
         return graph.replay(tensors)
 
@@ -131,7 +132,7 @@ class CpuGraphs(StepRecorder):
             stack.enter_context(NoReading(recording.kept))
             stack.enter_context(recording)
             output = self._forward(batch)
-        return CpuGraph(recording.calls, inputs, output, recording.kept)
+        return CpuGraph(recording.calls, inputs, output.mapped(self._memory.lent), recording.kept)
 
 
 class CpuGraph:
@@ -141,8 +142,11 @@ class CpuGraph:
         self, calls: list[Call], inputs: list[torch.Tensor], output: LogitsProcessorOutput, kept: list[torch.Tensor]
     ) -> None:
         """``inputs``: tensors of the step that the calls read; ``kept``: other tensors whose addresses they use."""
-        self._calls, self._inputs, self._kept = calls, inputs, kept
-        self.output = output
+        self._calls, self._inputs, self._output, self._kept = calls, inputs, output, kept
+
+    def output(self) -> LogitsProcessorOutput:
+        """Return the output of the step that was run last, as an object of its own: it may be changed."""
+        return copy(self._output)
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> LogitsProcessorOutput:
         """Run the step's calls. ``tensors``: this step's, in the order of the inputs."""
@@ -152,7 +156,7 @@ class CpuGraph:
         for function, args, result in self._calls:
             if function(*args) != result:
                 raise RuntimeError(f"a kernel of a replayed step returned another result than {result!r} ({function})")
-        return self.output
+        return self.output()
 
 
 ALLOCATIONS = {
@@ -192,7 +196,7 @@ class Recording(TorchDispatchMode):
         if func in ALLOCATIONS:
             return self._memory.like(result)
         if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-            self.note(_name(func), _run, (func, args, kwargs), None)
+            self.note(_name(func), _run, self._lent((func, args, kwargs)), None)
             return result
         inputs = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
@@ -201,8 +205,12 @@ class Recording(TorchDispatchMode):
                 self.kept += outputs
             return result
         own = tree_map(lambda x: self._memory.like(x).copy_(x) if isinstance(x, torch.Tensor) else x, result)
-        self.note(_name(func), _run_into, (func, args, kwargs, own), None)
+        self.note(_name(func), _run_into, self._lent((func, args, kwargs, own)), None)
         return own
+
+    def _lent(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Let the memory of tensors be reused for later ones, although a call has them: kernels have addresses only."""
+        return tree_map(lambda x: self._memory.lent(x) if isinstance(x, torch.Tensor) else x, arguments)
 
 
 def _storage(tensor: torch.Tensor) -> int:

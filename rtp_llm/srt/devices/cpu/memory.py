@@ -98,6 +98,18 @@ class Reused:
             pieces.append(piece)
         return piece
 
+    def lent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor such that its piece counts as unused, and may be overwritten, although it lies there; one
+        that is not in a piece as it is. This object must outlive it."""
+        storage = tensor.untyped_storage()
+        addresses = {piece.data_ptr() for pieces in self._pieces.values() for piece in pieces}
+        if storage.data_ptr() not in addresses:
+            return tensor
+        memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+        alias = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        empty = torch.empty(0, dtype=tensor.dtype)
+        return empty.set_(alias, tensor.storage_offset(), tensor.shape, tensor.stride())
+
     def _make_room(self, num_bytes: int) -> None:
         held = sum(size * len(pieces) for size, pieces in self._pieces.items())
         if self._most_bytes is not None and held + num_bytes > self._most_bytes:
@@ -118,9 +130,9 @@ def _is_free(piece: torch.UntypedStorage) -> bool:
 
 
 def _rounded_up(num_bytes: int) -> int:
-    """Round up to a quarter of a power of two, so that tensors of nearly equal sizes fit the same pieces."""
-    step = max(ALIGNMENT, 1 << max(0, num_bytes.bit_length() - 3))
-    return max(1, -(-num_bytes // step)) * step
+    """Round up to a power of two, so that tensors of unequal sizes fit the same pieces. Pages that nothing was written
+    to take no memory."""
+    return max(ALIGNMENT, 1 << max(0, num_bytes - 1).bit_length())
 
 
 _results = Reused(KEPT_BYTES)

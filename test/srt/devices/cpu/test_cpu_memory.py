@@ -86,6 +86,24 @@ def test_memory_is_used_again_once_nothing_lies_in_it():
         assert tensor.fill_(1).sum() == tensor.numel()
 
 
+def test_lent_memory_is_used_again():
+    memory = Reused()
+    first = memory.empty((4, 5), torch.float32)[1:, 2:].fill_(3)
+    lent, elsewhere = memory.lent(first), torch.ones(3)
+    assert torch.equal(lent, first) and lent.stride() == first.stride() and memory.lent(elsewhere) is elsewhere
+    assert memory.empty((4, 5), torch.float32).data_ptr() != first.untyped_storage().data_ptr()
+    del first
+    memory.empty((4, 5), torch.float32).fill_(2)
+    assert lent.unique().tolist() == [2]
+
+
+def test_tensors_of_unequal_sizes_fit_the_same_memory():
+    memory = Reused()
+    for num_rows in range(16, 8, -1):
+        memory.empty((num_rows, 1 << 18), torch.float32)
+    assert sum(len(pieces) for pieces in memory._pieces.values()) == 1
+
+
 def test_memory_like_another():
     memory = Reused()
     for tensor in (torch.randn(3, 4).t(), torch.randn(5, 6)[1:, 2:], torch.empty(0, 2)):

@@ -48,3 +48,19 @@ def test_a_recording_that_fails_leaves_states_as_they_were() -> None:
     results, graphs = run_steps(reads_values=True)
     assert results == [2.0 * token - 1 for token in range(1, RECORD_AT + 4)]
     assert not graphs._works
+
+
+@torch.inference_mode()
+def test_graphs_share_the_memory_of_their_results() -> None:
+    """Results are valid until the next step: each number of rows with memory of its own would take too much."""
+
+    def forward(batch: ForwardBatch) -> LogitsProcessorOutput:
+        return LogitsProcessorOutput(batch.input_ids[:, None] * torch.ones(1024), [])
+
+    graphs = CpuGraphs(forward, NoAttention(), [])
+    for num_rows in [*range(8, 4, -1)] * (RECORD_AT + 1):
+        batch = make_batch(list(range(num_rows)), 1, 1)
+        batch.batch_size, batch.sample_rows, batch.prompt_logprobs = num_rows, torch.arange(num_rows), []
+        results = graphs.run(batch).next_token_logits
+        assert torch.equal(results, torch.arange(num_rows)[:, None].expand(-1, 1024).float())
+    assert sum(len(pieces) for size, pieces in graphs._memory._pieces.items() if size >= 5 * 4096) == 1
