@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from rtp_llm.srt.configs.own_config import config_of_unknown_type
 from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.gguf.folder import is_checkpoint_folder
+from rtp_llm.srt.managers.compact_tokenizer import CompactTokenizer
 from rtp_llm.srt.managers.detokenizer import Completion, Detokenizer
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.generate_options import (
@@ -80,7 +81,7 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
 
 def _from_files(tokenizer_path: str, trust_remote_code: bool, revision: str | None) -> Any:
     if is_checkpoint_folder(Path(tokenizer_path)):  # the file is right; some model types have a class that ignores it
-        return PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
+        return CompactTokenizer.from_pretrained(tokenizer_path)
     return AutoTokenizer.from_pretrained(
         tokenizer_path,
         config=config_of_unknown_type(tokenizer_path, trust_remote_code),
