@@ -9,6 +9,7 @@ from made_requests import generate_request
 from stepped_core import Core
 from transformers import AutoTokenizer
 
+from rtp_llm.srt.devices.cpu.provider import CpuProvider
 from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest
 from rtp_llm.srt.request_spec import GrammarSpec
@@ -75,6 +76,13 @@ def test_tokens_do_not_depend_on_steps_and_memory(
     core: Callable[..., Core], expected: dict[str, list[int]], options: dict[str, Any]
 ) -> None:
     assert core(**options).run(requests()) == expected
+
+
+def test_nor_on_pieces_of_logits(
+    core: Callable[..., Core], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuProvider, "logit_bytes_at_once", 1)  # of one row at a time
+    assert core().run(requests()) == expected
 
 
 def test_nor_on_retractions(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
