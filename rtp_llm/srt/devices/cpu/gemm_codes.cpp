@@ -48,7 +48,7 @@ NOINLINE void tile_codes(const Codes& decoder, const UnitOf<R>* x, const uint8_t
     for (int64_t g = 0; g < scales.groups; g++) {
         vec sums[SETS][R][VECS] = {};
         for (int64_t end = unit + scales.group / 2; unit < end; codes += STEP) {
-            ahead<R == 1 ? 2 : 1>(reinterpret_cast<const uint32_t*>(codes));
+            ahead<R>(reinterpret_cast<const uint32_t*>(codes));
             each_part<Codes>([&](auto part) {
                 for (int v = 0; v < VECS; v++) {
                     ivec pairs[2];

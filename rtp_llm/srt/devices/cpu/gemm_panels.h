@@ -21,6 +21,7 @@ constexpr int PANELS_AT_ONCE = 4;           // panels that a thread takes; a til
 constexpr int64_t UNITS_OF_EACH = 256;      // units of a tile's rows that one thread prepares at a time
 constexpr int FEWEST_THAT_ASK = LANES == 16 ? 4 : 3;  // rows: with fewer there is no time for prefetching the next data
 constexpr int UNITS_AHEAD = 24;             // distance of the prefetch of weights
+constexpr int UNITS_AHEAD_OF_FEW = LANES == 8 ? 64 : UNITS_AHEAD;  // likewise, with up to ROWS_OF_WHOLE_PANELS rows
 
 typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
 
@@ -75,12 +76,14 @@ T* scratch(int64_t count) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
 }
 
-// Prefetches a unit further on. CACHE: into level 1, or 2, which allows more outstanding requests: with one row, whose
-// time is all waiting, that outweighs the longer way.
-template <int CACHE = 1>
+// Prefetches a unit further on, for a tile of R rows, into level 1, or 2, which allows more outstanding requests: with
+// one row, whose time is all waiting, that outweighs the longer way. Vectors of 256 bits need more instructions for a
+// unit, so that the processor itself looks less far ahead.
+template <int R = ROWS>
 INLINE void ahead(const uint32_t* w) {
-    __builtin_prefetch(w + UNITS_AHEAD * PANEL, 0, 4 - CACHE);
-    __builtin_prefetch(w + UNITS_AHEAD * PANEL + PANEL / 2, 0, 4 - CACHE);
+    constexpr int CACHE = R == 1 ? 2 : 1, UNITS = R <= ROWS_OF_WHOLE_PANELS ? UNITS_AHEAD_OF_FEW : UNITS_AHEAD;
+    __builtin_prefetch(w + UNITS * PANEL, 0, 4 - CACHE);
+    __builtin_prefetch(w + UNITS * PANEL + PANEL / 2, 0, 4 - CACHE);
 }
 
 }  // namespace

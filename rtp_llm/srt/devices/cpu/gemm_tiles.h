@@ -112,14 +112,13 @@ INLINE void each_pass(F&& f) {
 
 template <int R>
 NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
-    constexpr int CACHE = R == 1 ? 2 : 1;
     each_pass<R>([&](int pass, int first, auto count) {
         vec sums[R][count];
         for (auto& row : sums)
             for (vec& sum : row) sum = vec{};
         for (int64_t u = 0; u < units; u++) {
             const uint32_t* w = panel + u * PANEL + first * LANES;
-            if (pass == 0) ahead<CACHE>(w);
+            if (pass == 0) ahead<R>(w);
             next.ask<R>(pass * units + u);
             add_unit<R, count>(sums, x + u * R, w);
         }
@@ -129,14 +128,13 @@ NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units
 
 template <int R>
 NOINLINE void tile_int8(const FourOf<R>* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
-    constexpr int CACHE = R == 1 ? 2 : 1;
     each_pass<R>([&](int pass, int first, auto count) {
         ivec sums[R][count];
         for (auto& row : sums)
             for (ivec& sum : row) sum = ivec{};
         for (int64_t u = 0; u < units; u++) {
             const uint32_t* w = panel + u * PANEL + first * LANES;
-            if (pass == 0) ahead<CACHE>(w);
+            if (pass == 0) ahead<R>(w);
             next.ask<R>(pass * units + u);
             add_fours<R, count>(sums, x + u * R, w);
         }
