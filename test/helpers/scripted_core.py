@@ -18,6 +18,17 @@ from rtp_llm.srt.utils.ipc import QueueLink
 from tiny_server import InProcess, serving
 
 END = "<|end|>"
+# Thinks and calls as Qwen 3 does.
+TEMPLATE = """
+{%- if tools %}{{ '<|system|>' + tools|tojson + '<|end|>' }}{% endif %}
+{%- for m in messages %}{{ '<|' + m.role + '|>' }}
+{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content or '' }}
+{%- for call in m.tool_calls or () %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments|tojson }}
+{{- '}</tool_call>' }}
+{%- endfor %}{{ '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking %}{{ '<think>' }}{% endif %}{% endif %}"""
+SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 INFO = CoreInfo(8192, 4096, 8, 2048, 0, 0, "cpu")
 
 
@@ -49,7 +60,8 @@ def make_spoken_checkpoint(folder: Path, special: list[str]) -> str:
 
 
 class ScriptedCore:
-    """Answers each request with the next text of ``texts``, in messages of one to three ids.
+    """Answers each request with the next text of ``texts``, in messages of one to three ids. A reason in place of a
+    text ends the request at once.
 
     ``prompts`` are the texts that it was asked to continue, ``grammars`` those of their answers. A request for fewer
     tokens than its text has gets these.
@@ -59,7 +71,7 @@ class ScriptedCore:
     info = INFO
 
     def __init__(self, tokenizer: Any) -> None:
-        self.texts: list[str] = []
+        self.texts: list[str | FinishReason] = []
         self.prompts: list[str] = []
         self.grammars: list[GrammarSpec | None] = []
         self._tokenizer = tokenizer
@@ -87,7 +99,11 @@ class ScriptedCore:
     def _answer(self, request: GenerateRequest) -> None:
         self.prompts.append(self._tokenizer.decode(request.prompt_ids))
         self.grammars.append(request.spec.grammar)
-        ids: list[int] = self._tokenizer(self.texts.pop(0), add_special_tokens=False)["input_ids"]
+        text = self.texts.pop(0)
+        if isinstance(text, FinishReason):
+            self._link.core.send([TokenOutput(request.rid, [], finish_reason=text)])
+            return
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         most = request.spec.max_new_tokens
         end = self._tokenizer.eos_token_id
         reason = FinishReason("stop", matched=end) if len(ids) < most else FinishReason("length", length=most)

@@ -79,7 +79,7 @@ class Listening:
 
 def submitted(served: Serving, *messages: dict[str, Any], **fields: Any) -> Prompt:
     body = ChatCompletionRequest.model_validate({"messages": list(messages), **fields})
-    asyncio.run(ChatEndpoint(served)._answers(body))
+    asyncio.run(ChatEndpoint(served)._answers(body, Listening()))
     return served.manager.submitted[-1]
 
 

@@ -11,22 +11,12 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from recorded_answers import CALL, JSON_ARGUMENTS, TOOLS
-from scripted_core import ScriptedCore, make_spoken_checkpoint, scripted
+from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted
 
-from rtp_llm.srt.entrypoints.openai import answers
+from rtp_llm.srt.entrypoints import chat_request
 from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS
 from tiny_server import InProcess, in_process
 
-TEMPLATE = """
-{%- if tools %}{{ '<|system|>' + tools|tojson + '<|end|>' }}{% endif %}
-{%- for m in messages %}{{ '<|' + m.role + '|>' }}
-{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content or '' }}
-{%- for call in m.tool_calls or () %}
-{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments|tojson }}
-{{- '}</tool_call>' }}
-{%- endfor %}{{ '<|end|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking %}{{ '<think>' }}{% endif %}{% endif %}"""
-SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 WEATHER = f'<tool_call>{{"name": "get_weather", "arguments": {JSON_ARGUMENTS}}}</tool_call>'
 NOW = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
 USER = {"role": "user", "content": "the weather"}
@@ -166,7 +156,7 @@ def test_demands_that_cannot_be_met(client: openai.OpenAI, monkeypatch: pytest.M
     with pytest.raises(openai.BadRequestError, match="another field for a grammar") as caught:
         chat(client, tool_choice="required", response_format={"type": "json_object"})
     assert caught.value.param == "tool_choice"
-    monkeypatch.setattr(answers, "MAX_GRAMMAR_CHARS", 100)
+    monkeypatch.setattr(chat_request, "MAX_GRAMMAR_CHARS", 100)
     with pytest.raises(openai.BadRequestError, match="characters; at most") as caught:
         chat(client, tool_choice="required")
     assert caught.value.param == "tools"

@@ -6,7 +6,7 @@ other servers know and this one does not support are errors, unless their value 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -155,6 +155,22 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InvalidRequest if two of these shown tools have one name, or all together are too long or nested too
+    deeply."""
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"tools has two functions of the name {twice!r}", "tools")
+    try:
+        num_chars = len(json.dumps(tools))
+    except RecursionError:
+        raise InvalidRequest("tools is nested too deeply", "tools") from None
+    if num_chars > MAX_TOOLS_CHARS:
+        message = f"tools has {num_chars} characters as JSON; at most {MAX_TOOLS_CHARS} are taken"
+        raise InvalidRequest(message, "tools")
+
+
 class ChatCompletionRequest(GenerationBody):
     unsupported = CHAT
 
@@ -187,17 +203,8 @@ class ChatCompletionRequest(GenerationBody):
         return self
 
     def _check_tools(self) -> None:
+        check_tools(self.shown_tools())
         names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InvalidRequest(f"tools has two functions of the name {twice!r}", "tools")
-        try:
-            num_chars = len(json.dumps(self.shown_tools()))
-        except RecursionError:
-            raise InvalidRequest("tools is nested too deeply", "tools") from None
-        if num_chars > MAX_TOOLS_CHARS:
-            message = f"tools has {num_chars} characters as JSON; at most {MAX_TOOLS_CHARS} are taken"
-            raise InvalidRequest(message, "tools")
         choice = self.tool_choice
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             message = f"tool_choice names {choice.function.name[:64]!r}, which is not in tools"

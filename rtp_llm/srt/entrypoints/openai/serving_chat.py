@@ -1,24 +1,17 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
-from rtp_llm.srt.chat.messages import ChatPrompt
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
+from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
-from rtp_llm.srt.entrypoints.openai.answers import (
-    Answer,
-    answer_parser,
-    check_takes_tools,
-    grammar_of_calls,
-    template_variables,
-)
+from rtp_llm.srt.entrypoints.openai.answers import Answer, template_variables
 from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, usage
 from rtp_llm.srt.entrypoints.openai.logprobs import chat_logprobs
 from rtp_llm.srt.entrypoints.openai.protocol import (
@@ -27,11 +20,11 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     ChatDelta,
     ChatLogprobs,
+    NamedTool,
 )
 from rtp_llm.srt.entrypoints.serving import check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Delta
 from rtp_llm.srt.plan import TokenLogprob
-from rtp_llm.srt.sampling_params import SamplingParams
 
 
 class ChatEndpoint(OpenAIEndpoint):
@@ -41,8 +34,7 @@ class ChatEndpoint(OpenAIEndpoint):
         serving.check_model(body.model)
         serving.check_tokenizer()
         with serving.admission(body.n or 1, "n"):
-            loading = self._answers(body)
-            answers = await (unless_disconnected(request.receive, loading) if _may_have_media(body) else loading)
+            answers = await self._answers(body, request)
             if answers is None:
                 return disconnected_response()
             call = serving.start([answer.completion for answer in answers])
@@ -57,36 +49,32 @@ class ChatEndpoint(OpenAIEndpoint):
         choices = [self._choice(body, i, answer) for i, answer in enumerate(answers)]
         return JSON({**head, "choices": choices, "usage": usage(completions, len(answers), _reasoning_tokens(answers))})
 
-    async def _answers(self, body: ChatCompletionRequest) -> list[Answer]:
-        manager = self._serving.manager
+    async def _answers(self, body: ChatCompletionRequest, request: Request) -> list[Answer] | None:
         asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
         names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
         names |= {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
         with request_names(names):
-            tools = body.shown_tools()
-            check_takes_tools(self._serving, tools)
-            chat = await self._serving.render(
-                [message.model_dump(exclude_none=True) for message in body.messages],
-                add_generation_prompt=_begins_turn(body),
-                continue_final_message=bool(body.continue_final_message),
-                variables=template_variables(body, self._serving.template),
-                tools=tools,
-            )
-            encoded = await self._serving.encode_chat(chat)
-            max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-            prompt = replace(
-                encoded,
-                sampling_params=_with_stops(self._sampling_params(body, max_tokens), chat),
-                default_max_new_tokens=None,
-                grammar=grammar_of_calls(self._serving, body, chat),
-                options={
-                    **options_of(body),
-                    "return_logprob": bool(body.logprobs),
-                    "top_logprobs_num": body.top_logprobs or 0,
-                },
-            )
-            completions = [manager.completion(item, self._serving.answer_tags) for item in manager.requests(prompt)]
-        return [Answer(body, item, answer_parser(self._serving, body, chat)) for item in completions]
+            answers = await answers_to(self._serving, self._chat_request(body), request.receive)
+        return None if answers is None else [Answer(body, answer) for answer in answers]
+
+    def _chat_request(self, body: ChatCompletionRequest) -> ChatRequest:
+        max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+        return ChatRequest(
+            messages=[message.model_dump(exclude_none=True) for message in body.messages],
+            sampling_params=self._sampling_params(body, max_tokens),
+            tools=body.shown_tools(),
+            demanded_tools=body.demanded_tools(),
+            has_single_call=isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False,
+            begins_turn=_begins_turn(body),
+            continues=bool(body.continue_final_message),
+            variables=template_variables(body, self._serving.template),
+            separates_thinking=body.separate_reasoning is not False,
+            options={
+                **options_of(body),
+                "return_logprob": bool(body.logprobs),
+                "top_logprobs_num": body.top_logprobs or 0,
+            },
+        )
 
     def _logprobs(self, body: ChatCompletionRequest, items: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(self.token_texts, items, body.top_logprobs or 0) if body.logprobs else None
@@ -139,16 +127,6 @@ def _reasoning_tokens(answers: Iterable[Answer]) -> int:
 
 def _chunk_choice(i: int, delta: ChatDelta) -> ChatChunkChoice:
     return {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def _with_stops(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:
-    """Add the stop strings and ids of the conversation's format."""
-    stop = list(dict.fromkeys([*params.stop, *chat.stop]))
-    return replace(params, stop=stop, stop_token_ids=sorted({*params.stop_token_ids, *chat.stop_token_ids}))
-
-
-def _may_have_media(body: ChatCompletionRequest) -> bool:
-    return any(isinstance(message.content, list) for message in body.messages)
 
 
 def _begins_turn(body: ChatCompletionRequest) -> bool:

@@ -1,0 +1,176 @@
+"""A conversation whose next answer is wanted, whatever the dialect that asks: from messages and tools to answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from starlette.types import Receive
+
+from rtp_llm.srt.chat.messages import ChatPrompt
+from rtp_llm.srt.constrained.json_schema import check_schema
+from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS
+from rtp_llm.srt.conversation import Template
+from rtp_llm.srt.entrypoints.asgi import unless_disconnected
+from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer, Parser
+from rtp_llm.srt.entrypoints.serving import Serving
+from rtp_llm.srt.managers.generate_options import GenerateOptions
+from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.parser.call_grammar import call_grammar
+from rtp_llm.srt.parser.chat_parser import ChatParser
+from rtp_llm.srt.parser.choose import begins_thinking
+from rtp_llm.srt.parser.response_template import ResponseTemplateParser
+from rtp_llm.srt.parser.schemas import ToolSchemas
+from rtp_llm.srt.request_spec import GrammarSpec
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
+
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thinking on and off
+EFFORT = "reasoning_effort"  # the variable by which templates set how much a model thinks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """What is asked for.
+
+    Args:
+        messages: in OpenAI's form.
+        tools: the functions that the model sees, as templates get them.
+        demanded_tools: those of which the answer must call one; empty: it may do without.
+        has_single_call: calls after the first are left out, and a demanded one is the only one.
+        begins_turn: the prompt ends with the beginning of an answer.
+        continues: the answer goes on with the last message.
+        variables: further ones of the chat template.
+        separates_thinking: it is told from content.
+        default_max_new_tokens: see ``Prompt``; None: the room left.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    tools: Sequence[Mapping[str, Any]] = ()
+    demanded_tools: Sequence[Mapping[str, Any]] = ()
+    has_single_call: bool = False
+    begins_turn: bool = True
+    continues: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    separates_thinking: bool = True
+    default_max_new_tokens: int | None = None
+    options: GenerateOptions = field(default_factory=GenerateOptions)
+
+    @property
+    def may_have_media(self) -> bool:
+        return any(isinstance(message.get("content"), list) for message in self.messages)
+
+    @property
+    def continued(self) -> str | None:
+        """The beginning of the answer, if it goes on with the last message."""
+        content = self.messages[-1].get("content")
+        return (content if isinstance(content, str) else "") if self.continues else None
+
+
+async def render(serving: Serving, request: ChatRequest) -> ChatPrompt:
+    """Return the prompt before it is encoded. Raise InvalidRequest for what the model or its template cannot take."""
+    check_takes_tools(serving, request.tools)
+    return await serving.render(
+        request.messages,
+        add_generation_prompt=request.begins_turn,
+        continue_final_message=request.continues,
+        variables=request.variables,
+        tools=request.tools,
+    )
+
+
+async def encoded_chat(serving: Serving, request: ChatRequest) -> Prompt:
+    """Return the encoded prompt."""
+    return await serving.encode_chat(await render(serving, request))
+
+
+async def answers_to(serving: Serving, request: ChatRequest, receive: Receive) -> list[ChatAnswer] | None:
+    """Return the answers, not submitted yet; None if the client has gone while media were fetched and decoded."""
+    loading = _answers(serving, request)
+    return await (unless_disconnected(receive, loading) if request.may_have_media else loading)
+
+
+async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
+    chat = await render(serving, request)
+    prompt = replace(
+        await serving.encode_chat(chat),
+        sampling_params=_with_stops(request.sampling_params, chat),
+        default_max_new_tokens=request.default_max_new_tokens,
+        grammar=_grammar_of_calls(serving, request, chat),
+        options=request.options,
+    )
+    manager = serving.manager
+    completions = [manager.completion(item, serving.answer_tags) for item in manager.requests(prompt)]
+    max_calls = 1 if request.has_single_call else None
+    return [ChatAnswer(item, _parser(serving, request, chat), max_calls) for item in completions]
+
+
+def _with_stops(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:
+    """Add the stop strings and ids of the conversation's format."""
+    stop = list(dict.fromkeys([*params.stop, *chat.stop]))
+    return replace(params, stop=stop, stop_token_ids=sorted({*params.stop_token_ids, *chat.stop_token_ids}))
+
+
+def _parser(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> Parser | None:
+    """Return a parser for one answer; None: all of it is content."""
+    separates = request.separates_thinking
+    if serving.response_template is not None:
+        return ResponseTemplateParser(serving.response_template, chat.text, list(request.tools) or None, separates)
+    form = serving.answer_format
+    if form.is_plain:
+        return None
+    begins = separates and begins_thinking(form, chat.text, request.continued)
+    return ChatParser(form, ToolSchemas(request.tools) if request.tools else None, begins, separates)
+
+
+def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> GrammarSpec | None:
+    """Return the grammar of answers that call what is demanded; None: nothing is.
+
+    The core compiles it; what is found there ends the request with a 400.
+    """
+    tools = request.demanded_tools
+    if not tools:
+        return None
+    for tool in tools:
+        try:
+            check_schema(tool["function"]["parameters"])
+        except InvalidRequest as error:
+            name = tool["function"]["name"]
+            raise InvalidRequest(f"tool_choice: the parameters of {name}: {error}", "tools") from None
+    form = serving.answer_format
+    thinks = begins_thinking(form, chat.text, request.continued)
+    text = None
+    if serving.response_template is None:
+        text = call_grammar(form, tools, serving.special_token_ids(), thinks, request.has_single_call)
+    if text is None:
+        raise InvalidRequest(
+            "tool_choice: there is no grammar for this model's form of calls: leave it out, or choose 'auto'",
+            "tool_choice",
+        )
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(
+            f"tool_choice: the grammar of these {len(tools)} tools has {len(text)} characters; at most "
+            f"{MAX_GRAMMAR_CHARS} are taken: demand one of fewer",
+            "tools",
+        )
+    return GrammarSpec("grammar", text)
+
+
+def check_takes_tools(serving: Serving, tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InvalidRequest if there are tools and the model's calls could not be told from text."""
+    if tools and serving.response_template is None and not serving.answer_format.has_calls:
+        raise InvalidRequest(
+            "the form of this model's tool calls is not known from its chat template: start the server with "
+            "--tool-call-parser, or leave out tools",
+            "tools",
+        )
+
+
+def thinking_variables(template: Template | None, thinks: bool | None, effort: str | None) -> dict[str, Any]:
+    """Return the variables by which a template turns thinking on or off, and sets how much, as far as it has them.
+
+    Args:
+        thinks, effort: what is wanted; None: nothing.
+    """
+    known = frozenset() if template is None else template.variables
+    asked: dict[str, Any] = {} if thinks is None else {name: thinks for name in THINKING_SWITCHES if name in known}
+    return asked if effort is None or EFFORT not in known else asked | {EFFORT: effort}
