@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rtp_llm.srt.entrypoints.access import OPEN_PATHS, Access
 from rtp_llm.srt.entrypoints.connections import REFUSED
+from rtp_llm.srt.entrypoints.dialects import REQUEST_ID, request_id_headers, spoken
 from rtp_llm.srt.entrypoints.edge import check_json
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall
@@ -26,7 +27,6 @@ from rtp_llm.srt.utils.workers import Workers
 
 T = TypeVar("T")
 
-REQUEST_ID = b"x-request-id"
 MAX_REQUEST_ID_CHARS = 128
 CLIENT_CLOSED_REQUEST = 499  # for logs: the client has gone
 DONE = b"data: [DONE]\n\n"
@@ -59,7 +59,7 @@ class Gate:
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
-                await refusal.response()(scope, receive, send)
+                await spoken(refusal, scope["path"]).response()(scope, receive, send)
             elif self.app is not None:
                 await self.app(scope, receive, send)
         finally:
@@ -89,14 +89,16 @@ class Gate:
 
 
 def _with_request_id(scope: Scope, send: Send) -> Send:
-    """Name each answer in ``X-Request-Id``: as the client named its request, if that is printable and short."""
+    """Name each answer in ``X-Request-Id``, and in what its dialect has for it: as the client named its request, if
+    that is printable and short."""
     given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
     is_sane = 0 < len(given) <= MAX_REQUEST_ID_CHARS and all(32 < byte < 127 for byte in given)
     request_id = given if is_sane else uuid4().hex.encode()
+    named = [(name, request_id) for name in request_id_headers(scope["path"])]
 
     async def send_named(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (REQUEST_ID, request_id)]}
+            message = {**message, "headers": [*message.get("headers", ()), *named]}
         await send(message)
 
     return send_named

@@ -1,9 +1,9 @@
-"""Errors in the form that clients get: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in the form that most clients get: ``{"error": {"message", "type", "param", "code"}}``."""
 
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -21,6 +21,7 @@ from rtp_llm.srt.sampling_params import ContextLengthExceeded, InvalidRequest
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
+OVERLOADED = 529  # not in HTTP: what some clients know in place of 503
 MAX_MESSAGE_CHARS = 2000
 TYPES = {
     400: "invalid_request_error",
@@ -56,9 +57,9 @@ class ApiError(HTTPException):
         self.code = code
 
     @property
-    def body(self) -> ErrorBody:
+    def body(self) -> Mapping[str, Any]:
         message = self.message[:MAX_MESSAGE_CHARS]
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        return ErrorBody(error={"message": message, "type": self.type, "param": self.param, "code": self.code})
 
     @property
     def type(self) -> str:
@@ -67,7 +68,7 @@ class ApiError(HTTPException):
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         extra = dict(headers or {})
-        if self.status == 503:
+        if self.status in (503, OVERLOADED):
             extra["Retry-After"] = str(RETRY_AFTER_S)
         if self.status == 401:
             extra["WWW-Authenticate"] = "Bearer"
@@ -137,42 +138,53 @@ def _show(value: Any) -> str:
 
 @dataclass(slots=True)
 class Failure:
-    body: ErrorBody | None = None
+    error: ApiError | None = None
+
+    @property
+    def body(self) -> Mapping[str, Any] | None:
+        return None if self.error is None else self.error.body
 
 
 @asynccontextmanager
 async def error_event() -> AsyncIterator[Failure]:
-    """Keep an error as the body of a stream's last event, since its status has been sent."""
+    """Keep an error for a stream's last event, since its status has been sent."""
     failure = Failure()
     try:
         yield failure
     except ApiError as error:
-        failure.body = error.body
+        failure.error = error
     except EngineStopped as error:
-        failure.body = stopped(error).body
+        failure.error = stopped(error)
     except Exception:
         logger.exception("a stream broke off")
-        failure.body = internal().body
+        failure.error = internal()
 
 
 def internal() -> ApiError:
     return ApiError(500, "internal error; the server's log says more", code="internal_error")
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Make an application answer every error in this form."""
+def add_handlers(app: FastAPI, spoken: Callable[[ApiError, str], ApiError]) -> None:
+    """Make an application answer every error in the form that clients of a path know.
+
+    Args:
+        spoken: from an error and the request's path to the error in this form.
+    """
+
+    def answer(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+        return spoken(error, request.url.path).response(headers)
 
     async def on_api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return error.response()
+        return answer(request, error)
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, InvalidRequest)
-        return invalid(error).response()
+        return answer(request, invalid(error))
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return of_validation(error).response()
+        return answer(request, of_validation(error))
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, AnyHTTPException)
@@ -181,15 +193,16 @@ def add_handlers(app: FastAPI) -> None:
             message = f"there is no {request.url.path!a} here; GET /openapi.json lists what there is"
         elif error.status_code == 405:
             message = f"{request.method} does not work on {request.url.path!a}"
-        return ApiError(error.status_code, str(message), code=_http_code(error.status_code)).response(error.headers)
+        ours = ApiError(error.status_code, str(message), code=_http_code(error.status_code))
+        return answer(request, ours, error.headers)
 
     async def on_stopped(request: Request, error: Exception) -> Response:
         assert isinstance(error, EngineStopped)
-        return stopped(error).response()
+        return answer(request, stopped(error))
 
     async def on_bug(request: Request, error: Exception) -> Response:
         """Answer 500 without the traceback, which uvicorn logs."""
-        return internal().response()
+        return answer(request, internal())
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(InvalidRequest, on_invalid)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -37,10 +37,14 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.entrypoints.access import Access
+from rtp_llm.srt.entrypoints.anthropic.errors import MessagesErrorBody
+from rtp_llm.srt.entrypoints.anthropic.protocol import AnswerMessage, TokensCount
+from rtp_llm.srt.entrypoints.anthropic.serving_messages import MessagesEndpoint
 from rtp_llm.srt.entrypoints.asgi import Bodies, Gate, StrictRoute
 from rtp_llm.srt.entrypoints.connections import Uvicorn
+from rtp_llm.srt.entrypoints.dialects import ANTHROPIC, COUNT_TOKENS, MESSAGES, spoken
 from rtp_llm.srt.entrypoints.docs_page import docs_page
-from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
+from rtp_llm.srt.entrypoints.errors import OVERLOADED, ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
 from rtp_llm.srt.entrypoints.native import Confirmation, NativeEndpoints, Text, Tokens, Version
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
@@ -75,6 +79,7 @@ ALIASES = {
     "/model_info": ("/get_model_info",),
     "/server_info": ("/get_server_info",),
 }
+ERROR_STATUSES = (400, 401, 403, 408, 413, 415, 500, 503)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -305,17 +310,17 @@ def make_app(
     app = FastAPI(
         title="RTP-LLM",
         version=__version__,
-        description="An inference engine for language models, by the APIs of OpenAI and SGLang.",
+        description="An inference engine for language models, by the APIs of OpenAI, Anthropic and SGLang.",
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        responses={status: {"model": ErrorBody} for status in (400, 401, 403, 408, 413, 415, 500, 503)},
+        responses={status: {"model": ErrorBody} for status in ERROR_STATUSES},
     )
     app.router.route_class = StrictRoute
     app.state = State(
         {"bodies": Bodies(args.max_body_size), "strict_requests": args.strict_requests, "workers": serving.workers}
     )
-    add_handlers(app)
+    add_handlers(app, spoken)
     _add_routes(app, serving, registry)
     return app
 
@@ -335,12 +340,15 @@ def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:
 
 def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> None:
     native = NativeEndpoints(serving, registry)
+    messages = MessagesEndpoint(serving)
     app.add_route("/docs", lambda _: docs_page(app.openapi()), include_in_schema=False)
     for path, methods, handler, answer, tag in (
         ("/v1/chat/completions", ["POST"], ChatEndpoint(serving).create, ChatCompletion, "OpenAI"),
         ("/v1/completions", ["POST"], CompletionEndpoint(serving).create, TextCompletion, "OpenAI"),
         ("/v1/models", ["GET"], native.models, ModelList, "OpenAI"),
         ("/v1/models/{model:path}", ["GET"], native.model, Model, "OpenAI"),
+        (MESSAGES, ["POST"], messages.create, AnswerMessage, "Anthropic"),
+        (COUNT_TOKENS, ["POST"], messages.count_tokens, TokensCount, "Anthropic"),
         ("/generate", ["POST", "PUT"], native.generate, None, "native"),
         ("/tokenize", ["POST"], native.tokenize, Tokens, "native"),
         ("/detokenize", ["POST"], native.detokenize, Text, "native"),
@@ -355,13 +363,16 @@ def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> 
     ):
         for alias in ALIASES.get(path, ()):
             app.add_api_route(alias, handler, methods=methods, response_model=None, include_in_schema=False)
+        responses: dict[int | str, dict[str, Any]] = {} if answer is None else {200: {"model": answer}}
+        if path in ANTHROPIC:
+            responses |= {status: {"model": MessagesErrorBody} for status in (*ERROR_STATUSES, OVERLOADED)}
         for method in methods:
             app.add_api_route(
                 path,
                 handler,
                 methods=[method],
                 response_model=None,
-                responses={200: {"model": answer}} if answer is not None else None,
+                responses=responses,
                 operation_id=re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
                 tags=[tag],
             )

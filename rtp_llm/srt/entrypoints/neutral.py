@@ -110,6 +110,20 @@ TOKENIZE: dict[str, tuple[Any, ...]] = {
     "return_token_strs": (),
     "tools": (),
 }
+MESSAGES: dict[str, tuple[Any, ...]] = {
+    "billing_policy": (),
+    "compaction": (),
+    "container": (),
+    "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
+    "diagnostics": (),
+    "fallback_credit_token": (),
+    "fallbacks": (),
+    "inference_geo": (),
+    "mcp_servers": (),
+    "output_format": (),
+    "prefill": (),
+    "speed": ("standard",),
+}
 
 # With --strict-requests: neutral values beside null.
 STRICT: dict[str, tuple[Any, ...]] = {

@@ -1,0 +1,18 @@
+"""What all answers at a path have in common beside their bodies, by the dialect that the path speaks."""
+
+from rtp_llm.srt.entrypoints.anthropic.errors import MessagesError
+from rtp_llm.srt.entrypoints.errors import ApiError
+
+MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
+ANTHROPIC = frozenset({MESSAGES, COUNT_TOKENS})
+REQUEST_ID = b"x-request-id"
+
+
+def spoken(error: ApiError, path: str) -> ApiError:
+    """Return the error in the form that clients of this path know."""
+    return MessagesError.of(error) if path in ANTHROPIC else error
+
+
+def request_id_headers(path: str) -> tuple[bytes, ...]:
+    """Return the names of the headers that tell an answer's request id."""
+    return (REQUEST_ID, b"request-id") if path in ANTHROPIC else (REQUEST_ID,)
