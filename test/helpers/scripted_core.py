@@ -11,8 +11,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.managers.engine_client import EngineClient
-from rtp_llm.srt.messages import CoreInfo, CoreStats, FinishReason, GenerateRequest, Shutdown, TokenOutput
+from rtp_llm.srt.managers.engine_client import ABORTED, EngineClient
+from rtp_llm.srt.messages import (
+    AbortRequest,
+    CoreInfo,
+    CoreStats,
+    FinishReason,
+    GenerateRequest,
+    Shutdown,
+    TokenOutput,
+)
 from rtp_llm.srt.request_spec import GrammarSpec
 from rtp_llm.srt.utils.ipc import QueueLink
 from tiny_server import InProcess, serving
@@ -64,7 +72,7 @@ class ScriptedCore:
     text ends the request at once.
 
     ``prompts`` are the texts that it was asked to continue, ``grammars`` those of their answers. A request for fewer
-    tokens than its text has gets these.
+    tokens than its text has gets these. While ``holds``, an answer's last message waits for its request to be aborted.
     """
 
     is_ready = True
@@ -74,6 +82,7 @@ class ScriptedCore:
         self.texts: list[str | FinishReason] = []
         self.prompts: list[str] = []
         self.grammars: list[GrammarSpec | None] = []
+        self.holds = False
         self._tokenizer = tokenizer
         self._link = QueueLink()
         self.client = EngineClient(self._link.client)
@@ -95,6 +104,8 @@ class ScriptedCore:
                     return
                 if isinstance(message, GenerateRequest):
                     self._answer(message)
+                if isinstance(message, AbortRequest) and message.rid is not None:
+                    self._link.core.send([TokenOutput(message.rid, [], finish_reason=ABORTED)])
 
     def _answer(self, request: GenerateRequest) -> None:
         self.prompts.append(self._tokenizer.decode(request.prompt_ids))
@@ -110,6 +121,8 @@ class ScriptedCore:
         ids = [*ids, end] if len(ids) < most else ids[:most]
         while ids:
             now, ids = ids[: 1 + len(ids) % 3], ids[1 + len(ids) % 3 :]
+            if self.holds and not ids:
+                return
             output = TokenOutput(request.rid, now, finish_reason=None if ids else reason)
             self._link.core.send([output])
 

@@ -349,6 +349,19 @@ class ServerArgs:
     max_sequences_per_request: int = option(
         1024, help="Largest number of sequences of one request: the number of its prompts times n.", low=1, server=True
     )
+    max_stored_responses: int = option(
+        1024,
+        help="Largest number of responses of /v1/responses that are kept for later requests. If there are more, the "
+        "least recently used is dropped; 0 keeps none.",
+        low=0,
+        server=True,
+    )
+    max_stored_responses_mb: int = option(
+        64,
+        help="Largest size of these responses with their conversations, in MiB of JSON.",
+        low=1,
+        server=True,
+    )
     max_body_size: int = option(32 * 2**20, help="Largest request body, in bytes.", low=1024, server=True)
     template_timeout: float = option(
         10.0, help="Seconds that the chat template may take for the messages of one request.", low=0.001, server=True

@@ -48,6 +48,8 @@ from rtp_llm.srt.entrypoints.errors import OVERLOADED, ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
 from rtp_llm.srt.entrypoints.native import Confirmation, NativeEndpoints, Text, Tokens, Version
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
+from rtp_llm.srt.entrypoints.openai.responses.protocol import DeletedResponse, ItemList, ResponseObject
+from rtp_llm.srt.entrypoints.openai.responses.serving import ResponsesEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
 from rtp_llm.srt.entrypoints.request_log import RequestLog
@@ -72,6 +74,7 @@ ABORT_GRACE_S = 2.0  # for aborted requests to send their last answer
 ALIASES = {
     "/v1/chat/completions": ("/chat/completions",),
     "/v1/completions": ("/completions",),
+    "/v1/responses": ("/responses",),
     "/v1/models": ("/models",),
     "/tokenize": ("/v1/tokenize",),
     "/detokenize": ("/v1/detokenize",),
@@ -341,10 +344,16 @@ def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:
 def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> None:
     native = NativeEndpoints(serving, registry)
     messages = MessagesEndpoint(serving)
+    kept = ResponsesEndpoint(serving)
     app.add_route("/docs", lambda _: docs_page(app.openapi()), include_in_schema=False)
     for path, methods, handler, answer, tag in (
         ("/v1/chat/completions", ["POST"], ChatEndpoint(serving).create, ChatCompletion, "OpenAI"),
         ("/v1/completions", ["POST"], CompletionEndpoint(serving).create, TextCompletion, "OpenAI"),
+        ("/v1/responses", ["POST"], kept.create, ResponseObject, "OpenAI"),
+        ("/v1/responses/{response_id}", ["GET"], kept.retrieve, ResponseObject, "OpenAI"),
+        ("/v1/responses/{response_id}", ["DELETE"], kept.delete, DeletedResponse, "OpenAI"),
+        ("/v1/responses/{response_id}/cancel", ["POST"], kept.cancel, ResponseObject, "OpenAI"),
+        ("/v1/responses/{response_id}/input_items", ["GET"], kept.input_items, ItemList, "OpenAI"),
         ("/v1/models", ["GET"], native.models, ModelList, "OpenAI"),
         ("/v1/models/{model:path}", ["GET"], native.model, Model, "OpenAI"),
         (MESSAGES, ["POST"], messages.create, AnswerMessage, "Anthropic"),

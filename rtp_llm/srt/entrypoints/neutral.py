@@ -6,7 +6,7 @@ logged once.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -124,6 +124,35 @@ MESSAGES: dict[str, tuple[Any, ...]] = {
     "prefill": (),
     "speed": ("standard",),
 }
+RESPONSES: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
+    "background_options": (),
+    "context_management": (),
+    "conversation": (),
+    "image": (),
+    "moderation": (),
+    "prompt": (),
+    "prompt_cache_options": (),
+    "top_logprobs": (0,),
+}
+RESPONSES_ITEMS: dict[str, tuple[Any, ...]] = {
+    "async": (),
+    "caller": ({"type": "direct"},),
+    "file_id": (),
+    "namespace": (),
+    "prompt_cache_breakpoint": (),
+}
+RESPONSES_REASONING: dict[str, tuple[Any, ...]] = {
+    "context": ("auto",),
+    "generate_summary": ("auto",),
+    "mode": ("standard",),
+}
+RESPONSES_TOOL: dict[str, tuple[Any, ...]] = {
+    "allowed_callers": (["direct"],),
+    "async": (),
+    "defer_loading": (),
+    "output_schema": (),
+}
 
 # With --strict-requests: neutral values beside null.
 STRICT: dict[str, tuple[Any, ...]] = {
@@ -140,13 +169,17 @@ _logged: set[str] = set()
 
 
 def without_neutral(
-    values: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str = ""
+    values: Mapping[str, Any],
+    unsupported: Mapping[str, tuple[Any, ...]],
+    where: str = "",
+    supported: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return a JSON object without its neutral fields. With --strict-requests, only values in STRICT are neutral.
 
     Args:
         unsupported: name of an unsupported field -> its neutral values.
         where: prefix of a field's name in messages, such as ``sampling_params.``.
+        supported: fields that are no hints here, though elsewhere they are.
 
     Raises:
         InvalidRequest: an unsupported field has another value. Unknown fields are kept.
@@ -154,7 +187,7 @@ def without_neutral(
     strict = strict_requests.get()
     kept = {name: value for name, value in values.items() if value is not None}
     for name in list(kept):
-        if name not in unsupported and name not in HINTS:
+        if name in supported or (name not in unsupported and name not in HINTS):
             continue
         value = kept[name]
         neutral = STRICT.get(name, ()) if strict else (*ALWAYS, *unsupported.get(name, ()))

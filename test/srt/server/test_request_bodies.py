@@ -10,8 +10,9 @@ from pydantic import BaseModel
 
 from rtp_llm.srt.entrypoints.edge import MAX_CONTAINERS, MAX_ITEMS, check_json
 from rtp_llm.srt.entrypoints.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody
-from rtp_llm.srt.entrypoints.neutral import CHAT, GENERATE, HINTS, OPENAI, SAMPLING_PARAMS, TOKENIZE
+from rtp_llm.srt.entrypoints.neutral import CHAT, GENERATE, HINTS, OPENAI, RESPONSES, SAMPLING_PARAMS, TOKENIZE
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from rtp_llm.srt.entrypoints.openai.responses.protocol import ResponsesRequest
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from tiny_server import InProcess, in_process
 
@@ -19,10 +20,11 @@ pytestmark = pytest.mark.xdist_group("server-in-process")
 
 JSON_HEADER = {"Content-Type": "application/json"}
 connection: httpx.Client
-CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+CHATS, TEXTS, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     CHATS: (ChatCompletionRequest, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}),
     TEXTS: (CompletionRequest, {"prompt": "hi", "max_tokens": 1}),
+    RESPONSE: (ResponsesRequest, {"input": "hi", "max_output_tokens": 1}),
     "/generate": (GenerateBody, {"text": "hi", "sampling_params": {"max_new_tokens": 1}}),
     "/tokenize": (TokenizeBody, {"prompt": "hi"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
@@ -30,7 +32,7 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
 }
 OBJECTS = ("chat_template_kwargs", "sampling_params", "metadata", "json_schema")  # any names are right in these
 FIELDS = [(path, name) for path, (body, _) in MINIMAL.items() for name in body.model_fields]
-UNSUPPORTED = {CHATS: CHAT, TEXTS: OPENAI, "/generate": GENERATE, "/tokenize": TOKENIZE}
+UNSUPPORTED = {CHATS: CHAT, TEXTS: OPENAI, RESPONSE: RESPONSES, "/generate": GENERATE, "/tokenize": TOKENIZE}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,6 +99,7 @@ def test_a_wrong_value_is_blamed_on_its_field(server: InProcess, path: str, name
         ("/tokenize", {"text": "a"}, "text"),
         ("/abort_request", {"rid": "a"}, "rid"),
         (CHATS, {"top_p": 1.5}, "top_p"),
+        (RESPONSE, {"background": True}, "background"),
         (CHATS, {"temprature": 1}, "temprature"),
     ],
 )

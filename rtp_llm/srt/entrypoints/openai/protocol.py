@@ -37,7 +37,9 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral(cls, values: Any) -> Any:
-        return without_neutral(values, cls.unsupported) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        return without_neutral(values, cls.unsupported, supported=cls.model_fields)
 
 
 class StreamOptions(Body):
