@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripted_core import SPECIAL, TEMPLATE, make_spoken_checkpoint, scripted
 
 from tiny_server import Process
 
@@ -113,3 +114,61 @@ def test_inspect_ai(server_process: Process, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.partition("RESULT ")[2]) == ["success", 2, "None"]
+
+
+AGENT = """
+import asyncio
+import json
+import openai
+from agents import Agent, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
+
+set_tracing_disabled(True)
+called = []
+
+@function_tool
+def add(a: int, b: int) -> int:
+    "Add two numbers."
+    called.append(("add", a, b))
+    return a + b
+
+@function_tool
+def double(number: int) -> int:
+    "Double a number."
+    called.append(("double", number))
+    return 2 * number
+
+async def main():
+    client = openai.AsyncOpenAI(base_url="URL/v1", api_key="none", max_retries=0)
+    model = OpenAIResponsesModel(model="tiny", openai_client=client)
+    agent = Agent(name="Counter", instructions="Count.", model=model, tools=[add, double])
+    whole = await Runner.run(agent, "2 + 3, doubled")
+    streamed = Runner.run_streamed(agent, "2 + 3, doubled")
+    async for _ in streamed.stream_events():
+        pass
+    kept = await Runner.run(agent, "2 + 3, doubled", auto_previous_response_id=True)
+    print("RESULT", json.dumps([called, whole.final_output, streamed.final_output, kept.final_output]))
+
+asyncio.run(main())
+"""
+
+
+def test_openai_agents(tmp_path: Path) -> None:
+    """A loop with two tools by the Responses API: whole, streamed, and by the ids of the responses before."""
+    pytest.importorskip("agents")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    first, second = ('{"name": "add", "arguments": {"a": 2, "b": 3}}', '{"name": "double", "arguments": {"number": 5}}')
+    script = [f"<think>Hm</think><tool_call>{call}</tool_call>" for call in (first, second)]
+    with scripted(make_spoken_checkpoint(tmp_path, SPECIAL), chat_template=str(template)) as (server, core):
+        core.texts = [*script, "It is 10"] * 3
+        done = subprocess.run(
+            [sys.executable, "-c", AGENT.replace("URL", server.url)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OPENAI_API_KEY": "none"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        called, *answers = json.loads(done.stdout.partition("RESULT ")[2])
+        assert called == [["add", 2, 3], ["double", 5]] * 3 and answers == ["It is 10"] * 3
+        assert core.prompts[2] == core.prompts[8] and core.prompts[2].count("<|tool|>") == 2
