@@ -99,9 +99,7 @@ class RequestSpec:
     @property
     def needs_every_draw(self) -> bool:
         """Whether more is wanted of a generated token than its id: a log-probability, or its effect on later draws."""
-        params = self.params
-        penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
-        return self.logprobs is not None or bool(penalised or params.bad_words_ids)
+        return self.logprobs is not None or self.params.depends_on_output
 
     @property
     def stop_ids(self) -> list[int]:

@@ -175,6 +175,12 @@ class SamplingParams:
             raise InvalidRequest("bad_words leaves no token of the vocabulary", "bad_words")
 
     @property
+    def depends_on_output(self) -> bool:
+        """Whether a draw depends on which tokens were generated before, beside the model's logits."""
+        penalised = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
+        return bool(penalised or self.bad_words_ids)
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature < 1e-6 or self.top_k == 1 or self.top_p == 0
 

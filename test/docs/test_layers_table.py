@@ -13,7 +13,7 @@ ROW = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \| (\S.*\S) \|$")
 NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
     "fused_moe": {"called_by_expert"},
     "linear": {"LinearBase", "OutputShard", "output_shards"},
-    "logits_processor": {"Logprobs", "LogitsProcessorOutput", "prompt_logprobs", "token_logprobs"},
+    "logits_processor": {"LaterLogits", "Logprobs", "LogitsProcessorOutput", "prompt_logprobs", "token_logprobs"},
     "moe": {"Experts", "expert_sources"},
     "multimodal": {"Placement", "placements", "rows_within"},
     "norm": {"Norm"},

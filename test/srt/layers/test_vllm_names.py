@@ -142,7 +142,7 @@ def test_a_soft_cap_that_the_model_gives() -> None:
     head = vocab_parallel_embedding.ParallelLMHead(5, 4)
     table, x = torch.randn(5, 4), torch.randn(3, 4)
     load(head, weight=table)
-    torch.testing.assert_close(processor._logits(x, head), 2.0 * torch.tanh(x @ table.T * 0.5 / 2.0))
+    torch.testing.assert_close(processor.logits(x, head), 2.0 * torch.tanh(x @ table.T * 0.5 / 2.0))
 
 
 # Norms
