@@ -8,6 +8,10 @@ from hostile_requests import Case, Good
 from hostile_wire import Answer, Outcome
 
 ERROR_FIELDS = {"message", "type", "param", "code"}
+MESSAGES_FIELDS = {"message", "type"}, {"message", "type", "details"}  # of errors in Anthropic's form
+BUSY = (503, 529)  # the second in Anthropic's form
+# Types of the last event of a stream whose events have names.
+LAST = ("message_stop", "error", "response.completed", "response.incomplete", "response.failed")
 MAX_MESSAGE_CHARS = 2000
 # What is told before there is a request that could be named or understood.
 PLAIN_REFUSALS = (400, 408, 413, 414, 431, 501, 503, 505)
@@ -23,13 +27,13 @@ def problem_of(case: Case, outcome: Outcome, known: Mapping[str, str], may_be_ab
     if case.plan.must_answer and len(outcome.answers) < len(case.plan.methods):
         return f"{len(outcome.answers)} of {len(case.plan.methods)} answers came: {outcome.problem}"
     for good, answer in zip(case.good, outcome.answers, strict=False):
-        if answer.status != 503 and (problem := wrong(good, answer, known, may_be_aborted)):
+        if answer.status not in BUSY and (problem := wrong(good, answer, known, may_be_aborted)):
             return problem
     return None
 
 
 def _problem_of_answer(answer: Answer, method: str) -> str | None:
-    if answer.status >= 500 and answer.status not in (501, 503, 505):
+    if answer.status >= 500 and answer.status not in (501, *BUSY, 505):
         return f"the status is {answer.status}: {answer.body[:300]!r}"
     if answer.status in (501, 505) and not _is_plain_refusal(answer):
         return f"the status is {answer.status}: {answer.body[:300]!r}"
@@ -63,22 +67,25 @@ def _problem_of_json(answer: Answer) -> str | None:
         return None
     if problem := problem_of_error(value):
         return f"{answer.status}: {problem}"
-    if answer.status == 503 and answer.header("retry-after") is None:
-        return "a 503 without Retry-After"
+    if answer.status in BUSY and answer.header("retry-after") is None:
+        return f"a {answer.status} without Retry-After"
     if not answer.header("x-request-id"):
         return f"{answer.status} without X-Request-Id"
     return None
 
 
 def problem_of_error(value: Any) -> str | None:
-    if not isinstance(value, dict) or set(value) != {"error"} or not isinstance(value["error"], dict):
+    """Of an error in OpenAI's form, or in Anthropic's, which has a type beside it."""
+    names = set(value) - {"type"} if isinstance(value, dict) and value.get("type") == "error" else None
+    is_messages = names is not None
+    if not isinstance(value, dict) or (names or set(value)) != {"error"} or not isinstance(value["error"], dict):
         return f"an error that is not {{'error': {{...}}}}: {str(value)[:300]}"
     error = value["error"]
-    if set(error) != ERROR_FIELDS:
+    if set(error) not in (MESSAGES_FIELDS if is_messages else (ERROR_FIELDS,)):
         return f"an error with the fields {sorted(error)}"
-    kinds = {"message": str, "type": str, "param": str | None, "code": str | None}
-    for name, kind in kinds.items():
-        if not isinstance(error[name], kind):
+    kinds = {"message": str, "type": str, "param": str | None, "code": str | None, "details": dict}
+    for name in error:
+        if not isinstance(error[name], kinds[name]):
             return f"an error whose {name} is {str(error[name])[:100]!r}"
     if not 0 < len(error["message"]) <= MAX_MESSAGE_CHARS:
         return f"an error whose message has {len(error['message'])} characters"
@@ -88,11 +95,25 @@ def problem_of_error(value: Any) -> str | None:
 def events_of(answer: Answer) -> list[Any]:
     """The stream's values. Raises ValueError if it is none, or breaks off."""
     parts = answer.body.decode().split("\n\n")
+    if parts[0].startswith("event: "):
+        return _named_events(parts)
     if parts[-2:] != ["data: [DONE]", ""]:
         raise ValueError(f"a stream that ends {''.join(parts[-2:])[-100:]!r}")
     if not all(part.startswith("data: ") and len(part.splitlines()) == 1 for part in parts[:-2]):
         raise ValueError("a stream with an event that is not one line")
     return [json.loads(part.removeprefix("data: "), parse_constant=_refuse) for part in parts[:-2]]
+
+
+def _named_events(parts: list[str]) -> list[Any]:
+    lines = [part.splitlines() for part in parts[:-1]]
+    if parts[-1] or not all(len(pair) == 2 and pair[1].startswith("data: ") for pair in lines):
+        raise ValueError("a stream with an event that is not a name and one line")
+    events = [json.loads(data.removeprefix("data: "), parse_constant=_refuse) for _, data in lines]
+    if any(name != f"event: {event['type']}" for (name, _), event in zip(lines, events, strict=True)):
+        raise ValueError("a stream with an event whose name is not its type")
+    if events[-1]["type"] not in LAST:
+        raise ValueError(f"a stream that ends {lines[-1][1][-100:]!r}")
+    return events
 
 
 def _problem_of_stream(answer: Answer) -> str | None:
@@ -104,7 +125,12 @@ def _problem_of_stream(answer: Answer) -> str | None:
         if isinstance(event, dict) and "error" in event:
             if problem := problem_of_error(event):
                 return problem
-            if event["error"]["code"] in ("internal_error", "request_failed", "engine_failed"):
+            error = event["error"]
+            if error.get("code", error.get("details", {}).get("error_code")) in (
+                "internal_error",
+                "request_failed",
+                "engine_failed",
+            ):
                 return f"an error within a stream: {event['error']}"
     return None
 
