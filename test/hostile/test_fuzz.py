@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     template = folder / "template.jinja"
     template.write_text((Path(DEMO_MODEL) / "chat_template.jinja").read_text() + TEMPLATE_EXTRAS)
     command = ["-m", "rtp_llm.launch_server", "--port", str(port), "--chat-template", str(template), *FLAGS]
-    with python_process(folder, command, port) as running:
+    with python_process(folder, command, port, anew=True) as running:  # its processes are told by their command lines
         running.wait_ready()
         yield running
 
