@@ -75,7 +75,7 @@ def _problem_of_json(answer: Answer) -> str | None:
 
 
 def problem_of_error(value: Any) -> str | None:
-    """Of an error in OpenAI's form, or in Anthropic's, which has a type beside it."""
+    """What is wrong with an error, in OpenAI's form or in Anthropic's, which has a type beside it; None: nothing."""
     names = set(value) - {"type"} if isinstance(value, dict) and value.get("type") == "error" else None
     is_messages = names is not None
     if not isinstance(value, dict) or (names or set(value)) != {"error"} or not isinstance(value["error"], dict):

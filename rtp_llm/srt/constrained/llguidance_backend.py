@@ -26,6 +26,7 @@ _LIMITS = LLParserLimits(
     step_lexer_fuel=200_000,
     step_max_items=50_000,
     max_grammar_size=500_000,
+    max_lexer_states=50_000,  # they stay with a compiled grammar: some 20 MB
 )
 
 

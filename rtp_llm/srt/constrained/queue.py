@@ -12,8 +12,7 @@ from rtp_llm.srt.request_spec import GrammarSpec
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHED_CHARS = 2**22  # of the texts of compiled grammars that are kept; each takes some ten times as much memory
-MIN_CACHED_CHARS = 2**10  # what a grammar counts at least
+MAX_CACHED = 32  # compiled grammars that are kept; one that works hard takes some 20 MB
 POLL_S = 0.005
 
 Key = tuple[GrammarSpec, tuple[int, ...]]
@@ -104,14 +103,10 @@ class GrammarQueue:
             self._made = self._thread.submit(self._make_backend)
         made = self._made
         self._compiled[key] = self._thread.submit(lambda: made.result().compile(*key))
-        self._evict()
-        return self._compiled[key]
-
-    def _evict(self) -> None:
-        total = sum(max(MIN_CACHED_CHARS, len(spec.text)) for spec, _ in self._compiled)
-        while total > MAX_CACHED_CHARS and len(self._compiled) > 1:
-            (spec, _), _ = self._compiled.popitem(last=False)
-            total -= max(MIN_CACHED_CHARS, len(spec.text))
+        result = self._compiled[key]
+        if len(self._compiled) > MAX_CACHED:
+            self._compiled.popitem(last=False)  # requests that use it have matchers of their own, or its future
+        return result
 
 
 def _resumed(compiled: Matcher, output_ids: Sequence[int]) -> Matcher:

@@ -21,6 +21,19 @@ _OPTIONS: Mapping[str, tuple[Any, ...]] = {
 Reader = Callable[[str, Any], GrammarSpec | None]
 
 
+def asks_for_grammar(given: Any) -> bool:
+    """Return whether sampling parameters, or one of a list of them, may ask for a grammar, which takes time to check.
+
+    Args:
+        given: SamplingParams, or a request's object of them, not checked yet.
+    """
+    if isinstance(given, list):
+        return any(asks_for_grammar(item) for item in given)
+    if isinstance(given, Mapping):
+        return any(given.get(name) is not None for name in _PARAMS)
+    return any(getattr(given, name, None) is not None for name in _PARAMS)
+
+
 def asked_grammar(params: SamplingParams) -> tuple[str, GrammarSpec] | None:
     """Return the parameter that asks for a grammar, and the grammar; None: the text is free.
 

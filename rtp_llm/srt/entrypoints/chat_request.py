@@ -98,8 +98,8 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
         grammar=_grammar_of_calls(serving, request, chat),
         options=request.options,
     )
-    manager = serving.manager
-    completions = [manager.completion(item, serving.answer_tags) for item in manager.requests(prompt)]
+    requests = await serving.requests(prompt)
+    completions = [serving.manager.completion(item, serving.answer_tags) for item in requests]
     max_calls = 1 if request.has_single_call else None
     return [ChatAnswer(item, _parser(serving, request, chat), max_calls) for item in completions]
 

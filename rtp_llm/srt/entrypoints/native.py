@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from rtp_llm.srt.constrained.spec import asks_for_grammar
 from rtp_llm.srt.entrypoints.access import check_admin
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
@@ -161,7 +162,8 @@ class NativeEndpoints:
                 loading = completions_with_media(manager, body.text, body.input_ids, options)
                 return await unless_disconnected(request.receive, loading)
             work = partial(completions_of, manager, body.text, body.input_ids, options)
-            return await self._serving.off_loop(num_chars + CHARS_PER_SEQUENCE * _num_sequences(body), work)
+            num_chars += CHARS_PER_SEQUENCE * _num_sequences(body)
+            return await self._serving.off_loop(num_chars, work, asks_for_grammar(body.sampling_params))
 
     async def _events(self, call: LiveCall) -> AsyncGenerator[bytes, None]:
         async with error_event() as failure:

@@ -14,6 +14,7 @@ from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import HF, ServerArgs, ServerArgsError
+from rtp_llm.srt.constrained.spec import asks_for_grammar
 from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, Template
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
@@ -24,7 +25,7 @@ from rtp_llm.srt.managers.generate_options import OPTION_NAMES, GenerateOptions
 from rtp_llm.srt.managers.incremental_text import special_ids
 from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
-from rtp_llm.srt.messages import CoreInfo, CoreStats
+from rtp_llm.srt.messages import CoreInfo, CoreStats, GenerateRequest
 from rtp_llm.srt.parser.choose import choose_format
 from rtp_llm.srt.parser.formats import Format
 from rtp_llm.srt.sampling_params import InvalidRequest
@@ -184,9 +185,14 @@ class Serving:
         """See TokenizerManager.encode."""
         return await self.off_loop(len(text), lambda: self.manager.encode(text, add_special_tokens, is_prompt))
 
-    async def off_loop(self, num_chars: int, function: Callable[[], T]) -> T:
-        """Return ``function()``, run on another thread if it encodes or decodes a long text."""
-        return await self.workers.run(function) if num_chars > LONG_TEXT else function()
+    async def requests(self, prompt: Prompt) -> list[GenerateRequest]:
+        """See TokenizerManager.requests. A grammar, whose check may take a second, is checked on another thread."""
+        work = partial(self.manager.requests, prompt)
+        return await self.off_loop(0, work, has_grammar=asks_for_grammar(prompt.sampling_params))
+
+    async def off_loop(self, num_chars: int, function: Callable[[], T], has_grammar: bool = False) -> T:
+        """Return ``function()``, run on another thread if it encodes or decodes a long text, or checks a grammar."""
+        return await self.workers.run(function) if has_grammar or num_chars > LONG_TEXT else function()
 
     @contextmanager
     def admission(self, num_sequences: int, param: str) -> Iterator[None]:

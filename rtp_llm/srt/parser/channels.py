@@ -98,7 +98,7 @@ def _call(source: Source, sink: MessageSink, name: str, ends: tuple[str, ...]) -
             sink.end()
             return
         except Malformed:
-            pass
+            pass  # what came before is passed on already, as it stood; the rest is below
     elif (yield from source.precedes(ends)):
         sink.arguments("{}")
     found = yield from source.until(ends, sink.arguments)

@@ -26,14 +26,12 @@ CLOSING = b'"}]'
 ANNOTATIONS = "only an annotation by default"
 QUICK_FILES = ("allOf", "anyOf", "enum", "items", "properties", "ref", "required", "type")
 LEAST_COMPILED = 160
-
-
 END = 256
 
 
 @pytest.fixture(scope="module")
 def backend() -> LLGuidanceBackend:
-    """Of a vocabulary in which token i is byte i, and END ends a text."""
+    """A compiler for a vocabulary in which token i is byte i, and END ends a text."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))  # the characters that byte-level tokenizers write for the other bytes
     vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from rtp_llm.srt.managers import tokenizer_manager
 from tiny_server import InProcess
 
 PERSON = {
@@ -206,3 +208,24 @@ def test_an_aborted_request_leaves_nothing(server: InProcess) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not server.core.core.grammars.matchers and not len(server.core.core.grammars)
+
+
+def test_grammars_are_checked_beside_the_event_loop(server: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+    real = tokenizer_manager.checked_grammar
+
+    def noting(*args: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return real(*args)
+
+    monkeypatch.setattr(tokenizer_manager, "checked_grammar", noting)
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "regex": "ab"}
+    for path, body in (
+        ("/v1/completions", {"prompt": "a", "regex": "ab"}),
+        ("/v1/chat/completions", chat),
+        ("/generate", {"text": "a", "sampling_params": {"regex": "ab"}}),
+        ("/generate", {"text": ["a", "b"], "sampling_params": [{}, {"regex": "ab"}]}),
+    ):
+        assert post(server, path, body).status_code == 200
+        assert threads and all(name.startswith("rtp-llm-text") for name in threads), (path, threads)
+        threads.clear()

@@ -73,7 +73,6 @@ class CompletionEndpoint(OpenAIEndpoint):
         return completions
 
     async def _of_prompt(self, body: CompletionRequest, prompt: str | list[int], rid: str | None) -> list[Completion]:
-        manager = self._serving.manager
         ids = prompt if isinstance(prompt, list) else await self._encode(body, prompt)
         wants_logprobs = body.logprobs is not None
         item = Prompt(
@@ -88,7 +87,7 @@ class CompletionEndpoint(OpenAIEndpoint):
                 "top_logprobs_num": body.logprobs or 0,
             },
         )
-        return [manager.completion(request) for request in manager.requests(item)]
+        return [self._serving.manager.completion(request) for request in await self._serving.requests(item)]
 
     async def _encode(self, body: CompletionRequest, prompt: str) -> list[int]:
         return await self._serving.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
