@@ -9,7 +9,6 @@ is loaded. The core runs in a child process, which ends with this one.
 import asyncio
 import contextlib
 import logging
-import re
 import signal
 import socket
 import sys
@@ -17,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -37,22 +36,13 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.entrypoints.access import Access
-from rtp_llm.srt.entrypoints.anthropic.errors import MessagesErrorBody
-from rtp_llm.srt.entrypoints.anthropic.protocol import AnswerMessage, TokensCount
-from rtp_llm.srt.entrypoints.anthropic.serving_messages import MessagesEndpoint
 from rtp_llm.srt.entrypoints.asgi import Bodies, Gate, StrictRoute
 from rtp_llm.srt.entrypoints.connections import Uvicorn
-from rtp_llm.srt.entrypoints.dialects import ANTHROPIC, COUNT_TOKENS, MESSAGES, spoken
-from rtp_llm.srt.entrypoints.docs_page import docs_page
-from rtp_llm.srt.entrypoints.errors import OVERLOADED, ErrorBody, add_handlers
+from rtp_llm.srt.entrypoints.dialects import spoken
+from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
-from rtp_llm.srt.entrypoints.native import Confirmation, NativeEndpoints, Text, Tokens, Version
-from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, Model, ModelList, TextCompletion
-from rtp_llm.srt.entrypoints.openai.responses.protocol import DeletedResponse, ItemList, ResponseObject
-from rtp_llm.srt.entrypoints.openai.responses.serving import ResponsesEndpoint
-from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
-from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
 from rtp_llm.srt.entrypoints.request_log import RequestLog
+from rtp_llm.srt.entrypoints.routes import ERROR_STATUSES, add_routes
 from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
@@ -70,19 +60,6 @@ OnProgress = Callable[[int, int], None]
 
 BACKLOG = 2048
 ABORT_GRACE_S = 2.0  # for aborted requests to send their last answer
-# Further paths of an endpoint, for clients of other servers.
-ALIASES = {
-    "/v1/chat/completions": ("/chat/completions",),
-    "/v1/completions": ("/completions",),
-    "/v1/responses": ("/responses",),
-    "/v1/models": ("/models",),
-    "/tokenize": ("/v1/tokenize",),
-    "/detokenize": ("/v1/detokenize",),
-    "/health": ("/ready", "/ping"),
-    "/model_info": ("/get_model_info",),
-    "/server_info": ("/get_server_info",),
-}
-ERROR_STATUSES = (400, 401, 403, 408, 413, 415, 500, 503)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -324,7 +301,7 @@ def make_app(
         {"bodies": Bodies(args.max_body_size), "strict_requests": args.strict_requests, "workers": serving.workers}
     )
     add_handlers(app, spoken)
-    _add_routes(app, serving, registry)
+    add_routes(app, serving, registry)
     return app
 
 
@@ -339,52 +316,6 @@ def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after"],
     )
-
-
-def _add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry) -> None:
-    native = NativeEndpoints(serving, registry)
-    messages = MessagesEndpoint(serving)
-    kept = ResponsesEndpoint(serving)
-    app.add_route("/docs", lambda _: docs_page(app.openapi()), include_in_schema=False)
-    for path, methods, handler, answer, tag in (
-        ("/v1/chat/completions", ["POST"], ChatEndpoint(serving).create, ChatCompletion, "OpenAI"),
-        ("/v1/completions", ["POST"], CompletionEndpoint(serving).create, TextCompletion, "OpenAI"),
-        ("/v1/responses", ["POST"], kept.create, ResponseObject, "OpenAI"),
-        ("/v1/responses/{response_id}", ["GET"], kept.retrieve, ResponseObject, "OpenAI"),
-        ("/v1/responses/{response_id}", ["DELETE"], kept.delete, DeletedResponse, "OpenAI"),
-        ("/v1/responses/{response_id}/cancel", ["POST"], kept.cancel, ResponseObject, "OpenAI"),
-        ("/v1/responses/{response_id}/input_items", ["GET"], kept.input_items, ItemList, "OpenAI"),
-        ("/v1/models", ["GET"], native.models, ModelList, "OpenAI"),
-        ("/v1/models/{model:path}", ["GET"], native.model, Model, "OpenAI"),
-        (MESSAGES, ["POST"], messages.create, AnswerMessage, "Anthropic"),
-        (COUNT_TOKENS, ["POST"], messages.count_tokens, TokensCount, "Anthropic"),
-        ("/generate", ["POST", "PUT"], native.generate, None, "native"),
-        ("/tokenize", ["POST"], native.tokenize, Tokens, "native"),
-        ("/detokenize", ["POST"], native.detokenize, Text, "native"),
-        ("/health", ["GET"], native.health, None, "control"),
-        ("/health_generate", ["GET"], native.health_generate, None, "control"),
-        ("/model_info", ["GET"], native.model_info, None, "control"),
-        ("/server_info", ["GET"], native.server_info, None, "control"),
-        ("/flush_cache", ["GET", "POST"], native.flush_cache, Confirmation, "control"),
-        ("/abort_request", ["POST"], native.abort_request, Confirmation, "control"),
-        ("/version", ["GET"], native.version, Version, "control"),
-        ("/metrics", ["GET"], native.metrics, None, "control"),
-    ):
-        for alias in ALIASES.get(path, ()):
-            app.add_api_route(alias, handler, methods=methods, response_model=None, include_in_schema=False)
-        responses: dict[int | str, dict[str, Any]] = {} if answer is None else {200: {"model": answer}}
-        if path in ANTHROPIC:
-            responses |= {status: {"model": MessagesErrorBody} for status in (*ERROR_STATUSES, OVERLOADED)}
-        for method in methods:
-            app.add_api_route(
-                path,
-                handler,
-                methods=[method],
-                response_model=None,
-                responses=responses,
-                operation_id=re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
-                tags=[tag],
-            )
 
 
 def _summary(
