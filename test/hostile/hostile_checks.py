@@ -97,6 +97,8 @@ def events_of(answer: Answer) -> list[Any]:
     parts = answer.body.decode().split("\n\n")
     if parts[0].startswith("event: "):
         return _named_events(parts)
+    if _has_stops(parts[0]):
+        return _events_with_stops(parts)
     if parts[-2:] != ["data: [DONE]", ""]:
         raise ValueError(f"a stream that ends {''.join(parts[-2:])[-100:]!r}")
     if not all(part.startswith("data: ") and len(part.splitlines()) == 1 for part in parts[:-2]):
@@ -113,6 +115,21 @@ def _named_events(parts: list[str]) -> list[Any]:
         raise ValueError("a stream with an event whose name is not its type")
     if events[-1]["type"] not in LAST:
         raise ValueError(f"a stream that ends {lines[-1][1][-100:]!r}")
+    return events
+
+
+def _has_stops(part: str) -> bool:
+    """Whether a stream begins as one of /completion, which no [DONE] ends."""
+    event = json.loads(part.removeprefix("data: ")) if part.startswith("data: {") else None
+    return isinstance(event, dict) and "stop" in event
+
+
+def _events_with_stops(parts: list[str]) -> list[Any]:
+    if parts[-1] or not all(part.startswith("data: ") and len(part.splitlines()) == 1 for part in parts[:-1]):
+        raise ValueError("a stream with an event that is not one line")
+    events = [json.loads(part.removeprefix("data: "), parse_constant=_refuse) for part in parts[:-1]]
+    if "error" not in events[-1] and events[-1].get("stop") is not True:
+        raise ValueError(f"a stream that ends {parts[-2][-100:]!r}")
     return events
 
 

@@ -18,9 +18,11 @@ from hostile_wire import CloseWriting, HangUp, Pause, Plan, ReadSome, Send, Step
 
 ALIASES = {
     "/chat/completions": "/v1/chat/completions",
+    "/chat/completions/input_tokens": "/v1/chat/completions/input_tokens",
     "/completions": "/v1/completions",
     "/v1/tokenize": "/tokenize",
     "/v1/detokenize": "/detokenize",
+    "/v1/health": "/health",
     "/models": "/v1/models",
     "/ready": "/health",
     "/ping": "/health",
@@ -157,6 +159,12 @@ class Generator:
                 return {"prompt": draw.choice(("hi", ["a", "b"], [5, 6, 7])), "max_tokens": draw.randrange(1, 6)}
             case "/generate":
                 return {"text": "hi", "sampling_params": {"max_new_tokens": draw.randrange(1, 6)}}
+            case "/completion":
+                return {"prompt": draw.choice(("hi", ["a", "b"], [5, 6, "x"])), "n_predict": draw.randrange(1, 6)}
+            case "/infill":
+                return {"input_prefix": "def f(", "input_suffix": "):", "n_predict": draw.randrange(1, 6)}
+            case "/apply-template" | "/v1/chat/completions/input_tokens":
+                return {"messages": [{"role": "user", "content": "hi"}]}
             case "/tokenize":
                 return {"prompt": "the cat"}
             case "/detokenize":
@@ -182,7 +190,7 @@ class Generator:
 
     def _bounded(self, body: dict[str, Any], draw: Random) -> dict[str, Any]:
         """Leaves out most of what would keep the server busy for long, and aborting all most of the time."""
-        for name in ("n", "max_tokens", "max_completion_tokens", "min_tokens", "best_of"):
+        for name in ("n", "n_cmpl", "n_predict", "max_tokens", "max_completion_tokens", "min_tokens", "best_of"):
             if isinstance(body.get(name), int) and body[name] > 8 and draw.random() < 0.9:
                 del body[name]
         if draw.random() < 0.9:

@@ -79,6 +79,8 @@ def problem(answer: Answer, *good: Good, may_be_aborted: bool = False) -> str | 
         (a_stream(b'data: {"a": 1}\n\n'), "a stream that ends"),
         (a_stream(b"data: {}\n\ndata: [DONE]\n\ndata: {}\n\n"), "a stream that ends"),
         (a_stream('data: {"a": "\u2028"}\n\ndata: [DONE]\n\n'.encode()), "not one line"),
+        (a_stream(b'data: {"stop": false}\n\n'), "a stream that ends"),
+        (a_stream(b'data: {"stop": false}\n\ndata: {"stop": true}\n'), "not one line"),
         (a_stream(b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n'), "with the fields"),
         (
             a_stream(
@@ -99,6 +101,7 @@ def test_bad_answers_are_noticed(answer: Answer, words: str) -> None:
         an_error(503, (("retry-after", "5"),)),
         Answer(400, [("connection", "close"), ("content-type", "text/plain")], b"Invalid HTTP request received."),
         a_stream(b'data: {"a": 1}\n\ndata: [DONE]\n\n'),
+        a_stream(b'data: {"stop": false}\n\ndata: {"stop": true}\n\n'),
     ],
 )
 def test_answers_that_are_all_right(answer: Answer) -> None:

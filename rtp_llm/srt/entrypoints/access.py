@@ -23,7 +23,7 @@ from rtp_llm.srt.configs.options import ServerArgsError
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints.errors import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/health_generate", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/ping", "/health_generate", "/metrics"})
 ADMIN_PATHS = frozenset({"/flush_cache"})
 IS_ADMIN = "is_admin"  # in a scope's state
 KEY_VARIABLE, ADMIN_KEY_VARIABLE = "RTP_LLM_API_KEY", "RTP_LLM_ADMIN_API_KEY"

@@ -5,7 +5,13 @@ from rtp_llm.srt.entrypoints.errors import ApiError
 
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
 ANTHROPIC = frozenset({MESSAGES, COUNT_TOKENS})
+SPOKEN = ("OpenAI", "Anthropic", "llama.cpp", "SGLang")  # whose APIs there are
 REQUEST_ID = b"x-request-id"
+
+
+def apis() -> str:
+    """Return whose APIs there are, for people."""
+    return f"{', '.join(SPOKEN[:-1])} and {SPOKEN[-1]}"
 
 
 def spoken(error: ApiError, path: str) -> ApiError:

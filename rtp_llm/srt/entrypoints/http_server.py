@@ -38,9 +38,10 @@ from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.entrypoints.access import Access
 from rtp_llm.srt.entrypoints.asgi import Bodies, Gate, StrictRoute
 from rtp_llm.srt.entrypoints.connections import Uvicorn
-from rtp_llm.srt.entrypoints.dialects import spoken
+from rtp_llm.srt.entrypoints.dialects import apis, spoken
 from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
+from rtp_llm.srt.entrypoints.llama_cpp.slots import Slots
 from rtp_llm.srt.entrypoints.request_log import RequestLog
 from rtp_llm.srt.entrypoints.routes import ERROR_STATUSES, add_routes
 from rtp_llm.srt.entrypoints.serving import Core, Serving
@@ -269,7 +270,8 @@ def make_app(
         "startup_time_seconds": startup_s,
     }
     registry.register(CoreMetrics(lambda: core.stats, name, constants, info.max_running_requests))
-    observers: list[Observer] = [RequestMetrics(registry, name)]
+    slots = Slots(info.max_running_requests, info.max_req_len)
+    observers: list[Observer] = [RequestMetrics(registry, name), slots]
     if args.log_requests:
         observers.append(RequestLog(args.log_requests_level))
     manager = TokenizerManager(
@@ -290,7 +292,7 @@ def make_app(
     app = FastAPI(
         title="RTP-LLM",
         version=__version__,
-        description="An inference engine for language models, by the APIs of OpenAI, Anthropic and SGLang.",
+        description=f"An inference engine for language models, by the APIs of {apis()}.",
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
@@ -301,7 +303,7 @@ def make_app(
         {"bodies": Bodies(args.max_body_size), "strict_requests": args.strict_requests, "workers": serving.workers}
     )
     add_handlers(app, spoken)
-    add_routes(app, serving, registry)
+    add_routes(app, serving, registry, slots)
     return app
 
 
@@ -330,6 +332,7 @@ def _summary(
         f"  weights   {_size(info.weight_bytes)}",
         f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens{states}",
         f"  capacity  {info.max_running_requests} requests at once, each of at most {info.max_req_len} tokens",
+        f"  speaks    the APIs of {apis()}",
         f"  ends      {', '.join(map(str, ends)) or 'none: texts go on to their limit'}",
     ]
     return "\n".join(lines)

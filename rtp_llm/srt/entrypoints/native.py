@@ -17,8 +17,10 @@ from rtp_llm.srt.entrypoints.access import check_admin
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall, completions_of, completions_with_media
+from rtp_llm.srt.entrypoints.llama_cpp.infill import PlainEncoder
 from rtp_llm.srt.entrypoints.neutral import GENERATE, SAMPLING_PARAMS, TOKENIZE, without_neutral
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
+from rtp_llm.srt.entrypoints.openai.logprobs import TokenTexts
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
@@ -69,32 +71,55 @@ class GenerateBody(Body):
 
 
 class TokenizeBody(Body):
-    """The body of /tokenize: one of ``prompt``, ``text`` (the same) and ``messages``."""
+    """The body of /tokenize: one of ``prompt``, ``text`` (the same), ``content`` (llama.cpp's) and ``messages``."""
 
     unsupported = TOKENIZE
 
     model: str | None = None
     prompt: str | None = None
     text: str | None = None
+    content: str | None = Field(None, description="llama.cpp's: a text, whose special tokens are not added by default")
     messages: list[Message] | None = None
-    add_special_tokens: bool | None = Field(None, description="unset: true for a text, false for messages")
+    add_special_tokens: bool | None = Field(None, description="unset: true for prompt and text, otherwise false")
+    add_special: bool | None = Field(None, description="llama.cpp's name of add_special_tokens")
+    parse_special: bool | None = Field(None, description="false: names of special tokens in a text are text")
+    with_pieces: bool | None = Field(None, description="tokens are objects of an id and its text, or its bytes")
     add_generation_prompt: bool = Field(True, description="with messages: begin the assistant's turn")
     continue_final_message: bool = Field(False, description="with messages: go on with the last one")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="with messages: variables of the template")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("prompt", "text", "messages") if getattr(self, name) is not None]
+        given = [name for name in ("prompt", "text", "content", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
             shown = " and ".join(given) or "none"
             raise InvalidRequest(
-                f"give one of prompt, text and messages, not {shown}", given[-1] if given else "prompt"
+                f"give one of prompt, text, content and messages, not {shown}", given[-1] if given else "prompt"
             )
+        if self.parse_special is False and (self.messages is not None or self.adds_special_tokens):
+            raise InvalidRequest(
+                "parse_special can be false only for a text to which no special tokens are added", "parse_special"
+            )
+        if None not in (self.add_special, self.add_special_tokens):
+            raise InvalidRequest("add_special is another name of add_special_tokens: give one", "add_special")
         return self
+
+    @property
+    def adds_special_tokens(self) -> bool | None:
+        """Whether the tokenizer's own tokens are put around the text; None: as the chat template has it."""
+        given = self.add_special if self.add_special_tokens is None else self.add_special_tokens
+        if given is None and self.messages is None:
+            return self.content is None
+        return given
+
+
+class Piece(TypedDict):
+    id: int
+    piece: str | list[int]
 
 
 class Tokens(TypedDict):
-    tokens: list[int]
+    tokens: list[int] | list[Piece]
     count: int
     max_model_len: int
 
@@ -106,8 +131,11 @@ class DetokenizeBody(Body):
 
 
 class Text(TypedDict):
+    """The text, three times: under the names of SGLang, vLLM and llama.cpp."""
+
     text: str
     prompt: str
+    content: str
 
 
 class AbortBody(Body):
@@ -134,6 +162,7 @@ class NativeEndpoints:
     def __init__(self, serving: Serving, registry: CollectorRegistry) -> None:
         self._serving = serving
         self._registry = registry
+        self._token_texts: TokenTexts | None = None
 
     async def generate(self, body: GenerateBody, request: Request) -> Response:
         """Generate for a prompt, or for each of a list. The answer is ``{text, output_ids, meta_info}``, or a list."""
@@ -179,8 +208,7 @@ class NativeEndpoints:
         serving.check_model(body.model)
         serving.check_tokenizer()
         if body.messages is None:
-            text = body.prompt if body.text is None else body.text
-            ids = await serving.encode(text or "", body.add_special_tokens is not False, is_prompt=False)
+            ids = await self._text_ids(body)
         else:
             chat = await serving.render(
                 [message.model_dump(exclude_none=True) for message in body.messages],
@@ -188,13 +216,31 @@ class NativeEndpoints:
                 continue_final_message=body.continue_final_message,
                 variables=body.chat_template_kwargs,
             )
-            if body.add_special_tokens is not None:
-                chat = replace(chat, add_special_tokens=body.add_special_tokens)
+            if body.adds_special_tokens is not None:
+                chat = replace(chat, add_special_tokens=body.adds_special_tokens)
             encoded = await unless_disconnected(request.receive, serving.encode_chat(chat))
             if encoded is None:
                 return disconnected_response()
             ids = encoded.input_ids
-        return JSON(Tokens(tokens=ids, count=len(ids), max_model_len=serving.manager.context_length))
+        tokens = await serving.off_loop(4 * len(ids), partial(self._pieces, ids)) if body.with_pieces else ids
+        return JSON(Tokens(tokens=tokens, count=len(ids), max_model_len=serving.manager.context_length))
+
+    async def _text_ids(self, body: TokenizeBody) -> list[int]:
+        text = next(text for text in (body.prompt, body.text, body.content) if text is not None)
+        if body.parse_special is not False:
+            return await self._serving.encode(text, body.adds_special_tokens is not False, is_prompt=False)
+        manager = self._serving.manager
+        encode = PlainEncoder(
+            manager.tokenizer, lambda part: manager.encode(part, add_special_tokens=False, is_prompt=False)
+        )
+        return await self._serving.off_loop(len(text), partial(encode, text))
+
+    def _pieces(self, ids: list[int]) -> list[Piece]:
+        """Return each token with its text; one that is a part of a character with its bytes."""
+        if self._token_texts is None:
+            self._token_texts = TokenTexts(self._serving.manager.tokenizer)
+        texts = self._token_texts
+        return [{"id": i, "piece": texts.utf8(i) if "\ufffd" in texts.text(i) else texts.text(i)} for i in ids]
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
         """Return the text of token ids."""
@@ -202,7 +248,7 @@ class NativeEndpoints:
         self._serving.check_tokenizer()
         work = partial(self._serving.manager.decode, body.tokens, body.skip_special_tokens)
         text = await self._serving.off_loop(4 * len(body.tokens), work)
-        return JSON(Text(text=text, prompt=text))
+        return JSON(Text(text=text, prompt=text, content=text))
 
     async def models(self) -> Response:
         """Return the served model, once for each of its names."""

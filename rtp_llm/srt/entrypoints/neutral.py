@@ -153,6 +153,41 @@ RESPONSES_TOOL: dict[str, tuple[Any, ...]] = {
     "defer_loading": (),
     "output_schema": (),
 }
+LLAMA_CPP: dict[str, tuple[Any, ...]] = {
+    "adaptive_target": (-1,),
+    "backend_sampling": (),
+    "dry_allowed_length": (2,),
+    "dry_base": (1.75,),
+    "dry_multiplier": (0,),
+    "dry_penalty_last_n": (-1, 0, 64),
+    "dry_sequence_breakers": (["\n", ":", '"', "*"],),
+    "dynatemp_exponent": (1,),
+    "dynatemp_range": (0,),
+    "grammar_lazy": (),
+    "id_slot": (-1,),
+    "lora": (),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "mirostat_eta": (0.1,),
+    "mirostat_tau": (5,),
+    "n_cache_reuse": (0,),
+    "n_discard": (0,),
+    "n_indent": (0,),
+    "n_keep": (0,),
+    "post_sampling_probs": (),
+    "return_progress": (),
+    "samplers": (),
+    "sse_ping_interval": (-1,),
+    "t_max_predict_ms": (-1, 0),
+    "t_max_prompt_ms": (-1, 0),
+    "timings_per_token": (),
+    "top_n_sigma": (-1,),
+    "typical_p": (1,),
+    "verbose": (),
+    "xtc_probability": (0,),
+    "xtc_threshold": (0.1,),
+}
+LLAMA_CPP_PROMPT: dict[str, tuple[Any, ...]] = {"multimodal_data": ()}
 
 # With --strict-requests: neutral values beside null.
 STRICT: dict[str, tuple[Any, ...]] = {

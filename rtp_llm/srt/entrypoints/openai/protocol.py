@@ -384,6 +384,13 @@ class TextCompletion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class InputTokens(TypedDict):
+    """How many tokens a request's prompt has."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class Model(TypedDict):
     id: str
     object: Literal["model"]

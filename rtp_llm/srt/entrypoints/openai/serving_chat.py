@@ -50,14 +50,12 @@ class ChatEndpoint(OpenAIEndpoint):
         return JSON({**head, "choices": choices, "usage": usage(completions, len(answers), _reasoning_tokens(answers))})
 
     async def _answers(self, body: ChatCompletionRequest, request: Request) -> list[Answer] | None:
-        asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
-        names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
-        names |= {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
-        with request_names(names):
-            answers = await answers_to(self._serving, self._chat_request(body), request.receive)
+        with request_names(chat_names(body)):
+            answers = await answers_to(self._serving, self.chat_request(body), request.receive)
         return None if answers is None else [Answer(body, answer) for answer in answers]
 
-    def _chat_request(self, body: ChatCompletionRequest) -> ChatRequest:
+    def chat_request(self, body: ChatCompletionRequest) -> ChatRequest:
+        """Return what a body asks for. Raise InvalidRequest for an option that does not fit."""
         max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         return ChatRequest(
             messages=[message.model_dump(exclude_none=True) for message in body.messages],
@@ -119,6 +117,13 @@ class ChatEndpoint(OpenAIEndpoint):
             logprobs = None
         if finished:
             yield {**_chunk_choice(i, {}), "finish_reason": answer.finish_reason}
+
+
+def chat_names(body: ChatCompletionRequest) -> dict[str, str]:
+    """Return the names that errors have for fields of a chat: the engine's -> the request's."""
+    asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+    names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
+    return names | {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
 
 
 def _reasoning_tokens(answers: Iterable[Answer]) -> int:

@@ -1,6 +1,7 @@
 """/v1/responses: OpenAI's Responses API, a conversation of items, over the same answers as chat completions."""
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Request
@@ -8,11 +9,11 @@ from starlette.responses import Response
 
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer
-from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to, thinking_variables
+from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to, encoded_chat, thinking_variables
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
-from rtp_llm.srt.entrypoints.openai.protocol import check_tools
+from rtp_llm.srt.entrypoints.openai.protocol import InputTokens, check_tools
 from rtp_llm.srt.entrypoints.openai.responses.items import Conversation, conversation_of, input_items
 from rtp_llm.srt.entrypoints.openai.responses.protocol import (
     Item,
@@ -48,9 +49,7 @@ class ResponsesEndpoint:
         with serving.admission(1, "input"):
             response_id = new_response_id()
             with request_names(NAMES):
-                former = self._former_items(body.previous_response_id)
-                items = [*former, *input_items(body, self._store.item)]
-                conversation = conversation_of(body.instructions, items, len(former))
+                conversation, items = self._conversation(body)
                 answer = await self._answer(body, conversation, response_id, request)
             if answer is None:
                 return disconnected_response()
@@ -79,18 +78,40 @@ class ResponsesEndpoint:
     async def _answer(
         self, body: ResponsesRequest, conversation: Conversation, response_id: str, request: Request
     ) -> ChatAnswer | None:
-        asked = ChatRequest(
+        asked = replace(self._chat_request(body, conversation), options={"rid": response_id})
+        with conversation.named():
+            answers = await answers_to(self._serving, asked, request.receive)
+        return None if answers is None else answers[0]
+
+    async def count_tokens(self, body: ResponsesRequest, request: Request) -> Response:
+        """Return the number of tokens of the prompt that the same body would have in /v1/responses."""
+        serving = self._serving
+        serving.check_model(body.model)
+        serving.check_tokenizer()
+        with request_names(NAMES):
+            conversation, _ = self._conversation(body)
+            with conversation.named():
+                counting = encoded_chat(serving, self._chat_request(body, conversation))
+                prompt = await unless_disconnected(request.receive, counting)
+        if prompt is None:
+            return disconnected_response()
+        return JSON(InputTokens(object="response.input_tokens", input_tokens=len(prompt.input_ids)))
+
+    def _conversation(self, body: ResponsesRequest) -> tuple[Conversation, list[Item]]:
+        """Return the conversation, and its items, those of the responses before included."""
+        former = self._former_items(body.previous_response_id)
+        items = [*former, *input_items(body, self._store.item)]
+        return conversation_of(body.instructions, items, len(former)), items
+
+    def _chat_request(self, body: ResponsesRequest, conversation: Conversation) -> ChatRequest:
+        return ChatRequest(
             messages=conversation.messages,
             sampling_params=self._sampling_params(body),
             tools=_shown_tools(body),
             demanded_tools=_demanded_tools(body),
             has_single_call=isinstance(body.tool_choice, NamedFunction) or body.parallel_tool_calls is False,
             variables=self._variables(body),
-            options={"rid": response_id},
         )
-        with conversation.named():
-            answers = await answers_to(self._serving, asked, request.receive)
-        return None if answers is None else answers[0]
 
     def _sampling_params(self, body: ResponsesRequest) -> SamplingParams:
         given = {"temperature": body.temperature, "top_p": body.top_p, "response_format": _response_format(body)}
