@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stand_in import StandIn
+from stand_ins import STAND_INS
+
 from checkpoints import as_published, with_shorter_steps, with_window
 from published import published_fields, switches
 from rounding import own_rounding
@@ -34,6 +37,7 @@ AGREES, IN_PART, DIFFERS, NOT_PORTED, NO_CHECKPOINT = (
 IMPORT, BUILD, LOAD, COMPUTE = "does not import", "does not build", "does not load", "does not compute"
 OTHER_WINDOW = "agrees with another window"
 OTHER_STEP = "agrees without a least step"
+AS_ANOTHER = "agrees with another class"
 NO_CLASS, PART = "no class in transformers", "part of other models"
 MOST_ROUNDING = 0.01  # of log-probabilities; more is a difference, whatever its cause
 SCHEDULES = (BATCHED, CHUNKED, WARM)
@@ -41,13 +45,19 @@ SCHEDULES = (BATCHED, CHUNKED, WARM)
 
 @dataclass
 class Compared:
-    """What became of one architecture. ``fields``: of its configuration, beside transformers' defaults."""
+    """What became of one architecture.
+
+    Args:
+        fields: of its configuration, beside transformers' defaults.
+        like: the class of transformers that stood in for it, where transformers has none of its own.
+    """
 
     architecture: str
     outcome: str
     detail: str = ""
     difference: float | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    like: str = ""
 
 
 @dataclass
@@ -76,10 +86,11 @@ class Row:
 
 
 def examine(file: ModelFile, out: Path) -> Row:
-    """Port a file to ``out/NAME.py``, and compare each of its architectures that transformers has a class for."""
+    """Port a file to ``out/NAME.py``, and compare each of its architectures that transformers has a class for; if there
+    is none, each that another class stands in for."""
     row = Row(file.name, [entry.architecture for entry in file.entries], "")
     target = out / f"{file.name}.py"
-    entries = comparable(file)
+    entries = comparable(file) or replaceable(file)
     if not entries:
         row.outcome = _why_not_compared(file)
     try:
@@ -91,7 +102,7 @@ def examine(file: ModelFile, out: Path) -> Row:
     row.left = [f"{remark.line}: {remark.text}" for remark in remarks]
     if not entries:
         return row
-    row.compared = [compare(entry, target) for entry in entries]
+    row.compared = [_compared(entry, target) for entry in entries]
     worst = max(row.compared, key=lambda each: _ORDER.index(each.outcome))
     row.outcome, row.detail = worst.outcome, worst.detail
     if worst.outcome != AGREES and any(each.outcome == AGREES for each in row.compared):
@@ -101,7 +112,25 @@ def examine(file: ModelFile, out: Path) -> Row:
     return row
 
 
-_ORDER = (AGREES, OTHER_WINDOW, OTHER_STEP, DIFFERS, COMPUTE, LOAD, BUILD, IMPORT, NO_CHECKPOINT, NOT_PORTED)
+def _compared(entry: Entry, path: Path) -> Compared:
+    if model_class_of(entry.architecture) is not None:
+        return compare(entry, path)
+    return compare_with_another(entry, path, STAND_INS[entry.architecture])
+
+
+_ORDER = (
+    AGREES,
+    AS_ANOTHER,
+    OTHER_WINDOW,
+    OTHER_STEP,
+    DIFFERS,
+    COMPUTE,
+    LOAD,
+    BUILD,
+    IMPORT,
+    NO_CHECKPOINT,
+    NOT_PORTED,
+)
 _STOPPED = (COMPUTE, LOAD, BUILD, IMPORT)
 
 
@@ -122,6 +151,12 @@ def comparable(file: ModelFile) -> list[Entry]:
     return list(found.values())
 
 
+def replaceable(file: ModelFile) -> list[Entry]:
+    """Return the architectures that another class of transformers stands in for, each once."""
+    entries = {entry.architecture: entry for entry in file.entries if entry.architecture in STAND_INS}
+    return list(entries.values())
+
+
 def _why_not_compared(file: ModelFile) -> str:
     if not file.entries:
         return PART
@@ -140,6 +175,26 @@ def compare(entry: Entry, path: Path) -> Compared:
     found = _compare(entry.architecture, path, fields)
     more = switches(usual, found.detail) if found.outcome == LOAD else {}
     return _compare(entry.architecture, path, fields | more) if more else found
+
+
+def compare_with_another(entry: Entry, path: Path, stand_in: StandIn) -> Compared:
+    """Compare a ported file with another class of transformers, each about a checkpoint of its own form."""
+    name, like = entry.architecture, stand_in.like
+    with tempfile.TemporaryDirectory() as folder:
+        reference, directory = Path(folder, "reference"), Path(folder, "published")
+        try:
+            stand_in.make(name, reference, directory)
+        except NotMadeError as error:
+            return Compared(name, NO_CHECKPOINT, str(error), like=like)
+        found = check_checkpoint(directory, SCHEDULES, path, name, LENGTHS, reference=reference)
+    problem = _first_failure(found)
+    if problem is not None:
+        return Compared(name, *problem, like=like)
+    difference = _difference(found)
+    if found.agrees:
+        return Compared(name, AS_ANOTHER, difference=difference, like=like)
+    worst = max(found.results, key=lambda result: result.difference)
+    return Compared(name, DIFFERS, f"{worst.schedule}: {difference:.2g}", difference, like=like)
 
 
 def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:

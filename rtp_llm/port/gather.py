@@ -167,7 +167,7 @@ class _Gatherer:
                 self.need(file, name)
 
     def program(self, entries: list[tuple[str, str]]) -> Program:
-        merged = self._merged_names()
+        merged = self._merged_names(_other_names(entries))
         body: list[Statement] = []
         for file in self._ordered_files():
             body += self._statements(file, merged)
@@ -189,8 +189,9 @@ class _Gatherer:
             ],
         )
 
-    def _merged_names(self) -> dict[Key, str]:
-        """Give each thing a name of its own: the root's keep theirs, a later one of the same name gets a suffix."""
+    def _merged_names(self, reserved: frozenset[str]) -> dict[Key, str]:
+        """Give each thing a name of its own, none of the reserved ones: the root's keep theirs, a later one of the same
+        name gets a suffix."""
         root = self.tree.root.module
         keys = sorted([*self.taken, *self.engine, *self.external], key=lambda key: key[0] != root)
         names: dict[Key, str] = {}
@@ -198,7 +199,7 @@ class _Gatherer:
         for key in keys:
             wanted = self._wanted_name(key)
             name, number = wanted, 1
-            while name in used:
+            while name in used or name in reserved:
                 stem = key[0].rpartition(".")[2]
                 name = f"{wanted}_{stem}" if number == 1 else f"{wanted}_{stem}{number}"
                 number += 1
@@ -253,6 +254,11 @@ class _Gatherer:
         elif result and len(self.files) > 1:
             result[0] = _headed(result[0], f"# {file.path.name} itself:")
         return result
+
+
+def _other_names(entries: list[tuple[str, str]]) -> frozenset[str]:
+    """Return the architectures whose class has another name, so that a class of theirs is still to be written."""
+    return frozenset(arch for arch, name in entries if arch != name) - {name for _, name in entries}
 
 
 def _in_order(files: list[SourceFile], depends: dict[str, set[str]]) -> list[SourceFile]:

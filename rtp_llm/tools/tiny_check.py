@@ -1,5 +1,6 @@
 """Compare a model, or a model file that lies anywhere, with transformers on a tiny random checkpoint."""
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -84,17 +85,19 @@ def check_checkpoint(
 
     Args:
         path: of the model file; None: the registered one.
-        reference: a variant of the checkpoint, which transformers gets; None: the same.
+        reference: a variant of the checkpoint, which transformers gets, perhaps of another architecture; None: the
+            same.
     """
-    config = AutoConfig.from_pretrained(directory)
-    architectures = list(config.architectures or [])
+    answering = reference or directory
+    config = AutoConfig.from_pretrained(answering)
+    architectures = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))["architectures"]
     vocab_size = getattr(config.get_text_config(), "vocab_size", VOCAB_SIZE)
     served: Any = nullcontext() if path is None else served_by_file(path, architectures, class_name)
     try:
         with served:
             results = run_schedules(
                 tiny_server_args(directory),
-                Teacher(load_reference(reference or directory, architectures[0])),
+                Teacher(load_reference(answering, config.architectures[0])),
                 random_questions(vocab_size, lengths),
                 schedules,
             )

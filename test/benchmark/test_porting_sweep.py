@@ -12,6 +12,9 @@ from warm_python import ROOT, run_python
 
 FOLDER = ROOT / "benchmark" / "porting"
 sys.path.insert(0, str(FOLDER))
+import regroup  # noqa: E402
+import stand_ins  # noqa: E402
+
 import checkpoints  # noqa: E402
 import published  # noqa: E402
 import vllm_files  # noqa: E402
@@ -111,6 +114,51 @@ def test_a_checkpoint_gets_the_tensors_that_published_ones_have(tmp_path: Path) 
     assert json.loads((target / "config.json").read_text()) == config | {"sliding_window": 7}
 
 
+def test_tensors_are_put_together_and_taken_apart() -> None:
+    import torch
+
+    q, k, v = torch.arange(8.0)[:, None], 10 + torch.arange(4.0)[:, None], 20 + torch.arange(4.0)[:, None]
+    tensors = {"x.q.weight": q, "x.k.weight": k, "x.v.weight": v, "x.norm.weight": torch.ones(1)}
+    grouped = regroup.joined(tensors, ("q", "k", "v"), "qkv", regroup.by_key_heads(2))
+    assert sorted(grouped) == ["x.norm.weight", "x.qkv.weight"]
+    assert grouped["x.qkv.weight"].flatten().tolist() == [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+    packed = {"x.experts.gate_up_proj": torch.arange(8.0).view(2, 4, 1), "x.experts.down_proj": torch.zeros(2, 1, 2)}
+    apart = regroup.experts_apart(packed, "experts")
+    assert len(apart) == 6 and apart["x.experts.1.up_proj.weight"].flatten().tolist() == [6, 7]
+    assert apart["x.experts.0.down_proj.weight"].shape == (1, 2)
+    halves = regroup.halves_apart({"x.both.weight": torch.arange(4.0)}, "both", "a", "b")
+    assert {name: tensor.tolist() for name, tensor in halves.items()} == {"x.a.weight": [0, 1], "x.b.weight": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    "architecture", ["InternLM2ForCausalLM", pytest.param("BailingMoeV2ForCausalLM", marks=pytest.mark.slow)]
+)
+def test_a_stand_in_answers_as_our_model_of_the_architecture(architecture: str, tmp_path: Path) -> None:
+    """Both from a checkpoint of their own form. A model that reads one field otherwise does not agree."""
+    from rtp_llm.tools.schedules import BATCHED
+    from rtp_llm.tools.tiny_check import check_checkpoint
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    stand_ins.STAND_INS[architecture].make(architecture, theirs, ours)
+    assert check_checkpoint(ours, (BATCHED,), lengths=(18,), reference=theirs).agrees
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | {"rope_theta": 100.0}))
+    assert not check_checkpoint(ours, (BATCHED,), lengths=(18,), reference=theirs).agrees
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted(stand_ins.STAND_INS))
+def test_every_stand_in_can_be_made(architecture: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    stand_in = stand_ins.STAND_INS[architecture]
+    stand_in.make(architecture, tmp_path / "theirs", tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["architectures"] == [architecture] and config["model_type"]
+    assert load_file(tmp_path / "ours" / "model.safetensors")
+    assert stand_in.why and stand_in.source.startswith("https://")
+
+
 def test_every_file_is_ported_and_compared_or_classified(root: Path, tmp_path: Path) -> None:
     results, table = tmp_path / "results.json", tmp_path / "table.md"
     command = ["benchmark/porting/sweep.py", "--vllm", str(root), "--jobs", "1"]
@@ -127,5 +175,5 @@ def test_every_file_is_ported_and_compared_or_classified(root: Path, tmp_path: P
     assert rows["helium"]["compared"][0]["difference"] < 1e-3
     assert "broken.py" in rows["broken"]["detail"]
     text = table.read_text()
-    assert "vLLM 0.99.1" in text and "5 text model files" in text and "1 agree" in text
+    assert "vLLM 0.99.1" in text and "5 text model files" in text and "1 of the 1 " in text and "0 of 0 others" in text
     assert "| helium | HeliumForCausalLM | agrees |" in text

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from vllm_file import HEAD
 
-from rtp_llm.port.porter import Ported
+from rtp_llm.port.porter import Ported, port
 
 Porter = Callable[..., Ported]
 
@@ -146,11 +147,24 @@ logger.warning_once("built with %s", config.size, scope="local")
     assert 'logger.warning("built with %s", config.size)' in result.text
 
 
-@pytest.mark.parametrize("option", ["sinks=self.sinks", 'kv_sharing_target_layer_name="layers.0.attn"'])
+@pytest.mark.parametrize(
+    "option", ["sinks=self.sinks", 'kv_sharing_target_layer_name="layers.0.attn"', "chunk_lookback=config.blocks"]
+)
 def test_attention_with_sinks_or_a_shared_cache_keeps_its_name(ported: Porter, option: str):
     text = flat(ported(model(init=ATTENTION.format(f"2, per_layer_sliding_window=5, {option}, prefix=prefix"))).text)
     assert f"self.attn = Attention(4, 8, 1.0, num_kv_heads=2, per_layer_sliding_window=5, {option}" in text
     assert "from rtp_llm.srt.layers.attention import Attention" in text
+
+
+def test_slopes_of_the_root_of_distances_are_told(ported: Porter):
+    init = ATTENTION.format("2, alibi_slopes=config.slopes, use_alibi_sqrt={}, prefix=prefix")
+    result = ported(model(init.format("False")))
+    assert "alibi_sqrt" not in result.text and result.report.is_complete
+    result = ported(model(init.format("True")))
+    assert "self.attn = Attention(" in result.text and "use_alibi_sqrt=True" in result.text
+    assert [remark.text for remark in result.report.not_portable] == [
+        "not portable: use_alibi_sqrt needs scores that are lowered by the root of the distance"
+    ]
 
 
 RECURRENT = """
@@ -370,6 +384,21 @@ class Twice(CustomOp):
     result = ported(model(init="self.a = Twice()", before=before))
     assert "class Twice(nn.Module):\n    def forward(self, x):\n        return x * 2\n" in result.text
     assert "cuda" not in result.text and result.report.is_complete
+
+
+def test_the_plain_variant_of_a_layer_is_the_layer(ported: Porter):
+    result = ported(model("self.norm = RMSNorm(8)", "return self.norm.forward_native(inputs_embeds)"))
+    assert "self.norm(input_embeds)" in result.text and result.report.is_complete
+
+
+def test_an_architecture_may_have_the_name_of_another_class(models: Path, whole_model: str):
+    """A registry's name is that of the whole model; the part that has it in the file gets another."""
+    table = '_TEXT_GENERATION_MODELS = {"BoatModel": ("harbor", "BoatForCausalLM")}'
+    (models / "registry.py").write_text(table)
+    (models / "harbor.py").write_text(HEAD + whole_model)
+    text = port(models / "harbor.py").text
+    assert "class BoatModel_harbor(nn.Module):" in text and "self.model = BoatModel_harbor(" in text
+    assert "class BoatModel(BoatForCausalLM):\n    pass\n" in text and "EntryClass = BoatModel\n" in text
 
 
 MAPPER = """

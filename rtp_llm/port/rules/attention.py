@@ -11,6 +11,7 @@ from libcst import matchers as m
 
 from rtp_llm.port.facts import Engine
 from rtp_llm.port.program import Program, code, lineage, methods, parameters
+from rtp_llm.port.report import NOT_PORTABLE
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.rules.calls import NamedCall
 from rtp_llm.port.scopes import Scopes
@@ -19,9 +20,9 @@ from rtp_llm.port.values import engine_parameter, evaluate
 from rtp_llm.port.visiting import Transformer
 
 CACHE = Engine("vllm_config.cache_config")
-_ENGINE_ONLY = ("cache_config", "attn_backend", "use_alibi_sqrt", "mm_prefix_clamp_sliding_window", "layer_name")
+_ENGINE_ONLY = ("cache_config", "attn_backend", "mm_prefix_clamp_sliding_window", "layer_name")
 # Arguments that RadixAttention takes at the call, or in another form: the layer of vLLM's name has them.
-_COMPATIBLE = frozenset({"sinks", "kv_sharing_target_layer_name"})
+_COMPATIBLE = frozenset({"chunk_lookback", "kv_sharing_target_layer_name", "sinks", "use_alibi_sqrt"})
 _UNPORTED_KWARGS = ("dual_chunk_attention_config", "layer_idx")
 
 
@@ -216,6 +217,10 @@ class RewriteAttention(Rule):
             value = call.values["kv_sharing_target_layer_name"].value
             if code(value) == "None":
                 call.drop("kv_sharing_target_layer_name")
+        if code(call.value("use_alibi_sqrt") or cst.Name("False")) in ("False", "None"):
+            call.drop("use_alibi_sqrt")
+        else:
+            self.review(f"{NOT_PORTABLE}use_alibi_sqrt needs scores that are lowered by the root of the distance")
         if "attn_type" in call.values and code(call.values["attn_type"].value) == "AttentionType.DECODER":
             call.drop("attn_type")
 

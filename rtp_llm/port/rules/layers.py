@@ -77,6 +77,9 @@ class RewriteLayers(Rule):
         if name == "GeluAndMul" and self.program.engine == "vllm" and not updated_node.args:
             self.count("GeluAndMul's default named")
             return updated_node.with_changes(args=[cst.Arg(cst.SimpleString('"none"'))])
+        if _is_native_call(original_node.func):
+            self.count("forward_native called as the module")
+            return updated_node.with_changes(func=cst.ensure_type(updated_node.func, cst.Attribute).value)
         if self.program.engine == "sglang" and name in DROPPED_OF_SGLANG:
             dropped = DROPPED_OF_SGLANG[name]
             kept = [arg for arg in updated_node.args if not (arg.keyword and arg.keyword.value in dropped)]
@@ -226,6 +229,12 @@ class TieHeads(Rule):
         self.count("tied heads made the embedding itself")
         assign = cst.Assign([_target(func.value)], call[0].args[0].value)
         return cst.ensure_type(noted, cst.SimpleStatementLine).with_changes(body=[assign])
+
+
+def _is_native_call(func: cst.BaseExpression) -> bool:
+    """Whether a function is the variant of another module's ``forward`` in plain torch."""
+    is_native = isinstance(func, cst.Attribute) and func.attr.value == "forward_native"
+    return is_native and code(cst.ensure_type(func, cst.Attribute).value) not in ("self", "super()")
 
 
 def _target(node: cst.BaseExpression) -> cst.AssignTarget:

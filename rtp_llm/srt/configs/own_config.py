@@ -14,10 +14,18 @@ from rtp_llm.srt.utils.transformers_imports import leave_out_activations
 
 leave_out_activations()
 
-_PART = "_config"  # how keys of objects that are configurations end
+_PART, _PARTS = "_config", "_configs"  # how keys of objects, and of lists of objects, that are configurations end
 _NO_PARTS = ("quantization_config", "generation_config")  # objects that stay dicts
 _BASE_FIELDS = frozenset(item.name for item in dataclasses.fields(PreTrainedConfig)) | {"torch_dtype"}
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers")  # of a language model, by the engine itself
+# What configurations of older checkpoints call them.
+_OLDER_NAMES = {
+    "vocab_size": ("padded_vocab_size",),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("num_layers", "n_layer", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+}
+_DEFAULT_ROPE_THETA = 10000.0
 _SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -29,8 +37,10 @@ class GeneralConfig(PreTrainedConfig):
     """Every field of config.json as an attribute, under its own name.
 
     An object under a key ``*_config`` is a configuration too: transformers' class for its ``model_type``, else a
-    GeneralConfig. Fields that are not there have these values: ``tie_word_embeddings`` is False; with
-    ``num_attention_heads``, ``num_key_value_heads`` is equal to it, and ``head_dim`` is ``hidden_size`` divided by it.
+    GeneralConfig. So are the objects of a list under a key ``*_configs``, and the objects in them. Fields that are not
+    there have these values: ``tie_word_embeddings`` is False; with ``num_attention_heads``, ``num_key_value_heads`` is
+    equal to it, and ``head_dim`` is ``hidden_size`` divided by it; ``rope_parameters`` holds ``rope_theta`` and
+    ``rope_scaling``, as in transformers 5. The sizes that the engine needs may have the names of _OLDER_NAMES.
     """
 
     rope_scaling = None  # a plain field: transformers' property warns when it is read
@@ -39,7 +49,11 @@ class GeneralConfig(PreTrainedConfig):
         super().__init__(**{name: value for name, value in values.items() if name in _BASE_FIELDS})
         for name, value in (values | _derived(values)).items():
             if name not in _BASE_FIELDS:
-                setattr(self, name, _part(value) if _is_part(name, value) else value)
+                setattr(self, name, _of_parts(name, value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, in the form of config.json."""
+        return {name: _plain(value) for name, value in super().to_dict().items()}
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(_missing(name))
@@ -128,16 +142,50 @@ def _general(values: Mapping[str, Any]) -> GeneralConfig:
 def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that follow from others, if they are missing."""
     found: dict[str, Any] = {"tie_word_embeddings": False}
-    heads, size = values.get("num_attention_heads"), values.get("hidden_size")
+    for name, others in _OLDER_NAMES.items():
+        found |= dict.fromkeys([name], next((values[other] for other in others if other in values), None))
+    known = found | {name: value for name, value in values.items() if value is not None}
+    heads, size = known.get("num_attention_heads"), known.get("hidden_size")
     if isinstance(heads, int) and heads > 0:
         found["num_key_value_heads"] = heads
         if isinstance(size, int):
             found["head_dim"] = size // heads
+    rope_parameters = _rope_parameters(values)
+    if rope_parameters:
+        found["rope_parameters"] = rope_parameters
     return {name: value for name, value in found.items() if values.get(name) is None}
+
+
+def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stands about rotary positions in the fields of older configurations; {} if they say nothing, or say
+    it layer by layer."""
+    theta, scaling = values.get("rope_theta"), values.get("rope_scaling") or {}
+    is_of_all_layers = isinstance(theta, (int, float, type(None))) and isinstance(scaling, Mapping)
+    if not is_of_all_layers or any(isinstance(value, Mapping) for value in scaling.values()):
+        return {}
+    if theta is None and not scaling:
+        return {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    parameters = {"rope_theta": _DEFAULT_ROPE_THETA if theta is None else theta, **scaling, "rope_type": kind}
+    partial = values.get("partial_rotary_factor")
+    return parameters if partial is None else {"partial_rotary_factor": partial, **parameters}
 
 
 def _is_part(name: str, value: Any) -> bool:
     return name.endswith(_PART) and name not in _NO_PARTS and isinstance(value, Mapping)
+
+
+def _of_parts(name: str, value: Any) -> Any:
+    """Return a field's value with configurations in place of the objects that are some."""
+    if name.endswith(_PARTS) and isinstance(value, list):
+        return [_with_all_parts(item) if isinstance(item, Mapping) else item for item in value]
+    return _part(value) if _is_part(name, value) else value
+
+
+def _with_all_parts(values: Mapping[str, Any]) -> GeneralConfig:
+    return GeneralConfig(
+        **{name: _with_all_parts(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    )
 
 
 def _part(values: Mapping[str, Any]) -> Any:
@@ -229,4 +277,6 @@ def _one_of(value: Any, hints: tuple[Any, ...], where: str) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, (_Served, PreTrainedConfig)):
         return value.to_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

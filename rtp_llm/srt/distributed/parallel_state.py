@@ -20,6 +20,15 @@ class TPGroup:
         self.world_size = world_size
         self.device = torch.device(device)
 
+    @property
+    def rank_in_group(self) -> int:
+        return self.rank
+
+    @property
+    def device_group(self) -> dist.ProcessGroup | None:
+        """The group of torch's own calls, which has these ranks; None with one rank."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks, in its shape and dtype. May write to ``x``."""
         if self.world_size == 1:

@@ -24,6 +24,9 @@ class Attention(RadixAttention):
         sinks: [num_heads], a parameter of the block: a score per head that takes part in the softmax.
         head_size_v: of values; None: head_size.
         layer_id: in place of the number in ``prefix``.
+        use_alibi_sqrt: scores are lowered by the root of the distance. Not supported: only False is taken.
+        chunk_lookback: of windows that are whole blocks, how many before its own a token sees. Not supported: only -1
+            is taken, or no window.
         **options: others of RadixAttention.
     """
 
@@ -42,8 +45,14 @@ class Attention(RadixAttention):
         sinks: torch.Tensor | None = None,
         head_size_v: int | None = None,
         layer_id: int | None = None,
+        use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
         **options: Any,
     ) -> None:
+        if use_alibi_sqrt:
+            raise ValueError(f"{prefix or 'Attention'}: use_alibi_sqrt is not supported: slopes times distances are")
+        if chunk_lookback > -1 and per_layer_sliding_window is not None:
+            raise ValueError(f"{prefix or 'Attention'}: windows of whole blocks (chunk_lookback) are not supported")
         own_id = cache_number(prefix) if layer_id is None else layer_id
         self.reads_only = kv_sharing_target_layer_name is not None
         super().__init__(

@@ -95,10 +95,11 @@ class WeightsMapper:
         for renaming in self.orig_to_new_renaming:
             name, _ = renaming.rename_source_key(name)
         for pattern, new in self.orig_to_new_regex.items():
-            if re.search(pattern, name):
+            compiled = re.compile(pattern) if isinstance(pattern, str) else pattern  # also one of the package regex
+            if compiled.search(name):
                 if new is None:
                     return None
-                name = re.sub(pattern, new, name)
+                name = compiled.sub(new, name)
         for part, new in self.orig_to_new_substr.items():
             if part in name:
                 if new is None:

@@ -56,11 +56,11 @@ class RopeSpec:
         return 1.0 / self.base**self.exponents
 
 
+_OF_DEEPSEEK = ("deepseek_yarn", "deepseek_llama_scaling")  # set by model files written for vLLM
 _OTHER_NAMES = {
     "su": "longrope",  # in the first checkpoints of Phi-3
     "mrope": "default",  # in those of Qwen2-VL: M-RoPE is not a kind, it goes with any kind
-    "deepseek_yarn": "yarn",  # set by model files written for vLLM
-    "deepseek_llama_scaling": "yarn",
+    **dict.fromkeys(_OF_DEEPSEEK, "yarn"),
 }
 
 
@@ -119,6 +119,9 @@ def _yarn_ramp(spec: RopeSpec) -> torch.Tensor:
 def _yarn_attention_factor(factor: float, scaling: dict[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
+    if scaling.get("rope_type") in _OF_DEEPSEEK:  # each of the two has a default of its own there
+        mscale, of_all = scaling.get("mscale", 1.0), scaling.get("mscale_all_dim", 0.0)
+        return yarn_get_mscale(factor, mscale) / yarn_get_mscale(factor, of_all)
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return yarn_get_mscale(factor, scaling["mscale"]) / yarn_get_mscale(factor, scaling["mscale_all_dim"])
     return yarn_get_mscale(factor)

@@ -30,7 +30,7 @@ def test_fields_of_the_file_serve() -> None:
     assert (config.model_type, config.dtype, config.eos_token_id) == ("zeta", torch.bfloat16, [1, 2])
     assert config.top_k == 2  # transformers takes it for a setting of sampling, and drops it
     assert config.quantization_config == {"bits": 4}
-    assert get_rope_config(config) == (5000.0, {"type": "linear", "factor": 2}, 1.0)
+    assert get_rope_config(config) == (5000.0, {"type": "linear", "rope_type": "linear", "factor": 2}, 1.0)
     assert config.get_text_config() is config
     assert (config.tie_word_embeddings, config.num_key_value_heads, config.head_dim) == (False, 4, 16)
     assert copy.deepcopy(config).to_dict()["top_k"] == 2
@@ -46,6 +46,46 @@ def test_parts_of_the_file_are_configurations() -> None:
     assert config.text_config.rms_norm_eps == 1e-6  # LlamaConfig's own
     assert config.get_text_config() is config.text_config
     assert (config.eye_config.size, config.eye_config.inner_config.depth) == (4, 3)
+
+
+def test_lists_of_parts_hold_configurations_down_to_the_last() -> None:
+    blocks = [{"attention": {"no_op": True, "window": None}, "size": 3}, {"attention": {"no_op": False}}]
+    config = make_config(None, SIZES | {"block_configs": blocks, "names": [{"a": 1}]})
+    assert [block.attention.no_op for block in config.block_configs] == [True, False]
+    assert config.block_configs[0].size == 3 and not hasattr(config.block_configs[1], "size")
+    assert config.names == [{"a": 1}]
+    assert config.to_dict()["block_configs"][0]["attention"]["window"] is None
+    assert "no_op" in repr(config)
+
+
+def test_older_names_of_sizes_serve() -> None:
+    config = make_config(None, {"padded_vocab_size": 90, "hidden_size": 64, "n_layer": 2, "n_head": 4})
+    assert (config.vocab_size, config.num_hidden_layers, config.n_layer) == (90, 2, 2)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
+        (
+            {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
+            {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+        ),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
+    ],
+)
+def test_older_fields_of_rotary_positions_are_gathered(fields: dict[str, Any], parameters: dict[str, Any]) -> None:
+    assert make_config(None, SIZES | fields).rope_parameters == parameters
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_theta": [1e4, 1e6]}, {"rope_scaling": {"full_attention": {}}}])
+def test_rotary_positions_that_differ_are_not_gathered(fields: dict[str, Any]) -> None:
+    assert not hasattr(make_config(None, SIZES | fields), "rope_parameters")
 
 
 def test_missing_fields_are_named() -> None:

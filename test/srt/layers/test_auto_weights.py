@@ -1,5 +1,6 @@
 """Loading by a model's own method: names that are changed, places that layers declare, and what does not fit."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,12 @@ def test_rules_apply_one_after_another() -> None:
     assert mapper.apply_list(names) == ["model.layers.3.self_attn.qkv_proj.weight", "model.transformer.x.g.weight"]
     assert mapper.map_name("a.junk") is None
     assert mapper.apply_dict({"transformer.x": 1, "vision.x": 2}) == {"model.x": 1}
+
+
+def test_patterns_may_be_compiled_by_either_package() -> None:
+    regex = pytest.importorskip("regex")
+    mapper = WeightsMapper(orig_to_new_regex={regex.compile(r"\Aa\.(\d+)"): r"b.\1", re.compile(r"z$"): None})
+    assert mapper.apply_list(["a.3.x", "x.a.3", "xyz"]) == ["b.3.x", "x.a.3"]
 
 
 def test_shards_of_tensors() -> None:

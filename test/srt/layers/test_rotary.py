@@ -215,6 +215,22 @@ def test_yarn_as_deepseek_v3() -> None:
     assert yarn_get_mscale(1.0, 1.3) == yarn_get_mscale(0.5) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("given", "factor"),
+    [
+        ({}, yarn_get_mscale(7.0)),
+        ({"mscale_all_dim": 1}, 1.0),
+        ({"mscale": 0.7}, yarn_get_mscale(7.0, 0.7)),
+        ({"mscale": 0.7, "mscale_all_dim": 1.3}, yarn_get_mscale(7.0, 0.7) / yarn_get_mscale(7.0, 1.3)),
+    ],
+)
+def test_yarn_as_deepseeks_own_code(given: dict[str, float], factor: float) -> None:
+    """Where model files of vLLM ask for it: ``mscale`` is 1 by default, ``mscale_all_dim`` 0 (DeepSeek-V2, 2024)."""
+    rope = {name: value for name, value in deepseek_rope().items() if not name.startswith("mscale")} | given
+    ours = get_rope(16, max_position=448, rope_parameters=rope | {"rope_type": "deepseek_yarn"})
+    assert ours.attention_factor == pytest.approx(factor)
+
+
 def test_chunks_are_rotated_for_the_whole_prompt() -> None:
     ours = our_rope(llama_config(16, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), 16)
     q = torch.randn(300, 2, 16)

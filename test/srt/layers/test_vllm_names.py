@@ -411,6 +411,19 @@ def test_attention() -> None:
     assert astuple(other.spec) == astuple(AttentionSpec(3, 4, 4, 8, 5, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"use_alibi_sqrt": True}, r"layers\.0: use_alibi_sqrt is not supported"),
+        ({"chunk_lookback": 1}, r"layers\.0: windows of whole blocks \(chunk_lookback\) are not supported"),
+    ],
+)
+def test_attention_that_is_not_computed_here_is_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(4, 8, 0.5, prefix="layers.0", per_layer_sliding_window=8, **option)
+    assert Attention(4, 8, 0.5, prefix="layers.0", chunk_lookback=1).spec.window is None
+
+
 def test_attention_over_another_layers_cache() -> None:
     backend = Asked()
     layer = Attention(
