@@ -18,7 +18,7 @@ from rtp_llm.tools.tiny_checkpoint import model_class_of
 _PLACELESS = re.compile(r"tensors? ha(?:s|ve) no place")
 _UNSET = re.compile(r"^  ([\w.]+) \[([\d, ]+)\]", re.MULTILINE)
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_LEAST_STEP = "time_step_min"
+NO_LEAST_STEP = {"time_step_min": 1e-30}  # transformers takes its logarithm
 _WINDOWS = ("sliding_window", "sliding_window_size")
 
 
@@ -92,13 +92,13 @@ def with_window(directory: Path, target: Path, change: int) -> bool:
 
 
 def with_shorter_steps(directory: Path, target: Path) -> bool:
-    """Write a checkpoint's variant whose state-space layers have next to no least step (transformers takes its
-    logarithm); return False where they have none."""
+    """Write a checkpoint's variant whose state-space layers have next to no least step; return False where they have
+    none."""
     config = json.loads((directory / "config.json").read_text())
-    if not config.get(_LEAST_STEP):
+    if not all(config.get(name) for name in NO_LEAST_STEP):
         return False
     _copy(directory, target)
-    (target / "config.json").write_text(json.dumps(config | {_LEAST_STEP: 1e-30}))
+    (target / "config.json").write_text(json.dumps(config | NO_LEAST_STEP))
     return True
 
 

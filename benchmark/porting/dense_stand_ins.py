@@ -5,6 +5,7 @@ stand-in, the line under ``why`` says what is compared.
 """
 
 import torch
+
 from regroup import Tensors, by_key_heads, changed, joined, renamed, without
 from stand_in import HEAD_DIM, SIZES, Fields, StandIn, kept, rope
 

@@ -6,12 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stand_in import StandIn
-from stand_ins import STAND_INS
-
-from checkpoints import as_published, with_shorter_steps, with_window
+from checkpoints import NO_LEAST_STEP, as_published, with_shorter_steps, with_window
 from published import published_fields, switches
-from rounding import own_rounding
+from rounding import own_parting, own_rounding
 from rtp_llm.port.porter import port
 from rtp_llm.port.report import Remark
 from rtp_llm.port.source import PortError
@@ -19,12 +16,14 @@ from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelImportError
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.tools.model_file import served_by_file
-from rtp_llm.tools.schedules import BATCHED, CHUNKED, WARM
+from rtp_llm.tools.schedules import BATCHED, CHUNKED, TOLERANCE, WARM
 from rtp_llm.tools.tiny_check import LENGTHS, TinyCheck, check_checkpoint, tiny_server_args
 from rtp_llm.tools.tiny_checkpoint import NotMadeError, make_tiny_checkpoint, model_class_of
 from rtp_llm.tools.tiny_config import tiny_config
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import Report, verify
+from stand_in import StandIn
+from stand_ins import STAND_INS
 from vllm_files import Entry, ModelFile
 
 AGREES, IN_PART, DIFFERS, NOT_PORTED, NO_CHECKPOINT = (
@@ -216,9 +215,9 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
         detail = _other_window(Path(folder), path, name)
         if detail:
             return Compared(name, OTHER_WINDOW, detail, fields=fields)
-        detail = _shorter_steps(Path(folder), path, name)
-        if detail:
-            return Compared(name, OTHER_STEP, detail, fields=fields)
+        without_limit = _shorter_steps(Path(folder), path, name, fields)
+        if without_limit is not None:
+            return without_limit
         worst = max(found.results, key=lambda result: result.difference)
         if worst.difference < MOST_ROUNDING and worst.difference <= (rounding := own_rounding(Path(folder))):
             detail = f"within {worst.difference:.2g}; the last bits of its weights move transformers by {rounding:.2g}"
@@ -253,14 +252,28 @@ def _other_window(directory: Path, path: Path, name: str) -> str:
     return ""
 
 
-def _shorter_steps(directory: Path, path: Path, name: str) -> str:
-    """Say whether the file agrees with transformers where the latter's steps of state-space layers may be as short as
-    they come; "" if it does not. Then the file itself passes the limit over."""
+def _shorter_steps(directory: Path, path: Path, name: str, fields: dict[str, Any]) -> Compared | None:
+    """Compare about a checkpoint whose state-space layers may make steps as short as they come; None if the file does
+    not agree then either.
+
+    Where transformers limits the steps of prompts alone, it parts from itself, by whether it computes a token with
+    others or from its cache. Then the checkpoint without a limit is the one to compare about. Otherwise the file passes
+    the limit over.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        if not with_shorter_steps(directory, Path(folder)):
-            return ""
-        found = check_checkpoint(directory, SCHEDULES, path, name, LENGTHS, reference=folder)
-    return f"where transformers' steps have no least size, within {_difference(found):.0e}" if found.agrees else ""
+        variant = Path(folder)
+        if not with_shorter_steps(directory, variant):
+            return None
+        found = check_checkpoint(variant, SCHEDULES, path, name, LENGTHS)
+        parting, of_variant = own_parting(directory), own_parting(variant)
+    if not found.agrees:
+        return None
+    difference = _difference(found)
+    if parting > TOLERANCE >= of_variant:
+        detail = f"without a least step: with one, transformers parts from itself by {parting:.2g}"
+        return Compared(name, AGREES, detail, difference, fields | NO_LEAST_STEP)
+    detail = f"where transformers' steps have no least size, within {difference:.0e}"
+    return Compared(name, OTHER_STEP, detail, difference, fields)
 
 
 def type_name(directory: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 from dense_stand_ins import LLAMA_3_SCALING, QKV
 from regroup import Tensors, changed, experts_apart, halves_apart, joined, renamed, without
 from stand_in import HEAD_DIM, SIZES, Fields, StandIn, kept, rope

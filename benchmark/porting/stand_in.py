@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regroup import Tensors
 from safetensors.torch import load_file, save_file
 
+from regroup import Tensors
 from rtp_llm.tools.tiny_checkpoint import make_tiny_checkpoint
 
 Fields = Mapping[str, Any]

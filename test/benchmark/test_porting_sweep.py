@@ -12,11 +12,11 @@ from warm_python import ROOT, run_python
 
 FOLDER = ROOT / "benchmark" / "porting"
 sys.path.insert(0, str(FOLDER))
-import regroup  # noqa: E402
-import stand_ins  # noqa: E402
-
 import checkpoints  # noqa: E402
 import published  # noqa: E402
+import regroup  # noqa: E402
+import rounding  # noqa: E402
+import stand_ins  # noqa: E402
 import vllm_files  # noqa: E402
 
 PAGE = ROOT / "docs" / "porting.md"
@@ -157,6 +157,24 @@ def test_every_stand_in_can_be_made(architecture: str, tmp_path: Path) -> None:
     assert config["architectures"] == [architecture] and config["model_type"]
     assert load_file(tmp_path / "ours" / "model.safetensors")
     assert stand_in.why and stand_in.source.startswith("https://")
+
+
+@pytest.mark.slow
+def test_transformers_parts_from_itself_where_prompts_alone_have_a_least_step(tmp_path: Path) -> None:
+    from rtp_llm.tools.schedules import TOLERANCE
+    from rtp_llm.tools.tiny_checkpoint import make_tiny_checkpoint
+
+    limited, unlimited = tmp_path / "limited", tmp_path / "unlimited"
+    make_tiny_checkpoint("NemotronHForCausalLM", limited)
+    assert checkpoints.with_shorter_steps(limited, unlimited)
+    assert rounding.own_parting(limited) > TOLERANCE >= rounding.own_parting(unlimited)
+    assert not checkpoints.with_shorter_steps(_llama(tmp_path), tmp_path / "none")
+
+
+def _llama(folder: Path) -> Path:
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder / "llama"
 
 
 def test_every_file_is_ported_and_compared_or_classified(root: Path, tmp_path: Path) -> None:
