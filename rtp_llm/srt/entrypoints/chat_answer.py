@@ -1,6 +1,9 @@
 """One answer of a chat as its text comes: content, thinking and calls, whatever the dialect that tells them."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from pydantic_core import from_json
 
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.parser.chat_parser import ChatParser
@@ -8,6 +11,7 @@ from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Ev
 from rtp_llm.srt.parser.response_template import ResponseTemplateParser
 
 Parser = ChatParser | ResponseTemplateParser
+INVALID_JSON = "INVALID_JSON"  # the argument that holds what the model wrote, if that is no JSON object
 
 
 class ChatAnswer:
@@ -45,3 +49,12 @@ class ChatAnswer:
         if self._max_calls is None or not isinstance(event, CallBegin | Arguments | CallEnd):
             return False
         return event.index >= self._max_calls
+
+
+def read_arguments(text: str) -> dict[str, Any]:
+    """Return a call's arguments. Of a text that was cut, what is complete of it, as Anthropic's client reads it."""
+    try:
+        value = from_json(text, allow_partial=True) if text.strip() else {}
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {INVALID_JSON: text}

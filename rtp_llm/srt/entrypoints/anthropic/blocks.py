@@ -4,13 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, cast
 
-from pydantic_core import from_json
-
 from rtp_llm.srt.entrypoints.anthropic.protocol import AnswerBlock
+from rtp_llm.srt.entrypoints.chat_answer import read_arguments
 from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 StreamEvent = dict[str, Any]
-INVALID_JSON = "INVALID_JSON"  # the member of an input that holds what the model wrote, if that is no JSON object
 
 
 class BlockWriter:
@@ -86,14 +84,5 @@ def whole_blocks(events: Sequence[Event], shows_thinking: bool = True) -> list[A
                 elif name != "type":
                     blocks[-1][name] += text
     for i, text in inputs.items():
-        blocks[i]["input"] = read_input(text)
+        blocks[i]["input"] = read_arguments(text)
     return cast(list[AnswerBlock], blocks)
-
-
-def read_input(text: str) -> dict[str, Any]:
-    """Return a call's input. Of a text that was cut, what is complete of it, as Anthropic's client reads it."""
-    try:
-        value = from_json(text, allow_partial=True) if text.strip() else {}
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {INVALID_JSON: text}

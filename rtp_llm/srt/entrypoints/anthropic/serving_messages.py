@@ -9,7 +9,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from rtp_llm.srt.entrypoints.anthropic.blocks import BlockWriter, StreamEvent, whole_blocks
-from rtp_llm.srt.entrypoints.anthropic.conversation import Conversation, calls_tools, converted
+from rtp_llm.srt.entrypoints.anthropic.conversation import calls_tools, converted
 from rtp_llm.srt.entrypoints.anthropic.errors import MessagesError
 from rtp_llm.srt.entrypoints.anthropic.protocol import (
     AnswerMessage,
@@ -22,6 +22,7 @@ from rtp_llm.srt.entrypoints.anthropic.protocol import (
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer
 from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to, encoded_chat, thinking_variables
+from rtp_llm.srt.entrypoints.converted import Conversation
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from rtp_llm.srt.entrypoints.anthropic.blocks import INVALID_JSON, BlockWriter, read_input, whole_blocks
+from rtp_llm.srt.entrypoints.anthropic.blocks import BlockWriter, whole_blocks
+from rtp_llm.srt.entrypoints.chat_answer import INVALID_JSON, read_arguments
 from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 EVENTS: list[Event] = [
@@ -73,7 +74,7 @@ def test_a_stream_is_the_whole(shows_thinking: bool) -> None:
     streamed = gathered(told)
     for block in streamed:
         if "input" in block:
-            block["input"] = read_input(block["input"])
+            block["input"] = read_arguments(block["input"])
     whole = whole_blocks(EVENTS, shows_thinking)
     assert streamed == whole
     thinking, said, first, second, *_ = whole
@@ -95,4 +96,4 @@ def test_a_stream_is_the_whole(shows_thinking: bool) -> None:
     ],
 )
 def test_inputs(written: str, value: dict[str, Any]) -> None:
-    assert read_input(written) == value
+    assert read_arguments(written) == value
