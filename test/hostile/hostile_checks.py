@@ -13,6 +13,8 @@ BUSY = (503, 529)  # the second in Anthropic's form
 # Types of the last event of a stream whose events have names.
 LAST = ("message_stop", "error", "response.completed", "response.incomplete", "response.failed")
 MAX_MESSAGE_CHARS = 2000
+ABORTED_IN_OLLAMA = "length"  # why an aborted answer ends, in Ollama's form
+INTERNAL = "internal error"  # how the message of a bug begins
 # What is told before there is a request that could be named or understood.
 PLAIN_REFUSALS = (400, 408, 413, 414, 431, 501, 503, 505)
 
@@ -35,7 +37,7 @@ def problem_of(case: Case, outcome: Outcome, known: Mapping[str, str], may_be_ab
 def _problem_of_answer(answer: Answer, method: str) -> str | None:
     if answer.status >= 500 and answer.status not in (501, *BUSY, 505):
         return f"the status is {answer.status}: {answer.body[:300]!r}"
-    if answer.status in (501, 505) and not _is_plain_refusal(answer):
+    if answer.status in (501, 505) and not (answer.is_json or _is_plain_refusal(answer)):
         return f"the status is {answer.status}: {answer.body[:300]!r}"
     if method == "HEAD":
         return None
@@ -75,7 +77,10 @@ def _problem_of_json(answer: Answer) -> str | None:
 
 
 def problem_of_error(value: Any) -> str | None:
-    """What is wrong with an error, in OpenAI's form or in Anthropic's, which has a type beside it; None: nothing."""
+    """What is wrong with an error; None: nothing. In OpenAI's form, in Anthropic's, which has a type beside it, or in
+    Ollama's, which is a text."""
+    if isinstance(value, dict) and isinstance(value.get("error"), str):
+        return _problem_of_message(value["error"]) if set(value) == {"error"} else f"an error beside {sorted(value)}"
     names = set(value) - {"type"} if isinstance(value, dict) and value.get("type") == "error" else None
     is_messages = names is not None
     if not isinstance(value, dict) or (names or set(value)) != {"error"} or not isinstance(value["error"], dict):
@@ -87,13 +92,19 @@ def problem_of_error(value: Any) -> str | None:
     for name in error:
         if not isinstance(error[name], kinds[name]):
             return f"an error whose {name} is {str(error[name])[:100]!r}"
-    if not 0 < len(error["message"]) <= MAX_MESSAGE_CHARS:
-        return f"an error whose message has {len(error['message'])} characters"
+    return _problem_of_message(error["message"])
+
+
+def _problem_of_message(message: str) -> str | None:
+    if not 0 < len(message) <= MAX_MESSAGE_CHARS:
+        return f"an error whose message has {len(message)} characters"
     return None
 
 
 def events_of(answer: Answer) -> list[Any]:
     """The stream's values. Raises ValueError if it is none, or breaks off."""
+    if answer.is_lines:
+        return _lines(answer.body.decode())
     parts = answer.body.decode().split("\n\n")
     if parts[0].startswith("event: "):
         return _named_events(parts)
@@ -104,6 +115,16 @@ def events_of(answer: Answer) -> list[Any]:
     if not all(part.startswith("data: ") and len(part.splitlines()) == 1 for part in parts[:-2]):
         raise ValueError("a stream with an event that is not one line")
     return [json.loads(part.removeprefix("data: "), parse_constant=_refuse) for part in parts[:-2]]
+
+
+def _lines(text: str) -> list[Any]:
+    """The values of a stream in Ollama's form."""
+    values = [json.loads(line, parse_constant=_refuse) for line in text.splitlines()]
+    if not (text.endswith("\n") and values and (values[-1].get("done") or "error" in values[-1])):
+        raise ValueError(f"a stream that ends {text[-100:]!r}")
+    if any(value.get("done") is not False for value in values[:-1]):
+        raise ValueError("a stream that goes on after its end")
+    return values
 
 
 def _named_events(parts: list[str]) -> list[Any]:
@@ -142,14 +163,17 @@ def _problem_of_stream(answer: Answer) -> str | None:
         if isinstance(event, dict) and "error" in event:
             if problem := problem_of_error(event):
                 return problem
-            error = event["error"]
-            if error.get("code", error.get("details", {}).get("error_code")) in (
-                "internal_error",
-                "request_failed",
-                "engine_failed",
-            ):
+            if _is_failure(event["error"]):
                 return f"an error within a stream: {event['error']}"
     return None
+
+
+def _is_failure(error: Any) -> bool:
+    """Whether an error tells that the server, and not the request, is wrong."""
+    if isinstance(error, str):
+        return error.startswith(INTERNAL)
+    code = error.get("code", error.get("details", {}).get("error_code"))
+    return code in ("internal_error", "request_failed", "engine_failed")
 
 
 def _refuse(name: str) -> None:
@@ -165,7 +189,8 @@ def wrong(good: Good, answer: Answer, known: Mapping[str, str], may_be_aborted: 
     except (ValueError, KeyError, IndexError, TypeError) as error:
         return f"a good request got no completion ({error!r}): {answer.body[:300]!r}"
     expected = known[good.question]
-    if text == expected or (may_be_aborted and reason == "abort" and expected.startswith(text)):
+    ends = ABORTED_IN_OLLAMA if good.path.startswith("/api/") else "abort"
+    if text == expected or (may_be_aborted and reason == ends and expected.startswith(text)):
         return None
     return f"a good request got {text!r} ({reason}), not {expected!r}"
 
@@ -175,6 +200,10 @@ def text_of(good: Good, answer: Answer) -> tuple[str, str | None]:
     if good.path == "/generate":
         value = events_of(answer)[-1] if good.streams else json.loads(answer.body)
         return value["text"], value["meta_info"]["finish_reason"]["type"]
+    if good.path.startswith("/api/"):
+        parts = events_of(answer) if good.streams else [json.loads(answer.body)]
+        said = [part["message"]["content"] if "message" in part else part["response"] for part in parts]
+        return "".join(said), parts[-1]["done_reason"]
     if not good.streams:
         choice = json.loads(answer.body)["choices"][0]
         return choice["message"]["content"] if "message" in choice else choice["text"], choice["finish_reason"]

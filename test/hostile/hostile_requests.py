@@ -73,6 +73,11 @@ def good_requests() -> list[Good]:
         Good("/v1/chat/completions", {"messages": [{"role": "user", "content": c}], "temperature": 0, "max_tokens": 24})
         for c in chats
     ]
+    short = {"options": {"temperature": 0, "num_predict": 12}, "stream": False}
+    whole += [
+        Good("/api/chat", {"messages": [{"role": "user", "content": chats[0]}], **short}),
+        Good("/api/generate", {"prompt": chats[1], **short}),
+    ]
     for prompt in ("<|user|>What comes after 399?<|end|><|assistant|>", "one two three"):
         options = {"temperature": 0, "ignore_eos": True}
         whole += [
@@ -157,6 +162,11 @@ class Generator:
                 return {"messages": [{"role": "user", "content": "hi"}], "max_tokens": draw.randrange(1, 6)}
             case "/v1/completions":
                 return {"prompt": draw.choice(("hi", ["a", "b"], [5, 6, 7])), "max_tokens": draw.randrange(1, 6)}
+            case "/api/chat":
+                options = {"num_predict": draw.randrange(1, 6)}
+                return {"messages": [{"role": "user", "content": "hi"}], "options": options}
+            case "/api/generate":
+                return {"prompt": "hi", "options": {"num_predict": draw.randrange(1, 6)}}
             case "/generate":
                 return {"text": "hi", "sampling_params": {"max_new_tokens": draw.randrange(1, 6)}}
             case "/completion":
@@ -193,6 +203,9 @@ class Generator:
         for name in ("n", "n_cmpl", "n_predict", "max_tokens", "max_completion_tokens", "min_tokens", "best_of"):
             if isinstance(body.get(name), int) and body[name] > 8 and draw.random() < 0.9:
                 del body[name]
+        options = body.get("options")
+        if isinstance(options, dict) and draw.random() < 0.9:
+            options["num_predict"] = draw.randrange(1, 6)
         if draw.random() < 0.9:
             body.pop("abort_all", None)
         return body
@@ -324,6 +337,8 @@ class Generator:
         body = good.body | draw.choice(({}, {"stream": True}))
         if "/v1" in good.path:
             body |= {"max_tokens": 200, "ignore_eos": True}
+        elif "/api" in good.path:
+            body |= {"options": {"temperature": 0, "num_predict": 200}}
         else:
             body |= {"sampling_params": good.body["sampling_params"] | {"max_new_tokens": 200}}
         whole = _as_request(Good(good.path, body))

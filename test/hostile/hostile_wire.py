@@ -82,7 +82,12 @@ class Answer:
 
     @property
     def is_stream(self) -> bool:
-        return (self.header("content-type") or "").startswith("text/event-stream")
+        return (self.header("content-type") or "").startswith("text/event-stream") or self.is_lines
+
+    @property
+    def is_lines(self) -> bool:
+        """Whether it is a stream in Ollama's form."""
+        return (self.header("content-type") or "") == "application/x-ndjson"
 
 
 @dataclass(slots=True)

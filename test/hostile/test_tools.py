@@ -56,6 +56,10 @@ def a_stream(content: bytes) -> Answer:
     return Answer(200, [("content-type", "text/event-stream")], content)
 
 
+def lines(content: bytes) -> Answer:
+    return Answer(200, [("content-type", "application/x-ndjson")], content)
+
+
 def problem(answer: Answer, *good: Good, may_be_aborted: bool = False) -> str | None:
     return problem_of(Case(1, "x", POST, good), Outcome([answer]), KNOWN, may_be_aborted)
 
@@ -82,6 +86,13 @@ def problem(answer: Answer, *good: Good, may_be_aborted: bool = False) -> str | 
         (a_stream(b'data: {"stop": false}\n\n'), "a stream that ends"),
         (a_stream(b'data: {"stop": false}\n\ndata: {"stop": true}\n'), "not one line"),
         (a_stream(b'data: {"error": {"message": "x"}}\n\ndata: [DONE]\n\n'), "with the fields"),
+        (Answer(400, [JSON_TYPE, NAMED], b'{"error": ""}'), "message has 0 characters"),
+        (Answer(400, [JSON_TYPE, NAMED], b'{"error": "a", "code": 1}'), "beside"),
+        (lines(b'{"done": false}\n'), "a stream that ends"),
+        (lines(b'{"done": true}'), "a stream that ends"),
+        (lines(b'{"done": true}\n{"done": true}\n'), "goes on after its end"),
+        (lines('{"done": false, "a": "\u2028"}\n{"done": true}\n'.encode()), "Unterminated string"),
+        (lines(b'{"done": false}\n{"error": "internal error; x"}\n'), "within a stream"),
         (
             a_stream(
                 b"data: " + json.dumps({"error": ERROR | {"code": "internal_error"}}).encode() + b"\n\ndata: [DONE]\n\n"
@@ -102,6 +113,9 @@ def test_bad_answers_are_noticed(answer: Answer, words: str) -> None:
         Answer(400, [("connection", "close"), ("content-type", "text/plain")], b"Invalid HTTP request received."),
         a_stream(b'data: {"a": 1}\n\ndata: [DONE]\n\n'),
         a_stream(b'data: {"stop": false}\n\ndata: {"stop": true}\n\n'),
+        Answer(501, [JSON_TYPE, NAMED], b'{"error": "no embeddings"}'),
+        lines(b'{"done": false}\n{"done": true}\n'),
+        lines(b'{"error": "no such grammar"}\n'),
     ],
 )
 def test_answers_that_are_all_right(answer: Answer) -> None:
@@ -116,6 +130,23 @@ def test_good_requests_must_be_answered_right() -> None:
     assert "got ''" in (problem(a_text("", "abort"), GOOD) or "")
     assert problem(a_text("", "abort"), GOOD, may_be_aborted=True) is None
     assert "0 of 1 answers" in (problem_of(Case(1, "x", POST), Outcome(problem="Closed"), {}) or "")
+
+
+def test_good_requests_in_ollamas_form() -> None:
+    good = Good("/api/generate", {"prompt": "a", "stream": False})
+    streamed = Good("/api/generate", {"prompt": "a", "stream": True})
+    told = [{"response": "b", "done": False}, {"response": "c", "done": True, "done_reason": "length"}]
+    answers = (
+        lines("".join(json.dumps(part) + "\n" for part in told).encode()),
+        Answer(200, [JSON_TYPE], json.dumps(told[1] | {"response": "bc"}).encode()),
+    )
+    for case, answer in zip((streamed, good), answers, strict=True):
+
+        def asked(known: str, may_be_aborted: bool = False, case: Good = case, answer: Answer = answer) -> str | None:
+            return problem_of(Case(1, "x", POST, (case,)), Outcome([answer]), {case.question: known}, may_be_aborted)
+
+        assert asked("bc") is None and asked("bcd", may_be_aborted=True) is None
+        assert "got 'bc'" in (asked("bcd") or "")
 
 
 def test_tracebacks_in_the_log_are_noticed_once(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
     /flush_cache, aborting all requests                              the administrator, if there is such a key
     everything else                                                  a key, if there is one
 
-Any page can make a browser send requests. Without a preflight a page cannot send JSON to another origin; its requests
-to endpoints that take no JSON are refused here. A page whose own name resolves to this machine (DNS rebinding) is
-recognised by the ``Host`` of its requests.
+Any page can make a browser send requests. Without a preflight a page cannot send what is declared to be JSON to another
+origin; its other requests are refused here, such as those to endpoints that take no JSON, or take it undeclared. A page
+whose own name resolves to this machine (DNS rebinding) is recognised by the ``Host`` of its requests.
 """
 
 import hmac

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rtp_llm.srt.entrypoints.access import OPEN_PATHS, Access
 from rtp_llm.srt.entrypoints.connections import REFUSED
-from rtp_llm.srt.entrypoints.dialects import REQUEST_ID, request_id_headers, spoken
+from rtp_llm.srt.entrypoints.dialects import REQUEST_ID, request_id_headers, spoken, takes_any_type
 from rtp_llm.srt.entrypoints.edge import check_json
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import LiveCall
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 MAX_REQUEST_ID_CHARS = 128
 CLIENT_CLOSED_REQUEST = 499  # for logs: the client has gone
+JSON_TYPE = "application/json"
 DONE = b"data: [DONE]\n\n"
 LARGE_BODY = 256 * 1024  # bytes
 MAX_LARGE_BODIES = 16
@@ -196,12 +197,14 @@ class StrictRoute(APIRoute):
         takes_body = self.body_field is not None
 
         async def handle_strictly(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if takes_body and kind != "application/json":
-                raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {kind!a}")
+            scope, kind = request.scope, request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if takes_body and kind != JSON_TYPE:
+                if not takes_any_type(scope["path"]):
+                    raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {kind!a}")
+                scope = _with_json_type(scope)
             strict_requests.set(request.app.state.strict_requests)
             try:
-                with StrictRequest(request.scope, request.receive) as strict:
+                with StrictRequest(scope, request.receive) as strict:
                     return await handle(strict)
             except ClientDisconnect:  # before the body was complete
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -209,10 +212,16 @@ class StrictRoute(APIRoute):
         return handle_strictly
 
 
+def _with_json_type(scope: Scope) -> Scope:
+    """Return the scope of the same request, whose body is declared to be JSON."""
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", JSON_TYPE.encode())]}
+
+
 class JSON(Response):
     """A JSON response of any value that msgspec can encode."""
 
-    media_type = "application/json"
+    media_type = JSON_TYPE
 
     def render(self, content: Any) -> bytes:
         return msgspec.json.encode(content)
@@ -224,21 +233,30 @@ LINE_ENDS = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa
 
 def event(value: Any, name: str | None = None) -> bytes:
     """Return a server-sent event, its data one line by ASCII and by Unicode. ``name``: the event's type."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + line(value) + b"\n"
+
+
+def line(value: Any) -> bytes:
+    """Return JSON, and a line end, which is the only one by ASCII and by Unicode."""
     content = msgspec.json.encode(value)
     if not content.isascii():
         for character, escape in LINE_ENDS.items():
             content = content.replace(character, escape)
-    head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + content + b"\n\n"
+    return content + b"\n"
 
 
 class EventStream(Response):
-    """A call's server-sent events, and ``end``. If the client disconnects, the call ends at once."""
+    """A call's server-sent events, or another stream, and ``end``. If the client disconnects, the call ends at once."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, call: LiveCall, events: AsyncGenerator[bytes, None], end: bytes = DONE) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self,
+        call: LiveCall,
+        events: AsyncGenerator[bytes, None],
+        end: bytes = DONE,
+        media_type: str = "text/event-stream",
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=media_type)
         del self.headers["content-length"]
         self._call = call
         self._events = events

@@ -41,6 +41,7 @@ class ChatRequest:
         variables: further ones of the chat template.
         separates_thinking: it is told from content.
         default_max_new_tokens: see ``Prompt``; None: the room left.
+        prefix_ids: token ids before the conversation's.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -53,6 +54,7 @@ class ChatRequest:
     variables: Mapping[str, Any] = field(default_factory=dict)
     separates_thinking: bool = True
     default_max_new_tokens: int | None = None
+    prefix_ids: Sequence[int] = ()
     options: GenerateOptions = field(default_factory=GenerateOptions)
 
     @property
@@ -91,8 +93,11 @@ async def answers_to(serving: Serving, request: ChatRequest, receive: Receive) -
 
 async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     chat = await render(serving, request)
+    encoded = await serving.encode_chat(chat)
+    if request.prefix_ids:
+        encoded = replace(encoded, input_ids=_after(serving, request.prefix_ids, encoded.input_ids))
     prompt = replace(
-        await serving.encode_chat(chat),
+        encoded,
         sampling_params=_with_stops(request.sampling_params, chat),
         default_max_new_tokens=request.default_max_new_tokens,
         grammar=_grammar_of_calls(serving, request, chat),
@@ -102,6 +107,12 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     completions = [serving.manager.completion(item, serving.answer_tags) for item in requests]
     max_calls = 1 if request.has_single_call else None
     return [ChatAnswer(item, _parser(serving, request, chat), max_calls) for item in completions]
+
+
+def _after(serving: Serving, prefix_ids: Sequence[int], ids: list[int]) -> list[int]:
+    """Return both, without the token that begins texts where they meet."""
+    begins = ids[:1] == [serving.manager.tokenizer.bos_token_id]
+    return [*prefix_ids, *(ids[1:] if begins else ids)]
 
 
 def _with_stops(params: SamplingParams, chat: ChatPrompt) -> SamplingParams:

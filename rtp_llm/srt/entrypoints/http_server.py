@@ -43,7 +43,7 @@ from rtp_llm.srt.entrypoints.errors import ErrorBody, add_handlers
 from rtp_llm.srt.entrypoints.frontend import Frontend, Observer
 from rtp_llm.srt.entrypoints.llama_cpp.slots import Slots
 from rtp_llm.srt.entrypoints.request_log import RequestLog
-from rtp_llm.srt.entrypoints.routes import ERROR_STATUSES, add_routes
+from rtp_llm.srt.entrypoints.routes import ERROR_STATUSES, add_routes, dialect_lines
 from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
@@ -168,12 +168,14 @@ class HTTPServer:
         config, tokenizer, supervisor = await on_daemon_thread(self._start_core)
         self._supervisor = supervisor
         startup_s = time.perf_counter() - start_s
-        self._gate.app = make_app(self._args, config, tokenizer, supervisor, self._loop, startup_s)
+        app = make_app(self._args, config, tokenizer, supervisor, self._loop, startup_s)
+        self._gate.app = app
         if self._launch_callback is not None:
             self._launch_callback()
         ends = read_end_tokens(self._args, config, tokenizer)
         seconds = time.perf_counter() - start_s
-        print(_summary(self._args, config, supervisor, self._address(), seconds, ends), file=sys.stderr)
+        summary = _summary(self._args, config, supervisor, self._address(), seconds, ends)
+        print("\n".join([summary, *dialect_lines(app)]), file=sys.stderr)
 
     def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
         config = read_model_config(self._args)
@@ -332,7 +334,6 @@ def _summary(
         f"  weights   {_size(info.weight_bytes)}",
         f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens{states}",
         f"  capacity  {info.max_running_requests} requests at once, each of at most {info.max_req_len} tokens",
-        f"  speaks    the APIs of {apis()}",
         f"  ends      {', '.join(map(str, ends)) or 'none: texts go on to their limit'}",
     ]
     return "\n".join(lines)

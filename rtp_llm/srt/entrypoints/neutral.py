@@ -124,6 +124,24 @@ MESSAGES: dict[str, tuple[Any, ...]] = {
     "prefill": (),
     "speed": ("standard",),
 }
+OLLAMA_CHAT: dict[str, tuple[Any, ...]] = {"_debug_render_only": ()}
+OLLAMA_GENERATE: dict[str, tuple[Any, ...]] = {
+    **OLLAMA_CHAT,
+    "height": (0,),
+    "steps": (0,),
+    "suffix": (),
+    "template": (),
+    "width": (0,),
+}
+OLLAMA_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "embedding_only": (),
+    "logits_all": (),
+    "mirostat": (0,),
+    "tfs_z": (1.0, 1),
+    "typical_p": (1.0, 1),
+    "vocab_only": (),
+}
+OLLAMA_SHOW: dict[str, tuple[Any, ...]] = {"options": (), "system": (), "template": ()}
 RESPONSES: dict[str, tuple[Any, ...]] = {
     "access_programs": (),
     "background_options": (),

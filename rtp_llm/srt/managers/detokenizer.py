@@ -53,6 +53,7 @@ class Completion:
         self._num_retractions = 0
         self._queue_time_s = 0.0
         self._start_s = time.perf_counter()
+        self._first_s: float | None = None
         self._latency_s = 0.0
         self._num_taken_chars = 0
         self._num_taken_tokens = 0
@@ -87,6 +88,16 @@ class Completion:
         return self._queue_time_s
 
     @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the completion's construction to its first token; None: none has come."""
+        return self._first_s
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the completion's construction to its end; 0 before that."""
+        return self._latency_s
+
+    @property
     def cached_tokens(self) -> int:
         return self._cached_tokens
 
@@ -108,6 +119,8 @@ class Completion:
         self._num_retractions = max(self._num_retractions, output.num_retractions)
         self._queue_time_s = output.queue_time_s
         self._prompt_logprobs += output.prompt_logprobs
+        if output.token_ids and self._first_s is None:
+            self._first_s = time.perf_counter() - self._start_s
         self._output_ids += output.token_ids
         self._logprobs += output.logprobs
         reason = output.finish_reason
