@@ -32,7 +32,6 @@ TASKS = {
 # What a file's source shows that it needs, which the engine or the rules do not have.
 NEEDS = {
     "recurrent layers": re.compile(r"\b(MambaBase|BailingMoELinearAttention|KimiDeltaAttention|causal_conv1d_fn)\b"),
-    "attention that is not causal": re.compile(r"\bPrefillPrefixLMAttention\b"),
     "latent attention": re.compile(r"\b(MultiHeadLatentAttention\w*|MLAModules|MLAAttention)\b"),
 }
 

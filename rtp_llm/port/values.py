@@ -33,7 +33,7 @@ from rtp_llm.port.facts import (
 from rtp_llm.port.names import names_in
 from rtp_llm.port.program import Program, self_attribute
 
-ATTENTION_CLASSES = ("Attention", "EncoderOnlyAttention", "ChunkedLocalAttention")
+ATTENTION_CLASSES = ("Attention", "EncoderOnlyAttention", "ChunkedLocalAttention", "PrefillPrefixLMAttention")
 RECURSION = ClassName("")  # a value in terms of itself
 _BACKEND, _BACKENDS = Engine(BACKEND), "AttentionBackendEnum"
 _LITERAL_EMPTY = Const(EMPTY, of_engine=False)

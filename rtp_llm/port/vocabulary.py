@@ -32,7 +32,7 @@ SAME: dict[str, str] = {
             "FusedMoE", "FusedMoEFactory", "SharedFusedMoE", "RoutedExperts", "fused_moe_make_expert_params_mapping",
             "activation_without_mul",
         ),
-        f"{LAYERS}.attention": ("Attention", "ChunkedLocalAttention"),
+        f"{LAYERS}.attention": ("Attention", "ChunkedLocalAttention", "PrefillPrefixLMAttention"),
         f"{LAYERS}.encoder_attention": ("MMEncoderAttention",),
         f"{LAYERS}.recurrent": RECURRENT,
         f"{LAYERS}.input_norm": ("IdentityInputNorm", "build_mm_input_norm"),
@@ -109,7 +109,7 @@ MISSING: dict[str, str] = {
             "MLAAttention",
         ),
         "attention that is not causal": (
-            "EncoderOnlyAttention", "CrossAttention", "PrefillPrefixLMAttention",
+            "EncoderOnlyAttention", "CrossAttention",
         ),
         "attention with a window that keeps the prompt in sight": ("RSWAAttention",),
         POOLING: (

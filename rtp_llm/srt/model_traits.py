@@ -162,6 +162,13 @@ class TakesMropePositions(Protocol):
 
 
 @runtime_checkable
+class SeesWholePrompts(Protocol):
+    """Attention in which tokens of a prompt see those behind them, if True: all of the model's, or none."""
+
+    sees_whole_prompts: bool
+
+
+@runtime_checkable
 class NamesSources(Protocol):
     """Has other names for its parameters: {checkpoint name: (parameter, shard id)}, relative to the module."""
 
@@ -182,6 +189,7 @@ LAYER_TRAITS = frozenset(
         "finish_load",
         "length_scaling",
         "prepare_for_forward",
+        "sees_whole_prompts",
         "state_spec",
         "step_tensors",
         "takes_mrope_positions",

@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.registry import ModelImportError
 from rtp_llm.tools.model_file import served_by_file
-from rtp_llm.tools.schedules import ON_ONE_RANK, ScheduleResult, Teacher, random_questions, run_schedules
+from rtp_llm.tools.schedules import ON_ONE_RANK, Question, ScheduleResult, Teacher, random_questions, run_schedules
 from rtp_llm.tools.tiny_checkpoint import make_tiny_checkpoint, model_class_of
 from rtp_llm.tools.tiny_config import VOCAB_SIZE
 
@@ -91,19 +91,27 @@ def check_checkpoint(
     answering = reference or directory
     config = AutoConfig.from_pretrained(answering)
     architectures = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))["architectures"]
-    vocab_size = getattr(config.get_text_config(), "vocab_size", VOCAB_SIZE)
     served: Any = nullcontext() if path is None else served_by_file(path, architectures, class_name)
     try:
         with served:
             results = run_schedules(
                 tiny_server_args(directory),
                 Teacher(load_reference(answering, config.architectures[0])),
-                random_questions(vocab_size, lengths),
+                _questions(config, lengths),
                 schedules,
             )
     except ModelImportError as error:
         return TinyCheck(architectures[0], failure=str(error), error=error)
     return TinyCheck(architectures[0], results)
+
+
+def _questions(config: Any, lengths: Sequence[int]) -> list[Question]:
+    """Return random prompts; for a prefix language model, transformers is told what is the prompt."""
+    questions = random_questions(getattr(config.get_text_config(), "vocab_size", VOCAB_SIZE), lengths)
+    if not getattr(config, "prefix_lm", False):
+        return questions
+    marks = {question.name: torch.ones(1, len(question.ids), dtype=torch.long) for question in questions}
+    return [replace(each, extras={"token_type_ids": marks[each.name]}, is_cached=False) for each in questions]
 
 
 def load_reference(directory: str | Path, architecture: str) -> Any:

@@ -320,6 +320,21 @@ def test_one_of_several_attention_layers_of_a_block_has_a_cache_of_its_own(porte
     assert 'layer_id=cache_number(add_prefix(f"attn.{i}", prefix))' in text, text
 
 
+def test_the_batch_reaches_attention_in_a_dictionary(ported: Porter):
+    init = """
+self.attn = nn.ModuleDict()
+for step in range(config.steps):
+    self.attn[str(step)] = PrefillPrefixLMAttention(4, 8, 1.0, cache_config=cache_config, prefix=f"{prefix}.{step}")
+"""
+    before = "from vllm.model_executor.layers.attention import PrefillPrefixLMAttention"
+    result = ported(model(init, "x = inputs_embeds\nreturn self.attn[str(0)](x, x, x)", before=before))
+    assert "self.attn[str(0)](x, x, x, forward_batch=forward_batch)" in result.text and result.report.is_complete, (
+        result.text
+    )
+    assert "from rtp_llm.srt.layers.attention import PrefillPrefixLMAttention" in result.text
+    assert "cache_config" not in result.text
+
+
 def test_a_model_named_by_an_attribute_of_the_class_is_given_the_batch(ported: Porter):
     before = """
 class Inner(nn.Module):

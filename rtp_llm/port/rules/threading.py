@@ -26,7 +26,7 @@ from rtp_llm.port.program import (
 from rtp_llm.port.rules.base import Rule, keyword, with_args
 from rtp_llm.port.scopes import Scopes
 from rtp_llm.port.source import Origin, bound_names
-from rtp_llm.port.values import Scope
+from rtp_llm.port.values import ATTENTION_CLASSES, Scope
 from rtp_llm.port.visiting import Transformer, Visitor
 from rtp_llm.port.vocabulary import RECURRENT
 
@@ -34,8 +34,8 @@ BATCH = "forward_batch"
 STAGE = "intermediate_tensors"
 NUM_INPUTS = 3  # of attention: queries, keys and values
 ATTENTIONS = (
-    "Attention", "EncoderOnlyAttention", "ChunkedLocalAttention", "RadixAttention", "MLAAttention",
-    "StaticSinkAttention", "MultiHeadLatentAttentionWrapper", *RECURRENT,
+    "Attention", "EncoderOnlyAttention", "ChunkedLocalAttention", "PrefillPrefixLMAttention", "RadixAttention",
+    "MLAAttention", "StaticSinkAttention", "MultiHeadLatentAttentionWrapper", *RECURRENT,
 )  # fmt: skip
 LATENT = "MultiHeadLatentAttentionWrapper"
 Method = tuple[str, str]  # class ("" for a function), name
@@ -95,13 +95,19 @@ class Reach:
         return reaching | set(self._filled_lists(name))
 
     def _filled_lists(self, name: str) -> Iterator[str]:
-        """Attributes of a class and its bases to which modules that reach attention are appended."""
+        """Attributes of a class and its bases to which modules that reach attention are appended, or in which they are
+        put under a key."""
         for method in (method for node in lineage(name, self.all) for method in methods(node).values()):
             scope = self.scopes.at(method)
             for call in m.findall(method.body, _FILLS):
                 assert isinstance(call, cst.Call) and isinstance(call.func, cst.Attribute)
                 if any(self._reaches(arg.value, scope) for arg in call.args):
                     yield self_attribute(call.func.value)
+            for assign in m.findall(method.body, m.Assign()):
+                assert isinstance(assign, cst.Assign)
+                places = [each.target.value for each in assign.targets if isinstance(each.target, cst.Subscript)]
+                if places and self._reaches(assign.value, scope):
+                    yield from filter(None, map(self_attribute, places))
 
     def _reaches(self, value: cst.BaseExpression, scope: Scope, depth: int = 0) -> bool:
         names = names_in(value)
@@ -389,7 +395,7 @@ class ThreadBatch(Rule):
         if not self.reach.takes_batch(original_node, self.owner, loops):
             return updated_node
         args = list(updated_node.args)
-        is_attention = self._is_layer(original_node, "Attention", "RadixAttention", "ChunkedLocalAttention")
+        is_attention = self._is_layer(original_node, *ATTENTION_CLASSES, "RadixAttention")
         if is_attention:
             args = [arg for place, arg in enumerate(args) if _is_input(place, arg)]
         for position, arg in enumerate(args):

@@ -60,6 +60,7 @@ class EngineCore:
         self.grammars = Grammars(server_args, model_config, on_admission, skips_forced_tokens=self.executor.depth == 0)
         try:
             loaded = self.executor.load(on_progress)
+            self._cuts_prompts = not loaded.sees_whole_prompts
             if on_loaded is not None:
                 on_loaded()
             self.states, self.capacity = self._plan_memory(loaded, model_config, free_bytes)
@@ -103,6 +104,9 @@ class EngineCore:
 
     @property
     def chunked_prefill_size(self) -> int:
+        """Prompt tokens in a step, at most; -1: prompts are not cut."""
+        if not self._cuts_prompts:
+            return -1
         return self._args.chunked_prefill_size or self._provider.chunked_prefill_size
 
     @property
@@ -143,7 +147,7 @@ class EngineCore:
             budget_bytes - (pages(budget_bytes).cache_bytes if given else 0),
             self._args.max_total_tokens or auto_tokens,
             self._checkpoint_fraction(loaded),
-            keeps_checkpoints=not self._args.disable_radix_cache,
+            keeps_checkpoints=not (self._args.disable_radix_cache or loaded.sees_whole_prompts),
             beside_pages=bool(loaded.layout.groups) and not given,
         )
         return states, pages(budget_bytes - states.num_bytes)
@@ -159,7 +163,7 @@ class EngineCore:
             chunked_prefill_size=self.chunked_prefill_size,
             max_prefill_tokens=self._args.max_prefill_tokens,
             schedule_policy=self._args.schedule_policy,
-            disable_radix_cache=self._args.disable_radix_cache,
+            disable_radix_cache=self._args.disable_radix_cache or loaded.sees_whole_prompts,
             state_checkpoint_interval=self._args.state_checkpoint_interval,
             max_media_block=loaded.max_media_block,
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
@@ -177,6 +181,8 @@ class EngineCore:
             self.max_total_tokens,
             self.max_req_len,
         )
+        if not self._cuts_prompts:
+            logger.info("prompts are not cut and not cached: their tokens see those behind them")
         if self._state_bytes:
             logger.info(
                 "states: %.2f MiB a request, beside %d bytes a token; %d requests run at once, %d checkpoints",

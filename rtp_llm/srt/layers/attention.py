@@ -9,7 +9,7 @@ from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.utils import cache_number
 
-__all__ = ["Attention", "ChunkedLocalAttention"]
+__all__ = ["Attention", "ChunkedLocalAttention", "PrefillPrefixLMAttention"]
 
 
 class Attention(RadixAttention):
@@ -91,3 +91,10 @@ class ChunkedLocalAttention(Attention):
 
     def __init__(self, num_heads: int, head_size: int, scale: float, attention_chunk_size: int, **options: Any) -> None:
         super().__init__(num_heads, head_size, scale, attention_chunk_size=attention_chunk_size, **options)
+
+
+class PrefillPrefixLMAttention(Attention):
+    """Attention in which tokens of a prompt see all of it (prefix language models; HRM-Text, 2026)."""
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, **options: Any) -> None:
+        super().__init__(num_heads, head_size, scale, sees_whole_prompts=True, **options)

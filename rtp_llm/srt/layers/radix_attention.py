@@ -58,6 +58,8 @@ class RadixAttention(nn.Module):
             before the query is lowered by ``alibi_slopes[h] * d``, after scaling and cap (ALiBi; Press et al., 2022).
         media_are_causal: a token of an image sees none behind it, although tokens of an image see each other in other
             layers of the model, which has ``max_media_block`` (Gemma 4, 2026).
+        sees_whole_prompts: tokens of a prompt see all of it, drawn ones what is before them (prefix language models;
+            HRM-Text, 2026). Prompts are then computed in one step, and none is found in the prefix cache.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class RadixAttention(nn.Module):
         alibi_slopes: torch.Tensor | Sequence[float] | None = None,
         attention_chunk_size: int | None = None,
         media_are_causal: bool = False,
+        sees_whole_prompts: bool = False,
     ) -> None:
         super().__init__()
         if attn_type != AttentionType.DECODER:
@@ -103,6 +106,7 @@ class RadixAttention(nn.Module):
         )
         self.attn_type = attn_type
         self.media_are_causal = media_are_causal
+        self.sees_whole_prompts = sees_whole_prompts
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         if quant_config is not None and quant_config.get_quant_method(self, prefix) is not None:
             raise ValueError(f"{prefix or 'RadixAttention'}: {quant_config.get_name()} cannot quantize attention yet")

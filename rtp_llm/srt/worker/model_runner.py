@@ -18,7 +18,7 @@ from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.quantization.base import stored_bytes
-from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, TakesMropePositions
+from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, SeesWholePrompts, TakesMropePositions
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
@@ -75,6 +75,7 @@ class ModelRunner:
         self.attn_backend = attn_backend
         self._step_modules = [module for module in self.model.modules() if isinstance(module, PreparesForward)]
         self._takes_mrope = takes_mrope_positions(self.model)
+        self.sees_whole_prompts = sees_whole_prompts(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
         self.recorder: StepRecorder | None = None
@@ -249,7 +250,7 @@ class ModelRunner:
             embedding_cache=self.embedding_cache,
             mrope_positions=self._mrope_positions(rows) if has_media and self._takes_mrope else None,
             visible_ends=self._visible_ends(work, offsets, len(host.positions))
-            if has_media and self.max_media_block
+            if self.sees_whole_prompts or (has_media and self.max_media_block)
             else None,
         )
 
@@ -270,12 +271,18 @@ class ModelRunner:
         """See ForwardBatch. None where no block is computed in this step."""
         ends = [0] * num_tokens
         for w, offset in zip(work, offsets, strict=True):
-            media = self._rows[w.row].media
-            for first, last in media_blocks(media) if media else ():
+            for first, last in self._blocks(w.row):
                 if w.start <= first <= last < w.start + w.num_tokens:
                     place = offset + first - w.start
                     ends[place : place + last - first + 1] = [last + 1] * (last - first + 1)
         return self._provider.to_device(ends, torch.int64) if any(ends) else None
+
+    def _blocks(self, row: int) -> list[tuple[int, int]]:
+        """Return first and last positions of the tokens of a row's prompt that see each other both ways."""
+        if self.sees_whole_prompts:
+            return [(0, int(self._prompt_lens[row]) - 1)]
+        media = self._rows[row].media
+        return media_blocks(media) if media else []
 
     def _input_ids(self, host: StepColumns[np.ndarray], step: StepColumns[torch.Tensor]) -> torch.Tensor:
         """[T] int64: known ids from the admissions; after them, the row's last drawn token."""
@@ -363,3 +370,15 @@ def _mode(counts: list[int]) -> ForwardMode:
 
 def takes_mrope_positions(model: nn.Module) -> bool:
     return any(isinstance(module, TakesMropePositions) and module.takes_mrope_positions for module in model.modules())
+
+
+def sees_whole_prompts(model: nn.Module) -> bool:
+    """Return whether the model's attention sees whole prompts.
+
+    Raises:
+        ValueError: some of its layers do, others do not.
+    """
+    found = {module.sees_whole_prompts for module in model.modules() if isinstance(module, SeesWholePrompts)}
+    if len(found) > 1:
+        raise ValueError(f"{type(model).__name__}: all attention layers must have sees_whole_prompts, or none")
+    return found == {True}

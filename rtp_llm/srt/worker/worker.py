@@ -43,6 +43,7 @@ class LoadedModel:
     weight_bytes: int
     max_media_block: int = 0  # most tokens of media side by side, which see each other both ways; 0: media are causal
     reads_shared_prefixes: bool = False  # whether attention uses StepPlan.shared_prefixes
+    sees_whole_prompts: bool = False  # a prompt is computed in one step, and depends on all of its tokens
 
 
 @dataclass(slots=True)
@@ -113,7 +114,13 @@ class Worker:
 
     def loaded(self) -> LoadedModel:
         runner = self.runner
-        return LoadedModel(runner.layout, runner.weight_bytes, runner.max_media_block, runner.reads_shared_prefixes)
+        return LoadedModel(
+            runner.layout,
+            runner.weight_bytes,
+            runner.max_media_block,
+            runner.reads_shared_prefixes,
+            runner.sees_whole_prompts,
+        )
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len, num_state_slots)
