@@ -129,7 +129,6 @@ OLLAMA_GENERATE: dict[str, tuple[Any, ...]] = {
     **OLLAMA_CHAT,
     "height": (0,),
     "steps": (0,),
-    "suffix": (),
     "template": (),
     "width": (0,),
 }

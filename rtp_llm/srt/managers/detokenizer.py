@@ -53,7 +53,7 @@ class Completion:
         self._num_retractions = 0
         self._queue_time_s = 0.0
         self._start_s = time.perf_counter()
-        self._first_s: float | None = None
+        self._first_s: float | None = None  # when the first token came, from _start_s on
         self._latency_s = 0.0
         self._num_taken_chars = 0
         self._num_taken_tokens = 0
@@ -88,14 +88,19 @@ class Completion:
         return self._queue_time_s
 
     @property
-    def first_token_s(self) -> float | None:
-        """Seconds from the completion's construction to its first token; None: none has come."""
-        return self._first_s
-
-    @property
     def latency_s(self) -> float:
         """Seconds from the completion's construction to its end; 0 before that."""
         return self._latency_s
+
+    @property
+    def output_time_s(self) -> float:
+        """Seconds from the first token of a finished completion to its end."""
+        return 0.0 if self._first_s is None else self._latency_s - self._first_s
+
+    @property
+    def prompt_time_s(self) -> float:
+        """Seconds of a finished completion until its first token, or its end, without those in the core's queue."""
+        return max(self._latency_s - self.output_time_s - self._queue_time_s, 0.0)
 
     @property
     def cached_tokens(self) -> int:

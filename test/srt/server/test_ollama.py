@@ -52,6 +52,11 @@ def client(running: tuple[InProcess, ScriptedCore]) -> Iterator[httpx.Client]:
         yield connected
 
 
+def unkept(url: str) -> httpx.Client:
+    """A client with a connection for each request: the server ends one whose request it refuses before its body."""
+    return httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
 def post(client: httpx.Client, path: str = CHAT, **fields: Any) -> httpx.Response:
     return client.post(path, json=MINIMAL[path] | fields)
 
@@ -223,8 +228,9 @@ def test_any_content_type(core: ScriptedCore, client: httpx.Client) -> None:
     core.texts = ["Hello"] * 3
     for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
         assert client.post(GENERATE, content=body, headers=headers).json()["response"] == "Hello"
-    for page in ({"origin": "https://example.com"}, {"sec-fetch-site": "cross-site"}):
-        refused(client.post(GENERATE, content=body, headers=page | {"content-type": "text/plain"}), 403)
+    with unkept(str(client.base_url)) as other:
+        for page in ({"origin": "https://example.com"}, {"sec-fetch-site": "cross-site"}):
+            refused(other.post(GENERATE, content=body, headers=page | {"content-type": "text/plain"}), 403)
     assert "not JSON" in refused(client.post(GENERATE, content="a=b"))
 
 
@@ -252,7 +258,9 @@ def refused(response: httpx.Response, status: int = 400) -> str:
         (CHAT, {"keep_alive": "long"}, "keep_alive must be"),
         (CHAT, {"messages": [USER | {"content": "\x00" * 5000}]}, "This model's maximum context length is"),
         (GENERATE, {"template": "{{ .Prompt }}"}, "template is not supported"),
-        (GENERATE, {"suffix": "x"}, "suffix is not supported"),
+        (GENERATE, {"suffix": "x"}, "'tiny' does not support insert"),
+        (GENERATE, {"suffix": "x", "system": "y"}, "suffix does not support system"),
+        (GENERATE, {"suffix": "x", "raw": True}, "suffix does not support raw"),
         (GENERATE, {"width": 64}, "width is not supported"),
         (GENERATE, {"images": ["AA=="]}, "images[0] is an image, and this model takes text only"),
         (GENERATE, {"raw": True, "images": ["AA=="]}, "the model takes text only"),
@@ -358,7 +366,7 @@ def test_refusals_before_the_body(tmp_path: Path) -> None:
     template.write_text(TEMPLATE)
     path = make_spoken_checkpoint(tmp_path, SPECIAL)
     options: dict[str, Any] = {"chat_template": str(template), "api_key": "secret", "max_queued_requests": 0}
-    with scripted(path, **options) as (server, core), httpx.Client(base_url=server.url, timeout=60) as client:
+    with scripted(path, **options) as (server, core), unkept(server.url) as client:
         assert "wrong or missing" in refused(post(client), 401)
         client.headers["authorization"] = "Bearer secret"
         core.texts = ["Hello"]
@@ -380,5 +388,21 @@ def test_a_model_that_never_learned_to_chat(tmp_path: Path) -> None:
         assert core.prompts == ["the weather", "the weather in Paris<|end|> is"]
         assert client.post("/api/show", json={}).json()["capabilities"] == ["completion"]
         assert "'tiny' does not support thinking" in refused(post(client, think=True))
+        assert "'tiny' does not support thinking" in refused(post(client, GENERATE, think="low"))
         for fields in ({"path": CHAT}, {"path": GENERATE, "system": "x"}):
             assert "no chat template" in refused(post(client, **fields))
+
+
+def test_filling_in(tmp_path: Path) -> None:
+    special = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>"]
+    with (
+        scripted(make_spoken_checkpoint(tmp_path, special)) as (server, core),
+        httpx.Client(base_url=server.url) as client,
+    ):
+        core.texts = ["a + b<|file_sep|>more", "x"]
+        filled = answer(client, GENERATE, prompt="return ", suffix="<|fim_middle|>\n", options={"num_predict": 30})
+        assert answer(client, GENERATE, prompt="", suffix="}")["response"] == "x"
+        assert "insert" in client.post("/api/show", json={}).json()["capabilities"]
+    assert core.prompts[0] == "<|fim_prefix|>return <|fim_suffix|><|fim_middle|>\n<|fim_middle|>"
+    assert core.prompts[1] == "<|fim_prefix|><|fim_suffix|>}<|fim_middle|>"
+    assert filled["done_reason"] == "stop" and "context" not in filled

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rtp_llm.srt.managers.incremental_text import special_ids
+from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 
 Encode = Callable[[str], list[int]]
 
@@ -105,3 +106,20 @@ class PlainEncoder:
         starts = [0, *(found.start() + 1 for found in self._names.finditer(text))]
         parts = (text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True))
         return [token_id for part in parts if part for token_id in self._encode(part)]
+
+
+class Filler:
+    """Makes prompts for filling in.
+
+    Attributes:
+        tokens: None: the model has not learned it.
+        encode: see PlainEncoder.
+        beginning: the token with which every prompt begins, if there is one.
+    """
+
+    def __init__(self, manager: TokenizerManager) -> None:
+        tokenizer = manager.tokenizer
+        self.tokens = find_fill_tokens(tokenizer)
+        self.encode = PlainEncoder(tokenizer, lambda text: manager.encode(text, add_special_tokens=False))
+        first = manager.encode("", is_prompt=False)[:1]
+        self.beginning = first if first == [tokenizer.bos_token_id] else []

@@ -1,7 +1,6 @@
 """POST /completion and /infill, in the form of llama.cpp."""
 
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from uuid import uuid4
 
 from fastapi import Request
@@ -10,7 +9,7 @@ from starlette.responses import Response
 from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_disconnected
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
-from rtp_llm.srt.entrypoints.llama_cpp.infill import FillTokens, PlainEncoder, fill_prompt, find_fill_tokens
+from rtp_llm.srt.entrypoints.llama_cpp.infill import Filler, FillTokens, fill_prompt
 from rtp_llm.srt.entrypoints.llama_cpp.protocol import (
     CompletionOptions,
     InfillRequest,
@@ -22,7 +21,7 @@ from rtp_llm.srt.entrypoints.llama_cpp.written import CompletionWriter
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
 from rtp_llm.srt.entrypoints.openai.logprobs import TokenTexts
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, request_names
-from rtp_llm.srt.managers.detokenizer import Completion, Delta
+from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.sampling_params import SamplingParams, token_ids
 
@@ -41,7 +40,7 @@ class LlamaCompletions:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self._token_texts: TokenTexts | None = None
-        self._filling: tuple[FillTokens | None, PlainEncoder] | None = None
+        self._filler: Filler | None = None
 
     async def complete(self, body: LlamaCompletionRequest, request: Request) -> Response:
         """Generate for a text, token ids, or each of a list. Without ``n_predict`` a text may fill the context."""
@@ -61,7 +60,7 @@ class LlamaCompletions:
     async def infill(self, body: InfillRequest, request: Request) -> Response:
         """Generate what stands between a prefix and a suffix, if the model has learned to."""
         self._serving.check_tokenizer()
-        tokens, encode = self._fill_tokens()
+        filler, tokens = self._fill_tokens()
         prefix = body.input_prefix + (body.prompt or "")
         extras = [(extra.filename, extra.text) for extra in body.input_extra or ()]
         num_chars = len(prefix) + len(body.input_suffix) + sum(len(name) + len(text) for name, text in extras)
@@ -70,29 +69,20 @@ class LlamaCompletions:
                 params = await self._params(body)
                 params.stop_token_ids = tokens.ends
                 filled = await self._serving.off_loop(
-                    num_chars, lambda: fill_prompt(tokens, encode, prefix, body.input_suffix, extras)
+                    num_chars, lambda: fill_prompt(tokens, filler.encode, prefix, body.input_suffix, extras)
                 )
-                completions = await self._completions(body, [[*self._beginning(), *filled]], params)
+                completions = await self._completions(body, [[*filler.beginning, *filled]], params)
             call = self._serving.start(completions)
         return await self._answer(body, call, len(completions) > 1, request)
 
-    def _fill_tokens(self) -> tuple[FillTokens, PlainEncoder]:
-        manager = self._serving.manager
-        if self._filling is None:
-            encoder = PlainEncoder(manager.tokenizer, lambda text: manager.encode(text, add_special_tokens=False))
-            self._filling = find_fill_tokens(manager.tokenizer), encoder
-        tokens, encode = self._filling
-        if tokens is None:
+    def _fill_tokens(self) -> tuple[Filler, FillTokens]:
+        if self._filler is None:
+            self._filler = Filler(self._serving.manager)
+        if self._filler.tokens is None:
             raise ApiError(
                 400, "the model's tokenizer has no tokens for filling in: it has not learned to", code="not_supported"
             )
-        return tokens, encode
-
-    def _beginning(self) -> list[int]:
-        """Return the token with which every prompt begins, if there is one."""
-        tokenizer = self._serving.manager.tokenizer
-        first = self._serving.manager.encode("", is_prompt=False)[:1]
-        return first if first == [tokenizer.bos_token_id] else []
+        return self._filler, self._filler.tokens
 
     async def _params(self, body: CompletionOptions) -> SamplingParams:
         params = SamplingParams.from_dict(self._serving.sampling_defaults | body.params)
@@ -149,7 +139,7 @@ class LlamaCompletions:
         if body.stream:
             return EventStream(call, _events(call, writers), end=b"")
         with call:
-            if not await unless_disconnected(request.receive, _finish(call, writers)):
+            if not await unless_disconnected(request.receive, call.wait()):
                 return disconnected_response()
         check_not_failed(call.completions)
         answers = [
@@ -158,22 +148,10 @@ class LlamaCompletions:
         return JSON(answers if many else answers[0])
 
 
-async def _deltas(call: LiveCall, writers: Sequence[CompletionWriter]) -> AsyncIterator[tuple[int, Delta]]:
-    async for i, delta in call.deltas():
-        writers[i].tick(time.perf_counter())
-        yield i, delta
-
-
-async def _finish(call: LiveCall, writers: Sequence[CompletionWriter]) -> bool:
-    async for _ in _deltas(call, writers):
-        pass
-    return True
-
-
 async def _events(call: LiveCall, writers: Sequence[CompletionWriter]) -> AsyncGenerator[bytes, None]:
     """Yield parts of the completions, each with ``stop`` false, and for each its end, with ``stop`` true."""
     async with error_event() as failure:
-        async for i, delta in _deltas(call, writers):
+        async for i, delta in call.deltas():
             completion = call.completions[i]
             check_not_failed([completion])
             if delta.text or delta.token_ids:

@@ -1,6 +1,5 @@
 """A completion in llama.cpp's form, as a whole and in parts."""
 
-import time
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -13,7 +12,7 @@ from rtp_llm.srt.plan import TokenLogprob
 
 
 class CompletionWriter:
-    """Writes one completion of a call, which starts now.
+    """Writes one completion of a call.
 
     Args:
         index: of the completion in its call.
@@ -27,14 +26,6 @@ class CompletionWriter:
         self._index = index
         self._completion = completion
         self._texts = texts
-        self._start_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._last_s = self._start_s
-
-    def tick(self, now_s: float) -> None:
-        """Note that tokens have come."""
-        self._first_s = now_s if self._first_s is None else self._first_s
-        self._last_s = now_s
 
     def part(self, delta: Delta) -> LlamaCompletion:
         """Return what is new in a stream."""
@@ -99,9 +90,7 @@ class CompletionWriter:
     def _timings(self) -> Timings:
         """Return the times of the prompt, until the first token, without waiting in the queue; and of the others."""
         completion = self._completion
-        first_s = self._last_s if self._first_s is None else self._first_s
-        prompt_ms = max(1000 * (first_s - self._start_s - completion.queue_time_s), 0.0)
-        predicted_ms = 1000 * (self._last_s - first_s)
+        prompt_ms, predicted_ms = 1000 * completion.prompt_time_s, 1000 * completion.output_time_s
         prompt_n, predicted_n = completion.prompt_tokens - completion.cached_tokens, len(completion.output_ids)
         return {
             "cache_n": completion.cached_tokens,

@@ -9,6 +9,7 @@ from typing import Any
 
 from rtp_llm.srt.entrypoints.chat_request import EFFORT, THINKING_SWITCHES
 from rtp_llm.srt.entrypoints.errors import ApiError
+from rtp_llm.srt.entrypoints.llama_cpp.infill import find_fill_tokens
 from rtp_llm.srt.entrypoints.ollama.options import NAMES, context_length
 from rtp_llm.srt.entrypoints.ollama.protocol import Details
 from rtp_llm.srt.entrypoints.serving import Serving
@@ -55,6 +56,7 @@ def capabilities(serving: Serving) -> list[str]:
     found = {
         "completion": serving.manager.tokenizer is not None,
         "vision": serving.model_config.is_multimodal,
+        "insert": serving.manager.tokenizer is not None and find_fill_tokens(serving.manager.tokenizer) is not None,
         "tools": calls and serving.template is not None and serving.template.uses("tools"),
         "thinking": can_think(serving),
     }

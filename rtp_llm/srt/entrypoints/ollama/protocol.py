@@ -166,19 +166,24 @@ class GenerateBody(AskingBody):
     unsupported: ClassVar = OLLAMA_GENERATE
 
     prompt: str | None = Field(None, description="what the user says; empty: nothing is generated")
+    suffix: str | None = Field(None, description="what stands after the answer, which fills in the middle")
     system: str | None = Field(None, description="what the model is told first")
     images: list[str] | None = Field(None, description="in base64; with raw, what the prompt's placeholders stand for")
     raw: bool | None = Field(None, description="true: the prompt is continued as it is, without the chat template")
     context: TokenIds | None = Field(None, description="of an earlier answer, which this one follows")
 
     @model_validator(mode="after")
-    def _check_raw(self) -> Self:
+    def _check_kind(self) -> Self:
         if self.raw and (self.system or self.context):
             raise InvalidRequest("raw mode does not support system or context", "system" if self.system else "context")
         if self.raw and self.think:
             raise InvalidRequest("raw mode does not support think: the answer is not parsed", "think")
         if self.context and self.images:
             raise InvalidRequest("images and context cannot both be given: send all of it to /api/chat", "context")
+        if self.suffix:
+            for name in ("raw", "system", "context", "images", "think"):
+                if getattr(self, name):
+                    raise InvalidRequest(f"suffix does not support {name}: the prompt is nothing but both texts", name)
         return self
 
 

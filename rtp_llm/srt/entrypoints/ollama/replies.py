@@ -152,16 +152,15 @@ def done_reason(completion: Completion) -> str:
 
 def metrics(completion: Completion, prepared_s: float) -> Metrics:
     """Return counts and durations of a finished answer. ``prepared_s``: seconds before it was submitted."""
-    first_s = completion.latency_s if completion.first_token_s is None else completion.first_token_s
-    prompt_s = max(first_s - completion.queue_time_s, 0.0)
+    prompt_s, output_s = completion.prompt_time_s, completion.output_time_s
     return {
         "total_duration": _nanoseconds(prepared_s + completion.latency_s),
-        "load_duration": _nanoseconds(prepared_s + first_s - prompt_s),
+        "load_duration": _nanoseconds(prepared_s + completion.latency_s - prompt_s - output_s),
         "prompt_eval_count": completion.prompt_tokens,
         "prompt_eval_cached_count": completion.cached_tokens,
         "prompt_eval_duration": _nanoseconds(prompt_s),
         "eval_count": len(completion.output_ids),
-        "eval_duration": _nanoseconds(completion.latency_s - first_s),
+        "eval_duration": _nanoseconds(output_s),
     }
 
 

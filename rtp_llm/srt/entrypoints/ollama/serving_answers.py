@@ -15,6 +15,7 @@ from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to, thinki
 from rtp_llm.srt.entrypoints.converted import Conversation
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
+from rtp_llm.srt.entrypoints.llama_cpp.infill import Filler, FillTokens
 from rtp_llm.srt.entrypoints.ollama import options
 from rtp_llm.srt.entrypoints.ollama.conversation import image_sources, of_chat, of_completion
 from rtp_llm.srt.entrypoints.ollama.errors import OllamaError
@@ -47,6 +48,7 @@ class AnswerEndpoints:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self._token_texts: TokenTexts | None = None
+        self._filler: Filler | None = None
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Answer a conversation, in the form of Ollama's API. Without messages, say that the model is loaded."""
@@ -71,22 +73,24 @@ class AnswerEndpoints:
         Without a prompt, say that the model is loaded."""
         started_s = time.perf_counter()
         self._check(body)
-        if not body.prompt:
+        if not (body.prompt or body.suffix):
             return self._idle(body, generate_layout)
         with self._serving.admission(1, "prompt"):
             names = GENERATE_NAMES | ({"input_ids": "context"} if body.context else {})
             with request_names(names):
-                answer = await (self._raw_answer if self._is_raw(body) else self._prompted_answer)(body, request)
+                answer = await self._completed(body, request)
             if answer is None:
                 return disconnected_response()
             call = self._serving.start([answer.completion])
-        gives_context = not body.raw and not body.images
+        gives_context = not (body.raw or body.images or body.suffix)
         reply = Reply(answer, self._name(body), generate_layout, started_s, self._logprobs(body), gives_context)
         return await self._sent(body, call, reply, request)
 
     def _check(self, body: AskingBody) -> None:
         check_name(self._serving, body.model)
         self._serving.check_tokenizer()
+        if body.think and not can_think(self._serving):
+            raise ApiError(400, f"{self._name(body)!a} does not support thinking: leave out think", "think")
 
     def _idle(self, body: AskingBody, layout: Layout) -> Response:
         """Return what is said to a request that has nothing to answer."""
@@ -100,38 +104,57 @@ class AnswerEndpoints:
     def _name(self, body: AskingBody) -> str:
         return body.model or self._serving.model_name
 
-    def _is_raw(self, body: GenerateBody) -> bool:
-        """Return whether the prompt is continued as it is: also that of a model which never learned to chat."""
-        return bool(body.raw) or (self._serving.template is None and not body.system)
-
     async def _answer(self, asked: ChatRequest, request: Request) -> ChatAnswer | None:
         answers = await answers_to(self._serving, asked, request.receive)
         return None if answers is None else answers[0]
 
-    async def _prompted_answer(self, body: GenerateBody, request: Request) -> ChatAnswer | None:
+    async def _completed(self, body: GenerateBody, request: Request) -> ChatAnswer | None:
+        """Return the answer to a prompt; a model that never learned to chat goes on with it."""
+        if body.suffix:
+            tokens, prompt_ids = await self._filled(body)
+            return await self._unparsed(body, Prompt(input_ids=prompt_ids), tokens.ends)
+        if body.raw or (self._serving.template is None and not body.system):
+            prompt = await self._raw_prompt(body, request)
+            return None if prompt is None else await self._unparsed(body, prompt)
         conversation = of_completion(body)
         with conversation.naming_places():
             asked = replace(self._asked(body, conversation), prefix_ids=body.context or ())
             return await self._answer(asked, request)
 
-    async def _raw_answer(self, body: GenerateBody, request: Request) -> ChatAnswer | None:
+    async def _raw_prompt(self, body: GenerateBody, request: Request) -> Prompt | None:
+        """Return the prompt as it is given; None if the client has gone while images were decoded."""
         serving = self._serving
-        prompt = Prompt(
-            sampling_params=options.sampling_params(serving, body),
+        if body.images:
+            prompt = Prompt(text=body.prompt, image_data=image_sources(body.images))
+            return await unless_disconnected(request.receive, serving.manager.with_media(prompt))
+        ids = await serving.encode(body.prompt or "", add_special_tokens=not body.context)
+        return Prompt(input_ids=[*(body.context or ()), *ids])
+
+    async def _filled(self, body: GenerateBody) -> tuple[FillTokens, list[int]]:
+        """Return the ids of a prompt whose answer stands between the given one and the suffix, and its tokens."""
+        if self._filler is None:
+            self._filler = Filler(self._serving.manager)
+        filler, tokens = self._filler, self._filler.tokens
+        if tokens is None:
+            raise InvalidRequest(f"{self._name(body)!a} does not support insert: leave out suffix", "suffix")
+        before, after = body.prompt or "", body.suffix or ""
+
+        def ids() -> list[int]:
+            parts = (tokens.prefix, *filler.encode(before), tokens.suffix, *filler.encode(after), tokens.middle)
+            return [*filler.beginning, *parts]
+
+        return tokens, await self._serving.off_loop(len(before) + len(after), ids)
+
+    async def _unparsed(self, body: GenerateBody, prompt: Prompt, end_ids: Sequence[int] = ()) -> ChatAnswer:
+        """Return the answer to a prompt, all of it content. ``end_ids``: end it, too."""
+        prompt = replace(
+            prompt,
+            sampling_params=replace(options.sampling_params(self._serving, body), stop_token_ids=list(end_ids)),
             default_max_new_tokens=options.most_new(body.options),
             options=_generate_options(body),
         )
-        if body.images:
-            prompt.text, prompt.image_data = body.prompt, image_sources(body.images)
-            loaded = await unless_disconnected(request.receive, serving.manager.with_media(prompt))
-            if loaded is None:
-                return None
-            prompt = loaded
-        else:
-            ids = await serving.encode(body.prompt or "", add_special_tokens=not body.context)
-            prompt.input_ids = [*(body.context or ()), *ids]
-        [made] = await serving.requests(prompt)
-        return ChatAnswer(serving.manager.completion(made), None)
+        [made] = await self._serving.requests(prompt)
+        return ChatAnswer(self._serving.manager.completion(made), None)
 
     def _asked(self, body: AskingBody, conversation: Conversation) -> ChatRequest:
         """Return what is asked for; a last message of an assistant's is gone on with."""
@@ -151,12 +174,10 @@ class AnswerEndpoints:
 
     def _variables(self, body: AskingBody) -> dict[str, Any]:
         """Return the chat template's variables of ``think``."""
-        think, template = body.think, self._serving.template
-        if think and not can_think(self._serving):
-            raise InvalidRequest(f"{self._name(body)!a} does not support thinking: leave out think", "think")
+        think = body.think
         if think is None:
             return {}
-        return thinking_variables(template, bool(think), think if isinstance(think, str) else None)
+        return thinking_variables(self._serving.template, bool(think), think if isinstance(think, str) else None)
 
     def _logprobs(self, body: AskingBody) -> Logprobs | None:
         if not body.logprobs:
