@@ -113,14 +113,17 @@ INLINE void each_pass(F&& f) {
 template <int R>
 NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
     each_pass<R>([&](int pass, int first, auto count) {
+        const UnitOf<R>* rows = x;
+        const Next asked = next;
+        const int64_t of_pass = units;
         vec sums[R][count];
         for (auto& row : sums)
             for (vec& sum : row) sum = vec{};
-        for (int64_t u = 0; u < units; u++) {
-            const uint32_t* w = panel + u * PANEL + first * LANES;
+        const uint32_t* w = panel + first * LANES;
+        for (int64_t u = 0; u < of_pass; u++, w += PANEL, rows += R) {
             if (pass == 0) ahead<R>(w);
-            next.ask<R>(pass * units + u);
-            add_unit<R, count>(sums, x + u * R, w);
+            asked.ask<R>(pass * of_pass + u);
+            add_unit<R, count>(sums, rows, w);
         }
         for (int r = 0; r < R; r++) std::memcpy(result[r] + first, sums[r], sizeof sums[r]);
     });

@@ -63,16 +63,27 @@ INLINE vec add_pair(vec sum, Unit x, ivec pair) {
     return sum + splat(x.second) * second_of(pair);
 }
 
+// sum + x * weights. Of the forms of this instruction, GCC chooses one that overwrites x, not the sum; with 16 registers,
+// of which a tile uses all, it then moves sums to memory and back in every step.
+INLINE vec add_product(vec sum, vec x, vec weights) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(weights));
+    return sum;
+#else
+    return sum + x * weights;
+#endif
+}
+
 // All first inputs come before the second ones: so fewer registers are in use at a time.
 template <int R, int COUNT>
 INLINE void add_unit(vec (&sums)[R][COUNT], const Unit* x, const uint32_t* w) {
     vec weights[COUNT];
     for (int v = 0; v < COUNT; v++) weights[v] = first_of(load_bits(w + v * LANES));
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < COUNT; v++) sums[r][v] += splat(x[r].first) * weights[v];
+        for (int v = 0; v < COUNT; v++) sums[r][v] = add_product(sums[r][v], splat(x[r].first), weights[v]);
     for (int v = 0; v < COUNT; v++) weights[v] = second_of(load_bits(w + v * LANES));
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < COUNT; v++) sums[r][v] += splat(x[r].second) * weights[v];
+        for (int v = 0; v < COUNT; v++) sums[r][v] = add_product(sums[r][v], splat(x[r].second), weights[v]);
 }
 #endif
 
