@@ -1,25 +1,25 @@
 """Grammars by llguidance: an Earley parser over derivatives of regular expressions, with limits on all its work."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Self, cast
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, StructTag, TokenizerWrapper
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from rtp_llm.srt.constrained.backend import GrammarError, Matcher
 from rtp_llm.srt.constrained.json_schema import check_schema
-from rtp_llm.srt.constrained.token_bytes import TokenBytes
+from rtp_llm.srt.constrained.structural_tag import tag_grammar
+from rtp_llm.srt.constrained.token_bytes import TokenBytes, special_tokens
+from rtp_llm.srt.parser.rules import WHITESPACE
 from rtp_llm.srt.request_spec import GrammarSpec
 
 MAX_ERROR_CHARS = 400
 _NEVER_DRAWN = "<|rtp_llm: no end|>"  # stands for the end of a text where no token does
 _NO_TEXT, _UNKNOWN_KEYWORDS = "NoExtension", "Unimplemented keys: "  # how its messages begin
-# Space between JSON tokens: enough for what is indented, and not so much that a model loses itself in it.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{0,40}"
 # About a tenth of a second to compile, a few milliseconds for a mask at the most.
 _LIMITS = LLParserLimits(
     verbose_errors=False,
@@ -72,11 +72,12 @@ class LLGuidanceBackend:
         self._never_drawn = max(vocab_size, len(tokenizer), *tokenizer.get_vocab().values())
         self._size = self._never_drawn + 1
         self._json = _as_json(tokenizer, self._never_drawn)
+        self._special = special_tokens(tokenizer)
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._executor = LLExecutor()
 
     def compile(self, spec: GrammarSpec, end_ids: Sequence[int]) -> Matcher:
-        matcher = _matcher(self._compiled_for(tuple(end_ids)), spec)
+        matcher = _matcher(self._compiled_for(tuple(end_ids)), spec, self._special)
         matcher.compute_bitmask()  # limits may be reached only here; and the next time it is fast
         _check(matcher)
         return LLGuidanceMatcher(matcher, self._forces_tokens)
@@ -121,7 +122,7 @@ def _as_json(tokenizer: Any, never_drawn: int) -> str | None:
 
 def check_grammar(spec: GrammarSpec) -> None:
     """Raise GrammarError for a grammar that cannot be compiled, whatever the tokenizer."""
-    matcher = _matcher(_bytes_tokenizer(), spec)
+    matcher = _matcher(_bytes_tokenizer(), spec, {})
     matcher.compute_bitmask()
     _check(matcher)
 
@@ -131,18 +132,18 @@ def _bytes_tokenizer() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-def _matcher(tokenizer: LLTokenizer, spec: GrammarSpec) -> LLMatcher:
-    matcher = LLMatcher(tokenizer, _grammar(spec), log_level=0, limits=_LIMITS)
+def _matcher(tokenizer: LLTokenizer, spec: GrammarSpec, special: Mapping[str, int]) -> LLMatcher:
+    matcher = LLMatcher(tokenizer, _grammar(spec, special), log_level=0, limits=_LIMITS)
     _check(matcher)
     return matcher
 
 
-def _grammar(spec: GrammarSpec) -> str:
+def _grammar(spec: GrammarSpec, special: Mapping[str, int]) -> str:
     try:
         if spec.kind == "json_schema":
             return _json_grammar(spec)
         if spec.kind == "structural_tag":
-            return _tag_grammar(json.loads(spec.text))
+            return tag_grammar(json.loads(spec.text), special)
         return llguidance.grammar_from(spec.kind, spec.text)
     except GrammarError:
         raise
@@ -156,29 +157,6 @@ def _json_grammar(spec: GrammarSpec) -> str:
     pattern = WHITESPACE if spec.whitespace is None else spec.whitespace
     space: dict[str, Any] = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
     return LLMatcher.grammar_from_json_schema(spec.text, overrides=cast(Any, {**space, "lenient": False}))
-
-
-def _tag_grammar(tag: dict) -> str:
-    """Return the grammar of free text with tags.
-
-    ``{"structures": [{"begin", "schema", "end"}], "triggers": [...]}``: what begins with a trigger goes on as one of
-    the structures that begin with it.
-    """
-    structures, triggers = tag.get("structures"), tag.get("triggers")
-    if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
-        raise GrammarError("a structural tag must have 'structures', a list of objects, and 'triggers', texts")
-    tags = []
-    for item in structures:
-        fields = item if isinstance(item, dict) else {}
-        begin, schema, end = fields.get("begin"), fields.get("schema"), fields.get("end")
-        if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict):
-            raise GrammarError("each structure of a structural tag must have 'begin', 'schema' and 'end'")
-        trigger = next((text for text in triggers if isinstance(text, str) and text and begin.startswith(text)), None)
-        if trigger is None:
-            raise GrammarError(f"no trigger of the structural tag begins {begin[:80]!r}")
-        check_schema(schema)
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
-    return StructTag.to_grammar(tags, assume_special=False)
 
 
 def _check(matcher: LLMatcher) -> None:

@@ -9,6 +9,13 @@ _INCOMPLETE = "\ufffd"
 _ANCHORS = ("a", "x", "1", ".", "0")  # texts of which one is a token: what follows it begins with its own space
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return a tokenizer's special tokens: text -> id."""
+    added = tokenizer.added_tokens_decoder.items()
+    ids = {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
+    return {tokenizer.convert_ids_to_tokens(token_id): token_id for token_id in sorted(ids)}
+
+
 class TokenBytes:
     """A vocabulary as llguidance's TokenizerWrapper takes it.
 
@@ -22,9 +29,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any, size: int, end_id: int) -> None:
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self.special_token_ids = sorted(special | {end_id})
+        self.special_token_ids = sorted({*special_tokens(tokenizer).values(), end_id})
         self.eos_token_id = end_id
         self.bos_token_id = None
         names = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))

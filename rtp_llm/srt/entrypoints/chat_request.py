@@ -15,10 +15,12 @@ from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer, Parser
 from rtp_llm.srt.entrypoints.serving import Serving
 from rtp_llm.srt.managers.generate_options import GenerateOptions
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
-from rtp_llm.srt.parser.call_grammar import call_grammar
 from rtp_llm.srt.parser.chat_parser import ChatParser
 from rtp_llm.srt.parser.choose import begins_thinking
+from rtp_llm.srt.parser.demanded_grammar import demanded_grammar
+from rtp_llm.srt.parser.free_grammar import free_grammar
 from rtp_llm.srt.parser.response_template import ResponseTemplateParser
+from rtp_llm.srt.parser.rules import CannotWrite
 from rtp_llm.srt.parser.schemas import ToolSchemas
 from rtp_llm.srt.request_spec import GrammarSpec
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
@@ -35,6 +37,7 @@ class ChatRequest:
         messages: in OpenAI's form.
         tools: the functions that the model sees, as templates get them.
         demanded_tools: those of which the answer must call one; empty: it may do without.
+        strict: names of those whose arguments fit their schemas, wherever they are called.
         has_single_call: calls after the first are left out, and a demanded one is the only one.
         begins_turn: the prompt ends with the beginning of an answer.
         continues: the answer goes on with the last message.
@@ -48,6 +51,7 @@ class ChatRequest:
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     tools: Sequence[Mapping[str, Any]] = ()
     demanded_tools: Sequence[Mapping[str, Any]] = ()
+    strict: frozenset[str] = frozenset()
     has_single_call: bool = False
     begins_turn: bool = True
     continues: bool = False
@@ -134,36 +138,48 @@ def _parser(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> Parser 
 
 
 def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> GrammarSpec | None:
-    """Return the grammar of answers that call what is demanded; None: nothing is.
+    """Return the grammar of answers that call what is demanded, or of free ones whose calls obey schemas; None: neither
+    is asked for.
 
     The core compiles it; what is found there ends the request with a 400.
     """
-    tools = request.demanded_tools
-    if not tools:
+    demanded = request.demanded_tools
+    if not demanded and not request.strict:
         return None
-    for tool in tools:
+    asked = "tool_choice" if demanded else "strict"
+    bound = demanded or [tool for tool in request.tools if tool["function"]["name"] in request.strict]
+    for tool in bound:
         try:
             check_schema(tool["function"]["parameters"])
         except InvalidRequest as error:
-            name = tool["function"]["name"]
-            raise InvalidRequest(f"tool_choice: the parameters of {name}: {error}", "tools") from None
-    form = serving.answer_format
-    thinks = begins_thinking(form, chat.text, request.continued)
-    text = None
-    if serving.response_template is None:
-        text = call_grammar(form, tools, serving.special_token_ids(), thinks, request.has_single_call)
-    if text is None:
+            raise InvalidRequest(f"{asked}: the parameters of {tool['function']['name']}: {error}", "tools") from None
+    try:
+        text = _written_grammar(serving, request, begins_thinking(serving.answer_format, chat.text, request.continued))
+    except (CannotWrite, RecursionError) as error:
+        reason = error if isinstance(error, CannotWrite) else "a schema is nested too deeply"
         raise InvalidRequest(
-            "tool_choice: there is no grammar for this model's form of calls: leave it out, or choose 'auto'",
-            "tool_choice",
-        )
+            f"{asked}: there is no grammar of these tools' calls in the form of this model ({reason}): "
+            + ("leave it out, or choose 'auto'" if demanded else "leave it out"),
+            "tool_choice" if demanded else "tools",
+        ) from None
     if len(text) > MAX_GRAMMAR_CHARS:
         raise InvalidRequest(
-            f"tool_choice: the grammar of these {len(tools)} tools has {len(text)} characters; at most "
-            f"{MAX_GRAMMAR_CHARS} are taken: demand one of fewer",
+            f"{asked}: the grammar of these {len(demanded or request.tools)} tools has {len(text)} characters; at most "
+            f"{MAX_GRAMMAR_CHARS} are taken: give fewer",
             "tools",
         )
     return GrammarSpec("grammar", text)
+
+
+def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool) -> str:
+    if serving.response_template is not None:
+        raise CannotWrite("its tokenizer's response_template describes it")
+    form, token_ids = serving.answer_format, serving.special_token_ids
+    if request.demanded_tools:
+        return demanded_grammar(form, request.demanded_tools, token_ids, thinks, request.has_single_call)
+    if not request.separates_thinking:  # then calls are looked for in it
+        form, thinks = replace(form, thinking=None), False
+    return free_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
 
 
 def check_takes_tools(serving: Serving, tools: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from rtp_llm.srt.chat.messages import ChatPrompt, MediaRules
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import HF, ServerArgs, ServerArgsError
 from rtp_llm.srt.constrained.spec import asks_for_grammar
+from rtp_llm.srt.constrained.token_bytes import special_tokens
 from rtp_llm.srt.conversation import NO_CHAT_TEMPLATE, Template
 from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
@@ -22,7 +23,6 @@ from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import EngineClient
 from rtp_llm.srt.managers.generate_options import OPTION_NAMES, GenerateOptions
-from rtp_llm.srt.managers.incremental_text import special_ids
 from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import CoreInfo, CoreStats, GenerateRequest
@@ -66,6 +66,7 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
     workers: Workers = field(default_factory=lambda: Workers(NUM_WORKERS, "rtp-llm-text"))
     _template_workers: Workers = field(default_factory=lambda: Workers(NUM_TEMPLATE_WORKERS, "rtp-llm-template"))
+    _special_token_ids: Mapping[str, int] | None = None  # once they are asked for
     _num_entering: int = 0  # sequences that were admitted and are not live yet
 
     def __post_init__(self) -> None:
@@ -77,10 +78,12 @@ class Serving:
             self.response_template = None
         self.answer_format = choose_format(text, *(None if name == HF else name for name in names))
 
-    def special_token_ids(self) -> dict[str, int]:
-        """Return the tokenizer's special tokens: text -> id."""
-        tokenizer = self.manager.tokenizer
-        return {tokenizer.convert_ids_to_tokens(token_id): token_id for token_id in special_ids(tokenizer)}
+    @property
+    def special_token_ids(self) -> Mapping[str, int]:
+        """The tokenizer's special tokens: text -> id."""
+        if self._special_token_ids is None:
+            self._special_token_ids = special_tokens(self.manager.tokenizer)
+        return self._special_token_ids
 
     @property
     def answer_tags(self) -> tuple[str, ...]:

@@ -34,11 +34,13 @@ class JsonCall:
     Args:
         names, arguments: the members' names, any of each.
         name_is_key: ``{"f": {...}}`` instead.
+        id_first: a member with the call's number, which may stand first.
     """
 
     names: tuple[str, ...] = ("name",)
     arguments: tuple[str, ...] = ("arguments", "parameters")
     name_is_key: bool = False
+    id_first: str = ""
 
 
 @dataclass(frozen=True, slots=True)

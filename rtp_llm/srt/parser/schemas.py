@@ -73,14 +73,14 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[str]:
         for choice in _listed(schema.get(name)):
             yield from _types(choice, root, depth - 1)
     if isinstance(schema.get("$ref"), str):
-        yield from _types(_referred(schema["$ref"], root), root, depth - 1)
+        yield from _types(referred(schema["$ref"], root), root, depth - 1)
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+def referred(reference: str, root: Mapping[str, Any]) -> Any:
     """Return what a reference within the schema refers to, such as ``#/$defs/Place``."""
     if not reference.startswith("#/"):
         return None

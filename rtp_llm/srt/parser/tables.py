@@ -145,7 +145,7 @@ MINICPM5 = Calls(
 GEMMA4 = Calls((BareKeysCall(prefix="call:", quote='<|"|>'),), wrap=("<|tool_call>", "<tool_call|>"))
 GRANITE = Calls(JSON, wrap=("<|tool_call|>", ""), wraps=(("<tool_call>", "</tool_call>"),), is_list=True)
 COHERE = Calls(
-    (JsonCall(names=("tool_name",), arguments=("parameters",)),),
+    (JsonCall(names=("tool_name",), arguments=("parameters",), id_first="tool_call_id"),),
     section=("<|START_ACTION|>", "<|END_ACTION|>"),
     is_list=True,
 )

@@ -1,5 +1,6 @@
 """Grammars in the core: the same tokens however steps, memory and processes are arranged."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,11 @@ from rtp_llm.srt.scheduler import request
 from tiny_server import make_checkpoint
 
 PATTERNS = ("([ab]c){3,20}", "[0-9]{30}", "(the|a) (cat|dog)( (sat|ran))*", "x?")
+# Free text; what "a" begins ends as it must.
+TAG = GrammarSpec(
+    "structural_tag",
+    json.dumps({"structures": [{"begin": "a", "schema": {"type": "integer"}, "end": ";"}], "triggers": ["a"]}),
+)
 PROMPTS = ([5], list(range(4, 60)), [7, 8, 9] * 8, [11, 12])
 
 
@@ -45,7 +51,8 @@ def requests(output_ids: dict[str, list[int]] | None = None) -> list[GenerateReq
     for i in range(12):
         pattern = PATTERNS[i % 4]
         params = SamplingParams(max_new_tokens=60, temperature=0.0 if i % 3 == 0 else 1.0)
-        options: dict[str, Any] = {} if i % 5 == 4 else {"grammar": GrammarSpec("regex", pattern)}
+        grammar = TAG if i in (5, 8) else GrammarSpec("regex", pattern)
+        options: dict[str, Any] = {} if i % 5 == 4 else {"grammar": grammar}
         rid = f"r{i}"
         begun = {} if output_ids is None else {"output_ids": output_ids[rid]}
         made.append(generate_request(rid, PROMPTS[i % 4], params, 50 + i, eos_token_ids=(0,), **options, **begun))

@@ -216,15 +216,25 @@ def test_a_killed_core_changes_no_answer(tiny_checkpoint: str, tmp_path: Path, n
         assert_same(answers, undisturbed)
 
 
+# Longer than the answers, so that no end comes before the core dies; and free text, bound where it says "a".
+TAG = {"structures": [{"begin": "a", "schema": {"enum": [12, 345]}, "end": ";"}], "triggers": ["a"]}
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"regex": "[a-z ]{3000}[.]"}, "^.*[a-z ]{300}$"),
+    ({"structural_tag": TAG}, "^([^a]|a(12|345);)*(a[^a]{0,4})?$"),
+]
+
+
 @pytest.mark.slow
-def test_a_killed_core_changes_no_structured_answer(tiny_checkpoint: str, tmp_path: Path) -> None:
-    regex = "[a-z ]{3000}[.]"  # longer than the answers: no end comes before the core dies
+@pytest.mark.parametrize(("form", "pattern"), FORMS, ids=["regex", "tag"])
+def test_a_killed_core_changes_no_structured_answer(
+    tiny_checkpoint: str, tmp_path: Path, form: dict[str, Any], pattern: str
+) -> None:
     with own_process(tmp_path, tiny_checkpoint, "--dtype", "float32", "--max-total-tokens", "8192") as server:
         server.wait_ready()
-        asks = [an_ask(i, regex=regex, seed=80 + i, temperature=0.9 * (i % 2)) for i in range(8)]
+        asks = [an_ask(i, **form, seed=80 + i, temperature=0.9 * (i % 2)) for i in range(8)]
         undisturbed = answers_of(begin(server, asks))
         for answer in undisturbed:
-            assert re.search("[a-z ]{300}$", answer["text"]), answer
+            assert re.search(pattern, answer["text"], re.DOTALL), answer
         streams = begin_and_wait_for_tokens(server, asks)
         [core] = server.children()
         os.kill(core, signal.SIGKILL)

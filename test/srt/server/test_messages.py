@@ -161,6 +161,11 @@ def test_tool_choice(core: ScriptedCore, client: httpx.Client) -> None:
     assert auto is None and any_tool is not None and named is not None
     assert ("get_weather" in any_tool, "get_weather" in named, "now" in named) == (True, False, True)
     assert [("get_weather" in prompt) for prompt in core.prompts] == [True, True, True, False]
+    core.texts, core.grammars = [NOW] * 3, []
+    strict = [DEFINITIONS[0] | {"strict": True}, DEFINITIONS[1]]
+    for options in ({"tools": strict}, {"tools": DEFINITIONS}, {"tools": strict, "tool_choice": {"type": "none"}}):
+        answer(client, **options)
+    assert [spec is not None and '"days"' in spec.text for spec in core.grammars] == [True, False, False]
     core.texts = [WEATHER + NOW] * 2
     choice = {"type": "auto", "disable_parallel_tool_use": True}
     assert len(answer(client, tools=DEFINITIONS, tool_choice=choice)["content"]) == 1

@@ -220,12 +220,16 @@ def test_tool_choice(core: ScriptedCore, client: openai.OpenAI) -> None:
         assert response.output[0].type == ("message" if choice == "none" else "function_call")
     texts = ["" if spec is None else spec.text for spec in core.grammars]
     assert [("get_weather" in text, "now" in text) for text in texts] == [
-        (False, False),
+        (True, True),  # the first one is strict
         (False, False),
         (True, True),
         (False, True),
     ]
     assert [("get_weather" in prompt) for prompt in core.prompts] == [True, False, True, True]
+    core.texts, core.grammars = [NOW, NOW], []
+    for is_strict in (True, False):
+        ask(client, tools=[TOOLS[0] | {"strict": is_strict}, TOOLS[1]])
+    assert [spec is not None and "get_weather" in spec.text for spec in core.grammars] == [True, False]
     core.texts = [WEATHER + NOW]
     assert len(ask(client, tools=TOOLS, parallel_tool_calls=False).output) == 1
 

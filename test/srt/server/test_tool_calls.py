@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -162,6 +163,51 @@ def test_demands_that_cannot_be_met(client: openai.OpenAI, monkeypatch: pytest.M
     assert caught.value.param == "tools"
 
 
+def strict_of(tool: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
+    return {"type": "function", "function": tool["function"] | {"strict": is_strict}}
+
+
+def test_strict_functions(core: ScriptedCore, client: openai.OpenAI) -> None:
+    """With one among the tools, text is free, calls are of the tools, and the arguments of this one fit its schema."""
+    core.texts, core.grammars, core.prompts = [f"I look. {WEATHER}"] * 4, [], []
+    tools = [strict_of(TOOLS[0]), strict_of(TOOLS[1], is_strict=False)]
+    assert chat(client, tools=tools).choices[0].message.content == "I look."
+    assert gathered(list(chat(client, tools=tools, stream=True)))[2] == [("get_weather", JSON_ARGUMENTS)]
+    assert chat(client, tools=tools, tool_choice="none").choices[0].message.tool_calls is None
+    assert chat(client, tools=[strict_of(TOOLS[0], is_strict=False)]).choices[0].message.tool_calls
+    first, streamed, none, loose = core.grammars
+    assert first is not None and first == streamed and none is None and loose is None
+    assert '"days"' in first.text and "TEXT" in first.text and core.prompts[0] == core.prompts[1]
+
+
+def test_strict_functions_that_cannot_be(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = strict_of(function_of({"type": "object", "properties": {"a": {"multipleOf": 0.5}}}))
+    with pytest.raises(openai.BadRequestError, match="strict: the parameters of f: multipleOf") as caught:
+        chat(client, tools=[odd])
+    assert caught.value.param == "tools"
+    with pytest.raises(openai.BadRequestError, match="another field for a grammar"):
+        chat(client, tools=[strict_of(TOOLS[0])], response_format={"type": "json_object"})
+    monkeypatch.setattr(chat_request, "MAX_GRAMMAR_CHARS", 100)
+    with pytest.raises(openai.BadRequestError, match="strict: the grammar of these 1 tools") as caught:
+        chat(client, tools=[strict_of(TOOLS[0])])
+    assert caught.value.param == "tools"
+
+
+def test_strict_functions_in_a_form_without_json(tmp_path: Path) -> None:
+    path = make_spoken_checkpoint(tmp_path, SPECIAL)
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a"}}}
+    with (
+        scripted(path, chat_template=str(template), tool_call_parser="qwen3_coder") as (server, core),
+        connected(server) as client,
+    ):
+        core.texts = ["ok"]
+        assert chat(client, tools=[function_of(schema)]).choices[0].message.content == "ok"
+        with pytest.raises(openai.BadRequestError, match=r"the parameters of f: strings with pattern.*leave it out"):
+            chat(client, tools=[strict_of(function_of(schema))])
+
+
 def function_of(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
@@ -186,7 +232,14 @@ NUMBER = {
 }
 
 
-@pytest.mark.parametrize("parser", ["hermes", "qwen3_coder", "mistral"])
+def server_token(server: InProcess, text: str) -> int:
+    [token_id] = httpx.post(f"{server.url}/tokenize", json={"prompt": text, "add_special_tokens": False}).json()[
+        "tokens"
+    ]
+    return int(token_id)
+
+
+@pytest.mark.parametrize("parser", ["hermes", "qwen3_coder", "mistral", "llama3_json", "pythonic"])
 def test_a_model_that_never_learned_to_call(tiny_checkpoint: str, tmp_path: Path, parser: str) -> None:
     """A random model calls as it must."""
     template = tmp_path / "template.jinja"
@@ -199,6 +252,14 @@ def test_a_model_that_never_learned_to_call(tiny_checkpoint: str, tmp_path: Path
         [call] = choice.message.tool_calls
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
         assert json.loads(call.function.arguments) in ({"number": 12}, {"number": 345})
+        strict = [tools[0] | {"function": tools[0]["function"] | {"strict": True}}]
+        opens = {"llama3_json": "{", "pythonic": "["}.get(parser)
+        if opens is not None:  # what begins a call, the model is made to begin with
+            token_id = server_token(server, opens)
+            options = {"tools": strict, "parallel_tool_calls": False, "n": 4, "logit_bias": {token_id: 100}}
+            for choice in chat(client, max_tokens=100, seed=3, **options).choices:
+                [call] = choice.message.tool_calls
+                assert json.loads(call.function.arguments) in ({"number": 12}, {"number": 345})
         refused = {"type": "object", "not": {"required": ["a"]}}
         with pytest.raises(openai.BadRequestError, match="grammar"):
             chat(client, tools=[function_of(refused)], tool_choice="required")

@@ -86,7 +86,7 @@ class ToolDefinition(Body):
     name: str = Field(pattern=FUNCTION_NAME, max_length=256, description="letters, digits and _ . : / @ $ -")
     description: str | None = None
     input_schema: dict[str, Any] = Field(description="JSON schema of its input, an object")
-    strict: bool | None = Field(None, description="accepted; see tool_choice")
+    strict: bool | None = Field(None, description="true: the input of its calls fits the schema; a 400 if it cannot")
     eager_input_streaming: bool | None = Field(None, description="accepted: input is always streamed as it comes")
 
     def shown(self) -> dict[str, Any]:
@@ -161,6 +161,11 @@ class CountTokensRequest(Body):
         if self.tool_choice is not None and self.tool_choice.type == "none":
             return []
         return [tool.shown() for tool in self.tools or ()]
+
+    def strict_names(self) -> frozenset[str]:
+        """Return the names of the shown tools whose input must fit its schema."""
+        shown = {tool["function"]["name"] for tool in self.shown_tools()}
+        return frozenset(tool.name for tool in self.tools or () if tool.strict and tool.name in shown)
 
     def demanded_tools(self) -> list[dict[str, Any]]:
         """Return those of which the answer must call one; empty: it may do without."""

@@ -101,6 +101,7 @@ class MessagesEndpoint:
             sampling_params=params,
             tools=body.shown_tools(),
             demanded_tools=body.demanded_tools(),
+            strict=body.strict_names(),
             has_single_call=choice is not None and (choice.type == "tool" or bool(choice.disable_parallel_tool_use)),
             begins_turn=not continues,
             continues=continues,

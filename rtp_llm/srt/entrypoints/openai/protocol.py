@@ -135,7 +135,7 @@ class FunctionDefinition(Body):
     name: str = Field(pattern=FUNCTION_NAME, max_length=256, description="letters, digits and _ . : / @ $ -")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments, an object")
-    strict: bool | None = Field(None, description="accepted; see tool_choice")
+    strict: bool | None = Field(None, description="true: arguments of its calls fit the schema; a 400 if they cannot")
 
     def shown(self) -> dict[str, Any]:
         """Return it as templates get it, in the order in which models learned it."""
@@ -220,6 +220,11 @@ class ChatCompletionRequest(GenerationBody):
             return []
         functions = [tool.function for tool in self.tools or ()]
         return [{"type": "function", "function": function.shown()} for function in functions]
+
+    def strict_names(self) -> frozenset[str]:
+        """Return the names of the tools that the model sees and whose arguments must fit their schemas."""
+        tools = () if self.tool_choice == "none" else self.tools or ()
+        return frozenset(tool.function.name for tool in tools if tool.function.strict)
 
     def demanded_tools(self) -> list[dict[str, Any]]:
         """Return those of which the answer must call one; empty: it may do without."""

@@ -62,6 +62,7 @@ class ChatEndpoint(OpenAIEndpoint):
             sampling_params=self._sampling_params(body, max_tokens),
             tools=body.shown_tools(),
             demanded_tools=body.demanded_tools(),
+            strict=body.strict_names(),
             has_single_call=isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False,
             begins_turn=_begins_turn(body),
             continues=bool(body.continue_final_message),

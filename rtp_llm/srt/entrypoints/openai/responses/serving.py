@@ -109,6 +109,7 @@ class ResponsesEndpoint:
             sampling_params=self._sampling_params(body),
             tools=_shown_tools(body),
             demanded_tools=_demanded_tools(body),
+            strict=_strict_names(body),
             has_single_call=isinstance(body.tool_choice, NamedFunction) or body.parallel_tool_calls is False,
             variables=self._variables(body),
         )
@@ -259,6 +260,11 @@ def _shown_tools(body: ResponsesRequest) -> list[dict[str, Any]]:
     tools = _all_tools(body)
     check_tools(tools)
     return [] if body.tool_choice == "none" else tools
+
+
+def _strict_names(body: ResponsesRequest) -> frozenset[str]:
+    """Return the names of the shown tools whose arguments must fit their schemas."""
+    return frozenset(tool.name for tool in body.tools or () if tool.strict and body.tool_choice != "none")
 
 
 def _demanded_tools(body: ResponsesRequest) -> list[dict[str, Any]]:
