@@ -216,11 +216,11 @@ def test_a_killed_core_changes_no_answer(tiny_checkpoint: str, tmp_path: Path, n
         assert_same(answers, undisturbed)
 
 
-# Longer than the answers, so that no end comes before the core dies; and free text, bound where it says "a".
-TAG = {"structures": [{"begin": "a", "schema": {"enum": [12, 345]}, "end": ";"}], "triggers": ["a"]}
+# Longer than the answers, so that no end comes before the core dies; and free text, bound where it says "j".
+TAG = {"structures": [{"begin": "j", "schema": {"enum": [12, 345]}, "end": ";"}], "triggers": ["j"]}
 FORMS: list[tuple[dict[str, Any], str]] = [
     ({"regex": "[a-z ]{3000}[.]"}, "^.*[a-z ]{300}$"),
-    ({"structural_tag": TAG}, "^([^a]|a(12|345);)*(a[^a]{0,4})?$"),
+    ({"structural_tag": TAG}, r"^([^j]|j\s*(12|345)\s*;)*(j[^j;]*)?$"),
 ]
 
 
