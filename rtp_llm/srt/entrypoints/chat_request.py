@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive
 
 from rtp_llm.srt.chat.messages import ChatPrompt
+from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.constrained.json_schema import check_schema
-from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS
+from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS, asks_for_grammar, without_grammar
 from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.asgi import unless_disconnected
 from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer, Parser
@@ -18,6 +20,7 @@ from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.parser.chat_parser import ChatParser
 from rtp_llm.srt.parser.choose import begins_thinking
 from rtp_llm.srt.parser.demanded_grammar import demanded_grammar
+from rtp_llm.srt.parser.form_grammar import form_after_thinking
 from rtp_llm.srt.parser.free_grammar import free_grammar
 from rtp_llm.srt.parser.response_template import ResponseTemplateParser
 from rtp_llm.srt.parser.rules import CannotWrite
@@ -100,11 +103,15 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     encoded = await serving.encode_chat(chat)
     if request.prefix_ids:
         encoded = replace(encoded, input_ids=_after(serving, request.prefix_ids, encoded.input_ids))
+    params, grammar = _with_stops(request.sampling_params, chat), _grammar_of_calls(serving, request, chat)
+    if grammar is None:
+        grammar = await _form_after_thinking(serving, request, chat)
+        params = params if grammar is None else without_grammar(params)
     prompt = replace(
         encoded,
-        sampling_params=_with_stops(request.sampling_params, chat),
+        sampling_params=params,
         default_max_new_tokens=request.default_max_new_tokens,
-        grammar=_grammar_of_calls(serving, request, chat),
+        grammar=grammar,
         options=request.options,
     )
     requests = await serving.requests(prompt)
@@ -180,6 +187,25 @@ def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool) -> st
     if not request.separates_thinking:  # then calls are looked for in it
         form, thinks = replace(form, thinking=None), False
     return free_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
+
+
+async def _form_after_thinking(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> GrammarSpec | None:
+    """Return the grammar of an answer that thinks first, if its content is to be of a form; None: it does not think, is
+    free, or follows the form from its beginning.
+
+    Raises:
+        InvalidRequest: the form is wrong or cannot be honoured wholly.
+    """
+    params, form = request.sampling_params, serving.answer_format
+    if not (request.separates_thinking and asks_for_grammar(params)) or serving.response_template is not None:
+        return None
+    has_headers = form.channels is not None and not request.continues
+    if not has_headers and not begins_thinking(form, chat.text, request.continued):
+        return None
+    check = partial(checked_grammar, params, serving.manager.tokenizer)
+    asked = await serving.off_loop(0, check, has_grammar=True)
+    text = None if asked is None else form_after_thinking(form, asked, serving.special_token_ids)
+    return None if text is None else GrammarSpec("grammar", text)
 
 
 def check_takes_tools(serving: Serving, tools: Sequence[Mapping[str, Any]]) -> None:

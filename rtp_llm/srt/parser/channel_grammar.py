@@ -9,6 +9,7 @@ from rtp_llm.srt.parser.rules import CannotWrite, token_set
 CONSTRAIN = "<|constrain|>"  # before the language of a call's arguments
 LANGUAGE = "json"
 CHANNEL = "commentary"  # of calls
+FINAL = "final"  # the channel of the answer itself
 RECIPIENT = "to="
 
 
@@ -23,14 +24,22 @@ class ChannelRules(CallRules):
     def demanded(self, functions: Sequence[Function]) -> str:
         """Return the grammar of thinking, or none, and then one call."""
         form = self._form
-        head = f"{form.channel}{form.thinking[0]}{form.message}"
-        start = self.text(f"{form.start}assistant")
-        thinking = f"({self.text(head)} {self.up_to(form.ends[0])} {start})?"
         calls = []
         for item in functions:
             header = f"{form.channel}{CHANNEL} {RECIPIENT}{form.function}{item['name']} "
             calls.append(f"{self.text(f'{header}{CONSTRAIN}{LANGUAGE}{form.message}')} {self.json(item)}")
-        return self.grammar(f"{thinking} ({self.any_of(calls)})")
+        return self.grammar(f"{self._thinking()} ({self.any_of(calls)})")
+
+    def final(self, content: str) -> str:
+        """Return the grammar of thinking, or none, and then one message of the answer. ``content``: what it matches."""
+        header = self.text(f"{self._form.channel}{FINAL}{self._form.message}")
+        return self.grammar(f"{self._thinking()} {header} {content}")
+
+    def _thinking(self) -> str:
+        """Return what matches a message of thinking and the beginning of the next one, or nothing."""
+        form = self._form
+        head = self.text(f"{form.channel}{form.thinking[0]}{form.message}")
+        return f"({head} {self.up_to(form.ends[0])} {self.text(f'{form.start}assistant')})?"
 
     def free(self, functions: Sequence[Function], is_single: bool) -> str:
         """Return the grammar of messages of which those to functions are calls.

@@ -177,6 +177,15 @@ def test_a_loop_with_a_tool(core: ScriptedCore, client: httpx.Client) -> None:
     assert after.replace("\\u00e9", "é") == before + history and '"get_weather"' in before
 
 
+def test_strict_tools(core: ScriptedCore, client: httpx.Client) -> None:
+    core.texts = [NOW] * 2
+    tools = [{"function": TOOLS[1]["function"] | {"strict": strict}} for strict in (False, True)]
+    for tool in tools:
+        assert answer(client, tools=[tool])["message"]["tool_calls"]
+    free, bound = core.grammars
+    assert free is None and bound is not None and bound.kind == "grammar"
+
+
 def test_thinking(core: ScriptedCore, client: httpx.Client) -> None:
     core.texts = ["Hm</think>Hello"] * 6
     for path in (CHAT, GENERATE):
@@ -218,7 +227,12 @@ def test_formats(core: ScriptedCore, client: httpx.Client) -> None:
     answer(client, format="")
     kinds = [None if grammar is None else grammar.text for grammar in core.grammars]
     assert [json.loads(kind) if kind else None for kind in kinds] == [SCHEMA, {"type": "object"}, None]
-    assert "format" in refused(post(client, format={"type": "no such type"}))
+    core.texts = ['Hm</think>{"a": 1}']
+    message = answer(client, format=SCHEMA, think=True)["message"]
+    assert (message["thinking"], message["content"]) == ("Hm", '{"a": 1}')
+    assert core.grammars[-1] is not None and core.grammars[-1].kind == "grammar"  # of thinking, and then the form
+    for think in (False, True):
+        assert "format" in refused(post(client, format={"type": "no such type"}, think=think))
     assert "xml" in refused(post(client, GENERATE, format="xml"))
 
 

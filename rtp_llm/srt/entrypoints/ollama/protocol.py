@@ -161,6 +161,10 @@ class ChatBody(AskingBody):
     def shown_tools(self) -> list[dict[str, Any]]:
         return [tool.shown() for tool in self.tools or ()]
 
+    def strict_names(self) -> frozenset[str]:
+        """Return the names of the tools whose arguments must fit their schemas."""
+        return frozenset(tool.function.name for tool in self.tools or () if tool.function.strict)
+
 
 class GenerateBody(AskingBody):
     unsupported: ClassVar = OLLAMA_GENERATE

@@ -60,7 +60,8 @@ class AnswerEndpoints:
             with request_names(CHAT_NAMES):
                 conversation = of_chat(body)
                 with conversation.naming_places():
-                    asked = replace(self._asked(body, conversation), tools=body.shown_tools())
+                    asked = self._asked(body, conversation)
+                    asked = replace(asked, tools=body.shown_tools(), strict=body.strict_names())
                     answer = await self._answer(asked, request)
             if answer is None:
                 return disconnected_response()
