@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,28 @@ def test_the_asynchronous_client(running: tuple[ScriptedCore, Any]) -> None:
             return "".join([part.message.content async for part in await other.chat("tiny", [USER], stream=True)])
 
     assert asyncio.run(ask()) == "Hello"
+
+
+def test_litellm(running: tuple[ScriptedCore, Any]) -> None:
+    """Another program that speaks Ollama's API."""
+    litellm = pytest.importorskip("litellm")
+    core, client = running
+    asked: dict[str, Any] = {"model": "ollama_chat/tiny", "api_base": str(client._client.base_url), "api_key": "secret"}
+    messages: list[Any] = [USER]
+    core.texts = ["<think>Hm</think>Hello", "Hello", ADD, "It is 5.", '{"name": "Paris", "people": 2}']
+    message = litellm.completion(messages=messages, temperature=0, max_tokens=90, **asked).choices[0].message
+    assert (message.content, message.reasoning_content) == ("Hello", "Hm")
+    chunks = litellm.completion(messages=messages, stream=True, **asked)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello"
+    function = {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}}
+    asked_with = asked | {"tools": [{"type": "function", "function": function}]}
+    called = litellm.completion(messages=messages, **asked_with).choices[0].message
+    [call] = called.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 2, "b": 3})
+    messages += [called, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+    assert litellm.completion(messages=messages, **asked_with).choices[0].message.content == "It is 5."
+    told = litellm.completion(messages=[USER], response_format=City, **asked).choices[0].message.content
+    assert City.model_validate_json(told) == City(name="Paris", people=2)
 
 
 def test_an_image(tmp_path: Path) -> None:

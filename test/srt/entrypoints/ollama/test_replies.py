@@ -1,5 +1,6 @@
 """Answers in Ollama's form, from events and completions."""
 
+import time
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def finished(*outputs: TokenOutput) -> Reply:
     completion = Completion(GenerateRequest("r", [5, 6, 7], spec), None)
     for output in outputs:
         completion.add(output)
-    return Reply(ChatAnswer(completion, None), "tiny", generate_layout, 0.0, gives_context=True)
+    return Reply(ChatAnswer(completion, None), "tiny", generate_layout, time.perf_counter(), gives_context=True)
 
 
 @pytest.mark.parametrize(
