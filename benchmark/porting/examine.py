@@ -220,7 +220,9 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
             return without_limit
         worst = max(found.results, key=lambda result: result.difference)
         if worst.difference < MOST_ROUNDING and worst.difference <= (rounding := own_rounding(Path(folder))):
-            detail = f"within {worst.difference:.2g}; the last bits of its weights move transformers by {rounding:.2g}"
+            detail = (
+                f"within {worst.difference:.2g}, where transformers moves by {rounding:.2g} with its weights' last bits"
+            )
             return Compared(name, AGREES, detail, worst.difference, fields)
         with served_by_file(path, [type_name(folder)], name):
             detail = f"{worst.schedule}: {worst.difference:.2g}; {_explained(folder)}"

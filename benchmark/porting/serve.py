@@ -89,8 +89,9 @@ def expected_text(checkpoint: Path, architecture: str) -> str:
     assert model_class_of(architecture) is not None
     model = load_reference(checkpoint, architecture)
     model.generation_config.eos_token_id = None
+    marks = {"token_type_ids": torch.ones_like(ids)} if getattr(model.config, "prefix_lm", False) else {}
     with torch.inference_mode():
-        output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        output = model.generate(ids, **marks, max_new_tokens=NEW_TOKENS, do_sample=False)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
