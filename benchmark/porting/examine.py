@@ -49,6 +49,7 @@ class Compared:
     Args:
         fields: of its configuration, beside transformers' defaults.
         like: the class of transformers that stood in for it, where transformers has none of its own.
+        unlike: what loading said about the tensors that transformers saves, where published ones were compared about.
     """
 
     architecture: str
@@ -57,6 +58,7 @@ class Compared:
     difference: float | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     like: str = ""
+    unlike: str = ""
 
 
 @dataclass
@@ -205,11 +207,14 @@ def _compare(name: str, path: Path, fields: dict[str, Any]) -> Compared:
             return Compared(name, NO_CHECKPOINT, str(error))
         found = check_checkpoint(folder, SCHEDULES, path, name, LENGTHS)
         problem = _first_failure(found)
+        unlike = ""
         if problem is not None and problem[0] == LOAD:
-            found = _check_published(Path(folder), problem[1], path, name) or found
+            as_published_ones = _check_published(Path(folder), problem[1], path, name)
+            unlike = problem[1] if as_published_ones else ""
+            found = as_published_ones or found
             problem = _first_failure(found)
         if found.agrees:
-            return Compared(name, AGREES, difference=_difference(found), fields=fields)
+            return Compared(name, AGREES, difference=_difference(found), fields=fields, unlike=unlike)
         if problem is not None:
             return Compared(name, *problem)
         detail = _other_window(Path(folder), path, name)

@@ -76,6 +76,35 @@ def mistral_large_weights(tensors: Tensors, published: Fields) -> Tensors:
     )
 
 
+def step_weights(tensors: Tensors, published: Fields) -> Tensors:
+    return without(tensors, r"^(model\.)?(vision_model|vit_large_projector|multi_modal_projector)\.")
+
+
+def like_step37(published: Fields) -> dict[str, Any]:
+    """The text model of Step 3.7 in transformers' form; its tower of images is not asked."""
+    kinds, sparse = published["layer_types"], {int(layer) for layer in published["moe_layers_enum"].split(",")}
+    names = ("head_dim", "layer_types", "moe_intermediate_size", "moe_router_scaling_factor", "share_expert_dim",
+             "sliding_window", "swiglu_limits", "swiglu_limits_shared")  # fmt: skip
+    rotations = {
+        kind: {
+            "rope_type": "default",
+            "rope_theta": published["rope_theta"][kinds.index(kind)],
+            "partial_rotary_factor": published["partial_rotary_factors"][kinds.index(kind)],
+        }
+        for kind in kinds
+    }
+    text_config = kept(published, *names) | {
+        "num_key_value_heads": published["num_attention_groups"],
+        "num_sliding_attention_heads": published["attention_other_setting"]["num_attention_heads"],
+        "query_pre_attn_scalar": published["head_dim"],
+        "n_routed_experts": published["moe_num_experts"],
+        "num_experts_per_tok": published["moe_top_k"],
+        "mlp_layer_types": ["sparse" if layer in sparse else "dense" for layer in range(len(kinds))],
+        "rope_parameters": rotations,
+    }
+    return {"text_config": text_config}
+
+
 # Layers of Nemotron's search: heads of keys and inner sizes differ, and parts may be missing.
 
 
@@ -181,6 +210,7 @@ def like_glm(published: Fields) -> dict[str, Any]:
     }
 
 
+STEP_KINDS = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"]
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 
 WITH_EXPERTS = {
@@ -351,5 +381,52 @@ WITH_EXPERTS = {
         ),
         decilm_weights,
         decilm_prepared,
+    ),
+    "Step3p5ForCausalLM": StandIn(
+        "Step3p7",
+        "the text model of Step 3.7, whose model type in transformers is that of Step 3.5",
+        "https://github.com/huggingface/transformers/blob/main/src/transformers/models/step3p7/modular_step3p7.py",
+        {
+            **{name: value for name, value in SIZES.items() if name != "num_key_value_heads"},
+            "model_type": "step3p5",
+            "att_impl_type": "GQA",
+            "attention_other_setting": {
+                "attention_type": "sliding_attention",
+                "num_attention_heads": 6,
+                "num_attention_groups": 2,
+                "head_dim": HEAD_DIM,
+            },
+            "head_dim": HEAD_DIM,
+            "layer_types": STEP_KINDS,
+            "max_seq_len": 512,
+            "moe_every_n_layer": 1,
+            "moe_intermediate_size": 32,
+            "moe_layer_offset": 0,
+            "moe_layers_enum": "1,2,3",
+            "moe_num_experts": 8,
+            "moe_router_activation": "sigmoid",
+            "moe_router_scaling_factor": 3.0,
+            "moe_top_k": 2,
+            "need_fp32_gate": True,
+            "norm_expert_weight": True,
+            "num_attention_groups": 2,
+            "num_nextn_predict_layers": 0,
+            "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0],
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": [5000000.0, 10000.0, 10000.0, 10000.0],
+            "share_expert_dim": 48,
+            "sliding_window": 24,
+            "swiglu_limits": [None, None, None, 7.0],
+            "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.5],
+            "tie_word_embeddings": False,
+            "use_head_wise_attn_gate": True,
+            "use_moe": True,
+            "use_moe_router_bias": True,
+            "yarn_only_types": ["full_attention"],
+        },
+        like_step37,
+        step_weights,
+        head="ForConditionalGeneration",
     ),
 }

@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 import torch
 import transformers
 
+from checkpoints import as_published
 from examine import AGREES
 from rtp_llm.tools.tiny_check import load_reference
 from rtp_llm.tools.tiny_checkpoint import make_tiny_checkpoint, model_class_of
@@ -67,6 +68,8 @@ def serve_one(ported: Path, row: dict[str, Any], options: list[str]) -> bool:
         shutil.copy(ported / f"{row['file']}.py", package)
         make_tiny_checkpoint(architecture, checkpoint, overrides=compared["fields"], tokenizer=True)
         expected = expected_text(checkpoint, architecture)
+        if compared["unlike"] and as_published(checkpoint, Path(folder, "published"), compared["unlike"]):
+            checkpoint = Path(folder, "published")
         rename_architecture(checkpoint, architecture)
         with server(checkpoint, package.parent, options) as url:
             text = complete(url)

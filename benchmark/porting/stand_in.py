@@ -42,7 +42,7 @@ class StandIn:
     """What stands in for an architecture.
 
     Args:
-        like: transformers' class, without ``ForCausalLM``.
+        like: transformers' class, without ``ForCausalLM`` or what stands in ``head``.
         why: why it computes the same, in a line; ``source``: where that is published.
         published: a small config.json of the architecture, with the fields that published ones have, as the
             checkpoint's own configuration class writes them.
@@ -58,10 +58,11 @@ class StandIn:
     fields: Callable[[Fields], dict[str, Any]]
     weights: Change = as_they_are
     prepared: Change = as_they_are
+    head: str = "ForCausalLM"
 
     @property
     def class_name(self) -> str:
-        return f"{self.like}ForCausalLM"
+        return f"{self.like}{self.head}"
 
     def make(self, architecture: str, reference: Path, target: Path) -> None:
         """Write both tiny checkpoints: of transformers' class, and of the architecture.

@@ -20,6 +20,7 @@ from rtp_llm.port.visiting import Transformer
 from rtp_llm.port.vocabulary import is_known
 
 GENERATION_TABLES = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS")
+_OF_MEDIA = frozenset({"MULTIMODAL_REGISTRY", "SupportsMultiModal"})
 HEADS = ("compute_logits", "sample")  # methods of a class that generates text
 Key = tuple[str, str]  # module, name
 CONFIG: Key = ("transformers", "PretrainedConfig")
@@ -116,6 +117,7 @@ class _Gatherer:
         self.external: dict[Key, Origin] = {}
         self.resolved: dict[Key, Key] = {}  # a file's own name -> what it stands for
         self._open: list[SourceFile] = []
+        self.own_configs: list[Key] = []
 
     def need(self, file: SourceFile, name: str) -> Key | None:
         """Take a name's definition, and all that it needs; return what the name stands for, None if nothing known."""
@@ -139,6 +141,10 @@ class _Gatherer:
     def _imported(self, origin: Origin, importer: SourceFile) -> Key | None:
         if origin.name is not None and self._is_ported(origin):
             return self.need(self.tree.file(origin.module, importer), origin.name)
+        if origin.name is not None and importer is self.tree.root and self._is_own_config(origin):
+            key = self.need(self.tree.file(origin.module, importer), origin.name)
+            self.own_configs += [] if key is None or key in self.own_configs else [key]
+            return key
         if origin.module.startswith(self.tree.convention.configs):  # known by what they hold, not by their class
             origin = Origin(*CONFIG)
         key = (origin.module, origin.name or "")
@@ -155,6 +161,17 @@ class _Gatherer:
         if not self.tree.is_beside_models(origin.module) or is_known(origin.name):
             return False
         return origin.name in self.tree.file(origin.module, self.tree.root).definitions
+
+    def _is_own_config(self, origin: Origin) -> bool:
+        """Whether a name is the configuration of the file's text model: a class of the other engine's that it finds by
+        a model type, and that the file's parameters are annotated with."""
+        root, path = self.tree.root, self.tree.path_of(origin.module)
+        is_known = origin.module.startswith(self.tree.convention.configs) and origin.name in self.tree.known_configs
+        if not is_known or path is None or not _OF_MEDIA.isdisjoint(root.imports):
+            return False
+        local = {name for name, other in root.imports.items() if other == origin}
+        annotations = m.OneOf(*(m.Annotation(m.Name(name)) for name in local))
+        return bool(m.findall(root.tree, m.Param(annotation=annotations)))
 
     def _enter(self, file: SourceFile) -> None:
         if file not in self.files:
@@ -182,6 +199,7 @@ class _Gatherer:
             imports={merged[key]: origin for key, origin in self.external.items()},
             entries=wanted,
             engine=self.tree.convention.name,
+            config_class=merged[self.own_configs[0]] if len(self.own_configs) == 1 else "",
             left_out=[
                 name
                 for name in root.definitions

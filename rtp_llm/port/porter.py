@@ -9,6 +9,7 @@ from rtp_llm.port.output import text_of
 from rtp_llm.port.program import Program
 from rtp_llm.port.report import Report
 from rtp_llm.port.rules.attention import rewrite_attention
+from rtp_llm.port.rules.configs import declare_config
 from rtp_llm.port.rules.constructors import rewrite_constructors
 from rtp_llm.port.rules.encoders import rewrite_encoders
 from rtp_llm.port.rules.fold import fold
@@ -30,6 +31,7 @@ from rtp_llm.port.source import PortError, SourceTree
 # In this order: what a rule reads, the earlier ones have left in place.
 RULES = {
     "vllm": (
+        declare_config,
         take_media,
         rewrite_encoders,
         remove_shell,

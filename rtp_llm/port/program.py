@@ -25,6 +25,7 @@ class Program:
         done: what the rules did -> how often.
         left_out: definitions of the file that were not taken over, with the reason.
         placeholders: texts that stand for media in prompts.
+        config_class: the class among the definitions that makes the models' configuration; "" if there is none.
         has_mrope: whether a model computes positions of three axes.
     """
 
@@ -37,6 +38,7 @@ class Program:
     left_out: list[str] = field(default_factory=list)
     placeholders: list[str] = field(default_factory=list)
     has_mrope: bool = False
+    config_class: str = ""
 
     def is_engine(self, node: cst.BaseExpression, *names: str) -> bool:
         """Whether an expression is a name imported from the other engine, there called by one of ``names``."""

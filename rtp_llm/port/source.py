@@ -24,6 +24,7 @@ class Convention:
     Attributes:
         models: packages of models; files that stand alone count as the first's.
         configs: packages of configuration classes.
+        config_table: the module that says which of them are known by a model type.
         engine_modules: files beside the models whose names the vocabulary knows.
     """
 
@@ -31,6 +32,7 @@ class Convention:
     package: str
     models: tuple[str, ...]
     configs: tuple[str, ...]
+    config_table: str
     engine_modules: frozenset[str]
 
 
@@ -39,10 +41,11 @@ VLLM = Convention(
     "vllm",
     ("vllm.model_executor.models", "vllm.models"),
     ("vllm.transformers_utils.configs",),
+    "vllm.transformers_utils.config",
     frozenset({"utils", "interfaces", "interfaces_base", "adapters", "vision", "registry", "module_mapping"}),
 )
 SGLANG = Convention(
-    "sglang", "sglang", ("sglang.srt.models",), ("sglang.srt.configs",), frozenset({"registry", "utils"})
+    "sglang", "sglang", ("sglang.srt.models",), ("sglang.srt.configs",), "", frozenset({"registry", "utils"})
 )
 CONVENTIONS = {convention.name: convention for convention in (VLLM, SGLANG)}
 
@@ -178,6 +181,15 @@ class SourceTree:
         module = f"{self.convention.models[0]}.registry"
         path = self.path_of(module)
         return None if path is None else _parse(path, module, _read(path))
+
+    @cached_property
+    def known_configs(self) -> frozenset[str]:
+        """Names of the engine's own configuration classes that it finds by a model type."""
+        path = self.path_of(self.convention.config_table) if self.convention.config_table else None
+        return frozenset() if path is None else frozenset(_CONFIG_ENTRY.findall(_read(path)))
+
+
+_CONFIG_ENTRY = re.compile(r"""[\w"\-]+\s*[=:]\s*"(\w+Config)",""")
 
 
 def _read(path: Path) -> str:

@@ -416,6 +416,53 @@ def test_an_architecture_may_have_the_name_of_another_class(models: Path, whole_
     assert "class BoatModel(BoatForCausalLM):\n    pass\n" in text and "EntryClass = BoatModel\n" in text
 
 
+CONFIGS = {
+    "config.py": '_CONFIG_REGISTRY = LazyConfigDict(\n    boat="BoatConfig",\n    raft="RaftConfig",\n)\n',
+    "configs/boat.py": """
+from transformers import PreTrainedConfig
+
+SAILS = 3
+
+class BoatConfig(PreTrainedConfig):
+    model_type = "boat"
+    attribute_map = {"num_hidden_layers": "num_planks"}
+
+    def __init__(self, num_planks=2, num_sails=SAILS, **kwargs):
+        self.num_planks, self.num_sails = num_planks, num_sails
+        super().__init__(**kwargs)
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_declared"), [("BoatConfig", True), ('"BoatConfig | None"', False), ("RaftConfig", False)]
+)
+def test_a_configuration_of_the_other_engines_own_comes_along(
+    ported: Porter, models: Path, kind: str, is_declared: bool
+):
+    """If the file says that it is the model's, and the other engine finds it by its type."""
+    utils = models.parents[1] / "transformers_utils"
+    (utils / "configs").mkdir(parents=True)
+    for name, text in CONFIGS.items():
+        (utils / name).write_text(text)
+    before = f"""
+from vllm.transformers_utils.configs.boat import BoatConfig
+
+class Sail(nn.Module):
+    def __init__(self, config: {kind}):
+        super().__init__()
+"""
+    result = ported(model("self.sail = Sail(config)", before=before))
+    assert ("    config_class = BoatConfig\n" in result.text) == is_declared, result.text
+    assert ("class BoatConfig(PreTrainedConfig):" in result.text and "SAILS = 3" in result.text) == is_declared
+    assert "import vllm" not in result.text and "from vllm" not in result.text and result.report.is_complete
+
+
+@pytest.mark.parametrize("name", ['"x.experts.routed_experts.w2"', 'f"{prefix}.x.experts.routed_experts.w2"'])
+def test_experts_weights_are_the_layers_own(ported: Porter, name: str):
+    assert "x.experts.w2" in ported(model(f"self.a = config.named({name})")).text
+
+
 MAPPER = """
     hf_to_vllm_mapper = WeightsMapper({})
 

@@ -175,6 +175,14 @@ class RewriteLayers(Rule):
         self.count("names of experts' weights")
         return updated_node.with_changes(value=updated_node.value.replace(_EXPERTS_OF_THEIRS, _EXPERTS_OF_OURS))
 
+    def leave_FormattedStringText(
+        self, original_node: cst.FormattedStringText, updated_node: cst.FormattedStringText
+    ) -> cst.FormattedStringText:
+        """The same within f-strings."""
+        if _EXPERTS_OF_THEIRS in updated_node.value:
+            self.count("names of experts' weights")
+        return updated_node.with_changes(value=updated_node.value.replace(_EXPERTS_OF_THEIRS, _EXPERTS_OF_OURS))
+
     def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
         """``parallel_state.get_tensor_model_parallel_rank`` of an imported module is the name itself."""
         name = updated_node.attr.value
