@@ -63,6 +63,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "route_norm": lambda config: True,
     "score_func": lambda config: "sigmoid",
     "scoring_func": lambda config: "sigmoid",
+    "sliding_windows": lambda config: [
+        config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types
+    ],
     "sliding_window_size": lambda config: config.sliding_window - 1,  # of tokens before the query's own
     "swa_head_dim": lambda config: config.head_dim,
     "swa_num_attention_heads": lambda config: config.num_attention_heads,

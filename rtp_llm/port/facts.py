@@ -147,6 +147,7 @@ PATHS: dict[str, Value] = {
     "vllm_config.cache_config.kv_sharing_fast_prefill": _OFF,
     "vllm_config.cache_config.enable_prefix_caching": _OFF,
     "vllm_config.cache_config.cache_dtype": Const("auto"),
+    "vllm_config.cache_config.mamba_cache_mode": Const("align"),
     "vllm_config.attention_config.backend": Const(None),
     "vllm_config.parallel_config.enable_eplb": _OFF,
     "vllm_config.parallel_config.enable_expert_parallel": _OFF,

@@ -139,7 +139,7 @@ class _Gatherer:
         return target
 
     def _imported(self, origin: Origin, importer: SourceFile) -> Key | None:
-        if origin.name is not None and self._is_ported(origin):
+        if origin.name is not None and (self._is_ported(origin) or self._is_function_of_configs(origin)):
             return self.need(self.tree.file(origin.module, importer), origin.name)
         if origin.name is not None and importer is self.tree.root and self._is_own_config(origin):
             key = self.need(self.tree.file(origin.module, importer), origin.name)
@@ -161,6 +161,14 @@ class _Gatherer:
         if not self.tree.is_beside_models(origin.module) or is_known(origin.name):
             return False
         return origin.name in self.tree.file(origin.module, self.tree.root).definitions
+
+    def _is_function_of_configs(self, origin: Origin) -> bool:
+        """Whether a name is a function beside the other engine's configuration classes."""
+        name, path = origin.name, self.tree.path_of(origin.module)
+        if name is None or path is None or not origin.module.startswith(self.tree.convention.configs):
+            return False
+        file = self.tree.file(origin.module, self.tree.root)
+        return name in file.definitions and isinstance(_definition(file, name), cst.FunctionDef)
 
     def _is_own_config(self, origin: Origin) -> bool:
         """Whether a name is the configuration of the file's text model: a class of the other engine's that it finds by

@@ -56,6 +56,7 @@ class BoatForCausalLM(nn.Module):
         ("self.a = vllm_config.model_config.hf_text_config.x", "self.a = config.get_text_config().x"),
         ("self.a = config.p(getattr(vllm_config, 'unheard_of', 7))", "self.a = config.p(7)"),
         ("self.a = config.y if cache_config is not None else 0", "self.a = config.y"),
+        ("self.a = config.y if cache_config.mamba_cache_mode == 'all' else config.z", "self.a = config.z"),
         # what stays, as it says nothing of the engine
         ("b = False\nself.a = 1 if b else 2", "self.a = 1 if b else 2"),
         # layers and helpers
@@ -456,6 +457,16 @@ class Sail(nn.Module):
     assert ("    config_class = BoatConfig\n" in result.text) == is_declared, result.text
     assert ("class BoatConfig(PreTrainedConfig):" in result.text and "SAILS = 3" in result.text) == is_declared
     assert "import vllm" not in result.text and "from vllm" not in result.text and result.report.is_complete
+
+
+def test_a_function_beside_configurations_comes_along(ported: Porter, models: Path):
+    configs = models.parents[1] / "transformers_utils" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "boat.py").write_text("def sail_of(config, layer):\n    return config.sails[layer]\n")
+    before = "from vllm.transformers_utils.configs.boat import sail_of"
+    result = ported(model("self.a = sail_of(config, 1)", before=before))
+    assert "def sail_of(config, layer):" in result.text and "self.a = sail_of(config, 1)" in result.text
+    assert result.report.is_complete
 
 
 @pytest.mark.parametrize("name", ['"x.experts.routed_experts.w2"', 'f"{prefix}.x.experts.routed_experts.w2"'])

@@ -72,7 +72,7 @@ class RadixAttention(nn.Module):
         logit_cap: float = 0.0,
         v_head_dim: int = -1,
         sliding_window_size: int | None = -1,
-        attn_type: AttentionType = AttentionType.DECODER,
+        attn_type: AttentionType | str = AttentionType.DECODER,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         latent: bool = False,
@@ -83,7 +83,7 @@ class RadixAttention(nn.Module):
         sees_whole_prompts: bool = False,
     ) -> None:
         super().__init__()
-        if attn_type != AttentionType.DECODER:
+        if AttentionType(attn_type) != AttentionType.DECODER:
             raise ValueError(
                 f"{prefix or 'RadixAttention'}: attention type {attn_type} is not supported; have [DECODER]"
             )
@@ -104,7 +104,7 @@ class RadixAttention(nn.Module):
             alibi_slopes=None if alibi_slopes is None else _slopes(alibi_slopes, num_heads, prefix),
             chunk=attention_chunk_size,
         )
-        self.attn_type = attn_type
+        self.attn_type = AttentionType(attn_type)
         self.media_are_causal = media_are_causal
         self.sees_whole_prompts = sees_whole_prompts
         self.cache_dtype = str(torch.get_default_dtype()).removeprefix("torch.")
