@@ -25,7 +25,7 @@ class LogprobSpec:
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """What a generated text must match as a whole.
+    """What a generated text must match: as a whole, or the part of it that is ``@content`` in the grammar ``around``.
 
     ``text`` is, by ``kind``: a JSON schema; a regular expression; a grammar in GBNF or in Lark; a JSON list of texts of
     which one is generated; a structural tag in JSON (calls of functions within free text).
@@ -34,6 +34,7 @@ class GrammarSpec:
     kind: Literal["json_schema", "regex", "grammar", "choice", "structural_tag"]
     text: str
     whitespace: str | None = None  # regular expression of the space between JSON tokens; None: the back end's usual
+    around: str | None = None  # in Lark's form
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -83,7 +83,7 @@ class ScriptedCore:
         self.prompts: list[str] = []
         self.grammars: list[GrammarSpec | None] = []
         self.holds = False
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._link = QueueLink()
         self.client = EngineClient(self._link.client)
         self._thread = threading.Thread(target=self._run)
@@ -108,15 +108,15 @@ class ScriptedCore:
                     self._link.core.send([TokenOutput(message.rid, [], finish_reason=ABORTED)])
 
     def _answer(self, request: GenerateRequest) -> None:
-        self.prompts.append(self._tokenizer.decode(request.prompt_ids))
+        self.prompts.append(self.tokenizer.decode(request.prompt_ids))
         self.grammars.append(request.spec.grammar)
         text = self.texts.pop(0)
         if isinstance(text, FinishReason):
             self._link.core.send([TokenOutput(request.rid, [], finish_reason=text)])
             return
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         most = request.spec.max_new_tokens
-        end = self._tokenizer.eos_token_id
+        end = self.tokenizer.eos_token_id
         reason = FinishReason("stop", matched=end) if len(ids) < most else FinishReason("length", length=most)
         ids = [*ids, end] if len(ids) < most else ids[:most]
         while ids:

@@ -139,6 +139,15 @@ def _matcher(tokenizer: LLTokenizer, spec: GrammarSpec, special: Mapping[str, in
 
 
 def _grammar(spec: GrammarSpec, special: Mapping[str, int]) -> str:
+    content = _content_grammar(spec, special)
+    if spec.around is None:
+        return content
+    inner = json.loads(content)["grammars"] if content.startswith("{") else [{"lark_grammar": content}]
+    (grammar,) = inner  # nothing that a spec says needs more than one
+    return json.dumps({"grammars": [{"name": "answer", "lark_grammar": spec.around}, {**grammar, "name": "content"}]})
+
+
+def _content_grammar(spec: GrammarSpec, special: Mapping[str, int]) -> str:
     try:
         if spec.kind == "json_schema":
             return _json_grammar(spec)

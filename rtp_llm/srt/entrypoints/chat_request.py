@@ -10,7 +10,7 @@ from starlette.types import Receive
 from rtp_llm.srt.chat.messages import ChatPrompt
 from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.constrained.json_schema import check_schema
-from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS, asks_for_grammar, without_grammar
+from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS, asked_grammar, asks_for_grammar, without_grammar
 from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.asgi import unless_disconnected
 from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer, Parser
@@ -19,6 +19,7 @@ from rtp_llm.srt.managers.generate_options import GenerateOptions
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.parser.chat_parser import ChatParser
 from rtp_llm.srt.parser.choose import begins_thinking
+from rtp_llm.srt.parser.content_grammar import content_grammar
 from rtp_llm.srt.parser.demanded_grammar import demanded_grammar
 from rtp_llm.srt.parser.form_grammar import form_after_thinking
 from rtp_llm.srt.parser.free_grammar import free_grammar
@@ -29,6 +30,7 @@ from rtp_llm.srt.request_spec import GrammarSpec
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thinking on and off
+NOT_BOTH = "leave out tools, or the form of the text"
 EFFORT = "reasoning_effort"  # the variable by which templates set how much a model thinks
 
 
@@ -103,7 +105,12 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     encoded = await serving.encode_chat(chat)
     if request.prefix_ids:
         encoded = replace(encoded, input_ids=_after(serving, request.prefix_ids, encoded.input_ids))
-    params, grammar = _with_stops(request.sampling_params, chat), _grammar_of_calls(serving, request, chat)
+    params = _with_stops(request.sampling_params, chat)
+    if request.demanded_tools:  # the answer has no content, which alone this is the form of
+        params = replace(params, response_format=None)
+    has_form = bool(request.tools) and not request.demanded_tools and asked_grammar(params) is not None
+    grammar = _grammar_of_calls(serving, request, chat, has_form)
+    around = grammar.text if grammar is not None and has_form else None
     if grammar is None:
         grammar = await _form_after_thinking(serving, request, chat)
         params = params if grammar is None else without_grammar(params)
@@ -111,7 +118,8 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
         encoded,
         sampling_params=params,
         default_max_new_tokens=request.default_max_new_tokens,
-        grammar=grammar,
+        grammar=None if around is not None else grammar,
+        around=around,
         options=request.options,
     )
     requests = await serving.requests(prompt)
@@ -144,16 +152,19 @@ def _parser(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> Parser 
     return ChatParser(form, ToolSchemas(request.tools) if request.tools else None, begins, separates)
 
 
-def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> GrammarSpec | None:
+def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, has_form: bool) -> GrammarSpec | None:
     """Return the grammar of answers that call what is demanded, or of free ones whose calls obey schemas; None: neither
     is asked for.
 
     The core compiles it; what is found there ends the request with a 400.
+
+    Args:
+        has_form: calls stand in place of content of a form: the grammar is one around the content's.
     """
     demanded = request.demanded_tools
-    if not demanded and not request.strict:
+    if not (demanded or request.strict or has_form):
         return None
-    asked = "tool_choice" if demanded else "strict"
+    asked = "tool_choice" if demanded else "strict" if request.strict else "tools"
     bound = demanded or [tool for tool in request.tools if tool["function"]["name"] in request.strict]
     for tool in bound:
         try:
@@ -161,12 +172,13 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt) 
         except InvalidRequest as error:
             raise InvalidRequest(f"{asked}: the parameters of {tool['function']['name']}: {error}", "tools") from None
     try:
-        text = _written_grammar(serving, request, begins_thinking(serving.answer_format, chat.text, request.continued))
+        thinks = begins_thinking(serving.answer_format, chat.text, request.continued)
+        text = _written_grammar(serving, request, thinks, has_form)
     except (CannotWrite, RecursionError) as error:
         reason = error if isinstance(error, CannotWrite) else "a schema is nested too deeply"
         raise InvalidRequest(
             f"{asked}: there is no grammar of these tools' calls in the form of this model ({reason}): "
-            + ("leave it out, or choose 'auto'" if demanded else "leave it out"),
+            + ("leave it out, or choose 'auto'" if demanded else "leave it out" if not has_form else NOT_BOTH),
             "tool_choice" if demanded else "tools",
         ) from None
     if len(text) > MAX_GRAMMAR_CHARS:
@@ -178,7 +190,7 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt) 
     return GrammarSpec("grammar", text)
 
 
-def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool) -> str:
+def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool, has_form: bool) -> str:
     if serving.response_template is not None:
         raise CannotWrite("its tokenizer's response_template describes it")
     form, token_ids = serving.answer_format, serving.special_token_ids
@@ -186,6 +198,8 @@ def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool) -> st
         return demanded_grammar(form, request.demanded_tools, token_ids, thinks, request.has_single_call)
     if not request.separates_thinking:  # then calls are looked for in it
         form, thinks = replace(form, thinking=None), False
+    if has_form:
+        return content_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
     return free_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
 
 

@@ -120,6 +120,7 @@ class Prompt:
     options: GenerateOptions = field(default_factory=GenerateOptions)  # without the media
     default_max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # or the room, if less; None: all the room
     grammar: GrammarSpec | None = None  # what the endpoint wants of the text; then the parameters must ask for none
+    around: str | None = None  # of the grammar that the parameters ask for, if they do: see GrammarSpec
 
     @property
     def has_media(self) -> bool:
@@ -271,7 +272,7 @@ class TokenizerManager:
             raise InvalidRequest(
                 "tool_choice asks for calls, and another field for a grammar: give one of them", "tool_choice"
             )
-        return prompt.grammar or asked
+        return prompt.grammar or (asked and replace(asked, around=prompt.around))
 
     def completion(self, request: GenerateRequest, tags: tuple[str, ...] = ()) -> Completion:
         """Return the object that collects the outputs of ``request`` and makes its result. ``tags``: see Completion."""

@@ -13,6 +13,7 @@ from rtp_llm.srt.parser.formats import (
     JsonCall,
     PythonCall,
     TagCall,
+    Thinking,
 )
 from rtp_llm.srt.parser.rules import SPACE, CannotWrite, Rules, dumped, joined
 from rtp_llm.srt.parser.schemas import ToolSchemas, referred
@@ -39,6 +40,13 @@ class CallRules(Rules):
         super().__init__(token_ids)
         self._loose = loose
         self._written: dict[Body, str] = {}  # the rules of calls
+
+    def before(self, thinking: Thinking | None, thinks: bool) -> str:
+        """Return what matches the thinking before an answer, or none. ``thinks``: the prompt has opened it."""
+        if thinking is None:
+            return ""
+        closing = self.up_to(thinking.close)
+        return f"{closing} {SPACE}" if thinks else f"({self.text(thinking.open)} {closing} {SPACE})?"
 
     def calls(self, form: Calls, functions: Sequence[Function], is_single: bool) -> str:
         """Return what matches the calls with all that stands around them."""

@@ -21,19 +21,18 @@ class ChannelRules(CallRules):
         self._form = form
         self._token_ids = token_ids
 
-    def demanded(self, functions: Sequence[Function]) -> str:
-        """Return the grammar of thinking, or none, and then one call."""
+    def messages(self, functions: Sequence[Function], content: str = "") -> str:
+        """Return the grammar of thinking, or none, and then one call, or a message of the answer.
+
+        Args:
+            content: what matches the answer; empty: there is to be a call.
+        """
         form = self._form
-        calls = []
+        calls = [f"{self.text(f'{form.channel}{FINAL}{form.message}')} {content}"] if content else []
         for item in functions:
             header = f"{form.channel}{CHANNEL} {RECIPIENT}{form.function}{item['name']} "
             calls.append(f"{self.text(f'{header}{CONSTRAIN}{LANGUAGE}{form.message}')} {self.json(item)}")
         return self.grammar(f"{self._thinking()} ({self.any_of(calls)})")
-
-    def final(self, content: str) -> str:
-        """Return the grammar of thinking, or none, and then one message of the answer. ``content``: what it matches."""
-        header = self.text(f"{self._form.channel}{FINAL}{self._form.message}")
-        return self.grammar(f"{self._thinking()} {header} {content}")
 
     def _thinking(self) -> str:
         """Return what matches a message of thinking and the beginning of the next one, or nothing."""

@@ -6,7 +6,7 @@ from typing import Any
 from rtp_llm.srt.parser.call_grammar import NO_FORM, CallRules
 from rtp_llm.srt.parser.channel_grammar import ChannelRules
 from rtp_llm.srt.parser.formats import Format
-from rtp_llm.srt.parser.rules import SPACE, CannotWrite
+from rtp_llm.srt.parser.rules import CannotWrite
 
 
 def demanded_grammar(
@@ -29,12 +29,8 @@ def demanded_grammar(
     """
     functions = [tool["function"] for tool in tools]
     if form.channels is not None:
-        return ChannelRules(form.channels, token_ids).demanded(functions)
+        return ChannelRules(form.channels, token_ids).messages(functions)
     if form.calls is None:
         raise CannotWrite(NO_FORM)
-    rules, thinking = CallRules(token_ids), form.thinking
-    before = ""
-    if thinking is not None:
-        closing = rules.up_to(thinking.close)
-        before = f"{closing} {SPACE}" if thinks else f"({rules.text(thinking.open)} {closing} {SPACE})?"
-    return rules.grammar(f"{before} {rules.calls(form.calls, functions, is_single)}")
+    rules = CallRules(token_ids)
+    return rules.grammar(f"{rules.before(form.thinking, thinks)} {rules.calls(form.calls, functions, is_single)}")

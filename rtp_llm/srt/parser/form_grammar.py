@@ -22,7 +22,7 @@ def form_after_thinking(form: Format, spec: GrammarSpec, token_ids: Mapping[str,
     if content is None:
         return None
     if form.channels is not None:
-        return ChannelRules(form.channels, token_ids).final(content)
+        return ChannelRules(form.channels, token_ids).messages([], content)
     assert form.thinking is not None  # the prompt has opened it
     rules = Rules(token_ids)
     return rules.grammar(f"{rules.up_to(form.thinking.close)} {SPACE} {content}")

@@ -14,8 +14,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from recorded_answers import CALL, JSON_ARGUMENTS, TOOLS
 from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted
 
+from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
 from rtp_llm.srt.entrypoints import chat_request
 from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS
+from rtp_llm.srt.request_spec import GrammarSpec
 from tiny_server import InProcess, in_process
 
 WEATHER = f'<tool_call>{{"name": "get_weather", "arguments": {JSON_ARGUMENTS}}}</tool_call>'
@@ -149,13 +151,72 @@ def test_calls_that_are_demanded(core: ScriptedCore, client: openai.OpenAI) -> N
     assert ("get_weather" in second, "get_weather" in third) == (True, False)
 
 
+OF_NUMBER = {"type": "json_schema", "json_schema": {"name": "number", "schema": {"enum": [12, 345]}}}
+
+
+def test_a_form_of_the_content_beside_calls_that_are_demanded(core: ScriptedCore, client: openai.OpenAI) -> None:
+    """There is no content then, and the calls' grammar alone counts."""
+    core.texts, core.grammars = [NOW, NOW], []
+    for options in ({}, {"response_format": OF_NUMBER}):
+        assert chat(client, tool_choice="required", **options).choices[0].finish_reason == "tool_calls"
+    assert core.grammars[0] == core.grammars[1] and core.grammars[0].around is None
+
+
+TWO = f"{NOW}{WEATHER}"
+ALL_TEXTS = ("12", "13", "<think>Hm</think>12", "Hm</think>12", NOW, f"<think>Hm</think>{NOW}", f"Hm</think>{NOW}", TWO)
+
+
+@pytest.mark.parametrize(
+    ("thinks", "options", "taken"),
+    [
+        (False, {"tools": TOOLS}, ["12", "<think>Hm</think>12", NOW, f"<think>Hm</think>{NOW}", TWO]),
+        (False, {"tools": TOOLS, "parallel_tool_calls": False},
+         ["12", "<think>Hm</think>12", NOW, f"<think>Hm</think>{NOW}"]),
+        (False, {"tools": TOOLS, "tool_choice": "none"}, ["12"]),
+        (True, {"tools": TOOLS}, ["Hm</think>12", f"Hm</think>{NOW}"]),
+    ],
+)  # fmt: skip
+def test_a_form_of_the_content(
+    core: ScriptedCore, client: openai.OpenAI, thinks: bool, options: dict[str, Any], taken: list[str]
+) -> None:
+    """A model may think before it, and call tools instead."""
+    core.texts, core.grammars = ["12"], []
+    variables = {"chat_template_kwargs": {"enable_thinking": thinks}}
+    chat(client, response_format=OF_NUMBER, extra_body=variables, **options)
+    spec = core.grammars[0]
+    assert spec is not None
+    for text in ALL_TEXTS:
+        assert takes(core, spec, text) == (text in taken), text
+
+
+def takes(core: ScriptedCore, spec: GrammarSpec, text: str) -> bool:
+    """Whether a grammar lets a model write this text and end it."""
+    tokenizer = core.tokenizer
+    matcher = LLGuidanceBackend(tokenizer, len(tokenizer)).compile(spec, [tokenizer.eos_token_id])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not all(matcher.accept(token_id) for token_id in ids):
+        return False
+    return matcher.is_complete or matcher.accept(tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_form_of_the_content_beside_strict_tools(core: ScriptedCore, client: openai.OpenAI, strict: bool) -> None:
+    core.texts, core.grammars = ["12"], []
+    tool = function_of({"type": "object", "properties": {"a": {"type": "string"}}})
+    tool["function"]["strict"] = strict
+    chat(client, tools=[tool], response_format=OF_NUMBER)
+    spec = core.grammars[0]
+    assert spec is not None and takes(core, spec, "12")
+    assert takes(core, spec, '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>') != strict
+
+
 def test_demands_that_cannot_be_met(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = {"type": "object", "properties": {"a": {"multipleOf": 0.5}}}
     with pytest.raises(openai.BadRequestError, match="the parameters of f: multipleOf") as caught:
         chat(client, tools=[function_of(parameters)], tool_choice="required")
     assert caught.value.param == "tools"
     with pytest.raises(openai.BadRequestError, match="another field for a grammar") as caught:
-        chat(client, tool_choice="required", response_format={"type": "json_object"})
+        chat(client, tool_choice="required", extra_body={"regex": "a+"})
     assert caught.value.param == "tool_choice"
     monkeypatch.setattr(chat_request, "MAX_GRAMMAR_CHARS", 100)
     with pytest.raises(openai.BadRequestError, match="characters; at most") as caught:
@@ -185,8 +246,6 @@ def test_strict_functions_that_cannot_be(client: openai.OpenAI, monkeypatch: pyt
     with pytest.raises(openai.BadRequestError, match="strict: the parameters of f: multipleOf") as caught:
         chat(client, tools=[odd])
     assert caught.value.param == "tools"
-    with pytest.raises(openai.BadRequestError, match="another field for a grammar"):
-        chat(client, tools=[strict_of(TOOLS[0])], response_format={"type": "json_object"})
     monkeypatch.setattr(chat_request, "MAX_GRAMMAR_CHARS", 100)
     with pytest.raises(openai.BadRequestError, match="strict: the grammar of these 1 tools") as caught:
         chat(client, tools=[strict_of(TOOLS[0])])

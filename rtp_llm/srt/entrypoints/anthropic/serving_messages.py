@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 from fastapi import Request
@@ -33,7 +34,7 @@ from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 NAMES = {name: "messages" for name in ("input_ids", "image_data", "video_data")} | {
     "max_new_tokens": "max_tokens",
     "stop": "stop_sequences",
-    "json_schema": "output_config.format",
+    "response_format": "output_config.format",
 }
 NO_THREADS = "thread: this server keeps no conversations; send all messages, without thread"
 THREADS_UNSUPPORTED = "thread_unsupported_request"  # by this code clients know that they may go on without
@@ -115,7 +116,7 @@ class MessagesEndpoint:
             "top_p": body.top_p,
             "top_k": body.top_k,
             "stop": body.stop_sequences,
-            "json_schema": None if output is None else output.json_schema,
+            "response_format": None if output is None else _response_format(output.json_schema),
         }
         given = {name: value for name, value in given.items() if value is not None}
         return SamplingParams.from_dict(self._serving.sampling_defaults | given)
@@ -192,6 +193,10 @@ def _end(body: MessagesRequest, answer: ChatAnswer) -> Iterator[StreamEvent]:
 
 def _sent(said: StreamEvent) -> bytes:
     return event(said, said["type"])
+
+
+def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
 def _shows_thinking(body: MessagesRequest) -> bool:
