@@ -30,6 +30,11 @@ void scatter(const uint8_t* from, const Field& field, uint8_t* to) {
 }
 
 void pack_block(const BlockType& type, const uint8_t* block, int64_t n, uint8_t* to) {
+    uint8_t arranged[MOST_BYTES];
+    if (type.arrange) {
+        type.arrange(block, arranged);
+        block = arranged;
+    }
     for (int f = 0; f < type.num_fields; f++) {
         const Field& field = type.fields[f];
         uint8_t* at = to + n * field.size;
@@ -125,7 +130,7 @@ KERNEL int gemm_blocks(int number, const void* x, int x_is_float, int64_t x_stri
     tiles.add(M);
     const int64_t blocks = divide_up(K, type->inputs);
     const Runs rows(tiles, x, x_is_float != 0, x_stride, K, blocks * type->inputs / RUN, type->together,
-                    type->offset, type->halves);
+                    type->totals);
     Panels panels(output);
 #pragma omp parallel
     {
@@ -162,7 +167,7 @@ KERNEL int grouped_gemm_blocks(int number, const void* x, int x_is_float, int64_
     if (tiles.starts.back() != M) return 0;
     const int64_t blocks = divide_up(K, type->inputs);
     const Runs rows(tiles, x, x_is_float != 0, x_stride, K, blocks * type->inputs / RUN, type->together,
-                    type->offset, type->halves);
+                    type->totals);
     const int64_t panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
 #pragma omp parallel
     {

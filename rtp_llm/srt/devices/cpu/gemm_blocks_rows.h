@@ -11,6 +11,13 @@ constexpr int MOST_ROWS = 32;     // of a tile, a multiple of ROWS_IN_STEP
 constexpr int ROWS_IN_STEP = 4;   // tiles start at a multiple of it
 constexpr int64_t RUNS_OF_EACH = 16;  // of a tile's rows, that one thread prepares at a time
 
+// What weights need of the sums of a run's bytes.
+struct RunTotals {
+    int offset;   // of the weights; 0: totals are wanted as they are
+    bool halves;  // each half of a run has a total
+    bool paired;  // with an offset: of both halves in 16 bits each, times -offset / 2
+};
+
 // A run of one row. The totals are those of its bytes, or of each half's; for weights that have an offset they are whole
 // numbers times -offset, from which sums start.
 struct Run {
@@ -44,12 +51,11 @@ struct RowTiles {
 // In a tile of R rows, run g of row r is number g * R + r.
 class Runs {
    public:
-    // Rows are padded with zeros to `runs`, of which `together` have one scale, and the total of all. offset: of the
-    // weights, or 0: totals are wanted. halves: each half of a run has a total.
+    // Rows are padded with zeros to `runs`, of which `together` have one scale, and the total of all.
     Runs(const RowTiles& tiles, const void* x, bool is_float, int64_t stride, int64_t K, int64_t runs, int together,
-         int offset, bool halves)
+         const RunTotals& totals)
         : starts_(tiles.starts.data()), tiles_(tiles.count()), x_(x), is_float_(is_float), stride_(stride), K_(K),
-          runs_(runs), together_(together), offset_(offset), halves_(halves) {
+          runs_(runs), together_(together), totals_(totals) {
         reserve();
     }
 
@@ -108,20 +114,26 @@ class Runs {
                 std::memcpy(to[i * step].bytes + k, &bytes, LANES);
             }
         }
-        if (!halves_) total[0] += total[1];
-        const int32_t sums[2] = {sum(total[0]), halves_ ? sum(total[1]) : 0};
+        if (!totals_.halves) total[0] += total[1];
+        const int32_t sums[2] = {sum(total[0]), totals_.halves ? sum(total[1]) : 0};
         for (int i = 0; i < together_; i++, to += step) {
             to->scale = most / 127;
-            write_total(*to, 0, sums[0]);
-            if (halves_) write_total(*to, 1, sums[1]);
+            write_totals(*to, sums);
         }
     }
 
-    INLINE void write_total(Run& to, int half, int32_t total) const {
-        if (offset_)
-            to.starts[half] = -offset_ * total;
-        else
-            to.totals[half] = float(total);
+    INLINE void write_totals(Run& to, const int32_t (&sums)[2]) const {
+        if (totals_.paired) {
+            const int factor = -totals_.offset / 2;
+            to.starts[0] = int32_t((uint32_t(factor * sums[0]) & 0xffff) | uint32_t(factor * sums[1]) << 16);
+            return;
+        }
+        for (int half = 0; half <= int(totals_.halves); half++) {
+            if (totals_.offset)
+                to.starts[half] = -totals_.offset * sums[half];
+            else
+                to.totals[half] = float(sums[half]);
+        }
     }
 
     const int64_t* starts_;
@@ -129,8 +141,8 @@ class Runs {
     const void* x_;
     bool is_float_;
     int64_t stride_, K_, runs_;
-    int together_, offset_;
-    bool halves_;
+    int together_;
+    RunTotals totals_;
     Run* to_;
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm_blocks_rows.h"
-#include "gemm_blocks_types.h"
+#include "gemm_blocks_large.h"
 
 #include <utility>
 
@@ -17,26 +17,69 @@ constexpr int LEAST_AHEAD = 4096;         // bytes: distance of the prefetch, bu
 
 // ---- a run of the weights
 
-// Of one register of outputs.
+// Scales of one register of outputs.
 template <class T>
-struct Weights {
-    static constexpr int PARTS = T::HALVES ? 2 : 1;  // of a run, with a scale each
-    static constexpr bool SHIFTED = T::SIGNED && HAVE_DOT && !DOT_OF_SIGNED;  // by 128, to be unsigned
+struct RunScales {
+    static constexpr bool WHOLE = T::WHOLE_SCALES && !HAVE_DOT;
+    static constexpr int HALVES = T::HALVES ? 2 : 1, PARTS = WHOLE ? 1 : HALVES;  // of a run; sums of it
+    static constexpr bool SHIFTED = T::SIGNED && HAVE_DOT && !DOT_OF_SIGNED;  // weights, by 128, to be unsigned
     static constexpr int OFFSET = SHIFTED ? 128 : T::OFFSET;
 
+    vec scales[PARTS], minima[HALVES];
+    ivec levels, level[HALVES];  // WHOLE: the whole numbers of both halves together, and each twice, in 16 bits
+
+    INLINE void read_scales(const uint8_t* block, int run, int v) {
+        if constexpr (WHOLE) {
+            levels = T::levels(block, run, v), level[0] = first_twice(levels), level[1] = second_twice(levels);
+            scales[0] = T::common_scale(block, v);
+        } else {
+            for (int half = 0; half < HALVES; half++) scales[half] = T::scale(block, run, half, v);
+        }
+        if constexpr (T::MINIMA)
+            for (int half = 0; half < HALVES; half++) minima[half] = T::minimum(block, run, half, v);
+    }
+
+    // The sum of pairs, times the whole number of a half's scale if WHOLE.
+    INLINE ivec sum_of(svec pairs, int half) const {
+        if constexpr (WHOLE) return add_shorts(ivec{}, pairs, level[half]);
+        return widened(pairs);
+    }
+
+    // From which sums of a run start.
+    INLINE ivec start(const Run& x, int part) const {
+        if constexpr (!OFFSET) return ivec{};
+        if constexpr (!WHOLE) return ivec{} + x.starts[part];
+        ivec half = add_shorts(ivec{}, (svec)levels, ivec{} + x.starts[0]);
+        return half + half;
+    }
+
+    INLINE vec scaled(const ivec (&products)[PARTS], const Run& x) const {
+        vec sum = as_float(products[0]) * scales[0];
+        if constexpr (PARTS == 2) sum += as_float(products[1]) * scales[1];
+        if constexpr (T::MINIMA)
+            for (int half = 0; half < HALVES; half++) sum -= minima[half] * splat(x.totals[half]);
+        return sum;
+    }
+};
+
+template <class T>
+INLINE ivec unit_of(const uint8_t* block, int run, int u, int v) {
+    const ivec unit = T::unit(block, run, u, v);
+    return RunScales<T>::SHIFTED ? unit ^ int32_t(0x80808080) : unit;
+}
+
+// Of one register of outputs.
+template <class T>
+struct Weights : RunScales<T> {
     ivec units[UNITS], magnitudes[UNITS];
-    vec scales[PARTS], minima[PARTS];
 
     INLINE void read(const uint8_t* block, int run, int v) {
+#pragma GCC unroll 8
         for (int u = 0; u < UNITS; u++) {
-            units[u] = T::unit(block, run, u, v);
+            units[u] = unit_of<T>(block, run, u, v);
             if (T::SIGNED && !HAVE_DOT) magnitudes[u] = magnitudes_of(units[u]);
-            if (SHIFTED) units[u] ^= int32_t(0x80808080);
         }
-        for (int part = 0; part < PARTS; part++) {
-            scales[part] = T::scale(block, run, part, v);
-            if constexpr (T::MINIMA) minima[part] = T::minimum(block, run, part, v);
-        }
+        this->read_scales(block, run, v);
     }
 };
 
@@ -54,7 +97,7 @@ INLINE ivec add_units(ivec sum, const Weights<T>& w, const Run& x, int u) {
     }
     svec pair = pairs<T::SIGNED>(w.units[u], w.magnitudes[u], x.unit(u));
     for (int i = u + 1; i < u + COUNT; i++) pair += pairs<T::SIGNED>(w.units[i], w.magnitudes[i], x.unit(i));
-    return sum + widened(pair);
+    return sum + w.sum_of(pair, u * Weights<T>::HALVES / UNITS);
 }
 
 // Units whose sums are of 16 bits.
@@ -67,8 +110,9 @@ constexpr int units_that_fit(int most) {
 // products[r][v][part] += bytes of weights times those of row r.
 template <class T, int R, int V>
 INLINE void add_products(const Weights<T>* w, const Run* x, ivec (&products)[R][V][Weights<T>::PARTS]) {
-    constexpr int PARTS = Weights<T>::PARTS, EACH = UNITS / PARTS, FIT = units_that_fit<T>(EACH);
-    if constexpr (WIDE_FILE || V == 1) {
+    constexpr int PARTS = Weights<T>::PARTS, EACH = UNITS / PARTS, HALF = UNITS / Weights<T>::HALVES;
+    constexpr int FIT = units_that_fit<T>(HALF);
+    if constexpr (WIDE_FILE) {
         constexpr int STEP = HAVE_DOT ? 1 : FIT;
         for (int u = 0; u < UNITS; u += STEP)
             for (int r = 0; r < R; r++)
@@ -80,12 +124,13 @@ INLINE void add_products(const Weights<T>* w, const Run* x, ivec (&products)[R][
     if constexpr (HAVE_DOT || FIT <= 2) {
         constexpr int STEP = HAVE_DOT ? 1 : FIT;
 #pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
+        for (int half = 0; half < Weights<T>::HALVES; half++) {
+            const int part = PARTS == 2 ? half : 0;
             ivec sums[R][V];
             for (int r = 0; r < R; r++)
                 for (int v = 0; v < V; v++) sums[r][v] = products[r][v][part];
 #pragma GCC unroll 1
-            for (int u = part * EACH; u < (part + 1) * EACH; u += STEP)
+            for (int u = half * HALF; u < (half + 1) * HALF; u += STEP)
                 for (int r = 0; r < R; r++)
                     for (int v = 0; v < V; v++) sums[r][v] = add_units<T, STEP>(sums[r][v], w[v], x[r], u);
             for (int r = 0; r < R; r++)
@@ -103,7 +148,7 @@ INLINE void add_products(const Weights<T>* w, const Run* x, ivec (&products)[R][
                     for (int r = 0; r < R; r++)
                         sums[r][v] += pairs<T::SIGNED>(w[v].units[u], w[v].magnitudes[u], x[r].unit(u));
             for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) products[r][v][first / EACH] += widened(sums[r][v]);
+                for (int v = 0; v < V; v++) products[r][v][first / EACH] += w[v].sum_of(sums[r][v], first / HALF);
         }
     }
 }
@@ -125,7 +170,7 @@ INLINE void add_rows(const Weights<T>* w, const Run* x, int run, const Sums& to,
                 if (RUNS_TOGETHER<T> > 1 && run > 0)
                     products[r][v][part] = to.whole[row + r][first + v];
                 else
-                    products[r][v][part] = ivec{} + (Weights<T>::OFFSET ? x[row + r].starts[part] : 0);
+                    products[r][v][part] = w[v].start(x[row + r], part);
     add_products<T, R, V>(w, x + row, products);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) {
@@ -133,12 +178,7 @@ INLINE void add_rows(const Weights<T>* w, const Run* x, int run, const Sums& to,
                 to.whole[row + r][first + v] = products[r][v][0];
                 continue;
             }
-            const Run& of_row = x[row + r];
-            vec sum = as_float(products[r][v][0]) * w[v].scales[0];
-            if constexpr (PARTS == 2) sum += as_float(products[r][v][1]) * w[v].scales[1];
-            if constexpr (T::MINIMA)
-                for (int part = 0; part < PARTS; part++) sum -= w[v].minima[part] * splat(of_row.totals[part]);
-            to.sums[row + r][first + v] += sum * splat(of_row.scale);
+            to.sums[row + r][first + v] += w[v].scaled(products[r][v], x[row + r]) * splat(x[row + r].scale);
         }
 }
 
@@ -156,7 +196,8 @@ INLINE void add_run(const Run* x, int rows, const uint8_t* block, int run, const
     }
 }
 
-// Asks for the bytes of a run of the weights that is needed later.
+// Asks for the bytes of a run of the weights that is needed later. Not with a single row: all its bytes are read in
+// order, so that the processor itself reads ahead, and faster than if it is told to.
 template <class T>
 INLINE void ahead_of(const uint8_t* block, int run) {
     constexpr int BLOCK_BYTES = T::BYTES * PANEL, RUN_BYTES = BLOCK_BYTES * RUN / T::INPUTS;
@@ -164,18 +205,67 @@ INLINE void ahead_of(const uint8_t* block, int run) {
     for (int at = 0; at < RUN_BYTES; at += 64) __builtin_prefetch(block + run * RUN_BYTES + AHEAD + at, 0, 2);
 }
 
-// A block times a single row: unpacking takes most of the time. Runs are unrolled, so that shifts are by constants.
-template <class T, int... RUNS>
-INLINE void add_block_to_row(const Run* x, const uint8_t* block, const Sums& sums, std::integer_sequence<int, RUNS...>) {
-    auto add = [&](auto run) __attribute__((always_inline)) {
-        ahead_of<T>(block, run);
+constexpr int SINGLE_TOGETHER = VECS < 4 ? VECS : 4;  // registers of outputs, of a single row
+
+// products[v][part] += bytes of weights, from register `first` on, times those of a row. Weights are read in the order in
+// which they lie in memory, and unpacked as they are multiplied.
+template <class T>
+INLINE void add_products_of_row(const uint8_t* block, int run, int first, const RunScales<T>* scales, const Run& x,
+                                ivec (&products)[SINGLE_TOGETHER][RunScales<T>::PARTS]) {
+    constexpr int V = SINGLE_TOGETHER, HALF = UNITS / RunScales<T>::HALVES, FIT = units_that_fit<T>(HALF);
+    constexpr int EACH = UNITS / RunScales<T>::PARTS;
+#pragma GCC unroll 8
+    for (int begin = 0; begin < UNITS; begin += FIT) {
+        svec pairs_of[V];
+#pragma GCC unroll 8
+        for (int u = begin; u < begin + FIT; u++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                const ivec unit = unit_of<T>(block, run, u, first + v);
+                if constexpr (HAVE_DOT) {
+                    products[v][u / EACH] = add_bytes(products[v][u / EACH], unit, x.unit(u));
+                } else {
+                    const svec added = pairs<T::SIGNED>(unit, T::SIGNED ? magnitudes_of(unit) : unit, x.unit(u));
+                    pairs_of[v] = u == begin ? added : pairs_of[v] + added;
+                }
+            }
+        if constexpr (!HAVE_DOT)
+            for (int v = 0; v < V; v++) products[v][begin / EACH] += scales[v].sum_of(pairs_of[v], begin / HALF);
+    }
+}
+
+template <class T>
+INLINE void add_run_to_row(const Run& x, const uint8_t* block, int run, const Sums& to) {
+    constexpr int V = SINGLE_TOGETHER;
 #pragma GCC unroll 1
-        for (int v = 0; v < VECS; v++) {
-            Weights<T> w;
-            w.read(block, run, v);
-            add_rows<T, 1, 1>(&w, x + run, run, sums, 0, v);
+    for (int first = 0; first < VECS; first += V) {
+        ivec products[V][RunScales<T>::PARTS];
+        RunScales<T> scales[V];
+        for (int v = 0; v < V; v++) {
+            scales[v].read_scales(block, run, first + v);
+            for (int part = 0; part < RunScales<T>::PARTS; part++)
+                products[v][part] =
+                    RUNS_TOGETHER<T> > 1 && run > 0 ? to.whole[0][first + v] : scales[v].start(x, part);
         }
-        asm volatile("" : : : "memory");  // otherwise all runs' bytes would be asked for and read first
+        add_products_of_row<T>(block, run, first, scales, x, products);
+        for (int v = 0; v < V; v++) {
+            if (RUNS_TOGETHER<T> > 1 && run < RUNS_TOGETHER<T> - 1)
+                to.whole[0][first + v] = products[v][0];
+            else
+                to.sums[0][first + v] += scales[v].scaled(products[v], x) * splat(x.scale);
+        }
+    }
+}
+
+// PERIOD runs times a single row. They are unrolled, so that shifts are by constants.
+template <class T, int... RUNS>
+INLINE void add_runs_to_row(const Run* x, const uint8_t* block, int begin, const Sums& sums,
+                            std::integer_sequence<int, RUNS...>) {
+    auto add = [&](auto number) __attribute__((always_inline)) {
+        const int run = begin + number;
+        if (run % T::PERIOD != number) __builtin_unreachable();
+        add_run_to_row<T>(x[run], block, run, sums);
+        asm volatile("" : : : "memory");  // otherwise the bytes of all would be read first
     };
     (add(std::integral_constant<int, RUNS>{}), ...);
 }
@@ -189,7 +279,9 @@ void tile_blocks(const Run* x, int rows, const uint8_t* panel, int64_t blocks, c
         for (int v = 0; v < VECS; v++) sums.sums[r][v] = vec{};
     if (rows == 1) {
         for (int64_t b = 0; b < blocks; b++, panel += BLOCK_BYTES, x += RUNS)
-            add_block_to_row<T>(x, panel, sums, std::make_integer_sequence<int, RUNS>{});
+#pragma GCC unroll 1
+            for (int begin = 0; begin < RUNS; begin += T::PERIOD)
+                add_runs_to_row<T>(x, panel, begin, sums, std::make_integer_sequence<int, T::PERIOD>{});
         return;
     }
     for (int64_t b = 0; b < blocks; b++, panel += BLOCK_BYTES)
@@ -220,10 +312,11 @@ void row_of_blocks(const uint8_t* panel, int n, int64_t blocks, float* out) {
 // ---- the types by their numbers: ggml's, and from 1000 on our own
 
 struct BlockType {
-    int number, inputs, bytes, offset;
-    bool halves;
+    int number, inputs, bytes;
+    void (*arrange)(const uint8_t*, uint8_t*);  // null: the fields of a block are as in its file
     int num_fields;
     const Field* fields;
+    RunTotals totals;
     int together;  // runs of x that have one scale
     void (*tile)(const Run*, int, const uint8_t*, int64_t, const Sums&);
     void (*row)(const uint8_t*, int, int64_t, float*);
@@ -231,8 +324,16 @@ struct BlockType {
 
 template <class T>
 constexpr BlockType type_of(int number) {
-    return {number,      T::INPUTS,      T::BYTES,        Weights<T>::OFFSET, T::HALVES, std::extent<decltype(T::FIELDS)>::value,
-            T::FIELDS,   RUNS_TOGETHER<T>, tile_blocks<T>, row_of_blocks<T>};
+    return {number,
+            T::INPUTS,
+            T::BYTES,
+            arrange_of<T>(nullptr),
+            std::extent<decltype(T::FIELDS)>::value,
+            T::FIELDS,
+            {Weights<T>::OFFSET, T::HALVES, Weights<T>::WHOLE && Weights<T>::OFFSET != 0},
+            RUNS_TOGETHER<T>,
+            tile_blocks<T>,
+            row_of_blocks<T>};
 }
 
 constexpr BlockType TYPES[] = {
