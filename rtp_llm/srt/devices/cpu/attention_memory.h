@@ -47,9 +47,9 @@ void find_slots(const Attention& a, int64_t table, int64_t begin, int64_t count,
         for (int64_t i = 0; i < count; i++) slots[i] = pages[begin + i];
         return;
     }
-    for (int64_t i = 0; i < count; i++) {
-        int64_t position = begin + i;
-        slots[i] = pages[position / a.page_size] * a.page_size + position % a.page_size;
+    for (int64_t i = 0, page = begin / a.page_size, in_page = begin % a.page_size; i < count; page++, in_page = 0) {
+        const int64_t first = pages[page] * a.page_size;
+        for (; in_page < a.page_size && i < count; in_page++) slots[i++] = first + in_page;
     }
 }
 

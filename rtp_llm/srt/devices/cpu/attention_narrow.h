@@ -68,7 +68,7 @@ INLINE void natural_order(float* weighted, int64_t size) {
 
 template <class C, class R, int HEADS>
 INLINE void add_all_values(const C* p, const R* const* values, int num_keys, float* weighted, int64_t size) {
-    constexpr int VECS = 2 * PACK<C>;
+    constexpr int VECS = HEADS <= 2 ? 4 : 2 * PACK<C>;  // registers have room for the sums of all heads
     int64_t d = 0;
     for (; d + VECS * LANES <= size; d += VECS * LANES) add_values<C, R, HEADS, VECS>(p, values, d, num_keys, weighted, size);
     for (; d < size; d += STEP<C>) add_values<C, R, HEADS, PACK<C>>(p, values, d, num_keys, weighted, size);
@@ -176,13 +176,24 @@ void run_narrow(const Attention& a, const Step& step, const Item& item, const Pa
     int count = std::min(NARROW_KEYS, item.end - item.begin);
     find_slots(a, item.table, item.begin, count, slots[0]);
     int now = 0;
+    auto ask_for_keys = [&](const int64_t* of, int number, int64_t head) __attribute__((always_inline)) {
+        for (int j = 0; j < number; j++)
+            prefetch(keys + of[j] * a.key_slot + head * a.key_head, a.head_dim * int64_t(sizeof(S)));
+    };
+    auto ask_for_values = [&](const int64_t* of, int number, int64_t head) __attribute__((always_inline)) {
+        for (int j = 0; j < number; j++)
+            prefetch(values + of[j] * a.value_slot + head * a.value_head, a.v_head_dim * int64_t(sizeof(S)));
+    };
+    for (int head = 0; head < item.num_heads; head++) {
+        ask_for_keys(slots[0], count, item.head + head);
+        ask_for_values(slots[0], count, item.head + head);
+    }
     for (int32_t begin = item.begin; begin < item.end; begin += NARROW_KEYS, now = 1 - now) {
         int next_count = std::max(0, std::min(NARROW_KEYS, item.end - begin - NARROW_KEYS));
         find_slots(a, item.table, begin + NARROW_KEYS, next_count, slots[1 - now]);
         for (int head = 0; head < item.num_heads; head++) {
             int64_t kv_head = item.head + head;
-            for (int j = 0; j < next_count; j++)
-                prefetch(keys + slots[1 - now][j] * a.key_slot + kv_head * a.key_head, a.head_dim * int64_t(sizeof(S)));
+            ask_for_keys(slots[1 - now], next_count, kv_head);
             if (CONVERTS)
                 for (int j = 0; j < count; j++) {
                     key_scales[j] = a.key_scales[slots[now][j] * a.num_kv_heads + kv_head];
@@ -223,8 +234,7 @@ void run_narrow(const Attention& a, const Step& step, const Item& item, const Pa
                 }
                 totals[h] += sum(total);
             }
-            for (int j = 0; j < next_count; j++)
-                prefetch(values + slots[1 - now][j] * a.value_slot + kv_head * a.value_head, a.v_head_dim * int64_t(sizeof(S)));
+            ask_for_values(slots[1 - now], next_count, kv_head);
             rows.direct = !CONVERTS && a.v_head_dim % STEP<C> == 0;
             rows.find(values + kv_head * a.value_head, a.value_slot, slots[now], count, a.v_head_dim, v_size, buffer);
             float* sums_of = weighted + head * group * v_size;
