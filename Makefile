@@ -69,9 +69,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
 	@touch $@ $(VENV)/.installed-demo
 
-# Other people's clients, which the server is tried with: large, and not needed otherwise.
+# Other people's clients, which the server is tried with: large, and not needed otherwise. instructor asks for older
+# versions of jiter and rich than are pinned here, and works with these; what else it needs, others bring.
 $(VENV)/.installed-all: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev,test-all]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps 'instructor>=1.17' -c constraints.txt
 	@touch $@
 
 clean:
