@@ -125,6 +125,7 @@ def test_wrong_values_are_told_before_loading(
         (["generat"], "invalid choice: 'generat'"),
         (["generate", "--model", "m"], "required: --prompt"),
         ([*GENERATE, "--temprature", "0"], "unknown argument '--temprature'; did you mean '--temperature'?"),
+        (["bench", "--profile", "--port", "1"], "--port belongs to other commands: rtp-llm bench --profile does not"),
     ],
 )
 def test_wrong_command_lines(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:

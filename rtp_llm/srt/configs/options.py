@@ -46,7 +46,12 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for parser in self._family() for flag in parser._option_string_actions]
-            self.error(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
+            flag = unknown[0].split("=")[0]
+            if flag in flags:
+                command = getattr(getattr(parsed, "command", None), "name", "")
+                where = f"{self.prog} {command}".strip()
+                self.error(f"{flag} belongs to other commands: {where} does not take it, and {where} --help lists what")
+            self.error(f"unknown argument {unknown[0]!r}{nearest(flag, flags)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -340,6 +340,8 @@ def _summary(
 
 
 def _size(num_bytes: int) -> str:
+    if num_bytes < 2**10:
+        return f"{num_bytes} bytes"
     if num_bytes < 2**20:
         return f"{num_bytes / 2**10:.0f} KiB"
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
