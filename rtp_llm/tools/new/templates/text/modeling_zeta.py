@@ -43,14 +43,17 @@ def eager_attention_forward(
     scaling: float,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, heads, tokens, head_dim] each, a mask of what is seen -> [batch, tokens, heads, head_dim] and weights.
+    """[batch, heads, tokens, head_dim] each, a mask -> [batch, tokens, heads, head_dim] and weights.
 
+    The mask is bool, of what is seen, or is added to the scores: a bias, with -inf where nothing is seen.
     ``rtp-llm verify`` looks for a function of this name to see queries, keys and values.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        scores = scores + attention_mask
+    elif attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
