@@ -30,17 +30,19 @@ from rtp_llm.srt.models.weight_loading import load_weights
 from rtp_llm.srt.worker.layout import cache_layout
 from rtp_llm.srt.worker.model_runner import takes_mrope_positions
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "supported_models" / "support_new_models.md"
+PAGES = Path(__file__).resolve().parents[3] / "docs" / "supported_models"
 
 
-def names_of_the_table(heading: str) -> list[str]:
-    section = PAGE.read_text().split(f"\n{heading}\n", 1)[1].split("\n#", 1)[0]
+def names_of_the_table(page: str, heading: str) -> list[str]:
+    section = (PAGES / page).read_text().split(f"\n{heading}\n", 1)[1].split("\n#", 1)[0]
     return re.findall(r"^\| `(\w+)[`(]", section, re.MULTILINE)
 
 
 def test_every_trait_is_in_the_tables() -> None:
-    assert names_of_the_table("### What a model can say") == [trait.name for trait in fields(ModelTraits)]
-    assert sorted(names_of_the_table("### What a layer can say")) == sorted(LAYER_TRAITS)
+    assert names_of_the_table("support_new_models.md", "### What a model can say") == [
+        trait.name for trait in fields(ModelTraits)
+    ]
+    assert sorted(names_of_the_table("layers.md", "## What a layer can say")) == sorted(LAYER_TRAITS)
 
 
 def test_every_name_of_a_protocol_is_a_layers_trait() -> None:
