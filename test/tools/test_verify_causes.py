@@ -13,10 +13,11 @@ from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk
 from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, dense_routing, solved_routing
 from rtp_llm.tools.verify.order_causes import explain_order, order_text
+from rtp_llm.tools.verify.parameter_causes import transposed_parameters
 from rtp_llm.tools.verify.pointer import source_of
 from rtp_llm.tools.verify.recorders import OurRecorder
 from rtp_llm.tools.verify.routing_causes import RoutingTrials
-from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Trace
+from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Parts, Place, Trace
 
 TOLERANCE = 1e-4
 LOGITS = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
@@ -132,6 +133,39 @@ def test_weights_are_solved_for() -> None:
     found, error = solved_routing(torch.einsum("te,eth->th", weights, outputs), outputs)
     torch.testing.assert_close(found, weights, atol=1e-5, rtol=1e-4)
     assert error < 1e-5 and solved_routing(torch.randn(5, 8), outputs)[1] > 0.1
+
+
+def test_no_weights_are_solved_for_what_is_not_finite(capfd: pytest.CaptureFixture[str]) -> None:
+    """LAPACK would print an error of its own."""
+    assert solved_routing(torch.full((5, 8), float("nan")), torch.ones(3, 5, 8))[1] == float("inf")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_square_parameter_is_tried_transposed() -> None:
+    module = nn.Module()
+    module.mix, module.read = nn.Parameter(torch.arange(9.0).view(3, 3)), nn.Parameter(torch.ones(3))
+    ((holder, text, made),) = transposed_parameters({"streams": module})
+    right = module.mix.data.clone()
+    with made():
+        assert torch.equal(module.mix, right.T)
+    assert torch.equal(module.mix, right) and (holder, text) == ("streams", "its mix is used transposed")
+
+
+def test_rows_of_images_are_joined_where_one_side_loops_over_them() -> None:
+    """Of a tower: patches of two images, in two calls and in one."""
+    parts = Parts("model.text", "model.text.embed")
+    ours, theirs = Trace(4, parts=parts), Trace(4, parts=parts)
+    images = torch.randn(3, 5), torch.randn(6, 5)
+    with ours.step(0, 4):
+        ours.add("model.eye.norm", OUTPUT, torch.cat(images))
+    with theirs.step(0, 4):
+        for image in images:
+            theirs.add("model.eye.norm", OUTPUT, image)
+    place = Place("model.eye.norm", OUTPUT)
+    theirs.join_uses(ours)
+    assert list(theirs.tensors) == [place] and torch.equal(theirs.tensors[place], ours.tensors[place])
+    ours.join_uses(theirs)
+    assert theirs.joined == {place} and not ours.joined
 
 
 def test_a_bias_by_distance_is_seen_beside_the_factor() -> None:

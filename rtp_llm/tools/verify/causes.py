@@ -74,11 +74,12 @@ def explain(evidence: Evidence, place: Place, error: float) -> Finding:
 
 
 def _by_source(evidence: Evidence, place: Place, finding: Finding) -> Finding:
-    """Return an edit of the reference's code that gives ours, if there is one, with what is known already."""
+    """Return an edit of the reference's code that gives ours, if there is one: it explains all, and descriptions of the
+    difference say no more."""
     edit = find_source_edit(evidence, place)
     if edit is None:
         return finding
-    return Finding(place.module, place.part, finding.error, [edit.cause, *finding.causes], look=edit.module)
+    return Finding(place.module, place.part, finding.error, [edit.cause], look=edit.module)
 
 
 def _by_experiments(evidence: Evidence, place: Place, error: float) -> Finding:
@@ -376,7 +377,7 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
             return Finding(place.module, place.part, error, [cause])
     mutation = find_mutation(evidence, place)
     if mutation is not None:
-        if mutation.module not in evidence.their_modules:  # of the configuration
+        if mutation.module not in evidence.their_modules:  # of the configuration, or an argument
             return Finding(place.module, place.part, error, [mutation.text])
         part = place.part if mutation.module == place.module else OUTPUT
         return Finding(mutation.module, part, error, [mutation.text])

@@ -148,8 +148,6 @@ def _verdict(report: Report) -> list[str]:
         agree = f"[green]They agree[/green]: logits differ by {worst:.1g} of their spread ({report.tolerance:g} may)."
         return [agree, *_states_lines(report)]
     lines = ["[red]They differ.[/red]"]
-    if report.dtype != "float32":
-        lines.append(f"{report.dtype} rounds: --dtype float32 tells mistakes from rounding, and causes apart.")
     if report.note:
         lines.append(escape(report.note))
     if report.finding:

@@ -71,7 +71,7 @@ def solved_routing(
     output: torch.Tensor, expert_outputs: torch.Tensor, chosen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
     """Return the weights [tokens, columns] with which outputs [columns, tokens, hidden] sum to ``output``, and the
-    worst token's relative error.
+    worst token's relative error: infinite of what is not finite.
 
     Args:
         chosen: [tokens, columns] bool, the columns that a token may use; None: all. Fewer than ``hidden``.
@@ -79,6 +79,8 @@ def solved_routing(
     columns = expert_outputs.permute(1, 2, 0).double()  # [tokens, hidden, columns]
     if chosen is not None:
         columns = columns * chosen[:, None]
+    if not bool(columns.isfinite().all()) or not bool(output.isfinite().all()):  # LAPACK would print an error
+        return torch.zeros(len(output), columns.shape[2]), float("inf")
     weights = torch.linalg.lstsq(columns, output.double()[:, :, None], driver="gelsd").solution
     errors = (columns @ weights)[:, :, 0] - output
     sizes = output.double().norm(dim=-1).clamp(min=1e-30)

@@ -11,7 +11,7 @@ from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, KEYS, OUTPUT, QUERI
 # What needs not agree where this does: it is written in another way.
 _MADE_OF = {CONVOLVED: (TO_CONVOLVE,), SCANNED: (TO_CONVOLVE, CONVOLVED, *SCAN_INPUTS)}
 # Tolerances of the worst token's relative difference: of a module's tensors, and of logits.
-MODULE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
+MODULE_TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
 LOGITS_TOLERANCE = {"float32": 2e-4, "float16": 3e-2, "bfloat16": 1e-1}
 
 

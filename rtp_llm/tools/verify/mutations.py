@@ -16,6 +16,7 @@ from torch import nn
 
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.parameter_causes import handed_on, transposed_parameters
 from rtp_llm.tools.verify.trace import Place
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
@@ -34,7 +35,7 @@ _NOT_CHANGED = {
 
 @dataclass(frozen=True)
 class Mutation:
-    """``module``: the name of what is changed; ``text``: how, as a cause; ``made``: makes it while it is open."""
+    """``module``: the name of what is changed, a module or another; ``text``: how, as a cause; ``made``: makes it."""
 
     module: str
     text: str
@@ -83,13 +84,16 @@ def without_effect(evidence: Evidence, place: Place, names: Sequence[str]) -> li
 
 
 def mutations(evidence: Evidence, place: Place) -> Iterator[Mutation]:
-    """Yield changes of what is computed up to a place: modules left out first, then attributes."""
+    """Yield changes of what is computed up to a place: modules left out first, then parameters and what layers are
+    given, then attributes."""
     modules = {name: m for name, m in evidence.replay.modules_around(place).items() if name}
     for name, module in modules.items():
         if Place(name, "output") in evidence.theirs.tensors:
             yield Mutation(name, "it is left out: what goes in comes out", _hooked(module, _passed_on))
             yield Mutation(name, "its output is left out: nothing is added", _hooked(module, _nothing))
             yield Mutation(name, "its output counts twice", _hooked(module, _twice))
+    for what, text, made in (*transposed_parameters(modules), *handed_on(evidence, place)):
+        yield Mutation(what, text, made)
     yield from _replaced(modules)
     yield from _config_mutations(evidence)
     for name, module in modules.items():

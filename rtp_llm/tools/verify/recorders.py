@@ -182,7 +182,7 @@ class OurRecorder(Recorder):
     def _keep_rotation(self, name: str, args: tuple[Any, ...]) -> None:
         self.trace.add_positions(args[0])
         self._rope_name = name
-        self._rotation = tuple(tensor.clone() for tensor in args[1:3])
+        self._rotation = tuple(None if tensor is None else tensor.clone() for tensor in args[1:3])
 
     def _watch_attention(self, name: str, layer: RadixAttention) -> None:
         def before(args: tuple[Any, ...]) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.order_causes import explain_order
+from rtp_llm.tools.verify.parameter_causes import table_of
 from rtp_llm.tools.verify.trace import OUTPUT, Place
 
 MAX_SOURCES = 64  # tensors whose rows are looked at
@@ -317,17 +318,19 @@ def explain_added(evidence: Evidence, place: Place) -> str | None:
 
 
 def describe_added(evidence: Evidence, place: Place) -> str | None:
-    """Return how far what a tower of ours adds to the tensor before differs, if it is much less than what is added."""
+    """Return how far what a tower of ours adds to the tensor before differs, if it is much less than what is added, and
+    if that is made of a learned table of the reference: without the table nothing is added."""
     if not evidence.ours.parts.is_tower(place.module):
         return None
     ours, theirs = evidence.pair(place)
     for p in _earlier(evidence, place)[:1]:
-        added = theirs - evidence.theirs.tensors[p]
-        ratio = float((ours - theirs).norm() / added.norm().clamp(min=1e-30))
-        if 0 < ratio < ALIKE:
+        base = evidence.theirs.tensors[p]
+        ratio = float((ours - theirs).norm() / (theirs - base).norm().clamp(min=1e-30))
+        table = table_of(evidence, place, base) if 0 < ratio < ALIKE else None
+        if table:
             return (
-                f"what is added to {p} is not quite what the reference adds: they are {ratio:.0%} apart (of a learned "
-                "table: another interpolation, or other rows)"
+                f"what is added to {p} is not quite what the reference adds: they are {ratio:.0%} apart, and it is "
+                f"made of {table} (another interpolation of it, or other rows)"
             )
     return None
 

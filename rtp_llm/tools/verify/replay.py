@@ -1,5 +1,6 @@
 """The reference computed again, a layer or all of it, while something in it is changed."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,13 +40,47 @@ class Replay:
             return {name: m for m, name in self._names.items() if name == layer or name.startswith(f"{layer}.")}
         return {name: m for m, name in self._names.items() if not layer_of(name)}
 
+    def arguments(self, place: Place) -> dict[str, torch.Tensor]:
+        """Return the numbers that a place's layer was called with last, by the names of ``forward``'s arguments."""
+        args, kwargs = self._recorder.calls.get(layer_of(place.module), ((), {}))
+        named = dict(enumerate(args)) | kwargs
+        names = self._names_of_arguments(place)
+        return {
+            names.get(key, str(key)): value
+            for key, value in named.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+
+    @contextmanager
+    def argument(self, place: Place, name: str, value: torch.Tensor) -> Iterator[None]:
+        """Call a place's layer with another argument within the context."""
+        layer, names = layer_of(place.module), self._names_of_arguments(place)
+        before = self._recorder.calls[layer]
+        args = tuple(value if names.get(i, str(i)) == name else arg for i, arg in enumerate(before[0]))
+        kwargs = {key: value if key == name else arg for key, arg in before[1].items()}
+        self._recorder.calls[layer] = (args, kwargs)
+        try:
+            yield
+        finally:
+            self._recorder.calls[layer] = before
+
+    def _names_of_arguments(self, place: Place) -> dict[Any, str]:
+        """Return the names of a place's layer's positional arguments, by their index."""
+        module = next((m for m, name in self._names.items() if name == layer_of(place.module)), None)
+        return {} if module is None else dict(enumerate(inspect.signature(module.forward).parameters))
+
     @torch.inference_mode()
-    def tensor(self, place: Place) -> torch.Tensor | None:
-        """Return what the reference has at a place now; None: nothing. Within ``recording``."""
+    def tensor(self, place: Place, whole: bool = False) -> torch.Tensor | None:
+        """Return what the reference has at a place now; None: nothing. Within ``recording``.
+
+        Args:
+            whole: compute all of it, not the place's layer alone from what that was given.
+        """
         before = self._recorder.trace
         trace = self._recorder.trace = Trace(before.num_tokens, before.first_kept, before.parts)
         try:
-            logits = self._run(trace, layer_of(place.module))
+            logits = self._run(trace, "" if whole or place in before.joined else layer_of(place.module))
+            trace.join_as(before)
         except Exception:  # of any kind: what was changed does not fit
             return None
         finally:
@@ -57,7 +92,7 @@ class Replay:
         return logits if place.part == LOGITS else trace.tensors.get(place)
 
     def _run(self, trace: Trace, layer: str) -> torch.Tensor | None:
-        """Compute a layer, or all and return the last logits."""
+        """Compute a layer, or all, if it is none, and return the last logits."""
         call = self._recorder.calls.get(layer)
         if call is None:
             return self._run_all(trace)

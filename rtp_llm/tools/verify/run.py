@@ -20,31 +20,25 @@ from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
 from rtp_llm.tools.verify.boundary_states import StateLog
 from rtp_llm.tools.verify.causes import explain, explain_logits, pass_over_layout
 from rtp_llm.tools.verify.evidence import Evidence, Finding
-from rtp_llm.tools.verify.latent import add_latent_scores
 from rtp_llm.tools.verify.locate import (
     LOGITS_TOLERANCE,
     MODULE_TOLERANCE,
     Difference,
-    compare,
     first_difference,
     logits_error,
-    pass_over_embedding,
 )
 from rtp_llm.tools.verify.model_class import registered
-from rtp_llm.tools.verify.names import aligned_names
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
 from rtp_llm.tools.verify.pixels import pixels_note
 from rtp_llm.tools.verify.pointer import source_of
 from rtp_llm.tools.verify.prompts import Prompt, image_prompt, image_prompts, read_or_default_prompts
-from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
+from rtp_llm.tools.verify.recording import compared, logits_of, record
 from rtp_llm.tools.verify.recurrent_causes import explain_state
-from rtp_llm.tools.verify.replay import Replay
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.ties import Parting, parting, same_in_float32
-from rtp_llm.tools.verify.trace import LOGITS, Parts, Place, Trace
+from rtp_llm.tools.verify.together import explain_images, explain_pieces
 
 TOP = 5
-MAX_KEPT_TOKENS = 256  # most tokens at a prompt's end that are recorded (and all keys and values)
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 NUM_SHOWN = 3  # places shown before and after the first that differs
 
@@ -151,10 +145,38 @@ def _verify(args: ServerArgs, options: VerifyOptions) -> Report:
         return Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], [], failure=str(error))
     name = type(ours.model).__name__
     report = Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], results, pixels=pixels)
-    if not report.agrees:
+    if not report.agrees and dtype == "float32":
         return _localise(report, ours, theirs, options)
-    del ours, theirs  # their memory is wanted
-    return report if dtype == "float32" else _settle_ties(report, args, options)
+    if report.agrees:
+        del ours, theirs  # their memory is wanted
+        return report if dtype == "float32" else _settle_ties(report, args, options)
+    found = _localise(report, ours, theirs, options)
+    del ours, theirs
+    return _judged_in_float32(found, args, options)
+
+
+def _judged_in_float32(report: Report, args: ServerArgs, options: VerifyOptions) -> Report:
+    """Return a report in 16 bits with what float32 says of it: the difference is rounding, or has this cause."""
+    args = replace(args, dtype="float32")
+    try:
+        config = read_model_config(args)
+        longest = max(len(result.prompt.ids) for result in report.results)
+        ours, theirs = OurModel(args, config, longest + options.max_new_tokens), TheirModel(args, config)
+        wrong = [result.prompt for result in report.results if result.error > report.tolerance]
+        results = [_compare_prompt(ours, theirs, prompt, options) for prompt in wrong]
+    except (WeightLoadError, ModelBuildError, ForwardError, VerifyError) as error:
+        return _with(report, note=f"{report.note} It cannot be computed in float32: {reason(error)}".strip())
+    anew = replace(report, dtype="float32", tolerance=LOGITS_TOLERANCE["float32"], results=results, finding=None)
+    if not anew.agrees:
+        anew = _localise(anew, ours, theirs, options)
+        note = f"{anew.note} In float32 they differ, too: what follows is found there.".strip()
+        return _with(anew, note=note, dtype=report.dtype, tolerance=report.tolerance, results=report.results)
+    note = (
+        f"In float32 they agree: what differs in {report.dtype} is rounding, or a tie that rounding breaks otherwise."
+    )
+    if report.finding:
+        note += f" It exceeds {MODULE_TOLERANCE[report.dtype]:g} first at {report.finding.module}."
+    return _with(report, note=note, finding=None, source="")
 
 
 def _pixels(
@@ -219,16 +241,25 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     shortest = min(wrong, key=lambda result: len(result.prompt.ids))
     whole = _with_text(shortest, theirs.model.config)
     evidence = record(report.dtype, ours, theirs, whole, options.cut_len)
-    differences = _compared(evidence)
+    differences = compared(evidence)
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
     if index is not None:
-        index, finding = _searched(evidence, differences, index)
+        asked = (report.dtype, ours, theirs, whole, options.cut_len, report.tolerance)
+        together = explain_images(*asked)
+        if together:
+            place, error = differences[index]
+            finding = Finding(place.module, place.part, error, [together])
+        else:
+            index, finding = _searched(evidence, differences, index)
         source = source_of(ours.model, finding.module, finding.part, evidence.ours, finding.look)
-        finding = _with_pieces(finding, report, ours, theirs, whole, options)
+        in_pieces = explain_pieces(*asked)
+        if in_pieces:  # by experiment: a mere description says no more
+            causes = [*(finding.causes if finding.is_explained else ()), in_pieces]
+            finding = replace(finding, causes=causes, is_description=False)
         around = differences[max(0, index - NUM_SHOWN) : index + NUM_SHOWN + 1]
         return _with(report, finding=finding, around=around, source=source)
-    logits, error = _logits_of(evidence)
+    logits, error = logits_of(evidence)
     if error > report.tolerance:
         finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
         return _with(report, finding=finding, source=source_of(ours.model, "", finding.part, evidence.ours))
@@ -265,17 +296,6 @@ def _guarded(search: Callable[[], Finding], place: Finding) -> Finding:
         return replace(place, causes=[f"the search for it failed, which is a fault of verify: {reason(failure)}"])
 
 
-def _compared(evidence: Evidence) -> list[Difference]:
-    differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place.part != LOGITS]
-    return pass_over_embedding(differences, evidence.ours, evidence.theirs, evidence.tolerance)
-
-
-def _logits_of(evidence: Evidence) -> tuple[Place, float]:
-    """Return the place of the logits, and their difference."""
-    place = next(place for place in evidence.ours.tensors if place.part == LOGITS)
-    return place, logits_error(*evidence.pair(place))
-
-
 def _with_text(result: PromptResult, config: Any) -> Prompt:
     """Return the prompt with its text, up to the first placeholder of media in it: those would want media of their
     own. ``config``: the reference's, which names placeholders."""
@@ -287,43 +307,5 @@ def _with_text(result: PromptResult, config: Any) -> Prompt:
     return replace(prompt, ids=[*prompt.ids, *text])
 
 
-def _with_pieces(
-    finding: Finding, report: Report, ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions
-) -> Finding:
-    """Add to a finding if ours is right, at all tokens, once it computes the prompt, with its text, at once."""
-    if not ours.cut_of(prompt, options.cut_len):
-        return finding
-    at_once = record(report.dtype, ours, theirs, prompt, 0)
-    if first_difference(_compared(at_once), at_once.tolerance) is not None or _logits_of(at_once)[1] > report.tolerance:
-        return finding
-    cause = (
-        f"only where a prompt is computed in pieces, {options.cut_len} tokens and then the rest: at once, ours agrees. "
-        "Something depends on which tokens are computed together"
-    )
-    return replace(finding, causes=[*finding.causes, cause])
-
-
 def _with(report: Report, **changes: Any) -> Report:
     return Report(**{item.name: getattr(report, item.name) for item in fields(report)} | changes)
-
-
-def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int) -> Evidence:
-    """Return both sides' traces of a prompt, the last logits among them."""
-    num_tokens, cut_len, log = len(prompt.ids), ours.cut_of(prompt, cut_len), StateLog()
-    parts = Parts() if prompt.media is None else Parts.of(theirs.model)
-    our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS), parts) for _ in range(2))
-    with OurRecorder(ours.model, our_trace):
-        output_ids, our_logits = ours.run(prompt, cut_len, 1, our_trace, log)
-    names = aligned_names(ours.model, theirs.model)
-    heads = {name: call.num_kv_heads for name, call in our_trace.calls.items()}
-    recorder = TheirRecorder(theirs.model, their_trace, names, heads)
-    with recorder:
-        their_logits = theirs.run(prompt, cut_len, output_ids, their_trace, log)
-    theirs.add_states_at_cut(prompt, cut_len, log)
-    add_latent_scores(our_trace, their_trace)
-    logits = Place(names.get(theirs.model.get_output_embeddings(), "lm_head"), LOGITS)
-    num_logits = our_logits.shape[1]
-    our_trace.tensors[logits], their_trace.tensors[logits] = our_logits[-1:], their_logits[-1:, :num_logits]
-    config, tolerance = theirs.model.config.get_text_config(), MODULE_TOLERANCE[dtype]
-    replay = Replay(recorder, lambda trace: theirs.run(prompt, cut_len, output_ids, trace)[-1:, :num_logits])
-    return Evidence(config, ours.model, theirs.model, our_trace, their_trace, tolerance, names, replay, log.pairs())

@@ -11,7 +11,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device
 from rtp_llm.srt.engine.executor import InProcessExecutor
 from rtp_llm.srt.models.registry import reason
-from rtp_llm.srt.multimodal.items import MultimodalInputs
+from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.worker.worker import WorkerConfig
 from rtp_llm.tools.auto_classes import computed, forget_last_prompt
@@ -47,6 +47,20 @@ class OurModel:
         if prompt.media is None or not self._runner.max_media_block:
             return cut_len
         return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
+
+    @contextmanager
+    def images_one_by_one(self) -> Iterator[None]:
+        """Have the model encode each item by itself within the context, not all of a step together."""
+        methods = {name: getattr(self.model, name, None) for name in (f"get_{each.value}_feature" for each in Modality)}
+        encoders = {name: method for name, method in methods.items() if method is not None}
+        for name, encode in encoders.items():
+            one_by_one = lambda items, encode=encode: torch.cat([encode([item]) for item in items])  # noqa: E731
+            setattr(self.model, name, one_by_one)
+        try:
+            yield
+        finally:
+            for name in encoders:
+                delattr(self.model, name)
 
     def run(
         self,

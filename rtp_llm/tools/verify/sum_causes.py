@@ -71,7 +71,9 @@ def combination(evidence: Evidence, place: Place) -> str | None:
 
 
 def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place]) -> str | None:
-    for pair in combinations(places, 2):
+    if not bool(target.isfinite().all()):
+        return None
+    for pair in combinations([p for p in places if bool(evidence.theirs.tensors[p].isfinite().all())], 2):
         columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in pair], dim=1).double()
         factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
         if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:

@@ -143,6 +143,7 @@ class Trace:
         self.positions: torch.Tensor | None = None  # inputs of rotations: [tokens], or [3, tokens] of M-RoPE
         self._position_pieces: list[torch.Tensor] = []
         self.tensors: dict[Place, torch.Tensor] = {}
+        self.joined: set[Place] = set()  # whose several uses in a step are one tensor
         self._pieces: defaultdict[Place, list[torch.Tensor]] = defaultdict(list)
         self._uses: Counter[Place] = Counter()
         self._start = self._num = self._num_steps = 0
@@ -203,7 +204,7 @@ class Trace:
         self._uses[Place(module, part)] += 1
         use = self._uses[Place(module, part)]
         skipped = 0 if part in _KEPT_WHOLE or is_tower else max(0, self.first_kept - self._start)
-        place = Place(module if use == 1 else f"{module}#{use}", part)
+        place = Place(module, part) if use == 1 else _use(Place(module, part), use)
         self._pieces[place].append(kept(rows[skipped:]))
 
     def add_experts(self, module: str, call: ExpertsCall, routing: torch.Tensor) -> None:
@@ -211,6 +212,38 @@ class Trace:
         self.experts[module] = call
         self.add(module, INPUT, call.given)
         self.add(module, ROUTING, routing)
+
+    def join_uses(self, other: "Trace") -> None:
+        """Join what a tower's modules have in several uses, one for each image, where the other side has all images in
+        one: rows of all uses, in their order."""
+        for place, tensor in list(self.tensors.items()):
+            right = other.tensors.get(place)
+            if not self.parts.is_tower(place.module) or right is None or _use(place, 2) in other.tensors:
+                continue
+            uses = self._uses_of(place)
+            is_joined = len(uses) > 1 and tensor.shape[1] == right.shape[1]
+            if is_joined and sum(len(self.tensors[use]) for use in uses) == len(right):
+                self._join(place)
+
+    def join_as(self, other: "Trace") -> None:
+        """Join the uses that are joined in another trace of the same model."""
+        for place in other.joined:
+            self._join(place)
+
+    def _join(self, place: Place) -> None:
+        uses = self._uses_of(place)
+        if len({self.tensors[use].shape[1] for use in uses}) == 1:
+            self.tensors[place] = torch.cat([self.tensors[use] for use in uses])
+            self.joined.add(place)
+            for use in uses[1:]:
+                del self.tensors[use]
+
+    def _uses_of(self, place: Place) -> list[Place]:
+        """Return the place and its later uses in a step."""
+        uses = [place] if place in self.tensors else []
+        while uses and (use := _use(place, len(uses) + 1)) in self.tensors:
+            uses.append(use)
+        return uses
 
     def insert_after(self, place: Place, added: dict[Place, torch.Tensor]) -> None:
         """Add places behind another one; behind all, if there is none."""
@@ -226,6 +259,11 @@ class Trace:
     def first_position(self, place: Place) -> int:
         """Return the position of the first row that is kept."""
         return self.num_tokens - len(self.tensors[place])
+
+
+def _use(place: Place, number: int) -> Place:
+    """Return the place of a later use of a module in a step."""
+    return Place(f"{place.module}#{number}", place.part)
 
 
 def _rows(tensor: Any, num_tokens: int) -> torch.Tensor | None:
