@@ -240,7 +240,7 @@ def test_tokens(server: InProcess) -> None:
     shown = post(server, "/detokenize", {"tokens": chat["tokens"], "skip_special_tokens": False}).json()
     assert shown["prompt"] == "<|user|>the cat<|end|><|assistant|>"
     for body in ({}, {"prompt": "a", "text": "b"}):
-        assert "give one of prompt, text and messages" in error_of(post(server, "/tokenize", body))["message"]
+        assert "give one of prompt, text, content and messages" in error_of(post(server, "/tokenize", body))["message"]
     assert "outside the vocabulary" in error_of(post(server, "/detokenize", {"tokens": [99999]}))["message"]
 
 
