@@ -9,8 +9,18 @@ import pytest
 from pydantic import BaseModel
 
 from rtp_llm.srt.entrypoints.edge import MAX_CONTAINERS, MAX_ITEMS, check_json
+from rtp_llm.srt.entrypoints.llama_cpp.protocol import LlamaCompletionRequest
 from rtp_llm.srt.entrypoints.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody
-from rtp_llm.srt.entrypoints.neutral import CHAT, GENERATE, HINTS, OPENAI, RESPONSES, SAMPLING_PARAMS, TOKENIZE
+from rtp_llm.srt.entrypoints.neutral import (
+    CHAT,
+    GENERATE,
+    HINTS,
+    LLAMA_CPP,
+    OPENAI,
+    RESPONSES,
+    SAMPLING_PARAMS,
+    TOKENIZE,
+)
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from rtp_llm.srt.entrypoints.openai.responses.protocol import ResponsesRequest
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
@@ -26,13 +36,21 @@ MINIMAL: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     TEXTS: (CompletionRequest, {"prompt": "hi", "max_tokens": 1}),
     RESPONSE: (ResponsesRequest, {"input": "hi", "max_output_tokens": 1}),
     "/generate": (GenerateBody, {"text": "hi", "sampling_params": {"max_new_tokens": 1}}),
+    "/completion": (LlamaCompletionRequest, {"prompt": "hi", "n_predict": 1}),
     "/tokenize": (TokenizeBody, {"prompt": "hi"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
     "/abort_request": (AbortBody, {"abort_all": True}),
 }
 OBJECTS = ("chat_template_kwargs", "sampling_params", "metadata", "json_schema")  # any names are right in these
 FIELDS = [(path, name) for path, (body, _) in MINIMAL.items() for name in body.model_fields]
-UNSUPPORTED = {CHATS: CHAT, TEXTS: OPENAI, RESPONSE: RESPONSES, "/generate": GENERATE, "/tokenize": TOKENIZE}
+UNSUPPORTED = {
+    CHATS: CHAT,
+    TEXTS: OPENAI,
+    RESPONSE: RESPONSES,
+    "/generate": GENERATE,
+    "/tokenize": TOKENIZE,
+    "/completion": LLAMA_CPP,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
