@@ -11,12 +11,15 @@ from torch import nn
 from rtp_llm.srt.layers.mlp import UngatedMLP
 from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk
 from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
+from rtp_llm.tools.verify.boundary_states import State, StateLog
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, dense_routing, solved_routing
 from rtp_llm.tools.verify.order_causes import explain_order, order_text
 from rtp_llm.tools.verify.parameter_causes import transposed_parameters
 from rtp_llm.tools.verify.pointer import source_of
+from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.recorders import OurRecorder
 from rtp_llm.tools.verify.routing_causes import RoutingTrials
+from rtp_llm.tools.verify.together import state_of_pieces
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Parts, Place, Trace
 
 TOLERANCE = 1e-4
@@ -255,3 +258,22 @@ def test_what_to_read_is_in_the_model_file(name: str, part: str, found: str) -> 
         model(torch.randn(3, 16))
     text = source_of(model, name, part, trace)
     assert text.startswith(found) and __file__ in text, text
+
+
+@pytest.mark.parametrize(("loads", "cause"), [(False, "it is not loaded"), (True, "it is loaded, so what")])
+def test_a_state_that_pieces_change_is_named(loads: bool, cause: str) -> None:
+    """Of a running sum of tokens that stores its state a token too early, or never loads it."""
+
+    class Summing:
+        def run(
+            self, prompt: Prompt, cut_len: int, num_new: int, states: StateLog, forgets: bool = False
+        ) -> tuple[list[int], torch.Tensor]:
+            first = float(sum(prompt.ids[: cut_len - 1])) if cut_len and loads and not forgets else 0.0
+            total = torch.tensor([first + sum(prompt.ids[cut_len:])])
+            states.ours[len(prompt.ids)] = [State("attn", "recurrent state", 0, total, "attn.sum", "total")]
+            return [0], torch.zeros(1, 1)
+
+    ours: Any = Summing()
+    found = state_of_pieces(ours, Prompt("", [3, 1, 4, 1, 5]), 2)
+    assert found is not None and "The state 'total' of attn.sum" in found and cause in found
+    assert state_of_pieces(ours, Prompt("", [3, 1, 4, 1, 5]), 0) is None

@@ -44,6 +44,8 @@ def all_edits(body: str) -> list[str]:
         ("return x.clamp(min=None, max=y)", "return x.clamp(min=-y, max=y)"),
         ("return x.clamp(max=y)", "return x.clamp(min=-y)"),
         ("return x.clamp(-y, y)", "return x.clamp(max=y)"),
+        ("return x.cumsum(0)", "return x.cumsum(0) - x"),
+        ("return x.repeat_interleave(y, dim=1)", "return torch.cat([x] * y, dim=1)"),
         ("return torch.clamp(x, max=y)", "return torch.clamp(x, min=-y, max=y)"),
         ("x = F.softplus(x)\nreturn x * (1 + F.softplus(y))", "x = x\n    return x * (1 + y)"),
     ],

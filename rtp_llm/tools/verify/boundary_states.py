@@ -22,12 +22,15 @@ CONVOLUTION, RECURRENT = "convolution's state", "recurrent state"
 
 @dataclass(frozen=True)
 class State:
-    """A state of ours. ``module``: the one around the layer that keeps it; ``kind``: in words."""
+    """A state of ours. ``module``: the one around the layer that keeps it; ``kind``: in words; ``layer``, ``name``: the
+    layer that keeps it, and what that calls it."""
 
     module: str
     kind: str
     layer_id: int
     tensor: torch.Tensor  # float32 on the host
+    layer: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,16 @@ def our_states(model: nn.Module, pool: StatePool) -> list[State]:
             kind = CONVOLUTION if isinstance(module, CausalConv1d) else RECURRENT
             for tensor in module.state_spec().tensors:
                 state = pool.tensor(module.layer_id, tensor.name)[SLOT]
-                found.append(State(around, kind, module.layer_id, _host(state)))
+                found.append(State(around, kind, module.layer_id, _host(state), name, tensor.name))
     return found
+
+
+def forget_states(model: nn.Module, pool: StatePool) -> None:
+    """Set the states of the request in ``SLOT`` to zero."""
+    for module in model.modules():
+        if isinstance(module, KeepsState):
+            for tensor in module.state_spec().tensors:
+                pool.tensor(module.layer_id, tensor.name)[SLOT].zero_()
 
 
 def their_states(cache: Any) -> list[list[torch.Tensor]]:

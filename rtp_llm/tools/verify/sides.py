@@ -17,7 +17,7 @@ from rtp_llm.srt.worker.worker import WorkerConfig
 from rtp_llm.tools.auto_classes import computed, forget_last_prompt
 from rtp_llm.tools.reference import TransformersModel
 from rtp_llm.tools.step_driver import StepDriver
-from rtp_llm.tools.verify.boundary_states import StateLog, our_states, their_states
+from rtp_llm.tools.verify.boundary_states import StateLog, forget_states, our_states, their_states
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.options import VerifyError
 from rtp_llm.tools.verify.prompts import Prompt
@@ -69,10 +69,11 @@ class OurModel:
         num_new: int,
         trace: Trace | None = None,
         states: StateLog | None = None,
+        forgets: bool = False,
     ) -> tuple[list[int], torch.Tensor]:
         """Return ``num_new`` ids, and logits [rows, vocab_size] float32: after ``cut_len`` tokens, the prompt, and each
         id but the last. A trace records the prompt's steps; ``states`` gets what is kept after each of its pieces.
-        Images are encoded again."""
+        Images are encoded again. ``forgets``: set all states to zero after the first piece."""
         if prompt.media is not None and (problem := prompt.media.too_long_for(self._runner.max_media_block)):
             raise ForwardError(f"the engine refuses the prompt {prompt.text!r}: {problem}")
         self._runner.embedding_cache.clear()
@@ -87,6 +88,8 @@ class OurModel:
             logits.append(row)
             if states is not None and self._runner.states is not None and end <= len(ids):
                 states.ours[end] = our_states(self.model, self._runner.states.pool)
+            if forgets and start == 0 and self._runner.states is not None:
+                forget_states(self.model, self._runner.states.pool)
             if end >= len(ids):
                 output_ids.append(token_id)
         return output_ids, torch.cat(logits)

@@ -184,8 +184,20 @@ def _other_calls(node: ast.Call, func: ast.expr, args: list[ast.expr]) -> Iterat
     if name == "softmax" and isinstance(func, ast.Attribute):
         given = args[:1] if _is_library(func.value) else []
         yield ast.Call(ast.Attribute(func.value, "sigmoid", ast.Load()), given, [])
+    if isinstance(func, ast.Attribute) and not _is_library(func.value):
+        yield from _other_runs(node, func.value, name)
     if len(args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
         yield ast.Call(func, [args[1], args[0], *args[2:]], node.keywords)
+
+
+def _other_runs(node: ast.Call, given: ast.expr, name: str) -> Iterator[ast.expr]:
+    """Yield a running sum without its own row, and whole repetitions in the place of repeated rows."""
+    if name == "cumsum":
+        yield ast.BinOp(node, ast.Sub(), given)
+    if name == "repeat_interleave" and node.args:
+        times = ast.BinOp(ast.List([given], ast.Load()), ast.Mult(), node.args[0])
+        cat = ast.Attribute(ast.Name("torch", ast.Load()), "cat", ast.Load())
+        yield ast.Call(cat, [times, *node.args[1:]], node.keywords)
 
 
 def _other_bounds(node: ast.Call) -> Iterator[ast.expr]:

@@ -1,7 +1,11 @@
 """Whether a difference shows only where several tokens or images are computed together."""
 
+import torch
+
 from rtp_llm.srt.multimodal.items import MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
+from rtp_llm.tools.verify.boundary_states import StateLog
+from rtp_llm.tools.verify.locate import MODULE_TOLERANCE, relative_error
 from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.recording import agrees, record
 from rtp_llm.tools.verify.sides import OurModel, TheirModel
@@ -29,7 +33,23 @@ def explain_pieces(
     """Return the cause, if ours is right, at all tokens, once it computes the prompt, with its text, at once."""
     if not ours.cut_of(prompt, cut_len) or not agrees(record(dtype, ours, theirs, prompt, 0), logits_tolerance):
         return None
-    return (
-        f"only where a prompt is computed in pieces, {cut_len} tokens and then the rest: at once, ours agrees. "
-        "Something depends on which tokens are computed together"
-    )
+    where = f"only where a prompt is computed in pieces, {cut_len} tokens and then the rest: at once, ours agrees. "
+    return where + (state_of_pieces(ours, prompt, cut_len) or "Something depends on which tokens are computed together")
+
+
+def state_of_pieces(ours: OurModel, prompt: Prompt, cut_len: int) -> str | None:
+    """Return which of our states is another one after a prompt in pieces than after all of it at once, and whether the
+    second piece begins with what the first has stored; None: all are the same."""
+    end, logs = len(prompt.ids), [StateLog() for _ in range(3)]
+    for log, cut, forgets in zip(logs, (0, cut_len, cut_len), (False, False, True), strict=True):
+        ours.run(prompt, cut, 1, states=log, forgets=forgets)
+    if any(end not in log.ours for log in logs):
+        return None
+    for whole, pieces, anew in zip(*(log.ours[end] for log in logs), strict=True):
+        right, own, forgotten = (torch.atleast_2d(state.tensor).flatten(1) for state in (whole, pieces, anew))
+        if relative_error(own, right) > MODULE_TOLERANCE["float32"]:
+            named = f"The state {whole.name!r} of {whole.layer} is another one after the {end} tokens in pieces: "
+            if torch.equal(own, forgotten):
+                return f"{named}it is not loaded. Set to zero between the pieces, it ends as the same"
+            return f"{named}it is loaded, so what the first piece stores is wrong, or what is made of it"
+    return None
