@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from rtp_llm.srt.checkpoint import read_tokenizer
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.constrained.backend import GrammarBackend, Matcher
@@ -79,7 +78,8 @@ class Grammars:
         return TokenMasks(rows, words)
 
     def _make_backend(self) -> GrammarBackend:
-        # The library and the tokenizer take memory, for which a core without grammars has no use.
+        # The library, the tokenizer and its readers take memory, for which a core without grammars has no use.
+        from rtp_llm.srt.checkpoint import read_tokenizer
         from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
 
         tokenizer = read_tokenizer(self._args, self._model_config)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rtp_llm.srt.configs.architectures import causal_architecture_of
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.models.registry import ModelRegistry
 
@@ -28,8 +28,8 @@ def make_registered_model(
         ValueError: the configuration names none, and transformers knows none for it.
     """
     names = list(architectures or config.architectures or [])
-    if not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    if not names and (name := causal_architecture_of(config.model_type)):
+        names = [name]
     if not names:
         raise ValueError(
             f"the configuration of type {config.model_type!r} names no architectures, and transformers knows no causal "

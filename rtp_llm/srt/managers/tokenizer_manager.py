@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
 from rtp_llm.srt.configs.own_config import config_of_unknown_type
 from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.gguf.folder import is_checkpoint_folder
@@ -82,6 +80,8 @@ def load_tokenizer(tokenizer_path: str, trust_remote_code: bool = False, revisio
 def _from_files(tokenizer_path: str, trust_remote_code: bool, revision: str | None) -> Any:
     if is_checkpoint_folder(Path(tokenizer_path)):  # the file is right; some model types have a class that ignores it
         return CompactTokenizer.from_pretrained(tokenizer_path)
+    from transformers import AutoTokenizer  # with tables of all classes, 7 MB
+
     return AutoTokenizer.from_pretrained(
         tokenizer_path,
         config=config_of_unknown_type(tokenizer_path, trust_remote_code),

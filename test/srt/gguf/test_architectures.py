@@ -301,7 +301,7 @@ OF_NO_MATTER |= {"bias", "n_ctx", "rotary_pct", "scoring_func", "sliding_window_
 # Fields that differ from the original's, and mean the same.
 DIFFERENT = {
     "apertus": {"rope_parameters"},  # the factors that follow from it
-    "bailing": {"partial_rotary_factor", "use_qk_norm"},
+    "bailing": {"partial_rotary_factor", "rope_parameters", "use_qk_norm"},  # all features are rotated
     "exaone4": {"rope_parameters"},
     "falcon-7b": {"max_position_embeddings", "num_ln_in_parallel_attn"},
     "falcon-40b": {"max_position_embeddings", "multi_query"},  # the newer form does not ask

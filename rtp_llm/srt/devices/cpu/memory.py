@@ -21,7 +21,7 @@ BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64
 PIECE_BYTES = 2 << 20  # small, since other threads that map memory wait while a piece is populated
 HUGE_PAGE_BYTES = 2 << 20
-LEAST_REUSED_BYTES = 1 << 20
+LEAST_REUSED_BYTES = 128 << 10
 KEPT_BYTES = 512 << 20  # of results; above it, unused pieces are given back to the system
 MADV_POPULATE_WRITE = 23  # since Linux 5.14
 
@@ -88,14 +88,16 @@ class Reused:
             return empty.set_(self._piece(size), tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def _piece(self, num_bytes: int) -> torch.UntypedStorage:
+        """Return the smallest unused piece that is large enough, or a new one."""
         size = _rounded_up(num_bytes)
-        pieces = self._pieces.setdefault(size, [])
-        piece = next((piece for piece in pieces if _is_free(piece)), None)
-        if piece is None:
-            self._make_room(size)
-            memory = _map(size) if size >= HUGE_PAGE_BYTES else torch.empty(size, dtype=torch.uint8)
-            piece = memory.untyped_storage()
-            pieces.append(piece)
+        for _, pieces in sorted(self._pieces.items()):
+            for piece in pieces:
+                if piece.nbytes() >= size and _is_free(piece):
+                    return piece
+        self._make_room(size)
+        memory = _map(size) if size >= HUGE_PAGE_BYTES else torch.empty(size, dtype=torch.uint8)
+        piece = memory.untyped_storage()
+        self._pieces.setdefault(size, []).append(piece)
         return piece
 
     def lent(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,17 @@ def test_tensors_of_unequal_sizes_fit_the_same_memory():
     assert sum(len(pieces) for pieces in memory._pieces.values()) == 1
 
 
+def test_a_small_tensor_takes_larger_memory_that_is_unused():
+    memory = Reused()
+    large, middle = memory.empty((9 << 20,), torch.uint8), memory.empty((3 << 20,), torch.uint8)
+    address = middle.data_ptr()
+    del large, middle
+    first, second = memory.empty((1 << 20,), torch.uint8), memory.empty((1 << 20,), torch.uint8)
+    assert first.data_ptr() == address  # the smaller one of those that are large enough
+    assert sum(len(pieces) for pieces in memory._pieces.values()) == 2
+    assert not torch.equal(first.fill_(1), second.fill_(2))
+
+
 def test_memory_like_another():
     memory = Reused()
     for tensor in (torch.randn(3, 4).t(), torch.randn(5, 6)[1:, 2:], torch.empty(0, 2)):
