@@ -61,8 +61,8 @@ def modules() -> dict[str, set[str]]:
 
 
 def rows() -> list[tuple[str, str]]:
-    section = PAGE.read_text()
-    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    first_table = PAGE.read_text().partition("\n|")[2].partition("\n\n")[0]
+    lines = first_table.splitlines()[2:]
     matches = [ROW.match(line) for line in lines]
     assert all(matches), [line for line, match in zip(lines, matches, strict=True) if not match]
     return [(match[1], match[2]) for match in matches if match]
