@@ -44,7 +44,7 @@ def expected(model: Any, prompt: Sequence[int], output_ids: Sequence[int]) -> to
     ],
 )
 def test_prompts_see_all_of_themselves(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", WholePromptsForCausalLM)
+    monkeypatch.setitem(ModelRegistry.models.layers[0], "LlamaForCausalLM", WholePromptsForCausalLM)
     path = tiny_model("llama-default")
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
