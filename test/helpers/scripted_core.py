@@ -128,6 +128,15 @@ class ScriptedCore:
 
 
 @contextmanager
+def scripted_speaker(folder: Path, special: list[str]) -> Iterator[tuple[InProcess, ScriptedCore]]:
+    """A ``scripted`` server of a ``make_spoken_checkpoint`` in this folder, with TEMPLATE."""
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE)
+    with scripted(make_spoken_checkpoint(folder, special), chat_template=str(template)) as running:
+        yield running
+
+
+@contextmanager
 def scripted(model_path: str, **options: Any) -> Iterator[tuple[InProcess, ScriptedCore]]:
     """A server in this process over a ScriptedCore."""
     args = ServerArgs(

@@ -155,7 +155,7 @@ def test_a_square_parameter_is_tried_transposed() -> None:
 
 
 def test_rows_of_images_are_joined_where_one_side_loops_over_them() -> None:
-    """Of a tower: patches of two images, in two calls and in one."""
+    """A tower is given the patches of two images, in two calls and in one."""
     parts = Parts("model.text", "model.text.embed")
     ours, theirs = Trace(4, parts=parts), Trace(4, parts=parts)
     images = torch.randn(3, 5), torch.randn(6, 5)
@@ -262,7 +262,7 @@ def test_what_to_read_is_in_the_model_file(name: str, part: str, found: str) -> 
 
 @pytest.mark.parametrize(("loads", "cause"), [(False, "it is not loaded"), (True, "it is loaded, so what")])
 def test_a_state_that_pieces_change_is_named(loads: bool, cause: str) -> None:
-    """Of a running sum of tokens that stores its state a token too early, or never loads it."""
+    """A running sum of tokens stores its state a token too early, or never loads it."""
 
     class Summing:
         def run(

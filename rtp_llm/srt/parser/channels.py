@@ -95,12 +95,18 @@ def _call(source: Source, sink: MessageSink, name: str, ends: tuple[str, ...]) -
     if source.text[source.pos] == "{":
         try:
             yield from json_value(source, sink.arguments)
+        except Malformed:  # what came before is passed on already, as it stood
+            yield from _rest(source, sink, ends)
+        else:
             sink.end()
-            return
-        except Malformed:
-            pass  # what came before is passed on already, as it stood; the rest is below
-    elif (yield from source.precedes(ends)):
+        return
+    if (yield from source.precedes(ends)):
         sink.arguments("{}")
+    yield from _rest(source, sink, ends)
+
+
+def _rest(source: Source, sink: MessageSink, ends: tuple[str, ...]) -> Steps[None]:
+    """Pass on a call's arguments up to its end, if that comes."""
     found = yield from source.until(ends, sink.arguments)
     if found is not None:
         source.pos -= len(found)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from recorded_answers import ARGUMENTS, JSON_ARGUMENTS, TOOLS
-from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted
+from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted, scripted_speaker
 
 from rtp_llm.srt.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from rtp_llm.srt.entrypoints.neutral import HINTS, MESSAGES
@@ -30,11 +30,8 @@ Told = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[InProcess, ScriptedCore]]:
-    folder = tmp_path_factory.mktemp("spoken")
-    template = folder / "template.jinja"
-    template.write_text(TEMPLATE)
-    with scripted(make_spoken_checkpoint(folder, SPECIAL), chat_template=str(template)) as (server, core):
-        yield server, core
+    with scripted_speaker(tmp_path_factory.mktemp("spoken"), SPECIAL) as running:
+        yield running
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from recorded_answers import ARGUMENTS, JSON_ARGUMENTS, TOOLS
-from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted
+from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted, scripted_speaker
 
 from rtp_llm.srt.entrypoints.dialects import SPOKEN
 from rtp_llm.srt.entrypoints.neutral import OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_OPTIONS
@@ -33,11 +33,8 @@ Told = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[InProcess, ScriptedCore]]:
-    folder = tmp_path_factory.mktemp("spoken")
-    template = folder / "template.jinja"
-    template.write_text(TEMPLATE)
-    with scripted(make_spoken_checkpoint(folder, SPECIAL), chat_template=str(template)) as (server, core):
-        yield server, core
+    with scripted_speaker(tmp_path_factory.mktemp("spoken"), SPECIAL) as running:
+        yield running
 
 
 @pytest.fixture
@@ -304,7 +301,7 @@ def test_values_that_ask_for_nothing(core: ScriptedCore, client: httpx.Client) -
 
 @pytest.mark.xdist_group("server-in-process")
 def test_log_probabilities(server: InProcess) -> None:
-    """Of each token, in the parts of a stream where its text is."""
+    """Those of a token are in the part of the stream where its text is."""
     asked: dict[str, Any] = {"options": {"num_predict": 6, "temperature": 0}, "logprobs": True}
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for path in (CHAT, GENERATE):
