@@ -12,7 +12,7 @@ from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.gguf.recurrent import kinds_of_layers
 from rtp_llm.srt.layers.causal_conv import CausalConv1d
-from rtp_llm.srt.layers.delta_rule import GatedDeltaRule, log_decay
+from rtp_llm.srt.layers.delta_rule import GatedDeltaRule
 from rtp_llm.srt.layers.gated_norm import GatedRMSNorm
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from rtp_llm.srt.layers.mamba import DecayParameter
@@ -95,9 +95,9 @@ class KimiDeltaAttention(DecayParameter):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = self.conv1d(qkv, forward_batch).chunk(3, dim=-1)
         decays, _ = self.f_b_proj(self.f_a_proj(hidden_states)[0])
-        g = log_decay(decays.unflatten(-1, by_head), self.A[:, None], self.dt_bias.view(by_head))
-        beta, _ = self.b_proj(hidden_states)
-        attended = self.delta_rule(q, k, v, g, beta.sigmoid(), forward_batch)
+        b, _ = self.b_proj(hidden_states)
+        g, beta = self.delta_rule.gates(decays.unflatten(-1, by_head), b, self.A, self.dt_bias)
+        attended = self.delta_rule(q, k, v, g, beta, forward_batch)
         gate, _ = self.g_b_proj(self.g_a_proj(hidden_states)[0])
         output, _ = self.o_proj(self.o_norm(attended, gate.unflatten(-1, by_head)).flatten(1))
         return output

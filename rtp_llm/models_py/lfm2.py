@@ -69,7 +69,7 @@ class Lfm2ShortConv(nn.Module):
     ) -> torch.Tensor:
         projected, _ = self.in_proj(hidden_states)
         before, after, x = projected.chunk(3, dim=-1)
-        output, _ = self.out_proj(after * self.conv(before * x, forward_batch))
+        output, _ = self.out_proj(self.conv(x, forward_batch, before, after))
         return output
 
 

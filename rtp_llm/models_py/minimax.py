@@ -10,6 +10,7 @@ from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM
 from rtp_llm.models_py.olmoe import OlmoeHeadsNorm
 from rtp_llm.srt.configs.requirements import require
 from rtp_llm.srt.layers.activation import get_act_fn
+from rtp_llm.srt.layers.gated_norm import SigmoidGate
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.linear_attention import LightningAttention
 from rtp_llm.srt.layers.norm import RMSNorm
@@ -127,6 +128,7 @@ class MiniMaxLightningAttention(nn.Module):
         )
         self.act_fn = get_act_fn(config.hidden_act)
         (shard,) = self.output_gate.shards
+        self.gate_output = SigmoidGate()
         self.norm = OlmoeHeadsNorm(shard, self.output_gate.tp_group, 1e-6)
         first, num_heads = shard.part * shard.size // self.head_dim, shard.size // self.head_dim
         slopes = lightning_slopes(config.num_attention_heads, layer_id, config.num_hidden_layers)
@@ -139,7 +141,7 @@ class MiniMaxLightningAttention(nn.Module):
         q, k, v = self.act_fn(qkv).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
         output = self.norm(self.attn(q, k, v, forward_batch).flatten(1))
         gate, _ = self.output_gate(hidden_states)
-        output, _ = self.out_proj(gate.sigmoid() * output)
+        output, _ = self.out_proj(self.gate_output(output, gate))
         return output
 
 

@@ -73,9 +73,6 @@ class OlmoHybridGatedDeltaNet(GatedDeltaNet):
         qkv, gate, a, b = projected.split(self.sizes, dim=-1)
         return qkv, gate.unflatten(-1, (self.num_v_heads, self.v_dim)), a, b
 
-    def written(self, b: torch.Tensor) -> torch.Tensor:
-        return super().written(b) * self.most_written
-
 
 class OlmoHybridDecoderLayer(LlamaDecoderLayer):
     """Gated DeltaNet and feed-forward, each after a norm; or attention and feed-forward, each before one (OLMo 2)."""

@@ -14,6 +14,7 @@ from rtp_llm.models_py.qwen2_moe import Qwen2MoeSparseMoeBlock, QwenMoeDecoderLa
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.gguf.recurrent import by_layer, state_head_dim
 from rtp_llm.srt.layers.gated_delta_net import GatedDeltaNet
+from rtp_llm.srt.layers.gated_norm import SigmoidGate
 from rtp_llm.srt.layers.linear import QKVParallelLinear
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -49,6 +50,7 @@ class GatedAttention(NormedHeadsAttention):
     ) -> None:
         bias = config.attention_bias
         super().__init__(config, layer_id, qkv_bias=bias, o_bias=bias, quant_config=quant_config, prefix=prefix)
+        self.gate_output = SigmoidGate()
 
     def make_rope(self, config: "PretrainedConfig", layer_id: int) -> nn.Module:
         return rope_of_layer(config, self.head_dim, layer_id, is_partial=True)
@@ -61,7 +63,7 @@ class GatedAttention(NormedHeadsAttention):
         q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         q, k = self.rotate(positions, self.q_norm(q), self.k_norm(k.unflatten(-1, (-1, self.head_dim))))
         attended = self.attn(q, k, v, forward_batch)
-        output, _ = self.o_proj(attended * gate.flatten(1).sigmoid())
+        output, _ = self.o_proj(self.gate_output(attended, gate))
         return output
 
 

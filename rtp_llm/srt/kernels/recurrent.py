@@ -67,11 +67,15 @@ def causal_conv1d(
     states: torch.Tensor,
     rows: StateRows,
     activation: str | None = None,
+    before: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolve each channel with its own filter over this token and those before it; computed in float32.
 
     Args:
         x: [P, channels].
+        before, after: [P, channels]: factors of the inputs, and of the results after the activation. Both products are
+            rounded to x's dtype; the state has inputs that are multiplied already.
         weight: [kernel_size, channels]: the last row is the factor of a token's own input.
         bias: [channels].
         states: [slots, kernel_size - 1, channels]: the last inputs, oldest first, in x's dtype.
@@ -82,15 +86,16 @@ def causal_conv1d(
     """
     kernel_size = len(weight)
 
-    def batched(before: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = torch.cat([before.to(x.dtype), x], dim=1)
+    def batched(state: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = torch.cat([state.to(x.dtype), x], dim=1)
         length = x.shape[1]
         y = torch.zeros_like(x, dtype=torch.float32) if bias is None else bias.float().expand_as(x)
         for i in range(kernel_size):
             y = y + seen[:, i : i + length].float() * weight[i].float()
         return activate(y, activation).to(x.dtype), seen[:, length:]
 
-    return _by_length(batched, states, rows, x)
+    y = _by_length(batched, states, rows, x if before is None else before * x)
+    return y if after is None else after * y
 
 
 def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
@@ -230,6 +235,23 @@ def _scores(q: torch.Tensor, k: torch.Tensor, decay: torch.Tensor) -> torch.Tens
     if decay.shape[-1] == 1:
         return (q @ k.transpose(-1, -2)) * decay.squeeze(-1)
     return torch.einsum("...tc,...tjc,...jc->...tj", q, decay, k)
+
+
+def delta_gates(
+    a: torch.Tensor, b: torch.Tensor, rate: torch.Tensor, dt_bias: torch.Tensor, most_written: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the delta rule's ``g`` and ``beta`` of projections' outputs.
+
+    Args:
+        a: [P, num_v_heads], or [P, num_v_heads, k_dim]: of decays; b: [P, num_v_heads].
+        rate: [num_v_heads], negative; dt_bias: as many numbers as a token has in ``a``.
+        most_written: the factor of a value that ``beta`` never exceeds.
+
+    Returns:
+        ``rate * softplus(a + dt_bias)`` in float32, of a's shape, and ``most_written * sigmoid(b)`` in b's dtype.
+    """
+    rate = rate.float() if a.dim() == 2 else rate.float()[:, None]
+    return rate * F.softplus(a.float() + dt_bias.float().view(a.shape[1:])), b.sigmoid() * most_written
 
 
 # Linear attention with a decay for each head, and Mamba 2, which is one
@@ -395,7 +417,12 @@ def linear_recurrence(x: torch.Tensor, log_decay: torch.Tensor, states: torch.Te
     return _by_length(batched, states, rows, x, log_decay)
 
 
-# Gated norms
+# Gates, and gated norms
+
+
+def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(gate)``; x: [P, size], gate: the same or [P, heads, size / heads]."""
+    return x * gate.reshape(x.shape).sigmoid()
 
 
 def gated_rms_norm(

@@ -75,10 +75,20 @@ class CausalConv1d(nn.Module):
         dtype = str(self.weight.dtype).removeprefix("torch.")
         return StateSpec((StateTensor(self.state_name, (self.kernel_size - 1, self.channels), dtype),))
 
-    def forward(self, x: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        forward_batch: ForwardBatch,
+        before: torch.Tensor | None = None,
+        after: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, channels] to the same. ``before``, ``after``: factors of the inputs, and of the results; both or none."""
+        if (before is None) != (after is None):
+            raise ValueError(f"{self.prefix}: gates of a convolution are given both, before and after, or none")
         states = state_tensor(forward_batch, self.layer_id, self.state_name)
 
-        def compute(wave: StateWave, x: torch.Tensor) -> torch.Tensor:
-            return self._conv(x, self.weight, self.bias, states, wave, self.activation)
+        def compute(wave: StateWave, x: torch.Tensor, *gates: torch.Tensor) -> torch.Tensor:
+            return self._conv(x, self.weight, self.bias, states, wave, self.activation, *gates)
 
-        return in_waves(forward_batch, compute, x)
+        gates = () if before is None or after is None else (before, after)
+        return in_waves(forward_batch, compute, x, *gates)

@@ -38,11 +38,28 @@ class GatedDeltaRule(nn.Module):
         self.layer_id = layer_id
         self.normalize = normalize
         self.state_name = name
-        self._rule = pick("gated_delta_rule")
+        self._rule, self._gates = pick("gated_delta_rule"), pick("delta_gates")
 
     def state_spec(self) -> StateSpec:
         """Return a matrix [k_dim, v_dim] for each value head."""
         return StateSpec((StateTensor(self.state_name, (self.num_v_heads, self.k_dim, self.v_dim), "float32"),))
+
+    def gates(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        rate: torch.Tensor,
+        dt_bias: torch.Tensor,
+        most_written: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make ``g``, as ``log_decay`` does, and ``beta`` of projections' outputs.
+
+        Args:
+            a: [T, num_v_heads], or [T, num_v_heads, k_dim]; rate: [num_v_heads]; dt_bias: as many as a token's ``a``.
+            b: [T, num_v_heads], of which ``beta`` is ``most_written * sigmoid(b)``.
+        """
+        g, beta = self._gates(a, b, rate, dt_bias, most_written)
+        return g, beta
 
     def forward(
         self,

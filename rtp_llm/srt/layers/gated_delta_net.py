@@ -6,7 +6,7 @@ import torch
 
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.layers.causal_conv import CausalConv1d
-from rtp_llm.srt.layers.delta_rule import GatedDeltaRule, log_decay
+from rtp_llm.srt.layers.delta_rule import GatedDeltaRule
 from rtp_llm.srt.layers.gated_norm import GatedRMSNorm
 from rtp_llm.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.mamba import DecayParameter
@@ -29,7 +29,12 @@ class GatedDeltaNet(DecayParameter):
             with the value heads that share it (Qwen3-Next, 2025); False: each kind side by side (Qwen3.5, 2026).
         gate_activation: of the norm's gate, ``"silu"`` or ``"sigmoid"``.
         reduce_results: whether the outputs of all ranks are summed.
+
+    Attributes:
+        most_written: how often a token's value is written at most.
     """
+
+    most_written = 1.0
 
     def __init__(
         self,
@@ -113,14 +118,10 @@ class GatedDeltaNet(DecayParameter):
         qkv, gate, a, b = self.project(hidden_states)
         qkv = self.conv1d(qkv, forward_batch)
         q, k, v = qkv.split([self.k_size, self.k_size, self.v_size], dim=-1)
-        decay = log_decay(a, self.A, self.dt_bias)
-        attended = self.delta_rule(q, k, v, decay, self.written(b), forward_batch)
+        g, beta = self.delta_rule.gates(a, b, self.A, self.dt_bias, self.most_written)
+        attended = self.delta_rule(q, k, v, g, beta, forward_batch)
         output, _ = self.out_proj(self.norm(attended, gate).flatten(1))
         return output
-
-    def written(self, b: torch.Tensor) -> torch.Tensor:
-        """Return how much of a token's value is written, [T, num_v_heads], of what ``project`` gives for it."""
-        return b.sigmoid()
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: "ForwardBatch"

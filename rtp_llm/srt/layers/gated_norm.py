@@ -1,4 +1,4 @@
-"""Norms of a recurrent layer's output, times a gate."""
+"""Gates of a layer's output, and norms times a gate."""
 
 import torch
 from torch import nn
@@ -7,6 +7,17 @@ from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
 from rtp_llm.srt.kernels.recurrent import activate
 from rtp_llm.srt.layers.weights import ShardId, load_part, make_parameter, refuse_shard
+
+
+class SigmoidGate(nn.Module):
+    """``x * sigmoid(gate)``: [T, size] and a gate of the same shape, or [T, heads, size / heads], to [T, size]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gate = pick("sigmoid_gate")
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self._gate(x, gate)
 
 
 class GatedRMSNorm(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.layers.gated_norm import SigmoidGate
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.utils import add_prefix, cache_number
@@ -84,6 +85,7 @@ class MultiHeadLatentAttentionWrapper(nn.Module):
         self.nope_dim, self.rope_dim, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.q_lora_rank, self.latent_dim = q_lora_rank, kv_lora_rank
         self.layers = mla_modules
+        self.gate_output = SigmoidGate()
         self.attn = RadixAttention(
             num_heads,
             kv_lora_rank + qk_rope_head_dim,
@@ -122,7 +124,7 @@ class MultiHeadLatentAttentionWrapper(nn.Module):
         attended = self.attn(q, k, None, forward_batch).unflatten(-1, (self.num_heads, self.latent_dim))
         output = apply_by_head(attended, self.w_uv).flatten(1)
         if self.layers.g_proj is not None:
-            output = output * _output_of(self.layers.g_proj(hidden_states)).sigmoid()
+            output = self.gate_output(output, _output_of(self.layers.g_proj(hidden_states)))
         return _output_of(self.layers.o_proj(output))
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from rtp_llm.srt.layers import mamba
 from rtp_llm.srt.layers.causal_conv import CausalConv1d
-from rtp_llm.srt.layers.delta_rule import GatedDeltaRule, log_decay
+from rtp_llm.srt.layers.delta_rule import GatedDeltaRule
 from rtp_llm.srt.layers.gated_delta_net import GatedDeltaNet
 from rtp_llm.srt.layers.gated_norm import GatedRMSNorm
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
@@ -172,7 +172,7 @@ class ShortConv(nn.Module):
         """[T, dim] to the same."""
         projected, _ = self.in_proj(hidden_states)
         before, after, x = projected.chunk(3, dim=-1)
-        output, _ = self.out_proj(after * self.conv(before * x, forward_batch))
+        output, _ = self.out_proj(self.conv(x, forward_batch, before, after))
         return output
 
 
@@ -267,7 +267,7 @@ class OlmoHybridGatedDeltaNetAttention(mamba.DecayParameter):
         b, _ = self.b_proj(hidden_states)
         a, _ = self.a_proj(hidden_states)
         q, k, v = self.conv1d(qkv, forward_batch).split(self.qkv_sizes, dim=-1)
-        decay = log_decay(a, self.A, self.dt_bias)
-        attended = self.delta_rule(q, k, v, decay, self.beta_scale * b.sigmoid(), forward_batch)
+        g, beta = self.delta_rule.gates(a, b, self.A, self.dt_bias, self.beta_scale)
+        attended = self.delta_rule(q, k, v, g, beta, forward_batch)
         output, _ = self.o_proj(self.o_norm(attended, gate.view_as(attended)).flatten(1))
         return output

@@ -70,9 +70,11 @@ static INLINE void by_channels(const Pieces& pieces, int64_t channels, int64_t e
 // ---- convolution
 
 // y[t] = act(bias + the sum of weight[i] * x[t - (taps - 1) + i]); inputs before the piece are the state's, [taps - 1,
-// channels], oldest first. TAPS: known when compiled, so that all of them stay in registers; 0: `given`.
-template <class T, int TAPS>
-static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const Pieces& pieces,
+// channels], oldest first. With GATES, inputs are x times the gate before, and y is multiplied by the gate after.
+// TAPS: known when compiled, so that all of them stay in registers; 0: `given`.
+template <class T, int TAPS, bool GATES>
+static void causal_conv(const T* x, int64_t x_stride, const T* gate_before, int64_t before_stride, const T* gate_after,
+                        int64_t after_stride, const T* weight, const T* bias, T* states, const Pieces& pieces,
                         int64_t tokens, int64_t channels, int64_t given, bool silus, T* y) {
     const int64_t taps = TAPS ? TAPS : given, kept = taps - 1;
     by_channels(pieces, channels, tokens * channels * taps, [&](int64_t piece, int64_t c, auto part) INLINED {
@@ -84,11 +86,19 @@ static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* 
         for (int64_t i = 0; i < kept; i++) seen[i] = load(before + i * channels, part);
         vec start = bias ? load(bias + c, part) : vec{};
         for (int64_t t = 0; t < length; t++) {
-            seen[kept] = load(x + (begin + t) * x_stride + c, part);
+            const int64_t token = begin + t;
+            seen[kept] = load(x + token * x_stride + c, part);
+            if (GATES) seen[kept] = rounded<T>(seen[kept] * load(gate_before + token * before_stride + c, part));
             vec total = start;
             for (int64_t i = 0; i < taps; i++) total += factors[i] * seen[i];
-            store(y + (begin + t) * channels + c, silus ? silu(total) : total, part);
+            if (silus) total = silu(total);
+            if (GATES) total = rounded<T>(total) * load(gate_after + token * after_stride + c, part);
+            store(y + token * channels + c, total, part);
             for (int64_t i = 0; i < kept; i++) seen[i] = seen[i + 1];
+        }
+        if (GATES) {
+            for (int64_t i = 0; i < kept; i++) store(after + i * channels, seen[i], part);
+            return;
         }
         // The last inputs as they are: those before this piece, oldest first, and then its own.
         const int64_t count = channels_of(part), old = std::max<int64_t>(kept - length, 0);
@@ -98,17 +108,21 @@ static void causal_conv(const T* x, int64_t x_stride, const T* weight, const T* 
     });
 }
 
-#define EXPORT_CONV(name, T)                                                                                        \
-    KERNEL void name(const T* x, int64_t x_stride, const T* weight, const T* bias, T* states, const int64_t* load,  \
-                     const int64_t* store, const int64_t* bounds, int64_t pieces, int64_t tokens, int64_t channels, \
-                     int64_t taps, bool silus, T* y) {                                                              \
-        auto run = taps == 4 ? causal_conv<T, 4> : taps == 3 ? causal_conv<T, 3> : causal_conv<T, 0>;               \
-        run(x, x_stride, weight, bias, states, {load, store, bounds, pieces}, tokens, channels, taps, silus, y);    \
+// `before` and `after`: both or none. Models have 3 taps between gates (LFM2), else 4.
+#define EXPORT_CONV(name, T)                                                                                          \
+    KERNEL void name(const T* x, int64_t x_stride, const T* before, int64_t before_stride, const T* after,            \
+                     int64_t after_stride, const T* weight, const T* bias, T* states, const int64_t* load,            \
+                     const int64_t* store, const int64_t* bounds, int64_t pieces, int64_t tokens, int64_t channels,   \
+                     int64_t taps, bool silus, T* y) {                                                                \
+        auto run = before ? (taps == 3 ? causal_conv<T, 3, true> : causal_conv<T, 0, true>)                           \
+                          : (taps == 4 ? causal_conv<T, 4, false> : causal_conv<T, 0, false>);                        \
+        run(x, x_stride, before, before_stride, after, after_stride, weight, bias, states,                            \
+            {load, store, bounds, pieces}, tokens, channels, taps, silus, y);                                         \
     }
 EXPORT_CONV(causal_conv1d_f32, float)
 EXPORT_CONV(causal_conv1d_bf16, bf16)
 
-// ---- Mamba 1
+// ---- functions of single numbers
 
 // log(1 + z) for z in [0, 1]: twice the series of the inverse hyperbolic tangent of z / (2 + z), which is below 1/3.
 static INLINE vec log1p(vec z) {
@@ -128,6 +142,79 @@ static INLINE vec softplus(vec x) {
     vec size = x < 0.0f ? -x : x;
     return (x > 0.0f ? x : vec{}) + log1p(exp(-size)) + (x - x);  // x - x: a NaN stays one
 }
+
+// ---- what the delta rule is told by gates
+
+static INLINE vec sigmoid(vec x) { return 1.0f / (exp(-x) + 1.0f); }
+
+template <class F>
+static INLINE void by_vectors(int64_t n, F body) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) body(i, Whole{});
+    if (i < n) body(i, int(n - i));
+}
+
+// body(row) for all rows, on more than one thread if `elements` are many.
+template <class F>
+static INLINE void by_rows(int64_t rows, int64_t elements, F body) {
+    if (elements < WORTH_THREADS || rows == 1) {
+        for (int64_t i = 0; i < rows; i++) body(i);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows; i++) body(i);
+}
+
+// g [tokens, heads * channels] = rate * softplus(a + bias); beta [tokens, heads] = most * sigmoid(b).
+template <class T>
+static void delta_gates(const T* a, int64_t a_stride, const T* b, int64_t b_stride, const float* rate,
+                        const float* bias, float most, int64_t tokens, int64_t heads, int64_t channels, float* g,
+                        T* beta) {
+    by_rows(tokens, tokens * heads * channels, [&](int64_t t) {
+        const int64_t size = channels == 1 ? heads : channels;  // neighbours that are computed together
+        for (int64_t first = 0; first < heads * channels; first += size)
+            by_vectors(size, [&](int64_t i, auto part) {
+                vec own = channels == 1 ? load(rate + i, part) : splat(rate[first / channels]);
+                vec step = softplus(load(a + t * a_stride + first + i, part) + load(bias + first + i, part));
+                store(g + t * heads * channels + first + i, own * step, part);
+            });
+        by_vectors(heads, [&](int64_t i, auto part) {
+            store(beta + t * heads + i, rounded<T>(sigmoid(load(b + t * b_stride + i, part))) * most, part);
+        });
+    });
+}
+
+#define EXPORT_DELTA_GATES(name, T)                                                                                   \
+    KERNEL void name(const T* a, int64_t a_stride, const T* b, int64_t b_stride, const float* rate, const float* bias, \
+                     float most, int64_t tokens, int64_t heads, int64_t channels, float* g, T* beta) {                \
+        delta_gates(a, a_stride, b, b_stride, rate, bias, most, tokens, heads, channels, g, beta);                    \
+    }
+EXPORT_DELTA_GATES(delta_gates_f32, float)
+EXPORT_DELTA_GATES(delta_gates_bf16, bf16)
+
+// y [outer, inner * size] = x * sigmoid(gate); rows of the gate have two levels of strides.
+template <class T>
+static void sigmoid_gate(const T* x, const T* gate, int64_t gate_outer, int64_t gate_inner, int64_t outer,
+                         int64_t inner, int64_t size, T* y) {
+    by_rows(outer, outer * inner * size, [&](int64_t o) {
+        for (int64_t n = 0; n < inner; n++)
+            by_vectors(size, [&](int64_t i, auto part) {
+                const int64_t place = (o * inner + n) * size + i;
+                vec factor = rounded<T>(sigmoid(load(gate + o * gate_outer + n * gate_inner + i, part)));
+                store(y + place, load(x + place, part) * factor, part);
+            });
+    });
+}
+
+#define EXPORT_SIGMOID_GATE(name, T)                                                                               \
+    KERNEL void name(const T* x, const T* gate, int64_t gate_outer, int64_t gate_inner, int64_t outer,             \
+                     int64_t inner, int64_t size, T* y) {                                                          \
+        sigmoid_gate(x, gate, gate_outer, gate_inner, outer, inner, size, y);                                      \
+    }
+EXPORT_SIGMOID_GATE(sigmoid_gate_f32, float)
+EXPORT_SIGMOID_GATE(sigmoid_gate_bf16, bf16)
+
+// ---- Mamba 1
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -268,12 +355,7 @@ static void gated_norm(const T* x, int64_t x_outer, int64_t x_inner, const T* ga
                        int64_t size, float eps, bool silus) {
     auto factor = [&](const T* p, auto part) {
         vec value = load(p, part);
-        return silus ? silu(value) : 1.0f / (exp(-value) + 1.0f);
-    };
-    auto by_vectors = [&](auto body) {
-        int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) body(i, Whole{});
-        if (i < size) body(i, int(size - i));
+        return silus ? silu(value) : sigmoid(value);
     };
     auto row = [&](int64_t o) {
         for (int64_t at = 0; at < inner * groups; at++) {
@@ -282,24 +364,19 @@ static void gated_norm(const T* x, int64_t x_outer, int64_t x_inner, const T* ga
             const T* gates = gate + o * gate_outer + i * gate_inner + first;
             T* to = y + (o * inner * groups + at) * size;
             vec squares{};
-            by_vectors([&](int64_t j, auto part) {
+            by_vectors(size, [&](int64_t j, auto part) {
                 vec value = load(from + j, part);
                 if (GATE == BEFORE) value = value * factor(gates + j, part);
                 squares += value * value;
             });
             const float scale = 1.0f / std::sqrt(sum(squares) / size + eps);
-            by_vectors([&](int64_t j, auto part) {
+            by_vectors(size, [&](int64_t j, auto part) {
                 vec value = load(from + j, part) * factor(gates + j, part);
                 store(to + j, value * scale * load(weight + first + j, part), part);
             });
         }
     };
-    if (outer * inner * groups * size < WORTH_THREADS || outer == 1) {
-        for (int64_t o = 0; o < outer; o++) row(o);
-        return;
-    }
-#pragma omp parallel for schedule(static)
-    for (int64_t o = 0; o < outer; o++) row(o);
+    by_rows(outer, outer * inner * groups * size, row);
 }
 
 #define EXPORT_GATED_NORM(name, T)                                                                                   \

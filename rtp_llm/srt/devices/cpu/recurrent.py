@@ -18,7 +18,9 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _HEADS = (POINTER, INT64, INT64)  # tokens by heads: address, strides of tokens and of heads
 _SLOTS = (POINTER, POINTER, POINTER, POINTER, INT64, INT64)  # states, load, store, bounds; pieces and tokens
 _ARGTYPES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "causal_conv1d": ("recurrent", (POINTER, INT64, POINTER, POINTER, *_SLOTS, INT64, INT64, BOOL, POINTER)),
+    "causal_conv1d": ("recurrent", (*(POINTER, INT64) * 3, POINTER, POINTER, *_SLOTS, INT64, INT64, BOOL, POINTER)),
+    "delta_gates": ("recurrent", (*(POINTER, INT64) * 2, POINTER, POINTER, FLOAT, *(INT64,) * 3, POINTER, POINTER)),
+    "sigmoid_gate": ("recurrent", (POINTER, *_HEADS, *(INT64,) * 3, POINTER)),
     "selective_scan": ("recurrent", (*(POINTER, INT64) * 2, POINTER, *(POINTER, INT64) * 2, POINTER, POINTER, *_SLOTS,
                                      INT64, INT64, POINTER)),
     "linear_recurrence": ("recurrent", (POINTER, INT64, POINTER, *_SLOTS, INT64, POINTER)),
@@ -63,6 +65,10 @@ def _slots(states: torch.Tensor, rows: StateRows, num_tokens: int) -> tuple[int 
     return states.data_ptr(), rows.load.data_ptr(), rows.store.data_ptr(), bounds, pieces, num_tokens
 
 
+def _strided(x: torch.Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
 def _heads(x: torch.Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
@@ -74,16 +80,18 @@ def causal_conv1d(
     states: torch.Tensor,
     rows: StateRows,
     activation: str | None = None,
+    before: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    others = (weight,) if bias is None else (weight, bias)
-    fits = _fits(states, x.dtype, x, *others) and weight.is_contiguous()
+    others = [other for other in (weight, bias, before, after) if other is not None]
+    fits = _fits(states, x.dtype, x, *others) and weight.is_contiguous() and (before is None) == (after is None)
     if not fits or activation not in (None, "silu") or len(weight) > MOST_TAPS:
-        return plain.causal_conv1d(x, weight, bias, states, rows, activation)
-    x = _rows(x)
+        return plain.causal_conv1d(x, weight, bias, states, rows, activation, before, after)
+    tokens = [None if given is None else _rows(given) for given in (x, before, after)]
     y = memory.empty(x.shape, x.dtype)
     _function("causal_conv1d", x.dtype)(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias), *_slots(states, rows, len(x)), x.shape[1],
-        len(weight), activation == "silu", y.data_ptr(),
+        *(part for given in tokens for part in _strided(given)), weight.data_ptr(), address(bias),
+        *_slots(states, rows, len(x)), x.shape[1], len(weight), activation == "silu", y.data_ptr(),
     )  # fmt: skip
     return y
 
@@ -107,6 +115,21 @@ def gated_delta_rule(
         *_slots(states, rows, len(v)), k.shape[1], v.shape[1], k.shape[2], v.shape[2], normalize, out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def delta_gates(
+    a: torch.Tensor, b: torch.Tensor, rate: torch.Tensor, dt_bias: torch.Tensor, most_written: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _fits(rate, torch.float32, a, b) or dt_bias.dtype is not torch.float32:
+        return plain.delta_gates(a, b, rate, dt_bias, most_written)
+    channels = a.shape[2] if a.dim() == 3 else 1
+    rows, b, dt_bias = _rows(a.flatten(1)), _rows(b), dt_bias.contiguous()
+    g, beta = memory.empty(a.shape, torch.float32), memory.empty(b.shape, b.dtype)
+    _function("delta_gates", a.dtype)(
+        *_strided(rows), *_strided(b), rate.data_ptr(), dt_bias.data_ptr(), most_written, *b.shape, channels,
+        g.data_ptr(), beta.data_ptr(),
+    )  # fmt: skip
+    return g, beta
 
 
 def linear_attention(
@@ -182,6 +205,18 @@ def linear_recurrence(x: torch.Tensor, log_decay: torch.Tensor, states: torch.Te
     y = memory.empty(x.shape, x.dtype)
     _function("linear_recurrence", x.dtype)(
         x.data_ptr(), x.stride(0), log_decay.data_ptr(), *_slots(states, rows, len(x)), x.shape[1], y.data_ptr()
+    )
+    return y
+
+
+def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    if not _fits(x, x.dtype, x, gate) or x.dim() != 2 or gate.dim() not in (2, 3):
+        return plain.sigmoid_gate(x, gate)
+    x, gate = x.contiguous(), _rows(gate)
+    inner, stride = (gate.shape[1], gate.stride(1)) if gate.dim() == 3 else (1, 0)
+    y = memory.empty(x.shape, x.dtype)
+    _function("sigmoid_gate", x.dtype)(
+        x.data_ptr(), gate.data_ptr(), gate.stride(0), stride, len(x), inner, gate.shape[-1], y.data_ptr()
     )
     return y
 

@@ -139,14 +139,41 @@ def test_convolution(isa: str, lengths: list[int], dtype: torch.dtype) -> None:
     for channels, taps in [(1, 4), (3, 1), (40, 3), (333, 4), (16, 9), (8, 17)]:
         x = torch.randn(sum(lengths), channels + 9).to(dtype)[:, 4 : channels + 4]
         weight = torch.randn(taps, channels).to(dtype)
-        for bias, activation in [(None, None), (torch.randn(channels).to(dtype), "silu")]:
+        gates = torch.randn(sum(lengths), 2 * channels + 3).to(dtype)
+        gates = (gates[:, :channels], gates[:, channels + 3 :])
+        for bias, *options in [(None, None), (torch.randn(channels).to(dtype), "silu"), (None, None, *gates)]:
             compare(
-                lambda states, rows, a=(x, weight, bias), f=activation: recurrent.causal_conv1d(*a, states, rows, f),
-                lambda states, rows, a=(x, weight, bias), f=activation: plain.causal_conv1d(*a, states, rows, f),
+                lambda states, rows, a=(x, weight, bias), o=options: recurrent.causal_conv1d(*a, states, rows, *o),
+                lambda states, rows, a=(x, weight, bias), o=options: plain.causal_conv1d(*a, states, rows, *o),
                 (taps - 1, channels),
                 lengths,
                 dtype,
             )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 700])
+def test_gates_of_the_delta_rule(isa: str, tokens: int, dtype: torch.dtype) -> None:
+    for heads, channels in [(1, 0), (16, 0), (37, 0), (3, 21), (2, 128)]:
+        together = (6 * torch.randn(tokens, heads * max(1, channels) + heads + 5)).to(dtype)
+        a, b = within(together, 0, heads, channels) if channels else within(together, 0, heads), together[:, -heads:]
+        rate, dt_bias = -4 * torch.rand(heads), torch.randn(heads * max(1, channels))
+        for most in (1.0, 2.0):
+            (g, beta), (g_plain, beta_plain) = (of.delta_gates(a, b, rate, dt_bias, most) for of in (recurrent, plain))
+            torch.testing.assert_close(g, g_plain, rtol=1e-5, atol=1e-6)
+            assert beta.dtype == dtype
+            torch.testing.assert_close(beta, beta_plain, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_by_a_sigmoid(isa: str, dtype: torch.dtype) -> None:
+    for tokens, heads, size in [(1, 1, 1), (1, 8, 256), (300, 3, 50)]:
+        x = torch.randn(tokens, heads * size + 2).to(dtype)[:, 2:]
+        gate = torch.randn(tokens, heads, 2 * size).to(dtype)[..., size:]
+        for given in (gate, gate.flatten(1)):
+            result, expected = recurrent.sigmoid_gate(x, given), x * gate.flatten(1).sigmoid()
+            tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 1e-6}
+            torch.testing.assert_close(result, expected, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
