@@ -37,6 +37,24 @@ class GrammarSpec:
     around: str | None = None  # in Lark's form
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingSpec:
+    """How a text's thinking is told, and what is to become of it.
+
+    ``open`` and ``close`` are its tags; one of ``others`` ends it, too. It may be opened at the beginning, after white
+    space, or with ``anywhere`` wherever its tag stands; with ``is_open`` the text begins with it, without the tag.
+    After ``budget`` tokens of thinking, wherever they stand, ``end_ids`` come next.
+    """
+
+    open: str
+    close: str
+    others: tuple[str, ...]
+    anywhere: bool
+    is_open: bool
+    budget: int
+    end_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class MediaFile:
     """A file of encoded media. It lives as long as the object that ``MediaStore.put`` returned for it."""
@@ -86,6 +104,7 @@ class RequestSpec:
     priority: int = 0  # the policy "priority" schedules lower numbers earlier; other policies ignore it
     eos_token_ids: tuple[int, ...] = ()  # end the request unless ignore_eos
     grammar: GrammarSpec | None = None  # None: the text is free
+    thinking: ThinkingSpec | None = None  # None: it is text like any other
 
     def __post_init__(self) -> None:
         if self.params.max_new_tokens is None:
@@ -96,6 +115,11 @@ class RequestSpec:
         """Largest number of tokens to generate."""
         assert self.params.max_new_tokens is not None  # checked
         return self.params.max_new_tokens
+
+    @property
+    def needs_matcher(self) -> bool:
+        """Whether what may come next depends on what came."""
+        return self.grammar is not None or self.thinking is not None
 
     @property
     def needs_every_draw(self) -> bool:

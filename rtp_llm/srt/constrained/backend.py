@@ -55,6 +55,10 @@ class GrammarBackend(Protocol):
         """
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to a text; of a special token, its name."""
+        ...
+
     def fill(self, matchers: Sequence[Matcher], words: "npt.NDArray[np.int32]") -> None:
         """Write the masks of what may come next; after an error, all of it.
 

@@ -73,6 +73,7 @@ class LLGuidanceBackend:
         self._size = self._never_drawn + 1
         self._json = _as_json(tokenizer, self._never_drawn)
         self._special = special_tokens(tokenizer)
+        self._names = {token_id: text.encode() for text, token_id in self._special.items()}
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._executor = LLExecutor()
 
@@ -81,6 +82,12 @@ class LLGuidanceBackend:
         matcher.compute_bitmask()  # limits may be reached only here; and the next time it is fast
         _check(matcher)
         return LLGuidanceMatcher(matcher, self._forces_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._names:
+            return self._names[token_id]
+        tokenizer = next(iter(self._tokenizers.values()), None) or self._compiled_for(())
+        return tokenizer.decode_bytes([token_id])
 
     def fill(self, matchers: Sequence[Matcher], words: npt.NDArray[np.int32]) -> None:
         inner = [cast(LLGuidanceMatcher, matcher).inner for matcher in matchers]

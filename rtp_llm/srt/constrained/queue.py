@@ -2,11 +2,12 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from rtp_llm.srt.constrained.backend import GrammarBackend, GrammarError, Matcher
+from rtp_llm.srt.constrained.thinking import ThinkingMatcher, ThinkingWatch
 from rtp_llm.srt.messages import FinishReason, FromCore, GenerateRequest, TokenOutput
 from rtp_llm.srt.request_spec import GrammarSpec
 
@@ -21,7 +22,7 @@ Key = tuple[GrammarSpec, tuple[int, ...]]
 @dataclass(slots=True)
 class _Waiting:
     request: GenerateRequest
-    compiled: Future[Matcher]
+    compiled: Future[Matcher | None]  # None: it needs no grammar
 
 
 class GrammarQueue:
@@ -30,16 +31,21 @@ class GrammarQueue:
     Args:
         make_backend: called once, on the compiling thread, when the first grammar comes.
         on_compile: called with the rid of a request whose grammar is about to be compiled.
+        forces_tokens: see ThinkingMatcher.
     """
 
     def __init__(
-        self, make_backend: Callable[[], GrammarBackend], on_compile: Callable[[str], None] | None = None
+        self,
+        make_backend: Callable[[], GrammarBackend],
+        on_compile: Callable[[str], None] | None = None,
+        forces_tokens: bool = False,
     ) -> None:
+        self._forces_tokens = forces_tokens
         self._make_backend = make_backend
         self._on_compile = on_compile
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rtp-llm-grammar")
         self._made: Future[GrammarBackend] | None = None
-        self._compiled: OrderedDict[Key, Future[Matcher]] = OrderedDict()
+        self._compiled: OrderedDict[Key, Future[Matcher | None]] = OrderedDict()
         self._waiting: dict[str, _Waiting] = {}
         self.matchers: dict[str, Matcher] = {}  # of the requests that ``ready`` has returned; whoever uses one takes it
 
@@ -53,9 +59,12 @@ class GrammarQueue:
         return self._made.result()
 
     def enter(self, request: GenerateRequest) -> None:
-        """Take a request with a grammar."""
+        """Take a request that needs a matcher."""
         spec = request.spec
-        assert spec.grammar is not None
+        if spec.grammar is None:
+            made = self._backend()
+            self._waiting[request.rid] = _Waiting(request, self._thread.submit(lambda: _nothing_of(made)))
+            return
         end_ids = () if spec.params.ignore_eos else spec.eos_token_ids
         self._waiting[request.rid] = _Waiting(request, self._compilation(request.rid, (spec.grammar, end_ids)))
 
@@ -81,7 +90,7 @@ class GrammarQueue:
                 continue
             del self._waiting[rid]
             try:
-                self.matchers[rid] = _resumed(item.compiled.result(), item.request.output_ids)
+                self.matchers[rid] = self._resumed(item.compiled.result(), item.request)
                 requests.append(item.request)
             except GrammarError as error:
                 ends.append(_ended(rid, f"the grammar cannot be used: {error}", 400))
@@ -93,29 +102,41 @@ class GrammarQueue:
     def shutdown(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _compilation(self, rid: str, key: Key) -> Future[Matcher]:
+    def _compilation(self, rid: str, key: Key) -> Future[Matcher | None]:
         if key in self._compiled:
             self._compiled.move_to_end(key)
             return self._compiled[key]
         if self._on_compile is not None:
             self._on_compile(rid)
-        if self._made is None:
-            self._made = self._thread.submit(self._make_backend)
-        made = self._made
+        made = self._backend()
         self._compiled[key] = self._thread.submit(lambda: made.result().compile(*key))
         result = self._compiled[key]
         if len(self._compiled) > MAX_CACHED:
             self._compiled.popitem(last=False)  # requests that use it have matchers of their own, or its future
         return result
 
+    def _backend(self) -> Future[GrammarBackend]:
+        if self._made is None:
+            self._made = self._thread.submit(self._make_backend)
+        return self._made
 
-def _resumed(compiled: Matcher, output_ids: Sequence[int]) -> Matcher:
-    """Return a matcher of a request that has generated tokens before, in a core that died."""
-    matcher = compiled.fork()
-    for token_id in output_ids:
-        if not matcher.accept(token_id):
-            raise GrammarError(f"it does not allow the {len(output_ids)} tokens so far: {matcher.error}")
-    return matcher
+    def _resumed(self, compiled: Matcher | None, request: GenerateRequest) -> Matcher:
+        """Return a matcher of a request that may have generated tokens before, in a core that died."""
+        inner = None if compiled is None else compiled.fork()
+        matcher: Matcher | None = inner
+        if request.spec.thinking is not None:
+            watch = ThinkingWatch(request.spec.thinking, self.backend.token_bytes)
+            matcher = ThinkingMatcher(watch, inner, self._forces_tokens)
+        assert matcher is not None  # one of both is there
+        for token_id in request.output_ids:
+            if not matcher.accept(token_id):
+                raise GrammarError(f"it does not allow the {len(request.output_ids)} tokens so far: {matcher.error}")
+        return matcher
+
+
+def _nothing_of(made: Future[GrammarBackend]) -> None:
+    """Wait until the back end knows what tokens say, or raise what went wrong with it."""
+    made.result().token_bytes(0)
 
 
 def _ended(rid: str, message: str, status_code: int) -> TokenOutput:

@@ -10,6 +10,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.constrained.backend import GrammarBackend, Matcher
 from rtp_llm.srt.constrained.queue import GrammarQueue
+from rtp_llm.srt.constrained.thinking import fill_masks
 from rtp_llm.srt.messages import AbortRequest, FromCore, GenerateRequest
 from rtp_llm.srt.plan import TokenMasks
 
@@ -34,7 +35,9 @@ class Grammars:
         self._args = args
         self._model_config = model_config
         self._queue = GrammarQueue(
-            self._make_backend, None if on_admission is None else lambda rid: on_admission([rid])
+            self._make_backend,
+            None if on_admission is None else lambda rid: on_admission([rid]),
+            skips_forced_tokens,
         )
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="rtp-llm-masks")
 
@@ -56,7 +59,7 @@ class Grammars:
         passed: list[Any] = []
         ends: list[FromCore] = []
         for message in messages:
-            if isinstance(message, GenerateRequest) and message.spec.grammar is not None:
+            if isinstance(message, GenerateRequest) and message.spec.needs_matcher:
                 self._queue.enter(message)
                 continue
             if isinstance(message, AbortRequest):
@@ -74,7 +77,7 @@ class Grammars:
 
     def _make_masks(self, rows: list[int], matchers: Sequence[Matcher]) -> TokenMasks:
         words = np.empty((len(rows), (self._model_config.vocab_size + 31) // 32), dtype=np.int32)
-        self._queue.backend.fill(matchers, words)
+        fill_masks(self._queue.backend, matchers, words)
         return TokenMasks(rows, words)
 
     def _make_backend(self) -> GrammarBackend:

@@ -15,6 +15,7 @@ from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.asgi import unless_disconnected
 from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer, Parser
 from rtp_llm.srt.entrypoints.serving import Serving
+from rtp_llm.srt.entrypoints.thinking import thinking_spec
 from rtp_llm.srt.managers.generate_options import GenerateOptions
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.parser.chat_parser import ChatParser
@@ -48,6 +49,7 @@ class ChatRequest:
         continues: the answer goes on with the last message.
         variables: further ones of the chat template.
         separates_thinking: it is told from content.
+        thinking_budget: most tokens of it; None: any number.
         default_max_new_tokens: see ``Prompt``; None: the room left.
         prefix_ids: token ids before the conversation's.
     """
@@ -62,6 +64,7 @@ class ChatRequest:
     continues: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
     separates_thinking: bool = True
+    thinking_budget: int | None = None
     default_max_new_tokens: int | None = None
     prefix_ids: Sequence[int] = ()
     options: GenerateOptions = field(default_factory=GenerateOptions)
@@ -120,6 +123,7 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
         default_max_new_tokens=request.default_max_new_tokens,
         grammar=None if around is not None else grammar,
         around=around,
+        thinking=thinking_spec(serving, chat, request.thinking_budget, request.continued),
         options=request.options,
     )
     requests = await serving.requests(prompt)

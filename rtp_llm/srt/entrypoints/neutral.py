@@ -94,7 +94,16 @@ OPENAI = {
     "vllm_xargs": (),
     "web_search_options": (),
 }
-_OF_CHATS = ("include_reasoning", "reasoning_effort", "separate_reasoning", "tool_choice", "tools")
+_OF_CHATS = (
+    "include_reasoning",
+    "max_thinking_tokens",
+    "reasoning_effort",
+    "separate_reasoning",
+    "thinking_budget",
+    "thinking_token_budget",
+    "tool_choice",
+    "tools",
+)
 CHAT = {
     **{name: values for name, values in OPENAI.items() if name not in _OF_CHATS},
     "add_special_tokens": (),

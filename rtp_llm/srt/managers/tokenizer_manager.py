@@ -29,7 +29,7 @@ from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalP
 from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.srt.multimodal.work import Workers
-from rtp_llm.srt.request_spec import GrammarSpec, PromptMedia, RequestSpec
+from rtp_llm.srt.request_spec import GrammarSpec, PromptMedia, RequestSpec, ThinkingSpec
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
     ContextLengthExceeded,
@@ -121,6 +121,7 @@ class Prompt:
     default_max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS  # or the room, if less; None: all the room
     grammar: GrammarSpec | None = None  # what the endpoint wants of the text; then the parameters must ask for none
     around: str | None = None  # of the grammar that the parameters ask for, if they do: see GrammarSpec
+    thinking: ThinkingSpec | None = None
 
     @property
     def has_media(self) -> bool:
@@ -246,6 +247,7 @@ class TokenizerManager:
             priority=priority(prompt.options, self._takes_priorities),
             eos_token_ids=tuple(token.token_id for token in self.end_tokens),
             grammar=self._grammar(prompt, params),
+            thinking=prompt.thinking,
         )
         return [
             GenerateRequest(rid, ids, replace(spec, seed=(spec.seed + i) % 2**64))

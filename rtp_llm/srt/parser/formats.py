@@ -18,6 +18,7 @@ class Thinking:
         is_implied: the model thinks first without an opening tag, whatever the prompt ends with.
         anywhere: it may begin within the answer; otherwise only at its beginning and after calls.
         ends_at_call: a call within it ends it.
+        end: how a model ends it, of its own accord; empty: with the closing tag alone.
     """
 
     open: str
@@ -25,6 +26,7 @@ class Thinking:
     is_implied: bool = False
     anywhere: bool = False
     ends_at_call: bool = False
+    end: str = ""
 
 
 @dataclass(frozen=True, slots=True)

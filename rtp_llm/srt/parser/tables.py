@@ -166,7 +166,7 @@ SOLAR = Calls(
 )
 # Thinking
 
-THINK = Thinking("<think>", "</think>", ends_at_call=True)
+THINK = Thinking("<think>", "</think>", ends_at_call=True, end="\n</think>")
 IMPLIED_THINK = replace(THINK, is_implied=True)
 CHANNEL = Thinking("<|channel>thought\n", "<channel|>", anywhere=True)
 

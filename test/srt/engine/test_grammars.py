@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from rtp_llm.srt.devices.cpu.provider import CpuProvider
 from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.messages import AbortRequest, GenerateRequest
-from rtp_llm.srt.request_spec import GrammarSpec
+from rtp_llm.srt.request_spec import GrammarSpec, ThinkingSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.scheduler import request
 from tiny_server import make_checkpoint
@@ -24,6 +25,7 @@ TAG = GrammarSpec(
     "structural_tag",
     json.dumps({"structures": [{"begin": "a", "schema": {"type": "integer"}, "end": ";"}], "triggers": ["a"]}),
 )
+THINKING = ThinkingSpec("<think>", "mat", (), False, True, 0, (7, 8, 9))  # ids of any tokens
 PROMPTS = ([5], list(range(4, 60)), [7, 8, 9] * 8, [11, 12])
 
 
@@ -53,6 +55,8 @@ def requests(output_ids: dict[str, list[int]] | None = None) -> list[GenerateReq
         params = SamplingParams(max_new_tokens=60, temperature=0.0 if i % 3 == 0 else 1.0)
         grammar = TAG if i in (5, 8) else GrammarSpec("regex", pattern)
         options: dict[str, Any] = {} if i % 5 == 4 else {"grammar": grammar}
+        if i in (7, 9):
+            options = {"thinking": replace(THINKING, budget=i)}
         rid = f"r{i}"
         begun = {} if output_ids is None else {"output_ids": output_ids[rid]}
         made.append(generate_request(rid, PROMPTS[i % 4], params, 50 + i, eos_token_ids=(0,), **options, **begun))
@@ -65,6 +69,8 @@ def expected(checkpoint: str) -> dict[str, list[int]]:
     found = core.run(requests())
     ends = {rid: outputs[-1].finish_reason for rid, outputs in core.outputs.items()}
     assert all(ends.values()) and {ends[f"r{i}"].type for i in range(4)} == {"stop"}
+    for i in (7, 9):  # a character may come before
+        assert any(found[f"r{i}"][j : j + 3] == [7, 8, 9] for j in range(i, i + 4)), "the budget was not kept"
     core.close()
     return found
 

@@ -82,6 +82,7 @@ class Stream:
             "text": "".join(
                 choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices
             ),
+            "reasoning": "".join(choice.get("delta", {}).get("reasoning_content", "") for choice in choices),
             "finish_reasons": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
             "logprobs": logprobs,
             "usage": last["usage"],
@@ -235,6 +236,28 @@ def test_a_killed_core_changes_no_structured_answer(
         undisturbed = answers_of(begin(server, asks))
         for answer in undisturbed:
             assert re.search(pattern, answer["text"], re.DOTALL), answer
+        streams = begin_and_wait_for_tokens(server, asks)
+        [core] = server.children()
+        os.kill(core, signal.SIGKILL)
+        assert_same(answers_of(streams), undisturbed)
+        assert server.children() != [core]
+
+
+BUDGETS = (90, 100, 110, 120)
+
+
+@pytest.mark.slow
+def test_a_killed_core_changes_no_budget_of_thinking(tiny_checkpoint: str, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}")
+    options = ("--dtype", "float32", "--chat-template", str(template), "--reasoning-parser", "qwen3")
+    with own_process(tmp_path, tiny_checkpoint, *options) as server:
+        server.wait_ready()
+        asks = [an_ask(1 + 3 * i, thinking_budget=budget, seed=i, temperature=0.8) for i, budget in enumerate(BUDGETS)]
+        undisturbed = answers_of(begin(server, asks))
+        for budget, answer in zip(BUDGETS, undisturbed, strict=True):
+            thought = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+            assert budget < thought < budget + 20 and answer["reasoning"] and answer["text"], answer
         streams = begin_and_wait_for_tokens(server, asks)
         [core] = server.children()
         os.kill(core, signal.SIGKILL)

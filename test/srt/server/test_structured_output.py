@@ -5,15 +5,13 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import httpx
 import pytest
 
 from rtp_llm.srt.managers import tokenizer_manager
-from tiny_server import InProcess, in_process
+from tiny_server import InProcess
 
 PERSON = {
     "type": "object",
@@ -231,29 +229,3 @@ def test_grammars_are_checked_beside_the_event_loop(server: InProcess, monkeypat
         assert post(server, path, body).status_code == 200
         assert threads and all(name.startswith("rtp-llm-text") for name in threads), (path, threads)
         threads.clear()
-
-
-CLOSING = "</think>"
-
-
-def test_a_form_after_thinking(tiny_checkpoint: str, tmp_path: Path) -> None:
-    """Where the prompt opens the model's thinking, it is free, and the content that follows it is of the form."""
-    path, template = tmp_path / "thinking", tmp_path / "template.jinja"
-    copytree(tiny_checkpoint, path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # an own token for the end of thinking
-        (path / name).write_text((path / name).read_text().replace("<|system|>", CLOSING))
-    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}<think>")
-    body = {"messages": [{"role": "user", "content": "the cat"}], "response_format": OF_PERSON} | FREE
-    with in_process(str(path), chat_template=str(template), reasoning_parser="qwen3") as server:
-        [closing] = post(server, "/tokenize", {"content": CLOSING}).json()["tokens"]
-        asked = body | {"logit_bias": {str(closing): 100.0}, "max_tokens": 300}
-        [told] = post(server, "/v1/chat/completions", asked).json()["choices"]
-        assert told["finish_reason"] == "stop" and is_person(told["message"]["content"]), told
-        asked = body | {"logit_bias": {str(closing): -100.0}, "max_tokens": 20}
-        [told] = post(server, "/v1/chat/completions", asked).json()["choices"]
-        assert told["finish_reason"] == "length", told
-        assert told["message"]["reasoning_content"] and not told["message"]["content"]
-        wrong = post(server, "/v1/chat/completions", body | {"response_format": OF_ADDRESS})
-        assert wrong.status_code == 400 and "response_format" in wrong.json()["error"]["message"]
-        kept = body | {"separate_reasoning": False, "max_tokens": 300}
-        assert is_person(post(server, "/v1/chat/completions", kept).json()["choices"][0]["message"]["content"])

@@ -343,6 +343,23 @@ def test_what_becomes_of_thinking(core: ScriptedCore, client: openai.OpenAI) -> 
     assert usage.completion_tokens_details.reasoning_tokens == 0
 
 
+def test_budgets_of_thinking(core: ScriptedCore, client: openai.OpenAI, tmp_path: Path) -> None:
+    core.texts = ["<think>Hm</think>Hello"] * 3
+    for name in ("thinking_token_budget", "thinking_budget", "max_thinking_tokens"):
+        assert told(chat(client, extra_body={name: 50}).choices[0].message) == ("Hello", "Hm", [])
+    with pytest.raises(openai.BadRequestError, match="differ; give one"):
+        chat(client, extra_body={"thinking_budget": 1, "max_thinking_tokens": 2})
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with (
+        scripted(make_spoken_checkpoint(tmp_path, []), chat_template=str(template)) as (server, _),
+        connected(server) as other,
+        pytest.raises(openai.BadRequestError, match="--reasoning-parser") as caught,
+    ):
+        other.chat.completions.create(model="tiny", messages=[USER], extra_body={"thinking_budget": 5})
+    assert caught.value.param == "thinking_budget"
+
+
 def test_thinking_that_the_prompt_begins(core: ScriptedCore, client: openai.OpenAI) -> None:
     core.texts, core.prompts = ["Hm</think>Hello"] * 3, []
     asked: list[dict[str, Any]] = [

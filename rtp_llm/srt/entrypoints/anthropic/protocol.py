@@ -109,7 +109,9 @@ class ToolChoice(Body):
 
 class ThinkingConfig(Body):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(None, ge=MIN_BUDGET_TOKENS, description="with type enabled; not enforced")
+    budget_tokens: int | None = Field(
+        None, ge=MIN_BUDGET_TOKENS, description="with type enabled: the most tokens of thinking"
+    )
     display: Literal["summarized", "omitted"] | None = Field(None, description="omitted: thinking blocks are empty")
 
     @model_validator(mode="after")

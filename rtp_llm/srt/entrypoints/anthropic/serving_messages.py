@@ -28,6 +28,7 @@ from rtp_llm.srt.entrypoints.errors import ApiError, error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, request_names
+from rtp_llm.srt.entrypoints.thinking import may_think
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 
 # Engine's name of a field -> the request's.
@@ -97,6 +98,8 @@ class MessagesEndpoint:
         if continues and calls_tools(last):
             raise InvalidRequest("the last message calls tools: a user's message with their results must follow it")
         thinks = None if thinking is None else thinking.type != "disabled"
+        # One that does not think keeps to any budget.
+        budget = thinking.budget_tokens if thinking is not None and may_think(self._serving) else None
         return ChatRequest(
             messages=conversation.messages,
             sampling_params=params,
@@ -104,6 +107,7 @@ class MessagesEndpoint:
             demanded_tools=body.demanded_tools(),
             strict=body.strict_names(),
             has_single_call=choice is not None and (choice.type == "tool" or bool(choice.disable_parallel_tool_use)),
+            thinking_budget=budget,
             begins_turn=not continues,
             continues=continues,
             variables=thinking_variables(self._serving.template, thinks, None if config is None else config.effort),

@@ -14,8 +14,11 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
     FinishReason,
     ToolCall,
 )
+from rtp_llm.srt.entrypoints.thinking import BUDGET
 from rtp_llm.srt.parser.events import Arguments, CallBegin, CallEnd, Content, Event, Reasoning
 from rtp_llm.srt.sampling_params import InvalidRequest
+
+BUDGETS = ("thinking_token_budget", BUDGET, "max_thinking_tokens")
 
 
 class Answer:
@@ -71,9 +74,29 @@ class Answer:
         return {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
 
 
+def thinking_budget(body: ChatCompletionRequest) -> int | None:
+    """Return the most tokens of thinking; None: any number.
+
+    Raises:
+        InvalidRequest: it is given twice, with different values.
+    """
+    given = {name: value for name in BUDGETS if (value := getattr(body, name)) is not None}
+    in_template = (body.chat_template_kwargs or {}).get(BUDGET)
+    if isinstance(in_template, int) and not isinstance(in_template, bool):
+        given[f"chat_template_kwargs.{BUDGET}"] = in_template
+    if len(set(given.values())) > 1:
+        (first, a), (second, b) = list(given.items())[:2]
+        raise InvalidRequest(f"{first} ({a}) and {second} ({b}) differ; give one", second.partition(".")[0])
+    budget = next(iter(given.values()), -1)
+    return None if budget < 0 else budget
+
+
 def template_variables(body: ChatCompletionRequest, template: Template | None) -> dict[str, Any]:
     """Return ``chat_template_kwargs`` with what ``reasoning_effort`` asks for, unless they say it themselves."""
     given = dict(body.chat_template_kwargs or {})
+    budget = thinking_budget(body)
+    if budget is not None and template is not None and BUDGET in template.variables:
+        given[BUDGET] = budget
     effort = body.reasoning_effort
     if effort is None:
         return given

@@ -25,6 +25,7 @@ FUNCTION_NAME = r"^[\w.:/@$-]+$"
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Budget = Annotated[int, Field(ge=-1)]
 Salt = Annotated[str, Field(max_length=256)]
 
 
@@ -189,6 +190,9 @@ class ChatCompletionRequest(GenerationBody):
     )
     separate_reasoning: bool | None = Field(None, description="extension: false: thinking stays in the content")
     include_reasoning: bool | None = Field(None, description="extension: false: thinking is not sent")
+    thinking_token_budget: Budget | None = Field(None, description="extension: most tokens of thinking; -1: any number")
+    thinking_budget: Budget | None = Field(None, description="extension: another name of thinking_token_budget")
+    max_thinking_tokens: Budget | None = Field(None, description="extension: another name of thinking_token_budget")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="extension: variables of the chat template")
     add_generation_prompt: bool | None = Field(None, description="extension: false: do not begin an assistant turn")
     continue_final_message: bool | None = Field(None, description="extension: go on with the last message")

@@ -11,7 +11,7 @@ from rtp_llm.srt.entrypoints.asgi import JSON, EventStream, event, unless_discon
 from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to
 from rtp_llm.srt.entrypoints.errors import error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
-from rtp_llm.srt.entrypoints.openai.answers import Answer, template_variables
+from rtp_llm.srt.entrypoints.openai.answers import Answer, template_variables, thinking_budget
 from rtp_llm.srt.entrypoints.openai.base import OpenAIEndpoint, StreamUsage, disconnected_response, usage
 from rtp_llm.srt.entrypoints.openai.logprobs import chat_logprobs
 from rtp_llm.srt.entrypoints.openai.protocol import (
@@ -68,6 +68,7 @@ class ChatEndpoint(OpenAIEndpoint):
             continues=bool(body.continue_final_message),
             variables=template_variables(body, self._serving.template),
             separates_thinking=body.separate_reasoning is not False,
+            thinking_budget=thinking_budget(body),
             options={
                 **options_of(body),
                 "return_logprob": bool(body.logprobs),
