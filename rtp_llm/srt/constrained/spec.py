@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from rtp_llm.srt.request_spec import GrammarSpec
@@ -33,12 +32,6 @@ def asks_for_grammar(given: Any) -> bool:
     if isinstance(given, Mapping):
         return any(given.get(name) is not None for name in _PARAMS)
     return any(getattr(given, name, None) is not None for name in _PARAMS)
-
-
-def without_grammar(params: SamplingParams) -> SamplingParams:
-    """Return the parameters without those that ask for a grammar."""
-    free: dict[str, Any] = dict.fromkeys(_PARAMS)
-    return replace(params, **free)
 
 
 def asked_grammar(params: SamplingParams) -> tuple[str, GrammarSpec] | None:

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from starlette.types import Receive
 
 from rtp_llm.srt.chat.messages import ChatPrompt
-from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.constrained.json_schema import check_schema
-from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS, asked_grammar, asks_for_grammar, without_grammar
+from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS, asked_grammar
 from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.asgi import unless_disconnected
 from rtp_llm.srt.entrypoints.chat_answer import ChatAnswer, Parser
@@ -19,10 +17,9 @@ from rtp_llm.srt.entrypoints.thinking import thinking_spec
 from rtp_llm.srt.managers.generate_options import GenerateOptions
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
 from rtp_llm.srt.parser.chat_parser import ChatParser
-from rtp_llm.srt.parser.choose import begins_thinking
+from rtp_llm.srt.parser.choose import begins_thinking, may_open_thinking
 from rtp_llm.srt.parser.content_grammar import content_grammar
 from rtp_llm.srt.parser.demanded_grammar import demanded_grammar
-from rtp_llm.srt.parser.form_grammar import form_after_thinking
 from rtp_llm.srt.parser.free_grammar import free_grammar
 from rtp_llm.srt.parser.response_template import ResponseTemplateParser
 from rtp_llm.srt.parser.rules import CannotWrite
@@ -111,17 +108,16 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     params = _with_stops(request.sampling_params, chat)
     if request.demanded_tools:  # the answer has no content, which alone this is the form of
         params = replace(params, response_format=None)
-    has_form = bool(request.tools) and not request.demanded_tools and asked_grammar(params) is not None
+    has_form = not request.demanded_tools and asked_grammar(params) is not None
     grammar = _grammar_of_calls(serving, request, chat, has_form)
-    around = grammar.text if grammar is not None and has_form else None
-    if grammar is None:
-        grammar = await _form_after_thinking(serving, request, chat)
-        params = params if grammar is None else without_grammar(params)
+    around = None
+    if has_form:
+        around = _around_form(serving, request, chat) if grammar is None else grammar
     prompt = replace(
         encoded,
         sampling_params=params,
         default_max_new_tokens=request.default_max_new_tokens,
-        grammar=None if around is not None else grammar,
+        grammar=None if grammar is None or has_form else GrammarSpec("grammar", grammar),
         around=around,
         thinking=thinking_spec(serving, chat, request.thinking_budget, request.continued),
         options=request.options,
@@ -156,17 +152,17 @@ def _parser(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> Parser 
     return ChatParser(form, ToolSchemas(request.tools) if request.tools else None, begins, separates)
 
 
-def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, has_form: bool) -> GrammarSpec | None:
+def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, has_form: bool) -> str | None:
     """Return the grammar of answers that call what is demanded, or of free ones whose calls obey schemas; None: neither
     is asked for.
 
     The core compiles it; what is found there ends the request with a 400.
 
     Args:
-        has_form: calls stand in place of content of a form: the grammar is one around the content's.
+        has_form: content is of a form, and calls stand in its place: the grammar is one around the content's.
     """
     demanded = request.demanded_tools
-    if not (demanded or request.strict or has_form):
+    if not (demanded or request.strict or (request.tools and has_form)):
         return None
     asked = "tool_choice" if demanded else "strict" if request.strict else "tools"
     bound = demanded or [tool for tool in request.tools if tool["function"]["name"] in request.strict]
@@ -191,7 +187,7 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, 
             f"{MAX_GRAMMAR_CHARS} are taken: give fewer",
             "tools",
         )
-    return GrammarSpec("grammar", text)
+    return text
 
 
 def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool, has_form: bool) -> str:
@@ -207,23 +203,14 @@ def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool, has_f
     return free_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
 
 
-async def _form_after_thinking(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> GrammarSpec | None:
-    """Return the grammar of an answer that thinks first, if its content is to be of a form; None: it does not think, is
-    free, or follows the form from its beginning.
-
-    Raises:
-        InvalidRequest: the form is wrong or cannot be honoured wholly.
-    """
-    params, form = request.sampling_params, serving.answer_format
-    if not (request.separates_thinking and asks_for_grammar(params)) or serving.response_template is not None:
+def _around_form(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> str | None:
+    """Return the grammar around that of the content, of an answer that may think first; None: all of it is content."""
+    form = serving.answer_format
+    if not request.separates_thinking or serving.response_template is not None:
         return None
-    has_headers = form.channels is not None and not request.continues
-    if not has_headers and not begins_thinking(form, chat.text, request.continued):
-        return None
-    check = partial(checked_grammar, params, serving.manager.tokenizer)
-    asked = await serving.off_loop(0, check, has_grammar=True)
-    text = None if asked is None else form_after_thinking(form, asked, serving.special_token_ids)
-    return None if text is None else GrammarSpec("grammar", text)
+    thinks = begins_thinking(form, chat.text, request.continued)
+    may_think = thinks or (request.continued is None and may_open_thinking(form, chat.text))
+    return content_grammar(form, (), frozenset(), serving.special_token_ids, thinks, True) if may_think else None
 
 
 def check_takes_tools(serving: Serving, tools: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from rtp_llm.srt.parser.formats import (
     BareKeysCall,
     Body,
     Calls,
+    Format,
     HeadCall,
     JsonCall,
     PythonCall,
@@ -25,7 +26,6 @@ DEFINITIONS = frozenset({"$defs", "definitions"})
 OF_ARGUMENTS = NOTES | DEFINITIONS | {"type", "properties", "required", "additionalProperties"}
 PLAIN_STRING = NOTES | {"type"}
 MAX_DEPTH = 16  # of references
-NO_FORM = "the form of this model's calls is not known"
 
 
 class CallRules(Rules):
@@ -213,6 +213,21 @@ class CallRules(Rules):
 
     def _closed(self, text: str) -> str:
         return f"{SPACE} {self.text(text)}" if text else ""
+
+
+def bound_functions(
+    tools: Sequence[Mapping[str, Any]], strict: frozenset[str]
+) -> tuple[list[Function], frozenset[str]]:
+    """Return the tools' functions, and the names of those whose arguments may be any: which are not ``strict``."""
+    functions = [tool["function"] for tool in tools]
+    return functions, frozenset(function["name"] for function in functions) - strict
+
+
+def known_calls(form: Format) -> Calls:
+    """Return how calls stand in an answer without headers. Raise CannotWrite if that is not known."""
+    if form.calls is None:
+        raise CannotWrite("the form of this model's calls is not known")
+    return form.calls
 
 
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:

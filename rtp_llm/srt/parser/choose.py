@@ -44,3 +44,14 @@ def begins_thinking(form: Format, prompt: str, continued: str | None = None) -> 
         return continued.rfind(thinking.open) > continued.rfind(thinking.close)
     end = prompt.rstrip()
     return end.endswith(thinking.open.rstrip()) or (thinking.is_implied and not end.endswith(thinking.close))
+
+
+def may_open_thinking(form: Format, prompt: str) -> bool:
+    """Return whether an answer may begin with thinking, and the tag or the header that opens it.
+
+    Args:
+        prompt: the text before the answer.
+    """
+    if form.channels is not None:
+        return True
+    return form.thinking is not None and not prompt.rstrip().endswith(form.thinking.close.rstrip())

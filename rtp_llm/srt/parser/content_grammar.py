@@ -1,12 +1,11 @@
-"""Grammars of answers whose content is of another grammar, and that may call tools instead."""
+"""Grammars of answers whose content is of another grammar: thinking may come before it, calls of tools in its place."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rtp_llm.srt.parser.call_grammar import NO_FORM, CallRules
+from rtp_llm.srt.parser.call_grammar import CallRules, bound_functions, known_calls
 from rtp_llm.srt.parser.channel_grammar import ChannelRules
 from rtp_llm.srt.parser.formats import Format
-from rtp_llm.srt.parser.rules import CannotWrite
 
 CONTENT = "@content"  # the other grammar
 
@@ -31,12 +30,11 @@ def content_grammar(
     Raises:
         CannotWrite: there is none for this format, or these tools.
     """
-    functions = [tool["function"] for tool in tools]
-    loose = frozenset(function["name"] for function in functions) - strict
+    functions, loose = bound_functions(tools, strict)
     if form.channels is not None:
         return ChannelRules(form.channels, token_ids, loose).messages(functions, CONTENT)
-    if form.calls is None:
-        raise CannotWrite(NO_FORM)
     rules = CallRules(token_ids, loose)
-    choices = rules.any_of([CONTENT, rules.calls(form.calls, functions, is_single)])
-    return rules.grammar(f"{rules.before(form.thinking, thinks)} ({choices})")
+    choices = [CONTENT]
+    if functions:
+        choices.append(rules.calls(known_calls(form), functions, is_single))
+    return rules.grammar(f"{rules.before(form.thinking, thinks)} ({rules.any_of(choices)})")

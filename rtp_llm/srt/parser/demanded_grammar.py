@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rtp_llm.srt.parser.call_grammar import NO_FORM, CallRules
+from rtp_llm.srt.parser.call_grammar import CallRules, known_calls
 from rtp_llm.srt.parser.channel_grammar import ChannelRules
 from rtp_llm.srt.parser.formats import Format
-from rtp_llm.srt.parser.rules import CannotWrite
 
 
 def demanded_grammar(
@@ -30,7 +29,5 @@ def demanded_grammar(
     functions = [tool["function"] for tool in tools]
     if form.channels is not None:
         return ChannelRules(form.channels, token_ids).messages(functions)
-    if form.calls is None:
-        raise CannotWrite(NO_FORM)
-    rules = CallRules(token_ids)
-    return rules.grammar(f"{rules.before(form.thinking, thinks)} {rules.calls(form.calls, functions, is_single)}")
+    calls, rules = known_calls(form), CallRules(token_ids)
+    return rules.grammar(f"{rules.before(form.thinking, thinks)} {rules.calls(calls, functions, is_single)}")

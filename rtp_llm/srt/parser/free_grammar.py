@@ -14,10 +14,10 @@ Where ``fresh`` and ``thinking`` are no different from ``free``, there is but th
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rtp_llm.srt.parser.call_grammar import NO_FORM, CallRules, Function
+from rtp_llm.srt.parser.call_grammar import CallRules, Function, bound_functions, known_calls
 from rtp_llm.srt.parser.channel_grammar import ChannelRules
 from rtp_llm.srt.parser.formats import Calls, Format
-from rtp_llm.srt.parser.rules import CannotWrite, any_text, token_set, written
+from rtp_llm.srt.parser.rules import any_text, token_set, written
 from rtp_llm.srt.parser.states import Lead, States
 
 
@@ -41,15 +41,11 @@ def free_grammar(
     Raises:
         CannotWrite: there is none for this format, or these tools.
     """
-    functions = [tool["function"] for tool in tools]
-    loose = frozenset(function["name"] for function in functions) - strict
+    functions, loose = bound_functions(tools, strict)
     if form.channels is not None:
         return ChannelRules(form.channels, token_ids, loose).free(functions, is_single)
-    if form.calls is None:
-        raise CannotWrite(NO_FORM)
-    return _FreeText(CallRules(token_ids, loose), form, form.calls, token_ids.values()).write(
-        functions, thinks, is_single
-    )
+    text = _FreeText(CallRules(token_ids, loose), form, known_calls(form), token_ids.values())
+    return text.write(functions, thinks, is_single)
 
 
 class _FreeText:

@@ -87,6 +87,18 @@ def test_thinking_comes_first(thinks: bool, text: str, taken: bool) -> None:
     assert is_taken(whole(choose_format("", "hermes", "qwen3"), TOOLS, thinks=thinks), text) == taken
 
 
+def test_content_alone() -> None:
+    """Without tools, of a model that thinks."""
+    for thinks in (True, False):
+        grammar = whole(choose_format("", "none", "qwen3"), [], thinks=thinks)
+        thought = "Hm 1</think>\n\n" if thinks else "<think>Hm 1</think>\n\n"
+        assert is_taken(grammar, f"{thought}12") and is_taken(grammar, f"{thought.strip()}12")
+        assert is_taken(grammar, "12") != thinks and not is_taken(grammar, f"{thought}12</think>12")
+    grammar = whole(choose_format("", "openai", "openai_gptoss"), [])
+    final, thought = "<|channel|>final<|message|>12", "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+    assert is_taken(grammar, final) and is_taken(grammar, thought + final) and not is_taken(grammar, "12")
+
+
 @pytest.mark.parametrize("is_single", [True, False])
 def test_how_many_calls_and_whose_arguments(is_single: bool) -> None:
     form = choose_format("", "hermes", "none")

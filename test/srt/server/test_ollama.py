@@ -227,7 +227,8 @@ def test_formats(core: ScriptedCore, client: httpx.Client) -> None:
     core.texts = ['Hm</think>{"a": 1}']
     message = answer(client, format=SCHEMA, think=True)["message"]
     assert (message["thinking"], message["content"]) == ("Hm", '{"a": 1}')
-    assert core.grammars[-1] is not None and core.grammars[-1].kind == "grammar"  # of thinking, and then the form
+    spec = core.grammars[-1]  # of thinking, and then the form
+    assert spec is not None and json.loads(spec.text) == SCHEMA and spec.around is not None
     for think in (False, True):
         assert "format" in refused(post(client, format={"type": "no such type"}, think=think))
     assert "xml" in refused(post(client, GENERATE, format="xml"))

@@ -1,6 +1,7 @@
 """Thinking before an answer, by a model with random weights: its budget, and forms of what follows it."""
 
 import json
+import re
 from collections.abc import Iterator
 from shutil import copytree
 from typing import Any
@@ -20,8 +21,8 @@ NAME = {
 OF_NAME = {"type": "json_schema", "json_schema": {"name": "name", "schema": NAME, "strict": True}}
 # The prompt opens the thinking, closes it, or leaves it to the model.
 TEMPLATE = (
-    "{% for m in messages %}{{ m.content }}{% endfor %}"
-    "{% if enable_thinking is not defined %}<think>{% elif not enable_thinking %}<think></think>{% endif %}"
+    "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}"
+    "{% if enable_thinking is not defined %}<think>{% elif not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
 
 
@@ -87,17 +88,51 @@ def test_a_budget_before_a_form(thinker: InProcess) -> None:
     assert usage["completion_tokens_details"]["reasoning_tokens"] >= 9
 
 
-def test_a_form_after_thinking(thinker: InProcess) -> None:
-    """Where the prompt opens the model's thinking, it is free, and the content that follows it is of the form."""
+TAG = {"structures": [{"begin": "<f>", "schema": {"enum": [12]}, "end": "</f>"}], "triggers": ["<"]}
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "response_format": ({"response_format": OF_NAME}, r'\{\s*"name"\s*:\s*".*",\s*"tame"\s*:\s*(true|false)\s*\}'),
+    "json": ({"structured_outputs": {"json": {"enum": [12, 345]}}}, "12|345"),
+    "regex": ({"regex": "[ab]{3,5}c"}, "[ab]{3,5}c"),
+    "choice": ({"structured_outputs": {"choice": ["the dog", "a tree"]}}, "the dog|a tree"),
+    "ebnf": ({"ebnf": 'root ::= ("ab" | "cd") "e"'}, "abe|cde"),
+    "grammar": ({"structured_outputs": {"grammar": 'start: "ab" "e"?'}}, "abe?"),
+    "structural_tag": ({"structural_tag": TAG}, "([^<]|<f>12</f>)*"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_after_thinking(thinker: InProcess, form: str) -> None:
+    """Where the model thinks, it is free, and the content that follows it is of the form."""
+    grammar, pattern = FORMS[form]
     soon, never = bias(thinker, closing=100.0), bias(thinker, closing=-100.0)
-    told, _ = asked(thinker, **soon, response_format=OF_NAME, max_tokens=300)
-    assert told["finish_reason"] == "stop" and json.loads(told["message"]["content"]).keys() == {"name", "tame"}
-    told, _ = asked(thinker, **never, response_format=OF_NAME, max_tokens=20)
+    told, _ = asked(thinker, **soon, **grammar, thinking_budget=5, max_tokens=100)
+    content = told["message"]["content"]
+    assert re.fullmatch(pattern, content, re.DOTALL) or (form, told["finish_reason"]) == ("structural_tag", "length")
+    told, _ = asked(thinker, **never, **grammar, max_tokens=20)
     assert told["finish_reason"] == "length" and told["message"]["reasoning_content"], told
     assert not told["message"]["content"]
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_form_of_a_model_that_opens_its_thinking_itself(thinker: InProcess, thinks: bool) -> None:
+    grammar = bias(thinker, closing=-100.0, opening=100.0 if thinks else -100.0) | {"regex": "[ab]{3}"}
+    left = {"chat_template_kwargs": {"enable_thinking": True}}
+    told, usage = asked(thinker, **grammar, **left, thinking_budget=5, max_tokens=60)
+    assert told["finish_reason"] == "stop" and re.fullmatch("[ab]{3}", told["message"]["content"]), told
+    assert bool(told["message"].get("reasoning_content")) == thinks
+    assert (usage["completion_tokens_details"]["reasoning_tokens"] >= 5) == thinks
+
+
+def test_a_form_without_thinking(thinker: InProcess) -> None:
+    """The prompt has closed the thinking, or it is not told from the content: no other is opened."""
+    grammar = bias(thinker, closing=-100.0, opening=100.0) | {"regex": "[ab]{3}"}
+    for switch in ({"chat_template_kwargs": {"enable_thinking": False}}, {"separate_reasoning": False}):
+        told, _ = asked(thinker, **grammar, **switch, max_tokens=60)
+        assert re.fullmatch("[ab]{3}", told["message"]["content"]), told
+
+
+def test_a_wrong_form_after_thinking(thinker: InProcess) -> None:
     wrong = {"type": "json_schema", "json_schema": {"schema": {"type": "string", "format": "idn-email"}}}
     body = {"messages": [{"role": "user", "content": "the cat"}], "response_format": wrong}
     answer = post(thinker, "/v1/chat/completions", body)
     assert answer.status_code == 400 and "response_format" in answer.json()["error"]["message"]
-    told, _ = asked(thinker, response_format=OF_NAME, separate_reasoning=False, max_tokens=300)
-    assert json.loads(told["message"]["content"]).keys() == {"name", "tame"}
