@@ -39,7 +39,8 @@ class ChatRequest:
     Args:
         messages: in OpenAI's form.
         tools: the functions that the model sees, as templates get them.
-        demanded_tools: those of which the answer must call one; empty: it may do without.
+        must_call: the answer must call one of those that may be called.
+        callable_names: those that may be called; None: all.
         strict: names of those whose arguments fit their schemas, wherever they are called.
         has_single_call: calls after the first are left out, and a demanded one is the only one.
         begins_turn: the prompt ends with the beginning of an answer.
@@ -54,7 +55,8 @@ class ChatRequest:
     messages: Sequence[Mapping[str, Any]]
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     tools: Sequence[Mapping[str, Any]] = ()
-    demanded_tools: Sequence[Mapping[str, Any]] = ()
+    must_call: bool = False
+    callable_names: frozenset[str] | None = None
     strict: frozenset[str] = frozenset()
     has_single_call: bool = False
     begins_turn: bool = True
@@ -65,6 +67,11 @@ class ChatRequest:
     default_max_new_tokens: int | None = None
     prefix_ids: Sequence[int] = ()
     options: GenerateOptions = field(default_factory=GenerateOptions)
+
+    @property
+    def callable_tools(self) -> list[Mapping[str, Any]]:
+        names = self.callable_names
+        return [tool for tool in self.tools if names is None or tool["function"]["name"] in names]
 
     @property
     def may_have_media(self) -> bool:
@@ -106,9 +113,9 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     if request.prefix_ids:
         encoded = replace(encoded, input_ids=_after(serving, request.prefix_ids, encoded.input_ids))
     params = _with_stops(request.sampling_params, chat)
-    if request.demanded_tools:  # the answer has no content, which alone this is the form of
+    if request.must_call:  # the answer has no content, which alone this is the form of
         params = replace(params, response_format=None)
-    has_form = not request.demanded_tools and asked_grammar(params) is not None
+    has_form = not request.must_call and asked_grammar(params) is not None
     grammar = _grammar_of_calls(serving, request, chat, has_form)
     around = None
     if has_form:
@@ -161,11 +168,12 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, 
     Args:
         has_form: content is of a form, and calls stand in its place: the grammar is one around the content's.
     """
-    demanded = request.demanded_tools
-    if not (demanded or request.strict or (request.tools and has_form)):
+    is_chosen = request.must_call or request.callable_names is not None
+    if not (is_chosen or request.strict or (request.tools and has_form)):
         return None
-    asked = "tool_choice" if demanded else "strict" if request.strict else "tools"
-    bound = demanded or [tool for tool in request.tools if tool["function"]["name"] in request.strict]
+    asked = "tool_choice" if is_chosen else "strict" if request.strict else "tools"
+    tools = request.callable_tools
+    bound = [tool for tool in tools if request.must_call or tool["function"]["name"] in request.strict]
     for tool in bound:
         try:
             check_schema(tool["function"]["parameters"])
@@ -178,12 +186,12 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, 
         reason = error if isinstance(error, CannotWrite) else "a schema is nested too deeply"
         raise InvalidRequest(
             f"{asked}: there is no grammar of these tools' calls in the form of this model ({reason}): "
-            + ("leave it out, or choose 'auto'" if demanded else "leave it out" if not has_form else NOT_BOTH),
-            "tool_choice" if demanded else "tools",
+            + ("leave it out, or choose 'auto'" if is_chosen else "leave it out" if not has_form else NOT_BOTH),
+            "tool_choice" if is_chosen else "tools",
         ) from None
     if len(text) > MAX_GRAMMAR_CHARS:
         raise InvalidRequest(
-            f"{asked}: the grammar of these {len(demanded or request.tools)} tools has {len(text)} characters; at most "
+            f"{asked}: the grammar of these {len(tools)} tools has {len(text)} characters; at most "
             f"{MAX_GRAMMAR_CHARS} are taken: give fewer",
             "tools",
         )
@@ -193,14 +201,14 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, 
 def _written_grammar(serving: Serving, request: ChatRequest, thinks: bool, has_form: bool) -> str:
     if serving.response_template is not None:
         raise CannotWrite("its tokenizer's response_template describes it")
-    form, token_ids = serving.answer_format, serving.special_token_ids
-    if request.demanded_tools:
-        return demanded_grammar(form, request.demanded_tools, token_ids, thinks, request.has_single_call)
+    form, token_ids, tools = serving.answer_format, serving.special_token_ids, request.callable_tools
+    if request.must_call:
+        return demanded_grammar(form, tools, token_ids, thinks, request.has_single_call)
     if not request.separates_thinking:  # then calls are looked for in it
         form, thinks = replace(form, thinking=None), False
     if has_form:
-        return content_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
-    return free_grammar(form, request.tools, request.strict, token_ids, thinks, request.has_single_call)
+        return content_grammar(form, tools, request.strict, token_ids, thinks, request.has_single_call)
+    return free_grammar(form, tools, request.strict, token_ids, thinks, request.has_single_call)
 
 
 def _around_form(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> str | None:

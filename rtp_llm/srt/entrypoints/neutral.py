@@ -99,6 +99,7 @@ _OF_CHATS = (
     "max_thinking_tokens",
     "reasoning_effort",
     "separate_reasoning",
+    "stream_reasoning",
     "thinking_budget",
     "thinking_token_budget",
     "tool_choice",

@@ -232,6 +232,12 @@ def test_tool_choice(core: ScriptedCore, client: openai.OpenAI) -> None:
     assert [spec is not None and "get_weather" in spec.text for spec in core.grammars] == [True, False]
     core.texts = [WEATHER + NOW]
     assert len(ask(client, tools=TOOLS, parallel_tool_calls=False).output) == 1
+    core.texts, core.grammars, core.prompts = [NOW] * 2, [], []
+    for mode in ("auto", "required"):
+        choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "now"}]}
+        assert ask(client, tools=TOOLS, tool_choice=choice).tool_choice.model_dump() == choice
+    assert [spec is not None and "get_weather" not in spec.text for spec in core.grammars] == [True, True]
+    assert all("get_weather" in prompt for prompt in core.prompts)
 
 
 def test_messages_that_items_make(core: ScriptedCore, client: openai.OpenAI) -> None:

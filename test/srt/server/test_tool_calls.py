@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +17,9 @@ from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoin
 
 from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
 from rtp_llm.srt.entrypoints import chat_request
-from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS
+from rtp_llm.srt.entrypoints.openai.answers import Answer
+from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, MAX_TOOLS_CHARS, ChatCompletionRequest
+from rtp_llm.srt.parser.events import Content, Reasoning
 from rtp_llm.srt.request_spec import GrammarSpec
 from tiny_server import InProcess, in_process
 
@@ -139,6 +142,66 @@ def test_tool_choice(core: ScriptedCore, client: openai.OpenAI) -> None:
     assert caught.value.param == "tool_choice"
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_allowed_tools(core: ScriptedCore, client: openai.OpenAI) -> None:
+    """The model sees all tools, and can call those that are allowed; with ``auto`` their arguments may be any."""
+    core.texts, core.prompts, core.grammars = ["Hello", NOW, NOW], [], []
+    for mode in ("auto", "required"):
+        chat(client, tool_choice=allowed(mode, "now"))
+    chat(client, tool_choice=allowed("auto", "now", "get_weather"), tools=[strict_of(TOOLS[0]), TOOLS[1]])
+    assert all("get_weather" in prompt and "now" in prompt for prompt in core.prompts)
+    free, demanded, both = ["" if spec is None else spec.text for spec in core.grammars]
+    assert "now" in free and "get_weather" not in free and "now" in demanded and "get_weather" not in demanded
+    tokens = LLGuidanceBackend(core.tokenizer, len(core.tokenizer))
+
+    def takes(grammar: str, text: str) -> bool:
+        matcher = tokens.compile(GrammarSpec("grammar", grammar), [])
+        return all(matcher.accept(token_id) for token_id in core.tokenizer(text)["input_ids"])
+
+    assert takes(free, f"I look. {NOW}") and not takes(free, WEATHER) and takes(free, "get_weather")
+    assert takes(demanded, NOW) and not takes(demanded, "I look") and not takes(demanded, WEATHER)
+    assert takes(both, WEATHER + NOW) and not takes(both, WEATHER.replace("3", '"3"'))
+    for choice in (allowed("auto", "now", "later"), allowed("required", "later")):
+        with pytest.raises(openai.BadRequestError, match="'later', which is not in tools") as caught:
+            chat(client, tool_choice=choice)
+        assert caught.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_two_functions_of_one_name(client: openai.OpenAI, choice: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="two functions of the name 'now'") as caught:
+        chat(client, tools=[*TOOLS, TOOLS[1]], tool_choice=choice)
+    assert caught.value.param == "tools"
+
+
+def test_thinking_in_one_piece(core: ScriptedCore, client: openai.OpenAI) -> None:
+    text = f"<think>{'Hm, hm. ' * 20}</think>Hello"
+    core.texts = [text, text]
+    for most in (None, 60):
+        chunks = list(chat(client, stream=True, max_tokens=most, extra_body={"stream_reasoning": False}))
+        deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+        [thought] = [thought for delta in deltas if (thought := getattr(delta, "reasoning_content", None))]
+        assert ("Hm, hm. " * 20).startswith(thought) and gathered(chunks)[0] == ("Hello" if most is None else "")
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_when_thinking_is_told(is_streamed: bool) -> None:
+    asked = ChatCompletionRequest.model_validate({"messages": [USER], "stream_reasoning": is_streamed})
+    completion = SimpleNamespace(finished=False)
+    events = iter([[Reasoning("Hm, ")], [Reasoning("hm.")], [Content("Hello")], [Reasoning("Oh")], []])
+    said: Any = SimpleNamespace(completion=completion, events=lambda text: next(events))
+    answer = Answer(asked, said)
+    told = []
+    for completion.finished in (False, False, False, False, True):
+        told.append([delta.get("reasoning", delta.get("content")) for delta in answer.deltas("")])
+    whole = [[], [], ["Hm, hm.", "Hello"], [], ["Oh"]]
+    assert told == ([["Hm, "], ["hm."], ["Hello"], ["Oh"], []] if is_streamed else whole)
+
+
 def test_calls_that_are_demanded(core: ScriptedCore, client: openai.OpenAI) -> None:
     """The answer is under a grammar in the model's own format, special tokens by their ids."""
     core.texts, core.grammars = [NOW, NOW, NOW], []
@@ -172,7 +235,7 @@ ALL_TEXTS = ("12", "13", "<think>Hm</think>12", "Hm</think>12", NOW, f"<think>Hm
         (False, {"tools": TOOLS}, ["12", "<think>Hm</think>12", NOW, f"<think>Hm</think>{NOW}", TWO]),
         (False, {"tools": TOOLS, "parallel_tool_calls": False},
          ["12", "<think>Hm</think>12", NOW, f"<think>Hm</think>{NOW}"]),
-        (False, {"tools": TOOLS, "tool_choice": "none"}, ["12"]),
+        (False, {"tools": TOOLS, "tool_choice": "none"}, ["12", "<think>Hm</think>12"]),
         (True, {"tools": TOOLS}, ["Hm</think>12", f"Hm</think>{NOW}"]),
     ],
 )  # fmt: skip

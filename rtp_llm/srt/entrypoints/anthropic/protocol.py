@@ -7,6 +7,7 @@ from typing_extensions import TypedDict
 
 from rtp_llm.srt.entrypoints.neutral import MESSAGES
 from rtp_llm.srt.entrypoints.openai.protocol import FUNCTION_NAME, MAX_TOOLS, Body, Finite, check_tools
+from rtp_llm.srt.entrypoints.tool_choice import Choice, ToolFields, check_choice, choice_of, tool_fields
 from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS, InvalidRequest
 
 MIN_BUDGET_TOKENS = 1024
@@ -106,6 +107,11 @@ class ToolChoice(Body):
             raise InvalidRequest("tool_choice has a name if its type is 'tool', and only then", "tool_choice")
         return self
 
+    def choice(self) -> Choice:
+        if self.type in ("auto", "none"):
+            return Choice(self.type)
+        return Choice("required", None if self.name is None else (self.name,))
+
 
 class ThinkingConfig(Body):
     type: Literal["enabled", "disabled", "adaptive"]
@@ -150,31 +156,15 @@ class CountTokensRequest(Body):
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
-        check_tools(self.shown_tools())
-        choice, names = self.tool_choice, [tool.name for tool in self.tools or ()]
-        if choice is not None and choice.name is not None and choice.name not in names:
-            raise InvalidRequest(f"tool_choice names {choice.name[:64]!r}, which is not in tools", "tool_choice")
-        if choice is not None and choice.type == "any" and not names:
-            raise InvalidRequest("tool_choice is 'any', but there are no tools", "tool_choice")
+        tools = [tool.shown() for tool in self.tools or ()]
+        check_tools(tools)
+        check_choice(choice_of(self.tool_choice), tools, required="any")
         return self
 
-    def shown_tools(self) -> list[dict[str, Any]]:
-        """Return the tools that the model shall see."""
-        if self.tool_choice is not None and self.tool_choice.type == "none":
-            return []
-        return [tool.shown() for tool in self.tools or ()]
-
-    def strict_names(self) -> frozenset[str]:
-        """Return the names of the shown tools whose input must fit its schema."""
-        shown = {tool["function"]["name"] for tool in self.shown_tools()}
-        return frozenset(tool.name for tool in self.tools or () if tool.strict and tool.name in shown)
-
-    def demanded_tools(self) -> list[dict[str, Any]]:
-        """Return those of which the answer must call one; empty: it may do without."""
-        choice = self.tool_choice
-        if choice is None or choice.type not in ("any", "tool"):
-            return []
-        return [tool for tool in self.shown_tools() if choice.name in (None, tool["function"]["name"])]
+    def tool_fields(self) -> ToolFields:
+        tools = self.tools or ()
+        shown = [tool.shown() for tool in tools]
+        return tool_fields(choice_of(self.tool_choice), shown, (tool.name for tool in tools if tool.strict))
 
 
 class MessagesRequest(CountTokensRequest):

@@ -103,9 +103,7 @@ class MessagesEndpoint:
         return ChatRequest(
             messages=conversation.messages,
             sampling_params=params,
-            tools=body.shown_tools(),
-            demanded_tools=body.demanded_tools(),
-            strict=body.strict_names(),
+            **body.tool_fields(),
             has_single_call=choice is not None and (choice.type == "tool" or bool(choice.disable_parallel_tool_use)),
             thinking_budget=budget,
             begins_turn=not continues,

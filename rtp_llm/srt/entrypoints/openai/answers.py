@@ -1,5 +1,6 @@
 """A chat's answers: from a completion's text to OpenAI's messages and deltas, with thinking and calls told apart."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from rtp_llm.srt.conversation import Template
@@ -28,6 +29,8 @@ class Answer:
         self.completion = answer.completion
         self._answer = answer
         self._has_reasoning = body.include_reasoning is not False
+        self._thinks_in_one_piece = body.stream_reasoning is False
+        self._thought = ""  # what is still to be sent in one piece
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -58,7 +61,24 @@ class Answer:
 
     def deltas(self, text: str) -> list[ChatDelta]:
         """Return what the next part of the text says; once the completion has finished, also what is left to say."""
-        return [delta for event in self._answer.events(text) if (delta := self._delta(event)) is not None]
+        events = self._answer.events(text)
+        if self._thinks_in_one_piece:
+            events = self._with_whole_thinking(events)
+        return [delta for event in events if (delta := self._delta(event)) is not None]
+
+    def _with_whole_thinking(self, events: Iterable[Event]) -> list[Event]:
+        """Hold thinking back until something else comes, or the end."""
+        passed: list[Event] = []
+        for event in events:
+            if isinstance(event, Reasoning):
+                self._thought += event.text
+            else:
+                passed += [*self._take_thought(), event]
+        return passed + (self._take_thought() if self.completion.finished else [])
+
+    def _take_thought(self) -> list[Event]:
+        text, self._thought = self._thought, ""
+        return [Reasoning(text)] if text else []
 
     def _delta(self, event: Event) -> ChatDelta | None:
         if isinstance(event, Content):

@@ -6,13 +6,14 @@ other servers know and this one does not support are errors, unless their value 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from rtp_llm.srt.entrypoints.neutral import CHAT, OPENAI, without_neutral
+from rtp_llm.srt.entrypoints.tool_choice import Choice, ToolFields, check_choice, choice_of, tool_fields
 from rtp_llm.srt.sampling_params import MAX_STOP_STRINGS, InvalidRequest
 
 MAX_LOGPROBS = 20  # alternatives per token
@@ -157,6 +158,32 @@ class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
 
+    def choice(self) -> Choice:
+        return Choice("required", (self.function.name,))
+
+
+class AllowedFunctions(Body):
+    mode: Literal["auto", "required"] = Field(description="required: it must call one of them")
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedTools(Body):
+    """The functions that the model may call; it sees all, so that the prompt stays the same."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+    def choice(self) -> Choice:
+        return Choice(self.allowed_tools.mode, tuple(tool.function.name for tool in self.allowed_tools.tools))
+
+
+ChatToolChoice = Literal["auto", "none", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+
+
+def shown_tools(functions: Iterable[FunctionDefinition]) -> list[dict[str, Any]]:
+    """Return tools as templates get them, which fail on functions without description or parameters."""
+    return [{"type": "function", "function": function.shown()} for function in functions]
+
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
     """Raise InvalidRequest if two of these shown tools have one name, or all together are too long or nested too
@@ -182,14 +209,19 @@ class ChatCompletionRequest(GenerationBody):
     logprobs: bool | None = Field(None, description="log-probabilities of the answer's tokens")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token")
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="functions that the model may call")
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
-        None, description="none: the model does not see the tools; required, or a function: it must call"
+    tool_choice: ChatToolChoice | None = Field(
+        None,
+        description="none: the model does not see the tools; required, or a function: it must call; allowed_tools: "
+        "which it may or must call",
     )
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = Field(
         None, description="none, low, medium, high, or what the chat template knows; none: no thinking"
     )
     separate_reasoning: bool | None = Field(None, description="extension: false: thinking stays in the content")
     include_reasoning: bool | None = Field(None, description="extension: false: thinking is not sent")
+    stream_reasoning: bool | None = Field(
+        None, description="extension: false: a stream's thinking comes at once, when it has ended"
+    )
     thinking_token_budget: Budget | None = Field(None, description="extension: most tokens of thinking; -1: any number")
     thinking_budget: Budget | None = Field(None, description="extension: another name of thinking_token_budget")
     max_thinking_tokens: Budget | None = Field(None, description="extension: another name of thinking_token_budget")
@@ -209,32 +241,14 @@ class ChatCompletionRequest(GenerationBody):
         return self
 
     def _check_tools(self) -> None:
-        check_tools(self.shown_tools())
-        names = [tool.function.name for tool in self.tools or ()]
-        choice = self.tool_choice
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            message = f"tool_choice names {choice.function.name[:64]!r}, which is not in tools"
-            raise InvalidRequest(message, "tool_choice")
-        if choice == "required" and not names:
-            raise InvalidRequest("tool_choice is 'required', but there are no tools", "tool_choice")
+        tools = shown_tools(tool.function for tool in self.tools or ())
+        check_tools(tools)
+        check_choice(choice_of(self.tool_choice), tools)
 
-    def shown_tools(self) -> list[dict[str, Any]]:
-        """Return the tools that the model shall see. Templates fail on functions without description or parameters."""
-        if self.tool_choice == "none":
-            return []
+    def tool_fields(self) -> ToolFields:
         functions = [tool.function for tool in self.tools or ()]
-        return [{"type": "function", "function": function.shown()} for function in functions]
-
-    def strict_names(self) -> frozenset[str]:
-        """Return the names of the tools that the model sees and whose arguments must fit their schemas."""
-        tools = () if self.tool_choice == "none" else self.tools or ()
-        return frozenset(tool.function.name for tool in tools if tool.function.strict)
-
-    def demanded_tools(self) -> list[dict[str, Any]]:
-        """Return those of which the answer must call one; empty: it may do without."""
-        if isinstance(self.tool_choice, NamedTool):
-            return [tool for tool in self.shown_tools() if tool["function"]["name"] == self.tool_choice.function.name]
-        return self.shown_tools() if self.tool_choice == "required" else []
+        strict = (function.name for function in functions if function.strict)
+        return tool_fields(choice_of(self.tool_choice), shown_tools(functions), strict)
 
 
 class CompletionRequest(GenerationBody):

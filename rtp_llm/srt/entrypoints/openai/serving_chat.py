@@ -60,9 +60,7 @@ class ChatEndpoint(OpenAIEndpoint):
         return ChatRequest(
             messages=[message.model_dump(exclude_none=True) for message in body.messages],
             sampling_params=self._sampling_params(body, max_tokens),
-            tools=body.shown_tools(),
-            demanded_tools=body.demanded_tools(),
-            strict=body.strict_names(),
+            **body.tool_fields(),
             has_single_call=isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False,
             begins_turn=_begins_turn(body),
             continues=bool(body.continue_final_message),

@@ -10,7 +10,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import TypedDict
 
 from rtp_llm.srt.entrypoints.neutral import RESPONSES, RESPONSES_ITEMS, RESPONSES_REASONING, RESPONSES_TOOL
-from rtp_llm.srt.entrypoints.openai.protocol import MAX_TOOLS, Body, Finite, FunctionDefinition, Name
+from rtp_llm.srt.entrypoints.openai.protocol import (
+    MAX_TOOLS,
+    Body,
+    Finite,
+    FunctionDefinition,
+    Name,
+    check_tools,
+    shown_tools,
+)
+from rtp_llm.srt.entrypoints.tool_choice import Choice, ToolFields, check_choice, choice_of, tool_fields
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 MAX_PAIRS, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512  # of metadata
@@ -144,6 +153,25 @@ class NamedFunction(Body):
     type: Literal["function"]
     name: str
 
+    def choice(self) -> Choice:
+        return Choice("required", (self.name,))
+
+
+class AllowedTools(Body):
+    """The functions that the model may call; it sees all, so that the prompt stays the same."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"] = Field(description="required: it must call one of them")
+    tools: list[NamedFunction] = Field(min_length=1, max_length=MAX_TOOLS)
+
+    def choice(self) -> Choice:
+        return Choice(self.mode, tuple(tool.name for tool in self.tools))
+
+
+ResponseToolChoice = (
+    Literal["auto", "none", "required"] | Annotated[NamedFunction | AllowedTools, Field(discriminator="type")]
+)
+
 
 class ReasoningOptions(Body):
     unsupported = RESPONSES_REASONING
@@ -187,8 +215,10 @@ class ResponsesRequest(Body):
     temperature: Finite | None = Field(None, ge=0, description="0 is greedy; higher is more random")
     top_p: Finite | None = Field(None, ge=0, le=1, description="sample from the smallest set with this probability")
     tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS, description="functions it may call")
-    tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = Field(
-        None, description="none: the model does not see the tools; required, or a function: it must call"
+    tool_choice: ResponseToolChoice | None = Field(
+        None,
+        description="none: the model does not see the tools; required, or a function: it must call; allowed_tools: "
+        "which it may or must call",
     )
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     text: TextOptions | None = Field(None, description='{"format": {"type": "text", "json_object", "json_schema"}}')
@@ -219,7 +249,16 @@ class ResponsesRequest(Body):
                     f"metadata: names have at most {MAX_KEY_CHARS} characters, values {MAX_VALUE_CHARS}", "metadata"
                 )
         check_includes(self.include or ())
+        tools = shown_tools(self.tools or ())
+        check_tools(tools)
+        check_choice(choice_of(self.tool_choice), tools)
         return self
+
+    def tool_fields(self) -> ToolFields:
+        tools = self.tools or ()
+        return tool_fields(
+            choice_of(self.tool_choice), shown_tools(tools), (tool.name for tool in tools if tool.strict)
+        )
 
 
 def check_includes(names: Any) -> None:
@@ -269,7 +308,7 @@ class ResponseObject(TypedDict):
     store: bool
     temperature: float
     text: dict[str, Any]
-    tool_choice: str | dict[str, str]
+    tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float
     truncation: Literal["disabled"]

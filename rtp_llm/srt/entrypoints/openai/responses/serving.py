@@ -13,7 +13,7 @@ from rtp_llm.srt.entrypoints.chat_request import ChatRequest, answers_to, encode
 from rtp_llm.srt.entrypoints.errors import ApiError, error_event
 from rtp_llm.srt.entrypoints.frontend import LiveCall
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
-from rtp_llm.srt.entrypoints.openai.protocol import InputTokens, check_tools
+from rtp_llm.srt.entrypoints.openai.protocol import InputTokens
 from rtp_llm.srt.entrypoints.openai.responses.items import Conversation, conversation_of, input_items
 from rtp_llm.srt.entrypoints.openai.responses.protocol import (
     Item,
@@ -107,9 +107,7 @@ class ResponsesEndpoint:
         return ChatRequest(
             messages=conversation.messages,
             sampling_params=self._sampling_params(body),
-            tools=_shown_tools(body),
-            demanded_tools=_demanded_tools(body),
-            strict=_strict_names(body),
+            **body.tool_fields(),
             has_single_call=isinstance(body.tool_choice, NamedFunction) or body.parallel_tool_calls is False,
             variables=self._variables(body),
         )
@@ -249,35 +247,6 @@ def _page_after(items: Sequence[Item], after: str | None) -> Sequence[Item]:
     if i is None:
         raise ApiError(400, f"after: there is no item {after[:64]!a}", "after")
     return items[i + 1 :]
-
-
-def _all_tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": tool.shown()} for tool in body.tools or ()]
-
-
-def _shown_tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Return the tools that the model shall see, in the form of templates."""
-    tools = _all_tools(body)
-    check_tools(tools)
-    return [] if body.tool_choice == "none" else tools
-
-
-def _strict_names(body: ResponsesRequest) -> frozenset[str]:
-    """Return the names of the shown tools whose arguments must fit their schemas."""
-    return frozenset(tool.name for tool in body.tools or () if tool.strict and body.tool_choice != "none")
-
-
-def _demanded_tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Return those of which the answer must call one; empty: it may do without."""
-    choice, tools = body.tool_choice, _all_tools(body)
-    if isinstance(choice, NamedFunction):
-        tools = [tool for tool in tools if tool["function"]["name"] == choice.name]
-        if not tools:
-            raise InvalidRequest(f"tool_choice names {choice.name[:64]!r}, which is not in tools", "tool_choice")
-        return tools
-    if choice == "required" and not tools:
-        raise InvalidRequest("tool_choice is 'required', but there are no tools", "tool_choice")
-    return tools if choice == "required" else []
 
 
 def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
