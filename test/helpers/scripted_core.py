@@ -37,6 +37,7 @@ TEMPLATE = """
 {%- endfor %}{{ '<|end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking %}{{ '<think>' }}{% endif %}{% endif %}"""
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+NO_TEXT = FinishReason("abort", message="ScriptedCore.texts has no text left for this request", status_code=500)
 INFO = CoreInfo(8192, 4096, 8, 2048, 0, 0, "cpu")
 
 
@@ -69,7 +70,7 @@ def make_spoken_checkpoint(folder: Path, special: list[str]) -> str:
 
 class ScriptedCore:
     """Answers each request with the next text of ``texts``, in messages of one to three ids. A reason in place of a
-    text ends the request at once.
+    text ends the request at once; without a text left it fails, and ``stop`` says so.
 
     ``prompts`` are the texts that it was asked to continue, ``grammars`` those of their answers. A request for fewer
     tokens than its text has gets these. While ``holds``, an answer's last message waits for its request to be aborted.
@@ -83,6 +84,7 @@ class ScriptedCore:
         self.prompts: list[str] = []
         self.grammars: list[GrammarSpec | None] = []
         self.holds = False
+        self.num_unanswered = 0
         self.tokenizer = tokenizer
         self._link = QueueLink()
         self.client = EngineClient(self._link.client)
@@ -96,6 +98,7 @@ class ScriptedCore:
     def stop(self) -> None:
         self._link.client.send(Shutdown())
         self._thread.join()
+        assert not self.num_unanswered, f"{self.num_unanswered} requests found no text left in ScriptedCore.texts"
 
     def _run(self) -> None:
         while True:
@@ -110,7 +113,8 @@ class ScriptedCore:
     def _answer(self, request: GenerateRequest) -> None:
         self.prompts.append(self.tokenizer.decode(request.prompt_ids))
         self.grammars.append(request.spec.grammar)
-        text = self.texts.pop(0)
+        text = self.texts.pop(0) if self.texts else NO_TEXT
+        self.num_unanswered += text is NO_TEXT
         if isinstance(text, FinishReason):
             self._link.core.send([TokenOutput(request.rid, [], finish_reason=text)])
             return

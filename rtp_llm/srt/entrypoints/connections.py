@@ -16,16 +16,16 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -42,6 +42,7 @@ OTHER_DESCRIPTORS = 128  # files and sockets of this process that are not connec
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 RETRY_ACCEPT_S = 0.2
 WARN_EVERY_S = 10.0
+CLOSE = (b"connection", b"close")
 REFUSED = "is_refused"  # in a scope's state: the connection is beyond the limit
 
 
@@ -194,6 +195,14 @@ def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
     return context
 
 
+class _Closing:
+    """A transport that is closed by ``close`` alone."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.close = close
+
+
 class Connection(H11Protocol):
     """One connection, and the deadline of the phase that it is in."""
 
@@ -206,6 +215,7 @@ class Connection(H11Protocol):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(config, server_state, app_state, loop)
+        self.app = cast("Any", self._saying_that_it_closes(self.app))
         self._limits = limits
         self._phase: tuple[str, Any] = ("", None)
         self._phase_s = 0.0  # start of the phase
@@ -296,7 +306,7 @@ class Connection(H11Protocol):
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(content)).encode()),
                 (b"x-request-id", uuid4().hex.encode()),
-                (b"connection", b"close"),
+                CLOSE,
             ]
             events = (
                 h11.Response(status_code=error.status, headers=headers),
@@ -311,6 +321,22 @@ class Connection(H11Protocol):
         self._refuse(ApiError(400, "the request is not valid HTTP/1.1", code="invalid_http"))
 
     # Outgoing
+
+    def _saying_that_it_closes(self, app: Any) -> ASGIApp:
+        """Return an application whose answers say that the connection closes, if a request's body has not come."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            cycle = self.cycle
+
+            async def send_told(message: Message) -> None:
+                if message["type"] == "http.response.start" and cycle.more_body:
+                    cycle.transport = cast("asyncio.Transport", _Closing(self.transport, self._linger))
+                    message = {**message, "headers": [*message.get("headers", ()), CLOSE]}
+                await send(message)
+
+            await app(scope, receive, send_told)
+
+        return answer
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -4,18 +4,14 @@ The model is tiny and random: what it calls and writes has the right form by gra
 the clients.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from programs import check_installed, result_of
 from scripted_core import SPECIAL, TEMPLATE, make_spoken_checkpoint
 
 from tiny_server import InProcess, in_process
@@ -165,17 +161,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 @pytest.mark.parametrize("name", CLIENTS)
 def test_a_loop_with_a_tool_and_a_structured_answer(server: InProcess, tmp_path: Path, name: str) -> None:
     module, script = CLIENTS[name]
-    if find_spec(module) is None:
-        pytest.skip(f"{name} is not installed: make test-all installs it")
-    done = subprocess.run(
-        [sys.executable, "-c", BEGINNING.format(url=server.url) + script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env=os.environ | {"OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    called, cities = json.loads(done.stdout.rpartition("RESULT ")[2])
+    check_installed(module)
+    called, cities = result_of(BEGINNING.format(url=server.url) + script, tmp_path)
     assert called and all(city in ("Paris", "Rome") and days in (1, 2) for city, days in called)
     assert cities and all(city["name"] in ("Paris", "Rome") and 1 <= city["rank"] <= 9 for city in cities)

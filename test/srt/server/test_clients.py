@@ -1,12 +1,10 @@
 """Programs that others wrote, unmodified. ``pip install 'rtp-llm[test-all]'`` brings them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import check_installed, result_of
 from scripted_core import SPECIAL, TEMPLATE, make_spoken_checkpoint, scripted
 
 from tiny_server import Process
@@ -51,7 +49,7 @@ def test_langchain(server_process: Process) -> None:
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "generate_until"])
 def test_lm_eval(server_process: Process, tiny_checkpoint: str, tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("lm_eval")
+    check_installed("lm_eval")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"the {x} sat", "answer": " on"}) + "\n" for x in ("cat", "dog")))
     metrics = "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
@@ -63,28 +61,30 @@ def test_lm_eval(server_process: Process, tiny_checkpoint: str, tmp_path: Path, 
     task = TASK.replace("DATA", str(data)).replace("OUTPUT", kind).replace("METRICS", metrics)
     (tmp_path / "tiny.yaml").write_text(task)
     script = SCRIPT.replace("URL", server_process.url).replace("TOKENIZER", tiny_checkpoint)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", script.replace("FOLDER", str(tmp_path))],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "RESULT" in done.stdout
+    script = script.replace("FOLDER", str(tmp_path))
+    assert result_of(script, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
 
 
-def test_litellm(server_process: Process) -> None:
-    litellm = pytest.importorskip("litellm")
-    options = {"api_base": f"{server_process.url}/v1", "api_key": "none", "temperature": 0, "max_tokens": 8}
-    messages = [{"role": "system", "content": "a dog"}, {"role": "user", "content": "the cat"}]
-    whole = litellm.completion("openai/tiny", messages, **options)
-    chunks = list(litellm.completion("openai/tiny", messages, stream=True, **options))
-    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
-    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
-    with pytest.raises(litellm.ContextWindowExceededError):
-        litellm.completion("openai/tiny", [{"role": "user", "content": "cat " * 600}], **options)
+LITELLM = """
+import json
+import litellm
+
+options = {"api_base": "URL/v1", "api_key": "none", "temperature": 0, "max_tokens": 8}
+messages = [{"role": "system", "content": "a dog"}, {"role": "user", "content": "the cat"}]
+[whole] = litellm.completion("openai/tiny", messages, **options).choices
+chunks = list(litellm.completion("openai/tiny", messages, stream=True, **options))
+streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+reasons = [chunks[-1].choices[0].finish_reason, whole.finish_reason]
+try:
+    litellm.completion("openai/tiny", [{"role": "user", "content": "cat " * 600}], **options)
+except litellm.ContextWindowExceededError:
+    print("RESULT", json.dumps([streamed == whole.message.content, *reasons]))
+"""
+
+
+def test_litellm(server_process: Process, tmp_path: Path) -> None:
+    check_installed("litellm")
+    assert result_of(LITELLM.replace("URL", server_process.url), tmp_path) == [True, "length", "length"]
 
 
 INSPECT = """
@@ -102,18 +102,9 @@ print("RESULT", json.dumps([log.status, log.results.completed_samples, str(log.e
 
 
 def test_inspect_ai(server_process: Process, tmp_path: Path) -> None:
-    pytest.importorskip("inspect_ai")
+    check_installed("inspect_ai")
     script = INSPECT.replace("URL", server_process.url).replace("FOLDER", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env=os.environ | {"OPENAI_API_KEY": "none", "XDG_DATA_HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.partition("RESULT ")[2]) == ["success", 2, "None"]
+    assert result_of(script, tmp_path, XDG_DATA_HOME=str(tmp_path)) == ["success", 2, "None"]
 
 
 AGENT = """
@@ -154,21 +145,13 @@ asyncio.run(main())
 
 def test_openai_agents(tmp_path: Path) -> None:
     """A loop with two tools by the Responses API: whole, streamed, and by the ids of the responses before."""
-    pytest.importorskip("agents")
+    check_installed("agents")
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     first, second = ('{"name": "add", "arguments": {"a": 2, "b": 3}}', '{"name": "double", "arguments": {"number": 5}}')
     script = [f"<think>Hm</think><tool_call>{call}</tool_call>" for call in (first, second)]
     with scripted(make_spoken_checkpoint(tmp_path, SPECIAL), chat_template=str(template)) as (server, core):
         core.texts = [*script, "It is 10"] * 3
-        done = subprocess.run(
-            [sys.executable, "-c", AGENT.replace("URL", server.url)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OPENAI_API_KEY": "none"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        called, *answers = json.loads(done.stdout.partition("RESULT ")[2])
+        called, *answers = result_of(AGENT.replace("URL", server.url), tmp_path)
         assert called == [["add", 2, 3], ["double", 5]] * 3 and answers == ["It is 10"] * 3
         assert core.prompts[2] == core.prompts[8] and core.prompts[2].count("<|tool|>") == 2

@@ -120,6 +120,17 @@ def test_a_body_that_is_not_wanted_is_not_read(server: InProcess, head: bytes, s
         connection.sendall(POST + head)
         answer = rest(connection)  # ends, though the body has not come
     assert answer.startswith(b"HTTP/1.1 %d" % status)
+    assert answer.partition(b"\r\n\r\n")[0].lower().count(b"connection: close") == 1
+
+
+def test_an_answer_after_the_body_leaves_the_connection_open(server: InProcess) -> None:
+    with closing(connect(server)) as connection:
+        for _ in range(2):
+            connection.sendall(POST + b"Content-Length: 2\r\n\r\n{}")
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 400") and b"connection" not in answer.lower()
 
 
 def test_the_answer_to_a_large_body_arrives(tiny_checkpoint: str) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mm_parity import draw_image
+from programs import check_installed, result_of
 from pydantic import BaseModel
 from scripted_core import SPECIAL, TEMPLATE, ScriptedCore, make_spoken_checkpoint, scripted
 
@@ -165,26 +165,44 @@ def test_the_asynchronous_client(running: tuple[ScriptedCore, Any]) -> None:
     assert asyncio.run(ask()) == "Hello"
 
 
-def test_litellm(running: tuple[ScriptedCore, Any]) -> None:
+LITELLM = """
+import json
+import litellm
+from pydantic import BaseModel
+
+class City(BaseModel):
+    name: str
+    people: int
+
+user = {"role": "user", "content": "the weather"}
+asked = {"model": "ollama_chat/tiny", "api_base": "URL", "api_key": "secret"}
+[choice] = litellm.completion(messages=[user], temperature=0, max_tokens=90, **asked).choices
+told = [choice.message.content, choice.message.reasoning_content]
+chunks = litellm.completion(messages=[user], stream=True, **asked)
+told.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+function = {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}}
+asked_with = asked | {"tools": [{"type": "function", "function": function}]}
+called = litellm.completion(messages=[user], **asked_with).choices[0].message
+[call] = called.tool_calls
+told += [call.function.name, json.loads(call.function.arguments)]
+messages = [user, called, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+told.append(litellm.completion(messages=messages, **asked_with).choices[0].message.content)
+city = litellm.completion(messages=[user], response_format=City, **asked).choices[0].message.content
+print("RESULT", json.dumps([*told, City.model_validate_json(city).model_dump()]))
+"""
+
+
+def test_litellm(running: tuple[ScriptedCore, Any], tmp_path: Path) -> None:
     """Another program that speaks Ollama's API."""
-    litellm = pytest.importorskip("litellm")
+    check_installed("litellm")
     core, client = running
-    asked: dict[str, Any] = {"model": "ollama_chat/tiny", "api_base": str(client._client.base_url), "api_key": "secret"}
-    messages: list[Any] = [USER]
     core.texts = ["<think>Hm</think>Hello", "Hello", ADD, "It is 5.", '{"name": "Paris", "people": 2}']
-    message = litellm.completion(messages=messages, temperature=0, max_tokens=90, **asked).choices[0].message
-    assert (message.content, message.reasoning_content) == ("Hello", "Hm")
-    chunks = litellm.completion(messages=messages, stream=True, **asked)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello"
-    function = {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}}
-    asked_with = asked | {"tools": [{"type": "function", "function": function}]}
-    called = litellm.completion(messages=messages, **asked_with).choices[0].message
-    [call] = called.tool_calls
-    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 2, "b": 3})
-    messages += [called, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
-    assert litellm.completion(messages=messages, **asked_with).choices[0].message.content == "It is 5."
-    told = litellm.completion(messages=[USER], response_format=City, **asked).choices[0].message.content
-    assert City.model_validate_json(told) == City(name="Paris", people=2)
+    hello, thought, streamed, name, arguments, sum_, city = result_of(
+        LITELLM.replace("URL", str(client._client.base_url)), tmp_path
+    )
+    assert (hello, thought, streamed) == ("Hello", "Hm", "Hello")
+    assert (name, arguments, sum_) == ("add", {"a": 2, "b": 3}, "It is 5.")
+    assert city == {"name": "Paris", "people": 2}
 
 
 def test_an_image(tmp_path: Path) -> None:
