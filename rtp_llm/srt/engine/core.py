@@ -204,6 +204,7 @@ class EngineCore:
             return False
         if any(isinstance(message, Ping) for message in messages):
             self._link.send([self._meter.report()])
+            messages = [message for message in messages if not isinstance(message, Ping)]
         messages, ends = self.grammars.pass_on(messages, may_wait=self.scheduler.idle)
         self._link.send([*ends, *self.scheduler.receive(messages)])
         plan = self.scheduler.plan()

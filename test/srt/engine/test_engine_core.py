@@ -17,7 +17,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.executor import InProcessExecutor, MultiProcessExecutor, WorkerError
-from rtp_llm.srt.messages import AbortRequest, Shutdown
+from rtp_llm.srt.messages import AbortRequest, CoreStats, Ping, Shutdown
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StepPlan, StepResult
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import receive, send
@@ -87,6 +87,20 @@ def test_an_abort_ends_one_request_and_no_other(depth):
     assert ids["r0"] == expected["r0"] and ids["r2"] == expected["r2"]
     assert core.outputs["r1"][-1].finish_reason.type == "abort"
     assert ids["r1"] == expected["r1"][: len(ids["r1"])] and len(ids["r1"]) < 30
+
+
+def test_a_ping_is_answered_by_the_core_itself():
+    core = Core("llama-default")
+    requests = mixed_requests(TINY_MODELS["llama-default"].vocab_size)[:2]
+    stats = []
+    core.link.client.on_messages(lambda messages: (core.take(messages), stats.extend(messages)))
+    for message in (Ping(), *requests, Ping()):
+        core.link.client.send(message)
+        core.core.step(block=False)
+    while not core.core.scheduler.idle:
+        core.core.step(block=False)
+    assert len(core.outputs) == 2 and sum(isinstance(message, CoreStats) for message in stats) >= 2
+    core.close()
 
 
 def test_shutdown_ends_the_loop():
