@@ -12,12 +12,13 @@
 //       needs no horizontal operation.
 #include "attention_narrow.h"
 #include "attention_wide.h"
+#include "replay.h"
 
 namespace {
 
 // ---- a step
 
-constexpr int64_t WORTH_THREADS = 1 << 14;  // query-key pairs; for fewer, starting threads costs more than it saves
+constexpr int64_t WORTH_THREADS = 1 << 11;  // query-key pairs; for fewer, starting threads costs more than it saves
 
 template <class T, class S>
 void attend(const Attention& a) {
@@ -110,3 +111,8 @@ KERNEL bool write_kv(const Write* w) {
     else return false;
     return true;
 }
+
+// ---- calls from a list
+
+REPLAYED(paged_attention)
+REPLAYED(write_kv)

@@ -34,8 +34,11 @@ class Kernel:
 
 def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel:
     """Bind a function of ``LIBRARY.cpp`` with arguments of these types; pointers are passed as plain integers."""
-    bound = getattr(build.load(library), function)
+    loaded = build.load(library)
+    bound = getattr(loaded, function)
     bound.argtypes, bound.restype = types, result
+    in_lists = getattr(loaded, f"{function}_replayed", None)  # REPLAYED in its source
+    bound.in_lists = None if in_lists is None else ctypes.cast(in_lists, POINTER).value
     return Kernel(f"{library}.{function}", bound)
 
 

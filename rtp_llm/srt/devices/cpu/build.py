@@ -44,7 +44,7 @@ from rtp_llm.srt.utils.scratch import ScratchFolder
 logger = logging.getLogger(__name__)
 
 # What every model needs, those first that take the compiler longest.
-USUAL = ("gemm", "attention", "elementwise", "sampling", "moe")
+USUAL = ("gemm", "attention", "elementwise", "sampling", "moe", "replay")
 
 
 class KernelBuildError(RuntimeError):

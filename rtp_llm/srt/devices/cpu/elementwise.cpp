@@ -2,6 +2,7 @@
 #include <initializer_list>
 
 #include "common.h"
+#include "replay.h"
 
 // ---- helpers
 
@@ -253,3 +254,22 @@ static void rotate(Heads<T> q, Heads<T> k, const T* cos, const T* sin, int64_t n
     }
 EXPORT_ROTARY(rotary_f32, float)
 EXPORT_ROTARY(rotary_bf16, bf16)
+
+// ---- calls from a list
+
+REPLAYED(swiglu_oai_and_mul_f32)
+REPLAYED(swiglu_oai_and_mul_bf16)
+REPLAYED(rms_norm_f32)
+REPLAYED(rms_norm_bf16)
+REPLAYED(gemma_rms_norm_f32)
+REPLAYED(gemma_rms_norm_bf16)
+REPLAYED(layer_norm_f32)
+REPLAYED(layer_norm_bf16)
+REPLAYED(silu_and_mul_f32)
+REPLAYED(silu_and_mul_bf16)
+REPLAYED(gelu_and_mul_f32)
+REPLAYED(gelu_and_mul_bf16)
+REPLAYED(gelu_tanh_and_mul_f32)
+REPLAYED(gelu_tanh_and_mul_bf16)
+REPLAYED(rotary_f32)
+REPLAYED(rotary_bf16)

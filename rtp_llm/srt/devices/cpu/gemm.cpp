@@ -11,6 +11,7 @@
 // that of reading the weights, with many that of the multiplications. Many rows are first copied to the order in which
 // they are read. Threads share the panels; a row's result depends only on that row.
 #include "gemm_tiles.h"
+#include "replay.h"
 
 KERNEL int64_t panel_size() { return PANEL; }
 
@@ -245,3 +246,12 @@ KERNEL int grouped_gemm_int8(const void* x, int x_is_float, int64_t x_stride, in
     }
     return 1;
 }
+
+// ---- calls from a list
+
+REPLAYED(rows_bf16)
+REPLAYED(gemm_bf16)
+REPLAYED(grouped_gemm_bf16)
+REPLAYED(rows_int8)
+REPLAYED(gemm_int8)
+REPLAYED(grouped_gemm_int8)

@@ -8,6 +8,7 @@
 // counts. Threads share the panels; a row's result depends only on that row.
 #include "gemm_blocks_tiles.h"
 #include "gemm_tiles.h"
+#include "replay.h"
 
 namespace {
 
@@ -186,3 +187,9 @@ KERNEL int grouped_gemm_blocks(int number, const void* x, int x_is_float, int64_
     }
     return 1;
 }
+
+// ---- calls from a list
+
+REPLAYED(rows_blocks)
+REPLAYED(gemm_blocks)
+REPLAYED(grouped_gemm_blocks)

@@ -10,6 +10,7 @@
 // few rows codes are decoded as they are multiplied: the time is that of reading them. With many, each panel is first
 // written out in bfloat16, to be read once for each tile of rows.
 #include "gemm_codes_decode.h"
+#include "replay.h"
 
 namespace {
 
@@ -167,3 +168,7 @@ KERNEL void gemm_codes(const bf16* x, int64_t x_stride, int64_t M, const uint8_t
     if (kind == 1) multiply<DECODE_TABLE>(Nibbles(table), x, x_stride, M, packed, of_groups, K, output);
     if (kind == 2) multiply<DECODE_INTEGER>(Integers(table), x, x_stride, M, packed, of_groups, K, output);
 }
+
+// ---- calls from a list
+
+REPLAYED(gemm_codes)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cpu.binding import noted_calls
+from rtp_llm.srt.devices.cpu.call_list import Call, listed
 from rtp_llm.srt.devices.cpu.memory import Reused, give_back_results
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
@@ -36,8 +37,6 @@ MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as reque
 # A kind of batch is recorded when it occurs for this time. A recording costs as much as a few replays save: so rare
 # kinds cost little, and frequent ones lose little.
 RECORD_AT = 6
-
-Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and its expected result
 
 
 class NotReplayable(Exception):
@@ -142,7 +141,7 @@ class CpuGraph:
         self, calls: list[Call], inputs: list[torch.Tensor], output: LogitsProcessorOutput, kept: list[torch.Tensor]
     ) -> None:
         """``inputs``: tensors of the step that the calls read; ``kept``: other tensors whose addresses they use."""
-        self._calls, self._inputs, self._output, self._kept = calls, inputs, output, kept
+        self._calls, self._inputs, self._output, self._kept = listed(calls), inputs, output, kept
 
     def output(self) -> LogitsProcessorOutput:
         """Return the output of the step that was run last, as an object of its own: it may be changed."""

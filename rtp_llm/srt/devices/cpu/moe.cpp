@@ -1,5 +1,6 @@
 // Mixtures of experts, without their products: the sort of rows by expert, and the weighted sum.
 #include "common.h"
+#include "replay.h"
 
 #include <vector>
 
@@ -50,3 +51,9 @@ KERNEL void sum_rows(const bf16* x, const int64_t* places, const float* weights,
         store_part(y + t * size + i, add_up(i, [&](const bf16* p) { return load_part(p, rest); }), rest);
     }
 }
+
+// ---- calls from a list
+
+REPLAYED(group_rows)
+REPLAYED(gather_rows)
+REPLAYED(sum_rows)

@@ -37,6 +37,8 @@ class TimedLibrary:
         self._name, self._library, self._watch = name, library, watch
 
     def __getattr__(self, function: str) -> "TimedFunction":
+        if function.endswith("_replayed"):
+            raise AttributeError(f"{function}: timed kernels are called one by one")
         return TimedFunction(f"{self._name}.{function}", getattr(self._library, function), self._watch)
 
     def __getitem__(self, function: str) -> "TimedFunction":
