@@ -2,7 +2,8 @@
 
 The Python of a step's layers (views, checks, allocations, some ten calls per layer) is the same in every step, and
 takes longer than the kernels of a small batch. A recording runs the model normally and notes the calls of kernels and
-torch operations with their addresses; a replay makes only these calls, like a CUDA graph on a GPU.
+torch operations with their addresses; a replay makes only these calls, like a CUDA graph on a GPU, those of kernels
+from C (call_list.py).
 
 The conditions are those of CUDA graphs: a model's work must depend only on shapes, not on values. A model that reads
 tensors or a batch's host lists while it is recorded runs without recordings.
