@@ -1,350 +1,156 @@
 // Linear attention whose state, a matrix [k_dim, v_dim] for each head, is kept from step to step: the gated delta rule,
 // with decays of heads or of channels, and the same without the rule (lightning attention, Mamba 2).
 //
-// In a prompt, a token costs one pass over the matrix: S = decay * S + k * d, where d is its value, or with the delta
-// rule beta * (v - what S has for k). In the same pass the result, S * q, and what S has for the next token's k are
-// summed up. Columns of the matrix do not depend on each other: a few of them stay in the first-level cache for a block
-// of tokens, so that the matrix goes through memory once for each block. Matrix products of a chunk of tokens would
-// need as many multiplications in float32 as this, within a quarter.
-//
-// A token by itself reads the matrix in the order of memory, a few rows at a time, and asks for the matrix of the next
-// head meanwhile.
-#include <algorithm>
+// For a token S = decay * S + k * d, where d is its value, or with the delta rule beta * (v - what S has for k); the
+// result is S * q.
 #include <memory>
-#include <type_traits>
+#include <utility>
 
-#include "common.h"
+#include "state_matrix_chunk.h"
+#include "state_matrix_token.h"
 
-constexpr int VECTORS = 2;  // of columns that are computed together
-constexpr int COLUMNS = VECTORS * LANES;
-constexpr int BLOCK = 16;                   // tokens whose queries and keys are prepared together
-constexpr int WIDTH = 4;                    // vectors of a row that a token by itself takes together
-constexpr int ROWS = 8;                     // of the matrix, likewise
-constexpr int AHEAD = 2 * ROWS;             // distance of the prefetch
-constexpr int64_t MOST_HEADS = 8;           // that a thread takes at a time
+constexpr int64_t MOST_TASKS = 8;           // that a thread takes at a time
 constexpr int64_t WORTH_THREADS = 1 << 16;  // elements of matrices times tokens
 
-template <class T>
-struct Heads {  // of tokens: [P, heads, size], the last dimension contiguous
-    const T* data;
-    int64_t token_stride, head_stride;
-    INLINE const T* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
-};
+// A thread's memory: of single tokens, or of blocks.
+struct Memory {
+    std::unique_ptr<float[]> floats;
+    float* columns;  // of the matrix
+    Tokens token;
+    Block blocks[BLOCKS];
 
-template <class T>
-struct Step {
-    Heads<T> q, k, v;
-    const float* g;        // delta rule: [P, v_heads] or [P, v_heads, k_dim]; else [v_heads], or null for Mamba 2
-    Heads<T> beta;         // delta rule: how much is written; Mamba 2: step sizes before softplus, [P, v_heads]
-    const float *a, *d, *dt_bias;  // Mamba 2: [v_heads] each; d and dt_bias may be null
-    float dt_least, dt_most;
-    float* states;  // [slots, v_heads, k_dim, v_dim]
-    const int64_t *load, *store, *bounds;  // bounds null: one token in each piece
-    int64_t pieces, k_heads, v_heads, k_dim, v_dim;
-    bool normalize;
-    T* out;  // [P, v_heads, v_dim]
-};
-
-enum Kind { DELTA, DELTA_OF_CHANNELS, LINEAR, MAMBA2 };
-
-// What a block of tokens needs of a head besides its values; k_dim numbers for each token.
-struct Prepared {
-    float *q, *k, *seen;  // seen: keys times the decay before them, which read the matrix of the token before
-    float* decays;        // of channels
-    float decay[BLOCK], write[BLOCK];  // of the head; beta, or the factor of values
-    int64_t count, k_dim;
-};
-
-static INLINE int part(int64_t columns, int j) {
-    return int(std::min<int64_t>(std::max<int64_t>(columns - j * LANES, 0), LANES));
-}
-
-template <bool WHOLE, class T, int V>
-static INLINE void load_columns(const T* p, int64_t columns, vec (&x)[V]) {
-    for (int j = 0; j < V; j++) x[j] = WHOLE ? load(p + j * LANES) : load_part(p + j * LANES, part(columns, j));
-}
-
-template <bool WHOLE, class T, int V>
-static INLINE void store_columns(T* p, int64_t columns, const vec (&x)[V]) {
-    for (int j = 0; j < V; j++) {
-        if (WHOLE) store(p + j * LANES, x[j]);
-        else store_part(p + j * LANES, x[j], part(columns, j));
-    }
-}
-
-// One token's pass over some columns: `from` and `to` have strides of their own. `next`: keys of the next token.
-template <Kind KIND, bool HAS_NEXT, bool WHOLE_TO>
-static INLINE void pass(const Prepared& block, int64_t t, const float* tile, float* to, int64_t to_stride,
-                        int64_t columns, const vec* written, vec* result, vec* memory) {
-    constexpr bool IS_DELTA = KIND == DELTA || KIND == DELTA_OF_CHANNELS;
-    const int64_t k_dim = block.k_dim;
-    const float *q = block.q + t * k_dim, *k = block.k + t * k_dim, *next = block.seen + (t + 1) * k_dim;
-    const float* decays = block.decays + t * k_dim;
-    vec sum_q[VECTORS] = {}, sum_k[VECTORS] = {};
-    for (int64_t r = 0; r < k_dim; r++) {
-        vec s[VECTORS];
-        load_columns<true>(tile + r * COLUMNS, COLUMNS, s);
-        const float decay = KIND == DELTA_OF_CHANNELS ? decays[r] : block.decay[t];
-        for (int j = 0; j < VECTORS; j++) {
-            s[j] = s[j] * decay + written[j] * k[r];
-            sum_q[j] += s[j] * q[r];
-            if (IS_DELTA && HAS_NEXT) sum_k[j] += s[j] * next[r];
-        }
-        store_columns<WHOLE_TO>(to + r * to_stride, columns, s);
-    }
-    for (int j = 0; j < VECTORS; j++) result[j] = sum_q[j], memory[j] = sum_k[j];
-}
-
-// A block of tokens, for `columns` columns that begin at the pointers.
-template <class T, Kind KIND, bool WHOLE>
-static void run_columns(const Prepared& block, const float* from, float* to, int64_t stride, int64_t columns,
-                        float* tile, const Heads<T>& v, const T* values, T* out, int64_t out_stride, float skip) {
-    constexpr bool IS_DELTA = KIND == DELTA || KIND == DELTA_OF_CHANNELS;
-    vec memory[VECTORS] = {};
-    for (int64_t r = 0; r < block.k_dim; r++) {
-        vec s[VECTORS];
-        load_columns<WHOLE>(from + r * stride, columns, s);
-        store_columns<true>(tile + r * COLUMNS, COLUMNS, s);
-        if (IS_DELTA) {
-            for (int j = 0; j < VECTORS; j++) memory[j] += s[j] * block.seen[r];
-        }
-    }
-    for (int64_t t = 0; t < block.count; t++) {
-        vec value[VECTORS], written[VECTORS], result[VECTORS];
-        load_columns<WHOLE>(values + t * v.token_stride, columns, value);
-        for (int j = 0; j < VECTORS; j++) written[j] = (IS_DELTA ? value[j] - memory[j] : value[j]) * block.write[t];
-        if (t + 1 < block.count) {
-            pass<KIND, true, true>(block, t, tile, tile, COLUMNS, COLUMNS, written, result, memory);
-        } else {
-            pass<KIND, false, WHOLE>(block, t, tile, to, stride, columns, written, result, memory);
-        }
-        if (KIND == MAMBA2) {
-            for (int j = 0; j < VECTORS; j++) result[j] += value[j] * skip;
-        }
-        store_columns<WHOLE>(out + t * out_stride, columns, result);
-    }
-}
-
-// ---- a token by itself
-
-template <int VALUE>
-using Constant = std::integral_constant<int, VALUE>;
-
-// body(first column, vectors as a constant, whether they are whole as a constant, columns).
-template <class F>
-static INLINE void by_columns(int64_t columns, F body) {
-    int64_t c = 0;
-    for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES)
-        body(c, Constant<WIDTH>{}, std::true_type{}, WIDTH * LANES);
-    for (; c + LANES <= columns; c += LANES) body(c, Constant<1>{}, std::true_type{}, LANES);
-    if (c < columns) body(c, Constant<1>{}, std::false_type{}, columns - c);
-}
-
-// Some columns of a head's matrix, rows `stride` apart, and of the matrix that this thread computes next, or null.
-struct Matrix {
-    const float *from, *next;
-    float* to;
-    int64_t rows, columns, stride;
-
-    // body(first row, end) for a few rows at a time; meanwhile asks for as many of `count` rows that begin at `needed`.
-    template <class F>
-    INLINE void by_rows(const float* needed, int64_t count, F body) const {
-        for (int64_t first = 0; first < rows; first += ROWS) {
-            const int64_t end = std::min(first + ROWS, rows);
-            for (int64_t r = first; r < std::min(end, count); r++)
-                for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(needed + r * stride + c, 1, 2);
-            body(first, end);
-        }
+    Memory(int64_t k_dim, int64_t v_dim, bool has_blocks) {
+        const int64_t size = has_blocks ? floats_of_block(k_dim) : 3 * k_dim + 32, count = has_blocks ? BLOCKS : 1;
+        const int64_t of_columns = std::max((k_dim + BLOCK) * COLUMNS, 2 * (v_dim + LANES) + k_dim);
+        floats.reset(new float[count * size + of_columns + 16]);
+        float* next = floats.get() + (64 - reinterpret_cast<uintptr_t>(floats.get()) % 64) % 64 / 4;
+        for (int64_t i = 0; has_blocks && i < count; i++) place_block(next + i * size, k_dim, blocks[i]);
+        float* rows = next + 32;
+        token = has_blocks ? blocks[0].tokens : Tokens{rows, rows + k_dim, rows + 2 * k_dim, next, next + 16, 1, k_dim};
+        token.count = 1;
+        columns = next + count * size;
     }
 };
 
-// sums [columns, rounded up to vectors] = what the matrix has for a key.
-static void recall(const Matrix& matrix, const float* key, float* sums) {
-    matrix.by_rows(matrix.from + AHEAD * matrix.stride, matrix.rows - AHEAD, [&](int64_t first, int64_t end) {
-        by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
-            vec total[vectors] = {};
-            if (first > 0) load_columns<true>(sums + c, columns, total);
-            for (int64_t r = first; r < end; r++) {
-                vec s[vectors];
-                load_columns<whole>(matrix.from + r * matrix.stride + c, columns, s);
-                for (int j = 0; j < vectors; j++) total[j] += s[j] * key[r];
-            }
-            store_columns<true>(sums + c, columns, total);
-        });
-    });
-}
-
-// S = decay * S + k * written; sums = S * q. `written` and `sums`: [columns, rounded up to vectors].
-template <Kind KIND>
-static void update(const Prepared& block, const Matrix& matrix, const float* written, float* sums) {
-    matrix.by_rows(matrix.next, matrix.next ? matrix.rows : 0, [&](int64_t first, int64_t end) {
-        by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
-            vec total[vectors] = {}, d[vectors];
-            if (first > 0) load_columns<true>(sums + c, columns, total);
-            load_columns<true>(written + c, columns, d);
-            for (int64_t r = first; r < end; r++) {
-                const float decay = KIND == DELTA_OF_CHANNELS ? block.decays[r] : block.decay[0];
-                vec s[vectors];
-                load_columns<whole>(matrix.from + r * matrix.stride + c, columns, s);
-                for (int j = 0; j < vectors; j++) {
-                    s[j] = s[j] * decay + d[j] * block.k[r];
-                    total[j] += s[j] * block.q[r];
-                }
-                store_columns<whole>(matrix.to + r * matrix.stride + c, columns, s);
-            }
-            store_columns<true>(sums + c, columns, total);
-        });
-    });
-}
-
-// memory: [2 * columns, rounded up to vectors].
-template <class T, Kind KIND>
-static void run_token(const Prepared& block, const Matrix& matrix, const T* values, T* out, float skip, float* memory) {
-    constexpr bool IS_DELTA = KIND == DELTA || KIND == DELTA_OF_CHANNELS;
-    float *sums = memory, *written = memory + (matrix.columns + LANES - 1) / LANES * LANES;
-    if (IS_DELTA) recall(matrix, block.seen, sums);
-    by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
-        vec value[vectors], known[vectors] = {};
-        load_columns<whole>(values + c, columns, value);
-        if (IS_DELTA) load_columns<true>(sums + c, columns, known);
-        for (int j = 0; j < vectors; j++) value[j] = (value[j] - known[j]) * block.write[0];
-        store_columns<true>(written + c, columns, value);
-    });
-    update<KIND>(block, matrix, written, sums);
-    by_columns(matrix.columns, [&](int64_t c, auto vectors, auto whole, int64_t columns) {
-        vec value[vectors], result[vectors];
-        load_columns<true>(sums + c, columns, result);
-        if (KIND == MAMBA2) {
-            load_columns<whole>(values + c, columns, value);
-            for (int j = 0; j < vectors; j++) result[j] += value[j] * skip;
-        }
-        store_columns<whole>(out + c, columns, result);
-    });
-}
-
-// ---- what tokens need of a head
-
-// y = x in float32, times `factor`, over the length of x if asked.
-template <class T>
-static INLINE void prepare_vector(const T* x, int64_t size, bool normalize, float factor, float* y) {
-    vec squares{};
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        vec part = load(x + i);
-        store(y + i, part);
-        squares += part * part;
-    }
-    float total = sum(squares);
-    for (; i < size; i++) {
-        y[i] = to_float(x[i]);
-        total += y[i] * y[i];
-    }
-    if (normalize) factor /= std::sqrt(total + 1e-6f);
-    for (i = 0; i < size; i++) y[i] *= factor;
-}
-
-static INLINE float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
-
-template <class T, Kind KIND>
-static void prepare(const Step<T>& step, int64_t token, int64_t count, int64_t head, Prepared& block) {
-    const int64_t k_dim = step.k_dim, k_head = head / (step.v_heads / step.k_heads);
-    constexpr bool IS_DELTA = KIND == DELTA || KIND == DELTA_OF_CHANNELS;
-    const float scale = IS_DELTA ? 1.0f / std::sqrt(float(k_dim)) : 1.0f;
-    block.count = count;
-    for (int64_t t = 0; t < count; t++) {
-        float* k = block.k + t * k_dim;
-        prepare_vector(step.q.at(token + t, k_head), k_dim, step.normalize, scale, block.q + t * k_dim);
-        prepare_vector(step.k.at(token + t, k_head), k_dim, step.normalize, 1.0f, k);
-        if (KIND == MAMBA2) {
-            float dt = to_float(*step.beta.at(token + t, head)) + (step.dt_bias ? step.dt_bias[head] : 0.0f);
-            block.write[t] = std::min(std::max(softplus(dt), step.dt_least), step.dt_most);
-            block.decay[t] = std::exp(block.write[t] * step.a[head]);
-        } else if (KIND == LINEAR) {
-            block.write[t] = 1.0f;
-            block.decay[t] = std::exp(step.g[head]);
-        } else {
-            block.write[t] = to_float(*step.beta.at(token + t, head));
-        }
-        const int64_t place = (token + t) * step.v_heads + head;
-        if (KIND == DELTA) {
-            block.decay[t] = std::exp(step.g[place]);
-            for (int64_t i = 0; i < k_dim; i++) block.seen[t * k_dim + i] = k[i] * block.decay[t];
-        }
-        if (KIND == DELTA_OF_CHANNELS) {
-            float* decays = block.decays + t * k_dim;
-            int64_t i = 0;
-            for (; i + LANES <= k_dim; i += LANES) store(decays + i, exp(load(step.g + place * k_dim + i)));
-            for (; i < k_dim; i++) decays[i] = std::exp(step.g[place * k_dim + i]);
-            for (i = 0; i < k_dim; i++) block.seen[t * k_dim + i] = k[i] * decays[i];
-        }
-    }
-}
-
-// Some columns of a head's matrix, for the tokens of a piece.
+// Some columns of the matrices of some heads that share keys, for the tokens of a piece.
 struct Task {
-    int64_t piece, head, first_column, end_column;
+    int64_t piece, head, end_head, first_column, end_column;
 };
 
 template <class T>
-static INLINE float* matrix_of(const Step<T>& step, const int64_t* slots, const Task& task) {
-    return step.states + (slots[task.piece] * step.v_heads + task.head) * step.k_dim * step.v_dim + task.first_column;
+static INLINE float* matrix_of(const Step<T>& step, const int64_t* slots, const Task& task, int64_t head) {
+    return step.states + (slots[task.piece] * step.v_heads + head) * step.k_dim * step.v_dim + task.first_column;
 }
 
 // next: the task that this thread does afterwards, or null.
 template <class T, Kind KIND>
-static void run_task(const Step<T>& step, const Task& task, const Task* next, Prepared& block, float* tile) {
-    const int64_t begin = step.bounds ? step.bounds[task.piece] : task.piece, head = task.head;
-    const int64_t end = step.bounds ? step.bounds[task.piece + 1] : task.piece + 1;
-    const float* from = matrix_of(step, step.load, task);
-    float* to = matrix_of(step, step.store, task);
-    const float skip = KIND == MAMBA2 && step.d ? step.d[head] : 0.0f;
-    const int64_t width = task.end_column - task.first_column, out_stride = step.v_heads * step.v_dim;
-    T* out = step.out + (begin * step.v_heads + head) * step.v_dim + task.first_column;
-    if (end - begin == 1) {
-        prepare<T, KIND>(step, begin, 1, head, block);
-        const float* following = next ? matrix_of(step, step.load, *next) : nullptr;
-        const Matrix matrix{from, following, to, step.k_dim, width, step.v_dim};
-        run_token<T, KIND>(block, matrix, step.v.at(begin, head) + task.first_column, out, skip, tile);
-        return;
+static void run_token(const Step<T>& step, const Task& task, const Task* next, int64_t token, Memory& memory) {
+    prepare_keys<T, KIND>(step, token, task.head / (step.v_heads / step.k_heads), memory.token);
+    for (int64_t head = task.head; head < task.end_head; head++) {
+        prepare_decays<T, KIND>(step, token, head, memory.token);
+        const float* following = next ? matrix_of(step, step.load, *next, next->head) : nullptr;
+        if (head + 1 < task.end_head) following = matrix_of(step, step.load, task, head + 1);
+        const Matrix matrix{matrix_of(step, step.load, task, head), following, matrix_of(step, step.store, task, head),
+                            step.k_dim, task.end_column - task.first_column, step.v_dim};
+        run_token<T, KIND>(memory.token, matrix, step.v.at(token, head) + task.first_column,
+                           step.out + (token * step.v_heads + head) * step.v_dim + task.first_column,
+                           KIND == MAMBA2 && step.d ? step.d[head] : 0.0f, memory.columns);
     }
-    for (int64_t token = begin; token < end; token += BLOCK, out += BLOCK * out_stride) {
-        prepare<T, KIND>(step, token, std::min<int64_t>(BLOCK, end - token), head, block);
-        const T* values = step.v.at(token, head) + task.first_column;
-        for (int64_t c = 0; c < width; c += COLUMNS) {
-            const int64_t columns = std::min<int64_t>(COLUMNS, width - c);
-            auto run = columns == COLUMNS ? run_columns<T, KIND, true> : run_columns<T, KIND, false>;
-            run(block, from + c, to + c, step.v_dim, columns, tile, step.v, values + c, out + c, out_stride, skip);
+}
+
+// Asks for queries, keys and values of tokens that are computed next: they lie far apart.
+template <class T>
+static void ask_for(const Step<T>& step, const Task& task, int64_t token, int64_t end) {
+    auto ask = [](const T* x, int64_t size) {
+        for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
+    };
+    const int64_t k_head = task.head / (step.v_heads / step.k_heads);
+    for (; token < end; token++) {
+        ask(step.q.at(token, k_head), step.k_dim);
+        ask(step.k.at(token, k_head), step.k_dim);
+        ask(step.v.at(token, task.head) + task.first_column, task.end_column - task.first_column);
+    }
+}
+
+// Tokens [begin, end) of a piece that begins with `first`, not more than fit into the thread's blocks.
+template <class T, Kind KIND>
+static void run_blocks(const Step<T>& step, const Task& task, int64_t first, int64_t begin, int64_t end,
+                       Memory& memory) {
+    const int64_t count = (end - begin + BLOCK - 1) / BLOCK, out_stride = step.v_heads * step.v_dim;
+    const int64_t* slots = begin == first ? step.load : step.store;
+    for (int64_t head = task.head; head < task.end_head; head++) {
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t token = begin + i * BLOCK, k_head = head / (step.v_heads / step.k_heads);
+            // Decays of channels are multiplied into the keys, which are made anew for the next head.
+            if (head == task.head || KIND == DELTA_OF_CHANNELS)
+                prepare_keys<T, KIND>(step, token, std::min<int64_t>(BLOCK, end - token), k_head, memory.blocks[i]);
+            prepare_head<T, KIND>(step, token, head, memory.blocks[i]);
         }
-        from = to;
+        const T* values = step.v.at(begin, head) + task.first_column;
+        T* out = step.out + (begin * step.v_heads + head) * step.v_dim + task.first_column;
+        const float* from = matrix_of(step, slots, task, head);
+        float* to = matrix_of(step, step.store, task, head);
+        for (int64_t c = 0; c < task.end_column - task.first_column; c += COLUMNS) {
+            const int64_t columns = std::min<int64_t>(COLUMNS, task.end_column - task.first_column - c);
+            auto run = columns == COLUMNS ? run_columns<T, KIND, true> : run_columns<T, KIND, false>;
+            run(memory.blocks, count, from + c, to + c, step.v_dim, columns, step.v, values + c,
+                KIND == MAMBA2 && step.d ? step.d[head] : 0.0f, out + c, out_stride, memory.columns);
+        }
     }
 }
 
 template <class T, Kind KIND>
+static void run_task(const Step<T>& step, const Task& task, const Task* next, Memory& memory) {
+    const int64_t first = step.bounds ? step.bounds[task.piece] : task.piece;
+    const int64_t end = step.bounds ? step.bounds[task.piece + 1] : task.piece + 1;
+    if (end - first == 1) return run_token<T, KIND>(step, task, next, first, memory);
+    for (int64_t begin = first; begin < end; begin += BLOCKS * BLOCK) {
+        const int64_t until = std::min<int64_t>(begin + BLOCKS * BLOCK, end);
+        ask_for(step, task, until, std::min<int64_t>(until + BLOCKS * BLOCK, end));
+        run_blocks<T, KIND>(step, task, first, begin, until, memory);
+    }
+}
+
+// The tasks of a step, in the order in which threads take them.
+template <class T>
+struct Tasks {
+    const Step<T>& step;
+    int64_t parts, columns, heads, runs, count;  // parts of columns; heads that share keys in a task, runs of them
+
+    Tasks(const Step<T>& given, int64_t threads) : step(given) {
+        const int64_t all = step.pieces * step.v_heads, strips = (step.v_dim + COLUMNS - 1) / COLUMNS;
+        parts = std::min(strips, std::max<int64_t>(1, 2 * threads / std::max<int64_t>(all, 1)));
+        columns = (strips + parts - 1) / parts * COLUMNS;
+        const int64_t sharing = step.v_heads / step.k_heads;
+        heads = std::min(sharing, std::max<int64_t>(1, all / (4 * threads)));
+        runs = (sharing + heads - 1) / heads;
+        count = step.pieces * step.k_heads * runs * parts;
+    }
+
+    Task task(int64_t number) const {
+        const int64_t part = number % parts, run = number / parts % runs, k_head = number / parts / runs;
+        const int64_t sharing = step.v_heads / step.k_heads, head = k_head % step.k_heads * sharing + run * heads;
+        return {k_head / step.k_heads, head, std::min(head + heads, (k_head % step.k_heads + 1) * sharing),
+                part * columns, std::min((part + 1) * columns, step.v_dim)};
+    }
+};
+
+template <class T, Kind KIND>
 static void run(const Step<T>& step, int64_t tokens) {
-    const int64_t heads = step.pieces * step.v_heads, strips = (step.v_dim + COLUMNS - 1) / COLUMNS;
     const bool is_small = tokens * step.v_heads * step.k_dim * step.v_dim < WORTH_THREADS;
     const int64_t threads = is_small ? 1 : omp_get_max_threads();
-    const int64_t parts = std::min(strips, std::max<int64_t>(1, 2 * threads / std::max<int64_t>(heads, 1)));
-    const int64_t columns = (strips + parts - 1) / parts * COLUMNS, tasks = heads * parts;
-    const int64_t together = std::min(MOST_HEADS, std::max<int64_t>(1, tasks / (4 * threads)));
-    auto task_of = [&](int64_t number) {
-        const int64_t first = number % parts * columns, end = std::min(first + columns, step.v_dim);
-        return Task{number / parts / step.v_heads, number / parts % step.v_heads, first, end};
-    };
+    const Tasks<T> tasks(step, threads);
+    const int64_t together = std::min(MOST_TASKS, std::max<int64_t>(1, tasks.count / (4 * threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const int64_t rows = BLOCK * step.k_dim, tile_size = std::max(step.k_dim * COLUMNS, 2 * (step.v_dim + LANES));
-        std::unique_ptr<float[]> memory(new float[4 * rows + tile_size + 16]);
-        float* tile = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / 4;
-        float* after = tile + tile_size;
-        Prepared block{after, after + rows, after + 2 * rows, after + 3 * rows, {}, {}, 0, step.k_dim};
+        Memory memory(step.k_dim, step.v_dim, step.bounds != nullptr);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < tasks; first += together) {
-            const int64_t end = std::min(first + together, tasks);
+        for (int64_t first = 0; first < tasks.count; first += together) {
+            const int64_t end = std::min(first + together, tasks.count);
             for (int64_t number = first; number < end; number++) {
-                const Task task = task_of(number), next = task_of(number + 1);
-                if (task.first_column >= task.end_column) continue;
-                run_task<T, KIND>(step, task, number + 1 < end ? &next : nullptr, block, tile);
+                const Task task = tasks.task(number), next = tasks.task(number + 1);
+                if (task.first_column < task.end_column)
+                    run_task<T, KIND>(step, task, number + 1 < end ? &next : nullptr, memory);
             }
         }
     }

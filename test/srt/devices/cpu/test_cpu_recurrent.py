@@ -16,6 +16,7 @@ FUNCTIONS = [recurrent._function]
 DTYPES = [torch.float32, torch.bfloat16]
 # Lengths of pieces: a decode step; one prompt; both, around the blocks of tokens that kernels prepare together.
 STEPS = [[1] * 5, [37], [1, 16, 17, 1, 33, 2]]
+MATRIX_STEPS = [*STEPS, [131, 20, 1]]  # and of several blocks
 Make = Callable[[int, torch.dtype], tuple[tuple[int, ...], Callable[..., torch.Tensor]]]
 
 
@@ -60,7 +61,7 @@ def within(x: torch.Tensor, first: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", STEPS, ids=str)
+@pytest.mark.parametrize("lengths", MATRIX_STEPS, ids=str)
 def test_delta_rule(isa: str, lengths: list[int], dtype: torch.dtype) -> None:
     tokens = sum(lengths)
     for k_heads, v_heads, k_dim, v_dim in [(1, 1, 1, 1), (2, 4, 12, 20), (1, 3, 128, 128), (2, 2, 33, 70)]:
@@ -82,7 +83,7 @@ def test_delta_rule(isa: str, lengths: list[int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", STEPS, ids=str)
+@pytest.mark.parametrize("lengths", MATRIX_STEPS, ids=str)
 def test_linear_attention(isa: str, lengths: list[int], dtype: torch.dtype) -> None:
     for heads, size in [(1, 1), (3, 21), (2, 96)]:
         q, k, v = (torch.randn(sum(lengths), heads, size).to(dtype) * size**-0.5 for _ in range(3))
@@ -96,7 +97,7 @@ def test_linear_attention(isa: str, lengths: list[int], dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", STEPS, ids=str)
+@pytest.mark.parametrize("lengths", MATRIX_STEPS, ids=str)
 def test_ssd(isa: str, lengths: list[int], dtype: torch.dtype) -> None:
     tokens = sum(lengths)
     for heads, head_dim, groups, size in [(1, 1, 1, 1), (6, 5, 2, 9), (2, 64, 1, 128), (3, 40, 3, 17)]:
