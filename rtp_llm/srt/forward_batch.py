@@ -88,6 +88,10 @@ class StepAttention(Protocol):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
+    def forward_encoder(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionSpec, batch: "ForwardBatch"
+    ) -> torch.Tensor: ...
+
 
 @dataclass(slots=True)
 class LogprobRow:
@@ -167,6 +171,11 @@ class ForwardBatch:
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
     state_pool: StatePool | None = None  # None: the model keeps no states
     state_waves: list[StateWave] = field(default_factory=list)
+    # [P] int64: the flattened tokens, ascending, whose hidden states (after the last norm) pooled outputs are made of.
+    # None: no row of this step has a pooled output.
+    pooled_tokens: torch.Tensor | None = None
+    # [T] int64: 1 for tokens of the second text of a pair, else 0 (BERT: Devlin et al., 2019). None: all are 0.
+    token_types: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

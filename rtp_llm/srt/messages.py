@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutput, PooledOutputs
 from rtp_llm.srt.request_spec import RequestSpec
 
 
@@ -28,7 +29,8 @@ class FinishReason:
 
 @dataclass(slots=True)
 class GenerateRequest:
-    """One sequence to generate. A call with ``n > 1`` is several requests with seeds ``seed + i``.
+    """One sequence to generate, or, with ``spec.pooling``, to make a pooled output of. A call with ``n > 1`` is several
+    requests with seeds ``seed + i``.
 
     ``output_ids`` and ``num_prompt_logprobs`` are the results so far of a request that is resubmitted after the core
     died: the core resumes after them, with penalties, lengths and random positions counted from ``prompt_ids`` on.
@@ -74,6 +76,7 @@ class TokenOutput:
     num_retractions: int = 0
     queue_time_s: float = 0.0  # from its arrival in the core until it was first admitted
     finish_reason: FinishReason | None = None
+    pooled: PooledOutput | None = None  # with the finish reason, if the request asks for one
 
 
 @dataclass(slots=True)
@@ -125,6 +128,7 @@ class CoreInfo:
     cache_bytes: int
     device: str
     state_bytes: int = 0  # of one request, per rank; 0: the model keeps no recurrent states
+    outputs: PooledOutputs = ONLY_TOKENS  # besides tokens, or in their place
 
 
 ToCore = GenerateRequest | AbortRequest | FlushCache | Ping | Shutdown

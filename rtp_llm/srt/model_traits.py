@@ -42,6 +42,8 @@ class ModelTraits:
     replays_steps: bool = True
     config_class: type | None = None
     gguf: GGUFForm | Sequence[GGUFForm] = ()
+    poolers: Mapping[str, Any] = field(default_factory=dict)
+    generates: bool = True
 
     @classmethod
     def of(cls, model: object) -> Self:
@@ -106,6 +108,11 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_media_block": ("a number of tokens", _is_count),
     "replays_steps": ("True or False", lambda value: isinstance(value, bool)),
     "gguf": ("a GGUFForm, or a tuple of them", is_form),
+    "poolers": (
+        'a dict {task: Pooler}, such as {"embed": Pooler("mean", width=384, finish="normalize")}',
+        lambda value: _is_mapping(value, callable),
+    ),
+    "generates": ("True or False", lambda value: isinstance(value, bool)),
     "config_class": ("a dataclass or a transformers configuration", lambda value: isinstance(value, type)),
 }
 

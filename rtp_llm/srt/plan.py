@@ -9,6 +9,7 @@ Order within one plan: ``releases``, ``admissions``, ``known_tokens``, ``page_wr
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rtp_llm.srt.pooling import PooledOutput
 from rtp_llm.srt.request_spec import RequestSpec
 
 if TYPE_CHECKING:
@@ -153,6 +154,9 @@ class RowResult:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if asked
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the chunk's following tokens, if wanted
     error: str | None = None  # only this row failed (its logits are not finite)
+    # Of the work with the last token of a request that asks for a pooled output. Its hidden states of earlier chunks
+    # are kept by the worker until then.
+    pooled: PooledOutput | None = None
 
 
 @dataclass(slots=True)

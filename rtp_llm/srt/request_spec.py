@@ -10,6 +10,7 @@ ids, results sent so far, pages. An adapter's name will be added here, for the w
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rtp_llm.srt.pooling import PoolingSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 
 
@@ -93,7 +94,7 @@ class RequestSpec:
     """A checked request: every value is in range, and ``params.max_new_tokens`` is decided.
 
     Raises:
-        ValueError: ``params.max_new_tokens`` is None.
+        ValueError: ``params.max_new_tokens`` is None, or not 0 where a pooled output is asked for.
     """
 
     params: SamplingParams  # a copy that is not changed
@@ -105,10 +106,13 @@ class RequestSpec:
     eos_token_ids: tuple[int, ...] = ()  # end the request unless ignore_eos
     grammar: GrammarSpec | None = None  # None: the text is free
     thinking: ThinkingSpec | None = None  # None: it is text like any other
+    pooling: PoolingSpec | None = None  # a pooled output in place of tokens; then ``max_new_tokens`` is 0
 
     def __post_init__(self) -> None:
         if self.params.max_new_tokens is None:
             raise ValueError("params.max_new_tokens is unset: it is decided before a request is described")
+        if self.pooling is not None and self.params.max_new_tokens:
+            raise ValueError(f"a pooled output comes without tokens, not with {self.params.max_new_tokens}")
 
     @property
     def max_new_tokens(self) -> int:

@@ -25,12 +25,15 @@ WAY = (
 READERS = {
     "scheduler/request.py": {  # when it ends, what it shares, which of its tokens are computed
         *("max_new_tokens", "min_new_tokens", "cache_salt", "media", "logprobs", "logprob_start_len"),
+        "pooling",
     },
-    "scheduler/scheduler.py": {"max_new_tokens", "media"},  # whether it can ever be served
+    "scheduler/scheduler.py": {"max_new_tokens", "media", "pooling"},  # whether it can ever be served
     "scheduler/policy.py": {"priority"},
     "engine/grammars.py": {"grammar"},
     "engine/executor.py": {"media"},  # files of media live until the step that names them is done
     "worker/model_runner.py": {"media", "logprobs", "top_logprobs_num", "token_ids_logprob"},
+    "worker/pooling.py": {"pooling"},
+    "worker/worker.py": {"pooling"},
     "worker/sampler.py": {
         *("temperature", "top_p", "top_k", "min_p", "seed", "min_new_tokens", "logit_bias"),
         *("frequency_penalty", "presence_penalty", "repetition_penalty"),

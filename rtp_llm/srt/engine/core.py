@@ -61,6 +61,7 @@ class EngineCore:
         try:
             loaded = self.executor.load(on_progress)
             self._cuts_prompts = not loaded.sees_whole_prompts
+            self._outputs = loaded.outputs
             if on_loaded is not None:
                 on_loaded()
             self.states, self.capacity = self._plan_memory(loaded, model_config, free_bytes)
@@ -90,6 +91,7 @@ class EngineCore:
             cache_bytes=self.cache_bytes,
             device=self.device,
             state_bytes=self._state_bytes,
+            outputs=self._outputs,
         )
 
     @property
@@ -127,12 +129,13 @@ class EngineCore:
         ranks_sharing = self._args.tp_size if self._provider.ranks_share_memory else 1
         budget_bytes = max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
         wanted_running = self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
-        auto_tokens = auto_max_tokens(model_config.context_length, wanted_running)
+        context_length = self.context_length = _context_length(loaded, model_config)
+        auto_tokens = auto_max_tokens(context_length, wanted_running)
 
         def pages(budget_bytes: int) -> Capacity:
             return plan_capacity(
                 loaded.layout.groups,
-                model_config.context_length,
+                context_length,
                 max(self.chunked_prefill_size, loaded.max_media_block) if self.chunked_prefill_size > 0 else None,
                 budget_bytes,
                 self._args.max_total_tokens,
@@ -166,6 +169,7 @@ class EngineCore:
             disable_radix_cache=self._args.disable_radix_cache or loaded.sees_whole_prompts,
             state_checkpoint_interval=self._args.state_checkpoint_interval,
             max_media_block=loaded.max_media_block,
+            outputs=loaded.outputs,
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
         )
         return Scheduler(config, loaded.layout, self.capacity.num_pages, self.states.num_slots, self.grammars.matchers)
@@ -239,3 +243,11 @@ class EngineCore:
         self.grammars.shutdown()
         self._in_flight.clear()
         self.executor.shutdown()
+
+
+def _context_length(loaded: LoadedModel, model_config: ModelConfig) -> int:
+    """Return the longest input of an encoder, whose configuration may count positions that no token has; else the
+    configuration's, and the worker refuses more than the model takes."""
+    if loaded.outputs.generates or loaded.max_positions is None:
+        return model_config.context_length
+    return min(model_config.context_length, loaded.max_positions)

@@ -91,19 +91,28 @@ class LogitsProcessorOutput:
             computed later.
         prompt_logprobs: parallel to ``forward_batch.prompt_logprobs``.
         hidden_states: [T, num_layers_captured * hidden_size], only where the model captures layers for a drafter.
+        pooled_states: [P, hidden_size], the last hidden states of ``forward_batch.pooled_tokens``; None if that is.
     """
 
-    __slots__ = ("_logits", "hidden_states", "prompt_logprobs")
+    __slots__ = ("_logits", "hidden_states", "pooled_states", "prompt_logprobs")
 
     def __init__(
         self,
         next_token_logits: torch.Tensor | LaterLogits,
         prompt_logprobs: list[Logprobs],
         hidden_states: torch.Tensor | None = None,
+        pooled_states: torch.Tensor | None = None,
     ) -> None:
         self._logits = next_token_logits
         self.prompt_logprobs = prompt_logprobs
         self.hidden_states = hidden_states
+        self.pooled_states = pooled_states
+
+    @classmethod
+    def of_encoder(cls, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> "LogitsProcessorOutput":
+        """Return the output of a model that makes hidden states [T, hidden_size] and no logits."""
+        none = hidden_states.new_empty((0, 0), dtype=torch.float32)
+        return cls(none, [], pooled_states=pooled_states(hidden_states, forward_batch))
 
     @property
     def next_token_logits(self) -> torch.Tensor:
@@ -143,6 +152,7 @@ class LogitsProcessorOutput:
             self._logits.mapped(of_rows) if isinstance(self._logits, LaterLogits) else of_rows(self._logits),
             self.prompt_logprobs,
             None if self.hidden_states is None else of_tokens(self.hidden_states),
+            self.pooled_states,
         )
 
 
@@ -197,6 +207,7 @@ class LogitsProcessor(nn.Module):
                 for row in forward_batch.prompt_logprobs
             ],
             hidden_states=torch.cat(list(aux_hidden_states), dim=-1) if aux_hidden_states else None,
+            pooled_states=pooled_states(hidden_states, forward_batch),
         )
 
     def logits(self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding) -> torch.Tensor:
@@ -210,6 +221,14 @@ class LogitsProcessor(nn.Module):
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+
+def pooled_states(hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor | None:
+    """Return the rows of [T, hidden_size] that pooled outputs are made of; None if there are none in the step."""
+    tokens = forward_batch.pooled_tokens
+    if tokens is None:
+        return None
+    return hidden_states if len(tokens) == len(hidden_states) else hidden_states[tokens]  # tokens are in order
 
 
 def prompt_logprobs(row: LogprobRow, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> Logprobs:

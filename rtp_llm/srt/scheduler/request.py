@@ -9,6 +9,7 @@ from rtp_llm.srt.cache.spec import LengthScaling
 from rtp_llm.srt.constrained.backend import Matcher
 from rtp_llm.srt.messages import FinishReason, GenerateRequest
 from rtp_llm.srt.plan import Admission, KnownTokens
+from rtp_llm.srt.pooling import PooledOutputs
 from rtp_llm.srt.request_spec import RequestSpec
 
 # A request's tokens, from left to right:
@@ -51,6 +52,9 @@ class Request:
     namespace: Hashable  # of the prefix cache
     logprob_from: int | None = None  # position whose logits give the next prompt logprob still wanted
     matcher: Matcher | None = None  # of its grammar; it has taken the generated tokens
+    # Whether its result depends on the last token's hidden state alone. Else its prompt is computed from the beginning
+    # and nothing of it is taken from the prefix cache, which keeps keys and values and no hidden states.
+    reuses_prefix: bool = True
     atomic_spans: list[tuple[int, int]] = field(default_factory=list)
 
     row: int = -1
@@ -80,11 +84,13 @@ class Request:
         order: int,
         length_scaling: LengthScaling | None = None,
         computes_blocks: bool = False,
+        outputs: PooledOutputs | None = None,
     ) -> "Request":
         """Make a request of a message.
 
         Args:
             computes_blocks: the model computes each block of media in one step.
+            outputs: that the model has; None: none but tokens.
         """
         spec, prompt_len = message.spec, len(message.prompt_ids)
         logprob_start_len = -1 if spec.logprobs is None else spec.logprobs.logprob_start_len
@@ -102,6 +108,7 @@ class Request:
             namespace=(spec.cache_salt, key_class),
             logprob_from=None if logprob_start_len < 0 else logprob_start_len,
             atomic_spans=spec.media.blocks if spec.media is not None and computes_blocks else [],
+            reuses_prefix=outputs is None or not outputs.reads_prefix(spec.pooling),
         )
         request.take_prompt_logprobs(message.num_prompt_logprobs)
         return request
@@ -138,6 +145,8 @@ class Request:
     @property
     def match_limit(self) -> int:
         """Tokens that the prefix cache may supply: logits of the last one, and for prompt logprobs, are computed."""
+        if not self.reuses_prefix:
+            return 0
         limit = len(self.ids) - 1
         return limit if self.logprob_from is None else min(limit, self.logprob_from)
 

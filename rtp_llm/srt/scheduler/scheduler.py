@@ -18,6 +18,7 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.plan import PageWrite, RowResult, RowWork, StepPlan, StepResult
+from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
 from rtp_llm.srt.scheduler.memory import CacheMemory
 from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
@@ -46,6 +47,7 @@ class SchedulerConfig:
     # Of a model with recurrent states: a prompt's are saved at multiples of so many tokens. 0: not; None: by memory.
     state_checkpoint_interval: int | None = None
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
+    outputs: PooledOutputs = ONLY_TOKENS  # that the model has
 
 
 class Scheduler:
@@ -129,7 +131,7 @@ class Scheduler:
         if problem:
             return [TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))]
         request = Request.from_message(
-            message, self._num_arrivals, self._length_scaling, computes_blocks=self.config.max_media_block > 0
+            message, self._num_arrivals, self._length_scaling, self.config.max_media_block > 0, self.config.outputs
         )
         self._num_arrivals += 1
         request.matcher = self._matchers.pop(request.rid, None) if self._matchers else None
@@ -153,7 +155,8 @@ class Scheduler:
                 f"but at most {self.config.max_req_len} can be served"
             )
         media = message.spec.media
-        return None if media is None else media.too_long_for(self.config.max_media_block)
+        too_long = None if media is None else media.too_long_for(self.config.max_media_block)
+        return too_long or self.config.outputs.problem(message.spec.pooling, len(message.prompt_ids))
 
     def _abort(self, rid: str | None) -> list[FromCore]:
         requests = list(self._live.values()) if rid is None else [self._live[rid]] if rid in self._live else []
@@ -417,6 +420,7 @@ class Scheduler:
             request.num_retractions,
             request.queue_time_s,
             reason,
+            row.pooled,
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> TokenOutput:

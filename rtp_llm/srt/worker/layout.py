@@ -9,16 +9,20 @@ from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.model_traits import KeepsCache, KeepsState, ScalesWithLength
 
 
-def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu") -> CacheLayout:
+def cache_layout(
+    model: nn.Module, page_size: int, kv_cache_dtype: str = "auto", device: str = "cpu", needs_cache: bool = True
+) -> CacheLayout:
     """Group the model's attention layers by what they keep, and collect the states of recurrent layers.
 
     Attention layers that share a cache (equal ids) must agree.
 
     Args:
         kv_cache_dtype: "auto": the model's dtype; or "bf16", "int8".
+        needs_cache: the model makes tokens; False: it may keep nothing, as encoders do.
 
     Raises:
-        ValueError: no layer keeps anything, they do not agree, or their cache cannot have ``kv_cache_dtype``.
+        ValueError: no layer keeps anything though it must, they do not agree, or their cache cannot have
+            ``kv_cache_dtype``.
     """
     specs: dict[int, CacheSpec] = {}
     length_scaling: LengthScaling | None = None
@@ -33,7 +37,7 @@ def cache_layout(model: nn.Module, page_size: int, kv_cache_dtype: str = "auto",
                 raise ValueError(f"{name}: the model mixes rotations that depend on the sequence length differently")
             length_scaling = scaling
     states = state_group(model)
-    if not specs and states is None:
+    if not specs and states is None and needs_cache:
         raise ValueError("the model has no RadixAttention layer, and none with states: there is nothing to cache")
     groups: dict[CacheSpec, list[int]] = {}
     for layer_id, spec in sorted(specs.items()):

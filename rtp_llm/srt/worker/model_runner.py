@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
+from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from rtp_llm.srt.state_pool import StatePool
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
 from rtp_llm.srt.worker.layout import cache_layout
+from rtp_llm.srt.worker.pooling import RowPooling
 from rtp_llm.srt.worker.states import RowStates
 from rtp_llm.srt.worker.step_recorder import StepRecorder
 
@@ -71,7 +74,10 @@ class ModelRunner:
             quantization=server_args.quantization,
         )
         self.traits = ModelTraits.of(self.model)
-        self.layout = cache_layout(self.model, server_args.page_size, server_args.kv_cache_dtype, device)
+        self.layout = cache_layout(
+            self.model, server_args.page_size, server_args.kv_cache_dtype, device, self.traits.generates
+        )
+        self.row_pooling = RowPooling(self.traits.poolers, self._provider)
         self.attn_backend = attn_backend
         self._step_modules = [module for module in self.model.modules() if isinstance(module, PreparesForward)]
         self._takes_mrope = takes_mrope_positions(self.model)
@@ -89,7 +95,8 @@ class ModelRunner:
     def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
         """Return the model's ``forward_batch``, else a call of ``forward(input_ids, positions, batch)``."""
         own = self.traits.forward_batch
-        return own if own is not None else lambda batch: self.model(batch.input_ids, batch.positions, batch)
+        forward = own if own is not None else lambda batch: self.model(batch.input_ids, batch.positions, batch)
+        return forward if self.traits.generates else partial(_encoded, forward)
 
     def _make_recorder(self) -> StepRecorder | None:
         if self._provider.step_recorder is None:
@@ -100,6 +107,19 @@ class ModelRunner:
     @property
     def max_media_block(self) -> int:
         return self.traits.max_media_block
+
+    @property
+    def outputs(self) -> PooledOutputs:
+        """The pooled outputs that the model has."""
+        tasks = self.traits.poolers.items()
+        return PooledOutputs(
+            tuple(PoolingTask(name, pooler.width, pooler.per_token, pooler.reads_prefix) for name, pooler in tasks),
+            self.traits.generates,
+        )
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.traits.max_positions
 
     @property
     def reads_shared_prefixes(self) -> bool:
@@ -152,6 +172,7 @@ class ModelRunner:
             del self._rows[row]
             self._rows_with_media.discard(row)
             self._rows_with_logprobs.discard(row)
+            self.row_pooling.release(row)
         for admission in plan.admissions:
             self._admit(admission)
         for known in plan.known_tokens:
@@ -171,6 +192,7 @@ class ModelRunner:
         ids = np.array([*admission.prompt_ids, *admission.output_ids], dtype=np.int64)
         self._rows[row] = RowState(admission, ids, media)
         self._num_known[row], self._prompt_lens[row] = len(ids), len(admission.prompt_ids)
+        self.row_pooling.admit(admission, ids)
         if media is not None:
             self._rows_with_media.add(row)
         if admission.logprob_from is not None:
@@ -250,8 +272,10 @@ class ModelRunner:
             embedding_cache=self.embedding_cache,
             mrope_positions=self._mrope_positions(rows) if has_media and self._takes_mrope else None,
             visible_ends=self._visible_ends(work, offsets, len(host.positions))
-            if self.sees_whole_prompts or (has_media and self.max_media_block)
+            if (self.sees_whole_prompts and self.layout.groups) or (has_media and self.max_media_block)
             else None,
+            pooled_tokens=self.row_pooling.tokens(work, offsets),
+            token_types=self.row_pooling.token_types(work, offsets, len(host.positions)),
         )
 
     def _mrope_positions(self, work: list[RowWork]) -> torch.Tensor:
@@ -349,6 +373,24 @@ def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: 
             f"{name} returned {num_rows} rows of next_token_logits, not {expected}: there must be one for each of "
             "forward_batch.sample_rows, which LogitsProcessor picks out"
         )
+
+
+def _encoded(forward: Callable[[ForwardBatch], object], batch: ForwardBatch) -> LogitsProcessorOutput:
+    """Run a model that makes hidden states and no tokens.
+
+    Raises:
+        TypeError, ValueError: it returned something else.
+    """
+    states = forward(batch)
+    if isinstance(states, LogitsProcessorOutput):  # of a decoder's, without rows to draw from
+        return states
+    if not isinstance(states, torch.Tensor):
+        raise TypeError(
+            f"a model with generates = False returns hidden states [tokens, size], not {type(states).__name__}"
+        )
+    if len(states) != batch.num_tokens:
+        raise ValueError(f"the model returned {len(states)} rows of hidden states for {batch.num_tokens} tokens")
+    return LogitsProcessorOutput.of_encoder(states, batch)
 
 
 def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:

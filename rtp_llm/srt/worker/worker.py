@@ -14,7 +14,9 @@ from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
+from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
 from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.srt.worker.pooling import NOT_FINITE, PooledLines
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.sampler import Sampler
 
@@ -44,6 +46,8 @@ class LoadedModel:
     max_media_block: int = 0  # most tokens of media side by side, which see each other both ways; 0: media are causal
     reads_shared_prefixes: bool = False  # whether attention uses StepPlan.shared_prefixes
     sees_whole_prompts: bool = False  # a prompt is computed in one step, and depends on all of its tokens
+    outputs: PooledOutputs = ONLY_TOKENS
+    max_positions: int | None = None  # tokens that the model takes at most; None: as its configuration says
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class PendingLogits:
     plan: StepPlan
     output: LogitsProcessorOutput  # with a row of logits per work with ``sample``
     prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
+    pooled: list[PooledLines]
 
 
 class PendingResult:
@@ -67,6 +72,7 @@ class PendingResult:
         asked: list[int],
         logprobs: list[Logprobs],
         prompt_logprobs: dict[int, Logprobs],
+        pooled: list[PooledLines],
     ) -> None:
         """
         Args:
@@ -77,11 +83,13 @@ class PendingResult:
         self._plan = plan
         self._asked, self._prompts = asked, list(prompt_logprobs)
         self._logprobs = [*prompt_logprobs.values(), *logprobs]
+        self._pooled = pooled
         tensors = (tensor for each in self._logprobs for tensor in (each.ids, each.values))
-        self._arrived = provider.to_host([token_ids, bad_rows, *tensors])
+        self._arrived = provider.to_host([token_ids, bad_rows, *(each.lines for each in pooled), *tensors])
 
     def result(self) -> StepResult:
         token_ids, bad_rows, *tensors = self._arrived()
+        lines, tensors = tensors[: len(self._pooled)], tensors[len(self._pooled) :]
         pairs = zip(self._logprobs, tensors[::2], tensors[1::2], strict=True)
         read = [replace(logprobs, ids=ids, values=values).read() for logprobs, ids, values in pairs]
         logprobs = dict(zip(self._asked, chain(*read[len(self._prompts) :]), strict=True))
@@ -96,6 +104,9 @@ class PendingResult:
             rows.append(RowResult(error=BAD_LOGITS) if bad else RowResult([token_id], logprob, []))
         for index, prompt_logprobs in zip(self._prompts, read, strict=False):
             rows[index].prompt_logprobs = prompt_logprobs
+        for pooled, copied in zip(self._pooled, lines, strict=True):
+            for index, output in pooled.outputs(copied):
+                rows[index] = RowResult(error=NOT_FINITE) if output is None else RowResult(pooled=output)
         return StepResult(self._plan.step_id, rows)
 
 
@@ -120,6 +131,8 @@ class Worker:
             runner.max_media_block,
             runner.reads_shared_prefixes,
             runner.sees_whole_prompts,
+            runner.outputs,
+            runner.max_positions,
         )
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
@@ -145,11 +158,12 @@ class Worker:
         for row in plan.releases:
             self.sampler.release(row)
         for admission in plan.admissions:
-            self.sampler.admit(admission)
+            if admission.spec.pooling is None:
+                self.sampler.admit(admission)
         batch, output = self.runner.forward(plan)
         indices = [row.batch_index for row in batch.prompt_logprobs]
         prompt_logprobs = dict(zip(indices, output.prompt_logprobs, strict=True))
-        return PendingLogits(plan, output, prompt_logprobs)
+        return PendingLogits(plan, output, prompt_logprobs, self.runner.row_pooling.lines(output.pooled_states))
 
     @torch.inference_mode()
     def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> PendingResult:
@@ -171,7 +185,7 @@ class Worker:
             self.sampler.observe(rows, token_ids)
             self.runner.last_tokens[self._provider.to_device(rows, torch.int64)] = token_ids
         return PendingResult(
-            self._provider, pending.plan, token_ids, bad_ones, asked, logprobs, pending.prompt_logprobs
+            self._provider, pending.plan, token_ids, bad_ones, asked, logprobs, pending.prompt_logprobs, pending.pooled
         )
 
     def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:

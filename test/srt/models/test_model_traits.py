@@ -13,6 +13,7 @@ from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt import model_traits
 from rtp_llm.srt.cache.spec import LengthScaling
 from rtp_llm.srt.layers.moe import FusedMoE
+from rtp_llm.srt.layers.pooler import Pooler
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding
 from rtp_llm.srt.model_traits import (
@@ -62,10 +63,12 @@ class Talkative(nn.Module):
     ignore = (r"\.bias$",)
     weight_defaults = None
     replays_steps = False
+    generates = False
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()
         self.max_media_block = 256
+        self.poolers = {"embed": Pooler("mean", 8)}
 
     @property
     def max_positions(self) -> int:
@@ -94,6 +97,8 @@ def test_what_is_said_and_what_is_not() -> None:
         max_positions=1024,
         max_media_block=256,
         replays_steps=False,
+        poolers=model.poolers,
+        generates=False,
     )
 
 
