@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from rtp_llm.srt.attention.encoder import attend_both_ways
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 
 
@@ -78,3 +79,19 @@ class AttentionBackend(ABC):
         Returns:
             [T, num_heads * v_head_dim], in q's dtype.
         """
+
+    def forward_encoder(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionSpec, batch: ForwardBatch
+    ) -> torch.Tensor:
+        """Attend within each row's tokens of this step, both ways; nothing is cached.
+
+        Only models whose prompts are computed in one step call this. With a window, tokens i and j see each other iff
+        ``|i - j| < window``. A back end that has nothing faster need not override it.
+
+        Args:
+            q, k, v: as in ``forward``, v included.
+
+        Returns:
+            [T, num_heads * v_head_dim], in q's dtype.
+        """
+        return attend_both_ways(q, k, v, layer, batch.extend_seq_lens_cpu)

@@ -1,12 +1,60 @@
-"""Attention of encoders without projections, under the name and with the arguments that vLLM's towers have."""
+"""Attention of encoders without projections: of texts, over a step's rows, and of media, under the name and with the
+arguments that vLLM's towers have."""
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
+from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.vision import VisionAttentionMetadata, prepare_vision_attention_metadata
 
-__all__ = ["MMEncoderAttention"]
+__all__ = ["EncoderAttention", "MMEncoderAttention"]
+
+
+class EncoderAttention(nn.Module):
+    """Attention in which every token of an input sees all others, before and behind it. Nothing is cached, and inputs
+    are computed in one step. It takes the place of RadixAttention, and is called alike.
+
+    Args:
+        num_heads, num_kv_heads: of this rank.
+        scaling: factor of the scores, usually ``head_dim ** -0.5``.
+        layer_id: part of the call shape: nothing is kept.
+        logit_cap: c > 0 replaces each score s by ``c * tanh(s / c)``.
+        window: tokens i and j see each other iff ``|i - j| < window``; None: all do.
+        attention_chunk_size: must be None, as there are no chunks here.
+        quant_config, prefix: parts of the call shape.
+    """
+
+    sees_whole_prompts = True
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        num_kv_heads: int | None = None,
+        layer_id: int = 0,
+        logit_cap: float = 0.0,
+        window: int | None = None,
+        attention_chunk_size: int | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        if attention_chunk_size is not None:
+            raise ValueError(f"{prefix or 'EncoderAttention'}: chunks of the sequence are for decoders")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.spec = AttentionSpec(
+            layer_id, num_heads, num_kv_heads, head_dim, head_dim, scaling, logit_cap=logit_cap, window=window
+        )
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """[T, num_heads * head_dim] queries, keys and values with their heads -> [T, num_heads * head_dim]."""
+        spec = self.spec
+        q = q.view(-1, spec.num_heads, spec.head_dim)
+        k, v = (x.view(-1, spec.num_kv_heads, spec.head_dim) for x in (k, v))
+        return forward_batch.attn_backend.forward_encoder(q, k, v, spec, forward_batch)
 
 
 class MMEncoderAttention(nn.Module):

@@ -1,11 +1,43 @@
 """Attention with C++ kernels, on a CPU."""
 
+from dataclasses import dataclass, field
+
 import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cpu import attention as kernels
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels.paged import PagedRows
+
+
+@dataclass(slots=True)
+class WholeRows:
+    """A step's tokens as if they were a cache with pages of one token: an encoder's keys are read where they are made.
+
+    ``table``: [B, longest row] int32, the flattened token at each place of a row.
+    """
+
+    rows: PagedRows
+    table: torch.Tensor
+    starts: torch.Tensor  # [T] int64: where each token's row begins in [T]
+    lens: torch.Tensor  # [T] int64: the length of its row
+    ends: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window: the end of what each token sees
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> "WholeRows":
+        counts = batch.extend_seq_lens
+        num_rows, longest = len(counts), max(batch.extend_seq_lens_cpu, default=0)
+        table = (batch.extend_start_loc[:, None] + torch.arange(longest)).int()
+        starts, lens = (column.repeat_interleave(counts) for column in (batch.extend_start_loc, counts))
+        rows = PagedRows.of(range(num_rows), [0] * num_rows, batch.extend_seq_lens_cpu)
+        return cls(rows, table, starts, lens)
+
+    def visible_ends(self, window: int | None) -> torch.Tensor:
+        """Return [T] int64 positions before which each token sees, within its row."""
+        if window not in self.ends:
+            places = torch.arange(len(self.starts)) - self.starts
+            self.ends[window] = self.lens if window is None else torch.minimum(self.lens, places + window)
+        return self.ends[window]
 
 
 class CpuAttention(AttentionBackend):
@@ -27,6 +59,7 @@ class CpuAttention(AttentionBackend):
     def __init__(self) -> None:
         kernels.compile_now()
         self._rows = PagedRows.of([], [], [])
+        self._whole_rows: WholeRows | None = None
 
     def plan(self, batch: ForwardBatch) -> None:
         self._rows = PagedRows.of(
@@ -35,6 +68,8 @@ class CpuAttention(AttentionBackend):
             batch.extend_seq_lens_cpu,
             [(prefix.num_tokens, prefix.rows) for prefix in batch.shared_prefixes],
         )
+
+        self._whole_rows = None
 
     def step_tensors(self) -> list[torch.Tensor]:
         rows = self._rows
@@ -69,5 +104,24 @@ class CpuAttention(AttentionBackend):
             value_scales,
             layer.alibi_slopes,
             layer.chunk,
+        )
+        return out.flatten(1)
+
+    def forward_encoder(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionSpec, batch: ForwardBatch
+    ) -> torch.Tensor:
+        """See AttentionBackend: the paged kernel, with the step's own keys and values for a cache."""
+        whole = self._whole_rows = self._whole_rows or WholeRows.of(batch)
+        out = kernels.paged_attention(
+            q,
+            k,
+            v,
+            whole.table,
+            1,
+            whole.rows,
+            layer.scaling,
+            layer.window,
+            layer.logit_cap,
+            visible_ends=whole.visible_ends(layer.window),
         )
         return out.flatten(1)
