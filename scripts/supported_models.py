@@ -43,6 +43,7 @@ TEST_FILES = [
     TESTS / "models" / "test_tensor_parallel.py",
     *sorted((TESTS / "models").glob("test_parity_*.py")),
     *sorted((TESTS / "models").glob("test_mm_*.py")),
+    *sorted((TESTS / "models").glob("test_pooled_*.py")),
 ]
 
 TEXT = """\
@@ -97,6 +98,18 @@ where videos are taken, with the frames of one, alone and beside an image; one b
 in chunks of 16 tokens, which end within images unless a model must see these whole. Transformers is given the same
 pixels, and answers must be its own, as above. Sound is not taken.
 
+## Models with pooled outputs
+
+These make no tokens, but [vectors, probabilities of labels, or scores](../embeddings.md):
+
+| architecture | file | what it is | cases |
+|---|---|---|---|
+{pooled_rows}
+
+Every decoder above embeds as well (`--convert embed`), and runs as its `...ForSequenceClassification`. **Cases** are
+tiny random checkpoints whose outputs must be those of transformers in float32, within 1e-5: each input alone, and
+batched with others of unequal lengths.
+
 ## Other architectures
 
 Any other causal language model of transformers runs by transformers' own code, on our cache and in our batches, on one
@@ -105,7 +118,6 @@ loading, on a few tokens, and says what is missing if it refuses. `--model-impl 
 there is a file here as well. [test_fallback.py](../../test/srt/models/test_fallback.py) goes through all causal
 language models of transformers in `make test-all`, and prints what becomes of each. See
 [how to support a new model](support_new_models.md). A model that takes images and has no file here is refused by name.
-Embedding and reward models are not supported yet.
 
 ### Models that keep a state
 
@@ -131,6 +143,10 @@ class Model:
     architecture: str
     file: Path
     summary: str
+
+    @property
+    def generates(self) -> bool:
+        return self.architecture in ModelRegistry.get_generating_archs()
 
     @property
     def sees(self) -> bool:
@@ -236,9 +252,11 @@ def page() -> str:
     files = [read_test_file(path) for path in TEST_FILES]
     gguf = _import(GGUF_TEST)
     seeing = [model for model in models() if model.sees]
-    reading = [model for model in models() if not model.sees]
+    reading = [model for model in models() if model.generates and not model.sees]
+    pooled = [model for model in models() if not model.generates]
     return TEXT.format(
         language_rows="\n".join(_row(model, files, [_gguf_name(model, gguf)]) for model in reading),
+        pooled_rows="\n".join(_pooled_row(model, files) for model in pooled),
         seeing_rows="\n".join(_row(model, files, [_takes_videos(model, files)]) for model in seeing),
         read_as=_list({name: f"`{other}`" for name, other in gguf.READ_AS.items()}),
         without_gguf=_list(gguf.WITHOUT_GGUF),
@@ -269,6 +287,10 @@ def _row(model: Model, files: list[TestFile], more: list[str]) -> str:
     num_parallel = sum(file.on_two_ranks[model.architecture] for file in files)
     cells = [f"`{model.architecture}`", _link(model.file), model.summary, *more, _counts(model, files)]
     return f"| {' | '.join(cells)} | {num_parallel or 'none'} |"
+
+
+def _pooled_row(model: Model, files: list[TestFile]) -> str:
+    return f"| `{model.architecture}` | {_link(model.file)} | {model.summary} | {_counts(model, files)} |"
 
 
 def _counts(model: Model, files: list[TestFile]) -> str:

@@ -13,10 +13,18 @@ ROW = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \| (\S.*\S) \|$")
 NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
     "fused_moe": {"called_by_expert"},
     "linear": {"LinearBase", "OutputShard", "output_shards"},
-    "logits_processor": {"LaterLogits", "Logprobs", "LogitsProcessorOutput", "prompt_logprobs", "token_logprobs"},
+    "logits_processor": {
+        "LaterLogits",
+        "Logprobs",
+        "LogitsProcessorOutput",
+        "pooled_states",
+        "prompt_logprobs",
+        "token_logprobs",
+    },
     "moe": {"Experts", "expert_sources"},
     "multimodal": {"Placement", "placements", "rows_within"},
     "norm": {"Norm"},
+    "pooled_decoder": {"NoHead", "as_pooled"},
     "radix_attention": {"AttentionType"},
     "rope_scaling": {"RopeSpec", "longrope_attention_factor", "longrope_inv_freq", "rope_kind"},
     "rotary": {  # the classes are what get_rope returns

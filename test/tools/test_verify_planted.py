@@ -33,7 +33,7 @@ QUICK = (
 )
 TEXT_MODELS = sorted(
     name
-    for name in ModelRegistry.get_supported_archs()
+    for name in ModelRegistry.get_generating_archs()
     if name.endswith(("ForCausalLM", "HeadModel")) and hasattr(transformers, name)
 )
 IDS = [(7 * i * i + 3 * i) % 90 + 3 for i in range(40)]

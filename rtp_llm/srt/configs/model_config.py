@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,11 @@ from rtp_llm.srt.configs.hf_config import (
     read_config_json,
 )
 from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError, first_line, resolve_model_path
+from rtp_llm.srt.configs.sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerError,
+    read_sentence_transformer,
+)
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.models.registry import ModelImportError
 
@@ -96,6 +101,9 @@ class ModelConfig:
     bos_token_id: int | None
     generation_defaults: dict[str, float | int] = field(default_factory=dict)  # SamplingParams fields
     enable_multimodal: bool = True
+    convert: str = "auto"  # see ServerArgs, as for ``pooling``
+    pooling: str | None = None
+    sentence_transformer: SentenceTransformer | None = None  # None: the checkpoint is none of sentence-transformers
 
     @property
     def is_multimodal(self) -> bool:
@@ -118,6 +126,8 @@ class ModelConfig:
         enable_multimodal: bool = True,
         by_transformers: bool = False,
         with_tokenizer: bool = True,
+        convert: str = "auto",
+        pooling: str | None = None,
     ) -> Self:
         """Read a checkpoint's configuration.
 
@@ -131,6 +141,7 @@ class ModelConfig:
             enable_multimodal: whether a multimodal model is served with media.
             by_transformers: whether only transformers' configuration classes are taken, not one of a model file.
             with_tokenizer: whether a GGUF's own tokenizer is needed.
+            convert, pooling: see ServerArgs.
 
         Raises:
             ModelNotFoundError: no such model, or no config.json in it.
@@ -144,7 +155,8 @@ class ModelConfig:
         overrides = parse_overrides(json_model_override_args)
         try:
             hf_config = load_hf_config(directory, overrides, trust_remote_code, by_transformers)
-            return cls._resolved(directory, hf_config, dtype, context_length, enable_multimodal)
+            config = cls._resolved(directory, hf_config, dtype, context_length, enable_multimodal)
+            return replace(config, convert=convert, pooling=pooling)
         except (ModelConfigError, ModelNotFoundError, ModelImportError):
             raise
         except CONFIG_ERRORS as error:
@@ -166,6 +178,8 @@ class ModelConfig:
             enable_multimodal=args.enable_multimodal and args.model_impl != "transformers",  # takes text only
             by_transformers=args.model_impl == "transformers",
             with_tokenizer=_needs_tokenizer(args),
+            convert=args.convert,
+            pooling=args.pooling,
         )
 
     @classmethod
@@ -181,13 +195,15 @@ class ModelConfig:
         vocab_size = _size(text_config, "vocab_size")
         generation = read_generation_config(directory)
         ids = _token_ids(hf_config, text_config, generation, vocab_size, directory)
+        sentences = _sentence_transformer(directory)
+        longest = None if sentences is None else sentences.max_seq_length
         return cls(
             model_path=directory,
             hf_config=hf_config,
             hf_text_config=text_config,
             architectures=_architectures(hf_config, directory),
             dtype=_resolve_dtype(dtype, hf_config, directory),
-            context_length=_resolve_context_length(context_length, text_config),
+            context_length=_resolve_context_length(context_length, text_config, longest),
             vocab_size=vocab_size,
             hidden_size=_size(text_config, "hidden_size"),
             num_layers=_size(text_config, "num_hidden_layers"),
@@ -196,7 +212,15 @@ class ModelConfig:
             bos_token_id=next(iter(_union_of_ids(*ids["bos_token_id"])), None),
             generation_defaults=generation_defaults(generation, directory),
             enable_multimodal=enable_multimodal,
+            sentence_transformer=sentences,
         )
+
+
+def _sentence_transformer(directory: str) -> SentenceTransformer | None:
+    try:
+        return read_sentence_transformer(directory)
+    except SentenceTransformerError as error:
+        raise ModelConfigError(str(error)) from error
 
 
 def _needs_tokenizer(args: ServerArgs) -> bool:
@@ -328,8 +352,11 @@ def _stored_dtype(directory: str) -> str | None:
     return None
 
 
-def _resolve_context_length(asked: int | None, config: PreTrainedConfig) -> int:
+def _resolve_context_length(asked: int | None, config: PreTrainedConfig, longest: int | None = None) -> int:
+    """``longest``: the most tokens that sentence-transformers takes."""
     own = derived_context_length(config)
+    if asked is None and longest is not None:
+        return longest if own is None else min(own, longest)
     if asked is None:
         if own is None:
             logger.warning("the model's configuration names no context length; using %d", DEFAULT_CONTEXT_LENGTH)

@@ -61,6 +61,20 @@ class ServerArgs:
         "where there is a model file, otherwise transformers.",
         choices=("auto", "rtp_llm", "transformers"),
     )
+    convert: str = option(
+        "auto",
+        help="What a model that generates text gives in place of text, or beside it. embed: vectors of inputs, beside "
+        "text if the checkpoint has a head; classify: probabilities of labels, and reward: numbers, of a checkpoint "
+        "with a layer `score`; none: text alone. auto goes by the checkpoint: embed where sentence-transformers' "
+        "modules.json is, classify for a ...ForSequenceClassification.",
+        choices=("auto", "none", "embed", "classify", "reward"),
+    )
+    pooling: str | None = option(
+        None,
+        help="Which hidden states make the vector of an input: the first token's (cls), the last one's, or a mean, "
+        "weighted mean or maximum of all. If unset, as the checkpoint says; else cls for encoders, last for others.",
+        choices=("cls", "last", "mean", "mean_sqrt", "weighted_mean", "max"),
+    )
     trust_remote_code: bool = option(
         False, help="Run the Python code that comes with the checkpoint. Use it only for checkpoints that you trust."
     )

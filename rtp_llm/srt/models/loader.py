@@ -27,6 +27,7 @@ from rtp_llm.srt.model_traits import FinishesLoad, ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError, build_model, built_as
 from rtp_llm.srt.models.dummy_weights import fill_with_dummy_weights
 from rtp_llm.srt.models.gguf_weights import gguf_weights
+from rtp_llm.srt.models.pooled import pooled_class, set_pooling
 from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_files import GGUF, Progress, find_weight_files, read_weights
@@ -66,7 +67,7 @@ def load_model(
     if model_impl == "transformers":
         return _load(ModelRegistry.models[FALLBACK], source)
     try:
-        model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures)
+        model_class = pooled_class(model_config)
     except UnknownArchitectureError as unknown:
         if model_impl == "rtp_llm":
             raise
@@ -119,6 +120,7 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
                 weights = quant_config.translate(weights, torch.get_default_dtype(), torch.get_default_device())
             load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
+        set_pooling(model, model_config, is_dummy)
     if quant_config and quantizes_layers:
         _log_quantization(model, quant_config)
     return model.eval().requires_grad_(False)

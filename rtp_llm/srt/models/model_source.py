@@ -12,6 +12,7 @@ ENTRY_POINT_GROUP = "rtp_llm.models"
 CONFIG_CLASS = "config_class"  # the attribute of a model class that names its configuration's class
 
 _GGUF_FORM_TEXT = re.compile(r"""\bGGUFForm\(\s*(?:architecture\s*=\s*)?["']([^"']+)["']""")
+_POOLED_TEXT = re.compile(r"^\s+generates\b[^=\n]*=\s*False\b", re.MULTILINE)
 _ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", re.MULTILINE)
 
 
@@ -20,15 +21,17 @@ class ModelSource:
     """What the text of a model file says of its classes together.
 
     ``config_is_own``: one may name a configuration class. ``gguf_architectures``: those of the GGUF files that they
-    read.
+    read. ``generates``: they make tokens; else all of them have pooled outputs in place of these.
     """
 
     config_is_own: bool
     gguf_architectures: frozenset[str]
+    generates: bool = True
 
     @classmethod
     def of(cls, text: str) -> Self:
-        return cls(CONFIG_CLASS in text, frozenset(_GGUF_FORM_TEXT.findall(text)))
+        forms = frozenset(_GGUF_FORM_TEXT.findall(text))
+        return cls(CONFIG_CLASS in text, forms, generates=_POOLED_TEXT.search(text) is None)
 
 
 def entry_class_names(source: str, filename: str) -> list[str]:

@@ -193,6 +193,16 @@ class _ModelRegistry:
         """Return all supported architecture names."""
         return set(self.models)
 
+    def get_generating_archs(self) -> set[str]:
+        """Return the names of those that make tokens, as far as is known without importing a file."""
+
+        def generates(entry: Entry) -> bool:
+            if isinstance(entry, ModelFile):
+                return entry.source is None or entry.source.generates
+            return getattr(entry, "generates", True) is not False
+
+        return {arch for arch in self.models if generates(self.models.entry(arch))}
+
     def is_arch_supported(self, arch: str) -> bool:
         return arch in self.models
 

@@ -25,7 +25,7 @@ SLACK = 1.5
 LENGTHS = (40, 31, 17, 60) * 3  # enough that a router's flips weigh the same on both sides
 ARCHITECTURES = [
     name
-    for name in sorted(ModelRegistry.get_supported_archs())
+    for name in sorted(ModelRegistry.get_generating_archs())
     if hasattr(transformers, name) and not is_multimodal_model([name])
 ]
 

@@ -87,7 +87,7 @@ ALL_OTHER_MODELS = [
     ModelCase("mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
     *(
         ModelCase(TINY + architecture)
-        for architecture in sorted(ModelRegistry.get_supported_archs())
+        for architecture in sorted(ModelRegistry.get_generating_archs())
         if hasattr(transformers, architecture)  # else there is nothing to compare with
     ),
 ]
