@@ -18,6 +18,7 @@ from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
 from rtp_llm.srt.managers.generate_options import GenerateOptions, check_names, takes_options
+from rtp_llm.srt.managers.pooled import PooledRequests, PoolingOptions
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.messages import Shutdown
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -74,7 +75,7 @@ class Engine:
         self.tokenizer_manager = TokenizerManager(
             tokenizer,
             self.model_config.vocab_size,
-            self.model_config.context_length,
+            core.context_length,
             core.max_req_len,
             args.random_seed,
             read_processor(args, self.model_config, tokenizer, trusted=True),
@@ -82,7 +83,9 @@ class Engine:
             end_tokens,
             args.schedule_policy == "priority",
             read_placer(self.model_config, workers_are_here=args.tp_size == 1),
+            core.info.outputs,
         )
+        self._pooled = PooledRequests(self.tokenizer_manager, self.model_config.sentence_transformer)
 
     @property
     def tokenizer(self) -> Any:
@@ -166,6 +169,50 @@ class Engine:
         iterator = self._stream_async(call)
         await anext(iterator)
         return iterator
+
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        task: str = "embed",
+        **options: Unpack[PoolingOptions],
+    ) -> Results:
+        """Make a pooled output of one input, or of each of a list: texts in ``prompt``, or ids in ``input_ids``.
+
+        Args:
+            task: one of ``engine.tasks``: "embed", "token_embed", "classify", "score", "reward", ...
+            options: see PoolingOptions.
+
+        Returns:
+            For one input a dict, else a list of them: ``{"embedding": an array of float32, "meta_info": {"id",
+            "finish_reason", "prompt_tokens", "cached_tokens", "e2e_latency", ...}}``. Of a task of tokens it is a list
+            of arrays, one for each token. Both may be indexed as lists are, and ``numpy.asarray`` takes them. A request
+            that fails by itself has None there, and ends with the finish reason ``abort`` and a message.
+
+        Raises:
+            InvalidRequest: the model has no such output, or an input or an option is wrong.
+            EngineStopped: the engine was shut down, or failed: then with the cause.
+        """
+        self._check_process()
+        return self._collect(Call(self._client, *self._pooled.completions(task, prompt, input_ids, options)))
+
+    async def async_encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        task: str = "embed",
+        **options: Unpack[PoolingOptions],
+    ) -> Results:
+        """Do the same as ``encode`` without blocking the event loop; cancelling it ends the requests."""
+        self._check_process()
+        return await self._collect_async(
+            Call(self._client, *self._pooled.completions(task, prompt, input_ids, options))
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the pooled outputs that the model has."""
+        return self.tokenizer_manager.outputs.names
 
     def abort(self, rid: str | None = None) -> None:
         """End a running request, or all of them. Its caller gets what was generated, with finish reason ``abort``."""

@@ -279,7 +279,7 @@ def make_app(
     manager = TokenizerManager(
         tokenizer,
         config.vocab_size,
-        config.context_length,
+        config.context_length if info.outputs.generates else info.max_req_len,
         info.max_req_len,
         args.random_seed,
         read_processor(args, config, tokenizer),
@@ -287,6 +287,7 @@ def make_app(
         read_end_tokens(args, config, tokenizer),
         args.schedule_policy == "priority",
         read_placer(config, workers_are_here=False),
+        info.outputs,
     )
     frontend = Frontend(core.client, manager, loop, observers)
     template = read_chat_template(args, config, tokenizer)

@@ -24,6 +24,7 @@ from rtp_llm.srt.entrypoints.openai.logprobs import TokenTexts
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Message, Model, ModelList, Name, Salt, TokenIds
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, options_of, request_names
 from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.managers.pooled import PooledRequests
 from rtp_llm.srt.sampling_params import InvalidRequest
 from rtp_llm.version import __version__
 
@@ -278,10 +279,14 @@ class NativeEndpoints:
         return JSON({"status": "ok"})
 
     async def health_generate(self) -> Response:
-        """Answer as /health does, after generating one token."""
-        prompt_ids = [self._serving.model_config.bos_token_id or 0]
-        params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
-        completions, _ = completions_of(self._serving.manager, None, prompt_ids, {"sampling_params": params})
+        """Answer as /health does, after generating one token, or making a pooled output if the model makes no text."""
+        prompt_ids, outputs = [self._serving.model_config.bos_token_id or 0], self._serving.manager.outputs
+        if outputs.generates:
+            params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+            completions, _ = completions_of(self._serving.manager, None, prompt_ids, {"sampling_params": params})
+        else:
+            requests = PooledRequests(self._serving.manager)
+            completions, _ = requests.completions(outputs.names[0], None, prompt_ids, {})
         with self._serving.admission(1, "n"):
             call = self._serving.start(completions)
         with call:
@@ -300,7 +305,8 @@ class NativeEndpoints:
                 "model_path": args.model_path,
                 "tokenizer_path": args.tokenizer_path or args.model_path,
                 "served_model_name": self._serving.model_name,
-                "is_generation": True,
+                "is_generation": self._serving.manager.outputs.generates,
+                "tasks": self._serving.manager.outputs.names,
                 "architectures": config.architectures,
                 "dtype": config.dtype,
                 "context_length": config.context_length,

@@ -36,6 +36,7 @@ from rtp_llm.srt.entrypoints.openai.responses.protocol import DeletedResponse, I
 from rtp_llm.srt.entrypoints.openai.responses.serving import ResponsesEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
+from rtp_llm.srt.entrypoints.openai.serving_embeddings import EmbeddingList, EmbeddingsEndpoint
 from rtp_llm.srt.entrypoints.serving import Serving
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
@@ -45,6 +46,7 @@ ALIASES = {
     "/v1/chat/completions": ("/chat/completions",),
     "/v1/chat/completions/input_tokens": ("/chat/completions/input_tokens",),
     "/v1/completions": ("/completions",),
+    "/v1/embeddings": ("/embeddings",),
     "/v1/responses": ("/responses",),
     "/v1/responses/input_tokens": ("/responses/input_tokens",),
     "/v1/models": ("/models",),
@@ -113,6 +115,7 @@ def _openai(serving: Serving, native: NativeEndpoints, chat: ChatEndpoint) -> It
     kept, tag = ResponsesEndpoint(serving), "OpenAI"
     yield Route("/v1/chat/completions", ["POST"], chat.create, ChatCompletion, tag)
     yield Route("/v1/completions", ["POST"], CompletionEndpoint(serving).create, TextCompletion, tag)
+    yield Route("/v1/embeddings", ["POST"], EmbeddingsEndpoint(serving).create, EmbeddingList, tag)
     yield Route("/v1/responses", ["POST"], kept.create, ResponseObject, tag)
     yield Route("/v1/responses/{response_id}", ["GET"], kept.retrieve, ResponseObject, tag)
     yield Route("/v1/responses/{response_id}", ["DELETE"], kept.delete, DeletedResponse, tag)

@@ -46,6 +46,29 @@ class TextEncoder:
         with lock:
             return _encode(tokenizer, text, add_special_tokens)
 
+    def encode_input(
+        self, text: str, pair: str | None, add_special_tokens: bool, max_tokens: int | None
+    ) -> tuple[list[int], int | None]:
+        """Return the ids of a text, or of a pair of texts, and where the second begins for a model with token types.
+
+        Args:
+            max_tokens: longer ones are cut, and keep their special tokens; of a pair, the longer text is cut.
+        """
+        tokenizer, lock = (self._tokenizer, self._lock) if len(text) <= LONG_TEXT else self._for_long_texts()
+        cut = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+        with lock:
+            encoding = tokenizer(
+                text,
+                pair,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=pair is not None,
+                verbose=False,
+                **cut,
+            )
+        types = encoding.get("token_type_ids") or []
+        return encoding["input_ids"], types.index(1) if 1 in types else None
+
     def check_length(self, text: str) -> None:
         """Raise TooManyTokens for a text that has far more tokens than a prompt may.
 

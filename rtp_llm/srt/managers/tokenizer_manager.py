@@ -29,6 +29,7 @@ from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalP
 from rtp_llm.srt.multimodal.memory import MediaScope, media_scope
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 from rtp_llm.srt.multimodal.work import Workers
+from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
 from rtp_llm.srt.request_spec import GrammarSpec, PromptMedia, RequestSpec, ThinkingSpec
 from rtp_llm.srt.sampling_params import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -142,6 +143,7 @@ class TokenizerManager:
         media_limits: how many media of a kind a request may have, by "image", "video", "audio".
         end_tokens: tokens that end a text.
         takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
+        outputs: what the model makes besides tokens, or in their place (see managers/pooled.py).
     """
 
     def __init__(
@@ -156,17 +158,19 @@ class TokenizerManager:
         end_tokens: Sequence[EndToken] = (),
         takes_priorities: bool = False,
         placer: MediaPlacer | None = None,
+        outputs: PooledOutputs | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.max_req_len = max_req_len
         self.end_tokens = tuple(end_tokens)
+        self.takes_priorities = takes_priorities
+        self.outputs = ONLY_TOKENS if outputs is None else outputs
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._processor = processor
         self._placer = placer or MediaPlacer()
         self._media_limits = dict(media_limits or {})
-        self._takes_priorities = takes_priorities
         self._encoders = Workers(ENCODERS, "rtp-llm-media-encoder")
         self._seeds = random.Random(random_seed)
         self._encoder = None if tokenizer is None else TextEncoder(tokenizer, min(context_length, max_req_len))
@@ -233,6 +237,9 @@ class TokenizerManager:
         """
         if prompt.has_media:
             raise InvalidRequest("the prompt's media were not processed: with_media comes first")
+        problem = self.outputs.problem(None)
+        if problem is not None:
+            raise InvalidRequest(problem, "model")
         params = self._with_bad_words(_sampling_params(prompt.sampling_params))
         params.validate(self.vocab_size)
         if self.tokenizer is None and params.stop:
@@ -244,7 +251,7 @@ class TokenizerManager:
             logprobs=logprob_spec(prompt.options, len(ids), self.vocab_size, has_text=self.tokenizer is not None),
             media=prompt.media,
             cache_salt=cache_salt(prompt.options),
-            priority=priority(prompt.options, self._takes_priorities),
+            priority=priority(prompt.options, self.takes_priorities),
             eos_token_ids=tuple(token.token_id for token in self.end_tokens),
             grammar=self._grammar(prompt, params),
             thinking=prompt.thinking,
@@ -292,13 +299,28 @@ class TokenizerManager:
             )
         check_text("prompt", text)
         if is_prompt:
-            try:
-                self._encoder.check_length(text)
-            except TooManyTokens:
-                raise self._too_long(
-                    f"the prompt of {len(text)} characters has more than twice as many; {self._limit()}", "prompt"
-                ) from None
+            self._check_length(self._encoder, text)
         return self._encoder.encode(text, add_special_tokens)
+
+    def encode_input(
+        self, text: str, pair: str | None, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> tuple[list[int], int | None]:
+        """See TextEncoder.encode_input. A text with far too many tokens is an error, unless it is to be cut."""
+        if self._encoder is None:
+            raise InvalidRequest("a text needs a tokenizer, and the engine runs without one; give input_ids", "prompt")
+        for each in (text,) if pair is None else (text, pair):
+            check_text("prompt", each)
+            if max_tokens is None:
+                self._check_length(self._encoder, each)
+        return self._encoder.encode_input(text, pair, add_special_tokens, max_tokens)
+
+    def _check_length(self, encoder: TextEncoder, text: str) -> None:
+        try:
+            encoder.check_length(text)
+        except TooManyTokens:
+            raise self._too_long(
+                f"the prompt of {len(text)} characters has more than twice as many; {self._limit()}", "prompt"
+            ) from None
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids. Raise InvalidRequest for an unknown id, and without a tokenizer."""
@@ -313,6 +335,15 @@ class TokenizerManager:
             name, ids = "input_ids", token_ids("input_ids", prompt.input_ids)
         else:
             name, ids = "prompt", self.encode(prompt.text, prompt.add_special_tokens)
+        self.check_ids(name, ids, wants_new)
+        return ids
+
+    def check_ids(self, name: str, ids: Sequence[int], wants_new: bool) -> None:
+        """Raise InvalidRequest for a prompt, called ``name``, that is empty, too long, or has unknown ids.
+
+        Args:
+            wants_new: there must be room for a new token.
+        """
         if not ids:
             raise InvalidRequest(f"{name} is empty: there must be at least one token to continue", name)
         check_vocabulary(name, ids, self.vocab_size)
@@ -323,7 +354,6 @@ class TokenizerManager:
         if len(ids) + wants_new > self.max_req_len:
             room = "room for a new one" if wants_new else "room"
             raise self._too_long(f"the prompt has {len(ids)} tokens and leaves no {room}: {self._limit()}", name)
-        return ids
 
     def _max_new_tokens(self, params: SamplingParams, prompt_len: int, default: int | None) -> int:
         """Return the requested number, or else ``default`` limited by the room; the whole room if that is None."""

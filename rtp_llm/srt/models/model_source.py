@@ -34,6 +34,12 @@ class ModelSource:
         return cls(CONFIG_CLASS in text, forms, generates=_POOLED_TEXT.search(text) is None)
 
 
+def generates(entry: object) -> bool:
+    """Return whether a model class makes tokens, or the classes of an object with the ``source`` of their file do."""
+    source = getattr(entry, "source", None)
+    return getattr(source if isinstance(source, ModelSource) else entry, "generates", True) is not False
+
+
 def entry_class_names(source: str, filename: str) -> list[str]:
     """Return the class names that a module's source assigns to ``EntryClass``; empty if it does not assign it.
 

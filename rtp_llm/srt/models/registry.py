@@ -23,6 +23,7 @@ from rtp_llm.srt.models.model_source import (
     PACKAGE_VARIABLE,
     ModelSource,
     entry_class_names,
+    generates,
 )
 
 if TYPE_CHECKING:
@@ -195,12 +196,6 @@ class _ModelRegistry:
 
     def get_generating_archs(self) -> set[str]:
         """Return the names of those that make tokens, as far as is known without importing a file."""
-
-        def generates(entry: Entry) -> bool:
-            if isinstance(entry, ModelFile):
-                return entry.source is None or entry.source.generates
-            return getattr(entry, "generates", True) is not False
-
         return {arch for arch in self.models if generates(self.models.entry(arch))}
 
     def is_arch_supported(self, arch: str) -> bool:

@@ -1,0 +1,185 @@
+"""From a caller's inputs to requests for pooled outputs, and from the core's answers to results.
+
+    PoolingPrompt -> PooledRequests.completion -> PooledCompletion, fed by a Call -> its output
+
+What an endpoint asks for is a task's name and PoolingOptions; everything else is as for generated text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict, cast
+
+from rtp_llm.srt.configs.sentence_transformers import SentenceTransformer
+from rtp_llm.srt.managers.detokenizer import Completion
+from rtp_llm.srt.managers.generate_options import GenerateOptions, cache_salt, check_text, per_prompt, priority, rids
+from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.messages import GenerateRequest, TokenOutput
+from rtp_llm.srt.pooling import PooledOutput, PoolingSpec
+from rtp_llm.srt.request_spec import RequestSpec
+from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams, token_ids
+
+NO_TOKENS = SamplingParams(max_new_tokens=0)
+
+
+class PoolingOptions(TypedDict, total=False):
+    """Options of an input; for a list of inputs each is one value for all, or a list of one for each. None: unset."""
+
+    text_pair: Annotated[Any, "the second text of a pair, for models that score pairs"]
+    dimensions: Annotated[Any, "of a vector, its first so many components"]
+    normalize: Annotated[Any, "vectors of length one, probabilities; unset: as the checkpoint has it"]
+    truncate_prompt_tokens: Annotated[Any, "cut inputs to so many tokens, -1: to as many as are taken; unset: not"]
+    add_special_tokens: Annotated[Any, "those that the tokenizer puts around a text; unset: true"]
+    prompt_name: Annotated[Any, "of a text of the checkpoint's, put before the input; unset: its default"]
+    rid: Annotated[Any, "the request's name, unique among the running ones"]
+    cache_salt: Annotated[Any, "inputs share cached prefixes only with those of the same salt"]
+    priority: Annotated[Any, "lower ones are scheduled earlier"]
+
+
+@dataclass(slots=True)
+class PoolingPrompt:
+    """One input as the caller gave it, not checked yet. Exactly one of ``text`` and ``input_ids`` is set.
+
+    ``pair_start``: of ids, where the second text begins.
+    """
+
+    task: str
+    text: Any = None
+    input_ids: Any = None
+    options: PoolingOptions = field(default_factory=PoolingOptions)
+    pair_start: int | None = None
+
+
+class PooledCompletion(Completion):
+    """The output of one request; ``output`` is there once it has finished, unless it failed."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        super().__init__(request, detokenizer=None)
+        self.output: PooledOutput | None = None
+
+    def add(self, output: TokenOutput) -> None:
+        super().add(output)
+        self.output = output.pooled or self.output
+
+    def result(self) -> dict[str, Any]:
+        """Return ``{"embedding", "meta_info"}`` as SGLang has it; see ``PooledOutput.value``."""
+        meta = {name: value for name, value in self._meta_info().items() if name != "completion_tokens"}
+        return {"embedding": None if self.output is None else self.output.value(), "meta_info": meta}
+
+
+class PooledRequests:
+    """Checks inputs and makes one request of each. Thread-safe.
+
+    Args:
+        manager: encodes texts, and knows the limits and the model's outputs.
+        sentences: settings of sentence-transformers, if the checkpoint has some.
+    """
+
+    def __init__(self, manager: TokenizerManager, sentences: SentenceTransformer | None = None) -> None:
+        self.manager = manager
+        self.sentences = sentences or SentenceTransformer()
+
+    def check_task(self, task: str, dimensions: int | None = None) -> None:
+        """Raise InvalidRequest unless the model has the output, with so many components."""
+        problem = self.manager.outputs.problem(PoolingSpec(task, dimensions))
+        if problem is not None:
+            raise InvalidRequest(problem, "model" if self.manager.outputs.find(task) is None else "dimensions")
+
+    def completions(
+        self, task: str, prompt: Any, input_ids: Any, options: Mapping[str, Any]
+    ) -> tuple[list[Completion], bool]:
+        """Return the completions of a call, and whether its answer is a list, as ``frontend.completions_of`` does.
+
+        Raises:
+            TypeError: there is no such option.
+            InvalidRequest: names the input, if it is one of a list.
+        """
+        unknown = [name for name in options if name not in PoolingOptions.__annotations__]
+        if unknown:
+            raise TypeError(f"unexpected keyword argument {unknown[0]!r}; have {list(PoolingOptions.__annotations__)}")
+        self.check_task(task)
+        if (prompt is None) == (input_ids is None):
+            raise InvalidRequest("give either prompt or input_ids, and not both", "prompt")
+        name, given = ("text", prompt) if input_ids is None else ("input_ids", input_ids)
+        is_list = isinstance(given, (list, tuple)) and (name == "text" or isinstance(next(iter(given), None), Sequence))
+        values = list(given) if is_list else [given]
+        columns = {
+            key: per_prompt(key, option, len(values)) if is_list else [option] for key, option in options.items()
+        }
+        completions: list[Completion] = []
+        for i, value in enumerate(values):
+            own = cast(PoolingOptions, {key: column[i] for key, column in columns.items()})
+            try:
+                completions.append(self.completion(PoolingPrompt(task, **{name: value}, options=own)))
+            except InvalidRequest as error:
+                raise type(error)(f"prompt {i}: {error}", error.param) if is_list else error from None
+        return completions, is_list
+
+    def completion(self, prompt: PoolingPrompt) -> PooledCompletion:
+        """Check and encode one input.
+
+        Raises:
+            InvalidRequest: the model has no such output, or the input or an option is wrong.
+        """
+        options = prompt.options
+        dimensions, normalize = options.get("dimensions"), options.get("normalize")
+        if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int)):
+            raise InvalidRequest(f"dimensions must be an integer, not {dimensions!r}", "dimensions")
+        if normalize is not None and not isinstance(normalize, bool):
+            raise InvalidRequest(f"normalize must be true or false, not {normalize!r}", "normalize")
+        self.check_task(prompt.task, dimensions)
+        name, ids, pair_start = self._ids(prompt)
+        self.manager.check_ids(name, ids, wants_new=False)
+        spec = PoolingSpec(prompt.task, dimensions, normalize, pair_start)
+        problem = self.manager.outputs.problem(spec, len(ids))
+        if problem is not None:
+            raise InvalidRequest(problem, name)
+        shared = cast(GenerateOptions, options)
+        described = RequestSpec(
+            NO_TOKENS,
+            seed=0,
+            cache_salt=cache_salt(shared),
+            priority=priority(shared, self.manager.takes_priorities),
+            pooling=spec,
+        )
+        return PooledCompletion(GenerateRequest(rids(shared, 1)[0], ids, described))
+
+    def _ids(self, prompt: PoolingPrompt) -> tuple[str, list[int], int | None]:
+        """Return the name of the input's field, its ids, and where the second text begins."""
+        options, most = prompt.options, self._most_tokens(prompt.options)
+        if prompt.text is None:
+            return "input_ids", token_ids("input_ids", prompt.input_ids)[:most], prompt.pair_start
+        check_text("prompt", prompt.text)
+        pair = options.get("text_pair")
+        text = prompt.text if pair is not None else self._prompt_text(options.get("prompt_name")) + prompt.text
+        if self.sentences.lower_case:
+            text, pair = text.lower(), None if pair is None else pair.lower()
+        adds = options.get("add_special_tokens") is not False
+        return "prompt", *self.manager.encode_input(text, pair, adds, most)
+
+    def _most_tokens(self, options: PoolingOptions) -> int | None:
+        asked, limit = options.get("truncate_prompt_tokens"), min(self.manager.context_length, self.manager.max_req_len)
+        if asked is None:
+            return None
+        if isinstance(asked, bool) or not isinstance(asked, int) or not (asked == -1 or 0 < asked <= limit):
+            raise InvalidRequest(
+                f"truncate_prompt_tokens must be -1 or a number of tokens up to {limit}, not {asked!r}",
+                "truncate_prompt_tokens",
+            )
+        return limit if asked == -1 else asked
+
+    def _prompt_text(self, name: str | None) -> str:
+        """Return the text of sentence-transformers' that is put before an input."""
+        sentences = self.sentences
+        name = sentences.default_prompt_name if name is None else name
+        if not name:
+            return ""
+        if name not in sentences.prompts:
+            raise InvalidRequest(
+                f"prompt_name is {name!r}, and the checkpoint has {list(sentences.prompts) or 'none'}", "prompt_name"
+            )
+        if not sentences.pools_prompt and sentences.prompts[name]:
+            raise InvalidRequest(
+                "the checkpoint's own texts are left out of the pooling (include_prompt), which is not supported",
+                "prompt_name",
+            )
+        return sentences.prompts[name]
