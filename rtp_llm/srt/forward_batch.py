@@ -120,6 +120,7 @@ class StateWave:
     cu_seqlens: torch.Tensor  # [N + 1] int64: piece n is tokens [cu_seqlens[n], cu_seqlens[n + 1]) of the wave's
     cu_seqlens_cpu: list[int]
     tokens: torch.Tensor | None = None  # [P] int64: the wave's tokens in the batch's [T]; None: all of them, in order
+    first_token: int | None = None  # where they begin in [T], if they are neighbours
 
     def copy(self) -> "StateWave":
         """Return a wave of all the batch's tokens with tensors of its own."""

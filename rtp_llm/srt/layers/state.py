@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.forward_batch import ForwardBatch, StateWave
 from rtp_llm.srt.state_pool import StatePool
 
 
@@ -25,14 +25,25 @@ def in_waves(batch: ForwardBatch, compute: Callable[..., torch.Tensor], *tokens:
         return compute(waves[0], *tokens)
     output: torch.Tensor | None = None
     for wave in waves:
-        places = slice(None) if wave.tokens is None else wave.tokens
-        part = compute(wave, *(x[places] for x in tokens))
+        part = compute(wave, *(_of_wave(wave, x) for x in tokens))
         if output is None:
             output = part.new_empty(len(tokens[0]), *part.shape[1:])
-        output[places] = part
+        if wave.tokens is None or wave.first_token is not None:
+            _of_wave(wave, output).copy_(part)
+        else:
+            output.index_copy_(0, wave.tokens, part)  # copies rows; an assignment by index copies numbers
     if output is None:
         raise ValueError("the batch has no state waves: whoever makes a batch for this model gives it state_waves")
     return output
+
+
+def _of_wave(wave: StateWave, x: torch.Tensor) -> torch.Tensor:
+    """Return the wave's tokens of x; a view if they are neighbours."""
+    if wave.tokens is None:
+        return x
+    if wave.first_token is not None:
+        return x[wave.first_token : wave.first_token + len(wave.tokens)]
+    return x.index_select(0, wave.tokens)
 
 
 def _pool_of(batch: ForwardBatch) -> StatePool:

@@ -71,6 +71,7 @@ class RowStates:
             cu_seqlens=on_device[2],
             cu_seqlens_cpu=ends.tolist(),
             tokens=None if tokens is None else on_device[3],
+            first_token=None if tokens is None or tokens[-1] - tokens[0] + 1 > len(tokens) else int(tokens[0]),
         )
 
     def keep_last(self, work: Sequence[RowWork], accesses: Sequence[StateAccess]) -> None:

@@ -213,6 +213,7 @@ def test_waves_are_computed_in_order() -> None:
     for token in range(4):
         wave: StateWave = rows_of([1], [min(token, 1)], [1])
         wave.tokens = torch.tensor([token])
+        wave.first_token = token if token > 1 else None  # neighbours are sliced, others gathered
         waves.append(wave)
     result = layer(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), batch_of(pool_of(layer), *waves))
     assert result.flatten().tolist() == [1, 3, 6, 12]

@@ -53,6 +53,7 @@ def test_a_row_is_cut_where_its_states_are_saved(states: RowStates) -> None:
     assert pieces(first) == [(11, 1, [0]), (2, 2, [5]), (0, 5, [6, 7, 8, 9]), (13, 13, [10])]
     assert pieces(second) == [(1, 3, [1, 2, 3])]
     assert pieces(third) == [(3, 9, [4])]
+    assert [wave.first_token for wave in (first, second, third)] == [None, 1, 4]
 
 
 def test_what_is_saved_at_the_end_of_a_row_is_copied(states: RowStates) -> None:
