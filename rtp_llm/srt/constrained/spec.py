@@ -18,6 +18,14 @@ _OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "whitespace_pattern": (),
 }
 
+# Fields of each type of ``response_format``, and of its ``json_schema``.
+_FORMATS: Mapping[Any, tuple[str, ...]] = {
+    "text": ("type",),
+    "json_object": ("type", "schema"),
+    "json_schema": ("type", "json_schema"),
+}
+_OF_SCHEMA = ("name", "description", "schema", "strict")
+
 Reader = Callable[[str, Any], GrammarSpec | None]
 
 
@@ -84,21 +92,32 @@ def _structured_outputs(name: str, value: Any) -> GrammarSpec:
 
 def _response_format(name: str, value: Any) -> GrammarSpec | None:
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return GrammarSpec("json_schema", ANY_OBJECT)
     if kind == "structural_tag":
         return _structural_tag(name, {key: item for key, item in value.items() if key != "type"})
-    if kind != "json_schema":
+    if kind not in _FORMATS:
         raise InvalidRequest(
             f"{name} must be an object whose type is text, json_object, json_schema or structural_tag", name
         )
+    _check_fields(name, name, value, _FORMATS[kind])
+    if kind == "text":
+        return None
+    if kind == "json_object":  # with a schema it is llama.cpp's form
+        schema = value.get("schema")
+        return GrammarSpec("json_schema", ANY_OBJECT) if schema is None else _json_schema(f"{name}.schema", schema)
     described = value.get("json_schema")
+    if isinstance(described, Mapping):
+        _check_fields(name, f"{name}.json_schema", described, _OF_SCHEMA)
     schema = described.get("schema") if isinstance(described, Mapping) else None
     if schema is None:
         raise InvalidRequest(f"{name} of type json_schema must have json_schema.schema", name)
     return _json_schema(name, schema)
+
+
+def _check_fields(param: str, name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise InvalidRequest for a field that would be passed over."""
+    for key, item in value.items():
+        if key not in known and item is not None:
+            raise InvalidRequest(f"{name} has no field {str(key)[:64]!r} here; known are {', '.join(known)}", param)
 
 
 def _json_schema(name: str, value: Any) -> GrammarSpec:

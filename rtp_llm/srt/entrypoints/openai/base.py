@@ -32,6 +32,7 @@ class OpenAIEndpoint:
 
     def _sampling_params(self, body: GenerationBody, max_tokens: int | None) -> SamplingParams:
         given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        given |= {"ebnf": body.grammar} if body.grammar else {}
         lengths = {"max_new_tokens": max_tokens, "min_new_tokens": body.min_tokens}
         return SamplingParams.from_dict(self._serving.sampling_defaults | given | lengths)
 

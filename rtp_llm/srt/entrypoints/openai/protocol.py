@@ -89,6 +89,7 @@ class GenerationBody(Body):
     json_schema: str | dict[str, Any] | None = Field(None, description="extension: the text is such JSON")
     regex: str | None = Field(None, description="extension: the text matches this regular expression")
     ebnf: str | None = Field(None, description="extension: a grammar of the text, in GBNF or in Lark")
+    grammar: str | None = Field(None, description="extension: another name of ebnf")
     structural_tag: str | dict[str, Any] | None = Field(None, description="extension: tags within free text")
     cache_salt: Salt | None = Field(None, description="extension: share cached prefixes only with equal salts")
     priority: int | None = Field(None, description="extension: lower is earlier; with --schedule-policy priority")
@@ -107,6 +108,17 @@ class GenerationBody(Body):
         if options is not None and not self.stream and (options.include_usage or options.continuous_usage_stats):
             raise InvalidRequest("stream_options is only for stream=true", "stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _check_grammar(self) -> Self:
+        if self.grammar and self.ebnf is not None:
+            raise InvalidRequest("ebnf and grammar are names of one field: give one of them", "grammar")
+        return self
+
+    @property
+    def grammar_names(self) -> dict[str, str]:
+        """The name that errors have for ``ebnf``, if the body has another: the engine's -> the body's."""
+        return {"ebnf": "grammar"} if self.grammar else {}
 
 
 class Message(BaseModel):

@@ -123,7 +123,7 @@ def chat_names(body: ChatCompletionRequest) -> dict[str, str]:
     """Return the names that errors have for fields of a chat: the engine's -> the request's."""
     asked = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
     names = {name: "messages" for name in ("input_ids", "image_data", "video_data")}
-    return names | {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
+    return names | body.grammar_names | {"max_new_tokens": asked, "min_new_tokens": "min_tokens"}
 
 
 def _reasoning_tokens(answers: Iterable[Answer]) -> int:

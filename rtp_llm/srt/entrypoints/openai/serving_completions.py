@@ -63,7 +63,7 @@ class CompletionEndpoint(OpenAIEndpoint):
         for i, prompt in enumerate(prompts):
             if i:
                 await asyncio.sleep(0)  # let other requests run
-            with request_names(NAMES):
+            with request_names(NAMES | body.grammar_names):
                 try:
                     completions += await self._of_prompt(body, prompt, _rid(body, i, len(prompts)))
                 except InvalidRequest as error:
