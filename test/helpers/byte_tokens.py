@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 END = 256
 FIRST_SPECIAL = 257
@@ -54,3 +56,15 @@ def num_taken(tokens: ByteTokens, grammar: str, text: str) -> int | None:
 def allowed_tokens(matcher: LLMatcher) -> list[int]:
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
     return [int(i) for i in np.flatnonzero(bits)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer in which token i is byte i, and END ends a text."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))  # the characters that byte-level tokenizers write for the other bytes
+    vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rtp_llm.srt.configs.grammar_backends import GRAMMAR_BACKENDS, LLGUIDANCE, missing_package
 from rtp_llm.srt.configs.media_limits import DEFAULT_MEDIA_LIMITS, parse_media_limits
 from rtp_llm.srt.configs.options import (
     ArgumentParser,
@@ -233,6 +234,12 @@ class ServerArgs:
     )
     log_level: str = option("info", help="Least severe messages that are logged.", choices=LOG_LEVELS)
     decode_log_interval: int = option(40, help="Number of steps between two status lines of a busy engine.", low=1)
+    grammar_backend: str = option(
+        LLGUIDANCE,
+        help="Compiler of the grammars of structured output. xgrammar (pip install 'rtp-llm[xgrammar]') keeps fewer "
+        "keywords of JSON schemas; grammars that it has no form for are llguidance's there, too.",
+        choices=GRAMMAR_BACKENDS,
+    )
     watchdog_timeout: float = option(
         300.0,
         help="Seconds without a sign of life after which the engine's core counts as dead and is restarted.",
@@ -411,6 +418,10 @@ class ServerArgs:
             raise ServerArgsError("chunked_prefill_size must be positive, or -1 to never cut prompts; not 0")
         if self.allowed_local_media_path is not None and not Path(self.allowed_local_media_path).is_dir():
             raise ServerArgsError(f"allowed_local_media_path: there is no directory {self.allowed_local_media_path!r}")
+        if (package := missing_package(self.grammar_backend)) is not None:
+            raise ServerArgsError(
+                f"grammar_backend {self.grammar_backend}: it is not installed: pip install '{package}'"
+            )
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ServerArgsError("ssl_keyfile is given without ssl_certfile; give the certificate, too")
         for name in ("api_key_file", "admin_api_key_file", "ssl_certfile", "ssl_keyfile"):

@@ -9,6 +9,7 @@ import numpy as np
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.constrained.backend import GrammarBackend, Matcher
+from rtp_llm.srt.constrained.backends import backend_class
 from rtp_llm.srt.constrained.queue import GrammarQueue
 from rtp_llm.srt.constrained.thinking import fill_masks
 from rtp_llm.srt.messages import AbortRequest, FromCore, GenerateRequest
@@ -83,10 +84,11 @@ class Grammars:
     def _make_backend(self) -> GrammarBackend:
         # The library, the tokenizer and its readers take memory, for which a core without grammars has no use.
         from rtp_llm.srt.checkpoint import read_tokenizer
-        from rtp_llm.srt.constrained.llguidance_backend import LLGuidanceBackend
 
         tokenizer = read_tokenizer(self._args, self._model_config)
-        return LLGuidanceBackend(tokenizer, self._model_config.vocab_size, self._skips_forced_tokens)
+        return backend_class(self._args.grammar_backend)(
+            tokenizer, self._model_config.vocab_size, self._skips_forced_tokens
+        )
 
     def shutdown(self) -> None:
         self._queue.shutdown()

@@ -84,6 +84,7 @@ class Engine:
             args.schedule_policy == "priority",
             read_placer(self.model_config, workers_are_here=args.tp_size == 1),
             core.info.outputs,
+            args.grammar_backend,
         )
         self._pooled = PooledRequests(self.tokenizer_manager, self.model_config.sentence_transformer)
 

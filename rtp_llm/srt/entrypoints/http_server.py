@@ -288,6 +288,7 @@ def make_app(
         args.schedule_policy == "priority",
         read_placer(config, workers_are_here=False),
         info.outputs,
+        args.grammar_backend,
     )
     frontend = Frontend(core.client, manager, loop, observers)
     template = read_chat_template(args, config, tokenizer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtp_llm.srt.configs.grammar_backends import LLGUIDANCE
 from rtp_llm.srt.configs.own_config import config_of_unknown_type
 from rtp_llm.srt.constrained.check import checked_grammar
 from rtp_llm.srt.gguf.folder import is_checkpoint_folder
@@ -144,6 +145,7 @@ class TokenizerManager:
         end_tokens: tokens that end a text.
         takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
         outputs: what the model makes besides tokens, or in their place (see managers/pooled.py).
+        grammar_backend: the compiler of grammars.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class TokenizerManager:
         takes_priorities: bool = False,
         placer: MediaPlacer | None = None,
         outputs: PooledOutputs | None = None,
+        grammar_backend: str = LLGUIDANCE,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -171,6 +174,7 @@ class TokenizerManager:
         self._processor = processor
         self._placer = placer or MediaPlacer()
         self._media_limits = dict(media_limits or {})
+        self._grammar_backend = grammar_backend
         self._encoders = Workers(ENCODERS, "rtp-llm-media-encoder")
         self._seeds = random.Random(random_seed)
         self._encoder = None if tokenizer is None else TextEncoder(tokenizer, min(context_length, max_req_len))
@@ -276,12 +280,12 @@ class TokenizerManager:
         return replace(params, bad_words=[], bad_words_ids=words)
 
     def _grammar(self, prompt: Prompt, params: SamplingParams) -> GrammarSpec | None:
-        asked = checked_grammar(params, self.tokenizer)
+        asked = checked_grammar(params, self.tokenizer, prompt.around, self._grammar_backend)
         if asked is not None and prompt.grammar is not None:
             raise InvalidRequest(
                 "tool_choice asks for calls, and another field for a grammar: give one of them", "tool_choice"
             )
-        return prompt.grammar or (asked and replace(asked, around=prompt.around))
+        return prompt.grammar or asked
 
     def completion(self, request: GenerateRequest, tags: tuple[str, ...] = ()) -> Completion:
         """Return the object that collects the outputs of ``request`` and makes its result. ``tags``: see Completion."""

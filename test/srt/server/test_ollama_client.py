@@ -221,7 +221,8 @@ def test_an_image(tmp_path: Path) -> None:
 
 def test_log_probabilities_of_a_model(tiny_checkpoint: str) -> None:
     with in_process(tiny_checkpoint) as server, ollama.Client(server.url, timeout=60) as client:
-        told = client.generate("tiny", "the cat", logprobs=True, top_logprobs=2, options={"num_predict": 4})
-        parts = list(client.generate("tiny", "the cat", stream=True, logprobs=True, options={"num_predict": 4}))
-    assert [len(item.top_logprobs) for item in told.logprobs] == [2] * 4
-    assert sum(len(part.logprobs or ()) for part in parts) == 4
+        options = {"num_predict": 4, "temperature": 0}
+        told = client.generate("tiny", "the cat", logprobs=True, top_logprobs=2, options=options)
+        parts = list(client.generate("tiny", "the cat", stream=True, logprobs=True, options=options))
+    assert told.eval_count and [len(item.top_logprobs) for item in told.logprobs] == [2] * told.eval_count
+    assert sum(len(part.logprobs or ()) for part in parts) == told.eval_count
