@@ -3,8 +3,8 @@
     python benchmark/structured_output.py CHECKPOINT
 
 Prints tokens per second of ``--requests`` streams under a schema and of as many free ones of the same lengths, and
-their ratio; then the time to the first token of one request: free, under a schema that was used before, and under a
-new one.
+their ratio; the same for free text in which only calls of a strict function are bound; then the time to the first token
+of one request: free, under a schema that was used before, and under a new one.
 """
 
 import argparse
@@ -14,26 +14,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from structured_sides import FIRST_TOKENS, NUM_ITEMS, schema
+
+from rtp_llm.srt.constrained.token_bytes import special_tokens
 from rtp_llm.srt.entrypoints.engine import Engine
+from rtp_llm.srt.parser.choose import choose_format
+from rtp_llm.srt.parser.free_grammar import free_grammar
 
-NUM_ITEMS = 12  # of the array that each request fills
-FIRST_TOKENS = 5  # times that each time to a first token is measured
-
-
-def schema(number: int = 0) -> dict[str, Any]:
-    """Return a schema of some 200 tokens of text; another one for each number."""
-    item = {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 24},
-            "kind": {"enum": ["small", "large", f"other {number}"]},
-            "count": {"type": "integer", "minimum": 0, "maximum": 9999},
-            "known": {"type": "boolean"},
-        },
-        "required": ["name", "kind", "count", "known"],
-        "additionalProperties": False,
-    }
-    return {"type": "array", "items": item, "minItems": NUM_ITEMS, "maxItems": NUM_ITEMS}
+TOOL = {"type": "function", "function": {"name": "search", "parameters": schema()["items"]}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,14 +30,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=16, help="Streams at once.")
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each side.")
     parser.add_argument("--quantization", help="As of the server.")
+    parser.add_argument("--grammar-backend", default="llguidance", help="As of the server.")
     parser.add_argument("--tokenizer-path", help="Of the checkpoint, if it has one that writes JSON.")
     args = parser.parse_args(argv)
-    engine = Engine(model_path=args.checkpoint, quantization=args.quantization, tokenizer_path=args.tokenizer_path)
+    engine = Engine(
+        model_path=args.checkpoint,
+        quantization=args.quantization,
+        tokenizer_path=args.tokenizer_path,
+        grammar_backend=args.grammar_backend,
+    )
     try:
         first_s = timed(engine, [[*range(100, 164)]], [{"max_new_tokens": 1, "json_schema": schema(1)}])[0]
         print(f"first token, the first schema of all, for which the compiler is loaded: {1000 * first_s:.0f} ms")
         ratios = [throughput(engine, args.requests, round_) for round_ in range(args.rounds)]
         print(f"under a schema / free: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        ratios = [strict_text(engine, args.requests, round_) for round_ in range(args.rounds)]
+        print(f"with strict calls / free: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
         first_tokens(engine)
     finally:
         engine.shutdown()
@@ -68,6 +64,20 @@ def throughput(engine: Engine, num_requests: int, round_: int) -> float:
         f"round {round_ + 1}: {total} tokens, {total / bound[0]:.1f} tok/s under a schema, {total / free[0]:.1f} free"
     )
     return free[0] / bound[0]
+
+
+def strict_text(engine: Engine, num_requests: int, round_: int) -> float:
+    """Run free text in which calls of a strict function are bound, and free text, both of 128 tokens; return the ratio
+    of their tokens per second."""
+    form = choose_format("", "hermes", "qwen3")
+    names = frozenset({TOOL["function"]["name"]})
+    grammar = free_grammar(form, [TOOL], names, special_tokens(engine.tokenizer), thinks=False, is_single=False)
+    prompts = [[130 + round_, *range(200 + i, 264 + i)] for i in range(num_requests)]
+    params = [{"max_new_tokens": 128, "seed": i, "ignore_eos": True} for i in range(num_requests)]
+    bound = timed(engine, prompts, [each | {"ebnf": grammar} for each in params])
+    free = timed(engine, prompts, params)
+    tokens = [sum(len(result["output_ids"]) for result in results) for _, results in (bound, free)]
+    return (tokens[0] / bound[0]) / (tokens[1] / free[0])
 
 
 def timed(engine: Engine, prompts: list[list[int]], params: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
