@@ -84,6 +84,8 @@ class EmulatedLibrary:
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, self._process.pid, 0, 0, 0)  # it may open this process's memory
 
     def __getattr__(self, name: str) -> "EmulatedFunction":
+        if name.endswith("_replayed"):
+            raise AttributeError("calls from lists are made by this machine")
         return EmulatedFunction(self, name)
 
     def call(self, request: str) -> int:

@@ -1,169 +1,24 @@
 // Layers that keep a state of single numbers: the convolution of the last tokens, Mamba 1's scan, a linear recurrence;
 // and norms with a gate. States are [..., channels]: channels do not depend on each other, and lie side by side.
-#include <algorithm>
-#include <type_traits>
-
-#include "common.h"
-
-constexpr int64_t WORTH_THREADS = 32768;  // elements
-constexpr int64_t CHANNELS = 8 * LANES;        // that a thread computes together
-constexpr int64_t MOST_TOGETHER = 16;          // times as many that it takes at a time
-constexpr int64_t CHANNELS_AHEAD = 4 * LANES;  // distance of the prefetch
-constexpr int LINE = 16 / LANES;  // vectors of float32 in a line of the cache
-constexpr int MOST_TAPS = 16;
-constexpr int MOST_STATES = 256;
-
-// Pieces of rows: piece n begins with the state of slot load[n], and its last state goes to slot store[n].
-struct Pieces {
-    const int64_t *load, *store, *bounds;  // bounds null: one token in each piece
-    int64_t count;
-    INLINE int64_t begin(int64_t piece) const { return bounds ? bounds[piece] : piece; }
-    INLINE int64_t end(int64_t piece) const { return bounds ? bounds[piece + 1] : piece + 1; }
-};
-
-#define INLINED __attribute__((always_inline))  // of a lambda
-
-struct Whole {};  // all lanes of a vector; an int in its place: that number of first lanes
-struct Line {};   // likewise, of LINE vectors
-template <class T>
-static INLINE vec load(const T* p, Whole) { return load(p); }
-template <class T>
-static INLINE vec load(const T* p, int count) { return load_part(p, count); }
-template <class T>
-static INLINE void store(T* p, vec x, Whole) { store(p, x); }
-template <class T>
-static INLINE void store(T* p, vec x, int count) { store_part(p, x, count); }
-
-static INLINE int64_t channels_of(Whole) { return LANES; }
-static INLINE int64_t channels_of(int count) { return count; }
-template <class T>
-static INLINE void copy(const T* from, int64_t count, T* to) { std::memmove(to, from, count * sizeof(T)); }
-
-template <class Part>
-constexpr int VECTORS_OF = std::is_same_v<Part, Line> ? LINE : 1;
-static INLINE Whole of_each(Line) { return {}; }
-static INLINE Whole of_each(Whole) { return {}; }
-static INLINE int of_each(int count) { return count; }
-
-// body(piece, first channel, Line, Whole or a number of channels) for all channels of all pieces. V: 1: no lines.
-template <int V = 1, class F>
-static INLINE void by_channels(const Pieces& pieces, int64_t channels, int64_t elements, F body) {
-    const int64_t strips = (channels + CHANNELS - 1) / CHANNELS, tasks = pieces.count * strips;
-    auto task = [&](int64_t i) {
-        const int64_t first = i % strips * CHANNELS, end = std::min(first + CHANNELS, channels);
-        int64_t c = first;
-        if constexpr (V > 1)
-            for (; c + V * LANES <= end; c += V * LANES) body(i / strips, c, Line{});
-        for (; c + LANES <= end; c += LANES) body(i / strips, c, Whole{});
-        if (c < end) body(i / strips, c, int(end - c));
-    };
-    if (elements < WORTH_THREADS || tasks == 1) {
-        for (int64_t i = 0; i < tasks; i++) task(i);
-        return;
-    }
-    // Several at a time, for which little is to be done: taking them would cost more.
-    const int64_t together = std::min(MOST_TOGETHER, std::max<int64_t>(1, tasks / (8 * omp_get_max_threads())));
-#pragma omp parallel for schedule(dynamic, together)
-    for (int64_t i = 0; i < tasks; i++) task(i);
-}
+#include "recurrent_conv.h"
+#include "replay.h"
 
 // ---- convolution
 
-// y[t] = act(bias + the sum of weight[i] * x[t - (taps - 1) + i]); inputs before the piece are the state's, [taps - 1,
-// channels], oldest first. With GATES, inputs are x times the gate before, and y is multiplied by the gate after.
-// TAPS: known when compiled, so that all of them stay in registers; 0: `given`.
-template <class T, int TAPS, bool GATES>
-static void causal_conv(const T* x, int64_t x_stride, const T* gate_before, int64_t before_stride, const T* gate_after,
-                        int64_t after_stride, const T* weight, const T* bias, T* states, const Pieces& pieces,
-                        int64_t tokens, int64_t channels, int64_t given, bool silus, T* y) {
-    const int64_t taps = TAPS ? TAPS : given, kept = taps - 1;
-    by_channels(pieces, channels, tokens * channels * taps, [&](int64_t piece, int64_t c, auto part) INLINED {
-        const int64_t begin = pieces.begin(piece), length = pieces.end(piece) - begin;
-        const T* before = states + pieces.load[piece] * kept * channels + c;
-        T* after = states + pieces.store[piece] * kept * channels + c;
-        vec factors[TAPS ? TAPS : MOST_TAPS], seen[TAPS ? TAPS : MOST_TAPS];
-        for (int64_t i = 0; i < taps; i++) factors[i] = load(weight + i * channels + c, part);
-        for (int64_t i = 0; i < kept; i++) seen[i] = load(before + i * channels, part);
-        vec start = bias ? load(bias + c, part) : vec{};
-        for (int64_t t = 0; t < length; t++) {
-            const int64_t token = begin + t;
-            seen[kept] = load(x + token * x_stride + c, part);
-            if (GATES) seen[kept] = rounded<T>(seen[kept] * load(gate_before + token * before_stride + c, part));
-            vec total = start;
-            for (int64_t i = 0; i < taps; i++) total += factors[i] * seen[i];
-            if (silus) total = silu(total);
-            if (GATES) total = rounded<T>(total) * load(gate_after + token * after_stride + c, part);
-            store(y + token * channels + c, total, part);
-            for (int64_t i = 0; i < kept; i++) seen[i] = seen[i + 1];
-        }
-        if (GATES) {
-            for (int64_t i = 0; i < kept; i++) store(after + i * channels, seen[i], part);
-            return;
-        }
-        // The last inputs as they are: those before this piece, oldest first, and then its own.
-        const int64_t count = channels_of(part), old = std::max<int64_t>(kept - length, 0);
-        for (int64_t i = 0; i < old; i++) copy(before + (i + length) * channels, count, after + i * channels);
-        const T* last = x + (begin + length - kept) * x_stride + c;
-        for (int64_t i = old; i < kept; i++) copy(last + i * x_stride, count, after + i * channels);
-    });
-}
-
-// `before` and `after`: both or none. Models have 3 taps between gates (LFM2), else 4.
 #define EXPORT_CONV(name, T)                                                                                          \
     KERNEL void name(const T* x, int64_t x_stride, const T* before, int64_t before_stride, const T* after,            \
                      int64_t after_stride, const T* weight, const T* bias, T* states, const int64_t* load,            \
                      const int64_t* store, const int64_t* bounds, int64_t pieces, int64_t tokens, int64_t channels,   \
                      int64_t taps, bool silus, T* y) {                                                                \
-        auto run = before ? (taps == 3 ? causal_conv<T, 3, true> : causal_conv<T, 0, true>)                           \
-                          : (taps == 4 ? causal_conv<T, 4, false> : causal_conv<T, 0, false>);                        \
-        run(x, x_stride, before, before_stride, after, after_stride, weight, bias, states,                            \
-            {load, store, bounds, pieces}, tokens, channels, taps, silus, y);                                         \
+        const Conv<T> conv{x, before, after, x_stride, before_stride, after_stride, weight, bias, states, channels,   \
+                           taps, silus, y};                                                                           \
+        auto run = before ? convolve<T, 3, true> : convolve<T, 4, false>;                                             \
+        run(conv, {load, store, bounds, pieces}, tokens);                                                             \
     }
 EXPORT_CONV(causal_conv1d_f32, float)
 EXPORT_CONV(causal_conv1d_bf16, bf16)
 
-// ---- functions of single numbers
-
-// log(1 + z) for z in [0, 1]: twice the series of the inverse hyperbolic tangent of z / (2 + z), which is below 1/3.
-static INLINE vec log1p(vec z) {
-    vec w = z / (z + 2.0f), s = w * w;
-    vec p = splat(1.0f / 15);
-    p = p * s + 1.0f / 13;
-    p = p * s + 1.0f / 11;
-    p = p * s + 1.0f / 9;
-    p = p * s + 1.0f / 7;
-    p = p * s + 1.0f / 5;
-    p = p * s + 1.0f / 3;
-    p = p * s + 1.0f;
-    return w * p * 2.0f;
-}
-
-static INLINE vec softplus(vec x) {
-    vec size = x < 0.0f ? -x : x;
-    return (x > 0.0f ? x : vec{}) + log1p(exp(-size)) + (x - x);  // x - x: a NaN stays one
-}
-
 // ---- what the delta rule is told by gates
-
-static INLINE vec sigmoid(vec x) { return 1.0f / (exp(-x) + 1.0f); }
-
-template <class F>
-static INLINE void by_vectors(int64_t n, F body) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) body(i, Whole{});
-    if (i < n) body(i, int(n - i));
-}
-
-// body(row) for all rows, on more than one thread if `elements` are many.
-template <class F>
-static INLINE void by_rows(int64_t rows, int64_t elements, F body) {
-    if (elements < WORTH_THREADS || rows == 1) {
-        for (int64_t i = 0; i < rows; i++) body(i);
-        return;
-    }
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows; i++) body(i);
-}
 
 // g [tokens, heads * channels] = rate * softplus(a + bias); beta [tokens, heads] = most * sigmoid(b).
 template <class T>
@@ -215,25 +70,6 @@ EXPORT_SIGMOID_GATE(sigmoid_gate_f32, float)
 EXPORT_SIGMOID_GATE(sigmoid_gate_bf16, bf16)
 
 // ---- Mamba 1
-
-constexpr float LOG2_E = 1.44269504088896341f;
-
-// 2^x, relative error below 2e-7; at least 2^-126, at most 2^127, and exactly 1 for 0, so that a state without decay
-// stays as it is.
-static INLINE vec power_of_two(vec given) {
-    vec x = min(splat(127.0f), max(splat(-126.0f), given));  // a NaN stays one
-    vec scaled = x + 12582912.0f;  // rounds to an integer in the lower bits
-    ivec power = (ivec)scaled - (ivec)splat(12582912.0f);
-    vec r = x - (scaled - 12582912.0f);
-    vec p = splat(1.534581243e-4f);
-    p = p * r + 1.339993090e-3f;
-    p = p * r + 9.618489072e-3f;
-    p = p * r + 5.550328642e-2f;
-    p = p * r + 2.402264625e-1f;
-    p = p * r + 6.931471825e-1f;
-    p = p * r + 1.0f;
-    return (vec)((ivec)p + (power << 23));
-}
 
 // Numbers that all tokens share.
 struct Scan {
@@ -388,3 +224,16 @@ static void gated_norm(const T* x, int64_t x_outer, int64_t x_inner, const T* ga
     }
 EXPORT_GATED_NORM(gated_rms_norm_f32, float)
 EXPORT_GATED_NORM(gated_rms_norm_bf16, bf16)
+
+REPLAYED(causal_conv1d_f32)
+REPLAYED(causal_conv1d_bf16)
+REPLAYED(delta_gates_f32)
+REPLAYED(delta_gates_bf16)
+REPLAYED(sigmoid_gate_f32)
+REPLAYED(sigmoid_gate_bf16)
+REPLAYED(selective_scan_f32)
+REPLAYED(selective_scan_bf16)
+REPLAYED(linear_recurrence_f32)
+REPLAYED(linear_recurrence_bf16)
+REPLAYED(gated_rms_norm_f32)
+REPLAYED(gated_rms_norm_bf16)

@@ -6,6 +6,7 @@
 #include <memory>
 #include <utility>
 
+#include "replay.h"
 #include "state_matrix_chunk.h"
 #include "state_matrix_token.h"
 
@@ -197,3 +198,10 @@ EXPORT_LINEAR(linear_attention_bf16, bf16)
     }
 EXPORT_SSD(ssd_f32, float)
 EXPORT_SSD(ssd_bf16, bf16)
+
+REPLAYED(gated_delta_rule_f32)
+REPLAYED(gated_delta_rule_bf16)
+REPLAYED(linear_attention_f32)
+REPLAYED(linear_attention_bf16)
+REPLAYED(ssd_f32)
+REPLAYED(ssd_bf16)

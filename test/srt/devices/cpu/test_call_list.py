@@ -85,6 +85,8 @@ def test_kernels_of_a_decode_step_are_called_from_lists():
         "attention": ("paged_attention", "write_kv"),
         "elementwise": ("rms_norm_bf16", "layer_norm_bf16", "rotary_bf16", "silu_and_mul_bf16"),
         "moe": ("group_rows", "gather_rows", "sum_rows"),
+        "recurrent": ("causal_conv1d_bf16", "delta_gates_bf16", "gated_rms_norm_bf16", "sigmoid_gate_bf16"),
+        "state_matrix": ("gated_delta_rule_bf16", "linear_attention_bf16", "ssd_bf16"),
     }
     alone = [
         f"{file}.{name}" for file, all_of in names.items() for name in all_of if not bind(file, name)._function.in_lists
