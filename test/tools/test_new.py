@@ -25,7 +25,7 @@ from rtp_llm.tools.verify.run import verify
 from tiny_server import own_process
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"text": [], "sees": ["--sees"], "like": ["--like", "gemma2"]}
+KINDS = {"text": [], "sees": ["--sees"], "like": ["--like", "gemma2"], "sees_like": ["--sees", "--like", "qwen3"]}
 
 
 def new(*arguments: str) -> None:
@@ -54,8 +54,8 @@ def test_a_package_agrees_at_once(kind: str, tmp_path: Path, monkeypatch: pytest
     report = verify(args, VerifyOptions(max_new_tokens=4, long_len=0))
     assert report.agrees, report.failure or report.finding
     assert report.class_name == entry.__name__
-    assert any(result.prompt.media is not None for result in report.results) == (kind == "sees")
-    if kind == "sees":
+    assert any(result.prompt.media is not None for result in report.results) == kind.startswith("sees")
+    if kind.startswith("sees"):
         their_model = TransformersModel(checkpoint, "float32", "cpu", trust_remote_code=True).model
         question = image_question(args, their_model, "What is it?", [drawn_image()] * 2)
         assert question.extras["pixel_values"].shape[0] == len(question.call["image_data"]) == 2
@@ -98,7 +98,11 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["json"], "Python finds a module json already"),
         (["some_new", "--like", "nothing"], "there is no model file nothing.py; have "),
         (["some_new", "--like", "qwen2_vl"], "qwen2_vl.py takes images: begin with --sees"),
-        (["some_new", "--like", "qwen3", "--sees"], "--sees begins with a language model of Llama's form, not with"),
+        (
+            ["some_new", "--like", "gpt2", "--sees"],
+            "--sees needs a language model of Llama's frame, and GPT2",
+        ),
+        (["some_new", "--like", "granite", "--sees"], "but its GraniteForCausalLM has __init__ besides: begin with"),
         (["some_new", "--like", "transformers"], "transformers has no causal language model TransformersForCausalLM"),
     ],
 )
@@ -139,6 +143,22 @@ def test_every_model_file_can_be_begun_with_or_says_why() -> None:
     assert {"llama", "gemma2", "gpt2", "mixtral", "deepseek_v2", "qwen3_moe"} <= set(begun)
 
 
+def test_which_language_models_an_eye_takes() -> None:
+    """Of those that are refused the error says what to do."""
+    taken = []
+    for path in sorted((ROOT / "rtp_llm" / "models_py").glob("*.py")):
+        if path.stem in ("__init__", "transformers"):
+            continue
+        try:
+            files = sources(path.stem, sees=True)
+        except NewModelError as error:
+            assert "begin with" in str(error)
+            continue
+        taken.append(path.stem)
+        compile(files["zeta.py"], path.name, "exec")
+    assert {"llama", "qwen2", "qwen3", "gemma2", "lfm2", "mixtral", "olmo2", "phi3"} <= set(taken)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_own_tests_pass(kind: str, tmp_path: Path) -> None:
@@ -169,14 +189,14 @@ def test_inside_its_tests_pass_and_are_listed(kind: str, tmp_path: Path, monkeyp
     command = [sys.executable, "-m", "rtp_llm", "new", "some-new", *KINDS[kind], "--inside"]
     done = run(command, tmp_path, *paths)
     assert done.returncode == 0, done.stderr
-    test = root / "test" / "srt" / "models" / f"test_{'mm' if kind == 'sees' else 'parity'}_some_new.py"
+    test = root / "test" / "srt" / "models" / f"test_{'mm' if kind.startswith('sees') else 'parity'}_some_new.py"
     done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)], root, *paths)
     assert done.returncode == 0, done.stdout
     check = ["check", "--quiet", "--config", str(ROOT / "pyproject.toml"), *map(str, root.rglob("*some_new*.py"))]
     assert run([sys.executable, "-m", "ruff", *check], ROOT).stdout == ""
     monkeypatch.syspath_prepend(root / "test" / "helpers")
     listed = supported_models.read_test_file(test)
-    assert listed.quick == {"SomeNewForConditionalGeneration" if kind == "sees" else "SomeNewForCausalLM": 1}
+    assert listed.quick == {"SomeNewForConditionalGeneration" if kind.startswith("sees") else "SomeNewForCausalLM": 1}
 
 
 @pytest.mark.slow

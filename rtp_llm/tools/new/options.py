@@ -12,7 +12,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_LIKE,
         metavar="FILE",
         help="the model file of ours to begin with: a name in rtp_llm/models_py, such as qwen3, but not of a model "
-        "that takes images. Default: llama, every part of which is written out; with --sees it is the only one",
+        "that takes images; with --sees, its language model. Default: llama, every part of which is written out",
     )
     parser.add_argument("--sees", action="store_true", help="the model takes images: it begins with an eye of its own")
     place = parser.add_mutually_exclusive_group()

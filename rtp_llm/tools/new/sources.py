@@ -1,6 +1,5 @@
 """The sources that a new architecture begins with: our templates, or a model file of ours under another name."""
 
-import ast
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +10,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import rtp_llm
 from rtp_llm.srt.configs.model_config import is_multimodal_model
 from rtp_llm.srt.models.model_source import entry_class_names
+from rtp_llm.tools.new.eye import with_an_eye
 from rtp_llm.tools.new.names import NewModelError
 from rtp_llm.tools.new.options import DEFAULT_LIKE
+from rtp_llm.tools.new.words import with_stem, with_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 MODEL_FILE = "zeta.py"
 TEST = "test_zeta.py"
 REFERENCE = ("configuration_zeta.py", "modeling_zeta.py", "make_tiny.py")
 ARCHITECTURE = "ZetaForCausalLM"
-_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
 def sources(like: str, sees: bool) -> dict[str, str]:
@@ -27,7 +27,7 @@ def sources(like: str, sees: bool) -> dict[str, str]:
     name.
 
     Args:
-        like: a file of ``models_py``, without its ending.
+        like: a file of ``models_py``, without its ending; of a model that sees, its language model.
         sees: the model takes images.
 
     Raises:
@@ -36,23 +36,21 @@ def sources(like: str, sees: bool) -> dict[str, str]:
     like = like.removesuffix(".py")
     if like == DEFAULT_LIKE:
         return _read("sees" if sees else "text", (MODEL_FILE, TEST, *REFERENCE))
-    if sees:
-        raise NewModelError(
-            f"--sees begins with a language model of Llama's form, not with {like}: leave --like out, and change the "
-            "language model in the files"
-        )
     path = Path(rtp_llm.__file__).parent / "models_py" / f"{like}.py"
     if not path.is_file():
         names = sorted(file.stem for file in path.parent.glob("*.py") if file.stem not in ("__init__", "transformers"))
         raise NewModelError(f"there is no model file {like}.py; have {', '.join(names)}")
     source = path.read_text(encoding="utf-8")
     architecture = _architecture(source, path)
-    config_name = getattr(transformers, architecture).config_class.__name__
-    replaced = {"LlamaForCausalLM": architecture, "LlamaConfig": config_name}
+    config_type = getattr(transformers, architecture).config_class
+    if sees:
+        return with_an_eye(source, architecture, config_type, path, _read("sees", (MODEL_FILE, TEST, *REFERENCE)))
+    replaced = {"LlamaForCausalLM": architecture, "LlamaConfig": config_type.__name__}
     reference = {
-        name: _with_words(text, replaced) for name, text in _read("like", REFERENCE).items()
+        name: with_words(text, replaced) for name, text in _read("like", REFERENCE).items()
     }  # in which Llama stands for what is begun with
-    return {MODEL_FILE: renamed(source, architecture, config_name, path.name), **_read("text", (TEST,)), **reference}
+    model_file = renamed(source, architecture, config_type.__name__, path.name)
+    return {MODEL_FILE: model_file, **_read("text", (TEST,)), **reference}
 
 
 def _read(folder: str, names: Sequence[str]) -> dict[str, str]:
@@ -82,13 +80,7 @@ def renamed(source: str, architecture: str, config_name: str, file: str) -> str:
     Args:
         config_name: of transformers' configuration class, whose fields the file reads.
     """
-    stem = architecture
-    for suffix in _SUFFIXES:
-        stem = stem.removesuffix(suffix)
-    classes = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    names = {name: "Zeta" + name.removeprefix(stem) for name in classes if name.startswith(stem)}
-    source = _with_words(source, names | {architecture: ARCHITECTURE})
-    source = re.sub(r'(?<=GGUFForm\()(\s*)"[^"]+"', r'\1"zeta"', source)  # not the other model's files
+    source = with_stem(source, architecture, "Zeta")
     lines = source.splitlines()
     lines[0] = f'"""Zeta: so far the form of {file}, to be changed.' + ('"""' if lines[0].endswith('"""') else "")
     lines = _with_config(lines, config_name)
@@ -117,8 +109,3 @@ def _with_config(lines: list[str], config_name: str) -> list[str]:
         "    config_class = ZetaConfig",
         *lines[body:],
     ]
-
-
-def _with_words(text: str, names: dict[str, str]) -> str:
-    """Replace whole words."""
-    return re.sub(r"\b\w+\b", lambda match: names.get(match[0], match[0]), text)
