@@ -21,6 +21,7 @@ PARAMETERS: dict[str, Value] = {
     "parallel_config": Engine("vllm_config.parallel_config"),
     "scheduler_config": Engine("vllm_config.scheduler_config"),
     "compilation_config": Engine("vllm_config.compilation_config"),
+    "multimodal_config": Engine("multimodal_config"),
     "attn_backend": Engine(BACKEND),
     "speculative_config": Const(None),
     "lora_config": Const(None),
@@ -37,6 +38,7 @@ TYPES: dict[str, Value] = {
     "ParallelConfig": Engine("vllm_config.parallel_config"),
     "SchedulerConfig": Engine("vllm_config.scheduler_config"),
     "CompilationConfig": Engine("vllm_config.compilation_config"),
+    "MultiModalConfig": Engine("multimodal_config"),
     "AttentionBackendEnum": Engine(BACKEND),
     "SpeculativeConfig": Const(None),
     "LoRAConfig": Const(None),
@@ -72,6 +74,7 @@ CALLS: dict[str, Value] = {
 # Numbers of the other engine.
 NUMBERS: dict[str, Const] = {
     "PIN_MEMORY": Const(False),
+    "HAS_TRITON": Const(False),  # what a file has beside its kernels is taken
     "OCP_MX_BLOCK_SIZE": Const(32),  # values with one scale, in the Open Compute Project's MX formats (2023)
 }
 
@@ -137,6 +140,7 @@ PATHS: dict[str, Value] = {
     "multimodal_config.mm_encoder_attn_backend": Const(None),
     "multimodal_config.video_pruning_rate": Const(None),
     "multimodal_config.video_pruning_method": Const(None),
+    "multimodal_config.get_video_pruning_spec()": Const(None),
     "multimodal_config.language_model_only": _OFF,
     "vllm_config.model_config.get_multimodal_config()": Engine("multimodal_config"),
     "vllm_config.model_config.is_multimodal_model": _OFF,

@@ -116,7 +116,7 @@ MISSING: dict[str, str] = {
             "DispatchPooler", "Pooler", "as_embedding_model", "as_seq_cls_model", "pooler_for_token_classify",
         ),
         "kernels of the other engine": (
-            "direct_register_custom_op", "_custom_ops", "triton", "tl", "HAS_TRITON",
+            "direct_register_custom_op", "_custom_ops", "triton", "tl",
         ),
     }.items()
     for name in names
@@ -133,7 +133,8 @@ RULED = frozenset({
     "spec_decode_needs_target_embed",
     "cdiv", "round_up", "getattr_iter", "_ACTIVATION_REGISTRY", "maybe_remap_moe_expert_param_name",
     "get_current_vllm_config_or_none", "str_dtype_to_torch_dtype", "AttentionBackendEnum", "get_attn_backend",
-    "PIN_MEMORY", "async_tensor_h2d", "get_vit_attn_backend", "is_vit_use_data_parallel", "get_multimodal_config",
+    "PIN_MEMORY", "HAS_TRITON", "async_tensor_h2d", "get_vit_attn_backend", "is_vit_use_data_parallel",
+    "get_multimodal_config",
     "remap_moe_expert_weights", "FusedMoEParallelConfig", "OCP_MX_BLOCK_SIZE",
     "MambaStateShapeCalculator", "MambaStateDtypeCalculator", "MambaStateCopyFuncCalculator", "MambaStateCopyFunc",
     "MambaStateShapes",

@@ -137,6 +137,38 @@ def test_positions_of_three_axes_are_computed_by_the_processor(ported: Callable[
     assert any("positions have three axes" in remark.text for remark in needs_weights.report.review)
 
 
+PRUNING = VIDEOS.replace(
+    "    def _process(self, pixel_values):",
+    """    def _begin_pruning(self, multimodal_config: MultiModalConfig):
+        spec = multimodal_config.get_video_pruning_spec()
+        if spec is None:
+            self.pruning_rate = multimodal_config.video_pruning_rate
+        else:
+            self.method, self.pruning_rate = spec
+        self.is_pruned = multimodal_config.is_multimodal_pruning_enabled()
+
+    def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
+        return LampProcessor.pruned(input_ids)
+
+    def _fewer(self, rows):
+        return LampProcessor.pruned(rows)
+
+    def _process(self, pixel_values):
+        if self.is_pruned:
+            return self._fewer(pixel_values)""",
+).replace(
+    "        self.configure_mm_token_handling(7)\n",
+    "        self._begin_pruning(vllm_config.model_config.multimodal_config)\n",
+).replace("\n\n\nclass Lamp", "\nfrom vllm.config.multimodal import MultiModalConfig\n\n\nclass Lamp", 1)
+
+
+def test_what_prunes_videos_goes_and_the_other_engines_processor_with_it(ported: Callable[..., Ported]):
+    text = ported(PRUNING).text
+    for gone in ("LampProcessor", "recompute_mrope_positions", "multimodal_config", "get_video_pruning_spec", "_fewer"):
+        assert gone not in text
+    assert "return self.eye(pixel_values)" in text
+
+
 TOWER = """
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models.vision import get_vit_attn_backend, is_vit_use_data_parallel

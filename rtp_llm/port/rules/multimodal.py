@@ -18,7 +18,9 @@ from rtp_llm.port.visiting import Transformer
 EMBED = "embed_multimodal"
 _CONTEXTS = frozenset({"_mark_tower_model", "_mark_language_model", "_mark_composite_model"})
 _VOID = frozenset({"configure_mm_token_handling"})
-_METHODS = frozenset({"get_placeholder_str", "get_mm_lora_token_counts", "get_language_model_spec"})
+_METHODS = frozenset({
+    "get_placeholder_str", "get_mm_lora_token_counts", "get_language_model_spec", "recompute_mrope_positions",
+})  # fmt: skip
 _FIELD = "MultiModalFieldConfig"
 _MODALITIES = ("video", "audio", "image")
 _MULTIMODAL = "rtp_llm.srt.multimodal"
