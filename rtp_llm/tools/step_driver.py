@@ -1,8 +1,9 @@
 """Run batches of prompts on workers, step by step, for tools without a scheduler and a prefix cache."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -67,6 +68,11 @@ class StepDriver:
     def step_with_logits(self, num_tokens: Sequence[int]) -> tuple[StepResult, torch.Tensor]:
         """Do the same as ``step``, and return the logits [batch_size, vocab_size], float32 on the host."""
         return self._executor.rpc("step_with_logits", self._plan(num_tokens))[0]
+
+    def step_on_ranks(self, num_tokens: Sequence[int], function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Have each rank's worker called by ``function(worker, plan, *args)`` with a step's plan, which it must
+        execute; return one answer per rank."""
+        return self._executor.rpc("apply", function, self._plan(num_tokens), *args)
 
     def _plan(self, num_tokens: Sequence[int]) -> StepPlan:
         """Return a step's plan, which samples every row, even within its prompt, to get its logits."""

@@ -37,9 +37,10 @@ class BrokenModel:
             source = source.replace(old, new)
         path = directory / f"broken_{self.file}.py"
         path.write_text(source, encoding="utf-8")
-        entry = re.search(r"^EntryClass = (\w+)$", source, re.MULTILINE)
-        assert entry, f"{self.file}.py has no EntryClass of one class"
-        return f"{path}:{entry[1]}"
+        entry = re.search(r"^EntryClass = (.+)$", source, re.MULTILINE)
+        assert entry, f"{self.file}.py has no EntryClass in a line"
+        names = re.findall(r"\w+", entry[1])
+        return f"{path}:{self.checkpoint if self.checkpoint in names else names[0]}"
 
 
 ATTENTION = "model.layers.0.self_attn"

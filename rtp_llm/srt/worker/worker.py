@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -147,6 +148,14 @@ class Worker:
         """As ``step``, but wait; also return a copy of the logits that were drawn from, [S, vocab_size] float32."""
         pending = self.forward(plan)
         return self.sample(pending).result(), pending.output.next_token_logits.to("cpu", copy=True)
+
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function with this worker and more arguments, and return what it returns.
+
+        For tools that look into every rank: ``executor.rpc("apply", function, ...)`` names a function that the rank's
+        process can import.
+        """
+        return function(self, *args)
 
     def start_profile(self, activities: list[str], record_shapes: bool) -> None:
         self._profiler.start(activities, record_shapes)

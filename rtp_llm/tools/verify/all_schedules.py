@@ -1,5 +1,6 @@
 """``rtp-llm verify --schedules``: the model under each of the engine's schedules, against transformers."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from rtp_llm.tools.schedules import NEW_TOKENS, SCHEDULES, SECOND_TURN, Question
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
-from rtp_llm.tools.verify.prompts import image_prompt, image_prompts, read_or_default_prompts
+from rtp_llm.tools.verify.prompts import Prompt, image_prompt, image_prompts, read_or_default_prompts
+from rtp_llm.tools.verify.schedule_places import Located, locate
 from rtp_llm.tools.verify.sides import TheirModel
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}  # of log-probabilities
@@ -28,7 +30,12 @@ TOLERANCES = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}  # of log-probab
 
 @dataclass(frozen=True)
 class SchedulesReport:
-    """``num_with_images``: of the questions; ``failure``: why nothing could be compared."""
+    """
+    Args:
+        num_with_images: of the questions.
+        failure: why nothing could be compared.
+        located: where the first schedule that differs does so.
+    """
 
     model_path: str
     dtype: str
@@ -36,6 +43,7 @@ class SchedulesReport:
     num_with_images: int = 0
     results: tuple[ScheduleResult, ...] = ()
     failure: str = ""
+    located: Located | None = None
 
     @property
     def agrees(self) -> bool:
@@ -49,23 +57,27 @@ def verify_schedules(args: ServerArgs, options: VerifyOptions) -> SchedulesRepor
         VerifyError: transformers cannot build the model, or the options do not fit it.
     """
     try:
-        with _served(args, options.model_class):
+        with _served(args, options.model_class) as served:
             config = read_model_config(args)
             tokenizer = read_tokenizer(args, config)
             prompts = list(read_or_default_prompts(config, tokenizer, options))
             theirs = TheirModel(args, config)
             questions = [Question(prompt.text, prompt.ids) for prompt in prompts]
-            seeing = list(_image_questions(args, config, tokenizer, options, theirs.model))
+            seen = _image_prompts(args, config, tokenizer, options)
+            seeing = list(_image_questions(args, config, tokenizer, options, theirs.model, seen))
             engine_args = _engine_args(args, [*questions, *seeing], tokenizer is None)
             tolerance, teacher = TOLERANCES[config.dtype], Teacher(theirs.model)
             results = run_schedules(engine_args, teacher, questions, SCHEDULES, tolerance)
             if seeing:  # apart, since a batch is of ids or of texts
                 names = [name for name in SCHEDULES if name != SECOND_TURN]
                 results = _worse(results, run_schedules(engine_args, teacher, seeing, names, tolerance))
+            located = locate(args, config, theirs, {p.text: p for p in (*prompts, *seen)}, results)
+            if located and served:
+                located = replace(located, source=located.source.replace(*served))
     except ModelImportError as error:
         return SchedulesReport(args.model_path, args.dtype, failure=str(error))
     num = len(questions) + len(seeing)
-    return SchedulesReport(config.model_path, config.dtype, num, len(seeing), tuple(results))
+    return SchedulesReport(config.model_path, config.dtype, num, len(seeing), tuple(results), located=located)
 
 
 def _worse(first: list[ScheduleResult], second: list[ScheduleResult]) -> list[ScheduleResult]:
@@ -76,24 +88,37 @@ def _worse(first: list[ScheduleResult], second: list[ScheduleResult]) -> list[Sc
 
 
 @contextmanager
-def _served(args: ServerArgs, model_class: str | None) -> Iterator[None]:
-    """Register ``--model-class``; a file's class in a form that other ranks can import."""
+def _served(args: ServerArgs, model_class: str | None) -> Iterator[tuple[str, str] | None]:
+    """Register ``--model-class``; a file's class in a form that other ranks can import. Yield where that form lies, and
+    the file's own path."""
     path, _, name = (model_class or "").rpartition(":")
     with ExitStack() as stack:
         stack.enter_context(registered(args, model_class))  # which checks it
         if path.endswith(".py"):
-            stack.enter_context(served_by_file(path, read_architectures(args), name))
-        yield
+            copied = stack.enter_context(served_by_file(path, read_architectures(args), name))
+            yield inspect.getsourcefile(copied) or "", path
+        else:
+            yield None
+
+
+def _image_prompts(args: ServerArgs, config: Any, tokenizer: Any, options: VerifyOptions) -> list[Prompt]:
+    """Return the prompts with the images of ``--image``, or the drawn one; none, if the model takes no images."""
+    prompts = image_prompts(args, config, tokenizer, options)
+    return prompts[-len(read_prompts(options.prompt_filename, IMAGE_PROMPTS)) :]
 
 
 def _image_questions(
-    args: ServerArgs, config: Any, tokenizer: Any, options: VerifyOptions, their_model: Any
+    args: ServerArgs,
+    config: Any,
+    tokenizer: Any,
+    options: VerifyOptions,
+    their_model: Any,
+    prompts: Sequence[Prompt],
 ) -> Iterator[Question]:
-    prompts = image_prompts(args, config, tokenizer, options)
     if not prompts:
         return
     texts, images = read_prompts(options.prompt_filename, IMAGE_PROMPTS), read_images(options.image or ())
-    for text, prompt in zip(texts, prompts[-len(texts) :], strict=True):  # those with these images
+    for text, prompt in zip(texts, prompts, strict=True):
         if prompt.media is None:
             raise VerifyError(f"the prompt {prompt.text!r} has no images")
         chat = image_prompt(args, config, tokenizer, text, len(images))

@@ -10,7 +10,7 @@ import torch
 from rtp_llm.srt.kernels import reference
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.number_names import scaling_name
-from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, VALUES, AttentionCall, Place, Trace
+from rtp_llm.tools.verify.trace import ATTENDED, KEYS, QUERIES, UNROTATED, VALUES, AttentionCall, Place, Trace
 
 MAX_CHANGES = 2
 MIN_DISTANCE = 3  # tokens from which slopes are seen
@@ -47,6 +47,13 @@ class AttentionTrials:
         }
         self._states = [theirs.tensors[Place(name, part)] for part in (QUERIES, KEYS, VALUES)]
         self._first = theirs.first_position(Place(name, QUERIES))
+        self._starts = ours.starts
+        self._cached = {
+            other: (ours.tensors[Place(other, KEYS)], ours.tensors[Place(other, VALUES)])
+            for other in self._all
+            if all(Place(other, part) in ours.tensors for part in (KEYS, VALUES))
+        }
+        self._unrotated = ours.tensors.get(Place(name, UNROTATED[KEYS]))
         self._ours, self._theirs = ours.tensors[Place(name, ATTENDED)], theirs.tensors[Place(name, ATTENDED)]
         self._call, self._own_call, self._config = theirs.calls[name], ours.calls[name], config
         self._ahead = next((seen for call in theirs.calls.values() if (seen := _seen_ahead(call)) is not None), None)
@@ -58,7 +65,7 @@ class AttentionTrials:
             return None
         found = next((trial for trial in self._trials(right) if self._is(trial, self._ours, tolerance)), None)
         if found is None:
-            return self._of_another_layer(right, tolerance)
+            return self._of_another_layer(right, tolerance) or self._of_the_cache(right, tolerance)
         if found.mask == SLOPES and (slopes := _slopes_of(self._call.bias)) is not None:
             return f"slopes of the bias by distance: ours {_few(self._own_call.slopes)}, the reference's {_few(slopes)}"
         changes = [
@@ -86,6 +93,36 @@ class AttentionTrials:
                 if relative_error(self._attend(right, (self._states[0], k, v)), self._ours) <= tolerance:
                     of = next((n for n in self._all if torch.equal(self._all[n][0], self._states[1])), self._name)
                     return f"{text} are those of {other}, in the reference those of {of}"
+        return None
+
+    def _of_the_cache(self, right: Attending, tolerance: float) -> str | None:
+        """Try what is read of earlier pieces of the prompt: nothing, or keys and values of another layer."""
+        if right.mask != CAUSAL or len(self._starts) < 2:
+            return None
+        q, keys, values = self._states
+        nothing = "tokens of a later piece see their own piece alone: what earlier pieces have in the cache is not read"
+        trials: list[tuple[str, torch.Tensor | None, torch.Tensor | None]] = [(nothing, None, None)]
+        trials += [
+            (f"of earlier pieces it reads keys and values of {name}: the cache of another layer (layer_id)", k, v)
+            for name, (k, v) in self._cached.items()
+            if name != self._name and k.shape == keys.shape and v.shape == values.shape
+        ]
+        if self._unrotated is not None and self._unrotated.shape == keys.shape:
+            trials.append(("keys of earlier pieces are not rotated in the cache", self._unrotated, values))
+        for text, old_keys, old_values in trials:
+            outputs = []
+            for start, end in zip(self._starts, [*self._starts[1:], len(keys)], strict=True):
+                begin = max(start, self._first)
+                if begin >= end:
+                    continue
+                own = (q[begin - self._first : end - self._first], keys[start:end], values[start:end])
+                if old_keys is None or old_values is None:
+                    outputs.append(self._attend(right, own, begin - start))
+                else:
+                    states = (own[0], torch.cat([old_keys[:start], own[1]]), torch.cat([old_values[:start], own[2]]))
+                    outputs.append(self._attend(right, states, begin))
+            if relative_error(torch.cat(outputs), self._ours) <= tolerance:
+                return text
         return None
 
     def _trials(self, right: Attending) -> Iterator[Attending]:
@@ -122,7 +159,11 @@ class AttentionTrials:
     def _is(self, trial: Attending, expected: torch.Tensor, tolerance: float) -> bool:
         return relative_error(self._attend(trial), expected) <= tolerance
 
-    def _attend(self, trial: Attending, states: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+    def _attend(
+        self, trial: Attending, states: Sequence[torch.Tensor] | None = None, first: int | None = None
+    ) -> torch.Tensor:
+        """``first``: the place of the first query among the keys; None: that of the first that is recorded."""
+        first = self._first if first is None else first
         q, k, v = (
             tensor.unflatten(-1, (heads, -1))
             for tensor, heads in zip(
@@ -139,7 +180,7 @@ class AttentionTrials:
             return _attend_biased(q, k, v, trial, bias[:, self._first :], sinks).flatten(1)
         slopes = self._own_call.slopes if trial.mask == SLOPES else None
         return reference.attention(
-            *(q, k, v, trial.scaling, self._first, trial.window, trial.logit_cap, sinks),
+            *(q, k, v, trial.scaling, first, trial.window, trial.logit_cap, sinks),
             alibi_slopes=slopes,
             chunk=trial.chunk,
         ).flatten(1)

@@ -17,25 +17,24 @@ from rtp_llm.tools.verify.activation_causes import activation_name, explain_acti
 from rtp_llm.tools.verify.attention_causes import AttentionTrials
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.expert_causes import explain_experts, explain_routing, given_to_experts
+from rtp_llm.tools.verify.gated_norm_causes import explain_gated_norm
 from rtp_llm.tools.verify.latent import PLAIN, ROTATED
 from rtp_llm.tools.verify.latent_causes import explain_scores
 from rtp_llm.tools.verify.locate import Difference, layer_of, relative_error
+from rtp_llm.tools.verify.logits_causes import missing_scale, scaled_logits
 from rtp_llm.tools.verify.mutations import find_mutation, without_effect
-from rtp_llm.tools.verify.number_names import factor_reason, value_name
+from rtp_llm.tools.verify.number_names import factor_reason
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.own_rotation import explain_own_rotation, fused_sources
+from rtp_llm.tools.verify.parameter_causes import held_otherwise
+from rtp_llm.tools.verify.product_causes import explain_product
 from rtp_llm.tools.verify.recurrent_calls import CONVOLVED, DECAYS, SCANNED, SHARES, STEPS
 from rtp_llm.tools.verify.recurrent_causes import explain_boundary, explain_recurrent
-from rtp_llm.tools.verify.relation_causes import (
-    describe_relation,
-    explain_added,
-    explain_relation,
-    origin_of,
-    other_columns,
-)
+from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
 from rtp_llm.tools.verify.rotation_of_place import RotationOfPlace
 from rtp_llm.tools.verify.routing_causes import FACTOR_ALONE
+from rtp_llm.tools.verify.row_causes import explain_added, origin_of, other_columns
 from rtp_llm.tools.verify.source_mutations import find_source_edit
 from rtp_llm.tools.verify.sum_causes import (
     ELSEWHERE,
@@ -255,6 +254,14 @@ def _vision_attention_of(evidence: Evidence, place: Place) -> str:
     return next((name for name in both if place.module.startswith(f"{name}.")), "")
 
 
+def explain_segments(evidence: Evidence, place: Place, error: float) -> Finding | None:
+    """Explain the output of a tower's attention; None: it is none, or nothing is found."""
+    if not _is_of_vision_attention(evidence, place):
+        return None
+    finding = _explain_vision_attention(evidence, place, error)
+    return finding if finding.part == ATTENDED else None
+
+
 def _explain_vision_attention(evidence: Evidence, place: Place, error: float) -> Finding:
     name = _vision_attention_of(evidence, place)
     trials = VisionTrials(name, evidence.ours, evidence.theirs, evidence.ours.tensors[place])
@@ -327,7 +334,7 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
             if cause is not None and cause.startswith(OTHER_ROWS) and _is_of_unseen_attention(evidence, place):
                 cause += UNSEEN_ATTENTION
         elif weight.dim() == 1:
-            cause = explain_norm(given, ours, place.module, evidence)
+            cause = explain_gated_norm(evidence, place) or explain_norm(given, ours, place.module, evidence)
     elif given is None and theirs is not None:
         cause = explain_norms(evidence, place)
     if cause is None:
@@ -370,11 +377,17 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
     activation = explain_activation(evidence, place)
     if activation:
         return Finding(activation_name(evidence, place), INPUT, error, [activation])
-    searches = (elsewhere, early_rotation, multiple, own_order, explain_relation, combination, explain_added)
+    searches = (
+        *(elsewhere, early_rotation, multiple, own_order, explain_product, explain_relation, combination),
+        explain_added,
+    )
     for search in (*searches, module_of_sum):
         cause = search(evidence, place)
         if cause:
             return Finding(place.module, place.part, error, [cause])
+    held = held_otherwise(evidence, place)
+    if held is not None:
+        return Finding(held[0], OUTPUT, error, [held[1]])
     mutation = find_mutation(evidence, place)
     if mutation is not None:
         if mutation.module not in evidence.their_modules:  # of the configuration, or an argument
@@ -399,38 +412,17 @@ def explain_logits(evidence: Evidence, place: Place, error: float) -> Finding:
     raw = evidence.theirs.tensors[Place(place.module, OUTPUT)][-1:]
     embedding: Any = evidence.their_model.get_input_embeddings()  # type: ignore[operator]
     trials = {
-        _missing_scale(evidence, theirs, raw[:, : theirs.shape[1]]): raw,
+        missing_scale(evidence, theirs, raw[:, : theirs.shape[1]]): raw,
         "they are made with the embedding's weights, but the head has its own": F.linear(
             hidden, embedding.weight.detach().float().cpu()
         ),
         "the head's bias is missing": F.linear(hidden, head.weight.detach().float().cpu()),
     }
     factor = float((ours * theirs).sum() / theirs.square().sum())
-    trials[_scaled_logits(evidence, ours, theirs, raw[:, : ours.shape[1]])] = factor * theirs
+    trials[scaled_logits(evidence, ours, theirs, raw[:, : ours.shape[1]])] = factor * theirs
     causes = [text for text, tensor in trials.items() if evidence.same(ours, tensor[:, : ours.shape[1]])]
     if not causes:
         finding = _explain_input(evidence, place, error)
         finding = Finding(place.module, place.part, error, finding.causes, finding.is_description)
         return finding if finding.is_explained else _by_source(evidence, place, finding)
     return Finding(place.module, place.part, error, causes[:1])
-
-
-def _scaled_logits(evidence: Evidence, ours: torch.Tensor, theirs: torch.Tensor, raw: torch.Tensor) -> str:
-    """Return how our logits are scaled, if they are a multiple of the reference's: by the head's product, if both are
-    multiples of that."""
-    config = evidence.config
-    pairs = ((ours, raw), (theirs, raw), (ours, theirs))
-    mine, yours, factor = (float((x * y).sum() / y.square().sum()) for x, y in pairs)
-    text = f"they are the reference's times {factor:.6g}"
-    if not evidence.same(ours, mine * raw) or not evidence.same(theirs, yours * raw):
-        return f"{text}: {factor_reason(factor, config)}"
-    right = f"the reference by {value_name(yours, config)}" if abs(yours - 1) > 1e-3 else "the reference does not"
-    return f"{text}: ours multiplies the head's product by {value_name(mine, config)}, {right}"
-
-
-def _missing_scale(evidence: Evidence, theirs: torch.Tensor, raw: torch.Tensor) -> str:
-    """Return the cause of logits that are the head's product."""
-    factor = float((theirs * raw).sum() / raw.square().sum())
-    is_scaled = evidence.same(theirs, factor * raw)
-    scale = f": the reference multiplies it by {value_name(factor, evidence.config)}" if is_scaled else ""
-    return f"they are the head's product itself: a scale or a soft cap of the logits is missing{scale}"

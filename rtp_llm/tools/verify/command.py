@@ -17,6 +17,7 @@ from rtp_llm.tools.verify.all_schedules import SchedulesReport, verify_schedules
 from rtp_llm.tools.verify.locate import MODULE_TOLERANCE
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.run import TOP, PromptResult, Report, verify
+from rtp_llm.tools.verify.schedule_places import Located
 
 EXIT_DIFFERENT = 1
 WIDTH = 80
@@ -41,7 +42,9 @@ def _run_schedules(args: ServerArgs, options: VerifyOptions, json_wanted: bool) 
     report = verify_schedules(args, options)
     if json_wanted:
         results = [{**asdict(replace(result, error=None)), "agrees": result.agrees} for result in report.results]
-        shown = asdict(replace(report, results=())) | {"agrees": report.agrees, "results": results}
+        shown = asdict(replace(report, results=(), located=None)) | {"agrees": report.agrees, "results": results}
+        if report.located:
+            shown["located"] = asdict(replace(report.located, around=[])) | {"around": _places_of(report.located)}
         print(json.dumps(_finite(shown), indent=2))
     else:
         _print_schedules(report)
@@ -67,14 +70,22 @@ def _print_schedules(report: SchedulesReport) -> None:
             table.add_row(result.schedule, f"[{colour}]{result.difference:.1e}[/{colour}]", escape(result.question))
     console.print(table)
     console.print("[green]They agree.[/green]" if report.agrees else "[red]They differ.[/red]")
+    if report.located:
+        console.print(f"Computed again: {report.located.schedule}.")
+        for line in _found_lines(report.located):
+            console.print(line)
 
 
 def as_json(report: Report) -> Any:
     shown = asdict(report) | {"agrees": report.agrees}
     for result in shown["results"]:
         del result["prompt"]["media"]
-    shown["around"] = [{"module": d.place.module, "part": d.place.part, "error": d.error} for d in report.around]
+    shown["around"] = _places_of(report)
     return _finite(shown)
+
+
+def _places_of(report: Report | Located) -> list[dict[str, Any]]:
+    return [{"module": d.place.module, "part": d.place.part, "error": d.error} for d in report.around]
 
 
 def _finite(value: Any) -> Any:
@@ -146,10 +157,13 @@ def _verdict(report: Report) -> list[str]:
     if report.agrees:
         worst = max(result.error for result in report.results)
         agree = f"[green]They agree[/green]: logits differ by {worst:.1g} of their spread ({report.tolerance:g} may)."
-        return [agree, *_states_lines(report)]
-    lines = ["[red]They differ.[/red]"]
-    if report.note:
-        lines.append(escape(report.note))
+        return [agree, *_states_lines(report), *_found_lines(report)]
+    return ["[red]They differ.[/red]", *_found_lines(report)]
+
+
+def _found_lines(report: Report | Located) -> list[str]:
+    """Return note, place, causes and source."""
+    lines = [escape(report.note)] if report.note else []
     if report.finding:
         finding = report.finding
         lines.append(f"First: [bold]{escape(finding.module)}[/bold], its {escape(finding.part)} ({finding.error:.2g})")

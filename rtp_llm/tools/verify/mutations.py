@@ -16,7 +16,7 @@ from torch import nn
 
 from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.tools.verify.evidence import Evidence
-from rtp_llm.tools.verify.parameter_causes import handed_on, transposed_parameters
+from rtp_llm.tools.verify.parameter_causes import handed_on, reordered_rows, transposed_parameters
 from rtp_llm.tools.verify.trace import Place
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
@@ -92,7 +92,9 @@ def mutations(evidence: Evidence, place: Place) -> Iterator[Mutation]:
             yield Mutation(name, "it is left out: what goes in comes out", _hooked(module, _passed_on))
             yield Mutation(name, "its output is left out: nothing is added", _hooked(module, _nothing))
             yield Mutation(name, "its output counts twice", _hooked(module, _twice))
-    for what, text, made in (*transposed_parameters(modules), *handed_on(evidence, place)):
+    heads = [value for key, value in vars(evidence.config).items() if "heads" in key and isinstance(value, int)]
+    changes = (*transposed_parameters(modules), *handed_on(evidence, place), *reordered_rows(modules, heads))
+    for what, text, made in changes:
         yield Mutation(what, text, made)
     yield from _replaced(modules)
     yield from _config_mutations(evidence)

@@ -69,7 +69,9 @@ def matching_rows(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     if bool((nearest.values > tolerance * size[nearest.indices].clamp(min=0.1 * float(size.mean()) + 1e-30)).any()):
         return None
     order = nearest.indices.tolist()
-    return order if len(set(order)) == len(order) and order != sorted(order) else None
+    if len(set(order)) < len(order):  # some rows are equal, such as the class tokens of several images
+        return paired_rows(ours, theirs, tolerance)
+    return order if order != sorted(order) else None
 
 
 def paired_rows(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> list[int] | None:
@@ -106,6 +108,10 @@ def runs_text(order: Sequence[int]) -> str | None:
 
 def order_text(order: Sequence[int]) -> str:
     """Describe an order of rows: a shift, a reversal, or a grid with its directions exchanged."""
+    return _known_order(order) or runs_text(order) or f"{_numbers(order)} of the reference"
+
+
+def _known_order(order: Sequence[int]) -> str | None:
     num = len(order)
     if list(order) == list(range(num - 1, -1, -1)):
         return "the last first"
@@ -126,7 +132,9 @@ def order_text(order: Sequence[int]) -> str:
             order[i] == inner[i % block] + i - i % block for i in range(num)
         ):
             return f"within each {block} of them, {order_text(inner)}"
-    return runs_text(order) or f"{_numbers(order)} of the reference"
+    if num > 2 and order[0] == 0 and (rest := _known_order([row - 1 for row in order[1:]])):
+        return f"behind the first, {rest}"
+    return None
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -1,15 +1,18 @@
 """Experiments on single parameters of the reference, and on what its layers are given beside the hidden states: it is
 computed anew with one of them changed."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import product
 
 import torch
 from torch import nn
 
 from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.order_causes import order_text
 from rtp_llm.tools.verify.trace import INPUT, Place
 
+MIN_HELD = 3  # numbers in a tensor that is recognised in another order, or times a factor
 MAX_HANDED_ON = 64  # earlier tensors that a layer is given in the place of an argument
 Change = tuple[str, str, Callable[[], AbstractContextManager[None]]]  # (what is changed, how, makes it)
 
@@ -39,6 +42,80 @@ def transposed_parameters(modules: Mapping[str, nn.Module]) -> Iterator[Change]:
 
 def _maker(parameter: nn.Parameter) -> Callable[[], AbstractContextManager[None]]:
     return lambda: _changed(parameter, parameter.data.transpose(-1, -2).contiguous())
+
+
+def reordered_rows(modules: Mapping[str, nn.Module], numbers: Iterable[int]) -> Iterator[Change]:
+    """Yield the fused projections of modules, each with its outputs read in another order: in blocks where the
+    reference reads head by head, or the other way round. ``numbers``: of heads."""
+    heads = sorted({number for number in numbers if number > 1})
+    for holder, module in modules.items():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter):
+            continue
+        for num_parts, num_heads in product((2, 3, 4), heads):
+            if len(weight) % (num_parts * num_heads):
+                continue
+            for first, second, text in (
+                (num_parts, num_heads, f"in {num_parts} blocks, the reference head by head ({num_heads} heads)"),
+                (num_heads, num_parts, f"head by head ({num_heads} heads), the reference in {num_parts} blocks"),
+            ):
+                order = torch.arange(len(weight)).view(first, second, -1).transpose(0, 1).flatten()
+                tensors = [x for x in (weight, bias) if isinstance(x, nn.Parameter)]
+                yield holder, f"ours reads its outputs {text}", _reorderer(tensors, order)
+
+
+def _reorderer(parameters: Sequence[nn.Parameter], order: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def made() -> Iterator[None]:
+        with ExitStack() as stack:
+            for parameter in parameters:
+                stack.enter_context(_changed(parameter, parameter.data[order.to(parameter.device)]))
+            yield
+
+    return made
+
+
+def held_otherwise(evidence: Evidence, place: Place) -> tuple[str, str] | None:
+    """Return the module, and how a tensor that it computed by itself, such as decays, is the reference's in another
+    order, or times a factor; None: there is no such tensor around a place."""
+    block = place.module.rpartition(".")[0]
+    theirs = {
+        name: tensor.flatten()
+        for name, tensor in evidence.their_parameters.items()
+        if name.startswith(f"{block}.") and tensor.numel() > 1
+    }
+    for name, module in evidence.our_modules.items():
+        if not block or not (name == block or name.startswith(f"{block}.")):
+            continue
+        held = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        held |= dict(module.named_buffers(recurse=False))
+        for key, value in held.items():
+            if not value.is_floating_point() or value.numel() < MIN_HELD:
+                continue
+            own = value.detach().float().cpu().flatten()
+            text = next((found for other, right in theirs.items() if (found := _how_held(own, right, other))), None)
+            if text and not any(_is_as(own, right) for right in theirs.values()):
+                return name, f"its {key} is {text}"
+    return None
+
+
+def _is_as(own: torch.Tensor, right: torch.Tensor) -> bool:
+    if own.shape != right.shape:
+        return False
+    return any(torch.allclose(own, form, rtol=1e-3, atol=1e-7) for form in (right, -right, right.exp(), (-right).exp()))
+
+
+def _how_held(own: torch.Tensor, right: torch.Tensor, name: str) -> str | None:
+    if own.shape != right.shape or len(right.unique()) < MIN_HELD:
+        return None
+    for sign in (1, -1):
+        if torch.allclose(own.sort().values, (sign * right).sort().values, rtol=1e-3, atol=1e-7):
+            order = [int((sign * right - value).abs().argmin()) for value in own]
+            return f"the reference's {name} in another order: {order_text(order)}"
+        factor = float((own * right).sum() / right.square().sum())
+        if abs(factor) > 1e-6 and torch.allclose(own, factor * right, rtol=1e-3, atol=1e-7):
+            return f"the reference's {name} times {abs(factor):.4g}"
+    return None
 
 
 @contextmanager

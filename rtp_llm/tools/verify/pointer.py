@@ -2,26 +2,30 @@
 
 import inspect
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
+from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.model_traits import ModelTraits
-from rtp_llm.tools.verify.trace import EMBEDDINGS, INPUT, CallSite, Trace
+from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, INPUT, CallSite, Trace
 
 _PASSED_OVER = ("torch.", "rtp_llm.srt.layers.", "rtp_llm.srt.utils", "rtp_llm.tools.verify.")
 _LIBRARIES = ("rtp_llm.srt.", "torch.")
 
 
-def call_sites(model: nn.Module) -> tuple[CallSite, ...]:
+def call_sites(model: nn.Module | None, built: nn.Module | None = None) -> tuple[CallSite, ...]:
     """Return the lines of model files from which the running code is called, the innermost first, without those of
-    ``model``'s own methods."""
+    ``model``'s own methods and what calls these, nor those of the methods of the module that is ``built``."""
     found: list[CallSite] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_locals.get("self") is not model:
+    while frame is not None and (model is None or frame.f_locals.get("self") is not model):
         name = f"{frame.f_globals.get('__name__')}."
-        if not name.startswith(_PASSED_OVER):
+        is_own = built is not None and frame.f_locals.get("self") is built
+        if not is_own and not name.startswith(_PASSED_OVER):
             if name.startswith(_LIBRARIES):
                 break
             found.append(CallSite(frame.f_code.co_qualname, frame.f_code.co_filename, frame.f_lineno))
@@ -29,17 +33,60 @@ def call_sites(model: nn.Module) -> tuple[CallSite, ...]:
     return tuple(found)
 
 
-def source_of(model: nn.Module, module: str, part: str, trace: Trace, look: str = "") -> str:
-    """Return where a place is computed: in the model's own file, if anything there has to do with it: the
-    module's forward, the line that calls it, or the class around it; else in the file that the module is from.
+Built = Mapping[int, tuple[CallSite, ...]]  # id of a module -> the lines that built it, the innermost first
+
+
+@contextmanager
+def constructions() -> Iterator[Built]:
+    """Record the lines of model files that build modules within the context."""
+    found: dict[int, tuple[CallSite, ...]] = {}
+    original: Callable[..., None] = nn.Module.__init__
+
+    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        found[id(self)] = call_sites(None, built=self)
+
+    nn.Module.__init__ = recorded  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        nn.Module.__init__ = original  # type: ignore[method-assign]
+
+
+def source_of(
+    model: nn.Module, module: str, part: str, trace: Trace, look: str = "", built: Built | None = None
+) -> str:
+    """Return where a place is computed, and where in the model's own file its module, or the attention in it, is built.
 
     Args:
         look: the module whose code, or whose call for embeddings, is to be read; empty: ``module``'s.
         trace: ours, with the lines of our modules' calls.
+        built: the lines that built our modules.
     """
+    text = _computed_at(model, module, part, trace, look)
+    name = module_name(model, look or module)
+    site = None if built is None or part in (INPUT, EMBEDDINGS) else _built_at(model, name, part, built)
+    return text if site is None or str(site) in text else f"{text}; built by {site}"
+
+
+def _built_at(model: nn.Module, name: str, part: str, built: Built) -> CallSite | None:
+    """Return the line of the model's own file that gave a module its arguments; None: no such line, but one that only
+    lists layers."""
+    own, modules = inspect.getsourcefile(type(model)), dict(model.named_modules())
+    around = modules[name]
+    attention = (
+        next((m for m in around.children() if isinstance(m, RadixAttention)), None) if part == ATTENDED else None
+    )
+    sites = built.get(id(around if attention is None else attention), ())
+    return next((site for site in sites if site.filename == own and "<lambda>" not in site.function), None)
+
+
+def _computed_at(model: nn.Module, module: str, part: str, trace: Trace, look: str) -> str:
+    """Return where a place is computed: in the model's own file, if anything there has to do with it: the
+    module's forward, the line that calls it, or the class around it; else in the file that the module is from."""
     modules = dict(model.named_modules())
     is_call = part == INPUT or (part == EMBEDDINGS and bool(look))
-    name = _module_name(model, look or module, modules)
+    name = module_name(model, look or module)
     own = type(model).__module__
     kind = type(modules[name])
     if name and kind.__module__ == own and (look != "" or not is_call) and part != EMBEDDINGS:
@@ -79,13 +126,14 @@ def _is_first(name: str, parents: list[str], trace: Trace) -> bool:
     return first is not None and first.module == name
 
 
-def _module_name(model: nn.Module, name: str, modules: dict[str, nn.Module]) -> str:
+def module_name(model: nn.Module, name: str) -> str:
     """Return our module of a checkpoint name: itself, the packed one that it is a part of, or one around it."""
+    modules = dict(model.named_modules())
     parent, _, last = name.rpartition(".")
     packed = ModelTraits.of(model).packed_modules_mapping
     holders = [name, *(f"{parent}.{key}" for key, sources in packed.items() if last in sources)]
     found = next((holder for holder in holders if holder in modules), None)
-    return found if found is not None else _module_name(model, parent, modules)
+    return found if found is not None else module_name(model, parent)
 
 
 def _class_text(kind: type[nn.Module]) -> str:

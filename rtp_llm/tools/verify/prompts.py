@@ -17,6 +17,12 @@ from rtp_llm.tools.reference import IMAGE_PROMPTS, chat_text, encode, read_image
 from rtp_llm.tools.verify.options import MIN_LONG_LEN, VerifyError, VerifyOptions
 
 RANDOM_LENS = (5, 9, 12)  # of prompts without a tokenizer
+Cuts = int | tuple[int, ...]  # after how many tokens a prompt is cut, once or more often; 0: never
+
+
+def cuts_of(cut_len: Cuts) -> tuple[int, ...]:
+    """Return the ends of all pieces but the last."""
+    return cut_len if isinstance(cut_len, tuple) else (cut_len,) if cut_len else ()
 
 
 @dataclass(frozen=True)

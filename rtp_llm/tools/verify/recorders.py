@@ -15,6 +15,7 @@ from transformers.masking_utils import eager_mask
 
 from rtp_llm.srt.layers.encoder_attention import MMEncoderAttention
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
+from rtp_llm.srt.layers.logits_processor import LogitsProcessor
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention
@@ -28,6 +29,8 @@ from rtp_llm.tools.verify.recurrent_watch import RecurrentWatch, watch_ours
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
+    GATE,
+    HEAD,
     INPUT,
     KEYS,
     LATENT,
@@ -67,11 +70,29 @@ class Recorder:
         if next(module.children(), None) is not None:
             self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _summed(output)))
         elif next(module.parameters(recurse=False), None) is not None:
-            if num_experts_of(module) is None:
+            if _gate_of(module):
+                self.called(module, lambda given: self._add_gated(name, module, given))
+            elif num_experts_of(module) is None:
                 self.before(module, lambda args: self.trace.add(name, INPUT, _summed(args)))
+            if _gate_of(module):
+                self.after(module, lambda args, output: self.trace.add(name, OUTPUT, self._by_token(output)))
+                return
             self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _leaf_output(module, args, output)))
         if num_experts_of(module) is not None:
             self.called(module, lambda given: self._add_experts(name, module, given))
+
+    def _add_gated(self, name: str, module: nn.Module, given: dict[str, Any]) -> None:
+        """Add what a norm with a gate is given, which may have a row for each head of a token."""
+        values = list(given.values())
+        self.trace.add(name, INPUT, self._by_token(values[0] if values else None))
+        self.trace.add(name, GATE, self._by_token(given.get(_gate_of(module))))
+
+    def _by_token(self, tensor: Any) -> Any:
+        num = self.trace.num_in_step
+        is_by_head = (
+            isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and len(tensor) > num > 0 == len(tensor) % num
+        )
+        return tensor.reshape(num, -1) if is_by_head else tensor
 
     def _add_experts(self, name: str, module: nn.Module, given: dict[str, Any]) -> None:
         found = experts_call(module, given)
@@ -102,6 +123,15 @@ class Recorder:
             action((*args, *kwargs.values()), output)
 
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+
+def _gate_of(module: nn.Module) -> str:
+    """Return the argument of a norm that it multiplies by; empty: it has none."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return ""
+    names = list(inspect.signature(module.forward).parameters)
+    return next((name for name in names[1:2] if name in ("gate", "z")), "")
 
 
 def _embeddings(given: dict[str, Any]) -> Any:
@@ -145,6 +175,8 @@ class OurRecorder(Recorder):
         watch_ours(self, name, module)
         if isinstance(module, RotaryEmbedding):
             self.before(module, lambda args: self._keep_rotation(name, args))
+        elif isinstance(module, LogitsProcessor):
+            self.called(module, lambda given: self.trace.add(HEAD, INPUT, given.get("hidden_states")))
         elif isinstance(module, RadixAttention):
             self._watch_attention(self._attention_name(name, module), module)
         elif isinstance(module, VisionAttention):

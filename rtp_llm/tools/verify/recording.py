@@ -12,18 +12,19 @@ from rtp_llm.tools.verify.locate import (
     pass_over_embedding,
 )
 from rtp_llm.tools.verify.names import aligned_names
-from rtp_llm.tools.verify.prompts import Prompt
+from rtp_llm.tools.verify.prompts import Cuts, Prompt
 from rtp_llm.tools.verify.recorders import OurRecorder, TheirRecorder
 from rtp_llm.tools.verify.replay import Replay
 from rtp_llm.tools.verify.sides import OurModel, TheirModel
-from rtp_llm.tools.verify.trace import LOGITS, Parts, Place, Trace
+from rtp_llm.tools.verify.trace import HEAD, INPUT, LOGITS, Parts, Place, Trace
 
 MAX_KEPT_TOKENS = 256  # most tokens at a prompt's end that are recorded (and all keys and values)
 
 
-def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: int) -> Evidence:
+def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_len: Cuts) -> Evidence:
     """Return both sides' traces of a prompt, the last logits among them."""
-    num_tokens, cut_len, log = len(prompt.ids), ours.cut_of(prompt, cut_len), StateLog()
+    num_tokens, log = len(prompt.ids), StateLog()
+    cut_len = ours.cut_of(prompt, cut_len)
     parts = Parts() if prompt.media is None else Parts.of(theirs.model)
     our_trace, their_trace = (Trace(num_tokens, max(0, num_tokens - MAX_KEPT_TOKENS), parts) for _ in range(2))
     with OurRecorder(ours.model, our_trace):
@@ -38,6 +39,7 @@ def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_l
         trace.join_uses(other)
     add_latent_scores(our_trace, their_trace)
     logits = Place(names.get(theirs.model.get_output_embeddings(), "lm_head"), LOGITS)
+    our_trace.rename(Place(HEAD, INPUT), Place(logits.module, INPUT))
     num_logits = our_logits.shape[1]
     our_trace.tensors[logits], their_trace.tensors[logits] = our_logits[-1:], their_logits[-1:, :num_logits]
     config, tolerance = theirs.model.config.get_text_config(), MODULE_TOLERANCE[dtype]
@@ -46,7 +48,11 @@ def record(dtype: str, ours: OurModel, theirs: TheirModel, prompt: Prompt, cut_l
 
 
 def compared(evidence: Evidence) -> list[Difference]:
-    differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place.part != LOGITS]
+    """Return the differences at all places but the logits. What the head is given may be written in another way, such
+    as a scale before it or after it: where the logits agree, that is passed over."""
+    logits, error = logits_of(evidence)
+    passed_over = {logits, *([Place(logits.module, INPUT)] if error <= evidence.tolerance else [])}
+    differences = [d for d in compare(evidence.ours, evidence.theirs) if d.place not in passed_over]
     return pass_over_embedding(differences, evidence.ours, evidence.theirs, evidence.tolerance)
 
 

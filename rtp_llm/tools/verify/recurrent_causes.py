@@ -63,15 +63,19 @@ def _num_sound(ours: torch.Tensor, theirs: torch.Tensor) -> int:
 
 
 def explain_boundary(evidence: Evidence, place: Place, error: float) -> Finding | None:
-    """Explain a convolution or a scan that is right up to the end of the first piece: by the state that ours has there,
-    if it is wrong, or by its not being used. None: it is wrong before, too, or nothing is found."""
-    boundary = min((pair.position for pair in evidence.states), default=0)
-    if place.part not in (CONVOLVED, SCANNED) or not boundary or _first_wrong(evidence, place) < boundary:
+    """Explain a convolution or a scan that is right up to the end of a piece: by the state that ours has there, if that
+    is wrong, or by its not being used. None: it is wrong before, too, or nothing is found."""
+    if place.part not in (CONVOLVED, SCANNED):
+        return None
+    first = _first_wrong(evidence, place)
+    boundary = max((pair.position for pair in evidence.states if pair.position <= first), default=0)
+    if not boundary:
         return None
     kind = place.part == CONVOLVED
     wrong = [pair for pair in evidence.wrong_states(place.module) if (pair.kind == CONVOLUTION) == kind]
-    if wrong and wrong[0].position == boundary:
-        return explain_state(evidence, wrong[0])
+    at_boundary = [pair for pair in wrong if pair.position == boundary]
+    if at_boundary:
+        return explain_state(evidence, at_boundary[0])
     ours = evidence.ours.tensors[place]
     anew = _from_nothing(evidence, place, boundary)
     if anew is None or not evidence.same(ours, anew[-len(ours) :]):

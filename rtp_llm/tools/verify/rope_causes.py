@@ -239,7 +239,8 @@ def _other_positions(ours: torch.Tensor, theirs: torch.Tensor) -> str:
     token = int((ours != theirs).any(dim=0).nonzero()[0])
     mine, yours = (tuple(positions[:, token].tolist()) for positions in (ours, theirs))
     named = " (time, height, width)" if len(mine) == 3 else ""
-    return f"are others from token {token} on: ours {mine}, the reference's {yours}{named}"
+    again = ", as if it began there: they start at zero again" if token and not any(mine) else ""
+    return f"are others from token {token} on: ours {mine}, the reference's {yours}{named}{again}"
 
 
 def _sections(scaling: dict[str, Any] | None) -> str:

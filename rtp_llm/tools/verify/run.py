@@ -18,7 +18,7 @@ from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.srt.multimodal.placement import MediaPlacementError
 from rtp_llm.tools.reference import IMAGE_PROMPTS, read_images, read_prompts
 from rtp_llm.tools.verify.boundary_states import StateLog
-from rtp_llm.tools.verify.causes import explain, explain_logits, pass_over_layout
+from rtp_llm.tools.verify.causes import explain, explain_logits, explain_segments, pass_over_layout
 from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.locate import (
     LOGITS_TOLERANCE,
@@ -31,15 +31,17 @@ from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
 from rtp_llm.tools.verify.pixels import pixels_note
 from rtp_llm.tools.verify.pointer import source_of
-from rtp_llm.tools.verify.prompts import Prompt, image_prompt, image_prompts, read_or_default_prompts
+from rtp_llm.tools.verify.prompts import Cuts, Prompt, image_prompt, image_prompts, read_or_default_prompts
 from rtp_llm.tools.verify.recording import compared, logits_of, record
 from rtp_llm.tools.verify.recurrent_causes import explain_state
+from rtp_llm.tools.verify.row_causes import from_the_tower
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.ties import Parting, parting, same_in_float32
 from rtp_llm.tools.verify.together import explain_images, explain_pieces
 
 TOP = 5
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
+SMALL = 1e-3  # by which a place must differ if all logits agree
 NUM_SHOWN = 3  # places shown before and after the first that differs
 
 
@@ -145,11 +147,11 @@ def _verify(args: ServerArgs, options: VerifyOptions) -> Report:
         return Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], [], failure=str(error))
     name = type(ours.model).__name__
     report = Report(config.model_path, name, dtype, LOGITS_TOLERANCE[dtype], results, pixels=pixels)
-    if not report.agrees and dtype == "float32":
-        return _localise(report, ours, theirs, options)
+    if dtype == "float32":
+        return _small_difference(report, ours, theirs) if report.agrees else _localise(report, ours, theirs, options)
     if report.agrees:
         del ours, theirs  # their memory is wanted
-        return report if dtype == "float32" else _settle_ties(report, args, options)
+        return _settle_ties(report, args, options)
     found = _localise(report, ours, theirs, options)
     del ours, theirs
     return _judged_in_float32(found, args, options)
@@ -233,26 +235,52 @@ def _top_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: VerifyOptions) -> Report:
-    """Add the first difference, in the shortest prompt that differs, and that prompt's text to the report."""
+    """Add the first difference, in the shortest prompt that differs, with that prompt's text, to the report."""
+    wrong = [result for result in report.results if result.error > report.tolerance]
+    shortest = min(wrong, key=lambda result: len(result.prompt.ids))
+    return localise(report, ours, theirs, _with_text(shortest, theirs.model.config), options.cut_len)
+
+
+def _small_difference(report: Report, ours: OurModel, theirs: TheirModel) -> Report:
+    """Add the first place that differs although all logits agree, in the longest text or a prompt with images, each
+    at once: a mistake of little effect there, such as another epsilon."""
+    if isinstance(ours.model, TransformersForCausalLM):
+        return report
+    texts = [result.prompt for result in report.results if result.prompt.media is None]
+    seeing = [result.prompt for result in report.results if result.prompt.media is not None]
+    for prompt in (*sorted(texts, key=lambda prompt: len(prompt.ids))[-1:], *seeing[:1]):
+        differences = compared(evidence := record(report.dtype, ours, theirs, prompt, 0))
+        first = [first_difference(differences, limit) for limit in (evidence.tolerance, SMALL)]
+        if first[1] is not None and first[0] == first[1]:
+            found = localise(report, ours, theirs, prompt, 0)
+            note = (
+                "All logits agree, but not every place. What follows is a mistake of little effect here, or another "
+                "way of writing the same."
+            )
+            return _with(found, note=note)
+    return report
+
+
+def localise(report: Report, ours: OurModel, theirs: TheirModel, whole: Prompt, cut_len: Cuts) -> Report:
+    """Add the first difference in a prompt to the report."""
     if isinstance(ours.model, TransformersForCausalLM):
         note = "The model runs through transformers: its modules are the reference's own, so only logits are compared."
         return _with(report, note=note)
-    wrong = [result for result in report.results if result.error > report.tolerance]
-    shortest = min(wrong, key=lambda result: len(result.prompt.ids))
-    whole = _with_text(shortest, theirs.model.config)
-    evidence = record(report.dtype, ours, theirs, whole, options.cut_len)
+    evidence = record(report.dtype, ours, theirs, whole, cut_len)
     differences = compared(evidence)
     index = first_difference(differences, evidence.tolerance)
     report = _with(report, num_compared=len(differences))
     if index is not None:
-        asked = (report.dtype, ours, theirs, whole, options.cut_len, report.tolerance)
+        asked = (report.dtype, ours, theirs, whole, cut_len, report.tolerance)
         together = explain_images(*asked)
         if together:
             place, error = differences[index]
+            segments = explain_segments(evidence, place, error)
             finding = Finding(place.module, place.part, error, [together])
+            finding = finding if segments is None else replace(segments, causes=[*segments.causes, together])
         else:
             index, finding = _searched(evidence, differences, index)
-        source = source_of(ours.model, finding.module, finding.part, evidence.ours, finding.look)
+        source = source_of(ours.model, finding.module, finding.part, evidence.ours, finding.look, ours.built)
         in_pieces = explain_pieces(*asked)
         if in_pieces:  # by experiment: a mere description says no more
             causes = [*(finding.causes if finding.is_explained else ()), in_pieces]
@@ -262,14 +290,16 @@ def _localise(report: Report, ours: OurModel, theirs: TheirModel, options: Verif
     logits, error = logits_of(evidence)
     if error > report.tolerance:
         finding = _guarded(lambda: explain_logits(evidence, logits, error), Finding(logits.module, logits.part, error))
-        return _with(report, finding=finding, source=source_of(ours.model, "", finding.part, evidence.ours))
+        return _with(
+            report, finding=finding, source=source_of(ours.model, "", finding.part, evidence.ours, built=ours.built)
+        )
     note = "All modules agree over prompt and text at once: only tokens computed one by one, from the cache, differ."
     states = evidence.wrong_states()
     if states:
         finding = _guarded(
             lambda: explain_state(evidence, states[0]), Finding(states[0].module, states[0].part, states[0].error)
         )
-        source = source_of(ours.model, finding.module, finding.part, evidence.ours)
+        source = source_of(ours.model, finding.module, finding.part, evidence.ours, built=ours.built)
         return _with(report, note=note, finding=finding, source=source)
     return _with(report, note=note)
 
@@ -280,7 +310,8 @@ def _searched(evidence: Evidence, differences: list[Difference], index: int) -> 
     found = [index]
 
     def search() -> Finding:
-        found.append(pass_over_layout(evidence, differences, index))
+        at = pass_over_layout(evidence, differences, index)
+        found.append(from_the_tower(evidence, differences, at))
         return explain(evidence, *differences[found[-1]])
 
     finding = _guarded(search, Finding(place.module, place.part, error))

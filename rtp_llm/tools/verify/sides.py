@@ -1,6 +1,6 @@
 """The two compared models, each run on one prompt at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,8 @@ from rtp_llm.tools.step_driver import StepDriver
 from rtp_llm.tools.verify.boundary_states import StateLog, forget_states, our_states, their_states
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.options import VerifyError
-from rtp_llm.tools.verify.prompts import Prompt
+from rtp_llm.tools.verify.pointer import constructions
+from rtp_llm.tools.verify.prompts import Cuts, Prompt, cuts_of
 from rtp_llm.tools.verify.trace import Trace
 
 
@@ -31,10 +32,13 @@ class ForwardError(RuntimeError):
 class OurModel:
     """Our model in this process, one prompt at a time."""
 
-    def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int) -> None:
+    def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int, max_rows: int = 1) -> None:
+        """``max_rows``: how many prompts are computed together at most."""
         executor = InProcessExecutor(WorkerConfig(args, config, choose_device(args.device)))
-        num_groups = len(executor.load().layout.groups)
-        executor.init_cache([-(-max_len // args.page_size)] * num_groups, 1, max_len, num_state_slots=1)
+        with constructions() as self.built:  # the lines that build our modules
+            num_groups = len(executor.load().layout.groups)
+        num_pages = max_rows * -(-max_len // args.page_size)
+        executor.init_cache([num_pages] * num_groups, max_rows, max_len, num_state_slots=max_rows)
         self._runner = executor.worker.runner
         self._driver = StepDriver(executor, num_groups, args.page_size)
 
@@ -42,11 +46,13 @@ class OurModel:
     def model(self) -> nn.Module:
         return self._runner.model
 
-    def cut_of(self, prompt: Prompt, cut_len: int) -> int:
+    def cut_of(self, prompt: Prompt, cut_len: Cuts) -> Cuts:
         """Return ``cut_len``, or less if that would cut an image that the model computes at once."""
         if prompt.media is None or not self._runner.max_media_block:
             return cut_len
-        return next((first for first, last in prompt.media.blocks if first < cut_len <= last), cut_len)
+        blocks = prompt.media.blocks
+        cuts = [next((first for first, last in blocks if first < cut <= last), cut) for cut in cuts_of(cut_len)]
+        return tuple(dict.fromkeys(cut for cut in cuts if cut))
 
     @contextmanager
     def images_one_by_one(self) -> Iterator[None]:
@@ -65,7 +71,7 @@ class OurModel:
     def run(
         self,
         prompt: Prompt,
-        cut_len: int,
+        cut_len: Cuts,
         num_new: int,
         trace: Trace | None = None,
         states: StateLog | None = None,
@@ -79,7 +85,8 @@ class OurModel:
         self._runner.embedding_cache.clear()
         self._driver.start([prompt.ids], num_new, [prompt.media])
         ids = prompt.ids
-        pieces = [(0, cut_len), (cut_len, len(ids))] if cut_len else [(0, len(ids))]
+        ends = [*cuts_of(cut_len), len(ids)]
+        pieces = list(zip([0, *ends], ends, strict=False))
         pieces += [(len(ids) + i, len(ids) + i + 1) for i in range(num_new - 1)]
         output_ids, logits = [], []
         for start, end in pieces:
@@ -93,6 +100,13 @@ class OurModel:
             if end >= len(ids):
                 output_ids.append(token_id)
         return output_ids, torch.cat(logits)
+
+    def run_together(self, prompts: Sequence[Prompt], trace: Trace) -> None:
+        """Record prompts without media that are computed in one step, each in a row of its own."""
+        self._runner.embedding_cache.clear()
+        self._driver.start([prompt.ids for prompt in prompts], 1)
+        with trace.step(0, trace.num_tokens):
+            self._driver.step([len(prompt.ids) for prompt in prompts])
 
     def _step(self, num_tokens: int) -> tuple[int, torch.Tensor]:
         try:
@@ -125,7 +139,7 @@ class TheirModel:
     def run(
         self,
         prompt: Prompt,
-        cut_len: int,
+        cut_len: Cuts,
         output_ids: list[int],
         trace: Trace | None = None,
         states: StateLog | None = None,
@@ -140,16 +154,17 @@ class TheirModel:
             logits, cache = computed(self.model, ids, **extras)
         if states is not None:
             states.theirs[len(ids)] = their_states(cache)
-        rows = [logits[:, cut_len - 1], logits[:, -1]] if cut_len else [logits[:, -1]]
+        rows = [logits[:, end - 1] for end in (*cuts_of(cut_len), len(ids))]
         for token_id in output_ids[:-1]:
             logits, cache = computed(self.model, [token_id], cache)
             rows.append(logits[:, -1])
         return torch.cat(rows).float().cpu()
 
     @torch.inference_mode()
-    def add_states_at_cut(self, prompt: Prompt, cut_len: int, states: StateLog) -> None:
-        """Add what is kept after the first ``cut_len`` tokens of a prompt without media, computed by themselves."""
-        if prompt.media is None and 0 < cut_len < len(prompt.ids) and states.ours.get(cut_len):
-            forget_last_prompt(self.model)
-            _, cache = computed(self.model, prompt.ids[:cut_len])
-            states.theirs[cut_len] = their_states(cache)
+    def add_states_at_cut(self, prompt: Prompt, cut_len: Cuts, states: StateLog) -> None:
+        """Add what is kept after each piece but the last of a prompt without media, its tokens computed at once."""
+        for end in cuts_of(cut_len):
+            if prompt.media is None and end < len(prompt.ids) and states.ours.get(end):
+                forget_last_prompt(self.model)
+                _, cache = computed(self.model, prompt.ids[:end])
+                states.theirs[end] = their_states(cache)

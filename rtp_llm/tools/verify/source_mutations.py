@@ -8,6 +8,7 @@ import ast
 import inspect
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def _gives(
 ) -> bool:
     """Return whether the reference has a tensor at a place, with a function as ``tree`` says."""
     try:
-        with function.replaced(function.compiled(tree)):
+        with warnings.catch_warnings(action="ignore"), function.replaced(function.compiled(tree)):
             changed = evidence.replay.tensor(place)
     except Exception:  # of any kind: the edit does not fit
         return False

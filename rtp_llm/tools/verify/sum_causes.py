@@ -55,25 +55,61 @@ def multiple(evidence: Evidence, place: Place) -> str | None:
     ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
     factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
     if abs(factor) > 1e-6 and evidence.same(ours, factor * theirs):
-        return f"it is the reference's times {factor:.6g}: {factor_reason(factor, evidence.config)}"
+        text = f"it is the reference's times {factor:.6g}: "
+        return text + (_of_a_table(evidence, place, factor) or factor_reason(factor, evidence.config))
     return None
+
+
+def _of_a_table(evidence: Evidence, place: Place, factor: float) -> str | None:
+    """Return what both sides multiply the rows of an embedding's table by; None: it is no embedding, or the reference's
+    rows are no multiples of its table's."""
+    module, theirs = evidence.their_modules.get(place.module), evidence.theirs.tensors[place]
+    if place.part != OUTPUT or not isinstance(module, nn.Embedding) or module.weight.shape[1] != theirs.shape[1]:
+        return None
+    table = module.weight.detach().float().cpu()
+    rows = table[(theirs @ table.t() / table.norm(dim=1).clamp(min=1e-30)).abs().argmax(dim=1)]
+    own = float((theirs * rows).sum() / rows.square().sum().clamp(min=1e-30))
+    if not evidence.same(theirs, own * rows):
+        return None
+    right = f"the reference by {value_name(own, evidence.config)}" if abs(own - 1) > 1e-3 else "the reference does not"
+    mine = value_name(factor * own, evidence.config)
+    return (
+        f"ours multiplies the table's rows by {mine}, {right}"
+        if abs(factor * own - 1) > 1e-3
+        else (f"ours has the table's rows as they are, {right.replace('by', 'multiplies by', 1)}")
+    )
 
 
 def combination(evidence: Evidence, place: Place) -> str | None:
     """Try ours and the reference's as sums of two multiples of the reference's earlier tensors."""
     earlier = [p for p in _nearby(evidence, place) if is_before(evidence.theirs, p, place)]
     earlier.sort(key=lambda p: p.part != OUTPUT)  # outputs first: a tensor's origin explains more than its use
-    ours = _sum_of_two(evidence, evidence.ours.tensors[place], earlier)
-    theirs = _sum_of_two(evidence, evidence.theirs.tensors[place], earlier)
+    ours = _sum(evidence, evidence.ours.tensors[place], earlier, 2)
+    theirs = _sum(evidence, evidence.theirs.tensors[place], earlier, 2)
+    if ours is None:
+        earlier = _distinct(evidence, earlier)
+        ours = _sum(evidence, evidence.ours.tensors[place], earlier, 3)
+        theirs = theirs or (_sum(evidence, evidence.theirs.tensors[place], earlier, 3) if ours else None)
     if ours is None:
         return None
     return f"a sum of something else: ours is {ours}" + (f"; the reference's is {theirs}" if theirs else "")
 
 
-def _sum_of_two(evidence: Evidence, target: torch.Tensor, places: Sequence[Place]) -> str | None:
-    if not bool(target.isfinite().all()):
+def _distinct(evidence: Evidence, places: Sequence[Place]) -> list[Place]:
+    """Return the first MAX_SUMMED of places that have other tensors than those before them."""
+    found: list[Place] = []
+    for p in places:
+        tensor = evidence.theirs.tensors[p]
+        if len(found) < MAX_SUMMED and not any(evidence.same(tensor, evidence.theirs.tensors[q]) for q in found):
+            found.append(p)
+    return found
+
+
+def _sum(evidence: Evidence, target: torch.Tensor, places: Sequence[Place], num: int) -> str | None:
+    """Return the target as a sum of multiples of so many tensors of the reference; None: it is none."""
+    if not bool(target.isfinite().all()) or target.numel() <= num:
         return None
-    for pair in combinations([p for p in places if bool(evidence.theirs.tensors[p].isfinite().all())], 2):
+    for pair in combinations([p for p in places if bool(evidence.theirs.tensors[p].isfinite().all())], num):
         columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in pair], dim=1).double()
         factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
         if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:
@@ -88,12 +124,10 @@ def module_of_sum(evidence: Evidence, place: Place) -> str | None:
     """Try ours as what a module of the layer makes of an earlier tensor or of a sum of two: a norm that is applied once
     more, or to the sum of input and attention's output where blocks stand side by side."""
     layer = layer_of(place.module)
-    if not layer:
-        return None
     modules = {
         name: module
         for name, module in evidence.their_modules.items()
-        if name.startswith(f"{layer}.") and not list(module.children()) and list(module.parameters())
+        if layer_of(name) == layer and not list(module.children()) and list(module.parameters())
     }
     for text, names, given in _summands(evidence, place, layer):
         for name, module in modules.items():

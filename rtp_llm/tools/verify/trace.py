@@ -23,6 +23,8 @@ from rtp_llm.tools.verify.recurrent_calls import (
 
 INPUT, OUTPUT = "input", "output"
 QUERIES, KEYS, VALUES, ATTENDED = "queries", "keys", "values", "attention output"
+HEAD = "lm_head"  # what ours gives to its head stands under this name
+GATE = "gate"  # of a norm that multiplies by one
 LOGITS = "logits"  # [1, vocab_size] after the last token, of the head
 EMBEDDINGS = "embeddings of text and media"  # the input of a language model's first layer
 ROUTING = "experts' weights"  # [tokens, num_experts], zero where a token does not go
@@ -146,6 +148,7 @@ class Trace:
         self.joined: set[Place] = set()  # whose several uses in a step are one tensor
         self._pieces: defaultdict[Place, list[torch.Tensor]] = defaultdict(list)
         self._uses: Counter[Place] = Counter()
+        self.starts: list[int] = []  # of the steps: a prompt's pieces
         self._start = self._num = self._num_steps = 0
 
     @property
@@ -157,6 +160,7 @@ class Trace:
     def step(self, start: int, num: int) -> Iterator[None]:
         """Record the computation of tokens [start, start + num) within the context."""
         self._start, self._num = start, num
+        self.starts.append(start)
         self._num_steps += 1
         self._uses.clear()
         yield
@@ -173,6 +177,10 @@ class Trace:
             return 1
         is_text = place.part == OUTPUT and place.module == self.parts.embedding
         return 0 if is_text else 2
+
+    def forget_pieces(self) -> None:
+        """Forget what tensors are made of: no step follows."""
+        self._pieces.clear()
 
     def add_positions(self, positions: Any) -> None:
         """Add positions [tokens] or [3, tokens], as ours, or with a batch dimension of one before the tokens. All
@@ -244,6 +252,9 @@ class Trace:
         while uses and (use := _use(place, len(uses) + 1)) in self.tensors:
             uses.append(use)
         return uses
+
+    def rename(self, place: Place, other: Place) -> None:
+        self.tensors = {other if p == place else p: tensor for p, tensor in self.tensors.items()}
 
     def insert_after(self, place: Place, added: dict[Place, torch.Tensor]) -> None:
         """Add places behind another one; behind all, if there is none."""
