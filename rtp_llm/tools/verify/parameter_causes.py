@@ -3,7 +3,7 @@ computed anew with one of them changed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from torch import nn
@@ -33,15 +33,22 @@ def table_of(evidence: Evidence, place: Place, base: torch.Tensor) -> str | None
 
 
 def transposed_parameters(modules: Mapping[str, nn.Module]) -> Iterator[Change]:
-    """Yield the square parameters of modules, each transposed."""
+    """Yield the square parameters of modules, each transposed, and filters whose values are read in another order."""
     for holder, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1 and parameter.shape[-1] == parameter.shape[-2] > 1:
-                yield holder, f"its {key} is used transposed", _maker(parameter)
+                yield holder, f"its {key} is used transposed", _maker(parameter, -1, -2)
+            axes = [axis for axis in range(1, parameter.dim()) if parameter.shape[axis] > 1]
+            if not isinstance(module, nn.Conv2d | nn.Conv3d):
+                continue
+            for first, second in combinations(axes, 2):
+                shape = ", ".join(map(str, parameter.shape))
+                text = f"axes {first} and {second} of its {key} [{shape}] are exchanged: a patch in another order"
+                yield holder, text, _maker(parameter, first, second)
 
 
-def _maker(parameter: nn.Parameter) -> Callable[[], AbstractContextManager[None]]:
-    return lambda: _changed(parameter, parameter.data.transpose(-1, -2).contiguous())
+def _maker(parameter: nn.Parameter, first: int, second: int) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: _changed(parameter, parameter.data.transpose(first, second).reshape(parameter.shape).contiguous())
 
 
 def reordered_rows(modules: Mapping[str, nn.Module], numbers: Iterable[int]) -> Iterator[Change]:
