@@ -140,10 +140,14 @@ def takes_images(model: Any) -> bool:
 
 def forget_last_prompt(model: Any) -> None:
     """Forget what a model of transformers keeps of the last prompt beside its cache: M-RoPE's offset of later tokens,
-    which it would add to those of a prompt without images."""
+    which it would add to those of a prompt without images, and frequencies for the longest prompt so far."""
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
+        original = getattr(module, "original_inv_freq", None)
+        if original is not None and getattr(module, "rope_type", None) == "dynamic":
+            module.register_buffer("inv_freq", original.clone(), persistent=False)
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 CACHES = ("past_key_values", "cache_params")  # what models of transformers call their cache; the second: Mamba's

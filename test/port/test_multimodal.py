@@ -137,9 +137,10 @@ def test_positions_of_three_axes_are_computed_by_the_processor(ported: Callable[
     assert any("positions have three axes" in remark.text for remark in needs_weights.report.review)
 
 
-PRUNING = VIDEOS.replace(
-    "    def _process(self, pixel_values):",
-    """    def _begin_pruning(self, multimodal_config: MultiModalConfig):
+PRUNING = (
+    VIDEOS.replace(
+        "    def _process(self, pixel_values):",
+        """    def _begin_pruning(self, multimodal_config: MultiModalConfig):
         spec = multimodal_config.get_video_pruning_spec()
         if spec is None:
             self.pruning_rate = multimodal_config.video_pruning_rate
@@ -156,10 +157,13 @@ PRUNING = VIDEOS.replace(
     def _process(self, pixel_values):
         if self.is_pruned:
             return self._fewer(pixel_values)""",
-).replace(
-    "        self.configure_mm_token_handling(7)\n",
-    "        self._begin_pruning(vllm_config.model_config.multimodal_config)\n",
-).replace("\n\n\nclass Lamp", "\nfrom vllm.config.multimodal import MultiModalConfig\n\n\nclass Lamp", 1)
+    )
+    .replace(
+        "        self.configure_mm_token_handling(7)\n",
+        "        self._begin_pruning(vllm_config.model_config.multimodal_config)\n",
+    )
+    .replace("\n\n\nclass Lamp", "\nfrom vllm.config.multimodal import MultiModalConfig\n\n\nclass Lamp", 1)
+)
 
 
 def test_what_prunes_videos_goes_and_the_other_engines_processor_with_it(ported: Callable[..., Ported]):
