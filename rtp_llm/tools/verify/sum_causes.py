@@ -11,6 +11,7 @@ from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.number_names import factor_reason, value_name
 from rtp_llm.tools.verify.order_causes import explain_order
+from rtp_llm.tools.verify.row_causes import earlier as earlier_places
 from rtp_llm.tools.verify.trace import INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place
 
 ELSEWHERE = "it is what the reference has as"
@@ -87,9 +88,9 @@ def combination(evidence: Evidence, place: Place) -> str | None:
     ours = _sum(evidence, evidence.ours.tensors[place], earlier, 2)
     theirs = _sum(evidence, evidence.theirs.tensors[place], earlier, 2)
     if ours is None:
-        earlier = _distinct(evidence, earlier)
-        ours = _sum(evidence, evidence.ours.tensors[place], earlier, 3)
-        theirs = theirs or (_sum(evidence, evidence.theirs.tensors[place], earlier, 3) if ours else None)
+        distinct = _distinct(evidence, earlier_places(evidence, place))
+        ours = _sum(evidence, evidence.ours.tensors[place], distinct, 3)
+        theirs = theirs or (_sum(evidence, evidence.theirs.tensors[place], distinct, 3) if ours else None)
     if ours is None:
         return None
     return f"a sum of something else: ours is {ours}" + (f"; the reference's is {theirs}" if theirs else "")
