@@ -20,7 +20,21 @@ MAX_SUMMED = 12  # earlier tensors of which sums are given to modules
 
 
 def own_order(evidence: Evidence, place: Place) -> str | None:
-    return explain_order(*evidence.pair(place), evidence.tolerance)
+    """Try the reference's values in another order, also before a table of the module, such as positions, is added."""
+    ours, theirs = evidence.pair(place)
+    found = explain_order(ours, theirs, evidence.tolerance)
+    if found:
+        return found
+    for name, parameter in evidence.their_parameters.items():
+        if not name.startswith(f"{place.module}.") or parameter.dim() < 2 or parameter.shape[-1] != theirs.shape[1]:
+            continue
+        table = parameter.reshape(-1, theirs.shape[1])
+        if len(table) > 1 and len(theirs) % len(table) == 0 and bool(table.any()):
+            added = table.repeat(len(theirs) // len(table), 1)
+            found = explain_order(ours - added, theirs - added, 10 * evidence.tolerance)
+            if found:
+                return f"before {name} is added, {found}"
+    return None
 
 
 def _nearby(evidence: Evidence, place: Place) -> list[Place]:
