@@ -127,6 +127,7 @@ def from_the_tower(evidence: Evidence, differences: Sequence[Difference], index:
         return index
     ours, theirs = evidence.pair(place)
     outputs = [p for p in evidence.theirs.tensors if p.part == OUTPUT and parts.is_tower(p.module)]
+    outputs.sort(key=lambda p: p.module.count("."))  # the outermost first, whose last part has the same output
     wrong = {d.place for d in differences if d.error > evidence.tolerance}
     for base in earlier(evidence, place)[:NUM_BASES]:
         mine, yours = ours - evidence.theirs.tensors[base], theirs - evidence.theirs.tensors[base]
