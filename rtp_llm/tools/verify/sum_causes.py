@@ -16,6 +16,7 @@ from rtp_llm.tools.verify.trace import INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, 
 
 ELSEWHERE = "it is what the reference has as"
 NEARBY = 24  # places of the reference before and after one that are tried
+ROUGH = 1e-4  # of a target's square, that a sum may miss before it is compared closely
 MAX_SUMMED = 12  # earlier tensors of which sums are given to modules
 
 
@@ -122,15 +123,21 @@ def _distinct(evidence: Evidence, places: Sequence[Place]) -> list[Place]:
 
 def _sum(evidence: Evidence, target: torch.Tensor, places: Sequence[Place], num: int) -> str | None:
     """Return the target as a sum of multiples of so many tensors of the reference; None: it is none."""
-    if not bool(target.isfinite().all()) or target.numel() <= num:
+    finite = [p for p in places if bool(evidence.theirs.tensors[p].isfinite().all())]
+    if not bool(target.isfinite().all()) or target.numel() <= num or len(finite) < num:
         return None
-    for pair in combinations([p for p in places if bool(evidence.theirs.tensors[p].isfinite().all())], num):
-        columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in pair], dim=1).double()
-        factors = torch.linalg.lstsq(columns, target.flatten().double()[:, None]).solution[:, 0]
-        if evidence.same((columns @ factors).float().view(target.shape), target) and factors.abs().min() > 1e-3:
+    columns = torch.stack([evidence.theirs.tensors[p].flatten() for p in finite]).double()
+    sought = target.flatten().double()
+    gram, products, size = columns @ columns.t(), columns @ sought, float(sought.square().sum())
+    for chosen in combinations(range(len(finite)), num):
+        own = list(chosen)
+        factors = torch.linalg.lstsq(gram[own][:, own], products[own, None]).solution[:, 0]
+        if size - float(factors @ products[own]) > ROUGH * size or factors.abs().min() <= 1e-3:
+            continue
+        if evidence.same((factors @ columns[own]).float().view(target.shape), target):
             return " + ".join(
-                f"{p}" if abs(factor - 1) < 1e-3 else f"{value_name(factor, evidence.config, 4)} * {p}"
-                for factor, p in zip(factors.tolist(), pair, strict=True)
+                f"{finite[i]}" if abs(factor - 1) < 1e-3 else f"{value_name(factor, evidence.config, 4)} * {finite[i]}"
+                for factor, i in zip(factors.tolist(), own, strict=True)
             )
     return None
 
