@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from rtp_llm.tools.verify.recurrent_calls import CONVOLVED, SCAN_INPUTS, SCANNED, TO_CONVOLVE
-from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, KEYS, OUTPUT, QUERIES, VALUES, Place, Trace
+from rtp_llm.tools.verify.trace import ATTENDED, EMBEDDINGS, INPUT, KEYS, OUTPUT, QUERIES, VALUES, Place, Trace
 
 # What needs not agree where this does: it is written in another way.
 _MADE_OF = {CONVOLVED: (TO_CONVOLVE,), SCANNED: (TO_CONVOLVE, CONVOLVED, *SCAN_INPUTS)}
@@ -77,7 +77,7 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
         elif error <= tolerance / 10:
             agreeing.add(place)
             if place.part == OUTPUT:  # of a block: what differs inside of it is another way of writing it
-                suspects = [i for i in suspects if not differences[i].place.module.startswith(f"{place.module}.")]
+                suspects = [i for i in suspects if not _is_within(differences[i].place, place.module)]
             if place.part == EMBEDDINGS or (
                 layer_of(place.module) and (layer_of(place.module) != layer or layer_of(place.module) == place.module)
             ):
@@ -89,6 +89,11 @@ def first_difference(differences: list[Difference], tolerance: float) -> int | N
                 suspects = [i for i in suspects if differences[i].place not in made_of]
         layer = layer_of(place.module)
     return suspects[0] if suspects else None
+
+
+def _is_within(place: Place, block: str) -> bool:
+    """Return whether a place is of what a block computes; its input is not."""
+    return place.module.startswith(f"{block}.") or (place.module == block and place.part != INPUT)
 
 
 def layer_of(module: str) -> str:

@@ -25,7 +25,7 @@ from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.masks import bias_of, chunk_of, window_of
 from rtp_llm.tools.verify.pointer import call_sites
-from rtp_llm.tools.verify.recurrent_watch import RecurrentWatch, watch_ours
+from rtp_llm.tools.verify.recurrent_watch import ChangeOfInput, RecurrentWatch, watch_ours
 from rtp_llm.tools.verify.trace import (
     ATTENDED,
     EMBEDDINGS,
@@ -117,6 +117,14 @@ class Recorder:
             action(arguments)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def changed(self, module: nn.Module, given: ChangeOfInput | None, made: Callable[[Any], Any]) -> None:
+        """Have a module called with other arguments, positional and named, and its output changed."""
+        if given is not None:
+            self._handles.append(
+                module.register_forward_pre_hook(lambda module, args, kwargs: given(args, kwargs), with_kwargs=True)
+            )
+        self._handles.append(module.register_forward_hook(lambda module, args, output: made(output)))
 
     def after(self, module: nn.Module, action: Callable[[tuple[Any, ...], Any], None]) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -32,6 +32,9 @@ from rtp_llm.tools.verify.trace import Trace
 Given = Mapping[str, Any]
 
 
+ChangeOfInput = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
 class Recording(Protocol):
     """What a recorder of either side has."""
 
@@ -42,6 +45,8 @@ class Recording(Protocol):
     def after(self, module: nn.Module, action: Callable[[tuple[Any, ...], Any], None]) -> None: ...
 
     def called(self, module: nn.Module, action: Callable[[dict[str, Any]], None]) -> None: ...
+
+    def changed(self, module: nn.Module, given: ChangeOfInput | None, made: Callable[[Any], Any]) -> None: ...
 
 
 # Ours
@@ -55,11 +60,32 @@ def watch_ours(recorder: Recording, name: str, layer: nn.Module) -> None:
         GatedDeltaRule: (lambda given: _add_our_delta_rule(recorder.trace, around, layer, given), SCANNED),
         StateSpaceDual: (lambda given: _add_our_dual(recorder.trace, around, layer, given), SCANNED),
     }
+    gates = _Gates(layer)
+    if isinstance(layer, CausalConv1d):
+        recorder.changed(layer, gates.apply_before, lambda output: output)
     found = next((actions[kind] for kind in actions if isinstance(layer, kind)), None)
     if found is not None:
         action, part = found
         recorder.called(layer, action)
         recorder.after(layer, lambda args, output: recorder.trace.add(around, part, output))
+    if isinstance(layer, CausalConv1d):
+        recorder.changed(layer, None, gates.apply_after)
+
+
+class _Gates:
+    """Has a convolution computed without the gates that it is given: they multiply around it, as the reference does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._signature = inspect.signature(layer.forward)
+        self._after: torch.Tensor | None = None
+
+    def apply_before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(self._signature.bind(*args, **kwargs).arguments)
+        before, self._after = given.pop("before", None), given.pop("after", None)
+        return (), given if before is None else given | {"x": before * given["x"]}
+
+    def apply_after(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self._after is None else self._after * output
 
 
 def _add_our_convolution(trace: Trace, name: str, layer: Any, given: Given) -> None:
