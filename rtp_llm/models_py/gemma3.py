@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rtp_llm.models_py.gemma2 import Gemma2ForCausalLM, refuse_bidirectional_attention
+from rtp_llm.models_py.gemma2 import Gemma2ForCausalLM
 from rtp_llm.models_py.llama import NormedHeadsAttention, layer_window
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
@@ -23,7 +23,6 @@ class Gemma3Attention(NormedHeadsAttention):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        refuse_bidirectional_attention(config)
         if config.attn_logit_softcapping is not None:
             raise ValueError(
                 f"attn_logit_softcapping is {config.attn_logit_softcapping}, but Gemma 3 does not cap attention "

@@ -7,6 +7,7 @@ from torch import nn
 
 from rtp_llm.srt.gguf.form import PERMUTED, GGUFForm
 from rtp_llm.srt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from rtp_llm.srt.layers.encoder_attention import EncoderAttention, encoder_window, sees_both_ways
 from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from rtp_llm.srt.layers.mlp import GatedMLP
@@ -76,7 +77,10 @@ class GroupedQueryAttention(nn.Module):
             prefix=add_prefix("o_proj", prefix),
         )
         self.rotary_emb = self.make_rope(config, layer_id)
-        self.attn = RadixAttention(
+        attn_type: type[nn.Module] = RadixAttention
+        if sees_both_ways(config):
+            attn_type, sliding_window = EncoderAttention, encoder_window(config, sliding_window)
+        self.attn = attn_type(
             self.qkv_proj.num_heads,
             self.head_dim,
             self.head_dim**-0.5 if scaling is None else scaling,

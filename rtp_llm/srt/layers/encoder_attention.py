@@ -1,6 +1,8 @@
 """Attention of encoders without projections: of texts, over a step's rows, and of media, under the name and with the
 arguments that vLLM's towers have."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,7 +11,24 @@ from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.vision import VisionAttentionMetadata, prepare_vision_attention_metadata
 
-__all__ = ["EncoderAttention", "MMEncoderAttention"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["EncoderAttention", "MMEncoderAttention", "encoder_window", "sees_both_ways"]
+
+
+def sees_both_ways(config: "PretrainedConfig") -> bool:
+    """Whether a decoder's configuration says that it is used as an encoder: tokens see those behind them."""
+    return getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) is True
+
+
+def encoder_window(config: "PretrainedConfig", window: int | None) -> int | None:
+    """Return the window of EncoderAttention for a decoder's, which counts the query's own token.
+
+    Gemma's configurations count it likewise; where ``is_causal`` is false, transformers lets tokens see each other that
+    are as far apart as the window is long.
+    """
+    return window if window is None or getattr(config, "is_causal", True) else window + 1
 
 
 class EncoderAttention(nn.Module):

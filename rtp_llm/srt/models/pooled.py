@@ -10,6 +10,7 @@ from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.sentence_transformers import DenseModule, SentenceTransformer
+from rtp_llm.srt.layers.encoder_attention import sees_both_ways
 from rtp_llm.srt.layers.pooled_decoder import as_pooled
 from rtp_llm.srt.layers.pooler import REDUCTIONS, Pooler, Reduction, SideBySide
 from rtp_llm.srt.model_traits import ModelTraits
@@ -44,6 +45,8 @@ def pooled_class(model_config: ModelConfig) -> type[nn.Module]:
         if convert not in ("auto", "none"):
             raise ModelBuildError(f"{model_class.__name__} has outputs of its own: leave out --convert {convert}")
         return model_class
+    if sees_both_ways(model_config.hf_text_config):
+        return as_pooled(model_class, "embed" if convert in ("auto", "none") else convert)
     if convert == "auto":
         sentences = model_config.sentence_transformer
         return as_pooled(model_class, "embed") if sentences is not None and sentences.poolings else model_class

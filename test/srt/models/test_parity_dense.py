@@ -225,7 +225,6 @@ def test_bfloat16(case: Case, tmp_path: Path) -> None:
     ("architecture", "config", "message"),
     [
         ("Gemma2ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
-        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
         ("Gemma3ForCausalLM", {"attn_logit_softcapping": 30.0}, "Gemma 3 does not cap attention scores"),
         ("Gemma2ForCausalLM", {"sliding_window": None}, "sliding_window is null"),
         ("Cohere2ForCausalLM", {"layer_types": ["chunked_attention"]}, r"layer_types\[0\] must be"),
