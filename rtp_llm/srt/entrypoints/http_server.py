@@ -334,10 +334,15 @@ def _summary(
         f"RTP-LLM {__version__} serves {name} at {address} (ready after {seconds:.1f} s)",
         f"  model     {config.architectures[0]}, {config.dtype} on {info.device}",
         f"  weights   {_size(info.weight_bytes)}",
-        f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens{states}",
+        f"  cache     {_size(info.cache_bytes)} for {info.max_total_tokens} tokens{states}"
+        if info.cache_bytes
+        else "  cache     none: each input is computed in one step",
         f"  capacity  {info.max_running_requests} requests at once, each of at most {info.max_req_len} tokens",
-        f"  ends      {', '.join(map(str, ends)) or 'none: texts go on to their limit'}",
     ]
+    if info.outputs.tasks:
+        lines.append(f"  outputs   {', '.join(info.outputs.names)}{' and text' if info.outputs.generates else ''}")
+    if info.outputs.generates:
+        lines.append(f"  ends      {', '.join(map(str, ends)) or 'none: texts go on to their limit'}")
     return "\n".join(lines)
 
 

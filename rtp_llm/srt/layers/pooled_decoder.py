@@ -52,7 +52,9 @@ def as_pooled(model_class: type[nn.Module], kind: str, generates: bool = False) 
         self.poolers = classifiers(config, "last", self.score) if kind == "classify" else rewards(config, self.score)
 
     name = f"{model_class.__name__}To{kind.capitalize()}"
-    return type(name, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+    attributes = {"__init__": __init__, "__module__": model_class.__module__}
+    own_forms = {"gguf": vars(model_class)["gguf"]} if "gguf" in vars(model_class) else {}  # GGUFs hold the same model
+    return type(name, (model_class,), attributes | own_forms)
 
 
 def rewards(config: Any, head: nn.Module) -> dict[str, Pooler]:

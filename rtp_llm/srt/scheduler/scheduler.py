@@ -234,7 +234,7 @@ class Scheduler:
             if not self._free_rows or budget.is_spent:
                 return
             match = self.memory.match(request)
-            if self._is_being_computed(request, match.num_tokens, prefilling):
+            if request.reuses_prefix and self._is_being_computed(request, match.num_tokens, prefilling):
                 continue
             self.memory.enter(request, match)
             if not self._fits(request, promised):

@@ -110,12 +110,12 @@ class ModelRunner:
 
     @property
     def outputs(self) -> PooledOutputs:
-        """The pooled outputs that the model has."""
-        tasks = self.traits.poolers.items()
-        return PooledOutputs(
-            tuple(PoolingTask(name, pooler.width, pooler.per_token, pooler.reads_prefix) for name, pooler in tasks),
-            self.traits.generates,
+        """The pooled outputs that the model has. Without a cache there is no prefix to reuse."""
+        tasks = tuple(
+            PoolingTask(name, pooler.width, pooler.per_token, pooler.reads_prefix or self.sees_whole_prompts)
+            for name, pooler in self.traits.poolers.items()
         )
+        return PooledOutputs(tasks, self.traits.generates)
 
     @property
     def max_positions(self) -> int | None:

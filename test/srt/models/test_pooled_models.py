@@ -20,6 +20,9 @@ from pooled import (
 )
 from safetensors.torch import load_file, save_file
 
+from rtp_llm.models_py.qwen3 import Qwen3ForCausalLM
+from rtp_llm.srt.gguf.form import declared_forms
+from rtp_llm.srt.layers.pooled_decoder import as_pooled
 from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_models import make_tiny
 
@@ -165,6 +168,24 @@ def test_checkpoints_of_bare_models_embed_without_a_head(tmp_path: Path) -> None
         torch.testing.assert_close(numbers(engine.encode(input_ids=prompt)), expected, atol=TOLERANCE, rtol=TOLERANCE)
         with pytest.raises(InvalidRequest, match="makes no text: its outputs are embed, token_embed"):
             engine.generate(input_ids=prompt)
+
+
+def test_ggufs_of_a_decoder_hold_the_embedder_too() -> None:
+    embedder = as_pooled(Qwen3ForCausalLM, "embed")
+    assert declared_forms(embedder) == declared_forms(Qwen3ForCausalLM) != ()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "Qwen3ForSequenceClassification"])
+def test_on_two_ranks(architecture: str, tmp_path: Path) -> None:
+    model_dir = make_tiny(architecture, tmp_path, num_labels=3)
+    prompts = prompts_for(model_dir)
+    with open_pooled(model_dir, tp_size=2) as engine:
+        results = engine.encode(input_ids=prompts, task="classify", normalize=False)
+    for result, prompt in zip(results, prompts, strict=True):
+        expected = reference_outputs(model_dir, architecture, prompt).logits[0]
+        torch.testing.assert_close(numbers(result), expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 # Sentence-transformers
