@@ -164,7 +164,7 @@ def test_each_device_fills_the_port() -> None:
         provider = choice.provider_named(name)
         assert provider.name == name and provider is choice.provider_named(name)
         assert provider.problem() is None or not torch.cuda.is_available()
-        assert issubclass(ATTENTION_BACKENDS.load(provider.attention_backend(torch.float16)), TorchAttention)
+        assert issubclass(ATTENTION_BACKENDS.load(provider.attention_backend(torch.float64)), TorchAttention)
         assert provider.step_recorder is None or issubclass(choice.load_target(provider.step_recorder), StepRecorder)
 
 
@@ -314,5 +314,5 @@ def test_padded_steps_answer_to_the_last_bit_where_rows_are_on_their_own(registr
 
 def test_a_back_end_says_what_it_cannot_serve() -> None:
     assert type(make_backend(None, "reference", torch.bfloat16)) is TorchAttention
-    with pytest.raises(ValueError, match="not float16 on cpu"):
-        make_backend("cpu", "reference", torch.float16)
+    with pytest.raises(ValueError, match="not float64 on cpu"):
+        make_backend("cpu", "reference", torch.float64)

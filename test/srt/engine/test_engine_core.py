@@ -343,8 +343,8 @@ def test_prompts_that_are_not_cut_fit_a_window_model_or_are_refused(max_total_to
 def test_unknown_attention_backend_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown attention backend 'x'; have \[.*'torch_native'"):
         make_backend("x")
-    with pytest.raises(ValueError, match="'cpu' is for models in float32, bfloat16 on a CPU, not float16 on cpu"):
-        make_backend("cpu", "cpu", torch.float16)
+    with pytest.raises(ValueError, match="'cpu' is for models in float32, bfloat16, float16 on a CPU, not float64"):
+        make_backend("cpu", "cpu", torch.float64)
     with pytest.raises(ValueError, match="not bfloat16 on cuda"):
         make_backend("cpu", "cuda", torch.bfloat16)
-    assert type(make_backend(None, "cpu", torch.float16)).__name__ == "TorchAttention"
+    assert type(make_backend(None, "cpu", torch.float64)).__name__ == "TorchAttention"

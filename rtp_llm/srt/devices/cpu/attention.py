@@ -1,4 +1,7 @@
-"""Calls of ``attention.cpp``: attention over a paged cache, and writes to that cache. See ``reference.py``."""
+"""Calls of ``attention.cpp`` and ``attention_f16.cpp``: attention over a paged cache, and writes to that cache.
+
+See ``reference.py``.
+"""
 
 import ctypes
 import functools
@@ -11,9 +14,13 @@ from rtp_llm.srt.devices.cpu.binding import BOOL, POINTER, Kernel, bind
 from rtp_llm.srt.kernels.paged import PagedRows
 
 # Dtypes of activations and of the cache, numbered as in attention.cpp.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}
 # A model's dtype -> the dtypes that its cache may have.
-STORED = {torch.float32: (torch.float32, torch.bfloat16, torch.int8), torch.bfloat16: (torch.bfloat16, torch.int8)}
+STORED = {
+    torch.float32: (torch.float32, torch.bfloat16, torch.int8),
+    torch.bfloat16: (torch.bfloat16, torch.int8),
+    torch.float16: (torch.float16, torch.int8),
+}
 
 
 def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
@@ -44,8 +51,9 @@ _Write = _structure(
 
 
 @functools.cache
-def _kernel(name: str) -> Kernel:
-    return bind("attention", name, POINTER, result=BOOL)
+def _kernel(name: str, activations: torch.dtype) -> Kernel:
+    library = "attention_f16" if activations == torch.float16 else "attention"
+    return bind(library, name, POINTER, result=BOOL)
 
 
 def compile_now() -> None:
@@ -101,7 +109,10 @@ def paged_attention(
         num_heads, num_kv_heads, head_dim, v_head_dim, window or 0, chunk or 0,
         scaling, logit_cap, DTYPES[q.dtype], DTYPES[keys.dtype],
     )  # fmt: skip
-    _check(_kernel("paged_attention")(ctypes.byref(arguments)), f"a cache of {keys.dtype} for queries of {q.dtype}")
+    _check(
+        _kernel("paged_attention", q.dtype)(ctypes.byref(arguments)),
+        f"a cache of {keys.dtype} for queries of {q.dtype}",
+    )
     return out
 
 
@@ -131,7 +142,7 @@ def write_kv(
         num_tokens, num_kv_heads, head_dim, values.shape[2],
         DTYPES[k.dtype], DTYPES[keys.dtype],
     )  # fmt: skip
-    _check(_kernel("write_kv")(ctypes.byref(arguments)), f"{k.dtype} into a cache of {keys.dtype}")
+    _check(_kernel("write_kv", k.dtype)(ctypes.byref(arguments)), f"{k.dtype} into a cache of {keys.dtype}")
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -30,7 +30,7 @@ struct Attention {
     int64_t window;  // visible tokens, the query's own included; 0: all
     int64_t chunk;  // tokens in a chunk, of which a query sees its own alone; 0: no chunks
     double scaling, logit_cap;  // cap 0: none
-    int64_t activations, stored;  // 0: float32, 1: bfloat16, 2: int8 (only stored)
+    int64_t activations, stored;  // 0: float32, 1: bfloat16, 2: int8 (only stored), 3: float16
 };
 
 struct Write {

@@ -37,10 +37,10 @@ constexpr int MAX_SPLITS = 64;
 constexpr int KEYS_PER_SHARED_SPLIT = 512;
 
 // Some machines have products of bfloat16: two neighbours along the sum in one 32-bit unit. Others compute in float32,
-// whatever the stored type.
+// whatever the stored type, as all do with float16.
 #if defined(__AVX512BF16__)
 template <class T>
-using Computed = T;
+using Computed = std::conditional_t<std::is_same<T, bf16>::value, bf16, float>;
 #else
 template <class T>
 using Computed = float;
@@ -134,7 +134,7 @@ INLINE vec broadcast(const uint32_t* unit) {
 #endif
 }
 
-// Loads a vector of units of C from numbers of type R: unchanged, or widened from bfloat16.
+// Loads a vector of units of C from numbers of type R: unchanged, or widened from 16 bits.
 template <class C, class R>
 INLINE vec units(const R* p) {
     if constexpr (sizeof(C) == 2) return load(reinterpret_cast<const float*>(p));

@@ -165,6 +165,8 @@ class BlockExperts(PackedExperts):
         return len(panels) == len(experts) and len({(one.shape, one.block_type) for one in panels}) == 1
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dtype == torch.float16:
+            return self.apply(x.float(), rows_per_expert, bias).half()
         num_outputs, num_inputs = self.experts[0].shape
         if x.dtype not in DTYPES or x.shape[1] != num_inputs or len(rows_per_expert) != len(self.experts):
             raise ValueError(

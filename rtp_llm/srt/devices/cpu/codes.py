@@ -44,6 +44,8 @@ class CodePanels(PanelWeight):
     Products are of bfloat16, with sums in float32.
     """
 
+    instead_of_float16 = torch.bfloat16
+
     def __init__(
         self,
         kind: Codes,

@@ -55,6 +55,12 @@ INLINE bf16 from_float<bf16>(float x) {
     return bf16{uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
+// ---- float16: 5 bits of exponent, 10 of fraction
+
+struct f16 {
+    uint16_t bits;
+};
+
 // ---- vectors of float32
 
 #if defined(__AVX512F__)
@@ -73,6 +79,8 @@ typedef uint16_t hvec_unaligned __attribute__((vector_size(LANES * 2), aligned(2
 
 static INLINE vec splat(float x) { return x - vec{}; }
 
+static INLINE ivec splat_bits(int32_t x) { return x - ivec{}; }
+
 static INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 
 static INLINE vec load(const bf16* p) {
@@ -87,6 +95,39 @@ static INLINE vec load(const bf16* p) {
 #else
     hvec half = *reinterpret_cast<const hvec_unaligned*>(p);
     return (vec)(__builtin_convertvector(half, ivec) << 16);
+#endif
+}
+
+#if !defined(__F16C__) && !defined(__aarch64__)
+// Bits of float16 in the lower halves. Their exponent is 112 less than float32's; numbers without one, which have no
+// leading 1, are made with the smallest exponent, of which the 1 is then taken away.
+static INLINE vec from_halves(ivec halves) {
+    ivec magnitude = (halves & 0x7fff) << 13, sign = (halves & 0x8000) << 16;
+    ivec whole = magnitude + (112 << 23), no_number = (ivec)(magnitude >= (31 << 23)) & (112 << 23);
+    vec small = (vec)(magnitude + (113 << 23)) - 6.103515625e-5f;
+    return (vec)((magnitude < (1 << 23) ? (ivec)small : whole + no_number) | sign);
+}
+
+// The reverse, to nearest, ties to even. A number without an exponent is rounded by adding one whose last bit is its.
+static INLINE ivec to_halves(vec x) {
+    ivec sign = ((ivec)x >> 16) & 0x8000, magnitude = (ivec)x & 0x7fffffff;
+    ivec whole = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    ivec small = (ivec)((vec)magnitude + 0.5f) - (126 << 23);
+    ivec half = magnitude < (113 << 23) ? small : whole;
+    half = magnitude >= (143 << 23) ? splat_bits(0x7c00) : half;
+    return (magnitude > (255 << 23) ? splat_bits(0x7e00) : half) | sign;
+}
+#endif
+
+static INLINE vec load(const f16* p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+    return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+#else
+    return from_halves(__builtin_convertvector(*reinterpret_cast<const hvec_unaligned*>(p), ivec));
 #endif
 }
 
@@ -105,6 +146,40 @@ static INLINE void store(bf16* p, vec x) {
     ivec is_nan = (ivec)(x != x);
     bits = (is_nan & (bits | 0x400000)) | (~is_nan & rounded);
     *reinterpret_cast<hvec_unaligned*>(p) = __builtin_convertvector((bits >> 16) & 0xffff, hvec);
+#endif
+}
+
+static INLINE void store(f16* p, vec x) {
+#if defined(__AVX512F__)
+    __m256i rounded = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &rounded, 32);
+#elif defined(__F16C__)
+    __m128i rounded = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &rounded, 16);
+#elif defined(__aarch64__)
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#else
+    *reinterpret_cast<hvec_unaligned*>(p) = __builtin_convertvector(to_halves(x), hvec);
+#endif
+}
+
+static INLINE float to_float(f16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    f16 numbers[LANES] = {x};
+    return load(numbers)[0];
+#endif
+}
+
+template <>
+INLINE f16 from_float<f16>(float x) {
+#if defined(__F16C__)
+    return f16{uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+    f16 numbers[LANES];
+    store(numbers, splat(x));
+    return numbers[0];
 #endif
 }
 

@@ -12,10 +12,11 @@ from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind
 from rtp_llm.srt.kernels import reference
 
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _NORM = (*(POINTER,) * 6, *(INT64,) * 6, FLOAT)
 _GATED = (POINTER, POINTER, INT64, INT64, INT64)
 _HEADS = (POINTER, POINTER, *(INT64,) * 5)
+_ANGLES = (POINTER, POINTER, INT64, INT64, INT64, INT)
 _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "rms_norm": _NORM,
     "gemma_rms_norm": _NORM,
@@ -24,13 +25,15 @@ _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "gelu_and_mul": _GATED,
     "gelu_tanh_and_mul": _GATED,
     "swiglu_oai_and_mul": (*_GATED, FLOAT, FLOAT),
-    "rotary": (*_HEADS, *_HEADS, POINTER, POINTER, INT64, INT64, INT64, INT),
+    "rotary": (*_HEADS, *_HEADS, *_ANGLES),
 }
 
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype) -> Kernel:
-    return bind("elementwise", f"{name}_{_SUFFIXES[dtype]}", *_ARGTYPES[name])
+    return bind(
+        "elementwise_f16" if dtype == torch.float16 else "elementwise", f"{name}_{_SUFFIXES[dtype]}", *_ARGTYPES[name]
+    )
 
 
 def _fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -166,7 +169,7 @@ def rotary_pair(
     if not _fits(q, k, cos, sin) or q.stride(2) != 1 or k.stride(2) != 1:
         return reference.rotary_pair(q, k, cos, sin, is_neox_style)
     q_out, k_out = memory.empty(q.shape, q.dtype), memory.empty(k.shape, k.dtype)
-    _rotate(q, q_out, k, k_out, cos, sin, is_neox_style)
+    _rotate("rotary", q, q_out, k, k_out, cos, sin, is_neox_style)
     return q_out, k_out
 
 
@@ -178,10 +181,11 @@ def rotary_pair_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
     """
     if not _fits(q, k, cos, sin) or q.stride(2) != 1 or k.stride(2) != 1:
         raise ValueError(f"cannot rotate {q.dtype} queries and {k.dtype} keys by {cos.dtype} cosines in place")
-    _rotate(q, q, k, k, cos, sin, is_neox_style)
+    _rotate("rotary", q, q, k, k, cos, sin, is_neox_style)
 
 
 def _rotate(
+    name: str,
     q: torch.Tensor,
     q_out: torch.Tensor,
     k: torch.Tensor,
@@ -189,6 +193,7 @@ def _rotate(
     cos: torch.Tensor,
     sin: torch.Tensor,
     is_neox_style: bool,
+    norms: tuple[int, int, float] | tuple[()] = (),
 ) -> None:
     num_tokens, half = cos.shape
     head_size = q.shape[2]
@@ -197,8 +202,8 @@ def _rotate(
             f"cosines {list(cos.shape)} do not go with queries {list(q.shape)} and keys {list(k.shape)}, "
             f"[tokens, heads, head size]"
         )
-    _function("rotary", q.dtype)(
-        *_heads(q, q_out), *_heads(k, k_out), cos.contiguous().data_ptr(), sin.contiguous().data_ptr(),
+    _function(name, q.dtype)(
+        *_heads(q, q_out), *_heads(k, k_out), *norms, cos.contiguous().data_ptr(), sin.contiguous().data_ptr(),
         num_tokens, half, head_size, is_neox_style,
     )  # fmt: skip
 

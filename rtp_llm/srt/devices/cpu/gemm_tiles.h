@@ -10,7 +10,8 @@ namespace {
 // The gate: a function of the first half of the outputs, by which the second half is multiplied.
 enum Gate { NO_GATE, SILU, GELU_TANH };
 
-struct Output {
+template <class H>  // the results' and biases' type, where it is not float32
+struct OutputIn {
     void* data;
     int64_t stride, columns;  // columns: outputs of the weight
     const void* bias;  // [columns] or null
@@ -35,16 +36,16 @@ struct Output {
     INLINE vec with_bias(vec value, int64_t column, int count) const {
         if (!bias) return value;
         return value + (bias_is_float ? read(static_cast<const float*>(bias) + column, count)
-                                      : read(static_cast<const bf16*>(bias) + column, count));
+                                      : read(static_cast<const H*>(bias) + column, count));
     }
 
-    INLINE vec round(vec value) const { return is_float ? value : rounded<bf16>(value); }
+    INLINE vec round(vec value) const { return is_float ? value : rounded<H>(value); }
 
     INLINE void put(int64_t at, vec value, int count) const {
         if (is_float)
             write_to(static_cast<float*>(data) + at, value, count);
         else
-            write_to(static_cast<bf16*>(data) + at, value, count);
+            write_to(static_cast<H*>(data) + at, value, count);
     }
 
     template <class T>
@@ -57,6 +58,8 @@ struct Output {
         count == LANES ? store(p, value) : store_part(p, value, count);
     }
 };
+
+using Output = OutputIn<bf16>;
 
 // The number of rows of a tile's sums.
 template <class Sums>
@@ -145,15 +148,15 @@ NOINLINE void tile_int8(const FourOf<R>* x, const uint32_t* panel, int64_t units
     });
 }
 
-template <int R>
-INLINE void write_tile(const Output& out, int64_t row, int64_t column, const vec (&sums)[R][VECS]) {
+template <int R, class H>
+INLINE void write_tile(const OutputIn<H>& out, int64_t row, int64_t column, const vec (&sums)[R][VECS]) {
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECS; v++) out.write(row + r, column + v * LANES, sums[r][v]);
 }
 
-template <int R>
+template <int R, class H>
 INLINE void write_tile_gated(
-    const Output& out, int64_t row, int64_t column, const vec (&first)[R][VECS], const vec (&second)[R][VECS]
+    const OutputIn<H>& out, int64_t row, int64_t column, const vec (&first)[R][VECS], const vec (&second)[R][VECS]
 ) {
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECS; v++) out.write_gated(row + r, column + v * LANES, first[r][v], second[r][v]);
@@ -165,7 +168,8 @@ class Panels {
    public:
     const int64_t count;
 
-    explicit Panels(const Output& out, int64_t most = PANELS_AT_ONCE)
+    template <class H>
+    explicit Panels(const OutputIn<H>& out, int64_t most = PANELS_AT_ONCE)
         : count(out.gate ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
           most_(out.gate ? std::max<int64_t>(1, most / 2) : most) {}
 
@@ -190,8 +194,8 @@ class Panels {
 // With few tiles, all are multiplied with a panel while the next one is read from memory, as the passes of a single tile
 // are: otherwise the first one would wait for memory, and the others for the multipliers. With many, each is multiplied
 // with several panels in turn.
-template <class F>
-void each_tile(const Output& out, const Tiles& tiles, Panels& panels, F&& tile) {
+template <class H, class F>
+void each_tile(const OutputIn<H>& out, const Tiles& tiles, Panels& panels, F&& tile) {
     auto compute = [&](int64_t p, int64_t t, Following following) {
         int64_t start = tiles.start(t);
         with_rows(tiles.start(t + 1) - start, [&](auto constant) {

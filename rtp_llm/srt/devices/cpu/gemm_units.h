@@ -48,6 +48,17 @@ INLINE vec add_pair(vec sum, uint32_t x, ivec pair) {
 #endif
 }
 
+// sum + x * weights. Of the forms of this instruction, GCC chooses one that overwrites x, not the sum; with 16 registers,
+// of which a tile uses all, it then moves sums to memory and back in every step.
+INLINE vec add_product(vec sum, vec x, vec weights) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(weights));
+    return sum;
+#else
+    return sum + x * weights;
+#endif
+}
+
 // sums[r][v] += the pairs of COUNT registers at w times the unit of row r.
 template <int R, int COUNT>
 INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w) {
@@ -61,17 +72,6 @@ INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w
 INLINE vec add_pair(vec sum, Unit x, ivec pair) {
     sum += splat(x.first) * first_of(pair);
     return sum + splat(x.second) * second_of(pair);
-}
-
-// sum + x * weights. Of the forms of this instruction, GCC chooses one that overwrites x, not the sum; with 16 registers,
-// of which a tile uses all, it then moves sums to memory and back in every step.
-INLINE vec add_product(vec sum, vec x, vec weights) {
-#if defined(__FMA__) && !defined(__AVX512F__)
-    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(weights));
-    return sum;
-#else
-    return sum + x * weights;
-#endif
 }
 
 // All first inputs come before the second ones: so fewer registers are in use at a time.

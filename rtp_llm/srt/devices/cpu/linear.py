@@ -1,4 +1,4 @@
-"""Weights of linear layers packed for the products of gemm.cpp.
+"""Weights of linear layers packed for the products of gemm.cpp and gemm_f16.cpp.
 
 A packed weight represents a matrix [N, K]. ``apply(x, bias)`` is ``x @ weight.T + bias``; ``rows(ids)`` unpacks rows,
 so that a vocabulary table that is also the head is stored once.
@@ -26,15 +26,27 @@ def _function(name: str) -> Kernel:
         "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
         "rows_bf16": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
         "gemm_bf16": (POINTER, INT64, INT64, POINTER, INT64, INT64, *output),
+        "pack_f16": (POINTER, INT64, INT64, INT64, POINTER),
+        "rows_f16": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
+        "gemm_f16": (POINTER, INT64, INT64, POINTER, INT64, INT64, *output),
         "pack_int8": (POINTER, INT64, INT64, POINTER, POINTER),
         "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT),
         "gemm_int8": (POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, INT64, INT64, *output),
     }
-    return bind("gemm", name, *types[name], result=INT if name.startswith("rows") else None)
+    library = "gemm_f16" if name.endswith("f16") and not name.endswith("bf16") else "gemm"
+    return bind(library, name, *types[name], result=INT if name.startswith("rows") else None)
 
 
 class PanelWeight(PackedWeight):
-    """Base of the packed forms: outputs are packed together in panels."""
+    """Base of the packed forms: outputs are packed together in panels.
+
+    Attributes:
+        half: the dtype of 16 bits that rows, results and biases may have.
+        instead_of_float16: what float16 rows become; None: such rows are no other.
+    """
+
+    half = torch.bfloat16
+    instead_of_float16: torch.dtype | None = torch.float32
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -51,8 +63,12 @@ class PanelWeight(PackedWeight):
         out_dtype: torch.dtype | None = None,
         activation: str = "",
     ) -> torch.Tensor:
-        """[..., K] -> [..., N] in ``out_dtype`` (bfloat16 or float32; None: x's). With an ``activation``, for which
-        ``ends_in`` must be true, [..., N / 2]: equal to the kernel of that name after the product."""
+        """[..., K] -> [..., N] in ``out_dtype`` (``half`` or float32; None: x's). With an ``activation``, for which
+        ``ends_in`` must be true, [..., N / 2]: equal to the kernel of that name after the product. Float16 rows of
+        quantized weights, and their results, are converted: then the activation is rounded once."""
+        if x.dtype == torch.float16 and self.instead_of_float16 is not None:
+            out = self.apply(x.to(self.instead_of_float16), bias, torch.float32, activation)
+            return out.to(out_dtype or torch.float16)
         inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         num_outputs = self.shape[0] // 2 if activation else self.shape[0]
         out = self.empty_result(inputs, num_outputs, out_dtype or x.dtype)
@@ -71,7 +87,10 @@ class PanelWeight(PackedWeight):
             raise ValueError(f"a product with a weight of {list(self.shape)} cannot end in {activation!r}")
         if x.stride(1) != 1 and num_inputs > 1:
             x = x.contiguous()
-        if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
+        if x.dtype == torch.float16 and self.instead_of_float16 is not None:
+            out.copy_(self.apply(x, bias, out.dtype, activation))
+            return
+        if bias is not None and bias.dtype not in (torch.float32, self.half):
             bias = bias.float()
         if num_rows:
             is_float = bias is not None and bias.dtype == torch.float32
@@ -106,6 +125,8 @@ def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
 class BFloat16Panels(PanelWeight):
     """weight: [N, K] bfloat16, whose last dimension is contiguous."""
 
+    instead_of_float16 = None
+
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
         self.packed = memory.weights.empty(self.num_panels, -(-self.shape[1] // 2), PANEL, 2, dtype=torch.bfloat16)
@@ -126,6 +147,36 @@ class BFloat16Panels(PanelWeight):
         if x.dtype != torch.bfloat16:
             raise ValueError(f"a bfloat16 weight multiplies bfloat16, not {x.dtype}")
         _function("gemm_bf16")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
+
+
+class Float16Panels(PanelWeight):
+    """weight: [N, K] float16, whose last dimension is contiguous; multiplied in float32. See gemm_f16.cpp."""
+
+    half = torch.float16
+    instead_of_float16 = None
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        if weight.dtype != torch.float16 or weight.stride(1) != 1:
+            raise ValueError(f"expected contiguous rows in float16, not {weight.dtype} of strides {weight.stride()}")
+        self.packed = memory.weights.empty(self.num_panels, -(-self.shape[1] // 2), 2, 2, PANEL // 2, dtype=self.half)
+        _function("pack_f16")(weight.data_ptr(), weight.stride(0), *self.shape, self.packed.data_ptr())
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.packed]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K] float16."""
+        ids = ids.contiguous()
+        out = torch.empty(*ids.shape, self.shape[1], dtype=torch.float16)
+        if not _function("rows_f16")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr()):
+            refuse_ids(ids, self.shape[0])
+        return out
+
+    def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
+        if x.dtype != torch.float16:
+            raise ValueError(f"a float16 weight multiplies float16, not {x.dtype}")
+        _function("gemm_f16")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
 
 
 class Int8Panels(PanelWeight):

@@ -1,4 +1,4 @@
-"""CPUs: C++ kernels if there is a compiler; for models in float16, and without a compiler, the reference's."""
+"""CPUs: C++ kernels if there is a compiler, otherwise the reference's."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +18,10 @@ from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
-DTYPES = (torch.float32, torch.bfloat16)  # that kernels read and write
+DTYPES = (torch.float32, torch.bfloat16)  # that all kernels read and write
+HALVES = (torch.bfloat16, torch.float16)
+LIBRARIES_OF_FLOAT16 = ("gemm_f16", "attention_f16", "elementwise_f16")
+MODULES_OF_FLOAT16 = ("elementwise", "moe")  # whose kernels take it; those of moe only where they move numbers
 KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "rms_norm": "elementwise",
     "gemma_rms_norm": "elementwise",
@@ -81,50 +84,58 @@ class CpuProvider(ReferenceProvider):
             compile_ahead(LIBRARIES_OF_WEIGHTS[scheme])
 
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
-        if name not in KERNELS or dtype not in DTYPES or not kernels_work():
+        if name not in KERNELS or not kernels_work():
+            return None
+        if dtype not in DTYPES and not (dtype == torch.float16 and KERNELS[name] in MODULES_OF_FLOAT16):
             return None
         _compile_libraries_of(KERNELS[name])
         return getattr(import_module(f"{__package__}.{KERNELS[name]}"), name)
 
     def attention_backend(self, dtype: torch.dtype) -> str:
-        return "cpu" if dtype in DTYPES and kernels_work() else super().attention_backend(dtype)
+        if dtype not in (*DTYPES, torch.float16) or not kernels_work():
+            return super().attention_backend(dtype)
+        if dtype == torch.float16:
+            compile_ahead(LIBRARIES_OF_FLOAT16)
+        return "cpu"
 
     def pack_dense(self, weight: torch.Tensor) -> PackedWeight | None:
-        return linear.BFloat16Panels(weight) if _takes(weight) else None
+        if not weight.is_cpu or weight.dtype not in HALVES or not _builds_for_kernels((*DTYPES, torch.float16)):
+            return None
+        return linear.Float16Panels(weight) if weight.dtype == torch.float16 else linear.BFloat16Panels(weight)
 
     def pack_experts(self, weight: torch.Tensor) -> PackedExperts | None:
-        return moe.ExpertPanels(weight) if _takes(weight) else None
+        return moe.ExpertPanels(weight) if _takes_experts(weight) else None
 
     def pack_int8(self, weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
-        if weight.is_cpu and _builds_for_kernels(DTYPES):
+        if weight.is_cpu and _builds_for_kernels((*DTYPES, torch.float16)):
             return linear.Int8Panels(weight, scales)
         return super().pack_int8(weight, scales)
 
     def pack_int4(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """Pack for kernels only for models in bfloat16, whose rounding errors are as large as the kernels'. What does
-        not fit into blocks, as groups of 8 do not, becomes bfloat16, which takes four times the memory."""
-        if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
+        """Pack for kernels only for models in 16 bits: rows become bytes, and float32 would be lost. What does not fit
+        into blocks, as groups of 8 do not, becomes the model's 16 bits, which takes four times the memory."""
+        if weight.is_cpu and _builds_for_kernels(HALVES):
             panels = int4_panels(weight, scales, zeros, group_size)
             if panels is not None:
                 return panels
-            return linear.BFloat16Panels(reference.dequantize_int4(weight, scales, zeros, group_size).bfloat16())
+            return _dense(reference.dequantize_int4(weight, scales, zeros, group_size))
         return super().pack_int4(weight, scales, zeros, group_size)
 
     def pack_uint8(
         self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int
     ) -> PackedWeight:
-        """Pack for models in bfloat16 as signed integers; with zeros as bfloat16, which takes twice the memory."""
-        if weight.is_cpu and _builds_for_kernels((torch.bfloat16,)):
+        """Pack for models in 16 bits as signed integers; with zeros as numbers of 16 bits, in twice the memory."""
+        if weight.is_cpu and _builds_for_kernels(HALVES):
             if zeros is None and codes.takes_groups(weight.shape[1], group_size):
                 return codes.CodePanels(codes.Codes.INT8, weight ^ 128, scales, group_size)
-            return linear.BFloat16Panels(reference.dequantize_uint8(weight, scales, zeros, group_size).bfloat16())
+            return _dense(reference.dequantize_uint8(weight, scales, zeros, group_size))
         return super().pack_uint8(weight, scales, zeros, group_size)
 
     def pack_blocks(self, blocks: torch.Tensor, block_type: str, num_inputs: int) -> PackedWeight:
-        """Pack for kernels only for models in bfloat16, as ``pack_int4``."""
-        if blocks.is_cpu and block_type in NUMBERS and _builds_for_kernels((torch.bfloat16,)):
+        """Pack for kernels only for models in 16 bits, as ``pack_int4``."""
+        if blocks.is_cpu and block_type in NUMBERS and _builds_for_kernels(HALVES):
             return BlockPanels(blocks, block_type, num_inputs)
         return super().pack_blocks(blocks, block_type, num_inputs)
 
@@ -141,7 +152,7 @@ class CpuProvider(ReferenceProvider):
     def pack_table(
         self, weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int
     ) -> PackedWeight:
-        """Pack for kernels only for models in bfloat16, to which the table's numbers are rounded."""
+        """Pack for kernels only for models in 16 bits: the table's numbers are rounded to bfloat16."""
         if _takes_codes(weight, 2 * weight.shape[1], group_size):
             return codes.CodePanels(codes.Codes.TABLE, reference.unpack_int4(weight), scales, group_size, table)
         return super().pack_table(weight, table, scales, group_size)
@@ -164,12 +175,19 @@ def _compile_libraries_of(module: str) -> None:
     compile_ahead(LIBRARIES.get(module, ()))
 
 
-def _takes(weight: torch.Tensor) -> bool:
+def _dense(weight: torch.Tensor) -> PackedWeight:
+    """Pack [N, K] float32 in the dtype of the model that is being built, of 16 bits."""
+    if torch.get_default_dtype() == torch.float16:
+        return linear.Float16Panels(weight.half())
+    return linear.BFloat16Panels(weight.bfloat16())
+
+
+def _takes_experts(weight: torch.Tensor) -> bool:
     return weight.is_cpu and weight.dtype == torch.bfloat16 and _builds_for_kernels(DTYPES)
 
 
 def _takes_codes(weight: torch.Tensor, num_inputs: int, group_size: int) -> bool:
-    return weight.is_cpu and codes.takes_groups(num_inputs, group_size) and _builds_for_kernels((torch.bfloat16,))
+    return weight.is_cpu and codes.takes_groups(num_inputs, group_size) and _builds_for_kernels(HALVES)
 
 
 def _builds_for_kernels(dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -218,8 +218,8 @@ def test_wrong_inputs_are_refused() -> None:
     packed = BlockPanels(weight, "Q4_K", 512)
     with pytest.raises(ValueError, match="takes 512 inputs, not 256"):
         packed.apply(torch.randn(2, 256).bfloat16())
-    with pytest.raises(ValueError, match=r"multiplies bfloat16 or float32, not torch\.float16"):
-        packed.apply(torch.randn(2, 512).half())
+    with pytest.raises(ValueError, match=r"multiplies bfloat16 or float32, not torch\.float64"):
+        packed.apply(torch.randn(2, 512).double())
 
 
 def test_models_in_bfloat16_have_panels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,55 @@ def test_bfloat16(isa, generator, shape):
             assert error(packed.apply(x, bias), expected + bias.double()) < 2**-8
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float16(isa, generator, shape):
+    weight, bias = torch.randn(shape).half(), torch.randn(shape[0]).half()
+    weight[0, 0] = 3e-6  # a number without an exponent
+    packed = linear.Float16Panels(weight)
+    for num_rows in ROWS:
+        for x in inputs(num_rows, shape[1], torch.float16):
+            expected = F.linear(x.double(), weight.double())
+            assert error(packed.apply(x, out_dtype=torch.float32), expected) < 1e-5
+            assert error(packed.apply(x, bias), expected + bias.double()) < 2**-10
+            assert error(packed.apply(x, bias.float(), torch.float32), expected + bias.double()) < 1e-5
+
+
+def test_float16_rows_of_a_table(isa, generator):
+    table = torch.randn(101, 37).half()
+    ids = torch.randint(0, 101, (3, 9))
+    assert torch.equal(linear.Float16Panels(table).rows(ids), table[ids])
+    with pytest.raises(IndexError, match=r"ids must be in \[0, 101\), not 0 to 101"):
+        linear.Float16Panels(table).rows(torch.tensor([0, 101]))
+
+
+def test_float16_numbers_of_every_kind(isa):
+    """Each number of float16 is widened exactly, and results are rounded as torch rounds them."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16).view(-1, 1)
+    one = linear.Float16Panels(torch.ones(1, 1).half())
+    assert torch.equal(one.apply(every, out_dtype=torch.float32).nan_to_num(), every.float().nan_to_num())
+    as_weight = linear.Float16Panels(every[: 1 << 14]).apply(torch.ones(1, 1).half(), out_dtype=torch.float32)
+    assert torch.equal(as_weight.nan_to_num(), every[: 1 << 14].float().t().nan_to_num())
+    bits = torch.arange(0, 1 << 31, 66467, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    near = torch.cat((bits, every.float().flatten() * (1 + 2**-11), torch.tensor([65504.0, 65519.99, 65520.0])))
+    for sign in (1, -1):
+        rounded = one.apply(torch.zeros(1, 1).half().expand(len(near), 1), None).clone()
+        assert not rounded.any()
+        sums = linear.Float16Panels(torch.zeros(len(near), 1).half()).apply(torch.ones(1, 1).half(), sign * near)
+        assert torch.equal(sums[0].nan_to_num(), (sign * near).half().nan_to_num())
+        assert torch.equal(sums[0].isnan(), near.isnan())
+
+
+def test_float16_rows_of_quantized_weights(isa, generator):
+    """They are multiplied as float32 rows are, and only the result is rounded."""
+    weight, scales = torch.randint(-127, 128, (96, 40), dtype=torch.int8), torch.rand(96) * 0.01
+    packed, x, bias = linear.Int8Panels(weight, scales), torch.randn(7, 40).half(), torch.randn(96).half()
+    assert torch.equal(packed.apply(x, bias), packed.apply(x.float(), bias.float()).half())
+    out = torch.empty(7, 200).half()
+    packed.apply_into(x, out[:, 3:99], bias)
+    assert torch.equal(out[:, 3:99], packed.apply(x, bias))
+    assert packed.apply(x, out_dtype=torch.float32).dtype == torch.float32
+
+
 def test_bfloat16_rows_of_a_table(isa, generator):
     table = torch.randn(101, 37).bfloat16()
     ids = torch.randint(0, 101, (3, 9))
@@ -64,6 +113,7 @@ def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PanelWeight
     weight = torch.randn(num_outputs, num_inputs)
     return [
         linear.BFloat16Panels(weight.bfloat16()),
+        linear.Float16Panels(weight.half()),
         linear.Int8Panels(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(num_outputs) / 30),
     ]
 
@@ -74,11 +124,11 @@ def test_a_product_that_ends_in_an_activation(isa, generator, activation):
     for num_outputs, num_inputs in ((64, 7), (192, 77), (1280, 64)):
         for packed in packed_weights(num_outputs, num_inputs):
             for num_rows in ROWS:
-                x = torch.randn(num_rows, num_inputs).bfloat16()
-                for bias in (None, torch.randn(num_outputs), torch.randn(num_outputs).bfloat16()):
+                x = torch.randn(num_rows, num_inputs).to(packed.half)
+                for bias in (None, torch.randn(num_outputs), torch.randn(num_outputs).to(packed.half)):
                     separate = getattr(elementwise, activation)(packed.apply(x, bias))
                     assert torch.equal(packed.apply(x, bias, activation=activation), separate)
-    x = torch.randn(3, 5, num_inputs).bfloat16()
+    x = torch.randn(3, 5, num_inputs).to(packed.half)
     assert torch.equal(packed.apply(x, activation=activation), getattr(elementwise, activation)(packed.apply(x)))
 
 
@@ -93,9 +143,9 @@ def test_products_that_cannot_end_in_an_activation(isa, generator):
 def test_a_row_does_not_depend_on_the_others(isa, generator):
     """Nor on the number of threads."""
     every = packed_weights(200, 136)
-    x = torch.randn(61, 136).bfloat16()
     before = torch.get_num_threads()
     for packed in every:
+        x = torch.randn(61, 136).to(packed.half)
         whole = packed.apply(x, out_dtype=torch.float32)
         try:
             torch.set_num_threads(1)

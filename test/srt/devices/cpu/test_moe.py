@@ -85,7 +85,7 @@ def test_experts_of_several_shapes_are_not_grouped(isa: str) -> None:
 
 def test_wrong_rows_are_refused_in_8_bits(isa: str) -> None:
     packed, counts = moe.Int8Experts(experts_in_8_bits(2, (4, 6))), torch.tensor([1, 1])
-    for x in (torch.zeros(2, 6).half(), torch.zeros(2, 5)):
+    for x in (torch.zeros(2, 6).double(), torch.zeros(2, 5)):
         with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 or float32 \[rows, 6\] in 2 groups"):
             packed.apply(x, counts)
     with pytest.raises(ValueError, match=r"groups have \[1, 1\] rows, but x has 3"):
