@@ -12,6 +12,7 @@ from rtp_llm.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import Norm, RMSNorm
+from rtp_llm.srt.layers.normed_heads import norm_and_rotate
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import rope_of_layer
@@ -152,9 +153,10 @@ class NormedHeadsAttention(GroupedQueryAttention):
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
-        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
-        return self.rotate(positions, q, k)
+        q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
+        if self.rotates_in_float32:
+            return self.rotate(positions, self.q_norm(q), self.k_norm(k))
+        return norm_and_rotate(self.q_norm, self.k_norm, self.rotary_emb, positions, q, k)
 
 
 def layer_window(config: "PretrainedConfig", layer_id: int) -> int | None:

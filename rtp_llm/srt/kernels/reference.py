@@ -1,4 +1,5 @@
 """Plain torch: the documentation of what each kernel computes, the oracle of its tests, and the fallback."""
+# long: what kernels compute is looked up here, and read side by side
 
 import torch
 import torch.nn.functional as F
@@ -431,6 +432,21 @@ def rotary_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply ``rotary`` to queries and keys, [T, heads, head_size] each; their numbers of heads may differ."""
     return rotary(q, cos, sin, is_neox_style), rotary(k, cos, sin, is_neox_style)
+
+
+def norm_rotary_pair(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    is_neox_style: bool,
+    is_gemma: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply ``rms_norm``, or ``gemma_rms_norm``, to each head of queries and keys, then ``rotary_pair``."""
+    norm = gemma_rms_norm if is_gemma else rms_norm
+    return rotary_pair(norm(q, weights[0], eps), norm(k, weights[1], eps), cos, sin, is_neox_style)
 
 
 def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,7 @@ class RotaryEmbedding(nn.Module):
         self._step_cos_sin: torch.Tensor | None = None  # [2, a step's tokens or more, rotary_dim / 2]
         self._step: tuple[torch.Tensor, torch.Tensor] | None = None  # this step's cosines and sines, views of it
         self._rotate = pick("rotary_pair", spec.dtype)
+        self.norm_and_rotate = pick("norm_rotary_pair", spec.dtype)
 
     def prepare_for_forward(self, forward_batch: ForwardBatch) -> None:
         """Compute this step's cosines and sines, which ``forward`` uses when given the batch's own positions."""
@@ -81,14 +82,17 @@ class RotaryEmbedding(nn.Module):
             q, k: [T, heads * head_size] or [T, heads, head_size]; their numbers of heads may differ. k None: there are
                 only queries, as in a layer that reads another's cache.
         """
-        cos, sin = self._cos_and_sin_at(positions)
-        if cos.dtype is not q.dtype:
-            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        cos, sin = self.cos_and_sin(positions, q.dtype)
         heads = self._heads(q)
         rotated_q, rotated_k = self._rotate(
             heads, heads[:, :1] if k is None else self._heads(k), cos, sin, self.is_neox_style
         )
         return rotated_q.view(q.shape), None if k is None else rotated_k.view(k.shape)
+
+    def cos_and_sin(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, [T, rotary_dim / 2] each, in ``dtype``."""
+        cos, sin = self._cos_and_sin_at(positions)
+        return (cos, sin) if cos.dtype is dtype else (cos.to(dtype), sin.to(dtype))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x

@@ -170,6 +170,8 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
         if kind is not None:
             part = (kind, name.rpartition(".")[2]) if kind in NAMED_KINDS else (kind,)
             module.forward = _timed_layer(module, part, watch)
+        if isinstance(module, RotaryEmbedding):
+            watch.wrap(module, "norm_and_rotate", ("rotary",))
         if isinstance(module, LogitsProcessor):
             module.logits = _timed_logits(module, watch)  # type: ignore[method-assign]
 

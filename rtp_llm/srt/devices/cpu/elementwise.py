@@ -25,6 +25,8 @@ _ARGTYPES: dict[str, tuple[Any, ...]] = {
     "gelu_and_mul": _GATED,
     "gelu_tanh_and_mul": _GATED,
     "swiglu_oai_and_mul": (*_GATED, FLOAT, FLOAT),
+    "rms_norm_rotary": (*_HEADS, *_HEADS, POINTER, POINTER, FLOAT, *_ANGLES),
+    "gemma_rms_norm_rotary": (*_HEADS, *_HEADS, POINTER, POINTER, FLOAT, *_ANGLES),
     "rotary": (*_HEADS, *_HEADS, *_ANGLES),
 }
 
@@ -170,6 +172,27 @@ def rotary_pair(
         return reference.rotary_pair(q, k, cos, sin, is_neox_style)
     q_out, k_out = memory.empty(q.shape, q.dtype), memory.empty(k.shape, k.dtype)
     _rotate("rotary", q, q_out, k, k_out, cos, sin, is_neox_style)
+    return q_out, k_out
+
+
+def norm_rotary_pair(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    is_neox_style: bool,
+    is_gemma: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not _fits(q, k, *weights, cos, sin) or q.stride(2) != 1 or k.stride(2) != 1:
+        return reference.norm_rotary_pair(q, k, weights, eps, cos, sin, is_neox_style, is_gemma)
+    q_out, k_out = memory.empty(q.shape, q.dtype), memory.empty(k.shape, k.dtype)
+    for x, weight in zip((q, k), weights, strict=True):
+        _norm_size(x, weight)
+    norms = weights[0].data_ptr(), weights[1].data_ptr(), eps
+    name = "gemma_rms_norm_rotary" if is_gemma else "rms_norm_rotary"
+    _rotate(name, q, q_out, k, k_out, cos, sin, is_neox_style, norms)
     return q_out, k_out
 
 

@@ -34,6 +34,7 @@ KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "gelu_tanh_and_mul": "elementwise",
     "swiglu_oai_and_mul": "elementwise",
     "rotary_pair": "elementwise",
+    "norm_rotary_pair": "elementwise",
     "causal_conv1d": "recurrent",
     "delta_gates": "recurrent",
     "gated_delta_rule": "recurrent",

@@ -83,7 +83,7 @@ def test_kernels_of_a_decode_step_are_called_from_lists():
         "gemm_codes": ("gemm_codes",),
         "gemm_blocks": ("gemm_blocks", "grouped_gemm_blocks"),
         "attention": ("paged_attention", "write_kv"),
-        "elementwise": ("rms_norm_bf16", "layer_norm_bf16", "rotary_bf16", "silu_and_mul_bf16"),
+        "elementwise": ("rms_norm_bf16", "layer_norm_bf16", "rotary_bf16", "rms_norm_rotary_bf16", "silu_and_mul_bf16"),
         "gemm_f16": ("gemm_f16",),
         "attention_f16": ("paged_attention", "write_kv"),
         "elementwise_f16": ("rms_norm_f16", "layer_norm_f16", "rotary_f16", "silu_and_mul_f16"),

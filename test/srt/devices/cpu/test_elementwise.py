@@ -174,6 +174,34 @@ def test_rotary(isa: str, dtype: torch.dtype, is_neox: bool) -> None:
         assert torch.equal(qkv[:, (q_heads + k_heads) * size :], before[:, (q_heads + k_heads) * size :])
 
 
+@pytest.mark.parametrize("is_gemma", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_rotation_at_once(isa: str, dtype: torch.dtype, is_gemma: bool) -> None:
+    """They are both kernels' results."""
+    norm = elementwise.gemma_rms_norm if is_gemma else elementwise.rms_norm
+    for num_tokens, q_heads, k_heads, size, half in [
+        (1, 2, 1, 64, 32), (7, 4, 2, 96, 13), (5, 3, 3, 10, 5), (300, 4, 2, 64, 32), (0, 2, 1, 8, 4)
+    ]:  # fmt: skip
+        qk = torch.randn(num_tokens, (q_heads + k_heads) * size, dtype=dtype)
+        q, k = qk.split([q_heads * size, k_heads * size], dim=-1)
+        q, k = q.unflatten(-1, (q_heads, size)), k.unflatten(-1, (k_heads, size))
+        weights = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
+        angles = torch.rand(num_tokens, half) * 6
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        for is_neox in (True, False):
+            results = elementwise.norm_rotary_pair(q, k, weights, 1e-6, cos, sin, is_neox, is_gemma)
+            if not num_tokens:
+                assert [result.shape for result in results] == [q.shape, k.shape]
+                continue
+            normed = [norm(x, weight, 1e-6) for x, weight in zip((q, k), weights, strict=True)]
+            expected = elementwise.rotary_pair(*normed, cos, sin, is_neox)
+            for result, of_both in zip(results, expected, strict=True):
+                check(result, of_both)
+    plain = [x.double() for x in (q, k, *weights, cos, sin)]
+    result, _ = elementwise.norm_rotary_pair(*plain[:2], plain[2:4], 1e-6, *plain[4:], True, is_gemma)
+    assert result.dtype == torch.float64
+
+
 def test_what_does_not_fit_goes_to_plain_torch(isa: str) -> None:
     x, weight = torch.randn(3, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     assert torch.equal(elementwise.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
