@@ -13,22 +13,17 @@
 #include "attention_steps.h"
 #include "replay.h"
 
-// Both return false if there is no code for the pair of types.
+// Of models in bfloat16; attention_f32.cpp and attention_f16.cpp have the others. Both return false if there is no code
+// for the pair of types.
 KERNEL bool paged_attention(const Attention* a) {
-    if (a->activations == 0 && a->stored == 0) attend<float, float>(*a);
-    else if (a->activations == 0 && a->stored == 1) attend<float, bf16>(*a);
-    else if (a->activations == 0 && a->stored == 2) attend<float, int8_t>(*a);
-    else if (a->activations == 1 && a->stored == 1) attend<bf16, bf16>(*a);
+    if (a->activations == 1 && a->stored == 1) attend<bf16, bf16>(*a);
     else if (a->activations == 1 && a->stored == 2) attend<bf16, int8_t>(*a);
     else return false;
     return true;
 }
 
 KERNEL bool write_kv(const Write* w) {
-    if (w->activations == 0 && w->stored == 0) write<float, float>(*w);
-    else if (w->activations == 0 && w->stored == 1) write<float, bf16>(*w);
-    else if (w->activations == 0 && w->stored == 2) write<float, int8_t>(*w);
-    else if (w->activations == 1 && w->stored == 1) write<bf16, bf16>(*w);
+    if (w->activations == 1 && w->stored == 1) write<bf16, bf16>(*w);
     else if (w->activations == 1 && w->stored == 2) write<bf16, int8_t>(*w);
     else return false;
     return true;

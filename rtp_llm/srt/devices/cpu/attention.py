@@ -1,4 +1,4 @@
-"""Calls of ``attention.cpp`` and ``attention_f16.cpp``: attention over a paged cache, and writes to that cache.
+"""Calls of ``attention.cpp`` and its likes for other dtypes: attention over a paged cache, and writes to that cache.
 
 See ``reference.py``.
 """
@@ -9,8 +9,8 @@ from ctypes import c_double, c_int64, c_void_p
 
 import torch
 
-from rtp_llm.srt.devices.cpu import build, memory
-from rtp_llm.srt.devices.cpu.binding import BOOL, POINTER, Kernel, bind
+from rtp_llm.srt.devices.cpu import memory
+from rtp_llm.srt.devices.cpu.binding import BOOL, POINTER, Kernel, bind, library_for
 from rtp_llm.srt.kernels.paged import PagedRows
 
 # Dtypes of activations and of the cache, numbered as in attention.cpp.
@@ -52,17 +52,7 @@ _Write = _structure(
 
 @functools.cache
 def _kernel(name: str, activations: torch.dtype) -> Kernel:
-    library = "attention_f16" if activations == torch.float16 else "attention"
-    return bind(library, name, POINTER, result=BOOL)
-
-
-def compile_now() -> None:
-    """Compile the kernels now, not at their first call.
-
-    Raises:
-        KernelBuildError: it cannot be compiled here.
-    """
-    build.load("attention")
+    return bind(library_for("attention", activations), name, POINTER, result=BOOL)
 
 
 def paged_attention(

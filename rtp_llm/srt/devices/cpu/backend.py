@@ -6,6 +6,7 @@ import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cpu import attention as kernels
+from rtp_llm.srt.devices.cpu import build
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels.paged import PagedRows
 
@@ -57,7 +58,7 @@ class CpuAttention(AttentionBackend):
         )
 
     def __init__(self) -> None:
-        kernels.compile_now()
+        build.load("probe")  # raises KernelBuildError where none compile
         self._rows = PagedRows.of([], [], [])
         self._whole_rows: WholeRows | None = None
 

@@ -42,6 +42,11 @@ def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel
     return Kernel(f"{library}.{function}", bound)
 
 
+def library_for(name: str, dtype: torch.dtype) -> str:
+    """Return the name of the kernel file for a dtype where each has its own: bfloat16's, and one with a suffix."""
+    return name + {torch.bfloat16: "", torch.float32: "_f32", torch.float16: "_f16"}[dtype]
+
+
 @contextmanager
 def noted_calls(note: Note) -> Iterator[None]:
     """Call ``note`` for every call of a kernel by this thread within the context."""

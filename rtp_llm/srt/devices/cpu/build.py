@@ -43,8 +43,8 @@ from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
 
-# What every model needs, those first that take the compiler longest.
-USUAL = ("gemm", "attention", "elementwise", "sampling", "moe", "replay")
+# What nearly every model needs, those first that take the compiler longest. Products depend on the weights.
+USUAL = ("attention", "elementwise", "sampling", "replay")
 
 
 class KernelBuildError(RuntimeError):

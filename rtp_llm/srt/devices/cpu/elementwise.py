@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rtp_llm.srt.devices.cpu import memory
-from rtp_llm.srt.devices.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind
+from rtp_llm.srt.devices.cpu.binding import FLOAT, INT, INT64, POINTER, Kernel, bind, library_for
 from rtp_llm.srt.kernels import reference
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -33,9 +33,7 @@ _ARGTYPES: dict[str, tuple[Any, ...]] = {
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype) -> Kernel:
-    return bind(
-        "elementwise_f16" if dtype == torch.float16 else "elementwise", f"{name}_{_SUFFIXES[dtype]}", *_ARGTYPES[name]
-    )
+    return bind(library_for("elementwise", dtype), f"{name}_{_SUFFIXES[dtype]}", *_ARGTYPES[name])
 
 
 def _fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Weights of linear layers packed for the products of gemm.cpp and gemm_f16.cpp.
+"""Weights of linear layers packed for the products of gemm.cpp, gemm_int8.cpp and gemm_f16.cpp.
 
 A packed weight represents a matrix [N, K]. ``apply(x, bias)`` is ``x @ weight.T + bias``; ``rows(ids)`` unpacks rows,
 so that a vocabulary table that is also the head is stored once.
@@ -33,7 +33,8 @@ def _function(name: str) -> Kernel:
         "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT),
         "gemm_int8": (POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, INT64, INT64, *output),
     }
-    library = "gemm_f16" if name.endswith("f16") and not name.endswith("bf16") else "gemm"
+    kind = name.rpartition("_")[2]
+    library = "gemm" if kind == "bf16" else f"gemm_{kind}"
     return bind(library, name, *types[name], result=INT if name.startswith("rows") else None)
 
 

@@ -32,7 +32,7 @@ def _grouped_gemm(name: str) -> Kernel:
         "bf16": (POINTER, *rows, POINTER, INT64, INT64, POINTER, POINTER, INT64),
         "int8": (POINTER, INT, *rows, *(POINTER,) * 3, INT64, INT64, POINTER, INT, POINTER, INT64, INT),
     }
-    return bind("gemm", f"grouped_gemm_{name}", *types[name], result=INT)
+    return bind("gemm" if name == "bf16" else f"gemm_{name}", f"grouped_gemm_{name}", *types[name], result=INT)
 
 
 class ExpertPanels(PackedExperts):

@@ -20,7 +20,6 @@ from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 DTYPES = (torch.float32, torch.bfloat16)  # that all kernels read and write
 HALVES = (torch.bfloat16, torch.float16)
-LIBRARIES_OF_FLOAT16 = ("gemm_f16", "attention_f16", "elementwise_f16")
 MODULES_OF_FLOAT16 = ("elementwise", "moe")  # whose kernels take it; those of moe only where they move numbers
 KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "rms_norm": "elementwise",
@@ -53,10 +52,17 @@ KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "gather_rows": "moe",
     "sum_rows": "moe",
 }
-LIBRARIES = {"recurrent": ("state_matrix", "recurrent")}  # module -> kernel files beyond the usual ones
-LIBRARIES_OF_WEIGHTS = {  # quantization scheme -> kernel files beyond the usual ones
-    "int8": ("quantizing",),
-    "int4": ("gemm_blocks", "quantizing"),
+# Kernel files beyond the usual ones, by module.
+LIBRARIES = {"recurrent": ("state_matrix", "recurrent"), "moe": ("moe",)}
+LIBRARIES_OF_DTYPES = {  # of models -> kernel files beyond the usual ones, which are bfloat16's
+    torch.float32: ("attention_f32", "elementwise_f32"),
+    torch.float16: ("attention_f16", "elementwise_f16"),
+}
+LIBRARIES_OF_PLAIN_WEIGHTS = {torch.bfloat16: ("gemm",), torch.float16: ("gemm_f16",)}
+QUANTIZE_HEADS = ("int8", "int4", "gguf")  # schemes after which no weight of 16 bits is multiplied, mostly
+LIBRARIES_OF_WEIGHTS = {  # quantization scheme -> kernel files of its products
+    "int8": ("gemm_int8", "quantizing"),
+    "int4": ("gemm_blocks", "gemm_int8", "quantizing"),
     "gguf": ("gemm_blocks",),
     "gptq": ("gemm_blocks",),
     "awq": ("gemm_blocks",),
@@ -81,8 +87,12 @@ class CpuProvider(ReferenceProvider):
             threads.bind_threads(pinned, rank)
 
     def expect_weights(self, scheme: str | None) -> None:
-        if scheme in LIBRARIES_OF_WEIGHTS and kernels_work():
-            compile_ahead(LIBRARIES_OF_WEIGHTS[scheme])
+        if not kernels_work():
+            return
+        dtype = torch.get_default_dtype()
+        plain = () if scheme in QUANTIZE_HEADS else LIBRARIES_OF_PLAIN_WEIGHTS.get(dtype, ())
+        of_scheme = () if scheme is None else LIBRARIES_OF_WEIGHTS.get(scheme, ())
+        compile_ahead((*of_scheme, *plain, *LIBRARIES_OF_DTYPES.get(dtype, ())))
 
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         if name not in KERNELS or not kernels_work():
@@ -95,8 +105,6 @@ class CpuProvider(ReferenceProvider):
     def attention_backend(self, dtype: torch.dtype) -> str:
         if dtype not in (*DTYPES, torch.float16) or not kernels_work():
             return super().attention_backend(dtype)
-        if dtype == torch.float16:
-            compile_ahead(LIBRARIES_OF_FLOAT16)
         return "cpu"
 
     def pack_dense(self, weight: torch.Tensor) -> PackedWeight | None:

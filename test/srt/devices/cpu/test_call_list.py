@@ -25,7 +25,7 @@ def norm_call(x, y):
     weight = torch.ones(x.shape[-1])
     norm_call.kept.append(weight)
     rows, size = x.shape
-    norm = bind("elementwise", "rms_norm_f32", *NORM)
+    norm = bind("elementwise_f32", "rms_norm_f32", *NORM)
     return recorded(norm, address(x), None, address(weight), None, address(y), None, rows, 1, size, 0, 0, size, 0.5)
 
 
@@ -79,7 +79,8 @@ def test_other_calls_stay_between_lists():
 def test_kernels_of_a_decode_step_are_called_from_lists():
     """Every kernel that models of common forms use in each layer says REPLAYED in its source."""
     names = {
-        "gemm": ("gemm_bf16", "gemm_int8", "grouped_gemm_bf16", "grouped_gemm_int8"),
+        "gemm": ("gemm_bf16", "grouped_gemm_bf16"),
+        "gemm_int8": ("gemm_int8", "grouped_gemm_int8"),
         "gemm_codes": ("gemm_codes",),
         "gemm_blocks": ("gemm_blocks", "grouped_gemm_blocks"),
         "attention": ("paged_attention", "write_kv"),
