@@ -69,7 +69,10 @@ def qwen3_5(**shape: int) -> Qwen3_5TextConfig:
 
 
 def lfm2(attention_layers: list[int], **shape: int) -> Lfm2Config:
-    return Lfm2Config(**shape, full_attn_idxs=attention_layers, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    """With two sizes that published checkpoints have and vLLM reads; transformers has the hidden size for them."""
+    published = {name: shape["hidden_size"] for name in ("conv_dim", "block_dim")}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return Lfm2Config(**shape, **published, **ends, full_attn_idxs=attention_layers)
 
 
 SIZES: dict[str, PreTrainedConfig] = {
