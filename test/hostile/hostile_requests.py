@@ -179,6 +179,20 @@ class Generator:
                 return {"prompt": "the cat"}
             case "/detokenize":
                 return {"tokens": [5, 6, 7]}
+            case "/v1/rerank" | "/v2/rerank":
+                return {"query": "hi", "documents": ["a", "b"]}
+            case "/v1/score":
+                return {"text_1": "hi", "text_2": ["a", "b"]}
+            case "/v1/embeddings" | "/classify" | "/pooling" | "/v1/embeddings/sparse" | "/v1/embeddings/colbert":
+                return {"input": draw.choice(("hi", ["a", "b"], [5, 6, 7]))}
+            case "/v1/embeddings/similarity":
+                return {"left": ["hi"], "right": ["a", "b"]}
+            case "/encode":
+                return {"text": "hi"}
+            case "/api/embed":
+                return {"input": "hi"}
+            case "/api/embeddings":
+                return {"prompt": "hi"}
             case "/abort_request":
                 return {"rid": draw.choice(("a", "b", "nobody"))}
         return {}

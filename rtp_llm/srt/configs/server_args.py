@@ -387,6 +387,13 @@ class ServerArgs:
     template_timeout: float = option(
         10.0, help="Seconds that the chat template may take for the messages of one request.", low=0.001, server=True
     )
+    rerank_format: str = option(
+        "jina",
+        help="How /v1/rerank answers. jina: an object with results, as Jina, Cohere and vLLM do; sglang: a plain list "
+        "of score, document, index and meta_info.",
+        choices=("jina", "sglang"),
+        server=True,
+    )
     strict_requests: bool = option(
         False,
         help="Refuse every field that is not supported, even if it is only a hint or its value asks for nothing.",

@@ -16,9 +16,10 @@ from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_plac
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
+from rtp_llm.srt.entrypoints.pooled_engine import PooledMethods
 from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped, FlushResult
 from rtp_llm.srt.managers.generate_options import GenerateOptions, check_names, takes_options
-from rtp_llm.srt.managers.pooled import PooledRequests, PoolingOptions
+from rtp_llm.srt.managers.pooled import PooledRequests
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
 from rtp_llm.srt.messages import Shutdown
 from rtp_llm.srt.sampling_params import SamplingParams
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 
 
-class Engine:
+class Engine(PooledMethods):
     """A model, ready to generate. Use it from any number of threads and event loops at once, but not from a process
     forked after it was made: the engine's threads do not exist there, and calls raise.
 
@@ -170,50 +171,6 @@ class Engine:
         iterator = self._stream_async(call)
         await anext(iterator)
         return iterator
-
-    def encode(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        task: str = "embed",
-        **options: Unpack[PoolingOptions],
-    ) -> Results:
-        """Make a pooled output of one input, or of each of a list: texts in ``prompt``, or ids in ``input_ids``.
-
-        Args:
-            task: one of ``engine.tasks``: "embed", "token_embed", "classify", "score", "reward", ...
-            options: see PoolingOptions.
-
-        Returns:
-            For one input a dict, else a list of them: ``{"embedding": an array of float32, "meta_info": {"id",
-            "finish_reason", "prompt_tokens", "cached_tokens", "e2e_latency", ...}}``. Of a task of tokens it is a list
-            of arrays, one for each token. Both may be indexed as lists are, and ``numpy.asarray`` takes them. A request
-            that fails by itself has None there, and ends with the finish reason ``abort`` and a message.
-
-        Raises:
-            InvalidRequest: the model has no such output, or an input or an option is wrong.
-            EngineStopped: the engine was shut down, or failed: then with the cause.
-        """
-        self._check_process()
-        return self._collect(Call(self._client, *self._pooled.completions(task, prompt, input_ids, options)))
-
-    async def async_encode(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        task: str = "embed",
-        **options: Unpack[PoolingOptions],
-    ) -> Results:
-        """Do the same as ``encode`` without blocking the event loop; cancelling it ends the requests."""
-        self._check_process()
-        return await self._collect_async(
-            Call(self._client, *self._pooled.completions(task, prompt, input_ids, options))
-        )
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the pooled outputs that the model has."""
-        return self.tokenizer_manager.outputs.names
 
     def abort(self, rid: str | None = None) -> None:
         """End a running request, or all of them. Its caller gets what was generated, with finish reason ``abort``."""

@@ -175,7 +175,7 @@ class HTTPServer:
         ends = read_end_tokens(self._args, config, tokenizer)
         seconds = time.perf_counter() - start_s
         summary = _summary(self._args, config, supervisor, self._address(), seconds, ends)
-        print("\n".join([summary, *dialect_lines(app)]), file=sys.stderr)
+        print("\n".join([summary, *dialect_lines(app, supervisor.info.outputs)]), file=sys.stderr)
 
     def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
         config = read_model_config(self._args)

@@ -4,15 +4,18 @@ An endpoint reads its body, asks ``PooledEndpoint.pool`` for the outputs of its 
 """
 
 import asyncio
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Request
+from typing_extensions import TypedDict
 
 from rtp_llm.srt.entrypoints.asgi import unless_disconnected
 from rtp_llm.srt.entrypoints.serving import Serving, check_not_failed, request_names
-from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingPrompt
-from rtp_llm.srt.pooling import PooledOutput
+from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions, PoolingPrompt
+from rtp_llm.srt.managers.scoring import Sides, scoring
+from rtp_llm.srt.pooling import PooledOutput, PooledOutputs
 from rtp_llm.srt.sampling_params import InvalidRequest
 
 
@@ -22,6 +25,18 @@ class PooledEndpoint:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self._requests = PooledRequests(serving.manager, serving.model_config.sentence_transformer)
+
+    def prompts(
+        self, task: str, inputs: Sequence[str | list[int]], options: Mapping[str, Any], rid: str | None
+    ) -> list[PoolingPrompt]:
+        """Return the prompts of inputs that ask for the same; ``rid``: of the request, to which numbers are added."""
+        prompts = []
+        for i, value in enumerate(inputs):
+            is_one = len(inputs) == 1
+            own = cast(PoolingOptions, {**options, "rid": rid if rid is None or is_one else f"{rid}-{i}"})
+            text, ids = (value, None) if isinstance(value, str) else (None, value)
+            prompts.append(PoolingPrompt(task, text, ids, own, place="" if is_one else f"input {i}"))
+        return prompts
 
     async def pool(
         self,
@@ -52,18 +67,29 @@ class PooledEndpoint:
         check_not_failed(completions)
         return completions
 
+    async def score(
+        self, request: Request, sides: Sides, options: Mapping[str, Any], names: Mapping[str, str]
+    ) -> tuple[list[float], list[PooledCompletion]] | None:
+        """Return the scores of pairs of texts, and the completions that made them; None if the client has gone.
+
+        Args:
+            options, names: see ``scoring`` and ``pool``.
+
+        Raises:
+            ApiError: as in ``pool``; the model scores no texts (400).
+        """
+        with request_names(names):
+            asked = scoring(self._requests, sides, options)
+        completions = await self.pool(request, asked.prompts, sides.names[1], names)
+        return None if completions is None else (asked.scores(outputs_of(completions)), completions)
+
     async def _completions(self, prompts: Sequence[PoolingPrompt], names: Mapping[str, str]) -> list[PooledCompletion]:
         completions: list[PooledCompletion] = []
         for i, prompt in enumerate(prompts):
             if i % 16 == 15:
                 await asyncio.sleep(0)  # let other requests run
             with request_names(names):
-                try:
-                    completions.append(await self._completion(prompt))
-                except InvalidRequest as error:
-                    if len(prompts) == 1:
-                        raise
-                    raise type(error)(f"input {i}: {error}", error.param) from None
+                completions.append(await self._completion(prompt))
         return completions
 
     async def _completion(self, prompt: PoolingPrompt) -> PooledCompletion:
@@ -76,7 +102,12 @@ def outputs_of(completions: Sequence[PooledCompletion]) -> list[PooledOutput]:
     return [completion.output for completion in completions if completion.output is not None]
 
 
-def usage(completions: Sequence[PooledCompletion]) -> dict[str, int]:
+class PooledUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+def usage(completions: Sequence[PooledCompletion]) -> PooledUsage:
     """Return the usage of a request without generated text."""
     num_tokens = sum(completion.prompt_tokens for completion in completions)
     return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
@@ -93,3 +124,17 @@ def texts_or_ids(value: Any, param: str) -> list[str | list[int]]:
     if not value:
         raise InvalidRequest(f"{param} is empty: there must be at least one input", param)
     return [value] if isinstance(value[0], int) else list(value)
+
+
+def first_task(outputs: PooledOutputs) -> str:
+    """Return the name of a model's main output."""
+    names = outputs.names or ["embed"]
+    return next((name for name in ("embed", "reward") if name in names), names[0])
+
+
+def numbers_or_base64(output: PooledOutput, encoding_format: str | None) -> Any:
+    """Return an output as JSON has it: numbers, or a list of them for each line; or base64 of the bytes of all."""
+    if encoding_format == "base64":
+        return b64encode(output.data).decode()
+    value = output.value()
+    return [line.tolist() for line in value] if isinstance(value, list) else value.tolist()

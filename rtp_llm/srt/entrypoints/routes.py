@@ -30,6 +30,7 @@ from rtp_llm.srt.entrypoints.ollama.protocol import (
     ShownModel,
 )
 from rtp_llm.srt.entrypoints.ollama.serving_answers import AnswerEndpoints
+from rtp_llm.srt.entrypoints.ollama.serving_embed import Embeddings, EmbedEndpoints, OneEmbedding
 from rtp_llm.srt.entrypoints.ollama.serving_models import ModelEndpoints
 from rtp_llm.srt.entrypoints.openai.protocol import ChatCompletion, InputTokens, Model, ModelList, TextCompletion
 from rtp_llm.srt.entrypoints.openai.responses.protocol import DeletedResponse, ItemList, ResponseObject
@@ -37,7 +38,14 @@ from rtp_llm.srt.entrypoints.openai.responses.serving import ResponsesEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_chat import ChatEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_completions import CompletionEndpoint
 from rtp_llm.srt.entrypoints.openai.serving_embeddings import EmbeddingList, EmbeddingsEndpoint
+from rtp_llm.srt.entrypoints.pooling.serving_classify import ClassificationList, ClassifyEndpoint
+from rtp_llm.srt.entrypoints.pooling.serving_encode import EncodeEndpoint
+from rtp_llm.srt.entrypoints.pooling.serving_pooling import PooledList, PoolingEndpoint
+from rtp_llm.srt.entrypoints.pooling.serving_rerank import Ranking, RerankEndpoint
+from rtp_llm.srt.entrypoints.pooling.serving_rtp import RtpEndpoints, Similarities, VectorList
+from rtp_llm.srt.entrypoints.pooling.serving_score import ScoreEndpoint, ScoreList
 from rtp_llm.srt.entrypoints.serving import Serving
+from rtp_llm.srt.pooling import ONLY_TOKENS, TASKS, PooledOutputs
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 
@@ -46,7 +54,10 @@ ALIASES = {
     "/v1/chat/completions": ("/chat/completions",),
     "/v1/chat/completions/input_tokens": ("/chat/completions/input_tokens",),
     "/v1/completions": ("/completions",),
-    "/v1/embeddings": ("/embeddings",),
+    "/v1/embeddings": ("/embeddings", "/v1/embeddings/dense"),
+    "/v1/rerank": ("/rerank",),
+    "/v1/score": ("/score",),
+    "/classify": ("/v1/classify",),
     "/v1/responses": ("/responses",),
     "/v1/responses/input_tokens": ("/responses/input_tokens",),
     "/v1/models": ("/models",),
@@ -56,6 +67,25 @@ ALIASES = {
     "/model_info": ("/get_model_info",),
     "/server_info": ("/get_server_info",),
 }
+# Paths of pooled outputs -> the outputs, one of which a model must have for it.
+POOLED_PATHS: dict[str, tuple[str, ...]] = {
+    "/v1/embeddings": ("embed",),
+    "/v1/rerank": ("score", "embed"),
+    "/v2/rerank": ("score", "embed"),
+    "/v1/score": ("score", "embed"),
+    "/classify": ("classify",),
+    "/pooling": tuple(TASKS),
+    "/encode": tuple(TASKS),
+    "/v1/embeddings/sparse": ("sparse",),
+    "/v1/embeddings/colbert": ("token_embed",),
+    "/v1/embeddings/similarity": ("embed", "sparse"),
+    "/api/embed": ("embed",),
+    "/api/embeddings": ("embed",),
+}
+POOLED_SPOKEN = ("Cohere", "vLLM", "RTP-LLM")  # whose APIs are beside SPOKEN for models with pooled outputs
+OF_ANY_MODEL = frozenset(
+    {"/v1/models", "/api/tags", "/api/show", "/api/ps", "/api/version", "/props", "/slots", "/tokenize", "/detokenize"}
+)  # of the dialects' paths, those that need no output
 ERROR_STATUSES = (400, 401, 403, 408, 413, 415, 500, 503)
 
 
@@ -84,6 +114,7 @@ def add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry, slot
         *_ollama(serving, models),
         *_llama_cpp(serving, chat, slots),
         *_native(native),
+        *_pooled(serving),
     ):
         for alias in ALIASES.get(route.path, ()):
             _add_hidden(app, alias, route.methods, route.handler)
@@ -101,14 +132,18 @@ def add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry, slot
         _add_hidden(app, path, methods, handler)
 
 
-def dialect_lines(app: FastAPI) -> list[str]:
-    """Return a line for each dialect with its paths, for the summary at the start."""
-    paths: dict[str, dict[str, None]] = {tag: {} for tag in SPOKEN}
+def dialect_lines(app: FastAPI, outputs: PooledOutputs = ONLY_TOKENS) -> list[str]:
+    """Return a line for each dialect with its paths that a model with these outputs answers, for the summary at the
+    start."""
+    paths: dict[str, dict[str, None]] = {tag: {} for tag in (*SPOKEN, *POOLED_SPOKEN)}
     for route in app.routes:
         if isinstance(route, APIRoute) and route.include_in_schema and "{" not in route.path:
-            paths.get(str(route.tags[0]), {})[route.path] = None
-    heads = ["  speaks    ", *["            "] * len(paths)]
-    return [f"{head}{tag}: {' '.join(found)}" for head, (tag, found) in zip(heads, paths.items(), strict=False)]
+            tasks = POOLED_PATHS.get(route.path)
+            has_it = outputs.generates if tasks is None else any(outputs.find(task) is not None for task in tasks)
+            if has_it or route.path in OF_ANY_MODEL:
+                paths.get(str(route.tags[0]), {})[route.path] = None
+    found = [f"{tag}: {' '.join(listed)}" for tag, listed in paths.items() if listed]
+    return ["  speaks    " + line if i == 0 else "            " + line for i, line in enumerate(found)]
 
 
 def _openai(serving: Serving, native: NativeEndpoints, chat: ChatEndpoint) -> Iterator[Route]:
@@ -136,6 +171,9 @@ def _ollama(serving: Serving, models: ModelEndpoints) -> Iterator[Route]:
     answers, tag = AnswerEndpoints(serving), "Ollama"
     yield Route("/api/chat", ["POST"], answers.chat, ChatReply, tag)
     yield Route("/api/generate", ["POST"], answers.generate, GenerateReply, tag)
+    embed = EmbedEndpoints(serving)
+    yield Route("/api/embed", ["POST"], embed.embed, Embeddings, tag)
+    yield Route("/api/embeddings", ["POST"], embed.embeddings, OneEmbedding, tag)
     yield Route("/api/tags", ["GET"], models.tags, Models, tag)
     yield Route("/api/show", ["POST"], models.show, ShownModel, tag)
     yield Route("/api/ps", ["GET"], models.ps, LoadedModels, tag)
@@ -151,8 +189,6 @@ def _unlisted(models: ModelEndpoints) -> Iterator[tuple[str, Sequence[str], Hand
         yield f"/api/{name}", ["POST"], models.refuse_changes
     yield "/api/delete", ["DELETE"], models.refuse_changes
     yield "/api/blobs/{digest}", ["POST"], models.refuse_changes
-    for name in ("embed", "embeddings"):
-        yield f"/api/{name}", ["POST"], models.refuse_embeddings
 
 
 def _llama_cpp(serving: Serving, chat: ChatEndpoint, slots: Slots) -> Iterator[Route]:
@@ -177,6 +213,20 @@ def _native(native: NativeEndpoints) -> Iterator[Route]:
     yield Route("/abort_request", ["POST"], native.abort_request, Confirmation, "control")
     yield Route("/version", ["GET"], native.version, Version, "control")
     yield Route("/metrics", ["GET"], native.metrics, None, "control")
+
+
+def _pooled(serving: Serving) -> Iterator[Route]:
+    rerank = RerankEndpoint(serving)
+    yield Route("/v1/rerank", ["POST"], rerank.create, Ranking, "Cohere")
+    yield Route("/v2/rerank", ["POST"], rerank.create_v2, Ranking, "Cohere")
+    yield Route("/v1/score", ["POST"], ScoreEndpoint(serving).create, ScoreList, "vLLM")
+    yield Route("/classify", ["POST"], ClassifyEndpoint(serving).create, ClassificationList, "vLLM")
+    yield Route("/pooling", ["POST"], PoolingEndpoint(serving).create, PooledList, "vLLM")
+    yield Route("/encode", ["POST"], EncodeEndpoint(serving).create, None, "SGLang")
+    rtp = RtpEndpoints(serving)
+    yield Route("/v1/embeddings/sparse", ["POST"], rtp.sparse, VectorList, "RTP-LLM")
+    yield Route("/v1/embeddings/colbert", ["POST"], rtp.colbert, VectorList, "RTP-LLM")
+    yield Route("/v1/embeddings/similarity", ["POST"], rtp.similarity, Similarities, "RTP-LLM")
 
 
 def _add_hidden(app: FastAPI, path: str, methods: Sequence[str], handler: Handler) -> None:

@@ -39,7 +39,7 @@ class PoolingOptions(TypedDict, total=False):
 class PoolingPrompt:
     """One input as the caller gave it, not checked yet. Exactly one of ``text`` and ``input_ids`` is set.
 
-    ``pair_start``: of ids, where the second text begins.
+    ``pair_start``: of ids, where the second text begins. ``place``: how an error names it, if it is one of several.
     """
 
     task: str
@@ -47,6 +47,7 @@ class PoolingPrompt:
     input_ids: Any = None
     options: PoolingOptions = field(default_factory=PoolingOptions)
     pair_start: int | None = None
+    place: str = ""
 
 
 class PooledCompletion(Completion):
@@ -84,6 +85,12 @@ class PooledRequests:
         if problem is not None:
             raise InvalidRequest(problem, "model" if self.manager.outputs.find(task) is None else "dimensions")
 
+    def check_names(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError for an option that PoolingOptions does not have."""
+        unknown = [name for name in options if name not in PoolingOptions.__annotations__]
+        if unknown:
+            raise TypeError(f"unexpected keyword argument {unknown[0]!r}; have {list(PoolingOptions.__annotations__)}")
+
     def completions(
         self, task: str, prompt: Any, input_ids: Any, options: Mapping[str, Any]
     ) -> tuple[list[Completion], bool]:
@@ -93,9 +100,7 @@ class PooledRequests:
             TypeError: there is no such option.
             InvalidRequest: names the input, if it is one of a list.
         """
-        unknown = [name for name in options if name not in PoolingOptions.__annotations__]
-        if unknown:
-            raise TypeError(f"unexpected keyword argument {unknown[0]!r}; have {list(PoolingOptions.__annotations__)}")
+        self.check_names(options)
         self.check_task(task)
         if (prompt is None) == (input_ids is None):
             raise InvalidRequest("give either prompt or input_ids, and not both", "prompt")
@@ -108,18 +113,23 @@ class PooledRequests:
         completions: list[Completion] = []
         for i, value in enumerate(values):
             own = cast(PoolingOptions, {key: column[i] for key, column in columns.items()})
-            try:
-                completions.append(self.completion(PoolingPrompt(task, **{name: value}, options=own)))
-            except InvalidRequest as error:
-                raise type(error)(f"prompt {i}: {error}", error.param) if is_list else error from None
+            place = f"prompt {i}" if is_list else ""
+            completions.append(self.completion(PoolingPrompt(task, **{name: value}, options=own, place=place)))
         return completions, is_list
 
     def completion(self, prompt: PoolingPrompt) -> PooledCompletion:
         """Check and encode one input.
 
         Raises:
-            InvalidRequest: the model has no such output, or the input or an option is wrong.
+            InvalidRequest: the model has no such output, or the input or an option is wrong; it names the input by
+                ``prompt.place``.
         """
+        try:
+            return self._completion(prompt)
+        except InvalidRequest as error:
+            raise type(error)(f"{prompt.place}: {error}", error.param) if prompt.place else error from None
+
+    def _completion(self, prompt: PoolingPrompt) -> PooledCompletion:
         options = prompt.options
         dimensions, normalize = options.get("dimensions"), options.get("normalize")
         if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int)):

@@ -139,7 +139,7 @@ def test_errors(running: tuple[ScriptedCore, Any]) -> None:
         (400, "one model", lambda: client.pull("x")),
         (400, "one model", lambda: list(client.pull("x", stream=True))),
         (400, "one model", lambda: client.delete("tiny")),
-        (501, "embeddings", lambda: client.embed("tiny", "x")),
+        (400, "no output 'embed'", lambda: client.embed("tiny", "x")),
     ):
         with pytest.raises(ollama.ResponseError, match=words) as caught:
             ask()

@@ -54,7 +54,8 @@ def capabilities(serving: Serving) -> list[str]:
     if serving.response_template is not None:
         calls = CALLS in serving.response_template.fields
     found = {
-        "completion": serving.manager.tokenizer is not None,
+        "completion": serving.manager.tokenizer is not None and serving.manager.outputs.generates,
+        "embedding": serving.manager.outputs.find("embed") is not None,
         "vision": serving.model_config.is_multimodal,
         "insert": serving.manager.tokenizer is not None and find_fill_tokens(serving.manager.tokenizer) is not None,
         "tools": calls and serving.template is not None and serving.template.uses("tools"),

@@ -20,7 +20,7 @@ def sampling_params(serving: Serving, body: AskingBody) -> SamplingParams:
     What it leaves out is as the checkpoint's ``generation_config.json`` has it. The number of tokens is ``most_new``'s.
     """
     options = body.options or NO_OPTIONS
-    _check_context(serving, options)
+    check_context(serving, options)
     given = {name: getattr(options, NAMES.get(name, name)) for name in SAMPLING}
     if given["seed"] == RANDOM_SEED:
         given["seed"] = None
@@ -40,7 +40,8 @@ def context_length(serving: Serving) -> int:
     return min(serving.manager.context_length, serving.manager.max_req_len)
 
 
-def _check_context(serving: Serving, options: Options) -> None:
+def check_context(serving: Serving, options: Options) -> None:
+    """Raise InvalidRequest if the options ask for a longer context than there is."""
     limit = context_length(serving)
     if options.num_ctx is not None and options.num_ctx > limit:
         raise InvalidRequest(

@@ -59,6 +59,17 @@ class Options(Body):
     use_mlock: bool | None = None
 
 
+def check_keep_alive(value: float | str | None) -> float | str | None:
+    """Return it. Raise InvalidRequest for a text that is no duration."""
+    if isinstance(value, str) and DURATION.fullmatch(value) is None:
+        shown = value[:SHOWN_CHARS]
+        raise InvalidRequest(
+            f"keep_alive must be a number of seconds or a duration such as '5m' or '1h30m', not {shown!a}",
+            "keep_alive",
+        )
+    return value
+
+
 class CalledFunction(Body):
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -126,13 +137,7 @@ class AskingBody(Body):
     @field_validator("keep_alive", mode="after")
     @classmethod
     def _check_keep_alive(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, str) and DURATION.fullmatch(value) is None:
-            shown = value[:SHOWN_CHARS]
-            raise InvalidRequest(
-                f"keep_alive must be a number of seconds or a duration such as '5m' or '1h30m', not {shown!a}",
-                "keep_alive",
-            )
-        return value
+        return check_keep_alive(value)
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

@@ -80,11 +80,6 @@ class ModelEndpoints:
         names = " and ".join(map(repr, self._serving.args.model_names))
         raise ApiError(400, f"this server serves one model, {names}, which was chosen at its start: it has no others")
 
-    async def refuse_embeddings(self, request: Request) -> Response:
-        """Refuse to make embeddings."""
-        await request.body()
-        raise ApiError(501, "embeddings are not made here")
-
     def _names(self) -> list[str]:
         return [models.tagged(name) for name in self._serving.args.model_names]
 

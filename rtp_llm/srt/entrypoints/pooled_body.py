@@ -1,0 +1,50 @@
+"""Fields that bodies of all endpoints of pooled outputs share."""
+
+from typing import Any
+
+from pydantic import Field
+
+from rtp_llm.srt.entrypoints.openai.protocol import Body, Name, Salt
+
+# Other servers' fields, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "instruct": (),
+    "instruction": (),
+    "lora_path": (),
+    "max_tokens_per_doc": (0,),
+    "max_tokens_per_query": (0,),
+    "messages": (),
+    "mm_processor_kwargs": (),
+    "padding": ("do_not_pad",),
+    "truncation_side": ("right",),
+}
+
+
+class PooledBody(Body):
+    unsupported = UNSUPPORTED
+
+    model: str | None = Field(None, description="one of /v1/models; may be left out")
+    user: str | None = Field(None, description="accepted; not used")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="extension: cut inputs to so many tokens, -1: to as many as the model takes"
+    )
+    cache_salt: Salt | None = Field(None, description="extension: share cached prefixes only with equal salts")
+    priority: int | None = Field(None, description="extension: lower is earlier; with --schedule-policy priority")
+    rid: Name | None = Field(None, description="extension: for /abort_request")
+
+    def shared_options(self) -> dict[str, Any]:
+        """Return the options of PoolingOptions that are the same for all inputs."""
+        names = ("truncate_prompt_tokens", "cache_salt", "priority")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class UsesActivation(PooledBody):
+    """Of vLLM's endpoints of scores and labels."""
+
+    use_activation: bool | None = Field(
+        None, description="extension: false: numbers before the softmax or sigmoid; unset: as the checkpoint has it"
+    )

@@ -1,0 +1,164 @@
+"""How well texts fit each other: by a model that reads pairs, or by the vectors of one that embeds.
+
+    scoring(outputs, left, right) -> Scoring, whose prompts are computed -> its scores -> ranked
+
+What Python's ``Engine.score`` and ``rerank`` share with the endpoints.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import mul
+from typing import Any, cast
+
+from rtp_llm.srt.managers.generate_options import per_prompt
+from rtp_llm.srt.managers.pooled import PooledRequests, PoolingOptions, PoolingPrompt
+from rtp_llm.srt.pooling import PooledOutput, PooledOutputs
+from rtp_llm.srt.sampling_params import InvalidRequest
+
+SCORE, EMBED = "score", "embed"
+# Names of sentence-transformers' prompts for what is asked and what is searched, the first that a checkpoint has.
+ROLES = (("query",), ("document", "passage", "corpus"))
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The texts to compare: each of ``left`` with its partner in ``right``, or the only one of ``left`` with each.
+
+    ``names``: how the caller calls them, for errors. ``are_roles``: the left ones are queries and the right ones
+    documents, before which an embedder's checkpoint may put texts of its own.
+    """
+
+    left: Sequence[Any]
+    right: Sequence[Any]
+    names: tuple[str, str] = ("text_1", "text_2")
+    are_roles: bool = False
+
+    def check(self) -> None:
+        """Raise InvalidRequest unless they are texts that pair up."""
+        for name, texts in zip(self.names, (self.left, self.right), strict=True):
+            if not texts:
+                raise InvalidRequest(f"{name} is empty: there must be at least one text", name)
+            for i, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise InvalidRequest(f"{self.place(name, i)} must be a text, not {type(text).__name__}", name)
+        if len(self.left) not in (1, len(self.right)):
+            raise InvalidRequest(
+                f"{self.names[0]} has {len(self.left)} texts and {self.names[1]} {len(self.right)}: give one of the "
+                "first, or as many as of the second",
+                self.names[0],
+            )
+
+    def place(self, name: str, i: int) -> str:
+        """Return how an error names a text."""
+        return f"{name} {i}" if len(self.right if name == self.names[1] else self.left) > 1 else name
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Prompts whose outputs make scores. ``num_left``: those of embedders begin with so many left texts; None: each
+    prompt is a pair."""
+
+    prompts: list[PoolingPrompt]
+    num_left: int | None = None
+
+    def scores(self, outputs: Sequence[PooledOutput]) -> list[float]:
+        """Return the score of each pair, from the outputs of all prompts in order."""
+        if self.num_left is None:
+            return [output.numbers()[0] for output in outputs]
+        vectors = [output.numbers() for output in outputs]
+        left, right = vectors[: self.num_left], vectors[self.num_left :]
+        return [cosine(left[i if len(left) > 1 else 0], vector) for i, vector in enumerate(right)]
+
+
+def scores_by(outputs: PooledOutputs) -> str:
+    """Return the output of a model by which texts are compared.
+
+    Raises:
+        InvalidRequest: it has neither of them.
+    """
+    for task in (SCORE, EMBED):
+        if outputs.find(task) is not None:
+            return task
+    have = f"it has {', '.join(outputs.names)}" if outputs.names else "it has none"
+    raise InvalidRequest(
+        "this model scores no texts: that is for a ...ForSequenceClassification of one label (a cross-encoder), which "
+        f"has the output 'score', or for a model that embeds, by the cosine of vectors; {have}",
+        "model",
+    )
+
+
+def scoring(requests: PooledRequests, sides: Sides, options: Mapping[str, Any]) -> Scoring:
+    """Return what is to be computed to score pairs of texts.
+
+    Args:
+        options: of PoolingOptions, each one value for all pairs; of a model of pairs also a list of one for each.
+            ``rid`` is one name, to which the requests' numbers are added.
+
+    Raises:
+        InvalidRequest: the model cannot do it, or a text or an option is wrong.
+    """
+    by = scores_by(requests.manager.outputs)
+    sides.check()
+    if by == EMBED:
+        if options.get("normalize") is False:
+            raise InvalidRequest(
+                "this model compares vectors by their cosine: raw numbers are for models of pairs", "normalize"
+            )
+        return Scoring(_vectors(requests, sides, options), len(sides.left))
+    columns = {name: per_prompt(name, value, len(sides.right)) for name, value in options.items() if name != "rid"}
+    rids = _rids(options, len(sides.right))
+    prompts = []
+    for i, text in enumerate(sides.right):
+        own: dict[str, Any] = {name: column[i] for name, column in columns.items()}
+        own |= {"text_pair": text, "rid": rids[i]}
+        first = sides.left[i if len(sides.left) > 1 else 0]
+        place = sides.place(sides.names[1], i)
+        prompts.append(PoolingPrompt(SCORE, text=first, options=cast(PoolingOptions, own), place=place))
+    return Scoring(prompts)
+
+
+def _vectors(requests: PooledRequests, sides: Sides, options: Mapping[str, Any]) -> list[PoolingPrompt]:
+    """Return the prompts of an embedder: the left texts, then the right ones."""
+    for name, value in options.items():
+        if isinstance(value, (list, tuple)):
+            raise InvalidRequest(f"{name} must be one value: this model compares vectors", name)
+    rids = _rids(options, len(sides.left) + len(sides.right))
+    known = requests.sentences.prompts
+    prompts: list[PoolingPrompt] = []
+    for name, texts, roles in zip(sides.names, (sides.left, sides.right), ROLES, strict=True):
+        role = next((role for role in roles if role in known), None) if sides.are_roles else None
+        for i, text in enumerate(texts):
+            own: dict[str, Any] = {"prompt_name": role, **options, "normalize": True, "rid": rids[len(prompts)]}
+            place = sides.place(name, i)
+            prompts.append(PoolingPrompt(EMBED, text=text, options=cast(PoolingOptions, own), place=place))
+    return prompts
+
+
+def _rids(options: Mapping[str, Any], count: int) -> list[Any]:
+    """Return a name for each request; of one name for several, numbered ones."""
+    rid = options.get("rid")
+    return [rid] if count == 1 else [None if rid is None else f"{rid}-{i}" for i in range(count)]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the cosine of two vectors of length one (or zero), in [-1, 1]."""
+    return max(-1.0, min(1.0, sum(map(mul, a, b))))
+
+
+def ranked(scores: Sequence[float], top_n: int | None = None) -> list[tuple[int, float]]:
+    """Return ``(index, score)`` by falling score, equal ones by index; at most ``top_n`` of them."""
+    order = sorted(enumerate(scores), key=lambda item: -item[1])
+    return order if top_n is None else order[:top_n]
+
+
+def labels_of(config: Any, num_labels: int) -> list[str]:
+    """Return the names of a classifier's labels by the checkpoint's ``id2label``; LABEL_3 where one has none."""
+    named: Mapping[Any, Any] = getattr(config, "id2label", None) or {}
+    return [str(named.get(i, named.get(str(i), f"LABEL_{i}"))) for i in range(num_labels)]
+
+
+def classified(output: PooledOutput, labels: Sequence[str]) -> dict[str, Any]:
+    """Return ``{"label", "probs", "num_classes"}`` of a classifier's output; the label is the most probable one's."""
+    probs = output.numbers().tolist()
+    best = max(range(len(probs)), key=probs.__getitem__)
+    return {"label": labels[best], "probs": probs, "num_classes": len(probs)}
