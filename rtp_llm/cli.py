@@ -200,6 +200,28 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
+# rtp-llm embed
+
+
+def _add_embed_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a text on each line, or JSON with --field; - reads stdin")
+    parser.add_argument("--output", "-o", required=True, metavar="FILE", help=".npy: float32 [texts, size]; or .jsonl")
+    parser.add_argument("--jsonl", action="store_true", help="lines are JSON; unset: if FILE ends in .jsonl")
+    parser.add_argument("--field", default="text", help="of JSON objects, the field with the text (text)")
+    parser.add_argument("--dimensions", type=int, metavar="N", help="of each vector its first N components")
+    parser.add_argument("--prompt-name", metavar="NAME", help="of a text of the checkpoint's, put before each text")
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long; otherwise an error")
+    parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="texts handed over at once (512)")
+    ServerArgs.add_cli_args(parser.add_argument_group("engine"), server=False)
+    parser.set_defaults(log_level="warning")
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from rtp_llm.tools.embed import run_embed  # numpy, only needed here
+
+    return run_embed(args, _loading_bar)
+
+
 # rtp-llm chat, rtp-llm models
 
 
@@ -280,6 +302,7 @@ def _new(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command("serve", "Serve a model over HTTP: the APIs of OpenAI and SGLang.", _add_serve_flags, _serve),
     Command("generate", "Continue a prompt, and print the text as it comes.", _add_generate_flags, _generate),
+    Command("embed", "Write the vectors of a file's texts into a file.", _add_embed_flags, _embed),
     Command("chat", "Talk to a model in the terminal.", _add_chat_flags, _chat),
     Command("models", "List the supported model architectures.", _add_models_flags, run_models),
     Command("bench", "Put load on a server, and print its figures.", _add_bench_flags, _bench),
