@@ -1,6 +1,7 @@
 """Causes in feed-forward blocks: another activation, gate and up exchanged, a bias twice or not at all."""
 
 from collections.abc import Iterator
+from itertools import permutations, product
 
 import torch
 
@@ -9,6 +10,9 @@ from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.mutations import ACTIVATIONS
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Place, Trace
+
+SCALED = ("silu", "gelu", "gelu_pytorch_tanh")
+MAX_SCALES = 12
 
 
 def is_before(trace: Trace, first: Place, second: Place) -> bool:
@@ -21,13 +25,12 @@ def explain_activation(evidence: Evidence, place: Place) -> str | None:
     ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
     if place.part != INPUT:
         return None
-    trials = list(_activations(evidence, place))
-    right = _best(evidence, trials, theirs)
-    wrong = _best(evidence, trials, ours)
+    right = _best(evidence, _activations(evidence, place), theirs)
+    wrong = _best(evidence, _activations(evidence, place), ours) if right else None
     return f"it computes {wrong}, the reference {right}" if right and wrong else None
 
 
-def _best(evidence: Evidence, trials: list[tuple[str, torch.Tensor]], target: torch.Tensor) -> str | None:
+def _best(evidence: Evidence, trials: Iterator[tuple[str, torch.Tensor]], target: torch.Tensor) -> str | None:
     error, text = min(((relative_error(tensor, target), text) for text, tensor in trials), default=(1.0, ""))
     return text if error <= evidence.tolerance else None
 
@@ -41,6 +44,19 @@ def _activations(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.
             for up_name, up in parts:
                 if up_name != gate_name:
                     yield f"{act}({gate_name}) * {up_name}", activated * up
+    for (gate_name, gate), (up_name, up) in permutations(parts, 2):
+        for act, scale in product(SCALED, _scales(evidence)):
+            yield f"{act}({scale:g} * {gate_name}) * {up_name}", get_act_fn(act)(scale * gate) * up
+
+
+def _scales(evidence: Evidence) -> list[float]:
+    """Return the configuration's factors, those in lists among them: what is activated may be multiplied by one."""
+    found: list[float] = []
+    for key, value in vars(evidence.config).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if "multiplier" in key or "scal" in key:
+            found += [float(each) for each in values if isinstance(each, (int, float)) and not isinstance(each, bool)]
+    return [scale for scale in dict.fromkeys(found) if scale not in (0.0, 1.0)][:MAX_SCALES]
 
 
 def _parts_of_siblings(evidence: Evidence, place: Place) -> list[tuple[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ TOLERANCE = 1e-3
 _SCALE = re.compile(r"scal|multiplier|factor|alpha|softcap")
 _NO_SCALE = re.compile(r"rope|rotary|init|aux|capacity")  # they multiply no tensor
 _SIZE = re.compile(r"(^|_)(hidden_size|head_dim|size|dim|scalar|rank)$")
-_NO_SIZE = re.compile(r"vocab|chunk|image|patch|window")
+_NO_SIZE = re.compile(r"vocab|chunk|image|patch|window|kernel")
 MAX_NAMED = 2
 
 # A factor as a function of a number x, and what people do who are wrong by it. {0} is the number's name and value.

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rtp_llm.srt.layers.activation import get_act_fn
 from rtp_llm.tools.verify.boundary_states import CONVOLUTION, StatePair
 from rtp_llm.tools.verify.evidence import Evidence, Finding
+from rtp_llm.tools.verify.order_causes import order_text
 from rtp_llm.tools.verify.recurrent_calls import (
     CONVOLVED,
     DECAYS,
@@ -212,6 +214,10 @@ def _shares(evidence: Evidence, place: Place) -> Trials:
     raw = right.double().logit().float()
     yield "the sigmoid is missing", raw
     yield "the sigmoid is applied twice", right.sigmoid()
+    for name in ("tanh", "silu", "relu"):
+        yield f"{name} stands in the place of the sigmoid", get_act_fn(name)(raw)
+    for factor, text in ((0.5, "half of"), (2.0, "twice")):
+        yield f"they are {text} the reference's: another bound of how much is written", factor * right
     yield "they are one minus the reference's", 1 - right
     yield "they are all one: the gate is missing", torch.ones_like(right)
 
@@ -222,8 +228,8 @@ def _step_sizes(evidence: Evidence, place: Place) -> Trials:
         return
     dt, bias = call.raw_steps, call.step_bias
     if bias is not None:
-        for factor, text in ((0, "is not added"), (2, "is added twice"), (-1, "is subtracted")):
-            yield f"dt_bias {text}", F.softplus(dt + factor * bias).clamp(*call.step_limit)
+        for text, other in _other_biases(bias, ()):
+            yield f"dt_bias {text}", F.softplus(dt + other).clamp(*call.step_limit)
         dt = dt + bias
     yield "softplus is missing", dt.clamp(*call.step_limit)
     yield "they are not kept within their limits", F.softplus(dt)
@@ -240,7 +246,13 @@ def _decays(evidence: Evidence, place: Place) -> Trials:
     a_log, bias = (_parameter(evidence, place.module, name) for name in ("A_log", "dt_bias"))
     if a_log is None or right.shape[1] % a_log.numel():
         return
-    a_log = a_log.double().flatten().repeat_interleave(right.shape[1] // a_log.numel())
+    heads = a_log.numel()
+    rates = a_log.double().flatten().exp()
+    order = _order_of_rates(evidence, place, rates)
+    if order is not None:
+        made = (right.unflatten(1, (heads, -1)) / rates[:, None] * rates[order][:, None]).flatten(1)
+        yield f"the rates exp(A_log) of heads are in another order: {order_text(order)}", made.float()
+    a_log = a_log.double().flatten().repeat_interleave(right.shape[1] // heads)
     step = right / -a_log.exp()
     yield "A_log is taken for the rate itself: its exponential is missing", (a_log * step).float()
     yield "-A_log is taken for the rate: its exponential is missing", (-a_log * step).float()
@@ -250,10 +262,30 @@ def _decays(evidence: Evidence, place: Place) -> Trials:
         return
     bias = bias.double().flatten()
     total = step + torch.log(-torch.expm1(-step))  # of which step is the softplus
-    for change, text in ((-bias, "is not added"), (bias, "is added twice"), (-2 * bias, "is subtracted")):
-        yield f"dt_bias {text}", (-a_log.exp() * F.softplus(total + change)).float()
+    for text, other in _other_biases(bias, (heads, len(bias) // heads)):
+        yield f"dt_bias {text}", (-a_log.exp() * F.softplus(total - bias + other)).float()
     yield "softplus is missing", (-a_log.exp() * total).float()
     yield "a sigmoid stands in the place of softplus", (-a_log.exp() * total.sigmoid()).float()
+
+
+def _other_biases(bias: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what may be added in the place of a bias; ``shape``: heads and channels of each, where it has both."""
+    yield "is not added", torch.zeros_like(bias)
+    yield "is added twice", 2 * bias
+    yield "is subtracted", -bias
+    yield "is in reverse order", bias.flip(0)
+    if len(shape) == 2 and min(shape) > 1:
+        yield "is read by channels first, and not by heads", bias.view(shape[1], shape[0]).t().flatten()
+        yield "is read by heads where it is by channels first", bias.view(shape).t().flatten()
+
+
+def _order_of_rates(evidence: Evidence, place: Place, rates: torch.Tensor) -> list[int] | None:
+    """Return whose rate each head of ours has, if it is another head's; None: it is not so."""
+    ours, right = (x.double().unflatten(1, (len(rates), -1)) for x in evidence.pair(place))
+    own = rates * (ours * right).sum((0, 2)) / right.square().sum((0, 2)).clamp(min=1e-30)
+    order = [int((rates - rate).abs().argmin()) for rate in own]
+    is_other = len(set(order)) == len(order) and order != sorted(order)
+    return order if is_other and torch.allclose(rates[order], own, rtol=1e-3) else None
 
 
 def _parts(evidence: Evidence, module: str) -> set[str]:
