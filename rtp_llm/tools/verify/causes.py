@@ -32,7 +32,8 @@ from rtp_llm.tools.verify.recurrent_calls import CONVOLVED, DECAYS, SCANNED, SHA
 from rtp_llm.tools.verify.recurrent_causes import explain_boundary, explain_recurrent
 from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
-from rtp_llm.tools.verify.rotation_of_place import RotationOfPlace
+from rtp_llm.tools.verify.rotation_of_place import RotationOfPlace, first_layer_text, unrotated_here
+from rtp_llm.tools.verify.rounding_causes import explain_rounded_norm
 from rtp_llm.tools.verify.routing_causes import FACTOR_ALONE
 from rtp_llm.tools.verify.row_causes import explain_added, origin_of, other_columns
 from rtp_llm.tools.verify.source_mutations import find_source_edit
@@ -43,6 +44,7 @@ from rtp_llm.tools.verify.sum_causes import (
     elsewhere,
     module_of_sum,
     multiple,
+    named_multiple,
     own_order,
 )
 from rtp_llm.tools.verify.trace import (
@@ -156,6 +158,9 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
         own = explain_own_rotation(evidence, place)
         if own is not None:
             return Finding(place.module, place.part, error, [own])
+        unrotated = unrotated_here(evidence, place)
+        if unrotated is not None:
+            return Finding(place.module, place.part, error, [unrotated])
         finding = _explain_input(evidence, place, error)
         hint = "no rotary embedding is called here that verify knows"
         if not _rotates(evidence):
@@ -164,19 +169,20 @@ def _explain_rotation(evidence: Evidence, place: Place, error: float) -> Finding
             return Finding(place.module, place.part, error, [hint], is_description=True)
         texts = [f"{cause}; {hint}" if cause.startswith(ELSEWHERE) else cause for cause in finding.causes]
         return replace(finding, causes=texts)
-    cause = rotation.cause(evidence, place)
+    cause, name = rotation.cause(evidence, place), rotation.name_at(evidence, place)
     if cause is None or cause.startswith(UNKNOWN_ROTATION):
         before = _explain_before_rotation(evidence, place, error, rotation.rope, rotation.rotated)
         if before is not None:
             return before
         own = explain_own_rotation(evidence, place)
         if own is not None:
-            return Finding(rotation.name, place.part, error, [own])
+            return Finding(name, place.part, error, [own], look=rotation.name)
         finding = _explain_input(evidence, place, error)
         if finding.is_explained or cause is None:
             return finding
-        return Finding(rotation.name, place.part, error, [cause], is_description=True)
-    return Finding(rotation.name, place.part, error, [cause])
+        return Finding(name, place.part, error, [cause], is_description=True, look=rotation.name)
+    cause += first_layer_text(evidence, place)
+    return Finding(name, place.part, error, [cause], look=rotation.name)
 
 
 def _rotates(evidence: Evidence) -> bool:
@@ -335,6 +341,7 @@ def _explain_output(evidence: Evidence, place: Place, error: float) -> Finding:
                 cause += UNSEEN_ATTENTION
         elif weight.dim() == 1:
             cause = explain_gated_norm(evidence, place) or explain_norm(given, ours, place.module, evidence)
+            cause = cause or explain_rounded_norm(evidence, place)
     elif given is None and theirs is not None:
         cause = explain_norms(evidence, place)
     if cause is None:
@@ -378,7 +385,16 @@ def _explain_input(evidence: Evidence, place: Place, error: float) -> Finding:
     if activation:
         return Finding(activation_name(evidence, place), INPUT, error, [activation])
     searches = (
-        *(elsewhere, early_rotation, multiple, own_order, explain_product, explain_relation, combination),
+        *(
+            named_multiple,
+            elsewhere,
+            early_rotation,
+            multiple,
+            own_order,
+            explain_product,
+            explain_relation,
+            combination,
+        ),
         explain_added,
     )
     for search in (*searches, module_of_sum):

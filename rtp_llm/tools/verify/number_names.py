@@ -8,6 +8,8 @@ from typing import Any
 from rtp_llm.srt.layers.rope_scaling import yarn_get_mscale
 
 TOLERANCE = 1e-3
+EXACT = 1e-5
+MAX_LISTED = 8  # numbers of a list that are named one by one
 _SCALE = re.compile(r"scal|multiplier|factor|alpha|softcap")
 _NO_SCALE = re.compile(r"rope|rotary|init|aux|capacity")  # they multiply no tensor
 _SIZE = re.compile(r"(^|_)(hidden_size|head_dim|size|dim|scalar|rank)$")
@@ -37,10 +39,11 @@ _SHIFTED: tuple[_Relation, ...] = (
 
 
 def numbers_of(config: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the configuration's scales and its sizes, by name; a head's size is derived if it is not given."""
+    """Return the configuration's scales and its sizes, by name, those of short lists as ``name[index]``; a head's size
+    is derived if it is not given."""
     values = {
         name: float(value)
-        for name, value in vars(config).items()
+        for name, value in _named_values(config)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and value != 1
     }
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
@@ -51,10 +54,22 @@ def numbers_of(config: Any) -> tuple[dict[str, float], dict[str, float]]:
     return scales, sizes
 
 
+def _named_values(config: Any) -> Iterator[tuple[str, Any]]:
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple))}
+    yield from ((name, value) for name, value in vars(config).items() if name not in lists)
+    for name, values in lists.items():
+        yield from ((f"{name}[{index}]", value) for index, value in enumerate(values[:MAX_LISTED]))
+
+
 def factor_reason(factor: float, config: Any) -> str:
     """Return what a wrong factor (ours through the reference's) comes from by the configuration."""
     found = list(dict.fromkeys(_reasons(factor, config)))[:MAX_NAMED]
     return "; or ".join(found) if found else "another factor, or one where there is none"
+
+
+def is_named(factor: float, config: Any) -> bool:
+    """Return whether the configuration's numbers give a wrong factor, up to the rounding of float32."""
+    return next(_reasons(factor, config, EXACT), None) is not None
 
 
 def value_name(value: float, config: Any, digits: int = 6) -> str:
@@ -104,21 +119,23 @@ def _stretch_factors(config: Any) -> dict[str, float]:
     }
 
 
-def _reasons(factor: float, config: Any) -> Iterator[str]:
+def _reasons(factor: float, config: Any, tolerance: float = TOLERANCE) -> Iterator[str]:
     scales, sizes = numbers_of(config)
     for numbers, relations in ((scales, _ONCE), (scales, _TWICE), (sizes, _ROOTS), (sizes, _ONCE), (scales, _ROOTS)):
         for function, text in relations:
-            yield from (text.format(f"{n} ({x:.6g})") for n, x in numbers.items() if _is(factor, function(x)))
+            yield from (
+                text.format(f"{n} ({x:.6g})") for n, x in numbers.items() if _is(factor, function(x), tolerance)
+            )
     for (first, x), (second, y) in combinations(scales.items(), 2):
         for value, text in ((x * y, "times"), (x / y, "through"), (y / x, "through"), (1 / (x * y), "1 / of")):
             names = (second, first) if value == y / x else (first, second)
-            if _is(factor, value):
+            if _is(factor, value, tolerance):
                 yield (
                     f"1 / ({first} * {second})" if text == "1 / of" else f"{names[0]} {text} {names[1]}"
                 ) + " of the configuration"
     for function, text in _SHIFTED:
-        yield from (text.format(f"{n} ({x:.6g})") for n, x in scales.items() if _is(factor, function(x)))
+        yield from (text.format(f"{n} ({x:.6g})") for n, x in scales.items() if _is(factor, function(x), tolerance))
 
 
-def _is(value: float, other: float) -> bool:
-    return abs(value - other) <= TOLERANCE * abs(other)
+def _is(value: float, other: float, tolerance: float = TOLERANCE) -> bool:
+    return abs(value - other) <= tolerance * abs(other)

@@ -14,7 +14,7 @@ from rtp_llm.tools.verify.trace import OUTPUT, QUERIES, Place
 def explain_own_rotation(evidence: Evidence, place: Place) -> str | None:
     """Return how our rotation of queries or keys is another one than the reference's, or of something else; None: it is
     no rotation."""
-    return own_rotation(evidence, _unrotated(evidence, place), evidence.pair(place), _head_dim(evidence, place))
+    return own_rotation(evidence, _unrotated(evidence, place), evidence.pair(place), head_dim_at(evidence, place))
 
 
 def own_rotation(
@@ -29,7 +29,7 @@ def own_rotation(
         sources: what may be rotated, with names: [tokens, heads * head_dim].
         pair: ours and the reference's, of the same last tokens.
     """
-    positions = _positions(evidence)
+    positions = positions_of(evidence)
     if positions is None:
         return None
     our_names, right_names = [], []
@@ -49,7 +49,7 @@ def own_rotation(
 def fused_sources(evidence: Evidence, place: Place) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what queries or keys may be of the reference's fused projections in an attention block, by layouts."""
     call = evidence.theirs.calls[place.module]
-    size = _head_dim(evidence, place) * (call.num_heads + 2 * call.num_kv_heads)
+    size = head_dim_at(evidence, place) * (call.num_heads + 2 * call.num_kv_heads)
     for p, output in _outputs(evidence, place):
         if output.shape[1] == size:
             for text, tensor in fused_parts(output, place.part, call.num_heads, call.num_kv_heads):
@@ -72,13 +72,13 @@ def _outputs(evidence: Evidence, place: Place) -> Iterator[tuple[Place, torch.Te
             yield p, tensor
 
 
-def _head_dim(evidence: Evidence, place: Place) -> int:
+def head_dim_at(evidence: Evidence, place: Place) -> int:
     call = evidence.theirs.calls[place.module]
     heads = call.num_heads if place.part == QUERIES else call.num_kv_heads
     return evidence.theirs.tensors[place].shape[1] // heads
 
 
-def _positions(evidence: Evidence) -> torch.Tensor | None:
+def positions_of(evidence: Evidence) -> torch.Tensor | None:
     """Return [num_tokens]; None: tokens have three, which are not the same."""
     positions = evidence.theirs.positions
     if positions is None:

@@ -84,12 +84,20 @@ def _numbers_of_heads(evidence: Evidence, place: Place) -> set[int]:
 def _product_of(evidence: Evidence, target: torch.Tensor, factors: Factors) -> str | None:
     for (one, x), (other, y) in combinations_with_replacement(factors, 2):
         if one != other and evidence.same(target, x * y):
-            return f"{one} times {other}"
+            return _times(one, other)
         for (text, through), (rest, plain) in (((one, x), (other, y)), ((other, y), (one, x))):
             for name, function in FUNCTIONS.items():
                 if evidence.same(target, function(through) * plain):
                     return f"{name} of ({text}) times {rest}"
     return None
+
+
+def _times(one: str, other: str) -> str:
+    """Return a product of two tensors; of two parts of one tensor, with its name once."""
+    split = [text.partition(" of output of ") for text in (one, other)]
+    if split[0][2] and split[0][2] == split[1][2]:
+        return f"{split[0][0]} times {split[1][0]} of output of {split[0][2]}"
+    return f"{one} times {other}"
 
 
 def _single(evidence: Evidence, target: torch.Tensor, factors: Factors) -> str | None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.rounding_causes import describe_rounding
 from rtp_llm.tools.verify.row_causes import (
     MAX_SOURCES,
     MIN_ROWS,
@@ -42,7 +43,7 @@ def explain_relation(evidence: Evidence, place: Place) -> str | None:
 
 def describe_relation(evidence: Evidence, place: Place) -> str | None:
     """Return the first relation that holds, though it may not name what the factors are."""
-    searches = (_column_factors, _row_factors, _difference, _other_factor, describe_added)
+    searches = (_column_factors, describe_rounding, _row_factors, _difference, _other_factor, describe_added)
     return next((cause for search in searches if (cause := search(evidence, place))), None)
 
 

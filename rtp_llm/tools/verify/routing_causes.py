@@ -59,10 +59,19 @@ class RoutingTrials:
         tried = [(routing, self._apply(routing)) for routing in self._routings(counts)]
         right = _that_give(theirs, tried, tolerance) or self._chosen_by_others(theirs, tried, tolerance)
         own = _that_give(ours, tried, tolerance) or self._chosen_by_others(ours, tried, tolerance)
+        if right and not own:
+            own = self._of_probabilities(ours, right, tolerance)
         if not right or not own:
             moved = _moved(ours, theirs, self._logits.shape[1])
             return (moved, True) if moved else (self._described(ours, theirs, right, own), False)
         mine, yours = self._nearest(own, right)
+        doubled = _doubled(mine[0])
+        if doubled and not any(_doubled(routing) for routing, _ in right):
+            yours = next((each for each in right if each[0].scores == "logits"), yours)
+            texts = [doubled]
+            if " of " in mine[0].scores and mine[0].normalise != yours[0].normalise:
+                texts.append(self._change("normalise", mine[0], yours[0]))
+            return "; ".join([*texts, f"the reference's weights are {_text(*yours)}"]), True
         if self._distance(mine, yours)[0] > 1:  # other scores that choose may say it in one change
             mine, yours = self._nearest([mine, *self._chosen_by_others(ours, tried, tolerance)], right)
         texts = [self._change(name, mine[0], yours[0]) for name in mine[0].changes(yours[0])]
@@ -83,6 +92,17 @@ class RoutingTrials:
             if (routing.bias or routing.groups) and not routing.bias_in_weights and kind != routing.scores
         )
         return _that_give(weights, [(routing, self._apply(routing)) for routing in others], tolerance)
+
+    def _of_probabilities(
+        self, ours: torch.Tensor, right: list[tuple[Routing, float]], tolerance: float
+    ) -> list[tuple[Routing, float]]:
+        """Return the reference's routings, whose scores are functions of scores once more, that give ours."""
+        others = (
+            replace(routing, scores=f"{outer} of {inner}", normalise=norm)
+            for (routing, _), inner, outer in product(right, _PROBABILITIES, _PROBABILITIES)
+            for norm in dict.fromkeys((routing.normalise, "no", "sum"))
+        )
+        return _that_give(ours, [(routing, self._apply(routing)) for routing in others], tolerance)
 
     def _nearest(
         self, own: list[tuple[Routing, float]], right: list[tuple[Routing, float]]
@@ -181,6 +201,16 @@ class RoutingTrials:
         return f", of each token's {', '.join(names)} one; the {', '.join(rest)} one's agree" if names and rest else ""
 
 
+def _doubled(routing: Routing) -> str:
+    """Return that a softmax or a sigmoid is applied to what another one gave; empty: it is not."""
+    outer, _, inner = routing.scores.partition(" of ")
+    if routing.scores in _PROBABILITIES and routing.normalise == "softmax":
+        outer, inner = "softmax", routing.scores
+    if not inner:
+        return ""
+    return f"ours applies a {outer} to what {_SCORES[inner]} gave already (a {outer} of a {inner}): one too many"
+
+
 def _same_groups(
     mine: tuple[Routing, float], yours: tuple[Routing, float], own: list[tuple[Routing, float]]
 ) -> tuple[int, int, str] | None:
@@ -213,6 +243,7 @@ _SCORES = {
     "logits": "the logits themselves",
     "softplus": "the root of a softplus",
 }
+_PROBABILITIES = ("softmax", "sigmoid")  # scores that another function may be applied to, which is a mistake
 _NORMALISED = {
     "no": "not renormalised",
     "sum": "divided by their sum (renormalised)",
@@ -221,6 +252,9 @@ _NORMALISED = {
 
 
 def _scored(logits: torch.Tensor, kind: str) -> torch.Tensor:
+    outer, _, inner = kind.partition(" of ")
+    if inner:
+        return _scored(_scored(logits, inner), outer)
     match kind:
         case "softmax":
             return logits.softmax(-1)
@@ -275,10 +309,11 @@ def _groups_text(groups: tuple[int, int, str] | None) -> str:
 
 
 def _text(routing: Routing, factor: float) -> str:
-    parts = [_SCORES[routing.scores]]
+    is_of_chosen = (routing.scores, routing.normalise) == ("logits", "softmax")
+    parts = ["a softmax over the chosen experts' logits" if is_of_chosen else _SCORES[routing.scores]]
     parts += [f"chosen by {_SCORES[routing.chosen_by]}"] if routing.chosen_by else []
     parts += [f"{routing.bias} added to choose"] if routing.bias else []
     parts += [f"groups {_groups_text(routing.groups)}"] if routing.groups else []
-    parts += [] if routing.normalise == "no" else [_NORMALISED[routing.normalise]]
+    parts += [] if routing.normalise == "no" or is_of_chosen else [_NORMALISED[routing.normalise]]
     parts += [f"times {factor:.6g}"] if factor != 1 else []
     return f"{', '.join(parts)}, for {routing.num_chosen} experts"

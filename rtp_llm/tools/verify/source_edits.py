@@ -23,6 +23,8 @@ _OTHER_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 }
 _CLAMPS = ("clamp", "clamp_", "clip", "clip_")
 _BOUNDS = ("min", "max")
+_SUMS = ("mean", "sum", "softmax", "var", "norm", "logsumexp")
+SHORT_TYPES = {"bfloat16": "bfloat16", "half": "float16"}  # the method that rounds, the type's name
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Edit:
     tree: ast.FunctionDef
     before: str
     after: str
+
+
+def rounding_of(found: Sequence[Edit]) -> str:
+    """Return the type of 16 bits that all of some edits round to; empty: they do not."""
+    for method, name in SHORT_TYPES.items():
+        if all(f".{method}()" in edit.after and f".{method}()" not in edit.before for edit in found):
+            return name
+    return ""
 
 
 def edits_text(found: Sequence[Edit]) -> str:
@@ -186,8 +196,30 @@ def _other_calls(node: ast.Call, func: ast.expr, args: list[ast.expr]) -> Iterat
         yield ast.Call(ast.Attribute(func.value, "sigmoid", ast.Load()), given, [])
     if isinstance(func, ast.Attribute) and not _is_library(func.value):
         yield from _other_runs(node, func.value, name)
+    if name in _SUMS:
+        yield from _rounded(node)
     if len(args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
         yield ast.Call(func, [args[1], args[0], *args[2:]], node.keywords)
+
+
+def _rounded(node: ast.Call) -> Iterator[ast.expr]:
+    """Yield a sum of numbers of 16 bits, and a sum that is rounded to them; a chain of calls is rounded at its root."""
+    for kind in SHORT_TYPES:
+        changed = copy.deepcopy(node)
+        changed.keywords = [keyword for keyword in changed.keywords if keyword.arg != "dtype"]
+        call = changed
+        while isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call):
+            call = call.func.value
+        if isinstance(call.func, ast.Attribute) and not _is_library(call.func.value):
+            call.func.value = _cast(call.func.value, kind)
+        elif call.args:
+            call.args[0] = _cast(call.args[0], kind)
+        yield _cast(changed, "float")
+        yield _cast(_cast(node, kind), "float")
+
+
+def _cast(node: ast.expr, kind: str) -> ast.expr:
+    return ast.Call(ast.Attribute(node, kind, ast.Load()), [], [])
 
 
 def _other_runs(node: ast.Call, given: ast.expr, name: str) -> Iterator[ast.expr]:

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from rtp_llm.tools.verify.evidence import Evidence
-from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits
+from rtp_llm.tools.verify.rounding_causes import ROUNDED
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits, rounding_of
 from rtp_llm.tools.verify.trace import Place
 
 MAX_SECONDS = 120.0  # each edit computes a layer or all anew
@@ -117,7 +118,11 @@ def find_source_edit(evidence: Evidence, place: Place) -> SourceEdit | None:
                 if _gives(evidence, place, function, edit.tree, ours):
                     found.append(edit)
             if found:
-                return SourceEdit(function.module, f"as if in the reference's {function.title} {edits_text(found)}")
+                rounded = rounding_of(found)
+                text = f"{ROUNDED.format(dtype=rounded)}, " if rounded else ""
+                return SourceEdit(
+                    function.module, f"{text}as if in the reference's {function.title} {edits_text(found)}"
+                )
             if time.monotonic() > deadline:
                 break
     return None

@@ -9,7 +9,7 @@ from torch import nn
 from rtp_llm.tools.verify.activation_causes import is_before
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import layer_of
-from rtp_llm.tools.verify.number_names import factor_reason, value_name
+from rtp_llm.tools.verify.number_names import factor_reason, is_named, value_name
 from rtp_llm.tools.verify.order_causes import explain_order
 from rtp_llm.tools.verify.row_causes import earlier as earlier_places
 from rtp_llm.tools.verify.trace import INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place
@@ -67,13 +67,27 @@ def early_rotation(evidence: Evidence, place: Place) -> str | None:
     return None
 
 
+def named_multiple(evidence: Evidence, place: Place) -> str | None:
+    """Try a multiple whose factor is exactly what the configuration's numbers make: that says more than another place
+    with the same values."""
+    factor = _factor(evidence, place)
+    return None if factor is None or not is_named(factor, evidence.config) else multiple(evidence, place)
+
+
 def multiple(evidence: Evidence, place: Place) -> str | None:
-    ours, theirs = evidence.ours.tensors[place], evidence.theirs.tensors[place]
+    """Try ours as a multiple of the reference's."""
+    factor = _factor(evidence, place)
+    if factor is None:
+        return None
+    reason = _of_a_table(evidence, place, factor) or factor_reason(factor, evidence.config)
+    return f"it is the reference's times {factor:.6g}: {reason}"
+
+
+def _factor(evidence: Evidence, place: Place) -> float | None:
+    """Return f with ``ours == f * theirs``; None: there is none."""
+    ours, theirs = evidence.pair(place)
     factor = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-30))
-    if abs(factor) > 1e-6 and evidence.same(ours, factor * theirs):
-        text = f"it is the reference's times {factor:.6g}: "
-        return text + (_of_a_table(evidence, place, factor) or factor_reason(factor, evidence.config))
-    return None
+    return factor if abs(factor) > 1e-6 and evidence.same(ours, factor * theirs) else None
 
 
 def _of_a_table(evidence: Evidence, place: Place, factor: float) -> str | None:
