@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.layers.mlp import UngatedMLP
-from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk
+from rtp_llm.srt.layers.moe import sigmoid_grouped_topk, softmax_topk, topk_softmax
 from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
 from rtp_llm.tools.verify.boundary_states import State, StateLog
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, dense_routing, solved_routing
@@ -18,6 +18,7 @@ from rtp_llm.tools.verify.parameter_causes import transposed_parameters
 from rtp_llm.tools.verify.pointer import source_of
 from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.recorders import OurRecorder
+from rtp_llm.tools.verify.rounding_causes import rounded_to
 from rtp_llm.tools.verify.routing_causes import RoutingTrials
 from rtp_llm.tools.verify.together import state_of_pieces
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Parts, Place, Trace
@@ -50,6 +51,13 @@ def chosen_by_logits() -> torch.Tensor:
     return dense((weights / weights.sum(-1, keepdim=True), ids))
 
 
+def sigmoid_twice() -> torch.Tensor:
+    scores = LOGITS.sigmoid().sigmoid()
+    ids = (scores + BIAS).topk(3).indices
+    weights = scores.gather(1, ids)
+    return dense((weights / weights.sum(-1, keepdim=True), ids))
+
+
 NO_GROUPS = dict(num_expert_group=1, topk_group=1, routed_scaling_factor=1.0)
 
 
@@ -69,12 +77,38 @@ NO_GROUPS = dict(num_expert_group=1, topk_group=1, routed_scaling_factor=1.0)
         (grouped(routed_scaling_factor=1.0), grouped(), "weights: ours 1, the reference's 2.5 (routed_scaling_factor)"),
         (grouped().flip(1), grouped(), "experts lie in another order: the reference's 1 is 6 in ours"),
         (chosen_by_logits(), grouped(**NO_GROUPS), "chosen by: ours the logits themselves + the correction bias, the"),
+        (
+            dense(topk_softmax(LOGITS.softmax(-1), 3)),
+            dense(topk_softmax(LOGITS, 3)),
+            "(a softmax of a softmax): one too many; the reference's weights are a softmax over the chosen experts'",
+        ),
+        (
+            dense(softmax_topk(LOGITS.softmax(-1), 3, False)),
+            dense(softmax_topk(LOGITS, 3, False)),
+            "ours applies a softmax to what a softmax over all experts gave already",
+        ),
+        (sigmoid_twice(), grouped(**NO_GROUPS), "ours applies a sigmoid to what a sigmoid gave already"),
+        (dense(topk_softmax(LOGITS.bfloat16().float(), 3)), dense(topk_softmax(LOGITS, 3)), "in bfloat16 where the re"),
+        (
+            dense(softmax_topk(LOGITS, 3, False)).half().float(),
+            dense(softmax_topk(LOGITS, 3, False)),
+            "rounded: an intermediate sum in float16 where the reference has float32: the router's scores",
+        ),
         (grouped().sqrt(), grouped(), "the same experts are chosen, with other weights"),
     ],
 )
 def test_routings_are_told_apart(ours: torch.Tensor, theirs: torch.Tensor, cause: str) -> None:
     trials = RoutingTrials(LOGITS, {"gate.bias": BIAS}, SimpleNamespace(n_group=4, routed_scaling_factor=2.5))
     assert cause in trials.explain(ours, theirs, TOLERANCE)[0]
+
+
+def test_numbers_of_16_bits_are_recognised() -> None:
+    numbers = 1 + torch.rand(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    near = 1 + 1e-6 * torch.linspace(-1, 1, 40, dtype=torch.float64)
+    assert rounded_to(numbers) is None and rounded_to(numbers.float().double()) is None
+    assert rounded_to(numbers.bfloat16().double() * near) == "bfloat16"
+    assert rounded_to(numbers.half().double() * near) == "float16"
+    assert rounded_to(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) is None  # too few
 
 
 def test_orders_are_described() -> None:

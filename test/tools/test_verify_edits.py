@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits, rounding_of
 
 
 def function(body: str) -> ast.FunctionDef:
@@ -47,6 +47,9 @@ def all_edits(body: str) -> list[str]:
         ("return x.cumsum(0)", "return x.cumsum(0) - x"),
         ("return x.repeat_interleave(y, dim=1)", "return torch.cat([x] * y, dim=1)"),
         ("return torch.clamp(x, max=y)", "return torch.clamp(x, min=-y, max=y)"),
+        ("return x.pow(2).mean(-1)", "return x.bfloat16().pow(2).mean(-1).float()"),
+        ("return x.pow(2).mean(-1)", "return x.pow(2).mean(-1).half().float()"),
+        ("return F.softmax(x, dtype=torch.float, dim=-1)", "return F.softmax(x.bfloat16(), dim=-1).float()"),
         ("x = F.softplus(x)\nreturn x * (1 + F.softplus(y))", "x = x\n    return x * (1 + y)"),
     ],
 )
@@ -60,6 +63,11 @@ def test_edits_are_told_by_what_differs() -> None:
     assert edits_text([Edit(tree, "a = b", "")]) == "`a = b` were left out"
     two = [Edit(tree, "a = b + c", "a = b"), Edit(tree, "a = b + c", "a = c")]
     assert edits_text(two) == "`a = b` or `a = c` stood in place of `a = b + c`"
+
+
+def test_edits_that_round_are_known() -> None:
+    rounds, adds = (Edit(function("pass"), "a = b.mean()", after) for after in ("a = b.half().mean().float()", "a = b"))
+    assert rounding_of([rounds]) == "float16" and rounding_of([rounds, adds]) == ""
 
 
 def test_of_long_statements_only_what_differs_is_shown() -> None:

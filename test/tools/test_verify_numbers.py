@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rtp_llm.tools.verify.locate import Difference, first_difference
-from rtp_llm.tools.verify.number_names import factor_reason, scaling_name, value_name
+from rtp_llm.tools.verify.number_names import factor_reason, is_named, scaling_name, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, ROUTING, Place
 
@@ -37,6 +37,13 @@ def test_numbers_are_told_by_the_configuration() -> None:
     assert value_name(16.0, CONFIG) == "16 (logits_scaling squared)"
     assert value_name(7.77, CONFIG) == "7.77"
     assert value_name(0.5, CONFIG) == "0.5 (1 / root of logits_scaling)"  # a rotary factor multiplies no tensor
+
+
+def test_exact_factors_are_preferred_and_lists_are_read() -> None:
+    config = SimpleNamespace(ssm_in_multiplier=1.6, attention_in_multiplier=0.7, mlp_multipliers=[0.9, 1.25])
+    assert is_named(0.7 / 1.6, config) and not is_named(0.7 / 1.6 * 1.0005, config)
+    assert factor_reason(0.7 / 1.6 * 1.0005, config).startswith("attention_in_multiplier through ssm_in_multiplier")
+    assert factor_reason(0.8, config).startswith("the reference multiplies by mlp_multipliers[1] (1.25)")
 
 
 def test_factors_of_scores_are_told_by_sizes_and_by_yarn() -> None:

@@ -30,6 +30,9 @@ QUICK = (
     "latent rotation by halves",
     "pixel shuffle by columns",
     "state of a convolution in the other order",
+    "rotated everywhere, SmolLM3",
+    "mean of squares in bfloat16",
+    "parts of a projection turned round",
 )
 TEXT_MODELS = sorted(
     name

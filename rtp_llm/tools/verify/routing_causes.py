@@ -8,9 +8,20 @@ from typing import Any
 import torch
 
 from rtp_llm.tools.verify.locate import relative_error
+from rtp_llm.tools.verify.rounding_causes import DTYPES, ROUNDED
 
 FACTOR_ALONE = "factor of the experts' weights"
 MANY_EXPERTS = 16  # with more, only groups that the configuration names are tried
+NEARLY_ALL = 0.9  # of the tokens
+LOGITS, SCORES, SUMS, WEIGHTS = "logits", "scores", "sum", "weights"
+_ROUNDED_STEPS = (
+    *((step,) for step in (LOGITS, SCORES, SUMS, WEIGHTS)),
+    (LOGITS, SCORES),
+    (LOGITS, WEIGHTS),
+    (SCORES, SUMS),
+    (SCORES, SUMS, WEIGHTS),
+    (LOGITS, SCORES, SUMS, WEIGHTS),
+)
 _FACTORS = ("routed_scaling_factor", "router_scaling_factor", "moe_router_scaling_factor", "scaling_factor")
 
 
@@ -61,6 +72,9 @@ class RoutingTrials:
         own = _that_give(ours, tried, tolerance) or self._chosen_by_others(ours, tried, tolerance)
         if right and not own:
             own = self._of_probabilities(ours, right, tolerance)
+        rounded = self._rounded(ours, right, tolerance) if right and not own else None
+        if rounded:
+            return rounded, True
         if not right or not own:
             moved = _moved(ours, theirs, self._logits.shape[1])
             return (moved, True) if moved else (self._described(ours, theirs, right, own), False)
@@ -126,9 +140,26 @@ class RoutingTrials:
         shapes = [(n, top) for n in numbers if num_experts % n == 0 for top in range(1, min(n, MANY_EXPERTS))]
         return [None, *((n, top, how) for n, top in shapes for how in ("best", "two best"))]
 
-    def _apply(self, routing: Routing) -> torch.Tensor:
-        scores = _scored(self._logits, routing.scores)
-        choice = _scored(self._logits, routing.chosen_by) if routing.chosen_by else scores
+    def _rounded(self, ours: torch.Tensor, right: list[tuple[Routing, float]], tolerance: float) -> str | None:
+        """Return that the reference's routing gives ours where some of its steps are rounded to 16 bits; None: not of
+        nearly all tokens. Of a few a number may lie between two that it is rounded to."""
+        for dtype, steps, (routing, factor) in product(DTYPES, _ROUNDED_STEPS, right):
+            made = factor * self._apply(routing, steps, dtype)
+            errors = (ours - made).norm(dim=-1) / made.norm(dim=-1).clamp(min=1e-30)
+            if float((errors <= tolerance).float().mean()) >= NEARLY_ALL:
+                name = str(dtype).removeprefix("torch.")
+                return f"{ROUNDED.format(dtype=name)}: the router's {' and '.join(steps)}"
+        return None
+
+    def _apply(self, routing: Routing, steps: Sequence[str] = (), dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Return the weights [tokens, num_experts]. ``steps``: what is rounded to ``dtype``."""
+
+        def kept(step: str, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(dtype).double() if step in steps else tensor
+
+        logits = kept(LOGITS, self._logits)
+        scores = kept(SCORES, _scored(logits, routing.scores))
+        choice = kept(SCORES, _scored(logits, routing.chosen_by)) if routing.chosen_by else scores
         if routing.bias:
             choice = choice + self._biases[routing.bias]
         weights = choice if routing.bias_in_weights else scores
@@ -137,10 +168,10 @@ class RoutingTrials:
         chosen = choice.topk(routing.num_chosen, dim=-1).indices
         picked = weights.gather(1, chosen)
         if routing.normalise == "sum":
-            picked = picked / (picked.sum(-1, keepdim=True) + 1e-20)
+            picked = picked / (kept(SUMS, picked.sum(-1, keepdim=True)) + 1e-20)
         elif routing.normalise == "softmax":
             picked = picked.softmax(-1)
-        return torch.zeros_like(scores).scatter_(1, chosen, picked).float()
+        return torch.zeros_like(scores).scatter_(1, chosen, kept(WEIGHTS, picked)).float()
 
     def _factors(self, ours: float, theirs: float) -> str:
         values = {name: getattr(self._config, name, None) for name in _FACTORS}
