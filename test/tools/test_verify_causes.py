@@ -18,7 +18,7 @@ from rtp_llm.tools.verify.parameter_causes import transposed_parameters
 from rtp_llm.tools.verify.pointer import source_of
 from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.recorders import OurRecorder
-from rtp_llm.tools.verify.rounding_causes import rounded_to
+from rtp_llm.tools.verify.rounding_causes import numbers_of_norm, rounded_to
 from rtp_llm.tools.verify.routing_causes import RoutingTrials
 from rtp_llm.tools.verify.together import state_of_pieces
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, Parts, Place, Trace
@@ -109,6 +109,28 @@ def test_numbers_of_16_bits_are_recognised() -> None:
     assert rounded_to(numbers.bfloat16().double() * near) == "bfloat16"
     assert rounded_to(numbers.half().double() * near) == "float16"
     assert rounded_to(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) is None  # too few
+
+
+@pytest.mark.parametrize("subtracts", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounded_spread_is_found_in_what_a_norm_makes(subtracts: bool, dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        torch.randn(12, 1, 32, generator=torch.Generator().manual_seed(5)) + 0.3,
+        LOGITS[:4].flatten(),
+        0.1,
+    )
+
+    def norm(kind: torch.dtype) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True) if subtracts else x
+        spread = centred.square().mean(-1, keepdim=True).to(kind).float()
+        return (centred * torch.rsqrt(spread + 1e-6)) * weight + bias
+
+    given = (norm(dtype).double(), norm(torch.float32).double(), x.double(), torch.tensor(bias), weight.double(), 1e-6)
+    found = {name: rounded_to(numbers) for name, numbers in numbers_of_norm(*given)}
+    name = "variance" if subtracts else "mean of squares"
+    assert found[name] == str(dtype).removeprefix("torch."), found
+    right = numbers_of_norm(given[1], *given[1:])
+    assert all(rounded_to(numbers) is None for name, numbers in right)
 
 
 def test_orders_are_described() -> None:

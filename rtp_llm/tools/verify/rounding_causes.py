@@ -24,16 +24,19 @@ LIKE_ROUNDING = (
 def explain_rounded_norm(evidence: Evidence, place: Place) -> str | None:
     """Return that a norm's mean of squares, or another number that it has for each token, is one of 16 bits, which is
     one of float32 in the reference; None: it is not, or nothing is a norm here."""
-    x, module = evidence.theirs.tensors.get(Place(place.module, INPUT)), evidence.their_modules.get(place.module)
+    given_here, module = (
+        evidence.theirs.tensors.get(Place(place.module, INPUT)),
+        evidence.their_modules.get(place.module),
+    )
     weight = evidence.their_parameters.get(f"{place.module}.weight")
-    if x is None or weight is None or weight.dim() != 1 or x.shape[1] % len(weight):
+    if given_here is None or weight is None or weight.dim() != 1 or given_here.shape[1] % len(weight):
         return None
-    eps, ours, theirs = _eps_of(module), *evidence.pair(place)
+    eps, ours, theirs = _eps_of(evidence.their_modules.get(place.module)), *evidence.pair(place)
     bias = evidence.their_parameters.get(f"{place.module}.bias", torch.zeros(()))
-    for given, size in _normed(evidence, place, x, len(weight)):
-        parts = [tensor.double().unflatten(1, (-1, size)) for tensor in (ours, theirs, given)]
+    for given, size in _normed(evidence, place, given_here, len(weight)):
+        mine, yours, x = (tensor.double().unflatten(1, (-1, size)) for tensor in (ours, theirs, given))
         shift, scale = (p.double().view(-1, size) if p.numel() > 1 else p.double() for p in (bias, weight))
-        for name, numbers in _numbers(*parts, shift, scale, eps):
+        for name, numbers in numbers_of_norm(mine, yours, x, shift, scale, eps):
             dtype = rounded_to(numbers)
             if dtype:
                 return f"{ROUNDED.format(dtype=dtype)}: the {name} of each token"
@@ -53,7 +56,7 @@ def _normed(evidence: Evidence, place: Place, x: torch.Tensor, size: int) -> Ite
             yield from ((x * get_act_fn(name)(gate), each) for name in ("silu", "sigmoid"))
 
 
-def _numbers(
+def numbers_of_norm(
     ours: torch.Tensor, theirs: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what our norm has computed of each token or head by its output, all [tokens, parts, size]. The reference's
