@@ -24,10 +24,7 @@ LIKE_ROUNDING = (
 def explain_rounded_norm(evidence: Evidence, place: Place) -> str | None:
     """Return that a norm's mean of squares, or another number that it has for each token, is one of 16 bits, which is
     one of float32 in the reference; None: it is not, or nothing is a norm here."""
-    given_here, module = (
-        evidence.theirs.tensors.get(Place(place.module, INPUT)),
-        evidence.their_modules.get(place.module),
-    )
+    given_here = evidence.theirs.tensors.get(Place(place.module, INPUT))
     weight = evidence.their_parameters.get(f"{place.module}.weight")
     if given_here is None or weight is None or weight.dim() != 1 or given_here.shape[1] % len(weight):
         return None
