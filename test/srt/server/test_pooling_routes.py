@@ -1,18 +1,25 @@
 """Pooled outputs in other servers' forms: /pooling, /encode, RTP-LLM's vectors, and Ollama's."""
 
 import base64
+import json
+import socket
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import transformers
+from scripted_core import SPECIAL, ScriptedCore, make_spoken_checkpoint, scripted
 
 from rtp_llm.srt.entrypoints.pooling.serving_rtp import token_weights
 from rtp_llm.srt.entrypoints.routes import dialect_lines
+from rtp_llm.srt.messages import FinishReason
+from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from tiny_models import make_tiny
-from tiny_server import InProcess, in_process, make_checkpoint
+from tiny_server import InProcess, in_process, make_checkpoint, wait_for
 
 pytestmark = pytest.mark.xdist_group("server-pooling")
 
@@ -140,3 +147,25 @@ def test_the_start_lists_what_the_model_has(embedder: InProcess) -> None:
     listed = " ".join(dialect_lines(embedder.app, embedder.core.info.outputs)).split()
     assert {"/v1/embeddings", "/v1/rerank", "/v2/rerank", "/encode", "/api/embed", "/tokenize"} <= set(listed)
     assert {"/classify", "/v1/embeddings/sparse", "/v1/completions", "/generate", "/api/chat"}.isdisjoint(listed)
+
+
+def test_a_client_that_goes_ends_its_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The core answers nothing that asks for no text: so the work ends by the client's going, or never."""
+    outputs = PooledOutputs((PoolingTask("embed", 3),))
+    monkeypatch.setattr(ScriptedCore, "info", replace(ScriptedCore.info, outputs=outputs))
+    body = {"query": "the cat", "documents": ["a", "b", "c"]}
+    with scripted(make_spoken_checkpoint(tmp_path, SPECIAL)) as (server, core):
+        core.texts = ["never told"] * 4
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+            connection.sendall(request_of("/v1/rerank", body))
+            wait_for(lambda: core.client.num_live == 4)
+        wait_for(lambda: core.client.num_live == 0)
+        core.texts = [FinishReason("abort", message="it broke", status_code=500)] * 4
+        response = post(server, "/v1/rerank", body)
+        assert response.status_code == 500 and response.json()["error"]["message"] == "it broke"
+
+
+def request_of(path: str, body: Any) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    return head.encode() + b"\r\n\r\n" + data
