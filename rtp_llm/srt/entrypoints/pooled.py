@@ -18,6 +18,8 @@ from rtp_llm.srt.managers.scoring import Sides, scoring
 from rtp_llm.srt.pooling import PooledOutput, PooledOutputs
 from rtp_llm.srt.sampling_params import InvalidRequest
 
+WINDOW = 256  # inputs of one request that the core has at once: those of other requests come between
+
 
 class PooledEndpoint:
     """Base of endpoints that answer with pooled outputs."""
@@ -60,11 +62,15 @@ class PooledEndpoint:
                 self._requests.check_task(task, dimensions)
         with serving.admission(len(prompts), param):
             completions = await self._completions(prompts, {"prompt": param, "input_ids": param, **(names or {})})
-            call = serving.start(list(completions))
-        with call:
-            if not await unless_disconnected(request.receive, call.wait()):
-                return None
-        check_not_failed(completions)
+            call = serving.start(list(completions[:WINDOW]))
+        for start in range(0, len(completions), WINDOW):
+            window = completions[start : start + WINDOW]
+            if start:
+                call = serving.start(list(window))
+            with call:
+                if not await unless_disconnected(request.receive, call.wait()):
+                    return None
+            check_not_failed(window)
         return completions
 
     async def score(
@@ -81,7 +87,11 @@ class PooledEndpoint:
         with request_names(names):
             asked = scoring(self._requests, sides, options)
         completions = await self.pool(request, asked.prompts, sides.names[1], names)
-        return None if completions is None else (asked.scores(outputs_of(completions)), completions)
+        if completions is None:
+            return None
+        outputs = outputs_of(completions)
+        num_bytes = sum(len(output.data) for output in outputs)
+        return await self._serving.off_loop(num_bytes, lambda: asked.scores(outputs)), completions
 
     async def _completions(self, prompts: Sequence[PoolingPrompt], names: Mapping[str, str]) -> list[PooledCompletion]:
         completions: list[PooledCompletion] = []

@@ -14,6 +14,7 @@ import pytest
 import transformers
 from scripted_core import SPECIAL, ScriptedCore, make_spoken_checkpoint, scripted
 
+from rtp_llm.srt.entrypoints import pooled
 from rtp_llm.srt.entrypoints.pooling.serving_rtp import token_weights
 from rtp_llm.srt.entrypoints.routes import dialect_lines
 from rtp_llm.srt.messages import FinishReason
@@ -149,18 +150,28 @@ def test_the_start_lists_what_the_model_has(embedder: InProcess) -> None:
     assert {"/classify", "/v1/embeddings/sparse", "/v1/completions", "/generate", "/api/chat"}.isdisjoint(listed)
 
 
+def test_a_large_request_goes_in_pieces(
+    embedder: InProcess, vectors: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooled, "WINDOW", 2)
+    data = good(embedder, "/v1/embeddings", {"input": [*TEXTS, *TEXTS]})["data"]
+    assert near([item["embedding"] for item in data], vectors * 2)
+
+
 def test_a_client_that_goes_ends_its_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The core answers nothing that asks for no text: so the work ends by the client's going, or never."""
+    """The core answers nothing that asks for no text: so the work ends by the client's going, or never. Of query and
+    three documents, three are in the core."""
     outputs = PooledOutputs((PoolingTask("embed", 3),))
+    monkeypatch.setattr(pooled, "WINDOW", 3)
     monkeypatch.setattr(ScriptedCore, "info", replace(ScriptedCore.info, outputs=outputs))
     body = {"query": "the cat", "documents": ["a", "b", "c"]}
     with scripted(make_spoken_checkpoint(tmp_path, SPECIAL)) as (server, core):
-        core.texts = ["never told"] * 4
+        core.texts = ["never told"] * 3
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
             connection.sendall(request_of("/v1/rerank", body))
-            wait_for(lambda: core.client.num_live == 4)
+            wait_for(lambda: core.client.num_live == 3)
         wait_for(lambda: core.client.num_live == 0)
-        core.texts = [FinishReason("abort", message="it broke", status_code=500)] * 4
+        core.texts = [FinishReason("abort", message="it broke", status_code=500)] * 3
         response = post(server, "/v1/rerank", body)
         assert response.status_code == 500 and response.json()["error"]["message"] == "it broke"
 

@@ -1,6 +1,5 @@
 """POST /v1/embeddings/sparse, /colbert and /similarity, in RTP-LLM's form (/v1/embeddings/dense is /v1/embeddings)."""
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from rtp_llm.srt.managers.scoring import cosine
 
 SPARSE, TOKENS, DENSE = "sparse", "token_embed", "embed"
 OBJECTS = {SPARSE: "sparse_embedding", TOKENS: "colbert_embedding"}
-MAX_COMPARED = 1 << 26  # numbers of one comparison: pairs times components
+MAX_COMPARED = 1 << 24  # numbers of one comparison: pairs times components
 Weights = dict[str, float]
 
 
@@ -116,7 +115,9 @@ class RtpEndpoints(PooledEndpoint):
         count = len(body.left)
         answer: Similarities = {
             "model": serving.model_name,
-            "similarity": await _table(vectors[:count], vectors[count:], compare),
+            "similarity": await serving.off_loop(
+                count * (len(vectors) - count) * width, lambda: _table(vectors[:count], vectors[count:], compare)
+            ),
         }
         if body.return_response:
             shown = [vector if isinstance(vector, dict) else vector.tolist() for vector in vectors]
@@ -163,10 +164,5 @@ def _overlap(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     return sum(weight * b[token] for token, weight in a.items() if token in b)
 
 
-async def _table(left: Sequence[Any], right: Sequence[Any], compare: Callable[[Any, Any], float]) -> list[list[float]]:
-    """Compare each with each, a row at a time, between which other requests run."""
-    table = []
-    for a in left:
-        table.append([compare(a, b) for b in right])
-        await asyncio.sleep(0)
-    return table
+def _table(left: Sequence[Any], right: Sequence[Any], compare: Callable[[Any, Any], float]) -> list[list[float]]:
+    return [[compare(a, b) for b in right] for a in left]
