@@ -68,9 +68,9 @@ class LLGuidanceBackend:
         self._forces_tokens = forces_tokens
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        # One more than either knows: a token that is never drawn, to be the end where no other is.
-        self._never_drawn = max(vocab_size, len(tokenizer), *tokenizer.get_vocab().values())
-        self._size = self._never_drawn + 1
+        # The first that the tokenizer does not have: a token that is never drawn, to be the end where no other is.
+        self._never_drawn = max(len(tokenizer), *(token_id + 1 for token_id in tokenizer.get_vocab().values()))
+        self._size = max(self._never_drawn + 1, vocab_size)
         self._json = _as_json(tokenizer, self._never_drawn)
         self._special = special_tokens(tokenizer)
         self._names = {token_id: text.encode() for text, token_id in self._special.items()}
@@ -121,8 +121,8 @@ def _as_json(tokenizer: Any, never_drawn: int) -> str | None:
     form["added_tokens"].append({"id": never_drawn, "content": _NEVER_DRAWN, **flags, "special": True})
     text = json.dumps(form)
     try:
-        LLTokenizer(text, n_vocab=never_drawn + 1)
-    except ValueError:  # it does not know the decoder
+        LLTokenizer(text, n_vocab=never_drawn + 1, eos_token=[never_drawn])
+    except ValueError:  # it does not know the decoder, or ids have gaps, one of which the token has got
         return None
     return text
 

@@ -89,14 +89,16 @@ class GrammarQueue:
             if not item.compiled.done():
                 continue
             del self._waiting[rid]
-            try:
-                self.matchers[rid] = self._resumed(item.compiled.result(), item.request)
+            error = item.compiled.exception()  # not raised again and again, which would lengthen its traceback
+            if error is None:
+                try:
+                    self.matchers[rid] = self._resumed(item.compiled.result(), item.request)
+                except Exception as found:  # the compiler's own fault costs this request alone
+                    error = found
+            if error is None:
                 requests.append(item.request)
-            except GrammarError as error:
-                ends.append(_ended(rid, f"the grammar cannot be used: {error}", 400))
-            except Exception as error:  # the compiler's own fault costs this request alone
-                logger.exception("the grammar of request %s was not compiled", rid)
-                ends.append(_ended(rid, f"the grammar was not compiled: {type(error).__name__}: {error}", 500))
+            else:
+                ends.append(_failed(rid, error))
         return requests, ends
 
     def shutdown(self) -> None:
@@ -137,6 +139,13 @@ class GrammarQueue:
 def _nothing_of(made: Future[GrammarBackend]) -> None:
     """Wait until the back end knows what tokens say, or raise what went wrong with it."""
     made.result().token_bytes(0)
+
+
+def _failed(rid: str, error: BaseException) -> TokenOutput:
+    if isinstance(error, GrammarError):
+        return _ended(rid, f"the grammar cannot be used: {error}", 400)
+    logger.error("the grammar of request %s was not compiled", rid, exc_info=error)
+    return _ended(rid, f"the grammar was not compiled: {type(error).__name__}: {error}", 500)
 
 
 def _ended(rid: str, message: str, status_code: int) -> TokenOutput:

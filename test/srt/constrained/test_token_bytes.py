@@ -3,6 +3,8 @@
 import re
 
 import numpy as np
+import pytest
+from byte_tokens import byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +51,16 @@ def test_masks() -> None:
 
 def backend_bytes(token: int) -> bytes:
     return TokenBytes(metaspace_tokenizer(), SIZE, END).tokens[token]
+
+
+@pytest.mark.parametrize("vocab_size", [257, 258, 300])
+@pytest.mark.parametrize("ends", [[256], []], ids=str)
+def test_a_vocabulary_that_is_larger_than_the_tokenizers(vocab_size: int, ends: list[int]) -> None:
+    """Also where the grammar alone ends the text, which no token of the tokenizer is there for."""
+    backend = LLGuidanceBackend(byte_tokenizer(), vocab_size)
+    matcher = backend.compile(GrammarSpec("regex", "ab?"), ends)
+    assert matcher.accept(ord("a")) and not matcher.is_complete
+    words = np.empty((1, (vocab_size + 31) // 32), dtype=np.int32)
+    backend.fill([matcher], words)
+    assert set(np.flatnonzero(np.unpackbits(words[0].view(np.uint8), bitorder="little"))) == {ord("b"), *ends}
+    assert matcher.accept(ord("b")) and matcher.is_complete
