@@ -16,12 +16,16 @@ from typing import Any
 
 from structured_sides import FIRST_TOKENS, NUM_ITEMS, schema
 
-from rtp_llm.srt.constrained.token_bytes import special_tokens
 from rtp_llm.srt.entrypoints.engine import Engine
-from rtp_llm.srt.parser.choose import choose_format
-from rtp_llm.srt.parser.free_grammar import free_grammar
 
-TOOL = {"type": "function", "function": {"name": "search", "parameters": schema()["items"]}}
+PARTS = ("schema", "calls", "first")
+NUM_FREE = 64  # tokens of each free text with strict calls
+TAG = "<tool_call>"
+OPENING = TAG + '\n{"name": "search", "arguments": '
+CALL = {
+    "triggers": [TAG],
+    "structures": [{"begin": OPENING, "schema": schema()["items"], "end": "}\n</tool_call>"}],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,21 +36,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quantization", help="As of the server.")
     parser.add_argument("--grammar-backend", default="llguidance", help="As of the server.")
     parser.add_argument("--tokenizer-path", help="Of the checkpoint, if it has one that writes JSON.")
+    parser.add_argument("--threads", type=int, help="As --cpu-threads of the server.")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="What is measured.")
     args = parser.parse_args(argv)
     engine = Engine(
         model_path=args.checkpoint,
         quantization=args.quantization,
         tokenizer_path=args.tokenizer_path,
         grammar_backend=args.grammar_backend,
+        cpu_threads=args.threads,
     )
     try:
         first_s = timed(engine, [[*range(100, 164)]], [{"max_new_tokens": 1, "json_schema": schema(1)}])[0]
         print(f"first token, the first schema of all, for which the compiler is loaded: {1000 * first_s:.0f} ms")
-        ratios = [throughput(engine, args.requests, round_) for round_ in range(args.rounds)]
-        print(f"under a schema / free: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-        ratios = [strict_text(engine, args.requests, round_) for round_ in range(args.rounds)]
-        print(f"with strict calls / free: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-        first_tokens(engine)
+        for part, measure, what in (("schema", throughput, "under a schema"), ("calls", strict_text, "strict calls")):
+            ratios = [measure(engine, args.requests, i) for i in range(args.rounds) if part in args.parts]
+            if ratios:
+                print(f"{what} / free: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        if "first" in args.parts:
+            first_tokens(engine)
     finally:
         engine.shutdown()
 
@@ -67,14 +75,11 @@ def throughput(engine: Engine, num_requests: int, round_: int) -> float:
 
 
 def strict_text(engine: Engine, num_requests: int, round_: int) -> float:
-    """Run free text in which calls of a strict function are bound, and free text, both of 128 tokens; return the ratio
+    """Run free text in which what a call's tag opens is bound, and free text, both of as many tokens; return the ratio
     of their tokens per second."""
-    form = choose_format("", "hermes", "qwen3")
-    names = frozenset({TOOL["function"]["name"]})
-    grammar = free_grammar(form, [TOOL], names, special_tokens(engine.tokenizer), thinks=False, is_single=False)
     prompts = [[130 + round_, *range(200 + i, 264 + i)] for i in range(num_requests)]
-    params = [{"max_new_tokens": 128, "seed": i, "ignore_eos": True} for i in range(num_requests)]
-    bound = timed(engine, prompts, [each | {"ebnf": grammar} for each in params])
+    params = [{"max_new_tokens": NUM_FREE, "seed": i, "ignore_eos": True} for i in range(num_requests)]
+    bound = timed(engine, prompts, [each | {"structural_tag": CALL} for each in params])
     free = timed(engine, prompts, params)
     tokens = [sum(len(result["output_ids"]) for result in results) for _, results in (bound, free)]
     return (tokens[0] / bound[0]) / (tokens[1] / free[0])
