@@ -54,22 +54,34 @@ def vectors(embedder: InProcess) -> list[Any]:
     return [pytest.approx(item["embedding"], abs=1e-6) for item in response.json()["data"]]
 
 
-def test_langchain(embedder: InProcess, vectors: list[Any]) -> None:
+@pytest.fixture
+def connections() -> Iterator[httpx.Client]:
+    """What clients connect by that do not close their connections."""
+    with httpx.Client(timeout=60) as client:
+        yield client
+
+
+def test_langchain(embedder: InProcess, vectors: list[Any], connections: httpx.Client) -> None:
     langchain_openai = pytest.importorskip("langchain_openai")
     model = langchain_openai.OpenAIEmbeddings(
         model="tiny",
         base_url=f"{embedder.url}/v1",
         api_key="secret",
+        http_client=connections,
         check_embedding_ctx_length=False,  # it would send ids of another model's tokenizer
     )
     assert model.embed_documents(TEXTS) == vectors
     assert model.embed_query(TEXTS[1]) == vectors[1]
 
 
-def test_llama_index(embedder: InProcess, vectors: list[Any]) -> None:
+def test_llama_index(embedder: InProcess, vectors: list[Any], connections: httpx.Client) -> None:
     openai_like = pytest.importorskip("llama_index.embeddings.openai_like")
     model = openai_like.OpenAILikeEmbedding(
-        model_name="tiny", api_base=f"{embedder.url}/v1", api_key="secret", embed_batch_size=2
+        model_name="tiny",
+        api_base=f"{embedder.url}/v1",
+        api_key="secret",
+        embed_batch_size=2,
+        http_client=connections,
     )
     assert model.get_text_embedding_batch(TEXTS) == vectors
     assert model.get_query_embedding(TEXTS[2]) == vectors[2]
@@ -87,17 +99,18 @@ def test_ollama(embedder: InProcess, vectors: list[Any]) -> None:
         assert client.show("tiny").capabilities == ["embedding"]
 
 
-def test_cohere(reranker: InProcess) -> None:
+def test_cohere(reranker: InProcess, connections: httpx.Client) -> None:
     cohere = pytest.importorskip("cohere")
     asked: dict[str, Any] = {"model": "tiny", "query": TEXTS[0], "documents": TEXTS}
-    newer = cohere.ClientV2("none", base_url=reranker.url).rerank(**asked, top_n=2)
+    server: dict[str, Any] = {"base_url": reranker.url, "httpx_client": connections}
+    newer = cohere.ClientV2("none", **server).rerank(**asked, top_n=2)
     scores = [item.relevance_score for item in newer.results]
     assert len(scores) == 2 and scores == sorted(scores, reverse=True)
-    older = cohere.Client("none", base_url=reranker.url).rerank(**asked, return_documents=True)
+    older = cohere.Client("none", **server).rerank(**asked, return_documents=True)
     assert [item.document.text for item in older.results] == [TEXTS[item.index] for item in older.results]
     assert [item.relevance_score for item in older.results][:2] == pytest.approx(scores, abs=1e-6)
     with pytest.raises(cohere.BadRequestError, match="at least 1"):
-        cohere.ClientV2("none", base_url=reranker.url).rerank(model="tiny", query="a", documents=[])
+        cohere.ClientV2("none", **server).rerank(model="tiny", query="a", documents=[])
 
 
 def test_jinas_form(reranker: InProcess) -> None:
