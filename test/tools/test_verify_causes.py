@@ -147,6 +147,10 @@ def test_orders_are_described() -> None:
     assert others is not None and "merge in another order" in others
     turns = explain_order(right.unflatten(1, (4, 8)).transpose(1, 2).flatten(1), right, TOLERANCE)
     assert turns is not None and "take turns in ours" in turns
+    heads = right.unflatten(1, (4, 8)).clone()
+    heads[0] = heads[0, :1]  # a token that sees itself alone has the same in all heads
+    reverse = explain_order(heads.flip(1).flatten(1), heads.flatten(1), TOLERANCE)
+    assert reverse == "its columns are the reference's in another order: blocks of 8 in the order 3, 2, 1, 0"
     assert order_text([2, 3, 0, 1]) == "shifted by 2" and order_text([3, 2, 1, 0]) == "the last first"
     assert order_text([4, 5, 2, 3, 0, 1]) == "blocks of 2 in the order 2, 1, 0"
 

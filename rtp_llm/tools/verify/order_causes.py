@@ -9,6 +9,7 @@ MAX_PARTS = 16  # of a row: merged patches, say
 MAX_RUNS = 4  # of rows that are named
 SMALL_SHIFT = 2  # rows; larger ones are told as two runs
 SHOWN = 8
+MIXED_PARTS = "its rows are made of"
 
 
 def explain_order(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> str | None:
@@ -19,10 +20,10 @@ def explain_order(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) ->
     if rows is not None:
         return f"its rows are the reference's in another order: {order_text(rows)}"
     parts = next(_orders_of_parts(ours, theirs, tolerance), None)
-    if parts is not None:
+    if parts is not None and not parts.startswith(MIXED_PARTS):
         return parts
-    columns = matching_rows(ours.T, theirs.T, tolerance)
-    return None if columns is None else f"its columns are the reference's in another order: {order_text(columns)}"
+    columns = matching_rows(ours.T, theirs.T, tolerance)  # one order in all rows, of which some have equal parts
+    return parts if columns is None else f"its columns are the reference's in another order: {order_text(columns)}"
 
 
 def _orders_of_parts(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> Iterator[str]:
@@ -54,7 +55,7 @@ def _parts_text(order: list[int], num: int) -> str:
         return f"the {num} parts of a row are the reference's numbers {_numbers(first)}{hint}"
     sources = [f"{part // num}.{part % num}" for part in order[:num]]
     return (
-        f"its rows are made of {num} parts each, and other parts are together (a shuffle or merge in another order): "
+        f"{MIXED_PARTS} {num} parts each, and other parts are together (a shuffle or merge in another order): "
         f"row 0 has the reference's parts (row.part) {', '.join(sources)}"
     )
 
