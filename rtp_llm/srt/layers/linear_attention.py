@@ -1,4 +1,4 @@
-"""Recurrences with decays: lightning attention (MiniMax), and the linear recurrent unit of Griffin."""
+"""Recurrences with decays: lightning attention (MiniMax), the linear recurrent unit of Griffin, and any of channels."""
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,45 @@ class LightningAttention(nn.Module):
             return self._attend(*tokens, self.log_decay, states, wave)
 
         return in_waves(forward_batch, compute, q, k, v)
+
+
+class LinearRecurrence(nn.Module):
+    """``h = exp(log_decay) h + x`` for each channel, from zero: running means, leaky sums, and gates of your own.
+
+    Computed in float32, whatever x's dtype. It has no parameters: decays are given with each token.
+
+    Args:
+        channels: of this rank.
+        layer_id: the layer whose states are read and written.
+        name: of the state; layers with the same ``layer_id`` have other names.
+    """
+
+    def __init__(self, channels: int, layer_id: int, name: str = "recurrent") -> None:
+        super().__init__()
+        self.channels = channels
+        self.layer_id = layer_id
+        self.state_name = name
+        self._recur = pick("linear_recurrence")
+
+    def state_spec(self) -> StateSpec:
+        """Return a number for each channel."""
+        return StateSpec((StateTensor(self.state_name, (self.channels,), "float32"),))
+
+    def forward(self, x: torch.Tensor, log_decay: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """[T, channels] -> [T, channels] in x's dtype: h after each token.
+
+        Args:
+            log_decay: [T, channels], or [channels] for all tokens: logarithms of the decays, such as
+                ``F.logsigmoid(parameter.float())``; -inf forgets what was before.
+        """
+        if x.dim() != 2 or x.shape[1] != self.channels:
+            raise ValueError(f"x must be [tokens, {self.channels}], not {list(x.shape)}")
+        states = state_tensor(forward_batch, self.layer_id, self.state_name)
+
+        def compute(wave: StateWave, x: torch.Tensor, log_decay: torch.Tensor) -> torch.Tensor:
+            return self._recur(x, log_decay, states, wave)
+
+        return in_waves(forward_batch, compute, x, log_decay.expand(x.shape))
 
 
 class RGLRU(nn.Module):

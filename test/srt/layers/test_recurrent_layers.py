@@ -20,8 +20,9 @@ from rtp_llm.srt.forward_batch import StateWave
 from rtp_llm.srt.layers.causal_conv import CausalConv1d
 from rtp_llm.srt.layers.delta_rule import GatedDeltaRule, log_decay
 from rtp_llm.srt.layers.gated_norm import GatedRMSNorm
-from rtp_llm.srt.layers.linear_attention import RGLRU, LightningAttention
+from rtp_llm.srt.layers.linear_attention import RGLRU, LightningAttention, LinearRecurrence
 from rtp_llm.srt.layers.mamba import Mamba2Mixer, MambaMixer
+from rtp_llm.srt.state_pool import StatePool
 
 LENGTH = 37
 
@@ -39,9 +40,9 @@ def randomize(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in module.named_parameters()}
 
 
-def in_steps(layer: Any, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+def in_steps(layer: Any, x: torch.Tensor, *more: torch.Tensor, pool: StatePool | None = None) -> torch.Tensor:
     """One sequence in three steps: a chunk, one that is cut by a save, and single tokens."""
-    pool = pool_of(layer)
+    pool = pool_of(layer) if pool is None else pool
     outputs = [layer(x[:11], *(y[:11] for y in more), batch_of(pool, rows_of([11], [0], [1])))]
     first, second = rows_of([9], [1], [2]), rows_of([14], [2], [1])
     first.tokens, second.tokens = torch.arange(9), torch.arange(9, 23)
@@ -217,3 +218,29 @@ def test_waves_are_computed_in_order() -> None:
         waves.append(wave)
     result = layer(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), batch_of(pool_of(layer), *waves))
     assert result.flatten().tolist() == [1, 3, 6, 12]
+
+
+@pytest.mark.parametrize("is_constant", [True, False])
+def test_linear_recurrence_of_any_decays(is_constant: bool) -> None:
+    x, log_decay = torch.randn(LENGTH, 7), -torch.rand(LENGTH, 7)
+    log_decay[20, :3] = -torch.inf
+    if is_constant:
+        log_decay = log_decay[20].clone()
+    h, expected = torch.zeros(7), []
+    for token, decay in zip(x, log_decay.exp().expand(LENGTH, 7), strict=True):
+        h = decay * h + token
+        expected.append(h)
+    layer = LinearRecurrence(7, 0)
+    if is_constant:
+        assert_near(
+            in_steps(lambda x, batch: layer(x, log_decay, batch), x, pool=pool_of(layer)), torch.stack(expected)
+        )
+    else:
+        assert_near(in_steps(layer, x, log_decay), torch.stack(expected))
+
+
+def test_linear_recurrence_of_other_channels_is_refused() -> None:
+    layer = LinearRecurrence(7, 0)
+    batch = batch_of(pool_of(layer), rows_of([2], [0], [1]))
+    with pytest.raises(ValueError, match=r"x must be \[tokens, 7\], not \[2, 8\]"):
+        layer(torch.randn(2, 8), torch.zeros(7), batch)
