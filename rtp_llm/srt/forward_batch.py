@@ -177,6 +177,8 @@ class ForwardBatch:
     pooled_tokens: torch.Tensor | None = None
     # [T] int64: 1 for tokens of the second text of a pair, else 0 (BERT: Devlin et al., 2019). None: all are 0.
     token_types: torch.Tensor | None = None
+    # By row of the batch, why its media cannot be encoded: it ends, and the others go on. None: errors are raised.
+    row_errors: dict[int, str] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -153,7 +153,7 @@ class RowResult:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if asked
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the chunk's following tokens, if wanted
-    error: str | None = None  # only this row failed (its logits are not finite)
+    error: str | None = None  # only this row failed: its logits are not finite, or its media cannot be encoded
     # Of the work with the last token of a request that asks for a pooled output. Its hidden states of earlier chunks
     # are kept by the worker until then.
     pooled: PooledOutput | None = None

@@ -53,7 +53,7 @@ class EngineCore:
         self._provider = provider_named(self.device)
         free_bytes, _ = self._provider.memory_bytes()
         self.executor = executor or make_executor(
-            WorkerConfig(server_args, model_config, self.device),
+            WorkerConfig(server_args, model_config, self.device, isolates_rows=True),
             depth=int(self._provider.overlaps_steps and not server_args.disable_overlap_schedule),
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )

@@ -1,6 +1,7 @@
 """Media in a forward pass: encoded once, and put at the places of their placeholders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -8,10 +9,9 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.layers.media_encoder import Encoder, MediaEncoder
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem
-
-Encoder = Callable[[list[MultimodalDataItem]], torch.Tensor]
 
 
 class Placement(NamedTuple):
@@ -21,6 +21,7 @@ class Placement(NamedTuple):
     item_rows: list[int]
     token_rows: list[int]
     token_id: int  # what stands there in the prompt
+    batch_row: int
 
 
 def placements(forward_batch: ForwardBatch) -> list[Placement]:
@@ -37,7 +38,8 @@ def placements(forward_batch: ForwardBatch) -> list[Placement]:
             item_rows, positions = rows_within(item.offsets, prefix, prefix + count)
             if item_rows:
                 token_rows = [start + position - prefix for position in positions]
-                placed.append(Placement(item, item_rows, token_rows, inputs.token_id_of(item.modality) or 0))
+                token_id = inputs.token_id_of(item.modality) or 0
+                placed.append(Placement(item, item_rows, token_rows, token_id, row))
     return placed
 
 
@@ -84,79 +86,96 @@ def general_mm_embed_routine(
 
     Raises:
         ValueError: an encoder is missing, or its number of rows is not that of the placeholders; or a placeholder is
-            not in ``placeholder_tokens``.
+            not in ``placeholder_tokens``. With ``forward_batch.row_errors``, this and what an encoder raises is written
+            there instead, for each row of the batch with such an item, whose placeholders are left as text.
     """
     get_input_embeddings: Any = language_model.get_input_embeddings
     hidden_states: torch.Tensor = get_input_embeddings()(input_ids)
-    placed = placements(forward_batch)
+    hidden_size = hidden_states.shape[1]
+    deep_kinds = {modality for modality, is_deep in (use_deepstack or {}).items() if is_deep}
     deepstack: torch.Tensor | None = None
-    if placed:
-        encoders = _encoders(placed, multimodal_model, data_embedding_funcs)
-        for place, embedding in zip(placed, _encode(placed, encoders, forward_batch), strict=True):
-            if placeholder_tokens is not None:
-                _check_placeholder(place, placeholder_tokens)
-            rows = embedding[place.item_rows].to(hidden_states)
-            if use_deepstack and use_deepstack.get(place.item.modality):
-                rows, more = rows.split([hidden_states.shape[1], rows.shape[1] - hidden_states.shape[1]], dim=1)
-                if deepstack is None:
-                    deepstack = hidden_states.new_zeros(hidden_states.shape[0], more.shape[1])
-                deepstack[place.token_rows] = more
-            hidden_states[place.token_rows] = rows
+    for place, embedding in _embedded(
+        placements(forward_batch),
+        partial(_encoder_of, multimodal_model, data_embedding_funcs or {}),
+        partial(_check_embedding, hidden_size, deep_kinds),
+        placeholder_tokens or {},
+        forward_batch,
+    ):
+        rows = embedding[place.item_rows].to(hidden_states)
+        if place.item.modality in deep_kinds:
+            rows, more = rows.split([hidden_size, rows.shape[1] - hidden_size], dim=1)
+            if deepstack is None:
+                deepstack = hidden_states.new_zeros(hidden_states.shape[0], more.shape[1])
+            deepstack[place.token_rows] = more
+        hidden_states[place.token_rows] = rows
     if use_deepstack:
         kwargs["input_deepstack_embeds"] = deepstack
     return language_model(input_ids=None, forward_batch=forward_batch, input_embeds=hidden_states, **kwargs)
 
 
-def _encoders(
-    placed: list[Placement], model: Any, functions: Mapping[Modality, Encoder] | None
-) -> dict[Modality, Encoder]:
-    """Return an encoder for each modality in the step, except where all items have precomputed embeddings."""
-    encoders: dict[Modality, Encoder] = {}
-    for modality in {place.item.modality for place in placed if place.item.precomputed_embeddings is None}:
-        name = f"get_{modality.value}_feature"
-        encoder = (functions or {}).get(modality) or getattr(model, name, None)
-        if encoder is None:
-            raise ValueError(f"{type(model).__name__} takes no media of kind {modality.value}: it has no {name}")
-        encoders[modality] = encoder
-    return encoders
+def _embedded(
+    placed: Sequence[Placement],
+    encoder_of: Callable[[Modality], Encoder],
+    check: Callable[[MultimodalDataItem, torch.Tensor], None],
+    placeholder_tokens: Mapping[Modality, Sequence[int]],
+    forward_batch: ForwardBatch,
+) -> list[tuple[Placement, torch.Tensor]]:
+    """Return the placements with all rows of their items; leave out those of rows that have an error.
 
-
-def _encode(
-    placed: list[Placement], encoders: Mapping[Modality, Encoder], forward_batch: ForwardBatch
-) -> list[torch.Tensor]:
-    """Return all rows of each placement's item: precomputed, from the cache, or encoded with others of its kind."""
+    Raises:
+        Exception: ``forward_batch`` collects no errors.
+    """
+    if not placed:
+        return []
+    errors = forward_batch.row_errors
     cache = forward_batch.embedding_cache or EmbeddingCache(0)
-    found: dict[bytes, torch.Tensor] = {}
-    missing: dict[Modality, dict[bytes, MultimodalDataItem]] = {}
-    for item, *_ in placed:
-        known = item.precomputed_embeddings if item.precomputed_embeddings is not None else cache.get(item.digest)
-        if known is not None:
-            found[item.digest] = known
-        else:
-            missing.setdefault(item.modality, {})[item.digest] = item
-    for modality, items in missing.items():
-        embeddings = encoders[modality](list(items.values()))
-        counts = [item.num_tokens for item in items.values()]
-        if embeddings.dim() != 2 or embeddings.shape[0] != sum(counts):
-            raise ValueError(
-                f"the encoder of kind {modality.value} gave {list(embeddings.shape)} for {len(counts)} items with "
-                f"{counts} placeholders: it must give [{sum(counts)}, hidden]"
-            )
-        for digest, embedding in zip(items, embeddings.split(counts), strict=True):
-            found[digest] = embedding
-            cache.put(digest, embedding.clone() if len(counts) > 1 else embedding)
-    for item, *_ in placed:
-        if found[item.digest].shape[0] != item.num_tokens:
-            raise ValueError(
-                f"an item of kind {item.modality.value} has {item.num_tokens} placeholders in the prompt, but "
-                f"{found[item.digest].shape[0]} embeddings"
-            )
-    return [found[item.digest] for item, *_ in placed]
+    encoder = MediaEncoder(encoder_of, check, cache, isolates=errors is not None)
+    embeddings = encoder.embeddings(place.item for place in placed)
+    embedded = []
+    for place in placed:
+        result = embeddings[place.item.digest]
+        if isinstance(result, torch.Tensor) and not _is_wrong_placeholder(place, placeholder_tokens):
+            embedded.append((place, result))
+            continue
+        error = result if isinstance(result, Exception) else _wrong_placeholder(place, placeholder_tokens)
+        if errors is None:
+            raise error
+        message = f"media of this request cannot be encoded: {type(error).__name__}: {error}"
+        errors.setdefault(place.batch_row, message)
+    return embedded
 
 
-def _check_placeholder(place: Placement, placeholder_tokens: Mapping[Modality, Sequence[int]]) -> None:
-    allowed = placeholder_tokens.get(place.item.modality)
-    if allowed is not None and place.token_id not in allowed:
+def _encoder_of(model: Any, functions: Mapping[Modality, Encoder], modality: Modality) -> Encoder:
+    name = f"get_{modality.value}_feature"
+    encoder: Encoder | None = functions.get(modality) or getattr(model, name, None)
+    if encoder is None:
+        raise ValueError(f"{type(model).__name__} takes no media of kind {modality.value}: it has no {name}")
+    return encoder
+
+
+def _check_embedding(
+    hidden_size: int, deep_kinds: Collection[Modality], item: MultimodalDataItem, embedding: torch.Tensor
+) -> None:
+    """Raise ValueError for an embedding that does not fit its item, or the language model."""
+    if embedding.shape[0] != item.num_tokens:
         raise ValueError(
-            f"token {place.token_id} stands for media of kind {place.item.modality.value}: only {list(allowed)} may"
+            f"an item of kind {item.modality.value} has {item.num_tokens} placeholders in the prompt, but "
+            f"{embedding.shape[0]} embeddings"
         )
+    size, is_deep = embedding.shape[1], item.modality in deep_kinds
+    if size % hidden_size if is_deep else size != hidden_size:
+        raise ValueError(
+            f"an embedding of kind {item.modality.value} has {size} values, but the language model takes "
+            f"{'multiples of ' if is_deep else ''}{hidden_size}"
+        )
+
+
+def _is_wrong_placeholder(place: Placement, placeholder_tokens: Mapping[Modality, Sequence[int]]) -> bool:
+    return place.token_id not in placeholder_tokens.get(place.item.modality, [place.token_id])
+
+
+def _wrong_placeholder(place: Placement, placeholder_tokens: Mapping[Modality, Sequence[int]]) -> ValueError:
+    return ValueError(
+        f"token {place.token_id} stands for media of kind {place.item.modality.value}: only "
+        f"{list(placeholder_tokens[place.item.modality])} may"
+    )

@@ -69,7 +69,7 @@ class Request:
     num_pending: int = 0  # tokens that steps in flight are drawing
     in_flight: int = 0  # steps in flight that name it
     finished: bool = False
-    is_broken: bool = False  # its logits were not finite: its computed tokens must not be shared
+    is_broken: bool = False  # a step failed for it: its computed tokens must not be shared
 
     cached_tokens: int | None = None  # of the prompt, found in the cache when first admitted
     arrived_at: float = field(default_factory=time.monotonic)

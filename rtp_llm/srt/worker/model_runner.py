@@ -208,10 +208,16 @@ class ModelRunner:
             table[rows, places] = pages.int()
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan) -> tuple[ForwardBatch, LogitsProcessorOutput]:
-        """Compute the plan's tokens. Logits are of the work with ``sample``, in the order of ``plan.work``."""
+    def forward(
+        self, plan: StepPlan, row_errors: dict[int, str] | None = None
+    ) -> tuple[ForwardBatch, LogitsProcessorOutput]:
+        """Compute the plan's tokens. Logits are of the work with ``sample``, in the order of ``plan.work``.
+
+        ``row_errors`` takes errors that end one row; see ForwardBatch.
+        """
         self.apply(plan)
         batch = self.make_batch(plan.work, self._num_dummies(plan.work))
+        batch.row_errors = row_errors
         batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
         if self.states is not None:
             batch.state_pool = self.states.pool

@@ -32,6 +32,7 @@ class WorkerConfig:
     model_config: ModelConfig
     device: str = "cpu"
     rank: int = 0
+    isolates_rows: bool = False  # media that cannot be encoded end their row alone; False: the error is raised
 
     @property
     def world_size(self) -> int:
@@ -59,6 +60,7 @@ class PendingLogits:
     output: LogitsProcessorOutput  # with a row of logits per work with ``sample``
     prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
     pooled: list[PooledLines]
+    row_errors: dict[int, str]  # by index into ``plan.work``
 
 
 class PendingResult:
@@ -74,14 +76,16 @@ class PendingResult:
         logprobs: list[Logprobs],
         prompt_logprobs: dict[int, Logprobs],
         pooled: list[PooledLines],
+        row_errors: dict[int, str],
     ) -> None:
         """
         Args:
             token_ids: [S] int64, the drawn tokens; bad_rows: [S] bool, those from bad logits, which are meaningless.
             asked: places in ``token_ids`` of the tokens that ``logprobs``, one after the other, belong to.
-            prompt_logprobs: by index into ``plan.work``.
+            prompt_logprobs, row_errors: by index into ``plan.work``.
         """
         self._plan = plan
+        self._row_errors = row_errors
         self._asked, self._prompts = asked, list(prompt_logprobs)
         self._logprobs = [*prompt_logprobs.values(), *logprobs]
         self._pooled = pooled
@@ -108,6 +112,8 @@ class PendingResult:
         for pooled, copied in zip(self._pooled, lines, strict=True):
             for index, output in pooled.outputs(copied):
                 rows[index] = RowResult(error=NOT_FINITE) if output is None else RowResult(pooled=output)
+        for index, message in self._row_errors.items():
+            rows[index] = RowResult(error=message)
         return StepResult(self._plan.step_id, rows)
 
 
@@ -122,6 +128,7 @@ class Worker:
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)
         self._vocab_size = config.model_config.vocab_size
+        self._isolates_rows = config.isolates_rows
         self._profiler = Profiler(config.rank, self._provider.activities)
 
     def loaded(self) -> LoadedModel:
@@ -169,10 +176,12 @@ class Worker:
         for admission in plan.admissions:
             if admission.spec.pooling is None:
                 self.sampler.admit(admission)
-        batch, output = self.runner.forward(plan)
+        row_errors: dict[int, str] = {}
+        batch, output = self.runner.forward(plan, row_errors if self._isolates_rows else None)
         indices = [row.batch_index for row in batch.prompt_logprobs]
         prompt_logprobs = dict(zip(indices, output.prompt_logprobs, strict=True))
-        return PendingLogits(plan, output, prompt_logprobs, self.runner.row_pooling.lines(output.pooled_states))
+        pooled = self.runner.row_pooling.lines(output.pooled_states)
+        return PendingLogits(plan, output, prompt_logprobs, pooled, row_errors)
 
     @torch.inference_mode()
     def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> PendingResult:
@@ -194,7 +203,15 @@ class Worker:
             self.sampler.observe(rows, token_ids)
             self.runner.last_tokens[self._provider.to_device(rows, torch.int64)] = token_ids
         return PendingResult(
-            self._provider, pending.plan, token_ids, bad_ones, asked, logprobs, pending.prompt_logprobs, pending.pooled
+            self._provider,
+            pending.plan,
+            token_ids,
+            bad_ones,
+            asked,
+            logprobs,
+            pending.prompt_logprobs,
+            pending.pooled,
+            pending.row_errors,
         )
 
     def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:

@@ -1,17 +1,21 @@
 """Images in the prefix cache, in chunks, and beside each other: with media made by hand, on a tiny Qwen2-VL."""
 
+import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from erring_eyes import ErringQwen2VL
 from mm_parity import joined, open_vision_engine, token_types, vision_reference
 
 from rtp_llm import Engine
 from rtp_llm.srt.entrypoints.frontend import Call
 from rtp_llm.srt.layers.multimodal import general_mm_embed_routine, rows_within
 from rtp_llm.srt.managers.tokenizer_manager import Prompt
+from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import Modality, MultimodalDataItem, MultimodalInputs
 from rtp_llm.srt.multimodal.placement import MediaPlacer
@@ -189,6 +193,66 @@ def test_images_are_encoded_once_if_there_is_room(model: Model, size_mb: int) ->
         assert sum(encoded) == 2 if size_mb else sum(encoded) > 4
 
 
+def is_dog(item: MultimodalDataItem) -> bool:
+    return torch.equal(item.feature, DOG[0])
+
+
+def short_of_a_row(encode: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
+    """The dog has a row less than it has placeholders."""
+    return torch.cat([encode([item])[: -1 if is_dog(item) else None] for item in items])
+
+
+def blind_to_dogs(encode: Any, items: list[MultimodalDataItem]) -> Any:
+    if any(is_dog(item) for item in items):
+        raise KeyError("no dogs")
+    return encode(items)
+
+
+ERRING = [
+    (short_of_a_row, r"ValueError: the encoder of kind image gave \[5, \d+\] for 1 items with \[6\] placeholders"),
+    (blind_to_dogs, "KeyError: 'no dogs'"),
+]
+
+
+def check_that_some_fail(
+    engine: Engine, model: Model, prompts: Sequence[Sequence[int | Image]], messages: dict[int, str]
+) -> None:
+    """Those end with the cause; those computed in the same steps are answered, and so are later ones.
+
+    Args:
+        messages: patterns, by index into ``prompts`` of those that fail.
+    """
+    for _ in range(2):
+        for i, result in enumerate(ask(engine, model, *prompts)):
+            if i in messages:
+                reason = result["meta_info"]["finish_reason"]
+                assert reason["type"] == "abort" and reason["status_code"] == 500 and not result["output_ids"]
+                assert re.search(f"media of this request cannot be encoded: {messages[i]}", reason["message"])
+            else:
+                assert_same_ids(result["output_ids"], model.expected(prompts[i]))
+
+
+@pytest.mark.parametrize(("encode", "message"), ERRING)
+def test_an_item_that_cannot_be_encoded_ends_its_requests_only(
+    engine: Engine, model: Model, encode: Any, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker_model = engine._runner.core.executor.worker.runner.model
+    worker_model.get_image_feature = partial(encode, worker_model.get_image_feature)
+    prompts = [[5, CAT, 7], [5, 6, DOG, 7], [SMALL, 9, CAT], [10, 11], [CAT, DOG]]
+    check_that_some_fail(engine, model, prompts, {1: message, 4: message})
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert errors and all(record.exc_info for record in errors)
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_what_cannot_be_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error on both ranks, and one on a rank alone."""
+    monkeypatch.setitem(ModelRegistry.models.layers[0], "Qwen2VLForConditionalGeneration", ErringQwen2VL)
+    prompts = [[5, CAT, 7], [5, 6, draw(4, 6, 4), 7], [SMALL, 9, CAT], [10, 11]]
+    with open_vision_engine(model.model_dir, tp_size=2, **HAND_MADE) as engine:
+        check_that_some_fail(engine, model, prompts, {1: "KeyError: 'too tall'", 2: ".*the encoder failed on rank 1"})
+
+
 def test_the_embedding_cache_forgets_the_least_recently_used() -> None:
     cache = EmbeddingCache(100)
     rows = torch.ones(5, 2)  # 40 bytes
@@ -214,7 +278,7 @@ class Batch:
     """What the routine reads of a ForwardBatch."""
 
     def __init__(self, media: MultimodalInputs, num_tokens: int) -> None:
-        self.mm_inputs, self.embedding_cache = [media], None
+        self.mm_inputs, self.embedding_cache, self.row_errors = [media], None, None
         self.extend_prefix_lens_cpu, self.extend_seq_lens_cpu = [0], [num_tokens]
 
 
@@ -253,6 +317,7 @@ def test_embeddings_go_to_their_places_and_deeper_ones_beside_them() -> None:
     [
         (None, {}, "object takes no media of kind image: it has no get_image_feature"),
         (lambda items: torch.ones(3, 2), {}, r"gave \[3, 2\] for 1 items with \[2\] placeholders"),
+        (lambda items: torch.ones(2, 3), {}, "has 3 values, but the language model takes 2"),
         (lambda items: torch.ones(2, 2), {"placeholder_tokens": {Modality.IMAGE: [8]}}, "token 9 stands for"),
     ],
 )
