@@ -21,6 +21,7 @@ NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
         "prompt_logprobs",
         "token_logprobs",
     },
+    "media_encoder": {"MediaEncoder"},
     "moe": {"Experts", "expert_sources"},
     "multimodal": {"Placement", "placements", "rows_within"},
     "norm": {"Norm"},
