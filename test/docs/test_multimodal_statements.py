@@ -236,7 +236,6 @@ def test_m08_qwen2_vl_handles_images_and_text(seeing: str) -> None:
         extend_prefix_lens_cpu=[0, 0],
         extend_seq_lens_cpu=[8, 1],  # the second row is text alone
         embedding_cache=None,
-        row_errors=None,
     )
     embedded = general_mm_embed_routine(ids, batch, language, multimodal_model=model)
     torch.testing.assert_close(embedded[1:7], model.get_image_feature([image]))

@@ -127,7 +127,7 @@ def _embedded(
     """
     if not placed:
         return []
-    errors = forward_batch.row_errors
+    errors = getattr(forward_batch, "row_errors", None)  # a batch made outside of the engine may have none
     cache = forward_batch.embedding_cache or EmbeddingCache(0)
     encoder = MediaEncoder(encoder_of, check, cache, isolates=errors is not None)
     embeddings = encoder.embeddings(place.item for place in placed)

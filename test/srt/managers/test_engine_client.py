@@ -31,6 +31,7 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.plan import TokenLogprob
+from rtp_llm.srt.pooling import ONLY_TOKENS
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams
 from rtp_llm.srt.utils.ipc import QueueClientEnd, QueueLink
 
@@ -56,6 +57,8 @@ class ScriptedCore:
 
     max_total_tokens = 1000
     max_req_len = 500
+    context_length = 600
+    info = SimpleNamespace(outputs=ONLY_TOKENS)
     latest: "ScriptedCore"
 
     def __init__(self, server_args: ServerArgs, model_config: Any, link: Any, on_progress: Any = None) -> None:
@@ -125,6 +128,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engin
         dtype="float32",
         is_multimodal=False,
         eos_token_ids=(),
+        sentence_transformer=None,
     )
     monkeypatch.setattr(engine_module, "EngineCore", ScriptedCore)
     monkeypatch.setattr(checkpoint_module, "has_tokenizer", lambda _: True)

@@ -33,9 +33,12 @@ class Kernel:
 
 
 def bind(library: str, function: str, *types: Any, result: Any = None) -> Kernel:
-    """Bind a function of ``LIBRARY.cpp`` with arguments of these types; pointers are passed as plain integers."""
+    """Bind a function of ``LIBRARY.cpp`` with arguments of these types; pointers are passed as plain integers.
+
+    Each binding has a function object of its own: types of one do not change another.
+    """
     loaded = build.load(library)
-    bound = getattr(loaded, function)
+    bound: Any = loaded[function]
     bound.argtypes, bound.restype = types, result
     in_lists = getattr(loaded, f"{function}_replayed", None)  # REPLAYED in its source
     bound.in_lists = None if in_lists is None else ctypes.cast(in_lists, POINTER).value

@@ -96,3 +96,9 @@ def test_kernels_of_a_decode_step_are_called_from_lists():
         f"{file}.{name}" for file, all_of in names.items() for name in all_of if not bind(file, name)._function.in_lists
     ]
     assert alone == []
+
+
+def test_types_of_one_binding_do_not_change_another():
+    first = bind("moe", "group_rows", POINTER, INT64, INT64, POINTER, POINTER, POINTER, result=INT)
+    bind("moe", "group_rows")
+    assert first._function.restype is INT and len(first._function.argtypes) == 6
