@@ -5,7 +5,7 @@ A fenced block after a line ``<!-- test: run -->`` is executed, with ``DIR`` rep
 command must exist, and so must each of its long flags. A block after ``<!-- test: model x -->`` is a model file, or a
 ``diff`` that gives one: it is served and compared with transformers. One after ``<!-- test: from FILE -->`` stands in
 that file, line by line. The block after ``<!-- test: external -->`` is run up to the launch, and the class of the one
-after ``<!-- test: config -->`` is given a config.json. Other marks are of ``test_state_snippets.py``.
+after ``<!-- test: config -->`` is given a config.json. Other marks are of ``test_snippets_in_packages.py``.
 """
 
 import ast
@@ -55,7 +55,7 @@ CHECKPOINTS: dict[str, Callable[[Path], str]] = {  # what DIR is in blocks that 
     "run text": lambda directory: make_tiny("Qwen2ForCausalLM", directory),
     "run seeing": make_seeing,
 }
-SNIPPETS = {"state ours", "state reference"}  # test_state_snippets.py runs them
+SNIPPETS = {"state ours", "state reference", "sizes processor", "sizes model", "split"}  # test_snippets_in_packages.py
 VARIABLES = {PACKAGE_VARIABLE, "ONLY_RUN", "RTP_LLM_CPU_ISA"}  # that commands may be preceded by
 
 

@@ -78,10 +78,10 @@ def test_what_is_written_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     }
     said = capsys.readouterr().out
     assert said.count("wrote ") == len(files)
-    commands = said.partition("Next:\n")[2].splitlines()[:4]
+    commands = said.partition("Next:\n")[2].splitlines()[:5]
     path = "PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}"
     assert commands[0].strip().startswith(f"cd {root} && export {path} {PACKAGE_VARIABLE}=my_model2 ")
-    assert [command.split()[0] for command in commands[1:]] == ["python", "python", "rtp-llm"]
+    assert [command.split()[0] for command in commands[1:]] == ["python", "python", "rtp-llm", "curl"]
     assert "verify needs --trust-remote-code: " in said
     text = "".join((root / file).read_text() for file in files)
     assert "zeta" not in text.lower() and "class MyModel2ForCausalLM(" in text

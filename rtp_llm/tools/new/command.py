@@ -16,6 +16,10 @@ WHY_TRUST = (
     "verify needs --trust-remote-code: the reference is Python code, and runs from its copy in the checkpoint. Serving "
     "runs the model file alone."
 )
+SERVE_AND_ASK = (
+    "rtp-llm serve --model-path tiny",
+    """curl http://127.0.0.1:30000/v1/completions --json '{"model": "tiny", "prompt": "Once upon a time"}'""",
+)
 GUIDE = "docs/supported_models/support_new_models.md"
 
 
@@ -64,7 +68,7 @@ def _format(paths: list[Path]) -> None:
     ruff = _ruff()
     if ruff is None:
         return
-    style = ["--isolated", "--quiet", "--line-length", "120"]
+    style = ["--isolated", "--no-cache", "--quiet", "--line-length", "120"]
     first_party = 'lint.isort.known-first-party = ["rtp_llm"]'
     files = [str(path) for path in paths]
     subprocess.run([*ruff, "check", "--select", "I", "--fix", *style, "--config", first_party, *files], check=True)
@@ -127,7 +131,7 @@ def _commands_outside(name: Name, root: Path) -> list[str]:
         f"cd {root} && export {path} RTP_LLM_EXTERNAL_MODEL_PACKAGE={module}  # or: pip install -e {root}",
         "python -m pytest",
         f"python -m {module}.reference.make_tiny tiny && rtp-llm verify tiny --trust-remote-code",
-        "rtp-llm serve --model-path tiny",
+        *SERVE_AND_ASK,
     ]
 
 
@@ -137,7 +141,7 @@ def _commands_inside(name: Name, sees: bool) -> list[str]:
         f"python -m pytest test/srt/models/{test} && python scripts/supported_models.py",
         f"PYTHONPATH=test/helpers python -m {module}_reference.make_tiny tiny && "
         "rtp-llm verify tiny --trust-remote-code",
-        "rtp-llm serve --model-path tiny",
+        *SERVE_AND_ASK,
     ]
 
 
