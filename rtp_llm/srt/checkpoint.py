@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from rtp_llm.srt.chat.pairs import PAIR_TEMPLATES, PairTemplate, is_for_pairs
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.conversation import ChatTemplateError, Template, load_chat_template
+from rtp_llm.srt.conversation import ChatTemplate, ChatTemplateError, Template, load_chat_template
 from rtp_llm.srt.managers.end_tokens import EndToken, find_end_tokens
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager, has_tokenizer, load_tokenizer
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
@@ -19,6 +20,7 @@ from rtp_llm.srt.multimodal.media_store import MediaStore
 from rtp_llm.srt.multimodal.placement import MediaPlacer
 
 logger = logging.getLogger(__name__)
+CLASSIFIER = "ForSequenceClassification"  # how architectures end that may score pairs
 
 
 def read_model_config(args: ServerArgs) -> ModelConfig:
@@ -118,7 +120,35 @@ def prompts_with_images(
 
 def read_chat_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> Template | None:
     """Load the chat template, which makes prompts of messages; None if there is none."""
-    return load_chat_template(tokenizer, args.chat_template, args.model_path, config.model_path, config.is_multimodal)
+    asked = None if args.chat_template in PAIR_TEMPLATES else args.chat_template
+    return load_chat_template(tokenizer, asked, args.model_path, config.model_path, config.is_multimodal)
+
+
+def read_pair_template(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> PairTemplate | None:
+    """Make the template by which a query and a document become one text, for a model that scores pairs: the one that
+    was asked for, the checkpoint's own if it is for pairs, or that of models with the same tokens. None: there is none.
+
+    Raises:
+        ChatTemplateError: the one that was asked for is no template for pairs.
+    """
+    scores = config.score_tokens is not None or any(name.endswith(CLASSIFIER) for name in config.architectures)
+    if tokenizer is None or not scores:
+        return None
+    special_tokens = getattr(tokenizer, "special_tokens_map", {})
+    if args.chat_template in PAIR_TEMPLATES:
+        return PairTemplate(PAIR_TEMPLATES[args.chat_template], special_tokens)
+    template = read_chat_template(args, config, tokenizer)
+    source = template.source if isinstance(template, ChatTemplate) else ""
+    if args.chat_template is not None or is_for_pairs(source):
+        return PairTemplate(source, special_tokens)
+    name = None if config.score_tokens is None else config.score_tokens.template
+    if name is None and config.score_tokens is not None:
+        logger.warning(
+            "no template for pairs is known for this model: the tokenizer joins two texts. Give one by --chat-template "
+            "FILE.jinja, or one of %s",
+            ", ".join(PAIR_TEMPLATES),
+        )
+    return None if name is None else PairTemplate(PAIR_TEMPLATES[name], special_tokens)
 
 
 def read_end_tokens(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> tuple[EndToken, ...]:
@@ -128,7 +158,7 @@ def read_end_tokens(args: ServerArgs, config: ModelConfig, tokenizer: Any) -> tu
     try:
         template = read_chat_template(args, config, tokenizer)
     except ChatTemplateError as error:
-        if args.chat_template is not None:
+        if args.chat_template not in (None, *PAIR_TEMPLATES):
             raise
         logger.warning("the model's chat template is not usable: %s", error)
     return find_end_tokens(config.eos_token_ids, config.vocab_size, tokenizer, template)

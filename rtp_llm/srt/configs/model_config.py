@@ -28,6 +28,7 @@ from rtp_llm.srt.configs.hf_config import (
     read_config_json,
 )
 from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError, first_line, resolve_model_path
+from rtp_llm.srt.configs.score_tokens import ScoreTokens, ScoreTokensError, score_tokens
 from rtp_llm.srt.configs.sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerError,
@@ -104,6 +105,7 @@ class ModelConfig:
     convert: str = "auto"  # see ServerArgs, as for ``pooling``
     pooling: str | None = None
     sentence_transformer: SentenceTransformer | None = None  # None: the checkpoint is none of sentence-transformers
+    score_tokens: ScoreTokens | None = None  # whose logits score a pair of texts, if the model generates
 
     @property
     def is_multimodal(self) -> bool:
@@ -156,9 +158,12 @@ class ModelConfig:
         try:
             hf_config = load_hf_config(directory, overrides, trust_remote_code, by_transformers)
             config = cls._resolved(directory, hf_config, dtype, context_length, enable_multimodal)
-            return replace(config, convert=convert, pooling=pooling)
+            scored_by = score_tokens(hf_config, config.sentence_transformer, convert)
+            return replace(config, convert=convert, pooling=pooling, score_tokens=scored_by)
         except (ModelConfigError, ModelNotFoundError, ModelImportError):
             raise
+        except ScoreTokensError as error:
+            raise ModelConfigError(f"{directory}/{CONFIG_FILE}: {error}") from error
         except CONFIG_ERRORS as error:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise ModelConfigError(f"{directory}/{CONFIG_FILE} cannot be used: {what}") from error

@@ -4,6 +4,7 @@
     1_Pooling/config.json               which hidden states make the vector
     2_Dense/config.json, weights        layers after it, as many as there are
     2_Normalize                         vectors get length one
+    1_LogitScore/config.json            which tokens' logits make a score (configs/score_tokens.py)
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: texts that are put before an input
 
@@ -59,6 +60,7 @@ class SentenceTransformer:
     normalizes: bool = False
     max_seq_length: int | None = None
     lower_case: bool = False
+    score_ids: tuple[int, ...] = ()  # of tokens whose logits make a score: what does not fit, what does; or the latter
     pools_prompt: bool = True  # False: the prompt's tokens are left out of the pooling
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
@@ -86,6 +88,8 @@ def read_sentence_transformer(directory: str) -> SentenceTransformer | None:
             found |= _pooling(path / "config.json")
         elif kind == "Dense":
             dense.append(_dense(path))
+        elif kind == "LogitScore":
+            found["score_ids"] = _score_ids(path / "config.json")
         elif kind == "Normalize":
             found["normalizes"] = True
         elif kind != "Dropout":  # only for training
@@ -130,6 +134,15 @@ def _dense(path: Path) -> DenseModule:
     except (KeyError, TypeError, ValueError) as error:
         raise SentenceTransformerError(f"{path}/config.json: in_features and out_features are needed") from error
     return DenseModule(str(path), *sizes, settings.get("bias") is not False, _ACTIVATIONS[activation])
+
+
+def _score_ids(path: Path) -> tuple[int, ...]:
+    settings = _read_object(path)
+    given = [settings.get(name) for name in ("false_token_id", "true_token_id")]
+    ids = tuple(value for value in given if isinstance(value, int) and not isinstance(value, bool))
+    if len(ids) < sum(value is not None for value in given) or given[1] is None:
+        raise SentenceTransformerError(f"{path}: true_token_id, and perhaps false_token_id, must be ids, not {given}")
+    return ids
 
 
 def _prompts(path: Path) -> dict[str, Any]:

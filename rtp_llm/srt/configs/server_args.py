@@ -66,9 +66,11 @@ class ServerArgs:
         "auto",
         help="What a model that generates text gives in place of text, or beside it. embed: vectors of inputs, beside "
         "text if the checkpoint has a head; classify: probabilities of labels, and reward: numbers, of a checkpoint "
-        "with a layer `score`; none: text alone. auto goes by the checkpoint: embed where sentence-transformers' "
-        "modules.json is, classify for a ...ForSequenceClassification.",
-        choices=("auto", "none", "embed", "classify", "reward"),
+        "with a layer `score`; score: how well texts fit each other, by the probabilities of the tokens yes and no, or "
+        "of those under classifier_from_token in config.json, beside text; none: text alone. auto goes by the "
+        "checkpoint: embed where sentence-transformers' modules.json is, classify for a ...ForSequenceClassification, "
+        "score for named tokens.",
+        choices=("auto", "none", "embed", "classify", "reward", "score"),
     )
     pooling: str | None = option(
         None,
@@ -102,7 +104,9 @@ class ServerArgs:
         choices=QUANTIZATIONS,
     )
     json_model_override_args: str = option(
-        "{}", help="JSON object whose entries replace those of the model's config.json."
+        "{}",
+        help="JSON object whose entries replace those of the model's config.json.",
+        aliases=("--hf-overrides", "--hf_overrides"),
     )
     device: str | None = option(
         None, help="Where the model runs. If unset, cuda where there is a GPU, otherwise cpu.", choices=DEVICES.names
@@ -336,7 +340,8 @@ class ServerArgs:
         None,
         help="Chat template, which turns messages into a prompt: a .jinja file, a .json file, or the name of a "
         "registered conversation or of one of the tokenizer's templates. If unset, the tokenizer's own "
-        "template, otherwise the one that belongs to the model's name.",
+        "template, otherwise the one that belongs to the model's name. Of a model that scores pairs: how a query and "
+        "a document become one text.",
         server=True,
     )
     tool_call_parser: str | None = option(

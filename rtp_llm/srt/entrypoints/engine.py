@@ -12,7 +12,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self, Unpack
 
-from rtp_llm.srt.checkpoint import read_end_tokens, read_model_config, read_placer, read_processor, read_tokenizer
+from rtp_llm.srt.checkpoint import (
+    read_end_tokens,
+    read_model_config,
+    read_pair_template,
+    read_placer,
+    read_processor,
+    read_tokenizer,
+)
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
@@ -65,6 +72,7 @@ class Engine(PooledMethods):
         self.model_config = read_model_config(args)
         tokenizer = read_tokenizer(args, self.model_config)
         end_tokens = read_end_tokens(args, self.model_config, tokenizer)  # before the weights: errors come early
+        pair_template = read_pair_template(args, self.model_config, tokenizer)
         link = QueueLink()
         self._client = EngineClient(link.client)
         build = partial(EngineCore, args, self.model_config, link.core, on_progress=on_progress)
@@ -86,6 +94,7 @@ class Engine(PooledMethods):
             read_placer(self.model_config, workers_are_here=args.tp_size == 1),
             core.info.outputs,
             args.grammar_backend,
+            pair_template,
         )
         self._pooled = PooledRequests(self.tokenizer_manager, self.model_config.sentence_transformer)
 

@@ -28,6 +28,7 @@ from rtp_llm.srt.checkpoint import (
     read_chat_template,
     read_end_tokens,
     read_model_config,
+    read_pair_template,
     read_placer,
     read_processor,
     read_tokenizer,
@@ -181,6 +182,7 @@ class HTTPServer:
         config = read_model_config(self._args)
         tokenizer = read_tokenizer(self._args, config)
         read_chat_template(self._args, config, tokenizer)  # before the weights: errors come early
+        read_pair_template(self._args, config, tokenizer)
         give_back_once()  # what the tokenizer's file needed
         drop_library_pages()  # before the weights come
         supervisor = Supervisor(self._args, config, self._on_progress, self._core_process)
@@ -289,6 +291,7 @@ def make_app(
         read_placer(config, workers_are_here=False),
         info.outputs,
         args.grammar_backend,
+        read_pair_template(args, config, tokenizer),
     )
     frontend = Frontend(core.client, manager, loop, observers)
     template = read_chat_template(args, config, tokenizer)

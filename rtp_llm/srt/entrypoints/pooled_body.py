@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Name, Salt
+from rtp_llm.srt.sampling_params import InvalidRequest
 
 # Other servers' fields, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -40,6 +41,22 @@ class PooledBody(Body):
         """Return the options of PoolingOptions that are the same for all inputs."""
         names = ("truncate_prompt_tokens", "cache_salt", "priority")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class TakesInstruction(PooledBody):
+    """Of endpoints that score pairs."""
+
+    instruction: str | None = Field(
+        None, description="what a model that scores pairs by a template shall judge; unset: what it was trained for"
+    )
+    instruct: str | None = Field(None, description="SGLang's name of instruction")
+
+    def shared_options(self) -> dict[str, Any]:
+        if self.instruction is not None and self.instruct is not None:
+            raise InvalidRequest("instruct and instruction mean the same: give one of them", "instruct")
+        asked = self.instruct if self.instruction is None else self.instruction
+        options = super().shared_options()
+        return options if asked is None else {**options, "instruction": asked}
 
 
 class UsesActivation(PooledBody):

@@ -91,7 +91,8 @@ class LogitsProcessorOutput:
             computed later.
         prompt_logprobs: parallel to ``forward_batch.prompt_logprobs``.
         hidden_states: [T, num_layers_captured * hidden_size], only where the model captures layers for a drafter.
-        pooled_states: [P, hidden_size], the last hidden states of ``forward_batch.pooled_tokens``; None if that is.
+        pooled_states: [P, hidden_size], the last hidden states of ``forward_batch.pooled_tokens``, or what a model
+            makes pooled outputs of in their place; None if that is.
     """
 
     __slots__ = ("_logits", "hidden_states", "pooled_states", "prompt_logprobs")
@@ -174,6 +175,7 @@ class LogitsProcessor(nn.Module):
         self.logit_scale = logit_scale
         self.soft_cap: float | None = soft_cap or getattr(config, "final_logit_softcapping", None)
         self.tp_group = get_tp_group()
+        self.pooled_token_ids: list[int] | None = None  # pooled outputs are made of these tokens' logits, not of states
         most_bytes = built_for().logit_bytes_at_once
         self.rows_at_once = None if most_bytes is None else max(1, most_bytes // (4 * self.vocab_size))
 
@@ -207,8 +209,18 @@ class LogitsProcessor(nn.Module):
                 for row in forward_batch.prompt_logprobs
             ],
             hidden_states=torch.cat(list(aux_hidden_states), dim=-1) if aux_hidden_states else None,
-            pooled_states=pooled_states(hidden_states, forward_batch),
+            pooled_states=self._pooled(hidden_states, lm_head, forward_batch),
         )
+
+    def _pooled(
+        self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, forward_batch: ForwardBatch
+    ) -> torch.Tensor | None:
+        """[P, hidden_size], or the logits [P, tokens] of ``pooled_token_ids``; None if none are wanted."""
+        states, ids = pooled_states(hidden_states, forward_batch), self.pooled_token_ids
+        if states is None or ids is None:
+            return states
+        pieces = states.split(ROWS_PER_PIECE) if len(states) else [states]
+        return torch.cat([self.logits(piece, lm_head)[:, ids] for piece in pieces])
 
     def logits(self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding) -> torch.Tensor:
         """[N, hidden_size] -> [N, vocab_size] float32: scale, gather over ranks, cut the padding, cast, soft cap."""

@@ -29,6 +29,7 @@ class PoolingOptions(TypedDict, total=False):
     normalize: Annotated[Any, "vectors of length one, probabilities; unset: as the checkpoint has it"]
     truncate_prompt_tokens: Annotated[Any, "cut inputs to so many tokens, -1: to as many as are taken; unset: not"]
     add_special_tokens: Annotated[Any, "those that the tokenizer puts around a text; unset: true"]
+    instruction: Annotated[Any, "what a model that scores pairs by a template shall judge; unset: as it was trained"]
     prompt_name: Annotated[Any, "of a text of the checkpoint's, put before the input; unset: its default"]
     rid: Annotated[Any, "the request's name, unique among the running ones"]
     cache_salt: Annotated[Any, "inputs share cached prefixes only with those of the same salt"]
@@ -160,11 +161,25 @@ class PooledRequests:
             return "input_ids", token_ids("input_ids", prompt.input_ids)[:most], prompt.pair_start
         check_text("prompt", prompt.text)
         pair = options.get("text_pair")
+        if pair is not None and self.manager.pair_template is not None:
+            instruction = self._instruction(options) or self._prompt_text(options.get("prompt_name")) or None
+            return "prompt", self.manager.encode_pair(prompt.text, pair, instruction, most), None
+        if options.get("instruction") is not None:
+            raise InvalidRequest(
+                "instruction is for models that score pairs by a template (see --chat-template), and this is none",
+                "instruction",
+            )
         text = prompt.text if pair is not None else self._prompt_text(options.get("prompt_name")) + prompt.text
         if self.sentences.lower_case:
             text, pair = text.lower(), None if pair is None else pair.lower()
         adds = options.get("add_special_tokens") is not False
         return "prompt", *self.manager.encode_input(text, pair, adds, most)
+
+    def _instruction(self, options: PoolingOptions) -> str | None:
+        instruction = options.get("instruction")
+        if instruction is not None:
+            check_text("instruction", instruction)
+        return instruction
 
     def _most_tokens(self, options: PoolingOptions) -> int | None:
         asked, limit = options.get("truncate_prompt_tokens"), min(self.manager.context_length, self.manager.max_req_len)

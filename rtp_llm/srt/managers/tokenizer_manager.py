@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtp_llm.srt.chat.pairs import PairTemplate
 from rtp_llm.srt.configs.grammar_backends import LLGUIDANCE
 from rtp_llm.srt.configs.own_config import config_of_unknown_type
 from rtp_llm.srt.constrained.check import checked_grammar
@@ -146,6 +147,7 @@ class TokenizerManager:
         takes_priorities: whether requests are scheduled by their priority; otherwise only 0 is taken.
         outputs: what the model makes besides tokens, or in their place (see managers/pooled.py).
         grammar_backend: the compiler of grammars.
+        pair_template: how a pair of texts becomes one, for a model that scores pairs; None: the tokenizer joins them.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class TokenizerManager:
         placer: MediaPlacer | None = None,
         outputs: PooledOutputs | None = None,
         grammar_backend: str = LLGUIDANCE,
+        pair_template: PairTemplate | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -170,6 +173,7 @@ class TokenizerManager:
         self.end_tokens = tuple(end_tokens)
         self.takes_priorities = takes_priorities
         self.outputs = ONLY_TOKENS if outputs is None else outputs
+        self.pair_template = pair_template
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._processor = processor
         self._placer = placer or MediaPlacer()
@@ -317,6 +321,32 @@ class TokenizerManager:
             if max_tokens is None:
                 self._check_length(self._encoder, each)
         return self._encoder.encode_input(text, pair, add_special_tokens, max_tokens)
+
+    def encode_pair(
+        self, query: str, document: str, instruction: str | None = None, max_tokens: int | None = None
+    ) -> list[int]:
+        """Return the ids of a pair in the form of ``pair_template``. A longer document is cut to ``max_tokens`` of all.
+
+        Raises:
+            InvalidRequest: the text is too long, or cutting the document is not enough.
+            ChatTemplateError: the template has no place for an instruction.
+        """
+        assert self.pair_template is not None
+        for each in (query, document, instruction or "-"):
+            check_text("prompt", each)
+        made = self.pair_template.text(query, document, instruction)
+        ids = self.encode(made.before + document + made.after, False, is_prompt=max_tokens is None)
+        if max_tokens is None or len(ids) <= max_tokens:
+            return ids
+        end = self.encode(made.after, False) if made.after else []
+        least = len(self.encode(made.before, False)) + len(end)
+        if least > max_tokens:
+            raise InvalidRequest(
+                f"without the document the prompt has {least} tokens, more than the {max_tokens} to which it is to be "
+                "cut",
+                "truncate_prompt_tokens",
+            )
+        return self.encode(made.before + document, False, is_prompt=False)[: max_tokens - len(end)] + end
 
     def _check_length(self, encoder: TextEncoder, text: str) -> None:
         try:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.sentence_transformers import DenseModule, SentenceTransformer
 from rtp_llm.srt.layers.encoder_attention import sees_both_ways
-from rtp_llm.srt.layers.pooled_decoder import as_pooled
+from rtp_llm.srt.layers.pooled_decoder import as_pooled, as_scorer
 from rtp_llm.srt.layers.pooler import REDUCTIONS, Pooler, Reduction, SideBySide
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Names of transformers' classes that are a decoder with a layer ``score`` in place of its head.
 _SUFFIXES = {"ForSequenceClassification": "classify"}
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid}
+TOKENIZER_FILE = "tokenizer.json"
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -45,6 +47,8 @@ def pooled_class(model_config: ModelConfig) -> type[nn.Module]:
         if convert not in ("auto", "none"):
             raise ModelBuildError(f"{model_class.__name__} has outputs of its own: leave out --convert {convert}")
         return model_class
+    if model_config.score_tokens is not None:
+        return _scorer(model_class, model_config)
     if sees_both_ways(model_config.hf_text_config):
         return as_pooled(model_class, "embed" if convert in ("auto", "none") else convert)
     if convert == "auto":
@@ -66,8 +70,33 @@ def _of_decoder(model_config: ModelConfig) -> type[nn.Module] | None:
             decoder = next((decoder for decoder in decoders if ModelRegistry.is_arch_supported(decoder)), None)
             if decoder is not None:
                 logger.info("%s runs as %s with another head", name, decoder)
+                if model_config.score_tokens is not None:
+                    return _scorer(ModelRegistry.models[decoder], model_config)
                 return as_pooled(ModelRegistry.models[decoder], kind if convert == "auto" else convert)
     return None
+
+
+def _scorer(model_class: type[nn.Module], model_config: ModelConfig) -> type[nn.Module]:
+    """Return a class that scores by the tokens that the configuration names.
+
+    Raises:
+        ModelBuildError: a token is not in the vocabulary.
+    """
+    asked = model_config.score_tokens
+    assert asked is not None
+    file = Path(model_config.model_path) / TOKENIZER_FILE
+    texts = [token for token in asked.tokens if isinstance(token, str)]
+    if texts and not file.is_file():
+        raise ModelBuildError(f"{file} is needed to find the tokens {texts}; or name them by their ids")
+    vocabulary = Tokenizer.from_file(str(file)) if texts else None
+    ids: list[int] = []
+    for token in asked.tokens:
+        token_id = vocabulary.token_to_id(token) if isinstance(token, str) and vocabulary else token
+        if not isinstance(token_id, int) or not 0 <= token_id < model_config.vocab_size:
+            raise ModelBuildError(f"classifier_from_token: {token!r} is no token of the model's vocabulary")
+        ids.append(token_id)
+    logger.info("scores are made of the logits of %s (%s)", ", ".join(map(repr, asked.tokens)), ids)
+    return as_scorer(model_class, ids, asked.excludes)
 
 
 def set_pooling(model: nn.Module, model_config: ModelConfig, is_dummy: bool = False) -> None:

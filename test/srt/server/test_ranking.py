@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import transformers
 
 from rtp_llm import Engine
+from rtp_llm.srt.chat.messages import ChatTemplateError
+from rtp_llm.srt.chat.pairs import PAIR_TEMPLATES, PairTemplate
 from rtp_llm.srt.sampling_params import InvalidRequest
 from tiny_models import make_tiny
 from tiny_server import InProcess, in_process, make_checkpoint
@@ -25,7 +28,7 @@ def make(architecture: str, factory: pytest.TempPathFactory, **config: Any) -> s
     """A tiny checkpoint with the tokenizer of the tiny server's, which puts nothing around texts."""
     folder = factory.mktemp("ranking")
     tokenizer = transformers.AutoTokenizer.from_pretrained(make_checkpoint(factory.mktemp("with-tokenizer")))
-    make_tiny(architecture, folder, vocab_size=len(tokenizer), max_position_embeddings=64, **config)
+    make_tiny(architecture, folder, **{"vocab_size": len(tokenizer), "max_position_embeddings": 64} | config)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -203,7 +206,8 @@ def test_sglangs_plain_list(folders: dict[str, str]) -> None:
         ("/v1/rerank", {"query": "a", "documents": ["b", "cat " * 99]}, "documents 1: This model's", "documents"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n", "top_n"),
         ("/v1/rerank", {"query": "a", "documents": [3]}, "documents", "documents"),
-        ("/v1/rerank", {"query": "a", "documents": ["b"], "instruction": "c"}, "not supported", "instruction"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "instruction": "c"}, "by a template", "instruction"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "instruction": "c", "instruct": "c"}, "one of them", "instr"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "colour": 1}, "colour", "colour"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "priority": 3}, "priority", "priority"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "truncate_prompt_tokens": 65}, "up to 64", None),
@@ -220,6 +224,63 @@ def test_errors_name_what_is_wrong(pairs: InProcess, path: str, body: Any, words
     failed = error(post(pairs, path, body))
     assert words in failed["message"]
     assert param is None or (failed["param"] or "").startswith(param)
+
+
+# Decoders that score pairs by two tokens
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make("Qwen3ForCausalLM", tmp_path_factory, max_position_embeddings=512, classifier_from_token=["n", "y"])
+
+
+def judged(folder: str, text: str) -> float:
+    """What transformers says: the probability of "y" of both tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1]
+    return float(logits[tokenizer.convert_tokens_to_ids(["n", "y"])].softmax(-1)[1])
+
+
+def test_a_language_model_judges_pairs_in_its_form(decoder: str) -> None:
+    form = PairTemplate(PAIR_TEMPLATES["qwen3-reranker"])
+
+    def wanted(document: str, instruction: str | None = None) -> float:
+        made = form.text(QUERY, document, instruction)
+        return judged(decoder, made.before + document + made.after)
+
+    with served(decoder, chat_template="qwen3-reranker") as running:
+        found = good(running, "/v1/rerank", {"query": QUERY, "documents": DOCUMENTS})
+        assert by_index(found["results"]) == pytest.approx([wanted(text) for text in DOCUMENTS], abs=1e-5)
+        body = {"text_1": QUERY, "text_2": DOCUMENTS[0]}
+        for name in ("instruction", "instruct"):
+            scored = good(running, "/score", body | {name: "sort"})["data"][0]["score"]
+            assert scored == pytest.approx(wanted(DOCUMENTS[0], "sort"), abs=1e-5)
+        raw = good(running, "/score", body | {"use_activation": False})["data"][0]["score"]
+        assert 1 / (1 + math.exp(-raw)) == pytest.approx(wanted(DOCUMENTS[0]), abs=1e-5)
+        assert "choices" in good(running, "/v1/completions", {"prompt": "a", "max_tokens": 2})  # it makes text, too
+        long = {"query": QUERY, "documents": ["cat " * 999]}
+        assert "maximum context length" in error(post(running, "/v1/rerank", long))["message"]
+        cut = good(running, "/v1/rerank", long | {"truncate_prompt_tokens": -1})
+        assert cut["usage"]["prompt_tokens"] == 512
+        told = error(post(running, "/v1/rerank", long | {"truncate_prompt_tokens": 9}))
+        assert "without the document" in told["message"] and told["param"] == "truncate_prompt_tokens"
+
+
+def test_templates_of_rerankers(decoder: str, tmp_path: Path) -> None:
+    file = tmp_path / "form.jinja"
+    file.write_text("Q:{{ messages[0].content }} D:{{ messages[1].content }}")
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_total_tokens": 2048}
+    with Engine(model_path=decoder, chat_template=str(file), **options) as engine:
+        assert engine.score("a", "b") == pytest.approx(judged(decoder, "Q:a D:b"), abs=1e-5)
+        with pytest.raises(InvalidRequest, match="no place for an instruction"):
+            engine.score("a", "b", instruction="c")
+    with Engine(model_path=decoder, **options) as engine:  # its own chat template is none for pairs
+        assert engine.score("a ", "b") == pytest.approx(judged(decoder, "a b"), abs=1e-5)
+    file.write_text("{{ messages[0].content }}")
+    with pytest.raises(ChatTemplateError, match="no template for pairs"):
+        Engine(model_path=decoder, chat_template=str(file), **options)
 
 
 def test_long_documents_are_cut_only_if_that_is_asked(pairs: InProcess) -> None:

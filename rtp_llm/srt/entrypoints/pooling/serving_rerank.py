@@ -13,7 +13,7 @@ from rtp_llm.srt.entrypoints.asgi import JSON
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
 from rtp_llm.srt.entrypoints.openai.protocol import Body
 from rtp_llm.srt.entrypoints.pooled import PooledEndpoint, PooledUsage, usage
-from rtp_llm.srt.entrypoints.pooled_body import UNSUPPORTED, UsesActivation
+from rtp_llm.srt.entrypoints.pooled_body import UNSUPPORTED, TakesInstruction, UsesActivation
 from rtp_llm.srt.managers.pooled import PooledCompletion
 from rtp_llm.srt.managers.scoring import Sides, ranked
 
@@ -27,7 +27,7 @@ class Document(Body):
     text: str
 
 
-class RerankRequest(UsesActivation):
+class RerankRequest(UsesActivation, TakesInstruction):
     unsupported = {**UNSUPPORTED, "rank_fields": (["text"],), "max_chunks_per_doc": ()}
 
     query: str | Document = Field(description='what is looked for: a text, or {"text"}')

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from rtp_llm.srt.entrypoints.asgi import JSON
 from rtp_llm.srt.entrypoints.openai.base import disconnected_response
 from rtp_llm.srt.entrypoints.pooled import PooledEndpoint, PooledUsage, usage
-from rtp_llm.srt.entrypoints.pooled_body import UNSUPPORTED, UsesActivation
+from rtp_llm.srt.entrypoints.pooled_body import UNSUPPORTED, TakesInstruction, UsesActivation
 from rtp_llm.srt.managers.scoring import Sides
 from rtp_llm.srt.sampling_params import InvalidRequest
 
@@ -21,7 +21,7 @@ FORMS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), (
 Texts = str | list[str] | None
 
 
-class ScoreRequest(UsesActivation):
+class ScoreRequest(UsesActivation, TakesInstruction):
     # The others are SGLang's, for probabilities of chosen tokens.
     unsupported = {**UNSUPPORTED, "query": (), "label_token_ids": (), "apply_softmax": (), "item_first": ()}
 
