@@ -20,7 +20,7 @@ from rtp_llm.srt.devices.cpu import elementwise, sampling
 from rtp_llm.srt.devices.cpu.blocks import int4_panels
 from rtp_llm.srt.devices.cpu.codes import CodePanels, Codes, fp8_panels
 from rtp_llm.srt.devices.cpu.linear import BFloat16Panels, Int8Panels, PanelWeight
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import process_weights
@@ -102,7 +102,7 @@ def experts(rows: int) -> Iterator[Case]:
 
 def expert_layer(on_kernels: bool) -> FusedMoE:
     with building_for(provider_named("cpu" if on_kernels else "reference")):
-        layer = FusedMoE(64, HIDDEN, 512, params_dtype=torch.bfloat16, tp_group=TPGroup(0, 1))
+        layer = FusedMoE(64, HIDDEN, 512, params_dtype=torch.bfloat16, tp_group=RankGroup(0, 1))
         for parameter in layer.parameters():
             parameter.data.normal_(std=0.02)
         process_weights(layer)

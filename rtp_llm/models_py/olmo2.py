@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rtp_llm.models_py.llama import GroupedQueryAttention, LlamaForCausalLM, LlamaModel
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.gguf.form import GGUFForm
 from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.layers.mlp import GatedMLP
@@ -38,7 +38,7 @@ class Olmo2HeadsNorm(nn.Module):
         shard: the rank's part of the projection that is normed. Ranks may have the same key heads.
     """
 
-    def __init__(self, shard: OutputShard, tp_group: TPGroup, eps: float) -> None:
+    def __init__(self, shard: OutputShard, tp_group: RankGroup, eps: float) -> None:
         super().__init__()
         self.shard = shard
         self.tp_group = tp_group

@@ -1,18 +1,15 @@
 """Rows of a step for kernels and layers that keep a state, with slots of a pool."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
+from thread_ranks import on_thread_ranks
 from torch import nn
 
 from rtp_llm.srt.cache.spec import StateGroup, StateSpec
-from rtp_llm.srt.distributed import parallel_state
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import WorldShape
 from rtp_llm.srt.forward_batch import StateWave
 from rtp_llm.srt.layers.weights import declared_sources, fill
 from rtp_llm.srt.model_traits import FinishesLoad, KeepsState
@@ -63,34 +60,17 @@ def in_pieces(
     return torch.cat(outputs)
 
 
-class ThreadGroup(TPGroup):
-    """A rank among threads of this process."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, shared: list[torch.Tensor]) -> None:
-        super().__init__(rank, barrier.parties)
-        self._barrier, self._shared = barrier, shared
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self._shared[self.rank] = x
-        self._barrier.wait()
-        total = torch.stack(self._shared).sum(dim=0)
-        self._barrier.wait()
-        return total
-
-
 def on_ranks(
     num_ranks: int, build: Callable[[], nn.Module], weights: Mapping[str, torch.Tensor], run: Callable[[Any], Any]
 ) -> list[Any]:
     """Build a module for each rank, load the same checkpoint into all, and run them side by side."""
-    barrier, shared = threading.Barrier(num_ranks, timeout=30), [torch.empty(0)] * num_ranks
-    modules = []
-    with pytest.MonkeyPatch.context() as patch:
-        for rank in range(num_ranks):
-            patch.setattr(parallel_state, "_tp_group", ThreadGroup(rank, barrier, shared))
-            modules.append(build())
-            load_all(modules[-1], weights)
-    with ThreadPoolExecutor(num_ranks) as threads, torch.no_grad():
-        return list(threads.map(torch.no_grad()(run), modules))
+
+    def loaded() -> nn.Module:
+        module = build()
+        load_all(module, weights)
+        return module
+
+    return on_thread_ranks(WorldShape(tensor=num_ranks), loaded, run)
 
 
 def load_all(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -1,40 +1,119 @@
-"""Tensor parallelism: this process's rank, and the two collective operations that layers need.
+"""The ranks that compute one model together, and the groups in which they exchange tensors.
 
-Layers call ``get_tp_group()`` when they are built and keep the group. Until ``init_tensor_parallel`` is called there
-is one rank, and the operations are the identity.
+Layers call ``get_tp_group()`` when they are built and keep the group. Until ``init_world`` is called there is one rank,
+and the operations of every group are the identity.
 """
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR = "tensor", "pipeline", "expert", "expert_tensor"
+GROUPS = (TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR)
+AllReduce = Callable[[torch.Tensor], bool]  # sums in place; False: it does not take this tensor
 
-class TPGroup:
-    """The ranks that share one model. Every rank must call both operations, in the same order."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
+@dataclass(frozen=True, slots=True)
+class WorldShape:
+    """How the ranks of one model are arranged: ``pipeline`` stages one after the other, of ``tensor`` ranks each.
+
+    Rank ``stage * tensor + t`` is rank t of its stage's tensor group, and has one of ``pipeline`` places in a pipeline
+    group with the ranks t of the other stages. A tensor group divides experts into ``expert`` parts, of which
+    neighbouring ranks, ``tensor / expert`` of them, share one and split it; these are an expert-tensor group. The ranks
+    with the same place in theirs are an expert group.
+
+    Replicas of a model (``--dp-size``) exchange nothing: each is a world of its own.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.pipeline, self.expert) < 1:
+            raise ValueError(f"sizes of groups must be at least 1, got {self}")
+        if self.tensor % self.expert:
+            raise ValueError(f"ep_size {self.expert} does not divide tp_size {self.tensor}")
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.pipeline
+
+    def stage_of(self, rank: int) -> int:
+        return rank // self.tensor
+
+    def members(self, group: str) -> list[list[int]]:
+        """Return the ranks of each group of a kind, in the order of their places in it."""
+        stages = [list(range(first, first + self.tensor)) for first in range(0, self.size, self.tensor)]
+        shared = self.tensor // self.expert  # ranks that split a part of the experts
+        if group == TENSOR:
+            return stages
+        if group == PIPELINE:
+            return [list(ranks) for ranks in zip(*stages, strict=True)]
+        if group == EXPERT_TENSOR:
+            return [ranks[first : first + shared] for ranks in stages for first in range(0, self.tensor, shared)]
+        if group == EXPERT:
+            return [ranks[place::shared] for ranks in stages for place in range(shared)]
+        raise ValueError(f"unknown group {group!r}; have {list(GROUPS)}")
+
+
+class RankGroup:
+    """This rank's place among ranks that work together. All of them must call an operation, in the same order.
+
+    Attributes:
+        rank, world_size: of this group, not of the world.
+        shared_all_reduce: is asked first by ``all_reduce``, such as one through memory that the ranks share.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device | str = "cpu",
+        process_group: dist.ProcessGroup | None = None,
+        members: list[int] | None = None,
+    ) -> None:
+        """``process_group``: of torch, with these ranks; None: the one of all ranks. ``members``: their ranks there."""
         if not 0 <= rank < world_size:
-            raise ValueError(f"tensor-parallel rank must be in [0, {world_size}), got {rank}")
+            raise ValueError(f"the rank must be in [0, {world_size}), got {rank}")
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
+        self.members = list(range(world_size)) if members is None else members
+        self.shared_all_reduce: AllReduce | None = None
+        self._process_group = process_group
 
     @property
     def rank_in_group(self) -> int:
         return self.rank
 
     @property
+    def is_first_rank(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank == self.world_size - 1
+
+    @property
     def device_group(self) -> dist.ProcessGroup | None:
         """The group of torch's own calls, which has these ranks; None with one rank."""
-        return dist.group.WORLD if self.world_size > 1 else None
+        if self.world_size == 1:
+            return None
+        return self._process_group if self._process_group is not None else dist.group.WORLD
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks, in its shape and dtype. May write to ``x``."""
         if self.world_size == 1:
             return x
         x = x.contiguous()
-        dist.all_reduce(x)
+        if self.shared_all_reduce is None or not self.shared_all_reduce(x):
+            dist.all_reduce(x, group=self._process_group)
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -43,22 +122,56 @@ class TPGroup:
             return x
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x, group=self._process_group)
         return torch.cat(parts, dim=dim)
 
+    def send(self, x: torch.Tensor, rank: int) -> dist.Work:
+        """Begin to send a tensor to another rank of the group. Keep ``x`` as it is until the result's ``wait()``."""
+        work = dist.isend(x, self.members[rank], group=self._process_group)
+        assert work is not None  # as on ranks outside of the group
+        return work
 
-_tp_group = TPGroup(rank=0, world_size=1)
+    def receive(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        """Fill ``x`` with the next tensor of another rank of the group, which has its shape and dtype; return it."""
+        dist.recv(x, self.members[rank], group=self._process_group)
+        return x
 
 
-def init_tensor_parallel(
+class World:
+    """The groups that one rank belongs to, by name (``GROUPS``); without any, it is alone in each."""
+
+    def __init__(self, shape: WorldShape, rank: int = 0, groups: dict[str, RankGroup] | None = None) -> None:
+        self.shape = shape
+        self.rank = rank
+        self._groups = groups or {name: RankGroup(0, 1) for name in GROUPS}
+
+    def group(self, name: str) -> RankGroup:
+        return self._groups[name]
+
+    @classmethod
+    def seen_by(cls, rank: int, shape: WorldShape, device: torch.device | str = "cpu") -> "World":
+        """Return a rank's groups without a connection between them: to build a model, not to compute with it."""
+        return cls(shape, rank, {name: _group_of(rank, shape, name, device) for name in GROUPS})
+
+
+def _group_of(rank: int, shape: WorldShape, name: str, device: torch.device | str) -> RankGroup:
+    [members] = [ranks for ranks in shape.members(name) if rank in ranks]
+    return RankGroup(members.index(rank), len(members), device, members=members)
+
+
+_world = World(WorldShape())
+_of_thread = threading.local()
+
+
+def init_world(
     rank: int,
-    world_size: int,
+    shape: WorldShape,
     backend: str,
     init_method: str,
     timeout_s: float,
     device: torch.device | str = "cpu",
-) -> TPGroup:
-    """Join the group; return when every rank has joined.
+) -> World:
+    """Join the other ranks; return when every rank has joined.
 
     Args:
         backend: of torch.distributed: ``gloo``, ``nccl`` and what else it has here.
@@ -67,68 +180,108 @@ def init_tensor_parallel(
         device: this rank's, with an index if the process could use several.
 
     Raises:
-        RuntimeError: a group was already joined in this process.
-        ValueError: unknown back end, or ``rank`` outside ``[0, world_size)``.
+        RuntimeError: a world was already joined in this process.
+        ValueError: unknown back end, or ``rank`` outside of the world.
     """
-    global _tp_group
     if dist.is_initialized():
-        raise RuntimeError("tensor parallelism is already initialised: call destroy_tensor_parallel() first")
+        raise RuntimeError("the ranks of this process have joined already: call destroy_world() first")
     backends = [name for name in dist.Backend.default_device_backend_map.values() if dist.is_backend_available(name)]
     if backend not in backends:
         raise ValueError(f"unknown distributed backend {backend!r}; have {backends}")
-    group = TPGroup(rank, world_size, device)
-    if world_size > 1:
+    if not 0 <= rank < shape.size:
+        raise ValueError(f"the rank must be in [0, {shape.size}), got {rank}")
+    device, timeout = torch.device(device), timedelta(seconds=timeout_s)
+    if shape.size > 1:
+        device_id = device if device.index is not None else None
         dist.init_process_group(
-            backend,
-            init_method=init_method,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=group.device if group.device.index is not None else None,
+            backend, init_method=init_method, rank=rank, world_size=shape.size, timeout=timeout, device_id=device_id
         )
-    _tp_group = group
-    return group
+    return _enter(World(shape, rank, {name: _joined(rank, shape, name, device, timeout) for name in GROUPS}))
 
 
-def destroy_tensor_parallel() -> None:
-    """Leave the group. Layers built before keep their old group and must not be used any more."""
-    global _tp_group
+def _joined(rank: int, shape: WorldShape, name: str, device: torch.device, timeout: timedelta) -> RankGroup:
+    """Return a rank's group of a kind. Every rank makes all groups of several ranks, in the same order."""
+    own = _group_of(rank, shape, name, device)
+    process_group = None
+    for members in shape.members(name):
+        if 1 < len(members) < shape.size:
+            made = dist.new_group(members, timeout=timeout)
+            process_group = made if members == own.members else process_group
+    return RankGroup(own.rank, own.world_size, device, process_group, own.members)
+
+
+def _enter(world: World) -> World:
+    global _world
+    _world = world
+    return world
+
+
+def destroy_world() -> None:
+    """Leave the other ranks. Layers built before keep their old groups and must not be used any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    _tp_group = TPGroup(rank=0, world_size=1)
+    _enter(World(WorldShape()))
 
 
-def get_tp_group() -> TPGroup:
-    return _tp_group
+@contextmanager
+def seen_as(world: World) -> Iterator[None]:
+    """Make a world that of what this thread builds and computes within the context."""
+    before = getattr(_of_thread, "world", None)
+    _of_thread.world = world
+    try:
+        yield
+    finally:
+        _of_thread.world = before
+
+
+def get_world() -> World:
+    return getattr(_of_thread, "world", None) or _world
+
+
+def get_tp_group() -> RankGroup:
+    return get_world().group(TENSOR)
+
+
+def get_pp_group() -> RankGroup:
+    return get_world().group(PIPELINE)
+
+
+def get_ep_group() -> RankGroup:
+    return get_world().group(EXPERT)
 
 
 def get_tensor_model_parallel_rank() -> int:
-    return _tp_group.rank
+    return get_tp_group().rank
 
 
 def get_tensor_model_parallel_world_size() -> int:
-    return _tp_group.world_size
+    return get_tp_group().world_size
 
 
 def tensor_model_parallel_all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """See ``TPGroup.all_reduce``."""
-    return _tp_group.all_reduce(x)
+    """See ``RankGroup.all_reduce``."""
+    return get_tp_group().all_reduce(x)
 
 
 def tensor_model_parallel_all_gather(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """See ``TPGroup.all_gather``."""
-    return _tp_group.all_gather(x, dim)
+    """See ``RankGroup.all_gather``."""
+    return get_tp_group().all_gather(x, dim)
 
 
 def tensor_model_parallel_reduce_scatter(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Return this rank's part, along ``dim``, of the sum over all ranks."""
-    return _tp_group.all_reduce(x).chunk(_tp_group.world_size, dim)[_tp_group.rank]
+    group = get_tp_group()
+    return group.all_reduce(x).chunk(group.world_size, dim)[group.rank]
+
+
+class SplitError(ValueError):
+    """Something of a model cannot be divided over so many ranks; the message names it."""
 
 
 def divide(numerator: int, denominator: int, what: str = "size") -> int:
-    """Return ``numerator / denominator``; raise ValueError, which names ``what``, if it is not a whole number."""
+    """Return ``numerator / denominator``; raise SplitError, which names ``what``, if it is not a whole number."""
     if numerator % denominator != 0:
-        raise ValueError(f"{what} {numerator} is not divisible by {denominator}; choose another tp_size")
+        raise SplitError(f"{what} {numerator} is not divisible by {denominator}; choose another tp_size")
     return numerator // denominator
 
 

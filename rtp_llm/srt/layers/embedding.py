@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup, get_tp_group
+from rtp_llm.srt.distributed.parallel_state import RankGroup, get_tp_group
 from rtp_llm.srt.layers.quantization.base import EmbeddingMethodBase, PackedLayer, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedEmbeddingMethod
 from rtp_llm.srt.layers.weights import ShardId, check_shape, make_parameter, refuse_shard
@@ -30,7 +30,7 @@ class VocabParallelEmbedding(PackedLayer):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         org_num_embeddings: int | None = None,
     ) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         org_num_embeddings: int | None = None,
     ) -> None:
         super().__init__(

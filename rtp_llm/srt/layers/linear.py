@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
+from rtp_llm.srt.distributed.parallel_state import RankGroup, divide, get_tp_group
 from rtp_llm.srt.layers.quantization.base import LinearMethodBase, PackedLayer, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, check_shape, load_part, make_parameter, refuse_shard
 
 LinearOutput = tuple[torch.Tensor, torch.Tensor | None] | torch.Tensor
-ALONE = TPGroup(0, 1)  # the group of a layer that is not split
+ALONE = RankGroup(0, 1)  # the group of a layer that is not split
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class OutputShard:
 
 
 def output_shards(
-    sizes: Sequence[int], tp_group: TPGroup, name: str, num_parts: Sequence[int] | None = None
+    sizes: Sequence[int], tp_group: RankGroup, name: str, num_parts: Sequence[int] | None = None
 ) -> list[OutputShard]:
     """Return this rank's share of outputs side by side, with the ids 0, 1, ...
 
@@ -67,7 +67,7 @@ class LinearBase(PackedLayer):
         params_dtype: torch.dtype | None,
         quant_config: QuantizationConfig | None,
         prefix: str,
-        tp_group: TPGroup | None,
+        tp_group: RankGroup | None,
         return_bias: bool = True,
         disable_tp: bool = False,
     ) -> None:
@@ -201,7 +201,7 @@ class ColumnParallelLinear(LinearBase):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         return_bias: bool = True,
         disable_tp: bool = False,
     ) -> None:
@@ -278,7 +278,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         return_bias: bool = True,
         disable_tp: bool = False,
         num_parts: Sequence[int] | None = None,
@@ -328,7 +328,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         return_bias: bool = True,
         disable_tp: bool = False,
         v_head_size: int | None = None,
@@ -387,7 +387,7 @@ class RowParallelLinear(LinearBase):
         reduce_results: bool = True,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         return_bias: bool = True,
         disable_tp: bool = False,
     ) -> None:

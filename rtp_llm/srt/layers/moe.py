@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.device.choice import pick
-from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
+from rtp_llm.srt.distributed.parallel_state import RankGroup, divide, get_tp_group
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedExpertsMethod
@@ -83,7 +83,7 @@ class Experts(ExpertsLayer):
         params_dtype: torch.dtype | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
         gated: bool = True,
     ) -> None:
         super().__init__()

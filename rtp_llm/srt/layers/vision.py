@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup, divide, get_tp_group
+from rtp_llm.srt.distributed.parallel_state import RankGroup, divide, get_tp_group
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.norm import RMSNorm
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
@@ -152,11 +152,11 @@ class VisionAttention(nn.Module):
         layer_norm_eps: float = 1e-6,
         customized_position_embedding_applier: PositionApplier | None = None,
         use_data_parallel: bool = False,
-        tp_group: TPGroup | None = None,
+        tp_group: RankGroup | None = None,
     ) -> None:
         super().__init__()
         self.name = prefix or type(self).__name__
-        self.tp_group = TPGroup(0, 1) if use_data_parallel else tp_group or get_tp_group()
+        self.tp_group = RankGroup(0, 1) if use_data_parallel else tp_group or get_tp_group()
         self.head_dim = _head_dim(self.name, num_heads, projection_size, head_dim)
         self.use_qkv_parallel = use_qkv_parallel
         self.total_num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -13,6 +13,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
+from rtp_llm.srt.distributed.parallel_state import WorldShape
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
@@ -35,8 +36,12 @@ class WorkerConfig:
     isolates_rows: bool = False  # media that cannot be encoded end their row alone; False: the error is raised
 
     @property
+    def world_shape(self) -> WorldShape:
+        return WorldShape(tensor=self.server_args.tp_size)
+
+    @property
     def world_size(self) -> int:
-        return self.server_args.tp_size
+        return self.world_shape.size
 
 
 @dataclass(frozen=True, slots=True)

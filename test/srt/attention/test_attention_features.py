@@ -18,7 +18,7 @@ from rtp_llm.srt.attention.backends import make_backend
 from rtp_llm.srt.cache.spec import CacheGroup, CacheSpec
 from rtp_llm.srt.device.registry import ATTENTION_BACKENDS
 from rtp_llm.srt.devices.cpu.build import kernels_work
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kv_pool import KVPool, slots_of
@@ -266,7 +266,9 @@ def test_slopes_as_bloom_and_mpt(num_heads: int) -> None:
 
 
 def test_ranks_have_their_own_slopes() -> None:
-    parts = [alibi_slopes(QKVParallelLinear(6, 2, 6, 3, tp_group=TPGroup(rank, 3)), max_bias=4.0) for rank in range(3)]
+    parts = [
+        alibi_slopes(QKVParallelLinear(6, 2, 6, 3, tp_group=RankGroup(rank, 3)), max_bias=4.0) for rank in range(3)
+    ]
     assert torch.equal(torch.cat(parts), all_alibi_slopes(6, 4.0))
 
 

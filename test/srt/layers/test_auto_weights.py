@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers import weights as loaders
 from rtp_llm.srt.layers.auto_weights import AutoWeightsLoader, WeightsMapper, maybe_remap_kv_scale_name
 from rtp_llm.srt.layers.fused_moe import FusedMoEFactory
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_loaders_of_a_ranks_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "get_tp_group", lambda: TPGroup(1, 2))
+    monkeypatch.setattr(loaders, "get_tp_group", lambda: RankGroup(1, 2))
     whole, row = torch.randn(4, 6), torch.randn(4)
     param = nn.Parameter(torch.empty(4, 3))
     loaders.set_weight_attrs(param, {"weight_loader": loaders.sharded_weight_loader(1)})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers import moe
 from rtp_llm.srt.layers.fused_moe import (
     FusedMoEFactory,
@@ -236,7 +236,7 @@ def test_quantized(scheme: str, is_gated: bool) -> None:
 
 
 class Shared(nn.Module):
-    def __init__(self, group: TPGroup, reduce_results: bool = False) -> None:
+    def __init__(self, group: RankGroup, reduce_results: bool = False) -> None:
         super().__init__()
         self.up = ColumnParallelLinear(HIDDEN, SIZE, bias=False, tp_group=group)
         self.down = RowParallelLinear(SIZE, HIDDEN, bias=False, reduce_results=reduce_results, tp_group=group)
@@ -248,7 +248,7 @@ class Shared(nn.Module):
 class WholeBlock(nn.Module):
     """With a gate, shared experts, and projections around the experts, of which each is an attribute."""
 
-    def __init__(self, group: TPGroup, has_projections: bool) -> None:
+    def __init__(self, group: RankGroup, has_projections: bool) -> None:
         super().__init__()
         self.gate = GateLinear(HIDDEN, EXPERTS)
         self.shared = Shared(group)
@@ -266,7 +266,7 @@ class WholeBlock(nn.Module):
         )
 
 
-class ThreadGroup(TPGroup):
+class ThreadGroup(RankGroup):
     """A rank in a thread of this process."""
 
     def __init__(self, rank: int, summands: list[torch.Tensor | None], barrier: Barrier) -> None:
@@ -311,7 +311,7 @@ def test_what_goes_with_experts(has_projections: bool, monkeypatch: pytest.Monke
 
 def test_shared_experts_are_summed_once() -> None:
     with pytest.raises(ValueError, match=r"make .* with reduce_results=False"):
-        Block(shared_experts=Shared(TPGroup(0, 1), reduce_results=True))
+        Block(shared_experts=Shared(RankGroup(0, 1), reduce_results=True))
     with pytest.raises(ValueError, match="routed_output_transform takes a whole sum"):
         Block(routed_output_transform=nn.Identity(), reduce_results=False)
 

@@ -17,7 +17,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from rtp_llm.srt.cache.spec import CacheSpec
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.provider import CpuProvider
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.forward_batch import AttentionSpec
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.activation import _ACT, GeluAndMul, get_act_and_mul_fn, get_act_fn
@@ -41,8 +41,8 @@ def load(layer: nn.Module, name: str, tensor: torch.Tensor, shard_id: str | int 
     param.weight_loader(param, tensor, shard_id)
 
 
-def ranks(n: int) -> list[TPGroup]:
-    return [TPGroup(rank, n) for rank in range(n)]
+def ranks(n: int) -> list[RankGroup]:
+    return [RankGroup(rank, n) for rank in range(n)]
 
 
 # Linear layers
@@ -164,7 +164,7 @@ def test_qkv_splits_or_replicates_heads(num_ranks: int, num_kv_heads: int, fused
 
 
 def test_loading_converts_the_dtype_of_a_slice_only() -> None:
-    layer = ColumnParallelLinear(5, 6, bias=False, params_dtype=torch.bfloat16, tp_group=TPGroup(1, 2))
+    layer = ColumnParallelLinear(5, 6, bias=False, params_dtype=torch.bfloat16, tp_group=RankGroup(1, 2))
     weight = torch.randn(5, 6).T  # a view, not contiguous
     load(layer, "weight", weight)
     assert torch.equal(layer.weight, weight[3:].to(torch.bfloat16))
@@ -181,9 +181,9 @@ def test_linear_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="down_proj is not fused"):
         load(RowParallelLinear(4, 4, prefix="down_proj"), "weight", torch.zeros(4, 4), 0)
     with pytest.raises(ValueError, match="number of attention heads 5 is not divisible by 2"):
-        QKVParallelLinear(8, 4, 5, 1, tp_group=TPGroup(0, 2))
+        QKVParallelLinear(8, 4, 5, 1, tp_group=RankGroup(0, 2))
     with pytest.raises(ValueError, match="tensor-parallel size 8 is not divisible by 3"):
-        QKVParallelLinear(8, 4, 8, 3, tp_group=TPGroup(0, 8))
+        QKVParallelLinear(8, 4, 8, 3, tp_group=RankGroup(0, 8))
 
 
 class HalvedConfig(QuantizationConfig):

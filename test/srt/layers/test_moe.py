@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTo
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.moe import (
@@ -157,7 +157,7 @@ def random_routing(num_tokens: int, num_used: int = EXPERTS) -> Routing:
 def summed_over_ranks(num_ranks: int, weights: dict[str, torch.Tensor], x: torch.Tensor, routing: Routing, **options):
     total = torch.zeros_like(x)
     for rank in range(num_ranks):
-        model = Model(tp_group=TPGroup(rank, num_ranks), reduce_results=False, **options)
+        model = Model(tp_group=RankGroup(rank, num_ranks), reduce_results=False, **options)
         load_weights_declaratively(model, weights.items())
         total += model.experts(x, *routing)
     return total
@@ -289,4 +289,4 @@ def test_experts_that_come_twice_or_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"unknown shard_id \(12, 'w1'\); have \(expert below 12, one of \('w1',"):
         layer.weight_loader(layer.w13_weight, torch.zeros(SIZE, HIDDEN), (12, "w1"))
     with pytest.raises(ValueError, match="intermediate size 6 is not divisible by 4"):
-        Model(tp_group=TPGroup(0, 4))
+        Model(tp_group=RankGroup(0, 4))

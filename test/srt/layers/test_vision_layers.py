@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention as Qw
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers.rotary import MRotaryEmbedding, RotaryEmbedding, get_rope, get_rope_config
 from rtp_llm.srt.layers.towers.clip import CLIPVisionModel
 from rtp_llm.srt.layers.towers.grid import (
@@ -125,7 +125,7 @@ def test_no_patch_sees_another_segment() -> None:
     assert not torch.isclose(before[4:8], after[4:8]).all(-1).any()
 
 
-class ThreadGroup(TPGroup):
+class ThreadGroup(RankGroup):
     """A rank that is a thread of this process."""
 
     def __init__(self, rank: int, world_size: int, parts: list[Any], barrier: threading.Barrier) -> None:
@@ -146,7 +146,7 @@ class ThreadGroup(TPGroup):
         return torch.cat(self._exchange(x), dim=dim)
 
 
-def on_ranks(num_ranks: int, run: Callable[[TPGroup], torch.Tensor]) -> list[torch.Tensor]:
+def on_ranks(num_ranks: int, run: Callable[[RankGroup], torch.Tensor]) -> list[torch.Tensor]:
     parts, barrier = [None] * num_ranks, threading.Barrier(num_ranks, timeout=30)
     results: list[Any] = [None] * num_ranks
 
@@ -223,7 +223,7 @@ def test_every_option_over_ranks(name: str, num_ranks: int) -> None:
     tensors = randomize(make_attention(case)).state_dict()
     x = torch.randn(sum(lengths), EMBED_DIM)
 
-    def run(group: TPGroup) -> torch.Tensor:
+    def run(group: RankGroup) -> torch.Tensor:
         layer = make_attention(case, tp_group=group)
         load(layer, tensors)
         return layer(x, bounds(lengths))
@@ -235,7 +235,7 @@ def test_every_option_over_ranks(name: str, num_ranks: int) -> None:
 
 def test_data_parallel_ranks_hold_all_heads() -> None:
     tensors = randomize(make_attention({})).state_dict()
-    layer = make_attention({"use_data_parallel": True}, tp_group=TPGroup(1, 2))
+    layer = make_attention({"use_data_parallel": True}, tp_group=RankGroup(1, 2))
     load(layer, tensors)
     x = torch.randn(5, EMBED_DIM)
     torch.testing.assert_close(layer(x)[0], by_hand({}, tensors, x, [5]))
@@ -357,7 +357,7 @@ def test_attention_errors() -> None:
     refused("4 heads cannot share 3 key/value heads", num_kv_heads=3)
     refused("need use_qkv_parallel=True", num_kv_heads=2, use_qkv_parallel=False)
     refused("exclude each other", qk_normalization=True, qk_normalization_by_head_size=True)
-    refused("number of attention heads 4 is not divisible by 3; choose another tp_size", tp_group=TPGroup(0, 3))
+    refused("number of attention heads 4 is not divisible by 3; choose another tp_size", tp_group=RankGroup(0, 3))
     with pytest.raises(ValueError, match="projection_size 30 does not fit 4 heads"):
         VisionAttention(22, 4, 30)
     with pytest.raises(ValueError, match="projection_size 24 does not fit 4 heads of 8 components"):

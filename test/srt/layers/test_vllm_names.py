@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import XIELUActivation
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup, split_tensor_along_last_dim
+from rtp_llm.srt.distributed.parallel_state import RankGroup, split_tensor_along_last_dim
 from rtp_llm.srt.forward_batch import AttentionSpec
 from rtp_llm.srt.layers import activation, conv, layernorm, linear, rotary_embedding, vocab_parallel_embedding
 from rtp_llm.srt.layers.attention import Attention
@@ -36,9 +36,9 @@ def load(layer: nn.Module, **tensors: torch.Tensor) -> None:
     "layer",
     [
         linear.ReplicatedLinear(6, 4, return_bias=False),
-        linear.ColumnParallelLinear(6, 4, return_bias=False, disable_tp=True, tp_group=TPGroup(1, 2)),
-        linear.MergedColumnParallelLinear(6, [3, 1], return_bias=False, disable_tp=True, tp_group=TPGroup(1, 2)),
-        linear.RowParallelLinear(6, 4, return_bias=False, disable_tp=True, tp_group=TPGroup(1, 2)),
+        linear.ColumnParallelLinear(6, 4, return_bias=False, disable_tp=True, tp_group=RankGroup(1, 2)),
+        linear.MergedColumnParallelLinear(6, [3, 1], return_bias=False, disable_tp=True, tp_group=RankGroup(1, 2)),
+        linear.RowParallelLinear(6, 4, return_bias=False, disable_tp=True, tp_group=RankGroup(1, 2)),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -66,7 +66,7 @@ def test_values_of_another_size_than_keys(num_ranks: int) -> None:
     q, k, v, x = torch.randn(4 * 6, 5), torch.randn(2 * 6, 5), torch.randn(2 * 3, 5), torch.randn(7, 5)
     outputs = []
     for rank in range(num_ranks):
-        group = TPGroup(rank, num_ranks)
+        group = RankGroup(rank, num_ranks)
         layer = linear.QKVParallelLinear(5, 6, 4, 2, bias=False, v_head_size=3, tp_group=group)
         for name, part in (("q", q), ("k", k), ("v", v)):
             layer.weight.weight_loader(layer.weight, part, name)
@@ -80,7 +80,7 @@ def test_values_of_another_size_than_keys(num_ranks: int) -> None:
 def test_one_tensor_of_several_parts(num_ranks: int) -> None:
     first, others, x = torch.randn(2, 5), torch.randn(10, 5), torch.randn(3, 5)
     for rank in range(num_ranks):
-        group = TPGroup(rank, num_ranks)
+        group = RankGroup(rank, num_ranks)
         layer = linear.MergedColumnParallelLinear(5, [2, 4, 6], bias=False, tp_group=group)
         layer.weight.weight_loader(layer.weight, first, 0)
         layer.weight.weight_loader(layer.weight, others, (1, 2))
@@ -117,7 +117,7 @@ def test_a_table_larger_than_the_checkpoints(num_ranks: int) -> None:
     rows = []
     for rank in range(num_ranks):
         embedding = vocab_parallel_embedding.VocabParallelEmbedding(
-            10, 4, org_num_embeddings=7, tp_group=TPGroup(rank, num_ranks)
+            10, 4, org_num_embeddings=7, tp_group=RankGroup(rank, num_ranks)
         )
         load(embedding, weight=table)
         rows.append(embedding.weight.data)
@@ -190,7 +190,7 @@ def test_layer_norm_with_parameters_in_float32() -> None:
     assert torch.equal(added, x + x) and normed.dtype == HALF
 
 
-class Sums(TPGroup):
+class Sums(RankGroup):
     """A rank to which the test tells the sum over ranks."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from floats import Format
 from test_fp8_checkpoints import SIZES, assert_equal, is_quantized, load_into, rows_of, weights_of
 from test_quantized_checkpoints import PROMPTS, PlainModel, assert_close, engine_logprobs
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers.linear import RowParallelLinear
 from rtp_llm.srt.layers.quantization.base import QuantizedModel, process_weights
 from rtp_llm.srt.layers.quantization.registry import quantization_config
@@ -68,7 +68,7 @@ def test_ranks_hold_their_parts(stored: Format) -> None:
     tensors, meant = stored.write(torch.randn(24, 160))
     for rank in range(2):
         layer = RowParallelLinear(
-            160, 24, bias=False, quant_config=scheme, prefix="x", reduce_results=False, tp_group=TPGroup(rank, 2)
+            160, 24, bias=False, quant_config=scheme, prefix="x", reduce_results=False, tp_group=RankGroup(rank, 2)
         )
         load_into(layer, scheme, tensors)
         process_weights(layer)

@@ -11,7 +11,7 @@ from floats import Format
 from test_quantized_checkpoints import PROMPTS, PlainModel, assert_close, engine_logprobs, refused
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.packed import OneByOne, PackedWeight, PlainExperts
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 from rtp_llm.srt.layers.moe import Experts, FusedMoE
@@ -213,7 +213,7 @@ def test_ranks_hold_their_parts(name: str, num_inputs: int) -> None:
     tensors, meant = stored.write(weight)
     half = num_inputs // 2
     for rank in range(2):
-        scheme, group = scheme_of(stored), TPGroup(rank, 2)
+        scheme, group = scheme_of(stored), RankGroup(rank, 2)
         by_rows = RowParallelLinear(num_inputs, 24, bias=False, quant_config=scheme, prefix="a.b", tp_group=group)
         load_into(by_rows, scheme, tensors)
         process_weights(by_rows)
@@ -244,7 +244,7 @@ def test_experts_in_one_tensor(name: str, separate: bool, ranks: int) -> None:
     }
     meant = torch.stack([both for _, both in firsts]).unflatten(1, (2, 56))
     for rank in range(ranks):
-        scheme, group = scheme_of(stored), TPGroup(rank, ranks)
+        scheme, group = scheme_of(stored), RankGroup(rank, ranks)
         layer = FusedMoE(3, 64, 56, quant_config=scheme, prefix="layers.0.experts", tp_group=group)
         for name, tensor in scheme.translate(tensors.items(), torch.float32, "cpu"):
             parameter, shard_id = layer.weight_sources[name]

@@ -24,7 +24,7 @@ from parity import (
     prompts_and_references,
 )
 from rtp_llm.models_py.olmo2 import Olmo2HeadsNorm
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers.linear import OutputShard
 from rtp_llm.srt.models.registry import ModelRegistry
 from tiny_models import make_tiny
@@ -164,7 +164,7 @@ def test_answers_are_those_of_transformers(engine_of_case: Served, check: Callab
     check_anew(check, engine_of_case)
 
 
-class FirstOfTwoRanks(TPGroup):
+class FirstOfTwoRanks(RankGroup):
     """Sums with what the second rank is said to give."""
 
     def __init__(self, given_by_second: torch.Tensor) -> None:
@@ -178,7 +178,7 @@ class FirstOfTwoRanks(TPGroup):
 @pytest.mark.parametrize("num_parts", [1, 2], ids=["same-heads", "half-of-the-heads"])
 def test_olmo2_norms_the_heads_of_all_ranks(num_parts: int) -> None:
     x, weight = torch.randn(5, 12), torch.randn(12)
-    whole = Olmo2HeadsNorm(OutputShard("k", 12, part=0, num_parts=1), TPGroup(0, 1), eps=1e-2)
+    whole = Olmo2HeadsNorm(OutputShard("k", 12, part=0, num_parts=1), RankGroup(0, 1), eps=1e-2)
     whole.weight_loader(whole.weight, weight)
     size = 12 // num_parts
     other_heads = x if num_parts == 1 else x[:, size:]

@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from parity import CHECKS, CHUNKS, PAGES, Case, Served, check_anew, check_two_ranks, engine_fixture
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.blocks import dequantize_blocks
 from rtp_llm.srt.layers.moe import Experts, FusedMoE
 from rtp_llm.srt.layers.quantization import mxfp4
@@ -213,7 +213,7 @@ def test_mxfp4_takes_a_quarter_of_the_memory(tmp_path: Path) -> None:
 def test_ranks_that_would_share_a_group_are_refused() -> None:
     config = Mxfp4Config(QuantizedModel())
     with pytest.raises(ValueError, match=r"experts\.w2: 48 of 96 inputs .* groups of 32; use a smaller --tp-size"):
-        FusedMoE(2, 64, 96, quant_config=config, prefix="layers.0.experts", tp_group=TPGroup(0, 2))
+        FusedMoE(2, 64, 96, quant_config=config, prefix="layers.0.experts", tp_group=RankGroup(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rtp_llm import Engine
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers.linear import RowParallelLinear
 from rtp_llm.srt.layers.quantization.base import QuantizedModel, process_weights
 from rtp_llm.srt.layers.quantization.registry import quantization_config
@@ -212,7 +212,7 @@ def part_of_rank(stored: Format, integers: quantized.Integers, rank: int) -> Row
         reduce_results=False,
         quant_config=scheme,
         prefix="layers.0.o_proj",
-        tp_group=TPGroup(rank, 2),
+        tp_group=RankGroup(rank, 2),
     )
     for name, tensor in stored.write(integers).items():
         if name != "weight_shape":
@@ -234,7 +234,7 @@ def test_what_ranks_cannot_share_is_refused(settings: dict[str, Any], message: s
     scheme = quantization_config("gptq", QuantizedModel(settings=settings))
     with pytest.raises(ValueError, match=message):
         layer = RowParallelLinear(
-            64, 24, quant_config=scheme, prefix="layers.0.o_proj", tp_group=TPGroup(0, 2), reduce_results=False
+            64, 24, quant_config=scheme, prefix="layers.0.o_proj", tp_group=RankGroup(0, 2), reduce_results=False
         )
         g_idx = layer.get_parameter("g_idx")
         g_idx.weight_loader(g_idx, torch.arange(64).flip(0) // 16)  # type: ignore[attr-defined]

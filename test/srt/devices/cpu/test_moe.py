@@ -9,7 +9,7 @@ from torch import nn
 
 from rtp_llm.srt.device.choice import building_for, provider_named
 from rtp_llm.srt.devices.cpu import linear, moe
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import OneByOne, PlainDense
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
@@ -125,7 +125,7 @@ def test_gathering_and_weighted_sums(isa: str, num_tokens: int, top_k: int, size
 def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int) -> None:
     sizes: dict[str, Any] = dict(num_experts=6, hidden_size=40, intermediate_size=96, activation=activation)
     options: dict[str, Any] = dict(
-        bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=TPGroup(rank, 2)
+        bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=RankGroup(rank, 2)
     )
     packed = FusedMoE(**sizes, **options)
     with building_for(provider_named("reference")):

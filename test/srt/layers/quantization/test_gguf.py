@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gguf_blocks import random_blocks, values_of
 from torch import nn
 
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.block_tensor import BlockTensor
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
 from rtp_llm.srt.kernels.packed import PackedWeight, PlainDense, PlainExperts, SideBySide
@@ -152,7 +152,7 @@ def test_two_ranks_cut_rows_and_whole_blocks(num_inputs: int, caplog: pytest.Log
     summed, rows = torch.zeros(3, 64), []
     with building(), caplog.at_level(logging.WARNING):
         for rank in range(2):
-            group: Any = TPGroup(rank, 2)
+            group: Any = RankGroup(rank, 2)
             options: Any = dict(bias=False, quant_config=scheme(), tp_group=group)
             row = RowParallelLinear(num_inputs, 64, reduce_results=False, prefix="down_proj", **options)
             column = ColumnParallelLinear(num_inputs, 64, prefix="up_proj", **options)
@@ -199,7 +199,7 @@ def test_ranks_have_their_rows_of_the_vocabulary() -> None:
     with building():
         for rank in range(2):
             layer = VocabParallelEmbedding(
-                75, 64, quant_config=scheme(), prefix="embed_tokens", tp_group=TPGroup(rank, 2)
+                75, 64, quant_config=scheme(), prefix="embed_tokens", tp_group=RankGroup(rank, 2)
             )
             load(layer, [(None, tensor)])
             process_weights(layer)
@@ -253,7 +253,7 @@ def test_experts_whose_rows_take_turns(types: tuple[str, str]) -> None:
         for rank in range(2):
             layer = FusedMoE(
                 2, 96, 64, SwigluOAIAndMul(), is_transposed=True, quant_config=scheme(), prefix="experts",
-                tp_group=TPGroup(rank, 2),
+                tp_group=RankGroup(rank, 2),
             )  # fmt: skip
             down = weight_of("Q8_0", (2, 96, 64))[0]
             for expert in range(2):

@@ -1,0 +1,137 @@
+"""Ranks as threads of the test's process: no processes to start, and a debugger sees all of them."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from rtp_llm.srt.distributed.parallel_state import GROUPS, RankGroup, World, WorldShape, seen_as
+from rtp_llm.srt.engine.executor import Executor
+from rtp_llm.srt.plan import StepPlan, TokenMasks
+from rtp_llm.srt.worker.step import WorkerStep
+from rtp_llm.srt.worker.worker import LoadedModel, Worker, WorkerConfig
+
+TIMEOUT_S = 60.0
+
+
+class _Meeting:
+    """What the threads of a group share."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=TIMEOUT_S)
+        self.tensors = [torch.empty(0)] * size
+        self.sent: dict[tuple[int, int], SimpleQueue] = {
+            (a, b): SimpleQueue() for a in range(size) for b in range(size)
+        }
+
+
+class _Sent:
+    def wait(self) -> None:
+        pass
+
+
+class ThreadGroup(RankGroup):
+    """A rank among threads of this process."""
+
+    def __init__(self, rank: int, meeting: _Meeting) -> None:
+        super().__init__(rank, meeting.barrier.parties)
+        self._meeting = meeting
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.world_size == 1 else self._exchange(x, lambda parts: torch.stack(parts).sum(dim=0))
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return x if self.world_size == 1 else self._exchange(x, lambda parts: torch.cat(parts, dim=dim))
+
+    def _exchange(self, x: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        self._meeting.tensors[self.rank] = x
+        self._meeting.barrier.wait()
+        joined = join(self._meeting.tensors)
+        self._meeting.barrier.wait()
+        return joined
+
+    def send(self, x: torch.Tensor, rank: int) -> Any:
+        self._meeting.sent[self.rank, rank].put(x.clone())
+        return _Sent()
+
+    def receive(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        return x.copy_(self._meeting.sent[rank, self.rank].get(timeout=TIMEOUT_S))
+
+
+def thread_worlds(shape: WorldShape) -> list[World]:
+    """Return the world of each rank."""
+    groups: list[dict[str, RankGroup]] = [{} for _ in range(shape.size)]
+    for name in GROUPS:
+        for members in shape.members(name):
+            meeting = _Meeting(len(members))
+            for place, rank in enumerate(members):
+                groups[rank][name] = ThreadGroup(place, meeting)
+    return [World(shape, rank, of_rank) for rank, of_rank in enumerate(groups)]
+
+
+def on_thread_ranks(shape: WorldShape, build: Callable[[], Any], run: Callable[[Any], Any]) -> list[Any]:
+    """Build something for each rank, one after the other, then run all side by side; return each rank's result."""
+    worlds, built = thread_worlds(shape), []
+    for world in worlds:
+        with seen_as(world):
+            built.append(build())
+
+    def run_on(world: World, each: Any) -> Any:
+        with seen_as(world), torch.no_grad():
+            return run(each)
+
+    with ThreadPoolExecutor(shape.size) as threads:
+        return list(threads.map(run_on, worlds, built))
+
+
+class ThreadExecutor(Executor):
+    """A worker for each rank, each in a thread of the test's process. Steps are computed when they are submitted."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.depth = 0
+        self._config = config
+        self._worlds = thread_worlds(config.world_shape)
+        self._threads = [ThreadPoolExecutor(1) for _ in self._worlds]
+        self._building = threading.Lock()  # torch's default dtype is of the whole process
+        self.workers: list[Worker] = []
+
+    def _on_all(self, call: Callable[[int], Any]) -> list[Any]:
+        def on_rank(rank: int) -> Any:
+            with seen_as(self._worlds[rank]):
+                return call(rank)
+
+        futures = [thread.submit(on_rank, rank) for rank, thread in enumerate(self._threads)]
+        return [future.result() for future in futures]
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> LoadedModel:
+        def build(rank: int) -> Worker:
+            with self._building:
+                return Worker(replace(self._config, rank=rank), progress)
+
+        self.workers = self._on_all(build)
+        return self.workers[0].loaded()
+
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
+        self.rpc("init_cache", num_pages, max_rows, max_len, num_state_slots)
+
+    def submit(self, plan: StepPlan) -> WorkerStep:
+        steps = [WorkerStep(plan, worker) for worker in self.workers]
+        self._on_all(lambda rank: steps[rank].launch())
+        self._last = steps
+        return steps[0]
+
+    def sample(self, masks: TokenMasks) -> None:
+        for step in self._last:
+            step.set_masks(masks)
+        self._on_all(lambda rank: self._last[rank].launch())
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        return self._on_all(lambda rank: getattr(self.workers[rank], method)(*args))
+
+    def shutdown(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
