@@ -10,6 +10,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from rtp_llm.srt.models.loader import check_split
 from rtp_llm.srt.models.registrations import pack_by_value, pack_registrations
 from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.request_spec import MediaFile
@@ -129,6 +130,20 @@ class MultiProcessExecutor(Executor):
         self._rendezvous = ScratchFolder()
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
+        """Start the workers, and wait until each has its part of the model.
+
+        Raises:
+            SplitError: the model cannot be divided over so many ranks; no worker was started.
+            WorkerError: a worker failed or died.
+        """
+        args = self._config.server_args
+        check_split(
+            self._config.model_config,
+            self._config.world_shape,
+            args.load_format,
+            args.model_impl,
+            args.quantization,
+        )
         init_method = f"file://{self._rendezvous.path}/store"
         registrations = pack_registrations()
         for rank in range(self._config.world_size):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.device.choice import pick
-from rtp_llm.srt.distributed.parallel_state import divide, get_tp_group
+from rtp_llm.srt.distributed.parallel_state import SplitError, divide, get_tp_group
 from rtp_llm.srt.kernels.recurrent import activate
 from rtp_llm.srt.layers.weights import ShardId, load_part, make_parameter, refuse_shard
 
@@ -49,7 +49,7 @@ class GatedRMSNorm(nn.Module):
         divide(size, self.group_size, "size of a gated norm in groups,")
         self.spans_ranks = own_size % self.group_size != 0
         if self.spans_ranks and self.group_size != size:
-            raise ValueError(
+            raise SplitError(
                 f"groups of {self.group_size} do not fit {own_size} components of a rank; choose another tp_size"
             )
         self.gates_first = gates_first

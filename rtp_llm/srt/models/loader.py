@@ -12,7 +12,9 @@ from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.distributed.parallel_state import SplitError, World, WorldShape, seen_as
 from rtp_llm.srt.layers.quantization.base import (
+    ExpertsLayer,
     QuantizationConfig,
     QuantizationError,
     QuantizedModel,
@@ -32,9 +34,11 @@ from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_files import GGUF, Progress, find_weight_files, read_weights
 from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights
+from rtp_llm.srt.models.weightless import build_without_weights
 
 logger = logging.getLogger(__name__)
 
+NOT_SHARED = "models that run through transformers cannot be shared by ranks: use --tp-size 1"
 FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no model file here
 
 
@@ -75,6 +79,41 @@ def load_model(
     return _load(model_class, source)
 
 
+def check_split(
+    model_config: ModelConfig,
+    shape: WorldShape,
+    load_format: str = "auto",
+    model_impl: str = "auto",
+    quantization: str | None = None,
+) -> None:
+    """Refuse numbers of ranks over which the model's heads, sizes, experts or groups of weights cannot be divided.
+
+    It builds the first rank's part without memory for weights. Other errors are left to those who load the model.
+
+    Raises:
+        SplitError: names what cannot be divided.
+    """
+    settings = quantization_settings(model_config)
+    scheme = scheme_name(quantization, settings)
+    source = _Source(model_config, model_config.model_path, load_format, "reference", None, scheme, settings)
+    try:
+        if model_impl == "transformers":
+            raise SplitError(NOT_SHARED)
+        model_class = pooled_class(model_config)
+        quant_config = _quant_config(model_class, source)
+        with seen_as(World.seen_by(0, shape)), built_as(model_config.dtype, "reference"):
+            model = build_without_weights(model_class, model_config, _of_layers(quant_config, source))
+        if shape.expert > 1 and not any(isinstance(module, ExpertsLayer) for module in model.modules()):
+            raise SplitError("it has no experts that could be divided; use --ep-size 1")
+    except UnknownArchitectureError as error:
+        if model_impl != "rtp_llm":
+            raise SplitError(NOT_SHARED) from error
+    except SplitError as error:
+        raise SplitError(f"{model_config.architectures[0]} cannot run on {shape.size} ranks: {error}") from error
+    except (ModelBuildError, QuantizationError) as error:
+        logger.debug("whether the model can be divided was not found out: %s", error)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """The arguments of ``load_model``, and the quantization scheme, stored or requested, with its settings."""
@@ -101,17 +140,16 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     model_config = source.model_config
     quant_config = _quant_config(model_class, source)
     is_dummy = source.load_format == "dummy"
-    if is_dummy and quant_config and quant_config.needs_files:
-        quant_config = None
+    quant_config = _of_files(quant_config, source)
     if quant_config and quant_config.needs_files and model_class.__name__ == FALLBACK:
         raise QuantizationError(
             "weights of a GGUF file are read into models of this engine only: leave out --model-impl transformers"
         )
-    quantizes_layers = quant_config is not None and quant_config.quantizes_layers
+    of_layers = _of_layers(quant_config, source)
     files = [] if is_dummy else find_weight_files(source.model_path, source.load_format)
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
         built_for().expect_weights(source.scheme)
-        model = build_model(model_class, model_config, quant_config if quantizes_layers else None)
+        model = build_model(model_class, model_config, of_layers)
         if is_dummy:
             fill_with_dummy_weights(model)
         else:
@@ -121,8 +159,8 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
             load_weights(model, weights, model_config.num_layers, quant_config)
         _finish(model, model_config)
         set_pooling(model, model_config, is_dummy)
-    if quant_config and quantizes_layers:
-        _log_quantization(model, quant_config)
+    if of_layers is not None:
+        _log_quantization(model, of_layers)
     return model.eval().requires_grad_(False)
 
 
@@ -146,6 +184,17 @@ def _log_quantization(model: nn.Module, quant_config: QuantizationConfig) -> Non
 def _of_all_layers(names: list[str]) -> list[str]:
     """Return names with ``*`` in place of numbers, each once: ``model.layers.*.mlp.gate``."""
     return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+
+
+def _of_files(quant_config: QuantizationConfig | None, source: _Source) -> QuantizationConfig | None:
+    """Leave out a scheme that needs weight files where there are none."""
+    return None if quant_config and quant_config.needs_files and source.load_format == "dummy" else quant_config
+
+
+def _of_layers(quant_config: QuantizationConfig | None, source: _Source) -> QuantizationConfig | None:
+    """Return the scheme that layers are built with; None if it does not concern them."""
+    quant_config = _of_files(quant_config, source)
+    return quant_config if quant_config is not None and quant_config.quantizes_layers else None
 
 
 def _quant_config(model_class: type[nn.Module], source: _Source) -> QuantizationConfig | None:

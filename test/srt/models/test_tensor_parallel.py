@@ -6,6 +6,8 @@ import pytest
 from stepped_core import Core, mixed_requests
 
 from rtp_llm import Engine
+from rtp_llm.srt.distributed.parallel_state import SplitError
+from rtp_llm.srt.engine import executor
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, reference, tiny_model
 
 pytestmark = [pytest.mark.xdist_group("tensor-parallel"), pytest.mark.usefixtures("warm_processes")]
@@ -69,6 +71,9 @@ def test_the_models_split_unevenly() -> None:
     assert len({TINY_MODELS[name].architecture for name in MODELS}) == 4
 
 
-def test_other_sizes_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"tp.size.*3"):
+def test_other_sizes_are_refused_by_name_before_any_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "start_python", lambda module: pytest.fail("a worker was started"))
+    with pytest.raises(SplitError, match=r"LlamaForCausalLM cannot run on 3 ranks: model.layers.0.*heads 4 is not"):
         Engine(model_path=tiny_model("llama-tp"), tp_size=3)
+    with pytest.raises(SplitError, match="run through transformers cannot be shared by ranks"):
+        Engine(model_path=tiny_model("llama-tp"), tp_size=2, model_impl="transformers")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.distributed.parallel_state import SplitError
 from rtp_llm.srt.kernels.packed import PackedWeight, Reordered, SideBySide
 from rtp_llm.srt.layers.linear import LinearBase
 from rtp_llm.srt.layers.moe import Experts
@@ -216,9 +217,9 @@ class GroupedExpertsMethod(PackedExpertsMethod):
 def check_sizes(name: str, group_format: GroupFormat, group_size: int, num_inputs: int, input_size: int) -> None:
     """Raise ValueError if a rank's part of a weight's inputs would not fill whole bytes and groups."""
     if num_inputs * group_format.bits % 8:
-        raise ValueError(f"{name}: {num_inputs} inputs of {group_format.bits} bits do not fill bytes")
+        raise SplitError(f"{name}: {num_inputs} inputs of {group_format.bits} bits do not fill bytes")
     if num_inputs < input_size and group_size < input_size and num_inputs % group_size:
-        raise ValueError(
+        raise SplitError(
             f"{name}: {input_size} inputs in groups of {group_size} cannot be shared by {input_size // num_inputs} "
             f"ranks, since {num_inputs} are not whole groups; use a smaller --tp-size"
         )

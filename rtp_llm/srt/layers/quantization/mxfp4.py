@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.device.choice import built_for
+from rtp_llm.srt.distributed.parallel_state import SplitError
 from rtp_llm.srt.kernels.packed import PackedWeight
 from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, QuantizationConfig, QuantizedModel
@@ -84,7 +85,7 @@ class Mxfp4ExpertsMethod(PackedExpertsMethod):
     def create_weights(self, layer: ExpertsLayer, name: str, shape: tuple[int, int, int], input_size: int) -> None:
         num_experts, num_outputs, num_inputs = shape
         if num_inputs % VALUES:
-            raise ValueError(
+            raise SplitError(
                 f"{layer.name}.{name}: {num_inputs} of {input_size} inputs on this rank are not in whole groups of "
                 f"{VALUES}; use a smaller --tp-size"
             )
