@@ -114,6 +114,10 @@ class CoreStats:
     retractions: int = 0
     num_grammar_queue: int = 0  # requests whose grammars are being compiled
     state_usage: float = 0.0  # slots for recurrent states that requests hold, as a part of all
+    # Of experts that are divided over ranks: tokens that each has computed, all layers together, and in the layer where
+    # it is largest, how many times the mean of the parts the busiest part has computed.
+    expert_tokens: list[int] = field(default_factory=list)
+    expert_imbalance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

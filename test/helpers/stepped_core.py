@@ -1,8 +1,10 @@
 """A core over a real model that a test steps by hand, and requests of every kind for it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from made_requests import generate_request
+from thread_ranks import ThreadExecutor
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -22,13 +24,22 @@ class Core:
     Args:
         depth, delayed: of its executor.
         processes: the worker runs in a process of its own, as each of several ranks does; call ``close`` then.
+        threads: a rank is a thread of this process; call ``close`` then.
+        options: of the engine; ``model_path`` in place of a tiny model's name.
     """
 
     def __init__(
-        self, name: str, depth: int = 0, delayed: bool = False, processes: bool = False, **options: Any
+        self,
+        name: str = "",
+        depth: int = 0,
+        delayed: bool = False,
+        processes: bool = False,
+        threads: bool = False,
+        **options: Any,
     ) -> None:
+        model_path = tiny_model(name) if name else options.pop("model_path")
         args = ServerArgs(
-            **{"model_path": tiny_model(name), "device": "cpu", "dtype": "float32", "context_length": 300}
+            **{"model_path": model_path, "device": "cpu", "dtype": "float32", "context_length": 300}
             | {"max_total_tokens": 2000, "chunked_prefill_size": 16, "max_running_requests": 32}
             | options
         )
@@ -36,9 +47,11 @@ class Core:
             args.model_path, dtype=args.dtype, context_length=args.context_length
         )
         config = WorkerConfig(args, model_config, "cpu")
-        self.executor: Any = (
-            MultiProcessExecutor(config, 60.0, depth) if processes else InProcessExecutor(config, depth, delayed)
-        )
+        self.executor: Any = InProcessExecutor(config, depth, delayed)
+        if processes:
+            self.executor = MultiProcessExecutor(config, 60.0, depth)
+        elif threads:
+            self.executor = ThreadExecutor(config)
         self.link = QueueLink()
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.link.client.on_messages(self.take)
@@ -67,6 +80,11 @@ class Core:
             rid: [part for output in outputs for part in (*output.prompt_logprobs, *output.logprobs)]
             for rid, outputs in self.outputs.items()
         }
+
+
+def greedy_requests(prompts: Sequence[list[int]], num_new: int) -> list[GenerateRequest]:
+    params = SamplingParams(temperature=0.0, max_new_tokens=num_new, ignore_eos=True)
+    return [generate_request(str(place), prompt, params) for place, prompt in enumerate(prompts)]
 
 
 def mixed_requests(vocab_size: int) -> list[GenerateRequest]:

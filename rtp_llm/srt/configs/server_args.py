@@ -113,9 +113,17 @@ class ServerArgs:
     )
     tp_size: int = option(
         1,
-        help="Tensor parallelism: the number of worker processes that share the computation of each layer.",
-        choices=(1, 2),
+        help="Tensor parallelism: the number of worker processes that share the computation of each layer. It must "
+        "divide the model's heads and sizes; fewer key/value heads than processes must divide their number.",
+        low=1,
         aliases=("--tensor-parallel-size",),
+    )
+    ep_size: int = option(
+        1,
+        help="Expert parallelism: into how many parts the experts of a model are divided. It must divide --tp-size, "
+        "and the number of experts; --tp-size / --ep-size processes share each part.",
+        low=1,
+        aliases=("--expert-parallel-size",),
     )
     cpu_threads: int | None = option(
         None,
@@ -441,6 +449,8 @@ class ServerArgs:
             if path is not None and not Path(path).is_file():
                 raise ServerArgsError(f"{name}: there is no file {path!r}")
         parse_media_limits(self.limit_mm_data_per_request)
+        if self.tp_size % self.ep_size:
+            raise ServerArgsError(f"ep_size {self.ep_size} must divide tp_size, which is {self.tp_size}")
 
     @property
     def is_demo(self) -> bool:

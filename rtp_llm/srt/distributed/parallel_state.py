@@ -250,6 +250,10 @@ def get_ep_group() -> RankGroup:
     return get_world().group(EXPERT)
 
 
+def get_expert_tensor_group() -> RankGroup:
+    return get_world().group(EXPERT_TENSOR)
+
+
 def get_tensor_model_parallel_rank() -> int:
     return get_tp_group().rank
 
@@ -278,10 +282,13 @@ class SplitError(ValueError):
     """Something of a model cannot be divided over so many ranks; the message names it."""
 
 
-def divide(numerator: int, denominator: int, what: str = "size") -> int:
-    """Return ``numerator / denominator``; raise SplitError, which names ``what``, if it is not a whole number."""
+def divide(numerator: int, denominator: int, what: str = "size", option: str = "tp_size") -> int:
+    """Return ``numerator / denominator``; raise SplitError, which names ``what``, if it is not a whole number.
+
+    ``option``: the one to change then.
+    """
     if numerator % denominator != 0:
-        raise SplitError(f"{what} {numerator} is not divisible by {denominator}; choose another tp_size")
+        raise SplitError(f"{what} {numerator} is not divisible by {denominator}; choose another {option}")
     return numerator // denominator
 
 

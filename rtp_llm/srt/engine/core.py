@@ -75,7 +75,15 @@ class EngineCore:
         except BaseException:
             self.executor.shutdown()
             raise
-        self._meter = Meter(self.scheduler, self.grammars, self.max_total_tokens, server_args.decode_log_interval)
+        divides_experts = server_args.ep_size > 1
+        self._meter = Meter(
+            self.scheduler,
+            self.grammars,
+            self.max_total_tokens,
+            server_args.decode_log_interval,
+            self._expert_loads if divides_experts else None,
+            server_args.ep_size,
+        )
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
@@ -237,6 +245,9 @@ class EngineCore:
 
     def _commit(self) -> None:
         self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
+
+    def _expert_loads(self) -> list[list[int]]:
+        return [load for of_rank in self.executor.rpc("expert_loads") for load in of_rank]
 
     def shutdown(self) -> None:
         """End the workers. Requests that still run get no answer."""

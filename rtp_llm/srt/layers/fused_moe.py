@@ -58,8 +58,6 @@ class RoutedMoE(Experts):
             checkpoint, and arguments for it.
     """
 
-    expert_map = None  # of experts to places: every rank has a part of every expert
-
     # long: half of it is the signature, which is vLLM's
     def __init__(
         self,
@@ -178,9 +176,17 @@ class RoutedMoE(Experts):
         return output + hidden_states * factors if self.tp_group.rank == 0 else output
 
     @property
+    def expert_map(self) -> torch.Tensor | None:
+        """[num_experts]: places among this rank's experts, -1 for those of other ranks; None: this rank has all."""
+        if self.expert_group.world_size == 1:
+            return None
+        places = torch.arange(self.num_experts) - self.first_expert
+        return torch.where((places < 0) | (places >= self.num_own_experts), -1, places)
+
+    @property
     def moe_config(self) -> SimpleNamespace:
         """Sizes by the names that model files ask for: nothing is padded."""
-        parallel = SimpleNamespace(tp_size=self.tp_group.world_size, tp_rank=self.tp_group.rank)
+        parallel = SimpleNamespace(tp_size=self.sharing_group.world_size, tp_rank=self.sharing_group.rank)
         return SimpleNamespace(
             hidden_dim=self.hidden_size,
             num_experts=self.num_experts,
@@ -198,7 +204,7 @@ class RoutedMoE(Experts):
 class RoutedExperts:
     """How experts read a checkpoint: a model file overrides ``weight_loader`` for tensors of a form of their own.
 
-    It writes into ``param.data``, which has this rank's part of all experts (see ``moe.Experts``).
+    It writes into ``param.data``, which has this rank's part of its experts (see ``moe.Experts``).
 
     Args:
         experts: the layer that has the parameters.
@@ -208,6 +214,7 @@ class RoutedExperts:
     def __init__(self, experts: RoutedMoE, loader: Callable[..., bool | None]) -> None:
         self.moe_config = experts.moe_config
         self.quant_method = experts.quant_method
+        self._first_expert, self._num_own = experts.first_expert, experts.num_own_experts
         self._load = loader
 
     def weight_loader(
@@ -223,8 +230,9 @@ class RoutedExperts:
         return self._load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
     def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
-        """Every rank has a part of every expert."""
-        return expert_id
+        """Return an expert's place among this rank's; -1: other ranks have it."""
+        place = expert_id - self._first_expert
+        return place if 0 <= place < self._num_own else -1
 
 
 FusedMoE = SharedFusedMoE = FusedMoEFactory = RoutedMoE

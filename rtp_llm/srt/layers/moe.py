@@ -6,10 +6,17 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.device.choice import pick
-from rtp_llm.srt.distributed.parallel_state import RankGroup, divide, get_tp_group
+from rtp_llm.srt.distributed.parallel_state import (
+    RankGroup,
+    divide,
+    get_ep_group,
+    get_expert_tensor_group,
+    get_tp_group,
+)
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedExpertsMethod
@@ -40,14 +47,15 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 class Experts(ExpertsLayer):
     """Feed-forward experts: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` with ``gated=False``.
 
-    Each rank holds a part of the intermediate size of every expert; outputs are to be summed over ranks. A subclass
-    says how tokens are routed.
+    Experts are divided over the ranks of the expert group, and each one's intermediate size over the ranks that share
+    it (``--ep-size``; without it, all ranks share all experts). Every rank has all tokens, and computes them in its own
+    experts; outputs are to be summed over ranks. A subclass says how tokens are routed.
 
-    Parameters, with I the intermediate size on this rank:
-        w13_weight [num_experts, 2 * I, hidden_size]: gate and up, laid out as the activation expects. Without gates
-            [num_experts, I, hidden_size]: up.
-        w2_weight [num_experts, hidden_size, I]: down.
-        w13_bias [num_experts, 2 * I or I], w2_bias [num_experts, hidden_size]: with ``bias`` only.
+    Parameters, with E experts and an intermediate size I on this rank:
+        w13_weight [E, 2 * I, hidden_size]: gate and up, laid out as the activation expects. Without gates
+            [E, I, hidden_size]: up.
+        w2_weight [E, hidden_size, I]: down.
+        w13_bias [E, 2 * I or I], w2_bias [E, hidden_size]: with ``bias`` only.
 
     They load from experts stored one by one (``3.gate_proj.weight``) or from all in one tensor (``gate_up_proj`` of
     [num_experts, 2 * intermediate_size, hidden_size], or ``up_proj``, and ``down_proj``; their biases as
@@ -60,6 +68,11 @@ class Experts(ExpertsLayer):
             ``gate_proj``, ``up_proj``, ``down_proj``.
         is_transposed: fused weights are stored as [num_experts, inputs, outputs]; None: their shape decides.
         gated: whether each expert has a gate.
+        tp_group: the ranks that share all experts; None: as the world divides them.
+
+    Attributes:
+        load: [num_experts] int64, tokens that each expert has computed, on the first rank of several with experts of
+            their own; None on others.
 
     Raises:
         ValueError: ``expert_names`` repeats a name, or has not as many as there are projections.
@@ -99,6 +112,13 @@ class Experts(ExpertsLayer):
         self.prefix = prefix
         self.name = prefix or type(self).__name__
         self.tp_group = tp_group or get_tp_group()
+        self.expert_group = get_ep_group() if tp_group is None else RankGroup(0, 1)
+        self.sharing_group = get_expert_tensor_group() if tp_group is None else tp_group
+        parts, what = self.expert_group.world_size, f"{self.name}: number of experts"
+        self.num_own_experts = divide(num_experts, parts, what, "ep_size")
+        self.first_expert = self.expert_group.rank * self.num_own_experts
+        counts = parts > 1 and self.tp_group.rank == 0
+        self.load = torch.zeros(num_experts, dtype=torch.int64) if counts else None
         self.expert_names = _checked_names(expert_names, gated, self.name)
         self.quant_method = _experts_method(self, quant_config, prefix)
         self.weight_sources = expert_sources(num_experts, self.expert_names, bias, self.quant_method)
@@ -108,19 +128,19 @@ class Experts(ExpertsLayer):
         self._create_parameters(bias)
 
     def _create_parameters(self, bias: bool) -> None:
-        size = divide(self.intermediate_size, self.tp_group.world_size, f"{self.name}: intermediate size")
+        size = divide(self.intermediate_size, self.sharing_group.world_size, f"{self.name}: intermediate size")
         self.intermediate_size_per_partition = size
         self._create_weights("w13", len(self.halves) * size, self.hidden_size, self.hidden_size)
         self._create_weights("w2", self.hidden_size, size, self.intermediate_size)
         if bias:
-            self.add_parameter("w13_bias", self.num_experts, len(self.halves) * size)
-            self.add_parameter("w2_bias", self.num_experts, self.hidden_size)
+            self.add_parameter("w13_bias", self.num_own_experts, len(self.halves) * size)
+            self.add_parameter("w2_bias", self.num_own_experts, self.hidden_size)
         else:
             self.register_parameter("w13_bias", None)
             self.register_parameter("w2_bias", None)
 
     def _create_weights(self, name: str, outputs: int, inputs: int, input_size: int) -> None:
-        self.quant_method.create_weights(self, name, (self.num_experts, outputs, inputs), input_size)
+        self.quant_method.create_weights(self, name, (self.num_own_experts, outputs, inputs), input_size)
 
     def add_parameter(
         self,
@@ -133,7 +153,7 @@ class Experts(ExpertsLayer):
         in_order: bool = False,
     ) -> nn.Parameter:
         data = torch.empty(shape, dtype=dtype or self.params_dtype)
-        loader, input_dim = weight_loader or self.weight_loader, 2 if is_split else None
+        loader, input_dim = self._of_own_experts(weight_loader or self.weight_loader), 2 if is_split else None
         param = make_parameter(data, loader, input_dim=input_dim, is_optional=is_optional)
         param.is_down = name.startswith("w2_")  # type: ignore[attr-defined]
         param.in_order = in_order  # type: ignore[attr-defined]
@@ -156,16 +176,58 @@ class Experts(ExpertsLayer):
         Returns:
             [T, hidden_size] in the dtype of ``hidden_states``.
         """
+        if self.expert_group.world_size > 1:
+            return self._compute_own(hidden_states, topk_weights, topk_ids, weights_inputs)
         rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)
         rows = self._gather_rows(hidden_states, order, topk_ids.shape[1])
         if weights_inputs:
             rows = rows * topk_weights.flatten()[order, None].to(rows.dtype)
             topk_weights = torch.ones_like(topk_weights)
+        return self._sum_rows(self._feed_forward(rows, rows_per_expert), places, topk_weights)
+
+    def _compute_own(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, weights_inputs: bool
+    ) -> torch.Tensor:
+        """As ``compute``, where other ranks have the other experts: rows of those come last, and add nothing."""
+        ids, num_own = topk_ids.flatten(), self.num_own_experts
+        if self.load is not None:
+            self.load += ids.bincount(minlength=self.num_experts)
+        own = ids - self.first_expert
+        own = torch.where((own < 0) | (own >= num_own), num_own, own)
+        rows_per_expert, order, places = self._group_rows(own, num_own + 1)
+        num_rows = len(ids) - int(rows_per_expert[num_own])
+        if num_rows == 0:
+            return torch.zeros_like(hidden_states)
+        order = order[:num_rows]
+        rows = self._gather_rows(hidden_states, order, topk_ids.shape[1])
+        if weights_inputs:
+            rows = rows * topk_weights.flatten()[order, None].to(rows.dtype)
+            topk_weights = torch.ones_like(topk_weights)
+        rows = self._feed_forward(rows, rows_per_expert[:num_own])
+        return self._sum_rows(F.pad(rows, (0, 0, 0, 1)), places.clamp(max=num_rows), topk_weights)  # a row of zeros
+
+    def _feed_forward(self, rows: torch.Tensor, rows_per_expert: torch.Tensor) -> torch.Tensor:
         hidden = self.packed["w13"].apply(rows, rows_per_expert, self.w13_bias)
         # One rank adds the bias, as in RowParallelLinear.
-        down_bias = self.w2_bias if self.tp_group.rank == 0 else None
-        rows = self.packed["w2"].apply(self.act_fn(hidden), rows_per_expert, down_bias)
-        return self._sum_rows(rows, places, topk_weights)
+        down_bias = self.w2_bias if self.sharing_group.rank == 0 else None
+        return self.packed["w2"].apply(self.act_fn(hidden), rows_per_expert, down_bias)
+
+    def _of_own_experts(self, weight_loader: WeightLoader) -> WeightLoader:
+        """Return a loader that is called with all experts' tensors, for one that knows this rank's experts only."""
+        if self.expert_group.world_size == 1:
+            return weight_loader
+
+        def load(param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
+            first, count = self.first_expert, self.num_own_experts
+            if not isinstance(shard_id, tuple):
+                of_all = tensor.dim() > 0 and len(tensor) == self.num_experts
+                weight_loader(param, tensor[first : first + count] if of_all else tensor, shard_id)
+            elif not 0 <= shard_id[0] < self.num_experts:
+                raise ValueError(f"{self.name}: expert {shard_id[0]} is not below {self.num_experts}")
+            elif first <= shard_id[0] < first + count:
+                weight_loader(param, tensor, (shard_id[0] - first, shard_id[1]))
+
+        return load
 
     def weight_loader(self, param: nn.Parameter, tensor: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's part of a checkpoint tensor into ``param``.
@@ -186,10 +248,9 @@ class Experts(ExpertsLayer):
             self._load_down(param, param.data, tensor, 2) if is_down else self._load_gate_up(param.data, tensor)
             return
         names = ("w2",) if is_down else self.halves
-        if not isinstance(shard_id, tuple) or shard_id[1] not in names or not 0 <= shard_id[0] < self.num_experts:
-            raise ValueError(
-                f"{self.name}: unknown shard_id {shard_id!r}; have (expert below {self.num_experts}, one of {names})"
-            )
+        count = self.num_own_experts
+        if not isinstance(shard_id, tuple) or shard_id[1] not in names or not 0 <= shard_id[0] < count:
+            raise ValueError(f"{self.name}: unknown shard_id {shard_id!r}; have (expert below {count}, one of {names})")
         expert, name = shard_id
         if is_down:
             self._load_down(param, param.data[expert], tensor, 1)
@@ -204,7 +265,7 @@ class Experts(ExpertsLayer):
 
     def _load_gate_up(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
         outputs = len(self.halves) * self.intermediate_size
-        check_shape(tensor, (self.num_experts, outputs, *target.shape[2:]), self.name)
+        check_shape(tensor, (self.num_own_experts, outputs, *target.shape[2:]), self.name)
         for name in self.halves:
             self._load_outputs(self._half(target, name, 1), self._half(tensor, name, 1), 1)
 
@@ -218,12 +279,12 @@ class Experts(ExpertsLayer):
         return tensor.unflatten(dim, (2, -1)).select(dim, half)
 
     def _load_outputs(self, target: torch.Tensor, tensor: torch.Tensor, dim: int) -> None:
-        load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
+        load_part(target, tensor, dim, self.sharing_group.rank, self.sharing_group.world_size, self.name)
 
     def _load_down(self, param: nn.Parameter, target: torch.Tensor, tensor: torch.Tensor, input_dim: int) -> None:
         is_split = param.input_dim is not None and target.dim() > input_dim  # type: ignore[attr-defined]
         dim = input_dim if is_split else None  # a bias and scales of whole outputs are not split
-        load_part(target, tensor, dim, self.tp_group.rank, self.tp_group.world_size, self.name)
+        load_part(target, tensor, dim, self.sharing_group.rank, self.sharing_group.world_size, self.name)
 
 
 class FusedMoE(Experts):

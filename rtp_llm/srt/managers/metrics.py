@@ -120,9 +120,20 @@ class CoreMetrics(Collector):
             yield self._gauge(name, "Set when the server starts.", value)
         yield self._counter("num_retracted_requests", "Retractions.", stats.retractions)
         yield self._counter("evicted_tokens", "Tokens evicted from the prefix cache.", stats.evicted_tokens)
+        if stats.expert_tokens:
+            yield self._experts(stats.expert_tokens)
+            text = "Tokens of the busiest part of the experts over the mean, in the layer where that is largest."
+            yield self._gauge("expert_imbalance", text, stats.expert_imbalance)
 
     def _used(self, stats: CoreStats) -> float:
         return max(stats.num_running / self._max_running_requests, stats.token_usage)
+
+    def _experts(self, tokens: list[int]) -> Metric:
+        text = "Tokens that each expert has computed, of all layers, where experts are divided over ranks."
+        family = CounterMetricFamily(PREFIX + "expert_tokens", text, labels=[LABEL, "expert"])
+        for expert, value in enumerate(tokens):
+            family.add_metric([self._model_name, str(expert)], value)
+        return family
 
     def _counter(self, name: str, help: str, value: float) -> Metric:
         family = CounterMetricFamily(PREFIX + name, help, labels=[LABEL])

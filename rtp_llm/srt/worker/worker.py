@@ -15,6 +15,7 @@ from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.distributed.parallel_state import WorldShape
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
+from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
 from rtp_llm.srt.worker.model_runner import ModelRunner
@@ -37,7 +38,7 @@ class WorkerConfig:
 
     @property
     def world_shape(self) -> WorldShape:
-        return WorldShape(tensor=self.server_args.tp_size)
+        return WorldShape(tensor=self.server_args.tp_size, expert=self.server_args.ep_size)
 
     @property
     def world_size(self) -> int:
@@ -168,6 +169,11 @@ class Worker:
         process can import.
         """
         return function(self, *args)
+
+    def expert_loads(self) -> list[list[int]]:
+        """Return the tokens that each expert of each layer has computed, from the rank that counts them."""
+        experts = [module for module in self.runner.model.modules() if isinstance(module, Experts)]
+        return [module.load.tolist() for module in experts if module.load is not None]
 
     def start_profile(self, activities: list[str], record_shapes: bool) -> None:
         self._profiler.start(activities, record_shapes)

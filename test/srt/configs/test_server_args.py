@@ -49,7 +49,6 @@ def test_flags_beside_others() -> None:
         ("context_length", "8"),
         ("dtype", "int8"),
         ("device", "tpu"),
-        ("tp_size", 3),
         ("tp_size", 0),
         ("mem_fraction_static", 0),
         ("mem_fraction_static", 1.5),
@@ -107,10 +106,13 @@ def test_the_embedded_model_is_the_default() -> None:
     assert ServerArgs(model_path="m").model_name == "m"
 
 
-def test_other_tp_sizes_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_ranks_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        prepare_server_args(["--model", "m", "--tp-size", "4"])
-    assert "--tp-size" in capsys.readouterr().err
+        prepare_server_args(["--model", "m", "--tp-size", "0"])
+    assert "tp_size must be at least 1" in capsys.readouterr().err
+    with pytest.raises(ServerArgsError, match="ep_size 2 must divide tp_size, which is 3"):
+        ServerArgs(tp_size=3, ep_size=2)
+    assert prepare_server_args(["--model", "m", "--tp-size", "3"]).tp_size == 3
 
 
 def test_flags_of_media(tmp_path: Path) -> None:

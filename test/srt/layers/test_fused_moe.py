@@ -300,6 +300,7 @@ def test_what_goes_with_experts(has_projections: bool, monkeypatch: pytest.Monke
     for rank in range(2):
         group = ThreadGroup(rank, summands, barrier)
         monkeypatch.setattr(moe, "get_tp_group", lambda group=group: group)
+        monkeypatch.setattr(moe, "get_expert_tensor_group", lambda group=group: group)
         block: Any = WholeBlock(group, has_projections)
         load_weights_declaratively(block, weights.items())
         assert block.experts.is_internal_router

@@ -1,0 +1,102 @@
+"""Every architecture with a model file, divided over ranks: each answers as transformers does.
+
+Ranks are threads of this process, which exchange tensors as processes do (``test_tensor_parallel.py``).
+"""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from plain_models import PLAIN_MODELS
+from stepped_core import Core, greedy_requests
+
+from rtp_llm import ModelRegistry
+from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.distributed.parallel_state import SplitError, WorldShape
+from rtp_llm.srt.models.loader import check_split
+from tiny_models import assert_same_ids, make_tiny, random_prompts, reference, tiny_model
+
+VOCAB_SIZE = 90  # ids of prompts lie below it
+NEW_TOKENS = 6
+QUICK = ("Gemma2ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM")
+ROUTED = (
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GptOssForCausalLM",
+    "KimiLinearForCausalLM", "MiniMaxForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM",
+    "NemotronHForCausalLM", "Qwen3NextForCausalLM",
+)  # fmt: skip
+RENAMED = ("InternLM3ForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM")
+ARCHITECTURES = [
+    name
+    for name in sorted(ModelRegistry.get_generating_archs())
+    if name in RENAMED or name in PLAIN_MODELS or (hasattr(transformers, name) and name.endswith("CausalLM"))
+]
+WITH_EXPERTS = [name for name in ARCHITECTURES if name in ROUTED or "Moe" in name or "MoE" in name]
+IN_THREES = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "head_dim": 16}
+
+
+def check_ranks(architecture: str, directory: Path, config: dict, **options: int) -> None:
+    model_dir = make_tiny(architecture, directory, **config)
+    prompts = random_prompts(VOCAB_SIZE, (3, 45))
+    core = Core(model_path=model_dir, threads=True, max_running_requests=4, **options)
+    try:
+        answers = core.run(greedy_requests(prompts, NEW_TOKENS))
+        if "ep_size" in options:
+            check_loads(core, options["ep_size"])
+    finally:
+        core.close()
+    for rid, ids in answers.items():
+        expected = reference(model_dir, tuple(prompts[int(rid)]), NEW_TOKENS)
+        assert_same_ids(ids, expected, f"{architecture}, {options}, request {rid}")
+
+
+def check_loads(core: Core, num_parts: int) -> None:
+    """Each expert's tokens are counted once, in each layer as many."""
+    loads, stats = core.core._expert_loads(), core.core._meter.report()
+    assert loads and len({sum(load) for load in loads}) == 1
+    assert stats.expert_tokens == [sum(of_expert) for of_expert in zip(*loads, strict=True)]
+    assert 1 <= stats.expert_imbalance <= num_parts
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+def test_two_ranks_quickly(architecture: str, tmp_path: Path) -> None:
+    check_ranks(architecture, tmp_path, {}, tp_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tensor_parallel(architecture: str, tp_size: int, tmp_path: Path) -> None:
+    """Of four ranks, each two share a key/value head."""
+    check_ranks(architecture, tmp_path, {}, tp_size=tp_size)
+
+
+def test_experts_of_their_own_quickly(tmp_path: Path) -> None:
+    check_ranks("Qwen3MoeForCausalLM", tmp_path, {}, tp_size=2, ep_size=2)
+
+
+def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
+    model_dir = make_tiny("Qwen3MoeForCausalLM", tmp_path, num_local_experts=6)
+    config = ModelConfig.from_pretrained(model_dir, dtype="float32")
+    check_split(config, WorldShape(4, expert=2))
+    check_split(config, WorldShape(2, expert=1))
+    with pytest.raises(SplitError, match=r"on 4 ranks: model.layers.0.mlp.experts: number of experts 6 .* ep_size"):
+        check_split(config, WorldShape(4, expert=4))
+    with pytest.raises(SplitError, match="number of attention heads 4 is not divisible by 3; choose another tp_size"):
+        check_split(config, WorldShape(3, expert=3))
+    dense = ModelConfig.from_pretrained(tiny_model("llama-tp"), dtype="float32")
+    with pytest.raises(SplitError, match="no experts that could be divided; use --ep-size 1"):
+        check_split(dense, WorldShape(2, expert=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp_size", "ep_size"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("architecture", WITH_EXPERTS)
+def test_expert_parallel(architecture: str, tp_size: int, ep_size: int, tmp_path: Path) -> None:
+    """Each rank has half of the experts, or, of four ranks, two share each half."""
+    check_ranks(architecture, tmp_path, {}, tp_size=tp_size, ep_size=ep_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM"])
+def test_three_ranks(architecture: str, tmp_path: Path) -> None:
+    check_ranks(architecture, tmp_path, IN_THREES, tp_size=3)
