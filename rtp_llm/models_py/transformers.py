@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from rtp_llm.srt.attention.torch import TorchAttention
 from rtp_llm.srt.cache.spec import CacheGroup, StateGroup
-from rtp_llm.srt.distributed.parallel_state import get_tp_group
+from rtp_llm.srt.distributed.parallel_state import get_world
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.kv_pool import KVPool
 from rtp_llm.srt.layers.fallback.attention import PROBING, SERVING, PagedAttention, Probe
@@ -65,9 +65,9 @@ class TransformersForCausalLM(nn.Module):
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        if get_tp_group().world_size > 1:
+        if get_world().shape.size > 1:
             raise UnservableModelError(
-                "models that run through transformers cannot be shared by ranks: use --tp-size 1"
+                "models that run through transformers cannot be shared by ranks: use --tp-size 1 and --pp-size 1"
             )
         if quant_config is not None and not quant_config.dequantizes_rest:
             raise UnservableModelError(

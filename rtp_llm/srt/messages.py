@@ -118,6 +118,8 @@ class CoreStats:
     # it is largest, how many times the mean of the parts the busiest part has computed.
     expert_tokens: list[int] = field(default_factory=list)
     expert_imbalance: float = 0.0
+    # Of each stage of a pipeline, the part of the time with requests, since the last report, in which it computed.
+    stage_usage: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """The contract between core and worker: the core sends a StepPlan, the worker returns a StepResult. Host values only.
 
 A plan is a delta. A worker keeps, per *row* (the place of one running request), its admission and its pages; a step's
-work then consists of rows and token counts only. Every tensor-parallel rank gets the same plan.
+work then consists of rows and token counts only. Every rank gets the same plan.
 
-Order within one plan: ``releases``, ``admissions``, ``known_tokens``, ``page_writes``, ``new_pages``, then ``work``.
+Order within one plan: ``releases``, ``admissions``, ``known_tokens``, ``drawn_rows``, ``page_writes``, ``new_pages``,
+then ``work``.
 """
 
 from dataclasses import dataclass, field
@@ -144,6 +145,10 @@ class StepPlan:
     new_pages: list[NewPages] = field(default_factory=list)  # of rows that decode, at most one per cache group
     known_tokens: list[KnownTokens] = field(default_factory=list)
     states: list[StateAccess] = field(default_factory=list)  # at most one for each row of ``work``
+    # Tokens that were drawn for rows since the last plan, where the ranks that compute a row's next token did not draw
+    # its last one: stages of a pipeline. The executor fills these in.
+    drawn_rows: list[int] = field(default_factory=list)
+    drawn_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

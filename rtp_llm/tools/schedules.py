@@ -151,7 +151,7 @@ def _run(
 ) -> dict[str, ScheduleResult]:
     """Run the schedules of one engine."""
     try:
-        engine = Engine(server_args=args, inline=args.tp_size == 1)
+        engine = Engine(server_args=args, inline=args.num_ranks == 1)
     except Exception as error:  # whatever a model file may raise: it is what the report is about
         return {name: ScheduleResult(name, failure=reason(error), error=error) for name in names}
     with engine:

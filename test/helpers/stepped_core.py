@@ -51,7 +51,7 @@ class Core:
         if processes:
             self.executor = MultiProcessExecutor(config, 60.0, depth)
         elif threads:
-            self.executor = ThreadExecutor(config)
+            self.executor = ThreadExecutor(config, depth)
         self.link = QueueLink()
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.link.client.on_messages(self.take)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rtp_llm.srt.distributed.parallel_state import GROUPS, RankGroup, World, WorldShape, seen_as
-from rtp_llm.srt.engine.executor import Executor
-from rtp_llm.srt.plan import StepPlan, TokenMasks
+from rtp_llm.srt.engine.executor import DrawnTokens, Executor
+from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.worker.step import WorkerStep
 from rtp_llm.srt.worker.worker import LoadedModel, Worker, WorkerConfig
 
@@ -32,6 +32,9 @@ class _Meeting:
 class _Sent:
     def wait(self) -> None:
         pass
+
+    def is_completed(self) -> bool:
+        return True
 
 
 class ThreadGroup(RankGroup):
@@ -88,16 +91,28 @@ def on_thread_ranks(shape: WorldShape, build: Callable[[], Any], run: Callable[[
         return list(threads.map(run_on, worlds, built))
 
 
+class _ThreadStep:
+    def __init__(self, step: WorkerStep, drawn: DrawnTokens) -> None:
+        self._step, self._drawn = step, drawn
+
+    def result(self) -> StepResult:
+        result = self._step.result()
+        self._drawn.take(self._step.plan, result)
+        return result
+
+
 class ThreadExecutor(Executor):
     """A worker for each rank, each in a thread of the test's process. Steps are computed when they are submitted."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self.depth = 0
+    def __init__(self, config: WorkerConfig, depth: int = 0) -> None:
+        self.depth = depth
         self._config = config
         self._worlds = thread_worlds(config.world_shape)
         self._threads = [ThreadPoolExecutor(1) for _ in self._worlds]
         self._building = threading.Lock()  # torch's default dtype is of the whole process
         self.workers: list[Worker] = []
+        self._in_stages = config.world_shape.pipeline > 1
+        self._drawn = DrawnTokens()
 
     def _on_all(self, call: Callable[[int], Any]) -> list[Any]:
         def on_rank(rank: int) -> Any:
@@ -113,16 +128,18 @@ class ThreadExecutor(Executor):
                 return Worker(replace(self._config, rank=rank), progress)
 
         self.workers = self._on_all(build)
-        return self.workers[0].loaded()
+        return LoadedModel.of_ranks([worker.loaded() for worker in self.workers])
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
         self.rpc("init_cache", num_pages, max_rows, max_len, num_state_slots)
 
-    def submit(self, plan: StepPlan) -> WorkerStep:
+    def submit(self, plan: StepPlan) -> _ThreadStep:
+        if self._in_stages:
+            self._drawn.put_into(plan)
         steps = [WorkerStep(plan, worker) for worker in self.workers]
         self._on_all(lambda rank: steps[rank].launch())
         self._last = steps
-        return steps[0]
+        return _ThreadStep(steps[-1], self._drawn)
 
     def sample(self, masks: TokenMasks) -> None:
         for step in self._last:

@@ -154,7 +154,7 @@ def test_kernels_are_shown_below_their_layer_and_counted_once() -> None:
 def test_what_cannot_be_profiled_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"--batch-size must be at least 1, not 0"):
         ProfileArgs(batch_size=0)
-    with pytest.raises(ProfileError, match=r"--tp-size above 1"):
+    with pytest.raises(ProfileError, match=r"--pp-size above 1"):
         profile_steps(ServerArgs(model_path=tiny_model(MODEL), tp_size=2), ProfileArgs())
     args = ServerArgs(model_path=tiny_model(MODEL), device="cpu", context_length=64, max_total_tokens=100)
     with pytest.raises(ProfileError, match=r"at most 64 can be served"):

@@ -118,6 +118,19 @@ class ServerArgs:
         low=1,
         aliases=("--tensor-parallel-size",),
     )
+    pp_size: int = option(
+        1,
+        help="Pipeline parallelism: the number of stages, each with a part of the layers, of --tp-size processes each. "
+        "As many steps are computed at once as there are stages.",
+        low=1,
+        aliases=("--pipeline-parallel-size",),
+    )
+    pp_split: str = option(
+        "layers",
+        help="How layers are divided into stages: layers gives each as many, bytes about as many bytes of weights, the "
+        "head's included.",
+        choices=("layers", "bytes"),
+    )
     ep_size: int = option(
         1,
         help="Expert parallelism: into how many parts the experts of a model are divided. It must divide --tp-size, "
@@ -456,6 +469,11 @@ class ServerArgs:
     def is_demo(self) -> bool:
         """Whether the model is the embedded one, the default."""
         return self.model_path == DEMO_MODEL
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute a model together."""
+        return self.tp_size * self.pp_size
 
     @property
     def model_names(self) -> list[str]:

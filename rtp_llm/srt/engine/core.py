@@ -11,6 +11,7 @@ from rtp_llm.srt.engine.capacity import Capacity, StateCapacity, auto_max_tokens
 from rtp_llm.srt.engine.executor import Executor, StepHandle, make_executor
 from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.engine.meter import Meter
+from rtp_llm.srt.engine.rank_meter import RankMeter
 from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
 from rtp_llm.srt.plan import StepPlan
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -54,7 +55,7 @@ class EngineCore:
         free_bytes, _ = self._provider.memory_bytes()
         self.executor = executor or make_executor(
             WorkerConfig(server_args, model_config, self.device, isolates_rows=True),
-            depth=int(self._provider.overlaps_steps and not server_args.disable_overlap_schedule),
+            depth=self._depth(),
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
         self.grammars = Grammars(server_args, model_config, on_admission, skips_forced_tokens=self.executor.depth == 0)
@@ -75,18 +76,23 @@ class EngineCore:
         except BaseException:
             self.executor.shutdown()
             raise
-        divides_experts = server_args.ep_size > 1
         self._meter = Meter(
             self.scheduler,
             self.grammars,
             self.max_total_tokens,
             server_args.decode_log_interval,
-            self._expert_loads if divides_experts else None,
-            server_args.ep_size,
+            RankMeter(lambda: self.executor.rpc("stats"), server_args) if server_args.num_ranks > 1 else None,
         )
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
+
+    def _depth(self) -> int:
+        """Steps in flight while another is planned: one where a device computes on its own, and with stages one less
+        than these, so that each has a step."""
+        if self._args.disable_overlap_schedule:
+            return 0
+        return max(int(self._provider.overlaps_steps), self._args.pp_size - 1)
 
     @property
     def info(self) -> CoreInfo:
@@ -134,7 +140,7 @@ class EngineCore:
     ) -> tuple[StateCapacity, Capacity]:
         """Share what is left beside the weights among states and pages; a given number of tokens comes first."""
         fraction = self._args.mem_fraction_static or self._provider.mem_fraction_static
-        ranks_sharing = self._args.tp_size if self._provider.ranks_share_memory else 1
+        ranks_sharing = self._args.num_ranks if self._provider.ranks_share_memory else 1
         budget_bytes = max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
         wanted_running = self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
         context_length = self.context_length = _context_length(loaded, model_config)
@@ -179,14 +185,16 @@ class EngineCore:
             max_media_block=loaded.max_media_block,
             outputs=loaded.outputs,
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
+            num_stages=self._args.pp_size,
         )
         return Scheduler(config, loaded.layout, self.capacity.num_pages, self.states.num_slots, self.grammars.matchers)
 
     def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
+        num_ranks = self._args.num_ranks
         logger.info(
             "%s on %s, %s, %.2f GiB of weights, %.2f GiB of cache for %d tokens, longest request %d tokens",
             model_config.architectures[0],
-            self.device if self._args.tp_size == 1 else f"{self._args.tp_size} x {self.device}",
+            self.device if num_ranks == 1 else f"{num_ranks} x {self.device}",
             model_config.dtype,
             loaded.weight_bytes / 2**30,
             self.cache_bytes / 2**30,
@@ -222,8 +230,10 @@ class EngineCore:
         plan = self.scheduler.plan()
         if plan is not None:
             self._submit(plan)
-        while self._in_flight and (plan is None or len(self._in_flight) > self.executor.depth):
+        while len(self._in_flight) > self.executor.depth:
             self._commit()
+        if plan is None and self._in_flight:
+            self._commit()  # after which there may be more to plan
         stats = self._meter.step()
         if stats is not None:
             self._link.send([stats])
@@ -237,17 +247,15 @@ class EngineCore:
             return
         # What may come next depends on the tokens before: of a step in flight, they are known when it is committed.
         matchers = self.scheduler.matchers
-        masks = None if self._in_flight else self.grammars.masks(plan.masked_rows, matchers)
+        is_known = not self._in_flight or self._args.pp_size > 1  # stages never compute steps of one row at once
+        masks = self.grammars.masks(plan.masked_rows, matchers) if is_known else None
         self._in_flight.append(self.executor.submit(plan))
-        while len(self._in_flight) > 1:
+        while masks is None and len(self._in_flight) > 1:
             self._commit()
         self.executor.sample((masks or self.grammars.masks(plan.masked_rows, matchers)).result())
 
     def _commit(self) -> None:
         self._link.send(self.scheduler.commit(self._in_flight.popleft().result()))
-
-    def _expert_loads(self) -> list[list[int]]:
-        return [load for of_rank in self.executor.rpc("expert_loads") for load in of_rank]
 
     def shutdown(self) -> None:
         """End the workers. Requests that still run get no answer."""

@@ -33,8 +33,9 @@ class Executor(ABC):
     """The port between core and workers.
 
     At most ``depth`` steps are in flight when the host plans the next one: 0 where the worker computes in ``submit``,
-    1 where a device computes on its own. Steps are executed in the order of submission. A step with ``masked_rows``
-    draws its tokens only when ``sample`` passes the masks, which may be after the step before has been committed.
+    1 where a device computes on its own, one less than stages where workers are in stages. Steps are executed in the
+    order of submission. A step with ``masked_rows`` draws its tokens only when ``sample`` passes the masks, which may
+    be after the step before has been committed.
     """
 
     depth: int
@@ -62,6 +63,24 @@ class Executor(ABC):
 
     @abstractmethod
     def shutdown(self) -> None: ...
+
+
+class DrawnTokens:
+    """Tokens that the last stage of a pipeline drew, for the others: with the next plan they are told."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._ids: list[int] = []
+
+    def take(self, plan: StepPlan, result: StepResult) -> None:
+        for work, row in zip(plan.work, result.rows, strict=True):
+            if work.sample and row.token_ids:
+                self._rows.append(work.row)
+                self._ids.append(row.token_ids[0])
+
+    def put_into(self, plan: StepPlan) -> None:
+        plan.drawn_rows, plan.drawn_ids = self._rows, self._ids
+        self._rows, self._ids = [], []
 
 
 class InProcessExecutor(Executor):
@@ -109,14 +128,16 @@ class WorkerError(RuntimeError):
 
 
 class MultiProcessExecutor(Executor):
-    """One worker process per rank of tensor parallelism; all get the same plans.
+    """One worker process per rank; all get the same plans.
 
     The processes are this interpreter running ``rtp_llm.srt.worker.process`` with this process's ``sys.path``; each is
     reached over an inherited socket pair, which no other process can open. They end when the pair closes, and are
     killed when this process ends.
 
-    Workers do not answer when a step is submitted, but when its result is asked for, rank 0 for all. A worker that
-    fails ends, and with it the executor: every later call, and every step in flight, raises its error.
+    Workers do not answer when a step is submitted, but when its result is asked for, rank 0 for all. With stages of a
+    pipeline, the first rank of the last stage sends each result as soon as it has it, since a worker that computes the
+    next step cannot be asked. A worker that fails ends, and with it the executor: every later call, and every step in
+    flight, raises its error.
     """
 
     def __init__(self, config: WorkerConfig, dist_timeout_s: float, depth: int = 0) -> None:
@@ -127,6 +148,9 @@ class MultiProcessExecutor(Executor):
         self._pipes: list[Connection] = []
         self._in_flight: deque[_RemoteStep] = deque()
         self._failure: WorkerError | None = None
+        self._in_stages = config.world_shape.pipeline > 1
+        self._results: deque[StepResult] = deque()  # that stages have sent
+        self._drawn = DrawnTokens()
         self._rendezvous = ScratchFolder()
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
@@ -136,23 +160,18 @@ class MultiProcessExecutor(Executor):
             SplitError: the model cannot be divided over so many ranks; no worker was started.
             WorkerError: a worker failed or died.
         """
-        args = self._config.server_args
-        check_split(
-            self._config.model_config,
-            self._config.world_shape,
-            args.load_format,
-            args.model_impl,
-            args.quantization,
-        )
+        args, shape = self._config.server_args, self._config.world_shape
+        options = (args.load_format, args.model_impl, args.quantization, args.pp_split)
+        check_split(self._config.model_config, shape, *options)
         init_method = f"file://{self._rendezvous.path}/store"
         registrations = pack_registrations()
-        for rank in range(self._config.world_size):
+        for rank in range(self._config.world_shape.size):
             config = replace(self._config, rank=rank)
             process, pipe, _ = start_python("rtp_llm.srt.worker.process")
             self._processes.append(process)
             self._pipes.append(pipe)
             send(self._pipes[rank], (registrations, pack_by_value(config), init_method, self._dist_timeout_s))
-        return self._gather(progress)[0]
+        return LoadedModel.of_ranks(self._gather(progress))
 
     def _receive(self, rank: int) -> tuple[str, Any]:
         """Return the rank's next message: ``("result", answer)`` or ``("progress", (bytes done, bytes in all))``.
@@ -191,6 +210,8 @@ class MultiProcessExecutor(Executor):
                 kind, value = self._receive(rank)
                 if kind == "result":
                     answers[rank] = value
+                elif kind == "step":
+                    self._results.append(value)
                 elif progress is not None and rank == 0:
                     progress(*value)
         return [answers[rank] for rank in range(len(self._pipes))]
@@ -213,6 +234,8 @@ class MultiProcessExecutor(Executor):
 
     def submit(self, plan: StepPlan) -> StepHandle:
         media_files = self._keep_media(plan)
+        if self._in_stages:
+            self._drawn.put_into(plan)
         self._send("submit", plan)
         step = _RemoteStep(plan, media_files, self._finish)
         self._in_flight.append(step)
@@ -250,11 +273,24 @@ class MultiProcessExecutor(Executor):
             raise RuntimeError("results must be asked for once each, in the order of submission")
         if step.plan.masked_rows and not step.has_masks:
             raise RuntimeError(waits_for_masks(step.plan))
-        result: StepResult = self.rpc("result")[0]
+        result: StepResult = self._next_result() if self._in_stages else self.rpc("result")[0]
         self._in_flight.popleft()
+        if self._in_stages:
+            self._drawn.take(step.plan, result)
         for name in step.media_files:
             os.unlink(name)
         return result
+
+    def _next_result(self) -> StepResult:
+        """Return the oldest result that stages have sent; wait for it, and for the end of any worker."""
+        while not self._results:
+            ready = wait(self._pipes)
+            for rank in (rank for rank, pipe in enumerate(self._pipes) if pipe in ready):
+                kind, value = self._receive(rank)
+                if kind != "step":
+                    raise RuntimeError(f"rank {rank} sent {kind!r} unasked")
+                self._results.append(value)
+        return self._results.popleft()
 
     def shutdown(self) -> None:
         for pipe in self._pipes:

@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
 
 from rtp_llm.srt.engine.grammars import Grammars
+from rtp_llm.srt.engine.rank_meter import RankMeter
 from rtp_llm.srt.messages import CoreStats
 from rtp_llm.srt.scheduler.scheduler import Scheduler
 
@@ -22,15 +22,13 @@ class Meter:
         grammars: Grammars,
         max_total_tokens: int,
         log_interval: int,
-        expert_loads: Callable[[], list[list[int]]] | None = None,
-        num_parts: int = 1,
+        ranks: RankMeter | None = None,
     ) -> None:
-        """``expert_loads`` returns the tokens of each expert of each layer, which are in ``num_parts`` parts."""
         self._scheduler = scheduler
         self._grammars = grammars
         self._max_total_tokens = max_total_tokens
         self._log_interval = log_interval
-        self._expert_loads, self._num_parts = expert_loads, num_parts
+        self._ranks = ranks
         self._steps = 0
         self._was_idle = True
         self._reported = self._logged = CoreStats(max_total_tokens=max_total_tokens)
@@ -40,6 +38,8 @@ class Meter:
         """Return a report if one is due: every second, and when the work is done. Call it after every loop turn."""
         now = time.monotonic()
         idle = self._scheduler.idle
+        if self._ranks is not None:
+            self._ranks.note(now, idle)
         if self._was_idle and not idle:
             self._reported_at = self._logged_at = now
         if not idle:
@@ -51,9 +51,8 @@ class Meter:
     def report(self) -> CoreStats:
         now = time.monotonic()
         self._reported, self._reported_at = self._stats(self._reported, now - self._reported_at), now
-        loads = self._expert_loads() if self._expert_loads is not None else []
-        self._reported.expert_tokens = [sum(of_expert) for of_expert in zip(*loads, strict=True)]
-        self._reported.expert_imbalance = imbalance(loads, self._num_parts)
+        if self._ranks is not None:
+            self._ranks.report(self._reported)
         return self._reported
 
     def _count_step(self, now: float) -> None:
@@ -101,14 +100,3 @@ class Meter:
             state_usage=memory.states.usage,
             num_grammar_queue=len(self._grammars),
         )
-
-
-def imbalance(loads: Sequence[Sequence[int]], num_parts: int) -> float:
-    """Return how many times the mean of the parts the busiest part has, in the layer where that is largest; 0 without
-    tokens. ``loads``: tokens of each expert of each layer; a part has neighbouring experts."""
-    worst = 0.0
-    for of_expert in loads:
-        size, total = len(of_expert) // num_parts, sum(of_expert)
-        parts = [sum(of_expert[first : first + size]) for first in range(0, len(of_expert), size)]
-        worst = max(worst, max(parts) * num_parts / total if total else 0.0)
-    return worst

@@ -91,7 +91,7 @@ class Engine(PooledMethods):
             args.media_limits,
             end_tokens,
             args.schedule_policy == "priority",
-            read_placer(self.model_config, workers_are_here=args.tp_size == 1),
+            read_placer(self.model_config, workers_are_here=args.num_ranks == 1),
             core.info.outputs,
             args.grammar_backend,
             pair_template,

@@ -120,6 +120,8 @@ class CoreMetrics(Collector):
             yield self._gauge(name, "Set when the server starts.", value)
         yield self._counter("num_retracted_requests", "Retractions.", stats.retractions)
         yield self._counter("evicted_tokens", "Tokens evicted from the prefix cache.", stats.evicted_tokens)
+        if stats.stage_usage:
+            yield self._stages(stats.stage_usage)
         if stats.expert_tokens:
             yield self._experts(stats.expert_tokens)
             text = "Tokens of the busiest part of the experts over the mean, in the layer where that is largest."
@@ -127,6 +129,13 @@ class CoreMetrics(Collector):
 
     def _used(self, stats: CoreStats) -> float:
         return max(stats.num_running / self._max_running_requests, stats.token_usage)
+
+    def _stages(self, usage: list[float]) -> Metric:
+        text = "Part of the time with requests in which each stage computed; the rest are bubbles."
+        family = GaugeMetricFamily(PREFIX + "stage_usage", text, labels=[LABEL, "stage"])
+        for stage, value in enumerate(usage):
+            family.add_metric([self._model_name, str(stage)], value)
+        return family
 
     def _experts(self, tokens: list[int]) -> Metric:
         text = "Tokens that each expert has computed, of all layers, where experts are divided over ranks."

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,15 @@ from rtp_llm.srt.models.gguf_weights import gguf_weights
 from rtp_llm.srt.models.pooled import pooled_class, set_pooling
 from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
+from rtp_llm.srt.models.stages import BY_LAYERS, plan_stages
 from rtp_llm.srt.models.weight_files import GGUF, Progress, find_weight_files, read_weights
 from rtp_llm.srt.models.weight_loading import WeightLoadError, load_weights
 from rtp_llm.srt.models.weightless import build_without_weights
 
 logger = logging.getLogger(__name__)
 
-NOT_SHARED = "models that run through transformers cannot be shared by ranks: use --tp-size 1"
+Cut = Callable[[nn.Module], Sequence[str]]
+NOT_SHARED = "models that run through transformers cannot be shared by ranks: use --tp-size 1 and --pp-size 1"
 FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no model file here
 
 
@@ -50,12 +52,15 @@ def load_model(
     progress: Progress | None = None,
     model_impl: str = "auto",
     quantization: str | None = None,
+    cut: Cut | None = None,
 ) -> nn.Module:
     """Build the model of ``model_config`` on ``device``, in its dtype, and load its weights from a local directory.
 
     ``load_format="dummy"`` needs no weight file: parameters get small random values, the same at every call.
     ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter if
     no class is registered. ``quantization``: a scheme of ``layers.quantization.registry``; None: the checkpoint's own.
+    ``cut`` is called with the built model, may take modules out, and returns their names: what a checkpoint has of them
+    is not needed.
 
     Raises:
         UnknownArchitectureError, ModelImportError: no model class (see registry.py), nor one of transformers that can
@@ -67,7 +72,7 @@ def load_model(
     """
     settings = quantization_settings(model_config)
     scheme = scheme_name(quantization, settings)
-    source = _Source(model_config, model_path, load_format, device, progress, scheme, settings)
+    source = _Source(model_config, model_path, load_format, device, progress, scheme, settings, cut)
     if model_impl == "transformers":
         return _load(ModelRegistry.models[FALLBACK], source)
     try:
@@ -85,6 +90,7 @@ def check_split(
     load_format: str = "auto",
     model_impl: str = "auto",
     quantization: str | None = None,
+    split_by: str = BY_LAYERS,
 ) -> None:
     """Refuse numbers of ranks over which the model's heads, sizes, experts or groups of weights cannot be divided.
 
@@ -103,6 +109,8 @@ def check_split(
         quant_config = _quant_config(model_class, source)
         with seen_as(World.seen_by(0, shape)), built_as(model_config.dtype, "reference"):
             model = build_without_weights(model_class, model_config, _of_layers(quant_config, source))
+        if shape.pipeline > 1:
+            plan_stages(model, shape.pipeline, split_by)
         if shape.expert > 1 and not any(isinstance(module, ExpertsLayer) for module in model.modules()):
             raise SplitError("it has no experts that could be divided; use --ep-size 1")
     except UnknownArchitectureError as error:
@@ -125,6 +133,7 @@ class _Source:
     progress: Progress | None
     scheme: str | None
     settings: Mapping[str, Any]
+    cut: Cut | None = None
 
 
 def _load_fallback(unknown: UnknownArchitectureError, source: _Source) -> nn.Module:
@@ -150,13 +159,14 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
         built_for().expect_weights(source.scheme)
         model = build_model(model_class, model_config, of_layers)
+        absent = [] if source.cut is None else source.cut(model)
         if is_dummy:
             fill_with_dummy_weights(model)
         else:
             weights = _read(files, model, source)
             if quant_config:
                 weights = quant_config.translate(weights, torch.get_default_dtype(), torch.get_default_device())
-            load_weights(model, weights, model_config.num_layers, quant_config)
+            load_weights(model, weights, model_config.num_layers, quant_config, absent)
         _finish(model, model_config)
         set_pooling(model, model_config, is_dummy)
     if of_layers is not None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ def load_weights(
     weights: Weights,
     num_layers: int | None = None,
     quant_config: QuantizationConfig | None = None,
+    absent: Sequence[str] = (),
 ) -> None:
     """Load by the model's own ``load_weights(weights)`` if it has one, else declaratively.
 
@@ -37,7 +38,7 @@ def load_weights(
     """
     own_method = ModelTraits.of(model).load_weights
     if own_method is None:
-        load_weights_declaratively(model, weights, num_layers, quant_config)
+        load_weights_declaratively(model, weights, num_layers, quant_config, absent)
         return
     written = WrittenBytes(model.parameters())
     try:
@@ -70,6 +71,7 @@ def load_weights_declaratively(
     weights: Weights,
     num_layers: int | None = None,
     quant_config: QuantizationConfig | None = None,
+    absent: Sequence[str] = (),
 ) -> None:
     """Load every tensor of a checkpoint to the place that the model's names and class attributes give, strictly.
 
@@ -78,7 +80,7 @@ def load_weights_declaratively(
     name: (parameter, shard id)}`` relative to the module, or through ``packed_modules_mapping``, ``{packed module:
     [its sources]}``; if all names of the checkpoint lack the prefix ``model.``, it is added. A tensor without a place
     is an error, unless it matches ``ignore`` (a list of regular expressions) or COMMON_IGNORE, belongs to a layer from
-    ``num_layers`` on, or ``quant_config.may_leave`` it.
+    ``num_layers`` on or to a module that is ``absent`` here, or ``quant_config.may_leave`` it.
 
     A parameter is filled by its ``weight_loader(parameter, tensor[, shard_id])``; without one, it is copied to.
 
@@ -94,7 +96,7 @@ def load_weights_declaratively(
         WeightLoadError: names all tensors without a place, parameters not (wholly) set, with what is missing of them,
             and shapes that do not fit.
     """
-    load = _DeclarativeLoad(model, num_layers, quant_config)
+    load = _DeclarativeLoad(model, num_layers, quant_config, absent)
     for name, tensor in weights:
         load.add(name, tensor)
     load.finish()
@@ -103,9 +105,16 @@ def load_weights_declaratively(
 class _DeclarativeLoad:
     """One run of ``load_weights_declaratively``: places of tensors, what is loaded, and the problems so far."""
 
-    def __init__(self, model: nn.Module, num_layers: int | None, quant_config: QuantizationConfig | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        num_layers: int | None,
+        quant_config: QuantizationConfig | None,
+        absent: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.num_layers = num_layers
+        self.absent = tuple(f"{name}." for name in absent)
         self.quant_config = quant_config
         self.names = WeightNames(model)
         self.targets = self.names.targets
@@ -190,7 +199,9 @@ class _DeclarativeLoad:
 
     def _leave(self, name: str, tensor: torch.Tensor) -> None:
         why = self.names.why_ignored(name, self.num_layers)
-        if why:
+        if name.startswith(self.absent) or f"{BASE_MODEL_PREFIX}{name}".startswith(self.absent):
+            self.ignored["of other stages"] += 1
+        elif why:
             self.ignored[why] += 1
         elif self.quant_config and self.quant_config.may_leave(name, tensor):
             self.ignored[f"{self.quant_config.get_name()}, which does not need them"] += 1

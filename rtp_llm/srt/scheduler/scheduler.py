@@ -48,6 +48,8 @@ class SchedulerConfig:
     state_checkpoint_interval: int | None = None
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
     outputs: PooledOutputs = ONLY_TOKENS  # that the model has
+    # Of a pipeline of workers: steps in flight, of different rows. A row waits for its token; each step has a share.
+    num_stages: int = 1
 
 
 class Scheduler:
@@ -197,12 +199,20 @@ class Scheduler:
     def _make_room(self) -> list[Request] | None:
         """Return the decoding requests, each of which can get its next page now; None if a commit must come first."""
         while True:
-            decoding = [request for request in self.running if request.is_decoding]
+            decoding = self._decoding()
             if self.memory.can_grow_by_one(decoding):
                 return decoding
             if self._in_flight:
                 return None
             self._retract()
+
+    def _decoding(self) -> list[Request]:
+        """Return the requests whose next token the step computes; in a pipeline an equal share of them."""
+        decoding = [request for request in self.running if request.is_decoding]
+        if self.config.num_stages == 1:
+            return decoding
+        share = -(-len(decoding) // self.config.num_stages)
+        return [request for request in decoding if not request.num_pending][:share]
 
     def _plan_decoding(self, plan: StepPlan, requests: list[Request], decoding: list[Request]) -> None:
         """Do ``_add_work`` with one token for each request, in one go: there may be hundreds."""

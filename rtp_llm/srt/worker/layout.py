@@ -1,5 +1,6 @@
 """What a model's layers keep, read from its modules: its cache groups and its states."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -47,6 +48,23 @@ def cache_layout(
         length_scaling,
         states,
     )
+
+
+def own_part(layout: CacheLayout, model: nn.Module) -> CacheLayout:
+    """Return what a part of the model keeps, in the cache groups of the whole: some may have no layer here."""
+    kept = {module.layer_id for module in model.modules() if isinstance(module, KeepsCache)}
+    groups = [replace(group, layer_ids=tuple(i for i in group.layer_ids if i in kept)) for group in layout.groups]
+    states = None if layout.states is None else state_group(model) or StateGroup(())
+    return replace(layout, groups=tuple(groups), states=states)
+
+
+def largest_part(layouts: Sequence[CacheLayout]) -> CacheLayout:
+    """Return a layout that takes at least the memory of each of these, which have the same groups."""
+    by_group = zip(*(layout.groups for layout in layouts), strict=True)
+    groups = [max(same, key=lambda group: group.bytes_per_page) for same in by_group]
+    states = [layout.states for layout in layouts if layout.states is not None]
+    largest = max(states, key=lambda group: group.bytes_per_slot) if states else None
+    return replace(layouts[0], groups=tuple(groups), states=largest)
 
 
 def state_group(model: nn.Module) -> StateGroup | None:

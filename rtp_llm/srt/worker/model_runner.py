@@ -14,13 +14,14 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.registry import load_target
-from rtp_llm.srt.distributed.parallel_state import get_tp_group
+from rtp_llm.srt.distributed.parallel_state import get_pp_group, get_world
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.quantization.base import stored_bytes
 from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, SeesWholePrompts, TakesMropePositions
 from rtp_llm.srt.models.loader import load_model
+from rtp_llm.srt.models.stages import Stage, plan_stages
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.multimodal.media_store import open_content
@@ -28,7 +29,7 @@ from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPref
 from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from rtp_llm.srt.state_pool import StatePool
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
-from rtp_llm.srt.worker.layout import cache_layout
+from rtp_llm.srt.worker.layout import cache_layout, own_part
 from rtp_llm.srt.worker.pooling import RowPooling
 from rtp_llm.srt.worker.states import RowStates
 from rtp_llm.srt.worker.step_recorder import StepRecorder
@@ -72,25 +73,37 @@ class ModelRunner:
             progress,
             model_impl=server_args.model_impl,
             quantization=server_args.quantization,
+            cut=partial(self._cut, server_args),
         )
         self.traits = ModelTraits.of(self.model)
-        self.layout = cache_layout(
-            self.model, server_args.page_size, server_args.kv_cache_dtype, device, self.traits.generates
-        )
+        self.layout = own_part(self._whole_layout, self.model)
         self.row_pooling = RowPooling(self.traits.poolers, self._provider)
         self.attn_backend = attn_backend
         self._step_modules = [module for module in self.model.modules() if isinstance(module, PreparesForward)]
         self._takes_mrope = takes_mrope_positions(self.model)
-        self.sees_whole_prompts = sees_whole_prompts(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
         self.recorder: StepRecorder | None = None
         can_replay = attn_backend.replays and self.traits.replays_steps
-        if can_replay and not server_args.disable_cpu_graph and get_tp_group().world_size == 1:
+        if can_replay and not server_args.disable_cpu_graph and get_world().shape.size == 1:
             self.recorder = self._make_recorder()
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
         self._rows_with_logprobs: set[int] = set()  # rows that want prompt logprobs
+
+    def _cut(self, server_args: ServerArgs, model: nn.Module) -> list[str]:
+        """Note what the whole model keeps, then leave this stage's part of it; see ``load_model``."""
+        generates = ModelTraits.of(model).generates
+        self._whole_layout = cache_layout(
+            model, server_args.page_size, server_args.kv_cache_dtype, self.device, generates
+        )
+        self.sees_whole_prompts = sees_whole_prompts(model)
+        stages = get_pp_group()
+        self.stage: Stage | None = None
+        if stages.world_size == 1:
+            return []
+        self.stage = Stage(model, plan_stages(model, stages.world_size, server_args.pp_split), stages)
+        return self.stage.absent
 
     def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
         """Return the model's ``forward_batch``, else a call of ``forward(input_ids, positions, batch)``."""
@@ -181,6 +194,9 @@ class ModelRunner:
             self._num_known[known.row] = len(state.ids)
         if self.states is not None:
             self.states.admit(plan.admissions)
+        if plan.drawn_rows:
+            rows = self._provider.to_device(plan.drawn_rows, torch.int64)
+            self.last_tokens[rows] = self._provider.to_device(plan.drawn_ids, torch.int64)
         for group, table in enumerate(self._page_tables):
             writes = [write for write in plan.page_writes if write.group == group]
             self._write_pages(table, writes, [new for new in plan.new_pages if new.group == group])
@@ -210,8 +226,9 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(
         self, plan: StepPlan, row_errors: dict[int, str] | None = None
-    ) -> tuple[ForwardBatch, LogitsProcessorOutput]:
-        """Compute the plan's tokens. Logits are of the work with ``sample``, in the order of ``plan.work``.
+    ) -> tuple[ForwardBatch, LogitsProcessorOutput | None]:
+        """Compute the plan's tokens. Logits are of the work with ``sample``, in the order of ``plan.work``; None on
+        stages of a pipeline that are not the last.
 
         ``row_errors`` takes errors that end one row; see ForwardBatch.
         """
@@ -226,9 +243,15 @@ class ModelRunner:
             module.prepare_for_forward(batch)
         self.attn_backend.plan(batch)
         recorder = self.recorder
-        output = recorder.run(batch) if recorder is not None and recorder.takes(batch) else self._forward(batch)
+        output: LogitsProcessorOutput | None
+        if self.stage is not None:
+            output = self.stage.run(self._forward, batch)
+        else:
+            output = recorder.run(batch) if recorder is not None and recorder.takes(batch) else self._forward(batch)
         if self.states is not None:
             self.states.keep_last(plan.work, plan.states)
+        if self.stage is not None and not self.stage.is_last:
+            return batch, None
         _check_output(output, self.model, self.traits, batch)
         if batch.num_dummies:  # which are last, with one token each
             num_dummies = batch.num_dummies

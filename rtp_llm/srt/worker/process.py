@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.distributed.parallel_state import init_world
+from rtp_llm.srt.distributed.parallel_state import WorldShape, init_world
 from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.models.registry import reason
@@ -29,14 +29,19 @@ logger = logging.getLogger(__name__)
 class RankServer:
     """Serves the executor's calls with one rank's worker. Those in ``UNANSWERED`` get no answer.
 
-    Nothing but ``result`` waits for the device, so that the next step is launched while it computes.
+    Nothing but ``result`` waits for the device, so that the next step is launched while it computes. In a pipeline of
+    stages, ``finished`` gives the results instead.
+
+    Args:
+        rank, shape: this rank's place; without them it is alone.
     """
 
     UNANSWERED = ("submit", "sample")
 
-    def __init__(self, worker: Worker, rank: int) -> None:
+    def __init__(self, worker: Worker, rank: int = 0, shape: WorldShape = WorldShape()) -> None:  # noqa: B008
         self._worker = worker
-        self._rank = rank
+        self._in_stages = shape.pipeline > 1
+        self._tells = rank == shape.size - shape.tensor  # the first rank of the last stage
         self._steps: deque[WorkerStep] = deque()  # whose results were not asked for yet
 
     def submit(self, plan: StepPlan) -> None:
@@ -49,9 +54,16 @@ class RankServer:
         self._steps[-1].launch()
 
     def result(self) -> StepResult | None:
-        """Return the earliest step's result; on ranks other than 0, which have the same, None."""
+        """Return the earliest step's result; on all ranks but one, which have the same, None."""
         result = self._steps.popleft().result()
-        return result if self._rank == 0 else None
+        return result if self._tells else None
+
+    def finished(self) -> list[StepResult]:
+        """Return, in a pipeline of stages, results that are there and that the executor waits for."""
+        results = []
+        while self._in_stages and self._steps and self._steps[0].is_launched:
+            results.append(self._steps.popleft().result())
+        return results if self._tells else []
 
     def call(self, method: str, args: tuple) -> Any:
         own = getattr(self, method, None) if not method.startswith("_") else None
@@ -107,12 +119,14 @@ def _serve(parent: Parent) -> None:
     worker = Worker(config, lambda done, total: parent.send("progress", (done, total)))
     give_back_once()  # what loading needed, before the cache takes memory
     parent.send("result", worker.loaded())
-    server = RankServer(worker, config.rank)
+    server = RankServer(worker, config.rank, config.world_shape)
     while True:
         method, args = parent.receive()
         answer = server.call(method, args)
         if method not in RankServer.UNANSWERED:
             parent.send("result", answer)
+        for result in server.finished():
+            parent.send("step", result)
 
 
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:

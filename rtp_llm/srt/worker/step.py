@@ -1,7 +1,7 @@
 """A step on its way through a worker: not launched, waiting for its masks, or launched."""
 
 from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
-from rtp_llm.srt.worker.worker import PendingLogits, PendingResult, Worker
+from rtp_llm.srt.worker.worker import NoResult, PendingLogits, PendingResult, Worker
 
 
 class WorkerStep:
@@ -12,13 +12,18 @@ class WorkerStep:
         self._worker = worker
         self._logits: PendingLogits | None = None
         self._masks: TokenMasks | None = None
-        self._launched: PendingResult | None = None
+        self._launched: PendingResult | NoResult | None = None
 
     def launch(self) -> None:
         if self._logits is None:
             self._logits = self._worker.forward(self.plan)
         if self._launched is None and (self._masks is not None or not self.plan.masked_rows):
             self._launched = self._worker.sample(self._logits, self._masks)
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether nothing more is needed for its result."""
+        return self._launched is not None
 
     def set_masks(self, masks: TokenMasks) -> None:
         check_masks(self.plan, masks)

@@ -1,6 +1,6 @@
 """One rank's worker, which executes step plans. It knows neither texts nor clients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
 from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
+from rtp_llm.srt.worker.layout import largest_part
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.pooling import NOT_FINITE, PooledLines
 from rtp_llm.srt.worker.profiler import Profiler
@@ -38,7 +39,8 @@ class WorkerConfig:
 
     @property
     def world_shape(self) -> WorldShape:
-        return WorldShape(tensor=self.server_args.tp_size, expert=self.server_args.ep_size)
+        args = self.server_args
+        return WorldShape(tensor=args.tp_size, pipeline=args.pp_size, expert=args.ep_size)
 
     @property
     def world_size(self) -> int:
@@ -57,13 +59,29 @@ class LoadedModel:
     outputs: PooledOutputs = ONLY_TOKENS
     max_positions: int | None = None  # tokens that the model takes at most; None: as its configuration says
 
+    @classmethod
+    def of_ranks(cls, ranks: Sequence["LoadedModel"]) -> "LoadedModel":
+        """Return the report of all ranks: of several stages, with the memory of the largest."""
+        layout = largest_part([rank.layout for rank in ranks])
+        return replace(ranks[0], layout=layout, weight_bytes=max(rank.weight_bytes for rank in ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class RankStats:
+    """Totals of one rank since it started."""
+
+    # Tokens that each expert of each of its layers has computed; empty but on the rank that counts them.
+    expert_loads: list[list[int]]
+    busy_s: float  # seconds of computing steps, of a stage of a pipeline
+
 
 @dataclass(slots=True)
 class PendingLogits:
     """A step whose forward pass is launched and whose tokens are not drawn yet."""
 
     plan: StepPlan
-    output: LogitsProcessorOutput  # with a row of logits per work with ``sample``
+    # With a row of logits per work with ``sample``; None on stages of a pipeline that are not the last.
+    output: LogitsProcessorOutput | None
     prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
     pooled: list[PooledLines]
     row_errors: dict[int, str]  # by index into ``plan.work``
@@ -123,6 +141,16 @@ class PendingResult:
         return StepResult(self._plan.step_id, rows)
 
 
+class NoResult:
+    """A step of a stage that draws no tokens: the last stage's ranks have its result."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._step_id = plan.step_id
+
+    def result(self) -> StepResult:
+        return StepResult(self._step_id, [])
+
+
 class Worker:
     """Executes plans: ``step(plan)``, or ``forward`` and then ``sample`` where token masks come in between."""
 
@@ -153,13 +181,15 @@ class Worker:
         self.runner.init_cache(num_pages, max_rows, max_len, num_state_slots)
         self.sampler = Sampler(max_rows, self._vocab_size, self._provider.name)
 
-    def step(self, plan: StepPlan) -> PendingResult:
+    def step(self, plan: StepPlan) -> "PendingResult | NoResult":
         return self.sample(self.forward(plan))
 
     @torch.inference_mode()
     def step_with_logits(self, plan: StepPlan) -> tuple[StepResult, torch.Tensor]:
         """As ``step``, but wait; also return a copy of the logits that were drawn from, [S, vocab_size] float32."""
         pending = self.forward(plan)
+        if pending.output is None:
+            raise RuntimeError("this rank's stage of the pipeline computes no logits: ask those of the last")
         return self.sample(pending).result(), pending.output.next_token_logits.to("cpu", copy=True)
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -170,10 +200,10 @@ class Worker:
         """
         return function(self, *args)
 
-    def expert_loads(self) -> list[list[int]]:
-        """Return the tokens that each expert of each layer has computed, from the rank that counts them."""
+    def stats(self) -> RankStats:
         experts = [module for module in self.runner.model.modules() if isinstance(module, Experts)]
-        return [module.load.tolist() for module in experts if module.load is not None]
+        loads = [module.load.tolist() for module in experts if module.load is not None]
+        return RankStats(loads, 0.0 if self.runner.stage is None else self.runner.stage.busy_s)
 
     def start_profile(self, activities: list[str], record_shapes: bool) -> None:
         self._profiler.start(activities, record_shapes)
@@ -189,14 +219,18 @@ class Worker:
                 self.sampler.admit(admission)
         row_errors: dict[int, str] = {}
         batch, output = self.runner.forward(plan, row_errors if self._isolates_rows else None)
+        if output is None:
+            return PendingLogits(plan, None, {}, [], {})
         indices = [row.batch_index for row in batch.prompt_logprobs]
         prompt_logprobs = dict(zip(indices, output.prompt_logprobs, strict=True))
         pooled = self.runner.row_pooling.lines(output.pooled_states)
         return PendingLogits(plan, output, prompt_logprobs, pooled, row_errors)
 
     @torch.inference_mode()
-    def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> PendingResult:
-        """Draw the step's tokens, under ``masks`` for ``plan.masked_rows``."""
+    def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> "PendingResult | NoResult":
+        """Draw the step's tokens, under ``masks`` for ``plan.masked_rows``, where there are logits."""
+        if pending.output is None:
+            return NoResult(pending.plan)
         work = [w for w in pending.plan.work if w.sample]
         rows, positions = [w.row for w in work], [w.start + w.num_tokens for w in work]
         tokens, bad_rows, asked, logprobs = [], [], [], []

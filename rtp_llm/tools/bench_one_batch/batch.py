@@ -63,7 +63,7 @@ class OneBatch:
         """Plan the cache with as many pages for sliding windows as for others: none is freed here."""
         provider = provider_named(device)
         fraction = self._args.mem_fraction_static or provider.mem_fraction_static
-        ranks_sharing = self._args.tp_size if provider.ranks_share_memory else 1
+        ranks_sharing = self._args.num_ranks if provider.ranks_share_memory else 1
         budget_bytes = max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
         auto_tokens = auto_max_tokens(self.model_config.context_length, DEFAULT_MAX_RUNNING_REQUESTS)
         states = plan_states(

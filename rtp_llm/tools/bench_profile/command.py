@@ -78,8 +78,8 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def profile_steps(server_args: ServerArgs, args: ProfileArgs) -> dict[str, "StepTimes"]:
     """Return the times of one batch's steps, ``prefill`` and ``decode``, after another batch as warm-up."""
-    if server_args.tp_size != 1:
-        raise ProfileError("the profile is of one process: it cannot be made with --tp-size above 1")
+    if server_args.num_ranks != 1:
+        raise ProfileError("the profile is of one process: it cannot be made with --tp-size or --pp-size above 1")
     provider = provider_named(choose_device(server_args.device))
     if provider.overlaps_steps:
         raise ProfileError(

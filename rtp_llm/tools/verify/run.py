@@ -121,8 +121,8 @@ def verify(args: ServerArgs, options: VerifyOptions) -> Report:
     Raises:
         VerifyError: transformers cannot build the model, or the options do not fit it.
     """
-    if args.tp_size > 1:
-        raise VerifyError("verify runs in one process: leave --tp-size at 1")
+    if args.num_ranks > 1:
+        raise VerifyError("verify runs in one process: leave --tp-size and --pp-size at 1")
     try:
         with registered(args, options.model_class):
             return _verify(args, options)

@@ -4,6 +4,7 @@ Ranks are threads of this process, which exchange tensors as processes do (``tes
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -34,7 +35,7 @@ WITH_EXPERTS = [name for name in ARCHITECTURES if name in ROUTED or "Moe" in nam
 IN_THREES = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "head_dim": 16}
 
 
-def check_ranks(architecture: str, directory: Path, config: dict, **options: int) -> None:
+def check_ranks(architecture: str, directory: Path, config: dict, **options: Any) -> None:
     model_dir = make_tiny(architecture, directory, **config)
     prompts = random_prompts(VOCAB_SIZE, (3, 45))
     core = Core(model_path=model_dir, threads=True, max_running_requests=4, **options)
@@ -51,7 +52,8 @@ def check_ranks(architecture: str, directory: Path, config: dict, **options: int
 
 def check_loads(core: Core, num_parts: int) -> None:
     """Each expert's tokens are counted once, in each layer as many."""
-    loads, stats = core.core._expert_loads(), core.core._meter.report()
+    loads = [load for rank in core.executor.rpc("stats") for load in rank.expert_loads]
+    stats = core.core._meter.report()
     assert loads and len({sum(load) for load in loads}) == 1
     assert stats.expert_tokens == [sum(of_expert) for of_expert in zip(*loads, strict=True)]
     assert 1 <= stats.expert_imbalance <= num_parts
@@ -94,6 +96,18 @@ def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
 def test_expert_parallel(architecture: str, tp_size: int, ep_size: int, tmp_path: Path) -> None:
     """Each rank has half of the experts, or, of four ranks, two share each half."""
     check_ranks(architecture, tmp_path, {}, tp_size=tp_size, ep_size=ep_size)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_stages_quickly(depth: int, tmp_path: Path) -> None:
+    check_ranks("Qwen3NextForCausalLM", tmp_path, {}, depth=depth, pp_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"pp_size": 2}, {"pp_size": 3, "pp_split": "bytes"}, {"pp_size": 2, "tp_size": 2}])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stages(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    check_ranks(architecture, tmp_path, {}, depth=options["pp_size"] - 1, **options)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class ModelEndpoints:
         loaded: LoadedModel = {
             "name": name,
             "model": name,
-            "size": (info.weight_bytes + info.cache_bytes) * serving.args.tp_size,
+            "size": (info.weight_bytes + info.cache_bytes) * serving.args.num_ranks,
             "digest": models.digest(serving),
             "details": models.details(serving),
             "expires_at": NEVER,
@@ -89,7 +89,7 @@ class ModelEndpoints:
             "name": name,
             "model": name,
             "modified_at": self._modified_at,
-            "size": serving.core.info.weight_bytes * serving.args.tp_size,
+            "size": serving.core.info.weight_bytes * serving.args.num_ranks,
             "digest": models.digest(serving),
             "details": models.details(serving),
         }
