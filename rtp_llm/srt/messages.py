@@ -135,6 +135,7 @@ class CoreInfo:
     device: str
     state_bytes: int = 0  # of one request, per rank; 0: the model keeps no recurrent states
     outputs: PooledOutputs = ONLY_TOKENS  # besides tokens, or in their place
+    free_bytes: int = 0  # that were free before it started: what it planned with
 
 
 ToCore = GenerateRequest | AbortRequest | FlushCache | Ping | Shutdown

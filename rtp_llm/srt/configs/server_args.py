@@ -138,6 +138,14 @@ class ServerArgs:
         low=1,
         aliases=("--expert-parallel-size",),
     )
+    dp_size: int = option(
+        1,
+        help="Data parallelism: the number of cores with the whole model behind one server, of --tp-size times "
+        "--pp-size processes each. A request goes to the core that holds its prefix, else to the least loaded one.",
+        low=1,
+        aliases=("--data-parallel-size",),
+        server=True,
+    )
     cpu_threads: int | None = option(
         None,
         help="Number of threads that compute on a CPU, of all ranks together. If unset, one for each physical core, "

@@ -37,6 +37,8 @@ class EngineCore:
         on_admission: Callable[[list[str]], None] | None = None,
         executor: Executor | None = None,
         on_loaded: Callable[[], None] | None = None,
+        replica: int = 0,
+        free_bytes: int | None = None,
     ) -> None:
         """Load the model and reserve the cache.
 
@@ -45,6 +47,8 @@ class EngineCore:
             on_admission: called with the rids of requests that the workers see for the first time in the next step.
             executor: used instead of the one that ``server_args`` asks for.
             on_loaded: called once the weights are loaded, before the cache takes memory.
+            replica: place among the ``dp_size`` cores of a server.
+            free_bytes: memory to plan weights and cache with; None: what is free now.
         """
         self._args = server_args
         self._link = link
@@ -52,9 +56,9 @@ class EngineCore:
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
-        free_bytes, _ = self._provider.memory_bytes()
+        self._free_bytes = self._provider.memory_bytes()[0] if free_bytes is None else free_bytes
         self.executor = executor or make_executor(
-            WorkerConfig(server_args, model_config, self.device, isolates_rows=True),
+            WorkerConfig(server_args, model_config, self.device, isolates_rows=True, replica=replica),
             depth=self._depth(),
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
@@ -65,7 +69,7 @@ class EngineCore:
             self._outputs = loaded.outputs
             if on_loaded is not None:
                 on_loaded()
-            self.states, self.capacity = self._plan_memory(loaded, model_config, free_bytes)
+            self.states, self.capacity = self._plan_memory(loaded, model_config)
             self.scheduler = self._make_scheduler(loaded, model_config)
             self.executor.init_cache(
                 list(self.capacity.num_pages),
@@ -106,6 +110,7 @@ class EngineCore:
             device=self.device,
             state_bytes=self._state_bytes,
             outputs=self._outputs,
+            free_bytes=self._free_bytes,
         )
 
     @property
@@ -135,13 +140,11 @@ class EngineCore:
         """Memory of pages and states, per rank."""
         return self.capacity.cache_bytes + self.states.num_bytes
 
-    def _plan_memory(
-        self, loaded: LoadedModel, model_config: ModelConfig, free_bytes: int
-    ) -> tuple[StateCapacity, Capacity]:
+    def _plan_memory(self, loaded: LoadedModel, model_config: ModelConfig) -> tuple[StateCapacity, Capacity]:
         """Share what is left beside the weights among states and pages; a given number of tokens comes first."""
         fraction = self._args.mem_fraction_static or self._provider.mem_fraction_static
-        ranks_sharing = self._args.num_ranks if self._provider.ranks_share_memory else 1
-        budget_bytes = max(0, int(free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
+        ranks_sharing = self._args.num_ranks * self._args.dp_size if self._provider.ranks_share_memory else 1
+        budget_bytes = max(0, int(self._free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
         wanted_running = self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
         context_length = self.context_length = _context_length(loaded, model_config)
         auto_tokens = auto_max_tokens(context_length, wanted_running)

@@ -12,3 +12,5 @@ class Orders:
     server_args: ServerArgs  # its model_path is the checkpoint's local directory
     registrations: bytes  # see models/registrations.py
     socket_dir: str  # private to this process and its parent
+    replica: int = 0  # its place among the cores of a server
+    free_bytes: int | None = None  # memory to plan with, as before a restart; None: what there is

@@ -60,6 +60,8 @@ def _run(orders: Orders, pipe: Connection) -> None:
         on_progress=lambda done, total: send(pipe, ("progress", (done, total))),
         on_admission=lambda rids: send(pipe, ("running", rids)),
         on_loaded=give_back_once,
+        replica=orders.replica,
+        free_bytes=orders.free_bytes,
     )
     gc.collect()
     gc.freeze()  # these objects stay for good: full collections need not traverse them again and again

@@ -38,7 +38,14 @@ class CoreFailed(RuntimeError):
 class CoreProcess:
     """One process of the core, with its pipe and its link."""
 
-    def __init__(self, server_args: ServerArgs, registrations: bytes, started: StartedPython | None = None) -> None:
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        registrations: bytes,
+        started: StartedPython | None = None,
+        replica: int = 0,
+        free_bytes: int | None = None,
+    ) -> None:
         self._folder = ScratchFolder()
         directory = str(self._folder.path)
         self.link = ZmqClientEnd(directory, get_args(ToCore), get_args(FromCore))
@@ -46,7 +53,7 @@ class CoreProcess:
         self.error: str | None = None
         self.running: set[str] = set()  # rids that it has begun to compute
         with suppress(BrokenPipeError):  # if it died at once, wait_ready raises its error
-            send(self._pipe, Orders(server_args, registrations, directory))
+            send(self._pipe, Orders(server_args, registrations, directory, replica, free_bytes))
 
     def wait_ready(self, on_progress: Progress | None) -> CoreInfo:
         """Wait until the core is ready.
@@ -118,14 +125,21 @@ class Supervisor:
         model_config: ModelConfig,
         on_progress: Progress | None = None,
         started: StartedPython | None = None,
+        replica: int = 0,
     ) -> None:
-        """``started``: a process for the first core, started earlier so that it is ready sooner."""
+        """
+        Args:
+            started: a process for the first core, started earlier so that it is ready sooner.
+            replica: the core's place among those of the server.
+        """
         self._started = started
+        self._replica = replica
         self._args = replace(server_args, model_path=model_config.model_path)  # a core downloads nothing
         self._on_progress = on_progress
         self._registrations = pack_registrations()
         self.client = EngineClient()
         self.on_dead: Callable[[BaseException], None] = lambda error: None
+        self.on_death: Callable[[], None] = lambda: None  # called when a core has died, before another is started
         self.info: CoreInfo
         self._core: CoreProcess | None = None
         self._lock = threading.Lock()  # guards _core against stop()
@@ -179,7 +193,9 @@ class Supervisor:
         if started is not None and not started.is_current:
             started.discard()
             started = None
-        return CoreProcess(self._args, self._registrations, started)
+        # What others have taken meanwhile must not make the cache of a core smaller that takes another's place.
+        free_bytes = self.info.free_bytes if self._deaths else None
+        return CoreProcess(self._args, self._registrations, started, self._replica, free_bytes)
 
     def _take_up(self, core: CoreProcess) -> bool:
         """Let a ready core serve; return False if ``stop`` came first."""
@@ -206,6 +222,7 @@ class Supervisor:
         """Release what a dead core held, and record its death."""
         self._core = None
         self._deaths.append(time.monotonic())
+        self.on_death()
         logger.error("%s while %d requests were live", core.describe_end(), self.client.num_live)
         core.close()
         self.client.detach(core.running)

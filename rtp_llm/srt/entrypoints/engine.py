@@ -20,7 +20,7 @@ from rtp_llm.srt.checkpoint import (
     read_processor,
     read_tokenizer,
 )
-from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
 from rtp_llm.srt.engine.core import EngineCore
 from rtp_llm.srt.entrypoints.frontend import Call, Item, Result, Results, completions_of, completions_with_media
 from rtp_llm.srt.entrypoints.pooled_engine import PooledMethods
@@ -68,6 +68,8 @@ class Engine(PooledMethods):
         **kwargs: Any,
     ) -> None:
         self.server_args = args = _server_args(model_path, server_args, kwargs)
+        if args.dp_size > 1:
+            raise ServerArgsError(f"dp_size {args.dp_size} is for a server: an Engine has one core; start several")
         configure_logging(args.log_level)
         self.model_config = read_model_config(args)
         tokenizer = read_tokenizer(args, self.model_config)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 from rtp_llm.srt.managers.detokenizer import Completion, Delta
-from rtp_llm.srt.managers.engine_client import EngineClient, EngineStopped
+from rtp_llm.srt.managers.engine_client import Client, EngineStopped
 from rtp_llm.srt.managers.generate_options import GenerateOptions, per_prompt
 from rtp_llm.srt.managers.tokenizer_manager import MEDIA_FIELDS, Prompt, TokenizerManager
 from rtp_llm.srt.messages import TokenOutput
@@ -95,7 +95,7 @@ def _run_in_thread(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
 class Call:
     """The completions of one ``generate``. Leaving its context aborts the requests that still run."""
 
-    def __init__(self, client: EngineClient, completions: list[Completion], many: bool) -> None:
+    def __init__(self, client: Client, completions: list[Completion], many: bool) -> None:
         self._client = client
         self._completions = completions
         self.many = many  # whether the answer is a list
@@ -183,7 +183,7 @@ class Frontend:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: Client,
         manager: TokenizerManager,
         loop: asyncio.AbstractEventLoop,
         observers: Sequence[Observer] = (),
@@ -233,7 +233,7 @@ class LiveCall(Call):
     """A submitted call of a Frontend. Read it with one of ``changes``, ``deltas`` and ``wait``."""
 
     def __init__(
-        self, client: EngineClient, completions: list[Completion], many: bool, observers: Sequence[Observer]
+        self, client: Client, completions: list[Completion], many: bool, observers: Sequence[Observer]
     ) -> None:
         super().__init__(client, completions, many)
         self._observers = observers

@@ -35,6 +35,7 @@ from rtp_llm.srt.checkpoint import (
 )
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.engine.replicas import Replicas, make_supervisor
 from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.entrypoints.access import Access
 from rtp_llm.srt.entrypoints.asgi import Bodies, Gate, StrictRoute
@@ -140,7 +141,7 @@ class HTTPServer:
         self._launch_callback = launch_callback
         self._gate = Gate(Access.from_server_args(server_args))
         self._uvicorn = Uvicorn(with_cors(self._gate, server_args.allowed_origins), server_args)
-        self._supervisor: Supervisor | None = None
+        self._supervisor: Supervisor | Replicas | None = None
         self._error: BaseException | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -178,14 +179,14 @@ class HTTPServer:
         summary = _summary(self._args, config, supervisor, self._address(), seconds, ends)
         print("\n".join([summary, *dialect_lines(app, supervisor.info.outputs)]), file=sys.stderr)
 
-    def _start_core(self) -> tuple[ModelConfig, object, Supervisor]:
+    def _start_core(self) -> tuple[ModelConfig, object, Supervisor | Replicas]:
         config = read_model_config(self._args)
         tokenizer = read_tokenizer(self._args, config)
         read_chat_template(self._args, config, tokenizer)  # before the weights: errors come early
         read_pair_template(self._args, config, tokenizer)
         give_back_once()  # what the tokenizer's file needed
         drop_library_pages()  # before the weights come
-        supervisor = Supervisor(self._args, config, self._on_progress, self._core_process)
+        supervisor = make_supervisor(self._args, config, self._on_progress, self._core_process)
         supervisor.on_dead = self._on_core_dead
         supervisor.start()
         return config, tokenizer, supervisor

@@ -6,7 +6,7 @@ from typing import Any, TypedDict, Unpack
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.entrypoints.frontend import Call, Results
-from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.managers.engine_client import Client
 from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions
 from rtp_llm.srt.managers.scoring import Scoring, Sides, classified, labels_of, ranked, scoring
 from rtp_llm.srt.pooling import PooledOutput
@@ -25,7 +25,7 @@ class PooledMethods(ABC):
     """Base of Engine."""
 
     model_config: ModelConfig
-    _client: EngineClient
+    _client: Client
     _pooled: PooledRequests
 
     @abstractmethod

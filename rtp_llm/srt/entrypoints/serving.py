@@ -21,7 +21,7 @@ from rtp_llm.srt.entrypoints.errors import ApiError, invalid, unavailable
 from rtp_llm.srt.entrypoints.frontend import Frontend, LiveCall
 from rtp_llm.srt.entrypoints.neutral import strict_requests
 from rtp_llm.srt.managers.detokenizer import Completion
-from rtp_llm.srt.managers.engine_client import EngineClient
+from rtp_llm.srt.managers.engine_client import Client
 from rtp_llm.srt.managers.generate_options import OPTION_NAMES, GenerateOptions
 from rtp_llm.srt.managers.text_encoder import LONG_TEXT
 from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
@@ -42,10 +42,10 @@ TEMPLATE_ARGUMENTS = ("self", "messages", "add_generation_prompt", "continue_fin
 
 
 class Core(Protocol):
-    """The server's view of the core: engine.supervisor.Supervisor, or a test's own."""
+    """The server's view of the core, or of several: a supervisor of engine/, or a test's own."""
 
     @property
-    def client(self) -> EngineClient: ...
+    def client(self) -> Client: ...
     @property
     def info(self) -> CoreInfo: ...
     @property

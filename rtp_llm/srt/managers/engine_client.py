@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from rtp_llm.srt.messages import (
@@ -89,6 +89,18 @@ class LiveRequest:
 
 # A request that cores were running when they died, so many times without progress in between, is what killed them.
 MAX_DEATHS = 2
+
+
+class Client(Protocol):
+    """What the API asks of the client side of a core, or of several: see EngineClient."""
+
+    @property
+    def num_live(self) -> int: ...
+    def submit(self, request: GenerateRequest, deliver: Deliver) -> None: ...
+    def submit_all(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> None: ...
+    def abort(self, rid: str | None) -> None: ...
+    def start_flush(self) -> Future[FlushResult]: ...
+    def flush_cache(self) -> FlushResult: ...
 
 
 class EngineClient:

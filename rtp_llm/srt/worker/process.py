@@ -131,5 +131,5 @@ def _serve(parent: Parent) -> None:
 
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
     provider = provider_named(config.device)
-    device = provider.prepare_rank(config.rank, config.world_size)
+    device = provider.prepare_rank(config.place, config.num_places)
     init_world(config.rank, config.world_shape, provider.process_group, init_method, timeout_s, device)

@@ -35,6 +35,7 @@ class WorkerConfig:
     model_config: ModelConfig
     device: str = "cpu"
     rank: int = 0
+    replica: int = 0  # the core's place among those of the server
     isolates_rows: bool = False  # media that cannot be encoded end their row alone; False: the error is raised
 
     @property
@@ -45,6 +46,15 @@ class WorkerConfig:
     @property
     def world_size(self) -> int:
         return self.world_shape.size
+
+    @property
+    def place(self) -> int:
+        """This rank's place among ``num_places``, all ranks of all cores of the server on this machine."""
+        return self.replica * self.world_size + self.rank
+
+    @property
+    def num_places(self) -> int:
+        return self.server_args.dp_size * self.world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +167,7 @@ class Worker:
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
         self._provider = provider_named(config.device)
         args = config.server_args
-        self._provider.use_threads(args.cpu_threads, args.pin_cpu_threads, config.rank, config.world_size)
+        self._provider.use_threads(args.cpu_threads, args.pin_cpu_threads, config.place, config.num_places)
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)

@@ -38,7 +38,7 @@ from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.utils.ipc import CoreEnd, QueueLink
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.srt.utils.stopwatch import Name, Part, Stopwatch
-from rtp_llm.srt.worker.worker import PendingResult, Worker, WorkerConfig
+from rtp_llm.srt.worker.worker import NoResult, PendingResult, Worker, WorkerConfig
 from rtp_llm.tools.bench_profile.options import ProfileArgs, ProfileError
 from rtp_llm.tools.step_driver import random_prompts
 
@@ -176,8 +176,10 @@ def time_worker(worker: Worker, watch: Stopwatch) -> None:
             module.logits = _timed_logits(module, watch)  # type: ignore[method-assign]
 
 
-def _with_timed_results(sample: Callable[..., PendingResult], watch: Stopwatch) -> Callable[..., PendingResult]:
-    def timed(*args: Any, **kwargs: Any) -> PendingResult:
+def _with_timed_results(
+    sample: Callable[..., PendingResult | NoResult], watch: Stopwatch
+) -> Callable[..., PendingResult | NoResult]:
+    def timed(*args: Any, **kwargs: Any) -> PendingResult | NoResult:
         pending = sample(*args, **kwargs)
         watch.wrap(pending, "result", ("sampler",))
         return pending
