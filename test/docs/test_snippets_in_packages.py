@@ -12,7 +12,7 @@ from remote_code import fresh_code
 from rtp_llm import ModelRegistry
 from rtp_llm.cli import main
 from rtp_llm.srt.configs.server_args import ServerArgs
-from rtp_llm.srt.distributed.parallel_state import TPGroup
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.layers import linear, weights
 from rtp_llm.srt.layers.weights import fill
 from rtp_llm.srt.multimodal.items import MultimodalInputs
@@ -161,7 +161,7 @@ def test_a_parameter_that_ranks_split(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(snippet("split"), scope)
     for num_ranks in (1, 2, 4):
         for rank in range(num_ranks):
-            group = TPGroup(rank, num_ranks)
+            group = RankGroup(rank, num_ranks)
             monkeypatch.setattr(linear, "get_tp_group", lambda group=group: group)
             scope["get_tp_group"] = linear.get_tp_group
             module = scope["ModelWithPeaksHeadFactors"](linear.QKVParallelLinear(8, 3, 4, 2, bias=False))
