@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -80,13 +81,9 @@ class EngineCore:
         except BaseException:
             self.executor.shutdown()
             raise
-        self._meter = Meter(
-            self.scheduler,
-            self.grammars,
-            self.max_total_tokens,
-            server_args.decode_log_interval,
-            RankMeter(lambda: self.executor.rpc("stats"), server_args) if server_args.num_ranks > 1 else None,
-        )
+        ranks = RankMeter(partial(self.executor.rpc, "stats"), server_args) if server_args.num_ranks > 1 else None
+        log_interval = server_args.decode_log_interval
+        self._meter = Meter(self.scheduler, self.grammars, self.max_total_tokens, log_interval, ranks)
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)

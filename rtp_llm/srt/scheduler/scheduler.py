@@ -24,7 +24,7 @@ from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
 from rtp_llm.srt.scheduler.sharing import PrefixSharing, saved_tokens
 from rtp_llm.srt.scheduler.states import StateLimits
-from rtp_llm.srt.scheduler.steps import Budget, PendingPlan, SchedulerStats, StepInFlight
+from rtp_llm.srt.scheduler.steps import Budget, PendingPlan, SchedulerStats, StepInFlight, decoding_share
 
 # A request waits for another that is computing the same prefix only if at least so many tokens are saved.
 MIN_SHARED_TOKENS = 8
@@ -48,8 +48,7 @@ class SchedulerConfig:
     state_checkpoint_interval: int | None = None
     share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
     outputs: PooledOutputs = ONLY_TOKENS  # that the model has
-    # Of a pipeline of workers: steps in flight, of different rows. A row waits for its token; each step has a share.
-    num_stages: int = 1
+    num_stages: int = 1  # of a pipeline of workers: as many steps are in flight, of different rows
 
 
 class Scheduler:
@@ -199,20 +198,12 @@ class Scheduler:
     def _make_room(self) -> list[Request] | None:
         """Return the decoding requests, each of which can get its next page now; None if a commit must come first."""
         while True:
-            decoding = self._decoding()
+            decoding = decoding_share(self.running, self.config.num_stages)
             if self.memory.can_grow_by_one(decoding):
                 return decoding
             if self._in_flight:
                 return None
             self._retract()
-
-    def _decoding(self) -> list[Request]:
-        """Return the requests whose next token the step computes; in a pipeline an equal share of them."""
-        decoding = [request for request in self.running if request.is_decoding]
-        if self.config.num_stages == 1:
-            return decoding
-        share = -(-len(decoding) // self.config.num_stages)
-        return [request for request in decoding if not request.num_pending][:share]
 
     def _plan_decoding(self, plan: StepPlan, requests: list[Request], decoding: list[Request]) -> None:
         """Do ``_add_work`` with one token for each request, in one go: there may be hundreds."""

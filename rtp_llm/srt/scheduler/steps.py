@@ -1,5 +1,6 @@
 """The scheduler's records of steps: the budget of the one being planned, those in flight, totals of all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rtp_llm.srt.constrained.backend import Matcher
@@ -76,3 +77,13 @@ class PendingPlan:
         self.page_writes = [write for write in self.page_writes if write.row != row]
         self.known_tokens = [known for known in self.known_tokens if known.row != row]
         self.releases.append(row)
+
+
+def decoding_share(running: Sequence[Request], num_stages: int) -> list[Request]:
+    """Return the requests whose next token a step computes: all; in a pipeline of stages, where a row waits until its
+    last token is known, an equal share, so that each stage has rows."""
+    decoding = [request for request in running if request.is_decoding]
+    if num_stages == 1:
+        return decoding
+    share = -(-len(decoding) // num_stages)
+    return [request for request in decoding if not request.num_pending][:share]

@@ -7,7 +7,7 @@ from torch import nn
 
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling, StateGroup, StateSpec, StateTensor
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.model_traits import KeepsCache, KeepsState, ScalesWithLength
+from rtp_llm.srt.model_traits import KeepsCache, KeepsState, ScalesWithLength, SeesWholePrompts
 
 
 def cache_layout(
@@ -113,3 +113,15 @@ def stored_as(spec: CacheSpec, kv_cache_dtype: str, device: str) -> CacheSpec:
             "it is; leave it at auto"
         )
     return replace(spec, dtype="int8")
+
+
+def sees_whole_prompts(model: nn.Module) -> bool:
+    """Return whether the model's attention sees whole prompts.
+
+    Raises:
+        ValueError: some of its layers do, others do not.
+    """
+    found = {module.sees_whole_prompts for module in model.modules() if isinstance(module, SeesWholePrompts)}
+    if len(found) > 1:
+        raise ValueError(f"{type(model).__name__}: all attention layers must have sees_whole_prompts, or none")
+    return found == {True}

@@ -19,7 +19,7 @@ from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.quantization.base import stored_bytes
-from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, SeesWholePrompts, TakesMropePositions
+from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, TakesMropePositions
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.stages import Stage, plan_stages
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
@@ -29,7 +29,7 @@ from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPref
 from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from rtp_llm.srt.state_pool import StatePool
 from rtp_llm.srt.worker.columns import StepColumns, step_columns
-from rtp_llm.srt.worker.layout import cache_layout, own_part
+from rtp_llm.srt.worker.layout import cache_layout, own_part, sees_whole_prompts
 from rtp_llm.srt.worker.pooling import RowPooling
 from rtp_llm.srt.worker.states import RowStates
 from rtp_llm.srt.worker.step_recorder import StepRecorder
@@ -65,6 +65,7 @@ class ModelRunner:
         self.device = device
         self._provider = provider_named(device)
         self._torch_device = torch.device(self._provider.torch_device)
+        self.stage: Stage | None = None  # of a pipeline
         self.model = load_model(
             model_config,
             model_config.model_path,
@@ -73,8 +74,10 @@ class ModelRunner:
             progress,
             model_impl=server_args.model_impl,
             quantization=server_args.quantization,
-            cut=partial(self._cut, server_args),
+            cut=partial(self._cut, server_args) if get_pp_group().world_size > 1 else None,
         )
+        if self.stage is None:
+            self._note_what_is_kept(server_args, self.model)
         self.traits = ModelTraits.of(self.model)
         self.layout = own_part(self._whole_layout, self.model)
         self.row_pooling = RowPooling(self.traits.poolers, self._provider)
@@ -93,17 +96,16 @@ class ModelRunner:
 
     def _cut(self, server_args: ServerArgs, model: nn.Module) -> list[str]:
         """Note what the whole model keeps, then leave this stage's part of it; see ``load_model``."""
-        generates = ModelTraits.of(model).generates
-        self._whole_layout = cache_layout(
-            model, server_args.page_size, server_args.kv_cache_dtype, self.device, generates
-        )
-        self.sees_whole_prompts = sees_whole_prompts(model)
         stages = get_pp_group()
-        self.stage: Stage | None = None
-        if stages.world_size == 1:
-            return []
+        self._note_what_is_kept(server_args, model)
         self.stage = Stage(model, plan_stages(model, stages.world_size, server_args.pp_split), stages)
         return self.stage.absent
+
+    def _note_what_is_kept(self, server_args: ServerArgs, model: nn.Module) -> None:
+        generates = ModelTraits.of(model).generates
+        page_size, dtype = server_args.page_size, server_args.kv_cache_dtype
+        self._whole_layout = cache_layout(model, page_size, dtype, self.device, generates)
+        self.sees_whole_prompts = sees_whole_prompts(model)
 
     def _entry_point(self) -> Callable[[ForwardBatch], LogitsProcessorOutput]:
         """Return the model's ``forward_batch``, else a call of ``forward(input_ids, positions, batch)``."""
@@ -441,15 +443,3 @@ def _mode(counts: list[int]) -> ForwardMode:
 
 def takes_mrope_positions(model: nn.Module) -> bool:
     return any(isinstance(module, TakesMropePositions) and module.takes_mrope_positions for module in model.modules())
-
-
-def sees_whole_prompts(model: nn.Module) -> bool:
-    """Return whether the model's attention sees whole prompts.
-
-    Raises:
-        ValueError: some of its layers do, others do not.
-    """
-    found = {module.sees_whole_prompts for module in model.modules() if isinstance(module, SeesWholePrompts)}
-    if len(found) > 1:
-        raise ValueError(f"{type(model).__name__}: all attention layers must have sees_whole_prompts, or none")
-    return found == {True}

@@ -11,7 +11,7 @@ from rtp_llm import Engine, ModelRegistry
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.layers.attention import PrefillPrefixLMAttention
 from rtp_llm.srt.layers.radix_attention import RadixAttention
-from rtp_llm.srt.worker.model_runner import sees_whole_prompts
+from rtp_llm.srt.worker.layout import sees_whole_prompts
 from tiny_models import random_prompts, tiny_model
 
 PROMPTS = random_prompts(99, (1, 37, 20, 41))
