@@ -23,6 +23,7 @@ constexpr float MASKED_PRODUCT = -1e33f;  // the same before it is scaled, by 0.
 constexpr float LOWEST = -1e29f;  // initial maximum: above MASKED, so that 2^(masked - maximum) is 0
 
 constexpr int NARROW_KEYS = 32;  // keys that a narrow item computes at a time
+constexpr int64_t STRIP_BYTES = 1 << 14;  // of keys, or of values, that a narrow item reads together
 constexpr int NARROW_HEADS = 8;  // most query heads per key head of a narrow item
 constexpr int WIDE_KEYS = 128;
 constexpr int WIDE_COLUMNS = 192;
