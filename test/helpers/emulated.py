@@ -70,7 +70,7 @@ def _program(name: str, target: str) -> Path:
 
 
 class EmulatedLibrary:
-    """As ``ctypes.CDLL``: its attributes are the kernels."""
+    """As ``ctypes.CDLL``: its attributes are the kernels, its items new ones of them."""
 
     def __init__(self, program: Path) -> None:
         self._lock = threading.Lock()
@@ -86,6 +86,9 @@ class EmulatedLibrary:
     def __getattr__(self, name: str) -> "EmulatedFunction":
         if name.endswith("_replayed"):
             raise AttributeError("calls from lists are made by this machine")
+        return EmulatedFunction(self, name)
+
+    def __getitem__(self, name: str) -> "EmulatedFunction":
         return EmulatedFunction(self, name)
 
     def call(self, request: str) -> int:
