@@ -96,6 +96,31 @@ def test_models_that_see(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("BertModel", {"hidden_size": 256}), ("ModernBertModel", {}), ("XLMRobertaForSequenceClassification", {})],
+)
+def test_small_steps_of_encoders(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Of one input, of two, and, too large to be recorded, of many; with windows, and with the first token alone."""
+    model_dir = make_tiny(architecture, tmp_path, **options)
+    vocab_size = AutoConfig.from_pretrained(model_dir).vocab_size
+    calls = [random_prompts(vocab_size, lengths, seed) for lengths in ((9,), (9, 40)) for seed in range(8)]
+    calls.append(random_prompts(vocab_size, (40,) * 14, 9))
+    task = "classify" if "Classification" in architecture else "embed"
+    outputs = []
+    for disabled in (False, True):
+        with Engine(
+            model_path=model_dir, dtype="float32", device="cpu", skip_tokenizer_init=True, inline=True,
+            disable_cpu_graph=disabled,
+        ) as engine:  # fmt: skip
+            results = [engine.encode(input_ids=prompts, task=task) for prompts in calls]
+            outputs.append([result["embedding"] for some in results for result in some])
+            graphs = engine._runner.core.executor.worker.runner.recorder
+        if not disabled:
+            assert sum(not isinstance(graph, int) for graph in graphs._graphs.values()) == 2
+    assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize("disabled", [False, True])
 def test_logits_in_pieces(disabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows at once, of up to five: of greedy ones and others, with log-probabilities, penalties and masks."""
@@ -212,7 +237,7 @@ def test_a_model_that_reads_numbers_is_not_replayed(
     change_logits(monkeypatch, reading)
     with caplog.at_level(logging.INFO, "rtp_llm.srt.devices.cpu.graphs"):
         replayed, recorded = answers("llama-default")
-    assert recorded == 0 and "decode steps are not replayed" in caplog.text
+    assert recorded == 0 and "steps are not replayed" in caplog.text
     assert replayed == answers("llama-default", disable_cpu_graph=True)[0]
 
 

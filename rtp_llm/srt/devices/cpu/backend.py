@@ -61,8 +61,10 @@ class CpuAttention(AttentionBackend):
         build.load("probe")  # raises KernelBuildError where none compile
         self._rows = PagedRows.of([], [], [])
         self._whole_rows: WholeRows | None = None
+        self._encodes = False  # from the first call of forward_encoder on
 
     def plan(self, batch: ForwardBatch) -> None:
+        self._whole_rows = WholeRows.of(batch) if self._encodes else None
         self._rows = PagedRows.of(
             batch.req_pool_indices,
             batch.extend_prefix_lens_cpu,
@@ -70,11 +72,12 @@ class CpuAttention(AttentionBackend):
             [(prefix.num_tokens, prefix.rows) for prefix in batch.shared_prefixes],
         )
 
-        self._whole_rows = None
-
     def step_tensors(self) -> list[torch.Tensor]:
-        rows = self._rows
-        return [rows.table_rows, rows.starts, rows.counts, rows.shared, rows.members]
+        whole = self._whole_rows
+        own = [] if whole is None else [whole.table, whole.starts, whole.lens]
+        every = [self._rows] if whole is None else [self._rows, whole.rows]
+        of_rows = [x for rows in every for x in (rows.table_rows, rows.starts, rows.counts, rows.shared, rows.members)]
+        return [*of_rows, *own]
 
     def forward(
         self,
@@ -112,6 +115,7 @@ class CpuAttention(AttentionBackend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionSpec, batch: ForwardBatch
     ) -> torch.Tensor:
         """See AttentionBackend: the paged kernel, with the step's own keys and values for a cache."""
+        self._encodes = True
         whole = self._whole_rows = self._whole_rows or WholeRows.of(batch)
         out = kernels.paged_attention(
             q,

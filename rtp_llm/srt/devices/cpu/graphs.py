@@ -1,4 +1,5 @@
-"""The step recorder for CPUs: a decode step is recorded once for each number of rows, then replayed.
+"""The step recorder for CPUs: a decode step is recorded once for each number of rows, then replayed; likewise a small
+step of an encoder, such as a single query, for its numbers of tokens and rows.
 
 The Python of a step's layers (views, checks, allocations, some ten calls per layer) is the same in every step, and
 takes longer than the kernels of a small batch. A recording runs the model normally and notes the calls of kernels and
@@ -34,6 +35,7 @@ from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # in larger batches, Python takes a small part of a step
+MAX_ENCODED_TOKENS = 512  # likewise, of an encoder's whole inputs
 MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as requests come and go
 # A kind of batch is recorded when it occurs for this time. A recording costs as much as a few replays save: so rare
 # kinds cost little, and frequent ones lose little.
@@ -47,7 +49,7 @@ class NotReplayable(Exception):
 class CpuGraphs(StepRecorder):
     """Runs the batches that it ``takes``: the first few of a kind normally, then one recorded, all others replayed.
 
-    A kind is a number of rows, so no batch is padded.
+    A kind is a number of rows, of an encoder also of tokens and of the longest row's, so no batch is padded.
     """
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
@@ -57,11 +59,13 @@ class CpuGraphs(StepRecorder):
         unknown = [type(m).__name__ for m in step_modules if not isinstance(m, ReplaysForward)]
         self._works = not unknown
         if unknown:
-            logger.info("decode steps are not replayed: %s has no step_tensors()", unknown[0])
+            logger.info("steps are not replayed: %s has no step_tensors()", unknown[0])
 
     def takes(self, batch: ForwardBatch) -> bool:
-        if not self._works or batch.forward_mode != ForwardMode.DECODE or batch.batch_size > MAX_ROWS:
+        if not self._works or batch.batch_size > MAX_ROWS:
             return False
+        if batch.forward_mode != ForwardMode.DECODE:
+            return _encodes(batch) and batch.num_tokens <= MAX_ENCODED_TOKENS
         if batch.prompt_logprobs or batch.visible_ends is not None or len(batch.sample_rows) != batch.batch_size:
             return False
         # A prompt's last token may be a placeholder of media.
@@ -82,9 +86,9 @@ class CpuGraphs(StepRecorder):
                 graph = self._record(batch)
             except Exception as error:  # a model's own error occurs again when it runs normally
                 if isinstance(error, NotReplayable):
-                    logger.info("decode steps are not replayed: %s", error)
+                    logger.info("steps are not replayed: %s", error)
                 else:
-                    logger.warning("decode steps are not replayed: recording one failed", exc_info=True)
+                    logger.warning("steps are not replayed: recording one failed", exc_info=True)
                 for put_back in states:  # layers before the one that failed have gone on by a token
                     put_back()
                 return self._give_up(batch)
@@ -211,6 +215,11 @@ class Recording(TorchDispatchMode):
     def _lent(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Let the memory of tensors be reused for later ones, although a call has them: kernels have addresses only."""
         return tree_map(lambda x: self._memory.lent(x) if isinstance(x, torch.Tensor) else x, arguments)
+
+
+def _encodes(batch: ForwardBatch) -> bool:
+    """Whether the model keeps neither keys and values nor states: it is an encoder, and rows are whole inputs."""
+    return not batch.kv_pool.groups and batch.state_pool is None and batch.mm_inputs is None
 
 
 def _storage(tensor: torch.Tensor) -> int:
