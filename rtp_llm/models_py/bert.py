@@ -115,8 +115,7 @@ class BertIntermediate(nn.Module):
         self.act_fn = get_act_fn(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states, _ = self.dense(hidden_states)
-        return self.act_fn(hidden_states)
+        return self.dense.activated(hidden_states, self.act_fn)
 
 
 class BertLayer(nn.Module):

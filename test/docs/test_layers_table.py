@@ -11,6 +11,7 @@ ROW = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \| (\S.*\S) \|$")
 
 # What the engine and the layers use among themselves, by module.
 NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
+    "activation": {"kernel_of"},
     "fused_moe": {"called_by_expert"},
     "linear": {"LinearBase", "OutputShard", "output_shards"},
     "logits_processor": {

@@ -47,11 +47,11 @@ class PackedWeight(Packed):
         return torch.empty(len(x), num_outputs, dtype=dtype, device=x.device)
 
     def ends_in(self, activation: str) -> bool:
-        """Whether ``apply_gated`` takes this activation, given by its kernel's name."""
+        """Whether ``apply_activated`` takes this activation, given by its kernel's name."""
         return False
 
-    def apply_gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-        """[..., K] -> [..., N / 2]: ``apply``, then the gated activation, in one pass."""
+    def apply_activated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """[..., K] -> [..., N], or [..., N / 2] of a gated activation: ``apply``, then the activation, in one pass."""
         raise NotImplementedError(f"{type(self).__name__} has no products that end in {activation}")
 
     @abstractmethod

@@ -16,6 +16,8 @@ from torch import nn
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 
+Activation = Callable[[torch.Tensor], torch.Tensor]  # a module of this file, or a function
+
 
 class ActAndMul(nn.Module):
     """``fn(first half) * second half``."""
@@ -251,6 +253,15 @@ _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+
+
+_KERNELS: dict[object, str] = {F.gelu: "gelu"}
+
+
+def kernel_of(activation: object) -> str:
+    """Return an activation's name among kernels, by which products can end in it; an empty string: it has none."""
+    name = getattr(activation, "kernel", None)
+    return name if isinstance(name, str) else _KERNELS.get(activation, "")
 
 
 def get_act_fn(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

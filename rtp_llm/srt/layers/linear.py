@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.distributed.parallel_state import RankGroup, divide, get_tp_group
+from rtp_llm.srt.layers.activation import Activation
 from rtp_llm.srt.layers.quantization.base import LinearMethodBase, PackedLayer, QuantizationConfig
 from rtp_llm.srt.layers.quantization.unquantized import UnquantizedLinearMethod
 from rtp_llm.srt.layers.weights import ShardId, check_shape, load_part, make_parameter, refuse_shard
@@ -215,11 +216,27 @@ class ColumnParallelLinear(LinearBase):
         self.part_ids = [shard.id for shard in shards]
         self._create_parameters(self.input_size, [shard.size for shard in shards], bias)
 
-    def forward(self, x: torch.Tensor) -> LinearOutput:
+    def forward(self, x: torch.Tensor, activation: Activation | None = None) -> LinearOutput:
+        """``activation``: passed by ``activated`` only."""
+        if activation is not None:
+            return self._result(self.quant_method.apply_activated(self, x, self.bias, activation))
         output = self._multiply(x)
         if self.gather_output:
             output = self._gather(output)
         return self._result(output)
+
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """``activation(output)``, if possible in one product without its output in memory.
+
+        If either has forward hooks, they are called one after the other.
+        """
+        if self.skip_bias_add:
+            raise ValueError(f"{self.name}: the bias that skip_bias_add leaves out belongs before an activation")
+        modules = [module for module in (self, activation) if isinstance(module, nn.Module)]
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        if not watched and not self.gather_output and self.quant_method.ends_in(self, activation):
+            return _output_of(self(x, activation))
+        return activation(_output_of(self(x)))
 
     def _gather(self, output: torch.Tensor) -> torch.Tensor:
         parts = output.split([shard.size for shard in self.shards], dim=-1)
@@ -288,24 +305,6 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         self.output_sizes = output_sizes
         self.gather_output = gather_output
         self._create_shards(output_shards(output_sizes, self.tp_group, self.name, num_parts), bias)
-
-    def activated(self, x: torch.Tensor, activation: nn.Module) -> torch.Tensor:
-        """``activation(output)`` for a gated activation, if possible in one product without its output in memory.
-
-        If either has forward hooks, they are called one after the other.
-        """
-        if self.skip_bias_add:
-            raise ValueError(f"{self.name}: the bias that skip_bias_add leaves out belongs before an activation")
-        watched = any(module._forward_hooks or module._forward_pre_hooks for module in (self, activation))
-        if not watched and not self.gather_output and self.quant_method.ends_in(self, activation):
-            return _output_of(self(x, activation))
-        return activation(_output_of(self(x)))
-
-    def forward(self, x: torch.Tensor, activation: nn.Module | None = None) -> LinearOutput:
-        """``activation``: passed by ``activated`` only."""
-        if activation is None:
-            return super().forward(x)
-        return self._result(self.quant_method.apply_gated(self, x, self.bias, activation))
 
 
 class QKVParallelLinear(ColumnParallelLinear):

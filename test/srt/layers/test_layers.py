@@ -107,6 +107,23 @@ def test_merged_shards(fused: bool) -> None:
     torch.testing.assert_close(torch.cat([output[1] for output in outputs], dim=-1), x @ up.T)
 
 
+@pytest.mark.parametrize("name", ["gelu", "relu"])
+def test_a_layer_and_its_plain_activation(name: str) -> None:
+    """In one pass, where the device has it, or in two; a large float32 weight is packed."""
+    activation, layer = get_act_fn(name), ColumnParallelLinear(256, 320)
+    for param, shape in (("weight", (320, 256)), ("bias", (320,))):
+        load(layer, param, torch.randn(shape))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.quant_method.ends_in(layer, activation) == (name == "gelu" and kernels_work())
+    x, seen = torch.randn(2, 5, 256), []
+    expected = activation(layer(x)[0])
+    torch.testing.assert_close(layer.activated(x, activation), expected, rtol=1e-5, atol=1e-5)
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(layer.activated(x, activation), expected)
+    assert torch.equal(seen[0][0], layer(x)[0])
+    hook.remove()
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merged_layer_and_its_activation(dtype: torch.dtype, name: str) -> None:

@@ -254,6 +254,26 @@ static INLINE vec gelu_tanh(vec x) {
     return x / (exp(z * -2.0f) + 1.0f);
 }
 
+// x * Phi(x) with Phi by the error function, erf(z) = z P(z z) / Q(z z) below 4 (relative error below 3e-8, fitted by
+// least squares), else 1.
+static INLINE vec gelu(vec x) {
+    vec z = x * 0.70710678118654752f, s = min(z * z, splat(16.0f));
+    vec p = splat(1.98676980289747e-6f);
+    p = p * s + 2.8456549625843763e-4f;
+    p = p * s + 3.88335925526917e-3f;
+    p = p * s + 5.31017929315567e-2f;
+    p = p * s + 1.9354553520679474e-1f;
+    p = p * s + 1.1283791065216064f;
+    vec q = splat(3.742002081708051e-5f);
+    q = q * s + 1.1855734046548605e-3f;
+    q = q * s + 1.5207283198833466e-2f;
+    q = q * s + 1.1535017937421799e-1f;
+    q = q * s + 5.048578381538391e-1f;
+    q = q * s + 1.0f;
+    vec erf = z * p / q, sign = z < 0.0f ? splat(-1.0f) : splat(1.0f);
+    return x * ((s < 15.3f ? erf : sign) * 0.5f + 0.5f);
+}
+
 // x rounded as by a store in T.
 template <class T>
 static INLINE vec rounded(vec x) {

@@ -38,11 +38,13 @@ KERNEL int rows_bf16(const bf16* packed, const int64_t* ids, int64_t count, int6
     return 1;
 }
 
-// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate. x: rows `x_stride` elements apart; bias: [N] or null.
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gated activation. x: rows `x_stride` elements apart; bias: [N]
+// or null.
 KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* packed, int64_t N, int64_t K,
-                      const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
+                      const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float,
+                      int activation) {
     int64_t units = divide_up(K, 2);
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     Input input(x, x_stride, M, K);
     Panels panels(output);
 #pragma omp parallel

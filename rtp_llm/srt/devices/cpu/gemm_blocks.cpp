@@ -55,13 +55,13 @@ class Multiplier {
    public:
     Multiplier(const BlockType& type, int64_t blocks) : type_(type), blocks_(blocks) {}
 
-    // Writes outputs of panel p, or with a gate of those of either half, for rows [row, last).
+    // Writes outputs of panel p, or with a gated activation of those of either half, for rows [row, last).
     void compute(const Output& output, const Run* x, int64_t row, int64_t last, const uint8_t* packed, int64_t p) {
         multiply(x, last - row, packed, p, sums_);
-        if (output.gate) multiply(x, last - row, packed, output.columns / 2 / PANEL + p, others_);
+        if (output.is_gated()) multiply(x, last - row, packed, output.columns / 2 / PANEL + p, others_);
         for (int64_t r = 0; r < last - row; r++)
             for (int v = 0; v < VECS; v++) {
-                if (output.gate)
+                if (output.is_gated())
                     output.write_gated(row + r, p * PANEL + v * LANES, sums_[r][v], others_[r][v]);
                 else
                     output.write(row + r, p * PANEL + v * LANES, sums_[r][v]);
@@ -120,13 +120,13 @@ KERNEL int rows_blocks(int number, const uint8_t* packed, const int64_t* ids, in
     return 1;
 }
 
-// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate, of bfloat16 or float32 x.
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gated activation, of bfloat16 or float32 x.
 KERNEL int gemm_blocks(int number, const void* x, int x_is_float, int64_t x_stride, int64_t M, const uint8_t* packed,
                        int64_t N, int64_t K, const void* bias, int bias_is_float, void* out, int64_t out_stride,
-                       int out_is_float, int gate) {
+                       int out_is_float, int activation) {
     const BlockType* type = type_numbered(number);
     if (!type) return 0;
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     RowTiles tiles;
     tiles.add(M);
     const int64_t blocks = divide_up(K, type->inputs);

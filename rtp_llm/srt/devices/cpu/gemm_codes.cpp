@@ -129,7 +129,7 @@ void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, 
         input.pack();
         each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following) {
             constexpr int R = ROWS_OF<decltype(sums)>;
-            int half = output.gate != NO_GATE && 2 * p * PANEL >= output.columns;
+            int half = output.is_gated() && 2 * p * PANEL >= output.columns;
             uint32_t* panel = memory + half * units * PANEL;
             if (written[half] != p) write_out(decoder, codes + p * panel_bytes, units, panel);
             written[half] = p;
@@ -157,12 +157,13 @@ KERNEL void pack_codes(const uint8_t* codes, int64_t N, int64_t inputs, int bits
         }
 }
 
-// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate. kind: 0 e4m3fn, 1 nibbles, 2 integers. table: the
-// numbers of the first two; scales: [panels][groups][scale_width].
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gated activation. kind: 0 e4m3fn, 1 nibbles, 2 integers. table:
+// the numbers of the first two; scales: [panels][groups][scale_width].
 KERNEL void gemm_codes(const bf16* x, int64_t x_stride, int64_t M, const uint8_t* packed, int kind,
                        const uint16_t* table, const float* scales, int scale_width, int64_t group, int64_t N, int64_t K,
-                       const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
+                       const void* bias, int bias_is_float, void* out, int64_t out_stride, int out_is_float,
+                       int activation) {
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     Scales of_groups{scales, divide_up(K, group), group, scale_width};
     if (kind == 0) multiply<DECODE_E4M3>(E4M3(table), x, x_stride, M, packed, of_groups, K, output);
     if (kind == 1) multiply<DECODE_TABLE>(Nibbles(table), x, x_stride, M, packed, of_groups, K, output);

@@ -64,13 +64,13 @@ struct Int8Weight {
     }
 };
 
-// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gate, of bfloat16 or float32 x. scales, totals:
+// out [M, N] = x [M, K] W^T + bias, or [M, N / 2] with a gated activation, of bfloat16 or float32 x. scales, totals:
 // [panels * PANEL].
 KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M, const int8_t* packed,
                       const float* scales, const int32_t* totals, int64_t N, int64_t K, const void* bias,
-                      int bias_is_float, void* out, int64_t out_stride, int out_is_float, int gate) {
+                      int bias_is_float, void* out, int64_t out_stride, int out_is_float, int activation) {
     const Int8Weight weight{packed, scales, totals, divide_up(K, 4)};
-    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Gate(gate)};
+    Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     const Tiles tiles(M, ROWS_OF_BYTES);
     const Bytes<Tiles> rows(x, x_is_float != 0, x_stride, tiles, K);
     Panels panels(output);

@@ -7,8 +7,11 @@ namespace {
 
 // ---- results
 
-// The gate: a function of the first half of the outputs, by which the second half is multiplied.
-enum Gate { NO_GATE, SILU, GELU_TANH };
+// What outputs go through. A gated activation is a function of the first half of them, times the second half.
+enum Activation { NO_ACTIVATION, SILU_AND_MUL, GELU_TANH_AND_MUL, GELU };
+
+// Not inline: a tile has dozens of vectors.
+static NOINLINE vec activated(vec x) { return gelu(x); }
 
 template <class H>  // the results' and biases' type, where it is not float32
 struct OutputIn {
@@ -16,20 +19,32 @@ struct OutputIn {
     int64_t stride, columns;  // columns: outputs of the weight
     const void* bias;  // [columns] or null
     bool is_float, bias_is_float;
-    Gate gate = NO_GATE;
+    Activation activation = NO_ACTIVATION;
+
+    INLINE bool is_gated() const { return activation == SILU_AND_MUL || activation == GELU_TANH_AND_MUL; }
 
     INLINE void write(int64_t row, int64_t column, vec value) const {
         if (column >= columns) return;
         int count = int(std::min<int64_t>(columns - column, LANES));
-        put(row * stride + column, with_bias(value, column, count), count);
+        value = with_bias(value, column, count);
+        if (activation == GELU) value = activated(round(value));
+        put(row * stride + column, value, count);
     }
 
-    // Applies the gate to a vector of columns of the first half and those of the second, with the roundings of separate
-    // operations.
+    // Applies a gated activation to a vector of columns of the first half and those of the second, with the roundings
+    // of separate operations.
     INLINE void write_gated(int64_t row, int64_t column, vec first, vec second) const {
         first = round(with_bias(first, column, LANES));
         second = round(with_bias(second, columns / 2 + column, LANES));
-        put(row * stride + column, round(gate == SILU ? silu(first) : gelu_tanh(first)) * second, LANES);
+        put(row * stride + column, round(activation == SILU_AND_MUL ? silu(first) : gelu_tanh(first)) * second, LANES);
+    }
+
+    // Asks for the memory of a panel's results in `rows` rows, so that writing need not wait for it.
+    INLINE void ask(int64_t row, int64_t rows, int64_t column) const {
+        const int64_t size = is_float ? 4 : sizeof(H);
+        char* at = static_cast<char*>(data) + (row * stride + column) * size;
+        for (int64_t r = 0; r < rows; r++, at += stride * size)
+            for (int64_t i = 0; i < PANEL * size; i += 64) __builtin_prefetch(at + i, 1, 3);
     }
 
    private:
@@ -89,7 +104,8 @@ struct Next {
 
     template <int R>
     INLINE void ask(int64_t unit) const {
-        if (R >= FEWEST_THAT_ASK) __builtin_prefetch(at + unit * step, 0, 2);
+        if (R >= FEWEST_THAT_ASK)
+            for (int i = 0; i < step; i += 32) __builtin_prefetch(at + unit * step + i, 0, 2);
     }
 };
 
@@ -101,7 +117,7 @@ struct Following {
 
     template <int R, class T>
     INLINE Next of(const T* x, int64_t units, const uint32_t* panel, int64_t words) const {
-        if (panels) return {panel + panels * words + part * words / parts, PANEL / parts / PASSES<R>};
+        if (panels) return {panel + panels * words + part * words / parts, int(words / units) / parts / PASSES<R>};
         return {reinterpret_cast<const uint32_t*>(x + units * R), R * int(sizeof(T) / 4) / PASSES<R>};
     }
 };
@@ -163,15 +179,16 @@ INLINE void write_tile_gated(
 }
 
 // Panels of outputs, which the threads of a team take: several at a time, and fewer towards the end, so that all end
-// together. With a gate, whose halves are whole panels, a panel of the first half includes that of the second.
+// together. With a gated activation, whose halves are whole panels, a panel of the first half includes that of the
+// second.
 class Panels {
    public:
     const int64_t count;
 
     template <class H>
     explicit Panels(const OutputIn<H>& out, int64_t most = PANELS_AT_ONCE)
-        : count(out.gate ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
-          most_(out.gate ? std::max<int64_t>(1, most / 2) : most) {}
+        : count(out.is_gated() ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
+          most_(out.is_gated() ? std::max<int64_t>(1, most / 2) : most) {}
 
     // Takes panels [first, last); false if none were left.
     bool take(int64_t& first, int64_t& last) {
@@ -201,8 +218,9 @@ void each_tile(const OutputIn<H>& out, const Tiles& tiles, Panels& panels, F&& t
         with_rows(tiles.start(t + 1) - start, [&](auto constant) {
             constexpr int R = decltype(constant)::value;
             vec sums[R][VECS], others[R][VECS];
+            out.ask(start, R, p * PANEL);
             tile(p, start, sums, following);
-            if (out.gate) {
+            if (out.is_gated()) {
                 tile(panels.count + p, start, others, following);
                 write_tile_gated<R>(out, start, p * PANEL, sums, others);
             } else {

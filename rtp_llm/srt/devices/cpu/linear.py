@@ -1,4 +1,4 @@
-"""Weights of linear layers packed for the products of gemm.cpp, gemm_int8.cpp and gemm_f16.cpp.
+"""Weights of linear layers packed for the products of gemm.cpp, gemm_int8.cpp, gemm_f16.cpp and gemm_f32.cpp.
 
 A packed weight represents a matrix [N, K]. ``apply(x, bias)`` is ``x @ weight.T + bias``; ``rows(ids)`` unpacks rows,
 so that a vocabulary table that is also the head is stored once.
@@ -16,12 +16,14 @@ from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address
 from rtp_llm.srt.kernels.packed import PackedWeight
 
 PANEL = 32  # outputs that are packed together, as in gemm.cpp
-GATES = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}  # activations within a product, numbered as in gemm.cpp
+# Activations within a product, numbered as in gemm_tiles.h.
+GATED = {"silu_and_mul": 1, "gelu_tanh_and_mul": 2}
+ACTIVATIONS = {**GATED, "gelu": 3}
 
 
 @functools.cache
 def _function(name: str) -> Kernel:
-    output = (POINTER, INT, POINTER, INT64, INT, INT)  # bias, bias_is_float, out, out_stride, out_is_float, gate
+    output = (POINTER, INT, POINTER, INT64, INT, INT)  # bias, bias_is_float, out, out_stride, out_is_float, activation
     types = {
         "pack_bf16": (POINTER, INT64, INT64, INT64, POINTER),
         "rows_bf16": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
@@ -29,6 +31,9 @@ def _function(name: str) -> Kernel:
         "pack_f16": (POINTER, INT64, INT64, INT64, POINTER),
         "rows_f16": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
         "gemm_f16": (POINTER, INT64, INT64, POINTER, INT64, INT64, *output),
+        "pack_f32": (POINTER, INT64, INT64, INT64, POINTER),
+        "rows_f32": (POINTER, POINTER, INT64, INT64, INT64, POINTER),
+        "gemm_f32": (POINTER, INT64, INT64, POINTER, INT64, INT64, *output),
         "pack_int8": (POINTER, INT64, INT64, POINTER, POINTER),
         "rows_int8": (POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT),
         "gemm_int8": (POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, INT64, INT64, *output),
@@ -42,7 +47,7 @@ class PanelWeight(PackedWeight):
     """Base of the packed forms: outputs are packed together in panels.
 
     Attributes:
-        half: the dtype of 16 bits that rows, results and biases may have.
+        half: the dtype that rows, results and biases may have beside float32, of 16 bits but for float32 weights.
         instead_of_float16: what float16 rows become; None: such rows are no other.
     """
 
@@ -65,13 +70,13 @@ class PanelWeight(PackedWeight):
         activation: str = "",
     ) -> torch.Tensor:
         """[..., K] -> [..., N] in ``out_dtype`` (``half`` or float32; None: x's). With an ``activation``, for which
-        ``ends_in`` must be true, [..., N / 2]: equal to the kernel of that name after the product. Float16 rows of
-        quantized weights, and their results, are converted: then the activation is rounded once."""
+        ``ends_in`` must be true: equal to the kernel of that name after the product, [..., N / 2] if it is gated.
+        Float16 rows of quantized weights, and their results, are converted: then the activation is rounded once."""
         if x.dtype == torch.float16 and self.instead_of_float16 is not None:
             out = self.apply(x.to(self.instead_of_float16), bias, torch.float32, activation)
             return out.to(out_dtype or torch.float16)
         inputs = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        num_outputs = self.shape[0] // 2 if activation else self.shape[0]
+        num_outputs = self.shape[0] // 2 if activation in GATED else self.shape[0]
         out = self.empty_result(inputs, num_outputs, out_dtype or x.dtype)
         self.apply_into(inputs, out, bias, activation)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], num_outputs)
@@ -97,7 +102,7 @@ class PanelWeight(PackedWeight):
             is_float = bias is not None and bias.dtype == torch.float32
             output = (
                 address(bias), is_float, out.data_ptr(), out.stride(0), out.dtype == torch.float32,
-                GATES[activation] if activation else 0,
+                ACTIVATIONS[activation] if activation else 0,
             )  # fmt: skip
             self._multiply(x, output)
 
@@ -105,10 +110,10 @@ class PanelWeight(PackedWeight):
         return memory.empty((len(x), num_outputs), dtype)
 
     def ends_in(self, activation: str) -> bool:
-        """Whether a product can end in this gated activation, without another pass over memory."""
-        return activation in GATES and self.shape[0] % (2 * PANEL) == 0
+        """Whether a product can end in this activation, without another pass over memory."""
+        return activation in ACTIVATIONS and (activation not in GATED or self.shape[0] % (2 * PANEL) == 0)
 
-    def apply_gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    def apply_activated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         return self.apply(x, bias, activation=activation)
 
     @abstractmethod
@@ -150,34 +155,53 @@ class BFloat16Panels(PanelWeight):
         _function("gemm_bf16")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
 
 
-class Float16Panels(PanelWeight):
-    """weight: [N, K] float16, whose last dimension is contiguous; multiplied in float32. See gemm_f16.cpp."""
+class NumberPanels(PanelWeight):
+    """weight: [N, K] of ``half``, whose last dimension is contiguous; multiplied in float32. See gemm_numbers.h."""
 
-    half = torch.float16
     instead_of_float16 = None
+    suffix: str  # of its kernels' names
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
-        if weight.dtype != torch.float16 or weight.stride(1) != 1:
-            raise ValueError(f"expected contiguous rows in float16, not {weight.dtype} of strides {weight.stride()}")
+        if weight.dtype != self.half or weight.stride(1) != 1:
+            raise ValueError(
+                f"expected contiguous rows in {self.half}, not {weight.dtype} of strides {weight.stride()}"
+            )
         self.packed = memory.weights.empty(self.num_panels, -(-self.shape[1] // 2), 2, 2, PANEL // 2, dtype=self.half)
-        _function("pack_f16")(weight.data_ptr(), weight.stride(0), *self.shape, self.packed.data_ptr())
+        self._function("pack")(weight.data_ptr(), weight.stride(0), *self.shape, self.packed.data_ptr())
+
+    def _function(self, verb: str) -> Kernel:
+        return _function(f"{verb}_{self.suffix}")
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """[...] int64 -> [..., K] float16."""
+        """[...] int64 -> [..., K] of ``half``."""
         ids = ids.contiguous()
-        out = torch.empty(*ids.shape, self.shape[1], dtype=torch.float16)
-        if not _function("rows_f16")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr()):
+        out = torch.empty(*ids.shape, self.shape[1], dtype=self.half)
+        if not self._function("rows")(self.packed.data_ptr(), ids.data_ptr(), ids.numel(), *self.shape, out.data_ptr()):
             refuse_ids(ids, self.shape[0])
         return out
 
     def _multiply(self, x: torch.Tensor, output: Sequence[Any]) -> None:
-        if x.dtype != torch.float16:
-            raise ValueError(f"a float16 weight multiplies float16, not {x.dtype}")
-        _function("gemm_f16")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
+        if x.dtype != self.half:
+            raise ValueError(f"a weight of {self.half} multiplies the same, not {x.dtype}")
+        self._function("gemm")(x.data_ptr(), x.stride(0), x.shape[0], self.packed.data_ptr(), *self.shape, *output)
+
+
+class Float16Panels(NumberPanels):
+    """weight: [N, K] float16."""
+
+    half = torch.float16
+    suffix = "f16"
+
+
+class Float32Panels(NumberPanels):
+    """weight: [N, K] float32."""
+
+    half = torch.float32
+    suffix = "f32"
 
 
 class Int8Panels(PanelWeight):

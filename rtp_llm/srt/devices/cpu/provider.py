@@ -20,6 +20,12 @@ from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 DTYPES = (torch.float32, torch.bfloat16)  # that all kernels read and write
 HALVES = (torch.bfloat16, torch.float16)
+PANELS = {
+    torch.float32: linear.Float32Panels,
+    torch.bfloat16: linear.BFloat16Panels,
+    torch.float16: linear.Float16Panels,
+}
+LEAST_OF_FLOAT32 = 1 << 16  # numbers of a weight that is packed
 MODULES_OF_FLOAT16 = ("elementwise", "moe")  # whose kernels take it; those of moe only where they move numbers
 KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "rms_norm": "elementwise",
@@ -108,9 +114,11 @@ class CpuProvider(ReferenceProvider):
         return "cpu"
 
     def pack_dense(self, weight: torch.Tensor) -> PackedWeight | None:
-        if not weight.is_cpu or weight.dtype not in HALVES or not _builds_for_kernels((*DTYPES, torch.float16)):
+        """See DeviceProvider. Small weights in float32 stay as they are: torch is as fast with them."""
+        form = PANELS.get(weight.dtype)
+        if not weight.is_cpu or form is None or not _builds_for_kernels((*DTYPES, torch.float16)):
             return None
-        return linear.Float16Panels(weight) if weight.dtype == torch.float16 else linear.BFloat16Panels(weight)
+        return None if weight.dtype == torch.float32 and weight.numel() < LEAST_OF_FLOAT32 else form(weight)
 
     def pack_experts(self, weight: torch.Tensor) -> PackedExperts | None:
         return moe.ExpertPanels(weight) if _takes_experts(weight) else None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rtp_llm.srt.kernels.packed import Packed, PackedExperts, PackedWeight
+from rtp_llm.srt.layers.activation import Activation, kernel_of
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, Weights
 
 
@@ -143,15 +144,15 @@ class LinearMethodBase(QuantizeMethodBase, ABC):
             input_size, output_size: of the whole layer, over all ranks.
         """
 
-    def ends_in(self, layer: PackedLayer, activation: nn.Module) -> bool:
-        """Whether ``apply_gated`` takes this activation."""
-        return layer.packed.ends_in(getattr(activation, "kernel", ""))
+    def ends_in(self, layer: PackedLayer, activation: Activation) -> bool:
+        """Whether ``apply_activated`` takes this activation."""
+        return layer.packed.ends_in(kernel_of(activation))
 
-    def apply_gated(
-        self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None, activation: nn.Module
+    def apply_activated(
+        self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None, activation: Activation
     ) -> torch.Tensor:
-        """``activation(apply(...))`` in one pass, for a gated activation for which ``ends_in`` is true."""
-        return layer.packed.apply_gated(x, bias, str(activation.kernel))
+        """``activation(apply(...))`` in one pass, for an activation for which ``ends_in`` is true."""
+        return layer.packed.apply_activated(x, bias, kernel_of(activation))
 
     def dequantized_weight(self, layer: PackedLayer) -> torch.Tensor:
         """Return this rank's weight [output_size, input_size] in the layer's dtype; call it after processing."""

@@ -86,6 +86,7 @@ def test_kernels_of_a_decode_step_are_called_from_lists():
         "attention": ("paged_attention", "write_kv"),
         "elementwise": ("rms_norm_bf16", "layer_norm_bf16", "rotary_bf16", "rms_norm_rotary_bf16", "silu_and_mul_bf16"),
         "gemm_f16": ("gemm_f16",),
+        "gemm_f32": ("gemm_f32",),
         "attention_f16": ("paged_attention", "write_kv"),
         "elementwise_f16": ("rms_norm_f16", "layer_norm_f16", "rotary_f16", "silu_and_mul_f16"),
         "moe": ("group_rows", "gather_rows", "sum_rows"),

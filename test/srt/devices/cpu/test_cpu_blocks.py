@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.devices.cpu import blocks, elementwise
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels
-from rtp_llm.srt.devices.cpu.linear import GATES, PANEL
+from rtp_llm.srt.devices.cpu.linear import GATED, PANEL
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks, dequantize_blocks
 from rtp_llm.srt.kernels.packed import OneByOne, PlainDense
 
@@ -114,7 +114,7 @@ def test_the_largest_products_do_not_overflow(isa: str, block_type: str) -> None
     assert error(BlockPanels(weight, block_type, num_inputs).apply(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("activation", GATED)
 def test_a_product_that_ends_in_an_activation(isa: str, activation: str) -> None:
     """It is the activation's kernel after the product, to the last bit."""
     for block_type in ("Q4_1", "Q6_K", "Q8_0"):
@@ -123,7 +123,7 @@ def test_a_product_that_ends_in_an_activation(isa: str, activation: str) -> None
             x = torch.randn(num_rows, 256).bfloat16()
             for bias in (None, torch.randn(192), torch.randn(192).bfloat16()):
                 separate = getattr(elementwise, activation)(packed.apply(x, bias))
-                assert torch.equal(packed.apply_gated(x, bias, activation), separate)
+                assert torch.equal(packed.apply_activated(x, bias, activation), separate)
     assert not BlockPanels(random_weight("Q4_0", 96, 32), "Q4_0", 32).ends_in(activation)
 
 

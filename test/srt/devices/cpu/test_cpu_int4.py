@@ -91,7 +91,7 @@ def test_rows_are_the_plain_values(isa: str, group_size: int, with_zeros: bool) 
         packed.rows(torch.tensor([101]))
 
 
-@pytest.mark.parametrize("activation", linear.GATES)
+@pytest.mark.parametrize("activation", linear.GATED)
 def test_a_product_that_ends_in_an_activation(isa: str, activation: str) -> None:
     """It is the activation's kernel after the product, to the last bit."""
     for group_size, with_zeros in ((32, False), (16, True), (128, False), (128, True)):
@@ -99,7 +99,7 @@ def test_a_product_that_ends_in_an_activation(isa: str, activation: str) -> None
         for num_rows in ROWS:
             x = torch.randn(num_rows, 330).bfloat16()
             separate = getattr(elementwise, activation)(packed.apply(x))
-            assert torch.equal(packed.apply_gated(x, None, activation), separate)
+            assert torch.equal(packed.apply_activated(x, None, activation), separate)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

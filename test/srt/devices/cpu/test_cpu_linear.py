@@ -57,6 +57,19 @@ def test_float16(isa, generator, shape):
             assert error(packed.apply(x, bias.float(), torch.float32), expected + bias.double()) < 1e-5
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32(isa, generator, shape):
+    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    packed = linear.Float32Panels(weight)
+    for num_rows in ROWS:
+        for x in inputs(num_rows, shape[1], torch.float32):
+            expected = F.linear(x.double(), weight.double())
+            assert error(packed.apply(x), expected) < 1e-5
+            assert error(packed.apply(x, bias), expected + bias.double()) < 1e-5
+    ids = torch.randint(0, shape[0], (3, 9))
+    assert torch.equal(packed.rows(ids), weight[ids])
+
+
 def test_float16_rows_of_a_table(isa, generator):
     table = torch.randn(101, 37).half()
     ids = torch.randint(0, 101, (3, 9))
@@ -114,22 +127,40 @@ def packed_weights(num_outputs: int, num_inputs: int) -> list[linear.PanelWeight
     return [
         linear.BFloat16Panels(weight.bfloat16()),
         linear.Float16Panels(weight.half()),
+        linear.Float32Panels(weight),
         linear.Int8Panels(weight.mul(30).round().clamp(-127, 127).to(torch.int8), torch.rand(num_outputs) / 30),
     ]
 
 
-@pytest.mark.parametrize("activation", linear.GATES)
+@pytest.mark.parametrize("activation", linear.GATED)
 def test_a_product_that_ends_in_an_activation(isa, generator, activation):
     """It is the activation's kernel after the product, to the last bit."""
     for num_outputs, num_inputs in ((64, 7), (192, 77), (1280, 64)):
         for packed in packed_weights(num_outputs, num_inputs):
-            for num_rows in ROWS:
+            for num_rows in ROWS[::2]:
                 x = torch.randn(num_rows, num_inputs).to(packed.half)
                 for bias in (None, torch.randn(num_outputs), torch.randn(num_outputs).to(packed.half)):
                     separate = getattr(elementwise, activation)(packed.apply(x, bias))
                     assert torch.equal(packed.apply(x, bias, activation=activation), separate)
     x = torch.randn(3, 5, num_inputs).to(packed.half)
     assert torch.equal(packed.apply(x, activation=activation), getattr(elementwise, activation)(packed.apply(x)))
+
+
+def test_a_product_that_ends_in_gelu(isa, generator):
+    """Of each output alone; as exact as torch's."""
+    for num_outputs, num_inputs in ((33, 7), (96, 40)):
+        for packed in packed_weights(num_outputs, num_inputs):
+            for num_rows in (1, 7, 30):
+                x = 3 * torch.randn(num_rows, num_inputs).to(packed.half)
+                for bias in (None, torch.randn(num_outputs)):
+                    expected = F.gelu(packed.apply(x, bias).double())
+                    exactness = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(packed.half, 1e-6)
+                    assert error(packed.apply(x, bias, activation="gelu"), expected) < exactness
+    one = linear.Float32Panels(torch.ones(1, 1))
+    extremes = torch.tensor([0.0, -30, 30, 1e30, -1e30, torch.inf, torch.nan])
+    x = torch.cat((torch.linspace(-9, 9, 9001), extremes)).view(-1, 1)
+    result, expected = one.apply(x, activation="gelu").double(), F.gelu(x.double())
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_products_that_cannot_end_in_an_activation(isa, generator):
