@@ -20,7 +20,7 @@ from rtp_llm.srt.utils.stopwatch import Stopwatch
 
 DTYPES = (torch.float32, torch.bfloat16)  # that all kernels read and write
 HALVES = (torch.bfloat16, torch.float16)
-PANELS = {
+PANELS: dict[torch.dtype, Callable[[torch.Tensor], PackedWeight]] = {
     torch.float32: linear.Float32Panels,
     torch.bfloat16: linear.BFloat16Panels,
     torch.float16: linear.Float16Panels,
