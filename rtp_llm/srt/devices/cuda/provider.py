@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, with the reference's kernels; their own will be in this folder."""
+"""NVIDIA GPUs, with Triton's kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from rtp_llm.srt.devices.reference.provider import ReferenceProvider
+from rtp_llm.srt.devices.cuda.triton_provider import TritonProvider
 
 
-class CudaProvider(ReferenceProvider):
+class CudaProvider(TritonProvider):
     """Copies to the device from pinned memory, so that the host waits only for results."""
 
     torch_device = "cuda"
