@@ -26,7 +26,7 @@ NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
     "moe": {"Experts", "expert_sources"},
     "multimodal": {"Placement", "placements", "rows_within"},
     "norm": {"Norm"},
-    "pooled_decoder": {"NoHead", "as_pooled"},
+    "pooled_decoder": {"NoHead", "as_pooled", "as_scorer"},
     "radix_attention": {"AttentionType"},
     "rope_scaling": {"RopeSpec", "longrope_attention_factor", "longrope_inv_freq", "rope_kind"},
     "rotary": {  # the classes are what get_rope returns
