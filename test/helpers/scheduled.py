@@ -198,7 +198,7 @@ def media_of(admission: Admission) -> tuple[list[int], list[list[int]]]:
 
 
 class Loop:
-    """The core's loop over a stub worker; ``depth`` 1 executes each step only when its result is asked for."""
+    """The core's loop over a stub worker; with a ``depth`` each step is executed only when its result is asked for."""
 
     def __init__(
         self,
@@ -228,11 +228,16 @@ class Loop:
         if plan is not None:
             self.plans.append(plan)
             self.in_flight.append((plan, self.read_pages(plan)))
-        while self.in_flight and (plan is None or len(self.in_flight) > self.depth):
-            due, read = self.in_flight.popleft()
-            for pages, allocator in zip(read, self.scheduler.memory.allocators, strict=True):
-                assert pages <= allocator.used_pages(), "a page was freed that a step in flight reads"
-            self.take(self.scheduler.commit(self.worker.execute(due)))
+        while len(self.in_flight) > self.depth:
+            self.commit()
+        if plan is None and self.in_flight:
+            self.commit()
+
+    def commit(self) -> None:
+        due, read = self.in_flight.popleft()
+        for pages, allocator in zip(read, self.scheduler.memory.allocators, strict=True):
+            assert pages <= allocator.used_pages(), "a page was freed that a step in flight reads"
+        self.take(self.scheduler.commit(self.worker.execute(due)))
 
     def read_pages(self, plan: StepPlan) -> list[set[int]]:
         """Per group, the pages that a plan's tokens can see."""

@@ -350,7 +350,7 @@ def test_a_failed_row_ends_alone():
 @pytest.mark.parametrize(
     ("seed", "num_steps"), [(0, 100), *(pytest.param(seed, 400, marks=pytest.mark.slow) for seed in range(12))]
 )
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("windows", "page_size", "options"),
     [
@@ -376,7 +376,10 @@ def test_a_failed_row_ends_alone():
     ids=str,
 )
 def test_random_traffic(windows, page_size, options, depth, seed, num_steps, monkeypatch):
-    """Random arrivals, aborts, lengths and budgets: every request ends exactly once, with its own tokens."""
+    """Random arrivals, aborts, lengths and budgets: every request ends exactly once, with its own tokens.
+
+    With a depth of two, workers are in three stages.
+    """
     rng = random.Random(seed)
     monkeypatch.setattr(sharing, "MIN_PREFIX_TOKENS", rng.choice([1, 4]))
     monkeypatch.setattr(states, "STATE_UNIT", rng.choice([1, 3, 8]))
@@ -387,6 +390,7 @@ def test_random_traffic(windows, page_size, options, depth, seed, num_steps, mon
     num_pages = [-(-rng.choice([70, 90, 200]) // group.page_size) for group in cache_layout.groups]
     interval = rng.choice([None, 0, 4, 20])
     options = {"max_running_requests": 12, "max_media_block": MAX_BLOCK, "share_prefixes": True, **options}
+    options["num_stages"] = 3 if depth == 2 else 1
     loop_config = config(max_req_len=max_len, state_checkpoint_interval=interval, **options)
     loop = Loop(loop_config, cache_layout, num_pages, depth, num_state_slots=12 + rng.choice([1, 3, 40]))
     sent: dict[str, GenerateRequest] = {}
@@ -417,6 +421,18 @@ def test_random_traffic(windows, page_size, options, depth, seed, num_steps, mon
             assert loop.ids(rid) == expected
             check_logprobs(message, loop.outputs[rid])
     assert loop.scheduler.stats.finished_requests == len(sent)
+    loop.check_empty()
+
+
+def test_stages_have_shares_of_the_requests() -> None:
+    """Of seven requests in three stages a step has three at most, and steps in flight have different ones."""
+    loop = Loop(config(num_stages=3), layout([None]), [500], depth=2)
+    requests = [request(f"r{i}", [1 + i, 2, 3], 30, params={"ignore_eos": True}) for i in range(7)]
+    loop.run(requests)
+    assert all(loop.ids(r.rid) == loop.worker.expected(r) for r in requests)
+    rows = [[work.row for work in plan.work] for plan in loop.plans[6:60]]
+    assert sorted(len(of_step) for of_step in rows) == [1] * 18 + [3] * 36
+    assert all(len({*one, *two, *three}) == 7 for one, two, three in zip(rows, rows[1:], rows[2:], strict=False))
     loop.check_empty()
 
 
