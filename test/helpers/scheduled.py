@@ -249,7 +249,7 @@ class Loop:
                 read[g].update(requests[work.row].pages[g][low // group.page_size :])
         return read
 
-    def run(self, messages: list = (), limit: int = 10_000) -> None:
+    def run(self, messages: list = (), limit: int = 30_000) -> None:
         self.turn(messages)
         for _ in range(limit):
             if self.scheduler.idle:
