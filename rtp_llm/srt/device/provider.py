@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
 
@@ -68,6 +69,13 @@ class DeviceProvider(ABC):
     @abstractmethod
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
         """Prepare a rank's process for joining the others; return this rank's device."""
+
+    @abstractmethod
+    def share_memory(self, group: RankGroup, timeout_s: float) -> None:
+        """Give ranks that have joined a faster way than torch.distributed, if this device has one (``group.shared``).
+
+        Every rank of the group calls this. ``timeout_s``: how long an operation may wait for the others.
+        """
 
     @abstractmethod
     def use_threads(self, num_threads: int | None, pinned: bool, rank: int, world_size: int) -> None:

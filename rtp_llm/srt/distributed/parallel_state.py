@@ -5,17 +5,17 @@ and the operations of every group are the identity.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR = "tensor", "pipeline", "expert", "expert_tensor"
 GROUPS = (TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR)
-AllReduce = Callable[[torch.Tensor], bool]  # sums in place; False: it does not take this tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,22 @@ class WorldShape:
         raise ValueError(f"unknown group {group!r}; have {list(GROUPS)}")
 
 
+class SharedMemory(Protocol):
+    """A device's own way between ranks of one machine. All of them call an operation, in the same order."""
+
+    def all_reduce(self, x: torch.Tensor) -> bool:
+        """Sum a contiguous tensor over the ranks, in place; return False if it does not take this tensor."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the ranks' contiguous tensors, [ranks, *x.shape]; None if it does not take this tensor."""
+
+
 class RankGroup:
     """This rank's place among ranks that work together. All of them must call an operation, in the same order.
 
     Attributes:
         rank, world_size: of this group, not of the world.
-        shared_all_reduce: is asked first by ``all_reduce``, such as one through memory that the ranks share.
+        shared: is asked before torch.distributed is.
     """
 
     def __init__(
@@ -85,7 +95,7 @@ class RankGroup:
         self.world_size = world_size
         self.device = torch.device(device)
         self.members = list(range(world_size)) if members is None else members
-        self.shared_all_reduce: AllReduce | None = None
+        self.shared: SharedMemory | None = None
         self._process_group = process_group
 
     @property
@@ -112,7 +122,7 @@ class RankGroup:
         if self.world_size == 1:
             return x
         x = x.contiguous()
-        if self.shared_all_reduce is None or not self.shared_all_reduce(x):
+        if self.shared is None or not self.shared.all_reduce(x):
             dist.all_reduce(x, group=self._process_group)
         return x
 
@@ -121,6 +131,9 @@ class RankGroup:
         if self.world_size == 1:
             return x
         x = x.contiguous()
+        gathered = None if self.shared is None else self.shared.all_gather(x)
+        if gathered is not None:
+            return torch.cat(gathered.unbind(), dim=dim)
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
         dist.all_gather(parts, x, group=self._process_group)
         return torch.cat(parts, dim=dim)

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.distributed.parallel_state import WorldShape, init_world
+from rtp_llm.srt.distributed.parallel_state import TENSOR, WorldShape, init_world
 from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.models.registry import reason
@@ -132,4 +132,5 @@ def _serve(parent: Parent) -> None:
 def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
     provider = provider_named(config.device)
     device = provider.prepare_rank(config.place, config.num_places)
-    init_world(config.rank, config.world_shape, provider.process_group, init_method, timeout_s, device)
+    world = init_world(config.rank, config.world_shape, provider.process_group, init_method, timeout_s, device)
+    provider.share_memory(world.group(TENSOR), timeout_s)

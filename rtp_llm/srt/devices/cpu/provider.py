@@ -1,6 +1,7 @@
 """CPUs: C++ kernels if there is a compiler, otherwise the reference's."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -8,12 +9,13 @@ from importlib import import_module
 import torch
 
 from rtp_llm.srt.device.provider import Kernel
-from rtp_llm.srt.devices.cpu import codes, linear, moe, threads
+from rtp_llm.srt.devices.cpu import codes, exchange, linear, moe, threads
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels, int4_panels
 from rtp_llm.srt.devices.cpu.build import compile_ahead, kernels_work
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.devices.reference.provider import ReferenceProvider
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
@@ -85,6 +87,10 @@ CACHE_TAKEN_AT_START_BYTES = 1 << 30
 class CpuProvider(ReferenceProvider):
     logit_bytes_at_once = 12 << 20  # 12 rows of a vocabulary of 262,144: slower by a tenth a row than 17 and more
     step_recorder = "rtp_llm.srt.devices.cpu.graphs:CpuGraphs"
+
+    def share_memory(self, group: RankGroup, timeout_s: float) -> None:
+        if sys.platform == "linux" and kernels_work():
+            group.shared = exchange.share_memory(group, timeout_s)
 
     def use_threads(self, num_threads: int | None, pinned: bool, rank: int, world_size: int) -> None:
         super().use_threads(num_threads, pinned, rank, world_size)

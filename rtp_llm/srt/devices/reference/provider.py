@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import packed, recurrent, reference
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES, PlainBlocks
 from rtp_llm.srt.platform import compute_cores, host_memory_bytes
@@ -38,6 +39,9 @@ class ReferenceProvider(DeviceProvider):
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return torch.device(self.torch_device)
+
+    def share_memory(self, group: RankGroup, timeout_s: float) -> None:
+        pass
 
     def use_threads(self, num_threads: int | None, pinned: bool, rank: int, world_size: int) -> None:
         """Nothing is pinned: plain torch has no way to."""
