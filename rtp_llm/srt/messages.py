@@ -136,6 +136,8 @@ class CoreInfo:
     state_bytes: int = 0  # of one request, per rank; 0: the model keeps no recurrent states
     outputs: PooledOutputs = ONLY_TOKENS  # besides tokens, or in their place
     free_bytes: int = 0  # that were free before it started: what it planned with
+    kv_event_endpoint: str | None = None  # where events of the prefix cache are published, as the core resolved it
+    kv_replay_endpoint: str | None = None
 
 
 ToCore = GenerateRequest | AbortRequest | FlushCache | Ping | Shutdown

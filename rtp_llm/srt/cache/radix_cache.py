@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Hashable, Sequence
 
 from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.block_events import CacheWatch
 from rtp_llm.srt.cache.checkpoints import Checkpoints
 from rtp_llm.srt.cache.prefix_cache import Exchange, Insertion, Lock, Match, PrefixCache, SharedByLocks, common_length
 from rtp_llm.srt.cache.spec import CacheGroup
@@ -32,18 +33,20 @@ class RadixCache(PrefixCache):
         groups: Sequence[CacheGroup],
         allocators: Sequence[PageAllocator],
         checkpoints: Checkpoints | None = None,
+        watch: CacheWatch | None = None,
     ) -> None:
-        """``checkpoints``: of a model with recurrent states."""
+        """``checkpoints``: of a model with recurrent states. ``watch``: is told what becomes of the nodes."""
         super().__init__(groups)
         self.keeps_states = checkpoints is not None
         self._checkpoints = Checkpoints(1) if checkpoints is None else checkpoints
+        self._watch = watch or CacheWatch()
         self._page_sizes = [group.page_size for group in groups]
         self._groups = list(groups)
         self._allocators = list(allocators)
         # Tokens before a position that its query can see; None: all of them.
         self._reach = [None if group.window is None else group.window - 1 for group in groups]
         self._roots: dict[Hashable, TreeNode] = {}
-        self._namespaces: dict[TreeNode, Hashable] = {}
+        self._namespaces = self._watch.namespaces
         self._evictable = [0] * len(groups)
         self._queues: list[list[tuple[int, int, int, TreeNode]]] = [[] for _ in groups]
         self._clock = 0
@@ -60,8 +63,7 @@ class RadixCache(PrefixCache):
         limit -= limit % self.unit
         live_from = [0] * len(self._groups)  # per group: where the unbroken run of pages up to here begins
         path: list[tuple[TreeNode, int]] = []
-        best_depth = 0
-        position = 0
+        best_depth = position = 0
         while position < limit:
             child = node.children.get(self._key(ids, position))
             if child is None:
@@ -207,9 +209,11 @@ class RadixCache(PrefixCache):
     def _add_child(self, parent: TreeNode, ids: list[int], end: int, pages: list[list[int] | None]) -> TreeNode:
         node = TreeNode(parent, ids, end, pages)
         parent.children[self._key(ids, 0)] = node
+        self._watch.added(node)
         for g, share in enumerate(pages):
             if share is not None:
                 self._evictable[g] += len(share)
+                self._watch.stored(node, g)
         return node
 
     def _merge(self, node: TreeNode, pages: list[list[int]], result: Insertion) -> None:
@@ -235,6 +239,7 @@ class RadixCache(PrefixCache):
             result.exchanges.append(Exchange(g, first, list(held)))
             return
         node.pages[g] = own
+        self._watch.stored(node, g)
         if node.locks[g] == 0:
             self._evictable[g] += len(own)
         self._queue(node, g)
@@ -311,6 +316,7 @@ class RadixCache(PrefixCache):
         pages = node.pages[group]
         if pages is not None:
             node.pages[group] = None
+            self._watch.removed(node, group)
             self._evictable[group] -= len(pages)
             self._allocators[group].free(pages)
 
@@ -360,6 +366,7 @@ class RadixCache(PrefixCache):
         self._roots.clear()
         self._namespaces.clear()
         self._queues = [[] for _ in self._groups]
+        self._watch.cleared()
 
     # The tree
 
@@ -367,15 +374,14 @@ class RadixCache(PrefixCache):
         return num_tokens - num_tokens % self.unit
 
     def _key(self, ids: Sequence[int], position: int) -> Hashable:
-        if self.unit == 1:
-            return ids[position]
-        return tuple(ids[position : position + self.unit])
+        return ids[position] if self.unit == 1 else tuple(ids[position : position + self.unit])
 
     def _root(self, namespace: Hashable) -> TreeNode:
         root = self._roots.get(namespace)
         if root is None:
             root = self._roots[namespace] = TreeNode(None, [], 0, [[] for _ in self._groups])
             self._namespaces[root] = namespace
+            self._watch.began(root)
         return root
 
     def _touch(self, node: TreeNode) -> None:
@@ -402,6 +408,7 @@ class RadixCache(PrefixCache):
         node.ids = node.ids[cut:]
         node.parent = upper
         upper.children[self._key(node.ids, 0)] = node
+        self._watch.split(upper, node)
         for g in range(len(self._groups)):
             self._queue(upper, g)
         return upper

@@ -8,7 +8,10 @@ from rtp_llm.srt.cache.prefix_cache import SharedByLocks
 class TreeNode:
     """The tokens ``[start, end)`` of every sequence through it, and per group their pages, or None."""
 
-    __slots__ = ("checkpoint", "children", "end", "holders", "ids", "last_access", "locks", "pages", "parent", "queued")
+    __slots__ = (
+        "checkpoint", "children", "digests", "end", "holders", "ids", "last_access", "locks", "pages", "parent",
+        "queued",
+    )  # fmt: skip
 
     def __init__(self, parent: "TreeNode | None", ids: list[int], end: int, pages: list[list[int] | None]) -> None:
         self.parent = parent
@@ -21,6 +24,7 @@ class TreeNode:
         self.holders = 0  # locks that end here: they keep the node, even after they released all its pages
         self.last_access = 0
         self.checkpoint = 0  # the slot of the states after the last of its tokens; 0: none
+        self.digests: Sequence[bytes] = ()  # of the blocks that end in it, while somebody watches (block_events.py)
 
     @property
     def start(self) -> int:

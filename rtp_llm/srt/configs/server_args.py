@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rtp_llm.srt.configs.grammar_backends import GRAMMAR_BACKENDS, LLGUIDANCE, missing_package
+from rtp_llm.srt.configs.kv_events import parse_kv_events_config
 from rtp_llm.srt.configs.media_limits import DEFAULT_MEDIA_LIMITS, parse_media_limits
 from rtp_llm.srt.configs.options import (
     ArgumentParser,
@@ -211,6 +212,12 @@ class ServerArgs:
         "to a multiple of 64. 0 writes them only where prompts part and end. If unset, 1024 or more, by the memory "
         "that there is.",
         low=0,
+    )
+    kv_events_config: str | None = option(
+        None,
+        help="JSON object, as vLLM's: publish over ZeroMQ what the prefix cache holds, for routers and other caches, "
+        'such as {"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}. Whoever reaches the address '
+        "can read the tokens of all prompts.",
     )
     disable_radix_cache: bool = option(False, help="Do not reuse the cached prefixes of earlier requests.")
     attention_backend: str | None = option(
@@ -436,6 +443,12 @@ class ServerArgs:
     shutdown_timeout: float = option(
         60.0, help="Seconds that running requests get to finish after SIGTERM or Ctrl-C.", low=0, server=True
     )
+    vllm_metrics: bool = option(
+        False,
+        help="Tell in /metrics the server's figures under vLLM's names, too (vllm:num_requests_running, ...), for "
+        "dashboards and autoscalers that know those.",
+        server=True,
+    )
     log_requests: bool = option(False, help="Log every request when it arrives and when it ends.", server=True)
     log_requests_level: int = option(
         2,
@@ -472,6 +485,8 @@ class ServerArgs:
         parse_media_limits(self.limit_mm_data_per_request)
         if self.tp_size % self.ep_size:
             raise ServerArgsError(f"ep_size {self.ep_size} must divide tp_size, which is {self.tp_size}")
+        if parse_kv_events_config(self.kv_events_config) is not None and self.disable_radix_cache:
+            raise ServerArgsError("kv_events_config tells of the prefix cache: leave disable_radix_cache out, or it")
 
     @property
     def is_demo(self) -> bool:

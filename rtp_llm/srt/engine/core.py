@@ -4,7 +4,9 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
+from rtp_llm.srt.configs.kv_events import parse_kv_events_config
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
@@ -18,6 +20,9 @@ from rtp_llm.srt.plan import StepPlan
 from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
 from rtp_llm.srt.utils.ipc import CoreEnd
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
+
+if TYPE_CHECKING:
+    from rtp_llm.srt.engine.kv_events import KvEvents
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class EngineCore:
             dist_timeout_s=server_args.dist_timeout or DEFAULT_DIST_TIMEOUT_S,
         )
         self.grammars = Grammars(server_args, model_config, on_admission, skips_forced_tokens=self.executor.depth == 0)
+        self._events: KvEvents | None = None
         try:
             loaded = self.executor.load(on_progress)
             self._cuts_prompts = not loaded.sees_whole_prompts
@@ -71,6 +77,7 @@ class EngineCore:
             if on_loaded is not None:
                 on_loaded()
             self.states, self.capacity = self._plan_memory(loaded, model_config)
+            self._events = self._make_events(loaded, replica)
             self.scheduler = self._make_scheduler(loaded, model_config)
             self.executor.init_cache(
                 list(self.capacity.num_pages),
@@ -79,6 +86,8 @@ class EngineCore:
                 self.states.num_slots,
             )
         except BaseException:
+            if self._events is not None:
+                self._events.shutdown()
             self.executor.shutdown()
             raise
         ranks = RankMeter(partial(self.executor.rpc, "stats"), server_args) if server_args.num_ranks > 1 else None
@@ -108,6 +117,8 @@ class EngineCore:
             state_bytes=self._state_bytes,
             outputs=self._outputs,
             free_bytes=self._free_bytes,
+            kv_event_endpoint=None if self._events is None else self._events.endpoint,
+            kv_replay_endpoint=None if self._events is None else self._events.replay_endpoint,
         )
 
     @property
@@ -187,7 +198,25 @@ class EngineCore:
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
             num_stages=self._args.pp_size,
         )
-        return Scheduler(config, loaded.layout, self.capacity.num_pages, self.states.num_slots, self.grammars.matchers)
+        return Scheduler(
+            config,
+            loaded.layout,
+            self.capacity.num_pages,
+            self.states.num_slots,
+            self.grammars.matchers,
+            None if self._events is None else self._events.watch,
+        )
+
+    def _make_events(self, loaded: LoadedModel, replica: int) -> "KvEvents | None":
+        config = parse_kv_events_config(self._args.kv_events_config)
+        if config is None:
+            return None
+        if loaded.sees_whole_prompts:
+            logger.warning("kv_events_config: this model's prompts are not cached, so there will be no events")
+        # ZeroMQ is not needed by an engine that publishes nothing and has its core on a thread.
+        from rtp_llm.srt.engine.kv_events import KvEvents
+
+        return KvEvents(config, loaded.layout.groups, replica)
 
     def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
         num_ranks = self._args.num_ranks
@@ -234,6 +263,8 @@ class EngineCore:
             self._commit()
         if plan is None and self._in_flight:
             self._commit()  # after which there may be more to plan
+        if self._events is not None:
+            self._events.publish()
         stats = self._meter.step()
         if stats is not None:
             self._link.send([stats])
@@ -262,6 +293,8 @@ class EngineCore:
         self.grammars.shutdown()
         self._in_flight.clear()
         self.executor.shutdown()
+        if self._events is not None:
+            self._events.shutdown()
 
 
 def _context_length(loaded: LoadedModel, model_config: ModelConfig) -> int:

@@ -50,6 +50,7 @@ from rtp_llm.srt.entrypoints.serving import Core, Serving
 from rtp_llm.srt.managers.end_tokens import EndToken
 from rtp_llm.srt.managers.metrics import CoreMetrics, RequestMetrics
 from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.managers.vllm_metrics import VllmMetrics
 from rtp_llm.srt.parser.response_template import read_response_template
 from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_freed_memory, give_back_once
 from rtp_llm.srt.utils.logging import LOG_FORMAT, RateLimit, configure_logging
@@ -277,6 +278,11 @@ def make_app(
     registry.register(CoreMetrics(lambda: core.stats, name, constants, info.max_running_requests))
     slots = Slots(info.max_running_requests, info.max_req_len)
     observers: list[Observer] = [RequestMetrics(registry, name), slots]
+    if args.vllm_metrics:
+        named = VllmMetrics(registry, name, args.page_size, info.max_total_tokens // args.page_size)
+        observers.append(named)
+        registry = CollectorRegistry()
+        registry.register(named)
     if args.log_requests:
         observers.append(RequestLog(args.log_requests_level))
     manager = TokenizerManager(

@@ -19,6 +19,7 @@ from rtp_llm.srt.entrypoints.llama_cpp.protocol import AppliedTemplate, LlamaCom
 from rtp_llm.srt.entrypoints.llama_cpp.serving import LlamaCppEndpoints
 from rtp_llm.srt.entrypoints.llama_cpp.serving_completions import LlamaCompletions
 from rtp_llm.srt.entrypoints.llama_cpp.slots import Slots
+from rtp_llm.srt.entrypoints.loads import LoadEndpoints
 from rtp_llm.srt.entrypoints.native import Confirmation, NativeEndpoints, Text, Tokens, Version
 from rtp_llm.srt.entrypoints.ollama.errors import OllamaErrorBody
 from rtp_llm.srt.entrypoints.ollama.protocol import (
@@ -114,6 +115,7 @@ def add_routes(app: FastAPI, serving: Serving, registry: CollectorRegistry, slot
         *_ollama(serving, models),
         *_llama_cpp(serving, chat, slots),
         *_native(native),
+        *_loads(LoadEndpoints(serving)),
         *_pooled(serving),
     ):
         for alias in ALIASES.get(route.path, ()):
@@ -213,6 +215,13 @@ def _native(native: NativeEndpoints) -> Iterator[Route]:
     yield Route("/abort_request", ["POST"], native.abort_request, Confirmation, "control")
     yield Route("/version", ["GET"], native.version, Version, "control")
     yield Route("/metrics", ["GET"], native.metrics, None, "control")
+
+
+def _loads(loads: LoadEndpoints) -> Iterator[Route]:
+    yield Route("/v1/loads", ["GET"], loads.loads, None, "control")
+    yield Route("/get_load", ["GET"], loads.get_load, None, "control")
+    yield Route("/load", ["GET"], loads.server_load, None, "control")
+    yield Route("/kv_event_sources", ["GET"], loads.kv_event_sources, None, "control")
 
 
 def _pooled(serving: Serving) -> Iterator[Route]:

@@ -96,6 +96,8 @@ class Client(Protocol):
 
     @property
     def num_live(self) -> int: ...
+    @property
+    def num_live_tokens(self) -> int: ...
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None: ...
     def submit_all(self, entries: Sequence[tuple[GenerateRequest, Deliver]]) -> None: ...
     def abort(self, rid: str | None) -> None: ...
@@ -177,6 +179,13 @@ class EngineClient:
     @property
     def num_live(self) -> int:
         return len(self._live)
+
+    @property
+    def num_live_tokens(self) -> int:
+        """Tokens of the live requests, prompts and outputs so far, those of waiting ones included."""
+        with self._lock:
+            entries = list(self._live.values())
+        return sum(len(e.request.prompt_ids) + len(e.request.output_ids) + len(e.output_ids) for e in entries)
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
         """Send ``request``; ``deliver`` gets its outputs. Raise as ``submit_all`` does."""

@@ -36,6 +36,10 @@ class ReplicaClient:
         return sum(client.num_live for client in self._clients)
 
     @property
+    def num_live_tokens(self) -> int:
+        return sum(client.num_live_tokens for client in self._clients)
+
+    @property
     def stats(self) -> CoreStats:
         return joined_stats([client.stats for client in self._clients])
 

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from rtp_llm.srt.cache.allocator import PageAllocator
+from rtp_llm.srt.cache.block_events import CacheWatch
 from rtp_llm.srt.cache.checkpoints import Checkpoints
 from rtp_llm.srt.cache.prefix_cache import Lock, Match, NoPrefixCache, PrefixCache
 from rtp_llm.srt.cache.radix_cache import RadixCache
@@ -26,15 +27,16 @@ class CacheMemory:
         max_chunk: int,
         disable_prefix_cache: bool,
         states: StateLimits | None = None,
+        watch: CacheWatch | None = None,
     ) -> None:
-        """``states``: of a model that keeps some."""
+        """``states``: of a model that keeps some. ``watch``: is told what the prefix cache holds."""
         self.groups = list(groups)
         self.allocators = [PageAllocator(count) for count in num_pages]
         self.checkpoints = Checkpoints(1 if states is None else states.num_slots)
         self.cache: PrefixCache = (
             NoPrefixCache(groups)
             if disable_prefix_cache
-            else RadixCache(groups, self.allocators, None if states is None else self.checkpoints)
+            else RadixCache(groups, self.allocators, None if states is None else self.checkpoints, watch)
         )
         self.states = NoStates() if states is None else StateSlots(self.cache, self.checkpoints, states)
         self._page_sizes = [group.page_size for group in groups]

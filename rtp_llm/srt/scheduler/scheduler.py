@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rtp_llm.srt.cache.block_events import CacheWatch
 from rtp_llm.srt.cache.spec import CacheLayout
 from rtp_llm.srt.constrained.backend import Matcher
 from rtp_llm.srt.messages import (
@@ -68,6 +69,7 @@ class Scheduler:
         num_pages: Sequence[int],
         num_state_slots: int = 0,
         matchers: dict[str, Matcher] | None = None,
+        watch: CacheWatch | None = None,
     ) -> None:
         self.config = config
         self._matchers = matchers  # of requests with a grammar, by rid: there before the request comes, taken then
@@ -82,13 +84,8 @@ class Scheduler:
         limits = StateLimits(
             num_state_slots, config.max_running_requests, config.max_req_len, config.state_checkpoint_interval
         )
-        self.memory = CacheMemory(
-            layout.groups,
-            num_pages,
-            max_chunk,
-            config.disable_radix_cache,
-            None if layout.states is None else limits,
-        )
+        states = None if layout.states is None else limits
+        self.memory = CacheMemory(layout.groups, num_pages, max_chunk, config.disable_radix_cache, states, watch)
         self._states = self.memory.states
         self.waiting = WaitingQueue(config.schedule_policy, lambda r: self.memory.match(r).num_tokens)
         self.running: list[Request] = []  # in order of admission
