@@ -1,0 +1,82 @@
+"""Replicas of a server behind a router of others, each in a process of its own, for measurements and for chaos."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmark.soak_server import ServerFailed, SoakServer, free_port, health_status
+
+READY_WITHIN_S = 180.0
+MODULES = {"vllm-router": "vllm_router", "smg": "smg"}
+
+
+class Router:
+    """One router after the other at the same port. ``name``: a key of ``MODULES``."""
+
+    def __init__(self, name: str, folder: Path, urls: Sequence[str], policy: str, *more: str) -> None:
+        if importlib.util.find_spec(MODULES[name]) is None:
+            raise ServerFailed(f"{name} is not installed: pip install {name}")
+        self.address = ("127.0.0.1", free_port())
+        self.log = folder / "router.log"
+        launch = ["vllm_router.launch_router"] if name == "vllm-router" else ["smg", "launch"]
+        self._command = [sys.executable, "-m", *launch, "--host", "127.0.0.1", "--port", str(self.address[1])]
+        self._command += ["--worker-urls", *urls, "--policy", policy, "--prometheus-port", str(free_port()), *more]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+
+    @property
+    def url(self) -> str:
+        return "http://{}:{}".format(*self.address)
+
+    def start(self) -> None:
+        """Start one and wait until it is ready. Raises ServerFailed."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, cwd=self.log.parent, start_new_session=True
+            )
+        self.starts += 1
+        deadline_s = time.monotonic() + READY_WITHIN_S
+        while health_status(self.address) != 200:
+            if self._process.poll() is not None:
+                raise ServerFailed(f"the router ended with status {self._process.returncode}; see {self.log}")
+            if time.monotonic() > deadline_s:
+                raise ServerFailed(f"the router was not ready within {READY_WITHIN_S:g} s; see {self.log}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Kill it, and what it started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def start_replicas(folder: Path, count: int, arguments: Sequence[str]) -> list[SoakServer]:
+    """Start servers, one after the other. A folder with ``{n}`` in an argument is that of the replica."""
+    replicas = []
+    for number in range(count):
+        own = folder / f"r{number}"
+        own.mkdir()
+        replicas.append(SoakServer(own, [argument.replace("{n}", str(number)) for argument in arguments]))
+    try:
+        for replica in replicas:
+            replica.start()
+    except BaseException:
+        end(replicas)
+        raise
+    return replicas
+
+
+def url_of(replica: SoakServer) -> str:
+    return "http://{}:{}".format(*replica.address)
+
+
+def end(replicas: Sequence[SoakServer]) -> None:
+    for replica in replicas:
+        replica.end()
