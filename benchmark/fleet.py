@@ -34,6 +34,9 @@ class Router:
     def url(self) -> str:
         return "http://{}:{}".format(*self.address)
 
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start one and wait until it is ready. Raises ServerFailed."""
         with self.log.open("ab") as log:
