@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,20 @@ class Outcome:
         return self.cached_tokens / self.prompt_tokens
 
 
-def prompts_of(trace: Path, num_requests: int, max_blocks: int) -> list[str]:
-    """The prompts of the first requests of a trace, each cut after ``max_blocks`` blocks."""
+def prompts_of(trace: Path, num_requests: int, max_blocks: int, min_turns: int = 1) -> list[str]:
+    """The prompts of the first requests of a trace, each cut after ``max_blocks`` blocks.
+
+    Only requests count whose second block is in at least ``min_turns`` of the trace's: the first is the same for many,
+    the second tells conversations apart.
+    """
     with trace.open() as lines:
-        requests = [json.loads(line) for line, _ in zip(lines, range(num_requests), strict=False)]
-    return ["".join(f"{block:05d};" for block in request["hash_ids"][:max_blocks]) for request in requests]
+        requests = [json.loads(line)["hash_ids"] for line in lines]
+    turns = Counter(tuple(blocks[:2]) for blocks in requests)
+    chosen = [blocks for blocks in requests if turns[tuple(blocks[:2])] >= min_turns][:num_requests]
+    return ["".join(f"{block:06d};" for block in blocks[:max_blocks]) for blocks in chosen]
 
 
-def best_hit_rate(prompts: Sequence[str], block_chars: int = 6) -> float:
+def best_hit_rate(prompts: Sequence[str], block_chars: int = 7) -> float:
     """The part of the prompts' blocks that earlier ones have: what one replica that forgets nothing finds."""
     seen: set[str] = set()
     found = total = 0
@@ -119,11 +126,12 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["random", "round_robin", "cache_aware"])
     parser.add_argument("--num-requests", type=int, default=600)
     parser.add_argument("--max-blocks", type=int, default=24, help="blocks of a prompt, at most")
+    parser.add_argument("--min-turns", type=int, default=1, help="requests of a conversation that is played, at least")
     parser.add_argument("--num-replicas", type=int, default=2)
     parser.add_argument("--model-path", default=DEMO_MODEL)
     parser.add_argument("--max-total-tokens", type=int, default=32768, help="of each replica's cache")
     args = parser.parse_args()
-    prompts = prompts_of(args.trace, args.num_requests, args.max_blocks)
+    prompts = prompts_of(args.trace, args.num_requests, args.max_blocks, args.min_turns)
     print(f"{len(prompts)} requests; one replica that forgets nothing: {best_hit_rate(prompts):.1%} of the blocks")
     for policy in args.policies:
         with tempfile.TemporaryDirectory(prefix="rt") as folder:
