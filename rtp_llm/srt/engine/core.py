@@ -189,7 +189,7 @@ class EngineCore:
             max_req_len=self.max_req_len,
             max_running_requests=self.max_running_requests,
             chunked_prefill_size=self.chunked_prefill_size,
-            max_prefill_tokens=self._args.max_prefill_tokens,
+            max_prefill_tokens=self._prefill_tokens(loaded),
             schedule_policy=self._args.schedule_policy,
             disable_radix_cache=self._args.disable_radix_cache or loaded.sees_whole_prompts,
             state_checkpoint_interval=self._args.state_checkpoint_interval,
@@ -217,6 +217,11 @@ class EngineCore:
         from rtp_llm.srt.engine.kv_events import KvEvents
 
         return KvEvents(config, loaded.layout.groups, replica)
+
+    def _prefill_tokens(self, loaded: LoadedModel) -> int:
+        """Return how many prompt tokens a step computes at most; a longer whole prompt is computed alone."""
+        most = self._provider.whole_prompt_tokens if loaded.sees_whole_prompts else None
+        return min(self._args.max_prefill_tokens, most or self._args.max_prefill_tokens)
 
     def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
         num_ranks = self._args.num_ranks
