@@ -62,6 +62,8 @@ class EngineCore:
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
+        if server_args.dp_size > 1:  # this core's first device, whose memory it plans with
+            self._provider.prepare_rank(replica * server_args.num_ranks, server_args.dp_size * server_args.num_ranks)
         self._free_bytes = self._provider.memory_bytes()[0] if free_bytes is None else free_bytes
         self.executor = executor or make_executor(
             WorkerConfig(server_args, model_config, self.device, isolates_rows=True, replica=replica),
