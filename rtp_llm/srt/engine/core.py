@@ -62,9 +62,7 @@ class EngineCore:
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
-        if server_args.dp_size > 1:  # this core's first device, whose memory it plans with
-            self._provider.prepare_rank(replica * server_args.num_ranks, server_args.dp_size * server_args.num_ranks)
-        self._free_bytes = self._provider.memory_bytes()[0] if free_bytes is None else free_bytes
+        self._free_bytes = self._memory(replica) if free_bytes is None else free_bytes
         self.executor = executor or make_executor(
             WorkerConfig(server_args, model_config, self.device, isolates_rows=True, replica=replica),
             depth=self._depth(),
@@ -98,6 +96,13 @@ class EngineCore:
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
+
+    def _memory(self, replica: int) -> int:
+        """Return the bytes that are free on this core's first device."""
+        if self._args.dp_size > 1:
+            num_ranks = self._args.num_ranks
+            self._provider.prepare_rank(replica * num_ranks, self._args.dp_size * num_ranks)
+        return self._provider.memory_bytes()[0]
 
     def _depth(self) -> int:
         """Steps in flight while another is planned: one where a device computes on its own, and with stages one less
