@@ -25,7 +25,7 @@ import numpy as np
 READY_WITHIN_S = 300
 MAX_TOKENS = 512
 BATCH = 32  # texts at once, for engines that pad: sentence-transformers' own default
-LLAMA_CPP_BATCH_TOKENS = 2048
+LLAMA_CPP_BATCH_TOKENS = 512  # a larger one costs it more: each token attends to all of the batch, under a mask
 
 
 class Missing(Exception):
