@@ -20,13 +20,13 @@ def check_installed(module: str) -> None:
         pytest.skip(f"{module} is not installed: make test-all installs it")
 
 
-def result_of(script: str, folder: Path, **environment: str) -> Any:
+def result_of(script: str, folder: Path, *, timeout_s: float = TIMEOUT_S, **environment: str) -> Any:
     """Run a script in this folder; return the value that it prints as JSON after "RESULT "."""
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         cwd=folder,
         env=os.environ | ENVIRONMENT | environment,
     )

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from rtp_llm.srt.configs.cpu_affinity import parse_cpu_affinity
 from rtp_llm.srt.configs.grammar_backends import GRAMMAR_BACKENDS, LLGUIDANCE, missing_package
 from rtp_llm.srt.configs.kv_events import parse_kv_events_config
 from rtp_llm.srt.configs.media_limits import DEFAULT_MEDIA_LIMITS, parse_media_limits
@@ -148,6 +148,12 @@ class ServerArgs:
         aliases=("--data-parallel-size",),
         server=True,
     )
+    distributed_executor_backend: str = option(
+        "mp",
+        help="What runs the ranks: mp, processes of this machine; ray, actors that Ray places on one machine or "
+        "several (experimental; pip install 'rtp-llm[ray]').",
+        choices=("mp", "ray"),
+    )
     cpu_threads: int | None = option(
         None,
         help="Number of threads that compute on a CPU, of all ranks together. If unset, one for each physical core, "
@@ -158,12 +164,6 @@ class ServerArgs:
         False,
         help="Bind each thread that computes to a core of its own: for a machine that does nothing else. Otherwise "
         "the system may move them when another program takes a core.",
-    )
-    cpu_affinity: str | None = option(
-        None,
-        help="Processors on which ranks compute: numa divides the machine's NUMA nodes and their cores among them; "
-        "0-3;4-7 names those of each rank, of all that --dp-size, --pp-size and --tp-size make. A rank then has a "
-        "thread for each of its cores, or its part of --cpu-threads.",
     )
     mem_fraction_static: float | None = option(
         None,
@@ -483,6 +483,8 @@ class ServerArgs:
             raise ServerArgsError(
                 f"grammar_backend {self.grammar_backend}: it is not installed: pip install '{package}'"
             )
+        if self.distributed_executor_backend == "ray" and find_spec("ray") is None:
+            raise ServerArgsError("distributed_executor_backend ray: it is not installed: pip install 'rtp-llm[ray]'")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ServerArgsError("ssl_keyfile is given without ssl_certfile; give the certificate, too")
         for name in ("api_key_file", "admin_api_key_file", "ssl_certfile", "ssl_keyfile"):
@@ -494,7 +496,6 @@ class ServerArgs:
             raise ServerArgsError(f"ep_size {self.ep_size} must divide tp_size, which is {self.tp_size}")
         if parse_kv_events_config(self.kv_events_config) is not None and self.disable_radix_cache:
             raise ServerArgsError("kv_events_config tells of the prefix cache: leave disable_radix_cache out, or it")
-        parse_cpu_affinity(self.cpu_affinity, self.num_ranks * self.dp_size)
 
     @property
     def is_demo(self) -> bool:

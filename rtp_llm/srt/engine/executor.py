@@ -123,6 +123,16 @@ class InProcessExecutor(Executor):
         self._last = None
 
 
+class RankProcess(Protocol):
+    """What runs a rank: a process, or something that can be asked like one."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
 class WorkerError(RuntimeError):
     """A worker process failed or died. The message contains the worker's own error, a note its traceback."""
 
@@ -144,7 +154,7 @@ class MultiProcessExecutor(Executor):
         self.depth = depth
         self._config = config
         self._dist_timeout_s = dist_timeout_s
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[RankProcess] = []
         self._pipes: list[Connection] = []
         self._in_flight: deque[_RemoteStep] = deque()
         self._failure: WorkerError | None = None
@@ -152,6 +162,7 @@ class MultiProcessExecutor(Executor):
         self._results: deque[StepResult] = deque()  # that stages have sent
         self._drawn = DrawnTokens()
         self._rendezvous = ScratchFolder()
+        self._init_method = f"file://{self._rendezvous.path}/store"  # where the ranks meet
 
     def load(self, progress: Progress | None = None) -> LoadedModel:
         """Start the workers, and wait until each has its part of the model.
@@ -163,15 +174,19 @@ class MultiProcessExecutor(Executor):
         args, shape = self._config.server_args, self._config.world_shape
         options = (args.load_format, args.model_impl, args.quantization, args.pp_split)
         check_split(self._config.model_config, shape, *options)
-        init_method = f"file://{self._rendezvous.path}/store"
         registrations = pack_registrations()
-        for rank in range(self._config.world_shape.size):
+        self._start_all(shape.size)
+        for rank, pipe in enumerate(self._pipes):
             config = replace(self._config, rank=rank)
+            send(pipe, (registrations, pack_by_value(config), self._init_method, self._dist_timeout_s))
+        return LoadedModel.of_ranks(self._gather(progress))
+
+    def _start_all(self, count: int) -> None:
+        """Start a process for each rank, and connect to it."""
+        for _ in range(count):
             process, pipe, _ = start_python("rtp_llm.srt.worker.process")
             self._processes.append(process)
             self._pipes.append(pipe)
-            send(self._pipes[rank], (registrations, pack_by_value(config), init_method, self._dist_timeout_s))
-        return LoadedModel.of_ranks(self._gather(progress))
 
     def _receive(self, rank: int) -> tuple[str, Any]:
         """Return the rank's next message: ``("result", answer)`` or ``("progress", (bytes done, bytes in all))``.
@@ -326,9 +341,3 @@ def _link(path: str, name: str) -> None:
         raise
     except OSError:
         shutil.copyfile(path, name)
-
-
-def make_executor(config: WorkerConfig, depth: int, dist_timeout_s: float) -> Executor:
-    if config.world_size > 1:
-        return MultiProcessExecutor(config, dist_timeout_s, depth)
-    return InProcessExecutor(config, depth)

@@ -181,16 +181,7 @@ class HTTPServer:
         print("\n".join([summary, *dialect_lines(app, supervisor.info.outputs)]), file=sys.stderr)
 
     def _start_core(self) -> tuple[ModelConfig, object, Supervisor | Replicas]:
-        config = read_model_config(self._args)
-        tokenizer = read_tokenizer(self._args, config)
-        read_chat_template(self._args, config, tokenizer)  # before the weights: errors come early
-        read_pair_template(self._args, config, tokenizer)
-        give_back_once()  # what the tokenizer's file needed
-        drop_library_pages()  # before the weights come
-        supervisor = make_supervisor(self._args, config, self._on_progress, self._core_process)
-        supervisor.on_dead = self._on_core_dead
-        supervisor.start()
-        return config, tokenizer, supervisor
+        return start_supervisor(self._args, self._on_core_dead, self._on_progress, self._core_process)
 
     def _on_core_dead(self, error: BaseException) -> None:
         """Stop the server; called in the supervisor's thread."""
@@ -240,6 +231,28 @@ class HTTPServer:
         self._error = self._error or error
         self._gate.draining = True
         self._uvicorn.should_exit = True
+
+
+def start_supervisor(
+    args: ServerArgs,
+    on_dead: Callable[[BaseException], None],
+    on_progress: OnProgress | None = None,
+    core_process: StartedPython | None = None,
+) -> tuple[ModelConfig, object, Supervisor | Replicas]:
+    """Read what the server needs of a model and start its core; return when that is ready.
+
+    ``on_dead`` is called when the core has died for good. Raises as ``launch_server`` does.
+    """
+    config = read_model_config(args)
+    tokenizer = read_tokenizer(args, config)
+    read_chat_template(args, config, tokenizer)  # before the weights: errors come early
+    read_pair_template(args, config, tokenizer)
+    give_back_once()  # what the tokenizer's file needed
+    drop_library_pages()  # before the weights come
+    supervisor = make_supervisor(args, config, on_progress, core_process)
+    supervisor.on_dead = on_dead
+    supervisor.start()
+    return config, tokenizer, supervisor
 
 
 async def on_daemon_thread(function: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device, provider_named
 from rtp_llm.srt.engine.capacity import Capacity, StateCapacity, auto_max_tokens, plan_capacity, plan_states
 from rtp_llm.srt.engine.core import DEFAULT_DIST_TIMEOUT_S, DEFAULT_MAX_RUNNING_REQUESTS
-from rtp_llm.srt.engine.executor import make_executor
+from rtp_llm.srt.engine.executors import make_executor
 from rtp_llm.srt.plan import StepResult
 from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig

@@ -32,8 +32,11 @@ class CudaProvider(TritonProvider):
         return torch.cuda.mem_get_info()
 
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
-        torch.cuda.set_device(rank)
-        return torch.device(self.torch_device, rank)
+        index = (
+            rank % torch.cuda.device_count()
+        )  # ranks of other machines count, too; Ray shows each rank its GPU alone
+        torch.cuda.set_device(index)
+        return torch.device(self.torch_device, index)
 
     def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.torch_device, non_blocking=True)

@@ -1,0 +1,43 @@
+"""A Ray cluster of three nodes as processes of this machine, for scripts that tests run in a process of their own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Before ray is imported: no look at the internet, and no wait for machines that would be slow to answer.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_health_check_failure_threshold", "10")
+
+from ray.cluster_utils import Cluster
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+class ThreeNodes:
+    """``head`` has no room for ranks and replicas; ``nodes`` has three with room for one each."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+        self.nodes: dict[str, Any] = {}
+        for _ in range(3):
+            self.add()
+        os.environ["RAY_ADDRESS"] = self.cluster.address
+
+    def add(self) -> None:
+        node = self.cluster.add_node(**NODE)
+        self.nodes[node.node_id] = node
+
+    def kill(self, node_id: str) -> None:
+        """Kill all processes of a node at once, as if its machine had lost power."""
+        self.cluster.remove_node(self.nodes.pop(node_id), allow_graceful=False)
+
+
+@contextmanager
+def three_nodes() -> Iterator[ThreeNodes]:
+    started = ThreeNodes()
+    try:
+        yield started
+    finally:
+        started.cluster.shutdown()
