@@ -15,6 +15,7 @@ from rtp_llm.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, R
 from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.pooler import classifiers, embedders, token_classifiers
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.splade import MaskedLMHead, splades
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -182,8 +183,41 @@ class BertModel(BertTrunk):
         self.poolers = embedders("cls", config.hidden_size)
 
 
+class BertTransform(nn.Module):
+    """The layers of the head for masked tokens before its product with the embedding."""
+
+    def __init__(self, config: "PretrainedConfig", activation: str | None = None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = get_act_fn(activation or config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.act_fn(self.dense(states)))
+
+
 class BertForMaskedLM(BertModel):
-    """Its trunk: the head for masked tokens is left out."""
+    """With the head for masked tokens, for SPLADE."""
+
+    rename = [*BertModel.rename, (r"^cls\.predictions\.", "masked_lm.")]
+    ignore = [r"^pooler\.", r"^cls\.seq_relationship\.", r"^masked_lm\.decoder\.bias$"]
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__(config, quant_config, prefix)
+        self.masked_lm = MaskedLMHead(config, BertTransform(config), self.embeddings.word_embeddings)
+        self.poolers |= splades(config, self.masked_lm)
+
+
+class BertSpladeSparseEmbeddingModel(BertForMaskedLM):
+    """vLLM's name of a checkpoint of the former that was trained for SPLADE alone."""
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__(config, quant_config, prefix)
+        self.poolers = splades(config, self.masked_lm)
 
 
 class BertPooler(nn.Module):
@@ -240,4 +274,10 @@ class BertForTokenClassification(nn.Module):
         return self.bert(input_ids, positions, forward_batch)
 
 
-EntryClass = [BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification]
+EntryClass = [
+    BertModel,
+    BertForMaskedLM,
+    BertSpladeSparseEmbeddingModel,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+]

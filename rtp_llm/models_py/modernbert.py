@@ -13,6 +13,7 @@ from rtp_llm.srt.layers.norm import LayerNorm
 from rtp_llm.srt.layers.pooler import Pooler, classifiers, embedders, token_classifiers
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
+from rtp_llm.srt.layers.splade import MaskedLMHead, splades
 from rtp_llm.srt.utils import add_prefix, make_layers
 
 if TYPE_CHECKING:
@@ -177,7 +178,23 @@ class ModernBertModel(ModernBertTrunk):
 
 
 class ModernBertForMaskedLM(ModernBertModel):
-    """Its trunk: the head for masked tokens is left out."""
+    """With the head for masked tokens, for SPLADE."""
+
+    rename = [
+        *ModernBertModel.rename,
+        (r"^head\.", "masked_lm.transform."),
+        (r"^decoder\.bias$", "masked_lm.bias"),
+        (r"^decoder\.weight$", "masked_lm.decoder.weight"),
+    ]
+    ignore = []
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__(config, quant_config, prefix)
+        embedding = self.embeddings.tok_embeddings
+        self.masked_lm = MaskedLMHead(config, ModernBertHead(config), embedding, config.decoder_bias)
+        self.poolers |= splades(config, self.masked_lm)
 
 
 class _WithClassifier(nn.Module):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.bert import OLD_NAMES, PACKED, BertEmbeddings, BertTrunk
+from rtp_llm.models_py.bert import OLD_NAMES, PACKED, BertEmbeddings, BertTransform, BertTrunk
 from rtp_llm.srt.layers.pooler import classifiers, embedders, token_classifiers
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.splade import MaskedLMHead, splades
 from rtp_llm.srt.utils import add_prefix
 
 if TYPE_CHECKING:
@@ -106,15 +107,34 @@ class RobertaForTokenClassification(nn.Module):
 
 
 class RobertaForMaskedLM(RobertaModel):
-    """Its trunk: the head for masked tokens is left out."""
+    """With the head for masked tokens, for SPLADE."""
+
+    rename = [
+        *RobertaModel.rename,
+        (r"^lm_head\.dense\.", "masked_lm.transform.dense."),
+        (r"^lm_head\.layer_norm\.", "masked_lm.transform.LayerNorm."),
+        (r"^lm_head\.", "masked_lm."),
+    ]
+    ignore = [r"^pooler\.", r"^masked_lm\.decoder\.bias$"]
+
+    def __init__(
+        self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__(config, quant_config, prefix)
+        self.masked_lm = MaskedLMHead(config, BertTransform(config, "gelu"), self.embeddings.word_embeddings)
+        self.poolers |= splades(config, self.masked_lm)
 
 
 class XLMRobertaModel(RobertaModel):
+    """BGE-M3 (Chen et al., 2024) is one, with two heads more in files of their own (models/pooled.py)."""
+
+
+class BgeM3EmbeddingModel(XLMRobertaModel):
+    """vLLM's name of BGE-M3."""
+
+
+class XLMRobertaForMaskedLM(RobertaForMaskedLM):
     pass
-
-
-class XLMRobertaForMaskedLM(RobertaModel):
-    """Its trunk: the head for masked tokens is left out."""
 
 
 class XLMRobertaForSequenceClassification(RobertaForSequenceClassification):
@@ -131,6 +151,7 @@ EntryClass = [
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
     XLMRobertaModel,
+    BgeM3EmbeddingModel,
     XLMRobertaForMaskedLM,
     XLMRobertaForSequenceClassification,
     XLMRobertaForTokenClassification,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 TASKS = {
     "embed": "a vector for the whole input",
     "token_embed": "a vector for each token (late interaction; ColBERT: Khattab and Zaharia, 2020)",
-    "sparse": "a weight for each token (lexical matching; BGE M3-Embedding: Chen et al., 2024)",
+    "sparse": "weights of the input's tokens (BGE-M3: Chen et al., 2024) or of all (SPLADE: Formal et al., 2021)",
     "classify": "the probability of each label",
     "token_classify": "the probability of each label, for each token",
     "score": "how well the second text of a pair fits the first",
@@ -31,13 +31,15 @@ class PoolingSpec:
     ``dimensions``: of each vector, its first so many components (Matryoshka; Kusupati et al., 2022); None: all.
     ``normalize``: True: vectors of length one, probabilities; False: vectors of any length, numbers before softmax or
     sigmoid; None: as the checkpoint has it. ``pair_start``: the position at which the second text of a pair begins, for
-    models with token types; None: there is no pair, or the model has no types.
+    models with token types; None: there is no pair, or the model has no types. ``against``: vectors of another text's
+    tokens: the result is one number, how well they fit those of this one (MaxSim).
     """
 
     task: str
     dimensions: int | None = None
     normalize: bool | None = None
     pair_start: int | None = None
+    against: "PooledOutput | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,15 @@ class PooledOutputs:
             return f"this model has no output {spec.task!r}: {have}"
         if spec.dimensions is not None and not 0 < spec.dimensions <= task.width:
             return f"dimensions must be from 1 to {task.width}, the size of the model's vectors, not {spec.dimensions}"
-        return task.too_large(num_tokens)
+        if spec.against is None:
+            return task.too_large(num_tokens)
+        if (
+            not task.per_token
+            or len(spec.against.shape) != 2
+            or spec.against.shape[1] != (spec.dimensions or task.width)
+        ):
+            return f"the output {spec.task!r} cannot be compared with one of shape {spec.against.shape}"
+        return None
 
 
 ONLY_TOKENS = PooledOutputs()

@@ -40,6 +40,7 @@ NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
         "split_rope_parameters",
     },
     "rotary_embedding": {"get_rope"},  # that of rotary, in vLLM's form
+    "splade": {"Splade"},
     "towers.clip": {"CLIPEncoder", "CLIPEncoderLayer", "CLIPVisionEmbeddings"},
     "towers.pixtral": {"PixtralAttentionLayer", "PixtralTransformer"},
     "towers.siglip": {"SiglipVisionEmbeddings"},

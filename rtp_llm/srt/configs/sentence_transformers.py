@@ -4,6 +4,7 @@
     1_Pooling/config.json               which hidden states make the vector
     2_Dense/config.json, weights        layers after it, as many as there are
     2_Normalize                         vectors get length one
+    1_SpladePooling/config.json         how weights of the vocabulary are made
     1_LogitScore/config.json            which tokens' logits make a score (configs/score_tokens.py)
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: texts that are put before an input
@@ -52,6 +53,14 @@ class DenseModule:
 
 
 @dataclass(frozen=True, slots=True)
+class SpladeModule:
+    """``sums``: over the input's tokens, else the largest; ``twice``: the logarithm is taken twice."""
+
+    sums: bool = False
+    twice: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SentenceTransformer:
     """The settings of a checkpoint. ``poolings``: names of layers/pooler.py's reductions, concatenated."""
 
@@ -60,6 +69,7 @@ class SentenceTransformer:
     normalizes: bool = False
     max_seq_length: int | None = None
     lower_case: bool = False
+    splade: SpladeModule | None = None  # weights of the vocabulary are the model's only output
     score_ids: tuple[int, ...] = ()  # of tokens whose logits make a score: what does not fit, what does; or the latter
     pools_prompt: bool = True  # False: the prompt's tokens are left out of the pooling
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -82,12 +92,14 @@ def read_sentence_transformer(directory: str) -> SentenceTransformer | None:
     dense: list[DenseModule] = []
     for module in modules:
         kind, path = str(module.get("type", "")).rpartition(".")[2], folder / str(module.get("path", ""))
-        if kind == "Transformer":
+        if kind in ("Transformer", "MLMTransformer"):
             found |= _transformer(path)
         elif kind == "Pooling":
             found |= _pooling(path / "config.json")
         elif kind == "Dense":
             dense.append(_dense(path))
+        elif kind == "SpladePooling":
+            found["splade"] = _splade(path / "config.json")
         elif kind == "LogitScore":
             found["score_ids"] = _score_ids(path / "config.json")
         elif kind == "Normalize":
@@ -134,6 +146,17 @@ def _dense(path: Path) -> DenseModule:
     except (KeyError, TypeError, ValueError) as error:
         raise SentenceTransformerError(f"{path}/config.json: in_features and out_features are needed") from error
     return DenseModule(str(path), *sizes, settings.get("bias") is not False, _ACTIVATIONS[activation])
+
+
+def _splade(path: Path) -> SpladeModule:
+    settings = _read_object(path)
+    strategy, activation = settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")
+    if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
+        raise SentenceTransformerError(
+            f"{path}: pooling_strategy must be max or sum, and activation_function relu or log1p_relu, not "
+            f"{strategy!r} and {activation!r}"
+        )
+    return SpladeModule(sums=strategy == "sum", twice=activation == "log1p_relu")
 
 
 def _score_ids(path: Path) -> tuple[int, ...]:

@@ -77,8 +77,9 @@ class ServerArgs:
     pooling: str | None = option(
         None,
         help="Which hidden states make the vector of an input: the first token's (cls), the last one's, or a mean, "
-        "weighted mean or maximum of all. If unset, as the checkpoint says; else cls for encoders, last for others.",
-        choices=("cls", "last", "mean", "mean_sqrt", "weighted_mean", "max"),
+        "weighted mean or maximum of all. splade: no vector, but weights of the vocabulary (the output sparse), of a "
+        "model with a head for masked tokens. If unset, as the checkpoint says; else cls for encoders, else last.",
+        choices=("cls", "last", "mean", "mean_sqrt", "weighted_mean", "max", "splade"),
     )
     trust_remote_code: bool = option(
         False, help="Run the Python code that comes with the checkpoint. Use it only for checkpoints that you trust."

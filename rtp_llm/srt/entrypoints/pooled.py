@@ -74,24 +74,31 @@ class PooledEndpoint:
         return completions
 
     async def score(
-        self, request: Request, sides: Sides, options: Mapping[str, Any], names: Mapping[str, str]
+        self,
+        request: Request,
+        sides: Sides,
+        options: Mapping[str, Any],
+        names: Mapping[str, str],
+        score_by: str | None = None,
     ) -> tuple[list[float], list[PooledCompletion]] | None:
         """Return the scores of pairs of texts, and the completions that made them; None if the client has gone.
 
         Args:
-            options, names: see ``scoring`` and ``pool``.
+            options, score_by, names: see ``scoring`` and ``pool``.
 
         Raises:
             ApiError: as in ``pool``; the model scores no texts (400).
         """
         with request_names(names):
-            asked = scoring(self._requests, sides, options)
-        completions = await self.pool(request, asked.prompts, sides.names[1], names)
-        if completions is None:
-            return None
-        outputs = outputs_of(completions)
-        num_bytes = sum(len(output.data) for output in outputs)
-        return await self._serving.off_loop(num_bytes, lambda: asked.scores(outputs)), completions
+            asked = scoring(self._requests, sides, options, score_by)
+        completions: list[PooledCompletion] = []
+        for prompts in asked.rounds(completions):
+            made = await self.pool(request, prompts, sides.names[1], names)
+            if made is None:
+                return None
+            completions += made
+        num_bytes = sum(len(output.data) for output in outputs_of(completions))
+        return await self._serving.off_loop(num_bytes, lambda: asked.scores(completions)), completions
 
     async def _completions(self, prompts: Sequence[PoolingPrompt], names: Mapping[str, str]) -> list[PooledCompletion]:
         completions: list[PooledCompletion] = []

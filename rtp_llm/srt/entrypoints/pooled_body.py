@@ -1,6 +1,6 @@
 """Fields that bodies of all endpoints of pooled outputs share."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,11 @@ class TakesInstruction(PooledBody):
 
     instruction: str | None = Field(
         None, description="what a model that scores pairs by a template shall judge; unset: what it was trained for"
+    )
+    score_by: Literal["score", "embed", "token_embed", "sparse"] | None = Field(
+        None,
+        description="extension: the output by which texts are compared: that of pairs, cosine, MaxSim, or weights "
+        "of equal tokens; unset: the first that the model has",
     )
     instruct: str | None = Field(None, description="SGLang's name of instruction")
 

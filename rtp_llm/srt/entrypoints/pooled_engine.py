@@ -82,13 +82,20 @@ class PooledMethods(ABC):
         )
 
     def score(
-        self, text_1: str | Sequence[str], text_2: str | Sequence[str], **options: Unpack[PoolingOptions]
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        score_by: str | None = None,
+        **options: Unpack[PoolingOptions],
     ) -> float | list[float]:
         """Return how well texts fit each other: one text with each of ``text_2``, or as many, each with its partner.
 
         By a model that has the output "score" (a cross-encoder), else by the cosine of an embedder's vectors.
 
         Args:
+            score_by: the output that is compared: "score", "embed" (by cosine), "token_embed" (by MaxSim, the sum over
+                tokens of ``text_1`` of the largest product of vectors), or "sparse" (by weights of equal tokens). None:
+                the first of these that the model has.
             options: see PoolingOptions. ``normalize=False``: a cross-encoder's numbers before the sigmoid.
 
         Returns:
@@ -99,20 +106,29 @@ class PooledMethods(ABC):
             RuntimeError: a request failed by itself.
             EngineStopped: the engine was shut down, or failed: then with the cause.
         """
-        asked = self._scoring(Sides(_texts("text_1", text_1), _texts("text_2", text_2)), options)
+        asked = self._scoring(Sides(_texts("text_1", text_1), _texts("text_2", text_2)), options, score_by)
         scores = self._scores(asked, self._run(asked))
         return scores[0] if isinstance(text_1, str) and isinstance(text_2, str) else scores
 
     async def async_score(
-        self, text_1: str | Sequence[str], text_2: str | Sequence[str], **options: Unpack[PoolingOptions]
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        score_by: str | None = None,
+        **options: Unpack[PoolingOptions],
     ) -> float | list[float]:
         """Do the same as ``score`` without blocking the event loop; cancelling it ends the requests."""
-        asked = self._scoring(Sides(_texts("text_1", text_1), _texts("text_2", text_2)), options)
+        asked = self._scoring(Sides(_texts("text_1", text_1), _texts("text_2", text_2)), options, score_by)
         scores = self._scores(asked, await self._run_async(asked))
         return scores[0] if isinstance(text_1, str) and isinstance(text_2, str) else scores
 
     def rerank(
-        self, query: str, documents: Sequence[str], top_n: int | None = None, **options: Unpack[PoolingOptions]
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_n: int | None = None,
+        score_by: str | None = None,
+        **options: Unpack[PoolingOptions],
     ) -> list[Ranked]:
         """Sort documents by how well they fit a query, best first.
 
@@ -122,15 +138,20 @@ class PooledMethods(ABC):
             top_n: return so many of the best; None: all.
         """
         sides = _query_and_documents(query, documents, top_n)
-        asked = self._scoring(sides, options)
+        asked = self._scoring(sides, options, score_by)
         return _ranking(sides, self._scores(asked, self._run(asked)), top_n)
 
     async def async_rerank(
-        self, query: str, documents: Sequence[str], top_n: int | None = None, **options: Unpack[PoolingOptions]
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_n: int | None = None,
+        score_by: str | None = None,
+        **options: Unpack[PoolingOptions],
     ) -> list[Ranked]:
         """Do the same as ``rerank`` without blocking the event loop; cancelling it ends the requests."""
         sides = _query_and_documents(query, documents, top_n)
-        asked = self._scoring(sides, options)
+        asked = self._scoring(sides, options, score_by)
         return _ranking(sides, self._scores(asked, await self._run_async(asked)), top_n)
 
     def classify(
@@ -167,23 +188,29 @@ class PooledMethods(ABC):
         labelled = self._labelled([_output_of(item) for item in completions])
         return labelled if is_list else labelled[0]
 
-    def _scoring(self, sides: Sides, options: Mapping[str, Any]) -> Scoring:
+    def _scoring(self, sides: Sides, options: Mapping[str, Any], score_by: str | None) -> Scoring:
         self._check_process()
         self._pooled.check_names(options)
-        return scoring(self._pooled, sides, options)
+        return scoring(self._pooled, sides, options, score_by)
 
-    def _run(self, asked: Scoring) -> list[Any]:
-        completions: list[Any] = [self._pooled.completion(prompt) for prompt in asked.prompts]
-        self._collect(Call(self._client, completions, True))
+    def _run(self, asked: Scoring) -> list[PooledCompletion]:
+        completions: list[PooledCompletion] = []
+        for prompts in asked.rounds(completions):
+            made = [self._pooled.completion(prompt) for prompt in prompts]
+            self._collect(Call(self._client, list(made), True))
+            completions += _with_outputs(made)
         return completions
 
-    async def _run_async(self, asked: Scoring) -> list[Any]:
-        completions: list[Any] = [self._pooled.completion(prompt) for prompt in asked.prompts]
-        await self._collect_async(Call(self._client, completions, True))
+    async def _run_async(self, asked: Scoring) -> list[PooledCompletion]:
+        completions: list[PooledCompletion] = []
+        for prompts in asked.rounds(completions):
+            made = [self._pooled.completion(prompt) for prompt in prompts]
+            await self._collect_async(Call(self._client, list(made), True))
+            completions += _with_outputs(made)
         return completions
 
-    def _scores(self, asked: Scoring, completions: Sequence[Any]) -> list[float]:
-        return asked.scores([_output_of(completion) for completion in completions])
+    def _scores(self, asked: Scoring, completions: Sequence[PooledCompletion]) -> list[float]:
+        return asked.scores(completions)
 
     def _labelled(self, outputs: Sequence[PooledOutput]) -> list[dict[str, Any]]:
         labels = labels_of(self.model_config.hf_config, outputs[0].shape[-1]) if outputs else []
@@ -213,6 +240,13 @@ def _ranking(sides: Sides, scores: Sequence[float], top_n: int | None) -> list[R
         {"index": index, "document": sides.right[index], "relevance_score": score}
         for index, score in ranked(scores, top_n)
     ]
+
+
+def _with_outputs(completions: Sequence[PooledCompletion]) -> Sequence[PooledCompletion]:
+    """Return them. Raise RuntimeError for a request that failed."""
+    for completion in completions:
+        _output_of(completion)
+    return completions
 
 
 def _output_of(completion: Any) -> PooledOutput:

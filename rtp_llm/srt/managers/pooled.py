@@ -41,6 +41,7 @@ class PoolingPrompt:
     """One input as the caller gave it, not checked yet. Exactly one of ``text`` and ``input_ids`` is set.
 
     ``pair_start``: of ids, where the second text begins. ``place``: how an error names it, if it is one of several.
+    ``against``: see PoolingSpec.
     """
 
     task: str
@@ -49,6 +50,7 @@ class PoolingPrompt:
     options: PoolingOptions = field(default_factory=PoolingOptions)
     pair_start: int | None = None
     place: str = ""
+    against: PooledOutput | None = None
 
 
 class PooledCompletion(Completion):
@@ -79,6 +81,12 @@ class PooledRequests:
     def __init__(self, manager: TokenizerManager, sentences: SentenceTransformer | None = None) -> None:
         self.manager = manager
         self.sentences = sentences or SentenceTransformer()
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that a tokenizer puts around texts, which have no weight of their own."""
+        tokenizer = self.manager.tokenizer
+        return frozenset(() if tokenizer is None else tokenizer.all_special_ids)
 
     def check_task(self, task: str, dimensions: int | None = None) -> None:
         """Raise InvalidRequest unless the model has the output, with so many components."""
@@ -140,7 +148,7 @@ class PooledRequests:
         self.check_task(prompt.task, dimensions)
         name, ids, pair_start = self._ids(prompt)
         self.manager.check_ids(name, ids, wants_new=False)
-        spec = PoolingSpec(prompt.task, dimensions, normalize, pair_start)
+        spec = PoolingSpec(prompt.task, dimensions, normalize, pair_start, prompt.against)
         problem = self.manager.outputs.problem(spec, len(ids))
         if problem is not None:
             raise InvalidRequest(problem, name)

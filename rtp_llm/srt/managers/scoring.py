@@ -1,21 +1,27 @@
-"""How well texts fit each other: by a model that reads pairs, or by the vectors of one that embeds.
+"""How well texts fit each other: by a model that reads pairs, or by the vectors or weights of one that embeds.
 
-    scoring(outputs, left, right) -> Scoring, whose prompts are computed -> its scores -> ranked
+    scoring(requests, sides, options) -> Scoring, whose rounds of prompts are computed -> its scores -> ranked
 
 What Python's ``Engine.score`` and ``rerank`` share with the endpoints.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import mul
 from typing import Any, cast
 
 from rtp_llm.srt.managers.generate_options import per_prompt
-from rtp_llm.srt.managers.pooled import PooledRequests, PoolingOptions, PoolingPrompt
+from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions, PoolingPrompt
 from rtp_llm.srt.pooling import PooledOutput, PooledOutputs
 from rtp_llm.srt.sampling_params import InvalidRequest
 
-SCORE, EMBED = "score", "embed"
+SCORE, EMBED, TOKEN_EMBED, SPARSE = "score", "embed", "token_embed", "sparse"
+BY = (
+    SCORE,
+    EMBED,
+    TOKEN_EMBED,
+    SPARSE,
+)  # the outputs that can be compared; the first that a model has is, unless asked
 # Names of sentence-transformers' prompts for what is asked and what is searched, the first that a checkpoint has.
 ROLES = (("query",), ("document", "passage", "corpus"))
 
@@ -55,31 +61,70 @@ class Sides:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Prompts whose outputs make scores. ``num_left``: those of embedders begin with so many left texts; None: each
-    prompt is a pair."""
+    """Prompts whose outputs make scores.
 
+    Attributes:
+        by: the output that is compared.
+        prompts: pairs, or the left texts, and then the right ones unless they follow.
+        num_left: how many of the prompts are left texts.
+        later: with TOKEN_EMBED, the prompts of the right texts, which need the left ones' outputs.
+        left_out: ids of tokens without weight.
+    """
+
+    by: str
     prompts: list[PoolingPrompt]
-    num_left: int | None = None
+    num_left: int = 0
+    later: list[PoolingPrompt] = field(default_factory=list)
+    left_out: frozenset[int] = frozenset()
 
-    def scores(self, outputs: Sequence[PooledOutput]) -> list[float]:
-        """Return the score of each pair, from the outputs of all prompts in order."""
-        if self.num_left is None:
-            return [output.numbers()[0] for output in outputs]
-        vectors = [output.numbers() for output in outputs]
-        left, right = vectors[: self.num_left], vectors[self.num_left :]
-        return [cosine(left[i if len(left) > 1 else 0], vector) for i, vector in enumerate(right)]
+    def rounds(self, completions: Sequence[PooledCompletion]) -> Iterator[list[PoolingPrompt]]:
+        """Yield prompts to compute one after the other. ``completions``: those of earlier prompts, to which the caller
+        adds after each round; they have their output."""
+        yield self.prompts
+        if self.later:
+            queries = [completion.output for completion in completions]
+            yield [replace(prompt, against=queries[self._left_of(i)]) for i, prompt in enumerate(self.later)]
+
+    def scores(self, completions: Sequence[PooledCompletion]) -> list[float]:
+        """Return the score of each pair, from the completions of all prompts in order, which have their output."""
+        right = completions[self.num_left :]
+        if self.by in (SCORE, TOKEN_EMBED):
+            return [_output(completion).numbers()[0] for completion in right]
+        if self.by == EMBED:
+            vectors = [_output(completion).numbers() for completion in completions[: self.num_left]]
+            return [cosine(vectors[self._left_of(i)], _output(item).numbers()) for i, item in enumerate(right)]
+        weights = [weights_of(completion, self.left_out) for completion in completions[: self.num_left]]
+        return [overlap(weights[self._left_of(i)], weights_of(item, self.left_out)) for i, item in enumerate(right)]
+
+    def _left_of(self, i: int) -> int:
+        return i if self.num_left > 1 else 0
 
 
-def scores_by(outputs: PooledOutputs) -> str:
+def _output(completion: PooledCompletion) -> PooledOutput:
+    assert completion.output is not None
+    return completion.output
+
+
+def scores_by(outputs: PooledOutputs, asked: str | None = None) -> str:
     """Return the output of a model by which texts are compared.
 
+    Args:
+        asked: which it shall be.
+
     Raises:
-        InvalidRequest: it has neither of them.
+        InvalidRequest: the model has none, or not that.
     """
-    for task in (SCORE, EMBED):
+    have = f"it has {', '.join(outputs.names)}" if outputs.names else "it has none"
+    if asked is not None:
+        if asked not in BY or outputs.find(asked) is None:
+            raise InvalidRequest(
+                f"texts are scored by one of the outputs {', '.join(BY)} that the model has, not by {asked!r}; {have}",
+                "score_by",
+            )
+        return asked
+    for task in BY:
         if outputs.find(task) is not None:
             return task
-    have = f"it has {', '.join(outputs.names)}" if outputs.names else "it has none"
     raise InvalidRequest(
         "this model scores no texts: that is for a ...ForSequenceClassification of one label (a cross-encoder), which "
         f"has the output 'score', or for a model that embeds, by the cosine of vectors; {have}",
@@ -87,24 +132,27 @@ def scores_by(outputs: PooledOutputs) -> str:
     )
 
 
-def scoring(requests: PooledRequests, sides: Sides, options: Mapping[str, Any]) -> Scoring:
+def scoring(requests: PooledRequests, sides: Sides, options: Mapping[str, Any], score_by: str | None = None) -> Scoring:
     """Return what is to be computed to score pairs of texts.
 
     Args:
         options: of PoolingOptions, each one value for all pairs; of a model of pairs also a list of one for each.
             ``rid`` is one name, to which the requests' numbers are added.
+        score_by: the output by which they are compared; None: the first of BY that the model has.
 
     Raises:
         InvalidRequest: the model cannot do it, or a text or an option is wrong.
     """
-    by = scores_by(requests.manager.outputs)
+    by = scores_by(requests.manager.outputs, score_by)
     sides.check()
-    if by == EMBED:
+    if by != SCORE:
         if options.get("normalize") is False:
             raise InvalidRequest(
                 "this model compares vectors by their cosine: raw numbers are for models of pairs", "normalize"
             )
-        return Scoring(_vectors(requests, sides, options), len(sides.left))
+        prompts = _vectors(requests, sides, options, by)
+        split = len(sides.left) if by == TOKEN_EMBED else len(prompts)
+        return Scoring(by, prompts[:split], len(sides.left), prompts[split:], requests.special_ids)
     columns = {name: per_prompt(name, value, len(sides.right)) for name, value in options.items() if name != "rid"}
     rids = _rids(options, len(sides.right))
     prompts = []
@@ -114,10 +162,10 @@ def scoring(requests: PooledRequests, sides: Sides, options: Mapping[str, Any]) 
         first = sides.left[i if len(sides.left) > 1 else 0]
         place = sides.place(sides.names[1], i)
         prompts.append(PoolingPrompt(SCORE, text=first, options=cast(PoolingOptions, own), place=place))
-    return Scoring(prompts)
+    return Scoring(SCORE, prompts)
 
 
-def _vectors(requests: PooledRequests, sides: Sides, options: Mapping[str, Any]) -> list[PoolingPrompt]:
+def _vectors(requests: PooledRequests, sides: Sides, options: Mapping[str, Any], task: str) -> list[PoolingPrompt]:
     """Return the prompts of an embedder: the left texts, then the right ones."""
     for name, value in options.items():
         if isinstance(value, (list, tuple)):
@@ -130,7 +178,7 @@ def _vectors(requests: PooledRequests, sides: Sides, options: Mapping[str, Any])
         for i, text in enumerate(texts):
             own: dict[str, Any] = {"prompt_name": role, **options, "normalize": True, "rid": rids[len(prompts)]}
             place = sides.place(name, i)
-            prompts.append(PoolingPrompt(EMBED, text=text, options=cast(PoolingOptions, own), place=place))
+            prompts.append(PoolingPrompt(task, text=text, options=cast(PoolingOptions, own), place=place))
     return prompts
 
 
@@ -143,6 +191,34 @@ def _rids(options: Mapping[str, Any], count: int) -> list[Any]:
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the cosine of two vectors of length one (or zero), in [-1, 1]."""
     return max(-1.0, min(1.0, sum(map(mul, a, b))))
+
+
+def weights_of(completion: PooledCompletion, left_out: frozenset[int]) -> dict[int, float]:
+    """Return id -> weight, of those above zero, from an output ``sparse``: a weight for each token of the input, of
+    which the largest of equal ones counts, or for each of the vocabulary.
+
+    Args:
+        left_out: tokens of the input without weight: special ones.
+    """
+    output = _output(completion)
+    numbers = output.numbers()
+    if len(output.shape) == 1:
+        return {token: weight for token, weight in enumerate(numbers) if weight > 0}
+    return token_weights(completion.request.prompt_ids, numbers, left_out)
+
+
+def token_weights(ids: Sequence[int], weights: Sequence[float], left_out: frozenset[int]) -> dict[int, float]:
+    """Return each token's largest weight, of those above zero."""
+    largest: dict[int, float] = {}
+    for token, weight in zip(ids, weights, strict=True):
+        if token not in left_out and weight > largest.get(token, 0.0):
+            largest[token] = weight
+    return largest
+
+
+def overlap(a: Mapping[Any, float], b: Mapping[Any, float]) -> float:
+    """Return the sum over equal tokens of the product of their weights."""
+    return sum(weight * b[token] for token, weight in a.items() if token in b)
 
 
 def ranked(scores: Sequence[float], top_n: int | None = None) -> list[tuple[int, float]]:

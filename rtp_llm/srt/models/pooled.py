@@ -4,16 +4,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.configs.sentence_transformers import DenseModule, SentenceTransformer
+from rtp_llm.srt.configs.sentence_transformers import DenseModule, SentenceTransformer, SpladeModule
 from rtp_llm.srt.layers.encoder_attention import sees_both_ways
 from rtp_llm.srt.layers.pooled_decoder import as_pooled, as_scorer
-from rtp_llm.srt.layers.pooler import REDUCTIONS, Pooler, Reduction, SideBySide
+from rtp_llm.srt.layers.pooler import REDUCTIONS, EachToken, Pooler, Positions, Reduction, SideBySide
+from rtp_llm.srt.layers.splade import Splade
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Names of transformers' classes that are a decoder with a layer ``score`` in place of its head.
 _SUFFIXES = {"ForSequenceClassification": "classify"}
+TOKEN_HEADS = {"sparse": ("sparse_linear.pt", "relu"), "token_embed": ("colbert_linear.pt", "normalize")}
+SPLADE = "splade"
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid}
 TOKENIZER_FILE = "tokenizer.json"
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -108,8 +113,13 @@ def set_pooling(model: nn.Module, model_config: ModelConfig, is_dummy: bool = Fa
     Raises:
         ModelBuildError: the model embeds nothing, or a dense layer does not fit.
     """
-    poolers = dict(ModelTraits.of(model).poolers)
+    poolers = dict(ModelTraits.of(model).poolers) | _token_heads(model, model_config)
     sentences, pooling = model_config.sentence_transformer, model_config.pooling
+    attributes: Any = model
+    if pooling == SPLADE or (pooling is None and sentences is not None and sentences.splade is not None):
+        asked = SpladeModule() if sentences is None or sentences.splade is None else sentences.splade
+        attributes.poolers = {"sparse": _splade(model, poolers.get("sparse"), asked)}
+        return
     if "embed" not in poolers:
         if pooling is not None:
             raise ModelBuildError(f"{type(model).__name__} makes no vectors: leave out --pooling {pooling}")
@@ -124,11 +134,51 @@ def set_pooling(model: nn.Module, model_config: ModelConfig, is_dummy: bool = Fa
         _check_sizes(sentences, width)
         width = sentences.dense[-1].out_features
     is_finished = old.is_finished if sentences is None else sentences.normalizes
-    attributes: Any = model
     attributes.poolers = {
         **poolers,
         "embed": Pooler(reduction, width, head or old.head, "normalize", is_finished),
     }
+
+
+def _splade(model: nn.Module, pooler: Pooler | None, asked: SpladeModule) -> Splade:
+    if not isinstance(pooler, Splade):
+        raise ModelBuildError(
+            f"{type(model).__name__} has no head for masked tokens, which weights of the vocabulary are made by "
+            "(SPLADE): that is for a ...ForMaskedLM"
+        )
+    return Splade(pooler.width, pooler.head, asked.sums, asked.twice)
+
+
+class OwnTokens(EachToken):
+    """All tokens but the one that the tokenizer puts before a text."""
+
+    def __init__(self, first_id: int | None) -> None:
+        self.first_id = first_id
+
+    def positions(self, ids: npt.NDArray[np.int64]) -> Positions:
+        return np.arange(int(ids[0] == self.first_id), len(ids))
+
+
+def _token_heads(model: nn.Module, model_config: ModelConfig) -> dict[str, Pooler]:
+    """Return the outputs of layers on each token's state that lie beside an embedder, as BGE-M3's do (Chen et al.,
+    2024): ``sparse_linear.pt``, a weight for each token, and ``colbert_linear.pt``, a vector for each but the first."""
+    found: dict[str, Pooler] = {}
+    if "token_embed" not in ModelTraits.of(model).poolers:
+        return found
+    for task, (name, finish) in TOKEN_HEADS.items():
+        file = Path(model_config.model_path) / name
+        if not file.is_file():
+            continue
+        weights = dict(read_weights([file]))
+        size, weight = model_config.hidden_size, weights.get("weight")
+        if set(weights) != {"weight", "bias"} or weight is None or weight.ndim != 2 or weight.shape[1] != size:
+            shapes = {key: list(tensor.shape) for key, tensor in weights.items()}
+            raise ModelBuildError(f"{file} must have a weight [*, {size}] and a bias, not {shapes}")
+        head = nn.Linear(size, len(weight), dtype=torch.float32).requires_grad_(False)
+        head.load_state_dict({key: tensor.float().clone() for key, tensor in weights.items()})
+        tokens = EachToken() if task == "sparse" else OwnTokens(model_config.bos_token_id)
+        found[task] = Pooler(tokens, len(weight), head, finish)
+    return found
 
 
 def _reduction(names: tuple[str, ...]) -> Reduction | None:

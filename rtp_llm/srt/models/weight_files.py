@@ -23,7 +23,9 @@ LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 _UNPICKLING_GARBAGE = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error
 )  # fmt: skip
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt)")
+_NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state.*|sparse_linear|colbert_linear)\.(bin|pt)"
+)
 
 
 class WeightFileError(ValueError):

@@ -12,7 +12,7 @@ from rtp_llm.srt.layers.pooler import Pooler
 from rtp_llm.srt.plan import Admission, RowWork
 from rtp_llm.srt.pooling import PooledOutput, PoolingSpec
 
-Key = tuple[str, int | None, bool | None]  # what is asked for: task, dimensions, normalize
+Key = tuple[str, int | None, bool | None, bool]  # what is asked for: task, dimensions, normalize, a comparison
 
 NOT_FINITE = "the model's output is not finite for this request"
 
@@ -28,7 +28,7 @@ class PooledRow:
 
     @property
     def key(self) -> Key:
-        return self.spec.task, self.spec.dimensions, self.spec.normalize
+        return self.spec.task, self.spec.dimensions, self.spec.normalize, self.spec.against is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +129,25 @@ class RowPooling:
         return [self._make(key, group, states) for key, group in groups.items()]
 
     def _make(self, key: Key, group: list[tuple[Part, torch.Tensor]], states: torch.Tensor) -> PooledLines:
-        task, dimensions, normalize = key
+        task, dimensions, normalize, is_comparison = key
         pooler = self._poolers[task]
         is_all = len(group) == len(self._parts) and not any(part.row.kept for part, _ in group)
         if not is_all:
             states = torch.cat([piece for part, last in group for piece in (*part.row.kept, last)])
         counts = [len(part.row.positions) for part, _ in group]
         lines = pooler(states, self._provider.to_device(counts, torch.int64), dimensions, normalize)
-        per_line = counts if pooler.per_token else [1] * len(group)
-        return PooledLines(lines, [part.index for part, _ in group], per_line, pooler.per_token)
+        indices = [part.index for part, _ in group]
+        if is_comparison:
+            queries = [part.row.spec.against for part, _ in group]
+            sums = [self._max_sim(query, piece) for query, piece in zip(queries, lines.split(counts), strict=True)]
+            return PooledLines(torch.stack(sums)[:, None], indices, [1] * len(group), False)
+        return PooledLines(lines, indices, counts if pooler.per_token else [1] * len(group), pooler.per_token)
+
+    def _max_sim(self, query: PooledOutput | None, lines: torch.Tensor) -> torch.Tensor:
+        """Return the sum over a query's vectors of the largest product with one of ``lines`` [tokens, width] (ColBERT:
+        Khattab and Zaharia, 2020); 0 without lines."""
+        assert query is not None
+        if not len(lines):
+            return lines.new_zeros(())
+        vectors = np.frombuffer(query.data, dtype="<f4").reshape(query.shape).astype(np.float32)
+        return (torch.from_numpy(vectors).to(lines.device) @ lines.T).amax(dim=1).sum()

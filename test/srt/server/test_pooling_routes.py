@@ -15,8 +15,8 @@ import transformers
 from scripted_core import SPECIAL, ScriptedCore, make_spoken_checkpoint, scripted
 
 from rtp_llm.srt.entrypoints import pooled
-from rtp_llm.srt.entrypoints.pooling.serving_rtp import token_weights
 from rtp_llm.srt.entrypoints.routes import dialect_lines
+from rtp_llm.srt.managers.scoring import token_weights
 from rtp_llm.srt.messages import FinishReason
 from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from tiny_models import make_tiny

@@ -226,6 +226,65 @@ def test_errors_name_what_is_wrong(pairs: InProcess, path: str, body: Any, words
     assert param is None or (failed["param"] or "").startswith(param)
 
 
+# One model with vectors, vectors of tokens, and weights of tokens
+
+
+@pytest.fixture(scope="module")
+def m3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = make("XLMRobertaModel", tmp_path_factory, max_position_embeddings=96, pad_token_id=1, hidden_size=32)
+    generator = torch.Generator().manual_seed(5)
+    for name, width in (("sparse_linear.pt", 1), ("colbert_linear.pt", 6)):
+        weights = {"weight": torch.randn(width, 32, generator=generator), "bias": torch.zeros(width)}
+        torch.save(weights, Path(folder) / name)
+    return folder
+
+
+def test_texts_are_compared_by_the_output_that_is_asked_for(m3: str) -> None:
+    with opened(m3) as engine:
+        assert engine.tasks == ["embed", "token_embed", "sparse"]
+        query, *documents = (
+            torch.stack([torch.tensor(line) for line in item["embedding"]])
+            for item in engine.encode([QUERY, *DOCUMENTS], task="token_embed")
+        )
+        max_sim = [float((query @ document.T).amax(1).sum()) for document in documents]
+        assert engine.score(QUERY, DOCUMENTS, score_by="token_embed") == pytest.approx(max_sim, abs=1e-5)
+        pairs = engine.score(DOCUMENTS, DOCUMENTS, score_by="token_embed")
+        counts = [len(document) for document in documents]
+        assert pairs == pytest.approx(counts, abs=1e-4)  # each token fits itself best
+        cosines = engine.score(QUERY, DOCUMENTS)
+        assert cosines == engine.score(QUERY, DOCUMENTS, score_by="embed") != pytest.approx(max_sim, abs=1e-3)
+        overlaps = engine.score(QUERY, DOCUMENTS, score_by="sparse")
+        with pytest.raises(InvalidRequest, match="that the model has, not by 'score'"):
+            engine.score(QUERY, DOCUMENTS, score_by="score")
+    with served(m3) as running:
+        body = {"query": QUERY, "documents": DOCUMENTS}
+        for name, wanted in (("token_embed", max_sim), ("sparse", overlaps), ("embed", cosines)):
+            found = good(running, "/v1/rerank", body | {"score_by": name})
+            assert by_index(found["results"]) == pytest.approx(wanted, abs=1e-5)
+        data = good(running, "/v1/embeddings/colbert", {"input": QUERY})["data"]
+        assert torch.tensor(data[0]["embedding"]).shape == query.shape
+        data = good(running, "/v1/embeddings/sparse", {"input": [QUERY, *DOCUMENTS], "return_decoded": False})["data"]
+        weights, *others = (item["embedding"] for item in data)
+        products = [sum(weight * other.get(token, 0.0) for token, weight in weights.items()) for other in others]
+        assert overlaps == pytest.approx(products, abs=1e-5)
+        assert "score_by" in error(post(running, "/score", {"text_1": "a", "text_2": "b", "score_by": "x"}))["param"]
+
+
+def test_weights_of_the_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = make("BertForMaskedLM", tmp_path_factory)
+    with served(folder, pooling="splade") as running:
+        data = good(running, "/v1/embeddings/sparse", {"input": [QUERY, "a dog"], "return_decoded": False})["data"]
+        query, document = (item["embedding"] for item in data)
+        [raw] = good(running, "/pooling", {"input": QUERY, "task": "sparse"})["data"]
+        above = {str(token): weight for token, weight in enumerate(raw["data"]) if weight > 0}
+        assert query == pytest.approx(above, abs=1e-5)
+        scored = good(running, "/score", {"text_1": QUERY, "text_2": "a dog"})["data"][0]["score"]
+        wanted = sum(weight * document.get(token, 0.0) for token, weight in query.items())
+        assert scored == pytest.approx(wanted, rel=1e-5)
+        words = good(running, "/v1/embeddings/sparse", {"input": "a dog"})["data"][0]["embedding"]
+        assert max(words.values()) == max(document.values())
+
+
 # Decoders that score pairs by two tokens
 
 

@@ -70,7 +70,7 @@ class RerankEndpoint(PooledEndpoint):
         serving.check_model(body.model)
         sides = body.sides()
         options = body.shared_options() | {"normalize": body.use_activation, "rid": body.rid}
-        found = await self.score(request, sides, options, NAMES)
+        found = await self.score(request, sides, options, NAMES, body.score_by)
         if found is None:
             return disconnected_response()
         scores, completions = found

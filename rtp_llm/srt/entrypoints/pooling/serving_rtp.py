@@ -1,6 +1,6 @@
 """POST /v1/embeddings/sparse, /colbert and /similarity, in RTP-LLM's form (/v1/embeddings/dense is /v1/embeddings)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -23,7 +23,7 @@ from rtp_llm.srt.entrypoints.pooled import (
 from rtp_llm.srt.entrypoints.pooled_body import PooledBody
 from rtp_llm.srt.entrypoints.serving import request_names
 from rtp_llm.srt.managers.pooled import PooledCompletion
-from rtp_llm.srt.managers.scoring import cosine
+from rtp_llm.srt.managers.scoring import cosine, overlap, weights_of
 
 SPARSE, TOKENS, DENSE = "sparse", "token_embed", "embed"
 OBJECTS = {SPARSE: "sparse_embedding", TOKENS: "colbert_embedding"}
@@ -70,11 +70,16 @@ class Similarities(TypedDict, total=False):
 
 class RtpEndpoints(PooledEndpoint):
     async def sparse(self, body: SparseRequest, request: Request) -> Response:
-        """Return the weight of each token that has one, the largest of a token's: lexical matching, as BGE-M3 has."""
+        """Return the weight of each token that has one, for lexical matching: of the input's own, the largest of a
+        token's (BGE-M3), or of the vocabulary (SPLADE)."""
         completions = await self._completions_of(SPARSE, body, request)
         if completions is None:
             return disconnected_response()
-        weights = [self._weights(completion, body.return_decoded is not False) for completion in completions]
+        is_decoded = body.return_decoded is not False
+        num_bytes = sum(len(output.data) for output in outputs_of(completions))
+        weights = await self._serving.off_loop(
+            num_bytes, lambda: [self._weights(completion, is_decoded) for completion in completions]
+        )
         return JSON(self._list(OBJECTS[SPARSE], weights, completions))
 
     async def colbert(self, body: VectorsRequest, request: Request) -> Response:
@@ -106,13 +111,13 @@ class RtpEndpoints(PooledEndpoint):
         completions = await self.pool(request, self.prompts(task, inputs, options, body.rid), "left")
         if completions is None:
             return disconnected_response()
-        vectors: list[Any]
-        compare: Callable[[Any, Any], float]
-        if task == DENSE:
-            vectors, compare, kind = [output.numbers() for output in outputs_of(completions)], cosine, "embedding"
-        else:
-            vectors, compare, kind = [self._weights(item, False) for item in completions], _overlap, OBJECTS[SPARSE]
         count = len(body.left)
+        compare: Callable[[Any, Any], float] = cosine if task == DENSE else overlap
+        kind = "embedding" if task == DENSE else OBJECTS[SPARSE]
+        vectors: list[Any] = await serving.off_loop(
+            len(completions) * width,
+            lambda: [_numbers(item) if task == DENSE else self._weights(item, False) for item in completions],
+        )
         answer: Similarities = {
             "model": serving.model_name,
             "similarity": await serving.off_loop(
@@ -133,11 +138,9 @@ class RtpEndpoints(PooledEndpoint):
         return await self.pool(request, self.prompts(task, inputs, options, body.rid), "input")
 
     def _weights(self, completion: PooledCompletion, is_decoded: bool) -> Weights:
-        """Return the largest weight of each token, without special ones."""
+        """Return the weights of tokens that have one, without special ones of the input."""
         manager = self._serving.manager
-        specials = frozenset(() if manager.tokenizer is None else manager.tokenizer.all_special_ids)
-        assert completion.output is not None
-        largest = token_weights(completion.request.prompt_ids, completion.output.numbers(), specials)
+        largest = weights_of(completion, self._requests.special_ids)
         if not is_decoded or manager.tokenizer is None:
             return {str(token): weight for token, weight in largest.items()}
         return {manager.decode([token]): weight for token, weight in largest.items()}
@@ -151,17 +154,9 @@ class RtpEndpoints(PooledEndpoint):
         }
 
 
-def token_weights(ids: Sequence[int], weights: Sequence[float], left_out: frozenset[int]) -> dict[int, float]:
-    """Return each token's largest weight, of those above zero."""
-    largest: dict[int, float] = {}
-    for token, weight in zip(ids, weights, strict=True):
-        if token not in left_out and weight > largest.get(token, 0.0):
-            largest[token] = weight
-    return largest
-
-
-def _overlap(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    return sum(weight * b[token] for token, weight in a.items() if token in b)
+def _numbers(completion: PooledCompletion) -> Any:
+    assert completion.output is not None
+    return completion.output.numbers()
 
 
 def _table(left: Sequence[Any], right: Sequence[Any], compare: Callable[[Any, Any], float]) -> list[list[float]]:

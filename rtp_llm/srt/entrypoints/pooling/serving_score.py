@@ -67,7 +67,7 @@ class ScoreEndpoint(PooledEndpoint):
         """Score pairs of texts: one with each of several, or each of several with its partner."""
         self._serving.check_model(body.model)
         options: dict[str, Any] = body.shared_options() | {"normalize": body.use_activation, "rid": body.rid}
-        found = await self.score(request, body.sides(), options, NAMES)
+        found = await self.score(request, body.sides(), options, NAMES, body.score_by)
         if found is None:
             return disconnected_response()
         scores, completions = found
