@@ -27,12 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "test" / "srt"
 sys.path[:0] = [str(ROOT), str(ROOT / "test" / "helpers")]
 
+import encoder_fallback
 import recurrent_fallback
 import transformers
 
 import tiny_models
 from rtp_llm.srt.configs.model_config import is_multimodal_model
-from rtp_llm.srt.models.loader import FALLBACK
+from rtp_llm.srt.models.loader import ENCODER_FALLBACK, FALLBACK
 from rtp_llm.srt.models.registry import ModelFile, ModelRegistry
 from tiny_models import TINY_MODELS
 
@@ -110,6 +111,20 @@ Every decoder above embeds as well (`--convert embed`), and runs as its `...ForS
 tiny random checkpoints whose outputs must be those of transformers in float32, within 1e-5: each input alone, and
 batched with others of unequal lengths.
 
+### Other encoders
+
+Other encoders of transformers run by its own code, on one rank: inputs of equal lengths together, none padded. Of its
+classes without text as their output, for sequences, for tokens and bare, these {num_encoders} agree in float32 within
+1e-5, in batches and alone ([test_fallback_encoders.py](../../test/srt/models/test_fallback_encoders.py)):
+
+{encoders}
+
+These are refused, since they read something else than a text's ids, or for their size in the test:
+
+{refused_encoders}
+
+Tiny checkpoints of other classes could not be made, or have a file above. Those of decoders run as well.
+
 ## Other architectures
 
 Any other causal language model of transformers runs by transformers' own code, on our cache and in our batches, on one
@@ -168,7 +183,7 @@ def models() -> list[Model]:
     """The project's own, by file. The fallback is no architecture, and external models are not listed."""
     found = []
     for architecture, entry in ModelRegistry.models.layers[-1].items():
-        if architecture == FALLBACK:
+        if architecture in (FALLBACK, ENCODER_FALLBACK):
             continue
         if not isinstance(entry, ModelFile) or len(entry.places) != 1:
             raise ValueError(f"{architecture} must come from one file of models_py, not from {entry}")
@@ -266,6 +281,9 @@ def page() -> str:
         agree=textwrap.fill(", ".join(f"`{name}`" for name in recurrent_fallback.AGREE), 120),
         notes=_list(recurrent_fallback.NOTES),
         refused=_list(recurrent_fallback.REFUSED),
+        num_encoders=len(encoder_fallback.AGREE),
+        encoders=textwrap.fill(", ".join(f"`{name}`" for name in encoder_fallback.AGREE), 120),
+        refused_encoders=_list(encoder_fallback.REFUSED),
     )
 
 

@@ -11,23 +11,21 @@ same tokens, and ours computes them in pieces; a model whose logits differ is re
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
 from rtp_llm.srt.attention.torch import TorchAttention
 from rtp_llm.srt.cache.spec import CacheGroup, StateGroup
-from rtp_llm.srt.distributed.parallel_state import get_world
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.kv_pool import KVPool
 from rtp_llm.srt.layers.fallback.attention import PROBING, SERVING, PagedAttention, Probe
 from rtp_llm.srt.layers.fallback.build import build, cache_options, keeps_states, refuse_unservable
 from rtp_llm.srt.layers.fallback.cache import ServedCache
+from rtp_llm.srt.layers.fallback.loading import loaded, refuse_setting
 from rtp_llm.srt.layers.fallback.masks import UnservableModelError
 from rtp_llm.srt.layers.fallback.own_states import served_cache
 from rtp_llm.srt.layers.fallback.proof import (
@@ -65,14 +63,7 @@ class TransformersForCausalLM(nn.Module):
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        if get_world().shape.size > 1:
-            raise UnservableModelError(
-                "models that run through transformers cannot be shared by ranks: use --tp-size 1 and --pp-size 1"
-            )
-        if quant_config is not None and not quant_config.dequantizes_rest:
-            raise UnservableModelError(
-                f"models that run through transformers are not quantized (by {quant_config.get_name()}) here"
-            )
+        refuse_setting(quant_config)
         self.vocab_size = config.get_text_config().vocab_size
         own_config = copy.deepcopy(config)
         if quant_config is not None:
@@ -90,22 +81,7 @@ class TransformersForCausalLM(nn.Module):
         """Load as transformers does, with its renamings, conversions and ties. A missing weight is an error."""
         model_class, config, device = type(self.model), self.model.config, self.model.device
         del self.model  # free its tensors, which are not initialised, before the loaded ones are made
-        with torch.device("cpu"), _without_progress_bar():
-            model, info = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(weights),
-                dtype=torch.get_default_dtype(),
-                output_loading_info=True,
-            )
-        self.model = model.to(device)
-        problems = [
-            f"{len(info[kind])} {kind.replace('_', ' ')}:\n  " + "\n  ".join(sorted(map(str, info[kind])))
-            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-            if info.get(kind)
-        ]
-        if problems:
-            raise ValueError(f"the checkpoint does not fit {model_class.__name__}:\n" + "\n".join(problems))
+        self.model = loaded(model_class, config, device, weights)
 
     def finish_load(self) -> None:
         """Find out what attention needs, and make sure that the model computes the same with it."""
@@ -210,18 +186,6 @@ def _prompt_logprobs(row: "LogprobRow", logits: torch.Tensor) -> Logprobs:
     """``logits``: [tokens of the row, vocab_size]."""
     pieces = iter(logits.split(ROWS_PER_PIECE))
     return prompt_logprobs(row, lambda token_rows: next(pieces))
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Disable transformers' progress bar of loading within the context."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 EntryClass = TransformersForCausalLM

@@ -13,6 +13,7 @@ from torch import nn
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.distributed.parallel_state import SplitError, World, WorldShape, seen_as
+from rtp_llm.srt.layers.fallback.encoders import encoder_kind
 from rtp_llm.srt.layers.quantization.base import (
     ExpertsLayer,
     QuantizationConfig,
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 Cut = Callable[[nn.Module], Sequence[str]]
 NOT_SHARED = "models that run through transformers cannot be shared by ranks: use --tp-size 1 and --pp-size 1"
 FALLBACK = "TransformersForCausalLM"  # runs models of transformers that have no model file here
+ENCODER_FALLBACK = "TransformersEncoder"  # and this those without text as their output
 
 
 def load_model(
@@ -74,7 +76,7 @@ def load_model(
     scheme = scheme_name(quantization, settings)
     source = _Source(model_config, model_path, load_format, device, progress, scheme, settings, cut)
     if model_impl == "transformers":
-        return _load(ModelRegistry.models[FALLBACK], source)
+        return _load(_fallback(model_config), source)
     try:
         model_class = pooled_class(model_config)
     except UnknownArchitectureError as unknown:
@@ -136,11 +138,30 @@ class _Source:
     cut: Cut | None = None
 
 
+def _fallback(model_config: ModelConfig) -> type[nn.Module]:
+    """Return the class that runs a model by transformers' code.
+
+    Raises:
+        ModelBuildError: it shall be converted, or score by tokens, which only models of this engine do.
+    """
+    if model_config.convert not in ("auto", "none"):
+        raise ModelBuildError(
+            f"--convert {model_config.convert} is for models with a file here: by transformers' code a model gives "
+            "what its class does"
+        )
+    if model_config.score_tokens is not None:
+        raise ModelBuildError(
+            "classifier_from_token is for models with a file here: by transformers' code no tokens are scored"
+        )
+    is_encoder = encoder_kind(model_config.architectures) is not None
+    return ModelRegistry.models[ENCODER_FALLBACK if is_encoder else FALLBACK]
+
+
 def _load_fallback(unknown: UnknownArchitectureError, source: _Source) -> nn.Module:
     """Load through transformers; if that cannot build the model either, raise ``unknown``, extended."""
     logger.info("no model file for %s: it runs through transformers", ", ".join(source.model_config.architectures))
     try:
-        return _load(ModelRegistry.models[FALLBACK], source)
+        return _load(_fallback(source.model_config), source)
     except ModelBuildError as error:
         raise UnknownArchitectureError(f"{unknown}\nNor can it run through transformers: {error}") from error
 
@@ -150,7 +171,7 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
     quant_config = _quant_config(model_class, source)
     is_dummy = source.load_format == "dummy"
     quant_config = _of_files(quant_config, source)
-    if quant_config and quant_config.needs_files and model_class.__name__ == FALLBACK:
+    if quant_config and quant_config.needs_files and model_class.__name__ in (FALLBACK, ENCODER_FALLBACK):
         raise QuantizationError(
             "weights of a GGUF file are read into models of this engine only: leave out --model-impl transformers"
         )
