@@ -9,6 +9,7 @@ import torch
 
 from rtp_llm.srt.engine.executor import Executor
 from rtp_llm.srt.plan import Admission, PageWrite, RowWork, StateAccess, StepPlan, StepResult
+from rtp_llm.srt.pooling import PooledOutput, PoolingSpec
 from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 
@@ -60,6 +61,23 @@ class StepDriver:
         ]
         self._next = StepPlan(0, list(range(len(self._lens))), admissions, writes)
         self._lens = [0] * len(prompts)
+
+    def pool(self, prompt: list[int], pooling: PoolingSpec) -> PooledOutput:
+        """Replace the batch by one prompt, compute it at once, and return its pooled output.
+
+        Raises:
+            RuntimeError: the request failed by itself.
+        """
+        self.start([prompt], 0)
+        [admission] = self._next.admissions
+        spec = replace(admission.spec, pooling=pooling)
+        self._next = replace(self._next, admissions=[replace(admission, spec=spec)])
+        plan = self._plan([len(prompt)])
+        plan.work = [replace(work, sample=False) for work in plan.work]
+        [row] = self._executor.submit(plan).result().rows
+        if row.pooled is None:
+            raise RuntimeError(row.error or "the model made no output")
+        return row.pooled
 
     def step(self, num_tokens: Sequence[int]) -> StepResult:
         """Compute so many further tokens of each row; the result has the next token."""

@@ -54,11 +54,13 @@ def as_pooled(model_class: type[nn.Module], kind: str, generates: bool = False) 
         self.score = nn.Linear(text_config.hidden_size, config.num_labels, bias=False)
         self.poolers = classifiers(config, "last", self.score) if kind == "classify" else rewards(config, self.score)
 
-    return _subclass(model_class, kind.capitalize(), __init__)
+    return _subclass(model_class, kind.capitalize(), __init__, generates)
 
 
-def _subclass(model_class: type[nn.Module], kind: str, constructor: Callable[..., None]) -> type[nn.Module]:
-    attributes = {"__init__": constructor, "__module__": model_class.__module__}
+def _subclass(
+    model_class: type[nn.Module], kind: str, constructor: Callable[..., None], generates: bool
+) -> type[nn.Module]:
+    attributes: dict[str, Any] = {"__init__": constructor, "__module__": model_class.__module__, "generates": generates}
     own_forms = {"gguf": vars(model_class)["gguf"]} if "gguf" in vars(model_class) else {}  # GGUFs hold the same model
     return type(f"{model_class.__name__}To{kind}", (model_class,), attributes | own_forms)
 
@@ -85,7 +87,7 @@ def as_scorer(model_class: type[nn.Module], token_ids: Sequence[int], excludes: 
         config.num_labels = len(token_ids)
         self.poolers = classifiers(config, "last", nn.Identity())
 
-    return _subclass(model_class, "Score", __init__)
+    return _subclass(model_class, "Score", __init__, generates=True)
 
 
 def _difference(logits: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.utils.logging import configure_logging
 from rtp_llm.tools.verify.all_schedules import SchedulesReport, verify_schedules
-from rtp_llm.tools.verify.locate import MODULE_TOLERANCE
+from rtp_llm.tools.verify.locate import MODULE_TOLERANCE, Difference
 from rtp_llm.tools.verify.options import VerifyOptions
+from rtp_llm.tools.verify.pooled import PooledReport, hint, makes_no_text, verify_pooled
 from rtp_llm.tools.verify.run import TOP, PromptResult, Report, verify
 from rtp_llm.tools.verify.schedule_places import Located
 
@@ -28,6 +30,8 @@ def run_verify(args: argparse.Namespace) -> int:
     options = VerifyOptions(**{name: getattr(args, name) for name in [item.name for item in fields(VerifyOptions)]})
     server_args = ServerArgs.from_cli_args(args)
     configure_logging(server_args.log_level)
+    if makes_no_text(server_args, options):
+        return _run_pooled(verify_pooled(server_args, options), args.json)
     if options.schedules:
         return _run_schedules(server_args, options, args.json)
     report = verify(server_args, options)
@@ -36,6 +40,46 @@ def run_verify(args: argparse.Namespace) -> int:
     else:
         _print(report, _decoder(server_args))
     return 0 if report.agrees else EXIT_DIFFERENT
+
+
+def _run_pooled(report: PooledReport, json_wanted: bool) -> int:
+    if json_wanted:
+        shown = asdict(report) | {"agrees": report.agrees, "first": None, "around": _pairs_of(report.around)}
+        for result in shown["results"]:
+            del result["prompt"]["media"]
+        if report.first:
+            [shown["first"]] = _pairs_of([report.first])
+        print(json.dumps(_finite(shown), indent=2))
+    else:
+        _print_pooled(report)
+    return 0 if report.agrees else EXIT_DIFFERENT
+
+
+def _print_pooled(report: PooledReport) -> None:
+    console = _console()
+    console.print(f"{escape(report.class_name)} on {escape(report.model_path)}, {report.dtype}", soft_wrap=True)
+    if report.failure:
+        console.print("[red]It cannot be compared.[/red]")
+        console.print(escape(report.failure), soft_wrap=True)
+        return
+    table = Table("prompt", "output", "difference")
+    for result in report.results:
+        colour = "green" if result.error <= report.tolerance else "red"
+        table.add_row(escape(result.prompt.text), result.task, f"[{colour}]{result.error:.1e}[/{colour}]")
+    console.print(table)
+    if report.left_out:
+        console.print(f"Not compared, as transformers' class has none: {', '.join(report.left_out)}.")
+    if report.agrees:
+        console.print(f"[green]They agree[/green]: within {report.tolerance:g} of the outputs' size.")
+        return
+    console.print("[red]They differ.[/red]")
+    if report.first is None:
+        console.print(hint(report))
+        return
+    place, error = report.first
+    console.print(f"First: [bold]{escape(place.module)}[/bold], its {escape(place.part)} ({error:.2g})")
+    console.print(f"See {escape(report.source)}")
+    console.print(_table_of(report.around, "around it"))
 
 
 def _run_schedules(args: ServerArgs, options: VerifyOptions, json_wanted: bool) -> int:
@@ -85,7 +129,11 @@ def as_json(report: Report) -> Any:
 
 
 def _places_of(report: Report | Located) -> list[dict[str, Any]]:
-    return [{"module": d.place.module, "part": d.place.part, "error": d.error} for d in report.around]
+    return _pairs_of(report.around)
+
+
+def _pairs_of(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    return [{"module": d.place.module, "part": d.place.part, "error": d.error} for d in differences]
 
 
 def _finite(value: Any) -> Any:
@@ -187,8 +235,12 @@ def _states_lines(report: Report) -> list[str]:
 
 
 def _places_table(report: Report) -> Table:
-    table = Table("place", "difference", title=f"around it, of {report.num_compared} places", title_justify="left")
+    return _table_of(report.around, f"around it, of {report.num_compared} places")
+
+
+def _table_of(differences: Sequence[Difference], title: str) -> Table:
+    table = Table("place", "difference", title=title, title_justify="left")
     table.columns[1].justify = "right"
-    for place, error in report.around:
+    for place, error in differences:
         table.add_row(escape(str(place)), f"{error:.1e}")
     return table

@@ -13,6 +13,7 @@ from rtp_llm.srt.engine.executor import InProcessExecutor
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
+from rtp_llm.srt.pooling import PoolingSpec
 from rtp_llm.srt.worker.worker import WorkerConfig
 from rtp_llm.tools.auto_classes import computed, forget_last_prompt
 from rtp_llm.tools.reference import TransformersModel
@@ -107,6 +108,16 @@ class OurModel:
         self._driver.start([prompt.ids for prompt in prompts], 1)
         with trace.step(0, trace.num_tokens):
             self._driver.step([len(prompt.ids) for prompt in prompts])
+
+    def pool(self, prompt: Prompt, task: str, trace: Trace | None = None) -> torch.Tensor:
+        """Return a pooled output, its numbers before the last function: one line [width], or [tokens, width]. A trace
+        records the step."""
+        with trace.step(0, len(prompt.ids)) if trace else _no_trace():
+            try:
+                output = self._driver.pool(prompt.ids, PoolingSpec(task, normalize=False))
+            except Exception as error:  # of any kind; the cause is chained
+                raise ForwardError(f"{type(self.model).__name__} fails while it computes: {reason(error)}") from error
+        return torch.frombuffer(bytearray(output.data), dtype=torch.float32).reshape(output.shape)
 
     def _step(self, num_tokens: int) -> tuple[int, torch.Tensor]:
         try:
