@@ -123,7 +123,7 @@ These are refused, since they read something else than a text's ids, or for thei
 
 {refused_encoders}
 
-Tiny checkpoints of other classes could not be made, or have a file above. Those of decoders run as well.
+Classes that read images or sound are refused likewise; of the rest no tiny checkpoint was tried, or could be made.
 
 ## Other architectures
 
