@@ -66,6 +66,18 @@ def write_m3(folder: Path) -> None:
         torch.save(weights, folder / name)
 
 
+def named(architecture: str, edit: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
+    """Return what gives a checkpoint an architecture of vLLM's, after another change."""
+
+    def change(folder: Path) -> None:
+        if edit is not None:
+            edit(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [architecture]}))
+
+    return change
+
+
 def by_head(name: str) -> Callable[[Any, Any], torch.Tensor]:
     def expect(model: Any, outputs: Any) -> torch.Tensor:
         states = hidden(model, outputs)
@@ -86,7 +98,6 @@ M3 = {
     "token_embed": by_head("colbert_linear.pt"),
 }
 SPARSE = {"sparse": splade}
-VLLMS = {"json_model_override_args": json.dumps({"architectures": ["BertSpladeSparseEmbeddingModel"]})}
 CASES = [
     PooledCase("bert-splade", "BertForMaskedLM", SPARSE | {"embed": EMBEDS["embed"]}),
     PooledCase("roberta-splade", "RobertaForMaskedLM", SPARSE, ROBERTA, slow=True),
@@ -99,9 +110,25 @@ CASES = [
     PooledCase(
         "summed", "BertForMaskedLM", {"sparse": summed_twice}, edit=write_splade("sum", "log1p_relu"), slow=True
     ),
-    PooledCase("as-vllm", "BertForMaskedLM", SPARSE, options=VLLMS, slow=True),
+    PooledCase(
+        "as-vllm",
+        "BertSpladeSparseEmbeddingModel",
+        SPARSE,
+        edit=named("BertSpladeSparseEmbeddingModel"),
+        slow=True,
+        reference="BertForMaskedLM",
+    ),
     PooledCase("by-option", "BertForMaskedLM", SPARSE, options={"pooling": "splade"}, slow=True),
     PooledCase("bge-m3", "XLMRobertaModel", M3, ROBERTA, edit=write_m3),
+    PooledCase(
+        "bge-m3-as-vllm",
+        "BgeM3EmbeddingModel",
+        M3,
+        ROBERTA,
+        edit=named("BgeM3EmbeddingModel", write_m3),
+        slow=True,
+        reference="XLMRobertaModel",
+    ),
     PooledCase("distilbert", "DistilBertModel", EMBEDS, DISTIL, slow=True),
     PooledCase(
         "distilbert-labels",
