@@ -7,6 +7,7 @@ returns all vectors, of length one, as an array: tokens, model, pooling and conv
 """
 
 import argparse
+import base64
 import http.client
 import json
 import os
@@ -24,7 +25,7 @@ import numpy as np
 READY_WITHIN_S = 300
 MAX_TOKENS = 512
 BATCH = 32  # texts at once, for engines that pad: sentence-transformers' own default
-LLAMA_CPP_BATCH_TOKENS = 2048
+LLAMA_CPP_BATCH_TOKENS = 512  # a larger one costs it more: each token attends to all of the batch, under a mask
 
 
 class Missing(Exception):
@@ -39,6 +40,10 @@ class Side(ABC):
     @abstractmethod
     def embed(self, texts: list[str]) -> Any:
         """Return [N, size] vectors of length one."""
+
+    def close(self) -> None:
+        """End what the side has started."""
+        return
 
 
 class Ours(Side):
@@ -65,6 +70,10 @@ class Served(Side):
                 raise RuntimeError(f"the server did not start: {' '.join(command)}")
             time.sleep(0.2)
 
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
     def _is_ready(self) -> bool:
         try:
             self._connection.request("GET", "/health")
@@ -82,8 +91,6 @@ class Served(Side):
         read = json.loads(answer.read())
         if answer.status != 200:
             raise RuntimeError(f"status {answer.status}: {read}")
-        import base64
-
         ordered = sorted(read["data"], key=lambda item: item["index"])
         return np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in ordered])
 
@@ -227,14 +234,22 @@ def main() -> None:
         print(json.dumps({"missing": str(error)}), file=answers)
         return
     print(json.dumps({"about": side.about}), file=answers)
-    for line in sys.stdin:
-        question, seconds, vectors = json.loads(line), [], None
-        for _ in range(question["times"]):
-            start_s = time.perf_counter()
-            vectors = side.embed(question["texts"])
-            seconds.append(time.perf_counter() - start_s)
-        assert vectors is not None and len(vectors) == len(question["texts"])
-        print(json.dumps({"seconds": seconds, "vector": [float(x) for x in vectors[0]]}), file=answers)
+    try:
+        for line in sys.stdin:
+            print(json.dumps(timed(side, **json.loads(line))), file=answers)
+    finally:
+        side.close()
+
+
+def timed(side: Side, texts: list[str], times: int) -> dict[str, Any]:
+    seconds, vectors = [], []
+    for _ in range(times):
+        start_s = time.perf_counter()
+        vectors = side.embed(texts)
+        seconds.append(time.perf_counter() - start_s)
+    if len(vectors) != len(texts):
+        raise RuntimeError(f"{len(vectors)} vectors of {len(texts)} texts")
+    return {"seconds": seconds, "vector": [float(x) for x in vectors[0]]}
 
 
 if __name__ == "__main__":

@@ -261,8 +261,10 @@ def main() -> int:
             for length in args.lengths:
                 for batch in args.batches:
                     if args.most_tokens is None or length * batch <= args.most_tokens:
-                        rows[length, batch] = measure(engines, texts_of(tokenizer, batch, length), args.rounds)
-                        print(f"measured {batch} x {length}", flush=True)
+                        seconds = measure(engines, texts_of(tokenizer, batch, length), args.rounds)
+                        rows[length, batch] = seconds
+                        rates = ", ".join(f"{title} {batch / median(s):.1f}" for title, s in seconds.items())
+                        print(f"{batch} texts of {length} tokens: {rates}", flush=True)
         finally:
             for engine in engines:
                 engine.close()

@@ -1,8 +1,8 @@
 """The engines of structured_peers.py, each in a process of its own, in its own environment.
 
-    python -m benchmark.structured_sides SIDE CHECKPOINT TOKENIZER REQUESTS ROUNDS
+    python -m benchmark.structured_sides JOB
 
-Prints one line of JSON: what was measured. Whatever engines print goes to standard error.
+JOB is the JSON of a ``Job``. Prints one line of JSON: what was measured. Whatever engines print goes to standard error.
 """
 
 import json
@@ -10,14 +10,40 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 NUM_ITEMS = 12  # of the array that each request fills
 FIRST_TOKENS = 5  # times that each time to a first token is measured
 PROMPT_LEN = 64
 MOST_TOKENS = 1024
 Schema = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one side does.
+
+    Args:
+        side: ``ours`` or ``vllm``, a colon, and the name of its grammar back end.
+        requests: streams at once.
+        rounds: turns of streams under a schema and free ones.
+        quantization: of ours, as of the server.
+    """
+
+    side: str
+    checkpoint: str
+    tokenizer: str
+    requests: int
+    rounds: int
+    threads: int
+    quantization: str | None = None
+
+
+class Answer(NamedTuple):
+    ids: list[int]
+    text: str
 
 
 def schema(number: int = 0) -> Schema:
@@ -37,8 +63,8 @@ def schema(number: int = 0) -> Schema:
 
 
 class Engine(Protocol):
-    def generate(self, prompts: list[list[int]], lengths: list[int] | None, form: Schema | None) -> list[list[int]]:
-        """Return the ids of the answers, drawn at temperature 1 with seeds 0, 1, ...
+    def generate(self, prompts: list[list[int]], lengths: list[int] | None, form: Schema | None) -> list[Answer]:
+        """Return the answers, drawn at temperature 1 with seeds 0, 1, ...
 
         Args:
             lengths: of each answer, which no end of text ends; None: as long as the form, or the most tokens, have it.
@@ -47,14 +73,20 @@ class Engine(Protocol):
 
 
 class Ours:
-    def __init__(self, backend: str, checkpoint: str, tokenizer: str) -> None:
+    def __init__(self, backend: str, job: Job) -> None:
         from rtp_llm import Engine
 
         self._engine: Any = Engine(
-            model_path=checkpoint, tokenizer_path=tokenizer, dtype="bfloat16", device="cpu", grammar_backend=backend
+            model_path=job.checkpoint,
+            tokenizer_path=job.tokenizer,
+            quantization=job.quantization,
+            dtype="bfloat16",
+            device="cpu",
+            cpu_threads=job.threads,
+            grammar_backend=backend,
         )
 
-    def generate(self, prompts: list[list[int]], lengths: list[int] | None, form: Schema | None) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], lengths: list[int] | None, form: Schema | None) -> list[Answer]:
         self._engine.flush_cache()
         bound = {"structured_outputs": {"json": form, "disable_any_whitespace": True}} if form is not None else {}
         params = [
@@ -63,16 +95,19 @@ class Ours:
             | ({} if lengths is None else {"ignore_eos": form is None})
             for i in range(len(prompts))
         ]
-        return [result["output_ids"] for result in self._engine.generate(input_ids=prompts, sampling_params=params)]
+        results = self._engine.generate(input_ids=prompts, sampling_params=params)
+        return [Answer(result["output_ids"], result["text"]) for result in results]
 
 
 class Vllm:
-    def __init__(self, backend: str, checkpoint: str, tokenizer: str) -> None:
+    """Quantises no plain checkpoint for a CPU at load: weights are bfloat16."""
+
+    def __init__(self, backend: str, job: Job) -> None:
         from vllm import LLM
 
         self._llm: Any = LLM(
-            checkpoint,
-            tokenizer=tokenizer,
+            job.checkpoint,
+            tokenizer=job.tokenizer,
             dtype="bfloat16",
             enable_prefix_caching=False,
             max_model_len=2048,
@@ -83,7 +118,7 @@ class Vllm:
             },
         )
 
-    def generate(self, prompts: list[list[int]], lengths: list[int] | None, form: Schema | None) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], lengths: list[int] | None, form: Schema | None) -> list[Answer]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import StructuredOutputsParams
@@ -99,16 +134,17 @@ class Vllm:
             for i in range(len(prompts))
         ]
         asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        return [list(result.outputs[0].token_ids) for result in self._llm.generate(asked, params, use_tqdm=False)]
+        outputs = [result.outputs[0] for result in self._llm.generate(asked, params, use_tqdm=False)]
+        return [Answer(list(output.token_ids), output.text) for output in outputs]
 
 
 def main(argv: Sequence[str]) -> None:
-    side, checkpoint, tokenizer, num_requests, num_rounds = argv
+    job = Job(**json.loads(argv[0]))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    name, _, backend = side.partition(":")
-    engine: Engine = (Ours if name == "ours" else Vllm)(backend, checkpoint, tokenizer)
-    print(json.dumps(measured(engine, int(num_requests), int(num_rounds))), file=answers)
+    name, _, backend = job.side.partition(":")
+    engine: Engine = (Ours if name == "ours" else Vllm)(backend, job)
+    print(json.dumps(measured(engine, job.requests, job.rounds)), file=answers)
     answers.flush()
     os._exit(0)  # engines' threads need not end
 
@@ -119,10 +155,11 @@ def measured(engine: Engine, num_requests: int, num_rounds: int) -> dict[str, An
     rounds = []
     for round_ in range(num_rounds):
         asked = prompts(num_requests, round_)
-        bound_s, texts = timed(engine, asked, None, schema())
-        lengths = [len(ids) for ids in texts]
+        bound_s, bound = timed(engine, asked, None, schema())
+        lengths = [len(answer.ids) for answer in bound]
         free_s, _ = timed(engine, asked, lengths, None)
-        rounds.append({"tokens": sum(lengths), "bound_s": bound_s, "free_s": free_s})
+        num_right = sum(is_right(answer.text) for answer in bound)
+        rounds.append({"tokens": sum(lengths), "bound_s": bound_s, "free_s": free_s, "right": num_right})
     forms = {"free": [None], "used before": [schema()], "new": [schema(100 + i) for i in range(FIRST_TOKENS)]}
     firsts = {
         name: [timed(engine, prompts(1, 50 + i), [1], given[i % len(given)])[0] for i in range(FIRST_TOKENS)]
@@ -137,12 +174,34 @@ def prompts(count: int, round_: int) -> list[list[int]]:
 
 def timed(
     engine: Engine, asked: list[list[int]], lengths: list[int] | None, form: Schema | None
-) -> tuple[float, list[list[int]]]:
+) -> tuple[float, list[Answer]]:
     start_s = time.perf_counter()
-    ids = engine.generate(asked, lengths, form)
+    answers = engine.generate(asked, lengths, form)
     seconds = time.perf_counter() - start_s
-    assert lengths is None or [len(each) for each in ids] == lengths, "an answer has another length"
-    return seconds, ids
+    assert lengths is None or [len(each.ids) for each in answers] == lengths, "an answer has another length"
+    return seconds, answers
+
+
+def is_right(text: str) -> bool:
+    """Return whether a text is what ``schema()`` says. One that was cut at the most tokens is not."""
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(items, list) and len(items) == NUM_ITEMS and all(map(_is_item, items))
+
+
+def _is_item(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and item.keys() == {"name", "kind", "count", "known"}
+        and isinstance(item["name"], str)
+        and len(item["name"]) <= 24
+        and item["kind"] in ("small", "large", "other 0")
+        and type(item["count"]) is int
+        and 0 <= item["count"] <= 9999
+        and type(item["known"]) is bool
+    )
 
 
 if __name__ == "__main__":

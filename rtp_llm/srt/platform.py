@@ -53,6 +53,34 @@ def fast_cpus(cpus: Sequence[int], root: Path = ROOT) -> list[int]:
     return [cpu for cpu in cpus if cpu in fast] or list(cpus)
 
 
+def numa_nodes(root: Path = ROOT) -> list[list[int]]:
+    """Return the logical processors of each NUMA node that this process may run on; one node where none is told."""
+    allowed = set(usable_cpus())
+    folders = (root / "sys/devices/system/node").glob("node[0-9]*")
+    numbered = sorted((int(folder.name.removeprefix("node")), folder) for folder in folders)
+    nodes = [[cpu for cpu in _cpu_list(folder / "cpulist") if cpu in allowed] for _, folder in numbered]
+    return [node for node in nodes if node] or [sorted(allowed)]
+
+
+def share_of_nodes(nodes: Sequence[Sequence[int]], place: int, num_places: int, root: Path = ROOT) -> list[int]:
+    """Return the logical processors of one of several ranks: whole nodes, or an equal part of one node's cores.
+
+    Raises:
+        ValueError: a node has fewer cores than ranks.
+    """
+    if num_places <= len(nodes):
+        own = nodes[place * len(nodes) // num_places : (place + 1) * len(nodes) // num_places]
+        return [cpu for node in own for cpu in node]
+    number = place * len(nodes) // num_places
+    neighbours = [other for other in range(num_places) if other * len(nodes) // num_places == number]
+    cores = compute_cores(nodes[number], root)
+    if len(cores) < len(neighbours):
+        raise ValueError(f"node {number} has {len(cores)} cores for {len(neighbours)} ranks; use fewer")
+    which = neighbours.index(place)
+    own_cores = cores[which * len(cores) // len(neighbours) : (which + 1) * len(cores) // len(neighbours)]
+    return [cpu for core in own_cores for cpu in core]
+
+
 def _within_quota(num_cpus: int, root: Path = ROOT) -> int:
     quota = cpu_quota(root)
     return num_cpus if quota is None else max(1, min(num_cpus, int(quota)))

@@ -1,4 +1,5 @@
-"""A core that says what a test wants, for what the server makes of it; and a checkpoint for it, without weights."""
+"""A core that says what a test wants, for what the server makes of it; a checkpoint for it, and one that speaks at
+random."""
 
 import threading
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -66,6 +68,17 @@ def make_spoken_checkpoint(folder: Path, special: list[str]) -> str:
     )
     config.save_pretrained(folder)
     return str(folder)
+
+
+def make_random_speaker(folder: Path) -> tuple[str, str]:
+    """A checkpoint with random weights whose tokenizer has SPECIAL, and a file with TEMPLATE. Returns their paths."""
+    template = folder / "template.jinja"
+    template.write_text(TEMPLATE)
+    path = make_spoken_checkpoint(folder, SPECIAL)
+    torch.manual_seed(5)
+    config: Any = transformers.LlamaConfig.from_pretrained(path)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path, str(template)
 
 
 class ScriptedCore:

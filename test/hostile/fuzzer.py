@@ -6,7 +6,8 @@
 
 Each request is made from the seed and its number alone,
 so a failure is repeated by naming both. The server must serve
-the embedded model (no --model-path), whose answers to good requests are asked for first.
+the embedded model (no --model-path), whose answers to good requests are asked for first; or, with --pooled, an embedder
+(--model-path DIR --served-model-name rtp-llm-demo).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from hostile_checks import problem_of, text_of
 from hostile_heavy import HEAVY
+from hostile_pooled import REFUSED, pooled_requests
 from hostile_requests import Case, Generator, Good, good_requests
 from hostile_wire import NotHTTP, Outcome, Plan, Send, json_request, perform, request
 
@@ -90,10 +92,12 @@ class Fuzzer:
     Args:
         address: the server's.
         log: the file with its stderr, looked through for tracebacks.
+        pools: it has an embedder, which gets requests for pooled outputs.
     """
 
-    def __init__(self, address: tuple[str, int], seed: int, log: Path | None = None) -> None:
+    def __init__(self, address: tuple[str, int], seed: int, log: Path | None = None, pools: bool = False) -> None:
         self.address, self.seed = address, seed
+        self.goods = pooled_requests() if pools else good_requests()
         self.report = Report()
         self.known: dict[str, str] = {}
         self._log = ServerLog(log)
@@ -101,7 +105,8 @@ class Fuzzer:
         self._num_aborts = 0  # requests so far that may have ended those of others
         self._canary = socket.create_server(("127.0.0.1", 0))
         self._canary.setblocking(False)
-        self.generator = Generator(self._document(), seed, self._canary.getsockname()[1])
+        given = (self.goods, REFUSED) if pools else ()
+        self.generator = Generator(self._document(), seed, self._canary.getsockname()[1], *given)
 
     def close(self) -> None:
         self._canary.close()
@@ -112,7 +117,7 @@ class Fuzzer:
 
     def learn(self) -> None:
         """Asks all good requests alone; what they get is right from now on."""
-        for good in good_requests():
+        for good in self.goods:
             text, reason = self.ask(good)
             assert reason in ("stop", "length"), f"{good.key} ends by {reason!r}"
             assert self.known.setdefault(good.question, text) == text, f"{good.key} gets another answer as a stream"
@@ -176,9 +181,7 @@ class Fuzzer:
         """Sends what is too much to be drawn, one after the other, each with a good request right behind it."""
         for i in range(len(HEAVY)):
             self.send(self.generator.case(-1 - i), ALONE_TIMEOUT_S, is_last_try=True)
-            self.send(
-                Case(-1 - i, "good after it", _plan_of(good := good_requests()[0]), (good,)), ALONE_TIMEOUT_S, True
-            )
+            self.send(Case(-1 - i, "good after it", _plan_of(good := self.goods[0]), (good,)), ALONE_TIMEOUT_S, True)
 
     def retry_given_up(self) -> None:
         """What was not answered among many must be answered alone."""
@@ -208,7 +211,7 @@ class Fuzzer:
         problems = [] if (busy := self.wait_idle(60.0)) is None else [busy]
         if self.get("/health") != {"status": "ok"}:
             problems.append("/health is not ok")
-        for good in good_requests():
+        for good in self.goods:
             text, _ = self.ask(good)
             if text != self.known[good.question]:
                 problems.append(f"afterwards {good.key[:200]} gets {text!r}, not {self.known[good.question]!r}")
@@ -260,8 +263,8 @@ def describe(case: Case, seed: int, address: tuple[str, int]) -> str:
 
 
 @contextmanager
-def fuzzing(address: tuple[str, int], seed: int, log: Path | None = None) -> Iterator[Fuzzer]:
-    fuzzer = Fuzzer(address, seed, log)
+def fuzzing(address: tuple[str, int], seed: int, log: Path | None = None, pools: bool = False) -> Iterator[Fuzzer]:
+    fuzzer = Fuzzer(address, seed, log, pools)
     try:
         fuzzer.learn()
         yield fuzzer
@@ -279,9 +282,10 @@ def main(show: Callable[[str], None] = print) -> int:
     parser.add_argument("--clients", type=int, default=NUM_CLIENTS, help="connections at once")
     parser.add_argument("--only", type=int, help="send this one request, alone; below 0: one of hostile_heavy.py")
     parser.add_argument("--show", action="store_true", help="with --only: print what came back")
+    parser.add_argument("--pooled", action="store_true", help="the server has an embedder, of any checkpoint")
     parser.add_argument("--log", type=Path, help="file with the server's stderr, to look for tracebacks in")
     args = parser.parse_args()
-    with fuzzing((args.host, args.port), args.seed, args.log) as fuzzer:
+    with fuzzing((args.host, args.port), args.seed, args.log, args.pooled) as fuzzer:
         if args.only is not None:
             case = fuzzer.generator.case(args.only)
             show(describe(case, args.seed, fuzzer.address))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from hostile_pooled import GOODS, outline_of
 from hostile_requests import Case, Good
 from hostile_wire import Answer, Outcome
 
@@ -196,7 +197,9 @@ def wrong(good: Good, answer: Answer, known: Mapping[str, str], may_be_aborted: 
 
 
 def text_of(good: Good, answer: Answer) -> tuple[str, str | None]:
-    """A completion's text and finish reason, streamed or not."""
+    """A completion's text and finish reason, streamed or not; of pooled outputs, what ``outline_of`` leaves."""
+    if good.path in GOODS:
+        return outline_of(answer), "stop"
     if good.path == "/generate":
         value = events_of(answer)[-1] if good.streams else json.loads(answer.body)
         return value["text"], value["meta_info"]["finish_reason"]["type"]

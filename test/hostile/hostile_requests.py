@@ -3,7 +3,7 @@
 import gzip
 import json
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -93,13 +93,24 @@ class Generator:
     Args:
         document: the server's /openapi.json.
         canary_port: where something listens on this machine that no request may lead the server to.
+        goods: right requests; None: those of ``good_requests``, to a server of the embedded model. If they are given,
+            bodies are only sent to their paths and those of ``refused``.
+        refused: paths -> bodies that the server refuses whatever is in them.
     """
 
-    def __init__(self, document: dict[str, Any], seed: int, canary_port: int) -> None:
+    def __init__(
+        self,
+        document: dict[str, Any],
+        seed: int,
+        canary_port: int,
+        goods: Sequence[Good] | None = None,
+        refused: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         self._schemas = Schemas(document)
         self._seed = seed
         self._forbidden = forbidden_sources(canary_port)
-        self._good = good_requests()
+        self._good = good_requests() if goods is None else list(goods)
+        self._bodies = {good.path: good.body for good in goods or ()} | dict(refused or {})
         self._operations: list[tuple[str, str, dict[str, Any] | None]] = []
         for path, methods in document["paths"].items():
             for method, operation in methods.items():
@@ -109,7 +120,11 @@ class Generator:
             (m, alias, schema) for alias, path in ALIASES.items() for m, p, schema in self._operations if p == path
         ]
         self._operations += aliased
-        self._with_body = [(path, schema) for _, path, schema in self._operations if schema is not None]
+        self._with_body = [
+            (path, schema)
+            for _, path, schema in self._operations
+            if schema is not None and (path in self._bodies or not self._bodies)
+        ]
         self.kinds: dict[str, tuple[int, Callable[[Random], Plan | tuple[Plan, tuple[Good, ...]]]]] = {
             "good": (14, self._good_case),
             "pipelined": (3, self._pipelined),
@@ -157,6 +172,8 @@ class Generator:
 
     def _minimal(self, path: str, draw: Random) -> dict[str, Any]:
         """A body that is right, and asks for little."""
+        if path in self._bodies:
+            return dict(self._bodies[path])
         match ALIASES.get(path, path):
             case "/v1/chat/completions":
                 return {"messages": [{"role": "user", "content": "hi"}], "max_tokens": draw.randrange(1, 6)}
@@ -349,7 +366,9 @@ class Generator:
     def _hang_up(self, draw: Random) -> Plan:
         good = draw.choice(self._good)
         body = good.body | draw.choice(({}, {"stream": True}))
-        if "/v1" in good.path:
+        if self._bodies:  # what its client asked for must not keep the server busy
+            body = {name: value * 40 if isinstance(value, list) else value for name, value in good.body.items()}
+        elif "/v1" in good.path:
             body |= {"max_tokens": 200, "ignore_eos": True}
         elif "/api" in good.path:
             body |= {"options": {"temperature": 0, "num_predict": 200}}

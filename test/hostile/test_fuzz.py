@@ -5,18 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from benchmark.health_watch import HealthWatch, Look
 from benchmark.soak_server import is_core, resident_bytes
 from fuzzer import Fuzzer, fuzzing
 from hostile_requests import Case
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
-from tiny_server import Process, free_port, python_process
+from tiny_models import make_tiny
+from tiny_server import Process, free_port, make_checkpoint, python_process
 
 pytestmark = pytest.mark.xdist_group("hostile")
 
 NUM_QUICK = 300
 NUM_SLOW = 10_000
+NUM_POOLED = 3_000
 NUM_WARM_UP = 500
 MAX_GROWTH_BYTES = 50 << 20
 MAX_SILENCE_S = 1.0
@@ -98,6 +101,31 @@ def test_heavy_requests(server: Process, fuzzer: Fuzzer, tmp_path: Path) -> None
         fuzzer.run_heavy()
     problems = fuzzer.check_after() + silences(watch.looks(), fuzzer)
     assert not fuzzer.report.failures and not problems, "\n".join([*problems, fuzzer.told(30)])
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A tiny BERT."""
+    folder, port = tmp_path_factory.mktemp("hostile-bert"), free_port()
+    tokenizer = AutoTokenizer.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("with-tokenizer")))
+    make_tiny("BertModel", folder, vocab_size=len(tokenizer), max_position_embeddings=64)
+    tokenizer.save_pretrained(folder)
+    options = ("--device", "cpu", "--dtype", "float32", "--served-model-name", "rtp-llm-demo")
+    command = ["-m", "rtp_llm.launch_server", "--port", str(port), "--model-path", str(folder), *options]
+    with python_process(folder, command, port, anew=True) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.mark.slow
+def test_hostile_requests_for_vectors(embedder: Process) -> None:
+    host, _, port = embedder.url.removeprefix("http://").partition(":")
+    with fuzzing((host, int(port)), 3, embedder.log, pools=True) as fuzzer:
+        attack(fuzzer, range(NUM_POOLED))
+        problems = fuzzer.check_after()
+        assert not problems, "\n".join([*problems, fuzzer.told()])
+        assert fuzzer.report.num_right > NUM_POOLED / 20
+        assert embedder.process.poll() is None
 
 
 def silences(looks: list[Look], fuzzer: Fuzzer) -> list[str]:

@@ -109,3 +109,24 @@ def test_features_of_an_apple_processor(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(platform.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(platform.subprocess, "run", lambda *_, **__: CompletedProcess([], 0, stdout=answer))
     assert platform.cpu_flags.__wrapped__() == {"asimddp"}
+
+
+def test_numa_nodes_and_their_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of four processors, of which each two are one core; and one that this process may not use."""
+    monkeypatch.setattr(platform, "usable_cpus", lambda: list(range(8)))
+    for node, cpus in enumerate(("0-1,4-5", "2-3,6-7", "8-9")):
+        folder = tmp_path / f"sys/devices/system/node/node{node}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(cpus)
+    for cpu in range(8):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}")
+    nodes = platform.numa_nodes(tmp_path)
+    assert nodes == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    shares = [[platform.share_of_nodes(nodes, place, count, tmp_path) for place in range(count)] for count in (1, 2, 4)]
+    assert shares == [[[0, 1, 4, 5, 2, 3, 6, 7]], nodes, [[0, 4], [1, 5], [2, 6], [3, 7]]]
+    assert platform.share_of_nodes(nodes, 2, 3, tmp_path) == [2, 6, 3, 7]
+    with pytest.raises(ValueError, match="node 0 has 2 cores for 3 ranks"):
+        platform.share_of_nodes(nodes, 0, 6, tmp_path)
+    assert platform.numa_nodes(tmp_path / "elsewhere") == [list(range(8))]

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from rtp_llm.srt.configs.cpu_affinity import parse_cpu_affinity
 from rtp_llm.srt.configs.grammar_backends import GRAMMAR_BACKENDS, LLGUIDANCE, missing_package
 from rtp_llm.srt.configs.kv_events import parse_kv_events_config
 from rtp_llm.srt.configs.media_limits import DEFAULT_MEDIA_LIMITS, parse_media_limits
@@ -165,6 +166,12 @@ class ServerArgs:
         False,
         help="Bind each thread that computes to a core of its own: for a machine that does nothing else. Otherwise "
         "the system may move them when another program takes a core.",
+    )
+    cpu_affinity: str | None = option(
+        None,
+        help="Processors on which ranks compute: numa divides the machine's NUMA nodes and their cores among them; "
+        "0-3;4-7 names those of each rank, of all that --dp-size, --pp-size and --tp-size make. A rank then has a "
+        "thread for each of its cores, or its part of --cpu-threads.",
     )
     mem_fraction_static: float | None = option(
         None,
@@ -497,6 +504,7 @@ class ServerArgs:
             raise ServerArgsError(f"ep_size {self.ep_size} must divide tp_size, which is {self.tp_size}")
         if parse_kv_events_config(self.kv_events_config) is not None and self.disable_radix_cache:
             raise ServerArgsError("kv_events_config tells of the prefix cache: leave disable_radix_cache out, or it")
+        parse_cpu_affinity(self.cpu_affinity, self.num_ranks * self.dp_size)
 
     @property
     def is_demo(self) -> bool:

@@ -67,6 +67,7 @@ ATTENTION_BACKENDS = Registry(
     "attention backend",
     {
         "cpu": "rtp_llm.srt.devices.cpu.backend:CpuAttention",
+        "triton": "rtp_llm.srt.devices.cuda.attention_backend:TritonAttention",
         "torch_native": "rtp_llm.srt.attention.torch:TorchAttention",
     },
 )

@@ -63,7 +63,7 @@ class EngineCore:
         self._in_flight: deque[StepHandle] = deque()
         self.device = choose_device(server_args.device)
         self._provider = provider_named(self.device)
-        self._free_bytes = self._provider.memory_bytes()[0] if free_bytes is None else free_bytes
+        self._free_bytes = self._memory(replica) if free_bytes is None else free_bytes
         self.executor = executor or make_executor(
             WorkerConfig(server_args, model_config, self.device, isolates_rows=True, replica=replica),
             depth=self._depth(),
@@ -97,6 +97,13 @@ class EngineCore:
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
+
+    def _memory(self, replica: int) -> int:
+        """Return the bytes that are free on this core's first device."""
+        if self._args.dp_size > 1:
+            num_ranks = self._args.num_ranks
+            self._provider.prepare_rank(replica * num_ranks, self._args.dp_size * num_ranks)
+        return self._provider.memory_bytes()[0]
 
     def _depth(self) -> int:
         """Steps in flight while another is planned: one where a device computes on its own, and with stages one less
@@ -190,7 +197,7 @@ class EngineCore:
             max_req_len=self.max_req_len,
             max_running_requests=self.max_running_requests,
             chunked_prefill_size=self.chunked_prefill_size,
-            max_prefill_tokens=self._args.max_prefill_tokens,
+            max_prefill_tokens=self._prefill_tokens(loaded),
             schedule_policy=self._args.schedule_policy,
             disable_radix_cache=self._args.disable_radix_cache or loaded.sees_whole_prompts,
             state_checkpoint_interval=self._args.state_checkpoint_interval,
@@ -218,6 +225,11 @@ class EngineCore:
         from rtp_llm.srt.engine.kv_events import KvEvents
 
         return KvEvents(config, loaded.layout.groups, replica)
+
+    def _prefill_tokens(self, loaded: LoadedModel) -> int:
+        """Return how many prompt tokens a step computes at most; a longer whole prompt is computed alone."""
+        most = self._provider.whole_prompt_tokens if loaded.sees_whole_prompts else None
+        return min(self._args.max_prefill_tokens, most or self._args.max_prefill_tokens)
 
     def _log_start(self, loaded: LoadedModel, model_config: ModelConfig) -> None:
         num_ranks = self._args.num_ranks

@@ -51,7 +51,8 @@ def _needs_walk(path: tuple[str | int, ...], items: list[Any]) -> bool:
         return False
     if len(items) > MAX_ITEMS:
         raise InvalidRequest(
-            f"{_path(path)} is a list of {len(items)} items; at most {MAX_ITEMS} are taken, or any number of integers",
+            f"{_path(path)} is a list of {len(items)} items; at most {MAX_ITEMS} are taken in a request (of integers, "
+            "any number): send several",
             _field(path),
         )
     return True

@@ -5,8 +5,9 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
@@ -213,6 +214,24 @@ class Engine(PooledMethods):
             while call.num_running:
                 call.take(self._runner.next_item(queue))
         return call.results()
+
+    def _collect_all(self, calls: Iterable[Call]) -> list[Result]:
+        """Submit each call as soon as it is made, and return the results of all."""
+        submitted: list[tuple[Call, SimpleQueue[Item]]] = []
+        with ExitStack() as running:
+            for call in calls:
+                queue: SimpleQueue[Item] = SimpleQueue()
+                running.enter_context(call)
+                call.submit(queue.put)
+                submitted.append((call, queue))
+            for call, queue in submitted:
+                while call.num_running:
+                    call.take(self._runner.next_item(queue))
+        results: list[Result] = []
+        for call, _ in submitted:
+            found = call.results()
+            results += found if isinstance(found, list) else [found]
+        return results
 
     def _stream(self, call: Call) -> Generator[Result, None, None]:
         queue: SimpleQueue[Item] = SimpleQueue()

@@ -1,16 +1,18 @@
 """The engine's methods for pooled outputs: ``encode``, ``score``, ``rerank`` and ``classify``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.entrypoints.frontend import Call, Results
+from rtp_llm.srt.entrypoints.frontend import Call, Result, Results
 from rtp_llm.srt.managers.engine_client import Client
 from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions
 from rtp_llm.srt.managers.scoring import Scoring, Sides, classified, labels_of, ranked, scoring
 from rtp_llm.srt.pooling import PooledOutput
 from rtp_llm.srt.sampling_params import InvalidRequest
+
+WINDOW = 64  # inputs that are encoded before the core begins with them, while the next ones are encoded
 
 
 class Ranked(TypedDict):
@@ -33,6 +35,9 @@ class PooledMethods(ABC):
 
     @abstractmethod
     def _collect(self, call: Call) -> Results: ...
+
+    @abstractmethod
+    def _collect_all(self, calls: Iterable[Call]) -> list[Result]: ...
 
     @abstractmethod
     async def _collect_async(self, call: Call) -> Results: ...
@@ -66,7 +71,11 @@ class PooledMethods(ABC):
             EngineStopped: the engine was shut down, or failed: then with the cause.
         """
         self._check_process()
-        return self._collect(Call(self._client, *self._pooled.completions(task, prompt, input_ids, options)))
+        prompts, is_list = self._pooled.prompts(task, prompt, input_ids, options)
+        windows = [prompts[start : start + WINDOW] for start in range(0, len(prompts), WINDOW)]
+        calls = (Call(self._client, [self._pooled.completion(each) for each in window], True) for window in windows)
+        results = self._collect_all(calls)
+        return results if is_list else results[0]
 
     async def async_encode(
         self,

@@ -138,7 +138,8 @@ class Serving:
         """
         template = self.template
         if template is None:
-            raise InvalidRequest(NO_CHAT_TEMPLATE, "messages")
+            no_text = self.manager.outputs.problem(None)
+            raise InvalidRequest(NO_CHAT_TEMPLATE, "messages") if no_text is None else InvalidRequest(no_text, "model")
         for name in variables or {}:
             if name in TEMPLATE_ARGUMENTS:
                 raise InvalidRequest(f"chat_template_kwargs cannot set {name!r}", "chat_template_kwargs")

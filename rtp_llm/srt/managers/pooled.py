@@ -109,6 +109,17 @@ class PooledRequests:
             TypeError: there is no such option.
             InvalidRequest: names the input, if it is one of a list.
         """
+        prompts, is_list = self.prompts(task, prompt, input_ids, options)
+        return [self.completion(each) for each in prompts], is_list
+
+    def prompts(
+        self, task: str, prompt: Any, input_ids: Any, options: Mapping[str, Any]
+    ) -> tuple[list[PoolingPrompt], bool]:
+        """Return the inputs of a call, for ``completion``, and whether its answer is a list.
+
+        Raises:
+            TypeError, InvalidRequest: the call as a whole is wrong.
+        """
         self.check_names(options)
         self.check_task(task)
         if (prompt is None) == (input_ids is None):
@@ -119,12 +130,12 @@ class PooledRequests:
         columns = {
             key: per_prompt(key, option, len(values)) if is_list else [option] for key, option in options.items()
         }
-        completions: list[Completion] = []
+        prompts: list[PoolingPrompt] = []
         for i, value in enumerate(values):
             own = cast(PoolingOptions, {key: column[i] for key, column in columns.items()})
             place = f"prompt {i}" if is_list else ""
-            completions.append(self.completion(PoolingPrompt(task, **{name: value}, options=own, place=place)))
-        return completions, is_list
+            prompts.append(PoolingPrompt(task, **{name: value}, options=own, place=place))
+        return prompts, is_list
 
     def completion(self, prompt: PoolingPrompt) -> PooledCompletion:
         """Check and encode one input.

@@ -18,6 +18,7 @@ from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
 from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
+from rtp_llm.srt.worker.affinity import use_processors
 from rtp_llm.srt.worker.layout import largest_part
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.pooling import NOT_FINITE, PooledLines
@@ -167,7 +168,7 @@ class Worker:
     def __init__(self, config: WorkerConfig, progress: Callable[[int, int], None] | None = None) -> None:
         self._provider = provider_named(config.device)
         args = config.server_args
-        self._provider.use_threads(args.cpu_threads, args.pin_cpu_threads, config.place, config.num_places)
+        use_processors(self._provider, args, config.place, config.num_places)
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)

@@ -82,6 +82,9 @@ def expected(checkpoint: str) -> dict[str, list[int]]:
         {"depth": 1, "delayed": True},
         {"max_running_requests": 2},
         {"chunked_prefill_size": 5},
+        {"depth": 1, "threads": True, "pp_size": 2},
+        pytest.param({"threads": True, "pp_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"threads": True, "tp_size": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -107,6 +110,12 @@ def test_nor_on_retractions(core: Callable[..., Core], expected: dict[str, list[
 @pytest.mark.usefixtures("warm_processes")
 def test_nor_on_processes(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
     assert core(processes=True).run(requests()) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
+def test_nor_on_stages_in_processes(core: Callable[..., Core], expected: dict[str, list[int]]) -> None:
+    assert core(processes=True, depth=1, pp_size=2).run(requests()) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"chunked_prefill_size": 3}, {"max_total_tokens": 150}], ids=str)

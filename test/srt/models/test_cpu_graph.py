@@ -105,7 +105,7 @@ def test_small_steps_of_encoders(architecture: str, options: dict[str, Any], tmp
     model_dir = make_tiny(architecture, tmp_path, **options)
     vocab_size = AutoConfig.from_pretrained(model_dir).vocab_size
     calls = [random_prompts(vocab_size, lengths, seed) for lengths in ((9,), (9, 40)) for seed in range(8)]
-    calls.append(random_prompts(vocab_size, (40,) * 14, 9))
+    calls.append(random_prompts(vocab_size, (40,) * 30, 9))
     task = "classify" if "Classification" in architecture else "embed"
     outputs = []
     for disabled in (False, True):

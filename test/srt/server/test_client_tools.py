@@ -6,13 +6,10 @@ the clients.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
 from programs import check_installed, result_of
-from scripted_core import SPECIAL, TEMPLATE, make_spoken_checkpoint
+from scripted_core import make_random_speaker
 
 from tiny_server import InProcess, in_process
 
@@ -147,14 +144,8 @@ CLIENTS = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
     """A random model that calls tools in a form of its own. It does not think, which it would never end."""
-    folder = tmp_path_factory.mktemp("random")
-    template = folder / "template.jinja"
-    template.write_text(TEMPLATE)
-    path = make_spoken_checkpoint(folder, SPECIAL)
-    torch.manual_seed(5)
-    config: Any = transformers.LlamaConfig.from_pretrained(path)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    with in_process(path, chat_template=str(template), reasoning_parser="none") as running:
+    path, template = make_random_speaker(tmp_path_factory.mktemp("random"))
+    with in_process(path, chat_template=template, reasoning_parser="none") as running:
         yield running
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import killer_model
 import pytest
+from scripted_core import make_random_speaker
 
 from tiny_server import Process, free_port, own_process, python_process, wait_for, words
 
@@ -83,10 +84,22 @@ class Stream:
                 choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices
             ),
             "reasoning": "".join(choice.get("delta", {}).get("reasoning_content", "") for choice in choices),
+            "calls": calls_of(choices),
             "finish_reasons": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
             "logprobs": logprobs,
             "usage": last["usage"],
         }
+
+
+def calls_of(choices: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Name and arguments of each call that a stream's deltas tell together. Ids are drawn anew for each answer."""
+    calls: list[list[str]] = []
+    for part in (part for choice in choices for part in choice.get("delta", {}).get("tool_calls", ())):
+        if "id" in part:
+            assert part["index"] == len(calls)
+            calls.append([part["function"]["name"], ""])
+        calls[part["index"]][1] += part["function"]["arguments"]
+    return calls
 
 
 def an_ask(i: int, stop: str | None = None, **sampling: Any) -> Ask:
@@ -241,6 +254,76 @@ def test_a_killed_core_changes_no_structured_answer(
         os.kill(core, signal.SIGKILL)
         assert_same(answers_of(streams), undisturbed)
         assert server.children() != [core]
+
+
+# Arguments, and contents, that are long, so that no end comes before the core dies.
+NOTE = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["a short note", "a long note"]},
+        "text": {"type": "string", "minLength": 250, "maxLength": 260},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["kind", "text", "count"],
+    "additionalProperties": False,
+}
+OF_NOTE = {"type": "json_schema", "json_schema": {"name": "note", "schema": NOTE, "strict": True}}
+
+
+def note_tools(strict: bool) -> list[dict[str, Any]]:
+    function = {"parameters": NOTE, "strict": strict}
+    return [{"type": "function", "function": {"name": name, **function}} for name in ("write_note", "send_note")]
+
+
+def tool_asks(opening_id: int) -> list[Ask]:
+    """Eight chats whose answers are calls: demanded, of one function, one or several, and opened in free text by a
+    model that is given a liking for it (``opening_id``)."""
+    named = {"type": "function", "function": {"name": "send_note"}}
+    forms: list[dict[str, Any]] = [
+        {"tool_choice": "required", "parallel_tool_calls": False},
+        {"tool_choice": named},
+        {"tool_choice": "required"},
+        {"tool_choice": "auto", "logit_bias": {str(opening_id): 5.0}},
+    ]
+    return [
+        chat_ask(i, tools=note_tools(strict=form["tool_choice"] == "auto"), **form) for i, form in enumerate(forms * 2)
+    ]
+
+
+def chat_ask(i: int, **options: Any) -> Ask:
+    """Chat ``i``, every other one greedy, with and without log-probabilities by turns of two."""
+    body = {"messages": [{"role": "user", "content": words(10, seed=i)}], "seed": 90 + i, "temperature": 1.0 * (i % 2)}
+    body |= {"cache_salt": f"{i}", "stream_options": {"include_usage": True}, "max_tokens": 700}
+    return "/v1/chat/completions", body | options | ({"logprobs": True} if i % 4 < 2 else {})
+
+
+@pytest.mark.slow
+def test_a_killed_core_changes_no_call(tmp_path: Path) -> None:
+    """Eight chats with a schema, and eight that call tools."""
+    path, template = make_random_speaker(tmp_path)
+    options = ("--dtype", "float32", "--max-total-tokens", "32768", "--chat-template", template)
+    with own_process(tmp_path, path, *options, "--reasoning-parser", "none") as server:
+        server.wait_ready()
+        opening = httpx.post(f"{server.url}/tokenize", json={"content": "<tool_call>"}).json()["tokens"]
+        asks = [chat_ask(20 + i, response_format=OF_NOTE) for i in range(8)] + tool_asks(*opening)
+        undisturbed = answers_of(begin(server, asks))
+        for answer in undisturbed[:8]:
+            assert is_note(answer["text"]) and answer["finish_reasons"] == ["stop"], answer
+        for answer in undisturbed[8:]:
+            complete = answer["calls"] if answer["finish_reasons"] == ["tool_calls"] else answer["calls"][:-1]
+            assert complete and all(is_note(arguments) for _, arguments in complete), answer
+        streams = begin_and_wait_for_tokens(server, asks)
+        [core] = server.children()
+        os.kill(core, signal.SIGKILL)
+        answers = answers_of(streams)
+        assert server.children() != [core]
+        assert f"was killed by signal 9 while {len(asks)} requests were live" in server.log.read_text()
+        assert_same(answers, undisturbed)
+
+
+def is_note(text: str) -> bool:
+    note = json.loads(text)
+    return list(note) == list(NOTE["properties"]) and 250 <= len(note["text"]) <= 260
 
 
 BUDGETS = (90, 100, 110, 120)

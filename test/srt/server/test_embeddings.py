@@ -112,8 +112,10 @@ def test_errors_name_what_is_wrong(embedder: InProcess, body: dict[str, Any], wo
 
 
 def test_an_embedder_generates_nothing_and_says_so(embedder: InProcess) -> None:
-    failed = error(post(embedder, {"prompt": "a"}, "/v1/completions"))
-    assert "this model makes no text: its outputs are embed, token_embed" in failed["message"]
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", chat)):
+        failed = error(post(embedder, body, path))
+        assert "this model makes no text: its outputs are embed, token_embed" in failed["message"]
     assert httpx.get(f"{embedder.url}/health_generate", timeout=60).status_code == 200
     info = httpx.get(f"{embedder.url}/model_info", timeout=60).json()
     assert info["is_generation"] is False and info["tasks"] == ["embed", "token_embed"]

@@ -84,11 +84,36 @@ class Input {
             pack_rows(start, count, first, last, to);
     }
 
+#if defined(__SSE2__)
+    // Four units of four rows; `step` units are between those of one row.
+    INLINE void pack_square(int64_t row, int64_t unit, int64_t step, uint32_t* to) {
+        __m128i x[4], y[4];
+        for (int i = 0; i < 4; i++) {
+            const bf16* from = x_ + (row + i) * stride_ + 2 * unit;
+            x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        }
+        for (int i = 0; i < 2; i++) {
+            y[2 * i] = _mm_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+            y[2 * i + 1] = _mm_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            uint32_t* even = to + 2 * i * step;
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm_unpacklo_epi64(y[i], y[2 + i]));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(even + step), _mm_unpackhi_epi64(y[i], y[2 + i]));
+        }
+    }
+#endif
+
     template <class T>
     INLINE void pack_rows(int64_t start, int64_t count, int64_t first, int64_t last, T* to) {
         for (int64_t block = first; block < last; block += 16) {  // a cache line of each row at a time
-            int64_t end = std::min(block + 16, last), there = std::min(end, divide_up(K_, 2));
-            for (int64_t r = 0; r < count; r++) {
+            int64_t end = std::min(block + 16, last), there = std::min(end, divide_up(K_, 2)), r = 0;
+#if defined(__SSE2__)
+            if constexpr (std::is_same_v<T, uint32_t>)
+                for (; even_ && there == block + 16 && r + 4 <= count; r += 4)
+                    for (int64_t u = block; u < there; u += 4) pack_square(start + r, u, count, to + u * count + r);
+#endif
+            for (; r < count; r++) {
                 const bf16* row = x_ + (start + r) * stride_;
                 if (even_) {
                     const uint32_t* from = reinterpret_cast<const uint32_t*>(row);

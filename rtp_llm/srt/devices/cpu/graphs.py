@@ -35,7 +35,7 @@ from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # in larger batches, Python takes a small part of a step
-MAX_ENCODED_TOKENS = 512  # likewise, of an encoder's whole inputs
+MAX_ENCODED_TOKENS = 512  # likewise, of an encoder's whole inputs; larger steps hardly ever have the same sizes again
 MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as requests come and go
 # A kind of batch is recorded when it occurs for this time. A recording costs as much as a few replays save: so rare
 # kinds cost little, and frequent ones lose little.

@@ -85,6 +85,7 @@ CACHE_TAKEN_AT_START_BYTES = 1 << 30
 
 
 class CpuProvider(ReferenceProvider):
+    whole_prompt_tokens = 1024  # with more, results of layers do not stay in the caches until they are read
     logit_bytes_at_once = 12 << 20  # 12 rows of a vocabulary of 262,144: slower by a tenth a row than 17 and more
     step_recorder = "rtp_llm.srt.devices.cpu.graphs:CpuGraphs"
 

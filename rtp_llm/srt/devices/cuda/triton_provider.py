@@ -48,3 +48,6 @@ class TritonProvider(ReferenceProvider):
             return None
         kernel: Kernel = getattr(import_module(f"{__package__}.kernels.{KERNELS[name]}"), name)
         return kernel
+
+    def attention_backend(self, dtype: torch.dtype) -> str:
+        return "triton" if dtype in DTYPES and has_triton() else super().attention_backend(dtype)

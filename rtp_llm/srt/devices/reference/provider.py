@@ -21,6 +21,7 @@ from rtp_llm.srt.utils.stopwatch import Stopwatch
 class ReferenceProvider(DeviceProvider):
     torch_device = "cpu"
     chunked_prefill_size = 2048
+    whole_prompt_tokens: int | None = None
     mem_fraction_static = 0.6
     overlaps_steps = False
     ranks_share_memory = True
