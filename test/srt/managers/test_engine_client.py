@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from made_requests import generate_request
+from transformers import PreTrainedConfig
 
 from rtp_llm.srt import checkpoint as checkpoint_module
+from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.options import ServerArgsError
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.entrypoints import engine as engine_module
@@ -120,15 +122,20 @@ def core_threads() -> set[threading.Thread]:
 
 @pytest.fixture
 def make_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
-    config = SimpleNamespace(
+    hf_config = PreTrainedConfig()
+    config = ModelConfig(
         model_path="m",
-        vocab_size=1000,
-        context_length=600,
+        hf_config=hf_config,
+        hf_text_config=hf_config,
         architectures=["Scripted"],
         dtype="float32",
-        is_multimodal=False,
+        context_length=600,
+        vocab_size=1000,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=1,
         eos_token_ids=(),
-        sentence_transformer=None,
+        bos_token_id=None,
     )
     monkeypatch.setattr(engine_module, "EngineCore", ScriptedCore)
     monkeypatch.setattr(checkpoint_module, "has_tokenizer", lambda _: True)
