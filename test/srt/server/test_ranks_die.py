@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from made_requests import generate_request
 
@@ -19,6 +20,7 @@ from rtp_llm.srt.managers.engine_client import EngineStopped
 from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.sampling_params import SamplingParams
 from tiny_models import random_prompts, tiny_model
+from tiny_server import own_process, wait_for
 
 pytestmark = pytest.mark.usefixtures("warm_processes")
 VOCAB_SIZE = 131  # of llama-tp
@@ -161,3 +163,28 @@ def test_a_prefix_goes_to_one_core(serve: Callable[..., Served]) -> None:
     while [s.stats.prompt_tokens for s in served.supervisors] != [142, 142] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [s.stats.prompt_tokens for s in served.supervisors] == [142, 142]
+
+
+@pytest.mark.slow
+def test_a_server_of_replicas(tmp_path: Path) -> None:
+    """It answers by one core while the other is started again, and sums up both."""
+    flags = ["--dp-size", "2", "--skip-tokenizer-init", "--dtype", "float32"]
+    prompts = random_prompts(VOCAB_SIZE, [20, 33, 50])
+
+    def ask(url: str) -> list[list[int]]:
+        params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": params}
+        return [each["output_ids"] for each in httpx.post(f"{url}/generate", json=body, timeout=60).json()]
+
+    with own_process(tmp_path, tiny_model("llama-tp"), *flags) as server:
+        server.wait_ready()
+        first = ask(server.url)
+        assert all(len(ids) == 8 for ids in first)
+        assert httpx.get(f"{server.url}/server_info").json()["max_total_tokens"] == 2 * 4096
+        cores = server.children()
+        assert len(cores) == 2
+        os.kill(cores[0], signal.SIGKILL)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert ask(server.url) == first
+        wait_for(lambda: len([pid for pid in server.children() if pid not in cores]) == 1)
+        assert ask(server.url) == first
