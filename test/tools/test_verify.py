@@ -1,6 +1,7 @@
 """``rtp-llm verify`` agrees with what is right, and names what is broken in a model file and why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,14 @@ from seeing_twins import SEEING_TWINS
 from rtp_llm import ModelRegistry, cli
 from rtp_llm.srt.checkpoint import read_model_config
 from rtp_llm.srt.configs.server_args import ServerArgs
+from rtp_llm.srt.layers.quantization.base import hidden_parameters
 from rtp_llm.srt.layers.towers.clip import CLIPVisionEmbeddings
 from rtp_llm.srt.worker.model_runner import ModelRunner
+from rtp_llm.tools.reference import TransformersModel
+from rtp_llm.tools.schedules import ONE_BY_ONE, Teacher, random_questions, run_schedules
 from rtp_llm.tools.verify.command import _text
 from rtp_llm.tools.verify.locate import compare, first_difference
+from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyOptions
 from rtp_llm.tools.verify.prompts import Prompt
 from rtp_llm.tools.verify.run import PromptResult, Report, _with_text, record, verify
@@ -226,6 +231,22 @@ def test_what_cannot_be_loaded_or_run_is_the_first_finding(tmp_path: Path, capsy
     (tmp_path / "syntax.py").write_text("class A(:\n")
     assert cli.main(["verify", model_dir, *ENGINE, "--model-class", f"{tmp_path}/syntax.py:A"]) == 1
     assert "cannot be imported" in capsys.readouterr().out
+
+
+def test_a_weight_that_is_packed_when_served_is_not_read(tmp_path: Path) -> None:
+    """In float32 neither: a model file that reads one passes no run of verify and fails when it is served."""
+    call = "return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)"
+    reading = f"hidden_states = hidden_states.to(self.lm_head.weight.device)\n        {call}"
+    model_class = changed(tmp_path, call, reading)
+    line = (tmp_path / "broken_llama.py").read_text().splitlines().index(f"        {reading.splitlines()[0]}") + 1
+    report = run(tiny_model("llama-default"), model_class=model_class)
+    assert "AttributeError: lm_head (ParallelLMHead) has no 'weight' while the model runs: " in report.failure
+    assert report.failure.endswith(f"broken_llama.py, line {line})")
+    args = replace(server_args(tiny_model("llama-default")), skip_tokenizer_init=True)
+    teacher = Teacher(TransformersModel(args.model_path, "float32", "cpu").model)
+    with registered(args, model_class), hidden_parameters():
+        [result] = run_schedules(args, teacher, random_questions(32, (3,)), [ONE_BY_ONE])
+    assert "has no 'weight' while the model runs" in result.failure
 
 
 def test_numbers_that_are_none_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ other end closes; when the parent dies, it is killed.
 import gc
 import os
 import signal
+import sys
 import threading
 import traceback
 from contextlib import suppress
@@ -20,6 +21,7 @@ from rtp_llm.srt.engine.orders import Orders
 from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.messages import FromCore, ToCore
 from rtp_llm.srt.models.registrations import unpack_registrations
+from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_once
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
@@ -41,8 +43,10 @@ def main(fd: int) -> None:
     except BrokenPipeError:
         os._exit(1)  # the parent is gone
     except BaseException as error:
-        send(pipe, ("error", (_first_line(error), traceback.format_exc())))
-        raise SystemExit(1) from None
+        send(pipe, ("error", (reason(error), traceback.format_exc())))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # without the interpreter's finalization, in which libraries print what they leave
 
 
 def _run(orders: Orders, pipe: Connection) -> None:
@@ -79,7 +83,3 @@ def _end_with_parent(pipe: Connection) -> None:
     with suppress(EOFError, OSError):
         receive(pipe)
     os._exit(0)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

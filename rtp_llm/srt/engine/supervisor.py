@@ -51,6 +51,7 @@ class CoreProcess:
         self.link = ZmqClientEnd(directory, get_args(ToCore), get_args(FromCore))
         self.process, self._pipe, _ = started or start_core_process()
         self.error: str | None = None
+        self.trace = ""  # of that error
         self.running: set[str] = set()  # rids that it has begun to compute
         with suppress(BrokenPipeError):  # if it died at once, wait_ready raises its error
             send(self._pipe, Orders(server_args, registrations, directory, replica, free_bytes))
@@ -86,8 +87,8 @@ class CoreProcess:
             self.process.wait()
             return None
         if kind == "error":
-            self.error, trace = value
-            logger.debug("%s", trace)
+            self.error, self.trace = value
+            logger.debug("%s", self.trace)
         return kind, value
 
     def describe_end(self) -> str:
@@ -223,7 +224,8 @@ class Supervisor:
         self._core = None
         self._deaths.append(time.monotonic())
         self.on_death()
-        logger.error("%s while %d requests were live", core.describe_end(), self.client.num_live)
+        trace = f"\n{core.trace.rstrip()}" if core.trace else ""
+        logger.error("%s while %d requests were live%s", core.describe_end(), self.client.num_live, trace)
         core.close()
         self.client.detach(core.running)
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,6 +15,9 @@ CONFIG_CLASS = "config_class"  # the attribute of a model class that names its c
 _GGUF_FORM_TEXT = re.compile(r"""\bGGUFForm\(\s*(?:architecture\s*=\s*)?["']([^"']+)["']""")
 _POOLED_TEXT = re.compile(r"^\s+generates\b[^=\n]*=\s*False\b", re.MULTILINE)
 _ENTRY_CLASS_TEXT = re.compile(r"^EntryClass\b[^=\n]*=\s*([\[(][\w\s,]*|\w+)", re.MULTILINE)
+
+# Beginnings of modules that are no part of a model's file: the engine's, and libraries that it calls.
+_NOT_MODEL_FILES = ("rtp_llm.srt.", "torch.", "transformers.", "numpy.", "huggingface_hub.", "safetensors.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +83,8 @@ def _entry_class_value(statement: ast.stmt) -> ast.expr | None:
     if any(isinstance(target, ast.Name) and target.id == "EntryClass" for target in targets):
         return statement.value  # type: ignore[attr-defined]
     return None
+
+
+def is_model_file(module: str) -> bool:
+    """Whether a module may be a model's file or a part of it, neither the engine's nor a library's below it."""
+    return not f"{module}.".startswith(_NOT_MODEL_FILES) and module.partition(".")[0] not in sys.stdlib_module_names

@@ -24,6 +24,7 @@ from rtp_llm.srt.models.model_source import (
     ModelSource,
     entry_class_names,
     generates,
+    is_model_file,
 )
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ADDING_A_MODEL = "docs/supported_models/support_new_models.md"
-
-_NOT_MODEL_FILES = ("rtp_llm.srt.", "torch.", "transformers.", "importlib.")
 
 
 class UnknownArchitectureError(ValueError):
@@ -435,14 +434,14 @@ def _claim_by_source(found: _Found, module: str, path: Path) -> None:
         found.claim(name, f"{module}:{name}", said)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Describe an error: type, message, and the model file's line that caused it; a ModelImportError has all that."""
     if isinstance(error, ModelImportError):
         return str(error)
     lines = [
         f" ({frame.f_code.co_filename}, line {line})"
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if not f"{frame.f_globals.get('__name__')}.".startswith(_NOT_MODEL_FILES)
+        if is_model_file(str(frame.f_globals.get("__name__")))
     ]
     return f"{type(error).__name__}: {error}{lines[-1] if lines else ''}"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device
 from rtp_llm.srt.engine.executor import InProcessExecutor
+from rtp_llm.srt.layers.quantization.base import hidden_parameters
 from rtp_llm.srt.models.registry import reason
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs
 from rtp_llm.srt.multimodal.media_store import open_content
@@ -18,7 +20,14 @@ from rtp_llm.srt.worker.worker import WorkerConfig
 from rtp_llm.tools.auto_classes import computed, forget_last_prompt
 from rtp_llm.tools.reference import TransformersModel
 from rtp_llm.tools.step_driver import StepDriver
-from rtp_llm.tools.verify.boundary_states import StateLog, forget_states, our_states, their_states
+from rtp_llm.tools.verify.boundary_states import (
+    State,
+    StateLog,
+    forget_states,
+    mark_states,
+    our_states,
+    their_states,
+)
 from rtp_llm.tools.verify.feed import extras_for
 from rtp_llm.tools.verify.options import VerifyError
 from rtp_llm.tools.verify.pointer import constructions
@@ -36,10 +45,11 @@ class OurModel:
     def __init__(self, args: ServerArgs, config: ModelConfig, max_len: int, max_rows: int = 1) -> None:
         """``max_rows``: how many prompts are computed together at most."""
         executor = InProcessExecutor(WorkerConfig(args, config, choose_device(args.device)))
-        with constructions() as self.built:  # the lines that build our modules
+        with constructions() as self.built, hidden_parameters():  # ``built``: the lines that build our modules
             num_groups = len(executor.load().layout.groups)
         num_pages = max_rows * -(-max_len // args.page_size)
-        executor.init_cache([num_pages] * num_groups, max_rows, max_len, num_state_slots=max_rows)
+        executor.init_cache([num_pages] * num_groups, max_rows, max_len, num_state_slots=max_rows + 1)
+        self._spare_slot = max_rows + 1
         self._runner = executor.worker.runner
         self._driver = StepDriver(executor, num_groups, args.page_size)
 
@@ -101,6 +111,20 @@ class OurModel:
             if end >= len(ids):
                 output_ids.append(token_id)
         return output_ids, torch.cat(logits)
+
+    def unstored(self, prompt: Prompt, cut_len: Cuts) -> tuple[State, int, int] | None:
+        """Return the first state that a piece of a prompt does not store, and the piece's tokens [start, end); None:
+        all are stored by each piece."""
+        if self._runner.states is None:
+            return None
+        pool, ends = self._runner.states.pool, [*cuts_of(cut_len), len(prompt.ids)]
+        self._driver.start([prompt.ids], 1, [prompt.media])
+        for start, end in pairwise([0, *ends]):
+            mark_states(self.model, pool, self._spare_slot)
+            self._driver.step_from([end - start], self._spare_slot)
+            if state := next((state for state in our_states(self.model, pool) if state.is_marked), None):
+                return state, start, end
+        return None
 
     def run_together(self, prompts: Sequence[Prompt], trace: Trace) -> None:
         """Record prompts without media that are computed in one step, each in a row of its own."""

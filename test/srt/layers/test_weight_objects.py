@@ -51,6 +51,20 @@ def test_what_a_layer_keeps_is_counted_once(dtype: torch.dtype) -> None:
     assert stored_bytes(layers, recurse=False) == 0
 
 
+def test_parameters_that_are_freed_are_named() -> None:
+    config = quantization_config("int8", QuantizedModel())
+    linear = ReplicatedLinear(32, 64, quant_config=config, prefix="model.layers.0.mlp.up_proj")
+    experts = FusedMoE(2, 32, 64, quant_config=config, prefix="model.layers.0.mlp.experts")
+    for layer in (linear, experts):
+        process_weights(layer)
+    with pytest.raises(AttributeError, match=r"mlp.up_proj \(ReplicatedLinear\) has no 'weight' .*dequantized_weight"):
+        _ = linear.weight
+    with pytest.raises(AttributeError, match=r"mlp.experts \(FusedMoE\) has no 'w13_weight' while the model runs"):
+        _ = experts.w13_weight
+    with pytest.raises(AttributeError, match="object has no attribute 'wait'"):
+        _ = linear.wait
+
+
 class BlocksConfig(QuantizationConfig):
     """A format with names of its own, ``blk.q.int8`` and ``blk.q.scale`` or ``blk.k.float``: tensors differ in type."""
 

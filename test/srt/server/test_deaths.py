@@ -380,9 +380,13 @@ def test_three_deaths_end_the_server(killer_server: KillerServer, tmp_path: Path
         deadly = {"prompt": [[*DEADLY_PROMPT, i] for i in range(4)], "max_tokens": 5}
         pending = pool.submit(client.post, f"{server.url}/v1/completions", json=deadly)
         assert server.process.wait(TIMEOUT_S) == 1
-        last_line = server.log.read_text().splitlines()[-1]
+        log = server.log.read_text()
+        last_line = log.splitlines()[-1]
         assert "the engine core died 3 times within 60 s" in last_line
-        assert last_line.endswith("RuntimeError: seventy-seven is too much")
+        where = r"RuntimeError: seventy-seven is too much \(.*killer_model\.py, line \d+\)"
+        assert re.search(rf"{where}$", last_line)
+        assert len(re.findall(rf"the engine core failed: {where} while \d+ requests were live\nTraceback", log)) == 3
+        assert "leaked" not in log
         stream.wait()
         assert stream.is_broken or is_core_error(stream.events[-1]), stream.events[-1]
         assert isinstance(pending.exception(), httpx.TransportError) or (

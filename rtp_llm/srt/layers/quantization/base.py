@@ -5,7 +5,9 @@ method and knows nothing else of the scheme.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
@@ -39,7 +41,28 @@ class NotLoaded(PackedWeight):
         raise RuntimeError("a layer's weight is used before process_weights_after_loading has made it")
 
 
-class PackedLayer(nn.Module):
+class FreesParameters(nn.Module):
+    """A layer whose parameters may be gone once its weight is made of them: a read says so."""
+
+    name: str
+    freed: tuple[str, ...] = ()  # names of its parameters that are gone
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "weight" and name not in self.freed:
+                raise
+        advice = "Call the layer; dtype and device are those of what it returns."
+        if hasattr(type(self), "dequantized_weight"):
+            advice += " dequantized_weight() makes a copy of the weight, from finish_load on."
+        raise AttributeError(
+            f"{self.name} ({type(self).__name__}) has no {name!r} while the model runs: the weight is packed for "
+            f"kernels, or quantized, and the parameters that it was loaded into are freed. {advice}"
+        )
+
+
+class PackedLayer(FreesParameters):
     """A layer with one weight object, which its quantization method makes of the parameters that the loader filled.
 
     Attributes:
@@ -48,7 +71,6 @@ class PackedLayer(nn.Module):
         is_head: it computes logits.
     """
 
-    name: str
     params_dtype: torch.dtype
     packed: PackedWeight = NotLoaded()
     part_ids: Sequence[ShardId] = ()
@@ -58,14 +80,12 @@ class PackedLayer(nn.Module):
         return (self.packed,)
 
 
-class ExpertsLayer(nn.Module):
+class ExpertsLayer(FreesParameters):
     """A layer of experts, otherwise as PackedLayer.
 
     Attributes:
         packed: ``w13`` (gate and up) and ``w2`` (down).
     """
-
-    name: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,9 +319,33 @@ def process_weights(module: nn.Module) -> None:
         module.weights_are_processed = True  # type: ignore[assignment]
 
 
-def free(layer: nn.Module, *names: str) -> None:
+def free(layer: FreesParameters, *names: str) -> None:
     """Remove parameters, and free their memory even if other references to them exist."""
     for name in names:
         param = layer.get_parameter(name)
-        delattr(layer, name)
+        hide(layer, name)
         param.data = param.data.new_empty(0)
+
+
+def hide(layer: FreesParameters, name: str) -> None:
+    """Remove a parameter, which the layer's weight may still read."""
+    delattr(layer, name)
+    layer.freed = (*layer.freed, name)
+
+
+_hides = ContextVar("hides parameters", default=False)
+
+
+@contextmanager
+def hidden_parameters() -> Iterator[None]:
+    """Have models that are loaded within the context lack the parameters that are freed wherever weights are packed,
+    as in 16 bits on CPUs, though theirs are not: so a model file that reads one fails in float32 as well."""
+    token = _hides.set(True)
+    try:
+        yield
+    finally:
+        _hides.reset(token)
+
+
+def hides_parameters() -> bool:
+    return _hides.get()

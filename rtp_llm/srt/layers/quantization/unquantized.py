@@ -11,6 +11,8 @@ from rtp_llm.srt.layers.quantization.base import (
     LinearMethodBase,
     PackedLayer,
     free,
+    hide,
+    hides_parameters,
 )
 from rtp_llm.srt.layers.weights import WeightLoader, make_parameter
 
@@ -64,6 +66,8 @@ class UnquantizedExpertsMethod(ExpertsMethodBase):
             if packed is not None:
                 layer.packed[name] = packed
                 free(layer, f"{name}_weight")
+            elif hides_parameters():
+                hide(layer, f"{name}_weight")
 
 
 def _pack(layer: PackedLayer) -> None:
@@ -72,3 +76,5 @@ def _pack(layer: PackedLayer) -> None:
     if packed is not None:
         layer.packed = packed
         free(layer, "weight")
+    elif hides_parameters():
+        hide(layer, "weight")
