@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from rtp_llm.srt.kernels import reference
+from rtp_llm.srt.kernels.whole import whole
 
 ROWS_AT_ONCE = 1024  # of a weight that is dequantized for a product
 
@@ -250,7 +251,7 @@ class PlainExperts(PackedExperts):
     weight: torch.Tensor
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return reference.grouped_linear(x, self.weight, rows_per_expert, bias)
+        return whole(reference.grouped_linear, x, self.weight, rows_per_expert, bias)
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return (self.weight,)
@@ -263,6 +264,9 @@ class OneByOne(PackedExperts):
     experts: Sequence[PackedWeight]
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return whole(self._one_by_one, x, rows_per_expert, bias)
+
+    def _one_by_one(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         pieces = x.split(rows_per_expert.tolist())
         outputs = [
             weight.apply(piece, None if bias is None else bias[expert])

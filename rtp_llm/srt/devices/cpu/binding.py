@@ -51,13 +51,14 @@ def library_for(name: str, dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def noted_calls(note: Note) -> Iterator[None]:
-    """Call ``note`` for every call of a kernel by this thread within the context."""
+def noted_calls(note: Note | None) -> Iterator[None]:
+    """Call ``note`` for every call of a kernel by this thread within the context; None: note none."""
+    before = getattr(_noting, "note", None)
     _noting.note = note
     try:
         yield
     finally:
-        _noting.note = None
+        _noting.note = before
 
 
 def are_noted() -> bool:

@@ -12,6 +12,8 @@ tensors or a batch's host lists while it is recorded runs without recordings.
 
 import dataclasses
 import logging
+import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rtp_llm.srt.attention.base import AttentionBackend
@@ -28,8 +30,10 @@ from rtp_llm.srt.devices.cpu.binding import noted_calls
 from rtp_llm.srt.devices.cpu.call_list import Call, listed
 from rtp_llm.srt.devices.cpu.memory import Reused, give_back_results
 from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
+from rtp_llm.srt.kernels.whole import taken_whole
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.model_traits import ReplaysForward
+from rtp_llm.srt.models.model_source import is_model_file
 from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,23 @@ RECORD_AT = 6
 
 
 class NotReplayable(Exception):
-    """The model's work depends on values."""
+    """A step's work depends on values: the message says what is read, and the line that does, the innermost of a model
+    file; of the engine's own code, if there is none."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} ({_line()})")
+
+
+def _line() -> str:
+    """Return the innermost line of the engine's code that is now running, and of a model file behind it, if any."""
+    ours = ""
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        module, text = str(frame.f_globals.get("__name__")), f"{frame.f_code.co_filename}, line {line}"
+        if is_model_file(module):
+            return f"{ours}, called by {text}" if ours else text
+        if not ours and module.startswith("rtp_llm.srt.") and module != __name__:
+            ours = text
+    return ours
 
 
 class CpuGraphs(StepRecorder):
@@ -133,6 +153,7 @@ class CpuGraphs(StepRecorder):
         recording = Recording(self._memory, self.as_recorded)
         with ExitStack() as stack:
             stack.enter_context(noted_calls(recording.note))
+            stack.enter_context(taken_whole(recording.take))
             stack.enter_context(NoReading(recording.kept))
             stack.enter_context(recording)
             output = self._forward(batch)
@@ -193,6 +214,14 @@ class Recording(TorchDispatchMode):
             function = self._as_recorded(name, function)
         self.calls.append((function, args, result))
 
+    def take(self, function: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> torch.Tensor:
+        """Make a call that is recorded as a whole, and return its result."""
+        with noted_calls(None), torch._C.DisableTorchFunction(), _disable_current_modes():
+            result = function(*args)
+            own = self._memory.like(result).copy_(result)
+        self.note(function.__name__, _run_whole, self._lent((function, args, own)), None)
+        return own
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_reading(func, args)
@@ -234,6 +263,10 @@ def _run(func: Any, args: Any, kwargs: Any) -> None:
     func(*args, **kwargs)
 
 
+def _run_whole(function: Callable[..., torch.Tensor], args: tuple[Any, ...], own: torch.Tensor) -> None:
+    own.copy_(function(*args))
+
+
 def _run_into(func: Any, args: Any, kwargs: Any, own: Any) -> None:
     for to, value in zip(tree_leaves(own), tree_leaves(func(*args, **kwargs)), strict=True):
         if isinstance(to, torch.Tensor):
@@ -247,7 +280,7 @@ def _refuse_reading(func: Any, args: Any) -> None:
     if torch.Tag.dynamic_output_shape in func.tags:
         masks = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)]
         if func is not torch.ops.aten.index.Tensor or masks:
-            raise NotReplayable(f"a shape depends on numbers ({func})")
+            raise NotReplayable(f"a shape depends on numbers, in {func}")
 
 
 READINGS = {
@@ -266,7 +299,7 @@ class NoReading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READINGS:
-            raise NotReplayable(f"the model reads a tensor ({getattr(func, '__name__', func)})")
+            raise NotReplayable(f"{getattr(func, '__name__', func)} reads a tensor")
         result = func(*args, **(kwargs or {}))
         if func in CONSTANTS:
             self._kept.append(result)
@@ -280,7 +313,7 @@ class Unknown:
         self._name = name
 
     def _refuse(self, *args: Any) -> NoReturn:
-        raise NotReplayable(f"the model reads {self._name}")
+        raise NotReplayable(f"a host list, {self._name}, is read")
 
     __getitem__ = __iter__ = __len__ = __bool__ = __eq__ = __contains__ = _refuse  # type: ignore[assignment]
 
