@@ -99,8 +99,6 @@ def _check_options(where: str, options: dict[str, Any]) -> None:
     unknown = [name for name in tensors if name not in _KNOWN_OPTIONS]
     if unknown:
         raise UnservableModelError(f"{where}: attention is given {', '.join(unknown)}, which ours does not know")
-    if options.get("is_causal") is False:
-        raise UnservableModelError(f"{where}: its attention is not causal")
 
 
 class PagedAttention:

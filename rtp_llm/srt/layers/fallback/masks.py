@@ -74,7 +74,11 @@ def mask_of(where: str, attention_mask: Any) -> Mask:
     if attention_mask is None:
         found = "it has no mask: it lets tokens see later ones, or attends to something else (cross-attention)"
     elif found is None:
-        found = "the model makes its own mask, or adds a bias by position to it (ALiBi, relative positions)"
+        found = (
+            "the model makes its own mask, which may hide more than later tokens, or adds a bias by position to it "
+            "(ALiBi, relative positions). What transformers' create_causal_mask or create_sliding_window_causal_mask "
+            "makes is known (transformers.masking_utils)"
+        )
     if isinstance(found, str):
         raise UnservableModelError(f"{where}: {found}")
     return found

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -72,7 +73,7 @@ class ZetaAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, cache: Any | None
+        self, x: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None, cache: Any | None
     ) -> torch.Tensor:
         shape = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -80,7 +81,7 @@ class ZetaAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(self, q, k, v, mask, scaling=self.head_dim**-0.5, is_causal=False)
+        output, _ = attend(self, q, k, v, mask, scaling=self.head_dim**-0.5)
         return self.o_proj(output.reshape(*x.shape[:2], -1))
 
 
@@ -104,7 +105,7 @@ class ZetaDecoderLayer(nn.Module):
         self.post_attention_layernorm = ZetaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, cache: Any | None
+        self, x: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None, cache: Any | None
     ) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), position_ids, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -142,18 +143,11 @@ class ZetaModel(ZetaPreTrainedModel):
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        mask = causal_mask(x.shape[1], start, attention_mask, x.device)
+        # Of transformers' making, so that the engine knows what a token sees; None where attention is causal by itself.
+        mask = create_causal_mask(self.config, x, attention_mask, past_key_values)
         for layer in self.layers:
             x = layer(x, position_ids, mask, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
-
-
-def causal_mask(num: int, start: int, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Return [batch or 1, 1, num, start + num], True where a query sees a key. ``padding``: [batch, keys], 0 where
-    there is some."""
-    keys = torch.arange(start + num, device=device)
-    seen = (keys[None] <= keys[start:, None])[None, None]
-    return seen if padding is None else seen & padding[:, None, None, : start + num].bool()
 
 
 class ZetaForCausalLM(ZetaPreTrainedModel, GenerationMixin):
