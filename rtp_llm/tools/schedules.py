@@ -59,6 +59,7 @@ class ScheduleResult:
         difference: the largest one between log-probabilities of ours and of transformers, of all prompt and output
             tokens; a token that is not transformers' best counts as far as it lies below the best.
         question: the name of the one with that difference.
+        median: the difference of half of the tokens is no larger.
         failure: why there is no answer.
         error: what was raised then.
     """
@@ -69,6 +70,7 @@ class ScheduleResult:
     failure: str = ""
     tolerance: float = TOLERANCE
     error: BaseException | None = field(default=None, compare=False, repr=False)
+    median: float = 0.0
 
     @property
     def agrees(self) -> bool:
@@ -167,11 +169,14 @@ def _run_one(name: str, asker: "Asker", questions: Sequence[Question], tolerance
     except Exception as error:  # whatever a model file may raise while it computes; it stops the engine
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         return ScheduleResult(name, failure=reason(cause), error=cause)
-    worst = max(differences, key=lambda item: item[1], default=("", 0.0))
-    return ScheduleResult(name, worst[1], worst[0], tolerance=tolerance)
+    if not differences:
+        return ScheduleResult(name, tolerance=tolerance)
+    question, worst = max(differences, key=lambda item: float(item[1].max()))
+    median = float(torch.cat([tokens for _, tokens in differences]).median())
+    return ScheduleResult(name, float(worst.max()), question, tolerance=tolerance, median=median)
 
 
-Differences = list[tuple[str, float]]  # (question, difference)
+Differences = list[tuple[str, torch.Tensor]]  # (question, differences of its tokens)
 
 
 class NotAnsweredError(RuntimeError):
@@ -204,7 +209,7 @@ class Asker:
             for question, result in zip(questions, results, strict=True)
         ]
 
-    def _difference(self, question: Question, result: Mapping[str, Any]) -> float:
+    def _difference(self, question: Question, result: Mapping[str, Any]) -> torch.Tensor:
         meta, output_ids = result["meta_info"], list(result["output_ids"])
         expected = self.teacher.log_probs(question, output_ids)
         ids = torch.tensor([*question.ids, *output_ids])[1:]
@@ -213,8 +218,9 @@ class Asker:
         expected, ids = expected[-len(ours) :], ids[-len(ours) :]
         chosen = expected.gather(1, ids[:, None])[:, 0]
         below_best = (expected.max(-1).values - chosen)[-len(output_ids) :]
-        difference = torch.cat([(ours - chosen).abs(), below_best])
-        return float(difference.nan_to_num(float("inf")).max())
+        difference = (ours - chosen).abs()
+        difference[-len(output_ids) :] = torch.maximum(difference[-len(output_ids) :], below_best)
+        return difference.nan_to_num(float("inf"))
 
 
 def _one_by_one(asker: Asker, questions: Sequence[Question]) -> Differences:

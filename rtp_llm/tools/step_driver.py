@@ -83,6 +83,10 @@ class StepDriver:
         """Compute so many further tokens of each row; the result has the next token."""
         return self._executor.submit(self._plan(num_tokens)).result()
 
+    def step_from(self, num_tokens: Sequence[int], load: int) -> StepResult:
+        """Do the same as ``step``, from the states of a slot ``load`` on where it does not begin a row."""
+        return self._executor.submit(self._plan(num_tokens, load)).result()
+
     def step_with_logits(self, num_tokens: Sequence[int]) -> tuple[StepResult, torch.Tensor]:
         """Do the same as ``step``, and return the logits [batch_size, vocab_size], float32 on the host."""
         return self._executor.rpc("step_with_logits", self._plan(num_tokens))[0]
@@ -92,8 +96,9 @@ class StepDriver:
         execute; return one answer per rank."""
         return self._executor.rpc("apply", function, self._plan(num_tokens), *args)
 
-    def _plan(self, num_tokens: Sequence[int]) -> StepPlan:
-        """Return a step's plan, which samples every row, even within its prompt, to get its logits."""
+    def _plan(self, num_tokens: Sequence[int], load: int | None = None) -> StepPlan:
+        """Return a step's plan, which samples every row, even within its prompt, to get its logits. ``load``: the slot
+        of the states before the step, where that is not the row's own."""
         plan, self._next = self._next, StepPlan(0)
         self._step_id += 1
         ends = [start + num for start, num in zip(self._lens, num_tokens, strict=True)]
@@ -102,5 +107,6 @@ class StepDriver:
             for row, (start, end) in enumerate(zip(self._lens, ends, strict=True))
         ]
         self._lens = ends
-        begins = [StateAccess(w.row, load=0) for w in work if w.start == 0]
-        return replace(plan, step_id=self._step_id, work=work, states=begins)
+        slots = [(w.row, 0 if w.start == 0 else load) for w in work]
+        states = [StateAccess(row, load=slot) for row, slot in slots if slot is not None]
+        return replace(plan, step_id=self._step_id, work=work, states=states)

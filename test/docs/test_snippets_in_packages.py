@@ -77,6 +77,26 @@ def arguments(module: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ser
     )
 
 
+STORES = {  # which lines store the state, and when
+    "                states[wave.store] = after\n": "one token of each request, as decode",
+    "                states[wave.store[n]] = h\n": "tokens 0 to ",
+}
+
+
+def assert_not_stored_is_named(args: ServerArgs, folder: Path, left_out: str, step: str) -> None:
+    wrong = folder / "wrong.py"
+    wrong.write_text((folder / "package" / MODULE / f"{MODULE}.py").read_text())
+    edit(wrong, (left_out, ""))
+    options = VerifyOptions(max_new_tokens=4, long_len=0, model_class=f"{wrong}:{STEM}ForCausalLM")
+    report = verify(args, options)
+    assert report.finding is not None, report.failure
+    causes = "".join(report.finding.causes)
+    assert (
+        "The state 'peak' of model.layers.0.peak is not stored by the step that computes " in causes and step in causes
+    )
+    assert "wrong.py" in report.source
+
+
 def test_a_state_of_ones_own_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_package(tmp_path / "package")
     args = arguments(MODULE, tmp_path, monkeypatch)
@@ -85,6 +105,8 @@ def test_a_state_of_ones_own_is_compared(tmp_path: Path, monkeypatch: pytest.Mon
     for result in report.results:
         assert result.states is not None and result.states.num == 6  # in three layers, at both boundaries
         assert result.states.error < 1e-4
+    for left_out, step in STORES.items():
+        assert_not_stored_is_named(args, tmp_path, left_out, step)
     # Batched steps, whose decode steps are replayed.
     reference = TransformersModel(args.model_path, "float32", "cpu", trust_remote_code=True)
     questions = random_questions(reference.model.config.vocab_size, (1, 18))

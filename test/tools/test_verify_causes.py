@@ -325,6 +325,9 @@ def test_a_state_that_pieces_change_is_named(loads: bool, cause: str) -> None:
     """A running sum of tokens stores its state a token too early, or never loads it."""
 
     class Summing:
+        def unstored(self, prompt: Prompt, cut_len: int) -> None:
+            return None
+
         def run(
             self, prompt: Prompt, cut_len: int, num_new: int, states: StateLog, forgets: bool = False
         ) -> tuple[list[int], torch.Tensor]:
@@ -335,5 +338,5 @@ def test_a_state_that_pieces_change_is_named(loads: bool, cause: str) -> None:
 
     ours: Any = Summing()
     found = state_of_pieces(ours, Prompt("", [3, 1, 4, 1, 5]), 2)
-    assert found is not None and "The state 'total' of attn.sum" in found and cause in found
+    assert found is not None and "The state 'total' of attn.sum" in found.text and cause in found.text
     assert state_of_pieces(ours, Prompt("", [3, 1, 4, 1, 5]), 0) is None

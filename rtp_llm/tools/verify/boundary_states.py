@@ -17,6 +17,7 @@ from rtp_llm.srt.state_pool import StatePool
 from rtp_llm.tools.verify.locate import relative_error
 
 SLOT = 1  # of the one request that runs
+MARK = 1232.0  # stands in states that nothing was stored to; a number of every dtype
 CONVOLUTION, RECURRENT = "convolution's state", "recurrent state"
 
 
@@ -31,6 +32,11 @@ class State:
     tensor: torch.Tensor  # float32 on the host
     layer: str = ""
     name: str = ""
+
+    @property
+    def is_marked(self) -> bool:
+        """Nothing was stored since ``mark_states``."""
+        return bool((self.tensor == MARK).all())
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,16 @@ def forget_states(model: nn.Module, pool: StatePool) -> None:
         if isinstance(module, KeepsState):
             for tensor in module.state_spec().tensors:
                 pool.tensor(module.layer_id, tensor.name)[SLOT].zero_()
+
+
+def mark_states(model: nn.Module, pool: StatePool, spare: int) -> None:
+    """Copy the states of the request in ``SLOT`` to a spare slot, and fill ``SLOT`` with MARK."""
+    for module in model.modules():
+        if isinstance(module, KeepsState):
+            for tensor in module.state_spec().tensors:
+                states = pool.tensor(module.layer_id, tensor.name)
+                states[spare] = states[SLOT]
+                states[SLOT].fill_(MARK)
 
 
 def their_states(cache: Any) -> list[list[torch.Tensor]]:

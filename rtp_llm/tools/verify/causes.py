@@ -31,6 +31,7 @@ from rtp_llm.tools.verify.product_causes import explain_product
 from rtp_llm.tools.verify.recurrent_calls import CONVOLVED, DECAYS, SCANNED, SHARES, STEPS
 from rtp_llm.tools.verify.recurrent_causes import explain_boundary, explain_recurrent
 from rtp_llm.tools.verify.relation_causes import describe_relation, explain_relation
+from rtp_llm.tools.verify.replay import NOT_REPEATED
 from rtp_llm.tools.verify.rope_causes import UNKNOWN_ROTATION, Rotated, RotationTrials
 from rtp_llm.tools.verify.rotation_of_place import RotationOfPlace, first_layer_text, unrotated_here
 from rtp_llm.tools.verify.rounding_causes import explain_rounded_norm
@@ -78,6 +79,10 @@ def _by_source(evidence: Evidence, place: Place, finding: Finding) -> Finding:
     """Return an edit of the reference's code that gives ours, if there is one: it explains all, and descriptions of the
     difference say no more."""
     edit = find_source_edit(evidence, place)
+    if edit is None and not finding.causes:
+        theirs = evidence.theirs.tensors[place]
+        is_repeated = evidence.replay.repeats(place, theirs, evidence.tolerance)
+        return finding if is_repeated else replace(finding, causes=[NOT_REPEATED], is_description=True)
     if edit is None:
         return finding
     return Finding(place.module, place.part, finding.error, [edit.cause], look=edit.module)

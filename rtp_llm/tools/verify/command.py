@@ -105,15 +105,18 @@ def _print_schedules(report: SchedulesReport) -> None:
         console.print("[red]It cannot be compared.[/red]")
         console.print(escape(report.failure), soft_wrap=True)
         return
-    table = Table("schedule", "log-probabilities", "worst at")
+    table = Table("schedule", "log-probabilities", "median", "worst at")
     for result in report.results:
         if result.failure:
-            table.add_row(result.schedule, "[red]fails[/red]", escape(result.failure))
+            table.add_row(result.schedule, "[red]fails[/red]", "", escape(result.failure))
         else:
             colour = "green" if result.agrees else "red"
-            table.add_row(result.schedule, f"[{colour}]{result.difference:.1e}[/{colour}]", escape(result.question))
+            difference = f"[{colour}]{result.difference:.1e}[/{colour}]"
+            table.add_row(result.schedule, difference, f"{result.median:.1e}", escape(result.question))
     console.print(table)
     console.print("[green]They agree.[/green]" if report.agrees else "[red]They differ.[/red]")
+    if report.note:
+        console.print(escape(report.note))
     if report.located:
         console.print(f"Computed again: {report.located.schedule}.")
         for line in _found_lines(report.located):

@@ -21,6 +21,7 @@ from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.attention_watch import AttentionWatch, without_repeats
+from rtp_llm.tools.verify.copies import copied
 from rtp_llm.tools.verify.expert_calls import SeparateExperts, experts_call, num_experts_of
 from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.masks import bias_of, chunk_of, window_of
@@ -301,7 +302,7 @@ class TheirRecorder(Recorder):
         if name and layer_of(name) == name:
             self._handles.append(
                 module.register_forward_pre_hook(
-                    lambda module, args, kwargs: self.calls.__setitem__(name, (args, kwargs)), with_kwargs=True
+                    lambda module, args, kwargs: self.calls.__setitem__(name, copied((args, kwargs))), with_kwargs=True
                 )
             )
         if name in self._attention_heads and not self.trace.parts.is_tower(name):

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtp_llm.tools.verify.copies import copied
 from rtp_llm.tools.verify.latent import PLAIN, ROTATED, their_scores
-from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.locate import layer_of, relative_error
 from rtp_llm.tools.verify.recorders import TheirRecorder
 from rtp_llm.tools.verify.trace import LOGITS, Place, Trace
+
+NOT_REPEATED = (
+    "not found: no change of the reference can be tried, since its layer, computed again with what it was given, gives "
+    "something else. It keeps or changes something from one call to the next"
+)
 
 
 class Replay:
@@ -91,13 +97,19 @@ class Replay:
             return their_scores(trace, place.module).get(place)
         return logits if place.part == LOGITS else trace.tensors.get(place)
 
+    def repeats(self, place: Place, theirs: torch.Tensor, tolerance: float) -> bool:
+        """Return whether a place's layer, computed again with what it was given, gives what it gave."""
+        with self.recording():
+            again = self.tensor(place)
+        return again is not None and again.shape == theirs.shape and relative_error(again, theirs) <= tolerance
+
     def _run(self, trace: Trace, layer: str) -> torch.Tensor | None:
         """Compute a layer, or all, if it is none, and return the last logits."""
         call = self._recorder.calls.get(layer)
         if call is None:
             return self._run_all(trace)
         module = next(module for module, name in self._names.items() if name == layer)
-        args, kwargs = call
+        args, kwargs = copied(call)
         calls = dict(self._recorder.calls)
         with trace.step(0, trace.num_tokens):
             module(*map(_without_cache, args), **{name: _without_cache(value) for name, value in kwargs.items()})

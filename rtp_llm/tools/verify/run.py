@@ -31,17 +31,25 @@ from rtp_llm.tools.verify.model_class import registered
 from rtp_llm.tools.verify.options import VerifyError, VerifyOptions
 from rtp_llm.tools.verify.pixels import pixels_note
 from rtp_llm.tools.verify.pointer import source_of
-from rtp_llm.tools.verify.prompts import Cuts, Prompt, image_prompt, image_prompts, read_or_default_prompts
+from rtp_llm.tools.verify.prompts import (
+    Cuts,
+    Prompt,
+    cuts_of,
+    image_prompt,
+    image_prompts,
+    read_or_default_prompts,
+)
 from rtp_llm.tools.verify.recording import compared, logits_of, record
 from rtp_llm.tools.verify.recurrent_causes import explain_state
 from rtp_llm.tools.verify.row_causes import from_the_tower
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.ties import Parting, parting, same_in_float32
-from rtp_llm.tools.verify.together import explain_images, explain_pieces
+from rtp_llm.tools.verify.together import explain_images, explain_pieces, state_of_pieces
 
 TOP = 5
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 SMALL = 1e-3  # by which a place must differ if all logits agree
+NUM_SINGLE = 3  # tokens at a prompt's end that are computed one by one
 NUM_SHOWN = 3  # places shown before and after the first that differs
 
 
@@ -301,7 +309,19 @@ def localise(report: Report, ours: OurModel, theirs: TheirModel, whole: Prompt, 
         )
         source = source_of(ours.model, finding.module, finding.part, evidence.ours, built=ours.built)
         return _with(report, note=note, finding=finding, source=source)
+    fault = state_of_pieces(ours, whole, _with_single_tokens(ours, whole, cut_len))
+    if fault:
+        state = fault.state
+        finding = Finding(state.layer, f"{state.kind} after {fault.end} tokens", fault.error, [fault.text])
+        source = source_of(ours.model, state.layer, finding.part, evidence.ours, built=ours.built)
+        return _with(report, note=note, finding=finding, source=source)
     return _with(report, note=note)
+
+
+def _with_single_tokens(ours: OurModel, prompt: Prompt, cut_len: Cuts) -> Cuts:
+    """Return cuts after which a prompt's last tokens are computed one by one, as those of a text are."""
+    num = len(prompt.ids)
+    return ours.cut_of(prompt, tuple(sorted({*cuts_of(cut_len), *range(max(1, num - NUM_SINGLE), num)})))
 
 
 def _searched(evidence: Evidence, differences: list[Difference], index: int) -> tuple[int, Finding]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rtp_llm.tools.verify.pairings import paired
+
 MAX_SHOWN = 100  # characters of a statement
 MAX_DIFFERING = 300  # of what differs in it
 NUM_AROUND = 2  # words of a long statement before and after what differs
@@ -83,6 +85,43 @@ def _without_function(tree: ast.FunctionDef) -> Iterator[Edit]:
         if len(given) > 1:
             changed = _FirstArguments(function).visit(copy.deepcopy(tree))
             yield Edit(changed, f"{function} of {' and of '.join(dict.fromkeys(given))}", "")
+
+
+def rarer_edits(tree: ast.FunctionDef) -> Iterator[Edit]:
+    """Yield the function with one edit each of those that are several at once, or rare: components paired otherwise
+    everywhere, a variable negated, a token's own row taken from what a function of the file sums."""
+    for by_halves in (True, False):
+        changed = copy.deepcopy(tree)
+        before, after = paired(changed, by_halves)
+        if before:
+            yield Edit(changed, "; ".join(before), "; ".join(after))
+    for owner in list(ast.walk(tree)):
+        for _, value in list(ast.iter_fields(owner)):
+            for index, statement in enumerate(list(value) if isinstance(value, list) else []):
+                if isinstance(statement, (ast.Assign, ast.AugAssign)):
+                    for following in (*_negations(statement), *_without_own_rows(statement)):
+                        value.insert(index + 1, following)
+                        yield Edit(tree, _shown(statement), f"{_shown(statement)}; {_shown(following)}")
+                        value.pop(index + 1)
+
+
+def _negations(statement: ast.Assign | ast.AugAssign) -> Iterator[ast.Assign]:
+    """Yield ``x = -x`` of each variable that a statement sets, as of the sine of a rotation in the other direction."""
+    for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+        for item in target.elts if isinstance(target, ast.Tuple) else [target]:
+            if isinstance(item, ast.Name):
+                yield _set(item.id, ast.UnaryOp(ast.USub(), ast.Name(item.id, ast.Load())))
+
+
+def _without_own_rows(statement: ast.Assign | ast.AugAssign) -> Iterator[ast.Assign]:
+    """Yield ``y = y - x`` behind ``y = f(x, ...)``: of a running sum, each token's state before it."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(), args=[ast.Name(id=given), *_])):
+            yield _set(name, ast.BinOp(ast.Name(name, ast.Load()), ast.Sub(), ast.Name(given, ast.Load())))
+
+
+def _set(name: str, value: ast.expr) -> ast.Assign:
+    return ast.Assign([ast.Name(name, ast.Store())], value)
 
 
 class _FirstArguments(ast.NodeTransformer):

@@ -6,10 +6,11 @@ at a time; see ``source_edits``. If the reference then gives ours, ours is what 
 
 import ast
 import inspect
+import re
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -20,8 +21,9 @@ import torch
 from torch import nn
 
 from rtp_llm.tools.verify.evidence import Evidence
+from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.rounding_causes import ROUNDED
-from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits, rounding_of
+from rtp_llm.tools.verify.source_edits import Edit, edits, edits_text, name_edits, rarer_edits, rounding_of
 from rtp_llm.tools.verify.trace import Place
 
 MAX_SECONDS = 120.0  # each edit computes a layer or all anew
@@ -43,14 +45,14 @@ class _Function:
     """A function of the reference's code.
 
     Args:
-        module: the name of the module whose method it is, or that calls it.
-        owner: where it is set: the module itself, or the globals of the model's file.
+        module: the name of the module whose method it is, or that calls it; of several alike, the first.
+        owners: where it is set: the modules themselves, or the globals of the model's file.
     """
 
     module: str
     name: str
     function: FunctionType
-    owner: nn.Module | dict[str, Any]
+    owners: Sequence[nn.Module] | dict[str, Any]
 
     @property
     def title(self) -> str:
@@ -81,21 +83,23 @@ class _Function:
 
     @contextmanager
     def replaced(self, other: Any) -> Iterator[None]:
-        if isinstance(self.owner, dict):
-            self.owner[self.name] = other
+        if isinstance(self.owners, dict):
+            self.owners[self.name] = other
             try:
                 yield
             finally:
-                self.owner[self.name] = self.function
+                self.owners[self.name] = self.function
             return
-        before = vars(self.owner).get(self.name)
-        setattr(self.owner, self.name, MethodType(other, self.owner))
+        before = [vars(owner).get(self.name) for owner in self.owners]
+        for owner in self.owners:
+            setattr(owner, self.name, MethodType(other, owner))
         try:
             yield
         finally:
-            delattr(self.owner, self.name)
-            if before is not None:
-                setattr(self.owner, self.name, before)
+            for owner, own in zip(self.owners, before, strict=True):
+                delattr(owner, self.name)
+                if own is not None:
+                    setattr(owner, self.name, own)
 
 
 def find_source_edit(evidence: Evidence, place: Place) -> SourceEdit | None:
@@ -105,7 +109,7 @@ def find_source_edit(evidence: Evidence, place: Place) -> SourceEdit | None:
     begin = time.monotonic()
     deadline = begin + MAX_SECONDS
     with evidence.replay.recording():
-        for edited, function in product((edits, name_edits), list(_functions(evidence, place))):
+        for edited, function in product((edits, rarer_edits, name_edits), list(_functions(evidence, place))):
             if edited is name_edits and deadline == begin + MAX_SECONDS:
                 deadline = min(deadline, time.monotonic() + MAX_NAME_SECONDS)
             tree = function.parsed()
@@ -145,13 +149,26 @@ def _functions(evidence: Evidence, place: Place) -> Iterator[_Function]:
     around = evidence.replay.modules_around(place)
     names = sorted((name for name in around if name), key=lambda name: -_shared(name, place.module))
     seen: set[int] = set()
-    for name in names:
-        for function in _methods(name, around[name]):
+    for name, alike in alike_modules({name: around[name] for name in names}, layer_of(place.module)):
+        for function in _methods(name, alike):
             yield function
             for called in _called(function):
                 if id(called.function) not in seen:
                     seen.add(id(called.function))
                     yield called
+
+
+def alike_modules(modules: Mapping[str, nn.Module], layer: str) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yield a layer's modules by their names, those of one class in a list together, such as experts: a model file has
+    one class for all. Where there are two, each follows alone, as one of two norms may be wrong."""
+    groups: dict[tuple[Any, str], list[str]] = {}
+    for name, module in modules.items():
+        place = re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(layer)) if layer else name
+        groups.setdefault((type(module), place), []).append(name)
+    for names in groups.values():
+        yield names[0], [modules[name] for name in names]
+        if len(names) == 2:
+            yield from ((name, [modules[name]]) for name in names)
 
 
 def _shared(name: str, other: str) -> int:
@@ -160,7 +177,8 @@ def _shared(name: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(name.count("."), other.count(".")) + 1)
 
 
-def _methods(name: str, module: nn.Module) -> Iterator[_Function]:
+def _methods(name: str, modules: Sequence[nn.Module]) -> Iterator[_Function]:
+    module = modules[0]
     for kind in type(module).__mro__:
         if f"{kind.__module__}.".startswith(_LIBRARIES):
             break
@@ -168,7 +186,7 @@ def _methods(name: str, module: nn.Module) -> Iterator[_Function]:
             if key == "forward" or (inspect.isfunction(value) and not key.startswith("__")):
                 function = inspect.unwrap(value) if callable(value) else None
                 if isinstance(function, FunctionType) and getattr(type(module), key, None) is value:
-                    yield _Function(name, key, function, module)
+                    yield _Function(name, key, function, modules)
 
 
 def _called(function: _Function) -> Iterator[_Function]:

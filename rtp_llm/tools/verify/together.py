@@ -1,6 +1,6 @@
 """Whether a difference shows only where several tokens or images are computed together."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,7 +36,8 @@ def explain_pieces(
     if not ours.cut_of(prompt, cut_len) or not agrees(record(dtype, ours, theirs, prompt, 0), logits_tolerance):
         return None
     where = f"only where a prompt is computed in pieces, {_pieces_text(cuts_of(cut_len))}: at once, ours agrees. "
-    return where + (state_of_pieces(ours, prompt, cut_len) or "Something depends on which tokens are computed together")
+    fault = state_of_pieces(ours, prompt, cut_len)
+    return where + (fault.text if fault else "Something depends on which tokens are computed together")
 
 
 def _pieces_text(cuts: tuple[int, ...]) -> str:
@@ -45,18 +46,38 @@ def _pieces_text(cuts: tuple[int, ...]) -> str:
     return f"cut after {', '.join(map(str, cuts[:3]))}{', ...' if len(cuts) > 3 else ''} tokens"
 
 
-def state_of_pieces(ours: OurModel, prompt: Prompt, cut_len: Cuts) -> str | None:
-    """Return which of our states is another one after a piece of a prompt than after all tokens so far at once, and
-    what it is: stored early, that of another layer, or not loaded; None: all are the same."""
+@dataclass(frozen=True)
+class StateFault:
+    """A state of ours that is wrong after the first ``end`` tokens of a prompt in pieces. ``error``: relative."""
+
+    state: State
+    end: int
+    error: float
+    text: str
+
+
+def state_of_pieces(ours: OurModel, prompt: Prompt, cut_len: Cuts) -> StateFault | None:
+    """Return which of our states a piece of a prompt does not store, or which is another one than after all tokens so
+    far at once, and what it is: stored early, that of another layer, or not loaded; None: all are the same."""
+    if unstored := ours.unstored(prompt, cut_len):
+        state, start, end = unstored
+        step = f"tokens {start} to {end - 1} of a prompt" if end - start > 1 else "one token of each request, as decode"
+        text = (
+            f"The state {state.name!r} of {state.layer} is not stored by the step that computes {step}: its slot is "
+            f"not written. The next step continues from what was there before"
+        )
+        return StateFault(state, end, 1.0, text)
     pieces, forgotten = StateLog(), StateLog()
     ours.run(prompt, cut_len, 1, states=pieces)
     ours.run(prompt, cut_len, 1, states=forgotten, forgets=True)
     states = _StatesAtOnce(ours, prompt)
     for end in sorted(pieces.ours):
         for own, anew, right in zip(pieces.ours[end], forgotten.ours[end], states.after(end), strict=False):
-            if _differ(own, right):
+            error = _error(own, right)
+            if error > MODULE_TOLERANCE["float32"]:
                 named = f"The state {own.name!r} of {own.layer} is another one after {end} tokens in pieces: "
-                return named + _how_state_differs(states, own, anew, right, end, end in cuts_of(cut_len)[:1])
+                text = named + _how_state_differs(states, own, anew, right, end, end in cuts_of(cut_len)[:1])
+                return StateFault(own, end, error, text)
     return None
 
 
@@ -100,5 +121,9 @@ def _how_state_differs(
 
 
 def _differ(one: State, other: State) -> bool:
+    return _error(one, other) > MODULE_TOLERANCE["float32"]
+
+
+def _error(one: State, other: State) -> float:
     own, right = (torch.atleast_2d(state.tensor).flatten(1) for state in (one, other))
-    return own.shape != right.shape or relative_error(own, right) > MODULE_TOLERANCE["float32"]
+    return relative_error(own, right) if own.shape == right.shape else torch.inf
