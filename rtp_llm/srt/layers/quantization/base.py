@@ -338,8 +338,8 @@ _hides = ContextVar("hides parameters", default=False)
 
 @contextmanager
 def hidden_parameters() -> Iterator[None]:
-    """Have models that are loaded within the context lack the parameters that are freed wherever weights are packed,
-    as in 16 bits on CPUs, though theirs are not: so a model file that reads one fails in float32 as well."""
+    """Have models that are loaded within the context lack all parameters that are freed where weights are packed, though
+    some of theirs are not: so a model file that reads one fails whatever its dtype and sizes are."""
     token = _hides.set(True)
     try:
         yield
