@@ -338,8 +338,8 @@ _hides = ContextVar("hides parameters", default=False)
 
 @contextmanager
 def hidden_parameters() -> Iterator[None]:
-    """Have models that are loaded within the context lack all parameters that are freed where weights are packed, though
-    some of theirs are not: so a model file that reads one fails whatever its dtype and sizes are."""
+    """Have models that are loaded within the context lack all parameters that are freed where weights are packed,
+    though some of theirs are not: so a model file that reads one fails whatever its dtype and sizes are."""
     token = _hides.set(True)
     try:
         yield
