@@ -51,7 +51,7 @@ class CoreProcess:
         self.link = ZmqClientEnd(directory, get_args(ToCore), get_args(FromCore))
         self.process, self._pipe, _ = started or start_core_process()
         self.error: str | None = None
-        self.trace = ""  # of that error
+        self._is_ready = False
         self.running: set[str] = set()  # rids that it has begun to compute
         with suppress(BrokenPipeError):  # if it died at once, wait_ready raises its error
             send(self._pipe, Orders(server_args, registrations, directory, replica, free_bytes))
@@ -68,6 +68,7 @@ class CoreProcess:
                 raise CoreFailed(self.describe_end())
             kind, value = event
             if kind == "ready":
+                self._is_ready = True
                 return value
             if kind == "progress" and on_progress is not None:
                 on_progress(*value)
@@ -87,8 +88,9 @@ class CoreProcess:
             self.process.wait()
             return None
         if kind == "error":
-            self.error, self.trace = value
-            logger.debug("%s", self.trace)
+            self.error, trace = value
+            level = logging.ERROR if self._is_ready else logging.DEBUG  # before, the error alone says what to correct
+            logger.log(level, "the engine core fails:\n%s", trace.rstrip())
         return kind, value
 
     def describe_end(self) -> str:
@@ -224,8 +226,7 @@ class Supervisor:
         self._core = None
         self._deaths.append(time.monotonic())
         self.on_death()
-        trace = f"\n{core.trace.rstrip()}" if core.trace else ""
-        logger.error("%s while %d requests were live%s", core.describe_end(), self.client.num_live, trace)
+        logger.error("%s while %d requests were live", core.describe_end(), self.client.num_live)
         core.close()
         self.client.detach(core.running)
 
