@@ -11,7 +11,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_device
 from rtp_llm.srt.engine.executor import MultiProcessExecutor
-from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import PackedLayer, dequantized
 from rtp_llm.srt.plan import StepPlan
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 from rtp_llm.tools.step_driver import StepDriver
@@ -67,7 +67,8 @@ def _tensors_of(worker: Worker, names: Sequence[str]) -> dict[str, torch.Tensor]
 
 def tensors_of(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Return copies of what modules hold, float32 on the host, by ``module.name``: weights, buffers, and other tensors
-    among their attributes. The weight of a linear layer is [outputs, inputs], however it is kept."""
+    among their attributes. The weight of a linear layer is [outputs, inputs], a table's
+    [rows, size], however it is kept."""
     modules = dict(model.named_modules())
     found: dict[str, torch.Tensor] = {}
     for name in names:
@@ -76,7 +77,7 @@ def tensors_of(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor
         module = modules[name]
         held = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
         held |= dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        if isinstance(module, LinearBase):
-            held["weight"] = module.dequantized_weight()
+        if isinstance(module, PackedLayer):
+            held["weight"] = dequantized(module)
         found |= {f"{name}.{key}": kept(value) for key, value in held.items() if value.is_floating_point()}
     return found

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from rtp_llm.srt.layers.encoder_attention import MMEncoderAttention
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase
 from rtp_llm.srt.layers.logits_processor import LogitsProcessor
+from rtp_llm.srt.layers.quantization.base import FreesParameters
 from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.layers.rotary import RotaryEmbedding
 from rtp_llm.srt.layers.vision import VisionAttention
@@ -70,7 +71,7 @@ class Recorder:
             self.called(module, lambda given: self.trace.add(name, EMBEDDINGS, _embeddings(given)))
         if next(module.children(), None) is not None:
             self.after(module, lambda args, output: self.trace.add(name, OUTPUT, _summed(output)))
-        elif next(module.parameters(recurse=False), None) is not None:
+        elif isinstance(module, FreesParameters) or next(module.parameters(recurse=False), None) is not None:
             if _gate_of(module):
                 self.called(module, lambda given: self._add_gated(name, module, given))
             elif num_experts_of(module) is None:

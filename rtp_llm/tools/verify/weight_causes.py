@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.layers.linear import LinearBase
+from rtp_llm.srt.layers.quantization.base import PackedLayer, dequantized
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import relative_error
@@ -33,7 +34,8 @@ def weight_of(model: nn.Module, name: str) -> tuple[nn.Module | None, torch.Tens
         holder for holder in modules if holder.rpartition(".")[0] == parent and name in vision_aliases(model, holder)
     ]
     module = next((modules[holder] for holder in (*holders, *whole) if holder in modules), None)
-    weight, bias = _host(getattr(module, "weight", None)), _host(getattr(module, "bias", None))
+    whole_weight = dequantized(module) if isinstance(module, PackedLayer) else getattr(module, "weight", None)
+    weight, bias = _host(whole_weight), _host(getattr(module, "bias", None))
     if weight is None:
         return module, torch.empty(0), None
     if isinstance(module, LinearBase) and whole:

@@ -116,6 +116,13 @@ class ExpertsLayer(FreesParameters):
         """Copy this rank's part of a checkpoint tensor into ``param``."""
 
 
+def dequantized(layer: PackedLayer) -> torch.Tensor:
+    """Return this rank's weight [rows, inputs] in the layer's dtype, however it is kept; call it after processing."""
+    packed = layer.packed
+    ids = torch.arange(packed.num_rows, device=packed.tensors()[0].device)
+    return packed.rows(ids).to(layer.params_dtype)
+
+
 def tensors_of(model: nn.Module, recurse: bool = True) -> list[torch.Tensor]:
     """All tensors of a model: parameters, buffers, and those of packed weights; some perhaps twice."""
     modules = model.modules() if recurse else [model]
@@ -176,9 +183,7 @@ class LinearMethodBase(QuantizeMethodBase, ABC):
 
     def dequantized_weight(self, layer: PackedLayer) -> torch.Tensor:
         """Return this rank's weight [output_size, input_size] in the layer's dtype; call it after processing."""
-        packed = layer.packed
-        ids = torch.arange(packed.num_rows, device=packed.tensors()[0].device)
-        return packed.rows(ids).to(layer.params_dtype)
+        return dequantized(layer)
 
 
 class EmbeddingMethodBase(QuantizeMethodBase, ABC):
