@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rtp_llm.srt.constrained.backend import GrammarError
+from rtp_llm.srt.parser.schemas import BY_NAME, VALUES
 
 _OF_DRAFT_3 = frozenset({"disallow", "divisibleBy", "extends"})  # unknown to the compiler, which passes over them
-_VALUES = frozenset({"const", "default", "enum", "examples"})  # what these hold are no schemas
-_BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})  # name -> schema
 
 
 def check_schema(schema: Any) -> None:
@@ -30,7 +29,7 @@ def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
         elif isinstance(item, Mapping):
             yield item
             for name, value in item.items():
-                if name in _BY_NAME and isinstance(value, Mapping):
+                if name in BY_NAME and isinstance(value, Mapping):
                     waiting += value.values()
-                elif name not in _VALUES:
+                elif name not in VALUES:
                     waiting.append(value)

@@ -15,11 +15,13 @@ from rtp_llm.srt.constrained.json_schema import check_schema
 from rtp_llm.srt.constrained.structural_tag import tag_grammar
 from rtp_llm.srt.constrained.token_bytes import TokenBytes, special_tokens
 from rtp_llm.srt.parser.rules import WHITESPACE
+from rtp_llm.srt.parser.schemas import without_free_formats
 from rtp_llm.srt.request_spec import GrammarSpec
 
 MAX_ERROR_CHARS = 400
 _NEVER_DRAWN = "<|rtp_llm: no end|>"  # stands for the end of a text where no token does
-_NO_TEXT, _UNKNOWN_KEYWORDS = "NoExtension", "Unimplemented keys: "  # how its messages begin
+# How its messages begin.
+_NO_TEXT, _UNKNOWN_KEYWORDS, _ONE_OF = "NoExtension", "Unimplemented keys: ", "oneOf constraints"
 # About a tenth of a second to compile, a few milliseconds for a mask at the most.
 _LIMITS = LLParserLimits(
     verbose_errors=False,
@@ -163,16 +165,20 @@ def _content_grammar(spec: GrammarSpec, special: Mapping[str, int]) -> str:
         return llguidance.grammar_from(spec.kind, spec.text)
     except GrammarError:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    except ValueError as error:
         raise GrammarError(_one_line(str(error))) from None
 
 
 def _json_grammar(spec: GrammarSpec) -> str:
     schema = json.loads(spec.text)
     check_schema(schema)
+    kept = without_free_formats(schema)
+    text = spec.text if kept == schema else json.dumps(kept)
     pattern = WHITESPACE if spec.whitespace is None else spec.whitespace
     space: dict[str, Any] = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
-    return LLMatcher.grammar_from_json_schema(spec.text, overrides=cast(Any, {**space, "lenient": False}))
+    return LLMatcher.grammar_from_json_schema(text, overrides=cast(Any, {**space, "lenient": False}))
 
 
 def _check(matcher: LLMatcher) -> None:
@@ -187,6 +193,8 @@ def _explained(error: str) -> str:
         return "no text matches it"
     if error.startswith(_UNKNOWN_KEYWORDS):
         return f"keywords that cannot be enforced: {', '.join(json.loads(error.removeprefix(_UNKNOWN_KEYWORDS)))}"
+    if error.startswith(_ONE_OF):
+        return "oneOf whose alternatives may hold together cannot be enforced: give anyOf"
     return error
 
 

@@ -17,13 +17,14 @@ from rtp_llm.srt.parser.formats import (
     Thinking,
 )
 from rtp_llm.srt.parser.rules import SPACE, CannotWrite, Rules, dumped, joined
-from rtp_llm.srt.parser.schemas import ToolSchemas, referred
+from rtp_llm.srt.parser.schemas import ToolSchemas, referred, without_free_formats
 
 Function = Mapping[str, Any]  # name and parameters
 # What schemas may say of arguments that are written one by one, and of strings without quotes.
 NOTES = frozenset({"$comment", "$schema", "default", "deprecated", "description", "examples", "title"})
 DEFINITIONS = frozenset({"$defs", "definitions"})
 OF_ARGUMENTS = NOTES | DEFINITIONS | {"type", "properties", "required", "additionalProperties"}
+OF_NAMED = OF_ARGUMENTS - {"additionalProperties"}
 PLAIN_STRING = NOTES | {"type"}
 MAX_DEPTH = 16  # of references
 
@@ -120,7 +121,7 @@ class CallRules(Rules):
         if isinstance(body, TagCall):
             return self._any_tags(body, name) if name in self._loose else self._tag_call(body, function)
         if isinstance(body, BareKeysCall):
-            schema = {} if name in self._loose else dict(function.get("parameters") or {})
+            schema = {} if name in self._loose else dict(without_free_formats(function.get("parameters") or {}))
             values = BareValues(self, body.quote, schema)
             return joined(self.text(f"{body.prefix}{name}"), values.object(schema))
         return self._python_call(function)
@@ -204,8 +205,8 @@ class CallRules(Rules):
 
     def json(self, function: Function) -> str:
         """Return what matches the JSON of a call's arguments."""
-        parameters = {} if function["name"] in self._loose else function.get("parameters") or {}
-        return f"%json {dumped({'type': 'object', **parameters})}"
+        parameters = {} if function["name"] in self._loose else _closed_object(function.get("parameters") or {})
+        return f"%json {dumped({**parameters, 'type': 'object'})}"
 
     def _opened(self, text: str) -> str:
         is_whole = not text.endswith(("=", '"'))  # otherwise the function's name belongs to the tag
@@ -230,13 +231,25 @@ def known_calls(form: Format) -> Calls:
     return form.calls
 
 
+def _closed_object(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema of arguments under which there are only those that it names, unless it speaks of others."""
+    names = parameters.get("properties", {})
+    if (
+        parameters.keys() <= OF_NAMED
+        and isinstance(names, Mapping)
+        and set(parameters.get("required", ())) <= set(names)
+    ):
+        return {**parameters, "additionalProperties": False}
+    return parameters
+
+
 def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of the arguments, of which each is written by itself.
 
     Raises:
         CannotWrite: it says more than what each of them is.
     """
-    parameters = dict(function.get("parameters") or {})
+    parameters = dict(without_free_formats(function.get("parameters") or {}))
     if unknown := parameters.keys() - OF_ARGUMENTS:
         raise CannotWrite(", ".join(sorted(unknown)))
     return parameters

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rtp_llm.srt.parser.schemas import without_free_formats
+
 SPACE = "SPACE?"
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,40}"  # between JSON tokens: enough for what is indented
 _HEAD = "%llguidance {}\n"
@@ -111,7 +113,9 @@ def joined(*parts: str) -> str:
 
 def dumped(schema: Mapping[str, Any]) -> str:
     """Return a schema as it stands after ``%json``."""
-    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False}})
+    return json.dumps(
+        {**without_free_formats(schema), "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": False}}
+    )
 
 
 def written(parts: Sequence[str | int]) -> str:

@@ -6,6 +6,10 @@ from typing import Any
 
 MAX_DEPTH = 16  # of references and alternatives
 KIND_OF = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+# Formats by which programs name what a text is for: any text has them.
+FREE_FORMATS = frozenset({"binary", "directory-path", "file-path", "password", "path"})
+VALUES = frozenset({"const", "default", "enum", "examples"})  # what these hold are no schemas
+BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})  # name -> schema
 SPELLED = {"True": True, "False": False, "None": None}  # as Python writes them
 
 
@@ -53,6 +57,23 @@ class ToolSchemas:
         except (ValueError, RecursionError):
             return json.dumps(text, ensure_ascii=False)
         return plain
+
+
+def without_free_formats(schema: Any) -> Any:
+    """Return a schema without the formats that say nothing about a text, which grammars do not know."""
+    if isinstance(schema, list):
+        return [without_free_formats(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept = {}
+    for name, value in schema.items():
+        if name == "format" and isinstance(value, str) and value in FREE_FORMATS:
+            continue
+        if name in BY_NAME and isinstance(value, Mapping):
+            kept[name] = {key: without_free_formats(item) for key, item in value.items()}
+        else:
+            kept[name] = value if name in VALUES else without_free_formats(value)
+    return kept
 
 
 def _refuse(constant: str) -> None:

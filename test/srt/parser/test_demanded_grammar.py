@@ -66,6 +66,30 @@ def test_recorded_answers_are_taken(answer: Answer) -> None:
     assert is_taken(demanded_grammar(form, TOOLS, {}, thinks=answer.thinks, is_single=False), answer.text)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "taken", "refused"),
+    [
+        (None, ["{}"], ['{"a": 1}']),
+        ({"type": "object", "properties": {}}, ["{}"], ['{"a": 1}']),
+        ({"properties": {"a": {}, "b": {}}, "required": ["b"]}, ['{"a": 1, "b": 2}', '{"b": 1}'], ['{"b": 1, "c": 2}']),
+        ({"properties": {"a": {}}, "additionalProperties": True}, ['{"c": 2}', "{}"], ["[]"]),
+        ({"patternProperties": {"^x": {"type": "null"}}}, ['{"xy": null, "a": 2}'], ['{"xy": 1}']),
+        ({"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, ['{"b": 1}'], ["{}"]),
+        ({"required": ["a"]}, ['{"a": 1}'], ["{}"]),
+        ({"properties": {"a": {"type": "string", "format": "password"}}}, ['{"a": "x"}'], ['{"a": 1}']),
+        ({"properties": {"format": {"const": "path"}}, "required": ["format"]}, ['{"format": "path"}'], ["{}"]),
+    ],
+)
+def test_arguments_that_no_schema_names(parameters: Any, taken: list[str], refused: list[str]) -> None:
+    """There are none, unless the schema says more than what it names."""
+    function = {"name": "f"} | ({} if parameters is None else {"parameters": parameters})
+    tools = [{"type": "function", "function": function}]
+    grammar = demanded_grammar(choose_format("", "hermes"), tools, {}, thinks=False, is_single=True)
+    for arguments in (*taken, *refused):
+        text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+        assert is_taken(grammar, text) == (arguments in taken), arguments
+
+
 @by_parser
 def test_what_is_generated_is_a_call(parser: str) -> None:
     """Random walks under the mask."""

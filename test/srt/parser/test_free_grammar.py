@@ -71,6 +71,8 @@ def test_recorded_answers_are_taken(answer: Answer) -> None:
     tokens = tokens_of(form)
     for names in (NAMES, frozenset[str]()):
         grammar = strict(form, tokens, strict=names, thinks=answer.thinks)
+        if names and answer.name == "tag in a string":
+            continue  # it has an argument that its function does not have
         if answer.name != "closing tag in a value" or names:
             assert num_taken(tokens, grammar, answer.text) is None
 
