@@ -1,5 +1,7 @@
 """What the client's side checks of a grammar before its request reaches the core."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -35,6 +37,16 @@ def checked_grammar(
     if error := _error(replace(spec, around=None)) or (_xgrammar_error(spec) if backend == XGRAMMAR else None):
         raise InvalidRequest(f"{name}: {error}", name)
     return spec
+
+
+def check_arguments(schema: Mapping[str, Any]) -> None:
+    """Raise GrammarError if arguments of calls cannot be held to a schema."""
+    try:
+        text = json.dumps(schema)
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    if error := _error(GrammarSpec("json_schema", text)):
+        raise GrammarError(error)
 
 
 def _xgrammar_error(spec: GrammarSpec) -> str | None:

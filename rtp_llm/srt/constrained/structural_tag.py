@@ -20,6 +20,8 @@ def tag_grammar(tag: Mapping[str, Any], token_ids: Mapping[str, int]) -> str:
     Raises:
         GrammarError: it is not of this form, or a schema cannot be enforced.
     """
+    if "format" in tag:
+        raise GrammarError("a structural tag with 'format' is not supported: give 'structures' and 'triggers'")
     structures, triggers = tag.get("structures"), tag.get("triggers")
     if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
         raise GrammarError("a structural tag must have 'structures', a list of objects, and 'triggers', texts")

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive
 
 from rtp_llm.srt.chat.messages import ChatPrompt
-from rtp_llm.srt.constrained.json_schema import check_schema
+from rtp_llm.srt.constrained.check import check_arguments
 from rtp_llm.srt.constrained.spec import MAX_GRAMMAR_CHARS, asked_grammar
 from rtp_llm.srt.conversation import Template
 from rtp_llm.srt.entrypoints.asgi import unless_disconnected
@@ -74,6 +75,11 @@ class ChatRequest:
         return [tool for tool in self.tools if names is None or tool["function"]["name"] in names]
 
     @property
+    def binds_calls(self) -> bool:
+        """Whether calls obey a grammar, even where the content may be any."""
+        return self.must_call or self.callable_names is not None or bool(self.strict)
+
+    @property
     def may_have_media(self) -> bool:
         return any(isinstance(message.get("content"), list) for message in self.messages)
 
@@ -116,7 +122,10 @@ async def _answers(serving: Serving, request: ChatRequest) -> list[ChatAnswer]:
     if request.must_call:  # the answer has no content, which alone this is the form of
         params = replace(params, response_format=None)
     has_form = not request.must_call and asked_grammar(params) is not None
-    grammar = _grammar_of_calls(serving, request, chat, has_form)
+    grammar = None
+    if request.binds_calls or (request.tools and has_form):
+        write = partial(_grammar_of_calls, serving, request, chat, has_form)
+        grammar = await serving.off_loop(0, write, has_grammar=True)
     around = None
     if has_form:
         around = _around_form(serving, request, chat) if grammar is None else grammar
@@ -159,9 +168,8 @@ def _parser(serving: Serving, request: ChatRequest, chat: ChatPrompt) -> Parser 
     return ChatParser(form, ToolSchemas(request.tools) if request.tools else None, begins, separates)
 
 
-def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, has_form: bool) -> str | None:
-    """Return the grammar of answers that call what is demanded, or of free ones whose calls obey schemas; None: neither
-    is asked for.
+def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, has_form: bool) -> str:
+    """Return the grammar of answers that call what is demanded, or of free ones whose calls obey schemas.
 
     The core compiles it; what is found there ends the request with a 400.
 
@@ -169,14 +177,12 @@ def _grammar_of_calls(serving: Serving, request: ChatRequest, chat: ChatPrompt, 
         has_form: content is of a form, and calls stand in its place: the grammar is one around the content's.
     """
     is_chosen = request.must_call or request.callable_names is not None
-    if not (is_chosen or request.strict or (request.tools and has_form)):
-        return None
     asked = "tool_choice" if is_chosen else "strict" if request.strict else "tools"
     tools = request.callable_tools
     bound = [tool for tool in tools if request.must_call or tool["function"]["name"] in request.strict]
     for tool in bound:
         try:
-            check_schema(tool["function"]["parameters"])
+            check_arguments(tool["function"]["parameters"])
         except InvalidRequest as error:
             raise InvalidRequest(f"{asked}: the parameters of {tool['function']['name']}: {error}", "tools") from None
     try:

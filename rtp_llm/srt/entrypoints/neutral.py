@@ -18,6 +18,17 @@ strict_requests: ContextVar[bool] = ContextVar("strict_requests", default=False)
 
 ALWAYS: tuple[Any, ...] = (None, False, "", [], {}, "none")  # neutral in any field
 
+# Fields of older forms of the API, and what says the same here.
+INSTEAD = {
+    "function_call": "give tool_choice",
+    "functions": "give tools",
+    "guided_choice": 'give structured_outputs: {"choice": [...]}',
+    "guided_decoding_backend": "the server's --grammar-backend says which it is",
+    "guided_grammar": 'give structured_outputs: {"grammar": ...}',
+    "guided_json": 'give structured_outputs: {"json": ...}, or response_format',
+    "guided_regex": 'give structured_outputs: {"regex": ...}',
+    "guided_whitespace_pattern": 'give structured_outputs: {"json": ..., "whitespace_pattern": ...}',
+}
 HINTS = frozenset({"store", "service_tier", "verbosity", "prediction", "cache_control"})
 
 # Name -> neutral values beside ALWAYS.
@@ -258,7 +269,8 @@ def without_neutral(
         neutral = STRICT.get(name, ()) if strict else (*ALWAYS, *unsupported.get(name, ()))
         if not any(_same(value, other) for other in neutral):
             if name not in HINTS or strict:
-                raise InvalidRequest(f"{where}{name} is not supported with this value", name)
+                instead = f": {INSTEAD[name]}" if name in INSTEAD else " with this value"
+                raise InvalidRequest(f"{where}{name} is not supported{instead}", name)
             _log_once(name)
         del kept[name]
     return kept

@@ -64,6 +64,10 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
         lambda text: is_person(text) and re.match(r'\{"name":"', text),
     ),
     "json_object": ({"response_format": {"type": "json_object", "schema": PERSON}}, is_person),
+    "format of any text": (
+        {"json_schema": {"type": "string", "format": "password", "maxLength": 3}},
+        lambda text: len(json.loads(text)) <= 3,
+    ),
     "regex": ({"regex": "[ab]{3,5}c"}, re.compile("[ab]{3,5}c").fullmatch),
     "structured_outputs.regex": ({"structured_outputs": {"regex": "x|y"}}, re.compile("x|y").fullmatch),
     "choice": ({"structured_outputs": {"choice": ["the dog", "a tree"]}}, ["the dog", "a tree"].__contains__),
@@ -150,6 +154,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "itself": ({"json_schema": {"$ref": "#"}}, "json_schema", "no text matches"),
     "elsewhere": ({"json_schema": {"$ref": "http://x/y"}}, "json_schema", "http://x/y"),
     "regex": ({"regex": "("}, "regex", "regex parse error"),
+    "alternatives": ({"json_schema": {"oneOf": [{"enum": [3]}, {"type": "integer"}]}}, "json_schema", "give anyOf"),
+    "older field": ({"guided_regex": "a"}, "guided_regex", 'structured_outputs: {"regex"'),
     "look-ahead": ({"regex": "a(?=b)"}, "regex", "look-around"),
     "grammar": ({"ebnf": "nonsense"}, "ebnf", "Expected ::="),
     "two": ({"regex": "a", "ebnf": "b"}, "ebnf", "two grammars"),
@@ -165,6 +171,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "none of them": ({"structured_outputs": {"json": None}}, "structured_outputs", "must have one of"),
     "no texts": ({"structured_outputs": {"choice": []}}, "structured_outputs", "list of strings"),
     "tag": ({"structural_tag": {"structures": []}}, "structural_tag", "structures"),
+    "other tag": ({"structural_tag": {"format": {"type": "any_text"}}}, "structural_tag", "with 'format'"),
 }
 
 

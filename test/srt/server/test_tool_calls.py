@@ -287,6 +287,36 @@ def test_demands_that_cannot_be_met(client: openai.OpenAI, monkeypatch: pytest.M
     assert caught.value.param == "tools"
 
 
+UNKNOWN_KEYWORDS = {"type": "object", "properties": {"a": {"not": {}}, "b": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools", "tools of type 'custom' are not supported"),
+        ({"functions": [TOOLS[0]["function"]]}, "functions", "give tools"),
+        ({"function_call": {"name": "now"}}, "function_call", "give tool_choice"),
+        ({"parameters": {"type": "string"}}, "tools", "must be the schema of an object, not of type 'string'"),
+        ({"parameters": {"type": ["null"]}}, "tools", "must be the schema of an object"),
+        ({"parameters": UNKNOWN_KEYWORDS, "tool_choice": "required"}, "tools",
+         "tool_choice: the parameters of f: keywords that cannot be enforced: not"),
+    ],
+)  # fmt: skip
+def test_tools_of_other_kinds(client: openai.OpenAI, options: dict[str, Any], param: str, words: str) -> None:
+    given = dict(options)
+    if "parameters" in given:
+        given["tools"] = [function_of(given.pop("parameters"))]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=[USER], **given)  # type: ignore[call-overload]
+    assert caught.value.param == param and words in caught.value.message
+
+
+def test_arguments_of_no_certain_type(core: ScriptedCore, client: openai.OpenAI) -> None:
+    core.texts = ["ok", "ok"]
+    for kind in ({}, {"type": ["object", "null"]}):
+        assert chat(client, tools=[function_of(kind)]).choices[0].message.content == "ok"
+
+
 def strict_of(tool: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
     return {"type": "function", "function": tool["function"] | {"strict": is_strict}}
 
@@ -383,7 +413,7 @@ def test_a_model_that_never_learned_to_call(tiny_checkpoint: str, tmp_path: Path
                 [call] = choice.message.tool_calls
                 assert json.loads(call.function.arguments) in ({"number": 12}, {"number": 345})
         refused = {"type": "object", "not": {"required": ["a"]}}
-        with pytest.raises(openai.BadRequestError, match="grammar"):
+        with pytest.raises(openai.BadRequestError, match="the parameters of f"):
             chat(client, tools=[function_of(refused)], tool_choice="required")
 
 

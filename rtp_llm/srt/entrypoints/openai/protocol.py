@@ -161,6 +161,19 @@ class Tool(Body):
     type: Literal["function"]
     function: FunctionDefinition
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, values: Any) -> Any:
+        check_is_function(values)
+        return values
+
+
+def check_is_function(tool: Any) -> None:
+    """Raise InvalidRequest for a tool of another type, which the server would have to run or does not know."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        raise InvalidRequest(f"tools of type {kind[:40]!a} are not supported: only functions are", "tools")
+
 
 class NamedFunction(Body):
     name: str
@@ -198,12 +211,14 @@ def shown_tools(functions: Iterable[FunctionDefinition]) -> list[dict[str, Any]]
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InvalidRequest if two of these shown tools have one name, or all together are too long or nested too
-    deeply."""
+    """Raise InvalidRequest if two of these shown tools have one name, the arguments of one are no object, or all
+    together are too long or nested too deeply."""
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidRequest(f"tools has two functions of the name {twice!r}", "tools")
+    for tool in tools:
+        _check_parameters(tool["function"])
     try:
         num_chars = len(json.dumps(tools))
     except RecursionError:
@@ -211,6 +226,14 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
     if num_chars > MAX_TOOLS_CHARS:
         message = f"tools has {num_chars} characters as JSON; at most {MAX_TOOLS_CHARS} are taken"
         raise InvalidRequest(message, "tools")
+
+
+def _check_parameters(function: Mapping[str, Any]) -> None:
+    name, kind = function["name"], function["parameters"].get("type") or "object"
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise InvalidRequest(
+            f"tools: the parameters of {name} must be the schema of an object, not of type {str(kind)[:64]!a}", "tools"
+        )
 
 
 class ChatCompletionRequest(GenerationBody):

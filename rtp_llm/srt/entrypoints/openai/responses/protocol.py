@@ -16,6 +16,7 @@ from rtp_llm.srt.entrypoints.openai.protocol import (
     Finite,
     FunctionDefinition,
     Name,
+    check_is_function,
     check_tools,
     shown_tools,
 )
@@ -142,10 +143,7 @@ class FunctionTool(FunctionDefinition):
     @model_validator(mode="before")
     @classmethod
     def _check_type(cls, values: Any) -> Any:
-        """Raise InvalidRequest for a tool that the server would have to run."""
-        kind = values.get("type") if isinstance(values, dict) else None
-        if isinstance(kind, str) and kind != "function":
-            raise InvalidRequest(f"tools of type {kind[:40]!a} are not supported: only functions are", "tools")
+        check_is_function(values)
         return values
 
 
