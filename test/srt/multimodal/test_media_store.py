@@ -6,12 +6,14 @@ import os
 import pickle
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 from made_requests import generate_request
 
+from rtp_llm.srt.distributed.parallel_state import WorldShape
 from rtp_llm.srt.engine import executor as executor_module
 from rtp_llm.srt.engine.executor import MultiProcessExecutor
 from rtp_llm.srt.managers.engine_client import EngineClient
@@ -94,7 +96,7 @@ class Pipes(MultiProcessExecutor):
     """Pretend to be one rank that answers every step by its number."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(None, 1.0)
+        super().__init__(SimpleNamespace(world_shape=WorldShape()), 1.0)
         self.sent: list[bytes] = []
         monkeypatch.setattr(executor_module, "send", lambda _, message: self.sent.append(pickle.dumps(message)))
         monkeypatch.setattr(self, "_gather", lambda *_: ["done"])
