@@ -1,0 +1,195 @@
+"""Products with quantized weights, and experts, in Triton's interpreter against plain torch, and compiled."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from closeness import check_close
+from rtp_llm.srt.kernels import packed, reference
+from triton_compile import check_compiled, launches_of
+from triton_process import compiled, interpreted
+
+FORMS = ["int8", "int4", "int4-zeros", "uint8", "uint8-zeros", "fp8", "fp8-block", "table"]
+
+
+def module(name: str) -> Any:
+    return import_module(f"rtp_llm.srt.devices.cuda.{name}")
+
+
+def weights(form: str, outputs: int, inputs: int, group_size: int) -> tuple[Any, Any]:
+    """The same random weight as Triton's and as the plain one."""
+    ours = module("packed")
+    if form == "int8":
+        numbers, scales = torch.randint(-127, 128, (outputs, inputs)).to(torch.int8), torch.rand(outputs) / 100
+        return ours.TritonInt8(numbers, scales), packed.PlainInt8(numbers, scales)
+    scales = torch.rand(outputs, -(-inputs // group_size)) / 50
+    if form.startswith(("int4", "uint8")):
+        bits = 4 if form.startswith("int4") else 8
+        numbers = torch.randint(0, 256, (outputs, inputs * bits // 8)).to(torch.uint8)
+        zeros = torch.randint(0, 1 << bits, scales.shape).to(torch.uint8) if form.endswith("zeros") else None
+        args = (numbers, scales, zeros, group_size, bits)
+        return ours.TritonGroups(*args), packed.PlainGroups(*args)
+    if form == "table":
+        codes, table = torch.randint(0, 256, (outputs, inputs // 2)).to(torch.uint8), torch.randn(16).half().float()
+        return ours.TritonCodes(codes, scales, group_size, table), packed.PlainCodes(codes, scales, group_size, table)
+    numbers = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+    numbers[0, :3] = torch.tensor([448.0, 2.0**-9, -0.0]).to(torch.float8_e4m3fn)
+    return ours.TritonCodes(numbers, scales, group_size), packed.PlainCodes(numbers, scales, group_size)
+
+
+def sizes(form: str) -> tuple[int, int, int]:
+    """Outputs, inputs and the group size."""
+    if form in ("int8", "fp8"):
+        return 70, 330, 330
+    return (70, 384, 128) if form == "fp8-block" else (70, 352, 32)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_products(form: str, dtype: torch.dtype) -> None:
+    outputs, inputs, group_size = sizes(form)
+    ours, plain = weights(form, outputs, inputs, group_size)
+    bias = torch.randn(outputs, dtype=dtype)
+    for num_rows in (0, 1, 5, 67):
+        x = torch.randn(num_rows, inputs, dtype=dtype)
+        for of_outputs in (None, bias):
+            check_close(ours.apply(x, of_outputs), plain.apply(x, of_outputs))
+    x = torch.randn(2, 3, inputs, dtype=dtype)
+    check_close(ours.apply(x, bias, torch.float32), plain.apply(x, bias, torch.float32), float32=1e-3)
+    ids = torch.tensor([3, 0, 3])
+    assert torch.equal(ours.rows(ids), plain.rows(ids))
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["int8", "int4-zeros", "fp8"])
+def test_inputs_are_split(form: str) -> None:
+    """Few outputs and many inputs: several programs share the inputs."""
+    ours, plain = weights(form, 40, 4096, 4096 if form != "int4-zeros" else 64)
+    x, bias = torch.randn(3, 4096), torch.randn(40)
+    linear = module("kernels.linear")
+    assert linear._num_splits(1, 4096 // 64) > 1
+    check_close(ours.apply(x, bias), plain.apply(x, bias), float32=3e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_quantized_rows(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 5000, dtype=dtype)
+    x[0, 1], x[1, 2, 7] = 0.0, torch.nan
+    for ours, expected in zip(module("kernels.linear").quantize_rows(x), reference.quantize_rows(x), strict=True):
+        assert torch.equal(ours.nan_to_num(5.0), expected.nan_to_num(5.0))
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["dense", *FORMS])
+def test_experts(form: str) -> None:
+    ours_module, (outputs, inputs, group_size) = module("packed"), sizes(form)
+    if form == "dense":
+        weight = torch.randn(5, outputs, inputs)
+        ours, plain = ours_module.TritonDenseExperts(weight), packed.PlainExperts(weight)
+    else:
+        inputs = -(-inputs // 16) * 16
+        group_size = inputs if form in ("int8", "fp8") else group_size
+        pairs = [weights(form, 80, inputs, group_size) for _ in range(5)]
+        outputs = 80
+        if form == "table":
+            table = pairs[0][0].table
+            pairs = [tuple(type(w)(w.weight, w.scales, group_size, table) for w in pair) for pair in pairs]
+        assert ours_module.TritonExperts.are_alike([ours for ours, _ in pairs])
+        ours = ours_module.TritonExperts([ours for ours, _ in pairs])
+        plain = packed.OneByOne([plain for _, plain in pairs])
+    bias = torch.randn(5, outputs)
+    for counts in ([1, 0, 3, 0, 0], [0, 0, 0, 0, 1], [40, 17, 0, 1, 100]):
+        x, rows = torch.randn(sum(counts), inputs), torch.tensor(counts)
+        for of_outputs in (None, bias):
+            check_close(ours.apply(x, rows, of_outputs), plain.apply(x, rows, of_outputs), float32=3e-5)
+
+
+@interpreted
+def test_experts_of_several_forms_are_not_alike() -> None:
+    are_alike = module("packed").TritonExperts.are_alike
+    a, b = weights("int4", 16, 64, 32)[0], weights("int4-zeros", 16, 64, 32)[0]
+    assert are_alike([a, a]) and not are_alike([a, b]) and not are_alike([a, weights("int4", 16, 64, 32)[1]])
+    narrow = weights("int4", 16, 64, 8)
+    assert module("packed").or_plain(*narrow) is narrow[1]
+    assert module("packed").or_plain(a, b) is a
+
+
+@interpreted
+def test_rows_by_expert() -> None:
+    moe = module("kernels.moe")
+    for num_ids, num_groups in [(0, 3), (1, 1), (130, 5), (700, 130), (300, 64)]:
+        ids = torch.randint(0, num_groups, (num_ids,))
+        for ours, expected in zip(moe.group_rows(ids, num_groups), reference.group_rows(ids, num_groups), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_gathered_and_summed(dtype: torch.dtype) -> None:
+    moe, x, order = module("kernels.moe"), torch.randn(7, 1100, dtype=dtype), torch.randperm(21)
+    assert torch.equal(moe.gather_rows(x, order, 3), reference.gather_rows(x, order, 3))
+    rows, weights = torch.randn(21, 1100, dtype=dtype), torch.rand(7, 3)
+    check_close(moe.sum_rows(rows, order, weights), reference.sum_rows(rows, order, weights))
+
+
+def launch_form(form: str, dtype: torch.dtype) -> None:
+    """Products of one row, of a batch, and of a long prompt, with a weight of [4096, 4096]; and experts."""
+    ours = module("packed")
+    inputs, group_size = 4096, 4096 if form in ("int8", "fp8") else 128
+    weight = weights(form, 512, inputs, group_size)[0]
+    for num_rows in (1, 32, 64, 4096):
+        weight.apply(torch.zeros(num_rows, inputs, dtype=dtype), torch.zeros(512, dtype=dtype))
+    experts = ours.TritonExperts([weight] * 8)
+    for num_rows in (16, 4096):
+        experts.apply(torch.zeros(num_rows, inputs, dtype=dtype), torch.zeros(8, dtype=torch.int64))
+
+
+def launch_dense(dtype: torch.dtype) -> None:
+    experts = module("packed").TritonDenseExperts(torch.zeros(8, 512, 2048, dtype=dtype))
+    for num_rows in (16, 256, 4096):
+        experts.apply(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(8, dtype=torch.int64))
+
+
+def instruction(launch: Any, capability: int) -> str | None:
+    """What a product must use: the tensor cores."""
+    if launch.kernel.fn.__name__ != "product_kernel":
+        return None
+    return {80: "mma.sync", 90: "wgmma", 100: None}[capability]
+
+
+@compiled
+def test_experts_of_16_bits_compile() -> None:
+    launches = launches_of(lambda: launch_dense(torch.bfloat16))
+    check_compiled(launches[-1], 90, "wgmma")
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("form", ["dense", *FORMS])
+def test_products_compile(form: str, capability: int) -> None:
+    dtype = torch.bfloat16
+    launches = launches_of(lambda: launch_dense(dtype) if form == "dense" else launch_form(form, dtype))
+    assert len(launches) > 2
+    for launch in launches:
+        check_compiled(launch, capability, instruction(launch, capability))
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_sorting_compiles(capability: int) -> None:
+    moe, column = module("kernels.moe"), torch.zeros(256, dtype=torch.int64)
+    rows = torch.zeros(256, 2048, dtype=torch.bfloat16)
+
+    def call() -> None:
+        moe.group_rows(column, 128)
+        moe.gather_rows(rows, column, 8)
+        moe.sum_rows(rows, column, torch.zeros(32, 8))
+
+    for launch in launches_of(call):
+        check_compiled(launch, capability)
