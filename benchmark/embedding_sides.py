@@ -85,7 +85,7 @@ class Served(Side):
         return answer.status == 200
 
     def embed(self, texts: list[str]) -> Any:
-        body = json.dumps({"model": "x", "input": texts, "encoding_format": "base64"})
+        body = json.dumps({"input": texts, "encoding_format": "base64"})
         self._connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
         answer = self._connection.getresponse()
         read = json.loads(answer.read())
