@@ -1,0 +1,197 @@
+"""The gated delta rule in Triton, by chunks of 16 tokens, with the equations of ``recurrent.delta_rule_chunks``.
+
+A program has some columns of one head's state for one piece of tokens; a decoding row is a chunk with one token. The
+triangular system of a chunk is solved by substitution: powers of its matrix would cancel out where keys are alike.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rtp_llm.srt.kernels import recurrent
+from rtp_llm.srt.kernels.recurrent import StateRows
+
+CHUNK = 16
+COLUMNS = 32  # of the state that a program has
+MOST_KEYS = 256
+
+
+@triton.jit
+def _scores(
+    left: tl.tensor, right: tl.tensor, total: tl.tensor, BY_CHANNEL: tl.constexpr, CHUNK: tl.constexpr
+) -> tl.tensor:
+    """[CHUNK, CHUNK]: ``left[t] . exp(total[t] - total[j]) right[j]`` for j <= t, else 0."""
+    lines = tl.arange(0, CHUNK)
+    if BY_CHANNEL:
+        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+        for j in range(CHUNK):
+            is_j = (lines == j)[:, None]
+            right_j, total_j = tl.sum(tl.where(is_j, right, 0.0), 0), tl.sum(tl.where(is_j, total, 0.0), 0)
+            decay = tl.exp(tl.where((lines >= j)[:, None], total - total_j[None, :], float("-inf")))
+            column = tl.sum(left * decay * right_j[None, :], 1)
+            scores = tl.where((lines == j)[None, :], column[:, None], scores)
+        return scores
+    else:
+        earlier = lines[None, :] <= lines[:, None]
+        decay = tl.exp(tl.where(earlier, total - tl.trans(total), float("-inf")))
+        return tl.dot(left, tl.trans(right), input_precision="tf32x3") * decay
+
+
+@triton.jit
+def _solved(system: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """The inverse of I + system, which is strictly lower triangular: row i of it is ``e_i - system[i] @ inverse``."""
+    lines = tl.arange(0, CHUNK)
+    inverse = tl.where(lines[:, None] == lines[None, :], 1.0, 0.0)
+    for i in range(1, CHUNK):
+        is_i = (lines == i)[:, None]
+        factors = tl.sum(tl.where(is_i, system, 0.0), 0)
+        row = tl.sum(factors[:, None] * inverse, 0)
+        inverse = tl.where(is_i, inverse - row[None, :], inverse)
+    return inverse
+
+
+# long: half of it is the signature, an argument a line
+@triton.jit
+def _delta_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    g: tl.tensor,
+    beta: tl.tensor,
+    states: tl.tensor,
+    out: tl.tensor,
+    load: tl.tensor,
+    store: tl.tensor,
+    cu_seqlens: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    num_heads: tl.tensor,
+    heads_per_key: tl.tensor,
+    k_dim: tl.tensor,
+    v_dim: tl.tensor,
+    scale: tl.tensor,
+    BY_CHANNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    piece, head = tl.program_id(0), tl.program_id(1)
+    lines, keys, columns = tl.arange(0, CHUNK), tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    key_there, column_there = keys < k_dim, columns < v_dim
+    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
+    slot_size = num_heads * k_dim * v_dim
+    in_state = key_there[:, None] & column_there[None, :]
+    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
+    first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    key_head = head // heads_per_key
+    for start in range(first, end, CHUNK):
+        tokens = start + lines
+        there = tokens < end
+        mask = there[:, None] & key_there[None, :]
+        qc = tl.load(q + tokens[:, None] * q_stride + key_head * q_head_stride + keys[None, :], mask=mask, other=0.0)
+        kc = tl.load(k + tokens[:, None] * k_stride + key_head * k_head_stride + keys[None, :], mask=mask, other=0.0)
+        vc = tl.load(
+            v + tokens[:, None] * v_stride + head * v_head_stride + columns[None, :],
+            mask=there[:, None] & column_there[None, :], other=0.0,
+        )  # fmt: skip
+        qc, kc, vc = qc.to(tl.float32), kc.to(tl.float32), vc.to(tl.float32)
+        if NORMALIZE:
+            qc = qc * tl.rsqrt(tl.sum(qc * qc, 1) + 1e-6)[:, None]
+            kc = kc * tl.rsqrt(tl.sum(kc * kc, 1) + 1e-6)[:, None]
+        qc = qc * scale
+        written = tl.load(beta + tokens * num_heads + head, mask=there, other=0.0).to(tl.float32)[:, None]
+        if BY_CHANNEL:
+            decays = tl.load(g + (tokens[:, None] * num_heads + head) * k_dim + keys[None, :], mask=mask, other=0.0)
+        else:
+            decays = tl.load(g + tokens * num_heads + head, mask=there, other=0.0)[:, None]
+        decays = decays.to(tl.float32)
+        total, whole = tl.cumsum(decays, 0), tl.sum(decays, 0)
+        since = tl.exp(total)
+        wanted = written * (vc - tl.dot(since * kc, state, input_precision="tf32x3"))
+        if end - start > 1:
+            system = written * _scores(kc, kc, total, BY_CHANNEL, CHUNK)
+            system = tl.where(lines[:, None] > lines[None, :], system, 0.0)
+            wanted = tl.dot(_solved(system, CHUNK), wanted, input_precision="tf32x3")
+        result = tl.dot(since * qc, state, input_precision="tf32x3")
+        scores = _scores(qc, kc, total, BY_CHANNEL, CHUNK)
+        result = tl.dot(scores, wanted, result, input_precision="tf32x3")
+        target = out + (tokens[:, None] * num_heads + head) * v_dim + columns[None, :]
+        tl.store(target, result.to(out.dtype.element_ty), mask=there[:, None] & column_there[None, :])
+        to_end = tl.exp(whole[None, :] - total) * kc
+        state = tl.dot(tl.trans(to_end), wanted, tl.exp(whole)[:, None] * state, input_precision="tf32x3")
+    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+
+
+def gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    states: torch.Tensor,
+    rows: StateRows,
+    normalize: bool = True,
+) -> torch.Tensor:
+    """See ``recurrent.gated_delta_rule``."""
+    (num_heads, v_dim), (key_heads, k_dim) = v.shape[1:], k.shape[1:]
+    if k_dim > MOST_KEYS or not states.is_contiguous():
+        return recurrent.gated_delta_rule(q, k, v, g, beta, states, rows, normalize)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    _delta_kernel[(len(rows.load), num_heads, triton.cdiv(v_dim, COLUMNS))](
+        q, k, v, g.contiguous(), beta.contiguous(), states, out, rows.load, rows.store, rows.cu_seqlens, q.stride(0),
+        q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), num_heads, num_heads // key_heads, k_dim,
+        v_dim, k_dim**-0.5, BY_CHANNEL=g.dim() == 3, NORMALIZE=normalize, CHUNK=CHUNK,
+        KEYS=max(16, triton.next_power_of_2(k_dim)), COLUMNS=COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gates_kernel(
+    a: tl.tensor,
+    b: tl.tensor,
+    rate: tl.tensor,
+    dt_bias: tl.tensor,
+    g: tl.tensor,
+    beta: tl.tensor,
+    num: tl.tensor,
+    num_heads: tl.tensor,
+    per_head: tl.tensor,
+    most_written: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num
+    of_token = places % (num_heads * per_head)
+    x = tl.load(a + places, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(dt_bias + of_token, mask=inside, other=0.0).to(tl.float32)
+    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+    small = tl.exp(tl.minimum(x, 0.0))  # log(1 + y) of a small y is y (1 - y / 2)
+    softplus = tl.where(x < -8.0, small * (1.0 - 0.5 * small), softplus)
+    decay = tl.load(rate + of_token // per_head, mask=inside, other=0.0).to(tl.float32)
+    tl.store(g + places, decay * softplus, mask=inside)
+    is_first = inside & (places % per_head == 0)
+    logits = tl.load(b + places // per_head, mask=is_first, other=0.0).to(tl.float32)
+    opened = tl.sigmoid(logits).to(beta.dtype.element_ty).to(tl.float32) * most_written
+    tl.store(beta + places // per_head, opened.to(beta.dtype.element_ty), mask=is_first)
+
+
+def delta_gates(
+    a: torch.Tensor, b: torch.Tensor, rate: torch.Tensor, dt_bias: torch.Tensor, most_written: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``recurrent.delta_gates``."""
+    a, b = a.contiguous(), b.contiguous()
+    g, beta = torch.empty(a.shape, dtype=torch.float32, device=a.device), torch.empty_like(b)
+    num_heads = b.shape[1]
+    if a.numel():
+        _gates_kernel[(triton.cdiv(a.numel(), 256),)](
+            a, b, rate.contiguous(), dt_bias.contiguous(), g, beta, a.numel(), num_heads, a.numel() // b.numel(),
+            most_written, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+    return g, beta
