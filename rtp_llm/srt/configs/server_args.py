@@ -250,6 +250,23 @@ class ServerArgs:
         help="Run the Python code of the layers in each decode step, instead of recording the step once and "
         "replaying it.",
     )
+    disable_cuda_graph: bool = option(
+        False,
+        help="On a GPU, launch the layers of each decode step one by one, instead of recording steps at the start "
+        "and launching each as a whole.",
+    )
+    cuda_graph_max_bs: int | None = option(
+        None,
+        help="On a GPU, the largest number of requests whose decode step is recorded. If unset, 256, or "
+        "--max-running-requests if that is less.",
+        low=1,
+    )
+    cuda_graph_bs: list[int] | None = option(  # noqa: RUF009
+        None,
+        help="On a GPU, the numbers of requests whose decode steps are recorded; others are filled up to the next of "
+        "them. If unset, 1, 2, 4, 8 and every eighth number up to the largest.",
+        low=1,
+    )
     enable_multimodal: bool = option(
         True,
         help="Accept images and videos if the model can take them. Otherwise the model is served as a language model.",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
+from rtp_llm.srt.device.graphs import GraphCapture
 from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
@@ -40,6 +41,7 @@ class DeviceProvider(ABC):
         logit_bytes_at_once: logits are computed for about so many bytes of rows at a time, to sample from them; None:
             of all rows.
         step_recorder: the StepRecorder for decode steps, as ``module:attribute``; None: there is none.
+        records_graphs: decode steps are recorded whole, with their draws (``graph_capture``).
         activities: activities that a trace can record, by their names for ``start_profile``.
     """
 
@@ -53,6 +55,7 @@ class DeviceProvider(ABC):
     kv_cache_dtypes: tuple[str, ...]
     logit_bytes_at_once: int | None
     step_recorder: str | None
+    records_graphs: bool
     activities: Mapping[str, ProfilerActivity]
 
     def __init__(self, name: str) -> None:
@@ -168,7 +171,15 @@ class DeviceProvider(ABC):
     def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take note of a cache's tensors, once; may make the system back them with memory before steps need it."""
 
+    @abstractmethod
+    def graph_capture(self) -> GraphCapture:
+        """Return what records a model's decode steps, once the cache is there; only if ``records_graphs``."""
+
     # In every step
+
+    @abstractmethod
+    def copy_to_device(self, target: torch.Tensor, values: np.ndarray) -> None:
+        """Copy host values to a tensor on the device of their shape and dtype, without waiting."""
 
     @abstractmethod
     def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:

@@ -126,6 +126,13 @@ class RankGroup:
             dist.all_reduce(x, group=self._process_group)
         return x
 
+    def all_agree(self, agrees: bool) -> bool:
+        """Return whether all ranks say so. Waits for the device."""
+        if self.world_size == 1:
+            return agrees
+        votes = self.all_reduce(torch.tensor(float(agrees), device=self.device))
+        return votes.item() == self.world_size
+
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Return the ranks' ``x``, all of one shape, concatenated along ``dim`` in rank order."""
         if self.world_size == 1:

@@ -13,7 +13,8 @@ def fill_with_dummy_weights(model: nn.Module) -> None:
 
     Optional ones keep their defaults.
 
-    The values depend on the name only, so that replicas on other ranks are equal.
+    The values depend on the name only, so that replicas on other ranks are equal; and on the kind of device, which
+    makes them.
     """
     for name, target in model.state_dict(keep_vars=True).items():
         if is_optional(target):
@@ -21,6 +22,6 @@ def fill_with_dummy_weights(model: nn.Module) -> None:
         if not target.is_floating_point():
             target.zero_()
             continue
-        generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
-        values = torch.rand(target.shape, generator=generator, dtype=torch.float32, device="cpu")
+        generator = torch.Generator(target.device).manual_seed(zlib.crc32(name.encode()))
+        values = torch.rand(target.shape, generator=generator, dtype=torch.float32, device=target.device)
         target.copy_(values.mul_(0.1).sub_(0.05))

@@ -6,6 +6,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from rtp_llm.srt.forward_batch import ForwardMode
 from rtp_llm.srt.plan import RowWork
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -37,3 +38,12 @@ def step_columns(work: Sequence[RowWork]) -> StepColumns[np.ndarray]:
         token_rows = np.repeat(rows, counts)
         positions = np.arange(num_tokens) + np.repeat(starts - offsets, counts)
     return StepColumns(rows, starts, counts, starts + counts, offsets, token_rows, positions, (through - 1)[samples])
+
+
+def mode_of(counts: list[int]) -> ForwardMode:
+    if not counts:
+        return ForwardMode.IDLE
+    single = [count == 1 for count in counts]
+    if all(single):
+        return ForwardMode.DECODE
+    return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND

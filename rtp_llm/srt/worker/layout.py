@@ -7,7 +7,7 @@ from torch import nn
 
 from rtp_llm.srt.cache.spec import CacheGroup, CacheLayout, CacheSpec, LengthScaling, StateGroup, StateSpec, StateTensor
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.model_traits import KeepsCache, KeepsState, ScalesWithLength, SeesWholePrompts
+from rtp_llm.srt.model_traits import KeepsCache, KeepsState, ScalesWithLength, SeesWholePrompts, TakesMropePositions
 
 
 def cache_layout(
@@ -125,3 +125,7 @@ def sees_whole_prompts(model: nn.Module) -> bool:
     if len(found) > 1:
         raise ValueError(f"{type(model).__name__}: all attention layers must have sees_whole_prompts, or none")
     return found == {True}
+
+
+def takes_mrope_positions(model: nn.Module) -> bool:
+    return any(isinstance(module, TakesMropePositions) and module.takes_mrope_positions for module in model.modules())

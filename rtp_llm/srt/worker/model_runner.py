@@ -15,23 +15,27 @@ from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.registry import load_target
 from rtp_llm.srt.distributed.parallel_state import get_pp_group, get_world
-from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode, LogprobRow
+from rtp_llm.srt.forward_batch import ForwardBatch, LogprobRow
 from rtp_llm.srt.kv_pool import KVPool, slots_of
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.layers.quantization.base import stored_bytes
-from rtp_llm.srt.model_traits import ModelTraits, PreparesForward, TakesMropePositions
+from rtp_llm.srt.model_traits import ModelTraits, PreparesForward
 from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.stages import Stage, plan_stages
 from rtp_llm.srt.multimodal.embedding_cache import EmbeddingCache
 from rtp_llm.srt.multimodal.items import MultimodalInputs, media_blocks
 from rtp_llm.srt.multimodal.media_store import open_content
-from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, SharedPrefix, StepPlan
+from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from rtp_llm.srt.state_pool import StatePool
-from rtp_llm.srt.worker.columns import StepColumns, step_columns
-from rtp_llm.srt.worker.layout import cache_layout, own_part, sees_whole_prompts
+from rtp_llm.srt.worker.columns import StepColumns, mode_of, step_columns
+from rtp_llm.srt.worker.decode_batch import DecodeBatches, in_batch
+from rtp_llm.srt.worker.layout import cache_layout, own_part, sees_whole_prompts, takes_mrope_positions
+from rtp_llm.srt.worker.model_output import check_output, encoded_output
 from rtp_llm.srt.worker.pooling import RowPooling
+from rtp_llm.srt.worker.replayable import NotReplayable
 from rtp_llm.srt.worker.states import RowStates
+from rtp_llm.srt.worker.step_graphs import DecodeStep, HostRows
 from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 
@@ -90,6 +94,9 @@ class ModelRunner:
         can_replay = attn_backend.replays and self.traits.replays_steps
         if can_replay and not server_args.disable_cpu_graph and get_world().shape.size == 1:
             self.recorder = self._make_recorder()
+        self._disable_prefix_sharing = server_args.disable_prefix_sharing
+        wants_graphs = self.traits.generates and not server_args.disable_cuda_graph
+        self.records_graphs = self._provider.records_graphs and wants_graphs
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
         self._rows_with_logprobs: set[int] = set()  # rows that want prompt logprobs
@@ -111,7 +118,7 @@ class ModelRunner:
         """Return the model's ``forward_batch``, else a call of ``forward(input_ids, positions, batch)``."""
         own = self.traits.forward_batch
         forward = own if own is not None else lambda batch: self.model(batch.input_ids, batch.positions, batch)
-        return forward if self.traits.generates else partial(_encoded, forward)
+        return forward if self.traits.generates else partial(encoded_output, forward)
 
     def _make_recorder(self) -> StepRecorder | None:
         if self._provider.step_recorder is None:
@@ -160,7 +167,7 @@ class ModelRunner:
                 f"the model takes {max_positions} tokens at most, but requests may be of {max_len}; set "
                 f"--context-length to {max_positions} or less"
             )
-        pads = self.recorder is not None and bool(self.recorder.sizes)
+        pads = self.records_graphs or (self.recorder is not None and bool(self.recorder.sizes))
         self._dummy_row, num_rows = max_rows, max_rows + pads
         self.kv_pool = KVPool(self.layout.groups, [count + pads for count in num_pages], self.device)
         self._page_tables = [
@@ -171,6 +178,8 @@ class ModelRunner:
             for table, count in zip(self._page_tables, num_pages, strict=True):
                 table[self._dummy_row] = count + 1
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._torch_device)
+        self._mrope_deltas = torch.zeros(num_rows, dtype=torch.int64, device=self._torch_device)
+        self._rows_with_deltas: set[int] = set()
         self._num_known = np.zeros(num_rows, dtype=np.int64)  # per row, len(ids) of its RowState
         self._prompt_lens = np.zeros(num_rows, dtype=np.int64)
         self.states = None
@@ -181,6 +190,7 @@ class ModelRunner:
     def row(self, row: int) -> RowState:
         return self._rows[row]
 
+    @torch.inference_mode()
     def apply(self, plan: StepPlan) -> None:
         """Apply all of a plan except its work: releases, admissions, known tokens, page writes."""
         for row in plan.releases:
@@ -215,6 +225,10 @@ class ModelRunner:
             self._rows_with_media.add(row)
         if admission.logprob_from is not None:
             self._rows_with_logprobs.add(row)
+        delta = 0 if media is None or media.mrope_positions is None else media.mrope_position_delta
+        if delta or row in self._rows_with_deltas:
+            self._mrope_deltas[row] = delta
+            self._rows_with_deltas.add(row)
 
     def _write_pages(self, table: torch.Tensor, writes: list[PageWrite], new_pages: list[NewPages]) -> None:
         """Write a group's page table in one scatter."""
@@ -229,15 +243,14 @@ class ModelRunner:
     def forward(
         self, plan: StepPlan, row_errors: dict[int, str] | None = None
     ) -> tuple[ForwardBatch, LogitsProcessorOutput | None]:
-        """Compute the plan's tokens. Logits are of the work with ``sample``, in the order of ``plan.work``; None on
+        """Compute the tokens of a plan that was applied. Logits are of the work with ``sample``, in its order; None on
         stages of a pipeline that are not the last.
 
         ``row_errors`` takes errors that end one row; see ForwardBatch.
         """
-        self.apply(plan)
         batch = self.make_batch(plan.work, self._num_dummies(plan.work))
         batch.row_errors = row_errors
-        batch.shared_prefixes = _in_batch(plan.shared_prefixes, plan.work)
+        batch.shared_prefixes = in_batch(plan.shared_prefixes, plan.work)
         if self.states is not None:
             batch.state_pool = self.states.pool
             batch.state_waves = self.states.waves(plan.work, plan.states, batch.num_dummies)
@@ -254,7 +267,7 @@ class ModelRunner:
             self.states.keep_last(plan.work, plan.states)
         if self.stage is not None and not self.stage.is_last:
             return batch, None
-        _check_output(output, self.model, self.traits, batch)
+        check_output(output, self.model, self.traits, batch)
         if batch.num_dummies:  # which are last, with one token each
             num_dummies = batch.num_dummies
             output = output.first(output.num_rows - num_dummies, batch.num_tokens - num_dummies)
@@ -268,6 +281,52 @@ class ModelRunner:
             return 0
         return sizes[place] - len(work)
 
+    def decode_step(self) -> DecodeStep:
+        """Return what a recorded decode step consists of, once the cache is there.
+
+        Raises:
+            NotReplayable: steps of this model, or with this attention back end, cannot be recorded.
+        """
+        if not self.traits.replays_steps:
+            raise NotReplayable(f"{type(self.model).__name__} says that it keeps state of its own (replays_steps)")
+        if self.stage is not None:
+            raise NotReplayable("stages of a pipeline wait for each other")
+        if not self.attn_backend.replays:
+            raise NotReplayable(f"the attention back end {type(self.attn_backend).__name__} reads the host's lists")
+        batches = DecodeBatches(
+            last_tokens=self.last_tokens,
+            page_tables=self._page_tables,
+            kv_pool=self.kv_pool,
+            attn_backend=self.attn_backend,
+            embedding_cache=self.embedding_cache,
+            states=self.states,
+            mrope_deltas=self._mrope_deltas if self._takes_mrope else None,
+        )
+        return DecodeStep(
+            make_batch=batches.make,
+            forward=self._checked_forward,
+            attn_backend=self.attn_backend,
+            step_modules=self._step_modules,
+            last_tokens=self.last_tokens,
+            dummy_row=self._dummy_row,
+            shares_prefixes=self.reads_shared_prefixes and not self._disable_prefix_sharing,
+        )
+
+    def continued_rows(self, plan: StepPlan) -> HostRows | None:
+        """Return the rows of a plan that was applied, if all it does is to continue each by its last drawn token."""
+        if plan.states or not all(w.num_tokens == 1 and w.sample for w in plan.work):
+            return None
+        rows = np.array([w.row for w in plan.work], dtype=np.int64)
+        starts = np.array([w.start for w in plan.work], dtype=np.int64)
+        if (starts < self._num_known[rows]).any():
+            return None
+        return HostRows(rows, starts, self._prompt_lens[rows], in_batch(plan.shared_prefixes, plan.work))
+
+    def _checked_forward(self, batch: ForwardBatch) -> LogitsProcessorOutput:
+        output = self._forward(batch)
+        check_output(output, self.model, self.traits, batch)
+        return output
+
     def make_batch(self, work: list[RowWork], num_dummies: int) -> ForwardBatch:
         """Make a batch of the rows of ``work``, and after them dummies of one token each."""
         rows = work + [RowWork(self._dummy_row, 0, 1, sample=True)] * num_dummies
@@ -276,7 +335,7 @@ class ModelRunner:
         counts, offsets = host.counts.tolist(), host.offsets.tolist()
         has_media = not self._rows_with_media.isdisjoint(w.row for w in work)
         return ForwardBatch(
-            forward_mode=_mode(counts),
+            forward_mode=mode_of(counts),
             batch_size=len(rows),
             num_dummies=num_dummies,
             input_ids=self._input_ids(host, step),
@@ -387,59 +446,3 @@ def _entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:
     """Return rows, places and page ids of the writes; of several writes to an entry, the last."""
     entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
     return [row for row, _ in entries], [place for _, place in entries], list(entries.values())
-
-
-def _check_output(output: object, model: nn.Module, traits: ModelTraits, batch: ForwardBatch) -> None:
-    """Raise TypeError or ValueError for an output of the wrong type or size, before it fails in the sampler."""
-    name = type(model).__name__
-    if not isinstance(output, LogitsProcessorOutput):
-        method = "forward" if traits.forward_batch is None else "forward_batch"
-        raise TypeError(
-            f"{name}.{method} must return a LogitsProcessorOutput, which LogitsProcessor makes, not "
-            f"{type(output).__name__}"
-        )
-    num_rows, expected = output.num_rows, batch.sample_rows.shape[0]
-    if num_rows != expected:
-        raise ValueError(
-            f"{name} returned {num_rows} rows of next_token_logits, not {expected}: there must be one for each of "
-            "forward_batch.sample_rows, which LogitsProcessor picks out"
-        )
-
-
-def _encoded(forward: Callable[[ForwardBatch], object], batch: ForwardBatch) -> LogitsProcessorOutput:
-    """Run a model that makes hidden states and no tokens.
-
-    Raises:
-        TypeError, ValueError: it returned something else.
-    """
-    states = forward(batch)
-    if isinstance(states, LogitsProcessorOutput):  # of a decoder's, without rows to draw from
-        return states
-    if not isinstance(states, torch.Tensor):
-        raise TypeError(
-            f"a model with generates = False returns hidden states [tokens, size], not {type(states).__name__}"
-        )
-    if len(states) != batch.num_tokens:
-        raise ValueError(f"the model returned {len(states)} rows of hidden states for {batch.num_tokens} tokens")
-    return LogitsProcessorOutput.of_encoder(states, batch)
-
-
-def _in_batch(prefixes: list[SharedPrefix], work: list[RowWork]) -> list[SharedPrefix]:
-    """Return shared prefixes with rows of the batch in place of the worker's."""
-    if not prefixes:
-        return []
-    places = {w.row: place for place, w in enumerate(work)}
-    return [SharedPrefix(prefix.num_tokens, [places[row] for row in prefix.rows]) for prefix in prefixes]
-
-
-def _mode(counts: list[int]) -> ForwardMode:
-    if not counts:
-        return ForwardMode.IDLE
-    single = [count == 1 for count in counts]
-    if all(single):
-        return ForwardMode.DECODE
-    return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND
-
-
-def takes_mrope_positions(model: nn.Module) -> bool:
-    return any(isinstance(module, TakesMropePositions) and module.takes_mrope_positions for module in model.modules())

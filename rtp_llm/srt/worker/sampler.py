@@ -12,10 +12,10 @@ from rtp_llm.srt.layers.logits_processor import Logprobs, token_logprobs
 from rtp_llm.srt.plan import Admission, TokenMasks
 from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.worker.draw_table import DRAWN_AT_ONCE, DrawTable
 from rtp_llm.srt.worker.philox import as_int64, exponential
 from rtp_llm.srt.worker.token_bans import TokenBans
 
-_DRAWN_AT_ONCE = 16  # rows; a draw keeps a few dozen float64 copies of its logits
 _USUAL_NUCLEUS = 1024  # this many of the most probable tokens usually reach top_p
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -53,6 +53,9 @@ class Sampler:
         self._argmax = self._provider.pick("argmax", torch.float32)
         self._mask_tokens = self._provider.pick("mask_tokens", torch.float32)
         self._draw_kernel = self._provider.find("draw", torch.float32)
+        # What recorded steps draw by; with a line for the row of dummies.
+        self.table = DrawTable(max_rows + 1, vocab_size, self._provider) if self._provider.records_graphs else None
+        self._not_in_table: dict[int, tuple[SamplingParams, int]] = {}
         # Rows that need more than an argmax; a step with none of them is not examined row by row.
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
         self._drawing: set[int] = set()  # not greedy
@@ -83,6 +86,21 @@ class Sampler:
             self._drawing.add(admission.row)
         if admission.spec.logprobs is not None:
             self._with_logprobs.add(admission.row)
+        if self.table is not None:
+            self._not_in_table[admission.row] = (params, as_int64(admission.spec.seed))
+
+    def fill_table(self) -> None:
+        """Write what rows draw by that were admitted since."""
+        if self.table is not None and self._not_in_table:
+            self.table.write(self._not_in_table)
+            self._not_in_table = {}
+
+    def only_draws(self, rows: Sequence[int]) -> bool:
+        """Whether these rows' tokens are drawn from plain logits, and nothing else is wanted of them."""
+        return self._adjusted.isdisjoint(rows) and self._with_logprobs.isdisjoint(rows)
+
+    def are_greedy(self, rows: Sequence[int]) -> bool:
+        return self._drawing.isdisjoint(rows)
 
     def release(self, row: int) -> None:
         """Forget a row; harmless if it is empty."""
@@ -160,8 +178,8 @@ class Sampler:
         if self._draw_kernel is not None:
             return self._draw_kernel(logits, params, seeds, at, lines)
         tokens = torch.empty(len(lines), dtype=torch.int64, device=self._device)
-        for start in range(0, len(lines), _DRAWN_AT_ONCE):
-            part = slice(start, start + _DRAWN_AT_ONCE)
+        for start in range(0, len(lines), DRAWN_AT_ONCE):
+            part = slice(start, start + DRAWN_AT_ONCE)
             tokens[part] = draw(logits[self._tensor(lines[part])], params[part], seeds[part], at[part], self._provider)
         return tokens
 

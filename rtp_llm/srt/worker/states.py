@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.forward_batch import StateWave
@@ -27,6 +28,7 @@ class RowStates:
         self.pool = pool
         self._provider = provider
         self._slots = np.full(num_rows, pool.dummy_slot, dtype=np.int64)
+        self._slots_on_device = torch.from_numpy(self._slots.copy()).to(provider.torch_device)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         for admission in admissions:
@@ -36,6 +38,15 @@ class RowStates:
                     f"{self.pool.num_slots}: a plan for a model with states gives each row a slot of its own"
                 )
             self._slots[admission.row] = admission.state_slot
+        if admissions:
+            rows, slots = [each.row for each in admissions], [each.state_slot for each in admissions]
+            columns = self._provider.to_device_together([np.array(rows), np.array(slots)])
+            self._slots_on_device[columns[0]] = columns[1]
+
+    def wave_on_device(self, rows: torch.Tensor) -> StateWave:
+        """Return the wave of a step in which each of these rows [B] computes a token, from its own states."""
+        slots, counts = self._slots_on_device[rows], range(len(rows) + 1)
+        return StateWave(slots, slots, torch.arange(len(counts), device=slots.device), list(counts))
 
     def waves(self, work: Sequence[RowWork], accesses: Sequence[StateAccess], num_dummies: int) -> list[StateWave]:
         """Return the waves of a step of these rows and, after them, dummies of one token each."""

@@ -1,5 +1,6 @@
 """One rank's worker, which executes step plans. It knows neither texts nor clients."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -23,7 +24,11 @@ from rtp_llm.srt.worker.layout import largest_part
 from rtp_llm.srt.worker.model_runner import ModelRunner
 from rtp_llm.srt.worker.pooling import NOT_FINITE, PooledLines
 from rtp_llm.srt.worker.profiler import Profiler
+from rtp_llm.srt.worker.replayable import NotReplayable
 from rtp_llm.srt.worker.sampler import Sampler
+from rtp_llm.srt.worker.step_graphs import StepGraphs, sizes_up_to
+
+logger = logging.getLogger(__name__)
 
 BAD_LOGITS = "the model's logits are not finite numbers for this request"
 
@@ -96,6 +101,7 @@ class PendingLogits:
     prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
     pooled: list[PooledLines]
     row_errors: dict[int, str]  # by index into ``plan.work``
+    graphs: StepGraphs | None = None  # that have drawn tokens already, from plain logits
 
 
 class PendingResult:
@@ -172,6 +178,8 @@ class Worker:
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)
+        self._args = args
+        self.graphs: StepGraphs | None = None
         self._vocab_size = config.model_config.vocab_size
         self._isolates_rows = config.isolates_rows
         self._profiler = Profiler(config.rank, self._provider.activities)
@@ -191,6 +199,21 @@ class Worker:
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len, num_state_slots)
         self.sampler = Sampler(max_rows, self._vocab_size, self._provider.name)
+        if self.runner.records_graphs:
+            self._record_graphs(max_rows)
+
+    def _record_graphs(self, max_rows: int) -> None:
+        """Record decode steps, where the model allows it; otherwise the log says why not."""
+        table = self.sampler.table
+        assert table is not None, "a device that records graphs has a table of what rows draw by"
+        try:
+            step = self.runner.decode_step()
+        except NotReplayable as reason:
+            logger.info("decode steps are not recorded: %s", reason)
+            return
+        sizes = sizes_up_to(max_rows, self._args.cuda_graph_max_bs, self._args.cuda_graph_bs)
+        self.graphs = StepGraphs(step, table, self._provider, sizes, self._vocab_size)
+        self.graphs.record()
 
     def step(self, plan: StepPlan) -> "PendingResult | NoResult":
         return self.sample(self.forward(plan))
@@ -228,6 +251,9 @@ class Worker:
         for admission in plan.admissions:
             if admission.spec.pooling is None:
                 self.sampler.admit(admission)
+        self.runner.apply(plan)
+        if (recorded := self._run_graph(plan)) is not None:
+            return recorded
         row_errors: dict[int, str] = {}
         batch, output = self.runner.forward(plan, row_errors if self._isolates_rows else None)
         if output is None:
@@ -238,12 +264,27 @@ class Worker:
         return PendingLogits(plan, output, prompt_logprobs, pooled, row_errors)
 
     @torch.inference_mode()
+    def _run_graph(self, plan: StepPlan) -> PendingLogits | None:
+        """Launch the recorded step of this plan's rows, if there is one."""
+        if self.graphs is None or not self.graphs.takes(len(plan.work)):
+            return None
+        rows = self.runner.continued_rows(plan)
+        if rows is None:
+            return None
+        self.sampler.fill_table()
+        self.graphs.run(rows)
+        output = LogitsProcessorOutput(self.graphs.logits[: len(plan.work)], [])
+        return PendingLogits(plan, output, {}, [], {}, self.graphs)
+
+    @torch.inference_mode()
     def sample(self, pending: PendingLogits, masks: TokenMasks | None = None) -> "PendingResult | NoResult":
         """Draw the step's tokens, under ``masks`` for ``plan.masked_rows``, where there are logits."""
         if pending.output is None:
             return NoResult(pending.plan)
         work = [w for w in pending.plan.work if w.sample]
         rows, positions = [w.row for w in work], [w.start + w.num_tokens for w in work]
+        if pending.graphs is not None and masks is None and self.sampler.only_draws(rows):
+            return self._drawn_by_graph(pending.plan, pending.graphs, rows)
         tokens, bad_rows, asked, logprobs = [], [], [], []
         for part, logits in pending.output.pieces():
             own_masks = None if masks is None else _without_others(masks, rows, part)
@@ -269,6 +310,13 @@ class Worker:
             pending.pooled,
             pending.row_errors,
         )
+
+    def _drawn_by_graph(self, plan: StepPlan, graphs: StepGraphs, rows: list[int]) -> PendingResult:
+        """Return what the recorded step drew, its best tokens; draw others first, if some rows want them."""
+        if not self.sampler.are_greedy(rows):
+            graphs.draw()
+        num_rows = len(rows)
+        return PendingResult(self._provider, plan, graphs.tokens[:num_rows], graphs.bad[:num_rows], [], [], {}, [], {})
 
     def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Concatenate what was drawn; without pieces, nothing was."""

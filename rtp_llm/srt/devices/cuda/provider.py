@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
+from rtp_llm.srt.device.graphs import GraphCapture
+from rtp_llm.srt.devices.cuda.graphs import CudaGraphs
 from rtp_llm.srt.devices.cuda.triton_provider import TritonProvider
 
 
@@ -20,6 +22,7 @@ class CudaProvider(TritonProvider):
     ranks_share_memory = False
     process_group = "nccl"
     kv_cache_dtypes = ("auto",)
+    records_graphs = True
     activities = {"CPU": ProfilerActivity.CPU, "GPU": ProfilerActivity.CUDA}
 
     def problem(self) -> str | None:
@@ -38,15 +41,21 @@ class CudaProvider(TritonProvider):
         torch.cuda.set_device(index)
         return torch.device(self.torch_device, index)
 
+    def graph_capture(self) -> GraphCapture:
+        return CudaGraphs()
+
+    def copy_to_device(self, target: torch.Tensor, values: np.ndarray) -> None:
+        target.copy_(self.pinned(torch.from_numpy(values)), non_blocking=True)
+
     def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.torch_device, non_blocking=True)
+        return self.pinned(torch.tensor(values, dtype=dtype)).to(self.torch_device, non_blocking=True)
 
     def to_device_together(self, arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
-        together = torch.from_numpy(np.concatenate(arrays)).pin_memory()
+        together = self.pinned(torch.from_numpy(np.concatenate(arrays)))
         return together.to(self.torch_device, non_blocking=True).split([len(array) for array in arrays])
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        copies = [self.start_copy(tensor) for tensor in tensors]
         ready = torch.cuda.Event()
         ready.record()
 
@@ -55,3 +64,11 @@ class CudaProvider(TritonProvider):
             return copies
 
         return wait
+
+    def pinned(self, values: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor of the host to pinned memory, which torch lends anew only after copies from it are done."""
+        return values.pin_memory()
+
+    def start_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Start copying to pinned memory of the host; return the copy, which an event says to be there."""
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

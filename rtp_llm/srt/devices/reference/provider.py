@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
+from rtp_llm.srt.device.graphs import GraphCapture
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
 from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import packed, recurrent, reference
@@ -29,6 +30,7 @@ class ReferenceProvider(DeviceProvider):
     kv_cache_dtypes: tuple[str, ...] = ("auto", "bf16", "int8")
     logit_bytes_at_once: int | None = None
     step_recorder: str | None = None
+    records_graphs = False
     activities: Mapping[str, ProfilerActivity] = {"CPU": ProfilerActivity.CPU}
 
     def problem(self) -> str | None:
@@ -106,6 +108,12 @@ class ReferenceProvider(DeviceProvider):
 
     def take_cache(self, tensors: Sequence[torch.Tensor]) -> None:
         pass
+
+    def graph_capture(self) -> GraphCapture:
+        raise RuntimeError(f"the device {self.name!r} records no graphs")
+
+    def copy_to_device(self, target: torch.Tensor, values: np.ndarray) -> None:
+        target.copy_(torch.from_numpy(values))
 
     def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
         if dtype == torch.int64:  # takes half the time of torch.tensor, for the lists of every step
