@@ -46,8 +46,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# PARTS="a c" runs these alone; DRY_RUN=1 tries the script on a CPU.
 gpu-check: $(VENV)/.installed
-	$(BIN)/python scripts/gpu_check.py
+	$(BIN)/python scripts/gpu_check.py $(if $(DRY_RUN),--dry-run) $(PARTS)
 
 # torch comes first and by its pin: so that the installed build satisfies it and no other is looked for.
 $(VENV)/.torch: constraints.txt

@@ -38,7 +38,7 @@ def qwen3(**shape: int) -> Qwen3Config:
     )
 
 
-def llama(**shape: int) -> LlamaConfig:
+def llama(tied: bool = True, **shape: int) -> LlamaConfig:
     return LlamaConfig(
         **shape,
         max_position_embeddings=131072,
@@ -51,7 +51,7 @@ def llama(**shape: int) -> LlamaConfig:
             "original_max_position_embeddings": 8192,
         },
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -98,6 +98,11 @@ SIZES: dict[str, PreTrainedConfig] = {
     "llama-1b": llama(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
         head_dim=64, vocab_size=128256,
+    ),
+    # the shape of Llama-3.1-8B
+    "8b": llama(
+        tied=False, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256,
     ),
     # the shape of Qwen3.5-0.8B: three layers of linear attention (gated delta rule) to one of attention
     "qwen3.5-0.8b": qwen3_5(

@@ -1,10 +1,35 @@
-"""The script that a machine with a GPU runs works, tried on the CPU."""
+"""The script that a machine with a GPU runs goes through all of its parts, tried on a device that behaves like one."""
+
+import re
 
 from warm_python import ROOT, run_python
 
+SCRIPT = str(ROOT / "scripts" / "gpu_check.py")
+
 
 def test_the_whole_check_runs() -> None:
-    done = run_python([str(ROOT / "scripts" / "gpu_check.py"), "--device", "cpu", "--size", "tiny"])
-    assert done.returncode == 0, done.stderr
+    done = run_python([SCRIPT, "--dry-run"])
+    assert done.returncode == 0, done.stderr + done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("| 20")]
-    assert len(rows) == 3 + 4 + 4 and not any("WRONG" in row for row in rows)
+    assert not any("WRONG" in row for row in rows)
+    parts = [row.split("|")[3].strip() for row in rows]
+    assert list(dict.fromkeys(parts)) == ["a", "b", "c", "d", "e"]
+    assert "left out" not in done.stdout
+    for what in (
+        r"attention, bfloat16 \| largest error",
+        r"llama-llama3-tied, float32 \| ids of 2 prompts equal transformers'",
+        r"graphs on and off \| equal to the last bit",
+        r"copy of \d+ MiB, read and written \| \d+ GB/s",
+        r"\| decode attention, .* \| \d+ GB/s, \d+% of copying",
+        r"prefill, tiny, .* tokens/s, \d+% of the rate of products",
+        r"decode, tiny, .* of the bound by memory; device busy \d+%, host [\d.]+ ms a step",
+        r"read once beside read for each, tiny \| [\d.]+ times as fast",
+        r"ours, tiny, .* tokens/s of output",
+        r"vLLM, tiny, .* \| did not run: RuntimeError: \['it is not installed'\]",
+    ):
+        assert re.search(what, done.stdout), f"no row like {what}:\n{done.stdout}"
+
+
+def test_a_part_that_is_not_there() -> None:
+    done = run_python([SCRIPT, "--dry-run", "f"])
+    assert done.returncode == 2 and "there is no part 'f'; have a, b, c, d, e" in done.stderr
