@@ -28,8 +28,7 @@ from rtp_llm.srt.model_traits import (
     TraitError,
 )
 from rtp_llm.srt.models.weight_loading import load_weights
-from rtp_llm.srt.worker.layout import cache_layout
-from rtp_llm.srt.worker.model_runner import takes_mrope_positions
+from rtp_llm.srt.worker.layout import cache_layout, takes_mrope_positions
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "supported_models"
 
