@@ -9,7 +9,7 @@ whatever would wait for the device is refused while a graph is recorded.
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -51,6 +51,7 @@ class Device:
 
 
 DEVICE = Device()
+RANK = ExitStack()  # open in the process of a rank
 
 
 class Recording(TorchDispatchMode):
@@ -70,6 +71,11 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags:
             DEVICE.refuse_while_recording()
+        if func.namespace == "c10d":  # whose operations write to their tensors, and do not say so
+            for tensor in tree_leaves((args, kwargs)):
+                self._keep(tensor)
+            self.calls.append((_exchange, (func, args), kwargs, None))
+            return func(*args, **kwargs)
         written = [
             value
             for argument, value in zip(func._schema.arguments, args, strict=False)
@@ -108,6 +114,11 @@ class Recording(TorchDispatchMode):
                 tensor.fill_(torch.nan)
             elif tensor.dtype in (torch.int32, torch.int64):
                 tensor.fill_(NEVER_WRITTEN if tensor.dtype == torch.int64 else -(1 << 30))
+
+
+def _exchange(func: Any, args: Any, **kwargs: Any) -> None:
+    *_, work = func(*args, **kwargs)
+    work.wait()
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -193,6 +204,12 @@ class FakeCuda(CudaProvider):
     """The engine's own provider for GPUs, on the CPU."""
 
     torch_device = "cpu"
+    process_group = "gloo"
+
+    def prepare_rank(self, rank: int, world_size: int) -> torch.device:
+        """In the process of a rank, until it ends."""
+        RANK.enter_context(fake_cuda())
+        return torch.device("cpu")
 
     def problem(self) -> str | None:
         return None

@@ -46,7 +46,7 @@ class Core:
         model_config = ModelConfig.from_pretrained(
             args.model_path, dtype=args.dtype, context_length=args.context_length
         )
-        config = WorkerConfig(args, model_config, "cpu")
+        config = WorkerConfig(args, model_config, args.device or "cpu")
         self.executor: Any = InProcessExecutor(config, depth, delayed)
         if processes:
             self.executor = MultiProcessExecutor(config, 60.0, depth)

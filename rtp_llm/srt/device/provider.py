@@ -173,7 +173,11 @@ class DeviceProvider(ABC):
 
     @abstractmethod
     def graph_capture(self) -> GraphCapture:
-        """Return what records a model's decode steps, once the cache is there; only if ``records_graphs``."""
+        """Return what records a model's decode steps, once the cache is there; only if ``records_graphs``.
+
+        Raises:
+            Exception: nothing can be recorded here; its message says why.
+        """
 
     # In every step
 

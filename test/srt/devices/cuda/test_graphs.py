@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import Device, fake_cuda, registered
+from fake_cuda import DEVICE, Device, fake_cuda, registered
+from made_requests import generate_request
+from stepped_core import Core
 
 from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.devices.cuda.provider import CudaProvider
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
+from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker import step_graphs
 from rtp_llm.srt.worker.worker import Worker
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, reference, tiny_model
@@ -182,6 +185,31 @@ def test_a_model_or_a_back_end_may_refuse(
         monkeypatch.setattr(LlamaForCausalLM, "replays_steps", False, raising=False)
         assert Answers("llama-default").worker.graphs is None
     assert "decode steps are not recorded: LlamaForCausalLM says" in caplog.text
+
+
+@pytest.mark.slow
+def test_ranks_record_steps_with_their_exchanges(device: Device) -> None:
+    name = "llama-tp"
+    prompts = random_prompts(TINY_MODELS[name].vocab_size, (3, 20))
+    core = Core(name, depth=1, processes=True, device="fake_cuda", tp_size=2, max_running_requests=6)
+    try:
+        ids = core.run(
+            [
+                generate_request(f"r{i}", prompt, SamplingParams(temperature=0, max_new_tokens=9, ignore_eos=True), i)
+                for i, prompt in enumerate(prompts)
+            ]
+        )
+        counts = core.executor.rpc("apply", recorded_and_launched)
+    finally:
+        core.close()
+    for i, prompt in enumerate(prompts):
+        assert_same_ids(ids[f"r{i}"], reference(tiny_model(name), tuple(prompt), 9), name)
+    assert len(counts) == 2 and counts[0] == counts[1]
+    assert counts[0][0] == 2 * 4 and counts[0][1] >= 8  # sizes and steps
+
+
+def recorded_and_launched(worker: Worker) -> tuple[int, int]:
+    return DEVICE.num_recorded, DEVICE.num_launched
 
 
 def test_rows_that_go_on_need_nothing_from_the_host(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
