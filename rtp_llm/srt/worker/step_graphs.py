@@ -11,6 +11,7 @@ a page and a state slot that no request owns, and what they draw goes to a row t
 
 import gc
 import logging
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ from rtp_llm.srt.worker.step_recorder import Forward
 logger = logging.getLogger(__name__)
 
 DEFAULT_LARGEST = 256  # rows; in larger batches, launching layers takes a small part of a step
-RECORDING_TIME_S = 20.0
+RECORDING_TIME_S = 20.0  # beyond that of the first size
 
 
 def sizes_up_to(num_rows: int, largest: int | None = None, given: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -50,6 +51,17 @@ def sizes_up_to(num_rows: int, largest: int | None = None, given: Sequence[int] 
     """
     limit = min(num_rows, largest or (num_rows if given else DEFAULT_LARGEST))
     return tuple(sorted({min(size, limit) for size in given or (1, 2, 4, *range(8, limit + 8, 8))}))
+
+
+def coarse_first(sizes: Sequence[int]) -> list[int]:
+    """Return the largest size, then the largest of at most half as many, and so on; then the others, the largest first.
+
+    Wherever one ends, no batch of what is recorded has more than about as many dummies as rows.
+    """
+    coarse = [max(sizes)]
+    while smaller := [size for size in sizes if 2 * size <= coarse[-1]]:
+        coarse.append(max(smaller))
+    return [*coarse, *sorted(set(sizes) - set(coarse), reverse=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +166,10 @@ class StepGraphs:
     # At the start
 
     @torch.inference_mode()
-    def record(self, time_s: float = RECORDING_TIME_S) -> None:
-        """Record steps of all sizes, the largest first: smaller ones find their memory in its.
+    def record(self) -> None:
+        """Record steps of all sizes, the largest first: others find their memory in its.
 
-        After ``time_s`` seconds no further size is begun. Batches of the sizes that are left are filled up to the next
-        one that was recorded.
+        RECORDING_TIME_S after the first is done, which may have to wait for compilers, no further size is begun.
         """
         start = time.monotonic()
         free_bytes, _ = self._provider.memory_bytes()
@@ -166,13 +177,7 @@ class StepGraphs:
             try:
                 capture = self._provider.graph_capture()
                 self._sort_parts(max(self._wanted))
-                kinds = self._kinds()
-                for done, (size, shares) in enumerate(kinds, 1):
-                    self._record(capture, size, shares)
-                    show_bar("Recording decode steps", done, len(kinds))
-                    if not get_tp_group().all_agree(time.monotonic() - start < time_s):
-                        show_bar("Recording decode steps", len(kinds), len(kinds))
-                        break
+                self._record_all(capture)
             except Exception as error:  # a model's own error occurs again when it runs normally
                 self._refuse(error)
                 return
@@ -184,18 +189,28 @@ class StepGraphs:
             time.monotonic() - start,
             (free_bytes - self._provider.memory_bytes()[0]) / 2**30,
         )
-        if len(self.sizes) < len(self._wanted):
+        if left := sorted(set(self._wanted) - set(self.sizes)):
             logger.warning(
-                "batches of fewer than %d rows are filled up to as many: recording their sizes would have taken more "
+                "batches of %s rows are filled up to the next recorded size: recording more would have taken longer "
                 "than %.0f s; --cuda-graph-bs names the sizes to record",
-                self.sizes[0],
-                time_s,
+                ", ".join(map(str, left)),
+                RECORDING_TIME_S,
             )
+
+    def _record_all(self, capture: GraphCapture) -> None:
+        kinds, end = self._kinds(), math.inf
+        for done, (size, shares) in enumerate(kinds, 1):
+            self._record(capture, size, shares)
+            end = min(end, time.monotonic() + RECORDING_TIME_S)
+            goes_on = get_tp_group().all_agree(time.monotonic() < end)
+            show_bar("Recording decode steps", done if goes_on else len(kinds), len(kinds))
+            if not goes_on:
+                return
 
     def _kinds(self) -> list[tuple[int, bool]]:
         """Return what is recorded, in order: all sizes, and then those of steps that share prefixes."""
         shares = self._step.shares_prefixes and self._plan in self._inside
-        sizes = self._wanted[::-1]
+        sizes = coarse_first(self._wanted)
         return [(size, False) for size in sizes] + [(size, True) for size in sizes if shares and size > 1]
 
     def _sort_parts(self, size: int) -> None:
@@ -227,7 +242,7 @@ class StepGraphs:
         else:
             capture.warm_up(partial(_run_guarded, draw))
             recorded_draw = capture.record(draw)
-            self.sizes, self.refusal = (size, *self.sizes), None
+            self.sizes, self.refusal = tuple(sorted((*self.sizes, size))), None
         self._graphs[size, shares] = StepGraph(recorded, recorded_draw, planned, _tensors(inside))
 
     def _parts(self, shares: bool) -> tuple[list[StepPart], list[StepPart]]:

@@ -8,7 +8,7 @@ from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker.draw_table import DRAWN_AT_ONCE, DrawTable
 from rtp_llm.srt.worker.philox import as_int64
 from rtp_llm.srt.worker.sampler import draw
-from rtp_llm.srt.worker.step_graphs import sizes_up_to
+from rtp_llm.srt.worker.step_graphs import coarse_first, sizes_up_to
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,12 @@ from rtp_llm.srt.worker.step_graphs import sizes_up_to
 )
 def test_sizes(num_rows: int, largest: int | None, given: list[int] | None, sizes: tuple[int, ...]) -> None:
     assert sizes_up_to(num_rows, largest, given) == sizes
+
+
+def test_the_order_of_recording() -> None:
+    assert coarse_first((1, 2, 4, 8, 16, 24, 32, 40)) == [40, 16, 8, 4, 2, 1, 32, 24]
+    assert coarse_first((3, 5, 64)) == [64, 5, 3]
+    assert coarse_first((7,)) == [7]
 
 
 def test_the_table_draws_as_the_sampler() -> None:

@@ -117,12 +117,12 @@ def test_the_sizes_that_are_asked_for(device: Device) -> None:
 def test_what_takes_too_long_is_not_recorded(
     device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(step_graphs.StepGraphs.record, "__defaults__", (0.0,))
+    monkeypatch.setattr(step_graphs, "RECORDING_TIME_S", 0.0)
     plain = Answers("llama-default", disable_cuda_graph=True)
     with caplog.at_level(logging.INFO, STEPS_LOG):
         answers = Answers("llama-default")
     assert answers.worker.graphs is not None and answers.worker.graphs.sizes == (6,)
-    assert "batches of fewer than 6 rows are filled up" in caplog.text
+    assert "batches of 1, 2, 4 rows are filled up to the next recorded size" in caplog.text
     assert device.num_recorded == 2 and answers.ids == plain.ids
 
 
@@ -141,8 +141,8 @@ READERS = {
     "the model reads a tensor (item)": lambda batch: 1.0 if batch.positions.max().item() < 12 else 0.5,
     "the model reads seq_lens_cpu": lambda batch: 1.0 if batch.seq_lens_cpu[0] < 12 else 0.5,
     "a shape depends on numbers": lambda batch: 1.0 if len(batch.positions[batch.positions < 12]) else 0.5,
-    "places are counted": lambda batch: torch.ones(len(batch.positions), 1).index_put_(
-        (batch.positions > 12,), torch.tensor(0.5)
+    "places are counted": lambda batch: torch.ones(len(batch.sample_rows), 1).index_put_(
+        (batch.positions[batch.sample_rows] > 12,), torch.tensor(0.5)
     ),
 }
 
