@@ -8,13 +8,15 @@ whatever would wait for the device is refused while a graph is recorded.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partialmethod
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from rtp_llm.srt.attention.torch import DecodeBucket, StepLayout, TorchAttention
@@ -99,7 +101,8 @@ class Recording(TorchDispatchMode):
     def _keep(self, tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self.made:
             storage = tensor.untyped_storage()
-            self.before.setdefault(_storage(tensor), (storage, storage.clone()))
+            if _storage(tensor) not in self.before:
+                self.before[_storage(tensor)] = storage, storage.clone()
 
     def undo(self) -> None:
         """Leave everything as if nothing had been computed."""
@@ -134,11 +137,11 @@ class FakeGraph:
         self._recording = DEVICE.recording = Recording()
         self._recording.__enter__()
 
-    @torch.inference_mode()
     def capture_end(self) -> None:
         DEVICE.recording = None
-        self._recording.__exit__(None, None, None)
-        self._recording.undo()
+        self._recording.__exit__(None, None, None)  # not in inference mode, whose end would bring it back
+        with torch.inference_mode():
+            self._recording.undo()
         DEVICE.num_recorded += 1
 
     @torch.inference_mode()
@@ -195,9 +198,29 @@ def fake_cuda() -> Iterator[Device]:
         "empty_cache": DEVICE.refuse_while_recording,
         "mem_get_info": lambda: (8 << 30, 16 << 30),
     }
-    with mock.patch.multiple(torch.cuda, **replaced):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(torch.cuda, **replaced))
+        if INTERPRETS:
+            executor = import_module("triton.runtime.interpreter").GridExecutor
+            stack.enter_context(mock.patch.object(executor, "__call__", partialmethod(_launch, executor.__call__)))
         DEVICE.__init__()  # type: ignore[misc]
         yield DEVICE
+
+
+def _launch(executor: Any, run: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run a kernel in Triton's interpreter, and note it in a recording."""
+    recording = DEVICE.recording
+    if recording is not None:
+        for tensor in tree_leaves((args, kwargs)):
+            recording._keep(tensor)
+        recording.calls.append((run, (executor, *args), kwargs, None))
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        run(executor, *args, **kwargs)
+
+
+def recorded_and_launched(worker: object) -> tuple[int, int]:
+    """Return a rank's numbers of graphs; for ``executor.rpc("apply", ...)``."""
+    return DEVICE.num_recorded, DEVICE.num_launched
 
 
 class FakeCuda(CudaProvider):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import DEVICE, Device, fake_cuda, registered
+from fake_cuda import Device, fake_cuda, recorded_and_launched, registered
 from made_requests import generate_request
 from stepped_core import Core
 
@@ -169,7 +169,8 @@ def test_what_the_device_refuses_is_logged_with_its_trace(
         return 1.0
 
     change_logits(monkeypatch, waits)
-    answers = Answers("llama-default")
+    with caplog.at_level(logging.INFO, STEPS_LOG):
+        answers = Answers("llama-default")
     assert "operation not permitted when stream is capturing" in str(answers.worker.graphs.refusal)  # type: ignore[union-attr]
     assert "recording one failed" in caplog.text and "in waits" in caplog.text
     monkeypatch.undo()
@@ -206,10 +207,6 @@ def test_ranks_record_steps_with_their_exchanges(device: Device) -> None:
         assert_same_ids(ids[f"r{i}"], reference(tiny_model(name), tuple(prompt), 9), name)
     assert len(counts) == 2 and counts[0] == counts[1]
     assert counts[0][0] == 2 * 4 and counts[0][1] >= 8  # sizes and steps
-
-
-def recorded_and_launched(worker: Worker) -> tuple[int, int]:
-    return DEVICE.num_recorded, DEVICE.num_launched
 
 
 def test_rows_that_go_on_need_nothing_from_the_host(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
