@@ -250,7 +250,9 @@ class FakeCuda(CudaProvider):
         return target
 
     def attention_backend(self, dtype: torch.dtype) -> str:
-        return "padded"
+        """Return the one of GPUs, if it can be recorded and its kernels can be interpreted."""
+        own = super().attention_backend(dtype)
+        return own if INTERPRETS and ATTENTION_BACKENDS.load(own).replays else "padded"
 
 
 class PaddedAttention(TorchAttention):

@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import Device, fake_cuda, recorded_and_launched, registered
+from fake_cuda_answers import Answers
 from made_requests import generate_request
 from stepped_core import Core
 
-from rtp_llm import Engine
 from rtp_llm.models_py.llama import LlamaForCausalLM
 from rtp_llm.srt.devices.cuda.provider import CudaProvider
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.sampling_params import SamplingParams
 from rtp_llm.srt.worker import step_graphs
-from rtp_llm.srt.worker.worker import Worker
 from tiny_models import TINY_MODELS, assert_same_ids, random_prompts, reference, tiny_model
 
 STEPS_LOG = "rtp_llm.srt.worker"
@@ -27,28 +26,6 @@ STEPS_LOG = "rtp_llm.srt.worker"
 def device() -> Iterator[Device]:
     with registered(), fake_cuda() as device:
         yield device
-
-
-class Answers:
-    """What an engine answers five requests of several lengths, which leave one after the other; and its worker."""
-
-    def __init__(self, name: str, kinds: list[dict[str, Any]] | None = None, **options: Any) -> None:
-        self.prompts = random_prompts(TINY_MODELS[name].vocab_size, (3, 20, 9, 1, 30))
-        kinds = kinds or [{"temperature": 0}] * len(self.prompts)
-        params = [kind | {"max_new_tokens": 4 + 3 * i, "ignore_eos": True} for i, kind in enumerate(kinds)]
-        defaults: dict[str, Any] = {"dtype": "float32", "max_running_requests": 6, "context_length": 96}
-        with Engine(
-            model_path=tiny_model(name),
-            device="fake_cuda",
-            skip_tokenizer_init=True,
-            max_total_tokens=600,
-            inline=True,
-            **defaults | options,
-        ) as engine:
-            results = engine.generate(input_ids=self.prompts, sampling_params=params)
-            self.ids = [result["output_ids"] for result in results]
-            self.core = engine._runner.core
-            self.worker: Worker = self.core.executor.worker
 
 
 @pytest.mark.parametrize(
