@@ -38,6 +38,7 @@ READERS = {
         *("frequency_penalty", "presence_penalty", "repetition_penalty"),
         *("logprobs", "top_logprobs_num", "token_ids_logprob"),
     },
+    "worker/draw_table.py": {"temperature", "top_p", "top_k", "min_p"},
     "worker/token_bans.py": {"bad_words_ids", "allowed_token_ids"},
     "managers/detokenizer.py": {
         *("skip_special_tokens", "return_text_in_logprobs"),
