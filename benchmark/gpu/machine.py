@@ -62,7 +62,7 @@ class Machine:
 
     def has_time(self, seconds: float) -> bool:
         """Whether the part may go on for so long."""
-        return time.monotonic() + seconds < self._end
+        return self.is_dry or time.monotonic() + seconds < self._end
 
     def pick(self, real: Any, dry: Any) -> Any:
         return dry if self.is_dry else real

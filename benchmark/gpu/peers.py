@@ -22,6 +22,8 @@ def compare_peers(machine: Machine) -> Rows:
     yield Row(f"ours, {what}", f"{ours:.0f} tokens/s of output")
     for name, run in (("transformers' continuous batching", run_transformers), ("vLLM", run_vllm)):
         try:
+            if machine.is_dry:
+                raise RuntimeError("peers need a GPU")
             theirs = len(prompts) * num_new / run(machine, shape, prompts, num_new)
         except Exception as error:  # a peer that does not run says nothing about this engine
             yield Row(f"{name}, {what}", f"did not run: {type(error).__name__}: {str(error).splitlines()[:1]}")

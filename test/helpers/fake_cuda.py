@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -228,6 +229,7 @@ class FakeCuda(CudaProvider):
 
     torch_device = "cpu"
     process_group = "gloo"
+    activities = {"CPU": ProfilerActivity.CPU}
 
     def prepare_rank(self, rank: int, world_size: int) -> torch.device:
         """In the process of a rank, until it ends."""
