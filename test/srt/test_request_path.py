@@ -30,6 +30,7 @@ READERS = {
     "scheduler/scheduler.py": {"max_new_tokens", "media", "pooling"},  # whether it can ever be served
     "scheduler/policy.py": {"priority"},
     "engine/executor.py": {"media"},  # files of media live until the step that names them is done
+    "engine/ray_executor.py": {"media"},  # which other machines get, too
     "worker/model_runner.py": {"media", "logprobs", "top_logprobs_num", "token_ids_logprob"},
     "worker/pooling.py": {"pooling"},
     "worker/worker.py": {"pooling"},

@@ -2,8 +2,11 @@
 
 import re
 
+import pytest
+
 from warm_python import ROOT, run_python
 
+pytestmark = pytest.mark.slow
 SCRIPT = str(ROOT / "scripts" / "gpu_check.py")
 
 
