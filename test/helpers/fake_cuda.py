@@ -25,6 +25,7 @@ from rtp_llm.srt.device.provider import Kernel
 from rtp_llm.srt.device.registry import ATTENTION_BACKENDS, DEVICES
 from rtp_llm.srt.devices.cuda.provider import CudaProvider
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
+from rtp_llm.srt.kernels.packed import PackedExperts
 from rtp_llm.srt.kv_pool import slots_of
 
 ALLOCATIONS = {
@@ -241,6 +242,9 @@ class FakeCuda(CudaProvider):
 
     def find(self, name: str, dtype: torch.dtype) -> Kernel | None:
         return super().find(name, dtype) if INTERPRETS else None
+
+    def pack_experts(self, weight: torch.Tensor) -> PackedExperts | None:
+        return super().pack_experts(weight) if INTERPRETS else None
 
     def pinned(self, values: torch.Tensor) -> torch.Tensor:
         return values.clone()
