@@ -23,6 +23,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.engine.executor import MultiProcessExecutor, WorkerError
 from rtp_llm.srt.plan import StepPlan
 from rtp_llm.srt.request_spec import MediaFile
@@ -84,7 +85,8 @@ class RayExecutor(MultiProcessExecutor):
         Raises:
             WorkerError: the cluster has no room for them in time.
         """
-        resources = {"GPU": 1.0, "CPU": 1.0} if self._config.device == "cuda" else {"CPU": 1.0}
+        on_cpu = provider_named(self._config.device).ranks_share_memory  # else each rank has a GPU of its own
+        resources = {"CPU": 1.0} if on_cpu else {"GPU": 1.0, "CPU": 1.0}
         self._group = placement_group([dict(resources) for _ in range(count)], strategy="PACK")
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
             raise WorkerError(
