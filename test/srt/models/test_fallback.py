@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import recurrent_fallback
 import safetensors.torch
 import torch
 import transformers
@@ -148,8 +149,10 @@ def worst_difference(directory: Path, **options: Any) -> float:
     with served(directory, **options) as engine:
         results = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True, logprob_start_len=0)
         warm = engine.generate(input_ids=prompts[-1], sampling_params=params, return_logprob=True)
-    assert warm["meta_info"]["cached_tokens"] == len(prompts[-1]) - 1
     architecture = transformers.AutoConfig.from_pretrained(directory).architectures[0]
+    cached, known = warm["meta_info"]["cached_tokens"], len(prompts[-1]) - 1
+    # A state is known where it was saved alone; test_fallback_states.py is about these models.
+    assert 0 < cached <= known if architecture in recurrent_fallback.AGREE else cached == known
     model = getattr(transformers, architecture).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
