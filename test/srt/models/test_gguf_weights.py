@@ -265,7 +265,7 @@ def test_names_of_a_form(
     for i in range(3):
         assert torch.equal(model.model.layers[i].post_attention_layernorm.weight, norms[i])
         together = torch.cat([values[f"blk.{i}.attn_{x}.weight"] for x in "qkv"])
-        assert torch.equal(model.model.layers[i].self_attn.qkv_proj.weight, together)
+        assert torch.equal(model.model.layers[i].self_attn.qkv_proj.dequantized_weight(), together)
 
 
 class OwnLoading(LlamaForCausalLM):
