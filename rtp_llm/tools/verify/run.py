@@ -315,7 +315,28 @@ def localise(report: Report, ours: OurModel, theirs: TheirModel, whole: Prompt, 
         finding = Finding(state.layer, f"{state.kind} after {fault.end} tokens", fault.error, [fault.text])
         source = source_of(ours.model, state.layer, finding.part, evidence.ours, built=ours.built)
         return _with(report, note=note, finding=finding, source=source)
-    return _with(report, note=note)
+    return _with(report, note=_of_reference_alone(report, ours, theirs, whole) or note)
+
+
+def _of_reference_alone(report: Report, ours: OurModel, theirs: TheirModel, whole: Prompt) -> str | None:
+    """Return what to say if the reference computes a prompt's last tokens, one by one, otherwise than all at once, and
+    ours does as it does at once; else None. Some of transformers' recurrent layers have two ways that are not alike."""
+    num = len(whole.ids)
+    if num <= NUM_SINGLE:
+        return None
+    before, ends = replace(whole, ids=whole.ids[:-NUM_SINGLE]), tuple(range(num - NUM_SINGLE, num))
+    at_once = theirs.run(whole, ends, [])[-NUM_SINGLE:]
+    one_by_one = theirs.run(before, 0, [*whole.ids[-NUM_SINGLE:], 0])[-NUM_SINGLE:]
+    _, our_logits = ours.run(whole, ours.cut_of(whole, ends), 1)
+    our_logits = our_logits[-NUM_SINGLE:, : at_once.shape[1]]
+    error = logits_error(one_by_one[:, : our_logits.shape[1]], at_once[:, : our_logits.shape[1]])
+    if error <= report.tolerance or logits_error(our_logits, at_once[:, : our_logits.shape[1]]) > report.tolerance:
+        return None
+    return (
+        f"The reference differs from itself: its logits of {NUM_SINGLE} tokens computed one by one differ from those "
+        f"computed at once by {error:.2g}. Ours, one by one, are those that it computes at once. Nothing is found wrong "
+        "in the model file."
+    )
 
 
 def _with_single_tokens(ours: OurModel, prompt: Prompt, cut_len: Cuts) -> Cuts:
