@@ -334,8 +334,8 @@ def _of_reference_alone(report: Report, ours: OurModel, theirs: TheirModel, whol
         return None
     return (
         f"The reference differs from itself: its logits of {NUM_SINGLE} tokens computed one by one differ from those "
-        f"computed at once by {error:.2g}. Ours, one by one, are those that it computes at once. Nothing is found wrong "
-        "in the model file."
+        f"computed at once by {error:.2g}. Ours, one by one, are those that it computes at once. Nothing is found "
+        "wrong in the model file."
     )
 
 

@@ -226,7 +226,8 @@ def test_a_killed_core_changes_no_answer(tiny_checkpoint: str, tmp_path: Path, n
         os.kill(core, signal.SIGKILL)
         answers = answers_of(streams)
         assert server.children() != [core]
-        assert f"was killed by signal 9 while {len(asks)} requests were live" in server.log.read_text()
+        [live] = re.findall(r"was killed by signal 9 while (\d+) requests were live", server.log.read_text())
+        assert 0 < int(live) <= len(asks)  # a fast machine has ended some
         assert_same(answers, undisturbed)
 
 
