@@ -25,6 +25,7 @@ from benchmark.peers.side import Side
 from benchmark.peers.workloads import DECODE, FIRST_TOKEN, OUTPUT, PREFILL, WORKLOADS
 from rtp_llm.tools.bench_serving.benchmark import workload
 from rtp_llm.tools.bench_serving.workloads import Piece, Source
+from tiny_server import wait_for
 
 FAKE_ENGINE = """
 import os, sys
@@ -73,11 +74,7 @@ def test_a_side_is_loaded_and_run(side: Side) -> None:
 def test_a_side_is_stopped_between_questions(side: Side) -> None:
     side.load(JOB)
     stat = Path(f"/proc/{side.group.process.pid}/stat")
-    for _ in range(1000):  # the signal is on its way when the answer is read
-        if stat.read_text().rpartition(")")[2].split()[0] == "T":
-            break
-    else:
-        pytest.fail("the process was not stopped")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")  # the signal may still be on its way
     assert side.run(work()).output_tokens == 16
 
 
