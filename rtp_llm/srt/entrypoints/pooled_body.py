@@ -44,7 +44,7 @@ class PooledBody(Body):
 
 
 class TakesInstruction(PooledBody):
-    """Of endpoints that score pairs."""
+    """The body of an endpoint that scores pairs."""
 
     instruction: str | None = Field(
         None, description="what a model that scores pairs by a template shall judge; unset: what it was trained for"
@@ -65,7 +65,7 @@ class TakesInstruction(PooledBody):
 
 
 class UsesActivation(PooledBody):
-    """Of vLLM's endpoints of scores and labels."""
+    """The body of vLLM's endpoints for scores and labels."""
 
     use_activation: bool | None = Field(
         None, description="extension: false: numbers before the softmax or sigmoid; unset: as the checkpoint has it"

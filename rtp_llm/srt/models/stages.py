@@ -103,7 +103,7 @@ def _equal_bytes(sizes: Sequence[int], num_stages: int, head: int) -> tuple[int,
 
     @cache
     def best(end: int, stages: int) -> tuple[int, int, tuple[int, ...]]:
-        """Of so many stages with the first ``end`` layers: the largest, the sum of squares, and the bounds."""
+        """Return the largest stage, the sum of squares and the bounds of so many stages of the first ``end`` layers."""
         extra = head if stages == num_stages else 0
         if stages == 1:
             size = totals[end] + extra

@@ -4,6 +4,8 @@ A recorder runs the model once under these guards. What would read a number of t
 only the host has for this step, raises NotReplayable, which says what it was.
 """
 
+import sys
+import traceback
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rtp_llm.srt.forward_batch import ForwardBatch
+from rtp_llm.srt.models.model_source import is_model_file
 
 HOST_LISTS = ("seq_lens_cpu", "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "prompt_lens_cpu", "shared_prefixes")
 READINGS = {
@@ -27,8 +30,29 @@ PLACES = {  # written where a mask is true: a device counts the places first, an
 }
 
 
+GUARDS = ("__torch_function__", "__torch_dispatch__")  # of whatever watches a recording
+
+
 class NotReplayable(Exception):
-    """The model's work depends on values."""
+    """Steps of this model, or with these parts of the engine, cannot be recorded."""
+
+
+def depends_on_values(what: str) -> NotReplayable:
+    """Return the error of a step whose work depends on values: what is read, and the line that reads it."""
+    return NotReplayable(f"{what} ({_line()})")
+
+
+def _line() -> str:
+    """Return the innermost line of the engine's code that is now running, and of a model file behind it, if any."""
+    ours = ""
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        module, text = str(frame.f_globals.get("__name__")), f"{frame.f_code.co_filename}, line {line}"
+        if is_model_file(module):
+            return f"{ours}, called by {text}" if ours else text
+        guards = module == __name__ or frame.f_code.co_name in GUARDS
+        if not ours and module.startswith("rtp_llm.srt.") and not guards:
+            ours = text
+    return ours
 
 
 class Unknown:
@@ -38,7 +62,7 @@ class Unknown:
         self._name = name
 
     def _refuse(self, *args: Any) -> NoReturn:
-        raise NotReplayable(f"the model reads {self._name}")
+        raise depends_on_values(f"a host list, {self._name}, is read")
 
     __getitem__ = __iter__ = __len__ = __bool__ = __eq__ = __contains__ = _refuse  # type: ignore[assignment]
 
@@ -61,7 +85,7 @@ class NoReading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READINGS:
-            raise NotReplayable(f"the model reads a tensor ({getattr(func, '__name__', func)})")
+            raise depends_on_values(f"{getattr(func, '__name__', func)} reads a tensor")
         result = func(*args, **(kwargs or {}))
         if func in CONSTANTS:
             self._kept.append(result)
@@ -79,16 +103,16 @@ class NoCounting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         refuse_reading(func, args)
         if func in PLACES and _masks(args[1]):
-            raise NotReplayable(f"places are counted ({func} with a mask)")
+            raise depends_on_values(f"places are counted, in {func} with a mask")
         return func(*args, **(kwargs or {}))
 
 
 def refuse_reading(func: Any, args: Any) -> None:
     """Raise NotReplayable if the operation reads a value into Python, or makes a shape that depends on values."""
     if torch.Tag.data_dependent_output in func.tags:
-        raise NotReplayable(f"the model reads a number ({func})")
+        raise depends_on_values(f"a number is read, by {func}")
     if torch.Tag.dynamic_output_shape in func.tags and (func is not torch.ops.aten.index.Tensor or _masks(args)):
-        raise NotReplayable(f"a shape depends on numbers ({func})")
+        raise depends_on_values(f"a shape depends on numbers, in {func}")
 
 
 def _masks(args: Any) -> list[torch.Tensor]:

@@ -112,7 +112,7 @@ def test_models_that_see(tmp_path: Path) -> None:
     [("BertModel", {"hidden_size": 256}), ("ModernBertModel", {}), ("XLMRobertaForSequenceClassification", {})],
 )
 def test_small_steps_of_encoders(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Of one input, of two, and, too large to be recorded, of many; with windows, and with the first token alone."""
+    """Steps of one and two inputs are replayed, those of many are too large; with windows, and with CLS alone."""
     model_dir = make_tiny(architecture, tmp_path, **options)
     vocab_size = AutoConfig.from_pretrained(model_dir).vocab_size
     calls = [random_prompts(vocab_size, lengths, seed) for lengths in ((9,), (9, 40)) for seed in range(8)]

@@ -12,7 +12,7 @@ NEW_TOKENS = 9  # the last of these decode steps are replayed
 
 
 def logprobs(model: str, dtype: str, quantization: str | None = None) -> torch.Tensor:
-    """Of the prompts' tokens, and of the new tokens in float32's place."""
+    """Return those of the prompts' tokens, and of the new tokens in float32's place."""
     prompts = random_prompts(TINY_MODELS[model].vocab_size, (40, 17, 31))
     options = {"quantization": quantization} if quantization else {}
     with Engine(

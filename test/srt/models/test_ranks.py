@@ -68,7 +68,7 @@ def test_two_ranks_quickly(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensor_parallel(architecture: str, tp_size: int, tmp_path: Path) -> None:
-    """Of four ranks, each two share a key/value head."""
+    """Ids equal one rank's; with four ranks, each two share a key/value head."""
     check_ranks(architecture, tmp_path, {}, tp_size=tp_size)
 
 

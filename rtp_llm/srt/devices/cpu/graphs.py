@@ -12,16 +12,13 @@ tensors or a batch's host lists while it is recorded runs without recordings.
 
 import dataclasses
 import logging
-import sys
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -33,7 +30,14 @@ from rtp_llm.srt.forward_batch import ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels.whole import taken_whole
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput
 from rtp_llm.srt.model_traits import ReplaysForward
-from rtp_llm.srt.models.model_source import is_model_file
+from rtp_llm.srt.worker.replayable import (
+    NoReading,
+    NotReplayable,
+    batch_tensors,
+    fields_of_step,
+    hide,
+    refuse_reading,
+)
 from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 
 logger = logging.getLogger(__name__)
@@ -44,26 +48,6 @@ MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as reque
 # A kind of batch is recorded when it occurs for this time. A recording costs as much as a few replays save: so rare
 # kinds cost little, and frequent ones lose little.
 RECORD_AT = 6
-
-
-class NotReplayable(Exception):
-    """A step's work depends on values: the message says what is read, and the line that does, the innermost of a model
-    file; of the engine's own code, if there is none."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what} ({_line()})")
-
-
-def _line() -> str:
-    """Return the innermost line of the engine's code that is now running, and of a model file behind it, if any."""
-    ours = ""
-    for frame, line in traceback.walk_stack(sys._getframe(1)):
-        module, text = str(frame.f_globals.get("__name__")), f"{frame.f_code.co_filename}, line {line}"
-        if is_model_file(module):
-            return f"{ours}, called by {text}" if ours else text
-        if not ours and module.startswith("rtp_llm.srt.") and module != __name__:
-            ours = text
-    return ours
 
 
 class CpuGraphs(StepRecorder):
@@ -139,7 +123,7 @@ class CpuGraphs(StepRecorder):
     def _record(self, batch: ForwardBatch) -> "CpuGraph":
         give_back_results()  # those of this kind's steps, which use a graph's memory from now on
         batch = dataclasses.replace(batch, mm_inputs=None)
-        for field, tensor in _fields_of_step(batch):
+        for field, tensor in fields_of_step(batch):
             setattr(batch, field, tensor.clone())
         batch.out_cache_locs = [tensor.clone() for tensor in batch.out_cache_locs]
         batch.state_waves = [wave.copy() for wave in batch.state_waves]
@@ -147,9 +131,7 @@ class CpuGraphs(StepRecorder):
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
         inputs = [*batch_tensors(batch), *self._planned()]
-        for field in ("seq_lens_cpu", "extend_prefix_lens_cpu", "extend_seq_lens_cpu", "prompt_lens_cpu"):
-            setattr(batch, field, Unknown(field))
-        batch.shared_prefixes = Unknown("shared_prefixes")  # type: ignore[assignment]
+        hide(batch)
         recording = Recording(self._memory, self.as_recorded)
         with ExitStack() as stack:
             stack.enter_context(noted_calls(recording.note))
@@ -224,7 +206,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        _refuse_reading(func, args)
+        refuse_reading(func, args)
         result = func(*args, **kwargs)
         if func in ALLOCATIONS:
             return self._memory.like(result)
@@ -271,62 +253,3 @@ def _run_into(func: Any, args: Any, kwargs: Any, own: Any) -> None:
     for to, value in zip(tree_leaves(own), tree_leaves(func(*args, **kwargs)), strict=True):
         if isinstance(to, torch.Tensor):
             to.copy_(value)
-
-
-def _refuse_reading(func: Any, args: Any) -> None:
-    """Raise NotReplayable if the operation reads a value into Python, or makes a shape that depends on values."""
-    if torch.Tag.data_dependent_output in func.tags:
-        raise NotReplayable(f"the model reads a number ({func})")
-    if torch.Tag.dynamic_output_shape in func.tags:
-        masks = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)]
-        if func is not torch.ops.aten.index.Tensor or masks:
-            raise NotReplayable(f"a shape depends on numbers, in {func}")
-
-
-READINGS = {
-    getattr(torch.Tensor, name)
-    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__")
-}
-CONSTANTS = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuffer}
-
-
-class NoReading(TorchFunctionMode):
-    """Refuses reads of a tensor that are no operation, and keeps tensors made of Python's numbers."""
-
-    def __init__(self, kept: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._kept = kept
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READINGS:
-            raise NotReplayable(f"{getattr(func, '__name__', func)} reads a tensor")
-        result = func(*args, **(kwargs or {}))
-        if func in CONSTANTS:
-            self._kept.append(result)
-        return result
-
-
-class Unknown:
-    """Placeholder for a host list, which a recorded model must not read."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def _refuse(self, *args: Any) -> NoReturn:
-        raise NotReplayable(f"a host list, {self._name}, is read")
-
-    __getitem__ = __iter__ = __len__ = __bool__ = __eq__ = __contains__ = _refuse  # type: ignore[assignment]
-
-    def __getattr__(self, name: str) -> NoReturn:
-        self._refuse()
-
-
-def _fields_of_step(batch: ForwardBatch) -> list[tuple[str, torch.Tensor]]:
-    values = [(field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch)]
-    return [(name, value) for name, value in values if isinstance(value, torch.Tensor)]
-
-
-def batch_tensors(batch: ForwardBatch) -> list[torch.Tensor]:
-    """Return all tensors of this step; page tables and cache have the same addresses in every step."""
-    waves = [tensor for wave in batch.state_waves for tensor in (wave.load, wave.store, wave.cu_seqlens)]
-    return [*(tensor for _, tensor in _fields_of_step(batch)), *batch.out_cache_locs, *waves]

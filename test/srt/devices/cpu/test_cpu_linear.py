@@ -147,7 +147,7 @@ def test_a_product_that_ends_in_an_activation(isa, generator, activation):
 
 
 def test_a_product_that_ends_in_gelu(isa, generator):
-    """Of each output alone; as exact as torch's."""
+    """Each output's GELU depends on that output alone, and is as exact as torch's."""
     for num_outputs, num_inputs in ((33, 7), (96, 40)):
         for packed in packed_weights(num_outputs, num_inputs):
             for num_rows in (1, 7, 30):

@@ -47,7 +47,7 @@ def on_all(ranks: list[SharedExchange], call: Callable[[int, SharedExchange], An
     ],
 )
 def test_sums(num_ranks: int, dtype: torch.dtype) -> None:
-    """Of sizes within a vector, on one rank alone, in shares of ranks, and of several slots: the same on all ranks."""
+    """Sums are the same on all ranks: within a vector, by one rank alone, in shares of ranks, over several slots."""
     ranks = shared(num_ranks)
     slot = SLOT_BYTES // dtype.itemsize
     for size in (1, 7, 16, 1000, 20_011, slot, slot + 5, 2 * slot + 333):

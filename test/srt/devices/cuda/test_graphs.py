@@ -115,8 +115,8 @@ def change_logits(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 READERS = {
-    "the model reads a tensor (item)": lambda batch: 1.0 if batch.positions.max().item() < 12 else 0.5,
-    "the model reads seq_lens_cpu": lambda batch: 1.0 if batch.seq_lens_cpu[0] < 12 else 0.5,
+    "item reads a tensor": lambda batch: 1.0 if batch.positions.max().item() < 12 else 0.5,
+    "a host list, seq_lens_cpu, is read": lambda batch: 1.0 if batch.seq_lens_cpu[0] < 12 else 0.5,
     "a shape depends on numbers": lambda batch: 1.0 if len(batch.positions[batch.positions < 12]) else 0.5,
     "places are counted": lambda batch: torch.ones(len(batch.sample_rows), 1).index_put_(
         (batch.positions[batch.sample_rows] > 12,), torch.tensor(0.5)
