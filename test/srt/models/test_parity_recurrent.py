@@ -106,7 +106,7 @@ CASES = (
         "lfm2-whole-untied",
         "Lfm2ForCausalLM",
         SIZES | dict(num_hidden_layers=3, block_auto_adjust_ff_dim=False, tie_word_embeddings=False, conv_L_cache=5)
-        | dict(full_attn_idxs=[2]),
+        | dict(layer_types=["conv", "conv", FULL]),
         CHUNKS,
     ),
     SlowCase(
