@@ -25,6 +25,8 @@ from rtp_llm.tools.chat.command import run_chat
 from rtp_llm.tools.chat.engine_backend import announce_demo
 from rtp_llm.tools.models import run_models
 from rtp_llm.tools.new import options as new_options
+from rtp_llm.tools.tiny import add_cli_args as add_tiny_flags
+from rtp_llm.tools.tiny import run_tiny
 from rtp_llm.tools.verify import options as verify_options
 
 EXIT_ADDRESS = 1
@@ -314,4 +316,5 @@ COMMANDS = (
     ),
     Command("port", "Turn a model file of vLLM or SGLang into one of ours.", port_options.add_cli_args, _port),
     Command("new", "Write the files of a new architecture, to begin with.", new_options.add_cli_args, _new),
+    Command("tiny", "Write a tiny random checkpoint of an architecture.", add_tiny_flags, run_tiny),
 )
