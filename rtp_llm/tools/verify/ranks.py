@@ -78,6 +78,6 @@ def tensors_of(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor
         held = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}
         held |= dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if isinstance(module, PackedLayer):
-            held["weight"] = dequantized(module)
+            held = {"weight": dequantized(module)} | held  # a cause is rather told of the weight than of the bias
         found |= {f"{name}.{key}": kept(value) for key, value in held.items() if value.is_floating_point()}
     return found
