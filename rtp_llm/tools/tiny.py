@@ -15,7 +15,9 @@ class TinyError(ValueError):
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("architecture", metavar="ARCHITECTURE", help="transformers' class, such as LlamaForCausalLM")
+    parser.add_argument(
+        "architecture", metavar="ARCHITECTURE", help="a class of transformers that reads text, such as LlamaForCausalLM"
+    )
     parser.add_argument("directory", metavar="DIR", help="a folder without a checkpoint; it is made if need be")
     parser.add_argument(
         "--config",
@@ -40,8 +42,9 @@ def run_tiny(args: argparse.Namespace) -> int:
         TinyError: see there.
         NotMadeError: transformers has no such class, or makes no small model of it.
     """
-    from rtp_llm.tools.tiny_checkpoint import make_tiny_checkpoint  # torch and transformers, only needed here
+    from rtp_llm.tools.tiny_checkpoint import make_tiny_checkpoint, model_class_of  # torch, only needed here
 
+    _check_reads_text_alone(args.architecture, model_class_of(args.architecture))
     directory = Path(args.directory)
     if (directory / "config.json").exists():
         raise TinyError(f"{directory} has a config.json already, and nothing is overwritten")
@@ -53,6 +56,16 @@ def run_tiny(args: argparse.Namespace) -> int:
     print_neutral(made)
     print(f"\nNext:\n    rtp-llm verify {directory}")
     return 0
+
+
+def _check_reads_text_alone(architecture: str, model_class: Any) -> None:
+    parts = getattr(getattr(model_class, "config_class", None), "sub_configs", {})
+    others = sorted(name for name in parts if re.match(r"vision|image|audio|speech", name))
+    if others:
+        raise TinyError(
+            f"{architecture} takes more than text ({', '.join(others)}), and only the checkpoint has its processor: "
+            "take a small published one; for an architecture of your own, rtp-llm new --sees writes a maker"
+        )
 
 
 def _read_config(name: str) -> dict[str, Any]:

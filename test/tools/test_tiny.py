@@ -37,6 +37,7 @@ def test_it_keeps_the_structure_of_a_configuration(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["NobodysForCausalLM", "{}"], "has no model class NobodysForCausalLM"),
+        (["Qwen2VLForConditionalGeneration", "{}"], "takes more than text (vision_config)"),
         (["LlamaForCausalLM", "{}", "--set", "layers"], "--set layers: FIELD=VALUE is expected"),
         (["LlamaForCausalLM", "{}/full"], "has a config.json already"),
         (["LlamaForCausalLM", "{}", "--config", "{}/full/config.json"], "holds no JSON object"),
