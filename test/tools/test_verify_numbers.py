@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rtp_llm.tools.verify.locate import Difference, first_difference
-from rtp_llm.tools.verify.number_names import factor_reason, is_named, scaling_name, value_name
+from rtp_llm.tools.verify.number_names import factor_reason, is_named, ratio_name, scaling_name, value_name
 from rtp_llm.tools.verify.order_causes import order_text, paired_rows
 from rtp_llm.tools.verify.trace import INPUT, OUTPUT, ROUTING, Place
 
@@ -44,6 +44,13 @@ def test_exact_factors_are_preferred_and_lists_are_read() -> None:
     assert is_named(0.7 / 1.6, config) and not is_named(0.7 / 1.6 * 1.0005, config)
     assert factor_reason(0.7 / 1.6 * 1.0005, config).startswith("attention_in_multiplier through ssm_in_multiplier")
     assert factor_reason(0.8, config).startswith("the reference multiplies by mlp_multipliers[1] (1.25)")
+
+
+def test_one_number_in_the_place_of_another() -> None:
+    config = SimpleNamespace(attention_multiplier=0.35, ssm_multiplier=0.65, ssm_multipliers=[0.7, 1.3, 0.9])
+    assert ratio_name(0.7 / 1.3, config) == "ssm_multipliers[0] in the place of ssm_multipliers[1]"
+    assert ratio_name(0.35 / 0.9, config) == "attention_multiplier in the place of ssm_multipliers[2]"
+    assert ratio_name(7.77, config) == ""
 
 
 def test_factors_of_scores_are_told_by_sizes_and_by_yarn() -> None:

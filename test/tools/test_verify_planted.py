@@ -93,7 +93,7 @@ def test_a_few_planted_mistakes(broken: BrokenModel, tmp_path: Path) -> None:
 def test_nearly_all_causes_are_known() -> None:
     """The places of all mistakes are found; the causes of the rest are not among the experiments."""
     assert len(PLANTED) > 90 and len(SEEING) > 30
-    assert sum(not broken.cause for broken in PLANTED) <= 2
+    assert sum(not broken.cause for broken in PLANTED) <= 1
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ from rtp_llm.tools.verify.trace import (
     VALUES,
     Place,
 )
-from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_missing, explain_turn
+from rtp_llm.tools.verify.vision_causes import VisionTrials, explain_rows_of_tower
 from rtp_llm.tools.verify.weight_causes import OTHER_ROWS, explain_linear, explain_norm, explain_norms, weight_of
 
 WINDOW = "attention window"
@@ -89,13 +89,9 @@ def _by_source(evidence: Evidence, place: Place, finding: Finding) -> Finding:
 
 
 def _by_experiments(evidence: Evidence, place: Place, error: float) -> Finding:
-    if evidence.ours.parts.is_tower(place.module):
-        missing = explain_missing(*evidence.pair(place), place.module, evidence.their_modules, evidence.tolerance)
-        if missing:
-            return Finding(place.module, place.part, error, [missing])
-        moved = explain_turn(evidence.ours, evidence.theirs, place, evidence.tolerance)
-        if moved:
-            return Finding(moved[0], INPUT, error, [moved[1]])
+    of_tower = explain_rows_of_tower(evidence, place, error)
+    if of_tower is not None:
+        return of_tower
     uncalled = without_effect(evidence, place, _uncalled(evidence, place))
     if uncalled:
         return Finding(uncalled[0], OUTPUT, error, [f"{', '.join(uncalled)}: never called by our model file"])

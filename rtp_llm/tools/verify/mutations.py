@@ -12,6 +12,7 @@ from itertools import permutations, product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.layers.activation import get_act_fn
@@ -22,6 +23,7 @@ from rtp_llm.tools.verify.trace import Place
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh", "mish")
 MAX_SECONDS = 120.0  # for changes of the reference, each of which computes a layer or all anew
 MAX_COUNT = 64  # integers up to this are taken for counts, and changed by one
+_POOLINGS = ((nn.AvgPool1d, F.max_pool1d), (nn.AvgPool2d, F.max_pool2d))
 _NOT_CHANGED = {
     "initializer_range",
     "training",
@@ -139,6 +141,14 @@ def attribute_mutations(name: str, module: nn.Module) -> Iterator[Mutation]:
             for act in ACTIVATIONS:
                 text = f"it computes {act}, the reference {type(child).__name__}"
                 yield Mutation(f"{name}.{key}", text, _hooked(child, _activated(act)))
+        for mean, maximum in _POOLINGS:
+            if isinstance(child, mean):
+                text = f"it takes the maximum of each window, the reference the mean ({type(child).__name__})"
+                yield Mutation(f"{name}.{key}", text, _hooked(child, _pooled(maximum, child)))
+
+
+def _pooled(function: Callable[..., torch.Tensor], pool: Any) -> Callable[[Any, Any], Any]:
+    return lambda given, output: function(given, pool.kernel_size, pool.stride, pool.padding, ceil_mode=pool.ceil_mode)
 
 
 def _others(value: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from typing import Any
 
 from rtp_llm.srt.layers.rope_scaling import yarn_get_mscale
@@ -70,6 +70,15 @@ def factor_reason(factor: float, config: Any) -> str:
 def is_named(factor: float, config: Any) -> bool:
     """Return whether the configuration's numbers give a wrong factor, up to the rounding of float32."""
     return next(_reasons(factor, config, EXACT), None) is not None
+
+
+def ratio_name(factor: float, config: Any) -> str:
+    """Return which number of the configuration stands in the place of which other one, those of one list first, where
+    a factor is the one through the other; empty: none."""
+    scales = numbers_of(config)[0]
+    pairs = [(one, other) for one, other in permutations(scales, 2) if _is(factor, scales[one] / scales[other])]
+    pairs.sort(key=lambda names: names[0].partition("[")[0] != names[1].partition("[")[0])
+    return f"{pairs[0][0]} in the place of {pairs[0][1]}" if pairs else ""
 
 
 def value_name(value: float, config: Any, digits: int = 6) -> str:

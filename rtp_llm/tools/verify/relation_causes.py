@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rtp_llm.tools.verify.evidence import Evidence
 from rtp_llm.tools.verify.locate import layer_of
+from rtp_llm.tools.verify.number_names import ratio_name
 from rtp_llm.tools.verify.rounding_causes import describe_rounding
 from rtp_llm.tools.verify.row_causes import (
     MAX_SOURCES,
@@ -58,15 +59,15 @@ def _column_factors(evidence: Evidence, place: Place) -> str | None:
         offset = (ours - slope * theirs).mean(0)
         is_offset = bool(offset.abs().max() > 1e-3 * theirs.abs().mean())
         if evidence.same(ours, slope * theirs + (offset if is_offset else 0)):
-            texts = [] if bool((slope == 1).all()) else [_factor_text(slope, evidence.their_parameters)]
+            texts = [] if bool((slope == 1).all()) else [_factor_text(slope, evidence)]
             if is_offset and not _is_bias_of_factor(offset, slope, evidence.their_parameters):
                 texts.append(_offset_text(offset, evidence.their_parameters))
             return "; ".join(texts) or None
     return None
 
 
-def _factor_text(factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> str:
-    for name, parameter in _vectors(parameters, len(factor)):
+def _factor_text(factor: torch.Tensor, evidence: Evidence) -> str:
+    for name, parameter in _vectors(evidence.their_parameters, len(factor)):
         for text, value in (
             (f"{name} is not multiplied", 1 / parameter),
             (f"{name} is multiplied where the reference does not, or twice", parameter),
@@ -79,10 +80,11 @@ def _factor_text(factor: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -
         return f"every component is multiplied by {same:.6g}"
     runs = _constant_runs(factor)
     if len(runs) <= MAX_RUNS:
-        texts = [
-            f"columns {first} to {last} are multiplied by {value:.4g}" for first, last, value in runs if value != 1
-        ]
-        return ", ".join(texts)
+        named = [(run, ratio_name(run[2], evidence.config)) for run in runs if run[2] != 1]
+        return ", ".join(
+            f"columns {first} to {last} are multiplied by {value:.4g}{f' ({name})' if name else ''}"
+            for (first, last, value), name in named
+        )
     return f"each column has a factor of its own (weights of a norm, a scale), {NAMELESS}"
 
 

@@ -16,7 +16,16 @@ from rtp_llm.tools.verify.pairings import paired
 MAX_SHOWN = 100  # characters of a statement
 MAX_DIFFERING = 300  # of what differs in it
 NUM_AROUND = 2  # words of a long statement before and after what differs
-_SWAPPED = {"sigmoid": "tanh", "tanh": "sigmoid", "cos": "sin", "sin": "cos", "floor": "ceil", "ceil": "floor"}
+_PAIRS = (
+    ("sigmoid", "tanh"),
+    ("cos", "sin"),
+    ("floor", "ceil"),
+    ("mean", "sum"),
+    ("mean", "amax"),
+    ("amax", "amin"),
+    *((f"{kind}avg_pool{n}d", f"{kind}max_pool{n}d") for kind in ("", "adaptive_") for n in (1, 2, 3)),
+)
+_MODES = ("bilinear", "bicubic", "nearest")  # of an interpolation
 _OTHER_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -217,6 +226,10 @@ def _others(node: ast.expr) -> Iterator[ast.expr]:
             yield ast.Tuple([second, first], node.ctx)
         case ast.Constant(value=value) if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield from (ast.Constant(other) for other in (0, 1, value + 1, value - 1) if other != value)
+        case ast.Constant(value=bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(value=value) if value in _MODES:
+            yield from (ast.Constant(other) for other in _MODES if other != value)
 
 
 def _other_calls(node: ast.Call, func: ast.expr, args: list[ast.expr]) -> Iterator[ast.expr]:
@@ -226,8 +239,9 @@ def _other_calls(node: ast.Call, func: ast.expr, args: list[ast.expr]) -> Iterat
         if not isinstance(arg, (ast.Constant, ast.Starred)):
             yield arg
     name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
-    if name in _SWAPPED and isinstance(func, ast.Attribute):
-        yield ast.Call(ast.Attribute(func.value, _SWAPPED[name], ast.Load()), args, node.keywords)
+    if isinstance(func, ast.Attribute):
+        others = [pair[1 - pair.index(name)] for pair in _PAIRS if name in pair]
+        yield from (ast.Call(ast.Attribute(func.value, other, ast.Load()), args, node.keywords) for other in others)
     if name == "sigmoid" and isinstance(func, ast.Attribute):
         yield ast.Call(ast.Attribute(func.value, "softmax", ast.Load()), args, [_last_dimension()])
     if name == "softmax" and isinstance(func, ast.Attribute):

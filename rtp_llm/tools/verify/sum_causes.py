@@ -12,6 +12,7 @@ from rtp_llm.tools.verify.locate import layer_of
 from rtp_llm.tools.verify.number_names import factor_reason, is_named, value_name
 from rtp_llm.tools.verify.order_causes import explain_order
 from rtp_llm.tools.verify.row_causes import earlier as earlier_places
+from rtp_llm.tools.verify.step_causes import step_between
 from rtp_llm.tools.verify.trace import INPUT, KEYS, OUTPUT, QUERIES, UNROTATED, Place
 
 ELSEWHERE = "it is what the reference has as"
@@ -52,7 +53,8 @@ def elsewhere(evidence: Evidence, place: Place) -> str | None:
     ours = evidence.ours.tensors[place]
     for other in _nearby(evidence, place):
         if evidence.same(ours, evidence.theirs.tensors[other]):
-            return f"{ELSEWHERE} {other}: a wrong slot or order"
+            step = step_between(evidence, place, other)
+            return f"{ELSEWHERE} {other}{f', {step}' if step else ': a wrong slot or order'}"
     return None
 
 

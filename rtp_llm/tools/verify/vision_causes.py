@@ -1,5 +1,5 @@
 """Causes of different attention outputs in a vision tower, found by computing attention again with the reference's
-queries, keys and values; learned positions that are not added; and modules on the other side of a pooling."""
+queries, keys and values; learned positions that are not added; modules on the other side of a pooling."""
 
 from collections.abc import Iterator, Mapping
 from itertools import product, takewhile
@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rtp_llm.tools.verify.evidence import Evidence, Finding
 from rtp_llm.tools.verify.locate import relative_error
 from rtp_llm.tools.verify.order_causes import matching_rows, order_text
+from rtp_llm.tools.verify.pooling_causes import explain_pooling
 from rtp_llm.tools.verify.trace import INPUT, KEYS, QUERIES, VALUES, Place, Trace
 
 Trial = tuple[float, tuple[int, ...], str]  # (scaling, patches of each segment, how queries and keys are turned)
@@ -146,6 +148,21 @@ def _changes(ours: Trial, theirs: Trial) -> Iterator[str]:
 def _segments(lengths: tuple[int, ...]) -> str:
     shown = ", ".join(map(str, lengths[:4])) + (", ..." if len(lengths) > 4 else "")
     return f"{len(lengths)} of {shown} patches"
+
+
+def explain_rows_of_tower(evidence: Evidence, place: Place, error: float) -> Finding | None:
+    """Explain rows of a tower: a table that is not added, or what is pooled otherwise, earlier or later; None: the
+    place is of no tower, or nothing of these is found."""
+    if not evidence.ours.parts.is_tower(place.module):
+        return None
+    missing = explain_missing(*evidence.pair(place), place.module, evidence.their_modules, evidence.tolerance)
+    if missing:
+        return Finding(place.module, place.part, error, [missing])
+    moved = explain_turn(evidence.ours, evidence.theirs, place, evidence.tolerance)
+    if moved:
+        return Finding(moved[0], INPUT, error, [moved[1]])
+    pooled = explain_pooling(evidence, place)
+    return Finding(place.module, place.part, error, [pooled]) if pooled else None
 
 
 def explain_missing(
