@@ -10,6 +10,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_health_check_failure_threshold", "10")
 
+import ray
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -40,4 +42,13 @@ def three_nodes() -> Iterator[ThreeNodes]:
     try:
         yield started
     finally:
+        ray.shutdown()  # the driver's connection, before the node that it is to
         started.cluster.shutdown()
+
+
+def nodes_of(class_name: str) -> list[str]:
+    """Return the node of each living actor whose class has this name, or one that contains it."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    alive = actors(actor_state_name="ALIVE").values()
+    return [actor["Address"]["NodeID"] for actor in alive if class_name in actor["ActorClassName"]]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 SCRIPT = '''
 import json, random, threading, time, urllib.error, urllib.request
-from ray_cluster import three_nodes
+from ray_cluster import nodes_of, three_nodes
 
 PROMPTS = ["the cat sat on the mat", "a dog is not a cat", "hello hello world", "the dog sat", "world of cats"]
 URL = f"http://127.0.0.1:{PORT}"
@@ -80,9 +80,7 @@ class Load:
 
 def replicas():
     """Return the nodes of the running replicas."""
-    from ray.util.state import list_actors
-    return [a.node_id for a in list_actors() if "Replica" in a.class_name and a.name and "Replica#" in a.name
-            and a.state == "ALIVE"]
+    return nodes_of("Replica:Replica")
 
 
 def wait_for(condition, what):

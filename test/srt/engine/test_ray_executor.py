@@ -14,22 +14,15 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 SAME_IDS = """
 import json, sys
-from ray_cluster import three_nodes
+from ray_cluster import nodes_of, three_nodes
 PROMPTS = [[5, 6, 7, 8], list(range(20, 60)), [9] * 17]
 PARAMS = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 
 def ids(**options):
     from rtp_llm import Engine
     with Engine(model_path=MODEL, device="cpu", max_total_tokens=1024, log_level="error", **options) as engine:
-        places = engine_places()
+        places = sorted(set(nodes_of("RankActor"))) if options else []
         return [a["output_ids"] for a in engine.generate(input_ids=PROMPTS, sampling_params=PARAMS)], places
-
-def engine_places():
-    import ray
-    if not ray.is_initialized():
-        return []
-    from ray.util.state import list_actors
-    return sorted({a.node_id for a in list_actors() if a.class_name == "RankActor" and a.state == "ALIVE"})
 
 if __name__ == "__main__":
     alone, _ = ids()
@@ -41,7 +34,7 @@ if __name__ == "__main__":
 
 NODE_DIES = """
 import json, os, re, subprocess, sys, threading, time, urllib.request
-from ray_cluster import three_nodes
+from ray_cluster import nodes_of, three_nodes
 BODY = {"prompt": "the cat sat", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 def ask(url, **more):
@@ -60,9 +53,6 @@ def ready(url, process):
 
 if __name__ == "__main__":
     with three_nodes() as cluster:
-        import ray
-        ray.init(log_to_driver=False)
-        from ray.util.state import list_actors
         url = f"http://127.0.0.1:{PORT}"
         command = [sys.executable, "-m", "rtp_llm", "serve", "--model-path", MODEL, "--port", str(PORT), "--device"]
         command += ["cpu", "--tp-size", "2", "--distributed-executor-backend", "ray", "--max-total-tokens", "4096"]
@@ -78,9 +68,7 @@ if __name__ == "__main__":
                         continue
                     text += json.loads(line[6:])["choices"][0]["text"]
                     if killed is None and len(text) > 20:
-                        killed = next(
-                            a.node_id for a in list_actors() if a.class_name == "RankActor" and a.state == "ALIVE"
-                        )
+                        killed = nodes_of("RankActor")[0]
                         cluster.kill(killed)
             ready(url, server)
             with urllib.request.urlopen(url + "/health_generate", timeout=600) as response:

@@ -170,7 +170,7 @@ def follow(server: Any, reader: Reader) -> None:
     held = set(reader.held)
     ask(server.url, text)
     assert reader.read() == [], "a prompt that is cached is told once"
-    for seed in range(1, 9):  # more than the cache holds
+    for seed in range(1, 20):  # 19 * 60 tokens: more than the cache holds
         ask(server.url, words(60, seed))
     removed = [event for event in reader.read() if type(event).__name__ == "BlockRemoved"]
     assert removed and not held <= reader.held
