@@ -1,12 +1,12 @@
-"""Kills ranks, cores, replicas and the router at random while clients ask, and looks for what must not happen.
+"""Kills ranks, cores, replicas, nodes and the router at random while clients ask, and looks for what must not happen.
 
     python -m benchmark.chaos --minutes 20
 
 Some replicas of the embedded model run behind a router. Each client asks one request after the other, half of them as
 streams, and compares every answer with the one that the model gave before anything was killed. Every few seconds
-something is killed with SIGKILL: a rank's worker process (with --tp-size 2), a core, a replica's HTTP process, or the
-router. What a replica restarts by itself is left to it; a replica or a router that has ended is started again, as an
-orchestrator would.
+something is killed with SIGKILL: a rank's worker process (with --tp-size 2), a core, a replica's HTTP process, a node
+(all processes of a replica at once, as if its machine had lost power), or the router. What a replica restarts by itself
+is left to it; a replica or a router that has ended is started again, as an orchestrator would.
 
 A request may end by an error: its connection was to what was killed. It may not end by a wrong answer, nor not end. The
 memory of each kind of process must not grow from one half of the run to the other.
@@ -29,45 +29,53 @@ from pathlib import Path
 import httpx
 
 from benchmark.fleet import Router, end, start_replicas, url_of
-from benchmark.soak_server import SoakServer, resident_bytes
+from benchmark.soak_server import ServerFailed, SoakServer, resident_bytes
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
 
 MODEL = "chaos"
-KINDS = ("rank", "core", "replica", "router")
+KINDS = ("rank", "core", "replica", "node", "router")
 WORKER_MODULE = b"rtp_llm.srt.worker.process"
+KILLED = f"status -{signal.SIGKILL.value};"
 HUNG_AFTER_S = 180.0
 GROWTH = 1.3  # of the median memory of a kind of process, from the first half of a run to the second
 
 
 class Fleet:
-    """The replicas and their router, which are started again when they have ended."""
+    """The replicas and their router, each of which is started again when it has ended."""
 
     def __init__(self, replicas: list[SoakServer], router: Router) -> None:
         self.replicas, self.router = replicas, router
         self.restarts: Counter[str] = Counter()
+        self.problems: list[str] = []
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._restart_what_ended)
+        members = [("router", router), *(("replica", replica) for replica in replicas)]
+        self._threads = [threading.Thread(target=self._keep_up, args=member) for member in members]
 
     def start(self) -> None:
         self.router.start()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
         self.router.kill()
         end(self.replicas)
 
-    def _restart_what_ended(self) -> None:
+    def _keep_up(self, kind: str, member: SoakServer | Router) -> None:
         while not self._ended.wait(0.5):
-            for replica in self.replicas:
-                if not replica.is_running():
-                    replica.end()
-                    replica.start()
-                    self.restarts["replica"] += 1
-            if not self.router.is_running():
-                self.router.start()
-                self.restarts["router"] += 1
+            if member.is_running():
+                continue
+            try:
+                if isinstance(member, SoakServer):
+                    member.end()  # what its HTTP process has left
+                member.start()
+                self.restarts[kind] += 1
+            except ServerFailed as error:
+                if KILLED not in str(error):  # which is this run's own doing, while it was starting
+                    self.problems.append(str(error))
 
     def kill(self, kind: str, draw: random.Random) -> bool:
         """Kill one of a kind; return whether there was one."""
@@ -79,13 +87,15 @@ class Fleet:
             return False
         pids = {
             "replica": [replica.http_pid],
+            "node": replica.processes(),
             "core": [pid for pid in [replica.core_pid()] if pid is not None],
             "rank": [pid for pid in replica.processes() if is_worker(pid)],
         }[kind]
         if not pids:
             return False
-        with suppress(ProcessLookupError):
-            os.kill(draw.choice(pids), signal.SIGKILL)
+        for pid in pids if kind == "node" else [draw.choice(pids)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         return True
 
 
@@ -220,7 +230,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[str]:
             time.sleep(draw.uniform(0.5, 1.5) * args.every_s)
             kind = draw.choice(kinds)
             kills[kind] += fleet.kill(kind, draw)
-        problems = finish(clients, ended)
+        problems = finish(clients, ended) + fleet.problems
         lines, grown = memory.report()
         counts = sum((client.counts for client in clients), Counter())
         print(f"killed: {dict(kills)}; started again: {dict(fleet.restarts)}")

@@ -18,10 +18,11 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
 class ThreeNodes:
-    """``head`` has no room for ranks and replicas; ``nodes`` has three with room for one each."""
+    """The head has no room for ranks and replicas, but a resource `head`; each of three nodes has room for one."""
 
     def __init__(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+        head = {**NODE, "num_cpus": 0, "resources": {"head": 1}, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: dict[str, Any] = {}
         for _ in range(3):
             self.add()

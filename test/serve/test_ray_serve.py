@@ -80,7 +80,7 @@ class Load:
 
 def replicas():
     """Return the nodes of the running replicas."""
-    return nodes_of("Replica:Replica")
+    return nodes_of("default:Replica")
 
 
 def wait_for(condition, what):
@@ -103,7 +103,7 @@ def main():
         options = {"autoscaling_config": scaling, "ray_actor_options": {"num_cpus": 1}, "health_check_timeout_s": 120}
         options |= {"graceful_shutdown_timeout_s": 60}
         args = {"model_path": MODEL, "device": "cpu", "max_total_tokens": 4096, "log_level": "warning"}
-        ingress = {"ray_actor_options": {"num_cpus": 0}}
+        ingress = {"ray_actor_options": {"num_cpus": 0, "resources": {"head": 0.1}}}  # on the node that stays
         serve.run(build_openai_app({"server_args": args, "replicas": options, "ingress": ingress}))
         with urllib.request.urlopen(URL + "/health", timeout=60) as response:
             seen["health"] = response.status
