@@ -1,8 +1,9 @@
 """What ranks and replicas give: tokens per second of greedy requests, and as a ratio to one process.
 
-    python -m benchmark.rank_throughput --model-path DIR --requests 16
+    python -m benchmark.rank_throughput --model-path DIR --requests 16 --ways tp dp
 
-All have the same threads together (``--cpu-threads``). Ways are measured one after the other, each with its own cores.
+All have the same threads together (``--cpu-threads``). Ways are measured one after the other, each with its own cores;
+the one process comes first.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 
+ONE = "one process"
 WAYS: dict[str, dict[str, Any]] = {
-    "one process": {},
+    ONE: {},
     "--tp-size 2": {"tp_size": 2},
     "--pp-size 2": {"pp_size": 2},
     "--dp-size 2": {"dp_size": 2},
@@ -75,21 +77,24 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--cpu-threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", help="as of the server; unset: as the checkpoint says")
+    parser.add_argument("--ways", nargs="+", choices=("tp", "pp", "dp"), default=["tp", "pp", "dp"])
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     print("| way | tokens/s | to one process | stages used |\n|---|---|---|---|", flush=True)
     first = None
-    for name, options in WAYS.items():
+    for name in (ONE, *(f"--{way}-size 2" for way in given.ways)):
         args = ServerArgs(
             model_path=given.model_path,
             device="cpu",
             dtype=given.dtype,
+            quantization=given.quantization,
             cpu_threads=given.cpu_threads,
             max_total_tokens=2 * given.requests * (given.prompt_len + given.new_tokens),
             max_running_requests=given.requests,
             disable_radix_cache=True,
             log_level="error",
-            **options,
+            **WAYS[name],
         )
         rate, usage = measure(args, given.requests, given.prompt_len, given.new_tokens, given.rounds)
         first = first or rate
