@@ -90,6 +90,19 @@ def test_a_few_planted_mistakes(broken: BrokenModel, tmp_path: Path) -> None:
     check(broken, tmp_path)
 
 
+def test_rows_that_are_too_many_for_their_placeholders(tmp_path: Path) -> None:
+    change = ("F.avg_pool2d(grid, self.kernel_size)", "F.avg_pool2d(grid, self.kernel_size, stride=1)")
+    broken = BrokenModel("", "gemma3_mm", (change,), "Gemma3ForConditionalGeneration", "", "", "")
+    (tmp_path / "checkpoint").mkdir()
+    options = VerifyOptions(max_new_tokens=4, long_len=40, model_class=broken.write(tmp_path))
+    report = verify(server_args(make(broken, tmp_path / "checkpoint")), options)
+    assert report.failure.partition("First: ")[2] == (
+        "model.multi_modal_projector.mm_soft_emb_norm, its input: 49 rows, the reference's 16: it is the mean over "
+        "windows of 2 x 2, 1 x 1 apart, in a grid of 8 x 8, of output of model.vision_tower.post_layernorm; the "
+        "reference's is the mean over windows of 2 x 2 in a grid of 8 x 8"
+    )
+
+
 def test_nearly_all_causes_are_known() -> None:
     """The places of all mistakes are found; the causes of the rest are not among the experiments."""
     assert len(PLANTED) > 90 and len(SEEING) > 30

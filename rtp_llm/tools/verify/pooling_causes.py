@@ -22,7 +22,7 @@ Function = Callable[[torch.Tensor, "Pooling"], torch.Tensor]  # of [images, colu
 @dataclass(frozen=True)
 class Pooling:
     """``grid``: rows and columns of patches; ``windows``: how many in each direction; ``widening``: patches by which a
-    window is larger than the distance between two, with zeros around the grid; ``by_columns``: the order of results."""
+    window is larger than the distance between two; ``by_columns``: the order of results."""
 
     function: str
     grid: tuple[int, int]
@@ -42,7 +42,11 @@ class Pooling:
     def __str__(self) -> str:
         size = " x ".join(str(stride + self.widening) for stride in self.strides)
         apart = f", {' x '.join(map(str, self.strides))} apart," if self.widening else ""
-        parts = f"windows of {size}{apart}" if self.is_even else f"{' x '.join(map(str, self.windows))} parts"
+        parts = (
+            f"windows of {size}{apart}"
+            if self.is_even or self.widening
+            else f"{' x '.join(map(str, self.windows))} parts"
+        )
         order = ", column by column" if self.by_columns else ""
         return f"{self.function} over {parts} in a grid of {' x '.join(map(str, self.grid))}{order}"
 
@@ -59,7 +63,8 @@ class Pooling:
 
 
 def explain_pooling(evidence: Evidence, place: Place) -> str | None:
-    """Return how ours pools what the reference pools otherwise; None: either is no pooling, or they are the same."""
+    """Return how ours pools what the reference pools otherwise, to as many rows or to others; None: either is no
+    pooling, or they are the same."""
     ours, theirs = evidence.pair(place)
     for source in _sources(evidence, place)[:NUM_SOURCES]:
         rows = evidence.theirs.tensors[source]
@@ -69,6 +74,8 @@ def explain_pooling(evidence: Evidence, place: Place) -> str | None:
             right = _found(evidence, images, theirs, tried)
             if right is None:
                 continue
+            if len(ours) != len(theirs):
+                tried = list(_poolings(images.shape[1], len(ours) // num_images))
             mine = _found(evidence, images, ours, sorted(tried, key=lambda other: _changes(other, right)))
             return None if mine is None else _text(source, (ours, mine), (theirs, right))
     return None
@@ -101,9 +108,8 @@ def _poolings(num_patches: int, num_pooled: int) -> Iterator[Pooling]:
     for by_columns, kind in product((False, True), kinds):
         for function in EVEN if kind.is_even else UNEVEN:
             yield replace(kind, function=function, by_columns=by_columns)
-    for kind, function, widening in product(kinds, ("the mean", "the maximum"), (-1, 1, 2)):
-        if kind.is_even:
-            yield replace(kind, function=function, widening=widening)
+    for kind, function, widening in product(kinds, ("the mean", "the maximum"), (-1, 1, 2, 3)):
+        yield replace(kind, function=function, widening=widening)
 
 
 def _sides(num: int) -> list[tuple[int, int]]:
@@ -163,7 +169,11 @@ def _kernel(pooling: Pooling) -> list[int]:
 
 
 def _padding(pooling: Pooling) -> int:
-    return (pooling.widening + 1) // 2
+    """Return the zeros on each side of the grid with which there are so many windows; 0: with none there are."""
+    padding = (pooling.widening + 1) // 2
+    sizes = zip(pooling.grid, _kernel(pooling), pooling.strides, pooling.windows, strict=True)
+    is_padded = all((size + 2 * padding - kernel) // stride + 1 == num for size, kernel, stride, num in sizes)
+    return padding if is_padded else 0
 
 
 def _of_whole_windows(grids: torch.Tensor, pooling: Pooling) -> torch.Tensor:

@@ -42,6 +42,7 @@ from rtp_llm.tools.verify.prompts import (
 from rtp_llm.tools.verify.recording import compared, logits_of, record
 from rtp_llm.tools.verify.recurrent_causes import explain_state
 from rtp_llm.tools.verify.row_causes import from_the_tower
+from rtp_llm.tools.verify.row_numbers import other_number_of_rows
 from rtp_llm.tools.verify.sides import ForwardError, OurModel, TheirModel
 from rtp_llm.tools.verify.ties import Parting, parting, same_in_float32
 from rtp_llm.tools.verify.together import explain_images, explain_pieces, state_of_pieces
@@ -148,7 +149,7 @@ def _verify(args: ServerArgs, options: VerifyOptions) -> Report:
         prompts += image_prompts(args, config, tokenizer, options)
         ours = OurModel(args, config, max(len(prompt.ids) for prompt in prompts) + options.max_new_tokens)
         theirs = TheirModel(args, config)
-        results = [_compare_prompt(ours, theirs, prompt, options) for prompt in prompts]
+        results = _compare_prompts(ours, theirs, prompts, options, dtype)
         pixels = _pixels(args, config, tokenizer, options, theirs, prompts)
     except (WeightLoadError, ModelBuildError, ModelImportError, MediaPlacementError, ForwardError) as error:
         name = options.model_class or ", ".join(config.architectures)
@@ -216,6 +217,27 @@ def _settle_ties(report: Report, args: ServerArgs, options: VerifyOptions) -> Re
         if result.parting
     }
     return _with(report, results=[settled.get(id(result), result) for result in report.results])
+
+
+def _compare_prompts(
+    ours: OurModel, theirs: TheirModel, prompts: list[Prompt], options: VerifyOptions, dtype: str
+) -> list[PromptResult]:
+    """Compare all prompts.
+
+    Raises:
+        ForwardError: ours cannot compute one; of one with images with the place where their rows become others.
+    """
+    results = []
+    for prompt in prompts:
+        try:
+            results.append(_compare_prompt(ours, theirs, prompt, options))
+        except ForwardError as error:
+            if prompt.media is None:
+                raise
+            shortest = min((each for each in prompts if each.media), key=lambda each: len(each.ids))
+            rows = other_number_of_rows(dtype, ours, theirs, shortest)
+            raise ForwardError(f"{error}. {rows}" if rows else str(error)) from error
+    return results
 
 
 def _compare_prompt(ours: OurModel, theirs: TheirModel, prompt: Prompt, options: VerifyOptions) -> PromptResult:

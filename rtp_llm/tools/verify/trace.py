@@ -163,7 +163,12 @@ class Trace:
         self.starts.append(start)
         self._num_steps += 1
         self._uses.clear()
-        yield
+        try:
+            yield
+        finally:  # of a step that fails, what comes before that
+            self._join_pieces()
+
+    def _join_pieces(self) -> None:
         self.tensors = {
             place: torch.cat(pieces)
             for place, pieces in sorted(self._pieces.items(), key=lambda item: self._turn_of(item[0]))
