@@ -51,6 +51,8 @@ def all_edits(body: str) -> list[str]:
         ("return x.mean(1)", "return x.amax(1)"),
         ("return F.interpolate(x, mode='bilinear')", "return F.interpolate(x, mode='nearest')"),
         ("return f(x, align_corners=True)", "return f(x, align_corners=False)"),
+        ("return sum(i * z for i, z in enumerate(x))", "return sum((i * z for i, z in enumerate(reversed([*x]))))"),
+        ("for z in x:\n    y = y * z\nreturn y", "for z in reversed([*x]):\n        y = y * z\n    return y"),
         ("return f(x, scale=2)", "return f(x)"),
         ("return f(x, y)", "return f(y, x)"),
         ("return -x", "return x"),

@@ -104,12 +104,12 @@ def _poolings(num_patches: int, num_pooled: int) -> Iterator[Pooling]:
         sorted(_sides(num), key=lambda sides: abs(sides[0] - sides[1])) for num in (num_patches, num_pooled)
     )
     kinds = [Pooling("", grid, into) for grid in grids for into in windows if grid[0] >= into[0] and grid[1] >= into[1]]
-    kinds.sort(key=lambda kind: not kind.is_even)
-    for by_columns, kind in product((False, True), kinds):
-        for function in EVEN if kind.is_even else UNEVEN:
-            yield replace(kind, function=function, by_columns=by_columns)
+    for by_columns, kind, function in product((False, True), (kind for kind in kinds if kind.is_even), EVEN):
+        yield replace(kind, function=function, by_columns=by_columns)
     for kind, function, widening in product(kinds, ("the mean", "the maximum"), (-1, 1, 2, 3)):
         yield replace(kind, function=function, widening=widening)
+    for by_columns, kind, function in product((False, True), (kind for kind in kinds if not kind.is_even), UNEVEN):
+        yield replace(kind, function=function, by_columns=by_columns)
 
 
 def _sides(num: int) -> list[tuple[int, int]]:

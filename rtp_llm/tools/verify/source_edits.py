@@ -98,7 +98,8 @@ def _without_function(tree: ast.FunctionDef) -> Iterator[Edit]:
 
 def rarer_edits(tree: ast.FunctionDef) -> Iterator[Edit]:
     """Yield the function with one edit each of those that are several at once, or rare: components paired otherwise
-    everywhere, a variable negated, a token's own row taken from what a function of the file sums."""
+    everywhere, a variable negated, a token's own row taken from what a function of the file sums, a loop the other way
+    round."""
     for by_halves in (True, False):
         changed = copy.deepcopy(tree)
         before, after = paired(changed, by_halves)
@@ -112,6 +113,32 @@ def rarer_edits(tree: ast.FunctionDef) -> Iterator[Edit]:
                         value.insert(index + 1, following)
                         yield Edit(tree, _shown(statement), f"{_shown(statement)}; {_shown(following)}")
                         value.pop(index + 1)
+    yield from _turned_loops(tree)
+
+
+def _turned_loops(tree: ast.FunctionDef) -> Iterator[Edit]:
+    """Yield the function with one loop each, also in an expression, that begins with the last; what it counts stays."""
+    for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
+        own = [
+            node for child in ast.iter_child_nodes(statement) if isinstance(child, ast.expr) for node in ast.walk(child)
+        ]
+        before = _shown(statement)
+        for loop in (statement, *own):
+            loops = loop.generators if isinstance(loop, ast.GeneratorExp | ast.ListComp) else [loop]
+            for each in loops:
+                if not isinstance(each, ast.For | ast.comprehension):
+                    continue
+                given = each.iter
+                each.iter = _from_the_last(given)
+                yield Edit(tree, before, _shown(statement))
+                each.iter = given
+
+
+def _from_the_last(items: ast.expr) -> ast.expr:
+    match items:
+        case ast.Call(func=ast.Name(id="enumerate"), args=[first]):
+            return ast.Call(items.func, [_from_the_last(first)], items.keywords)
+    return ast.Call(ast.Name("reversed", ast.Load()), [ast.List([ast.Starred(items, ast.Load())], ast.Load())], [])
 
 
 def _negations(statement: ast.Assign | ast.AugAssign) -> Iterator[ast.Assign]:
