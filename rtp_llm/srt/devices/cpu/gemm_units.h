@@ -60,6 +60,16 @@ INLINE vec add_product(vec sum, vec x, vec weights) {
 }
 
 // sums[r][v] += the pairs of COUNT registers at w times the unit of row r.
+#if defined(HAVE_DOT_OF_BF16)
+// Row by row: the registers have room for all sums and weights, and for one row's unit.
+template <int R, int COUNT>
+INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w) {
+    ivec pairs[COUNT];
+    for (int v = 0; v < COUNT; v++) pairs[v] = load_bits(w + v * LANES);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < COUNT; v++) sums[r][v] = add_pair(sums[r][v], x[r], pairs[v]);
+}
+#else
 template <int R, int COUNT>
 INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w) {
     for (int v = 0; v < COUNT; v++) {
@@ -68,7 +78,6 @@ INLINE void add_unit(vec (&sums)[R][COUNT], const uint32_t* x, const uint32_t* w
     }
 }
 
-#if !defined(HAVE_DOT_OF_BF16)
 INLINE vec add_pair(vec sum, Unit x, ivec pair) {
     sum += splat(x.first) * first_of(pair);
     return sum + splat(x.second) * second_of(pair);
