@@ -82,6 +82,18 @@ def nearest(vectors: np.ndarray) -> np.ndarray:
     return similarities.argmax(axis=1)
 
 
+def compared(mine: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """Return figures of how near [N, size] vectors are to those of the reference."""
+    cosines = (unit(mine) * unit(reference)).sum(axis=1)
+    similarities = [ranks(unit(vectors) @ unit(vectors)[0]) for vectors in (mine, reference)]
+    return {
+        "smallest_cosine": float(cosines.min()),
+        "largest_difference": float(np.abs(mine - reference).max()),
+        "same_nearest": int((nearest(mine) == nearest(reference)).sum()),
+        "rank_correlation": float(np.corrcoef(*similarities)[0, 1]),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare a model's vectors with those of sentence-transformers.")
     parser.add_argument("--model", required=True, help="a checkpoint's folder")
@@ -91,21 +103,10 @@ def main() -> int:
     texts = texts_for(AutoTokenizer.from_pretrained(args.model), args.texts)
     mine, my_s = ours(args.model, texts, args.dtype)
     reference, name, their_s = theirs(args.model, texts)
-    cosines = (unit(mine) * unit(reference)).sum(axis=1)
-    similarities = [ranks(unit(vectors) @ unit(vectors)[0]) for vectors in (mine, reference)]
-    result = {
-        "model": Path(args.model).name,
-        "reference": name,
-        "dtype": args.dtype,
-        "texts": len(texts),
-        "smallest_cosine": float(cosines.min()),
-        "largest_difference": float(np.abs(mine - reference).max()),
-        "same_nearest": int((nearest(mine) == nearest(reference)).sum()),
-        "rank_correlation": float(np.corrcoef(*similarities)[0, 1]),
-        "seconds": {"ours": round(my_s, 2), "theirs": round(their_s, 2)},
-    }
-    print(json.dumps(result, indent=1))
-    return 0 if cosines.min() > WORST_COSINE[args.dtype] else 1
+    figures = compared(mine, reference)
+    about = {"model": Path(args.model).name, "reference": name, "dtype": args.dtype, "texts": len(texts)}
+    print(json.dumps(about | figures | {"seconds": {"ours": round(my_s, 2), "theirs": round(their_s, 2)}}, indent=1))
+    return 0 if figures["smallest_cosine"] > WORST_COSINE[args.dtype] else 1
 
 
 if __name__ == "__main__":

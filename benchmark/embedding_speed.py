@@ -11,11 +11,14 @@ side that is not installed is left out, and said so. ``--shape bge-m3`` measures
 
 Every side gets the same texts, of random words of the tokenizer, each of exactly as many tokens as the row says, and
 gives vectors; the first vector of each must be near ours. Of each row every side has one turn without a clock, and then
-``--rounds`` turns; the median counts. Prints markdown tables: sentences a second, and ours to the best of the others.
+``--rounds`` turns; the median counts. Rows of more than 16,384 tokens have one turn. A side that would take more than
+``--most-seconds`` for a turn, by its speed so far, is left out of the row. Prints markdown tables: sentences a second,
+and ours to the best of the others; ``--json`` keeps the seconds of every call.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -39,6 +42,7 @@ from benchmark.peers.process import ProcessGroup, SideFailed  # noqa: E402
 OURS = ("ours", "ours-http")
 NEAR = {"float32": 0.9999, "bfloat16": 0.99}  # least cosine of a side's first vector with ours
 TIMES_OF_ONE = 10  # calls of one text in a turn
+LONG_ROW = 16384  # tokens; longer ones need no turn without a clock
 SEED = 7
 
 
@@ -47,6 +51,7 @@ class Engine:
 
     def __init__(self, name: str, dtype: str, model: Path, args: argparse.Namespace, folder: Path) -> None:
         self.name, self.dtype, self.title = name, dtype, f"{name} {dtype}"
+        self.token_s = 0.0  # seconds for each token of the longest row so far
         environment = Path(args.peers_into) / "llama.cpp"
         python = environment / "bin" / "python" if name == "llama.cpp" else Path(sys.executable)
         variables = dict(os.environ) | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
@@ -193,23 +198,25 @@ def start(model: Path, args: argparse.Namespace, folder: Path) -> list[Engine]:
     return engines
 
 
-def measure(engines: list[Engine], texts: list[str], rounds: int) -> dict[str, list[float]]:
+def measure(engines: list[Engine], texts: list[str], length: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return the seconds of every call by side; a side that fails, or whose vector is another, is left out aloud."""
-    times = TIMES_OF_ONE if len(texts) == 1 else 1
+    times, tokens = TIMES_OF_ONE if len(texts) == 1 else 1, length * len(texts)
     seconds: dict[str, list[float]] = {}
+    taking_part = [each for each in engines if not args.most_seconds or each.token_s * tokens <= args.most_seconds]
     ours = None
-    for turn in range(rounds + 1):
-        for engine in list(engines):
+    for turn in [1] if tokens > LONG_ROW else range(args.rounds + 1):
+        for engine in list(taking_part):
             try:
                 taken, vector = engine.ask(texts, times)
             except SideFailed as error:
                 print(f"left out from here on: {error}", flush=True)
                 engines.remove(engine)
+                taking_part.remove(engine)
                 seconds.pop(engine.title, None)
                 continue
             if turn:
                 seconds.setdefault(engine.title, []).extend(taken)
-                continue
+                engine.token_s = min(taken) / tokens
             ours = vector if ours is None else ours
             if float(vector @ ours) < NEAR[engine.dtype]:
                 print(f"!! {engine.title}: its vector's cosine with ours is {float(vector @ ours):.5f}", flush=True)
@@ -234,6 +241,20 @@ def report(rows: dict[tuple[int, int], dict[str, list[float]]], titles: Sequence
     return "\n".join(lines)
 
 
+def wanted(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return (tokens of a text, texts) of each row, those that take least time first."""
+    every = [(length, batch) for length in args.lengths for batch in args.batches]
+    return sorted((row for row in every if not args.most_tokens or math.prod(row) <= args.most_tokens), key=math.prod)
+
+
+def keep(rows: dict[tuple[int, int], dict[str, list[float]]], model: str, args: argparse.Namespace) -> None:
+    """Write what has been measured so far to ``args.json``, if that is given."""
+    if args.json is not None:
+        every = [{"tokens": tokens, "texts": texts, "seconds": found} for (tokens, texts), found in rows.items()]
+        about = {"model": model, "threads": args.threads, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}"}
+        args.json.write_text(json.dumps(about | {"rows": every}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the speed of embedding with other engines.")
     parser.add_argument("--model", type=Path, required=True, help="a BERT's folder; of --shape: its tokenizer")
@@ -246,31 +267,35 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most-tokens", type=int, help="leave out rows of more tokens")
+    parser.add_argument("--most-seconds", type=float, help="leave a side out of rows that take it longer")
+    parser.add_argument("--json", type=Path, help="a file for the seconds of every call")
     parser.add_argument("--peers-into", type=Path, default=DEFAULT_INTO, help="where peers/setup.py made them")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
     engines: list[Engine] = []
+    rows: dict[tuple[int, int], dict[str, list[float]]] = {}
+    titles: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = args.model if args.shape is None else make_bge_shape(args.layers, args.model, folder)
         try:
             engines = start(model.resolve(), args, folder)
             titles, tokenizer = [engine.title for engine in engines], AutoTokenizer.from_pretrained(model)
-            rows: dict[tuple[int, int], dict[str, list[float]]] = {}
-            for length in args.lengths:
-                for batch in args.batches:
-                    if args.most_tokens is None or length * batch <= args.most_tokens:
-                        seconds = measure(engines, texts_of(tokenizer, batch, length), args.rounds)
-                        rows[length, batch] = seconds
-                        rates = ", ".join(f"{title} {batch / median(s):.1f}" for title, s in seconds.items())
-                        print(f"{batch} texts of {length} tokens: {rates}", flush=True)
+            for length, batch in wanted(args):
+                seconds = measure(engines, texts_of(tokenizer, batch, length), length, args)
+                rows[length, batch] = seconds
+                keep(rows, model.name, args)
+                rates = ", ".join(f"{title} {batch / median(s):.1f}" for title, s in seconds.items())
+                print(f"{batch} texts of {length} tokens: {rates}", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted: other rows were not measured", flush=True)
         finally:
             for engine in engines:
                 engine.close()
     stamp = f"{datetime.now(UTC):%Y-%m-%d}"
     print(f"\n{model.name}, {args.threads} threads, {stamp}, batches of {BATCH} where texts are padded\n")
-    print(report(rows, titles, args))
+    print(report(dict(sorted(rows.items())), titles, args))
     return 0
 
 

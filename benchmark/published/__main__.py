@@ -2,9 +2,9 @@
 
     python -m benchmark.published [SECTION ...]
 
-Sections: files (download only), parity, accuracy, evaluations, memory, speed; all by default. Each writes its table
-into docs/published_models.md. What was measured is kept, so that an interrupted run goes on where it was. Files lie in
-RTP_LLM_REAL, or in ~/.cache/rtp_llm/published.
+Sections: files (download only), parity, accuracy, evaluations, memory, embedding, speed; all by default. Each writes
+its table into docs/published_models.md. What was measured is kept, so that an interrupted run goes on where it was.
+Files lie in RTP_LLM_REAL, or in ~/.cache/rtp_llm/published.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers.utils import logging
 from benchmark.peers.peers import DEFAULT_INTO, PEERS
 from benchmark.peers.peers import HERE as PEERS_FOLDER
 from benchmark.peers.workloads import WORKLOADS
-from benchmark.published import accuracy, evaluations, memory, page, parity, speed
+from benchmark.published import accuracy, embedding, evaluations, memory, page, parity, speed
 from benchmark.published.files import FilesError, default_folder, installed
 from benchmark.published.models import CHAT_OPTIONS, MODELS, PublishedModel
 from benchmark.published.reference import ReadingError, reference_folder
@@ -37,10 +37,11 @@ TABLES = {
     "accuracy": accuracy.table,
     "evaluations": evaluations.table,
     "memory": memory.table,
+    "embedding": embedding.table,
     "speed": speed.table,
 }
-FILES, SPEED, ALL = "files", speed.SECTION, "all"
-SECTIONS = (FILES, "parity", "accuracy", "evaluations", "memory", SPEED)
+FILES, EMBEDDING, SPEED, ALL = "files", embedding.SECTION, speed.SECTION, "all"
+SECTIONS = (FILES, "parity", "accuracy", "evaluations", "memory", EMBEDDING, SPEED)
 EXIT_ERROR = 2
 
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = {model: installed(model, place.models) for model in models}
         for section in SECTIONS[1:] if ALL in args.sections else [name for name in args.sections if name != FILES]:
-            records = speed_records(files, place) if section == SPEED else section_records(section, files, place)
+            records = records_of(section, files, place)
             table = TABLES[section](records)
             print(f"\n{table}\n", flush=True)
             if args.page is not None:
@@ -105,6 +106,12 @@ def default_data() -> Path | None:
     named = os.environ.get("RTP_LLM_TEST_DATA")
     folder = Path(named, "eval") if named else None
     return folder if folder is not None and folder.is_dir() else None
+
+
+def records_of(section: str, files: dict[PublishedModel, Path], place: Place) -> dict[str, Record]:
+    if section == SPEED:
+        return speed_records(files, place)
+    return embedding.records(place) if section == EMBEDDING else section_records(section, files, place)
 
 
 def section_records(section: str, files: dict[PublishedModel, Path], place: Place) -> dict[str, Record]:

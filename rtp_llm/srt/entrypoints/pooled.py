@@ -6,6 +6,7 @@ An endpoint reads its body, asks ``PooledEndpoint.pool`` for the outputs of its 
 import asyncio
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from fastapi import Request
@@ -18,6 +19,7 @@ from rtp_llm.srt.managers.scoring import Sides, scoring
 from rtp_llm.srt.pooling import PooledOutput, PooledOutputs
 from rtp_llm.srt.sampling_params import InvalidRequest
 
+ENCODED_TOGETHER = 32  # inputs, before other requests' turn
 WINDOW = 256  # inputs of one request that the core has at once: those of other requests come between
 
 
@@ -102,15 +104,19 @@ class PooledEndpoint:
 
     async def _completions(self, prompts: Sequence[PoolingPrompt], names: Mapping[str, str]) -> list[PooledCompletion]:
         completions: list[PooledCompletion] = []
-        for i, prompt in enumerate(prompts):
-            if i % 16 == 15:
+        for start in range(0, len(prompts), ENCODED_TOGETHER):
+            together = prompts[start : start + ENCODED_TOGETHER]
+            if start:
                 await asyncio.sleep(0)  # let other requests run
-            with request_names(names):
-                completions.append(await self._completion(prompt))
+            num_chars = sum(len(prompt.text) for prompt in together if isinstance(prompt.text, str))
+            await self._serving.off_loop(num_chars, partial(self._requests.encode_together, together))
+            for prompt in together:
+                with request_names(names):
+                    completions.append(await self._completion(prompt))
         return completions
 
     async def _completion(self, prompt: PoolingPrompt) -> PooledCompletion:
-        num_chars = len(prompt.text) if isinstance(prompt.text, str) else 0
+        num_chars = len(prompt.text) if isinstance(prompt.text, str) and prompt.encoded is None else 0
         return await self._serving.off_loop(num_chars, lambda: self._requests.completion(prompt))
 
 

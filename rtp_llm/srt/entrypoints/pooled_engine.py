@@ -6,8 +6,9 @@ from typing import Any, TypedDict, Unpack
 
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.entrypoints.frontend import Call, Result, Results
+from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import Client
-from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions
+from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions, PoolingPrompt
 from rtp_llm.srt.managers.scoring import Scoring, Sides, classified, labels_of, ranked, scoring
 from rtp_llm.srt.pooling import PooledOutput
 from rtp_llm.srt.sampling_params import InvalidRequest
@@ -73,7 +74,7 @@ class PooledMethods(ABC):
         self._check_process()
         prompts, is_list = self._pooled.prompts(task, prompt, input_ids, options)
         windows = [prompts[start : start + WINDOW] for start in range(0, len(prompts), WINDOW)]
-        calls = (Call(self._client, [self._pooled.completion(each) for each in window], True) for window in windows)
+        calls = (Call(self._client, self._made(window), True) for window in windows)
         results = self._collect_all(calls)
         return results if is_list else results[0]
 
@@ -201,6 +202,10 @@ class PooledMethods(ABC):
         self._check_process()
         self._pooled.check_names(options)
         return scoring(self._pooled, sides, options, score_by)
+
+    def _made(self, prompts: Sequence[PoolingPrompt]) -> list[Completion]:
+        self._pooled.encode_together(prompts)
+        return [self._pooled.completion(prompt) for prompt in prompts]
 
     def _run(self, asked: Scoring) -> list[PooledCompletion]:
         completions: list[PooledCompletion] = []

@@ -139,7 +139,7 @@ REDUCTIONS: Mapping[str, type[Reduction]] = {
     "all": EachToken,
 }
 FINISHES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "normalize": lambda x: F.normalize(x, dim=-1),
+    "normalize": lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12),
     "softmax": lambda x: x.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -256,8 +256,8 @@ def embedders(reduction: str | Reduction, width: int) -> dict[str, Pooler]:
 
 def _sums(states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """[P, size] -> [N, size]: the sum of each request's lines, whoever else is in the batch."""
-    requests = torch.arange(len(counts), device=states.device).repeat_interleave(counts)
-    return states.new_zeros(len(counts), states.shape[1]).index_add_(0, requests, states)
+    lines = torch.arange(len(states), device=states.device)
+    return F.embedding_bag(lines, states, counts.cumsum(0) - counts, mode="sum")
 
 
 def _dtype_of(head: Head | None) -> torch.dtype:

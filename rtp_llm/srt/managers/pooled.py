@@ -41,7 +41,7 @@ class PoolingPrompt:
     """One input as the caller gave it, not checked yet. Exactly one of ``text`` and ``input_ids`` is set.
 
     ``pair_start``: of ids, where the second text begins. ``place``: how an error names it, if it is one of several.
-    ``against``: see PoolingSpec.
+    ``against``: see PoolingSpec. ``encoded``: the text's ids, if they are there already (``encode_together``).
     """
 
     task: str
@@ -51,6 +51,7 @@ class PoolingPrompt:
     pair_start: int | None = None
     place: str = ""
     against: PooledOutput | None = None
+    encoded: list[int] | None = None
 
 
 class PooledCompletion(Completion):
@@ -137,6 +138,30 @@ class PooledRequests:
             prompts.append(PoolingPrompt(task, **{name: value}, options=own, place=place))
         return prompts, is_list
 
+    def encode_together(self, prompts: Sequence[PoolingPrompt]) -> None:
+        """Encode the texts of many prompts in a few calls of the tokenizer, which take a fraction of the time.
+
+        Long texts, pairs, wrong ones and those with rare options are left to ``completion``.
+        """
+        try:
+            before = self._prompt_text(None)
+        except InvalidRequest:  # every prompt's own error
+            return
+        groups: dict[tuple[bool, int | None], list[PoolingPrompt]] = {}
+        for prompt in prompts:
+            options = prompt.options
+            cut = options.get("truncate_prompt_tokens")
+            is_plain = all(options.get(name) is None for name in ("text_pair", "instruction", "prompt_name"))
+            if is_plain and cut in (None, -1) and self.manager.encodes_together(prompt.text):
+                groups.setdefault((options.get("add_special_tokens") is not False, cut), []).append(prompt)
+        for (adds, _), group in groups.items():
+            if len(group) > 1:
+                texts = [before + prompt.text for prompt in group]
+                texts = [text.lower() for text in texts] if self.sentences.lower_case else texts
+                every = self.manager.encode_inputs(texts, adds, self._most_tokens(group[0].options))
+                for prompt, ids in zip(group, every, strict=True):
+                    prompt.encoded = ids
+
     def completion(self, prompt: PoolingPrompt) -> PooledCompletion:
         """Check and encode one input.
 
@@ -175,6 +200,8 @@ class PooledRequests:
 
     def _ids(self, prompt: PoolingPrompt) -> tuple[str, list[int], int | None]:
         """Return the name of the input's field, its ids, and where the second text begins."""
+        if prompt.encoded is not None:
+            return "prompt", prompt.encoded, None
         options, most = prompt.options, self._most_tokens(prompt.options)
         if prompt.text is None:
             return "input_ids", token_ids("input_ids", prompt.input_ids)[:most], prompt.pair_start

@@ -69,6 +69,21 @@ class TextEncoder:
         types = encoding.get("token_type_ids") or []
         return encoding["input_ids"], types.index(1) if 1 in types else None
 
+    def encode_inputs(self, texts: list[str], add_special_tokens: bool, max_tokens: int | None) -> list[list[int]]:
+        """Return what ``encode_input`` returns of each, in a fraction of the time. No text may be long."""
+        cut = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+        with self._lock:
+            encoding = self._tokenizer(
+                texts,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+                **cut,
+            )
+        ids: list[list[int]] = encoding["input_ids"]
+        return ids
+
     def check_length(self, text: str) -> None:
         """Raise TooManyTokens for a text that has far more tokens than a prompt may.
 

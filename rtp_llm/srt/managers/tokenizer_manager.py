@@ -24,7 +24,7 @@ from rtp_llm.srt.managers.generate_options import (
     rids,
 )
 from rtp_llm.srt.managers.sentencepiece_tokenizer import follow_sentencepiece, named_symbols
-from rtp_llm.srt.managers.text_encoder import TextEncoder, TooManyTokens
+from rtp_llm.srt.managers.text_encoder import LONG_TEXT, TextEncoder, TooManyTokens
 from rtp_llm.srt.managers.tokenizer_files import VOCABULARIES, complaint
 from rtp_llm.srt.messages import GenerateRequest
 from rtp_llm.srt.multimodal.items import Modality, MultimodalInputs, MultimodalProcessorOutput
@@ -321,6 +321,21 @@ class TokenizerManager:
             if max_tokens is None:
                 self._check_length(self._encoder, each)
         return self._encoder.encode_input(text, pair, add_special_tokens, max_tokens)
+
+    def encode_inputs(self, texts: list[str], add_special_tokens: bool, max_tokens: int | None) -> list[list[int]]:
+        """See TextEncoder.encode_inputs. There must be a tokenizer, and ``encodes_together`` be true of all texts."""
+        assert self._encoder is not None
+        return self._encoder.encode_inputs(texts, add_special_tokens, max_tokens)
+
+    def encodes_together(self, text: Any) -> bool:
+        """Whether the text can be encoded with others: neither wrong nor long."""
+        if self._encoder is None or not isinstance(text, str) or len(text) > LONG_TEXT:
+            return False
+        try:
+            check_text("prompt", text)
+        except InvalidRequest:
+            return False
+        return True
 
     def encode_pair(
         self, query: str, document: str, instruction: str | None = None, max_tokens: int | None = None

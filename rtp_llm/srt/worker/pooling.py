@@ -55,13 +55,14 @@ class PooledLines:
         """Return (index in ``plan.work``, output), of a copy of ``lines`` on the host; None for numbers that are not
         finite."""
         array = lines.numpy().astype("<f4", copy=False)
-        is_finite = np.isfinite(array).all(axis=1)
+        finite = np.isfinite(array)
+        is_finite = None if finite.all() else finite.all(axis=1)
         found: list[tuple[int, PooledOutput | None]] = []
         start = 0
         for index, count in zip(self.indices, self.counts, strict=True):
             end, shape = start + count, [count, array.shape[1]] if self.per_token else [array.shape[1]]
-            output = PooledOutput(array[start:end].tobytes(), shape) if is_finite[start:end].all() else None
-            found.append((index, output))
+            is_good = is_finite is None or is_finite[start:end].all()
+            found.append((index, PooledOutput(array[start:end].tobytes(), shape) if is_good else None))
             start = end
         return found
 
@@ -95,6 +96,10 @@ class RowPooling:
             if row is None:
                 continue
             end = w.start + w.num_tokens
+            if w.start == 0 and end >= row.prompt_len:  # the whole input
+                tokens.append(row.positions + offset)
+                self._parts.append(Part(index, row, len(row.positions), True))
+                continue
             first, last = np.searchsorted(row.positions, (w.start, end))
             tokens.append(row.positions[first:last] + (offset - w.start))
             self._parts.append(Part(index, row, int(last - first), end >= row.prompt_len))
@@ -120,28 +125,33 @@ class RowPooling:
         """
         if states is None:
             return []
+        keys = {part.row.key for part in self._parts}
+        if len(keys) == 1 and all(part.is_last and not part.row.kept for part in self._parts):
+            return [self._make(keys.pop(), self._parts, states)]
         groups: dict[Key, list[tuple[Part, torch.Tensor]]] = {}
         for part, piece in zip(self._parts, states.split([part.count for part in self._parts]), strict=True):
             if part.is_last:
                 groups.setdefault(part.row.key, []).append((part, piece))
             else:
                 part.row.kept.append(piece.clone())
-        return [self._make(key, group, states) for key, group in groups.items()]
+        made = []
+        for key, group in groups.items():
+            pieces = [piece for part, last in group for piece in (*part.row.kept, last)]
+            made.append(self._make(key, [part for part, _ in group], torch.cat(pieces)))
+        return made
 
-    def _make(self, key: Key, group: list[tuple[Part, torch.Tensor]], states: torch.Tensor) -> PooledLines:
+    def _make(self, key: Key, parts: Sequence[Part], states: torch.Tensor) -> PooledLines:
+        """Return the lines of rows that ask for the same. ``states``: [P, size], of all their tokens that are read."""
         task, dimensions, normalize, is_comparison = key
         pooler = self._poolers[task]
-        is_all = len(group) == len(self._parts) and not any(part.row.kept for part, _ in group)
-        if not is_all:
-            states = torch.cat([piece for part, last in group for piece in (*part.row.kept, last)])
-        counts = [len(part.row.positions) for part, _ in group]
+        counts = [len(part.row.positions) for part in parts]
         lines = pooler(states, self._provider.to_device(counts, torch.int64), dimensions, normalize)
-        indices = [part.index for part, _ in group]
+        indices = [part.index for part in parts]
         if is_comparison:
-            queries = [part.row.spec.against for part, _ in group]
+            queries = [part.row.spec.against for part in parts]
             sums = [self._max_sim(query, piece) for query, piece in zip(queries, lines.split(counts), strict=True)]
-            return PooledLines(torch.stack(sums)[:, None], indices, [1] * len(group), False)
-        return PooledLines(lines, indices, counts if pooler.per_token else [1] * len(group), pooler.per_token)
+            return PooledLines(torch.stack(sums)[:, None], indices, [1] * len(parts), False)
+        return PooledLines(lines, indices, counts if pooler.per_token else [1] * len(parts), pooler.per_token)
 
     def _max_sim(self, query: PooledOutput | None, lines: torch.Tensor) -> torch.Tensor:
         """Return the sum over a query's vectors of the largest product with one of ``lines`` [tokens, width] (ColBERT:

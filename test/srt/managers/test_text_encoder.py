@@ -33,6 +33,14 @@ def test_long_and_short_texts_have_the_same_ids_from_any_thread(tokenizer: Any) 
     assert ids == [tokenizer(text)["input_ids"] for text in texts]
 
 
+@pytest.mark.parametrize("max_tokens", [None, 3])
+def test_texts_encoded_together_have_the_ids_of_each(tokenizer: Any, max_tokens: int | None) -> None:
+    encoder, texts = TextEncoder(tokenizer, MOST), ["the cat sat", "", "größer 東京", "the cat"]
+    alone = [encoder.encode_input(text, None, True, max_tokens)[0] for text in texts]
+    assert encoder.encode_inputs(texts, True, max_tokens) == alone
+    assert max(map(len, alone)) == (max_tokens or len(tokenizer(texts[2])["input_ids"]))
+
+
 def test_a_long_text_keeps_no_short_one_waiting(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, encode = TextEncoder(tokenizer, MOST), text_encoder._encode
     begun, may_end = threading.Event(), threading.Event()

@@ -57,6 +57,17 @@ def test_texts_ids_and_lists_of_both(embedder: InProcess) -> None:
     assert mixed[0] == pytest.approx(of_texts[1], abs=1e-6) and mixed[1] == pytest.approx(of_texts[0], abs=1e-6)
 
 
+def test_texts_of_one_request_are_those_of_single_ones(embedder: InProcess) -> None:
+    texts = ["the cat sat", "größer 東京", "a", "the cat " * 40, "a dog sat"]
+    for options in ({"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 4}, {"add_special_tokens": False}):
+        some = texts[:3] if "add_special_tokens" in options else texts
+        together = vectors(post(embedder, {"input": some, **options}))
+        for text, vector in zip(some, together, strict=True):
+            assert vectors(post(embedder, {"input": text, **options}))[0] == pytest.approx(vector, abs=1e-6)
+    failed = error(post(embedder, {"input": texts}))
+    assert failed["message"].startswith("input 3: ") and "64" in failed["message"]
+
+
 def test_the_answer_has_openais_form(embedder: InProcess) -> None:
     body = post(embedder, {"input": [[5, 6, 7], [8, 9]], "model": "tiny", "user": "somebody"}).json()
     assert list(body) == ["object", "data", "model", "usage"]

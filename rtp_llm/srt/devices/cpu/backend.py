@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
@@ -22,22 +23,23 @@ class WholeRows:
     table: torch.Tensor
     starts: torch.Tensor  # [T] int64: where each token's row begins in [T]
     lens: torch.Tensor  # [T] int64: the length of its row
-    ends: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window: the end of what each token sees
+    ends: dict[int, torch.Tensor] = field(default_factory=dict)  # by window: the end of what each token sees
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> "WholeRows":
-        counts = batch.extend_seq_lens
-        num_rows, longest = len(counts), max(batch.extend_seq_lens_cpu, default=0)
-        table = (batch.extend_start_loc[:, None] + torch.arange(longest)).int()
-        starts, lens = (column.repeat_interleave(counts) for column in (batch.extend_start_loc, counts))
-        rows = PagedRows.of(range(num_rows), [0] * num_rows, batch.extend_seq_lens_cpu)
-        return cls(rows, table, starts, lens)
+        counts = np.array(batch.extend_seq_lens_cpu, dtype=np.int64)  # numpy's calls take less time than torch's
+        starts = counts.cumsum() - counts
+        table = (starts[:, None] + np.arange(counts.max(initial=0))).astype(np.int32)
+        rows = PagedRows(*(torch.from_numpy(x.astype(np.int32)) for x in (np.arange(len(counts)), 0 * counts, counts)))
+        return cls(rows, *(torch.from_numpy(x) for x in (table, starts.repeat(counts), counts.repeat(counts))))
 
     def visible_ends(self, window: int | None) -> torch.Tensor:
         """Return [T] int64 positions before which each token sees, within its row."""
+        if window is None:
+            return self.lens
         if window not in self.ends:
             places = torch.arange(len(self.starts)) - self.starts
-            self.ends[window] = self.lens if window is None else torch.minimum(self.lens, places + window)
+            self.ends[window] = torch.minimum(self.lens, places + window)
         return self.ends[window]
 
 
@@ -65,6 +67,8 @@ class CpuAttention(AttentionBackend):
 
     def plan(self, batch: ForwardBatch) -> None:
         self._whole_rows = WholeRows.of(batch) if self._encodes else None
+        if self._encodes and not batch.kv_pool.groups:
+            return  # no layer has a cache
         self._rows = PagedRows.of(
             batch.req_pool_indices,
             batch.extend_prefix_lens_cpu,

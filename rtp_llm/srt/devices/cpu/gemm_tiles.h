@@ -31,6 +31,19 @@ struct OutputIn {
         put(row * stride + column, value, count);
     }
 
+    // Writes a whole panel of R rows, as ``write`` does.
+    template <int R>
+    INLINE void write_panel(int64_t row, int64_t column, const vec (&values)[R][VECS]) const {
+        vec biases[VECS] = {};
+        for (int v = 0; v < VECS && bias; v++) biases[v] = with_bias(vec{}, column + v * LANES, LANES);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) {
+                vec value = values[r][v] + biases[v];
+                if (activation == GELU) value = activated(round(value));
+                put((row + r) * stride + column + v * LANES, value, LANES);
+            }
+    }
+
     // Applies a gated activation to a vector of columns of the first half and those of the second, with the roundings
     // of separate operations.
     INLINE void write_gated(int64_t row, int64_t column, vec first, vec second) const {
@@ -166,6 +179,7 @@ NOINLINE void tile_int8(const FourOf<R>* x, const uint32_t* panel, int64_t units
 
 template <int R, class H>
 INLINE void write_tile(const OutputIn<H>& out, int64_t row, int64_t column, const vec (&sums)[R][VECS]) {
+    if (column + PANEL <= out.columns) return out.template write_panel<R>(row, column, sums);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECS; v++) out.write(row + r, column + v * LANES, sums[r][v]);
 }
