@@ -38,6 +38,8 @@ from rtp_llm.srt.worker.states import RowStates
 from rtp_llm.srt.worker.step_graphs import DecodeStep, HostRows
 from rtp_llm.srt.worker.step_recorder import StepRecorder
 
+_NO_ID = np.zeros(1, dtype=np.int64)  # in the place of a token that was drawn
+
 
 @dataclass(slots=True)
 class RowState:
@@ -400,21 +402,20 @@ class ModelRunner:
 
     def _input_ids(self, host: StepColumns[np.ndarray], step: StepColumns[torch.Tensor]) -> torch.Tensor:
         """[T] int64: known ids from the admissions; after them, the row's last drawn token."""
-        is_drawn = host.starts >= self._num_known[host.rows]
+        num_known = self._num_known[host.rows]
+        is_drawn = host.starts >= num_known
         if is_drawn.all() and len(host.positions) == len(host.rows):
             return self.last_tokens[step.rows]
-        unknown = is_drawn & (host.counts > 1) | ~is_drawn & (host.ends > self._num_known[host.rows])
+        unknown = is_drawn & (host.counts > 1) | ~is_drawn & (host.ends > num_known)
         if unknown.any():
             row, start = host.rows[unknown][0], host.starts[unknown][0]
             raise RuntimeError(f"row {row}: tokens from {start} on are not all known to the worker")
-        ids = np.zeros(len(host.positions), dtype=np.int64)
-        for b in np.flatnonzero(~is_drawn).tolist():
-            offset, start, end = host.offsets[b], host.starts[b], host.ends[b]
-            ids[offset : offset + end - start] = self._rows[int(host.rows[b])].ids[start:end]
-        columns = ids, host.offsets[is_drawn], host.rows[is_drawn]
-        input_ids, places, rows = self._provider.to_device_together(columns)
-        if len(places):
-            input_ids[places] = self.last_tokens[rows]
+        parts = zip(host.rows.tolist(), host.starts.tolist(), host.ends.tolist(), is_drawn.tolist(), strict=True)
+        ids = np.concatenate([_NO_ID if drawn else self._rows[row].ids[start:end] for row, start, end, drawn in parts])
+        if not is_drawn.any():
+            return self._provider.to_device_together([ids])[0]
+        input_ids, places, rows = self._provider.to_device_together((ids, host.offsets[is_drawn], host.rows[is_drawn]))
+        input_ids[places] = self.last_tokens[rows]
         return input_ids
 
     def _logprob_rows(self, work: list[RowWork], offsets: list[int]) -> list[LogprobRow]:
