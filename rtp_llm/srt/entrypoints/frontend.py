@@ -47,7 +47,7 @@ def completions_of(
     """
     prompts, batched = _prompts(prompt, input_ids, options)
     if any(item.has_media for item in prompts):
-        prompts = _run_in_thread(partial(_with_media, manager, prompts, batched))
+        prompts = run_in_thread(partial(_with_media, manager, prompts, batched))
     return _completions(manager, prompts, batched)
 
 
@@ -86,7 +86,7 @@ def _numbered(i: int, batched: bool) -> Iterator[None]:
         raise type(error)(f"prompt {i}: {error}", error.param) if batched else error from None
 
 
-def _run_in_thread(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run_in_thread(make_coroutine: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine in a new thread and wait for its result: the caller's thread may run an event loop."""
     with ThreadPoolExecutor(1, thread_name_prefix="rtp-llm-media") as pool:
         return pool.submit(lambda: asyncio.run(make_coroutine())).result()

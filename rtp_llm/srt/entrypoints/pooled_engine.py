@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.entrypoints.frontend import Call, Result, Results
+from rtp_llm.srt.entrypoints.frontend import Call, Result, Results, run_in_thread
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.engine_client import Client
 from rtp_llm.srt.managers.pooled import PooledCompletion, PooledRequests, PoolingOptions, PoolingPrompt
@@ -73,6 +74,8 @@ class PooledMethods(ABC):
         """
         self._check_process()
         prompts, is_list = self._pooled.prompts(task, prompt, input_ids, options)
+        if any(each.has_media for each in prompts):
+            prompts = run_in_thread(partial(self._with_media, prompts))
         windows = [prompts[start : start + WINDOW] for start in range(0, len(prompts), WINDOW)]
         calls = (Call(self._client, self._made(window), True) for window in windows)
         results = self._collect_all(calls)
@@ -87,9 +90,9 @@ class PooledMethods(ABC):
     ) -> Results:
         """Do the same as ``encode`` without blocking the event loop; cancelling it ends the requests."""
         self._check_process()
-        return await self._collect_async(
-            Call(self._client, *self._pooled.completions(task, prompt, input_ids, options))
-        )
+        prompts, is_list = self._pooled.prompts(task, prompt, input_ids, options)
+        completions = self._made(await self._with_media(prompts))
+        return await self._collect_async(Call(self._client, completions, is_list))
 
     def score(
         self,
@@ -202,6 +205,9 @@ class PooledMethods(ABC):
         self._check_process()
         self._pooled.check_names(options)
         return scoring(self._pooled, sides, options, score_by)
+
+    async def _with_media(self, prompts: Sequence[PoolingPrompt]) -> list[PoolingPrompt]:
+        return [await self._pooled.with_media(prompt) for prompt in prompts]
 
     def _made(self, prompts: Sequence[PoolingPrompt]) -> list[Completion]:
         self._pooled.encode_together(prompts)

@@ -6,19 +6,20 @@ What an endpoint asks for is a task's name and PoolingOptions; everything else i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypedDict, cast
 
 from rtp_llm.srt.configs.sentence_transformers import SentenceTransformer
 from rtp_llm.srt.managers.detokenizer import Completion
 from rtp_llm.srt.managers.generate_options import GenerateOptions, cache_salt, check_text, per_prompt, priority, rids
-from rtp_llm.srt.managers.tokenizer_manager import TokenizerManager
+from rtp_llm.srt.managers.tokenizer_manager import Prompt, TokenizerManager
 from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.pooling import PooledOutput, PoolingSpec
-from rtp_llm.srt.request_spec import RequestSpec
+from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams, token_ids
 
 NO_TOKENS = SamplingParams(max_new_tokens=0)
+MEDIA = ("image_data", "video_data")  # options that ``with_media`` takes
 
 
 class PoolingOptions(TypedDict, total=False):
@@ -31,6 +32,8 @@ class PoolingOptions(TypedDict, total=False):
     add_special_tokens: Annotated[Any, "those that the tokenizer puts around a text; unset: true"]
     instruction: Annotated[Any, "what a model that scores pairs by a template shall judge; unset: as it was trained"]
     prompt_name: Annotated[Any, "of a text of the checkpoint's, put before the input; unset: its default"]
+    image_data: Annotated[Any, "of ``encode``, images of a model that sees, as for ``generate``"]
+    video_data: Annotated[Any, "likewise videos"]
     rid: Annotated[Any, "the request's name, unique among the running ones"]
     cache_salt: Annotated[Any, "inputs share cached prefixes only with those of the same salt"]
     priority: Annotated[Any, "lower ones are scheduled earlier"]
@@ -42,6 +45,7 @@ class PoolingPrompt:
 
     ``pair_start``: of ids, where the second text begins. ``place``: how an error names it, if it is one of several.
     ``against``: see PoolingSpec. ``encoded``: the text's ids, if they are there already (``encode_together``).
+    ``media``: placed among ``input_ids`` (``with_media``).
     """
 
     task: str
@@ -52,6 +56,11 @@ class PoolingPrompt:
     place: str = ""
     against: PooledOutput | None = None
     encoded: list[int] | None = None
+    media: PromptMedia | None = None
+
+    @property
+    def has_media(self) -> bool:
+        return any(self.options.get(name) is not None for name in MEDIA)
 
 
 class PooledCompletion(Completion):
@@ -89,11 +98,11 @@ class PooledRequests:
         tokenizer = self.manager.tokenizer
         return frozenset(() if tokenizer is None else tokenizer.all_special_ids)
 
-    def check_task(self, task: str, dimensions: int | None = None) -> None:
-        """Raise InvalidRequest unless the model has the output, with so many components."""
+    def check_task(self, task: str, dimensions: int | None = None, param: str = "model") -> None:
+        """Raise InvalidRequest, about ``param``, unless the model has the output; with so many components."""
         problem = self.manager.outputs.problem(PoolingSpec(task, dimensions))
         if problem is not None:
-            raise InvalidRequest(problem, "model" if self.manager.outputs.find(task) is None else "dimensions")
+            raise InvalidRequest(problem, param if self.manager.outputs.find(task) is None else "dimensions")
 
     def check_names(self, options: Mapping[str, Any]) -> None:
         """Raise TypeError for an option that PoolingOptions does not have."""
@@ -138,6 +147,26 @@ class PooledRequests:
             prompts.append(PoolingPrompt(task, **{name: value}, options=own, place=place))
         return prompts, is_list
 
+    async def with_media(self, prompt: PoolingPrompt) -> PoolingPrompt:
+        """Return the prompt with its media fetched, decoded and placed among its ids; without media, as it is.
+
+        Raises:
+            InvalidRequest, MediaPlacementError: see TokenizerManager.with_media; the input is named.
+        """
+        if not prompt.has_media:
+            return prompt
+        options = dict(prompt.options)
+        media = {name: options.pop(name, None) for name in MEDIA}
+        try:
+            text = prompt.text
+            if isinstance(text, str):
+                text = self._prompt_text(prompt.options.get("prompt_name")) + text
+            placed = await self.manager.with_media(Prompt(text=text, input_ids=prompt.input_ids, **media))
+        except InvalidRequest as error:
+            raise _placed(error, prompt) from None
+        own = cast(PoolingOptions, options)
+        return replace(prompt, text=None, input_ids=placed.input_ids, media=placed.media, options=own)
+
     def encode_together(self, prompts: Sequence[PoolingPrompt]) -> None:
         """Encode the texts of many prompts in a few calls of the tokenizer, which take a fraction of the time.
 
@@ -172,7 +201,7 @@ class PooledRequests:
         try:
             return self._completion(prompt)
         except InvalidRequest as error:
-            raise type(error)(f"{prompt.place}: {error}", error.param) if prompt.place else error from None
+            raise _placed(error, prompt) from None
 
     def _completion(self, prompt: PoolingPrompt) -> PooledCompletion:
         options = prompt.options
@@ -195,6 +224,7 @@ class PooledRequests:
             cache_salt=cache_salt(shared),
             priority=priority(shared, self.manager.takes_priorities),
             pooling=spec,
+            media=prompt.media,
         )
         return PooledCompletion(GenerateRequest(rids(shared, 1)[0], ids, described))
 
@@ -203,6 +233,12 @@ class PooledRequests:
         if prompt.encoded is not None:
             return "prompt", prompt.encoded, None
         options, most = prompt.options, self._most_tokens(prompt.options)
+        if prompt.has_media:
+            raise InvalidRequest("media are taken by encode and by embeddings alone", "image_data")
+        if prompt.media is not None and most is not None:
+            raise InvalidRequest(
+                "an input with media is not cut: leave out truncate_prompt_tokens", "truncate_prompt_tokens"
+            )
         if prompt.text is None:
             return "input_ids", token_ids("input_ids", prompt.input_ids)[:most], prompt.pair_start
         check_text("prompt", prompt.text)
@@ -254,3 +290,8 @@ class PooledRequests:
                 "prompt_name",
             )
         return sentences.prompts[name]
+
+
+def _placed(error: InvalidRequest, prompt: PoolingPrompt) -> InvalidRequest:
+    """Return the error with the input's place."""
+    return type(error)(f"{prompt.place}: {error}", error.param) if prompt.place else error

@@ -24,7 +24,7 @@ from rtp_llm.srt.entrypoints.pooled import (
 from rtp_llm.srt.entrypoints.pooled_body import UsesActivation
 from rtp_llm.srt.entrypoints.serving import request_names
 
-NAMES = {"normalize": "use_activation", "model": "task"}  # of the engine's options -> of the body's fields
+NAMES = {"normalize": "use_activation"}  # of the engine's options -> of the body's fields
 
 
 class PoolingRequest(UsesActivation):
@@ -59,14 +59,16 @@ class PoolingEndpoint(PooledEndpoint):
         """Make a pooled output of a text, or of each of a list. One of tokens has a line for each token."""
         serving = self._serving
         serving.check_model(body.model)
+        task = body.task or first_task(serving.manager.outputs)
         with request_names({}):
+            self._requests.check_task(task, body.dimensions, "model" if body.task is None else "task")
             inputs = texts_or_ids(body.input, "input")
         options = body.shared_options() | {
             "normalize": body.use_activation,
             "dimensions": body.dimensions,
             "add_special_tokens": body.add_special_tokens,
         }
-        prompts = self.prompts(body.task or first_task(serving.manager.outputs), inputs, options, body.rid)
+        prompts = self.prompts(task, inputs, options, body.rid)
         completions = await self.pool(request, prompts, "input", NAMES)
         if completions is None:
             return disconnected_response()
