@@ -53,10 +53,10 @@ def test_images_are_in_the_vector(checkpoint: str, seeing: InProcess) -> None:
         torch.testing.assert_close(torch.tensor(both[0]["embedding"]), wanted, atol=1e-5, rtol=0)
         again = asyncio.run(engine.async_encode(TEXT, image_data=[PICTURE]))
         torch.testing.assert_close(torch.tensor(again["embedding"]), wanted, atol=1e-5, rtol=0)
-        with pytest.raises(InvalidRequest, match=r"prompt 1: .*media cannot be cut"):
+        with pytest.raises(InvalidRequest, match="prompt 1: an input with media is not cut"):
             engine.encode(["a", TEXT], image_data=[None, [PICTURE]], truncate_prompt_tokens=4)
         with pytest.raises(InvalidRequest, match="taken by encode"):
-            engine.score(TEXT, "a", image_data=[PICTURE])
+            engine.score(TEXT, "a", image_data=PICTURE)
     content = [{"type": "text", "text": "See "}, image_part(), {"type": "text", "text": " here"}]
     answer = post(seeing, {"messages": [{"role": "user", "content": content}]}).json()
     text = f"user:{TEXT}\n"
