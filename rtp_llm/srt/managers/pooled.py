@@ -156,7 +156,7 @@ class PooledRequests:
         if not prompt.has_media:
             return prompt
         options = dict(prompt.options)
-        media = {name: options.pop(name, None) for name in MEDIA}
+        media: dict[str, Any] = {name: options.pop(name, None) for name in MEDIA}
         try:
             text = prompt.text
             if isinstance(text, str):

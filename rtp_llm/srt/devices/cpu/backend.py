@@ -31,7 +31,8 @@ class WholeRows:
         starts = counts.cumsum() - counts
         table = (starts[:, None] + np.arange(counts.max(initial=0))).astype(np.int32)
         rows = PagedRows(*(torch.from_numpy(x.astype(np.int32)) for x in (np.arange(len(counts)), 0 * counts, counts)))
-        return cls(rows, *(torch.from_numpy(x) for x in (table, starts.repeat(counts), counts.repeat(counts))))
+        begins, lens = torch.from_numpy(starts.repeat(counts)), torch.from_numpy(counts.repeat(counts))
+        return cls(rows, torch.from_numpy(table), begins, lens)
 
     def visible_ends(self, window: int | None) -> torch.Tensor:
         """Return [T] int64 positions before which each token sees, within its row."""
