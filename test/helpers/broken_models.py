@@ -211,7 +211,7 @@ MORE_BROKEN_MODELS = (
         "llama-default",
         ATTENTION,
         "queries",
-        "output of model.layers.0.self_attn.q_proj",
+        "it does not rotate them, and the reference does",
     ),
     BrokenModel(
         "norms of heads after the rotation",
