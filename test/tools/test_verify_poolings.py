@@ -53,7 +53,7 @@ def mean(grids: torch.Tensor) -> torch.Tensor:
         (lambda x: 4 * mean(x), mean, "the sum over windows of 2 x 2 in a grid of 6 x 4"),
         (mean, lambda x: 5 * mean(x), None),  # another factor is no other pooling
         (mean, mean, None),
-        (lambda x: x[:, :, ::2, ::2], mean, "the first patch over windows of 2 x 2"),
+        (lambda x: x[:, :, ::2, ::2], mean, "the first patch of windows of 2 x 2"),
         (lambda x: F.avg_pool2d(x, (1, 4)), mean, "the mean over windows of 1 x 4 in a grid of 6 x 4"),
         (
             lambda x: F.max_pool2d(x, 2).transpose(2, 3),

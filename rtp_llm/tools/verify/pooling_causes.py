@@ -48,7 +48,8 @@ class Pooling:
             else f"{' x '.join(map(str, self.windows))} parts"
         )
         order = ", column by column" if self.by_columns else ""
-        return f"{self.function} over {parts} in a grid of {' x '.join(map(str, self.grid))}{order}"
+        over = "of" if self.function.endswith("patch") else "over"
+        return f"{self.function} {over} {parts} in a grid of {' x '.join(map(str, self.grid))}{order}"
 
     def made_of(self, images: torch.Tensor) -> torch.Tensor | None:
         """Pool [images, patches, columns] to [images, windows, columns]; None: this cannot be."""
