@@ -9,14 +9,15 @@ import torch
 
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cuda import attention_rows
-from rtp_llm.srt.devices.cuda.attention_rows import DecodeRows, ExtendRows, PagedCache, Scores, SharedRows
+from rtp_llm.srt.devices.cuda.attention_rows import DecodeRows, ExtendRows, NewTokens, PagedCache, Scores, SharedRows
 from rtp_llm.srt.devices.cuda.triton_provider import DTYPES, has_triton
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch, ForwardMode
 from rtp_llm.srt.kernels.paged import PagedRows
 
 
 class TritonAttention(AttentionBackend):
-    """Rows of one token are computed by the decoding kernel, all others by the extending one.
+    """Rows of one token are computed by the decoding kernel, which writes their keys and values as well if there are no
+    others, and all others by the extending one.
 
     In a step of decodes, ``forward`` reads the batch's own tensors and what ``plan`` made of shared prefixes: a
     recording serves steps of the same number of rows.
@@ -80,14 +81,19 @@ class TritonAttention(AttentionBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         group, page_size, keys, values, key_scales, value_scales = batch.kv_pool.layer(layer.layer_id)
+        new = None
         if save_kv_cache and k is not None:
-            self._write_kv(k, v, keys, values, batch.out_cache_locs[group], key_scales, value_scales)
+            new = NewTokens(k, v, batch.out_cache_locs[group])
+        if new is not None and self._extend is not None:
+            self._write_kv(new.k, new.v, keys, values, new.slots, key_scales, value_scales)
+            new = None
         cache = PagedCache(keys, values, batch.page_tables[group], page_size, key_scales, value_scales)
         scores = Scores(layer.scaling, layer.window, layer.logit_cap, sinks, layer.alibi_slopes, layer.chunk)
         out = torch.empty(len(q), layer.num_heads, layer.v_head_dim, dtype=q.dtype, device=q.device)
         if self._decode is not None:
             sees_all = layer.window is None and layer.chunk is None
-            self._launch.decode(q, out, cache, self._decode, scores, self._shared if sees_all else None, layer.latent)
+            shared = self._shared if sees_all else None
+            self._launch.decode(q, out, cache, self._decode, scores, shared, layer.latent, new)
         if self._extend is not None:
             blocks = self._blocks_of(self._launch.tokens_of_block(q, layer.num_kv_heads), q.device)
             self._launch.extend(q, out, cache, self._extend, blocks, scores, batch.visible_ends, layer.latent)

@@ -47,6 +47,15 @@ class DecodeRows:
 
 
 @dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Keys and values of a step's tokens, and where they go: see ``reference.write_kv``."""
+
+    k: torch.Tensor
+    v: torch.Tensor | None
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class SharedRows:
     """Prefixes that decoding rows share, on the device, all int32; see ``prefix_kernel``.
 

@@ -17,7 +17,13 @@ from triton_process import compiled, interpreted
 
 
 def paged(
-    q: torch.Tensor, cache: Any, rows: PagedRows, scores: Any, visible_ends: torch.Tensor | None, latent: bool
+    q: torch.Tensor,
+    cache: Any,
+    rows: PagedRows,
+    scores: Any,
+    visible_ends: torch.Tensor | None,
+    latent: bool,
+    new: attention_rows.NewTokens | None,
 ) -> torch.Tensor:
     """``reference.paged_attention`` by the launchers: rows of one token decode, the others extend."""
     launch = import_module("rtp_llm.srt.devices.cuda.kernels.attention_launch")
@@ -34,7 +40,7 @@ def paged(
         shared = attention_rows.SharedRows(
             *(torch.tensor(x, dtype=torch.int32) for x in (entries, members, own_starts))
         )
-    launch.decode(q, out, cache, attention_rows.DecodeRows(*(x[single] for x in columns)), scores, shared, latent)
+    launch.decode(q, out, cache, attention_rows.DecodeRows(*(x[single] for x in columns)), scores, shared, latent, new)
     table_rows, starts, tokens = (x[several] for x in columns)
     extending = attention_rows.ExtendRows(table_rows, starts, counts[several], tokens, tuple(counts[several].tolist()))
     blocks = extending.blocks(launch.tokens_of_block(q, cache.keys.shape[1]))
@@ -54,10 +60,11 @@ def check(
     sinks: bool = False,
     slopes: bool = False,
     ahead: bool = False,
+    fresh: bool = False,
     shared: list[tuple[int, list[int]]] | None = None,
     **options: Any,
 ) -> None:
-    """Compare on random numbers in random pages."""
+    """Compare on random numbers in random pages; ``fresh``: rows are of one token, whose keys are not there yet."""
     num_rows, longest = len(starts), max(s + c for s, c in zip(starts, counts, strict=True))
     pages = -(-longest // page_size)
     ids = torch.randperm(num_rows * pages) + 1
@@ -89,14 +96,27 @@ def check(
         alibi_slopes=torch.rand(heads[0]) if slopes else None,
         **options,
     )
+    new, written = None, (keys, values, *scales)
+    if fresh:
+        positions = torch.tensor(starts)
+        slots = table[torch.arange(num_rows), positions // page_size].long() * page_size + positions % page_size
+        k, v = (torch.randn(num_rows, heads[1], size + 5)[..., 2:-3].to(dtype) for size in sizes)
+        new = attention_rows.NewTokens(k, None if latent else v, slots)
+        written = tuple(x.clone() for x in (keys, values, *scales))
+        keys, values, *scales = (x.clone() for x in written)
+        if latent:
+            values, written = keys[..., : sizes[1]], (written[0], written[0][..., : sizes[1]])
+        reference.write_kv(k, new.v, keys, values, slots, *scales)
     expected = reference.paged_attention(
         q, keys, values, tables, page_size, rows, scores.scaling, scores.window, scores.logit_cap, scores.sinks,
         visible_ends, *(scales or (None, None)), scores.alibi_slopes, scores.chunk,
     )  # fmt: skip
     if shared:
         rows = PagedRows.of(order.tolist(), starts, counts, shared)
-    cache = attention_rows.PagedCache(keys, values, tables, page_size, *scales)
-    check_close(paged(q, cache, rows, scores, visible_ends, latent), expected, float32=2e-5, float16=4e-3)
+    cache = attention_rows.PagedCache(*written[:2], tables, page_size, *written[2:])
+    check_close(paged(q, cache, rows, scores, visible_ends, latent, new), expected, float32=2e-5, float16=4e-3)
+    for ours, theirs in zip(written, (keys, values, *scales), strict=True):
+        check_close(ours, theirs, float32=1e-6)
 
 
 MIXED = {"starts": [0, 7, 0, 65, 3, 129], "counts": [1, 1, 5, 1, 40, 3]}
@@ -131,6 +151,12 @@ def test_shared_prefixes_are_read_once(form: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("form", ["plain", "float16", "int8", "window", "odd-sizes", "latent", "latent-odd"])
+def test_decoding_rows_write_their_keys_and_values(form: str) -> None:
+    check([0, 7, 64, 3, 129], [1] * 5, fresh=True, **FORMS[form])
+
+
+@interpreted
 def test_splits_without_keys_are_left_out() -> None:
     """One row is short, and the other makes a launch of many splits."""
     check([0, 2100], [1, 1], heads=(2, 1), sinks=True)
@@ -152,9 +178,12 @@ def bfloat16_step(heads: tuple[int, int], sizes: tuple[int, int], num_rows: int,
     scores = attention_rows.Scores(0.1, **options)
     column = torch.zeros(num_rows, dtype=torch.int64)
     rows = attention_rows.DecodeRows(column, column, column)
-    launch.decode(q, out, cache, rows, scores, None, latent)
-    entries = torch.zeros(2, 5, dtype=torch.int32)
-    launch.decode(q, out, cache, rows, scores, attention_rows.SharedRows(entries, column.int(), column.int()), latent)
+    shared = attention_rows.SharedRows(torch.zeros(2, 5, dtype=torch.int32), column.int(), column.int())
+    k, v = (torch.zeros(num_rows, heads[1], size, dtype=dtype) for size in sizes)
+    new = attention_rows.NewTokens(k, None if latent else v, column)
+    launch.decode(q, out, cache, rows, scores, None, latent)  # beside prompts
+    launch.decode(q, out, cache, rows, scores, None, latent, new)
+    launch.decode(q, out, cache, rows, scores, shared, latent, new)
     extending = attention_rows.ExtendRows(column, column, column, column, (300,) * num_rows)
     blocks = extending.blocks(launch.tokens_of_block(q, heads[1]))
     launch.extend(q, out, cache, extending, blocks, scores, None, latent)

@@ -15,10 +15,13 @@ from rtp_llm.srt.devices.cuda.kernels.attention_parts import (
     NOTHING,
     attend,
     finish,
+    lines_of_tile,
     load_queries,
     nothing_yet,
+    pages_of,
     store_part,
 )
+from rtp_llm.srt.devices.cuda.kernels.cache import write_heads
 
 
 # long: half of it is the signature, an argument a line
@@ -32,6 +35,9 @@ def decode_kernel(
     starts: tl.tensor,
     tokens: tl.tensor,
     own_starts: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    slots: tl.tensor,
     page_table: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
@@ -47,6 +53,10 @@ def decode_kernel(
     values_stride: tl.tensor,
     values_head_stride: tl.tensor,
     num_kv_heads: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
     scaling: tl.tensor,
     logit_cap: tl.tensor,
     window: tl.tensor,
@@ -66,15 +76,16 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """One row of one token: a split of its keys, for query heads of one key head."""
+    """One row of one token: a split of its keys, for query heads of one key head.
+
+    k, v: the step's keys and values, which programs write to the cache that read them there; None: others did.
+    """
     row, split = tl.program_id(0), tl.program_id(2)
-    head_blocks: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
-    kv_head = tl.program_id(1) // head_blocks
-    of_group = tl.program_id(1) % head_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside, heads, num_heads = of_group < GROUP, kv_head * GROUP + of_group, num_kv_heads * GROUP
+    kv_head, _, heads, inside = lines_of_tile(GROUP, BLOCK_M, BLOCK_M)
+    num_heads = num_kv_heads * GROUP
     position = tl.load(starts + row).to(tl.int32)
     token = tl.load(tokens + row).to(tl.int64)
-    pages = page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
+    pages = pages_of(page_table, table_rows, row, table_stride)
     first = 0
     if window is not None:
         first = tl.maximum(position - window + 1, 0)
@@ -85,16 +96,27 @@ def decode_kernel(
     end = position + 1
     per_split = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_N) * BLOCK_N
     begin = first + split * per_split
+    if k is not None:  # noqa: SIM102 - None is known when the kernel is compiled
+        if (begin <= position) & (position < begin + per_split):
+            slot = tl.load(slots + token).to(tl.int64)
+            write_heads(
+                k, keys, key_scales, token, slot, kv_head, num_kv_heads, HEAD_DIM, k_stride, k_head_stride, keys_stride,
+                keys_head_stride, 1, D1 + D1 if D2 else D1,
+            )  # fmt: skip
+            if v is not None:
+                write_heads(
+                    v, values, value_scales, token, slot, kv_head, num_kv_heads, V_DIM, v_stride, v_head_stride,
+                    values_stride, values_head_stride, 1, DV,
+                )  # fmt: skip
+            tl.debug_barrier()  # what is written is read by the block's other threads
     q_first, q_last = load_queries(q, token, heads, inside, q_stride, q_head_stride, D1, D2, HEAD_DIM)
-    slope = None
-    if slopes is not None:
-        slope = tl.load(slopes + heads, mask=inside, other=0.0).to(tl.float32)
     total, largest, acc = nothing_yet(BLOCK_M, DV)
     total, largest, acc = attend(
         total, largest, acc, q_first, q_last, begin, tl.minimum(begin + per_split, end),
-        tl.full([BLOCK_M], 0, tl.int32) + position, None, slope, kv_head, pages, keys, values, key_scales,
-        value_scales, keys_stride, keys_head_stride, values_stride, values_head_stride, num_kv_heads, scaling,
-        logit_cap, None, None, False, CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2, DV, BLOCK_N, PRECISION,
+        tl.full([BLOCK_M], 0, tl.int32) + position, None, slopes, heads, inside, kv_head, pages, keys, values,
+        key_scales, value_scales, keys_stride, keys_head_stride, values_stride, values_head_stride, num_kv_heads,
+        scaling, logit_cap, None, None, False, CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2, DV, BLOCK_N,
+        PRECISION,
     )  # fmt: skip
     if SLOTS == 1:
         finish(total, largest, acc, out, token, heads, inside, num_heads, sinks, V_DIM, DV)
@@ -201,29 +223,23 @@ def prefix_kernel(
     rows_of_tile: tl.constexpr = BLOCK_M // HEADS
     tile = tl.program_id(0) % num_tiles
     if tile * rows_of_tile < count:
-        head_blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-        kv_head = tl.program_id(1) // head_blocks
-        line = tl.arange(0, BLOCK_M)
-        member = tile * rows_of_tile + line // HEADS
-        of_group = tl.program_id(1) % head_blocks * HEADS + line % HEADS
-        inside = (line < rows_of_tile * HEADS) & (member < count) & (of_group < GROUP)
-        heads, num_heads = kv_head * GROUP + of_group, num_kv_heads * GROUP
+        kv_head, of_tile, heads, inside = lines_of_tile(GROUP, HEADS, BLOCK_M)
+        num_heads = num_kv_heads * GROUP
+        member = tile * rows_of_tile + of_tile
+        inside = inside & (member < count)
         rows = tl.load(members + first_member + member, mask=inside, other=0)
-        pages = page_table + tl.load(table_rows + tl.load(members + first_member)).to(tl.int64) * table_stride
+        pages = pages_of(page_table, table_rows, tl.load(members + first_member), table_stride)
         row_tokens = tl.load(tokens + rows, mask=inside, other=0).to(tl.int64)
         positions = tl.load(starts + rows, mask=inside, other=0).to(tl.int32)
         q_first, q_last = load_queries(q, row_tokens, heads, inside, q_stride, q_head_stride, D1, D2, HEAD_DIM)
-        slope = None
-        if slopes is not None:
-            slope = tl.load(slopes + heads, mask=inside, other=0.0).to(tl.float32)
         per_split = tl.cdiv(tl.cdiv(prefix_end - prefix_begin, SPLITS), BLOCK_N) * BLOCK_N
         begin = prefix_begin + split * per_split
         total, largest, acc = nothing_yet(BLOCK_M, DV)
         total, largest, acc = attend(
             total, largest, acc, q_first, q_last, begin, tl.minimum(begin + per_split, prefix_end), positions, None,
-            slope, kv_head, pages, keys, values, key_scales, value_scales, keys_stride, keys_head_stride, values_stride,
-            values_head_stride, num_kv_heads, scaling, logit_cap, None, None, False, CAPPED, LATENT, PAGE_SIZE,
-            HEAD_DIM, V_DIM, D1, D2, DV, BLOCK_N, PRECISION,
+            slopes, heads, inside, kv_head, pages, keys, values, key_scales, value_scales, keys_stride,
+            keys_head_stride, values_stride, values_head_stride, num_kv_heads, scaling, logit_cap, None, None, False,
+            CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2, DV, BLOCK_N, PRECISION,
         )  # fmt: skip
         slot = OWN_SPLITS + level * SPLITS + split
         store_part(total, largest, acc, rows, heads, inside, num_heads, slot, parts, part_sums, SLOTS, V_DIM, DV)
@@ -280,20 +296,15 @@ def extend_kernel(
     block = tl.program_id(0)
     row, first_token = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1)
     tokens_of_block: tl.constexpr = BLOCK_M // HEADS
-    head_blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    kv_head = tl.program_id(1) // head_blocks
+    kv_head, of_tile, heads, inside = lines_of_tile(GROUP, HEADS, BLOCK_M)
+    num_heads = num_kv_heads * GROUP
     count, start = tl.load(counts + row).to(tl.int32), tl.load(starts + row).to(tl.int32)
-    pages = page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
-    line = tl.arange(0, BLOCK_M)
-    of_row = first_token + line // HEADS
-    of_group = tl.program_id(1) % head_blocks * HEADS + line % HEADS
-    inside = (line < tokens_of_block * HEADS) & (of_row < count) & (of_group < GROUP)
-    heads, num_heads = kv_head * GROUP + of_group, num_kv_heads * GROUP
+    pages = pages_of(page_table, table_rows, row, table_stride)
+    of_row = first_token + of_tile
+    inside = inside & (of_row < count)
     positions, row_tokens = start + of_row, tl.load(tokens + row).to(tl.int64) + of_row
     q_first, q_last = load_queries(q, row_tokens, heads, inside, q_stride, q_head_stride, D1, D2, HEAD_DIM)
-    slope, ends = None, None
-    if slopes is not None:
-        slope = tl.load(slopes + heads, mask=inside, other=0.0).to(tl.float32)
+    ends = None
     least = start + first_token
     end = start + tl.minimum(first_token + tokens_of_block, count)
     if visible_ends is not None:
@@ -308,16 +319,16 @@ def extend_kernel(
     if window is None and chunk is None:  # keys that all tokens see need no check
         free = (least + 1) // BLOCK_N * BLOCK_N
         total, largest, acc = attend(
-            total, largest, acc, q_first, q_last, begin, free, positions, None, slope, kv_head, pages, keys, values,
-            key_scales, value_scales, keys_stride, keys_head_stride, values_stride, values_head_stride, num_kv_heads,
-            scaling, logit_cap, None, None, False, CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2, DV, BLOCK_N,
-            PRECISION,
+            total, largest, acc, q_first, q_last, begin, free, positions, None, slopes, heads, inside, kv_head, pages,
+            keys, values, key_scales, value_scales, keys_stride, keys_head_stride, values_stride, values_head_stride,
+            num_kv_heads, scaling, logit_cap, None, None, False, CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2,
+            DV, BLOCK_N, PRECISION,
         )  # fmt: skip
         begin = free
     total, largest, acc = attend(
-        total, largest, acc, q_first, q_last, begin, end, positions, ends, slope, kv_head, pages, keys, values,
-        key_scales, value_scales, keys_stride, keys_head_stride, values_stride, values_head_stride, num_kv_heads,
-        scaling, logit_cap, window, chunk, True, CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2, DV, BLOCK_N,
-        PRECISION,
+        total, largest, acc, q_first, q_last, begin, end, positions, ends, slopes, heads, inside, kv_head, pages, keys,
+        values, key_scales, value_scales, keys_stride, keys_head_stride, values_stride, values_head_stride,
+        num_kv_heads, scaling, logit_cap, window, chunk, True, CAPPED, LATENT, PAGE_SIZE, HEAD_DIM, V_DIM, D1, D2, DV,
+        BLOCK_N, PRECISION,
     )  # fmt: skip
     finish(total, largest, acc, out, row_tokens, heads, inside, num_heads, sinks, V_DIM, DV)

@@ -1,13 +1,21 @@
 """Launches of ``attention.py``: tiles by dtype and head size, splits by the number of programs, and the merge."""
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 
-from rtp_llm.srt.devices.cuda.attention_rows import LEVELS, DecodeRows, ExtendRows, PagedCache, Scores, SharedRows
+from rtp_llm.srt.devices.cuda.attention_rows import (
+    LEVELS,
+    DecodeRows,
+    ExtendRows,
+    NewTokens,
+    PagedCache,
+    Scores,
+    SharedRows,
+)
 from rtp_llm.srt.devices.cuda.kernels import attention as kernels
+from rtp_llm.srt.devices.cuda.kernels.gpu import generation, input_precision
 
 PROGRAMS = 528  # that a launch should have: four for each processor of an H200
 MOST_SPLITS = 64
@@ -37,7 +45,7 @@ def _common(q: torch.Tensor, cache: PagedCache, scores: Scores, latent: bool) ->
         "CAPPED": scores.logit_cap > 0,
         "LATENT": latent,
         "PAGE_SIZE": cache.page_size,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",  # of 16 bits it says nothing
+        "PRECISION": input_precision(q.dtype),
     }
 
 
@@ -49,9 +57,19 @@ def _strides(q: torch.Tensor, cache: PagedCache) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _keys_at_once(q: torch.Tensor) -> int:
+def _new(tokens: NewTokens | None) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
+    """Keys, values and slots, and the strides of both."""
+    if tokens is None:
+        return (None, None, None), (0, 0, 0, 0)
+    k, v = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (tokens.k, tokens.v))
+    of_values = (0, 0) if v is None else (v.stride(0), v.stride(1))
+    assert k is not None, "a token has a key"
+    return (k, v, tokens.slots), (k.stride(0), k.stride(1), *of_values)
+
+
+def _keys_at_once(q: torch.Tensor, cache: PagedCache) -> int:
     size = 64 if q.shape[2] <= 128 else 32
-    return size // 2 if q.dtype == torch.float32 else size
+    return size // 2 if q.dtype == torch.float32 or cache.key_scales is not None else size
 
 
 def num_splits(programs: int, most_tokens: int, block: int) -> int:
@@ -68,14 +86,18 @@ def decode(
     scores: Scores,
     shared: SharedRows | None = None,
     latent: bool = False,
+    new: NewTokens | None = None,
 ) -> None:
-    """Write attention of rows of one token to ``out`` [T, num_heads, v_head_dim]; other tokens' places are left."""
+    """Write attention of rows of one token to ``out`` [T, num_heads, v_head_dim]; other tokens' places are left.
+
+    ``new``: the rows' keys and values, to be written to the cache; None: it has them.
+    """
     num_rows, num_heads, num_kv_heads = len(rows.starts), q.shape[1], cache.keys.shape[1]
     if not num_rows:
         return
-    common, strides = _common(q, cache, scores, latent), _strides(q, cache)
+    common, (tensors, strides) = _common(q, cache, scores, latent), _new(new)
     group = common["GROUP"]
-    block_m, block_n = min(32, max(16, triton.next_power_of_2(group))), _keys_at_once(q)
+    block_m, block_n = min(32, max(16, triton.next_power_of_2(group))), _keys_at_once(q, cache)
     head_programs = num_kv_heads * triton.cdiv(group, block_m)
     splits = num_splits(num_rows * head_programs, cache.most_tokens, block_n)
     prefix_splits = 0
@@ -86,9 +108,10 @@ def decode(
     sums = torch.empty(num_rows, num_heads, slots, device=q.device)
     kernels.decode_kernel[(num_rows, head_programs, splits)](
         q, out, parts, sums, rows.table_rows, rows.starts, rows.tokens, None if shared is None else shared.own_starts,
-        cache.page_table, cache.keys, cache.values, cache.key_scales, cache.value_scales, scores.sinks,
-        scores.alibi_slopes, *strides, scores.scaling, scores.logit_cap, scores.window, scores.chunk, SPLITS=splits,
-        SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=_warps(block_m, common["DV"]), num_stages=3, **common,
+        *tensors, cache.page_table, cache.keys, cache.values, cache.key_scales, cache.value_scales, scores.sinks,
+        scores.alibi_slopes, *_strides(q, cache), *strides, scores.scaling, scores.logit_cap, scores.window,
+        scores.chunk, SPLITS=splits, SLOTS=slots, BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=_warps(block_m, common["DV"]), num_stages=3, **common,
     )  # fmt: skip
     if slots == 1:
         return
@@ -116,7 +139,7 @@ def _prefixes(
     own_splits: int,
     splits: int,
 ) -> None:
-    block_m, block_n, warps, stages = _extend_tile(q)
+    block_m, block_n, warps, stages = _extend_tile(q, cache.key_scales is not None)
     heads = min(common["GROUP"], block_m)
     tiles = triton.cdiv(len(rows.starts), block_m // heads)
     grid = len(shared.entries) * tiles, cache.keys.shape[1] * triton.cdiv(common["GROUP"], heads), splits
@@ -128,24 +151,18 @@ def _prefixes(
     )  # fmt: skip
 
 
-def _extend_tile(q: torch.Tensor) -> tuple[int, int, int, int]:
+def _extend_tile(q: torch.Tensor, is_int8: bool = False) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, stages). Registers are what limits a tile: none may be spilled."""
     size = q.shape[2]
     if q.dtype == torch.float32:
         return (32, 32, 4, 2) if size <= 128 else (16, 16, 4, 2)
     if generation() < 9:
-        return (64, 32, 4, 3) if size <= 128 else (32, 32, 4 if size <= 256 else 8, 2)
+        return (64, 16 if is_int8 else 32, 4, 3) if size <= 128 else (32, 32, 4 if size <= 256 else 8, 2)
     if size <= 64:
         return 128, 64, 4, 3
     if size <= 128:
         return 128, 64, 8, 3
     return (64, 32, 8, 2) if size <= 256 else (32, 32, 8, 2)
-
-
-@cache
-def generation() -> int:
-    """The GPU's compute capability, without its minor number; 9 where there is none."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
 
 
 def extend(
@@ -162,7 +179,7 @@ def extend(
     if not len(blocks):
         return
     common = _common(q, cache, scores, latent)
-    block_m, block_n, warps, stages = _extend_tile(q)
+    block_m, block_n, warps, stages = _extend_tile(q, cache.key_scales is not None)
     heads = min(common["GROUP"], block_m)
     kernels.extend_kernel[(len(blocks), cache.keys.shape[1] * triton.cdiv(common["GROUP"], heads))](
         q, out, blocks, rows.table_rows, rows.starts, rows.counts, rows.tokens, visible_ends, cache.page_table,

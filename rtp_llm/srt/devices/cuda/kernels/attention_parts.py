@@ -8,6 +8,26 @@ NOTHING = tl.constexpr(float("-inf"))
 
 
 @triton.jit
+def lines_of_tile(GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr) -> tl.tensor:
+    """The key head, and of each line [BLOCK_M]: which of the tile's tokens, which query head, and whether it is one.
+
+    A program of the grid's second axis has HEADS of the GROUP heads that read a key head, for BLOCK_M // HEADS tokens.
+    """
+    head_blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = tl.program_id(1) // head_blocks
+    line = tl.arange(0, BLOCK_M)
+    of_group = tl.program_id(1) % head_blocks * HEADS + line % HEADS
+    inside = (line < BLOCK_M // HEADS * HEADS) & (of_group < GROUP)
+    return kv_head, line // HEADS, kv_head * GROUP + of_group, inside
+
+
+@triton.jit
+def pages_of(page_table: tl.tensor, table_rows: tl.tensor, row: tl.tensor, table_stride: tl.tensor) -> tl.tensor:
+    """Where a row's pages are listed."""
+    return page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
+
+
+@triton.jit
 def load_queries(
     q: tl.tensor,
     tokens: tl.tensor,
@@ -44,6 +64,8 @@ def attend(
     positions: tl.tensor,
     ends: tl.tensor,
     slopes: tl.tensor,
+    heads: tl.tensor,
+    inside: tl.tensor,
     kv_head: tl.tensor,
     pages: tl.tensor,
     keys: tl.tensor,
@@ -77,18 +99,20 @@ def attend(
     """
     dtype = q_first.dtype
     first_columns, last_columns, v_columns = tl.arange(0, D1), D1 + tl.arange(0, D2 if D2 else 1), tl.arange(0, DV)
+    if slopes is not None:
+        slope = tl.load(slopes + heads, mask=inside, other=0.0).to(tl.float32) * LOG2_E
     for start in range(begin, end, BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
         there = places < end
         page_ids = tl.load(pages + places // PAGE_SIZE, mask=there, other=0).to(tl.int64)
         slots = page_ids * PAGE_SIZE + places % PAGE_SIZE
         row = keys + slots * keys_stride + kv_head * keys_head_stride
-        inside = there[None, :] if D1 <= HEAD_DIM else there[None, :] & (first_columns < HEAD_DIM)[:, None]
-        k_first = tl.load(row[None, :] + first_columns[:, None], mask=inside, other=0.0).to(dtype)
+        readable = there[None, :] if D1 <= HEAD_DIM else there[None, :] & (first_columns < HEAD_DIM)[:, None]
+        k_first = tl.load(row[None, :] + first_columns[:, None], mask=readable, other=0.0).to(dtype)
         scores = tl.dot(q_first, k_first, input_precision=PRECISION)
         if D2:
-            inside = there[None, :] & (last_columns < HEAD_DIM)[:, None]
-            k_last = tl.load(row[None, :] + last_columns[:, None], mask=inside, other=0.0).to(dtype)
+            readable = there[None, :] & (last_columns < HEAD_DIM)[:, None]
+            k_last = tl.load(row[None, :] + last_columns[:, None], mask=readable, other=0.0).to(dtype)
             scores = tl.dot(q_last, k_last, scores, input_precision=PRECISION)
         if key_scales is not None:
             scores *= tl.load(key_scales + slots * num_kv_heads + kv_head, mask=there, other=0.0)[None, :]
@@ -98,7 +122,7 @@ def attend(
         else:
             scores = scores * (scaling * LOG2_E)
         if slopes is not None:
-            scores += slopes[:, None] * LOG2_E * (places[None, :] - positions[:, None]).to(tl.float32)
+            scores += slope[:, None] * (places[None, :] - positions[:, None]).to(tl.float32)
         visible = there[None, :]
         if CHECKED:
             seen = places[None, :] <= positions[:, None]
@@ -119,9 +143,9 @@ def attend(
         if LATENT:
             acc = tl.dot(weights.to(dtype), tl.trans(k_first), acc, input_precision=PRECISION)
         else:
-            inside = there[:, None] if DV == V_DIM else there[:, None] & (v_columns < V_DIM)[None, :]
+            readable = there[:, None] if DV == V_DIM else there[:, None] & (v_columns < V_DIM)[None, :]
             v_rows = values + slots * values_stride + kv_head * values_head_stride
-            v = tl.load(v_rows[:, None] + v_columns[None, :], mask=inside, other=0.0).to(dtype)
+            v = tl.load(v_rows[:, None] + v_columns[None, :], mask=readable, other=0.0).to(dtype)
             if value_scales is not None:
                 weights *= tl.load(value_scales + slots * num_kv_heads + kv_head, mask=there, other=0.0)[None, :]
             acc = tl.dot(weights.to(dtype), v, acc, input_precision=PRECISION)

@@ -8,11 +8,13 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added and subtracted, rounds 
 
 
 @triton.jit
-def _write_heads(
+def write_heads(
     x: tl.tensor,
     stored: tl.tensor,
     scales: tl.tensor,
+    token: tl.tensor,
     slot: tl.tensor,
+    first_head: tl.tensor,
     num_heads: tl.tensor,
     size: tl.tensor,
     x_stride: tl.tensor,
@@ -22,8 +24,8 @@ def _write_heads(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    """Write HEADS heads of one token's keys or values, from ``first_head`` on."""
+    heads = first_head + tl.arange(0, HEADS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (heads < num_heads) & (columns < size)
     values = tl.load(x + token * x_stride + heads * x_head_stride + columns, mask=inside, other=0.0)
@@ -64,14 +66,15 @@ def _write_kernel(
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
 ) -> None:
-    slot = tl.load(slots + tl.program_id(0)).to(tl.int64)
-    _write_heads(
-        k, keys, key_scales, slot, num_heads, k_size, k_stride, k_head_stride, keys_stride, keys_head_stride, HEADS,
-        K_BLOCK,
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    slot = tl.load(slots + token).to(tl.int64)
+    write_heads(
+        k, keys, key_scales, token, slot, head, num_heads, k_size, k_stride, k_head_stride, keys_stride,
+        keys_head_stride, HEADS, K_BLOCK,
     )  # fmt: skip
     if v is not None:
-        _write_heads(
-            v, values, value_scales, slot, num_heads, v_size, v_stride, v_head_stride, values_stride,
+        write_heads(
+            v, values, value_scales, token, slot, head, num_heads, v_size, v_stride, v_head_stride, values_stride,
             values_head_stride, HEADS, V_BLOCK,
         )  # fmt: skip
 
