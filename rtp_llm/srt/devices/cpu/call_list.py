@@ -13,6 +13,7 @@ from rtp_llm.srt.devices.cpu.binding import INT64, POINTER, Kernel, bind
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and its expected result
 SLOT = 8  # bytes of an argument
+REFERENCE = type(ctypes.byref(ctypes.c_int()))  # by which a kernel takes its arguments in one structure
 
 
 class CallOfList(ctypes.Structure):
@@ -27,6 +28,7 @@ class CallList:
     def __init__(self, calls: Sequence[Call]) -> None:
         functions: list[Any] = [function for function, _, _ in calls]
         self._names = [function.__name__ for function in functions]
+        self._kept = [args for _, args, _ in calls]  # structures among them
         packed = [slots(function.argtypes, args) for function, (_, args, _) in zip(functions, calls, strict=True)]
         self._slots = ctypes.create_string_buffer(b"".join(packed))
         at, entries = ctypes.addressof(self._slots), []
@@ -56,7 +58,12 @@ def _run_calls() -> Kernel:
 
 def slots(types: Sequence[Any], args: Sequence[Any]) -> bytes:
     """Return a call's arguments as replay.h reads them."""
-    return b"".join(bytes(kind(arg)).ljust(SLOT, b"\0") for kind, arg in zip(types, args, strict=True))
+    return b"".join(bytes(kind(_number(arg))).ljust(SLOT, b"\0") for kind, arg in zip(types, args, strict=True))
+
+
+def _number(arg: Any) -> Any:
+    """Return a reference to a structure as its address."""
+    return ctypes.addressof(arg._obj) if isinstance(arg, REFERENCE) else arg
 
 
 def listed(calls: Sequence[Call]) -> list[Call]:
@@ -70,5 +77,5 @@ def listed(calls: Sequence[Call]) -> list[Call]:
 
 def _fits(call: Call) -> bool:
     function, args, _ = call
-    numbers = all(arg is None or isinstance(arg, (int, float)) for arg in args)
-    return numbers and getattr(function, "in_lists", None) is not None
+    plain = all(arg is None or isinstance(arg, (int, float, REFERENCE)) for arg in args)
+    return plain and getattr(function, "in_lists", None) is not None

@@ -46,7 +46,7 @@ KERNEL void gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const bf16* pa
     int64_t units = divide_up(K, 2);
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     Input input(x, x_stride, M, K);
-    Panels panels(output);
+    Panels panels(output, M <= ROWS_OF_WHOLE_PANELS ? IN_ORDER : PANELS_AT_ONCE);
 #pragma omp parallel
     {
         input.pack();

@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int BYTES_ASKED_FOR = 8192;
+
 // Byte i of the result has bits i, i + 4, i + 8, ...
 uint32_t spread(uint32_t bits) {
     uint32_t result = 0;
@@ -83,6 +85,11 @@ const void* bias_at(const void* bias, bool is_float, int64_t number) {
     return bias ? static_cast<const char*>(bias) + number * (is_float ? sizeof(float) : sizeof(bf16)) : nullptr;
 }
 
+// Asks for the bytes that a thread reads first, before it prepares the rows.
+INLINE void ask_for(const uint8_t* packed) {
+    for (int at = 0; at < BYTES_ASKED_FOR; at += 64) __builtin_prefetch(packed + at, 0, 2);
+}
+
 }  // namespace
 
 // Each function returns whether there is such a type of blocks, and rows_blocks whether all ids are in range. In the
@@ -132,14 +139,16 @@ KERNEL int gemm_blocks(int number, const void* x, int x_is_float, int64_t x_stri
     const int64_t blocks = divide_up(K, type->inputs);
     const Runs rows(tiles, x, x_is_float != 0, x_stride, K, blocks * type->inputs / RUN, type->together,
                     type->totals);
-    Panels panels(output);
+    Panels panels(output, tiles.count() == 1 ? IN_ORDER : PANELS_AT_ONCE);
 #pragma omp parallel
     {
         Runs input = rows;
-        input.pack();
         Multiplier multiplier(*type, blocks);
         int64_t first, last;
-        while (panels.take(first, last))
+        bool taken = panels.take(first, last);
+        if (taken) ask_for(packed + first * blocks * type->bytes * PANEL);
+        input.pack();
+        for (; taken; taken = panels.take(first, last))
             for (int64_t t = 0; t < tiles.count(); t++)
                 for (int64_t p = first; p < last; p++)
                     multiplier.compute(output, input.tile(t), tiles.starts[t], tiles.starts[t + 1], packed, p);

@@ -110,8 +110,7 @@ class Runs {
             for (int k = 0; k < RUN; k += LANES) {
                 ivec whole = nearest(load(x + i * RUN + k) * inverse);
                 total[2 * k / RUN] += whole;
-                bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
-                std::memcpy(to[i * step].bytes + k, &bytes, LANES);
+                store_bytes(to[i * step].bytes + k, whole);
             }
         }
         if (!totals_.halves) total[0] += total[1];

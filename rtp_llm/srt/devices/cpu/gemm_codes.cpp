@@ -109,7 +109,7 @@ void multiply(const Codes& decoder, const bf16* x, int64_t x_stride, int64_t M, 
     constexpr int64_t DECODED = most_rows(DECODE);
     Input input(x, x_stride, M, K, units, scratch<Unit, 0>(M * units), M <= DECODED ? ROWS_OF_CODES : ROWS);
     if (M <= DECODED) {
-        Panels panels(output);
+        Panels panels(output, M <= ROWS_OF_WHOLE_PANELS ? IN_ORDER : PANELS_AT_ONCE);
 #pragma omp parallel
         {
             input.pack();

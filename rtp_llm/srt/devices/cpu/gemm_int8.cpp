@@ -73,7 +73,7 @@ KERNEL void gemm_int8(const void* x, int x_is_float, int64_t x_stride, int64_t M
     Output output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     const Tiles tiles(M, ROWS_OF_BYTES);
     const Bytes<Tiles> rows(x, x_is_float != 0, x_stride, tiles, K);
-    Panels panels(output);
+    Panels panels(output, M <= ROWS_OF_WHOLE_PANELS ? IN_ORDER : PANELS_AT_ONCE);
 #pragma omp parallel
     {
         Bytes<Tiles> input = rows;

@@ -192,7 +192,7 @@ void multiply_numbers(const T* x, int64_t x_stride, int64_t M, const T* packed, 
     int64_t units = divide_up(K, 2);
     OutputIn<T> output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
     const WideRows<T> shared(x, x_stride, M, K);
-    Panels panels(output);
+    Panels panels(output, M <= ROWS_OF_WHOLE_PANELS ? IN_ORDER : PANELS_AT_ONCE);
 #pragma omp parallel
     {
         WideRows<T> input = shared;

@@ -32,9 +32,20 @@ INLINE ivec load_bits(const void* p) { return *static_cast<const ivec_unaligned*
 
 INLINE ivec larger(ivec a, ivec b) { return a > b ? a : b; }
 
+#if defined(__AVX2__)
+// The rest of a register, to be combined with its first half, pair or number.
+INLINE __m128i upper_half(__m256i x) { return _mm256_extracti128_si256(x, 1); }
+INLINE __m128i upper_pair(__m128i x) { return _mm_shuffle_epi32(x, 0x4e); }
+INLINE __m128i upper_one(__m128i x) { return _mm_shuffle_epi32(x, 0xb1); }
+#endif
+
 INLINE int32_t largest(ivec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), upper_half((__m256i)x));
+    most = _mm_max_epi32(most, upper_pair(most));
+    return _mm_cvtsi128_si32(_mm_max_epi32(most, upper_one(most)));
 #elif defined(__aarch64__)
     return vmaxvq_s32((int32x4_t)x);
 #else
@@ -47,12 +58,28 @@ INLINE int32_t largest(ivec x) {
 INLINE int32_t sum(ivec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i total = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), upper_half((__m256i)x));
+    total = _mm_add_epi32(total, upper_pair(total));
+    return _mm_cvtsi128_si32(_mm_add_epi32(total, upper_one(total)));
 #elif defined(__aarch64__)
     return vaddvq_s32((int32x4_t)x);
 #else
     int32_t total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
+#endif
+}
+
+// Writes the lowest byte of each number.
+INLINE void store_bytes(void* to, ivec x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i lowest = _mm256_set1_epi32(0x0c080400);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, lowest);  // of each half in its first four
+    _mm_storel_epi64(static_cast<__m128i*>(to), _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), upper_half(bytes)));
+#else
+    const bytes_vec bytes = __builtin_convertvector(x, bytes_vec);
+    std::memcpy(to, &bytes, LANES);
 #endif
 }
 
@@ -76,11 +103,12 @@ T* scratch(int64_t count) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
 }
 
-// Prefetches a unit further on, for a tile of R rows, into level 1, or 2, which allows more outstanding requests: with
-// one row, whose time is all waiting, that outweighs the longer way. Vectors of 256 bits need more instructions for a
-// unit, so that the processor itself looks less far ahead.
+// Prefetches a unit further on, for a tile of R rows, into level 1. A single row is all waiting: vectors of 512 bits have
+// it brought into level 2, which allows more outstanding requests; with those of 256 bits, which need more instructions
+// for a unit, the processor reads ahead by itself, and faster than when told to.
 template <int R = ROWS>
 INLINE void ahead(const uint32_t* w) {
+    if (R == 1 && LANES == 8) return;
     constexpr int CACHE = R == 1 ? 2 : 1, UNITS = R <= ROWS_OF_WHOLE_PANELS ? UNITS_AHEAD_OF_FEW : UNITS_AHEAD;
     __builtin_prefetch(w + UNITS * PANEL, 0, 4 - CACHE);
     __builtin_prefetch(w + UNITS * PANEL + PANEL / 2, 0, 4 - CACHE);

@@ -227,8 +227,7 @@ class Bytes {
         int64_t k = 0;
         for (; k + LANES <= K_; k += LANES) {
             ivec whole = nearest(load(x + k) * inverse) + OFFSET_OF_BYTES;
-            bytes_vec bytes = __builtin_convertvector(whole, bytes_vec);
-            std::memcpy(to + k, &bytes, LANES);
+            store_bytes(to + k, whole);
         }
         if (k < K_) {
             ivec whole = nearest(load_part(x + k, int(K_ - k)) * inverse) + OFFSET_OF_BYTES;

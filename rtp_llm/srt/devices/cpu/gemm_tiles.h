@@ -192,9 +192,14 @@ INLINE void write_tile_gated(
         for (int v = 0; v < VECS; v++) out.write_gated(row + r, column + v * LANES, first[r][v], second[r][v]);
 }
 
+constexpr int64_t IN_ORDER = INT64_MAX;  // panels that a thread takes: most of its share
+
 // Panels of outputs, which the threads of a team take: several at a time, and fewer towards the end, so that all end
 // together. With a gated activation, whose halves are whole panels, a panel of the first half includes that of the
 // second.
+//
+// most: panels taken at once. IN_ORDER is for few rows, whose time is that of reading the weight: wherever a thread begins
+// to read, it waits until the processor reads ahead.
 class Panels {
    public:
     const int64_t count;
@@ -202,19 +207,24 @@ class Panels {
     template <class H>
     explicit Panels(const OutputIn<H>& out, int64_t most = PANELS_AT_ONCE)
         : count(out.is_gated() ? out.columns / 2 / PANEL : divide_up(out.columns, PANEL)),
-          most_(out.is_gated() ? std::max<int64_t>(1, most / 2) : most) {}
+          most_(most == IN_ORDER || !out.is_gated() ? most : std::max<int64_t>(1, most / 2)) {}
 
     // Takes panels [first, last); false if none were left.
     bool take(int64_t& first, int64_t& last) {
         first = next_.load(std::memory_order_relaxed);
         do {
             if (first >= count) return false;
-            last = first + std::max<int64_t>(1, std::min(most_, (count - first) / (4 * omp_get_num_threads())));
+            last = first + std::max<int64_t>(1, part_of(count - first));
         } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
         return true;
     }
 
    private:
+    int64_t part_of(int64_t left) const {
+        const int64_t quarters = 4 * omp_get_num_threads();
+        return most_ == IN_ORDER ? left * 3 / quarters : std::min(most_, left / quarters);
+    }
+
     const int64_t most_;
     std::atomic<int64_t> next_{0};
 };

@@ -1,8 +1,11 @@
 """Calls of kernels from a list, without Python between them."""
 
+import gc
+
 import pytest
 import torch
 
+from rtp_llm.srt.devices.cpu.attention import write_kv
 from rtp_llm.srt.devices.cpu.binding import FLOAT, INT, INT64, POINTER, address, bind, noted_calls
 from rtp_llm.srt.devices.cpu.build import kernels_work
 from rtp_llm.srt.devices.cpu.call_list import CallList, listed
@@ -55,6 +58,16 @@ def test_calls_read_what_is_in_memory_when_the_list_is_run():
     ids.copy_(torch.tensor([1, 1, 0]))
     calls()
     assert counts.tolist() == [1, 2, 0]
+
+
+def test_a_list_keeps_the_structures_that_kernels_take_by_reference():
+    k, slots = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 1])
+    keys, values = torch.zeros(4, 1, 8), torch.zeros(4, 1, 8)
+    joined = listed([recorded(write_kv, k, k, keys, values, slots)] * 2)
+    assert [isinstance(function, CallList) for function, _, _ in joined] == [True]
+    keys.zero_(), gc.collect()
+    joined[0][0]()
+    torch.testing.assert_close(keys[slots], k, rtol=0, atol=0)
 
 
 def test_a_list_ends_at_a_result_that_is_not_the_recorded_one():
