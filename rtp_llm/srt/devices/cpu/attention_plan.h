@@ -40,10 +40,16 @@ int32_t num_splits(int64_t num_keys, int64_t keys_per_split) {
     return int32_t(std::min<int64_t>(std::max<int64_t>(1, num_keys / keys_per_split), MAX_SPLITS));
 }
 
-// Start of part i of n of [begin, end); parts are multiples of 32 keys, except the last.
+// Splits of a row of one token. They depend on its keys alone, so that its result does not depend on other rows.
+int32_t splits_of_single(int64_t num_keys) {
+    const int64_t few = std::min<int64_t>(num_keys / FEWEST_KEYS_OF_SPLIT, SPLITS_OF_SHORT);
+    return std::max(num_splits(num_keys, KEYS_PER_SPLIT), int32_t(few));
+}
+
+// Start of part i of n of [begin, end); parts are multiples of 8 keys, except the last.
 int32_t split_at(int64_t begin, int64_t end, int32_t i, int32_t n) {
     if (i == n) return int32_t(end);
-    return int32_t(begin + (end - begin) * i / n / 32 * 32);
+    return int32_t(begin + (end - begin) * i / n / 8 * 8);
 }
 
 void add(Step& step, Item item, int64_t width) {
@@ -107,7 +113,7 @@ void add_shared(const Attention& a, Step& step, const std::vector<int32_t>& used
 void add_single(const Attention& a, Step& step, int32_t row, int32_t heads_per_item) {
     int32_t group = int32_t(a.num_heads / a.num_kv_heads), end = a.starts[row] + 1, token = step.tokens[size_t(row)];
     int32_t begin = std::max(step.own_begin[size_t(row)], int32_t(first_visible(a, a.starts[row])));
-    int32_t splits = num_splits(end - begin, KEYS_PER_SPLIT);
+    int32_t splits = splits_of_single(end - begin);
     for (int32_t i = 0; i < splits; i++) {
         int32_t from = split_at(begin, end, i, splits), to = split_at(begin, end, i + 1, splits);
         int32_t partial = step.num_partials[size_t(row)] > 1 ? step.first_partial[size_t(row)] + i : -1;
@@ -159,7 +165,7 @@ void plan(const Attention& a, Step& step) {
         token += a.counts[row];
         if (a.counts[row] != 1) continue;
         int64_t begin = std::max<int64_t>(step.own_begin[size_t(row)], first_visible(a, a.starts[row]));
-        step.num_partials[size_t(row)] = num_splits(a.starts[row] + 1 - begin, KEYS_PER_SPLIT);
+        step.num_partials[size_t(row)] = splits_of_single(a.starts[row] + 1 - begin);
         singles += step.num_partials[size_t(row)];
     }
     std::vector<int32_t> of_shared(size_t(a.num_rows), 0);
@@ -174,7 +180,7 @@ void plan(const Attention& a, Step& step) {
         step.total_partials += step.num_partials[row] + of_shared[row];
     }
     // An item has all key heads of its keys, so that memory is read in long runs, unless threads would be idle.
-    int64_t heads_per_item = a.num_kv_heads, wanted = 4 * omp_get_max_threads();
+    int64_t heads_per_item = a.num_kv_heads, wanted = omp_get_max_threads();
     while (heads_per_item > 1 && singles * ((a.num_kv_heads + heads_per_item - 1) / heads_per_item) < wanted)
         heads_per_item = (heads_per_item + 1) / 2;
     add_shared(a, step, used, int32_t(heads_per_item));

@@ -8,7 +8,8 @@ namespace {
 
 // ---- a step
 
-constexpr int64_t WORTH_THREADS = 1 << 11;  // query-key pairs; for fewer, starting threads costs more than it saves
+// Query-key pairs, and numbers of partial results: for fewer, starting threads costs more than it saves.
+constexpr int64_t WORTH_THREADS = 1 << 11, MERGES_WORTH_THREADS = 1 << 15;
 
 template <class T, class S>
 void attend(const Attention& a) {
@@ -29,7 +30,7 @@ void attend(const Attention& a) {
     }
     if (todo.total_partials == 0) return;
     int64_t pairs = a.num_rows * a.num_heads;
-#pragma omp parallel for schedule(static) if (floats > WORTH_THREADS)
+#pragma omp parallel for schedule(static) if (floats > MERGES_WORTH_THREADS)
     for (int64_t i = 0; i < pairs; i++) {
         size_t row = size_t(i / a.num_heads);
         if (todo.num_partials[row] > 1)

@@ -34,6 +34,7 @@ constexpr int TILE_ROWS = 8;
 constexpr int TILE_ROWS = 4;  // sixteen registers
 #endif
 constexpr int KEYS_PER_SPLIT = 256;  // of a row of one token; one such row occupies several cores
+constexpr int SPLITS_OF_SHORT = 2, FEWEST_KEYS_OF_SPLIT = 64;  // of fewer keys, so that two cores share them too
 constexpr int MAX_SPLITS = 64;
 constexpr int KEYS_PER_SHARED_SPLIT = 512;
 
