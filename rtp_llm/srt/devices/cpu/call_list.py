@@ -13,7 +13,7 @@ from rtp_llm.srt.devices.cpu.binding import INT64, POINTER, Kernel, bind
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, and its expected result
 SLOT = 8  # bytes of an argument
-REFERENCE = type(ctypes.byref(ctypes.c_int()))  # by which a kernel takes its arguments in one structure
+REFERENCE: Any = type(ctypes.byref(ctypes.c_int()))  # by which a kernel takes its arguments in one structure
 
 
 class CallOfList(ctypes.Structure):
