@@ -111,7 +111,7 @@ def refuse_reading(func: Any, args: Any) -> None:
     """Raise NotReplayable if the operation reads a value into Python, or makes a shape that depends on values."""
     if torch.Tag.data_dependent_output in func.tags:
         raise depends_on_values(f"a number is read, by {func}")
-    if torch.Tag.dynamic_output_shape in func.tags and (func is not torch.ops.aten.index.Tensor or _masks(args)):
+    if torch.Tag.dynamic_output_shape in func.tags and (func is not torch.ops.aten.index.Tensor or _masks(args[1:])):
         raise depends_on_values(f"a shape depends on numbers, in {func}")
 
 

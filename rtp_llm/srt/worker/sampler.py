@@ -272,7 +272,8 @@ class Sampler:
         lines = {row: line for line, row in enumerate(rows)}
         if strange := sorted(set(masks.rows) - lines.keys()):
             raise ValueError(f"masks for rows {strange}, which are not sampled in this step")
-        words = torch.from_numpy(masks.words).to(self._device, non_blocking=True)
+        words = torch.empty(shape, dtype=torch.int32, device=self._device)
+        self._provider.copy_to_device(words, masks.words)
         self._mask_tokens(logits, self._tensor([lines[row] for row in masks.rows]), words)
 
 
