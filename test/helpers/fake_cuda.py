@@ -212,11 +212,11 @@ def fake_cuda() -> Iterator[Device]:
 def _launch(executor: Any, run: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Run a kernel in Triton's interpreter, and note it in a recording."""
     recording = DEVICE.recording
-    if recording is not None:
-        for tensor in tree_leaves((args, kwargs)):
-            recording._keep(tensor)
-        recording.calls.append((run, (executor, *args), kwargs, None))
     with _disable_current_modes(), torch._C.DisableTorchFunction():
+        if recording is not None:  # with its mode open, it would note the copies that it keeps
+            for tensor in tree_leaves((args, kwargs)):
+                recording._keep(tensor)
+            recording.calls.append((run, (executor, *args), kwargs, None))
         run(executor, *args, **kwargs)
 
 
