@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rtp_llm.srt.entrypoints.openai.protocol import Body, Name, Salt
 from rtp_llm.srt.sampling_params import InvalidRequest
@@ -36,6 +36,15 @@ class PooledBody(Body):
     cache_salt: Salt | None = Field(None, description="extension: share cached prefixes only with equal salts")
     priority: int | None = Field(None, description="extension: lower is earlier; with --schedule-policy priority")
     rid: Name | None = Field(None, description="extension: for /abort_request")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind_of_inputs(cls, values: Any) -> Any:
+        """Refuse ids among texts with a sentence of their own, since a list of ids is one input."""
+        inputs = values.get("input") if isinstance(values, dict) else None
+        if isinstance(inputs, list) and len({isinstance(item, int) for item in inputs}) > 1:
+            raise InvalidRequest("input mixes ids with texts or lists: the ids of an input are a list", "input")
+        return values
 
     def shared_options(self) -> dict[str, Any]:
         """Return the options of PoolingOptions that are the same for all inputs."""

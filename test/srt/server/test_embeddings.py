@@ -107,6 +107,7 @@ def test_inputs_are_cut_only_if_that_is_asked(embedder: InProcess) -> None:
         ({"input": ["a", ""]}, "input 1: "),
         ({"input": [[3], []]}, "input 1: "),
         ({"input": [99999]}, "99999"),
+        ({"input": ["a", 3]}, "input mixes ids with texts"),
         ({"input": ["a"] * 9}, "at most 8"),
         ({"input": "a", "model": "other"}, "other"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format"),

@@ -80,7 +80,7 @@ def test_pooling_gives_any_output(embedder: InProcess, vectors: list[list[float]
     short = good(embedder, "/pooling", {"input": TEXTS[0], "dimensions": 3})["data"][0]["data"]
     assert len(short) == 3
     response = post(embedder, "/pooling", {"input": "a", "task": "score"})
-    assert "no output 'score': it has embed, token_embed" in told(response)
+    assert "this model has no output 'score': it has embed, token_embed" in told(response)
     assert response.json()["error"]["param"] == "task"
 
 
