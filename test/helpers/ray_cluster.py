@@ -14,6 +14,7 @@ import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
+START_TRIES = 3
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
@@ -29,7 +30,14 @@ class ThreeNodes:
         os.environ["RAY_ADDRESS"] = self.cluster.address
 
     def add(self) -> None:
-        node = self.cluster.add_node(**NODE)
+        """Start a node. On a busy machine Ray gives up waiting for one that comes later: that is tried again."""
+        for left in range(START_TRIES - 1, -1, -1):
+            try:
+                node = self.cluster.add_node(**NODE)
+                break
+            except Exception as error:
+                if not left or "timed out during startup" not in str(error):
+                    raise
         self.nodes[node.node_id] = node
 
     def kill(self, node_id: str) -> None:
