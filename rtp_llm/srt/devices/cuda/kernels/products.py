@@ -33,6 +33,15 @@ def _numbers(codes: tl.tensor, zero: tl.tensor, table: tl.tensor, dtype: tl.cons
 
 
 @triton.jit
+def _zero(zeros: tl.tensor, of_scale: tl.tensor, CODE: tl.constexpr) -> tl.tensor:
+    """The code of zero: a group's own, [outputs, 1], or one for all."""
+    if zeros is not None:
+        return tl.load(zeros + of_scale).to(tl.int32)[:, None]
+    else:
+        return 8 if CODE == NIBBLES else 128
+
+
+@triton.jit
 def _group_of_tile(
     rows_per_group: tl.tensor, tile: tl.tensor, GROUPS: tl.constexpr, ALL_GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
 ) -> tl.tensor:
@@ -105,15 +114,13 @@ def product_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if CODE == INT8 else tl.float32)
         begin = tl.program_id(2) * blocks_per_split
         last = tl.minimum(begin + blocks_per_split, tl.cdiv(num_columns, BLOCK_K))
-        zero = 8 if CODE == NIBBLES else 128
         for block in range(begin, last):
             columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
             there = columns < num_columns
             codes = tl.load(w_rows + columns[None, :], mask=output_inside[:, None] & there[None, :], other=0)
             inputs = tl.load(x_rows + columns[:, None], mask=there[:, None] & row_inside[None, :], other=0)
             of_scale = of_output * scales_per_row + block // blocks_per_scale
-            if zeros is not None:
-                zero = tl.load(zeros + of_scale).to(tl.int32)[:, None]
+            zero = _zero(zeros, of_scale, CODE)
             if CODE == INT8:
                 acc = tl.dot(codes, inputs, acc, out_dtype=tl.int32)
             elif two:
