@@ -375,6 +375,52 @@ def _linear_float(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    is_sigmoid: bool = False,
+    renormalize: bool = False,
+    correction_bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    num_best_groups: int = 1,
+    factor: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose ``top_k`` experts for each token by logits [T, num_experts]; ``layers.routing.TopK`` says how.
+
+    Returns:
+        Weights [T, top_k] float32 and ids [T, top_k] int64.
+    """
+    scores = logits.float().sigmoid() if is_sigmoid else logits.softmax(dim=-1, dtype=torch.float32)
+    if correction_bias is None and num_groups <= num_best_groups:
+        topk_weights, topk_ids = scores.topk(top_k, dim=-1)
+    else:
+        topk_ids = _best_experts(scores, top_k, correction_bias, num_groups, num_best_groups)
+        topk_weights = scores.gather(-1, topk_ids)
+    if renormalize:
+        total = topk_weights.sum(dim=-1, keepdim=True)
+        topk_weights = topk_weights / (total + 1e-20 if is_sigmoid else total)
+    return topk_weights if factor == 1.0 else topk_weights * factor, topk_ids
+
+
+def _best_experts(
+    scores: torch.Tensor, top_k: int, correction_bias: torch.Tensor | None, num_groups: int, num_best_groups: int
+) -> torch.Tensor:
+    choice = scores if correction_bias is None else scores + correction_bias.float()
+    if num_groups > num_best_groups:
+        groups = choice.unflatten(-1, (num_groups, -1))
+        num_counted = 1 if correction_bias is None else min(2, groups.shape[-1])
+        group_scores = groups.topk(num_counted, dim=-1).values.sum(dim=-1)
+        choice = choice.masked_fill(~in_top_groups(group_scores, num_best_groups, choice.shape[-1]), float("-inf"))
+    return choice.topk(top_k, dim=-1).indices
+
+
+def in_top_groups(group_scores: torch.Tensor, num_best_groups: int, num_experts: int) -> torch.Tensor:
+    """[T, groups] -> [T, num_experts] bool: whether the expert is in one of the token's best groups."""
+    best = group_scores.topk(num_best_groups, dim=-1).indices
+    is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
+    return is_best.repeat_interleave(num_experts // group_scores.shape[-1], dim=-1)
+
+
 def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort ids, [n] int64 in [0, num_groups), by group; the sort is stable.
 

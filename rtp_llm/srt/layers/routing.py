@@ -5,10 +5,13 @@ takes one of the functions, a rule that is put together (``TopK``), or a router 
 (``TopKRouter``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from rtp_llm.srt.device.choice import pick
+from rtp_llm.srt.device.provider import Kernel
+from rtp_llm.srt.kernels.reference import in_top_groups
 from rtp_llm.srt.layers.linear import GateLinear
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
@@ -46,7 +49,7 @@ def softmax_grouped_topk(
     """
     scores = router_logits.softmax(dim=-1, dtype=torch.float32)
     group_scores = scores.unflatten(-1, (num_expert_group, -1)).amax(dim=-1)
-    chosen = scores.masked_fill(~_in_top_groups(group_scores, topk_group, scores.shape[-1]), 0.0)
+    chosen = scores.masked_fill(~in_top_groups(group_scores, topk_group, scores.shape[-1]), 0.0)
     topk_weights, topk_ids = chosen.topk(top_k, dim=-1)
     if renormalize:
         topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -71,7 +74,7 @@ def sigmoid_grouped_topk(
     choice = scores + correction_bias.float()
     groups = choice.unflatten(-1, (num_expert_group, -1))
     group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-    choice = choice.masked_fill(~_in_top_groups(group_scores, topk_group, scores.shape[-1]), float("-inf"))
+    choice = choice.masked_fill(~in_top_groups(group_scores, topk_group, scores.shape[-1]), float("-inf"))
     topk_ids = choice.topk(top_k, dim=-1).indices
     topk_weights = scores.gather(-1, topk_ids)
     if renormalize:
@@ -108,29 +111,18 @@ class TopK:
     num_expert_group: int = 1
     topk_group: int = 1
     routed_scaling_factor: float = 1.0
+    kernel: Kernel = field(default_factory=lambda: pick("route", torch.float32), init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"unknown scoring_func {self.scoring_func!r}; have ['sigmoid', 'softmax']")
 
     def __call__(self, router_logits: torch.Tensor) -> Routing:
-        logits = router_logits.float()
-        scores = logits.softmax(dim=-1) if self.scoring_func == "softmax" else logits.sigmoid()
-        topk_ids = self._choose(scores)
-        topk_weights = scores.gather(-1, topk_ids)
-        if self.renormalize:
-            topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return topk_weights * self.routed_scaling_factor, topk_ids
-
-    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
-        choice = scores if self.correction_bias is None else scores + self.correction_bias.float()
-        if self.num_expert_group > self.topk_group:
-            groups = choice.unflatten(-1, (self.num_expert_group, -1))
-            num_counted = 1 if self.correction_bias is None else min(2, groups.shape[-1])
-            group_scores = groups.topk(num_counted, dim=-1).values.sum(dim=-1)
-            is_chosen = _in_top_groups(group_scores, self.topk_group, choice.shape[-1])
-            choice = choice.masked_fill(~is_chosen, float("-inf"))
-        return choice.topk(self.top_k, dim=-1).indices
+        routing: Routing = self.kernel(
+            router_logits, self.top_k, self.scoring_func == "sigmoid", self.renormalize, self.correction_bias,
+            self.num_expert_group, self.topk_group, self.routed_scaling_factor,
+        )  # fmt: skip
+        return routing
 
 
 class TopKRouter(GateLinear):
@@ -175,10 +167,3 @@ class TopKRouter(GateLinear):
     def forward(self, x: torch.Tensor) -> Routing:  # type: ignore[override]
         """[T, hidden_size] -> routing."""
         return self.rule(self._multiply(x.to(self.params_dtype)))
-
-
-def _in_top_groups(group_scores: torch.Tensor, topk_group: int, num_experts: int) -> torch.Tensor:
-    """[T, groups] -> [T, num_experts] bool: whether the expert is in one of the token's best groups."""
-    best = group_scores.topk(topk_group, dim=-1).indices
-    is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
-    return is_best.repeat_interleave(num_experts // group_scores.shape[-1], dim=-1)

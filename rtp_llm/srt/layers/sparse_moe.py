@@ -5,8 +5,9 @@ from torch import nn
 
 from rtp_llm.srt.layers.linear import ReplicatedLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
-from rtp_llm.srt.layers.moe import FusedMoE, Routing, softmax_topk
+from rtp_llm.srt.layers.moe import FusedMoE, Routing
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
+from rtp_llm.srt.layers.routing import TopK
 from rtp_llm.srt.utils import add_prefix
 
 
@@ -42,6 +43,7 @@ class SparseMoeBlock(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.renormalize = renormalize
+        self.rule = TopK(top_k, renormalize=renormalize)
         self.gate = ReplicatedLinear(
             hidden_size, num_experts, bias=False, params_dtype=gate_dtype, prefix=add_prefix("gate", prefix)
         )
@@ -76,4 +78,4 @@ class SparseMoeBlock(nn.Module):
 
     def route(self, router_logits: torch.Tensor) -> Routing:
         """[T, num_experts] -> weights and ids of experts, [T, top_k] each."""
-        return softmax_topk(router_logits, self.top_k, self.renormalize)
+        return self.rule(router_logits)

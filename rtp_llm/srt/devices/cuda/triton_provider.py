@@ -39,6 +39,7 @@ KERNELS: dict[str, str] = {  # kernel -> module of the folder ``kernels``
     "selective_scan": "scans",
     "linear_recurrence": "scans",
     "quantize_rows": "linear",
+    "route": "routing",
     "group_rows": "moe",
     "gather_rows": "moe",
     "sum_rows": "moe",

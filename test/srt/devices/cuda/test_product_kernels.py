@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,12 +120,38 @@ def test_experts_of_several_forms_are_not_alike() -> None:
 
 
 @interpreted
-def test_rows_by_expert() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+def test_routing(is_sigmoid: bool, dtype: torch.dtype) -> None:
+    for num_experts, top_k, groups, best_groups in [(1, 1, 1, 1), (12, 3, 1, 1), (60, 4, 6, 2), (40, 9, 5, 5)]:
+        logits = torch.stack([torch.randperm(num_experts) for _ in range(5)]).to(dtype) / 7 - 2  # no two equal
+        for bias in (None, torch.randn(num_experts)):
+            for renormalize in (False, True):
+                args = (logits, top_k, is_sigmoid, renormalize, bias, groups, best_groups, 2.5)
+                (weights, ids), expected = module("kernels.routing").route(*args), reference.route(*args)
+                assert torch.equal(ids, expected[1])
+                check_close(weights, expected[0])
+
+
+@interpreted
+def test_routing_of_what_is_not_finite_stays_among_experts() -> None:
+    logits = torch.full((2, 6), torch.nan)
+    logits[1], logits[1, 3] = -torch.inf, 1.0
+    weights, ids = module("kernels.routing").route(logits, 4)
+    assert sorted(ids[0].tolist()) == [0, 1, 2, 3] and sorted(ids[1].tolist()) == [0, 1, 2, 3]
+    assert weights[0].isnan().all() and weights[1].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+@interpreted
+@pytest.mark.parametrize("few_ids", [0, 2048])
+def test_rows_by_expert(few_ids: int) -> None:
     moe = module("kernels.moe")
-    for num_ids, num_groups in [(0, 3), (1, 1), (130, 5), (700, 130), (300, 64)]:
-        ids = torch.randint(0, num_groups, (num_ids,))
-        for ours, expected in zip(moe.group_rows(ids, num_groups), reference.group_rows(ids, num_groups), strict=True):
-            assert torch.equal(ours, expected)
+    with patch.object(moe, "FEW_IDS", few_ids):
+        for num_ids, num_groups in [(0, 3), (1, 1), (130, 5), (700, 130), (300, 64)]:
+            ids = torch.randint(0, num_groups, (num_ids,))
+            results = moe.group_rows(ids, num_groups)
+            for ours, expected in zip(results, reference.group_rows(ids, num_groups), strict=True):
+                assert torch.equal(ours, expected)
 
 
 @interpreted
@@ -183,11 +210,14 @@ def test_products_compile(form: str, capability: int) -> None:
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_sorting_compiles(capability: int) -> None:
-    moe, column = module("kernels.moe"), torch.zeros(256, dtype=torch.int64)
+    moe, column, route = module("kernels.moe"), torch.zeros(256, dtype=torch.int64), module("kernels.routing").route
     rows = torch.zeros(256, 2048, dtype=torch.bfloat16)
 
     def call() -> None:
+        route(torch.zeros(8, 128, dtype=torch.bfloat16), 8, renormalize=True)
+        route(torch.zeros(8, 256), 8, True, True, torch.zeros(256), 8, 4)
         moe.group_rows(column, 128)
+        moe.group_rows(torch.zeros(65536, dtype=torch.int64), 128)
         moe.gather_rows(rows, column, 8)
         moe.sum_rows(rows, column, torch.zeros(32, 8))
 

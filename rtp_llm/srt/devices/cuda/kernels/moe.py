@@ -1,7 +1,8 @@
 """Rows sorted by expert, gathered and summed, in Triton. See ``kernels/reference.py``.
 
-The sort counts: each program counts its ids' experts, sums over the programs before it say where its rows begin, and a
-second launch writes each id's place. It is stable, and the host knows nothing of the counts.
+The sort is stable, and the host knows nothing of the counts. Few ids are each compared with all others, in one launch.
+Many are counted: each program counts its ids' experts, sums over the programs before it say where its rows begin, and a
+second launch writes each id's place.
 """
 
 import torch
@@ -9,6 +10,8 @@ import triton
 import triton.language as tl
 
 IDS = 128  # of a program
+FEW_IDS = 2048
+GROUPS = 64  # experts that a program counts, and ids that it compares with as many at once
 BLOCK = 1024  # numbers of a row that a program has
 
 
@@ -45,24 +48,54 @@ def _place_kernel(
     group = tl.load(ids + own, mask=own < num_ids, other=-1).to(tl.int32)
     earlier = (group[:, None] == group[None, :]) & (line[None, :] < line[:, None])
     start = tl.load(starts + part * num_groups + group, mask=own < num_ids, other=0)
-    place = start + tl.sum(earlier.to(tl.int64), 1)
+    place = start + tl.sum(earlier.to(tl.int32), 1)
     tl.store(places + own, place, mask=own < num_ids)
     tl.store(order + place, own.to(tl.int64), mask=own < num_ids)
+
+
+@triton.jit
+def _compare_kernel(
+    ids: tl.tensor,
+    totals: tl.tensor,
+    order: tl.tensor,
+    places: tl.tensor,
+    num_ids: tl.tensor,
+    num_groups: tl.tensor,
+    IDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """An id's place is the number of those that are smaller, or equal and before it. Programs count groups as well."""
+    part, line = tl.program_id(0), tl.arange(0, IDS)
+    own, groups = part * IDS + line, part * GROUPS + tl.arange(0, GROUPS)
+    group = tl.load(ids + own, mask=own < num_ids, other=0).to(tl.int32)
+    place, found = tl.zeros([IDS], tl.int32), tl.zeros([GROUPS], tl.int32)
+    for first in range(0, num_ids, IDS):
+        others = first + line
+        other = tl.load(ids + others, mask=others < num_ids, other=0x7FFFFFFF).to(tl.int32)[None, :]
+        is_before = (other == group[:, None]) & (others[None, :] < own[:, None])
+        place += tl.sum(((other < group[:, None]) | is_before).to(tl.int32), 1)
+        found += tl.sum((other == groups[:, None]).to(tl.int32), 1)
+    tl.store(places + own, place.to(tl.int64), mask=own < num_ids)
+    tl.store(order + place, own.to(tl.int64), mask=own < num_ids)
+    tl.store(totals + groups, found.to(tl.int64), mask=groups < num_groups)
 
 
 def group_rows(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``reference.group_rows``."""
     ids = ids.contiguous()
     parts = triton.cdiv(len(ids), IDS)
-    counts = torch.empty(parts, num_groups, dtype=torch.int64, device=ids.device)
     order, places = torch.empty_like(ids), torch.empty_like(ids)
-    if not parts:
-        return counts.sum(0), order, places
+    if len(ids) <= FEW_IDS:
+        totals = torch.empty(num_groups, dtype=torch.int64, device=ids.device)
+        grid = (max(triton.cdiv(len(ids), GROUPS), triton.cdiv(num_groups, GROUPS)),)
+        _compare_kernel[grid](ids, totals, order, places, len(ids), num_groups, IDS=GROUPS, GROUPS=GROUPS, num_warps=8)
+        return totals, order, places
+    counts = torch.empty(parts, num_groups, dtype=torch.int64, device=ids.device)
     wide = min(64, triton.next_power_of_2(num_groups))
     _count_kernel[(parts,)](ids, counts, len(ids), num_groups, IDS=IDS, GROUPS=wide, num_warps=4)
     totals = counts.sum(0)
     starts = counts.cumsum(0) - counts + (totals.cumsum(0) - totals)
-    _place_kernel[(parts,)](ids, starts, order, places, len(ids), num_groups, IDS=IDS, num_warps=4)
+    _place_kernel[(parts,)](ids, starts, order, places, len(ids), num_groups, IDS=IDS, num_warps=8)
     return totals, order, places
 
 
