@@ -125,6 +125,7 @@ def test_wrong_values_are_told_before_loading(
         (["generat"], "invalid choice: 'generat'"),
         (["generate", "--model", "m"], "required: --prompt"),
         ([*GENERATE, "--temprature", "0"], "unknown argument '--temprature'; did you mean '--temperature'?"),
+        (["serve", "org/model"], "unknown argument 'org/model': a model is named by its flag, --model-path org/model"),
         (["bench", "--profile", "--port", "1"], "--port belongs to other commands: rtp-llm bench --profile does not"),
     ],
 )

@@ -51,6 +51,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 command = getattr(getattr(parsed, "command", None), "name", "")
                 where = f"{self.prog} {command}".strip()
                 self.error(f"{flag} belongs to other commands: {where} does not take it, and {where} --help lists what")
+            if not flag.startswith("-") and hasattr(parsed, "model_path"):
+                self.error(f"unknown argument {flag!r}: a model is named by its flag, --model-path {flag}")
             self.error(f"unknown argument {unknown[0]!r}{nearest(flag, flags)}")
         return parsed
 
