@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from recurrent_rows import rows_of
 
 from closeness import check_close
 from rtp_llm.srt.kernels import recurrent
-from triton_compile import SHARED_BYTES, check_compiled, compile_for, launches_of
+from triton_compile import check_compiled, launches_of
 from triton_process import compiled, interpreted
 
 PREFILL = rows_of([5, 1, 19, 16], [0, 2, 3, 0], [1, 2, 3, 5])  # from no state, from its own and from another's
@@ -63,6 +64,15 @@ def test_the_delta_rule(by_channel: bool, dtype: torch.dtype) -> None:
     for rows in (PREFILL, DECODE):
         states = torch.randn(6, 4, 24, 40)
         check("gated_delta_rule", rows, states, *delta_inputs(rows, by_channel, dtype))
+
+
+@interpreted
+def test_prompts_of_wide_keys_go_token_by_token() -> None:
+    for name, module in (("gated_delta_rule", "delta"), ("linear_attention", "scans")):
+        q, k, v = (inputs(PREFILL, 2, 20) for _ in "qkv")
+        more = (-inputs(PREFILL, 2).abs(), inputs(PREFILL, 2)) if module == "delta" else (-torch.rand(2),)
+        with patch.object(import_module(f"rtp_llm.srt.devices.cuda.kernels.{module}"), "MOST_KEYS_OF_CHUNK", 16):
+            check(name, PREFILL, torch.randn(6, 2, 20, 20), q, k, v, *more)
 
 
 @interpreted
@@ -131,6 +141,9 @@ def launch_all(rows: Any, dtype: torch.dtype) -> None:
     kernel("gated_delta_rule")(values, values, values, inputs(rows, 32, 128), beta, states, rows)
     kernel("delta_gates")(beta, beta, torch.zeros(32), torch.zeros(32))
     kernel("linear_attention")(values, values, values, torch.zeros(32), states, rows)
+    wide_keys, wide_states = inputs(rows, 32, 256, dtype=dtype), torch.zeros(slots, 32, 256, 128)
+    kernel("gated_delta_rule")(wide_keys, wide_keys, values, inputs(rows, 32), beta, wide_states, rows)
+    kernel("linear_attention")(wide_keys, wide_keys, values, torch.zeros(32), wide_states, rows)
     groups = inputs(rows, 8, 128, dtype=dtype)
     small, a = inputs(rows, 32, 64, dtype=dtype), torch.zeros(32)
     kernel("ssd")(small, beta, a, groups, groups, a, a, torch.zeros(slots, 32, 128, 64), rows)
@@ -144,11 +157,8 @@ def launch_all(rows: Any, dtype: torch.dtype) -> None:
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_recurrent_kernels_compile(capability: int) -> None:
-    launches = launches_of(lambda: [launch_all(rows, torch.bfloat16) for rows in (PREFILL, DECODE)])
+    with patch.object(import_module("rtp_llm.srt.devices.cuda.kernels.delta"), "generation", lambda: capability // 10):
+        launches = launches_of(lambda: [launch_all(rows, torch.bfloat16) for rows in (PREFILL, DECODE)])
     assert len(launches) > 12
     for launch in launches:
-        if launch.kernel.fn.__name__ in ("_delta_kernel", "_attention_kernel"):
-            made = compile_for(launch, capability)  # they spill registers, which is left to be mended
-            assert made.shared_bytes <= SHARED_BYTES[capability]
-        else:
-            check_compiled(launch, capability)
+        check_compiled(launch, capability)

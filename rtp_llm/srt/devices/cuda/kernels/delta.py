@@ -1,24 +1,43 @@
-"""The gated delta rule in Triton, by chunks of 16 tokens, with the equations of ``recurrent.delta_rule_chunks``.
+"""The gated delta rule in Triton: prompts by chunks of 16 tokens, with the equations of
+``recurrent.delta_rule_chunks``, and decoding rows token by token, as ``recurrent.delta_rule_step`` defines it.
 
-A program has some columns of one head's state for one piece of tokens; a decoding row is a chunk with one token. The
-triangular system of a chunk is solved by substitution: powers of its matrix would cancel out where keys are alike.
+A program has some columns of one head's state for one piece of tokens. The triangular system of a chunk is solved by
+substitution: powers of its matrix would cancel out where keys are alike.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from rtp_llm.srt.devices.cuda.kernels.gpu import generation, input_precision
 from rtp_llm.srt.kernels import recurrent
 from rtp_llm.srt.kernels.recurrent import StateRows
 
 CHUNK = 16
-COLUMNS = 32  # of the state that a program has
+COLUMNS = 32  # of the state that a program has, token by token
 MOST_KEYS = 256
+MOST_KEYS_OF_CHUNK = 128  # with more, chunks would spill registers
+
+
+@triton.jit
+def _running_sums(x: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """``cumsum`` over lines of [CHUNK, columns], for which Triton 3.6 has no code in some layouts."""
+    lines, total = tl.arange(0, CHUNK)[:, None], tl.zeros_like(x)
+    for j in range(CHUNK):
+        total += tl.where(lines >= j, tl.sum(tl.where(lines == j, x, 0.0), 0)[None, :], 0.0)
+    return total
 
 
 @triton.jit
 def _scores(
-    left: tl.tensor, right: tl.tensor, total: tl.tensor, BY_CHANNEL: tl.constexpr, CHUNK: tl.constexpr
+    left: tl.tensor,
+    right: tl.tensor,
+    total: tl.tensor,
+    BY_CHANNEL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """[CHUNK, CHUNK]: ``left[t] . exp(total[t] - total[j]) right[j]`` for j <= t, else 0."""
     lines = tl.arange(0, CHUNK)
@@ -34,7 +53,7 @@ def _scores(
     else:
         earlier = lines[None, :] <= lines[:, None]
         decay = tl.exp(tl.where(earlier, total - tl.trans(total), float("-inf")))
-        return tl.dot(left, tl.trans(right), input_precision="tf32x3") * decay
+        return tl.dot(left, tl.trans(right), input_precision=PRECISION) * decay
 
 
 @triton.jit
@@ -79,6 +98,7 @@ def _delta_kernel(
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     piece, head = tl.program_id(0), tl.program_id(1)
     lines, keys, columns = tl.arange(0, CHUNK), tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -93,38 +113,109 @@ def _delta_kernel(
         tokens = start + lines
         there = tokens < end
         mask = there[:, None] & key_there[None, :]
-        qc = tl.load(q + tokens[:, None] * q_stride + key_head * q_head_stride + keys[None, :], mask=mask, other=0.0)
         kc = tl.load(k + tokens[:, None] * k_stride + key_head * k_head_stride + keys[None, :], mask=mask, other=0.0)
         vc = tl.load(
             v + tokens[:, None] * v_stride + head * v_head_stride + columns[None, :],
             mask=there[:, None] & column_there[None, :], other=0.0,
         )  # fmt: skip
-        qc, kc, vc = qc.to(tl.float32), kc.to(tl.float32), vc.to(tl.float32)
+        kc, vc = kc.to(tl.float32), vc.to(tl.float32)
         if NORMALIZE:
-            qc = qc * tl.rsqrt(tl.sum(qc * qc, 1) + 1e-6)[:, None]
             kc = kc * tl.rsqrt(tl.sum(kc * kc, 1) + 1e-6)[:, None]
-        qc = qc * scale
         written = tl.load(beta + tokens * num_heads + head, mask=there, other=0.0).to(tl.float32)[:, None]
         if BY_CHANNEL:
             decays = tl.load(g + (tokens[:, None] * num_heads + head) * k_dim + keys[None, :], mask=mask, other=0.0)
+            decays = decays.to(tl.float32)
+            total, whole = _running_sums(decays, CHUNK), tl.sum(decays, 0)
         else:
-            decays = tl.load(g + tokens * num_heads + head, mask=there, other=0.0)[:, None]
-        decays = decays.to(tl.float32)
-        total, whole = tl.cumsum(decays, 0), tl.sum(decays, 0)
+            decays = tl.load(g + tokens * num_heads + head, mask=there, other=0.0).to(tl.float32)
+            total, whole = tl.cumsum(decays, 0)[:, None], tl.sum(decays[:, None], 0)
         since = tl.exp(total)
-        wanted = written * (vc - tl.dot(since * kc, state, input_precision="tf32x3"))
+        wanted = written * (vc - tl.dot(since * kc, state, input_precision=PRECISION))
         if end - start > 1:
-            system = written * _scores(kc, kc, total, BY_CHANNEL, CHUNK)
+            system = written * _scores(kc, kc, total, BY_CHANNEL, CHUNK, PRECISION)
             system = tl.where(lines[:, None] > lines[None, :], system, 0.0)
-            wanted = tl.dot(_solved(system, CHUNK), wanted, input_precision="tf32x3")
-        result = tl.dot(since * qc, state, input_precision="tf32x3")
-        scores = _scores(qc, kc, total, BY_CHANNEL, CHUNK)
-        result = tl.dot(scores, wanted, result, input_precision="tf32x3")
+            wanted = tl.dot(_solved(system, CHUNK), wanted, input_precision=PRECISION)
+        qc = tl.load(q + tokens[:, None] * q_stride + key_head * q_head_stride + keys[None, :], mask=mask, other=0.0)
+        qc = qc.to(tl.float32)
+        if NORMALIZE:
+            qc = qc * tl.rsqrt(tl.sum(qc * qc, 1) + 1e-6)[:, None]
+        qc = qc * scale
+        result = tl.dot(since * qc, state, input_precision=PRECISION)
+        scores = _scores(qc, kc, total, BY_CHANNEL, CHUNK, PRECISION)
+        result = tl.dot(scores, wanted, result, input_precision=PRECISION)
         target = out + (tokens[:, None] * num_heads + head) * v_dim + columns[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=there[:, None] & column_there[None, :])
         to_end = tl.exp(whole[None, :] - total) * kc
-        state = tl.dot(tl.trans(to_end), wanted, tl.exp(whole)[:, None] * state, input_precision="tf32x3")
+        state = tl.dot(tl.trans(to_end), wanted, tl.exp(whole)[:, None] * state, input_precision=PRECISION)
     tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+
+
+# long: half of it is the signature, an argument a line
+@triton.jit
+def _delta_tokens_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    g: tl.tensor,
+    beta: tl.tensor,
+    states: tl.tensor,
+    out: tl.tensor,
+    load: tl.tensor,
+    store: tl.tensor,
+    cu_seqlens: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    num_heads: tl.tensor,
+    heads_per_key: tl.tensor,
+    k_dim: tl.tensor,
+    v_dim: tl.tensor,
+    scale: tl.tensor,
+    BY_CHANNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ONE: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Token by token. ONE: each piece is a token."""
+    piece, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    keys, columns = tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    key_there, column_there = keys < k_dim, columns < v_dim
+    in_state = key_there[:, None] & column_there[None, :]
+    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
+    slot_size, key_head = num_heads * k_dim * v_dim, head // heads_per_key
+    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
+    first, end = piece, piece + 1
+    if not ONE:
+        first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    for token in range(first, end):
+        of_token = token * num_heads + head
+        query = tl.load(q + token * q_stride + key_head * q_head_stride + keys, mask=key_there, other=0.0)
+        key = tl.load(k + token * k_stride + key_head * k_head_stride + keys, mask=key_there, other=0.0)
+        value = tl.load(v + token * v_stride + head * v_head_stride + columns, mask=column_there, other=0.0)
+        query, key = query.to(tl.float32), key.to(tl.float32)
+        if NORMALIZE:
+            query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
+            key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
+        if BY_CHANNEL:
+            decays = tl.load(g + of_token * k_dim + keys, mask=key_there, other=0.0).to(tl.float32)
+            state = state * tl.exp(decays)[:, None]
+        else:
+            state = state * tl.exp(tl.load(g + of_token).to(tl.float32))
+        wanted = value.to(tl.float32) - tl.sum(key[:, None] * state, 0)
+        wanted = tl.load(beta + of_token).to(tl.float32) * wanted
+        state += key[:, None] * wanted[None, :]
+        result = tl.sum((query * scale)[:, None] * state, 0)
+        tl.store(out + of_token * v_dim + columns, result.to(out.dtype.element_ty), mask=column_there)
+    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+
+
+def _tile(by_channel: bool) -> tuple[int, int]:
+    """(columns, warps) of a program for chunks. Registers are what limits it: none may be spilled."""
+    return (32, 8) if generation() >= 9 else (16, 8 if by_channel else 4)
 
 
 def gated_delta_rule(
@@ -143,12 +234,19 @@ def gated_delta_rule(
         return recurrent.gated_delta_rule(q, k, v, g, beta, states, rows, normalize)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _delta_kernel[(len(rows.load), num_heads, triton.cdiv(v_dim, COLUMNS))](
-        q, k, v, g.contiguous(), beta.contiguous(), states, out, rows.load, rows.store, rows.cu_seqlens, q.stride(0),
-        q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), num_heads, num_heads // key_heads, k_dim,
-        v_dim, k_dim**-0.5, BY_CHANNEL=g.dim() == 3, NORMALIZE=normalize, CHUNK=CHUNK,
-        KEYS=max(16, triton.next_power_of_2(k_dim)), COLUMNS=COLUMNS, num_warps=8,
-    )  # fmt: skip
+    strides = [x.stride(i) for x in (q, k, v) for i in (0, 1)]
+    sizes = num_heads, num_heads // key_heads, k_dim, v_dim, k_dim**-0.5
+    tensors = q, k, v, g.contiguous(), beta.contiguous(), states, out, rows.load, rows.store, rows.cu_seqlens
+    keys, is_one = max(16, triton.next_power_of_2(k_dim)), len(v) == len(rows.load)
+    by_chunks = not is_one and keys <= MOST_KEYS_OF_CHUNK
+    columns, num_warps = _tile(g.dim() == 3) if by_chunks else (COLUMNS, 4)
+    grid = len(rows.load), num_heads, triton.cdiv(v_dim, columns)
+    constants: dict[str, Any] = {"BY_CHANNEL": g.dim() == 3, "NORMALIZE": normalize, "KEYS": keys, "COLUMNS": columns}
+    if by_chunks:
+        constants |= {"CHUNK": CHUNK, "PRECISION": input_precision(v.dtype), "num_warps": num_warps}
+        _delta_kernel[grid](*tensors, *strides, *sizes, **constants)
+    else:
+        _delta_tokens_kernel[grid](*tensors, *strides, *sizes, ONE=is_one, num_warps=num_warps, **constants)
     return out
 
 

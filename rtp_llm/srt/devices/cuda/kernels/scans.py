@@ -1,19 +1,24 @@
 """Linear attention, Mamba and other recurrences in Triton. See ``kernels/recurrent.py``.
 
-Linear attention and Mamba 2 go by chunks of tokens, with products of matrices; a decoding row is a chunk of one token.
-Recurrences of single numbers go token by token, which for a decoding row is all there is.
+Linear attention and Mamba 2 go by chunks of tokens, with products of matrices, and decoding rows by their token alone.
+Recurrences of single numbers go token by token.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from rtp_llm.srt.devices.cuda.kernels.gpu import input_precision
 from rtp_llm.srt.kernels import recurrent
 from rtp_llm.srt.kernels.recurrent import StateRows
 
+CHUNK = 16
 COLUMNS = 32  # of a state that a program has
 CHANNELS = 64  # of a recurrence of single numbers
 MOST_KEYS = 256
+MOST_KEYS_OF_CHUNK = 128  # with more, chunks would spill registers
 
 
 @triton.jit
@@ -21,6 +26,16 @@ def _softplus(x: tl.tensor) -> tl.tensor:
     small = tl.exp(tl.minimum(x, 0.0))  # log(1 + y) of a small y is y (1 - y / 2)
     usual = tl.log(1.0 + tl.exp(tl.minimum(x, 20.0)))
     return tl.where(x > 20.0, x, tl.where(x < -8.0, small * (1.0 - 0.5 * small), usual))
+
+
+@triton.jit
+def _time_step(
+    dt: tl.tensor, dt_bias: tl.tensor, head: tl.tensor, there: tl.tensor, dt_least: tl.tensor, dt_most: tl.tensor
+) -> tl.tensor:
+    step = tl.load(dt, mask=there, other=0.0).to(tl.float32)
+    if dt_bias is not None:
+        step += tl.load(dt_bias + head).to(tl.float32)
+    return tl.minimum(tl.maximum(_softplus(step), dt_least), dt_most)
 
 
 # long: half of it is the signature, an argument a line
@@ -54,6 +69,7 @@ def _attention_kernel(
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
     """With ``dt`` the state-space dual, else linear attention; ``decay``: [num_heads]."""
     piece, head = tl.program_id(0), tl.program_id(1)
@@ -75,23 +91,81 @@ def _attention_kernel(
         qc, kc, vc = qc.to(tl.float32), kc.to(tl.float32), vc.to(tl.float32)
         scaled, decays = vc, tl.where(there, rate, 0.0)
         if dt is not None:
-            step = tl.load(dt + tokens * dt_stride + head, mask=there, other=0.0).to(tl.float32)
-            if dt_bias is not None:
-                step += tl.load(dt_bias + head).to(tl.float32)
-            step = tl.minimum(tl.maximum(_softplus(step), dt_least), dt_most)
+            step = _time_step(dt + tokens * dt_stride + head, dt_bias, head, there, dt_least, dt_most)
             scaled, decays = step[:, None] * vc, tl.where(there, step * rate, 0.0)
         total, whole = tl.cumsum(decays, 0)[:, None], tl.sum(decays, 0)
         earlier = lines[None, :] <= lines[:, None]
         between = tl.exp(tl.where(earlier, total - tl.trans(total), float("-inf")))
-        scores = tl.dot(qc, tl.trans(kc), input_precision="tf32x3") * between
-        result = tl.dot(tl.exp(total) * qc, state, input_precision="tf32x3")
-        result = tl.dot(scores, scaled, result, input_precision="tf32x3")
+        scores = tl.dot(qc, tl.trans(kc), input_precision=PRECISION) * between
+        result = tl.dot(tl.exp(total) * qc, state, input_precision=PRECISION)
+        result = tl.dot(scores, scaled, result, input_precision=PRECISION)
         if d is not None:
             result += tl.load(d + head).to(tl.float32) * vc
         target = out + (tokens[:, None] * num_heads + head) * v_dim + columns[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
         to_end = tl.exp(whole - total) * kc
-        state = tl.dot(tl.trans(to_end), scaled, tl.exp(whole) * state, input_precision="tf32x3")
+        state = tl.dot(tl.trans(to_end), scaled, tl.exp(whole) * state, input_precision=PRECISION)
+    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+
+
+# long: half of it is the signature, an argument a line
+@triton.jit
+def _attention_tokens_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    decay: tl.tensor,
+    dt: tl.tensor,
+    dt_bias: tl.tensor,
+    d: tl.tensor,
+    states: tl.tensor,
+    out: tl.tensor,
+    load: tl.tensor,
+    store: tl.tensor,
+    cu_seqlens: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    dt_stride: tl.tensor,
+    num_heads: tl.tensor,
+    heads_per_key: tl.tensor,
+    k_dim: tl.tensor,
+    v_dim: tl.tensor,
+    dt_least: tl.tensor,
+    dt_most: tl.tensor,
+    ONE: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """As ``_attention_kernel``, token by token. ONE: each piece is a token."""
+    piece, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    keys, columns = tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    key_there, column_there = keys < k_dim, columns < v_dim
+    in_state = key_there[:, None] & column_there[None, :]
+    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
+    slot_size, key_head, rate = num_heads * k_dim * v_dim, head // heads_per_key, tl.load(decay + head).to(tl.float32)
+    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
+    first, end = piece, piece + 1
+    if not ONE:
+        first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    for token in range(first, end):
+        query = tl.load(q + token * q_stride + key_head * q_head_stride + keys, mask=key_there, other=0.0)
+        key = tl.load(k + token * k_stride + key_head * k_head_stride + keys, mask=key_there, other=0.0)
+        value = tl.load(v + token * v_stride + head * v_head_stride + columns, mask=column_there, other=0.0)
+        value = value.to(tl.float32)
+        scaled, total = value, rate
+        if dt is not None:
+            step = _time_step(dt + token * dt_stride + head, dt_bias, head, True, dt_least, dt_most)
+            scaled, total = step * value, step * rate
+        state = tl.exp(total) * state + key.to(tl.float32)[:, None] * scaled[None, :]
+        result = tl.sum(query.to(tl.float32)[:, None] * state, 0)
+        if d is not None:
+            result += tl.load(d + head).to(tl.float32) * value
+        target = out + (token * num_heads + head) * v_dim + columns
+        tl.store(target, result.to(out.dtype.element_ty), mask=column_there)
     tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
 
 
@@ -111,12 +185,17 @@ def _attended(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     dt = dt if dt is None or dt.stride(1) == 1 else dt.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _attention_kernel[(len(rows.load), num_heads, triton.cdiv(v_dim, COLUMNS))](
-        q, k, v, decay, dt, dt_bias, d, states, out, rows.load, rows.store, rows.cu_seqlens, q.stride(0), q.stride(1),
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if dt is None else dt.stride(0), num_heads,
-        num_heads // key_heads, k_dim, v_dim, *dt_limit, CHUNK=16 if num_tokens == len(rows.load) else 32,
-        KEYS=max(16, triton.next_power_of_2(k_dim)), COLUMNS=COLUMNS, num_warps=8,
-    )  # fmt: skip
+    tensors = q, k, v, decay, dt, dt_bias, d, states, out, rows.load, rows.store, rows.cu_seqlens
+    strides = [x.stride(i) for x in (q, k, v) for i in (0, 1)] + [0 if dt is None else dt.stride(0)]
+    sizes = num_heads, num_heads // key_heads, k_dim, v_dim, *dt_limit
+    grid = len(rows.load), num_heads, triton.cdiv(v_dim, COLUMNS)
+    keys, is_one = max(16, triton.next_power_of_2(k_dim)), num_tokens == len(rows.load)
+    constants: dict[str, Any] = {"KEYS": keys, "COLUMNS": COLUMNS, "num_warps": 4}
+    if is_one or keys > MOST_KEYS_OF_CHUNK:
+        _attention_tokens_kernel[grid](*tensors, *strides, *sizes, ONE=is_one, **constants)
+    else:
+        constants |= {"CHUNK": CHUNK, "PRECISION": input_precision(v.dtype)}
+        _attention_kernel[grid](*tensors, *strides, *sizes, **constants)
     return out
 
 
