@@ -68,7 +68,7 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
     int64_t rows = 0;
     for (int64_t g = 0; g < groups; g++) rows += rows_per_group[g];
     if (rows != M) return 0;
-    int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
+    int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL);
     Unit* memory = scratch<Unit, 0>(M * units);
     std::vector<int64_t> ids, starts;  // of groups with rows
     std::vector<Input> inputs;
@@ -78,15 +78,16 @@ KERNEL int grouped_gemm_bf16(const bf16* x, int64_t x_stride, int64_t M, const i
         starts.push_back(start);
         inputs.emplace_back(x + start * x_stride, x_stride, rows_per_group[g], K, memory + start * units);
     }
-    int64_t tasks = int64_t(ids.size()) * pieces;
+    const int64_t at_once = panels_of_piece(M, int64_t(ids.size()), panels), pieces = divide_up(panels, at_once);
+    const int64_t tasks = int64_t(ids.size()) * pieces;
 #pragma omp parallel
     {
         for (Input& input : inputs) input.pack();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             const Input& input = inputs[task / pieces];
-            int64_t g = ids[task / pieces], first = task % pieces * PANELS_AT_ONCE;
-            int64_t last = std::min(first + PANELS_AT_ONCE, panels);
+            int64_t g = ids[task / pieces], first = task % pieces * at_once;
+            int64_t last = std::min(first + at_once, panels);
             bf16* rows_out = out + starts[task / pieces] * out_stride;
             Output output{rows_out, out_stride, N, bias ? bias + g * N : nullptr, false, false};
             const uint32_t* weight = reinterpret_cast<const uint32_t*>(packed) + g * panels * units * PANEL;

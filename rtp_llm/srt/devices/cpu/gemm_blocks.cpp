@@ -178,7 +178,8 @@ KERNEL int grouped_gemm_blocks(int number, const void* x, int x_is_float, int64_
     const int64_t blocks = divide_up(K, type->inputs);
     const Runs rows(tiles, x, x_is_float != 0, x_stride, K, blocks * type->inputs / RUN, type->together,
                     type->totals);
-    const int64_t panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
+    const int64_t panels = divide_up(N, PANEL);
+    const int64_t at_once = panels_of_piece(M, int64_t(ids.size()), panels), pieces = divide_up(panels, at_once);
 #pragma omp parallel
     {
         Runs input = rows;
@@ -186,11 +187,11 @@ KERNEL int grouped_gemm_blocks(int number, const void* x, int x_is_float, int64_
         Multiplier multiplier(*type, blocks);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < int64_t(ids.size()) * pieces; task++) {
-            const int64_t i = task / pieces, first = task % pieces * PANELS_AT_ONCE;
+            const int64_t i = task / pieces, first = task % pieces * at_once;
             const void* of_group = bias_at(bias, bias_is_float != 0, ids[i] * N);
             Output output{out, out_stride, N, of_group, out_is_float != 0, bias_is_float != 0};
             for (int64_t t = firsts[i]; t < firsts[i + 1]; t++)
-                for (int64_t p = first; p < std::min(first + PANELS_AT_ONCE, panels); p++)
+                for (int64_t p = first; p < std::min(first + at_once, panels); p++)
                     multiplier.compute(output, input.tile(t), tiles.starts[t], tiles.starts[t + 1], packed[ids[i]], p);
         }
     }

@@ -94,7 +94,8 @@ KERNEL int grouped_gemm_int8(const void* x, int x_is_float, int64_t x_stride, in
                              void* out, int64_t out_stride, int out_is_float) {
     const GroupTiles tiles(rows_per_group, groups, ROWS_OF_BYTES);
     if (tiles.rows != M) return 0;
-    const int64_t panels = divide_up(N, PANEL), pieces = divide_up(panels, PANELS_AT_ONCE);
+    const int64_t panels = divide_up(N, PANEL);
+    const int64_t at_once = panels_of_piece(M, int64_t(tiles.ids.size()), panels), pieces = divide_up(panels, at_once);
     const int64_t bias_bytes = bias_is_float ? sizeof(float) : sizeof(bf16);
     const Bytes<GroupTiles> rows(x, x_is_float != 0, x_stride, tiles, K);
 #pragma omp parallel
@@ -103,7 +104,7 @@ KERNEL int grouped_gemm_int8(const void* x, int x_is_float, int64_t x_stride, in
         input.pack();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < int64_t(tiles.ids.size()) * pieces; task++) {
-            const int64_t i = task / pieces, g = tiles.ids[i], first = task % pieces * PANELS_AT_ONCE;
+            const int64_t i = task / pieces, g = tiles.ids[i], first = task % pieces * at_once;
             const void* of_group = bias ? static_cast<const char*>(bias) + g * N * bias_bytes : nullptr;
             const Output output{out, out_stride, N, of_group, out_is_float != 0, bias_is_float != 0};
             const Int8Weight weight{packed[g], scales[g], totals[g], divide_up(K, 4)};
@@ -111,7 +112,7 @@ KERNEL int grouped_gemm_int8(const void* x, int x_is_float, int64_t x_stride, in
                 const int64_t start = tiles.start(t);
                 with_rows<ROWS_OF_BYTES>(tiles.start(t + 1) - start, [&](auto constant) {
                     constexpr int R = decltype(constant)::value;
-                    for (int64_t p = first; p < std::min(first + PANELS_AT_ONCE, panels); p++) {
+                    for (int64_t p = first; p < std::min(first + at_once, panels); p++) {
                         vec results[R][VECS];
                         weight.multiply<R>(input, start, p, results, Following{});
                         write_tile<R>(output, start, p * PANEL, results);

@@ -229,6 +229,13 @@ class Panels {
     std::atomic<int64_t> next_{0};
 };
 
+// Panels that a thread takes at once of several weights of `panels` each: with few rows for a weight a longer stretch, as
+// IN_ORDER, but so that every thread takes eight.
+inline int64_t panels_of_piece(int64_t rows, int64_t weights, int64_t panels) {
+    if (rows > ROWS_OF_WHOLE_PANELS * weights) return PANELS_AT_ONCE;
+    return std::max<int64_t>(PANELS_AT_ONCE, std::min(panels, weights * panels / (8 * omp_get_max_threads())));
+}
+
 // Computes every tile of rows by every panel; to be called by all threads of a team. tile(panel, first row, sums,
 // following) computes one.
 //
