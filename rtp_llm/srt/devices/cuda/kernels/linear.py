@@ -55,7 +55,8 @@ def fits(weight: Weight) -> bool:
 def _tile(weight: Weight, rows: int, dtype: torch.dtype) -> Tile:
     """``rows``: of a group, about."""
     is_wide = dtype == torch.float32
-    columns = 32 if is_wide else 64 if rows > 64 or weight.code == kernels.DENSE.value else 128
+    has_zeros = weight.code == kernels.BYTES.value and weight.zeros is not None  # which take registers
+    columns = 32 if is_wide else 64 if rows > 64 or has_zeros or weight.code == kernels.DENSE.value else 128
     columns //= weight.inputs_of_column
     if not weight.has_one_scale:
         of_scale = weight.group_size // weight.inputs_of_column
