@@ -5,6 +5,7 @@ that say the same in other words, each must find its partner, by ``/v1/embedding
 """
 
 import json
+import textwrap
 import zipfile
 from collections.abc import Mapping
 from http.client import HTTPConnection
@@ -19,6 +20,7 @@ from benchmark.embedding_parity import compared, ours, texts_for, theirs
 from benchmark.published import files
 from benchmark.published.files import FilesError
 from benchmark.published.models import Part
+from benchmark.published.page import LINE_LEN
 from benchmark.published.results import Place, Record, kept
 from benchmark.published.server import serving
 
@@ -133,11 +135,11 @@ def table(records: Mapping[str, Record]) -> str:
             lines.append(f"| {title}, {dtype} | {cells} | {same} | {row['rank_correlation']:.5f} |")
     for title, record in records.items():
         http = record["http"]
-        lines += [
-            "",
+        said = (
             f"{title}: the reference is {record['reference']}, in float32. By a server, {http['found']} of "
             f"{http['pairs']} sentences found their partner ({http['found_by_reference']} by the reference), "
             f"{http['same_order']} ranked all others in its order, and similarities differ from its by at most "
-            f"{http['largest_difference']:.1e}.",
-        ]
+            f"{http['largest_difference']:.1e}."
+        )
+        lines += ["", textwrap.fill(said, LINE_LEN, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines)
