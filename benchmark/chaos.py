@@ -4,7 +4,7 @@
 
 Some replicas of the embedded model run behind a router. Each client asks one request after the other, half of them as
 streams, and compares every answer with the one that the model gave before anything was killed. Every few seconds
-something is killed with SIGKILL: a rank's worker process (with --tp-size 2), a core, a replica's HTTP process, a node
+something is killed with SIGKILL: a rank's worker process (with --pp-size 2), a core, a replica's HTTP process, a node
 (all processes of a replica at once, as if its machine had lost power), or the router. What a replica restarts by itself
 is left to it; a replica or a router that has ended is started again, as an orchestrator would.
 
@@ -213,6 +213,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[str]:
     """Return the problems that were found."""
     flags = ["--model-path", args.model_path, "--served-model-name", MODEL, "--log-level", "warning"]
     flags += ["--device", "cpu", "--max-total-tokens", "16384", "--tp-size", str(args.tp_size)]
+    flags += ["--pp-size", str(args.pp_size)]
     replicas = start_replicas(folder, args.replicas, flags)
     fleet = Fleet(replicas, Router(args.router, folder, [url_of(r) for r in replicas], "cache_aware"))
     draw, ended = random.Random(args.seed), threading.Event()
@@ -225,7 +226,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[str]:
         for thread in (memory, *clients):
             thread.start()
         deadline_s = time.monotonic() + 60 * args.minutes
-        kinds = [kind for kind in KINDS if kind != "rank" or args.tp_size > 1]
+        kinds = [kind for kind in KINDS if kind != "rank" or args.tp_size * args.pp_size > 1]
         while time.monotonic() < deadline_s:
             time.sleep(draw.uniform(0.5, 1.5) * args.every_s)
             kind = draw.choice(kinds)
@@ -259,7 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill parts of a fleet at random while clients ask.")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--tp-size", type=int, default=1)
+    parser.add_argument("--tp-size", type=int, default=1, help="the embedded model cannot be divided so")
+    parser.add_argument("--pp-size", type=int, default=1)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--every-s", type=float, default=20, help="seconds between two kills, on average")
     parser.add_argument("--router", default="vllm-router", choices=("vllm-router", "smg"))
