@@ -60,13 +60,15 @@ class Router:
             self._process.wait()
 
 
-def start_replicas(folder: Path, count: int, arguments: Sequence[str]) -> list[SoakServer]:
-    """Start servers, one after the other. A folder with ``{n}`` in an argument is that of the replica."""
+def start_replicas(
+    folder: Path, count: int, arguments: Sequence[str], own: Sequence[Sequence[str]] = ()
+) -> list[SoakServer]:
+    """Start servers, one after the other. ``own``: further arguments of each."""
     replicas = []
     for number in range(count):
-        own = folder / f"r{number}"
-        own.mkdir()
-        replicas.append(SoakServer(own, [argument.replace("{n}", str(number)) for argument in arguments]))
+        place = folder / f"r{number}"
+        place.mkdir()
+        replicas.append(SoakServer(place, [*arguments, *(own[number] if own else ())]))
     try:
         for replica in replicas:
             replica.start()

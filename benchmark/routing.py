@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 
 from benchmark.fleet import Router, end, start_replicas, url_of
+from benchmark.soak_server import free_port
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
 
 MODEL = "routed"
@@ -87,6 +88,12 @@ def totals(replicas: Sequence[str]) -> Outcome:
     return Outcome(sums["prompt_tokens_total"], sums["cached_tokens_total"], counts)
 
 
+def events_flags(port: int, replay_port: int) -> list[str]:
+    """A server's flags to publish events of its cache. With ``*`` it binds; vLLM's form connects otherwise."""
+    places = {"endpoint": f"tcp://*:{port}", "replay_endpoint": f"tcp://127.0.0.1:{replay_port}"}
+    return ["--kv-events-config", json.dumps({"enable_kv_cache_events": True, **places})]
+
+
 def measure(
     folder: Path,
     router: str,
@@ -100,15 +107,13 @@ def measure(
     """Start replicas and a router in a folder, play the prompts, and end them."""
     follows = policy == "kv_aware"
     flags = ["--served-model-name", MODEL, "--log-level", "warning", *arguments]
-    if follows:
-        places = {"endpoint": f"ipc://{folder}/events{{n}}", "replay_endpoint": f"ipc://{folder}/replay{{n}}"}
-        flags += ["--kv-events-config", json.dumps({"enable_kv_cache_events": True, **places})]
-    replicas = start_replicas(folder, num_replicas, flags)
+    ports = [(free_port(), free_port()) for _ in range(num_replicas if follows else 0)]  # the router takes TCP alone
+    replicas = start_replicas(folder, num_replicas, flags, [events_flags(*pair) for pair in ports])
     urls = [url_of(replica) for replica in replicas]
     more: list[str] = ["--kv-event-model", MODEL, "--kv-event-block-size", "16"] if follows else []
-    for number, url in enumerate(urls if follows else ()):
-        more += ["--kv-event-source", f"{url}=ipc://{folder}/events{number}"]
-        more += ["--kv-event-replay-source", f"{url}=ipc://{folder}/replay{number}"]
+    for url, (port, replay_port) in zip(urls if follows else (), ports, strict=True):
+        more += ["--kv-event-source", f"{url}=tcp://127.0.0.1:{port}"]
+        more += ["--kv-event-replay-source", f"{url}=tcp://127.0.0.1:{replay_port}"]
     started = Router(router, folder, urls, policy, *more)
     try:
         started.start()
