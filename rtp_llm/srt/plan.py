@@ -149,6 +149,9 @@ class StepPlan:
     # its last one: stages of a pipeline. The executor fills these in.
     drawn_rows: list[int] = field(default_factory=list)
     drawn_ids: list[int] = field(default_factory=list)
+    # Tokens that each rank computes, where ranks have requests of their own: rank r's are ``work`` of the rows
+    # [r * rows, (r + 1) * rows), for as many rows as it has; a rank without any computes a dummy. Empty: no rank has.
+    rank_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,8 @@ from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.plan import Admission, RowResult, RowWork, StateAccess, StepPlan, StepResult, TokenLogprob
 from rtp_llm.srt.request_spec import PromptMedia
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.srt.scheduler.config import SchedulerConfig
+from rtp_llm.srt.scheduler.scheduler import Scheduler
 
 EOS = 0
 STATES = StateGroup(((99, StateSpec((StateTensor("all", (1,), "float32"),))),))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from rtp_llm.srt.distributed.parallel_state import GROUPS, RankGroup, World, WorldShape, seen_as
-from rtp_llm.srt.engine.executor import DrawnTokens, Executor
+from rtp_llm.srt.engine.executor import DrawnTokens, Executor, joined_results
 from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
+from rtp_llm.srt.worker.own_rows import OwnRows
 from rtp_llm.srt.worker.step import WorkerStep
 from rtp_llm.srt.worker.worker import LoadedModel, Worker, WorkerConfig
 
@@ -92,12 +93,16 @@ def on_thread_ranks(shape: WorldShape, build: Callable[[], Any], run: Callable[[
 
 
 class _ThreadStep:
-    def __init__(self, step: WorkerStep, drawn: DrawnTokens) -> None:
-        self._step, self._drawn = step, drawn
+    """``steps``: of the ranks that have results: of the last, or of all with requests of their own."""
+
+    def __init__(self, steps: list[WorkerStep], drawn: DrawnTokens) -> None:
+        self._steps, self._drawn = steps, drawn
 
     def result(self) -> StepResult:
-        result = self._step.result()
-        self._drawn.take(self._step.plan, result)
+        if len(self._steps) > 1:
+            return joined_results([step.result() for step in self._steps])
+        result = self._steps[0].result()
+        self._drawn.take(self._steps[0].plan, result)
         return result
 
 
@@ -112,6 +117,7 @@ class ThreadExecutor(Executor):
         self._building = threading.Lock()  # torch's default dtype is of the whole process
         self.workers: list[Worker] = []
         self._in_stages = config.world_shape.pipeline > 1
+        self._own_rows: list[OwnRows | None] = [None for _ in self._worlds]
         self._drawn = DrawnTokens()
 
     def _on_all(self, call: Callable[[int], Any]) -> list[Any]:
@@ -132,14 +138,16 @@ class ThreadExecutor(Executor):
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
         self.rpc("init_cache", num_pages, max_rows, max_len, num_state_slots)
+        if self._config.world_shape.data > 1:
+            self._own_rows = [OwnRows(rank, max_rows) for rank in range(len(self._worlds))]
 
     def submit(self, plan: StepPlan) -> _ThreadStep:
         if self._in_stages:
             self._drawn.put_into(plan)
-        steps = [WorkerStep(plan, worker) for worker in self.workers]
+        steps = [WorkerStep(plan, worker, own) for worker, own in zip(self.workers, self._own_rows, strict=True)]
         self._on_all(lambda rank: steps[rank].launch())
         self._last = steps
-        return _ThreadStep(steps[-1], self._drawn)
+        return _ThreadStep(steps if self._config.world_shape.data > 1 else steps[-1:], self._drawn)
 
     def sample(self, masks: TokenMasks) -> None:
         for step in self._last:

@@ -142,6 +142,12 @@ class ServerArgs:
         low=1,
         aliases=("--expert-parallel-size",),
     )
+    enable_dp_attention: bool = option(
+        False,
+        help="The --tp-size processes divide requests in place of heads: each has the cache of its own, and all layers "
+        "whole but the experts, which are divided among all. For models with experts whose cache is the same for all "
+        "heads (DeepSeek's).",
+    )
     dp_size: int = option(
         1,
         help="Data parallelism: the number of cores with the whole model behind one server, of --tp-size times "
@@ -519,9 +525,23 @@ class ServerArgs:
         parse_media_limits(self.limit_mm_data_per_request)
         if self.tp_size % self.ep_size:
             raise ServerArgsError(f"ep_size {self.ep_size} must divide tp_size, which is {self.tp_size}")
+        self._check_dp_attention()
         if parse_kv_events_config(self.kv_events_config) is not None and self.disable_radix_cache:
             raise ServerArgsError("kv_events_config tells of the prefix cache: leave disable_radix_cache out, or it")
         parse_cpu_affinity(self.cpu_affinity, self.num_ranks * self.dp_size)
+
+    def _check_dp_attention(self) -> None:
+        if not self.enable_dp_attention:
+            return
+        if self.tp_size == 1 or self.pp_size > 1 or self.ep_size not in (1, self.tp_size):
+            raise ServerArgsError(
+                "enable_dp_attention divides requests and experts among --tp-size processes: give a tp_size above 1, "
+                "no pp_size, and as ep_size the tp_size or nothing"
+            )
+        if parse_kv_events_config(self.kv_events_config) is not None:
+            raise ServerArgsError(
+                "kv_events_config tells of one cache, but enable_dp_attention makes several: leave one"
+            )
 
     @property
     def is_demo(self) -> bool:
@@ -532,6 +552,16 @@ class ServerArgs:
     def num_ranks(self) -> int:
         """Processes that compute a model together."""
         return self.tp_size * self.pp_size
+
+    @property
+    def num_expert_parts(self) -> int:
+        """Parts that experts are divided into."""
+        return self.tp_size if self.enable_dp_attention else self.ep_size
+
+    @property
+    def num_request_parts(self) -> int:
+        """Ranks that have requests, and a cache, of their own; 1: all ranks compute all requests."""
+        return self.tp_size if self.enable_dp_attention else 1
 
     @property
     def model_names(self) -> list[str]:

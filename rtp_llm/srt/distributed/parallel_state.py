@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR = "tensor", "pipeline", "expert", "expert_tensor"
-GROUPS = (TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR)
+TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR, DATA = "tensor", "pipeline", "expert", "expert_tensor", "data"
+GROUPS = (TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR, DATA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +27,40 @@ class WorldShape:
     neighbouring ranks, ``tensor / expert`` of them, share one and split it; these are an expert-tensor group. The ranks
     with the same place in theirs are an expert group.
 
+    With ``data`` > 1, so many ranks have requests of their own and all layers whole, but experts, which are divided
+    among them: each is alone in its tensor group, and all are one data group and one expert group.
+
     Replicas of a model (``--dp-size``) exchange nothing: each is a world of its own.
     """
 
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    data: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tensor, self.pipeline, self.expert) < 1:
+        if min(self.tensor, self.pipeline, self.expert, self.data) < 1:
             raise ValueError(f"sizes of groups must be at least 1, got {self}")
-        if self.tensor % self.expert:
+        if self.data > 1:
+            if (self.tensor, self.pipeline, self.expert) != (1, 1, self.data):
+                raise ValueError(f"ranks with requests of their own divide experts, and nothing else: not {self}")
+        elif self.tensor % self.expert:
             raise ValueError(f"ep_size {self.expert} does not divide tp_size {self.tensor}")
 
     @property
     def size(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.data
 
     def stage_of(self, rank: int) -> int:
         return rank // self.tensor
 
     def members(self, group: str) -> list[list[int]]:
         """Return the ranks of each group of a kind, in the order of their places in it."""
+        if group not in GROUPS:
+            raise ValueError(f"unknown group {group!r}; have {list(GROUPS)}")
+        alone = [[rank] for rank in range(self.size)]
+        if self.data > 1:
+            return [list(range(self.size))] if group in (EXPERT, DATA) else alone
         stages = [list(range(first, first + self.tensor)) for first in range(0, self.size, self.tensor)]
         shared = self.tensor // self.expert  # ranks that split a part of the experts
         if group == TENSOR:
@@ -59,7 +71,7 @@ class WorldShape:
             return [ranks[first : first + shared] for ranks in stages for first in range(0, self.tensor, shared)]
         if group == EXPERT:
             return [ranks[place::shared] for ranks in stages for place in range(shared)]
-        raise ValueError(f"unknown group {group!r}; have {list(GROUPS)}")
+        return alone
 
 
 class SharedMemory(Protocol):
@@ -158,11 +170,16 @@ class RankGroup:
 
 
 class World:
-    """The groups that one rank belongs to, by name (``GROUPS``); without any, it is alone in each."""
+    """The groups that one rank belongs to, by name (``GROUPS``); without any, it is alone in each.
+
+    Attributes:
+        step_tokens: tokens that each rank of the data group computes in this step. The runner sets it before each.
+    """
 
     def __init__(self, shape: WorldShape, rank: int = 0, groups: dict[str, RankGroup] | None = None) -> None:
         self.shape = shape
         self.rank = rank
+        self.step_tokens: list[int] = []
         self._groups = groups or {name: RankGroup(0, 1) for name in GROUPS}
 
     def group(self, name: str) -> RankGroup:

@@ -18,7 +18,9 @@ from rtp_llm.srt.engine.meter import Meter
 from rtp_llm.srt.engine.rank_meter import RankMeter
 from rtp_llm.srt.messages import CoreInfo, Ping, Shutdown
 from rtp_llm.srt.plan import StepPlan
-from rtp_llm.srt.scheduler.scheduler import Scheduler, SchedulerConfig
+from rtp_llm.srt.scheduler.config import SchedulerConfig
+from rtp_llm.srt.scheduler.parts import PartedScheduler
+from rtp_llm.srt.scheduler.scheduler import Scheduler
 from rtp_llm.srt.utils.ipc import CoreEnd
 from rtp_llm.srt.worker.worker import LoadedModel, WorkerConfig
 
@@ -131,8 +133,8 @@ class EngineCore:
 
     @property
     def max_total_tokens(self) -> int:
-        """Tokens that the cache holds."""
-        return self.capacity.max_total_tokens
+        """Tokens that the cache holds, or those of all ranks with requests of their own."""
+        return self.capacity.max_total_tokens * self._args.num_request_parts
 
     @property
     def max_req_len(self) -> int:
@@ -149,7 +151,7 @@ class EngineCore:
     @property
     def max_running_requests(self) -> int:
         """Requests that may run at once: as many as are asked for, or as there is memory for their states."""
-        return self.states.max_running_requests
+        return self.states.max_running_requests * self._args.num_request_parts
 
     @property
     def cache_bytes(self) -> int:
@@ -162,6 +164,7 @@ class EngineCore:
         ranks_sharing = self._args.num_ranks * self._args.dp_size if self._provider.ranks_share_memory else 1
         budget_bytes = max(0, int(self._free_bytes * fraction) // ranks_sharing - loaded.weight_bytes)
         wanted_running = self._args.max_running_requests or DEFAULT_MAX_RUNNING_REQUESTS
+        wanted_running = -(-wanted_running // self._args.num_request_parts)
         context_length = self.context_length = _context_length(loaded, model_config)
         auto_tokens = auto_max_tokens(context_length, wanted_running)
 
@@ -192,10 +195,10 @@ class EngineCore:
         given = self._args.state_cache_fraction
         return given if given is not None else DEFAULT_CHECKPOINT_FRACTION if loaded.layout.groups else 1.0
 
-    def _make_scheduler(self, loaded: LoadedModel, model_config: ModelConfig) -> Scheduler:
+    def _make_scheduler(self, loaded: LoadedModel, model_config: ModelConfig) -> Scheduler | PartedScheduler:
         config = SchedulerConfig(
             max_req_len=self.max_req_len,
-            max_running_requests=self.max_running_requests,
+            max_running_requests=self.states.max_running_requests,
             chunked_prefill_size=self.chunked_prefill_size,
             max_prefill_tokens=self._prefill_tokens(loaded),
             schedule_policy=self._args.schedule_policy,
@@ -206,14 +209,19 @@ class EngineCore:
             share_prefixes=loaded.reads_shared_prefixes and not self._args.disable_prefix_sharing,
             num_stages=self._args.pp_size,
         )
-        return Scheduler(
-            config,
-            loaded.layout,
-            self.capacity.num_pages,
-            self.states.num_slots,
-            self.grammars.matchers,
-            None if self._events is None else self._events.watch,
-        )
+        parts = [
+            Scheduler(
+                config,
+                loaded.layout,
+                self.capacity.num_pages,
+                self.states.num_slots,
+                self.grammars.matchers,
+                None if self._events is None else self._events.watch,
+                part * config.max_running_requests,
+            )
+            for part in range(self._args.num_request_parts)
+        ]
+        return parts[0] if len(parts) == 1 else PartedScheduler(parts)
 
     def _make_events(self, loaded: LoadedModel, replica: int) -> "KvEvents | None":
         config = parse_kv_events_config(self._args.kv_events_config)

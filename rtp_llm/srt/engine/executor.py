@@ -159,6 +159,7 @@ class MultiProcessExecutor(Executor):
         self._in_flight: deque[_RemoteStep] = deque()
         self._failure: WorkerError | None = None
         self._in_stages = config.world_shape.pipeline > 1
+        self._joins_results = config.world_shape.data > 1
         self._results: deque[StepResult] = deque()  # that stages have sent
         self._drawn = DrawnTokens()
         self._rendezvous = ScratchFolder()
@@ -288,13 +289,18 @@ class MultiProcessExecutor(Executor):
             raise RuntimeError("results must be asked for once each, in the order of submission")
         if step.plan.masked_rows and not step.has_masks:
             raise RuntimeError(waits_for_masks(step.plan))
-        result: StepResult = self._next_result() if self._in_stages else self.rpc("result")[0]
+        result: StepResult = self._next_result() if self._in_stages else self._asked_result()
         self._in_flight.popleft()
         if self._in_stages:
             self._drawn.take(step.plan, result)
         for name in step.media_files:
             os.unlink(name)
         return result
+
+    def _asked_result(self) -> StepResult:
+        """Ask all ranks; return the first one's result, or of ranks with requests of their own all of them together."""
+        results: list[StepResult] = self.rpc("result")
+        return joined_results(results) if self._joins_results else results[0]
 
     def _next_result(self) -> StepResult:
         """Return the oldest result that stages have sent; wait for it, and for the end of any worker."""
@@ -331,6 +337,11 @@ class _RemoteStep:
 
     def result(self) -> StepResult:
         return self._finish(self)
+
+
+def joined_results(of_ranks: Sequence[StepResult]) -> StepResult:
+    """Return the result of a step, of ranks that each have its next rows."""
+    return StepResult(of_ranks[0].step_id, [row for result in of_ranks for row in result.rows])
 
 
 def _link(path: str, name: str) -> None:

@@ -6,6 +6,7 @@ import time
 from rtp_llm.srt.engine.grammars import Grammars
 from rtp_llm.srt.engine.rank_meter import RankMeter
 from rtp_llm.srt.messages import CoreStats
+from rtp_llm.srt.scheduler.parts import PartedScheduler
 from rtp_llm.srt.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ class Meter:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | PartedScheduler,
         grammars: Grammars,
         max_total_tokens: int,
         log_interval: int,
@@ -72,11 +73,12 @@ class Meter:
 
     def _stats(self, before: CoreStats, elapsed_s: float) -> CoreStats:
         totals = self._scheduler.stats
-        usage = self._scheduler.memory.usage()
-        memory = self._scheduler.memory
+        memories = self._scheduler.memories  # of equal sizes
+        usage = sum(memory.usage() for memory in memories) / len(memories)
         num_free, num_evictable = self._max_total_tokens, 0
-        if memory.groups:
-            num_free, num_evictable = memory.free_tokens(0), memory.evictable_tokens(0)
+        if memories[0].groups:
+            num_free = sum(memory.free_tokens(0) for memory in memories)
+            num_evictable = sum(memory.evictable_tokens(0) for memory in memories)
         prompt_tokens = totals.prompt_tokens - before.prompt_tokens
         cached_tokens = totals.cached_tokens - before.cached_tokens
         generated_tokens = totals.generated_tokens - before.generated_tokens
@@ -88,7 +90,7 @@ class Meter:
             num_held_tokens=max(0, self._max_total_tokens - num_free - num_evictable),
             num_evictable_tokens=num_evictable,
             num_free_tokens=num_free,
-            evicted_tokens=memory.evicted_tokens,
+            evicted_tokens=sum(memory.evicted_tokens for memory in memories),
             recent_retractions=totals.retractions - before.retractions,
             token_usage=usage,
             cache_hit_rate=cached_tokens / prompt_tokens if prompt_tokens else before.cache_hit_rate,
@@ -97,6 +99,6 @@ class Meter:
             cached_tokens=totals.cached_tokens,
             generated_tokens=totals.generated_tokens,
             retractions=totals.retractions,
-            state_usage=memory.states.usage,
+            state_usage=sum(memory.states.usage for memory in memories) / len(memories),
             num_grammar_queue=len(self._grammars),
         )

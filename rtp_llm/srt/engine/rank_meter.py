@@ -16,7 +16,7 @@ class RankMeter:
 
     def __init__(self, stats: Callable[[], list[RankStats]], args: ServerArgs) -> None:
         self._stats = stats
-        self._num_parts = args.ep_size
+        self._num_parts = args.num_expert_parts
         self._num_stages, self._ranks_of_stage = args.pp_size, args.tp_size
         self._active_s = 0.0  # with requests
         self._active_since: float | None = None

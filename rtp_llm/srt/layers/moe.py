@@ -11,11 +11,13 @@ from torch import nn
 
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.distributed.parallel_state import (
+    DATA,
     RankGroup,
     divide,
     get_ep_group,
     get_expert_tensor_group,
     get_tp_group,
+    get_world,
 )
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul, get_act_and_mul_fn, get_act_fn
 from rtp_llm.srt.layers.quantization.base import ExpertsLayer, ExpertsMethodBase, QuantizationConfig
@@ -49,7 +51,8 @@ class Experts(ExpertsLayer):
 
     Experts are divided over the ranks of the expert group, and each one's intermediate size over the ranks that share
     it (``--ep-size``; without it, all ranks share all experts). Every rank has all tokens, and computes them in its own
-    experts; outputs are to be summed over ranks. A subclass says how tokens are routed.
+    experts; outputs are to be summed over ranks. Ranks with requests of their own (``--enable-dp-attention``) collect
+    all ranks' tokens first, and add up the outputs themselves. A subclass says how tokens are routed.
 
     Parameters, with E experts and an intermediate size I on this rank:
         w13_weight [E, 2 * I, hidden_size]: gate and up, laid out as the activation expects. Without gates
@@ -117,7 +120,9 @@ class Experts(ExpertsLayer):
         parts, what = self.expert_group.world_size, f"{self.name}: number of experts"
         self.num_own_experts = divide(num_experts, parts, what, "ep_size")
         self.first_expert = self.expert_group.rank * self.num_own_experts
-        counts = parts > 1 and self.tp_group.rank == 0
+        counts = parts > 1 and self.expert_group.rank == 0 and self.sharing_group.rank == 0
+        self.world = get_world()
+        self.data_group = self.world.group(DATA) if tp_group is None else RankGroup(0, 1)
         self.load = torch.zeros(num_experts, dtype=torch.int64) if counts else None
         self.expert_names = _checked_names(expert_names, gated, self.name)
         self.quant_method = _experts_method(self, quant_config, prefix)
@@ -167,7 +172,7 @@ class Experts(ExpertsLayer):
         topk_ids: torch.Tensor,
         weights_inputs: bool = False,
     ) -> torch.Tensor:
-        """Compute each token's experts, weighted and summed: this rank's summand.
+        """Compute each token's experts, weighted and summed: this rank's summand, or with requests of its own the sum.
 
         Args:
             hidden_states: [T, hidden_size]; topk_weights, topk_ids: [T, top_k].
@@ -176,6 +181,9 @@ class Experts(ExpertsLayer):
         Returns:
             [T, hidden_size] in the dtype of ``hidden_states``.
         """
+        if self.data_group.world_size > 1:
+            gathered = [self._of_all_ranks(x) for x in (hidden_states, topk_weights, topk_ids)]
+            return self._of_own_tokens(self._compute_own(*gathered, weights_inputs))
         if self.expert_group.world_size > 1:
             return self._compute_own(hidden_states, topk_weights, topk_ids, weights_inputs)
         rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)
@@ -184,6 +192,17 @@ class Experts(ExpertsLayer):
             rows = rows * topk_weights.flatten()[order, None].to(rows.dtype)
             topk_weights = torch.ones_like(topk_weights)
         return self._sum_rows(self._feed_forward(rows, rows_per_expert), places, topk_weights)
+
+    def _of_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """[T of this rank, n] -> [T of all ranks, n], in their order."""
+        counts, group = self.world.step_tokens, self.data_group
+        longest = max(counts)
+        parts = group.all_gather(F.pad(x, (0, 0, 0, longest - len(x))), dim=0).split(longest)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def _of_own_tokens(self, summands: torch.Tensor) -> torch.Tensor:
+        """[T of all ranks, n], to be summed over ranks -> [T of this rank, n]."""
+        return self.data_group.all_reduce(summands).split(self.world.step_tokens)[self.data_group.rank]
 
     def _compute_own(
         self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, weights_inputs: bool

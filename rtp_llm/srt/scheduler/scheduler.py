@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rtp_llm.srt.cache.block_events import CacheWatch
 from rtp_llm.srt.cache.spec import CacheLayout
@@ -19,7 +18,7 @@ from rtp_llm.srt.messages import (
     TokenOutput,
 )
 from rtp_llm.srt.plan import PageWrite, RowResult, RowWork, StepPlan, StepResult
-from rtp_llm.srt.pooling import ONLY_TOKENS, PooledOutputs
+from rtp_llm.srt.scheduler.config import SchedulerConfig
 from rtp_llm.srt.scheduler.memory import CacheMemory
 from rtp_llm.srt.scheduler.policy import WaitingQueue
 from rtp_llm.srt.scheduler.request import Request
@@ -34,22 +33,6 @@ MIN_RESERVE_TOKENS = 4.0
 MAX_RESERVE_TOKENS = 512.0
 # Waiting requests looked at per step.
 MAX_CANDIDATES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    max_req_len: int  # tokens of the longest request that fits the context and the cache
-    max_running_requests: int = 256
-    chunked_prefill_size: int = 2048  # prompt tokens per step; -1: prompts are not cut
-    max_prefill_tokens: int = 16384  # prompt tokens per step, also where prompts are not cut (a longer one runs alone)
-    schedule_policy: str = "fcfs"
-    disable_radix_cache: bool = False
-    max_media_block: int = 0  # tokens of media that a step must compute together, at most
-    # Of a model with recurrent states: a prompt's are saved at multiples of so many tokens. 0: not; None: by memory.
-    state_checkpoint_interval: int | None = None
-    share_prefixes: bool = False  # whether the attention back end reads StepPlan.shared_prefixes
-    outputs: PooledOutputs = ONLY_TOKENS  # that the model has
-    num_stages: int = 1  # of a pipeline of workers: as many steps are in flight, of different rows
 
 
 class Scheduler:
@@ -70,7 +53,9 @@ class Scheduler:
         num_state_slots: int = 0,
         matchers: dict[str, Matcher] | None = None,
         watch: CacheWatch | None = None,
+        first_row: int = 0,
     ) -> None:
+        """``first_row``: of its rows, where other schedulers have those before."""
         self.config = config
         self._matchers = matchers  # of requests with a grammar, by rid: there before the request comes, taken then
         self._length_scaling = layout.length_scaling
@@ -93,7 +78,8 @@ class Scheduler:
         self._live: dict[str, Request] = {}
         self._ending: set[Request] = set()  # finished, but named by a step in flight
         self._in_flight: deque[StepInFlight] = deque()
-        self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
+        self._rows = range(first_row, first_row + config.max_running_requests)
+        self._free_rows = list(reversed(self._rows))
         self._pending = PendingPlan()
         self._sharing = PrefixSharing(self.memory.cache) if config.share_prefixes else None
         self._reserve = MIN_RESERVE_TOKENS
@@ -107,6 +93,26 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting and not self._in_flight
+
+    @property
+    def memories(self) -> list[CacheMemory]:
+        return [self.memory]
+
+    @property
+    def num_live(self) -> int:
+        """Requests that run or wait."""
+        return len(self._live)
+
+    def has(self, rid: str) -> bool:
+        return rid in self._live
+
+    def cached_len(self, message: GenerateRequest) -> int:
+        """Return how many tokens of a request the prefix cache has."""
+        return self.memory.match(self._made(message)).num_tokens if message.prompt_ids else 0
+
+    def _made(self, message: GenerateRequest) -> Request:
+        blocks = self.config.max_media_block > 0
+        return Request.from_message(message, self._num_arrivals, self._length_scaling, blocks, self.config.outputs)
 
     # Receiving
 
@@ -128,9 +134,7 @@ class Scheduler:
         problem = self._refusal(message)
         if problem:
             return [TokenOutput(message.rid, finish_reason=FinishReason("abort", message=problem, status_code=400))]
-        request = Request.from_message(
-            message, self._num_arrivals, self._length_scaling, self.config.max_media_block > 0, self.config.outputs
-        )
+        request = self._made(message)
         self._num_arrivals += 1
         request.matcher = self._matchers.pop(request.rid, None) if self._matchers else None
         reason = request.ended_before()
@@ -443,5 +447,5 @@ class Scheduler:
         """Check memory (see CacheMemory.check_integrity) and rows. For tests."""
         self.memory.check_integrity([*self.running, *self._ending])
         rows = [r.row for r in [*self.running, *self._ending]]
-        assert sorted([*rows, *self._free_rows]) == list(range(self.config.max_running_requests)), "a row is lost"
+        assert sorted([*rows, *self._free_rows]) == list(self._rows), "a row is lost"
         assert all(not r.pages and r.row < 0 for r in self.waiting), "a waiting request holds something"

@@ -98,7 +98,8 @@ class ModelRunner:
             self.recorder = self._make_recorder()
         self._disable_prefix_sharing = server_args.disable_prefix_sharing
         wants_graphs = self.traits.generates and not server_args.disable_cuda_graph
-        self.records_graphs = self._provider.records_graphs and wants_graphs
+        self._is_one_of_several = get_world().shape.data > 1  # each with requests of its own
+        self.records_graphs = self._provider.records_graphs and wants_graphs and not self._is_one_of_several
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
         self._rows_with_logprobs: set[int] = set()  # rows that want prompt logprobs
@@ -169,7 +170,7 @@ class ModelRunner:
                 f"the model takes {max_positions} tokens at most, but requests may be of {max_len}; set "
                 f"--context-length to {max_positions} or less"
             )
-        pads = self.records_graphs or (self.recorder is not None and bool(self.recorder.sizes))
+        pads = self.records_graphs or self._is_one_of_several or bool(self.recorder is not None and self.recorder.sizes)
         self._dummy_row, num_rows = max_rows, max_rows + pads
         self.kv_pool = KVPool(self.layout.groups, [count + pads for count in num_pages], self.device)
         self._page_tables = [
@@ -271,12 +272,13 @@ class ModelRunner:
             return batch, None
         check_output(output, self.model, self.traits, batch)
         if batch.num_dummies:  # which are last, with one token each
-            num_dummies = batch.num_dummies
-            output = output.first(output.num_rows - num_dummies, batch.num_tokens - num_dummies)
+            output = output.first(output.num_rows - batch.num_dummies, batch.num_tokens - batch.num_dummies)
         return batch, output
 
     def _num_dummies(self, work: list[RowWork]) -> int:
-        """Number of rows to add up to the next size that decode steps are recorded for; 0 for other steps."""
+        """Number of rows to add up to the next size that decode steps are recorded for; else 0, or 1 to no rows."""
+        if self._is_one_of_several:
+            return int(not work)  # experts are computed together with ranks that have work
         sizes = () if self.recorder is None else self.recorder.sizes
         place = bisect_left(sizes, len(work))
         if place == len(sizes) or not work or not all(w.num_tokens == 1 and w.sample for w in work):

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rtp_llm.srt.device.choice import provider_named
-from rtp_llm.srt.distributed.parallel_state import TENSOR, WorldShape, init_world
+from rtp_llm.srt.distributed.parallel_state import DATA, TENSOR, WorldShape, init_world
 from rtp_llm.srt.kernels.block_tensor import leave_out_distributed_tensors
 from rtp_llm.srt.models.registrations import unpack_registrations
 from rtp_llm.srt.models.registry import reason
@@ -20,6 +20,7 @@ from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.utils.freed_memory import drop_library_pages, give_back_once
 from rtp_llm.srt.utils.ipc import receive, send
 from rtp_llm.srt.utils.logging import configure_logging
+from rtp_llm.srt.worker.own_rows import OwnRows
 from rtp_llm.srt.worker.step import WorkerStep
 from rtp_llm.srt.worker.worker import Worker, WorkerConfig
 
@@ -41,11 +42,19 @@ class RankServer:
     def __init__(self, worker: Worker, rank: int = 0, shape: WorldShape = WorldShape()) -> None:  # noqa: B008
         self._worker = worker
         self._in_stages = shape.pipeline > 1
-        self._tells = rank == shape.size - shape.tensor  # the first rank of the last stage
+        # The first rank of the last stage; ranks with requests of their own each.
+        self._tells = shape.data > 1 or rank == shape.size - shape.tensor
+        self._rank, self._has_own_requests = rank, shape.data > 1
+        self._own_rows: OwnRows | None = None
         self._steps: deque[WorkerStep] = deque()  # whose results were not asked for yet
 
+    def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
+        self._worker.init_cache(num_pages, max_rows, max_len, num_state_slots)
+        if self._has_own_requests:
+            self._own_rows = OwnRows(self._rank, max_rows)
+
     def submit(self, plan: StepPlan) -> None:
-        self._steps.append(WorkerStep(plan, self._worker))
+        self._steps.append(WorkerStep(plan, self._worker, self._own_rows))
         self._steps[-1].launch()
 
     def sample(self, masks: TokenMasks) -> None:
@@ -54,7 +63,7 @@ class RankServer:
         self._steps[-1].launch()
 
     def result(self) -> StepResult | None:
-        """Return the earliest step's result; on all ranks but one, which have the same, None."""
+        """Return the earliest step's result, of own requests; where all ranks have the same, None on all but one."""
         result = self._steps.popleft().result()
         return result if self._tells else None
 
@@ -133,4 +142,4 @@ def _join(config: WorkerConfig, init_method: str, timeout_s: float) -> None:
     provider = provider_named(config.device)
     device = provider.prepare_rank(config.place, config.num_places)
     world = init_world(config.rank, config.world_shape, provider.process_group, init_method, timeout_s, device)
-    provider.share_memory(world.group(TENSOR), timeout_s)
+    provider.share_memory(world.group(DATA if world.shape.data > 1 else TENSOR), timeout_s)

@@ -1,14 +1,16 @@
 """A step on its way through a worker: not launched, waiting for its masks, or launched."""
 
 from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
+from rtp_llm.srt.worker.own_rows import OwnRows
 from rtp_llm.srt.worker.worker import NoResult, PendingLogits, PendingResult, Worker
 
 
 class WorkerStep:
-    """Launched as far as it can be; only ``result`` waits."""
+    """Launched as far as it can be; only ``result`` waits. ``own_rows``: the worker's, of all that plans are about."""
 
-    def __init__(self, plan: StepPlan, worker: Worker) -> None:
-        self.plan = plan
+    def __init__(self, plan: StepPlan, worker: Worker, own_rows: OwnRows | None = None) -> None:
+        self._own_rows = own_rows
+        self.plan = plan if own_rows is None else own_rows.plan(plan)
         self._worker = worker
         self._logits: PendingLogits | None = None
         self._masks: TokenMasks | None = None
@@ -26,6 +28,7 @@ class WorkerStep:
         return self._launched is not None
 
     def set_masks(self, masks: TokenMasks) -> None:
+        masks = masks if self._own_rows is None else self._own_rows.masks(masks)
         check_masks(self.plan, masks)
         self._masks = masks
 

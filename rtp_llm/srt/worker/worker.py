@@ -14,7 +14,7 @@ from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.device.provider import DeviceProvider
-from rtp_llm.srt.distributed.parallel_state import WorldShape
+from rtp_llm.srt.distributed.parallel_state import WorldShape, get_world
 from rtp_llm.srt.layers.logits_processor import LogitsProcessorOutput, Logprobs
 from rtp_llm.srt.layers.moe import Experts
 from rtp_llm.srt.plan import RowResult, StepPlan, StepResult, TokenMasks
@@ -47,7 +47,8 @@ class WorkerConfig:
     @property
     def world_shape(self) -> WorldShape:
         args = self.server_args
-        return WorldShape(tensor=args.tp_size, pipeline=args.pp_size, expert=args.ep_size)
+        tensor, data = args.tp_size // args.num_request_parts, args.num_request_parts
+        return WorldShape(tensor, args.pp_size, args.num_expert_parts, data)
 
     @property
     def world_size(self) -> int:
@@ -252,6 +253,7 @@ class Worker:
             if admission.spec.pooling is None:
                 self.sampler.admit(admission)
         self.runner.apply(plan)
+        get_world().step_tokens = plan.rank_tokens
         if (recorded := self._run_graph(plan)) is not None:
             return recorded
         row_errors: dict[int, str] = {}

@@ -41,8 +41,8 @@ def check_ranks(architecture: str, directory: Path, config: dict, **options: Any
     core = Core(model_path=model_dir, threads=True, max_running_requests=4, **options)
     try:
         answers = core.run(greedy_requests(prompts, NEW_TOKENS))
-        if "ep_size" in options:
-            check_loads(core, options["ep_size"])
+        if "ep_size" in options or "enable_dp_attention" in options:
+            check_loads(core, options.get("ep_size", options["tp_size"]))
     finally:
         core.close()
     for rid, ids in answers.items():
@@ -76,6 +76,10 @@ def test_experts_of_their_own_quickly(tmp_path: Path) -> None:
     check_ranks("Qwen3MoeForCausalLM", tmp_path, {}, tp_size=2, ep_size=2)
 
 
+def test_requests_of_their_own_quickly(tmp_path: Path) -> None:
+    check_ranks("DeepseekV3ForCausalLM", tmp_path, {}, tp_size=2, enable_dp_attention=True)
+
+
 def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
     model_dir = make_tiny("Qwen3MoeForCausalLM", tmp_path, num_local_experts=6)
     config = ModelConfig.from_pretrained(model_dir, dtype="float32")
@@ -96,6 +100,14 @@ def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
 def test_expert_parallel(architecture: str, tp_size: int, ep_size: int, tmp_path: Path) -> None:
     """Each rank has half of the experts, or, of four ranks, two share each half."""
     check_ranks(architecture, tmp_path, {}, tp_size=tp_size, ep_size=ep_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp_size", [2, 4])  # of which two have no request
+@pytest.mark.parametrize("architecture", WITH_EXPERTS)
+def test_requests_of_their_own(architecture: str, tp_size: int, tmp_path: Path) -> None:
+    """Each rank has its own requests, all of attention, and a part of the experts."""
+    check_ranks(architecture, tmp_path, {}, tp_size=tp_size, enable_dp_attention=True)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
