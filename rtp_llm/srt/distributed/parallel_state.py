@@ -52,7 +52,7 @@ class WorldShape:
         return self.tensor * self.pipeline * self.data
 
     def stage_of(self, rank: int) -> int:
-        return rank // self.tensor
+        return rank // self.tensor % self.pipeline
 
     def members(self, group: str) -> list[list[int]]:
         """Return the ranks of each group of a kind, in the order of their places in it."""

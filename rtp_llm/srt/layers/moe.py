@@ -182,8 +182,8 @@ class Experts(ExpertsLayer):
             [T, hidden_size] in the dtype of ``hidden_states``.
         """
         if self.data_group.world_size > 1:
-            gathered = [self._of_all_ranks(x) for x in (hidden_states, topk_weights, topk_ids)]
-            return self._of_own_tokens(self._compute_own(*gathered, weights_inputs))
+            tokens, weights, ids = (self._of_all_ranks(x) for x in (hidden_states, topk_weights, topk_ids))
+            return self._of_own_tokens(self._compute_own(tokens, weights, ids, weights_inputs))
         if self.expert_group.world_size > 1:
             return self._compute_own(hidden_states, topk_weights, topk_ids, weights_inputs)
         rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)

@@ -114,7 +114,8 @@ def check_split(
         if shape.pipeline > 1:
             plan_stages(model, shape.pipeline, split_by)
         if shape.expert > 1 and not any(isinstance(module, ExpertsLayer) for module in model.modules()):
-            raise SplitError("it has no experts that could be divided; use --ep-size 1")
+            option = "use --ep-size 1" if shape.data == 1 else "leave --enable-dp-attention out"
+            raise SplitError(f"it has no experts that could be divided; {option}")
     except UnknownArchitectureError as error:
         if model_impl != "rtp_llm":
             raise SplitError(NOT_SHARED) from error

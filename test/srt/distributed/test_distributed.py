@@ -11,6 +11,7 @@ import torch
 from dense_forward import build_model, make_batch, run_step
 
 from rtp_llm.srt.distributed.parallel_state import (
+    DATA,
     EXPERT,
     EXPERT_TENSOR,
     GROUPS,
@@ -96,10 +97,12 @@ def test_errors() -> None:
         init_world(4, WorldShape(2, 2), "gloo", "", timeout_s=1)
     with pytest.raises(ValueError, match="ep_size 2 does not divide tp_size 3"):
         WorldShape(tensor=3, expert=2)
+    with pytest.raises(ValueError, match="requests of their own divide experts, and nothing else"):
+        WorldShape(tensor=2, expert=4, data=4)
     with pytest.raises(ValueError, match="at least 1"):
         WorldShape(tensor=0)
-    with pytest.raises(ValueError, match=r"unknown group 'data'; have \['tensor'"):
-        WorldShape().members("data")
+    with pytest.raises(ValueError, match=r"unknown group 'model'; have \['tensor'"):
+        WorldShape().members("model")
     with pytest.raises(ValueError, match=r"unknown distributed backend 'post'; have \['gloo'"):
         init_world(0, WorldShape(2), "post", "", timeout_s=1)
 
@@ -111,9 +114,15 @@ def test_members_of_groups() -> None:
     assert shape.members(EXPERT_TENSOR) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert shape.members(EXPERT) == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert (shape.size, shape.stage_of(3), shape.stage_of(4)) == (8, 0, 1)
+    assert shape.members(DATA) == [[rank] for rank in range(8)]
+    own_requests = WorldShape(expert=3, data=3)
+    assert own_requests.members(EXPERT) == own_requests.members(DATA) == [[0, 1, 2]]
+    assert own_requests.members(TENSOR) == own_requests.members(PIPELINE) == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize("shape", [WorldShape(3, 2, 3), WorldShape(4, 1, 2), WorldShape(6, 4, 2), WorldShape()])
+@pytest.mark.parametrize(
+    "shape", [WorldShape(3, 2, 3), WorldShape(4, 1, 2), WorldShape(6, 4, 2), WorldShape(1, 1, 4, 4), WorldShape()]
+)
 def test_every_rank_is_in_one_group_of_each_kind(shape: WorldShape) -> None:
     for name in GROUPS:
         assert sorted(rank for members in shape.members(name) for rank in members) == list(range(shape.size))

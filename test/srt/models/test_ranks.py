@@ -92,6 +92,8 @@ def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
     dense = ModelConfig.from_pretrained(tiny_model("llama-tp"), dtype="float32")
     with pytest.raises(SplitError, match="no experts that could be divided; use --ep-size 1"):
         check_split(dense, WorldShape(2, expert=2))
+    with pytest.raises(SplitError, match="no experts that could be divided; leave --enable-dp-attention out"):
+        check_split(dense, WorldShape(expert=2, data=2))
 
 
 @pytest.mark.slow
