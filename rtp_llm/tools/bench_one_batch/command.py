@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     try:
         args, server_args = OneBatchArgs.from_cli_args(parsed), ServerArgs.from_cli_args(parsed)
+        if server_args.enable_dp_attention:
+            raise ValueError("enable_dp_attention needs a scheduler, which divides requests, and none runs here")
         configure_logging(server_args.log_level)
         mode: Callable[[ServerArgs, OneBatchArgs], None] = correctness_test if args.correctness_test else latency_test
         mode(server_args, args)
