@@ -115,7 +115,7 @@ def test_a_busy_part_gives_up_its_prefix() -> None:
     prompt = list(range(1, MIN_CACHED_TOKENS + 4))
     loop.run([request("a", prompt)])
     loop.turn([request(f"r{i}", [*prompt, i], params={"ignore_eos": True}) for i in range(12)])
-    assert [part.num_live for part in loop.parts] == [9, 3]
+    assert [part.num_live for part in loop.parts] == [10, 2], "it is ahead by eight at most when it gets one"
     loop.run()
 
 
