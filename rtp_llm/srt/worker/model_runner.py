@@ -336,7 +336,7 @@ class ModelRunner:
         rows = work + [RowWork(self._dummy_row, 0, 1, sample=True)] * num_dummies
         host = step_columns(rows)
         step: StepColumns[torch.Tensor] = StepColumns(*self._provider.to_device_together(host))
-        counts, offsets = host.counts.tolist(), host.offsets.tolist()
+        counts, offsets = host.counts.tolist(), host.offsets.tolist()[: len(work)]  # dummies are last
         has_media = not self._rows_with_media.isdisjoint(w.row for w in work)
         return ForwardBatch(
             forward_mode=mode_of(counts),
