@@ -75,19 +75,9 @@ class EngineCore:
         self._events: KvEvents | None = None
         try:
             loaded = self.executor.load(on_progress)
-            self._cuts_prompts = not loaded.sees_whole_prompts
-            self._outputs = loaded.outputs
             if on_loaded is not None:
                 on_loaded()
-            self.states, self.capacity = self._plan_memory(loaded, model_config)
-            self._events = self._make_events(loaded, replica)
-            self.scheduler = self._make_scheduler(loaded, model_config)
-            self.executor.init_cache(
-                list(self.capacity.num_pages),
-                self.scheduler.config.max_running_requests,
-                self.max_req_len,
-                self.states.num_slots,
-            )
+            self._make_cache(loaded, model_config, replica)
         except BaseException:
             if self._events is not None:
                 self._events.shutdown()
@@ -99,6 +89,20 @@ class EngineCore:
         self._weight_bytes = loaded.weight_bytes
         self._state_bytes = 0 if loaded.layout.states is None else loaded.layout.states.bytes_per_slot
         self._log_start(loaded, model_config)
+
+    def _make_cache(self, loaded: LoadedModel, model_config: ModelConfig, replica: int) -> None:
+        """Divide the memory that the loaded model leaves, and make what plans with it."""
+        self._cuts_prompts = not loaded.sees_whole_prompts
+        self._outputs = loaded.outputs
+        self.states, self.capacity = self._plan_memory(loaded, model_config)
+        self._events = self._make_events(loaded, replica)
+        self.scheduler = self._make_scheduler(loaded, model_config)
+        self.executor.init_cache(
+            list(self.capacity.num_pages),
+            self.scheduler.config.max_running_requests,
+            self.max_req_len,
+            self.states.num_slots,
+        )
 
     def _memory(self, replica: int) -> int:
         """Return the bytes that are free on this core's first device."""

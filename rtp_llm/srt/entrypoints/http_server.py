@@ -280,24 +280,9 @@ def make_app(
 ) -> FastAPI:
     """Build the application for a ready core, which started in ``startup_s``. Requests are handled in ``loop``."""
     info = core.info
-    registry = CollectorRegistry()
-    name = args.model_name
-    constants: dict[str, float] = {
-        "context_len": config.context_length,
-        "page_size": args.page_size,
-        "num_pages": info.max_total_tokens // args.page_size,
-        "startup_time_seconds": startup_s,
-    }
-    registry.register(CoreMetrics(lambda: core.stats, name, constants, info.max_running_requests))
     slots = Slots(info.max_running_requests, info.max_req_len)
-    observers: list[Observer] = [RequestMetrics(registry, name), slots]
-    if args.vllm_metrics:
-        named = VllmMetrics(registry, name, args.page_size, info.max_total_tokens // args.page_size)
-        observers.append(named)
-        registry = CollectorRegistry()
-        registry.register(named)
-    if args.log_requests:
-        observers.append(RequestLog(args.log_requests_level))
+    registry, observers = _metrics(args, config, core, startup_s)
+    observers.append(slots)
     manager = TokenizerManager(
         tokenizer,
         config.vocab_size,
@@ -332,6 +317,30 @@ def make_app(
     add_handlers(app, spoken)
     add_routes(app, serving, registry, slots)
     return app
+
+
+def _metrics(
+    args: ServerArgs, config: ModelConfig, core: Core, startup_s: float
+) -> tuple[CollectorRegistry, list[Observer]]:
+    """Return what /metrics shows, and what observes requests for it and for the log."""
+    info, registry, name = core.info, CollectorRegistry(), args.model_name
+    num_pages = info.max_total_tokens // args.page_size
+    constants: dict[str, float] = {
+        "context_len": config.context_length,
+        "page_size": args.page_size,
+        "num_pages": num_pages,
+        "startup_time_seconds": startup_s,
+    }
+    registry.register(CoreMetrics(lambda: core.stats, name, constants, info.max_running_requests))
+    observers: list[Observer] = [RequestMetrics(registry, name)]
+    if args.vllm_metrics:
+        named = VllmMetrics(registry, name, args.page_size, num_pages)
+        observers.append(named)
+        registry = CollectorRegistry()
+        registry.register(named)
+    if args.log_requests:
+        observers.append(RequestLog(args.log_requests_level))
+    return registry, observers
 
 
 def with_cors(app: ASGIApp, allowed_origins: list[str] | None) -> ASGIApp:

@@ -31,8 +31,7 @@ MIN_SHARED_TOKENS = 8
 # Decode tokens kept free per running request when another is admitted. Grows with every retraction, then decays.
 MIN_RESERVE_TOKENS = 4.0
 MAX_RESERVE_TOKENS = 512.0
-# Waiting requests looked at per step.
-MAX_CANDIDATES = 256
+MAX_CANDIDATES = 256  # waiting requests looked at per step
 
 
 class Scheduler:

@@ -217,8 +217,7 @@ class ModelRunner:
             self._write_pages(table, writes, [new for new in plan.new_pages if new.group == group])
 
     def _admit(self, admission: Admission) -> None:
-        row = admission.row
-        asked = admission.spec.media
+        row, asked = admission.row, admission.spec.media
         media = None if asked is None else MultimodalInputs.decode(open_content(asked.content))
         ids = np.array([*admission.prompt_ids, *admission.output_ids], dtype=np.int64)
         self._rows[row] = RowState(admission, ids, media)

@@ -4,6 +4,7 @@ Types are strict (no "1" for 1), and unknown fields are errors. ``None`` is the 
 other servers know and this one does not support are errors, unless their value is neutral
 (``entrypoints/neutral.py``).
 """
+# long: a client's fields are looked up here, object by object
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
