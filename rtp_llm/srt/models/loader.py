@@ -13,7 +13,6 @@ from torch import nn
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.device.choice import built_for
 from rtp_llm.srt.distributed.parallel_state import SplitError, World, WorldShape, seen_as
-from rtp_llm.srt.layers.fallback.encoders import encoder_kind
 from rtp_llm.srt.layers.quantization.base import (
     ExpertsLayer,
     QuantizationConfig,
@@ -154,6 +153,9 @@ def _fallback(model_config: ModelConfig) -> type[nn.Module]:
         raise ModelBuildError(
             "classifier_from_token is for models with a file here: by transformers' code no tokens are scored"
         )
+    # Imports all of transformers' modelling, and with it the compiler of torch, which models with a file do without.
+    from rtp_llm.srt.layers.fallback.encoders import encoder_kind
+
     is_encoder = encoder_kind(model_config.architectures) is not None
     return ModelRegistry.models[ENCODER_FALLBACK if is_encoder else FALLBACK]
 
