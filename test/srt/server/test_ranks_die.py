@@ -19,11 +19,11 @@ from rtp_llm.srt.engine.supervisor import Supervisor
 from rtp_llm.srt.managers.engine_client import EngineStopped
 from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.sampling_params import SamplingParams
-from tiny_models import random_prompts, tiny_model
+from tiny_models import make_tiny, random_prompts, tiny_model
 from tiny_server import own_process, wait_for
 
 pytestmark = pytest.mark.usefixtures("warm_processes")
-VOCAB_SIZE = 131  # of llama-tp
+VOCAB_SIZE = 90  # ids of prompts lie below it
 NEW_TOKENS = 60
 Served = Supervisor | Replicas
 
@@ -67,7 +67,7 @@ def serve() -> Iterator[Callable[..., Served]]:
     started: list[Served] = []
 
     def start(**options: Any) -> Served:
-        model_path = tiny_model("llama-tp")
+        model_path = options.pop("model_path", tiny_model("llama-tp"))
         args = ServerArgs(
             **{"model_path": model_path, "device": "cpu", "dtype": "float32", "context_length": 256}
             | {"max_total_tokens": 3000, "log_level": "error", "chunked_prefill_size": 32}
@@ -83,8 +83,8 @@ def serve() -> Iterator[Callable[..., Served]]:
         served.stop()
 
 
-def expected(serve: Callable[..., Served]) -> list[list[int]]:
-    served = serve()
+def expected(serve: Callable[..., Served], **options: Any) -> list[list[int]]:
+    served = serve(**options)
     answers = [Answer(served, request) for request in requests(6)]
     return [answer.result() for answer in answers]
 
@@ -116,6 +116,29 @@ def test_a_core_of_several_ranks_outlives_each_of_them(serve: Callable[..., Serv
         assert len(ranks) == count
         assert kill_while_answering(served, ranks[rank]) == whole
         assert served._core is not before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_with_requests_of_their_own_die(serve: Callable[..., Served], tmp_path: Path, rank: int) -> None:
+    model_path = make_tiny("DeepseekV3ForCausalLM", tmp_path)
+    whole = expected(serve, model_path=model_path)
+    served = serve(model_path=model_path, tp_size=2, enable_dp_attention=True)
+    assert isinstance(served, Supervisor) and served._core is not None
+    assert kill_while_answering(served, children_of(served._core.process.pid)[rank]) == whole
+
+
+@pytest.mark.slow
+def test_a_replica_in_stages_outlives_a_rank(serve: Callable[..., Served]) -> None:
+    """Of two cores of two ranks; the other core goes on."""
+    whole = expected(serve)
+    served = serve(dp_size=2, pp_size=2)
+    assert isinstance(served, Replicas)
+    cores = [supervisor._core for supervisor in served.supervisors]
+    for core, rank in zip(cores, (0, 1), strict=True):  # one after the other
+        assert core is not None
+        assert kill_while_answering(served, children_of(core.process.pid)[rank], count=8)[:6] == whole
+    assert all(s._core is not core for s, core in zip(served.supervisors, cores, strict=True))
 
 
 @pytest.mark.slow
