@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -268,11 +269,13 @@ def main() -> None:
     parser.add_argument("--model-path", default=DEMO_MODEL)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ch") as folder:
-        problems = run(args, Path(folder))
+    folder = Path(tempfile.mkdtemp(prefix="ch"))
+    problems = run(args, folder)
     for problem in problems[:20]:
         print(f"PROBLEM {problem}")
-    print(f"{len(problems)} problems")
+    print(f"{len(problems)} problems" + (f"; the logs stay in {folder}" if problems else ""))
+    if not problems:
+        shutil.rmtree(folder, ignore_errors=True)
     sys.exit(bool(problems))
 
 
