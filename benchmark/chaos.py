@@ -36,7 +36,6 @@ from rtp_llm.srt.configs.server_args import DEMO_MODEL
 MODEL = "chaos"
 KINDS = ("rank", "core", "replica", "node", "router")
 WORKER_MODULE = b"rtp_llm.srt.worker.process"
-KILLED = f"status -{signal.SIGKILL.value};"
 HUNG_AFTER_S = 180.0
 GROWTH = 1.3  # of the median memory of a kind of process, from the first half of a run to the second
 
@@ -48,6 +47,7 @@ class Fleet:
         self.replicas, self.router = replicas, router
         self.restarts: Counter[str] = Counter()
         self.problems: list[str] = []
+        self._hit: set[SoakServer | Router] = set()  # of which something was killed since they were last started
         self._ended = threading.Event()
         members = [("router", router), *(("replica", replica) for replica in replicas)]
         self._threads = [threading.Thread(target=self._keep_up, args=member) for member in members]
@@ -72,15 +72,18 @@ class Fleet:
             try:
                 if isinstance(member, SoakServer):
                     member.end()  # what its HTTP process has left
+                self._hit.discard(member)
                 member.start()
                 self.restarts[kind] += 1
             except ServerFailed as error:
-                if KILLED not in str(error):  # which is this run's own doing, while it was starting
+                # A server ends if its core or a rank is killed while it is starting.
+                if member.is_running() or member not in self._hit:
                     self.problems.append(str(error))
 
     def kill(self, kind: str, draw: random.Random) -> bool:
         """Kill one of a kind; return whether there was one."""
         if kind == "router":
+            self._hit.add(self.router)
             self.router.kill()
             return True
         replica = draw.choice(self.replicas)
@@ -94,6 +97,7 @@ class Fleet:
         }[kind]
         if not pids:
             return False
+        self._hit.add(replica)
         for pid in pids if kind == "node" else [draw.choice(pids)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

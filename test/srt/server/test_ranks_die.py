@@ -130,7 +130,7 @@ def test_ranks_with_requests_of_their_own_die(serve: Callable[..., Served], tmp_
 
 @pytest.mark.slow
 def test_a_replica_in_stages_outlives_a_rank(serve: Callable[..., Served]) -> None:
-    """Of two cores of two ranks; the other core goes on."""
+    """Each of two cores has two ranks; while one restarts, the other goes on."""
     whole = expected(serve)
     served = serve(dp_size=2, pp_size=2)
     assert isinstance(served, Replicas)
