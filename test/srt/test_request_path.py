@@ -39,6 +39,7 @@ READERS = {
         *("frequency_penalty", "presence_penalty", "repetition_penalty"),
         *("logprobs", "top_logprobs_num", "token_ids_logprob"),
     },
+    "worker/adjust_table.py": {"logit_bias", "frequency_penalty", "presence_penalty", "repetition_penalty"},
     "worker/draw_table.py": {"temperature", "top_p", "top_k", "min_p"},
     "worker/token_bans.py": {"bad_words_ids", "allowed_token_ids"},
     "managers/detokenizer.py": {

@@ -6,6 +6,8 @@ only the host has for this step, raises NotReplayable, which says what it was.
 
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -113,6 +115,13 @@ def refuse_reading(func: Any, args: Any) -> None:
         raise depends_on_values(f"a number is read, by {func}")
     if torch.Tag.dynamic_output_shape in func.tags and (func is not torch.ops.aten.index.Tensor or _masks(args[1:])):
         raise depends_on_values(f"a shape depends on numbers, in {func}")
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Refuse what a recorded step must not do."""
+    with NoReading([]), NoCounting():
+        yield
 
 
 def _masks(args: Any) -> list[torch.Tensor]:

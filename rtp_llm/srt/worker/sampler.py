@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from rtp_llm.srt.device.choice import provider_named
@@ -12,9 +11,12 @@ from rtp_llm.srt.layers.logits_processor import Logprobs, token_logprobs
 from rtp_llm.srt.plan import Admission, TokenMasks
 from rtp_llm.srt.request_spec import LogprobSpec
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker.draw_table import DRAWN_AT_ONCE, DrawTable
+from rtp_llm.srt.worker.adjust_table import Adjustment
+from rtp_llm.srt.worker.draw_table import DRAWN_AT_ONCE
 from rtp_llm.srt.worker.philox import as_int64, exponential
-from rtp_llm.srt.worker.token_bans import TokenBans
+from rtp_llm.srt.worker.sampling_tables import SamplingTables, masked_lines
+from rtp_llm.srt.worker.token_bans import TokenBans, has_bans
+from rtp_llm.srt.worker.token_counts import TokenCounts
 
 _USUAL_NUCLEUS = 1024  # this many of the most probable tokens usually reach top_p
 _LARGEST = torch.finfo(torch.float32).max
@@ -48,16 +50,14 @@ class Sampler:
         self._vocab_size = vocab_size
         self._provider = provider_named(device)
         self._device = torch.device(self._provider.torch_device)
-        self._counts = _TokenCounts(vocab_size, self._provider)
+        self._counts = TokenCounts(vocab_size, self._provider)
         self._bans = TokenBans(vocab_size, self._provider)
         self._argmax = self._provider.pick("argmax", torch.float32)
         self._mask_tokens = self._provider.pick("mask_tokens", torch.float32)
         self._draw_kernel = self._provider.find("draw", torch.float32)
-        # What recorded steps draw by; with a line for the row of dummies.
-        self.table = DrawTable(max_rows + 1, vocab_size, self._provider) if self._provider.records_graphs else None
-        self._not_in_table: dict[int, tuple[SamplingParams, int]] = {}
+        self.tables = SamplingTables(max_rows, vocab_size, self._provider) if self._provider.records_graphs else None
         # Rows that need more than an argmax; a step with none of them is not examined row by row.
-        self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans
+        self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans, not those of ``tables``
         self._drawing: set[int] = set()  # not greedy
         self._with_logprobs: set[int] = set()  # log-probabilities are wanted
 
@@ -66,7 +66,7 @@ class Sampler:
         params = admission.spec.params
         penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
         self.release(admission.row)
-        self._rows[admission.row] = _Row(
+        self._rows[admission.row] = row = _Row(
             params=params,
             prompt_len=len(admission.prompt_ids),
             stop_ids=[i for i in admission.spec.stop_ids if 0 <= i < self._vocab_size],  # others cannot be drawn anyway
@@ -77,27 +77,30 @@ class Sampler:
             logprobs=admission.spec.logprobs,
             counted=bool(penalised),
         )
-        if penalised:
-            self._counts.add(admission.row, admission.prompt_ids, admission.output_ids)
-        self._bans.add(admission.row, params, admission.output_ids)
-        if penalised or params.logit_bias or params.min_new_tokens or admission.row in self._bans:
+        is_adjusted = bool(penalised or params.logit_bias or params.min_new_tokens or has_bans(params))
+        if not self._in_tables(admission, row, is_adjusted) and is_adjusted:
+            if penalised:
+                self._counts.add(admission.row, admission.prompt_ids, admission.output_ids)
+            self._bans.add(admission.row, params, admission.output_ids)
             self._adjusted.add(admission.row)
         if not params.is_greedy:
             self._drawing.add(admission.row)
         if admission.spec.logprobs is not None:
             self._with_logprobs.add(admission.row)
-        if self.table is not None:
-            self._not_in_table[admission.row] = (params, as_int64(admission.spec.seed))
 
-    def fill_table(self) -> None:
-        """Write what rows draw by that were admitted since."""
-        if self.table is not None and self._not_in_table:
-            self.table.write(self._not_in_table)
-            self._not_in_table = {}
+    def _in_tables(self, admission: Admission, row: _Row, is_adjusted: bool) -> bool:
+        """Enter a request into the tables of the device, if it has any; return whether they adjust its logits."""
+        if self.tables is None:
+            return False
+        first_end = row.prompt_len + row.params.min_new_tokens
+        adjustment = Adjustment(row.params, admission.prompt_ids, admission.output_ids, row.stop_ids, first_end)
+        fits = is_adjusted and adjustment.fits()
+        self.tables.enter(admission.row, row.params, row.seed, adjustment if fits else None)
+        return fits
 
-    def only_draws(self, rows: Sequence[int]) -> bool:
-        """Whether these rows' tokens are drawn from plain logits, and nothing else is wanted of them."""
-        return self._adjusted.isdisjoint(rows) and self._with_logprobs.isdisjoint(rows)
+    def are_in_tables(self, rows: Sequence[int]) -> bool:
+        """Whether the tables tell all that changes these rows' logits, but for masks."""
+        return self.tables is not None and self._adjusted.isdisjoint(rows)
 
     def are_greedy(self, rows: Sequence[int]) -> bool:
         return self._drawing.isdisjoint(rows)
@@ -107,15 +110,20 @@ class Sampler:
         self._rows[row] = None
         self._counts.remove(row)
         self._bans.remove(row)
+        if self.tables is not None:
+            self.tables.leave(row)
         for kind in (self._adjusted, self._drawing, self._with_logprobs):
             kind.discard(row)
 
     def observe(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
         """Count ``token_ids[i]`` ([S] int64, on the device) as generated in ``rows[i]``."""
+        if self.tables is not None and self.tables.adjusts(rows):
+            self.tables.fill()
+            self.tables.adjustments.count(self._tensor(list(rows)), token_ids)
         if self._adjusted.isdisjoint(rows):
             return
         self._bans.observe(rows, token_ids)
-        counted = [i for i, row in enumerate(rows) if self._row(row).counted]
+        counted = [i for i, row in enumerate(rows) if row in self._adjusted and self._row(row).counted]
         if len(counted) < len(rows):
             token_ids = token_ids[self._tensor(counted)] if counted else token_ids[:0]
         self._counts.count([rows[i] for i in counted], token_ids)
@@ -161,6 +169,9 @@ class Sampler:
         adjusted = logits
         if masks is not None or not self._adjusted.isdisjoint(rows):
             adjusted = self._adjust(logits, states, rows, positions, masks)
+        if self.tables is not None and self.tables.adjusts(rows):
+            self.tables.fill()
+            adjusted = self.tables.adjustments.adjust(adjusted, self._tensor(list(rows)), self._tensor(list(positions)))
         tokens, bad = self._argmax(adjusted)
         if adjusted is not logits:
             bad = self._argmax(logits)[1]
@@ -230,9 +241,10 @@ class Sampler:
         masks: TokenMasks | None,
     ) -> torch.Tensor:
         """Return logits after penalties, masks, biases and bans: a copy, or the same tensor if there are none."""
-        counted = [i for i, state in enumerate(states) if state.counted]
+        by_hand = [(i, state) for i, state in enumerate(states) if rows[i] in self._adjusted]
+        counted = [i for i, state in by_hand if state.counted]
         biased, banned = _Cells(), _Cells()
-        for i, state in enumerate(states):
+        for i, state in by_hand:
             biased.add(i, state.bias_ids, state.bias_values)
             if state.bans_stops_at(positions[i]):
                 banned.add(i, state.stop_ids)
@@ -266,15 +278,10 @@ class Sampler:
         logits[index] = scores
 
     def _mask(self, logits: torch.Tensor, rows: Sequence[int], masks: TokenMasks) -> None:
-        shape = (len(masks.rows), (self._vocab_size + 31) // 32)
-        if masks.words.shape != shape or masks.words.dtype != np.int32:
-            raise ValueError(f"masks must be int32 {list(shape)}, not {masks.words.dtype} {list(masks.words.shape)}")
-        lines = {row: line for line, row in enumerate(rows)}
-        if strange := sorted(set(masks.rows) - lines.keys()):
-            raise ValueError(f"masks for rows {strange}, which are not sampled in this step")
-        words = torch.empty(shape, dtype=torch.int32, device=self._device)
+        lines = masked_lines(rows, masks, self._vocab_size)
+        words = torch.empty(masks.words.shape, dtype=torch.int32, device=self._device)
         self._provider.copy_to_device(words, masks.words)
-        self._mask_tokens(logits, self._tensor([lines[row] for row in masks.rows]), words)
+        self._mask_tokens(logits, self._tensor(lines), words)
 
 
 @dataclass(slots=True)
@@ -289,56 +296,6 @@ class _Cells:
         self.lines += [line] * len(ids)
         self.ids += ids
         self.values += values
-
-
-class _TokenCounts:
-    """Counts of each generated token, and whether it is in the prompt, for rows that were added."""
-
-    def __init__(self, vocab_size: int, provider: DeviceProvider) -> None:
-        self._vocab_size = vocab_size
-        self._provider, self._device = provider, provider.torch_device
-        self._lines: dict[int, int] = {}  # row -> line of the tensors, which grow with the number of added rows
-        self._free: list[int] = []
-        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=self._device)
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=self._device)
-
-    def add(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        if not self._free:
-            self._grow()
-        line = self._lines[row] = self._free.pop()
-        self._counts[line] = 0
-        self._in_prompt[line] = False
-        # ids that stand for media lie outside the vocabulary
-        prompt = self._tensor([i for i in prompt_ids if 0 <= i < self._vocab_size])
-        self._in_prompt[line].index_fill_(0, prompt, True)
-        self.count([row] * len(output_ids), self._tensor(list(output_ids)))
-
-    def remove(self, row: int) -> None:
-        if row in self._lines:
-            self._free.append(self._lines.pop(row))
-
-    def count(self, rows: Sequence[int], token_ids: torch.Tensor) -> None:
-        """Add one occurrence of ``token_ids[i]`` in ``rows[i]``."""
-        if rows:
-            lines = self._tensor([self._lines[row] for row in rows])
-            ones = torch.ones(len(rows), dtype=torch.int32, device=self._device)
-            self._counts.index_put_((lines, token_ids), ones, accumulate=True)
-
-    def of(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, vocab_size]: counts of generated tokens (int32), and whether a token occurs at all (bool)."""
-        lines = self._tensor([self._lines[row] for row in rows])
-        counts = self._counts[lines]
-        return counts, self._in_prompt[lines] | (counts > 0)
-
-    def _grow(self) -> None:
-        old = len(self._counts)
-        new = max(4, 2 * old)
-        self._free = list(range(new - 1, old - 1, -1))
-        self._counts = torch.cat([self._counts, self._counts.new_zeros(new - old, self._vocab_size)])
-        self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(new - old, self._vocab_size)])
-
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return self._provider.to_device(values, torch.int64)
 
 
 def draw(

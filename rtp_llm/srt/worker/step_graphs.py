@@ -15,7 +15,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -29,10 +29,11 @@ from rtp_llm.srt.device.provider import DeviceProvider
 from rtp_llm.srt.distributed.parallel_state import get_tp_group
 from rtp_llm.srt.forward_batch import ForwardBatch
 from rtp_llm.srt.model_traits import ReplaysForward
-from rtp_llm.srt.plan import SharedPrefix
+from rtp_llm.srt.plan import SharedPrefix, TokenMasks
 from rtp_llm.srt.utils.console_bar import show_bar
-from rtp_llm.srt.worker.draw_table import DrawTable
-from rtp_llm.srt.worker.replayable import NoCounting, NoReading, NotReplayable, batch_tensors
+from rtp_llm.srt.worker.recorded_draws import DrawGraphs, RecordedDraws
+from rtp_llm.srt.worker.replayable import NotReplayable, batch_tensors, guarded
+from rtp_llm.srt.worker.sampling_tables import SamplingTables
 from rtp_llm.srt.worker.step_recorder import Forward
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class StepGraph:
     """
 
     step: Work
-    draw: Work
+    draws: DrawGraphs
     planned: list[torch.Tensor]
     kept: list[torch.Tensor]
 
@@ -143,9 +144,9 @@ class StepGraphs:
     """
 
     def __init__(
-        self, step: DecodeStep, table: DrawTable, provider: DeviceProvider, sizes: Sequence[int], vocab_size: int
+        self, step: DecodeStep, tables: SamplingTables, provider: DeviceProvider, sizes: Sequence[int], vocab_size: int
     ) -> None:
-        self._step, self._table, self._provider = step, table, provider
+        self._step, self._provider = step, provider
         self._wanted = tuple(sizes)
         self.sizes: tuple[int, ...] = ()
         self.refusal: str | None = "nothing was recorded yet"
@@ -156,6 +157,7 @@ class StepGraphs:
         self.logits = torch.zeros(largest, vocab_size, dtype=torch.float32, device=device)
         self.tokens = torch.zeros(largest, dtype=torch.int64, device=device)
         self.bad = torch.zeros(largest, dtype=torch.bool, device=device)
+        self._draws = RecordedDraws(self.logits, self.tokens, step.last_tokens, tables, provider)
         self._argmax = provider.pick("argmax", torch.float32)
         self._plan = _PlanPart(step.attn_backend)
         self._inside: list[StepPart] = []  # recorded with the step
@@ -222,7 +224,7 @@ class StepGraphs:
         parts: list[StepPart] = [_ModulePart(module) for module in self._step.step_modules]
         for part in (*parts, self._plan):
             try:
-                with _guarded():
+                with guarded():
                     part.prepare(self._step.make_batch(*self._views[size]))
             except NotReplayable:
                 self._before.append(part)
@@ -234,16 +236,16 @@ class StepGraphs:
         before, inside = self._parts(shares)
         prefixes = [SharedPrefix(0, list(range(size)))] * shares
         planned = self._prepare(size, before, HostRows(rows, starts, starts, prefixes))
-        step, draw = partial(self._run_step, size, inside), partial(self._run_draw, size)
-        capture.warm_up(partial(_run_guarded, step))
+        step = partial(self._run_step, size, inside)
+        with guarded():
+            capture.warm_up(step)
         recorded = capture.record(step)
         if shares:
-            recorded_draw = self._graphs[size, False].draw
+            draws = self._graphs[size, False].draws
         else:
-            capture.warm_up(partial(_run_guarded, draw))
-            recorded_draw = capture.record(draw)
+            draws = self._draws.record(capture, *self._views[size])
             self.sizes, self.refusal = tuple(sorted((*self.sizes, size))), None
-        self._graphs[size, shares] = StepGraph(recorded, recorded_draw, planned, _tensors(inside))
+        self._graphs[size, shares] = StepGraph(recorded, draws, planned, _tensors(inside))
 
     def _parts(self, shares: bool) -> tuple[list[StepPart], list[StepPart]]:
         """Return what is computed before a step, and what is recorded with it. The host knows shared prefixes."""
@@ -270,18 +272,8 @@ class StepGraphs:
         tokens, bad = self._argmax(logits)
         self.logits[:size] = logits
         self.bad[:size] = bad
-        self._finish(size, tokens)
+        self._draws.finish(rows, tokens)
         positions += rows != self._step.dummy_row
-
-    def _run_draw(self, size: int) -> None:
-        """Draw the tokens of rows that are not greedy, after the step: positions are those of the drawn tokens."""
-        rows, positions = self._views[size]
-        drawn = self._table.draw(self.logits[:size], rows, positions)
-        self._finish(size, torch.where(self._table.draws(rows), drawn, self.tokens[:size]))
-
-    def _finish(self, size: int, tokens: torch.Tensor) -> None:
-        self.tokens[:size] = tokens
-        self._step.last_tokens[self._views[size][0]] = tokens
 
     # In every step
 
@@ -307,9 +299,9 @@ class StepGraphs:
         graph.step()
         self._there[1, :num_rows] += 1
 
-    def draw(self) -> None:
-        """Launch the draws of the step's rows that are not greedy; their ``tokens`` are replaced."""
-        self._graphs[self._size, False].draw()
+    def draw(self, draws: bool, adjusts: bool, counts: bool, masks: TokenMasks | None, lines: Sequence[int]) -> None:
+        """Launch what follows the step, all that is asked for; ``tokens`` are replaced. See ``RecordedDraws.run``."""
+        self._draws.run(self._graphs[self._size, False].draws, draws, adjusts, counts, masks, lines)
 
     def _prepare(self, size: int, parts: Sequence[StepPart], host: HostRows) -> list[torch.Tensor]:
         """Compute parts that need lists of the host; return all tensors that they made, or may have kept."""
@@ -339,20 +331,6 @@ def _dummies(size: int, dummy_row: int) -> np.ndarray:
     place = np.zeros((2, size), dtype=np.int64)
     place[0] = dummy_row
     return place
-
-
-def _run_guarded(work: Work) -> None:
-    with _guarded():
-        work()
-
-
-@contextmanager
-def _guarded() -> Iterator[None]:
-    """Refuse what a recorded step must not do; see replayable.py."""
-    with ExitStack() as stack:
-        stack.enter_context(NoReading([]))
-        stack.enter_context(NoCounting())
-        yield
 
 
 @contextmanager

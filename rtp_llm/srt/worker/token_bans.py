@@ -7,6 +7,7 @@ last, which is a comparison of two small tensors.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rtp_llm.srt.device.provider import DeviceProvider
@@ -33,6 +34,23 @@ class _Bans:
     last_tokens: torch.Tensor
 
 
+def has_bans(params: SamplingParams) -> bool:
+    return params.allowed_token_ids is not None or bool(params.bad_words_ids)
+
+
+def words_of_several(params: SamplingParams) -> list[list[int]]:
+    """Return the bad words of several tokens."""
+    return [word for word in params.bad_words_ids if len(word) > 1]
+
+
+def always_allowed(params: SamplingParams, vocab_size: int) -> np.ndarray:
+    """[ceil(vocab_size / 32)] int32, in the form of TokenMasks: tokens that are not banned at every position."""
+    bits = np.full((vocab_size + 31) // 32 * 32, params.allowed_token_ids is None)
+    bits[params.allowed_token_ids or []] = True
+    bits[[word[0] for word in params.bad_words_ids if len(word) == 1]] = False
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
 class TokenBans:
     """The bans of all rows that have any."""
 
@@ -46,9 +64,9 @@ class TokenBans:
 
     def add(self, row: int, params: SamplingParams, output_ids: Sequence[int]) -> None:
         """Add a request's bans, if it has any. ``output_ids``: tokens that it has generated already."""
-        if params.allowed_token_ids is None and not params.bad_words_ids:
+        if not has_bans(params):
             return
-        several = [word for word in params.bad_words_ids if len(word) > 1]
+        several = words_of_several(params)
         length = max((len(word) - 1 for word in several), default=0)
         beginnings = [[ANY] * (length + 1 - len(word)) + word[:-1] for word in several]
         newest = list(output_ids[-length:]) if length else []

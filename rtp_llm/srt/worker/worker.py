@@ -26,6 +26,7 @@ from rtp_llm.srt.worker.pooling import NOT_FINITE, PooledLines
 from rtp_llm.srt.worker.profiler import Profiler
 from rtp_llm.srt.worker.replayable import NotReplayable
 from rtp_llm.srt.worker.sampler import Sampler
+from rtp_llm.srt.worker.sampling_tables import masked_lines
 from rtp_llm.srt.worker.step_graphs import StepGraphs, sizes_up_to
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class PendingLogits:
     prompt_logprobs: dict[int, Logprobs]  # by index into ``plan.work``
     pooled: list[PooledLines]
     row_errors: dict[int, str]  # by index into ``plan.work``
-    graphs: StepGraphs | None = None  # that have drawn tokens already, from plain logits
+    graphs: StepGraphs | None = None  # that have computed the step, and its best tokens
 
 
 class PendingResult:
@@ -205,15 +206,15 @@ class Worker:
 
     def _record_graphs(self, max_rows: int) -> None:
         """Record decode steps, where the model allows it; otherwise the log says why not."""
-        table = self.sampler.table
-        assert table is not None, "a device that records graphs has a table of what rows draw by"
+        tables = self.sampler.tables
+        assert tables is not None, "a device that records graphs has tables of what rows draw by"
         try:
             step = self.runner.decode_step()
         except NotReplayable as reason:
             logger.info("decode steps are not recorded: %s", reason)
             return
         sizes = sizes_up_to(max_rows, self._args.cuda_graph_max_bs, self._args.cuda_graph_bs)
-        self.graphs = StepGraphs(step, table, self._provider, sizes, self._vocab_size)
+        self.graphs = StepGraphs(step, tables, self._provider, sizes, self._vocab_size)
         self.graphs.record()
 
     def step(self, plan: StepPlan) -> "PendingResult | NoResult":
@@ -273,7 +274,8 @@ class Worker:
         rows = self.runner.continued_rows(plan)
         if rows is None:
             return None
-        self.sampler.fill_table()
+        if self.sampler.tables is not None:
+            self.sampler.tables.fill()
         self.graphs.run(rows)
         output = LogitsProcessorOutput(self.graphs.logits[: len(plan.work)], [])
         return PendingLogits(plan, output, {}, [], {}, self.graphs)
@@ -285,8 +287,8 @@ class Worker:
             return NoResult(pending.plan)
         work = [w for w in pending.plan.work if w.sample]
         rows, positions = [w.row for w in work], [w.start + w.num_tokens for w in work]
-        if pending.graphs is not None and masks is None and self.sampler.only_draws(rows):
-            return self._drawn_by_graph(pending.plan, pending.graphs, rows)
+        if pending.graphs is not None and self.sampler.are_in_tables(rows):
+            return self._drawn_by_graph(pending.plan, pending.graphs, rows, masks)
         tokens, bad_rows, asked, logprobs = [], [], [], []
         for part, logits in pending.output.pieces():
             own_masks = None if masks is None else _without_others(masks, rows, part)
@@ -313,12 +315,18 @@ class Worker:
             pending.row_errors,
         )
 
-    def _drawn_by_graph(self, plan: StepPlan, graphs: StepGraphs, rows: list[int]) -> PendingResult:
-        """Return what the recorded step drew, its best tokens; draw others first, if some rows want them."""
-        if not self.sampler.are_greedy(rows):
-            graphs.draw()
-        num_rows = len(rows)
-        return PendingResult(self._provider, plan, graphs.tokens[:num_rows], graphs.bad[:num_rows], [], [], {}, [], {})
+    def _drawn_by_graph(
+        self, plan: StepPlan, graphs: StepGraphs, rows: list[int], masks: TokenMasks | None
+    ) -> PendingResult:
+        """Return what the recorded step drew, its best tokens; adjust and draw first, if some rows want it."""
+        tables, num_rows = self.sampler.tables, len(rows)
+        counts, draws = tables is not None and tables.adjusts(rows), not self.sampler.are_greedy(rows)
+        lines = [] if masks is None else masked_lines(rows, masks, self._vocab_size)
+        graphs.draw(draws, counts or masks is not None, counts, masks, lines)
+        tokens, bad = graphs.tokens[:num_rows], graphs.bad[:num_rows]
+        asked, logprobs = self.sampler.logprobs(graphs.logits[:num_rows], tokens, rows)
+        found = [] if logprobs is None else [logprobs]
+        return PendingResult(self._provider, plan, tokens, bad, asked, found, {}, [], {})
 
     def _join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Concatenate what was drawn; without pieces, nothing was."""

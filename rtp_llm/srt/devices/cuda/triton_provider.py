@@ -47,6 +47,8 @@ KERNELS: dict[str, str] = {  # kernel -> module of the folder ``kernels``
     "mask_tokens": "sampling",
     "draw": "sampling",
     "draw_rows": "sampling",
+    "adjust_rows": "adjust",
+    "count_rows": "adjust",
 }
 
 

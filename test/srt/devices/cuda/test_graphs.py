@@ -45,7 +45,7 @@ def test_ids_are_those_of_transformers(device: Device, name: str, options: dict[
     assert answers.core.executor.depth == 1
     graphs = answers.worker.graphs
     assert graphs is not None and graphs.sizes == (1, 2, 4, 6) and graphs.refusal is None
-    assert device.num_recorded == 2 * 4  # a step, and its draws
+    assert device.num_recorded == 5 * 4  # a step, and four kinds of what follows it
     assert device.num_launched == 15  # every step but the prompts'
     for layer_id in [layer_id for group in answers.worker.runner.layout.groups for layer_id in group.layer_ids]:
         cache = answers.worker.runner.kv_pool.layer(layer_id)
@@ -69,12 +69,22 @@ ADJUSTED: list[dict[str, Any]] = [
     {"temperature": 1.2, "seed": 5, "bad_words_ids": [[5], [7, 8]]},
     {"temperature": 0, "min_new_tokens": 5},
 ]
+WORDS_THAT_DO_NOT_FIT: list[dict[str, Any]] = [{"temperature": 0, "bad_words_ids": [list(range(12))]}] * 5
 
 
-@pytest.mark.parametrize("kinds", [KINDS, ADJUSTED], ids=["plain", "adjusted"])
-def test_draws_are_those_of_steps_that_are_not_recorded(device: Device, kinds: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "num_launched"),
+    [
+        pytest.param(KINDS, 15 * 2, id="plain"),
+        pytest.param(ADJUSTED, 15 * 3 + 12, id="adjusted"),  # adjusted and counted, and drawn while some row draws
+        pytest.param(WORDS_THAT_DO_NOT_FIT, 15, id="by the host's lists"),
+    ],
+)
+def test_draws_are_those_of_steps_that_are_not_recorded(
+    device: Device, kinds: list[dict[str, Any]], num_launched: int
+) -> None:
     recorded = Answers("llama-default", kinds)
-    assert device.num_launched == 15 * (2 if kinds is KINDS else 1)
+    assert device.num_launched == num_launched
     assert recorded.ids == Answers("llama-default", kinds, disable_cuda_graph=True).ids
 
 
@@ -100,7 +110,7 @@ def test_what_takes_too_long_is_not_recorded(
         answers = Answers("llama-default")
     assert answers.worker.graphs is not None and answers.worker.graphs.sizes == (6,)
     assert "batches of 1, 2, 4 rows are filled up to the next recorded size" in caplog.text
-    assert device.num_recorded == 2 and answers.ids == plain.ids
+    assert device.num_recorded == 5 and answers.ids == plain.ids
 
 
 def change_logits(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -183,7 +193,7 @@ def test_ranks_record_steps_with_their_exchanges(device: Device) -> None:
     for i, prompt in enumerate(prompts):
         assert_same_ids(ids[f"r{i}"], reference(tiny_model(name), tuple(prompt), 9), name)
     assert len(counts) == 2 and counts[0] == counts[1]
-    assert counts[0][0] == 2 * 4 and counts[0][1] >= 8  # sizes and steps
+    assert counts[0][0] == 5 * 4 and counts[0][1] >= 8  # sizes and steps
 
 
 def test_rows_that_go_on_need_nothing_from_the_host(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

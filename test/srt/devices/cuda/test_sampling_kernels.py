@@ -9,7 +9,8 @@ import torch
 from rtp_llm.srt.device.choice import provider_named
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.sampling_params import SamplingParams
-from rtp_llm.srt.worker import philox, sampler
+from rtp_llm.srt.worker import adjust_table, philox, sampler
+from rtp_llm.srt.worker.adjust_table import Adjustment, AdjustTable
 from triton_compile import check_compiled, launches_of
 from triton_process import compiled, interpreted
 
@@ -85,7 +86,55 @@ def test_bad_rows_end_too() -> None:
     assert ((tokens >= 0) & (tokens < 50)).all()
 
 
+def adjusted_table(vocab_size: int, num_rows: int) -> AdjustTable:
+    """Rows with everything, with what leaves no token, and with nothing; the last one is of dummies."""
+    few = min(12, vocab_size)
+    bias = {str(i): i - 3.0 for i in range(0, few, 2)}
+    everything = SamplingParams(
+        frequency_penalty=0.3, presence_penalty=-0.2, repetition_penalty=1.3, logit_bias=bias, min_new_tokens=9,
+        bad_words_ids=[[1], [1, 2], [2, few - 1], [0, 1, 2, few - 1], [9, 1]],
+    )  # fmt: skip
+    only = SamplingParams(allowed_token_ids=[0, 2], bad_words_ids=[[1, 0], [1, 2]], min_new_tokens=9)
+    large = SamplingParams(repetition_penalty=1e-45, logit_bias={"0": 1e300, "1": -1e300})
+    rows = {
+        0: Adjustment(everything, [0, few - 1, 1 << 40], [0, 1, 2], range(few // 2), 8),
+        1: Adjustment(only, [0], [1], [0, 2], 8),
+        2: Adjustment(large, [0, 1], [2], [], 0),
+        3: Adjustment(SamplingParams(presence_penalty=1.0, min_new_tokens=2), [0], [2, 2], [2], 3),
+    }
+    table = AdjustTable(num_rows, vocab_size, provider_named("reference"))
+    table.write(rows)
+    return table
+
+
+@interpreted
+@pytest.mark.parametrize("vocab_size", [3, 100, 4200])
+def test_adjusted_logits_are_those_of_plain_torch(vocab_size: int) -> None:
+    """To the last bit; and so after what is drawn then is counted."""
+    ours, plain = (adjusted_table(vocab_size, 6) for _ in range(2))
+    rows, kernel = torch.tensor([3, 0, 1, 2, 4, 5, 5]), import_module("rtp_llm.srt.devices.cuda.kernels.adjust")
+    words = torch.randint(-(1 << 31), 1 << 31, (2, (vocab_size + 31) // 32)).int() | 7
+    lines = torch.tensor([-1, 1, -1, -1, 0, -1, -1])
+    for position in (1, 7, 8):
+        logits, at = torch.randn(7, vocab_size + 5)[:, :vocab_size] * 3, torch.full((7,), position)
+        logits[1], logits[1, 1:2] = -torch.inf, 1.0
+        for masks in ((None, None), (lines, words)):
+            found = kernel.adjust_rows(logits, rows, at, ours, *masks)
+            assert torch.equal(found, adjust_table.adjust_rows(logits, rows, at, plain, *masks))
+        tokens = torch.randint(0, vocab_size, (7,))
+        tokens[6] = tokens[5]
+        kernel.count_rows(rows, tokens, ours)
+        adjust_table.count_rows(rows, tokens, plain)
+        assert torch.equal(ours.counts, plain.counts)
+        assert torch.equal(ours.last_tokens[:5], plain.last_tokens[:5])  # dummies may be there several times
+
+
 def launch_all() -> None:
+    adjust, table = import_module("rtp_llm.srt.devices.cuda.kernels.adjust"), adjusted_table(151936, 9)
+    for masks in ((None, None), (torch.zeros(8, dtype=torch.int64), torch.zeros(8, 4748, dtype=torch.int32))):
+        rows = torch.zeros(8, dtype=torch.int64)
+        adjust.adjust_rows(torch.zeros(8, 151936), rows, rows, table, *masks)
+    adjust.count_rows(rows, rows, table)
     logits, column = torch.zeros(8, 151936), torch.zeros(8, dtype=torch.int64)
     kernels().argmax(logits)
     kernels().mask_tokens(logits, column, torch.zeros(8, 4748, dtype=torch.int32))
@@ -97,6 +146,6 @@ def launch_all() -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_sampling_compiles(capability: int) -> None:
     launches = launches_of(launch_all)
-    assert len(launches) == 4
+    assert len(launches) == 7
     for launch in launches:
         check_compiled(launch, capability)
