@@ -1,7 +1,7 @@
 """Ranks as threads of the test's process: no processes to start, and a debugger sees all of them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from queue import SimpleQueue
@@ -50,6 +50,15 @@ class ThreadGroup(RankGroup):
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return x if self.world_size == 1 else self._exchange(x, lambda parts: torch.cat(parts, dim=dim))
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[Sequence[int]]) -> torch.Tensor:
+        if self.world_size == 1:
+            return x
+        sent = [list(of_rank) for of_rank in counts]
+        place = self.rank
+        return self._exchange(
+            x, lambda parts: torch.cat([part.split(of)[place] for part, of in zip(parts, sent, strict=True)])
+        )
 
     def _exchange(self, x: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         self._meeting.tensors[self.rank] = x

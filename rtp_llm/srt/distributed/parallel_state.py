@@ -5,7 +5,7 @@ and the operations of every group are the identity.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,6 +83,9 @@ class SharedMemory(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return the ranks' contiguous tensors, [ranks, *x.shape]; None if it does not take this tensor."""
 
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """As ``RankGroup.all_to_all``, of a contiguous tensor; None if it does not take this tensor."""
+
 
 class RankGroup:
     """This rank's place among ranks that work together. All of them must call an operation, in the same order.
@@ -156,6 +159,29 @@ class RankGroup:
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
         dist.all_gather(parts, x, group=self._process_group)
         return torch.cat(parts, dim=dim)
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Send rows to ranks; return those that ranks have sent to this one, in the order of ranks.
+
+        Args:
+            x: [rows, ...], in the order of the ranks that rows are for.
+            counts: ``counts[a][b]`` rows go from rank a to rank b, also where both are one; the same on all ranks.
+
+        Raises:
+            ValueError: ``x`` has not as many rows as ``counts`` says.
+        """
+        sent, received = list(counts[self.rank]), [of_rank[self.rank] for of_rank in counts]
+        if len(x) != sum(sent):
+            raise ValueError(f"rank {self.rank} has {len(x)} rows to send, but its counts are {sent}")
+        if self.world_size == 1:
+            return x
+        x = x.contiguous()
+        shared = None if self.shared is None else self.shared.all_to_all(x, counts)
+        if shared is not None:
+            return shared
+        result = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(result, x, received, sent, group=self._process_group)
+        return result
 
     def send(self, x: torch.Tensor, rank: int) -> dist.Work:
         """Begin to send a tensor to another rank of the group. Keep ``x`` as it is until the result's ``wait()``."""

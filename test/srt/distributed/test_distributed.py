@@ -148,6 +148,8 @@ def run_group_member(rank: int, folder: Path) -> None:
             assert total.item() == sum(10.0**member for member in members)
             gathered = group.all_gather(torch.tensor([rank]))
             assert gathered.tolist() == members
+            received = group.all_to_all(torch.full((len(members), 2), rank), [[1] * len(members)] * len(members))
+            assert received.tolist() == [[member] * 2 for member in members]
         check_stages_pass_tensors(world.group(PIPELINE), rank)
     finally:
         destroy_world()
@@ -188,6 +190,12 @@ def check_exchanges(rank: int) -> None:
         assert torch.equal(tensor_model_parallel_all_gather(mine), torch.cat(both, dim=-1))
         assert torch.equal(tensor_model_parallel_all_gather(mine.T, dim=0), torch.cat([b.T for b in both]))
         assert torch.equal(tensor_model_parallel_all_reduce(mine.clone()), both[0] + both[1])
+        received = get_tp_group().all_to_all(mine, [[2, 1], [0, 3]])
+        assert torch.equal(received, both[0][:2] if rank == 0 else torch.cat([both[0][2:], both[1]]))
+    none = get_tp_group().all_to_all(torch.empty(0, 4), [[0, 0], [0, 0]])
+    assert none.shape == (0, 4)
+    with pytest.raises(ValueError, match=r"has 1 rows to send, but its counts are \[1, 1\]"):
+        get_tp_group().all_to_all(torch.ones(1, 4), [[1, 1], [1, 1]])
 
 
 def check_layers() -> None:

@@ -1,4 +1,4 @@
-// Sums over the ranks of one machine, and concatenations, through memory that they share.
+// Sums over the ranks of one machine, concatenations, and rows for each other, through memory that they share.
 //
 // The segment: a line for each rank, with the number of its last exchange and of the last one that it has reduced, and
 // its process; then, for each rank, two slots, which exchanges use in turns, and a result for each turn. A rank that
@@ -134,6 +134,36 @@ int all_reduce(const Exchange& exchange, T* x, int64_t n) {
     return DONE;
 }
 
+// Rows that ranks send to each other, of which each rank's, without those for itself, are one stream of bytes.
+struct Streams {
+    const int64_t* counts;
+    int64_t ranks, row_bytes;
+
+    int64_t bytes(int64_t from, int64_t to) const { return counts[from * ranks + to] * row_bytes; }
+
+    // Bytes in a rank's stream before those for rank `to`.
+    int64_t before(int64_t from, int64_t to) const {
+        int64_t sum = 0;
+        for (int64_t r = 0; r < to; r++) sum += r == from ? 0 : bytes(from, r);
+        return sum;
+    }
+
+    int64_t longest() const {
+        int64_t most = 0;
+        for (int64_t r = 0; r < ranks; r++) most = before(r, ranks) > most ? before(r, ranks) : most;
+        return most;
+    }
+};
+
+// Calls use(begin, place, bytes) for the part of [0, size), a section at `start` in a stream, that is in a piece of the
+// stream: it begins at `begin` in the section and at `place` in the piece.
+template <typename Use>
+void for_part(int64_t start, int64_t size, int64_t piece, int64_t piece_bytes, Use use) {
+    int64_t first = start > piece ? start : piece;
+    int64_t end = start + size < piece + piece_bytes ? start + size : piece + piece_bytes;
+    if (first < end) use(first - start, first - piece, end - first);
+}
+
 }  // namespace
 
 // Bytes of a segment.
@@ -166,6 +196,39 @@ KERNEL int exchange_all_gather(char* base, int64_t rank, int64_t ranks, int64_t 
         for (int64_t r = 0; r < ranks; r++) copy(y + r * bytes + i, exchange.slot(r, turn), count);
         own.reduced.store(number, std::memory_order_release);
     }
+    return DONE;
+}
+
+// Sends rows to ranks: counts[a * ranks + b] from rank a to rank b. x has this rank's in the order of those that they are
+// for, y gets those for it in the order of those that they are from. Returns as exchange_all_reduce.
+KERNEL int exchange_all_to_all(char* base, int64_t rank, int64_t ranks, int64_t slot_bytes, double timeout_s,
+                               const char* x, const int64_t* counts, int64_t row_bytes, char* y) {
+    Exchange exchange{base, rank, ranks, slot_bytes, timeout_s};
+    Streams streams{counts, ranks, row_bytes};
+    Line& own = exchange.line(rank);
+    int64_t longest = streams.longest();
+    for (int64_t piece = 0; piece < longest; piece += slot_bytes) {
+        int64_t number = own.arrived.load(std::memory_order_relaxed) + 1, turn = number % 2;
+        const char* from = x;
+        for (int64_t r = 0; r < ranks; from += streams.bytes(rank, r++))
+            if (r != rank)
+                for_part(streams.before(rank, r), streams.bytes(rank, r), piece, slot_bytes,
+                         [&](int64_t begin, int64_t place, int64_t bytes) {
+                             copy(exchange.slot(rank, turn) + place, from + begin, bytes);
+                         });
+        own.arrived.store(number, std::memory_order_release);
+        if (int error = exchange.wait(&Line::arrived, number)) return error;
+        char* to = y;
+        for (int64_t r = 0; r < ranks; to += streams.bytes(r++, rank))
+            if (r != rank)
+                for_part(streams.before(r, rank), streams.bytes(r, rank), piece, slot_bytes,
+                         [&](int64_t begin, int64_t place, int64_t bytes) {
+                             copy(to + begin, exchange.slot(r, turn) + place, bytes);
+                         });
+        own.reduced.store(number, std::memory_order_release);
+    }
+    for (int64_t r = 0; r < rank; r++) x += streams.bytes(rank, r), y += streams.bytes(r, rank);
+    copy(y, x, streams.bytes(rank, rank));
     return DONE;
 }
 

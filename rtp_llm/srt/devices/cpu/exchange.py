@@ -1,4 +1,4 @@
-"""Sums and concatenations over ranks of one machine, through memory that they share.
+"""Sums, concatenations and rows for each other over ranks of one machine, through memory that they share.
 
 Measured against gloo in docs/scaling.md. Every rank computes the same sums: in the ranks' order, and in float32.
 """
@@ -7,6 +7,7 @@ import ctypes
 import logging
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,10 +34,12 @@ class SharedExchange:
         self._memory = memory
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._place = self._address, group.rank, group.world_size, SLOT_BYTES, timeout_s
-        self._num_ranks = group.world_size
+        self._rank, self._num_ranks = group.rank, group.world_size
         place = POINTER, INT64, INT64, INT64, DOUBLE
         self._all_reduce: Kernel = bind("exchange", "exchange_all_reduce", *place, POINTER, INT64, INT, result=INT)
         self._all_gather: Kernel = bind("exchange", "exchange_all_gather", *place, POINTER, INT64, POINTER, result=INT)
+        rows = POINTER, POINTER, INT64, POINTER  # x, counts, row_bytes, y
+        self._all_to_all: Kernel = bind("exchange", "exchange_all_to_all", *place, *rows, result=INT)
         bind("exchange", "exchange_enter", POINTER, INT64)(self._address, group.rank)
 
     def all_reduce(self, x: torch.Tensor) -> bool:
@@ -56,6 +59,16 @@ class SharedExchange:
             return None
         result = torch.empty((self._num_ranks, *x.shape), dtype=x.dtype)
         _check(self._all_gather(*self._place, x.data_ptr(), x.nbytes, result.data_ptr()))
+        return result
+
+    def all_to_all(self, x: torch.Tensor, counts: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """See ``RankGroup.all_to_all``; None if the tensor is not on a CPU. Raise as above."""
+        if not x.is_cpu:
+            return None
+        result = torch.empty((sum(of_rank[self._rank] for of_rank in counts), *x.shape[1:]), dtype=x.dtype)
+        table = torch.tensor(counts, dtype=torch.int64)
+        row_bytes = x.shape[1:].numel() * x.element_size()
+        _check(self._all_to_all(*self._place, x.data_ptr(), table.data_ptr(), row_bytes, result.data_ptr()))
         return result
 
 

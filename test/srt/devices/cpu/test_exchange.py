@@ -68,6 +68,22 @@ def test_concatenations() -> None:
             assert torch.equal(gathered, torch.stack(parts))
 
 
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_rows_for_each_other(num_ranks: int) -> None:
+    """None, some, and so many that they need several slots, also from one rank to one other only."""
+    ranks, draw = shared(num_ranks), random.Random(num_ranks)
+    many = SLOT_BYTES // 7 + 3  # rows of 14 bytes, more than a slot has room for
+    for most in (0, 1, 3, 40, many):
+        counts = [[draw.randint(0, most) for _ in ranks] for _ in ranks]
+        if most == many:
+            counts[0] = [0] * (num_ranks - 1) + [many]
+        rows = [torch.randint(30_000, (sum(of_rank), 7), dtype=torch.int16) for of_rank in counts]
+        received = on_all(ranks, lambda rank, each, rows=rows, counts=counts: each.all_to_all(rows[rank], counts))
+        for rank, ours in enumerate(received):
+            parts = [sent.split(of_rank)[rank] for sent, of_rank in zip(rows, counts, strict=True)]
+            assert torch.equal(ours, torch.cat(parts)), (most, rank)
+
+
 def test_many_exchanges_of_ranks_that_come_at_any_time() -> None:
     ranks = shared(3)
 
@@ -76,6 +92,11 @@ def test_many_exchanges_of_ranks_that_come_at_any_time() -> None:
         for number in range(400):
             if draw.random() < 0.05:
                 time.sleep(0.002)
+            if number % 3 == 1:
+                received = each.all_to_all(torch.full((3, 5_000), float(rank + number)), [[1] * 3] * 3)
+                assert received is not None
+                totals.append(float(received[:, -1].sum()))
+                continue
             if number % 3 == 2:
                 gathered = each.all_gather(torch.tensor([rank + number]))
                 assert gathered is not None
