@@ -41,6 +41,8 @@ NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
     },
     "rotary_embedding": {"get_rope"},  # that of rotary, in vLLM's form
     "splade": {"Splade"},
+    "token_exchange": {"CollectedTokens", "SentTokens", "TokenExchange", "goes_to", "of_all_ranks", "places_of"}
+    | {"token_exchange"},
     "towers.clip": {"CLIPEncoder", "CLIPEncoderLayer", "CLIPVisionEmbeddings"},
     "towers.pixtral": {"PixtralAttentionLayer", "PixtralTransformer"},
     "towers.siglip": {"SiglipVisionEmbeddings"},

@@ -148,6 +148,12 @@ class ServerArgs:
         "whole but the experts, which are divided among all. For models with experts whose cache is the same for all "
         "heads (DeepSeek's).",
     )
+    moe_a2a_backend: str = option(
+        "none",
+        help="How, with --enable-dp-attention, tokens come to the experts of other ranks: all_to_all sends a token to "
+        "the ranks of its experts only, none to all ranks.",
+        choices=("all_to_all", "none"),
+    )
     dp_size: int = option(
         1,
         help="Data parallelism: the number of cores with the whole model behind one server, of --tp-size times "
@@ -532,6 +538,11 @@ class ServerArgs:
 
     def _check_dp_attention(self) -> None:
         if not self.enable_dp_attention:
+            if self.moe_a2a_backend == "all_to_all":
+                raise ServerArgsError(
+                    "moe_a2a_backend all_to_all sends tokens to other ranks, but without enable_dp_attention all ranks "
+                    "have all tokens: give both, or leave it out"
+                )
             return
         if self.tp_size == 1 or self.pp_size > 1 or self.ep_size not in (1, self.tp_size):
             raise ServerArgsError(

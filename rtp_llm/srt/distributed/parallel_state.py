@@ -199,13 +199,16 @@ class World:
     """The groups that one rank belongs to, by name (``GROUPS``); without any, it is alone in each.
 
     Attributes:
-        step_tokens: tokens that each rank of the data group computes in this step. The runner sets it before each.
+        step_tokens: tokens that each rank of the data group computes in this step. The worker sets it before each.
+        moe_a2a_backend: how tokens come to other ranks' experts, as the option of this name says. The worker sets it
+            before it loads the model.
     """
 
     def __init__(self, shape: WorldShape, rank: int = 0, groups: dict[str, RankGroup] | None = None) -> None:
         self.shape = shape
         self.rank = rank
         self.step_tokens: list[int] = []
+        self.moe_a2a_backend = "none"
         self._groups = groups or {name: RankGroup(0, 1) for name in GROUPS}
 
     def group(self, name: str) -> RankGroup:

@@ -17,6 +17,7 @@ class RankMeter:
     def __init__(self, stats: Callable[[], list[RankStats]], args: ServerArgs) -> None:
         self._stats = stats
         self._num_parts = args.num_expert_parts
+        self._has_request_parts = args.num_request_parts > 1
         self._num_stages, self._ranks_of_stage = args.pp_size, args.tp_size
         self._active_s = 0.0  # with requests
         self._active_since: float | None = None
@@ -34,7 +35,7 @@ class RankMeter:
         if self._num_parts == 1 and self._num_stages == 1:
             return
         ranks = self._stats()
-        loads = [load for rank in ranks for load in rank.expert_loads]
+        loads = loads_of_layers(ranks, self._has_request_parts)
         report.expert_tokens = [sum(of_expert) for of_expert in zip(*loads, strict=True)]
         report.expert_imbalance = imbalance(loads, self._num_parts)
         if self._num_stages > 1:
@@ -43,6 +44,15 @@ class RankMeter:
             pairs = zip(busy, self._reported, strict=True)
             report.stage_usage = [min(1.0, (now - before) / active_s) if active_s else 0.0 for now, before in pairs]
             self._reported, self._reported_active_s = busy, self._active_s
+
+
+def loads_of_layers(ranks: Sequence[RankStats], of_own_requests: bool) -> list[list[int]]:
+    """Return the tokens of each expert of each layer. ``of_own_requests``: each rank has counted its own tokens, of all
+    layers; else a rank has counted all of its own layers, or none."""
+    if not of_own_requests:
+        return [load for rank in ranks for load in rank.expert_loads]
+    layers = zip(*(rank.expert_loads for rank in ranks), strict=True)
+    return [[sum(of_expert) for of_expert in zip(*of_ranks, strict=True)] for of_ranks in layers]
 
 
 def imbalance(loads: Sequence[Sequence[int]], num_parts: int) -> float:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from torch import nn
 
 from rtp_llm.srt.device.choice import pick
 from rtp_llm.srt.distributed.parallel_state import (
-    DATA,
     RankGroup,
     divide,
     get_ep_group,
@@ -30,6 +30,7 @@ from rtp_llm.srt.layers.routing import (
     softmax_topk,
     topk_softmax,
 )
+from rtp_llm.srt.layers.token_exchange import token_exchange
 from rtp_llm.srt.layers.weights import ShardId, WeightLoader, check_shape, load_part, make_parameter
 
 __all__ = [
@@ -51,8 +52,8 @@ class Experts(ExpertsLayer):
 
     Experts are divided over the ranks of the expert group, and each one's intermediate size over the ranks that share
     it (``--ep-size``; without it, all ranks share all experts). Every rank has all tokens, and computes them in its own
-    experts; outputs are to be summed over ranks. Ranks with requests of their own (``--enable-dp-attention``) collect
-    all ranks' tokens first, and add up the outputs themselves. A subclass says how tokens are routed.
+    experts; outputs are to be summed over ranks. Ranks with requests of their own (``--enable-dp-attention``) exchange
+    tokens and sums (``token_exchange.py``). A subclass says how tokens are routed.
 
     Parameters, with E experts and an intermediate size I on this rank:
         w13_weight [E, 2 * I, hidden_size]: gate and up, laid out as the activation expects. Without gates
@@ -74,8 +75,8 @@ class Experts(ExpertsLayer):
         tp_group: the ranks that share all experts; None: as the world divides them.
 
     Attributes:
-        load: [num_experts] int64, tokens that each expert has computed, on the first rank of several with experts of
-            their own; None on others.
+        load: [num_experts] int64, tokens that were routed to each expert: on the first rank of several with experts of
+            their own, and on each with requests of its own, of these; None on others.
 
     Raises:
         ValueError: ``expert_names`` repeats a name, or has not as many as there are projections.
@@ -120,9 +121,9 @@ class Experts(ExpertsLayer):
         parts, what = self.expert_group.world_size, f"{self.name}: number of experts"
         self.num_own_experts = divide(num_experts, parts, what, "ep_size")
         self.first_expert = self.expert_group.rank * self.num_own_experts
-        counts = parts > 1 and self.expert_group.rank == 0 and self.sharing_group.rank == 0
-        self.world = get_world()
-        self.data_group = self.world.group(DATA) if tp_group is None else RankGroup(0, 1)
+        has_own_requests = tp_group is None and get_world().shape.data > 1
+        counts = parts > 1 and self.sharing_group.rank == 0 and (has_own_requests or self.expert_group.rank == 0)
+        self.exchange = token_exchange(self.num_own_experts, self.params_dtype) if has_own_requests else None
         self.load = torch.zeros(num_experts, dtype=torch.int64) if counts else None
         self.expert_names = _checked_names(expert_names, gated, self.name)
         self.quant_method = _experts_method(self, quant_config, prefix)
@@ -181,9 +182,11 @@ class Experts(ExpertsLayer):
         Returns:
             [T, hidden_size] in the dtype of ``hidden_states``.
         """
-        if self.data_group.world_size > 1:
-            tokens, weights, ids = (self._of_all_ranks(x) for x in (hidden_states, topk_weights, topk_ids))
-            return self._of_own_tokens(self._compute_own(tokens, weights, ids, weights_inputs))
+        if self.load is not None:
+            self.load += topk_ids.flatten().bincount(minlength=self.num_experts)
+        if self.exchange is not None:
+            compute_own = partial(self._compute_own, weights_inputs=weights_inputs)
+            return self.exchange.compute(hidden_states, topk_weights, topk_ids, compute_own)
         if self.expert_group.world_size > 1:
             return self._compute_own(hidden_states, topk_weights, topk_ids, weights_inputs)
         rows_per_expert, order, places = self._group_rows(topk_ids.flatten(), self.num_experts)
@@ -193,24 +196,11 @@ class Experts(ExpertsLayer):
             topk_weights = torch.ones_like(topk_weights)
         return self._sum_rows(self._feed_forward(rows, rows_per_expert), places, topk_weights)
 
-    def _of_all_ranks(self, x: torch.Tensor) -> torch.Tensor:
-        """[T of this rank, n] -> [T of all ranks, n], in their order."""
-        counts, group = self.world.step_tokens, self.data_group
-        longest = max(counts)
-        parts = group.all_gather(F.pad(x, (0, 0, 0, longest - len(x))), dim=0).split(longest)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    def _of_own_tokens(self, summands: torch.Tensor) -> torch.Tensor:
-        """[T of all ranks, n], to be summed over ranks -> [T of this rank, n]."""
-        return self.data_group.all_reduce(summands).split(self.world.step_tokens)[self.data_group.rank]
-
     def _compute_own(
         self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, weights_inputs: bool
     ) -> torch.Tensor:
         """As ``compute``, where other ranks have the other experts: rows of those come last, and add nothing."""
         ids, num_own = topk_ids.flatten(), self.num_own_experts
-        if self.load is not None:
-            self.load += ids.bincount(minlength=self.num_experts)
         own = ids - self.first_expert
         own = torch.where((own < 0) | (own >= num_own), num_own, own)
         rows_per_expert, order, places = self._group_rows(own, num_own + 1)

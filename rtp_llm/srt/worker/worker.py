@@ -88,7 +88,8 @@ class LoadedModel:
 class RankStats:
     """Totals of one rank since it started."""
 
-    # Tokens that each expert of each of its layers has computed; empty but on the rank that counts them.
+    # Tokens that were routed to each expert of each of its layers; empty but on the rank that counts them. Ranks with
+    # requests of their own count these.
     expert_loads: list[list[int]]
     busy_s: float  # seconds of computing steps, of a stage of a pipeline
 
@@ -177,6 +178,7 @@ class Worker:
         self._provider = provider_named(config.device)
         args = config.server_args
         use_processors(self._provider, args, config.place, config.num_places)
+        get_world().moe_a2a_backend = args.moe_a2a_backend
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)

@@ -33,16 +33,17 @@ def check_same(model_dir: str, **options: Any) -> None:
         assert other_told[rid] == [(token_id, pytest.approx(logprob, abs=1e-4)) for token_id, logprob in expected]
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_requests_of_every_kind(depth: int, tmp_path: Path) -> None:
-    check_same(make_tiny("DeepseekV3ForCausalLM", tmp_path), threads=True, depth=depth)
+@pytest.mark.parametrize(("depth", "backend"), [(0, "none"), (1, "all_to_all")])
+def test_requests_of_every_kind(depth: int, backend: str, tmp_path: Path) -> None:
+    check_same(make_tiny("DeepseekV3ForCausalLM", tmp_path), threads=True, depth=depth, moe_a2a_backend=backend)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
+@pytest.mark.parametrize("backend", ["all_to_all", "none"])
 @pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "Qwen3NextForCausalLM"])
-def test_in_processes(architecture: str, tmp_path: Path) -> None:
-    check_same(make_tiny(architecture, tmp_path), processes=True)
+def test_in_processes(architecture: str, backend: str, tmp_path: Path) -> None:
+    check_same(make_tiny(architecture, tmp_path), processes=True, moe_a2a_backend=backend)
 
 
 def test_each_rank_has_its_requests_and_its_cache(tmp_path: Path) -> None:
@@ -86,3 +87,5 @@ def test_what_does_not_go_with_it_is_refused(options: dict[str, int]) -> None:
         ServerArgs(enable_dp_attention=True, **options)
     with pytest.raises(ServerArgsError, match="kv_events_config tells of one cache"):
         ServerArgs(enable_dp_attention=True, tp_size=2, kv_events_config='{"enable_kv_cache_events": true}')
+    with pytest.raises(ServerArgsError, match="without enable_dp_attention all ranks have all tokens"):
+        ServerArgs(tp_size=2, ep_size=2, moe_a2a_backend="all_to_all")

@@ -14,6 +14,7 @@ from stepped_core import Core, greedy_requests
 from rtp_llm import ModelRegistry
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.distributed.parallel_state import SplitError, WorldShape
+from rtp_llm.srt.engine.rank_meter import loads_of_layers
 from rtp_llm.srt.models.loader import check_split
 from tiny_models import assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 
@@ -42,7 +43,7 @@ def check_ranks(architecture: str, directory: Path, config: dict, **options: Any
     try:
         answers = core.run(greedy_requests(prompts, NEW_TOKENS))
         if "ep_size" in options or "enable_dp_attention" in options:
-            check_loads(core, options.get("ep_size", options["tp_size"]))
+            check_loads(core, options.get("ep_size", options["tp_size"]), "enable_dp_attention" in options)
     finally:
         core.close()
     for rid, ids in answers.items():
@@ -50,9 +51,9 @@ def check_ranks(architecture: str, directory: Path, config: dict, **options: Any
         assert_same_ids(ids, expected, f"{architecture}, {options}, request {rid}")
 
 
-def check_loads(core: Core, num_parts: int) -> None:
+def check_loads(core: Core, num_parts: int, of_own_requests: bool) -> None:
     """Each expert's tokens are counted once, in each layer as many."""
-    loads = [load for rank in core.executor.rpc("stats") for load in rank.expert_loads]
+    loads = loads_of_layers(core.executor.rpc("stats"), of_own_requests)
     stats = core.core._meter.report()
     assert loads and len({sum(load) for load in loads}) == 1
     assert stats.expert_tokens == [sum(of_expert) for of_expert in zip(*loads, strict=True)]
@@ -76,8 +77,10 @@ def test_experts_of_their_own_quickly(tmp_path: Path) -> None:
     check_ranks("Qwen3MoeForCausalLM", tmp_path, {}, tp_size=2, ep_size=2)
 
 
-def test_requests_of_their_own_quickly(tmp_path: Path) -> None:
-    check_ranks("DeepseekV3ForCausalLM", tmp_path, {}, tp_size=2, enable_dp_attention=True)
+@pytest.mark.parametrize("backend", ["all_to_all", "none"])
+def test_requests_of_their_own_quickly(backend: str, tmp_path: Path) -> None:
+    options = {"tp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": backend}
+    check_ranks("DeepseekV3ForCausalLM", tmp_path, {}, **options)
 
 
 def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
@@ -105,11 +108,12 @@ def test_expert_parallel(architecture: str, tp_size: int, ep_size: int, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp_size", [2, 4])  # of which two have no request
+@pytest.mark.parametrize(("tp_size", "backend"), [(2, "none"), (2, "all_to_all"), (4, "all_to_all")])
 @pytest.mark.parametrize("architecture", WITH_EXPERTS)
-def test_requests_of_their_own(architecture: str, tp_size: int, tmp_path: Path) -> None:
-    """Each rank has its own requests, all of attention, and a part of the experts."""
-    check_ranks(architecture, tmp_path, {}, tp_size=tp_size, enable_dp_attention=True)
+def test_requests_of_their_own(architecture: str, tp_size: int, backend: str, tmp_path: Path) -> None:
+    """Each rank has its own requests, all of attention, and a part of the experts; two of four have no request."""
+    options = {"tp_size": tp_size, "enable_dp_attention": True, "moe_a2a_backend": backend}
+    check_ranks(architecture, tmp_path, {}, **options)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
