@@ -71,7 +71,7 @@ def test_prompts_of_wide_keys_go_token_by_token() -> None:
     for name, module in (("gated_delta_rule", "delta"), ("linear_attention", "scans")):
         q, k, v = (inputs(PREFILL, 2, 20) for _ in "qkv")
         more = (-inputs(PREFILL, 2).abs(), inputs(PREFILL, 2)) if module == "delta" else (-torch.rand(2),)
-        with patch.object(import_module(f"rtp_llm.srt.devices.cuda.kernels.{module}"), "MOST_KEYS_OF_CHUNK", 16):
+        with patch.object(import_module("rtp_llm.srt.devices.cuda.kernels.state_tiles"), "MOST_KEYS_OF_CHUNK", 16):
             check(name, PREFILL, torch.randn(6, 2, 20, 20), q, k, v, *more)
 
 

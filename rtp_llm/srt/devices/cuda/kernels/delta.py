@@ -12,13 +12,19 @@ import triton
 import triton.language as tl
 
 from rtp_llm.srt.devices.cuda.kernels.gpu import generation, input_precision
+from rtp_llm.srt.devices.cuda.kernels.state_tiles import (
+    MOST_KEYS,
+    HeadLaunch,
+    slot_of,
+    softplus,
+    state_tile,
+    tokens_of,
+)
 from rtp_llm.srt.kernels import recurrent
 from rtp_llm.srt.kernels.recurrent import StateRows
 
 CHUNK = 16
 COLUMNS = 32  # of the state that a program has, token by token
-MOST_KEYS = 256
-MOST_KEYS_OF_CHUNK = 128  # with more, chunks would spill registers
 
 
 @triton.jit
@@ -101,13 +107,11 @@ def _delta_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     piece, head = tl.program_id(0), tl.program_id(1)
-    lines, keys, columns = tl.arange(0, CHUNK), tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    key_there, column_there = keys < k_dim, columns < v_dim
-    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
+    keys, columns, places, in_state = state_tile(head, k_dim, v_dim, KEYS, COLUMNS)
+    lines, key_there, column_there = tl.arange(0, CHUNK), keys < k_dim, columns < v_dim
     slot_size = num_heads * k_dim * v_dim
-    in_state = key_there[:, None] & column_there[None, :]
-    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
-    first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    state = tl.load(slot_of(states, load, piece, slot_size) + places, mask=in_state, other=0.0)
+    first, end = tokens_of(cu_seqlens, piece, False)
     key_head = head // heads_per_key
     for start in range(first, end, CHUNK):
         tokens = start + lines
@@ -147,7 +151,7 @@ def _delta_kernel(
         tl.store(target, result.to(out.dtype.element_ty), mask=there[:, None] & column_there[None, :])
         to_end = tl.exp(whole[None, :] - total) * kc
         state = tl.dot(tl.trans(to_end), wanted, tl.exp(whole)[:, None] * state, input_precision=PRECISION)
-    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+    tl.store(slot_of(states, store, piece, slot_size) + places, state, mask=in_state)
 
 
 # long: half of it is the signature, an argument a line
@@ -182,15 +186,11 @@ def _delta_tokens_kernel(
 ) -> None:
     """Token by token. ONE: each piece is a token."""
     piece, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    keys, columns = tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    keys, columns, places, in_state = state_tile(head, k_dim, v_dim, KEYS, COLUMNS)
     key_there, column_there = keys < k_dim, columns < v_dim
-    in_state = key_there[:, None] & column_there[None, :]
-    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
     slot_size, key_head = num_heads * k_dim * v_dim, head // heads_per_key
-    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
-    first, end = piece, piece + 1
-    if not ONE:
-        first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    state = tl.load(slot_of(states, load, piece, slot_size) + places, mask=in_state, other=0.0)
+    first, end = tokens_of(cu_seqlens, piece, ONE)
     for token in range(first, end):
         of_token = token * num_heads + head
         query = tl.load(q + token * q_stride + key_head * q_head_stride + keys, mask=key_there, other=0.0)
@@ -210,7 +210,7 @@ def _delta_tokens_kernel(
         state += key[:, None] * wanted[None, :]
         result = tl.sum((query * scale)[:, None] * state, 0)
         tl.store(out + of_token * v_dim + columns, result.to(out.dtype.element_ty), mask=column_there)
-    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+    tl.store(slot_of(states, store, piece, slot_size) + places, state, mask=in_state)
 
 
 def _tile(by_channel: bool) -> tuple[int, int]:
@@ -229,25 +229,23 @@ def gated_delta_rule(
     normalize: bool = True,
 ) -> torch.Tensor:
     """See ``recurrent.gated_delta_rule``."""
-    (num_heads, v_dim), (key_heads, k_dim) = v.shape[1:], k.shape[1:]
+    k_dim = k.shape[2]
     if k_dim > MOST_KEYS or not states.is_contiguous():
         return recurrent.gated_delta_rule(q, k, v, g, beta, states, rows, normalize)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    strides = [x.stride(i) for x in (q, k, v) for i in (0, 1)]
-    sizes = num_heads, num_heads // key_heads, k_dim, v_dim, k_dim**-0.5
-    tensors = q, k, v, g.contiguous(), beta.contiguous(), states, out, rows.load, rows.store, rows.cu_seqlens
-    keys, is_one = max(16, triton.next_power_of_2(k_dim)), len(v) == len(rows.load)
-    by_chunks = not is_one and keys <= MOST_KEYS_OF_CHUNK
-    columns, num_warps = _tile(g.dim() == 3) if by_chunks else (COLUMNS, 4)
-    grid = len(rows.load), num_heads, triton.cdiv(v_dim, columns)
-    constants: dict[str, Any] = {"BY_CHANNEL": g.dim() == 3, "NORMALIZE": normalize, "KEYS": keys, "COLUMNS": columns}
-    if by_chunks:
-        constants |= {"CHUNK": CHUNK, "PRECISION": input_precision(v.dtype), "num_warps": num_warps}
-        _delta_kernel[grid](*tensors, *strides, *sizes, **constants)
+    launch = HeadLaunch(q, k, v, rows)
+    arguments = (
+        *launch.inputs, g.contiguous(), beta.contiguous(), states, launch.out, *launch.rows, *launch.strides,
+        *launch.sizes, k_dim**-0.5,
+    )  # fmt: skip
+    columns, num_warps = _tile(g.dim() == 3) if launch.by_chunks else (COLUMNS, 4)
+    constants: dict[str, Any] = {"BY_CHANNEL": g.dim() == 3, "NORMALIZE": normalize}
+    constants |= {"KEYS": launch.keys, "COLUMNS": columns, "num_warps": num_warps}
+    if launch.by_chunks:
+        constants |= {"CHUNK": CHUNK, "PRECISION": input_precision(v.dtype)}
+        _delta_kernel[launch.grid(columns)](*arguments, **constants)
     else:
-        _delta_tokens_kernel[grid](*tensors, *strides, *sizes, ONE=is_one, num_warps=num_warps, **constants)
-    return out
+        _delta_tokens_kernel[launch.grid(columns)](*arguments, ONE=launch.is_one, **constants)
+    return launch.out
 
 
 @triton.jit
@@ -269,11 +267,8 @@ def _gates_kernel(
     of_token = places % (num_heads * per_head)
     x = tl.load(a + places, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(dt_bias + of_token, mask=inside, other=0.0).to(tl.float32)
-    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-    small = tl.exp(tl.minimum(x, 0.0))  # log(1 + y) of a small y is y (1 - y / 2)
-    softplus = tl.where(x < -8.0, small * (1.0 - 0.5 * small), softplus)
     decay = tl.load(rate + of_token // per_head, mask=inside, other=0.0).to(tl.float32)
-    tl.store(g + places, decay * softplus, mask=inside)
+    tl.store(g + places, decay * softplus(x), mask=inside)
     is_first = inside & (places % per_head == 0)
     logits = tl.load(b + places // per_head, mask=is_first, other=0.0).to(tl.float32)
     opened = tl.sigmoid(logits).to(beta.dtype.element_ty).to(tl.float32) * most_written

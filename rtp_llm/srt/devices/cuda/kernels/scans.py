@@ -11,21 +11,20 @@ import triton
 import triton.language as tl
 
 from rtp_llm.srt.devices.cuda.kernels.gpu import input_precision
+from rtp_llm.srt.devices.cuda.kernels.state_tiles import (
+    MOST_KEYS,
+    HeadLaunch,
+    slot_of,
+    softplus,
+    state_tile,
+    tokens_of,
+)
 from rtp_llm.srt.kernels import recurrent
 from rtp_llm.srt.kernels.recurrent import StateRows
 
 CHUNK = 16
 COLUMNS = 32  # of a state that a program has
 CHANNELS = 64  # of a recurrence of single numbers
-MOST_KEYS = 256
-MOST_KEYS_OF_CHUNK = 128  # with more, chunks would spill registers
-
-
-@triton.jit
-def _softplus(x: tl.tensor) -> tl.tensor:
-    small = tl.exp(tl.minimum(x, 0.0))  # log(1 + y) of a small y is y (1 - y / 2)
-    usual = tl.log(1.0 + tl.exp(tl.minimum(x, 20.0)))
-    return tl.where(x > 20.0, x, tl.where(x < -8.0, small * (1.0 - 0.5 * small), usual))
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def _time_step(
     step = tl.load(dt, mask=there, other=0.0).to(tl.float32)
     if dt_bias is not None:
         step += tl.load(dt_bias + head).to(tl.float32)
-    return tl.minimum(tl.maximum(_softplus(step), dt_least), dt_most)
+    return tl.minimum(tl.maximum(softplus(step), dt_least), dt_most)
 
 
 # long: half of it is the signature, an argument a line
@@ -73,13 +72,11 @@ def _attention_kernel(
 ) -> None:
     """With ``dt`` the state-space dual, else linear attention; ``decay``: [num_heads]."""
     piece, head = tl.program_id(0), tl.program_id(1)
-    lines, keys, columns = tl.arange(0, CHUNK), tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    key_there, column_there = keys < k_dim, columns < v_dim
-    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
+    keys, columns, places, in_state = state_tile(head, k_dim, v_dim, KEYS, COLUMNS)
+    lines, key_there, column_there = tl.arange(0, CHUNK), keys < k_dim, columns < v_dim
     slot_size = num_heads * k_dim * v_dim
-    in_state = key_there[:, None] & column_there[None, :]
-    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
-    first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    state = tl.load(slot_of(states, load, piece, slot_size) + places, mask=in_state, other=0.0)
+    first, end = tokens_of(cu_seqlens, piece, False)
     key_head, rate = head // heads_per_key, tl.load(decay + head).to(tl.float32)
     for start in range(first, end, CHUNK):
         tokens = start + lines
@@ -105,7 +102,7 @@ def _attention_kernel(
         tl.store(target, result.to(out.dtype.element_ty), mask=v_mask)
         to_end = tl.exp(whole - total) * kc
         state = tl.dot(tl.trans(to_end), scaled, tl.exp(whole) * state, input_precision=PRECISION)
-    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+    tl.store(slot_of(states, store, piece, slot_size) + places, state, mask=in_state)
 
 
 # long: half of it is the signature, an argument a line
@@ -142,15 +139,11 @@ def _attention_tokens_kernel(
 ) -> None:
     """As ``_attention_kernel``, token by token. ONE: each piece is a token."""
     piece, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    keys, columns = tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    keys, columns, places, in_state = state_tile(head, k_dim, v_dim, KEYS, COLUMNS)
     key_there, column_there = keys < k_dim, columns < v_dim
-    in_state = key_there[:, None] & column_there[None, :]
-    of_head = (head * k_dim + keys[:, None]) * v_dim + columns[None, :]
     slot_size, key_head, rate = num_heads * k_dim * v_dim, head // heads_per_key, tl.load(decay + head).to(tl.float32)
-    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + of_head, mask=in_state, other=0.0)
-    first, end = piece, piece + 1
-    if not ONE:
-        first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    state = tl.load(slot_of(states, load, piece, slot_size) + places, mask=in_state, other=0.0)
+    first, end = tokens_of(cu_seqlens, piece, ONE)
     for token in range(first, end):
         query = tl.load(q + token * q_stride + key_head * q_head_stride + keys, mask=key_there, other=0.0)
         key = tl.load(k + token * k_stride + key_head * k_head_stride + keys, mask=key_there, other=0.0)
@@ -166,7 +159,7 @@ def _attention_tokens_kernel(
             result += tl.load(d + head).to(tl.float32) * value
         target = out + (token * num_heads + head) * v_dim + columns
         tl.store(target, result.to(out.dtype.element_ty), mask=column_there)
-    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + of_head, state, mask=in_state)
+    tl.store(slot_of(states, store, piece, slot_size) + places, state, mask=in_state)
 
 
 def _attended(
@@ -181,22 +174,19 @@ def _attended(
     d: torch.Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, 0.0),
 ) -> torch.Tensor:
-    (num_tokens, num_heads, v_dim), (key_heads, k_dim) = v.shape, k.shape[1:]
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    launch = HeadLaunch(q, k, v, rows)
     dt = dt if dt is None or dt.stride(1) == 1 else dt.contiguous()
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    tensors = q, k, v, decay, dt, dt_bias, d, states, out, rows.load, rows.store, rows.cu_seqlens
-    strides = [x.stride(i) for x in (q, k, v) for i in (0, 1)] + [0 if dt is None else dt.stride(0)]
-    sizes = num_heads, num_heads // key_heads, k_dim, v_dim, *dt_limit
-    grid = len(rows.load), num_heads, triton.cdiv(v_dim, COLUMNS)
-    keys, is_one = max(16, triton.next_power_of_2(k_dim)), num_tokens == len(rows.load)
-    constants: dict[str, Any] = {"KEYS": keys, "COLUMNS": COLUMNS, "num_warps": 4}
-    if is_one or keys > MOST_KEYS_OF_CHUNK:
-        _attention_tokens_kernel[grid](*tensors, *strides, *sizes, ONE=is_one, **constants)
-    else:
+    arguments = (
+        *launch.inputs, decay, dt, dt_bias, d, states, launch.out, *launch.rows, *launch.strides,
+        0 if dt is None else dt.stride(0), *launch.sizes, *dt_limit,
+    )  # fmt: skip
+    constants: dict[str, Any] = {"KEYS": launch.keys, "COLUMNS": COLUMNS, "num_warps": 4}
+    if launch.by_chunks:
         constants |= {"CHUNK": CHUNK, "PRECISION": input_precision(v.dtype)}
-        _attention_kernel[grid](*tensors, *strides, *sizes, **constants)
-    return out
+        _attention_kernel[launch.grid(COLUMNS)](*arguments, **constants)
+    else:
+        _attention_tokens_kernel[launch.grid(COLUMNS)](*arguments, ONE=launch.is_one, **constants)
+    return launch.out
 
 
 def linear_attention(
@@ -261,14 +251,14 @@ def _selective_scan_kernel(
     places = lines[:, None] * num_channels + channels[None, :]
     slot_size = state_size * num_channels
     rates = tl.load(a + places, mask=inside, other=0.0).to(tl.float32)
-    state = tl.load(states + tl.load(load + piece).to(tl.int64) * slot_size + places, mask=inside, other=0.0)
-    first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    state = tl.load(slot_of(states, load, piece, slot_size) + places, mask=inside, other=0.0)
+    first, end = tokens_of(cu_seqlens, piece, False)
     for token in range(first, end):
         value = tl.load(x + token * x_stride + channels, mask=there, other=0.0).to(tl.float32)
         step = tl.load(dt + token * dt_stride + channels, mask=there, other=0.0).to(tl.float32)
         if dt_bias is not None:
             step += tl.load(dt_bias + channels, mask=there, other=0.0).to(tl.float32)
-        step = _softplus(step)
+        step = softplus(step)
         to_state = tl.load(b + token * b_stride + lines, mask=line_there, other=0.0).to(tl.float32)
         of_state = tl.load(c + token * c_stride + lines, mask=line_there, other=0.0).to(tl.float32)
         state = tl.exp(step[None, :] * rates) * state + (step * value)[None, :] * to_state[:, None]
@@ -276,7 +266,7 @@ def _selective_scan_kernel(
         if d is not None:
             result += tl.load(d + channels, mask=there, other=0.0).to(tl.float32) * value
         tl.store(out + token * num_channels + channels, result.to(out.dtype.element_ty), mask=there)
-    tl.store(states + tl.load(store + piece).to(tl.int64) * slot_size + places, state, mask=inside)
+    tl.store(slot_of(states, store, piece, slot_size) + places, state, mask=inside)
 
 
 def selective_scan(
@@ -320,14 +310,14 @@ def _recurrence_kernel(
 ) -> None:
     piece, channels = tl.program_id(0), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = channels < num_channels
-    state = tl.load(states + tl.load(load + piece).to(tl.int64) * num_channels + channels, mask=there, other=0.0)
-    first, end = tl.load(cu_seqlens + piece).to(tl.int64), tl.load(cu_seqlens + piece + 1).to(tl.int64)
+    state = tl.load(slot_of(states, load, piece, num_channels) + channels, mask=there, other=0.0)
+    first, end = tokens_of(cu_seqlens, piece, False)
     for token in range(first, end):
         value = tl.load(x + token * x_stride + channels, mask=there, other=0.0).to(tl.float32)
         decay = tl.load(log_decay + token * decay_stride + channels, mask=there, other=0.0).to(tl.float32)
         state = tl.exp(decay) * state + value
         tl.store(out + token * num_channels + channels, state.to(out.dtype.element_ty), mask=there)
-    tl.store(states + tl.load(store + piece).to(tl.int64) * num_channels + channels, state, mask=there)
+    tl.store(slot_of(states, store, piece, num_channels) + channels, state, mask=there)
 
 
 def linear_recurrence(x: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor, rows: StateRows) -> torch.Tensor:
