@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # most shared memory of a block (CUDA's guide, 2025)
+# most shared memory of a block (CUDA's guide, 2025)
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",

@@ -136,9 +136,15 @@ class DeviceProvider(ABC):
         products of ``reference.linear_uint8``."""
 
     @abstractmethod
-    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+    def pack_fp8(
+        self, weight: torch.Tensor, scales: torch.Tensor, group_size: int, rounds_inputs: bool = False
+    ) -> PackedWeight:
         """Pack [N, K] float8_e4m3fn with scales [N, ceil(K / group_size)] float32, for products as
-        ``packed.PlainCodes`` has them."""
+        ``packed.PlainCodes`` has them.
+
+        ``rounds_inputs``: the checkpoint is made for inputs in fp8. A device that multiplies fp8 with fp8 rounds them,
+        as ``reference.linear_fp8`` does; others would lose accuracy and gain nothing.
+        """
 
     @abstractmethod
     def pack_table(

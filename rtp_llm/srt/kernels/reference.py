@@ -359,6 +359,30 @@ def dequantize_fp8(weight: torch.Tensor, scales: torch.Tensor, group_size: int) 
     return weight.float() * _by_column(scales, group_size, weight.shape[-1])
 
 
+def quantize_rows_fp8(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., K] -> values [..., K] float8_e4m3fn and scales [..., ceil(K / group_size)] float32.
+
+    A scale is the group's largest magnitude over 448, the largest number of the format (as DeepSeek-V3's, 2024, of
+    groups of 128). A group with a NaN has the scale NaN.
+    """
+    size = x.shape[-1]
+    groups = F.pad(x.float(), (0, -size % group_size)).unflatten(-1, (-1, group_size))
+    scales = groups.abs().amax(dim=-1) / 448
+    values = (groups / torch.where(scales == 0, 1.0, scales)[..., None]).nan_to_num(0.0).clamp(-448, 448)
+    return values.flatten(-2)[..., :size].to(torch.float8_e4m3fn), scales
+
+
+def linear_fp8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[..., K] -> [..., N] float32: products of fp8 with fp8, in groups of inputs that both have scales for.
+
+    Args:
+        weight: [N, K] float8_e4m3fn; scales: [N, ceil(K / group_size)].
+    """
+    values, row_scales = quantize_rows_fp8(x, group_size)
+    rows = values.float() * _by_column(row_scales, group_size, x.shape[-1])
+    return F.linear(rows, dequantize_fp8(weight, scales, group_size))
+
+
 def dequantize_table(weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
     """[N, K] float32: ``table[code]`` times its group's scale.
 

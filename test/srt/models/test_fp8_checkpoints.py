@@ -1,6 +1,7 @@
 """Checkpoints in fp8, in every spelling: the weights are those that are meant, and answers those of transformers."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from floats import Format
 from test_quantized_checkpoints import PROMPTS, PlainModel, assert_close, engine_logprobs, refused
 
 from rtp_llm.srt.configs.model_config import ModelConfig
+from rtp_llm.srt.devices.reference.provider import ReferenceProvider
 from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.packed import OneByOne, PackedWeight, PlainExperts
 from rtp_llm.srt.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
@@ -222,6 +224,26 @@ def test_ranks_hold_their_parts(name: str, num_inputs: int) -> None:
         load_into(by_columns, scheme, tensors)
         process_weights(by_columns)
         assert torch.equal(rows_of(by_columns.packed), meant[rank * 12 :][:12])
+
+
+@pytest.mark.parametrize("stored", FORMATS, ids=lambda stored: stored.name)
+def test_whether_a_checkpoint_is_made_for_inputs_in_fp8(stored: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is told; those of weights alone are ModelOpt's in blocks, and groups without input_activations."""
+    told, pack_fp8 = [], ReferenceProvider.pack_fp8
+
+    def noted(provider: Any, *args: Any) -> PackedWeight:
+        told.append(args[3])
+        return pack_fp8(provider, *args)
+
+    monkeypatch.setattr(ReferenceProvider, "pack_fp8", noted)
+    tensors, _ = stored.write(torch.randn(24, 64))
+    weights_only = [{"weights": group["weights"]} for group in stored.settings.get("config_groups", {}).values()]
+    for settings in [stored.settings, *({**stored.settings, "config_groups": {"g": only}} for only in weights_only)]:
+        scheme = scheme_of(replace(stored, settings=settings))
+        layer = ColumnParallelLinear(64, 24, bias=False, quant_config=scheme, prefix="a.b")
+        load_into(layer, scheme, tensors)
+        process_weights(layer)
+    assert told == [stored.name != "modelopt-blocks", *(False for _ in weights_only)]
 
 
 @pytest.mark.parametrize("name", ["blocks", "static", "channel"])

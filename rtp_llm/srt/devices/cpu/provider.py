@@ -168,10 +168,12 @@ class CpuProvider(ReferenceProvider):
             return BlockExperts(experts)
         return moe.Int8Experts(experts) if moe.Int8Experts.are_alike(experts) else super().group_experts(experts)
 
-    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
+    def pack_fp8(
+        self, weight: torch.Tensor, scales: torch.Tensor, group_size: int, rounds_inputs: bool = False
+    ) -> PackedWeight:
         if _takes_codes(weight, weight.shape[1], group_size):
             return codes.fp8_panels(weight, scales, group_size)
-        return super().pack_fp8(weight, scales, group_size)
+        return super().pack_fp8(weight, scales, group_size, rounds_inputs)
 
     def pack_table(
         self, weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int

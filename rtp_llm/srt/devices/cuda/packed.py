@@ -5,11 +5,9 @@ from typing import TypeGuard
 
 import torch
 
-from rtp_llm.srt.devices.cuda.kernels import products
-from rtp_llm.srt.devices.cuda.kernels.linear import Weight, fits, product, quantize_rows
+from rtp_llm.srt.devices.cuda.kernels import gpu, products
+from rtp_llm.srt.devices.cuda.kernels.linear import Weight, fits, fits_fp8_rows, product, rounded_rows
 from rtp_llm.srt.kernels.packed import OneByOne, PackedWeight, PlainCodes, PlainExperts, PlainGroups, PlainInt8
-
-INT8 = products.INT8.value
 
 
 class TritonWeight(PackedWeight):
@@ -22,11 +20,9 @@ class TritonWeight(PackedWeight):
         raise NotImplementedError
 
     def multiplied(self, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
-        rows, out_dtype, row_scales = x.reshape(-1, x.shape[-1]), out_dtype or x.dtype, None
         form = self.form()
-        if form.code == INT8:
-            rows, row_scales = quantize_rows(rows)
-        return product(rows, form, bias, out_dtype, None, row_scales).view(*x.shape[:-1], self.num_rows)
+        rows, row_scales = rounded_rows(x.reshape(-1, x.shape[-1]), form)
+        return product(rows, form, bias, out_dtype or x.dtype, None, row_scales).view(*x.shape[:-1], self.num_rows)
 
 
 class TritonInt8(PlainInt8, TritonWeight):
@@ -35,7 +31,7 @@ class TritonInt8(PlainInt8, TritonWeight):
     __slots__ = ()
 
     def form(self) -> Weight:
-        return Weight(INT8, self.weight, self.scales)
+        return Weight(products.INT8.value, self.weight, self.scales)
 
     def apply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -73,6 +69,22 @@ class TritonCodes(PlainCodes, TritonWeight):
         self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         return self.multiplied(x, bias, out_dtype)
+
+
+class TritonFp8(TritonCodes):
+    """See ``reference.linear_fp8``: rows become fp8, too, with a scale for each group of the weight's."""
+
+    __slots__ = ()
+
+    def form(self) -> Weight:
+        numbers = self.weight.view(torch.uint8)
+        return Weight(products.FP8_ROWS.value, numbers, self.scales, None, None, self.group_size)
+
+
+def fp8_weight(weight: torch.Tensor, scales: torch.Tensor, group_size: int, rounds_inputs: bool) -> TritonCodes:
+    """Return a weight in fp8 that multiplies rows in fp8, if it is to round them and this GPU gains by it."""
+    rounds = rounds_inputs and gpu.multiplies_fp8() and fits_fp8_rows(weight.shape[1], group_size)
+    return (TritonFp8 if rounds else TritonCodes)(weight, scales, group_size)
 
 
 def or_plain(weight: PackedWeight, plain: PackedWeight) -> PackedWeight:
@@ -118,10 +130,8 @@ class TritonExperts(OneByOne):
         return len(kinds) == 1 and aligned and len(tables) == 1
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        form, rows, row_scales = self.form, x, None
-        if form.code == INT8:
-            rows, row_scales = quantize_rows(x)
-        return product(rows, form, bias, x.dtype, rows_per_expert, row_scales)
+        rows, row_scales = rounded_rows(x, self.form)
+        return product(rows, self.form, bias, x.dtype, rows_per_expert, row_scales)
 
 
 class TritonDenseExperts(PlainExperts):

@@ -91,9 +91,11 @@ class TritonProvider(ReferenceProvider):
         plain = super().pack_uint8(weight, scales, zeros, group_size)
         return _or_plain("TritonGroups", plain, weight, scales, zeros, group_size, 8)
 
-    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> packed.PackedWeight:
-        plain = super().pack_fp8(weight, scales, group_size)
-        return _or_plain("TritonCodes", plain, weight, scales, group_size)
+    def pack_fp8(
+        self, weight: torch.Tensor, scales: torch.Tensor, group_size: int, rounds_inputs: bool = False
+    ) -> packed.PackedWeight:
+        plain = super().pack_fp8(weight, scales, group_size, rounds_inputs)
+        return _or_plain("fp8_weight", plain, weight, scales, group_size, rounds_inputs)
 
     def pack_table(
         self, weight: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, group_size: int

@@ -84,7 +84,9 @@ class ReferenceProvider(DeviceProvider):
     ) -> packed.PackedWeight:
         return packed.PlainGroups(weight, scales, zeros, group_size, bits=8)
 
-    def pack_fp8(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> packed.PackedWeight:
+    def pack_fp8(
+        self, weight: torch.Tensor, scales: torch.Tensor, group_size: int, rounds_inputs: bool = False
+    ) -> packed.PackedWeight:
         return packed.PlainCodes(weight, scales, group_size)
 
     def pack_table(

@@ -170,11 +170,11 @@ def float_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: s
         )
     strategy = choice(weights, "strategy", ("tensor", "channel", "group", "block"), "tensor")
     if strategy == "group":
-        return ScaleFormat((1, integer(weights, "group_size")))
+        return ScaleFormat((1, integer(weights, "group_size")), bool(inputs))
     block = block_size(weights, "block_structure") if strategy == "block" else None
     if strategy == "block" and block is None:
         raise QuantizationError(f"quantization_config: {where}: strategy block needs a block_structure")
-    return ScaleFormat(block)
+    return ScaleFormat(block, bool(inputs))
 
 
 def group_format(group: Mapping[str, Any], weights: Mapping[str, Any], stored: str | None, where: str) -> GroupFormat:

@@ -59,7 +59,7 @@ class Fp8Config(QuantizationConfig):
                 "quantization_config: modules_to_convert, tables in 8 bits, is not supported, got "
                 f"{settings['modules_to_convert']!r}"
             )
-        stored = ScaleFormat(block_size(settings, "weight_block_size"))
+        stored = ScaleFormat(block_size(settings, "weight_block_size"), rounds_inputs=True)
         return cls(model, stored, [name for key in NAMES_LEFT for name in strings(settings, key)])
 
     def get_name(self) -> str:
@@ -84,7 +84,7 @@ class FbgemmFp8Config(Fp8Config):
 
     @classmethod
     def from_model(cls, model: QuantizedModel) -> Self:
-        return cls(model, ScaleFormat(), strings(model.settings, NAMES_LEFT[0]))
+        return cls(model, ScaleFormat(rounds_inputs=True), strings(model.settings, NAMES_LEFT[0]))
 
 
 class Fp8OnLoadConfig(OnLoadConfig):

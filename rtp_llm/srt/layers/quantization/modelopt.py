@@ -25,8 +25,8 @@ from rtp_llm.srt.layers.quantization.settings import REGEX, strings
 from rtp_llm.srt.layers.weights import Weights
 
 ALGORITHMS: dict[str, ScaleFormat | Fp4Format] = {
-    "FP8": ScaleFormat(),
-    "FP8_PER_CHANNEL_PER_TOKEN": ScaleFormat(),
+    "FP8": ScaleFormat(rounds_inputs=True),
+    "FP8_PER_CHANNEL_PER_TOKEN": ScaleFormat(rounds_inputs=True),
     "FP8_PB_WO": ScaleFormat((128, 128)),
     "NVFP4": Fp4Format(16, FACTOR),
 }

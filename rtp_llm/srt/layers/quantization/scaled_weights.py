@@ -1,8 +1,8 @@
 """Weights stored in 8 or 4 bits with a scale for each tensor, output, block or group of inputs, whatever the format.
 
-A weight is its number times its scale. Activations are not rounded to 8 bits, whether the checkpoint has scales for
-them or asks for scales to be found: products with activations as they are have smaller errors, and take no longer
-where weights are read from memory.
+A weight is its number times its scale. Activations are rounded to fp8 where a checkpoint declares it and the device
+multiplies fp8 with fp8 (``DeviceProvider.pack_fp8``), with scales that are found, whether the checkpoint has some or
+not. Elsewhere they stay as they are: errors are smaller then, and products take no longer.
 
 Scales become one for each output and group of inputs, [N, groups], before they are cut and fused, so that neither the
 ranks' parts nor fused layers need to begin where a block does.
@@ -44,9 +44,11 @@ class ScaleFormat:
     Attributes:
         block: outputs and inputs that share a scale; None: a scale for each tensor or each output, as the shape of the
             checkpoint's scales tells.
+        rounds_inputs: the checkpoint is made for activations in fp8.
     """
 
     block: tuple[int, int] | None = None
+    rounds_inputs: bool = False
 
 
 class ScaleGrid:
@@ -189,7 +191,7 @@ class Fp8LinearMethod(ScaledLinearMethod):
         return self._stored
 
     def pack_scaled(self, weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> PackedWeight:
-        return built_for().pack_fp8(weight, scales, group_size)
+        return built_for().pack_fp8(weight, scales, group_size, self._stored.rounds_inputs)
 
 
 class TableLinearMethod(ScaledLinearMethod):
@@ -280,7 +282,7 @@ def last_parts(layer: nn.Module, sources: Iterable[str]) -> list[str]:
 
 
 def is_not_needed(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor has scales of activations or of a cache, neither of which is rounded to 8 bits by them."""
+    """Whether a tensor has scales of activations, which are found, or of a cache, which is not rounded by them."""
     if name.endswith("weight_zero_point"):
         return not bool(tensor.float().any())
     return _NOT_NEEDED.search(name) is not None

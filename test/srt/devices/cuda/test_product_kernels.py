@@ -13,6 +13,7 @@ from triton_compile import check_compiled, launches_of
 from triton_process import compiled, interpreted
 
 FORMS = ["int8", "int4", "int4-zeros", "uint8", "uint8-zeros", "fp8", "fp8-block", "table"]
+FP8_ROWS = ["fp8-rows", "fp8-rows-block"]  # rows are in fp8 as well
 
 
 def module(name: str) -> Any:
@@ -35,21 +36,32 @@ def weights(form: str, outputs: int, inputs: int, group_size: int) -> tuple[Any,
     if form == "table":
         codes, table = torch.randint(0, 256, (outputs, inputs // 2)).to(torch.uint8), torch.randn(16).half().float()
         return ours.TritonCodes(codes, scales, group_size, table), packed.PlainCodes(codes, scales, group_size, table)
+    if form.startswith("fp8-rows"):
+        numbers = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+        return ours.TritonFp8(numbers, scales, group_size), RoundedInputs(numbers, scales, group_size)
     numbers = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
     numbers[0, :3] = torch.tensor([448.0, 2.0**-9, -0.0]).to(torch.float8_e4m3fn)
     return ours.TritonCodes(numbers, scales, group_size), packed.PlainCodes(numbers, scales, group_size)
 
 
+class RoundedInputs(packed.PlainCodes):
+    """``reference.linear_fp8``."""
+
+    def apply(self, x: torch.Tensor, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+        product = reference.linear_fp8(x, self.weight, self.scales, self.group_size)
+        return (product if bias is None else product + bias.float()).to(out_dtype or x.dtype)
+
+
 def sizes(form: str) -> tuple[int, int, int]:
     """Outputs, inputs and the group size."""
-    if form in ("int8", "fp8"):
+    if form in ("int8", "fp8", "fp8-rows"):
         return 70, 330, 330
-    return (70, 384, 128) if form == "fp8-block" else (70, 352, 32)
+    return (70, 384, 128) if form.endswith("-block") else (70, 352, 32)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *FP8_ROWS])
 def test_quantized_products(form: str, dtype: torch.dtype) -> None:
     outputs, inputs, group_size = sizes(form)
     ours, plain = weights(form, outputs, inputs, group_size)
@@ -65,10 +77,10 @@ def test_quantized_products(form: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("form", ["int8", "int4-zeros", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4-zeros", "fp8", *FP8_ROWS])
 def test_inputs_are_split(form: str) -> None:
     """Few outputs and many inputs: several programs share the inputs."""
-    ours, plain = weights(form, 40, 4096, 4096 if form != "int4-zeros" else 64)
+    ours, plain = weights(form, 40, 4096, {"int4-zeros": 64, "fp8-rows-block": 128}.get(form, 4096))
     x, bias = torch.randn(3, 4096), torch.randn(40)
     linear = module("kernels.linear")
     assert linear._num_splits(1, 4096 // 64) > 1
@@ -85,7 +97,38 @@ def test_quantized_rows(dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("form", ["dense", *FORMS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("size", "group_size"), [(330, 330), (5000, 5000), (330, 128), (4608, 128), (64, 64)])
+def test_rows_in_fp8_are_those_of_plain_torch(size: int, group_size: int, dtype: torch.dtype) -> None:
+    """To the last bit: numbers between two of the format, subnormal ones, and those that are none."""
+    x = torch.randn(9, size, dtype=dtype) * torch.logspace(-3, 2, 9, dtype=dtype)[:, None]
+    x[0, :60] = torch.linspace(-8e-4, 8e-4, 60, dtype=dtype)
+    x[1], x[2, 7], x[3, 5] = 0.0, torch.nan, torch.inf
+    x[4, :50], x[4, 50] = torch.arange(50) / 16, 448.0
+    values, scales = module("kernels.linear").quantize_rows_fp8(x, group_size)
+    expected, expected_scales = reference.quantize_rows_fp8(x, group_size)
+    assert torch.equal(scales.nan_to_num(5.0), expected_scales.nan_to_num(5.0))
+    is_finite = expected_scales.isfinite().repeat_interleave(group_size, 1)[:, :size]
+    assert torch.equal(values.float()[is_finite], expected.float()[is_finite])
+
+
+@interpreted
+def test_which_weights_in_fp8_multiply_rows_in_fp8() -> None:
+    """Those of checkpoints that are made for it, on GPUs that have such products."""
+    numbers, (ours, provider) = torch.zeros(16, 256).to(torch.float8_e4m3fn), (module("packed"), module("provider"))
+
+    def form(rounds: bool, group_size: int) -> Any:
+        scales = torch.ones(16, 256 // group_size)
+        return type(provider.CudaProvider("cuda").pack_fp8(numbers, scales, group_size, rounds))
+
+    assert form(True, 256) is form(True, 128) is form(True, 64) is ours.TritonFp8
+    assert form(False, 256) is form(False, 128) is form(True, 32) is ours.TritonCodes
+    with patch.object(module("kernels.gpu"), "multiplies_fp8", lambda: False):
+        assert form(True, 128) is ours.TritonCodes
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["dense", *FORMS, *FP8_ROWS])
 def test_experts(form: str) -> None:
     ours_module, (outputs, inputs, group_size) = module("packed"), sizes(form)
     if form == "dense":
@@ -93,7 +136,7 @@ def test_experts(form: str) -> None:
         ours, plain = ours_module.TritonDenseExperts(weight), packed.PlainExperts(weight)
     else:
         inputs = -(-inputs // 16) * 16
-        group_size = inputs if form in ("int8", "fp8") else group_size
+        group_size = inputs if form in ("int8", "fp8", "fp8-rows") else group_size
         pairs = [weights(form, 80, inputs, group_size) for _ in range(5)]
         outputs = 80
         if form == "table":
@@ -166,7 +209,7 @@ def test_rows_are_gathered_and_summed(dtype: torch.dtype) -> None:
 def launch_form(form: str, dtype: torch.dtype) -> None:
     """Products of one row, of a batch, and of a long prompt, with a weight of [4096, 4096]; and experts."""
     ours = module("packed")
-    inputs, group_size = 4096, 4096 if form in ("int8", "fp8") else 128
+    inputs, group_size = 4096, 4096 if form in ("int8", "fp8", "fp8-rows") else 128
     weight = weights(form, 512, inputs, group_size)[0]
     for num_rows in (1, 32, 64, 4096):
         weight.apply(torch.zeros(num_rows, inputs, dtype=dtype), torch.zeros(512, dtype=dtype))
@@ -185,7 +228,7 @@ def instruction(launch: Any, capability: int) -> str | None:
     """What a product must use: the tensor cores."""
     if launch.kernel.fn.__name__ != "product_kernel":
         return None
-    return {80: "mma.sync", 90: "wgmma", 100: None}[capability]
+    return {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: None}[capability]
 
 
 @compiled
@@ -204,6 +247,19 @@ def test_products_compile(form: str, capability: int) -> None:
     assert len(launches) > 2
     for launch in launches:
         check_compiled(launch, capability, instruction(launch, capability))
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("form", FP8_ROWS)
+def test_products_of_fp8_with_fp8_compile(form: str, capability: int) -> None:
+    launches = launches_of(lambda: launch_form(form, torch.bfloat16))
+    assert len(launches) > 3
+    for launch in launches:
+        made = check_compiled(launch, capability, instruction(launch, capability))
+        if launch.kernel.fn.__name__ == "product_kernel" and capability < 100:
+            assert ".e4m3.e4m3" in made.ptx, "both factors are in fp8"
 
 
 @pytest.mark.slow

@@ -47,6 +47,11 @@ class Tile:
     stages: int
 
 
+def fits_fp8_rows(num_inputs: int, group_size: int) -> bool:
+    """Whether rows in fp8 have few enough scales for products of a whole block each."""
+    return group_size >= num_inputs or group_size % 64 == 0
+
+
 def fits(weight: Weight) -> bool:
     """Whether tiles of whole groups of inputs are large enough for tensor cores."""
     return weight.has_one_scale or (weight.group_size // weight.inputs_of_column) % 16 == 0
@@ -56,7 +61,16 @@ def _tile(weight: Weight, rows: int, dtype: torch.dtype) -> Tile:
     """``rows``: of a group, about."""
     is_wide = dtype == torch.float32
     has_zeros = weight.code == kernels.BYTES.value and weight.zeros is not None  # which take registers
-    columns = 32 if is_wide else 64 if rows > 64 or has_zeros or weight.code == kernels.DENSE.value else 128
+    is_fp8 = weight.code == kernels.FP8_ROWS.value
+    columns = (
+        32
+        if is_wide
+        else 128
+        if is_fp8
+        else 64
+        if rows > 64 or has_zeros or weight.code == kernels.DENSE.value
+        else 128
+    )
     columns //= weight.inputs_of_column
     if not weight.has_one_scale:
         of_scale = weight.group_size // weight.inputs_of_column
@@ -65,6 +79,8 @@ def _tile(weight: Weight, rows: int, dtype: torch.dtype) -> Tile:
         return Tile(64, 16 if rows <= 16 else 64, columns, 4, 2)
     if rows <= 64:
         return Tile(64, max(16, triton.next_power_of_2(rows)), columns, 4, 3)
+    if is_fp8 and not weight.has_one_scale:  # products are apart from their sums, and take as many registers
+        return Tile(128, 64, columns, 8, 3)
     return Tile(128, 128, columns, 8, 3)
 
 
@@ -130,13 +146,38 @@ def _summed(
 ) -> torch.Tensor:
     """Sum the splits, and do what a whole product does at its end."""
     result = parts.sum(0).float()
-    if row_scales is not None:
+    if row_scales is not None and weight.has_one_scale:
         result *= row_scales.view(-1, 1)
     if weight.has_one_scale and weight.scales is not None:
         result *= weight.scales.view(-1)
     if weight.code == kernels.FP8.value:
         result *= 256.0
     return (result if bias is None else result + bias.float()).to(out_dtype)
+
+
+def rounded_rows(x: torch.Tensor, weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[M, K] as the weight's products take it, and the scales of rows that become 8 bits."""
+    if weight.code == kernels.INT8.value:
+        return quantize_rows(x)
+    if weight.code == kernels.FP8_ROWS.value:
+        values, scales = quantize_rows_fp8(x, x.shape[1] if weight.has_one_scale else weight.group_size)
+        return values.view(torch.uint8), scales
+    return x, None
+
+
+def quantize_rows_fp8(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.quantize_rows_fp8``; of [M, K], and groups of powers of two, or of whole rows."""
+    num_rows, size = x.shape
+    rows, num_groups = x if x.stride(1) == 1 else x.contiguous(), triton.cdiv(size, group_size)
+    values = torch.empty(num_rows, size, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(num_rows, num_groups, dtype=torch.float32, device=x.device)
+    group = 0 if num_groups == 1 else group_size
+    if num_rows:
+        block = max(group, min(4096, triton.next_power_of_2(size)))
+        kernels.quantize_rows_fp8_kernel[(num_rows,)](
+            rows, values, scales, size, rows.stride(0), num_groups, GROUP=group, BLOCK=block, num_warps=8
+        )
+    return values.view(torch.float8_e4m3fn), scales
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ Which rows are whose is read from the device's memory; the grid has room for any
 import triton
 import triton.language as tl
 
-DENSE, INT8, BYTES, FP8, NIBBLES, TABLE = (tl.constexpr(code) for code in range(6))
+DENSE, INT8, BYTES, FP8, NIBBLES, TABLE, FP8_ROWS = (tl.constexpr(code) for code in range(7))
 
 
 @triton.jit
@@ -92,7 +92,8 @@ def product_kernel(
     """``out[m, n] = sum over k of x[m, k] * weight[n, k]``, and scales, zeros and bias.
 
     num_columns: of the weight's tensor; NIBBLES and TABLE have two inputs in each, and x in two halves, that of even
-    inputs and that of odd ones. offsets: [3, groups] int64, where each group's weight, scales and zeros begin.
+    inputs and that of odd ones. INT8 and FP8_ROWS: x is in 8 bits as well, with ``row_scales``. offsets: [3, groups]
+    int64, where each group's weight, scales and zeros begin.
     """
     dtype = x.dtype.element_ty
     two: tl.constexpr = CODE == NIBBLES or CODE == TABLE
@@ -123,6 +124,14 @@ def product_kernel(
             zero = _zero(zeros, of_scale, CODE)
             if CODE == INT8:
                 acc = tl.dot(codes, inputs, acc, out_dtype=tl.int32)
+            elif CODE == FP8_ROWS:  # sums of tensor cores have few bits: float32 takes over after each block
+                numbers, inputs = codes.to(tl.float8e4nv, bitcast=True), inputs.to(tl.float8e4nv, bitcast=True)
+                products = tl.dot(numbers, inputs)
+                if not ONE_SCALE:
+                    products *= tl.load(scales + of_scale)[:, None]
+                    of_row = rows.to(tl.int64) * scales_per_row + block // blocks_per_scale
+                    products *= tl.load(row_scales + of_row, mask=row_inside, other=0.0)[None, :]
+                acc += products
             elif two:
                 low = _numbers(codes & 15, zero, table, dtype, CODE)
                 high = _numbers(codes >> 4, zero, table, dtype, CODE)
@@ -142,7 +151,7 @@ def product_kernel(
             tl.store(target + tl.program_id(2).to(tl.int64) * part_stride, acc, mask=inside)
         else:
             result = acc.to(tl.float32)
-            if CODE == INT8:
+            if CODE == INT8 or (CODE == FP8_ROWS and ONE_SCALE):
                 result *= tl.load(row_scales + rows, mask=row_inside, other=0.0)[None, :]
             if ONE_SCALE and scales is not None:
                 result *= tl.load(scales + of_output * scales_per_row)[:, None]
@@ -176,3 +185,66 @@ def quantize_rows_kernel(
         rounded = tl.where(is_broken | (rounded != rounded), 0.0, rounded)
         tl.store(values + row * size + columns, rounded.to(tl.int8), mask=columns < size)
     tl.store(scales + row, tl.where(is_broken, float("nan"), scale))
+
+
+@triton.jit
+def _to_fp8(x: tl.tensor) -> tl.tensor:
+    """The bits of float8_e4m3fn: rounded half to even, and not beyond 448."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(x), 448.0)
+    of_size = size.to(tl.int32, bitcast=True)
+    normal = ((of_size + 0x7FFFF + ((of_size >> 20) & 1)) >> 20) - (120 << 3)  # exponents' biases are 127 and 7
+    subnormal = (size * 512.0 + 12582912.0).to(tl.int32, bitcast=True) & 0xFF  # 1.5 * 2 ** 23: half to even
+    code = tl.where(size < 0.015625, subnormal, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _fp8_scale(largest: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """(scale, what to divide by) of numbers up to ``largest``."""
+    scale = largest / 448.0
+    return scale, tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def quantize_rows_fp8_kernel(
+    x: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    size: tl.tensor,
+    stride: tl.tensor,
+    num_groups: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """See ``reference.quantize_rows_fp8``: a program for each row, which it reads twice if it is one group (0)."""
+    row = tl.program_id(0).to(tl.int64)
+    if GROUP:
+        for start in range(0, num_groups, BLOCK // GROUP):
+            groups = start + tl.arange(0, BLOCK // GROUP)
+            columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            inside = columns < size
+            numbers = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+            is_broken = tl.max((numbers != numbers).to(tl.int32), 1) > 0
+            scale, divisor = _fp8_scale(tl.max(tl.abs(numbers), 1))
+            divided = tl.div_rn(numbers, tl.broadcast_to(divisor[:, None], numbers.shape))
+            divided = tl.where(is_broken[:, None] | (divided != divided), 0.0, divided)
+            tl.store(values + row * size + columns, _to_fp8(divided), mask=inside)
+            scale = tl.where(is_broken, float("nan"), scale)
+            tl.store(scales + row * num_groups + groups, scale, mask=groups < num_groups)
+    else:
+        largest, broken = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+        for start in range(0, size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            numbers = tl.load(x + row * stride + columns, mask=columns < size, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(numbers))
+            broken |= (numbers != numbers).to(tl.int32)
+        scale, divisor = _fp8_scale(tl.max(largest, 0))
+        is_broken = tl.max(broken, 0) > 0
+        for start in range(0, size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            numbers = tl.load(x + row * stride + columns, mask=columns < size, other=0.0).to(tl.float32)
+            divided = tl.div_rn(numbers, divisor)
+            divided = tl.where(is_broken | (divided != divided), 0.0, divided)
+            tl.store(values + row * size + columns, _to_fp8(divided), mask=columns < size)
+        tl.store(scales + row, tl.where(is_broken, float("nan"), scale))
