@@ -11,10 +11,10 @@ from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 class AttentionBackend(ABC):
     """Plans a step once for all layers, then runs each layer's attention over the paged cache.
 
-    Each worker makes one, without arguments. The runner calls ``plan`` once for each step; then each layer calls
-    ``forward``, in the order of the model. A step has rows, one for each request that computes tokens in it, and row b
-    computes tokens ``[extend_prefix_lens[b], seq_lens[b])`` of its sequence; there may be no rows. Tokens of all rows
-    follow one another in q, k and v.
+    Each worker makes one, or two, without arguments. The runner calls ``plan`` once for each step; then each layer
+    calls ``forward``, in the order of the model. A step has rows, one for each request that computes tokens in it, and
+    row b computes tokens ``[extend_prefix_lens[b], seq_lens[b])`` of its sequence; there may be no rows. Tokens of all
+    rows follow one another in q, k and v.
 
     Row b's token at position p is in page ``batch.page_tables[group][batch.req_pool_indices[b], p // page_size]`` of
     its layer's cache (``batch.kv_pool.layer(layer.layer_id)``), at offset ``p % page_size``. Only pages of tokens that
@@ -79,6 +79,15 @@ class AttentionBackend(ABC):
         Returns:
             [T, num_heads * v_head_dim], in q's dtype.
         """
+
+    def write(self, k: torch.Tensor, v: torch.Tensor | None, layer: AttentionSpec, batch: ForwardBatch) -> None:
+        """Write the step's keys and values as ``forward`` does, and attend to nothing.
+
+        Some layers' output is not wanted of all tokens. A second instance of the back end, whose ``plan`` was called
+        with a batch of the others, then computes these, with neither ``k`` nor ``v``.
+        """
+        cache = batch.kv_pool.layer(layer.layer_id)
+        batch.kv_pool.write(layer.layer_id, batch.out_cache_locs[cache.group], k, v)
 
     def forward_encoder(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionSpec, batch: ForwardBatch

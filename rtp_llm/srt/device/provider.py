@@ -40,6 +40,8 @@ class DeviceProvider(ABC):
         kv_cache_dtypes: values of ``--kv-cache-dtype`` that its attention supports.
         logit_bytes_at_once: logits are computed for about so many bytes of rows at a time, to sample from them; None:
             of all rows.
+        narrows_last_layer: a model's last layer is computed of wanted tokens alone (worker/last_layer.py), which takes
+            a second call of it, and needs tensors that the host can read.
         step_recorder: the StepRecorder for decode steps, as ``module:attribute``; None: there is none.
         records_graphs: decode steps are recorded whole, with their draws (``graph_capture``).
         activities: activities that a trace can record, by their names for ``start_profile``.
@@ -54,6 +56,7 @@ class DeviceProvider(ABC):
     process_group: str
     kv_cache_dtypes: tuple[str, ...]
     logit_bytes_at_once: int | None
+    narrows_last_layer: bool
     step_recorder: str | None
     records_graphs: bool
     activities: Mapping[str, ProfilerActivity]

@@ -52,7 +52,7 @@ def plan_stages(model: nn.Module, num_stages: int, by: str = BY_LAYERS) -> Stage
     """
     if ModelTraits.of(model).load_weights is not None:
         raise SplitError("it loads its weights by itself, so that its layers cannot be in stages; use --pp-size 1")
-    name, layers = _layers_of(model)
+    name, layers = layers_of(model)
     if len(layers) < num_stages:
         raise SplitError(f"{name} has {len(layers)} layers, fewer than pp_size {num_stages}")
     bounds = _equal_numbers(len(layers), num_stages)
@@ -67,8 +67,12 @@ def plan_stages(model: nn.Module, num_stages: int, by: str = BY_LAYERS) -> Stage
     return plan
 
 
-def _layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the list of layers, of which some keep keys and values or states, and its name."""
+def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name of the list of layers, of which some keep keys and values or states, and the list.
+
+    Raises:
+        SplitError: there is none, or more than one.
+    """
     found = [
         (name, module)
         for name, module in model.named_modules()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rtp_llm.srt.forward_batch import ForwardMode
-from rtp_llm.srt.plan import RowWork
+from rtp_llm.srt.plan import PageWrite, RowWork
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -47,3 +47,9 @@ def mode_of(counts: list[int]) -> ForwardMode:
     if all(single):
         return ForwardMode.DECODE
     return ForwardMode.MIXED if any(single) else ForwardMode.EXTEND
+
+
+def page_entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:
+    """Return rows, places and page ids of the writes; of several writes to an entry, the last."""
+    entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
+    return [row for row, _ in entries], [place for _, place in entries], list(entries.values())

@@ -28,8 +28,9 @@ from rtp_llm.srt.multimodal.media_store import open_content
 from rtp_llm.srt.plan import Admission, NewPages, PageWrite, RowWork, StepPlan
 from rtp_llm.srt.pooling import PooledOutputs, PoolingTask
 from rtp_llm.srt.state_pool import StatePool
-from rtp_llm.srt.worker.columns import StepColumns, mode_of, step_columns
+from rtp_llm.srt.worker.columns import StepColumns, mode_of, page_entries, step_columns
 from rtp_llm.srt.worker.decode_batch import DecodeBatches, in_batch
+from rtp_llm.srt.worker.last_layer import LastLayer
 from rtp_llm.srt.worker.layout import cache_layout, own_part, sees_whole_prompts, takes_mrope_positions
 from rtp_llm.srt.worker.model_output import check_output, encoded_output
 from rtp_llm.srt.worker.pooling import RowPooling
@@ -92,13 +93,16 @@ class ModelRunner:
         self._takes_mrope = takes_mrope_positions(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
+        self._is_one_of_several = get_world().shape.data > 1  # each with requests of its own
+        has_last_layer = (self.stage is None or self.stage.is_last) and not self._is_one_of_several
+        narrows = self._provider.narrows_last_layer and has_last_layer
+        self.last_layer = LastLayer.of(self.model, attn_backend) if narrows else None
         self.recorder: StepRecorder | None = None
         can_replay = attn_backend.replays and self.traits.replays_steps
         if can_replay and not server_args.disable_cpu_graph and get_world().shape.size == 1:
             self.recorder = self._make_recorder()
         self._disable_prefix_sharing = server_args.disable_prefix_sharing
         wants_graphs = self.traits.generates and not server_args.disable_cuda_graph
-        self._is_one_of_several = get_world().shape.data > 1  # each with requests of its own
         self.records_graphs = self._provider.records_graphs and wants_graphs and not self._is_one_of_several
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
@@ -234,7 +238,7 @@ class ModelRunner:
 
     def _write_pages(self, table: torch.Tensor, writes: list[PageWrite], new_pages: list[NewPages]) -> None:
         """Write a group's page table in one scatter."""
-        entries = [_entries(writes), *((new.rows, new.places, new.page_ids) for new in new_pages)]
+        entries = [page_entries(writes), *((new.rows, new.places, new.page_ids) for new in new_pages)]
         entries = [columns for columns in entries if columns[0]]
         if entries:
             columns = [np.concatenate(column) for column in zip(*entries, strict=True)]
@@ -442,9 +446,3 @@ class ModelRunner:
         )
         token_rows, targets, token_ids = self._provider.to_device_together(columns)
         return LogprobRow(batch_index, token_rows, targets, asked.top_logprobs_num, token_ids)
-
-
-def _entries(writes: list[PageWrite]) -> tuple[list[int], list[int], list[int]]:
-    """Return rows, places and page ids of the writes; of several writes to an entry, the last."""
-    entries = {(write.row, write.start + i): page for write in writes for i, page in enumerate(write.page_ids)}
-    return [row for row, _ in entries], [place for _, place in entries], list(entries.values())

@@ -96,7 +96,7 @@ class CpuAttention(AttentionBackend):
     ) -> torch.Tensor:
         group, page_size, keys, values, key_scales, value_scales = batch.kv_pool.layer(layer.layer_id)
         if save_kv_cache and k is not None:
-            kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], key_scales, value_scales)
+            self.write(k, v, layer, batch)
         out = kernels.paged_attention(
             q,
             keys,
@@ -115,6 +115,10 @@ class CpuAttention(AttentionBackend):
             layer.chunk,
         )
         return out.flatten(1)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor | None, layer: AttentionSpec, batch: ForwardBatch) -> None:
+        group, _, keys, values, key_scales, value_scales = batch.kv_pool.layer(layer.layer_id)
+        kernels.write_kv(k, v, keys, values, batch.out_cache_locs[group], key_scales, value_scales)
 
     def forward_encoder(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionSpec, batch: ForwardBatch

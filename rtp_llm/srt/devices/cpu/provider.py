@@ -87,6 +87,7 @@ CACHE_TAKEN_AT_START_BYTES = 1 << 30
 class CpuProvider(ReferenceProvider):
     whole_prompt_tokens = 1024  # with more, results of layers do not stay in the caches until they are read
     logit_bytes_at_once = 12 << 20  # 12 rows of a vocabulary of 262,144: slower by a tenth a row than 17 and more
+    narrows_last_layer = True
     step_recorder = "rtp_llm.srt.devices.cpu.graphs:CpuGraphs"
 
     def share_memory(self, group: RankGroup, timeout_s: float) -> None:

@@ -29,6 +29,7 @@ class ReferenceProvider(DeviceProvider):
     process_group = "gloo"
     kv_cache_dtypes: tuple[str, ...] = ("auto", "bf16", "int8")
     logit_bytes_at_once: int | None = None
+    narrows_last_layer = False
     step_recorder: str | None = None
     records_graphs = False
     activities: Mapping[str, ProfilerActivity] = {"CPU": ProfilerActivity.CPU}
