@@ -13,6 +13,7 @@ from rtp_llm.srt.layers.causal_conv import CausalConv1d
 from rtp_llm.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from rtp_llm.srt.layers.mlp import GatedMLP
 from rtp_llm.srt.layers.norm import RMSNorm
+from rtp_llm.srt.layers.normed_heads import norm_and_rotate
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.utils import add_prefix
 
@@ -39,9 +40,8 @@ class Lfm2Attention(GroupedQueryAttention):
     def prepare_queries_and_keys(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q = self.q_layernorm(q.unflatten(-1, (-1, self.head_dim)))
-        k = self.k_layernorm(k.unflatten(-1, (-1, self.head_dim)))
-        return self.rotate(positions, q, k)
+        q, k = q.unflatten(-1, (-1, self.head_dim)), k.unflatten(-1, (-1, self.head_dim))
+        return norm_and_rotate(self.q_layernorm, self.k_layernorm, self.rotary_emb, positions, q, k)
 
 
 class Lfm2ShortConv(nn.Module):

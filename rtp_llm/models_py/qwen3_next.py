@@ -17,6 +17,7 @@ from rtp_llm.srt.layers.gated_delta_net import GatedDeltaNet
 from rtp_llm.srt.layers.gated_norm import SigmoidGate
 from rtp_llm.srt.layers.linear import QKVParallelLinear
 from rtp_llm.srt.layers.norm import GemmaRMSNorm
+from rtp_llm.srt.layers.normed_heads import norm_and_rotate
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.rotary import rope_of_layer
 from rtp_llm.srt.utils import add_prefix
@@ -61,7 +62,8 @@ class GatedAttention(NormedHeadsAttention):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        q, k = self.rotate(positions, self.q_norm(q), self.k_norm(k.unflatten(-1, (-1, self.head_dim))))
+        k = k.unflatten(-1, (-1, self.head_dim))
+        q, k = norm_and_rotate(self.q_norm, self.k_norm, self.rotary_emb, positions, q, k)
         attended = self.attn(q, k, v, forward_batch)
         output, _ = self.o_proj(self.gate_output(attended, gate))
         return output
