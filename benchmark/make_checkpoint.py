@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 UNKNOWN = "<unk>"
@@ -108,6 +109,12 @@ SIZES: dict[str, PreTrainedConfig] = {
     "qwen3.5-0.8b": qwen3_5(
         hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
         head_dim=256, vocab_size=248320,
+    ),
+    # a small model with experts, in the manner of Qwen3's
+    "moe-small": Qwen3MoeConfig(
+        hidden_size=1024, moe_intermediate_size=384, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=64, vocab_size=32000, num_experts=32, num_experts_per_tok=4,
+        norm_topk_prob=True, bos_token_id=None, eos_token_id=None,
     ),
     # the shape of LFM2-350M: short convolutions, and attention in six layers
     "lfm2-350m": lfm2(

@@ -3,7 +3,8 @@
     python -m benchmark.rank_throughput --model-path DIR --requests 16 --ways tp dp
 
 All have the same threads together (``--cpu-threads``). Ways are measured one after the other, each with its own cores;
-the one process comes first.
+the one process comes first. A way may be named twice. ``none`` and ``all_to_all`` are of ranks with requests of their
+own, for models with experts, by how these exchange tokens.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from rtp_llm.srt.messages import GenerateRequest, TokenOutput
 from rtp_llm.srt.request_spec import RequestSpec
 from rtp_llm.srt.sampling_params import SamplingParams
 
-ONE = "one process"
-WAYS: dict[str, dict[str, Any]] = {
-    ONE: {},
-    "--tp-size 2": {"tp_size": 2},
-    "--pp-size 2": {"pp_size": 2},
-    "--dp-size 2": {"dp_size": 2},
+OWN_REQUESTS = {"tp_size": 2, "enable_dp_attention": True}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tp": ("--tp-size 2", {"tp_size": 2}),
+    "pp": ("--pp-size 2", {"pp_size": 2}),
+    "dp": ("--dp-size 2", {"dp_size": 2}),
+    "none": ("--enable-dp-attention, none", {**OWN_REQUESTS, "moe_a2a_backend": "none"}),
+    "all_to_all": ("--enable-dp-attention, all_to_all", {**OWN_REQUESTS, "moe_a2a_backend": "all_to_all"}),
 }
 
 
@@ -78,12 +80,12 @@ def main() -> None:
     parser.add_argument("--cpu-threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", help="as of the server; unset: as the checkpoint says")
-    parser.add_argument("--ways", nargs="+", choices=("tp", "pp", "dp"), default=["tp", "pp", "dp"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["tp", "pp", "dp"])
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     print("| way | tokens/s | to one process | stages used |\n|---|---|---|---|", flush=True)
     first = None
-    for name in (ONE, *(f"--{way}-size 2" for way in given.ways)):
+    for name, options in (("one process", {}), *(WAYS[way] for way in given.ways)):
         args = ServerArgs(
             model_path=given.model_path,
             device="cpu",
@@ -94,7 +96,7 @@ def main() -> None:
             max_running_requests=given.requests,
             disable_radix_cache=True,
             log_level="error",
-            **WAYS[name],
+            **options,
         )
         rate, usage = measure(args, given.requests, given.prompt_len, given.new_tokens, given.rounds)
         first = first or rate

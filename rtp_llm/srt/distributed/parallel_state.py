@@ -74,6 +74,21 @@ class WorldShape:
         return alone
 
 
+class ArrivedTokens(Protocol):
+    """Tokens of all ranks that have an expert on this one, with weights and experts, [T, ...]."""
+
+    @property
+    def tokens(self) -> torch.Tensor: ...
+    @property
+    def topk_weights(self) -> torch.Tensor: ...
+    @property
+    def topk_ids(self) -> torch.Tensor: ...
+
+    def sums(self, summands: torch.Tensor) -> torch.Tensor:
+        """Bring back what ranks have made of tokens, here ``summands`` [T, n] of those that have arrived; return the
+        sum for each of the tokens that this rank has sent. All ranks call it, before any sends more."""
+
+
 class SharedMemory(Protocol):
     """A device's own way between ranks of one machine. All of them call an operation, in the same order."""
 
@@ -83,8 +98,21 @@ class SharedMemory(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return the ranks' contiguous tensors, [ranks, *x.shape]; None if it does not take this tensor."""
 
-    def all_to_all(self, x: torch.Tensor, counts: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """As ``RankGroup.all_to_all``, of a contiguous tensor; None if it does not take this tensor."""
+    def send_tokens(
+        self,
+        tokens: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        counts: Sequence[int],
+        num_own_experts: int,
+    ) -> ArrivedTokens | None:
+        """Send tokens to the ranks that have one of their experts; None if it does not take these, on no rank then.
+
+        Args:
+            tokens: [T, hidden_size]; topk_weights, topk_ids: [T, top_k].
+            counts: tokens that each rank has to send.
+            num_own_experts: of each rank; the first one has the first ones.
+        """
 
 
 class RankGroup:
@@ -175,12 +203,8 @@ class RankGroup:
             raise ValueError(f"rank {self.rank} has {len(x)} rows to send, but its counts are {sent}")
         if self.world_size == 1:
             return x
-        x = x.contiguous()
-        shared = None if self.shared is None else self.shared.all_to_all(x, counts)
-        if shared is not None:
-            return shared
         result = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(result, x, received, sent, group=self._process_group)
+        dist.all_to_all_single(result, x.contiguous(), received, sent, group=self._process_group)
         return result
 
     def send(self, x: torch.Tensor, rank: int) -> dist.Work:

@@ -46,8 +46,9 @@ class CollectedTokens:
 class SentTokens:
     """A token is sent once to each rank that has one of its experts, and that rank's sum for it comes back.
 
-    All ranks first tell each other the weights and experts of their tokens, some bytes for each, so that they know who
-    sends how much to whom. That many rows are then exchanged, which the host reads: it waits for the device.
+    A device may have its own way between ranks (``SharedMemory.send_tokens``). Otherwise, all ranks first tell each
+    other the weights and experts of their tokens, some bytes for each, so that they know who sends how much to whom.
+    The host reads how many rows these are, and so waits for the device; then they are exchanged.
     """
 
     def __init__(self, world: World, num_own_experts: int, dtype: torch.dtype) -> None:
@@ -56,6 +57,18 @@ class SentTokens:
         self._sum_rows = pick("sum_rows", dtype)
 
     def compute(
+        self, tokens: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, compute_own: ComputeOwn
+    ) -> torch.Tensor:
+        group, counts_of_tokens = self._group, self._world.step_tokens
+        if group.shared is not None:
+            routing = topk_weights, topk_ids
+            arrived = group.shared.send_tokens(tokens, *routing, counts_of_tokens, self._num_own_experts)
+            if arrived is not None:
+                given = arrived.tokens, arrived.topk_weights, arrived.topk_ids
+                return arrived.sums(compute_own(*given) if len(arrived.tokens) else arrived.tokens)
+        return self._send(tokens, topk_weights, topk_ids, compute_own)
+
+    def _send(
         self, tokens: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, compute_own: ComputeOwn
     ) -> torch.Tensor:
         group = self._group

@@ -1,4 +1,4 @@
-// Sums over the ranks of one machine, concatenations, and rows for each other, through memory that they share.
+// Sums over the ranks of one machine, concatenations, and tokens for experts, through memory that they share.
 //
 // The segment: a line for each rank, with the number of its last exchange and of the last one that it has reduced, and
 // its process; then, for each rank, two slots, which exchanges use in turns, and a result for each turn. A rank that
@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <errno.h>
@@ -134,34 +135,80 @@ int all_reduce(const Exchange& exchange, T* x, int64_t n) {
     return DONE;
 }
 
-// Rows that ranks send to each other, of which each rank's, without those for itself, are one stream of bytes.
-struct Streams {
+// Tokens of all ranks: counts[r] of rank r. In a piece of an exchange are `most` of each rank, from `piece` on.
+struct Tokens {
     const int64_t* counts;
-    int64_t ranks, row_bytes;
+    int64_t ranks;
 
-    int64_t bytes(int64_t from, int64_t to) const { return counts[from * ranks + to] * row_bytes; }
+    int64_t in_piece(int64_t r, int64_t piece, int64_t most) const {
+        int64_t left = counts[r] > piece ? counts[r] - piece : 0;
+        return left < most ? left : most;
+    }
 
-    // Bytes in a rank's stream before those for rank `to`.
-    int64_t before(int64_t from, int64_t to) const {
+    int64_t before(int64_t rank) const {
         int64_t sum = 0;
-        for (int64_t r = 0; r < to; r++) sum += r == from ? 0 : bytes(from, r);
+        for (int64_t r = 0; r < rank; r++) sum += counts[r];
         return sum;
     }
 
     int64_t longest() const {
         int64_t most = 0;
-        for (int64_t r = 0; r < ranks; r++) most = before(r, ranks) > most ? before(r, ranks) : most;
+        for (int64_t r = 0; r < ranks; r++) most = counts[r] > most ? counts[r] : most;
         return most;
     }
 };
 
-// Calls use(begin, place, bytes) for the part of [0, size), a section at `start` in a stream, that is in a piece of the
-// stream: it begins at `begin` in the section and at `place` in the piece.
-template <typename Use>
-void for_part(int64_t start, int64_t size, int64_t piece, int64_t piece_bytes, Use use) {
-    int64_t first = start > piece ? start : piece;
-    int64_t end = start + size < piece + piece_bytes ? start + size : piece + piece_bytes;
-    if (first < end) use(first - start, first - piece, end - first);
+// y[i] = the sum of the rows of the ranks in destinations[i], in their order and in float32, rounded once. row_of(r, i):
+// rank r's row for this rank's token i.
+template <typename T, typename RowOf>
+void add_up_tokens(int64_t count, int64_t width, int64_t ranks, const uint64_t* destinations, T* y, RowOf row_of) {
+#pragma omp parallel for schedule(static) if (count * width * int64_t(sizeof(T)) >= WORTH_THREADS)
+    for (int64_t i = 0; i < count; i++) {
+        const T* rows[64];
+        int64_t n = 0, j = 0;
+        for (int64_t r = 0; r < ranks; r++)
+            if (destinations[i] >> r & 1) rows[n++] = row_of(r, i);
+        T* to = y + i * width;
+        for (; j + LANES <= width; j += LANES) {
+            vec sum = splat(0);
+            for (int64_t r = 0; r < n; r++) sum += load(rows[r] + j);
+            store(to + j, sum);
+        }
+        for (; j < width; j++) {
+            float sum = 0;
+            for (int64_t r = 0; r < n; r++) sum += to_float(rows[r][j]);
+            to[j] = from_float<T>(sum);
+        }
+    }
+}
+
+template <typename T>
+int sum_tokens(const Exchange& exchange, const Tokens& tokens, const T* rows, int64_t width, const int64_t* places,
+               const uint64_t* destinations, T* y) {
+    Line& own = exchange.line(exchange.rank);
+    int64_t row_bytes = width * sizeof(T), most = exchange.slot_bytes / (exchange.ranks * row_bytes);
+    int64_t longest = tokens.longest(), rank = exchange.rank;
+    const int64_t* own_places = places + tokens.before(rank);
+    for (int64_t piece = 0; piece < longest; piece += most) {
+        int64_t number = own.arrived.load(std::memory_order_relaxed) + 1, turn = number % 2, first = piece;
+        for (int64_t r = 0; r < exchange.ranks; first += tokens.counts[r++]) {
+            int64_t count = r == rank ? 0 : tokens.in_piece(r, piece, most);
+            char* slot = exchange.slot(rank, turn) + r * most * row_bytes;
+#pragma omp parallel for schedule(static) if (count * row_bytes >= WORTH_THREADS)
+            for (int64_t i = 0; i < count; i++)
+                if (places[first + i] >= 0) std::memcpy(slot + i * row_bytes, rows + places[first + i] * width, row_bytes);
+        }
+        own.arrived.store(number, std::memory_order_release);
+        if (int error = exchange.wait(&Line::arrived, number)) return error;
+        auto row_of = [&](int64_t r, int64_t i) {
+            if (r == rank) return rows + own_places[piece + i] * width;
+            return reinterpret_cast<const T*>(exchange.slot(r, turn) + (rank * most + i) * row_bytes);
+        };
+        int64_t count = tokens.in_piece(rank, piece, most);
+        add_up_tokens(count, width, exchange.ranks, destinations + piece, y + piece * width, row_of);
+        own.reduced.store(number, std::memory_order_release);
+    }
+    return DONE;
 }
 
 }  // namespace
@@ -199,37 +246,80 @@ KERNEL int exchange_all_gather(char* base, int64_t rank, int64_t ranks, int64_t 
     return DONE;
 }
 
-// Sends rows to ranks: counts[a * ranks + b] from rank a to rank b. x has this rank's in the order of those that they are
-// for, y gets those for it in the order of those that they are from. Returns as exchange_all_reduce.
-KERNEL int exchange_all_to_all(char* base, int64_t rank, int64_t ranks, int64_t slot_bytes, double timeout_s,
-                               const char* x, const int64_t* counts, int64_t row_bytes, char* y) {
+// Brings tokens to the ranks that have one of their experts: rank r those from r * own_experts on.
+//
+// counts[r]: tokens of rank r. x, ids, weights: rows of row_bytes, experts and weights [top_k] of this rank's. To rows,
+// their_ids and their_weights, with room for the tokens of all ranks, go those that have an expert here, *arrived of
+// them; places: of each token of all ranks there, -1 of others. Bit r of destinations, of this rank's tokens: it goes to
+// rank r. Returns as exchange_all_reduce. A token must fit into a slot.
+KERNEL int exchange_send_tokens(char* base, int64_t rank, int64_t ranks, int64_t slot_bytes, double timeout_s,
+                                const int64_t* counts, const char* x, const int64_t* ids, const float* weights,
+                                int64_t row_bytes, int64_t top_k, int64_t own_experts, char* rows, int64_t* their_ids,
+                                float* their_weights, int64_t* places, uint64_t* destinations, int64_t* arrived) {
     Exchange exchange{base, rank, ranks, slot_bytes, timeout_s};
-    Streams streams{counts, ranks, row_bytes};
+    Tokens tokens{counts, ranks};
     Line& own = exchange.line(rank);
-    int64_t longest = streams.longest();
-    for (int64_t piece = 0; piece < longest; piece += slot_bytes) {
-        int64_t number = own.arrived.load(std::memory_order_relaxed) + 1, turn = number % 2;
-        const char* from = x;
-        for (int64_t r = 0; r < ranks; from += streams.bytes(rank, r++))
-            if (r != rank)
-                for_part(streams.before(rank, r), streams.bytes(rank, r), piece, slot_bytes,
-                         [&](int64_t begin, int64_t place, int64_t bytes) {
-                             copy(exchange.slot(rank, turn) + place, from + begin, bytes);
-                         });
+    int64_t ids_bytes = top_k * sizeof(int64_t), weights_bytes = top_k * sizeof(float), longest = tokens.longest();
+    int64_t most = slot_bytes / (ids_bytes + weights_bytes + row_bytes), num_arrived = 0;
+    int64_t first_expert = rank * own_experts;
+    for (int64_t piece = 0; piece < longest; piece += most) {
+        int64_t number = own.arrived.load(std::memory_order_relaxed) + 1, turn = number % 2, first = piece;
+        int64_t count = tokens.in_piece(rank, piece, most);
+        char* slot = exchange.slot(rank, turn);
+        const int64_t* own_ids = ids + piece * top_k;
+        const float* own_weights = weights + piece * top_k;
+        std::memcpy(slot, own_ids, count * ids_bytes);
+        std::memcpy(slot + most * ids_bytes, own_weights, count * weights_bytes);
+        copy(slot + most * (ids_bytes + weights_bytes), x + piece * row_bytes, count * row_bytes);
         own.arrived.store(number, std::memory_order_release);
         if (int error = exchange.wait(&Line::arrived, number)) return error;
-        char* to = y;
-        for (int64_t r = 0; r < ranks; to += streams.bytes(r++, rank))
-            if (r != rank)
-                for_part(streams.before(r, rank), streams.bytes(r, rank), piece, slot_bytes,
-                         [&](int64_t begin, int64_t place, int64_t bytes) {
-                             copy(to + begin, exchange.slot(r, turn) + place, bytes);
-                         });
+        for (int64_t i = 0; i < count; i++) {
+            uint64_t bits = 0;
+            for (int64_t k = 0; k < top_k; k++) bits |= uint64_t(1) << (own_ids[i * top_k + k] / own_experts);
+            destinations[piece + i] = bits;
+        }
+        for (int64_t r = 0; r < ranks; first += counts[r++]) {
+            const char* from = exchange.slot(r, turn);
+            const int64_t* from_ids = r == rank ? own_ids : reinterpret_cast<const int64_t*>(from);
+            const float* from_weights =
+                r == rank ? own_weights : reinterpret_cast<const float*>(from + most * ids_bytes);
+            const char* from_rows = r == rank ? x + piece * row_bytes : from + most * (ids_bytes + weights_bytes);
+            int64_t their_count = tokens.in_piece(r, piece, most);
+            for (int64_t i = 0; i < their_count; i++) {
+                bool is_here = false;
+                for (int64_t k = 0; k < top_k; k++)
+                    is_here |= uint64_t(from_ids[i * top_k + k] - first_expert) < uint64_t(own_experts);
+                places[first + i] = is_here ? num_arrived : -1;
+                if (!is_here) continue;
+                std::memcpy(their_ids + num_arrived * top_k, from_ids + i * top_k, ids_bytes);
+                std::memcpy(their_weights + num_arrived++ * top_k, from_weights + i * top_k, weights_bytes);
+            }
+#pragma omp parallel for schedule(static) if (their_count * row_bytes >= WORTH_THREADS)
+            for (int64_t i = 0; i < their_count; i++)
+                if (places[first + i] >= 0)
+                    std::memcpy(rows + places[first + i] * row_bytes, from_rows + i * row_bytes, row_bytes);
+        }
         own.reduced.store(number, std::memory_order_release);
     }
-    for (int64_t r = 0; r < rank; r++) x += streams.bytes(rank, r), y += streams.bytes(r, rank);
-    copy(y, x, streams.bytes(rank, rank));
+    *arrived = num_arrived;
     return DONE;
+}
+
+// Brings each token's rows [width] of the ranks that it went to back, and sums them up to y; dtype as in
+// exchange_all_reduce, which it returns as. rows: of the tokens that arrived here, otherwise as of exchange_send_tokens.
+// A row for each rank must fit into a slot.
+KERNEL int exchange_sum_tokens(char* base, int64_t rank, int64_t ranks, int64_t slot_bytes, double timeout_s,
+                               const int64_t* counts, const void* rows, int64_t width, int dtype, const int64_t* places,
+                               const uint64_t* destinations, void* y) {
+    Exchange exchange{base, rank, ranks, slot_bytes, timeout_s};
+    Tokens tokens{counts, ranks};
+    auto sum = [&](auto* typed) {
+        using T = std::remove_pointer_t<decltype(typed)>;
+        return sum_tokens(exchange, tokens, static_cast<const T*>(rows), width, places, destinations, typed);
+    };
+    if (dtype == 0) return sum(static_cast<float*>(y));
+    if (dtype == 1) return sum(static_cast<bf16*>(y));
+    return sum(static_cast<f16*>(y));
 }
 
 #endif

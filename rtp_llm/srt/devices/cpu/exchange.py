@@ -1,4 +1,4 @@
-"""Sums, concatenations and rows for each other over ranks of one machine, through memory that they share.
+"""Sums, concatenations and tokens for experts over ranks of one machine, through memory that they share.
 
 Measured against gloo in docs/scaling.md. Every rank computes the same sums: in the ranks' order, and in float32.
 """
@@ -8,12 +8,14 @@ import logging
 import mmap
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
+from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, bind
 from rtp_llm.srt.distributed.parallel_state import RankGroup
 
@@ -38,8 +40,10 @@ class SharedExchange:
         place = POINTER, INT64, INT64, INT64, DOUBLE
         self._all_reduce: Kernel = bind("exchange", "exchange_all_reduce", *place, POINTER, INT64, INT, result=INT)
         self._all_gather: Kernel = bind("exchange", "exchange_all_gather", *place, POINTER, INT64, POINTER, result=INT)
-        rows = POINTER, POINTER, INT64, POINTER  # x, counts, row_bytes, y
-        self._all_to_all: Kernel = bind("exchange", "exchange_all_to_all", *place, *rows, result=INT)
+        sent = (*(POINTER,) * 4, *(INT64,) * 3, *(POINTER,) * 6)
+        self._send_tokens: Kernel = bind("exchange", "exchange_send_tokens", *place, *sent, result=INT)
+        back = (POINTER, POINTER, INT64, INT, *(POINTER,) * 3)
+        self._sum_tokens: Kernel = bind("exchange", "exchange_sum_tokens", *place, *back, result=INT)
         bind("exchange", "exchange_enter", POINTER, INT64)(self._address, group.rank)
 
     def all_reduce(self, x: torch.Tensor) -> bool:
@@ -61,15 +65,66 @@ class SharedExchange:
         _check(self._all_gather(*self._place, x.data_ptr(), x.nbytes, result.data_ptr()))
         return result
 
-    def all_to_all(self, x: torch.Tensor, counts: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """See ``RankGroup.all_to_all``; None if the tensor is not on a CPU. Raise as above."""
-        if not x.is_cpu:
+    def send_tokens(
+        self,
+        tokens: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        counts: Sequence[int],
+        num_own_experts: int,
+    ) -> "SharedTokens | None":
+        """See ``SharedMemory``; None if a row for each rank is too much for a slot, too. Raise as above."""
+        if len(tokens) != counts[self._rank]:
+            raise ValueError(f"rank {self._rank} has {len(tokens)} tokens to send, but ranks have {list(counts)}")
+        top_k, row_bytes = topk_ids.shape[1], tokens.shape[1] * tokens.element_size()
+        if not tokens.is_cpu or tokens.dtype not in DTYPES or self._num_ranks * row_bytes + 12 * top_k > SLOT_BYTES:
             return None
-        result = torch.empty((sum(of_rank[self._rank] for of_rank in counts), *x.shape[1:]), dtype=x.dtype)
-        table = torch.tensor(counts, dtype=torch.int64)
-        row_bytes = x.shape[1:].numel() * x.element_size()
-        _check(self._all_to_all(*self._place, x.data_ptr(), table.data_ptr(), row_bytes, result.data_ptr()))
+        tokens, ids, weights = tokens.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
+        num_tokens = sum(counts)
+        table = torch.tensor([*counts, 0], dtype=torch.int64)  # and how many have arrived
+        places = torch.empty(num_tokens, dtype=torch.int64)
+        destinations = torch.empty(len(tokens), dtype=torch.int64)
+        rows = memory.empty((num_tokens, tokens.shape[1]), tokens.dtype)
+        their_ids, their_weights = ids.new_empty(num_tokens, top_k), weights.new_empty(num_tokens, top_k)
+        arrived = table[len(counts) :]
+        given = (table, tokens, ids, weights)
+        made = (rows, their_ids, their_weights, places, destinations, arrived)
+        _check(
+            self._send_tokens(
+                *self._place, *(x.data_ptr() for x in given), row_bytes, top_k, num_own_experts,
+                *(x.data_ptr() for x in made),
+            )
+        )  # fmt: skip
+        here = slice(arrived.item())
+        weights = their_weights[here].to(topk_weights.dtype)
+        return SharedTokens(rows[here], weights, their_ids[here], self, table, places, destinations)
+
+    def sum_tokens(
+        self, summands: torch.Tensor, counts: torch.Tensor, places: torch.Tensor, destinations: torch.Tensor
+    ) -> torch.Tensor:
+        """See ``ArrivedTokens.sums``. The others are what ``send_tokens`` has noted. Raise as above."""
+        summands = summands.contiguous()
+        result = memory.empty((len(destinations), summands.shape[1]), summands.dtype)
+        pointers = places.data_ptr(), destinations.data_ptr(), result.data_ptr()
+        width, dtype = summands.shape[1], DTYPES[summands.dtype]
+        _check(self._sum_tokens(*self._place, counts.data_ptr(), summands.data_ptr(), width, dtype, *pointers))
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTokens:
+    """See ``ArrivedTokens``."""
+
+    tokens: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    _exchange: SharedExchange
+    _counts: torch.Tensor  # [ranks, and one more]
+    _places: torch.Tensor  # [T of all ranks]: of each token in ``tokens``, -1 of those that are not there
+    _destinations: torch.Tensor  # [T of this rank]: bit r says that it went to rank r
+
+    def sums(self, summands: torch.Tensor) -> torch.Tensor:
+        return self._exchange.sum_tokens(summands, self._counts, self._places, self._destinations)
 
 
 def _check(problem: int) -> None:

@@ -68,20 +68,56 @@ def test_concatenations() -> None:
             assert torch.equal(gathered, torch.stack(parts))
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_rows_for_each_other(num_ranks: int) -> None:
-    """None, some, and so many that they need several slots, also from one rank to one other only."""
-    ranks, draw = shared(num_ranks), random.Random(num_ranks)
-    many = SLOT_BYTES // 7 + 3  # rows of 14 bytes, more than a slot has room for
-    for most in (0, 1, 3, 40, many):
-        counts = [[draw.randint(0, most) for _ in ranks] for _ in ranks]
-        if most == many:
-            counts[0] = [0] * (num_ranks - 1) + [many]
-        rows = [torch.randint(30_000, (sum(of_rank), 7), dtype=torch.int16) for of_rank in counts]
-        received = on_all(ranks, lambda rank, each, rows=rows, counts=counts: each.all_to_all(rows[rank], counts))
-        for rank, ours in enumerate(received):
-            parts = [sent.split(of_rank)[rank] for sent, of_rank in zip(rows, counts, strict=True)]
-            assert torch.equal(ours, torch.cat(parts)), (most, rank)
+def sums_of_experts(tokens: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: range) -> torch.Tensor:
+    """Expert e multiplies by e + 1; others than these by nothing."""
+    is_here = (ids >= experts.start) & (ids < experts.stop)
+    factors = ((ids + 1) * weights * is_here).sum(dim=1, keepdim=True)
+    return (tokens.float() * factors).to(tokens.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "width", "top_k"),
+    [([1, 1], 5, 1), ([3, 9], 33, 4), ([1, 1, 8, 2], 16, 3), ([1, 150, 40], 4103, 2)],  # the last in several pieces
+    ids=str,
+)
+def test_tokens_reach_their_experts_once(counts: list[int], width: int, top_k: int, dtype: torch.dtype) -> None:
+    ranks, num_own, draw = shared(len(counts)), 3, torch.Generator().manual_seed(sum(counts))
+    tokens = [torch.randn(count, width, generator=draw).to(dtype) for count in counts]
+    weights = [torch.rand(count, top_k, generator=draw) for count in counts]
+    scores = [torch.rand(count, num_own * len(counts), generator=draw) for count in counts]
+    ids = [each.topk(top_k, dim=1).indices for each in scores]
+
+    def run(rank: int, each: SharedExchange) -> torch.Tensor:
+        experts = range(rank * num_own, (rank + 1) * num_own)
+        for _ in range(3):  # whatever the turn is
+            arrived = each.send_tokens(tokens[rank], weights[rank], ids[rank], counts, num_own)
+            assert arrived is not None
+            wanted = [(ids[r] // num_own == rank).any(dim=1) for r in range(len(counts))]
+            assert len(arrived.tokens) == sum(int(w.sum()) for w in wanted)
+            assert {tuple(x[:5].tolist()) for x in arrived.tokens} == {
+                tuple(x[:5].tolist()) for own, w in zip(tokens, wanted, strict=True) for x in own[w]
+            }
+            sums = arrived.sums(sums_of_experts(arrived.tokens, arrived.topk_weights, arrived.topk_ids, experts))
+        return sums
+
+    for rank, sums in enumerate(on_all(ranks, run)):
+        expected = torch.zeros(counts[rank], width)
+        for r in range(len(counts)):
+            experts = range(r * num_own, (r + 1) * num_own)
+            expected += sums_of_experts(tokens[rank], weights[rank], ids[rank], experts).float()
+        torch.testing.assert_close(sums, expected.to(dtype))
+
+
+def test_other_numbers_of_tokens_than_ranks_know_of_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rank 0 has 2 tokens to send, but ranks have \[1, 1\]"):
+        shared(2)[0].send_tokens(torch.ones(2, 4), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), [1, 1], 1)
+
+
+def test_rows_that_are_too_long_for_a_slot_are_left_to_others() -> None:
+    tokens = torch.ones(1, SLOT_BYTES // 8 + 1)  # of float32, for two ranks
+    assert shared(2)[0].send_tokens(tokens, torch.ones(1, 2), torch.tensor([[0, 1]]), [1, 1], 1) is None
+    assert shared(2)[0].send_tokens(tokens[:, :4].long(), torch.ones(1, 2), torch.tensor([[0, 1]]), [1, 1], 1) is None
 
 
 def test_many_exchanges_of_ranks_that_come_at_any_time() -> None:
@@ -92,10 +128,11 @@ def test_many_exchanges_of_ranks_that_come_at_any_time() -> None:
         for number in range(400):
             if draw.random() < 0.05:
                 time.sleep(0.002)
-            if number % 3 == 1:
-                received = each.all_to_all(torch.full((3, 5_000), float(rank + number)), [[1] * 3] * 3)
-                assert received is not None
-                totals.append(float(received[:, -1].sum()))
+            if number % 3 == 1:  # each rank's token has experts on all
+                token = torch.full((1, 5_000), float(rank + number))
+                arrived = each.send_tokens(token, torch.ones(1, 3), torch.tensor([[0, 1, 2]]), [1, 1, 1], 1)
+                assert arrived is not None
+                totals.append(float(arrived.sums(arrived.tokens.sum(dim=0).expand(3, -1))[0, -1]) / 3)
                 continue
             if number % 3 == 2:
                 gathered = each.all_gather(torch.tensor([rank + number]))
