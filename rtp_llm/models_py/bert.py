@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rtp_llm.srt.forward_batch import ForwardBatch
 
 PACKED = {"qkv_proj": ["query", "key", "value"]}
+DECODER_BIAS = r"^masked_lm\.decoder\.bias$"  # the same as the bias beside it, where the decoder is the embedding
 OLD_NAMES = [(r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")]
 
 
@@ -200,13 +201,17 @@ class BertForMaskedLM(BertModel):
     """With the head for masked tokens, for SPLADE."""
 
     rename = [*BertModel.rename, (r"^cls\.predictions\.", "masked_lm.")]
-    ignore = [r"^pooler\.", r"^cls\.seq_relationship\.", r"^masked_lm\.decoder\.bias$"]
+    ignore = [r"^pooler\.", r"^cls\.seq_relationship\.", DECODER_BIAS]
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__(config, quant_config, prefix)
-        self.masked_lm = MaskedLMHead(config, BertTransform(config), self.embeddings.word_embeddings)
+        transform, embedding = BertTransform(config), self.embeddings.word_embeddings
+        self.masked_lm = MaskedLMHead(config, transform, embedding, decoder_bias=True)
+        if self.masked_lm.decoder is not embedding:
+            self.ignore = [name for name in self.ignore if name != DECODER_BIAS]
+            self.weight_defaults = {"masked_lm.decoder.bias": "masked_lm.bias"}
         self.poolers |= splades(config, self.masked_lm)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from rtp_llm.models_py.bert import OLD_NAMES, PACKED, BertEmbeddings, BertTransform, BertTrunk
+from rtp_llm.models_py.bert import DECODER_BIAS, OLD_NAMES, PACKED, BertEmbeddings, BertTransform, BertTrunk
 from rtp_llm.srt.layers.pooler import classifiers, embedders, token_classifiers
 from rtp_llm.srt.layers.quantization.base import QuantizationConfig
 from rtp_llm.srt.layers.splade import MaskedLMHead, splades
@@ -115,13 +115,17 @@ class RobertaForMaskedLM(RobertaModel):
         (r"^lm_head\.layer_norm\.", "masked_lm.transform.LayerNorm."),
         (r"^lm_head\.", "masked_lm."),
     ]
-    ignore = [r"^pooler\.", r"^masked_lm\.decoder\.bias$"]
+    ignore = [r"^pooler\.", DECODER_BIAS]
 
     def __init__(
         self, config: "PretrainedConfig", quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__(config, quant_config, prefix)
-        self.masked_lm = MaskedLMHead(config, BertTransform(config, "gelu"), self.embeddings.word_embeddings)
+        transform, embedding = BertTransform(config, "gelu"), self.embeddings.word_embeddings
+        self.masked_lm = MaskedLMHead(config, transform, embedding, decoder_bias=True)
+        if self.masked_lm.decoder is not embedding:
+            self.ignore = [name for name in self.ignore if name != DECODER_BIAS]
+            self.weight_defaults = {"masked_lm.decoder.bias": "masked_lm.bias"}
         self.poolers |= splades(config, self.masked_lm)
 
 

@@ -21,21 +21,30 @@ class MaskedLMHead(nn.Module):
     Args:
         transform: the layers before the product with the embedding.
         embedding: the model's; a head of its own takes its place unless the configuration ties them.
+        decoder_bias: such a head has a bias of its own, ``decoder.bias``, in place of ``bias``, which is read for
+            checkpoints without it: let ``weight_defaults`` of the model say so.
     """
 
     def __init__(
-        self, config: "PretrainedConfig", transform: nn.Module, embedding: VocabParallelEmbedding, bias: bool = True
+        self,
+        config: "PretrainedConfig",
+        transform: nn.Module,
+        embedding: VocabParallelEmbedding,
+        bias: bool = True,
+        decoder_bias: bool = False,
     ) -> None:
         super().__init__()
         self.transform = transform
         is_tied = getattr(config, "tie_word_embeddings", True)
-        self.decoder = embedding if is_tied else ParallelLMHead(config.vocab_size, config.hidden_size)
+        self.decoder = (
+            embedding if is_tied else ParallelLMHead(config.vocab_size, config.hidden_size, bias=decoder_bias)
+        )
         self.bias = nn.Parameter(torch.empty(config.vocab_size)) if bias else None
         self.logits_processor = LogitsProcessor(config)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         logits = self.logits_processor.logits(self.transform(states), self.decoder).float()
-        return logits if self.bias is None else logits + self.bias.float()
+        return logits if self.bias is None or self.decoder.bias is not None else logits + self.bias.float()
 
 
 class Splade(Pooler):

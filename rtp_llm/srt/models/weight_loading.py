@@ -203,6 +203,8 @@ class _DeclarativeLoad:
             self.ignored["of other stages"] += 1
         elif why:
             self.ignored[why] += 1
+        elif tensor.numel() == 0:
+            self.ignored["as they are empty"] += 1
         elif self.quant_config and self.quant_config.may_leave(name, tensor):
             self.ignored[f"{self.quant_config.get_name()}, which does not need them"] += 1
         else:

@@ -28,6 +28,10 @@ def splade(model: Any, outputs: Any) -> torch.Tensor:
     return outputs.logits[0].relu().log1p().amax(0)
 
 
+def by_predictions(model: Any, outputs: Any) -> torch.Tensor:
+    return outputs.prediction_logits[0].relu().log1p().amax(0)
+
+
 def summed_twice(model: Any, outputs: Any) -> torch.Tensor:
     return outputs.logits[0].relu().log1p().log1p().sum(0)
 
@@ -100,6 +104,11 @@ M3 = {
 SPARSE = {"sparse": splade}
 CASES = [
     PooledCase("bert-splade", "BertForMaskedLM", SPARSE | {"embed": EMBEDS["embed"]}),
+    PooledCase("bert-untied", "BertForMaskedLM", SPARSE, {"tie_word_embeddings": False}),
+    PooledCase(
+        "bert-pretrained", "BertForMaskedLM", {"sparse": by_predictions}, slow=True, reference="BertForPreTraining"
+    ),
+    PooledCase("roberta-untied", "RobertaForMaskedLM", SPARSE, ROBERTA | {"tie_word_embeddings": False}, slow=True),
     PooledCase("roberta-splade", "RobertaForMaskedLM", SPARSE, ROBERTA, slow=True),
     PooledCase("xlm-roberta-splade", "XLMRobertaForMaskedLM", SPARSE, ROBERTA, slow=True),
     PooledCase("modernbert-splade", "ModernBertForMaskedLM", SPARSE, MODERN, slow=True),
