@@ -15,6 +15,9 @@ ALIASES = {
     "AquilaForCausalLM": "LlamaForCausalLM",
     "InternLMForCausalLM": "LlamaForCausalLM",
     "XverseForCausalLM": "LlamaForCausalLM",
+    "BertForPreTraining": "BertForMaskedLM",  # with a second head, which is left out
+    "GteNewModel": "GteModel",  # vLLM's names of GTE's first ones
+    "GteNewForSequenceClassification": "GteForSequenceClassification",
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rtp_llm.srt.configs.architectures import LIKE_LLAMA
 from rtp_llm.srt.configs.generation_config import usable_token_ids
+from rtp_llm.srt.configs.older_encoders import as_of_today
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +20,15 @@ def modernized(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a config.json's content in today's spelling of dtypes, architectures and model types, without invalid ids.
 
     Ids left out are logged. ``where``: the file, for messages. Equal to ``config`` where nothing needs a change.
+
+    Raises:
+        OlderConfigError: an encoder asks for what is not computed.
     """
     result = _with_spellings(config, config.get("vocab_size"), where)
     names = result.get("architectures")
     if isinstance(names, str):
         result["architectures"] = [names] if names else []
+    result = as_of_today(result)
     if result.get("model_type") in LIKE_LLAMA:
         result = _as_llama(result, where)
     return result

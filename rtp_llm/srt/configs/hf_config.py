@@ -13,6 +13,7 @@ from rtp_llm.srt.configs.architectures import with_other_names
 from rtp_llm.srt.configs.config_json import modernized
 from rtp_llm.srt.configs.culprit import find_culprit, shown
 from rtp_llm.srt.configs.model_path import CONFIG_FILE, ModelNotFoundError
+from rtp_llm.srt.configs.older_encoders import OlderConfigError
 from rtp_llm.srt.configs.own_config import is_known, make_config
 from rtp_llm.srt.models.registry import ADDING_A_MODEL, ModelRegistry
 from rtp_llm.srt.utils.scratch import ScratchFolder
@@ -82,10 +83,14 @@ def read_config_json(directory: str, overrides: Mapping[str, Any]) -> dict[str, 
 
     Raises:
         ModelNotFoundError: there is no such file.
-        ModelConfigError: it is no JSON object, or a part of it that must be an object is none.
+        ModelConfigError: it is no JSON object, a part of it that must be an object is none, or it is an encoder's and
+            asks for what is not computed.
     """
     config = _load_json(Path(directory) / CONFIG_FILE)
-    wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
+    try:
+        wanted = modernized(apply_overrides(config, overrides), f"{directory}/{CONFIG_FILE}")
+    except OlderConfigError as error:
+        raise ModelConfigError(f"{directory}/{CONFIG_FILE}: {error}") from error
     for key in _PARTS:
         if not isinstance(wanted.get(key), Mapping | None):
             given = shown(wanted[key])
