@@ -32,7 +32,8 @@ class PoolingSpec:
     ``normalize``: True: vectors of length one, probabilities; False: vectors of any length, numbers before softmax or
     sigmoid; None: as the checkpoint has it. ``pair_start``: the position at which the second text of a pair begins, for
     models with token types; None: there is no pair, or the model has no types. ``against``: vectors of another text's
-    tokens: the result is one number, how well they fit those of this one (MaxSim).
+    tokens: the result is one number, how well they fit those of this one (MaxSim). ``skip``: so many tokens at the
+    beginning are not read: those of a text that was put before the input.
     """
 
     task: str
@@ -40,6 +41,7 @@ class PoolingSpec:
     normalize: bool | None = None
     pair_start: int | None = None
     against: "PooledOutput | None" = None
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ NOT_FOR_MODEL_FILES: dict[str, set[str]] = {
     "multimodal": {"Placement", "placements", "rows_within"},
     "norm": {"Norm"},
     "pooled_decoder": {"NoHead", "as_pooled", "as_scorer"},
+    "pooler": {"Behind", "last_function"},
     "radix_attention": {"AttentionType"},
     "rope_scaling": {"RopeSpec", "longrope_attention_factor", "longrope_inv_freq", "rope_kind"},
     "rotary": {  # the classes are what get_rope returns

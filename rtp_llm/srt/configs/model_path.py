@@ -7,6 +7,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError
 
 from rtp_llm.srt.configs.gguf_path import GGUFHub, find_gguf, hub_gguf
+from rtp_llm.srt.configs.sentence_transformers import (
+    HEAD_FILES,
+    MODULES_FILE,
+    SentenceTransformerError,
+    folders_of_layers,
+    transformer_folder,
+)
 from rtp_llm.srt.gguf.choice import ChoiceError, is_gguf
 from rtp_llm.srt.gguf.folder import checkpoint_folder
 
@@ -35,11 +42,11 @@ def resolve_model_path(
     with_tokenizer: bool = True,
 ) -> str:
     """Return the local directory of a checkpoint: ``model_path`` itself, the snapshot of a hub id, or the folder that
-    is made of a GGUF.
+    is made of a GGUF; of an old one of sentence-transformers, the folder in it that has the model's files.
 
     A hub id is fetched by huggingface_hub (its progress bars, its cache or ``download_dir``, its ``HF_HUB_OFFLINE``):
     small files, Python code among them only with ``trust_remote_code``, then weights of one format, safetensors if
-    there are any. ``load_format="dummy"`` fetches no weights.
+    there are any, and those of sentence-transformers' layers. ``load_format="dummy"`` fetches no weights.
 
     A GGUF is a file, the only one in a directory without other weights, ``DIR:Q4_K_M``, ``owner/name:Q4_K_M``,
     ``owner/name/file.gguf``, or the only one of a hub id without other weights; of a split one, all parts.
@@ -48,21 +55,22 @@ def resolve_model_path(
         with_tokenizer: whether a GGUF's own tokenizer is needed, and must be one that is supported.
 
     Raises:
-        ModelNotFoundError: no such directory, file or hub id, no way to reach it, or several GGUF files in it.
+        ModelNotFoundError: no such directory, file or hub id, no way to reach it, several GGUF files in it, or none of
+            sentence-transformers' models that are served.
         GGUFError: the GGUF is damaged, or not supported.
     """
     path = Path(model_path).expanduser()
     try:
         gguf = find_gguf(path, load_format)
         if gguf is None and path.is_dir():
-            return str(path)
+            return transformer_folder(str(path))
         if gguf is None:
             _check_may_be_on_the_hub(model_path, path)
             found = _fetch(model_path, revision, download_dir, load_format, trust_remote_code)
             if isinstance(found, str):
-                return found
+                return transformer_folder(found)
             gguf = found
-    except ChoiceError as error:
+    except (ChoiceError, SentenceTransformerError) as error:
         raise ModelNotFoundError(str(error)) from None
     return str(checkpoint_folder(gguf, with_tokenizer))
 
@@ -96,7 +104,7 @@ def _fetch(
             if has_weights or not hub.names:
                 return directory
         return hub.fetch(wanted)
-    except ChoiceError:
+    except (ChoiceError, SentenceTransformerError):
         raise
     except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError) as error:
         place = repo_id if revision is None else f"{repo_id} at revision {revision!r}"
@@ -114,13 +122,30 @@ def _download(
     def fetch(patterns: list[str], **kwargs: Any) -> str:
         return snapshot_download(repo_id, revision=revision, cache_dir=download_dir, allow_patterns=patterns, **kwargs)
 
+    def fetch_weights(folder: str, ignored: list[str]) -> str | None:
+        """Return the directory, once it has weights in the folder; None if there are none."""
+        for pattern in _WEIGHT_PATTERNS[load_format]:
+            directory = fetch([f"{folder}{pattern}"], ignore_patterns=ignored)
+            if any(Path(directory).glob(f"{folder}{pattern}")):
+                return directory
+        return None
+
     directory = fetch(_SMALL_FILES + (_CODE_FILES if trust_remote_code else []))
-    for pattern in _WEIGHT_PATTERNS[load_format]:
-        # weights in subdirectories are copies for other programs
-        directory = fetch([pattern], ignore_patterns=["*/*", "consolidated*"])
-        if any(Path(directory).glob(pattern)):
-            return directory, True
-    return directory, load_format != "auto"
+    layers = folders_of_layers(directory)
+    for layer in layers:  # the model's own folder among them, in old checkpoints
+        fetch_weights(f"{layer}/", [])
+    if (Path(directory) / MODULES_FILE).is_file() and _WEIGHT_PATTERNS[load_format]:
+        fetch(list(HEAD_FILES))
+    # weights in other subdirectories are copies for other programs
+    found = fetch_weights("", ["*/*", "consolidated*"])
+    has_weights = found is not None or _has_weights(transformer_folder(directory), directory, load_format)
+    return found or directory, has_weights or load_format != "auto"
+
+
+def _has_weights(folder: str, directory: str, load_format: str) -> bool:
+    """Return whether an old checkpoint of sentence-transformers has weights in its model's folder."""
+    patterns = _WEIGHT_PATTERNS[load_format]
+    return folder != directory and any(any(Path(folder).glob(pattern)) for pattern in patterns)
 
 
 def first_line(error: Exception) -> str:

@@ -129,6 +129,20 @@ class SideBySide(Reduction):
         return torch.cat([each.reduce(states, counts) for each in self.reductions], dim=-1)
 
 
+class Behind(Reduction):
+    """Another reduction, of the states behind layers on each: [P, size] to [P, another size], in float32."""
+
+    def __init__(self, layers: Head, reduction: Reduction) -> None:
+        self.layers, self.reduction = layers, reduction
+        self.per_token, self.reads_prefix = reduction.per_token, reduction.reads_prefix
+
+    def positions(self, ids: npt.NDArray[np.int64]) -> Positions:
+        return self.reduction.positions(ids)
+
+    def reduce(self, states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return self.reduction.reduce(self.layers(states), counts)
+
+
 REDUCTIONS: Mapping[str, type[Reduction]] = {
     "cls": First,
     "last": Last,
@@ -143,6 +157,7 @@ FINISHES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda x: x.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
+    "tanh": torch.tanh,
 }
 
 
@@ -230,15 +245,20 @@ def _last_function(config: Any) -> str | None:
     settings = getattr(config, "sentence_transformers", None) or {}
     named = settings.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
     if named is not None:
-        known = {"Identity": None, "Sigmoid": "sigmoid", "Softmax": "softmax", "ReLU": "relu"}
-        name = str(named).rpartition(".")[2]
-        if name not in known:
-            raise ValueError(f"the last function must be one of {list(known)}, not {named!r}")
-        return known[name]
+        return last_function(str(named))
     problem = getattr(config, "problem_type", None)
     if problem == "regression":
         return None
     return "sigmoid" if config.num_labels == 1 or problem == "multi_label_classification" else "softmax"
+
+
+def last_function(named: str) -> str | None:
+    """Return the name among FINISHES of a class of torch.nn; None of the identity. Raise ValueError for another."""
+    known = {"Identity": None, "Sigmoid": "sigmoid", "Softmax": "softmax", "ReLU": "relu", "Tanh": "tanh"}
+    name = named.rpartition(".")[2]
+    if name not in known:
+        raise ValueError(f"the last function must be one of {list(known)}, not {named!r}")
+    return known[name]
 
 
 def token_classifiers(config: Any, head: Head) -> dict[str, Pooler]:

@@ -19,6 +19,7 @@ from rtp_llm.srt.request_spec import PromptMedia, RequestSpec
 from rtp_llm.srt.sampling_params import InvalidRequest, SamplingParams, token_ids
 
 NO_TOKENS = SamplingParams(max_new_tokens=0)
+EMBED = "embed"
 MEDIA = ("image_data", "video_data")  # options that ``with_media`` takes
 
 
@@ -213,7 +214,7 @@ class PooledRequests:
         self.check_task(prompt.task, dimensions)
         name, ids, pair_start = self._ids(prompt)
         self.manager.check_ids(name, ids, wants_new=False)
-        spec = PoolingSpec(prompt.task, dimensions, normalize, pair_start, prompt.against)
+        spec = PoolingSpec(prompt.task, dimensions, normalize, pair_start, prompt.against, self._skip(prompt, len(ids)))
         problem = self.manager.outputs.problem(spec, len(ids))
         if problem is not None:
             raise InvalidRequest(problem, name)
@@ -284,12 +285,30 @@ class PooledRequests:
             raise InvalidRequest(
                 f"prompt_name is {name!r}, and the checkpoint has {list(sentences.prompts) or 'none'}", "prompt_name"
             )
-        if not sentences.pools_prompt and sentences.prompts[name]:
+        return sentences.prompts[name]
+
+    def _skip(self, prompt: PoolingPrompt, num_tokens: int) -> int:
+        """Return how many of an input's first tokens its vector does not depend on by itself: those of the text that
+        was put before it, where the checkpoint says so (``include_prompt``), and special ones before that.
+
+        Raises:
+            InvalidRequest: the input has no other tokens.
+        """
+        if self.sentences.pools_prompt or prompt.task != EMBED or prompt.text is None:
+            return 0
+        before = self._prompt_text(prompt.options.get("prompt_name"))
+        if not before:
+            return 0
+        adds = prompt.options.get("add_special_tokens") is not False
+        ids, _ = self.manager.encode_input(before.lower() if self.sentences.lower_case else before, None, adds, None)
+        count = len(ids) - (bool(ids) and ids[-1] in self.special_ids)
+        if count >= num_tokens:
             raise InvalidRequest(
-                "the checkpoint's own texts are left out of the pooling (include_prompt), which is not supported",
+                f"the checkpoint's text before the input has {count} tokens, and the vector is made of those behind "
+                f"them; all together there are {num_tokens}",
                 "prompt_name",
             )
-        return sentences.prompts[name]
+        return count
 
 
 def _placed(error: InvalidRequest, prompt: PoolingPrompt) -> InvalidRequest:

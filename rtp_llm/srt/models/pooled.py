@@ -7,28 +7,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
 from rtp_llm.srt.configs.model_config import ModelConfig
-from rtp_llm.srt.configs.sentence_transformers import DenseModule, SentenceTransformer, SpladeModule
+from rtp_llm.srt.configs.sentence_transformers import HEAD_FILES, SentenceTransformer, SpladeModule
 from rtp_llm.srt.layers.encoder_attention import sees_both_ways
 from rtp_llm.srt.layers.pooled_decoder import as_pooled, as_scorer
-from rtp_llm.srt.layers.pooler import REDUCTIONS, EachToken, Pooler, Positions, Reduction, SideBySide
+from rtp_llm.srt.layers.pooler import (
+    FINISHES,
+    REDUCTIONS,
+    Behind,
+    EachToken,
+    Pooler,
+    Positions,
+    Reduction,
+    SideBySide,
+    last_function,
+)
 from rtp_llm.srt.layers.splade import Splade
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError
-from rtp_llm.srt.models.weight_files import find_weight_files, read_weights
+from rtp_llm.srt.models.sentence_layers import build_layers
+from rtp_llm.srt.models.weight_files import read_weights
 
 logger = logging.getLogger(__name__)
 
 # Names of transformers' classes that are a decoder with a layer ``score`` in place of its head.
 _SUFFIXES = {"ForSequenceClassification": "classify"}
-TOKEN_HEADS = {"sparse": ("sparse_linear.pt", "relu"), "token_embed": ("colbert_linear.pt", "normalize")}
+TOKEN_HEADS = {"sparse": (HEAD_FILES[0], "relu"), "token_embed": (HEAD_FILES[1], "normalize")}
 SPLADE = "splade"
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid}
 TOKENIZER_FILE = "tokenizer.json"
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
@@ -105,39 +114,68 @@ def _scorer(model_class: type[nn.Module], model_config: ModelConfig) -> type[nn.
 
 
 def set_pooling(model: nn.Module, model_config: ModelConfig, is_dummy: bool = False) -> None:
-    """Let a model embed as sentence-transformers' files, or the option ``pooling``, say.
+    """Let a model's outputs be as sentence-transformers' files, or the option ``pooling``, say.
 
     Args:
-        is_dummy: dense layers get random weights.
+        is_dummy: further layers get random weights.
 
     Raises:
-        ModelBuildError: the model embeds nothing, or a dense layer does not fit.
+        ModelBuildError: the model embeds nothing, or a layer does not fit.
     """
     poolers = dict(ModelTraits.of(model).poolers) | _token_heads(model, model_config)
-    sentences, pooling = model_config.sentence_transformer, model_config.pooling
+    sentences, pooling = model_config.sentence_transformer or SentenceTransformer(), model_config.pooling
     attributes: Any = model
-    if pooling == SPLADE or (pooling is None and sentences is not None and sentences.splade is not None):
-        asked = SpladeModule() if sentences is None or sentences.splade is None else sentences.splade
+    _set_last_function(poolers, sentences)
+    if pooling == SPLADE or (pooling is None and sentences.splade is not None):
+        asked = sentences.splade or SpladeModule()
         attributes.poolers = {"sparse": _splade(model, poolers.get("sparse"), asked)}
         return
     if "embed" not in poolers:
         if pooling is not None:
             raise ModelBuildError(f"{type(model).__name__} makes no vectors: leave out --pooling {pooling}")
         return
-    names = (pooling,) if pooling else () if sentences is None else sentences.poolings
-    old: Pooler = poolers["embed"]
+    attributes.poolers = poolers
+    names = (pooling,) if pooling else sentences.poolings
+    token_layers, size = build_layers(sentences.token_layers, poolers["embed"].width, is_dummy)
+    if token_layers is not None:
+        tokens = Pooler("all", size, token_layers, "normalize", sentences.normalizes_tokens)
+        attributes.poolers = poolers = {**poolers, "token_embed": tokens}
+        if not names:
+            del poolers["embed"]  # a model of late interaction alone
+            return
+    poolers["embed"] = _embed(poolers["embed"], model_config, names, token_layers, size, is_dummy)
+
+
+def _embed(
+    old: Pooler,
+    model_config: ModelConfig,
+    names: tuple[str, ...],
+    token_layers: nn.Module | None,
+    size: int,
+    is_dummy: bool,
+) -> Pooler:
+    """Return the pooler of vectors of whole inputs. ``size``: of a token's state behind ``token_layers``."""
+    sentences = model_config.sentence_transformer
     reduction = _reduction(names) or old.reduction
-    width = old.width * max(1, len(names))
-    head: nn.Module | None = None
-    if sentences is not None and sentences.dense:
-        head = nn.Sequential(*(_dense(dense, is_dummy) for dense in sentences.dense))
-        _check_sizes(sentences, width)
-        width = sentences.dense[-1].out_features
-    is_finished = old.is_finished if sentences is None else sentences.normalizes
-    attributes.poolers = {
-        **poolers,
-        "embed": Pooler(reduction, width, head or old.head, "normalize", is_finished),
-    }
+    if token_layers is not None:
+        reduction = Behind(token_layers, reduction)
+    width = size * len(names) if names else old.width
+    if sentences is None:
+        return Pooler(reduction, width, old.head, "normalize", old.is_finished)
+    head, width = build_layers(sentences.layers, width, is_dummy)
+    return Pooler(reduction, width, head or old.head, "normalize", sentences.normalizes)
+
+
+def _set_last_function(poolers: dict[str, Pooler], sentences: SentenceTransformer) -> None:
+    """Let a cross-encoder end in the function that its files name. Raise ModelBuildError for an unknown one."""
+    if sentences.last_function is None:
+        return
+    try:
+        name = last_function(sentences.last_function)
+    except ValueError as error:
+        raise ModelBuildError(str(error)) from error
+    for task in poolers.keys() & {"classify", "score"}:
+        poolers[task].finish = None if name is None else FINISHES[name]
 
 
 def _splade(model: nn.Module, pooler: Pooler | None, asked: SpladeModule) -> Splade:
@@ -186,37 +224,3 @@ def _reduction(names: tuple[str, ...]) -> Reduction | None:
         return None
     reductions = [REDUCTIONS[name]() for name in names]
     return reductions[0] if len(reductions) == 1 else SideBySide(reductions)
-
-
-def _check_sizes(sentences: SentenceTransformer, width: int) -> None:
-    for dense in sentences.dense:
-        if dense.in_features != width:
-            raise ModelBuildError(f"{dense.folder} takes vectors of {dense.in_features} components, but gets {width}")
-        width = dense.out_features
-
-
-class Dense(nn.Module):
-    """A layer of sentence-transformers on pooled vectors."""
-
-    def __init__(self, module: DenseModule) -> None:
-        super().__init__()
-        self.linear = nn.Linear(module.in_features, module.out_features, module.bias, dtype=torch.float32)
-        self.activation = module.activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.linear(x)
-        return x if self.activation is None else _ACTIVATIONS[self.activation](x)
-
-
-def _dense(module: DenseModule, is_dummy: bool) -> Dense:
-    layer = Dense(module).requires_grad_(False)
-    if is_dummy:
-        return layer
-    weights = dict(read_weights(find_weight_files(module.folder, "auto")))
-    expected = layer.state_dict()
-    if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
-        raise ModelBuildError(
-            f"{Path(module.folder)} must have the weights {sorted(expected)} of its config.json, not {sorted(weights)}"
-        )
-    layer.load_state_dict({name: tensor.float().clone() for name, tensor in weights.items()})
-    return layer

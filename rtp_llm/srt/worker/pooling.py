@@ -79,7 +79,7 @@ class RowPooling:
     def admit(self, admission: Admission, ids: npt.NDArray[np.int64]) -> None:
         spec = admission.spec.pooling
         if spec is not None:
-            positions = self._poolers[spec.task].positions(ids)
+            positions = self._poolers[spec.task].positions(ids[spec.skip :]) + spec.skip
             self._rows[admission.row] = PooledRow(spec, len(ids), positions)
 
     def release(self, row: int) -> None:
