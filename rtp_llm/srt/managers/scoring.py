@@ -188,6 +188,16 @@ def _rids(options: Mapping[str, Any], count: int) -> list[Any]:
     return [rid] if count == 1 else [None if rid is None else f"{rid}-{i}" for i in range(count)]
 
 
+def first_tokens(requests: PooledRequests, text: str, count: int) -> str:
+    """Return the text of a text's first tokens, special ones not counted; the text itself if it has no more.
+
+    Raises:
+        InvalidRequest: the text cannot be encoded.
+    """
+    ids, _ = requests.manager.encode_input(text, None, False, count + 1)
+    return text if len(ids) <= count else requests.manager.decode(ids[:count]).rstrip("\ufffd")  # half a character
+
+
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the cosine of two vectors of length one (or zero), in [-1, 1]."""
     return max(-1.0, min(1.0, sum(map(mul, a, b))))

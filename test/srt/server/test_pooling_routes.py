@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import socket
 from array import array
 from collections.abc import Iterator
@@ -180,3 +181,31 @@ def request_of(path: str, body: Any) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     return head.encode() + b"\r\n\r\n" + data
+
+
+def test_lengths_of_vectors(tmp_path: Path) -> None:
+    """As a checkpoint without Normalize has them, unless length one is asked for, or the dialect is Ollama's."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_checkpoint(tmp_path / "with-tokenizer"))
+    make_tiny("BertModel", tmp_path, vocab_size=len(tokenizer), max_position_embeddings=64)
+    tokenizer.save_pretrained(tmp_path)
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules.append({"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    with in_process(str(tmp_path), dtype="float32") as running:
+
+        def length(body: dict[str, Any], path: str = "/v1/embeddings") -> float:
+            answer = good(running, path, body)
+            vectors = answer.get("embeddings") or [answer.get("embedding") or answer["data"][0]["embedding"]]
+            return math.hypot(*vectors[0])
+
+        own = length({"input": TEXTS[0]})
+        assert abs(own - 1) > 0.1
+        assert length({"input": TEXTS[0], "use_activation": False}) == pytest.approx(own)
+        for same in ({"use_activation": True}, {"normalize": True}, {"normalize": True, "dimensions": 4}):
+            assert length({"input": TEXTS[0]} | same) == pytest.approx(1)
+        assert length({"input": TEXTS[0]}, "/api/embed") == pytest.approx(1)
+        assert length({"prompt": TEXTS[0]}, "/api/embeddings") == pytest.approx(own)
+        both = {"input": "a", "normalize": True, "use_activation": True}
+        assert "mean the same" in told(post(running, "/v1/embeddings", both))

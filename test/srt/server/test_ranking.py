@@ -102,6 +102,28 @@ def test_documents_are_sorted(pairs: InProcess, path: str) -> None:
     assert best == [{key: item[key] for key in ("index", "relevance_score")} for item in body["results"][:2]]
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])
+def test_documents_are_objects_that_come_back_whole(pairs: InProcess, path: str) -> None:
+    documents = [{"text": text, "id": i, "meta": {"title": "a"}} for i, text in enumerate(DOCUMENTS)]
+    asked = {"query": QUERY, "documents": [*documents, "sat"], "return_documents": True}
+    found = {item["index"]: item["document"] for item in good(pairs, path, asked)["results"]}
+    assert found == {**dict(enumerate(documents)), 3: {"text": "sat"}}
+    assert "documents.0" in error(post(pairs, path, asked | {"documents": [{"title": "a"}]}))["message"]
+
+
+def test_so_many_tokens_of_each_document_are_read(pairs: InProcess) -> None:
+    asked = {"query": QUERY, "documents": ["hello world the cat sat on the mat " * 20, "a dog", "hello world"]}
+    count = good(pairs, "/tokenize", {"prompt": "hello world", "add_special_tokens": False})["count"]
+    answer = good(pairs, "/v1/rerank", asked | {"max_tokens_per_doc": count})
+    scores = {item["index"]: item["relevance_score"] for item in answer["results"]}
+    assert scores[0] == pytest.approx(scores[2], abs=1e-6)
+    assert answer["results"][0]["document"]["text"] in asked["documents"]  # as they were given
+    assert "maximum context length" in error(post(pairs, "/v1/rerank", asked | {"max_tokens_per_doc": 0}))["message"]
+    assert error(post(pairs, "/v1/rerank", asked | {"max_tokens_per_doc": -1}))["param"] == "max_tokens_per_doc"
+    many = {"query": "a", "documents": ["b"] * 9, "max_tokens_per_doc": 4}
+    assert "at most 8" in error(post(pairs, "/v1/rerank", many))["message"]
+
+
 def test_scores_are_those_of_pairs(pairs: InProcess, folders: dict[str, str]) -> None:
     reranked = good(pairs, "/v1/rerank", {"query": QUERY, "documents": DOCUMENTS})
     wanted = by_index(reranked["results"])

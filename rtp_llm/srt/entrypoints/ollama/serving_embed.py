@@ -56,10 +56,12 @@ class OneEmbedding(TypedDict):
 
 class EmbedEndpoints(PooledEndpoint):
     async def embed(self, body: EmbedBody, request: Request) -> Response:
-        """Embed a text, or each of a list, in the form of Ollama's API. Without any, say that the model is loaded."""
+        """Embed a text, or each of a list, in the form of Ollama's API: vectors of length one. Without any, say that
+        the model is loaded."""
         start_s = time.perf_counter()
         inputs = [body.input] if isinstance(body.input, str) and body.input else list(body.input or ())
-        given = {"dimensions": body.dimensions, "truncate_prompt_tokens": -1 if body.truncate else None}
+        cut = -1 if body.truncate else None
+        given = {"dimensions": body.dimensions, "truncate_prompt_tokens": cut, "normalize": True}
         completions = await self._vectors(body, request, inputs, "input", given)
         if completions is None:
             return disconnected_response()

@@ -47,6 +47,7 @@ class EmbeddingRequest(PooledBody):
     normalize: bool | None = Field(
         None, description="extension: vectors of length one; unset: as the checkpoint has it"
     )
+    use_activation: bool | None = Field(None, description="extension: vLLM's name of normalize")
     add_special_tokens: bool | None = Field(None, description="extension: those around a text; unset: true")
     prompt_name: str | None = Field(None, description="extension: of a text of the checkpoint's, put before each input")
 
@@ -58,6 +59,8 @@ class EmbeddingRequest(PooledBody):
             raise InvalidRequest("give either input or messages, and not both", "messages")
         if self.messages is None and (self.add_generation_prompt or self.continue_final_message):
             raise InvalidRequest("add_generation_prompt and continue_final_message are for messages", "messages")
+        if self.normalize is not None and self.use_activation is not None:
+            raise InvalidRequest("use_activation and normalize mean the same: give one of them", "use_activation")
         return self
 
 
@@ -78,8 +81,9 @@ class EmbeddingsEndpoint(PooledEndpoint):
     async def create(self, body: EmbeddingRequest, request: Request) -> Response:
         """Embed a text, or each of a list, or a conversation. Vectors are in the order of inputs."""
         self._serving.check_model(body.model)
-        own = ("dimensions", "normalize", "add_special_tokens", "prompt_name")
+        own = ("dimensions", "add_special_tokens", "prompt_name")
         options = body.shared_options() | {name: getattr(body, name) for name in own}
+        options["normalize"] = body.use_activation if body.normalize is None else body.normalize
         if body.messages is None:
             with request_names({}):
                 inputs = texts_or_ids(body.input, "input")
