@@ -1,11 +1,11 @@
 """What a machine with a GPU should run: is it right there, and how fast is it, beside what the GPU can do?
 
-    python scripts/gpu_check.py [a b c d e] [--dry-run]
+    python scripts/gpu_check.py [a b c d e f] [--dry-run]
 
 Parts, of at most three minutes each, the most telling first: (a) kernels, attention, models and recorded steps beside
 their references; (b) ceilings of the device; (c) prefill and decode of whole models as shares of them; (d) requests
-with a common prefix; (e) transformers' continuous batching, and vLLM where it is installed. It prints rows for
-docs/performance.md. Nothing is downloaded; torch, triton and transformers suffice.
+with a common prefix; (e) transformers' continuous batching, and vLLM where it is installed; (f) sums of two ranks, on
+one GPU or two. It prints rows for docs/performance.md. Nothing is downloaded; torch, triton and transformers suffice.
 
 Exit code: 0 all right, 1 something is wrong, 2 no CUDA. ``--dry-run`` goes through all of it on a CPU that behaves like
 a GPU, with tiny shapes: its figures mean nothing.
@@ -32,6 +32,7 @@ from benchmark.gpu.ceilings import measure_ceilings
 from benchmark.gpu.correct import check_correctness
 from benchmark.gpu.machine import Machine, Rows
 from benchmark.gpu.peers import compare_peers
+from benchmark.gpu.ranks import check_ranks
 from benchmark.gpu.shared import measure_shared_prefix
 from benchmark.gpu.speed import measure_speed
 
@@ -41,6 +42,7 @@ PARTS: dict[str, Callable[[Machine], Rows]] = {
     "c": measure_speed,
     "d": measure_shared_prefix,
     "e": compare_peers,
+    "f": check_ranks,
 }
 
 
@@ -63,7 +65,7 @@ def run_part(part: str, machine: Machine, name: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check the engine on a GPU, and measure it.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="a to e; all of them if none is named")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="a to f; all of them if none is named")
     parser.add_argument("--dry-run", action="store_true", help="go through it on a CPU that behaves like a GPU")
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - PARTS.keys()):

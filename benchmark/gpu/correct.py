@@ -10,6 +10,8 @@ from benchmark.gpu.attention_cases import attention_cases, attention_error
 from benchmark.gpu.machine import Machine, Row, Rows
 from rtp_llm import Engine
 from rtp_llm.srt.kernels import reference as kernels
+from rtp_llm.srt.sampling_params import SamplingParams
+from rtp_llm.srt.worker.adjust_table import Adjustment, AdjustTable, adjust_rows
 from tiny_models import assert_same_ids, make_tiny, random_prompts, reference, tiny_model
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}  # absolute, for values of about 1
@@ -37,6 +39,8 @@ KERNELS: dict[str, Make] = {
 
 def check_correctness(machine: Machine) -> Rows:
     yield from check_kernels(machine)
+    yield check_adjusted_logits(machine)
+    yield from check_fp8(machine)
     yield from check_attention(machine)
     yield from check_models(machine)
     yield from check_graphs(machine)
@@ -58,6 +62,44 @@ def check_kernels(machine: Machine) -> Rows:
             for ours, theirs in zip(found, expected, strict=True)
         )
         yield Row(f"{name}, bfloat16", f"largest error {error:.1e}", error <= TOLERANCE["bfloat16"])
+
+
+def check_adjusted_logits(machine: Machine) -> Row:
+    """Penalties, biases, bans and masks by the device's kernel, beside plain torch's on the same device."""
+    vocab_size = machine.pick(151936, 300)
+    table = AdjustTable(4, vocab_size, machine.provider)
+    everything = SamplingParams(
+        repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.1, min_new_tokens=9,
+        logit_bias={"3": 2.5, "299": -1.0}, bad_words_ids=[[7], [1, 2], [2, 9]],
+    )  # fmt: skip
+    prompt = [*range(0, 290, 3)]
+    table.write({0: Adjustment(everything, prompt, [1, 2], [5, 6], 500)})
+    table.write({1: Adjustment(SamplingParams(allowed_token_ids=prompt, min_new_tokens=9), prompt, [], [3], 500)})
+    torch.manual_seed(0)
+    logits, words = torch.randn(4, vocab_size), torch.randint(-(1 << 31), 1 << 31, (1, (vocab_size + 31) // 32))
+    rows, lines = torch.tensor([1, 0, 2, 3]), torch.tensor([-1, 0, 0, -1])
+    given = [x.to(machine.torch_device) for x in (logits, rows, rows + 100, lines, words.int())]
+    ours, plain = table.adjust(*given), adjust_rows(*given[:3], table, *given[3:])
+    same = torch.equal(ours, plain)
+    return Row("adjusted logits", "equal to the last bit" if same else f"off by {(ours - plain).abs().max():.1e}", same)
+
+
+def check_fp8(machine: Machine) -> Rows:
+    """Products of weights in fp8 with rows that become fp8, where the device has them."""
+    for outputs, inputs, group_size in ((70, 384, 128), (512, 2048, 2048)):
+        what = f"products of fp8 with fp8, [{outputs}, {inputs}] by {group_size}"
+        if machine.is_dry:
+            yield Row(what, "the device has none of its own")
+            continue
+        torch.manual_seed(0)
+        weight = torch.randn(outputs, inputs).to(torch.float8_e4m3fn).to(machine.torch_device)
+        scales = torch.rand(outputs, inputs // group_size).to(machine.torch_device) / 50
+        packed = machine.provider.pack_fp8(weight, scales, group_size, rounds_inputs=True)
+        for num_rows in (1, 67, 300):
+            x = torch.randn(num_rows, inputs).bfloat16().to(machine.torch_device)
+            expected = kernels.linear_fp8(x, weight, scales, group_size)
+            error = ((packed.apply(x, None, torch.float32) - expected).abs().max() / expected.abs().max()).item()
+            yield Row(f"{what}, {num_rows} rows, {type(packed).__name__}", f"largest error {error:.1e}", error < 2e-3)
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

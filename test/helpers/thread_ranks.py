@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from rtp_llm.srt.distributed.parallel_state import GROUPS, RankGroup, World, WorldShape, seen_as
+from rtp_llm.srt.distributed.unsummed import NormOfSum, Unsummed, plain
 from rtp_llm.srt.engine.executor import DrawnTokens, Executor, joined_results
+from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.plan import StepPlan, StepResult, TokenMasks
 from rtp_llm.srt.worker.own_rows import OwnRows
 from rtp_llm.srt.worker.step import WorkerStep
@@ -61,7 +63,7 @@ class ThreadGroup(RankGroup):
         )
 
     def _exchange(self, x: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-        self._meeting.tensors[self.rank] = x
+        self._meeting.tensors[self.rank] = plain(x)
         self._meeting.barrier.wait()
         joined = join(self._meeting.tensors)
         self._meeting.barrier.wait()
@@ -73,6 +75,37 @@ class ThreadGroup(RankGroup):
 
     def receive(self, x: torch.Tensor, rank: int) -> torch.Tensor:
         return x.copy_(self._meeting.sent[rank, self.rank].get(timeout=TIMEOUT_S))
+
+
+class SumsWithNorms:
+    """Makes a group's sums wait for norms, as GPUs that read each other's memory do; ``normed`` counts those."""
+
+    def __init__(self) -> None:
+        self.normed = 0
+
+    def of(self, group: ThreadGroup, x: torch.Tensor) -> torch.Tensor:
+        later = _Later(self, group)
+        return Unsummed.of(plain(x).contiguous(), later) if x.dim() > 1 and group.world_size > 1 else later.total(x)
+
+
+class _Later:
+    def __init__(self, sums: SumsWithNorms, group: ThreadGroup) -> None:
+        self._sums, self._group = sums, group
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return (
+            x if self._group.world_size == 1 else self._group._exchange(x, lambda parts: torch.stack(parts).sum(dim=0))
+        )
+
+    def all_reduce(self, x: torch.Tensor) -> bool:
+        x.copy_(self.total(x.clone()))
+        return True
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: NormOfSum) -> tuple[torch.Tensor, torch.Tensor]:
+        self._sums.normed += 1
+        kernel = getattr(reference, f"add_{norm.kernel}")
+        result: tuple[torch.Tensor, torch.Tensor] = kernel(self.total(x.clone()), residual, norm.weight, norm.eps)
+        return result
 
 
 def thread_worlds(shape: WorldShape) -> list[World]:

@@ -16,7 +16,7 @@ def test_the_whole_check_runs() -> None:
     rows = [line for line in done.stdout.splitlines() if line.startswith("| 20")]
     assert not any("WRONG" in row for row in rows)
     parts = [row.split("|")[3].strip() for row in rows]
-    assert list(dict.fromkeys(parts)) == ["a", "b", "c", "d", "e"]
+    assert list(dict.fromkeys(parts)) == ["a", "b", "c", "d", "e", "f"]
     assert "left out" not in done.stdout
     for what in (
         r"attention, bfloat16 \| largest error",
@@ -28,11 +28,14 @@ def test_the_whole_check_runs() -> None:
         r"decode, tiny, .* of the bound by memory; device busy \d+%, host [\d.]+ ms a step",
         r"read once beside read for each, tiny \| [\d.]+ times as fast",
         r"ours, tiny, .* tokens/s of output",
+        r"adjusted logits \| equal to the last bit",
+        r"products of fp8 with fp8, \[70, 384\] by 128 \| (largest error|the device has none)",
+        r"two ranks on 0 GPUs, sums \| the ranks do not reach each other's memory",
         r"vLLM, tiny, .* \| did not run: RuntimeError: \['peers need a GPU'\]",
     ):
         assert re.search(what, done.stdout), f"no row like {what}:\n{done.stdout}"
 
 
 def test_a_part_that_is_not_there() -> None:
-    done = run_python([SCRIPT, "--dry-run", "f"])
-    assert done.returncode == 2 and "there is no part 'f'; have a, b, c, d, e" in done.stderr
+    done = run_python([SCRIPT, "--dry-run", "g"])
+    assert done.returncode == 2 and "there is no part 'g'; have a, b, c, d, e, f" in done.stderr

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from rtp_llm.srt.distributed.unsummed import SumsLater, Unsummed, plain
+
 TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR, DATA = "tensor", "pipeline", "expert", "expert_tensor", "data"
 GROUPS = (TENSOR, PIPELINE, EXPERT, EXPERT_TENSOR, DATA)
 
@@ -89,8 +91,11 @@ class ArrivedTokens(Protocol):
         sum for each of the tokens that this rank has sent. All ranks call it, before any sends more."""
 
 
-class SharedMemory(Protocol):
+class SharedMemory(SumsLater, Protocol):
     """A device's own way between ranks of one machine. All of them call an operation, in the same order."""
+
+    def defers(self, x: torch.Tensor) -> bool:
+        """Whether the sum of a contiguous tensor may wait for a norm, which costs no further launch then."""
 
     def all_reduce(self, x: torch.Tensor) -> bool:
         """Sum a contiguous tensor over the ranks, in place; return False if it does not take this tensor."""
@@ -161,10 +166,12 @@ class RankGroup:
         return self._process_group if self._process_group is not None else dist.group.WORLD
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``x`` over the ranks, in its shape and dtype. May write to ``x``."""
+        """Return the sum of ``x`` over the ranks, in its shape and dtype. May write to ``x``, also later."""
         if self.world_size == 1:
             return x
-        x = x.contiguous()
+        x = plain(x).contiguous()
+        if self.shared is not None and self.shared.defers(x):
+            return Unsummed.of(x, self.shared)
         if self.shared is None or not self.shared.all_reduce(x):
             dist.all_reduce(x, group=self._process_group)
         return x
@@ -180,7 +187,7 @@ class RankGroup:
         """Return the ranks' ``x``, all of one shape, concatenated along ``dim`` in rank order."""
         if self.world_size == 1:
             return x
-        x = x.contiguous()
+        x = plain(x).contiguous()
         gathered = None if self.shared is None else self.shared.all_gather(x)
         if gathered is not None:
             return torch.cat(gathered.unbind(), dim=dim)
@@ -198,7 +205,7 @@ class RankGroup:
         Raises:
             ValueError: ``x`` has not as many rows as ``counts`` says.
         """
-        sent, received = list(counts[self.rank]), [of_rank[self.rank] for of_rank in counts]
+        x, sent, received = plain(x), list(counts[self.rank]), [of_rank[self.rank] for of_rank in counts]
         if len(x) != sum(sent):
             raise ValueError(f"rank {self.rank} has {len(x)} rows to send, but its counts are {sent}")
         if self.world_size == 1:
@@ -209,7 +216,7 @@ class RankGroup:
 
     def send(self, x: torch.Tensor, rank: int) -> dist.Work:
         """Begin to send a tensor to another rank of the group. Keep ``x`` as it is until the result's ``wait()``."""
-        work = dist.isend(x, self.members[rank], group=self._process_group)
+        work = dist.isend(plain(x), self.members[rank], group=self._process_group)
         assert work is not None  # as on ranks outside of the group
         return work
 

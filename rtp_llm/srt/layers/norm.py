@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_llm.srt.device.choice import pick
+from rtp_llm.srt.distributed.unsummed import NormOfSum, Unsummed, plain
 from rtp_llm.srt.layers.weights import default_weight_loader, make_parameter
 
 _NOT_GIVEN: Any = object()
@@ -47,6 +48,14 @@ class Norm(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = _NOT_GIVEN
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(x, Unsummed):
+            if residual is not _NOT_GIVEN and residual is not None:
+                of_sum = self.norm_of_sum()
+                both = None if of_sum is None else x.add_norm(residual, of_sum)
+                if both is not None:
+                    return both
+            x = x.summed()
+        residual = plain(residual)
         if residual is _NOT_GIVEN:
             return self.normalise(x)
         return (self.normalise(x), x) if residual is None else self.add_and_normalise(x, residual)
@@ -57,6 +66,10 @@ class Norm(nn.Module):
     def add_and_normalise(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         residual = residual + x
         return self.normalise(residual), residual
+
+    def norm_of_sum(self) -> NormOfSum | None:
+        """Return it for a device that sums ``x`` over the ranks first; None: it computes nothing of the kind."""
+        return None
 
 
 class RMSNorm(Norm):
@@ -92,6 +105,11 @@ class RMSNorm(Norm):
         if self.is_wide or self.var_hidden_size is not None:
             return super().add_and_normalise(x, residual)
         return self._add_norm(x, residual, self.weight, self.variance_epsilon)
+
+    def norm_of_sum(self) -> NormOfSum | None:
+        if self.is_wide or self.var_hidden_size is not None:
+            return None
+        return NormOfSum(self.kernel, self.weight, self.variance_epsilon)
 
     def _normalise_plainly(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from plain_models import PLAIN_MODELS
 from stepped_core import Core, greedy_requests
+from thread_ranks import SumsWithNorms, ThreadGroup
 
 from rtp_llm import ModelRegistry
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -63,6 +64,18 @@ def check_loads(core: Core, num_parts: int, of_own_requests: bool) -> None:
 @pytest.mark.parametrize("architecture", QUICK)
 def test_two_ranks_quickly(architecture: str, tmp_path: Path) -> None:
     check_ranks(architecture, tmp_path, {}, tp_size=2)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [QUICK[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name != QUICK[0])],
+)
+def test_sums_that_wait_for_norms(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: a norm may compute the sum before it, and whatever else uses one finds it summed."""
+    sums = SumsWithNorms()
+    monkeypatch.setattr(ThreadGroup, "all_reduce", lambda group, x: sums.of(group, x))
+    check_ranks(architecture, tmp_path, {}, tp_size=2)
+    assert sums.normed or architecture not in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @pytest.mark.slow

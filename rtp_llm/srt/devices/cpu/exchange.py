@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, bind
 from rtp_llm.srt.distributed.parallel_state import RankGroup
+from rtp_llm.srt.distributed.unsummed import NormOfSum
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,12 @@ class SharedExchange:
             return False
         _check(self._all_reduce(*self._place, x.data_ptr(), x.numel(), DTYPES[x.dtype]))
         return True
+
+    def defers(self, x: torch.Tensor) -> bool:
+        return False  # a launch less is nothing where a launch is a call
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: NormOfSum) -> None:
+        return None
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return a contiguous tensor of each rank, [ranks, *x.shape]; None if it is not on a CPU. Raise as above."""

@@ -8,8 +8,10 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from rtp_llm.srt.device.graphs import GraphCapture
+from rtp_llm.srt.devices.cuda import exchange
 from rtp_llm.srt.devices.cuda.graphs import CudaGraphs
 from rtp_llm.srt.devices.cuda.triton_provider import TritonProvider
+from rtp_llm.srt.distributed.parallel_state import RankGroup
 
 
 class CudaProvider(TritonProvider):
@@ -40,6 +42,10 @@ class CudaProvider(TritonProvider):
         )  # ranks of other machines count, too; Ray shows each rank its GPU alone
         torch.cuda.set_device(index)
         return torch.device(self.torch_device, index)
+
+    def share_memory(self, group: RankGroup, timeout_s: float) -> None:
+        """See ``exchange.py``. A rank that does not come lets the others wait on their devices until they are ended."""
+        group.shared = exchange.share_memory(group)
 
     def graph_capture(self) -> GraphCapture:
         return CudaGraphs()
