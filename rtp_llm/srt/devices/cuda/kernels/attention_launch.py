@@ -155,9 +155,9 @@ def _extend_tile(q: torch.Tensor, is_int8: bool = False) -> tuple[int, int, int,
     """(BLOCK_M, BLOCK_N, warps, stages). Registers are what limits a tile: none may be spilled."""
     size = q.shape[2]
     if q.dtype == torch.float32:
-        return (32, 32, 4, 2) if size <= 128 else (16, 16, 4, 2)
+        return (32, 16 if generation() < 9 else 32, 4, 2) if size <= 128 else (16, 16, 4, 2)
     if generation() < 9:
-        return (64, 16 if is_int8 else 32, 4, 3) if size <= 128 else (32, 32, 4 if size <= 256 else 8, 2)
+        return (64, 16 if is_int8 else 32, 4, 3) if size <= 128 else (32, 16 if size <= 256 else 32, 8, 2)
     if size <= 64:
         return 128, 64, 4, 3
     if size <= 128:

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from rtp_llm.srt.devices.cuda.kernels import products as kernels
+from rtp_llm.srt.devices.cuda.kernels.gpu import generation
 
 PROGRAMS = 264  # that a launch should have: two for each processor of an H200
 MOST_SPLITS = 16
@@ -78,9 +79,11 @@ def _tile(weight: Weight, rows: int, dtype: torch.dtype) -> Tile:
     if is_wide:
         return Tile(64, 16 if rows <= 16 else 64, columns, 4, 2)
     if rows <= 64:
-        return Tile(64, max(16, triton.next_power_of_2(rows)), columns, 4, 3)
-    if is_fp8 and not weight.has_one_scale:  # products are apart from their sums, and take as many registers
-        return Tile(128, 64, columns, 8, 3)
+        # with three stages, Triton 3.6 spills what it makes of a table for 16 rows of Blackwell's tensor cores
+        spills = weight.code == kernels.TABLE.value and rows <= 16 and generation() >= 10
+        return Tile(64, max(16, triton.next_power_of_2(rows)), columns, 4, 2 if spills else 3)
+    if not weight.has_one_scale and (is_fp8 or generation() < 9):
+        return Tile(128, 64, columns, 8, 3)  # products are apart from their sums, and take as many registers
     return Tile(128, 128, columns, 8, 3)
 
 

@@ -16,7 +16,6 @@ from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.sampling_params import SamplingParams
 
 BLOCK = 4096  # logits that are read at once
-DRAW_BLOCK = 2048  # in a draw, whose numbers of 64 bits take more registers
 MOST_PARTS = 64  # of a row whose largest logit is looked for
 LOWEST, LARGEST = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
@@ -297,8 +296,8 @@ def draw_rows(
             *columns,
             logits.shape[1],
             logits.stride(0),
-            BLOCK=max(64, min(DRAW_BLOCK, triton.next_power_of_2(logits.shape[1]))),
-            num_warps=16,
+            BLOCK=max(64, min(BLOCK, triton.next_power_of_2(logits.shape[1]))),
+            num_warps=8,
         )
     return tokens
 
