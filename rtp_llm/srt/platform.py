@@ -138,7 +138,7 @@ def cpu_flags() -> frozenset[str]:
 
 def _flags_of_apple() -> frozenset[str]:
     """Return the features that kernels are compiled for and macOS reports (``hw.optional.arm.FEAT_BF16: 1``)."""
-    names = {"FEAT_DotProd": "asimddp", "FEAT_BF16": "bf16"}
+    names = {"FEAT_DotProd": "asimddp", "FEAT_BF16": "bf16", "FEAT_I8MM": "i8mm"}
     command = ["/usr/sbin/sysctl", *(f"hw.optional.arm.{name}" for name in names)]
     answer = subprocess.run(command, capture_output=True, text=True).stdout  # without lines for what it does not know
     return frozenset(names[name] for name in re.findall(r"^hw\.optional\.arm\.(\w+): 1$", answer, re.MULTILINE))

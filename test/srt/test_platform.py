@@ -89,7 +89,8 @@ def test_less_than_a_processor_is_one_thread(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "isas"),
     [
-        ("Features\t: fp asimd evtstrm aes asimdhp asimddp sve i8mm bf16", ["neon_bf16", "neon_dot", "portable"]),
+        ("Features\t: fp asimd asimddp sve i8mm bf16", ["neon_i8mm", "neon_bf16", "neon_dot", "portable"]),
+        ("Features\t: fp asimd evtstrm aes asimdhp asimddp bf16", ["neon_bf16", "neon_dot", "portable"]),
         ("Features\t: fp asimd evtstrm crc32 asimdhp asimddp", ["neon_dot", "portable"]),
         ("Features\t: fp asimd evtstrm crc32 cpuid", ["portable"]),
         ("flags\t\t: fpu sse2 fma f16c avx2 avx_vnni", ["avx2_vnni", "avx2", "portable"]),
@@ -104,11 +105,11 @@ def test_instruction_sets_by_the_features_of_processors(
 
 
 def test_features_of_an_apple_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = "hw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_BF16: 0\n"
+    answer = "hw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_BF16: 0\nhw.optional.arm.FEAT_I8MM: 1\n"
     monkeypatch.setattr(platform.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(platform.subprocess, "run", lambda *_, **__: CompletedProcess([], 0, stdout=answer))
-    assert platform.cpu_flags.__wrapped__() == {"asimddp"}
+    assert platform.cpu_flags.__wrapped__() == {"asimddp", "i8mm"}
 
 
 def test_numa_nodes_and_their_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 //
 // `python benchmark/cpu_kernels.py --tune` measures both ways under the instruction set of this machine, or the one in
 // RTP_LLM_CPU_ISA, and writes its line of the table anew; docs/performance.md has the figures. Not measured so far, for
-// want of such a machine: avx2_vnni, which has avx2's line, and both of neon.
+// want of such a machine: avx2_vnni, which has avx2's line, and those of neon.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ constexpr int64_t ROWS_OF_CHOICE[] = {
 #elif defined(__AVX2__)
     6, 4, 6, 4, 96  // avx2
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    2, 2, 2, 4, 96  // neon_bf16
+    2, 2, 2, 4, 96  // neon_i8mm, neon_bf16
 #elif defined(__ARM_FEATURE_DOTPROD)
     2, 2, 2, 4, 96  // neon_dot
 #else

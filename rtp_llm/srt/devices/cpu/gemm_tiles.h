@@ -1,6 +1,7 @@
 // Results, and one tile of rows times one panel.
 #pragma once
 
+#include "gemm_matrix.h"
 #include "gemm_rows.h"
 
 namespace {
@@ -142,8 +143,22 @@ INLINE void each_pass(F&& f) {
     for (int pass = 0; pass < PASSES<R>; pass++) f(pass, pass * COUNT, std::integral_constant<int, COUNT>{});
 }
 
+// As tile_bf16 and tile_int8, by matrix instructions. S: vec or ivec.
+template <int R, class S>
+INLINE void tile_of_squares(const uint32_t* x, const uint32_t* panel, int64_t units, S (&result)[R][VECS], Next next) {
+    each_pass<R>([&](int pass, int first, auto count) {
+        S sums[R][count];
+        multiply_squares<R, count>(x, panel + first * LANES, units, sums, [&](int64_t u, const uint32_t* w) {
+            if (pass == 0) ahead<R>(w);
+            next.ask<R>(pass * units + u);
+        });
+        for (int r = 0; r < R; r++) std::memcpy(result[r] + first, sums[r], sizeof sums[r]);
+    });
+}
+
 template <int R>
 NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units, vec (&result)[R][VECS], Next next) {
+    if constexpr (HAVE_MATRIX_OF_BF16 && R >= FEWEST_OF_MATRIX) return tile_of_squares(x, panel, units, result, next);
     each_pass<R>([&](int pass, int first, auto count) {
         const UnitOf<R>* rows = x;
         const Next asked = next;
@@ -163,6 +178,7 @@ NOINLINE void tile_bf16(const UnitOf<R>* x, const uint32_t* panel, int64_t units
 
 template <int R>
 NOINLINE void tile_int8(const FourOf<R>* x, const uint32_t* panel, int64_t units, ivec (&result)[R][VECS], Next next) {
+    if constexpr (HAVE_MATRIX_OF_BYTES && R >= FEWEST_OF_MATRIX) return tile_of_squares(x, panel, units, result, next);
     each_pass<R>([&](int pass, int first, auto count) {
         ivec sums[R][count];
         for (auto& row : sums)

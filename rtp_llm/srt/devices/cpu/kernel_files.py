@@ -39,6 +39,7 @@ X86_64: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
 }
 AARCH64: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "neon_i8mm": (("asimddp", "bf16", "i8mm"), ("-march=armv8.2-a+dotprod+bf16+i8mm",)),
     "neon_bf16": (("asimddp", "bf16"), ("-march=armv8.2-a+dotprod+bf16",)),
     "neon_dot": (("asimddp",), ("-march=armv8.2-a+dotprod",)),
 }
