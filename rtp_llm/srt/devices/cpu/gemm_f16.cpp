@@ -16,7 +16,13 @@ KERNEL void gemm_f16(const f16* x, int64_t x_stride, int64_t M, const f16* packe
     multiply_numbers(x, x_stride, M, packed, N, K, bias, bias_is_float, out, out_stride, out_is_float, activation);
 }
 
+KERNEL int grouped_gemm_f16(const f16* x, int64_t x_stride, int64_t M, const int64_t* rows_per_group, int64_t groups,
+                            const f16* packed, int64_t N, int64_t K, const f16* bias, f16* out, int64_t out_stride) {
+    return multiply_groups(x, x_stride, M, rows_per_group, groups, packed, N, K, bias, out, out_stride);
+}
+
 // ---- calls from a list
 
 REPLAYED(rows_f16)
 REPLAYED(gemm_f16)
+REPLAYED(grouped_gemm_f16)

@@ -24,14 +24,17 @@ INLINE int64_t place(int64_t n, int64_t k) {
     return (k / 2 * 2 + n / HALF_PANEL) * PANEL + k % 2 * HALF_PANEL + n % HALF_PANEL;
 }
 
-// Rows as pairs of inputs in float32: unit u of row r of a tile of R rows is number u * R + r of the tile.
-template <class T>
+// Rows as pairs of inputs in float32: unit u of row r of a tile of R rows is number u * R + r of the tile. Cut: Tiles or
+// GroupTiles.
+template <class T, class Cut>
 class WideRows {
    public:
-    const Tiles tiles;
+    const Cut& tiles;
 
-    WideRows(const T* x, int64_t stride, int64_t M, int64_t K)
-        : tiles(M), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)), pairs_(scratch<Pair, 0>(M * units_)) {}
+    WideRows(const T* x, int64_t stride, const Cut& tiles, int64_t K)
+        : tiles(tiles), x_(x), stride_(stride), K_(K), units_(divide_up(K, 2)) {
+        pairs_ = scratch<Pair, 0>(tiles.rows * units_);
+    }
 
     // To be called by all threads of a team, each with a copy. With few rows each thread widens all of them, which takes
     // less time than waiting for the others.
@@ -191,13 +194,14 @@ void multiply_numbers(const T* x, int64_t x_stride, int64_t M, const T* packed, 
                       int activation) {
     int64_t units = divide_up(K, 2);
     OutputIn<T> output{out, out_stride, N, bias, out_is_float != 0, bias_is_float != 0, Activation(activation)};
-    const WideRows<T> shared(x, x_stride, M, K);
+    const Tiles tiles(M);
+    const WideRows<T, Tiles> shared(x, x_stride, tiles, K);
     Panels panels(output, M <= ROWS_OF_WHOLE_PANELS ? IN_ORDER : PANELS_AT_ONCE);
 #pragma omp parallel
     {
-        WideRows<T> input = shared;
+        WideRows<T, Tiles> input = shared;
         input.pack();
-        each_tile(output, input.tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following following) {
+        each_tile(output, tiles, panels, [&](int64_t p, int64_t start, auto& sums, Following following) {
             constexpr int R = ROWS_OF<decltype(sums)>;
             const Pair* rows = input.rows(start);
             const T* panel = packed + p * units * 2 * PANEL;
@@ -206,6 +210,44 @@ void multiply_numbers(const T* x, int64_t x_stride, int64_t M, const T* packed, 
             tile_of_numbers<R>(rows, panel, units, sums, next);
         });
     }
+}
+
+// out [M, N] = x [M, K] times the weight, and plus the bias, of each row's group, for all groups in one call. Rows are
+// sorted by group, rows_per_group of each. packed: [groups] weights, one after the other; bias: [groups][N] or null.
+// Returns whether groups have M rows together.
+template <class T>
+int multiply_groups(const T* x, int64_t x_stride, int64_t M, const int64_t* rows_per_group, int64_t groups,
+                    const T* packed, int64_t N, int64_t K, const T* bias, T* out, int64_t out_stride) {
+    const GroupTiles tiles(rows_per_group, groups, ROWS);
+    if (tiles.rows != M) return 0;
+    const int64_t units = divide_up(K, 2), panels = divide_up(N, PANEL);
+    const int64_t at_once = panels_of_piece(M, int64_t(tiles.ids.size()), panels), pieces = divide_up(panels, at_once);
+    const WideRows<T, GroupTiles> shared(x, x_stride, tiles, K);
+#pragma omp parallel
+    {
+        WideRows<T, GroupTiles> input = shared;
+        input.pack();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < int64_t(tiles.ids.size()) * pieces; task++) {
+            const int64_t i = task / pieces, g = tiles.ids[i], first = task % pieces * at_once;
+            const OutputIn<T> output{out, out_stride, N, bias ? bias + g * N : nullptr, false, false};
+            for (int64_t t = tiles.firsts[i]; t < tiles.firsts[i + 1]; t++) {
+                const int64_t start = tiles.start(t);
+                with_rows(tiles.start(t + 1) - start, [&](auto constant) {
+                    constexpr int R = decltype(constant)::value;
+                    const Pair* rows = input.rows(start);
+                    for (int64_t p = first; p < std::min(first + at_once, panels); p++) {
+                        vec sums[R][VECS];
+                        const T* panel = packed + (g * panels + p) * units * 2 * PANEL;
+                        const uint32_t* words = reinterpret_cast<const uint32_t*>(panel);
+                        tile_of_numbers<R>(rows, panel, units, sums, Following{}.of<R>(rows, units, words, 0));
+                        write_tile<R>(output, start, p * PANEL, sums);
+                    }
+                });
+            }
+        }
+    }
+    return 1;
 }
 
 }  // namespace

@@ -122,10 +122,17 @@ class PanelWeight(PackedWeight):
 
 
 def pack_bfloat16(weight: torch.Tensor, packed: torch.Tensor) -> None:
-    """Pack [N, K], whose last dimension is contiguous, into [ceil(N / PANEL), ceil(K / 2), PANEL, 2]."""
+    """Pack [N, K], whose last dimension is contiguous, into [ceil(N / PANEL), ceil(K / 2), 2 * PANEL]."""
     if weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
         raise ValueError(f"expected contiguous rows in bfloat16, not {weight.dtype} of strides {weight.stride()}")
     _function("pack_bf16")(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
+
+
+def pack_float16(weight: torch.Tensor, packed: torch.Tensor) -> None:
+    """Pack [N, K], whose last dimension is contiguous, into [ceil(N / PANEL), ceil(K / 2), 2 * PANEL]."""
+    if weight.dtype != torch.float16 or weight.stride(1) != 1:
+        raise ValueError(f"expected contiguous rows in float16, not {weight.dtype} of strides {weight.stride()}")
+    _function("pack_f16")(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
 
 
 class BFloat16Panels(PanelWeight):

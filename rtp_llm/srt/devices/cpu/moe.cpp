@@ -32,28 +32,40 @@ KERNEL void gather_rows(const char* x, int64_t x_stride, const int64_t* order, i
 
 // Row t of y [tokens, size] = the sum of weights[t][j] times row places[t][j] of x, in float32 and rounded once; weights
 // are rounded before.
-KERNEL void sum_rows(const bf16* x, const int64_t* places, const float* weights, int64_t tokens, int64_t top_k,
-                     int64_t size, bf16* y) {
+template <class T>
+static void add_rows(const T* x, const int64_t* places, const float* weights, int64_t tokens, int64_t top_k, int64_t size,
+                     T* y) {
 #pragma omp parallel for schedule(static) if (tokens * top_k * size >= WORTH_THREADS)
     for (int64_t t = 0; t < tokens; t++) {
         auto add_up = [&](int64_t i, auto load_from) {
             vec sum{};
             for (int64_t j = 0; j < top_k; j++) {
-                float weight = to_float(from_float<bf16>(weights[t * top_k + j]));
+                float weight = to_float(from_float<T>(weights[t * top_k + j]));
                 sum += load_from(x + places[t * top_k + j] * size + i) * weight;
             }
             return sum;
         };
         int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) store(y + t * size + i, add_up(i, [](const bf16* p) { return load(p); }));
+        for (; i + LANES <= size; i += LANES) store(y + t * size + i, add_up(i, [](const T* p) { return load(p); }));
         if (i == size) continue;
         int rest = int(size - i);
-        store_part(y + t * size + i, add_up(i, [&](const bf16* p) { return load_part(p, rest); }), rest);
+        store_part(y + t * size + i, add_up(i, [&](const T* p) { return load_part(p, rest); }), rest);
     }
+}
+
+KERNEL void sum_rows_bf16(const bf16* x, const int64_t* places, const float* weights, int64_t tokens, int64_t top_k,
+                          int64_t size, bf16* y) {
+    add_rows(x, places, weights, tokens, top_k, size, y);
+}
+
+KERNEL void sum_rows_f16(const f16* x, const int64_t* places, const float* weights, int64_t tokens, int64_t top_k,
+                         int64_t size, f16* y) {
+    add_rows(x, places, weights, tokens, top_k, size, y);
 }
 
 // ---- calls from a list
 
 REPLAYED(group_rows)
 REPLAYED(gather_rows)
-REPLAYED(sum_rows)
+REPLAYED(sum_rows_bf16)
+REPLAYED(sum_rows_f16)

@@ -1,4 +1,4 @@
-"""Mixtures of experts in bfloat16 and int8: a sort of rows by expert, one product for all, and the weighted sum."""
+"""Mixtures of experts in 16 bits and int8: a sort of rows by expert, one product for all, and the weighted sum."""
 
 import functools
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ import torch
 
 from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
-from rtp_llm.srt.devices.cpu.linear import PANEL, Int8Panels, pack_bfloat16
+from rtp_llm.srt.devices.cpu.linear import PANEL, Int8Panels, pack_bfloat16, pack_float16
 from rtp_llm.srt.kernels import reference
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 
 DTYPES = (torch.bfloat16, torch.float32)  # of rows that int8 multiplies, and of its biases
+HALVES = {torch.bfloat16: "bf16", torch.float16: "f16"}  # of experts that are not quantized, with names of kernels
 
 
 @functools.cache
@@ -22,43 +23,46 @@ def _function(name: str) -> Kernel:
         "gather_rows": (POINTER, INT64, POINTER, INT64, INT64, INT64, POINTER),
         "sum_rows": (POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER),
     }
-    return bind("moe", name, *types[name], result=INT if name == "group_rows" else None)
+    kernel = name.removesuffix("_bf16").removesuffix("_f16")
+    return bind("moe", name, *types[kernel], result=INT if name == "group_rows" else None)
 
 
 @functools.cache
 def _grouped_gemm(name: str) -> Kernel:
     rows = (INT64, INT64, POINTER, INT64)  # x_stride, M, rows_per_group, groups
-    types = {
-        "bf16": (POINTER, *rows, POINTER, INT64, INT64, POINTER, POINTER, INT64),
-        "int8": (POINTER, INT, *rows, *(POINTER,) * 3, INT64, INT64, POINTER, INT, POINTER, INT64, INT),
-    }
-    return bind("gemm" if name == "bf16" else f"gemm_{name}", f"grouped_gemm_{name}", *types[name], result=INT)
+    plain = (POINTER, *rows, POINTER, INT64, INT64, POINTER, POINTER, INT64)
+    of_bytes = (POINTER, INT, *rows, *(POINTER,) * 3, INT64, INT64, POINTER, INT, POINTER, INT64, INT)
+    types = of_bytes if name == "int8" else plain
+    return bind("gemm" if name == "bf16" else f"gemm_{name}", f"grouped_gemm_{name}", *types, result=INT)
 
 
 class ExpertPanels(PackedExperts):
-    """weight: [groups, N, K] bfloat16, a linear layer for each group of rows, each packed as in ``BFloat16Panels``."""
+    """weight: [groups, N, K] bfloat16 or float16, a linear layer for each group of rows, each packed as in
+    ``BFloat16Panels`` or ``Float16Panels``."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.num_groups, *shape = weight.shape
-        self.shape = shape[0], shape[1]
+        self.shape, self.dtype = (shape[0], shape[1]), weight.dtype
         panels, units = -(-self.shape[0] // PANEL), -(-self.shape[1] // 2)
-        self.packed = memory.weights.empty(self.num_groups, panels, units, PANEL, 2, dtype=torch.bfloat16)
+        self.packed = memory.weights.empty(self.num_groups, panels, units, 2 * PANEL, dtype=self.dtype)
+        pack = pack_float16 if self.dtype == torch.float16 else pack_bfloat16
         for matrix, packed in zip(weight, self.packed, strict=True):
-            pack_bfloat16(matrix, packed)
+            pack(matrix, packed)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed]
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """As ``reference.grouped_linear``, for bfloat16 rows."""
-        if x.dtype != torch.bfloat16 or x.shape[1] != self.shape[1] or len(rows_per_expert) != self.num_groups:
+        """As ``reference.grouped_linear``, for rows in the dtype of the weights."""
+        if x.dtype != self.dtype or x.shape[1] != self.shape[1] or len(rows_per_expert) != self.num_groups:
+            name = str(self.dtype).removeprefix("torch.")
             raise ValueError(
-                f"experts {[self.num_groups, *self.shape]} take bfloat16 [rows, {self.shape[1]}] in {self.num_groups} "
+                f"experts {[self.num_groups, *self.shape]} take {name} [rows, {self.shape[1]}] in {self.num_groups} "
                 f"groups, not {x.dtype} {list(x.shape)} in {len(rows_per_expert)}"
             )
-        x, bias = x.contiguous(), None if bias is None else bias.bfloat16().contiguous()
-        out = memory.empty((x.shape[0], self.shape[0]), torch.bfloat16)
-        if not _grouped_gemm("bf16")(
+        x, bias = x.contiguous(), None if bias is None else bias.to(self.dtype).contiguous()
+        out = memory.empty((x.shape[0], self.shape[0]), self.dtype)
+        if not _grouped_gemm(HALVES[self.dtype])(
             x.data_ptr(), x.shape[1], x.shape[0], rows_per_expert.data_ptr(), self.num_groups, self.packed.data_ptr(),
             *self.shape, address(bias), out.data_ptr(), out.shape[1],
         ):  # fmt: skip
@@ -134,12 +138,12 @@ def gather_rows(x: torch.Tensor, order: torch.Tensor, repeats: int) -> torch.Ten
 
 
 def sum_rows(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    if rows.dtype != torch.bfloat16 or not rows.is_cpu:
+    if rows.dtype not in HALVES or not rows.is_cpu:
         return reference.sum_rows(rows, places, weights)
     rows, weights = rows.contiguous(), weights.float().contiguous()
     num_tokens, top_k = weights.shape
-    out = memory.empty((num_tokens, rows.shape[1]), torch.bfloat16)
-    _function("sum_rows")(
+    out = memory.empty((num_tokens, rows.shape[1]), rows.dtype)
+    _function(f"sum_rows_{HALVES[rows.dtype]}")(
         rows.data_ptr(), places.data_ptr(), weights.data_ptr(), num_tokens, top_k, rows.shape[1], out.data_ptr()
     )
     return out

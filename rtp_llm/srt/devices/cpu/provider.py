@@ -28,7 +28,7 @@ PANELS: dict[torch.dtype, Callable[[torch.Tensor], PackedWeight]] = {
     torch.float16: linear.Float16Panels,
 }
 LEAST_OF_FLOAT32 = 1 << 16  # numbers of a weight that is packed
-MODULES_OF_FLOAT16 = ("elementwise", "moe")  # whose kernels take it; those of moe only where they move numbers
+MODULES_OF_FLOAT16 = ("elementwise", "moe")  # whose kernels take it
 KERNELS: dict[str, str] = {  # kernel -> module of this folder
     "rms_norm": "elementwise",
     "gemma_rms_norm": "elementwise",
@@ -210,7 +210,8 @@ def _dense(weight: torch.Tensor) -> PackedWeight:
 
 
 def _takes_experts(weight: torch.Tensor) -> bool:
-    return weight.is_cpu and weight.dtype == torch.bfloat16 and _builds_for_kernels(DTYPES)
+    models = {torch.bfloat16: DTYPES, torch.float16: (torch.float16,)}.get(weight.dtype)
+    return weight.is_cpu and models is not None and _builds_for_kernels(models)
 
 
 def _takes_codes(weight: torch.Tensor, num_inputs: int, group_size: int) -> bool:

@@ -15,6 +15,7 @@ from rtp_llm.srt.kernels.packed import OneByOne, PlainDense
 from rtp_llm.srt.layers.activation import SwigluOAIAndMul
 from rtp_llm.srt.layers.moe import FusedMoE
 from rtp_llm.srt.layers.quantization.base import process_weights
+from rtp_llm.srt.models.building import built_as
 
 FUNCTIONS = [moe._function, moe._grouped_gemm, linear._function]
 
@@ -42,17 +43,20 @@ def test_experts_that_do_not_exist_are_refused(isa: str) -> None:
 
 @pytest.mark.parametrize("rows_per_group", [[0, 0, 0], [1, 0, 2], [0, 13, 1], [30, 5, 61], [25, 200, 0]])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (64, 96), (258, 130)])
-def test_grouped_products(isa: str, rows_per_group: list[int], shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", moe.HALVES)
+def test_grouped_products(isa: str, rows_per_group: list[int], shape: tuple[int, int], dtype: torch.dtype) -> None:
     counts = torch.tensor(rows_per_group)
-    x, weight = torch.randn(int(counts.sum()), shape[1]).bfloat16(), torch.randn(3, *shape).bfloat16()
+    x, weight = torch.randn(int(counts.sum()), shape[1]).to(dtype), torch.randn(3, *shape).to(dtype)
     packed = moe.ExpertPanels(weight)
-    for bias in (None, torch.randn(3, shape[0]).bfloat16()):
+    single = {torch.bfloat16: linear.BFloat16Panels, torch.float16: linear.Float16Panels}[dtype]
+    tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for bias in (None, torch.randn(3, shape[0]).to(dtype)):
         expected = reference.grouped_linear(x.float(), weight.float(), counts, None if bias is None else bias.float())
         result = packed.apply(x, counts, bias)
-        assert result.dtype == torch.bfloat16
-        torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=1e-4)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=1e-4)
         for group, rows in enumerate(torch.arange(len(x)).split(rows_per_group)):  # as if it were alone
-            alone = linear.BFloat16Panels(weight[group]).apply(x[rows], None if bias is None else bias[group])
+            alone = single(weight[group]).apply(x[rows], None if bias is None else bias[group])
             assert torch.equal(result[rows], alone)
 
 
@@ -93,12 +97,13 @@ def test_wrong_rows_are_refused_in_8_bits(isa: str) -> None:
 
 
 def test_wrong_rows_are_refused(isa: str) -> None:
-    packed, counts = moe.ExpertPanels(torch.randn(2, 4, 6).bfloat16()), torch.tensor([1, 1])
-    for x in (torch.zeros(2, 6), torch.zeros(2, 5).bfloat16()):
-        with pytest.raises(ValueError, match=r"experts \[2, 4, 6\] take bfloat16 \[rows, 6\] in 2 groups"):
-            packed.apply(x, counts)
-    with pytest.raises(ValueError, match=r"groups have \[1, 1\] rows, but x has 3"):
-        packed.apply(torch.zeros(3, 6).bfloat16(), counts)
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        packed, counts = moe.ExpertPanels(torch.randn(2, 4, 6).to(dtype)), torch.tensor([1, 1])
+        for x in (torch.zeros(2, 6), torch.zeros(2, 5).to(dtype)):
+            with pytest.raises(ValueError, match=rf"experts \[2, 4, 6\] take {name} \[rows, 6\] in 2 groups"):
+                packed.apply(x, counts)
+        with pytest.raises(ValueError, match=r"groups have \[1, 1\] rows, but x has 3"):
+            packed.apply(torch.zeros(3, 6).to(dtype), counts)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k", "size"), [(0, 2, 8), (1, 8, 33), (7, 3, 100), (300, 4, 64)])
@@ -110,33 +115,35 @@ def test_gathering_and_weighted_sums(isa: str, num_tokens: int, top_k: int, size
         assert torch.equal(moe.gather_rows(source, order, top_k), reference.gather_rows(source, order, top_k))
     rows = torch.randn(num_tokens * top_k, size)
     assert torch.equal(moe.sum_rows(rows, places, weights), reference.sum_rows(rows, places, weights))
-    rows = rows.bfloat16()
-    expected = reference.sum_rows(rows.double(), places, weights.bfloat16())
-    result = moe.sum_rows(rows, places, weights)
-    torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-6)
-    if num_tokens:
-        rows[places[0], 0] = torch.nan
-        result = moe.sum_rows(rows, places, weights)
-        assert result[0, 0].isnan() and result.isnan().sum() == 1
+    for dtype, tolerance in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        halves = rows.to(dtype)
+        expected = reference.sum_rows(halves.double(), places, weights.to(dtype))
+        result = moe.sum_rows(halves, places, weights)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=1e-6)
+        if num_tokens:
+            halves[places[0], 0] = torch.nan
+            result = moe.sum_rows(halves, places, weights)
+            assert result[0, 0].isnan() and result.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("activation", ["silu", SwigluOAIAndMul()])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int) -> None:
+@pytest.mark.parametrize("dtype", moe.HALVES)
+def test_a_packed_layer(isa: str, activation: str | nn.Module, rank: int, dtype: torch.dtype) -> None:
     sizes: dict[str, Any] = dict(num_experts=6, hidden_size=40, intermediate_size=96, activation=activation)
-    options: dict[str, Any] = dict(
-        bias=True, reduce_results=False, params_dtype=torch.bfloat16, tp_group=RankGroup(rank, 2)
-    )
-    packed = FusedMoE(**sizes, **options)
-    with building_for(provider_named("reference")):
-        plain = FusedMoE(**sizes, **options)
-    for ours, theirs in zip(packed.parameters(), plain.parameters(), strict=True):
-        theirs.data = ours.data.normal_(std=0.3).clone()
-    process_weights(packed)
+    options: dict[str, Any] = dict(bias=True, reduce_results=False, params_dtype=dtype, tp_group=RankGroup(rank, 2))
+    with built_as(str(dtype).removeprefix("torch."), "cpu"):
+        packed = FusedMoE(**sizes, **options)
+        with building_for(provider_named("reference")):
+            plain = FusedMoE(**sizes, **options)
+        for ours, theirs in zip(packed.parameters(), plain.parameters(), strict=True):
+            theirs.data = ours.data.normal_(std=0.3).clone()
+        process_weights(packed)
     assert [type(weight) for weight in packed.packed.values()] == [moe.ExpertPanels, moe.ExpertPanels]
     assert not hasattr(packed, "w13_weight") and not hasattr(packed, "w2_weight")
     for num_tokens in (0, 1, 50):
-        x, ids = torch.randn(num_tokens, 40).bfloat16(), torch.rand(num_tokens, 6).topk(3).indices
+        x, ids = torch.randn(num_tokens, 40).to(dtype), torch.rand(num_tokens, 6).topk(3).indices
         weights = torch.rand(num_tokens, 3)
         result, expected = packed(x, weights, ids), plain(x, weights, ids)
         assert result.shape == expected.shape
