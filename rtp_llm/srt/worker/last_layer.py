@@ -203,7 +203,8 @@ class LastLayer:
     def of(cls, model: nn.Module, backend: AttentionBackend) -> Self | None:
         """Take the last layer of a model, and the attention back end that plans its steps.
 
-        None: it keeps no keys and values, more than those of one attention, or a state; or layers are not found.
+        None: it keeps no keys and values, more than those of one attention, or a state; or layers are not found, as
+        where the list has attention alone, and other modules follow it.
         """
         try:
             _, layers = layers_of(model)
@@ -211,7 +212,9 @@ class LastLayer:
             return None
         last = layers[-1]
         keepers = [module for module in last.modules() if isinstance(module, (KeepsCache, KeepsState))]
-        return cls(last, backend) if len(keepers) == 1 and isinstance(keepers[0], RadixAttention) else None
+        if len(keepers) != 1 or not isinstance(keepers[0], RadixAttention) or keepers[0] is last:
+            return None
+        return cls(last, backend)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, ForwardBatch)), None)
