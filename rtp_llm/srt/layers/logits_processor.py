@@ -142,6 +142,11 @@ class LogitsProcessorOutput:
         """Return the output of the first rows and tokens only."""
         return self._changed(lambda of_rows: of_rows[:num_rows], lambda of_tokens: of_tokens[:num_tokens])
 
+    def first_pooled(self, count: int) -> "LogitsProcessorOutput":
+        """Return the output with the first ``count`` of its pooled states only."""
+        assert self.pooled_states is not None
+        return LogitsProcessorOutput(self._logits, self.prompt_logprobs, self.hidden_states, self.pooled_states[:count])
+
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LogitsProcessorOutput":
         """Return an output with other tensors of the same contents."""
         return self._changed(change, change)

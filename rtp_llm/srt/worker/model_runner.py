@@ -260,23 +260,33 @@ class ModelRunner:
         if self.states is not None:
             batch.state_pool = self.states.pool
             batch.state_waves = self.states.waves(plan.work, plan.states, batch.num_dummies)
-        for module in self._step_modules:
-            module.prepare_for_forward(batch)
-        self.attn_backend.plan(batch)
-        recorder = self.recorder
-        output: LogitsProcessorOutput | None
-        if self.stage is not None:
-            output = self.stage.run(self._forward, batch)
-        else:
-            output = recorder.run(batch) if recorder is not None and recorder.takes(batch) else self._forward(batch)
+        output = self._computed(batch)
         if self.states is not None:
             self.states.keep_last(plan.work, plan.states)
-        if self.stage is not None and not self.stage.is_last:
+        if output is None:
             return batch, None
-        check_output(output, self.model, self.traits, batch)
         if batch.num_dummies:  # which are last, with one token each
             output = output.first(output.num_rows - batch.num_dummies, batch.num_tokens - batch.num_dummies)
         return batch, output
+
+    def _computed(self, batch: ForwardBatch) -> LogitsProcessorOutput | None:
+        """Return the model's output for the batch; None on stages of a pipeline that are not the last."""
+        recorder = self.recorder
+        whole = batch if recorder is None else recorder.with_dummies(batch)
+        for module in self._step_modules:
+            module.prepare_for_forward(whole)
+        self.attn_backend.plan(whole)
+        output: LogitsProcessorOutput | None
+        if self.stage is not None:
+            output = self.stage.run(self._forward, whole)
+            if not self.stage.is_last:
+                return None
+        else:
+            output = recorder.run(whole) if recorder is not None and recorder.takes(whole) else self._forward(whole)
+        check_output(output, self.model, self.traits, whole)
+        if whole is not batch and batch.pooled_tokens is not None:
+            return output.first_pooled(len(batch.pooled_tokens))
+        return output
 
     def _num_dummies(self, work: list[RowWork]) -> int:
         """Number of rows to add up to the next size that decode steps are recorded for; else 0, or 1 to no rows."""

@@ -33,6 +33,11 @@ class StepRecorder(ABC):
         """``step_modules``: the model's modules with ``prepare_for_forward``."""
         self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
 
+    def with_dummies(self, batch: ForwardBatch) -> ForwardBatch:
+        """Return a batch of whole inputs with dummy rows and tokens after its own, up to a size that steps are recorded
+        for; as it is by default. Called before the step is planned; dummies' hidden states are dropped."""
+        return batch
+
     @abstractmethod
     def takes(self, batch: ForwardBatch) -> bool:
         """Whether ``run`` computes this batch; the model itself computes all others."""

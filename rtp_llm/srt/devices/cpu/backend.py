@@ -8,6 +8,7 @@ import torch
 from rtp_llm.srt.attention.base import AttentionBackend
 from rtp_llm.srt.devices.cpu import attention as kernels
 from rtp_llm.srt.devices.cpu import build
+from rtp_llm.srt.devices.cpu.encoder_sizes import rounded_width
 from rtp_llm.srt.forward_batch import AttentionSpec, ForwardBatch
 from rtp_llm.srt.kernels.paged import PagedRows
 
@@ -16,7 +17,7 @@ from rtp_llm.srt.kernels.paged import PagedRows
 class WholeRows:
     """A step's tokens as if they were a cache with pages of one token: an encoder's keys are read where they are made.
 
-    ``table``: [B, longest row] int32, the flattened token at each place of a row.
+    ``table``: [B, longest row or more] int32, the flattened token at each place of a row.
     """
 
     rows: PagedRows
@@ -29,7 +30,8 @@ class WholeRows:
     def of(cls, batch: ForwardBatch) -> "WholeRows":
         counts = np.array(batch.extend_seq_lens_cpu, dtype=np.int64)  # numpy's calls take less time than torch's
         starts = counts.cumsum() - counts
-        table = (starts[:, None] + np.arange(counts.max(initial=0))).astype(np.int32)
+        width = rounded_width(int(counts.max(initial=0)))
+        table = (starts[:, None] + np.arange(width)).astype(np.int32)
         rows = PagedRows(*(torch.from_numpy(x.astype(np.int32)) for x in (np.arange(len(counts)), 0 * counts, counts)))
         begins, lens = torch.from_numpy(starts.repeat(counts)), torch.from_numpy(counts.repeat(counts))
         return cls(rows, torch.from_numpy(table), begins, lens)

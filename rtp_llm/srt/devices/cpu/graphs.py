@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rtp_llm.srt.attention.base import AttentionBackend
+from rtp_llm.srt.devices.cpu import encoder_sizes
 from rtp_llm.srt.devices.cpu.binding import noted_calls
 from rtp_llm.srt.devices.cpu.call_list import Call, listed
 from rtp_llm.srt.devices.cpu.memory import Reused, give_back_results
@@ -43,17 +44,17 @@ from rtp_llm.srt.worker.step_recorder import Forward, StepRecorder
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # in larger batches, Python takes a small part of a step
-MAX_ENCODED_TOKENS = 512  # likewise, of an encoder's whole inputs; larger steps hardly ever have the same sizes again
+MAX_ENCODED_TOKENS = 1024  # likewise, of an encoder's whole inputs
 MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as requests come and go
-# A kind of batch is recorded when it occurs for this time. A recording costs as much as a few replays save: so rare
-# kinds cost little, and frequent ones lose little.
-RECORD_AT = 6
+# A kind of batch is recorded when it occurs for this time. A recording costs as much as two to four replays save: so
+# rare kinds cost little, and frequent ones lose little.
+RECORD_AT = 4
 
 
 class CpuGraphs(StepRecorder):
     """Runs the batches that it ``takes``: the first few of a kind normally, then one recorded, all others replayed.
 
-    A kind is a number of rows, of an encoder also of tokens and of the longest row's, so no batch is padded.
+    A kind is a number of rows, of an encoder also of tokens and of the longest row's. Decoding rows are not padded.
     """
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
@@ -64,6 +65,11 @@ class CpuGraphs(StepRecorder):
         self._works = not unknown
         if unknown:
             logger.info("steps are not replayed: %s has no step_tensors()", unknown[0])
+
+    def with_dummies(self, batch: ForwardBatch) -> ForwardBatch:
+        if batch.forward_mode == ForwardMode.DECODE or not self.takes(batch):
+            return batch
+        return encoder_sizes.with_dummies(batch)
 
     def takes(self, batch: ForwardBatch) -> bool:
         if not self._works or batch.batch_size > MAX_ROWS:
