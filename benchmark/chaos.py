@@ -118,15 +118,20 @@ class Client(threading.Thread):
         super().__init__(name=f"client-{number}")
         self._draw = random.Random(number)
         self._url, self._expected, self._ended = url, expected, ended
+        self._http = http_client()
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
 
     def run(self) -> None:
+        with self._http:
+            self._ask_until_the_end()
+
+    def _ask_until_the_end(self) -> None:
         while not self._ended.is_set():
             prompt, stream = self._draw.choice(list(self._expected)), self._draw.random() < 0.5
             start_s = time.monotonic()
             try:
-                text = ask(self._url, prompt, stream)
+                text = ask(self._http, self._url, prompt, stream)
             except httpx.TimeoutException:
                 self.problems.append(f"hung: no answer to {prompt!r} within {time.monotonic() - start_s:.0f} s")
                 continue
@@ -144,15 +149,20 @@ class Refused(Exception):
     """The answer is an error, or a stream that broke off with one."""
 
 
-def ask(url: str, prompt: str, stream: bool) -> str:
+def http_client() -> httpx.Client:
+    """Return a client for plain HTTP. Without ``verify=False`` each reads the certificates of all authorities, which
+    takes long enough that clients who are refused and ask again leave no time for servers to start."""
+    return httpx.Client(verify=False, trust_env=False, timeout=httpx.Timeout(HUNG_AFTER_S, connect=10))
+
+
+def ask(http: httpx.Client, url: str, prompt: str, stream: bool) -> str:
     """Return the greedy text after a prompt.
 
     Raises:
         Refused, httpx.HTTPError: there is none.
     """
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 32, "temperature": 0, "ignore_eos": True, "stream": stream}
-    timeout = httpx.Timeout(HUNG_AFTER_S, connect=10)
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=timeout, trust_env=False) as response:
+    with http.stream("POST", f"{url}/v1/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
             raise Refused(str(response.status_code))
@@ -224,7 +234,9 @@ def run(args: argparse.Namespace, folder: Path) -> list[str]:
     draw, ended = random.Random(args.seed), threading.Event()
     kills: Counter[str] = Counter()
     try:
-        expected = {prompt: ask(url_of(replicas[0]), prompt, False) for prompt in {words(draw) for _ in range(40)}}
+        with http_client() as http:
+            url, prompts = url_of(replicas[0]), {words(draw) for _ in range(40)}
+            expected = {prompt: ask(http, url, prompt, False) for prompt in prompts}
         fleet.start()
         memory = Memory(fleet, ended)
         clients = [Client(number, fleet.router.url, expected, ended) for number in range(args.clients)]
