@@ -6,7 +6,8 @@ Some replicas of the embedded model run behind a router. Each client asks one re
 streams, and compares every answer with the one that the model gave before anything was killed. Every few seconds
 something is killed with SIGKILL: a rank's worker process (with --pp-size 2), a core, a replica's HTTP process, a node
 (all processes of a replica at once, as if its machine had lost power), or the router. What a replica restarts by itself
-is left to it; a replica or a router that has ended is started again, as an orchestrator would.
+is left to it. A replica or a router that has ended is started again, and the router is told of replicas once they are
+ready, as an orchestrator would.
 
 A request may end by an error: its connection was to what was killed. It may not end by a wrong answer, nor not end. The
 memory of each kind of process must not grow from one half of the run to the other.
@@ -24,13 +25,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 
-from benchmark.fleet import Router, end, start_replicas, url_of
-from benchmark.soak_server import ServerFailed, SoakServer, resident_bytes
+from benchmark.fleet import NotAdded, Router, end, start_replicas, url_of
+from benchmark.soak_server import ServerFailed, SoakServer, health_status, resident_bytes
 from rtp_llm.srt.configs.server_args import DEMO_MODEL
 
 MODEL = "chaos"
@@ -49,8 +52,8 @@ class Fleet:
         self.problems: list[str] = []
         self._hit: set[SoakServer | Router] = set()  # of which something was killed since they were last started
         self._ended = threading.Event()
-        members = [("router", router), *(("replica", replica) for replica in replicas)]
-        self._threads = [threading.Thread(target=self._keep_up, args=member) for member in members]
+        self._threads = [threading.Thread(target=self._keep_up_replica, args=(replica,)) for replica in replicas]
+        self._threads.append(threading.Thread(target=self._keep_up_router))
 
     def start(self) -> None:
         self.router.start()
@@ -65,20 +68,38 @@ class Fleet:
         self.router.kill()
         end(self.replicas)
 
-    def _keep_up(self, kind: str, member: SoakServer | Router) -> None:
+    def ready(self) -> list[str]:
+        """Return the URLs of the replicas that take requests."""
+        return [url_of(each) for each in self.replicas if each.is_running() and health_status(each.address) == 200]
+
+    def _keep_up_replica(self, replica: SoakServer) -> None:
         while not self._ended.wait(0.5):
-            if member.is_running():
+            if not replica.is_running():
+                replica.end()  # what its HTTP process has left
+                self._start_again("replica", replica, replica.start)
+
+    def _keep_up_router(self) -> None:
+        """A router that is started waits for all replicas that it is told of, so it is told of the others later."""
+        while not self._ended.wait(0.5):
+            ready = self.ready()
+            if not self.router.is_running():
+                if ready:
+                    self._start_again("router", self.router, partial(self.router.start, ready))
                 continue
-            try:
-                if isinstance(member, SoakServer):
-                    member.end()  # what its HTTP process has left
-                self._hit.discard(member)
-                member.start()
-                self.restarts[kind] += 1
-            except ServerFailed as error:
-                # A server ends if its core or a rank is killed while it is starting.
-                if member.is_running() or member not in self._hit:
-                    self.problems.append(str(error))
+            for url in ready:
+                if url not in self.router.urls:
+                    with suppress(NotAdded):  # either may have been killed since: it is tried again
+                        self.router.add(url)
+
+    def _start_again(self, kind: str, member: SoakServer | Router, start: Callable[[], None]) -> None:
+        try:
+            self._hit.discard(member)
+            start()
+            self.restarts[kind] += 1
+        except ServerFailed as error:
+            # A server ends if its core or a rank is killed while it is starting.
+            if member.is_running() or member not in self._hit:
+                self.problems.append(str(error))
 
     def kill(self, kind: str, draw: random.Random) -> bool:
         """Kill one of a kind; return whether there was one."""

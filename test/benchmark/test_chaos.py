@@ -2,11 +2,13 @@
 
 import random
 import threading
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
 
 from benchmark.chaos import Fleet
+from benchmark.fleet import NotAdded
 from benchmark.soak_server import ServerFailed
 from tiny_server import wait_for
 
@@ -16,12 +18,13 @@ class EndsOnce:
 
     def __init__(self) -> None:
         self.starts = 0
+        self.urls = ["http://127.0.0.1:1"]
         self.may_end = threading.Event()
 
     def is_running(self) -> bool:
         return False
 
-    def start(self) -> None:
+    def start(self, urls: Sequence[str] | None = None) -> None:
         self.starts += 1
         if self.starts == 2:  # the first start is the fleet's own
             self.may_end.wait(30)
@@ -31,9 +34,10 @@ class EndsOnce:
 
 
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_only_what_was_killed_may_end_while_starting(is_killed: bool) -> None:
+def test_only_what_was_killed_may_end_while_starting(is_killed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     router = EndsOnce()
     fleet = Fleet([], cast(Any, router))
+    monkeypatch.setattr(fleet, "ready", lambda: ["http://127.0.0.1:1"])
     fleet.start()
     wait_for(lambda: router.starts == 2)
     if is_killed:
@@ -42,3 +46,34 @@ def test_only_what_was_killed_may_end_while_starting(is_killed: bool) -> None:
     wait_for(lambda: router.starts == 3)  # that it ended has been looked at
     fleet.stop()
     assert fleet.problems == ([] if is_killed else ["ended with status 2"])
+
+
+class Told:
+    """A router that runs, and refuses the first replica that it is told of."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self.refused: list[str] = []
+
+    def is_running(self) -> bool:
+        return True
+
+    def start(self, urls: Sequence[str] | None = None) -> None: ...
+
+    def add(self, url: str) -> None:
+        if not self.refused:
+            self.refused.append(url)
+            raise NotAdded("not yet")
+        self.urls.append(url)
+
+    def kill(self) -> None: ...
+
+
+def test_a_running_router_is_told_of_a_replica_until_it_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Told()
+    fleet = Fleet([], cast(Any, router))
+    monkeypatch.setattr(fleet, "ready", lambda: ["http://127.0.0.1:2"])
+    fleet.start()
+    wait_for(lambda: bool(router.urls))
+    fleet.stop()
+    assert router.refused == router.urls == ["http://127.0.0.1:2"]
