@@ -131,6 +131,7 @@ class SentenceTransformer:
     normalizes_tokens: bool = False  # behind them
     max_seq_length: int | None = None
     lower_case: bool = False
+    takes_messages: bool = False  # an embedder whose texts are messages of a conversation (``modality_config``)
     splade: SpladeModule | None = None  # weights of the vocabulary are the model's only output
     score_ids: tuple[int, ...] = ()  # of tokens whose logits make a score: what does not fit, what does; or the latter
     last_function: str | None = None  # of a classifier: the name of a class of torch.nn, in place of config.json's
@@ -208,6 +209,7 @@ def read_sentence_transformer(directory: str) -> SentenceTransformer | None:
             _check_mask(path / CONFIG_FILE)
         elif kind != "Dropout":  # only for training
             raise SentenceTransformerError(f"{folder / MODULES_FILE}: the module {kind!r} is not supported")
+    found["takes_messages"] = found.get("takes_messages", False) and "poolings" in found  # pairs have their template
     settings = _read_object(folder / PROMPTS_FILE, missing={})
     size = settings.get("truncate_dim")
     if size is not None:
@@ -272,7 +274,11 @@ def _transformer(path: Path) -> dict[str, Any]:
     calls = _object(settings, "processing_kwargs", path / name)
     length = _object(calls, "text", path / name).get("max_length")
     lengths += [] if length is None else [_positive(length, f"{path / name}: processing_kwargs.text.max_length")]
-    return {"max_seq_length": min(lengths, default=None), "lower_case": settings.get("do_lower_case") is True}
+    return {
+        "max_seq_length": min(lengths, default=None),
+        "lower_case": settings.get("do_lower_case") is True,
+        "takes_messages": "message" in _object(settings, "modality_config", path / name),
+    }
 
 
 def _check_transformer(settings: Mapping[str, Any], file: Path) -> None:

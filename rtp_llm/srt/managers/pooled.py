@@ -160,6 +160,7 @@ class PooledRequests:
         media: dict[str, Any] = {name: options.pop(name, None) for name in MEDIA}
         try:
             text = prompt.text
+            self._check_takes(prompt)
             if isinstance(text, str):
                 text = self._prompt_text(prompt.options.get("prompt_name")) + text
             placed = await self.manager.with_media(Prompt(text=text, input_ids=prompt.input_ids, **media))
@@ -173,6 +174,8 @@ class PooledRequests:
 
         Long texts, pairs, wrong ones and those with rare options are left to ``completion``.
         """
+        if self.sentences.takes_messages:
+            return
         try:
             before = self._prompt_text(None)
         except InvalidRequest:  # every prompt's own error
@@ -243,6 +246,7 @@ class PooledRequests:
         if prompt.text is None:
             return "input_ids", token_ids("input_ids", prompt.input_ids)[:most], prompt.pair_start
         check_text("prompt", prompt.text)
+        self._check_takes(prompt)
         pair = options.get("text_pair")
         if pair is not None and self.manager.pair_template is not None:
             instruction = self._instruction(options) or self._prompt_text(options.get("prompt_name")) or None
@@ -257,6 +261,15 @@ class PooledRequests:
             text, pair = text.lower(), None if pair is None else pair.lower()
         adds = options.get("add_special_tokens") is not False
         return "prompt", *self.manager.encode_input(text, pair, adds, most)
+
+    def _check_takes(self, prompt: PoolingPrompt) -> None:
+        """Raise InvalidRequest for a text of an embedder that was saved to read each as a message."""
+        if prompt.text is not None and self.sentences.takes_messages:
+            raise InvalidRequest(
+                "the checkpoint's texts are messages of a conversation (sentence-transformers' modality_config): give "
+                "`messages` to /v1/embeddings, or the ids of what the chat template makes of them",
+                "prompt",
+            )
 
     def _instruction(self, options: PoolingOptions) -> str | None:
         instruction = options.get("instruction")

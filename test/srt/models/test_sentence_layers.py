@@ -180,6 +180,20 @@ def test_the_last_function_of_a_cross_encoder(tmp_path: Path, name: str) -> None
         Engine(model_path=folder, device="cpu")
 
 
+def test_texts_that_are_messages_are_not_taken_as_texts(tmp_path: Path) -> None:
+    folder = with_tokenizer("BertModel", tmp_path)
+    write(tmp_path, [("Pooling", {}, {})])
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"modality_config": {"text": {}, "message": {}}}))
+    with Engine(model_path=folder, device="cpu") as engine:
+        for texts in ("hello world", ["hello world", "the cat"]):
+            with pytest.raises(InvalidRequest, match=r"are messages of a conversation .* give `messages`"):
+                engine.encode(texts)
+        assert engine.encode(input_ids=[5, 6])["embedding"] is not None
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"modality_config": {"text": {}}}))
+    with Engine(model_path=folder, device="cpu") as engine:
+        assert engine.encode("hello world")["embedding"] is not None
+
+
 def words_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """BERT's form, of a few words."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
