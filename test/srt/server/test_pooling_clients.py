@@ -109,6 +109,12 @@ def test_cohere(reranker: InProcess, connections: httpx.Client) -> None:
     older = cohere.Client("none", **server).rerank(**asked, return_documents=True)
     assert [item.document.text for item in older.results] == [TEXTS[item.index] for item in older.results]
     assert [item.relevance_score for item in older.results][:2] == pytest.approx(scores, abs=1e-6)
+    objects = [{"text": text, "id": f"doc-{i}"} for i, text in enumerate(TEXTS)]
+    whole = cohere.Client("none", **server).rerank(**asked | {"documents": objects}, return_documents=True)
+    assert [item.document.dict()["id"] for item in whole.results] == [f"doc-{item.index}" for item in older.results]
+    long = [f"{text} {'the cat sat on the mat ' * 20}" for text in TEXTS]
+    cut = cohere.ClientV2("none", **server).rerank(**asked | {"documents": long}, max_tokens_per_doc=8)
+    assert len(cut.results) == 3
     with pytest.raises(cohere.BadRequestError, match="at least 1"):
         cohere.ClientV2("none", **server).rerank(model="tiny", query="a", documents=[])
 
