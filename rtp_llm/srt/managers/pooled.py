@@ -256,7 +256,7 @@ class PooledRequests:
                 "instruction is for models that score pairs by a template (see --chat-template), and this is none",
                 "instruction",
             )
-        text = prompt.text if pair is not None else self._prompt_text(options.get("prompt_name")) + prompt.text
+        text = self._prompt_text(options.get("prompt_name")) + prompt.text
         if self.sentences.lower_case:
             text, pair = text.lower(), None if pair is None else pair.lower()
         adds = options.get("add_special_tokens") is not False

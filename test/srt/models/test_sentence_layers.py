@@ -180,6 +180,18 @@ def test_the_last_function_of_a_cross_encoder(tmp_path: Path, name: str) -> None
         Engine(model_path=folder, device="cpu")
 
 
+def test_the_text_before_a_pair_stands_before_its_first_text(tmp_path: Path) -> None:
+    folder = with_tokenizer("BertForSequenceClassification", tmp_path, num_labels=1)
+    firsts, seconds = PAIR
+    with Engine(model_path=folder, device="cpu", dtype="float32") as engine:
+        plain = engine.score(firsts, seconds)
+        wanted = engine.score([f"a dog {text}" for text in firsts], seconds)
+    write(tmp_path, [], prompts={"query": "a dog "}, default_prompt_name="query")
+    with Engine(model_path=folder, device="cpu", dtype="float32") as engine:
+        assert engine.score(firsts, seconds) == pytest.approx(wanted, abs=1e-6) != pytest.approx(plain, abs=1e-6)
+        assert engine.score(firsts, seconds, prompt_name="") == pytest.approx(plain, abs=1e-6)
+
+
 def test_texts_that_are_messages_are_not_taken_as_texts(tmp_path: Path) -> None:
     folder = with_tokenizer("BertModel", tmp_path)
     write(tmp_path, [("Pooling", {}, {})])
