@@ -98,8 +98,8 @@ def test_probabilities_are_what_the_configuration_says(num_labels: int, problem:
 def test_a_cross_encoder_names_its_last_function(settings: dict[str, object]) -> None:
     poolers = classifiers(SimpleNamespace(num_labels=1, **settings), "cls", nn.Linear(6, 1))
     torch.testing.assert_close(pooled(poolers["score"]), pooled(poolers["score"], normalize=False))
-    unknown = SimpleNamespace(num_labels=1, sbert_ce_default_activation_function="torch.nn.Tanh")
-    with pytest.raises(ValueError, match=r"the last function must be one of .* not 'torch.nn.Tanh'"):
+    unknown = SimpleNamespace(num_labels=1, sbert_ce_default_activation_function="torch.nn.Softplus")
+    with pytest.raises(ValueError, match=r"the last function must be one of .* not 'torch.nn.Softplus'"):
         classifiers(unknown, "cls", nn.Linear(6, 1))
 
 

@@ -77,5 +77,6 @@ def listed(calls: Sequence[Call]) -> list[Call]:
 
 def _fits(call: Call) -> bool:
     function, args, _ = call
-    plain = all(arg is None or isinstance(arg, (int, float, REFERENCE)) for arg in args)
-    return plain and getattr(function, "in_lists", None) is not None
+    if getattr(function, "in_lists", None) is None or not hasattr(function, "argtypes"):
+        return False  # no kernel, or one that a profile has wrapped, to time it alone
+    return all(arg is None or isinstance(arg, (int, float, REFERENCE)) for arg in args)

@@ -26,8 +26,10 @@ constexpr int64_t ROWS_OF_CHOICE[] = {
     6, 4, 6, 4, 96  // avx2_vnni
 #elif defined(__AVX2__)
     6, 4, 6, 4, 96  // avx2
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8)
+    2, 2, 2, 4, 96  // neon_i8mm
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    2, 2, 2, 4, 96  // neon_i8mm, neon_bf16
+    2, 2, 2, 4, 96  // neon_bf16
 #elif defined(__ARM_FEATURE_DOTPROD)
     2, 2, 2, 4, 96  // neon_dot
 #else

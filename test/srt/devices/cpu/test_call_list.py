@@ -102,7 +102,7 @@ def test_kernels_of_a_decode_step_are_called_from_lists():
         "gemm_f32": ("gemm_f32",),
         "attention_f16": ("paged_attention", "write_kv"),
         "elementwise_f16": ("rms_norm_f16", "layer_norm_f16", "rotary_f16", "silu_and_mul_f16"),
-        "moe": ("group_rows", "gather_rows", "sum_rows"),
+        "moe": ("group_rows", "gather_rows", "sum_rows_bf16", "sum_rows_f16"),
         "recurrent": ("causal_conv1d_bf16", "delta_gates_bf16", "gated_rms_norm_bf16", "sigmoid_gate_bf16"),
         "state_matrix": ("gated_delta_rule_bf16", "linear_attention_bf16", "ssd_bf16"),
     }
