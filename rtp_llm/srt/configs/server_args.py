@@ -149,10 +149,10 @@ class ServerArgs:
         "heads (DeepSeek's).",
     )
     moe_a2a_backend: str = option(
-        "none",
+        "auto",
         help="How, with --enable-dp-attention, tokens come to the experts of other ranks: all_to_all sends a token to "
-        "the ranks of its experts only, none to all ranks.",
-        choices=("all_to_all", "none"),
+        "the ranks of its experts only, none to all ranks. auto is all_to_all on CPUs and none on GPUs.",
+        choices=("auto", "all_to_all", "none"),
     )
     dp_size: int = option(
         1,

@@ -32,7 +32,7 @@ class DeviceProvider(ABC):
     Attributes:
         name: its name for ``--device``.
         torch_device: torch's name for it (``cpu``, ``cuda``).
-        chunked_prefill_size, mem_fraction_static: the defaults of these options.
+        chunked_prefill_size, mem_fraction_static, moe_a2a_backend: the defaults of these options.
         whole_prompt_tokens: tokens of a step of whole prompts beyond which it is no faster; None: it always is.
         overlaps_steps: calls return before their work is done, so that the host can plan the next step meanwhile.
         ranks_share_memory: all ranks use the same memory.
@@ -50,6 +50,7 @@ class DeviceProvider(ABC):
     torch_device: str
     chunked_prefill_size: int
     mem_fraction_static: float
+    moe_a2a_backend: str
     whole_prompt_tokens: int | None
     overlaps_steps: bool
     ranks_share_memory: bool

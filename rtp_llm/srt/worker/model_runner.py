@@ -103,7 +103,7 @@ class ModelRunner:
             self.recorder = self._make_recorder()
         self._disable_prefix_sharing = server_args.disable_prefix_sharing
         wants_graphs = self.traits.generates and not server_args.disable_cuda_graph
-        self.records_graphs = self._provider.records_graphs and wants_graphs and not self._is_one_of_several
+        self.records_graphs = self._provider.records_graphs and wants_graphs
         self._rows: dict[int, RowState] = {}
         self._rows_with_media: set[int] = set()
         self._rows_with_logprobs: set[int] = set()  # rows that want prompt logprobs
@@ -308,6 +308,8 @@ class ModelRunner:
             raise NotReplayable(f"{type(self.model).__name__} says that it keeps state of its own (replays_steps)")
         if self.stage is not None:
             raise NotReplayable("stages of a pipeline wait for each other")
+        if self._is_one_of_several:
+            raise NotReplayable("ranks with requests of their own exchange as many tokens as each has")
         if not self.attn_backend.replays:
             raise NotReplayable(f"the attention back end {type(self.attn_backend).__name__} reads the host's lists")
         batches = DecodeBatches(

@@ -178,7 +178,8 @@ class Worker:
         self._provider = provider_named(config.device)
         args = config.server_args
         use_processors(self._provider, args, config.place, config.num_places)
-        get_world().moe_a2a_backend = args.moe_a2a_backend
+        asked = args.moe_a2a_backend
+        get_world().moe_a2a_backend = self._provider.moe_a2a_backend if asked == "auto" else asked
         dtype = getattr(torch, config.model_config.dtype)
         backend = make_backend(config.server_args.attention_backend, config.device, dtype)
         self.runner = ModelRunner(config.server_args, config.model_config, config.device, backend, progress)

@@ -8,6 +8,9 @@ from stepped_core import Core, greedy_requests, mixed_requests
 
 from rtp_llm import Engine
 from rtp_llm.srt.configs.server_args import ServerArgs, ServerArgsError
+from rtp_llm.srt.layers.moe import Experts
+from rtp_llm.srt.layers.token_exchange import CollectedTokens, SentTokens
+from rtp_llm.srt.worker.replayable import NotReplayable
 from tiny_models import make_tiny, random_prompts
 
 VOCAB_SIZE = 90  # ids of prompts lie below it
@@ -60,6 +63,21 @@ def test_each_rank_has_its_requests_and_its_cache(tmp_path: Path) -> None:
         assert report.num_free_tokens + report.num_evictable_tokens == 4000 and report.prompt_tokens == 220
         heads = {worker.runner.model.model.layers[0].self_attn.num_heads for worker in core.executor.workers}
         assert heads == {4}, "all heads on each rank"
+        for worker in core.executor.workers:
+            assert worker.runner.recorder is None
+            with pytest.raises(NotReplayable, match="exchange as many tokens as each has"):
+                worker.runner.decode_step()
+    finally:
+        core.close()
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("auto", SentTokens), ("none", CollectedTokens)])
+def test_how_tokens_come_to_experts(backend: str, kind: type, tmp_path: Path) -> None:
+    options = {"tp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": backend}
+    core = Core(model_path=make_tiny("DeepseekV3ForCausalLM", tmp_path), threads=True, **options)
+    try:
+        layers = [m for w in core.executor.workers for m in w.runner.model.modules() if isinstance(m, Experts)]
+        assert layers and all(isinstance(layer.exchange, kind) for layer in layers)
     finally:
         core.close()
 

@@ -119,11 +119,13 @@ def test_a_core_of_several_ranks_outlives_each_of_them(serve: Callable[..., Serv
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_with_requests_of_their_own_die(serve: Callable[..., Served], tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "backend"), [(0, "all_to_all"), (1, "all_to_all"), (1, "none")])
+def test_ranks_with_requests_of_their_own_die(
+    serve: Callable[..., Served], tmp_path: Path, rank: int, backend: str
+) -> None:
     model_path = make_tiny("DeepseekV3ForCausalLM", tmp_path)
     whole = expected(serve, model_path=model_path)
-    served = serve(model_path=model_path, tp_size=2, enable_dp_attention=True)
+    served = serve(model_path=model_path, tp_size=2, enable_dp_attention=True, moe_a2a_backend=backend)
     assert isinstance(served, Supervisor) and served._core is not None
     assert kill_while_answering(served, children_of(served._core.process.pid)[rank]) == whole
 

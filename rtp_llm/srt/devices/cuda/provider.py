@@ -21,6 +21,7 @@ class CudaProvider(TritonProvider):
     chunked_prefill_size = 8192
     mem_fraction_static = 0.88
     overlaps_steps = True
+    moe_a2a_backend = "none"  # until the other is measured
     ranks_share_memory = False
     process_group = "nccl"
     kv_cache_dtypes = ("auto",)

@@ -25,6 +25,7 @@ class ReferenceProvider(DeviceProvider):
     whole_prompt_tokens: int | None = None
     mem_fraction_static = 0.6
     overlaps_steps = False
+    moe_a2a_backend = "all_to_all"
     ranks_share_memory = True
     process_group = "gloo"
     kv_cache_dtypes: tuple[str, ...] = ("auto", "bf16", "int8")
