@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from made_requests import generate_request
+from thread_memory import share_memory
 from thread_ranks import ThreadExecutor
 
 from rtp_llm.srt.configs.model_config import ModelConfig
@@ -25,6 +26,7 @@ class Core:
         depth, delayed: of its executor.
         processes: the worker runs in a process of its own, as each of several ranks does; call ``close`` then.
         threads: a rank is a thread of this process; call ``close`` then.
+        shares_memory: these, with requests of their own, send tokens through memory, not by torch's operations.
         options: of the engine; ``model_path`` in place of a tiny model's name.
     """
 
@@ -35,6 +37,7 @@ class Core:
         delayed: bool = False,
         processes: bool = False,
         threads: bool = False,
+        shares_memory: bool = False,
         **options: Any,
     ) -> None:
         model_path = tiny_model(name) if name else options.pop("model_path")
@@ -52,6 +55,8 @@ class Core:
             self.executor = MultiProcessExecutor(config, 60.0, depth)
         elif threads:
             self.executor = ThreadExecutor(config, depth)
+            if shares_memory:
+                share_memory(self.executor._worlds)
         self.link = QueueLink()
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.link.client.on_messages(self.take)

@@ -3,6 +3,7 @@
 Ranks are threads of this process, which exchange tensors as processes do (``test_tensor_parallel.py``).
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,15 @@ ARCHITECTURES = [
     if name in RENAMED or name in PLAIN_MODELS or (hasattr(transformers, name) and name.endswith("CausalLM"))
 ]
 WITH_EXPERTS = [name for name in ARCHITECTURES if name in ROUTED or "Moe" in name or "MoE" in name]
+NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is Linux's")
 IN_THREES = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "head_dim": 16}
 
 
-def check_ranks(architecture: str, directory: Path, config: dict, **options: Any) -> None:
+def check_ranks(architecture: str, directory: Path, config: dict, shares_memory: bool = False, **options: Any) -> None:
     model_dir = make_tiny(architecture, directory, **config)
     prompts = random_prompts(VOCAB_SIZE, (3, 45))
-    core = Core(model_path=model_dir, threads=True, max_running_requests=4, **options)
+    given = {"threads": True, "shares_memory": shares_memory, "max_running_requests": 4}
+    core = Core(model_path=model_dir, **given, **options)
     try:
         answers = core.run(greedy_requests(prompts, NEW_TOKENS))
         if "ep_size" in options or "enable_dp_attention" in options:
@@ -90,10 +93,13 @@ def test_experts_of_their_own_quickly(tmp_path: Path) -> None:
     check_ranks("Qwen3MoeForCausalLM", tmp_path, {}, tp_size=2, ep_size=2)
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "none"])
-def test_requests_of_their_own_quickly(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "shares_memory"),
+    [("none", False), ("all_to_all", False), pytest.param("all_to_all", True, marks=NEEDS_LINUX)],
+)
+def test_requests_of_their_own_quickly(backend: str, shares_memory: bool, tmp_path: Path) -> None:
     options = {"tp_size": 2, "enable_dp_attention": True, "moe_a2a_backend": backend}
-    check_ranks("DeepseekV3ForCausalLM", tmp_path, {}, **options)
+    check_ranks("DeepseekV3ForCausalLM", tmp_path, {}, shares_memory, **options)
 
 
 def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
@@ -121,12 +127,15 @@ def test_expert_parallel(architecture: str, tp_size: int, ep_size: int, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp_size", "backend"), [(2, "none"), (2, "all_to_all"), (4, "all_to_all")])
+@pytest.mark.parametrize("backend", ["none", "all_to_all"])
+@pytest.mark.parametrize(("tp_size", "shares_memory"), [(2, False), pytest.param(4, True, marks=NEEDS_LINUX)])
 @pytest.mark.parametrize("architecture", WITH_EXPERTS)
-def test_requests_of_their_own(architecture: str, tp_size: int, backend: str, tmp_path: Path) -> None:
+def test_requests_of_their_own(
+    architecture: str, tp_size: int, shares_memory: bool, backend: str, tmp_path: Path
+) -> None:
     """Each rank has its own requests, all of attention, and a part of the experts; two of four have no request."""
     options = {"tp_size": tp_size, "enable_dp_attention": True, "moe_a2a_backend": backend}
-    check_ranks(architecture, tmp_path, {}, **options)
+    check_ranks(architecture, tmp_path, {}, shares_memory, **options)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
