@@ -1,12 +1,17 @@
 """float16: a model's answers by kernels of that type, unquantized and in 8 bits, beside float32's."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from rtp_llm import Engine
 from rtp_llm.srt.devices.cpu import linear
 from rtp_llm.srt.devices.cpu.build import kernels_work
-from tiny_models import TINY_MODELS, random_prompts, tiny_model
+from rtp_llm.srt.devices.cpu.moe import ExpertPanels
+from rtp_llm.srt.kernels.packed import PackedExperts
+from rtp_llm.srt.layers.moe import Experts
+from tiny_models import TINY_MODELS, make_tiny, random_prompts, tiny_model
 
 NEW_TOKENS = 9  # the last of these decode steps are replayed
 
@@ -55,3 +60,30 @@ def test_weights_stay_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear.Float16Panels, "__init__", noted)
     logprobs("qwen3-default", "float16")
     assert packed and set(packed) == {torch.float16}
+
+
+@pytest.mark.skipif(not kernels_work(), reason="there is no C++ compiler")
+def test_experts_have_kernels(tmp_path: Path) -> None:
+    """A mixture's log-probabilities are nearer to float32's than those of bfloat16, and its experts are packed."""
+    model_dir, found = make_tiny("Qwen3MoeForCausalLM", tmp_path), {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        with Engine(
+            model_path=model_dir, dtype=dtype, device="cpu", skip_tokenizer_init=True, inline=True, max_total_tokens=512
+        ) as engine:
+            model = engine._runner.core.executor.worker.runner.model
+            packed = [each for module in model.modules() if isinstance(module, Experts) for each in packed_of(module)]
+            results = engine.generate(
+                input_ids=random_prompts(90, (40, 17, 31)),
+                sampling_params={"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+                return_logprob=True,
+                logprob_start_len=0,
+            )
+        assert packed and all(isinstance(each, ExpertPanels) == (dtype != "float32") for each in packed)
+        told = [entry[0] for result in results for entry in result["meta_info"]["input_token_logprobs"][1:]]
+        found[dtype] = torch.tensor(told)
+    errors = [(found[dtype] - found["float32"]).abs().median() for dtype in ("float16", "bfloat16")]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def packed_of(module: Experts) -> list[PackedExperts]:
+    return list(module.packed.values())
