@@ -68,7 +68,12 @@ def input_logprobs(results: list[dict[str, Any]]) -> torch.Tensor:
     return torch.tensor([entry[0] for result in results for entry in result["meta_info"]["input_token_logprobs"][1:]])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+SLOW = ("FalconH1ForCausalLM",)  # half a minute in transformers: its scan goes token by token
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
+)
 def test_as_near_to_float32_as_transformers(architecture: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model_dir = make_tiny(architecture, tmp_path)
