@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -50,6 +51,7 @@ class Fleet:
         self.replicas, self.router = replicas, router
         self.restarts: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.not_added: Counter[str] = Counter()  # why the router did not take a replica
         self._hit: set[SoakServer | Router] = set()  # of which something was killed since they were last started
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._keep_up_replica, args=(replica,)) for replica in replicas]
@@ -88,8 +90,10 @@ class Fleet:
                 continue
             for url in ready:
                 if url not in self.router.urls:
-                    with suppress(NotAdded):  # either may have been killed since: it is tried again
+                    try:
                         self.router.add(url)
+                    except NotAdded as error:  # either may have been killed since: it is tried again
+                        self.not_added[str(error)[:100]] += 1
 
     def _start_again(self, kind: str, member: SoakServer | Router, start: Callable[[], None]) -> None:
         try:
@@ -141,6 +145,7 @@ class Client(threading.Thread):
         self._url, self._expected, self._ended = url, expected, ended
         self._http = http_client()
         self.counts: Counter[str] = Counter()
+        self.answered_s: list[float] = []  # when right answers came
         self.problems: list[str] = []
 
     def run(self) -> None:
@@ -162,6 +167,7 @@ class Client(threading.Thread):
                 continue
             if text == self._expected[prompt]:
                 self.counts["streamed" if stream else "whole"] += 1
+                self.answered_s.append(time.monotonic())
             else:
                 self.problems.append(f"wrong: {prompt!r} gave {text!r}, not {self._expected[prompt]!r}")
 
@@ -263,23 +269,35 @@ def run(args: argparse.Namespace, folder: Path) -> list[str]:
         clients = [Client(number, fleet.router.url, expected, ended) for number in range(args.clients)]
         for thread in (memory, *clients):
             thread.start()
-        deadline_s = time.monotonic() + 60 * args.minutes
+        start_s = time.monotonic()
+        deadline_s = start_s + 60 * args.minutes
         kinds = [kind for kind in KINDS if kind != "rank" or args.tp_size * args.pp_size > 1]
         while time.monotonic() < deadline_s:
             time.sleep(draw.uniform(0.5, 1.5) * args.every_s)
             kind = draw.choice(kinds)
             kills[kind] += fleet.kill(kind, draw)
+        end_s = time.monotonic()
         problems = finish(clients, ended) + fleet.problems
+        gap_s = longest_gap(start_s, [at for client in clients for at in client.answered_s if at < end_s], end_s)
+        if gap_s >= end_s - start_s:
+            problems.append("no request was answered")
         lines, grown = memory.report()
         counts = sum((client.counts for client in clients), Counter())
         print(f"killed: {dict(kills)}; started again: {dict(fleet.restarts)}")
         print(f"{counts.pop('whole', 0)} whole answers and {counts.pop('streamed', 0)} streams, all right")
+        print(f"longest time without an answer: {gap_s:.0f} s; replicas not taken: {dict(fleet.not_added)}")
         print(f"requests that ended by an error: {sum(counts.values())} {dict(counts.most_common(6))}")
         print("\n".join(lines))
         return problems + grown
     finally:
         ended.set()
         fleet.stop()
+
+
+def longest_gap(start_s: float, answered_s: list[float], end_s: float) -> float:
+    """Return the longest time from ``start_s`` to ``end_s`` in which no answer came; all of it if none came."""
+    times = sorted([start_s, *answered_s, end_s])
+    return max(after - before for before, after in pairwise(times))
 
 
 def finish(clients: list[Client], ended: threading.Event) -> list[str]:

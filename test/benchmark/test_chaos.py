@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from benchmark.chaos import Fleet
+from benchmark.chaos import Fleet, longest_gap
 from benchmark.fleet import NotAdded
 from benchmark.soak_server import ServerFailed
 from tiny_server import wait_for
@@ -77,3 +77,10 @@ def test_a_running_router_is_told_of_a_replica_until_it_takes_it(monkeypatch: py
     wait_for(lambda: bool(router.urls))
     fleet.stop()
     assert router.refused == router.urls == ["http://127.0.0.1:2"]
+    assert fleet.not_added == {"not yet": 1}
+
+
+def test_the_longest_time_without_an_answer() -> None:
+    assert longest_gap(10.0, [13.0, 11.0, 18.0], 20.0) == 5.0
+    assert longest_gap(10.0, [11.0], 20.0) == 9.0
+    assert longest_gap(10.0, [], 20.0) == 10.0

@@ -104,7 +104,7 @@ class UnitLength:
 
 @dataclass(frozen=True, slots=True)
 class FirstComponents:
-    """Of each vector its first so many components."""
+    """Vectors are cut to their first ``count`` components."""
 
     count: int
 

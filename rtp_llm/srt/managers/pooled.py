@@ -92,6 +92,7 @@ class PooledRequests:
     def __init__(self, manager: TokenizerManager, sentences: SentenceTransformer | None = None) -> None:
         self.manager = manager
         self.sentences = sentences or SentenceTransformer()
+        self._num_before: dict[tuple[str, bool], int] = {}  # of ``_tokens_before``, for the checkpoint's few texts
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -312,15 +313,23 @@ class PooledRequests:
         before = self._prompt_text(prompt.options.get("prompt_name"))
         if not before:
             return 0
-        adds = prompt.options.get("add_special_tokens") is not False
-        ids, _ = self.manager.encode_input(before.lower() if self.sentences.lower_case else before, None, adds, None)
-        count = len(ids) - (bool(ids) and ids[-1] in self.special_ids)
+        count = self._tokens_before(before, prompt.options.get("add_special_tokens") is not False)
         if count >= num_tokens:
             raise InvalidRequest(
                 f"the checkpoint's text before the input has {count} tokens, and the vector is made of those behind "
                 f"them; all together there are {num_tokens}",
                 "prompt_name",
             )
+        return count
+
+    def _tokens_before(self, text: str, adds_special_tokens: bool) -> int:
+        """Return the number of tokens of a text that others follow, with the special ones at its beginning."""
+        count = self._num_before.get((text, adds_special_tokens))
+        if count is None:
+            given = text.lower() if self.sentences.lower_case else text
+            ids, _ = self.manager.encode_input(given, None, adds_special_tokens, None)
+            count = len(ids) - (bool(ids) and ids[-1] in self.special_ids)
+            self._num_before[text, adds_special_tokens] = count
         return count
 
 

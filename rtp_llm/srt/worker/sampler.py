@@ -45,7 +45,8 @@ class Sampler:
     A row's token depends on its own logits, parameters, seed and position only. Nothing here waits for the device.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: str) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, device: str, generates: bool = True) -> None:
+        """``generates``: whether the model makes tokens; if not, nothing is kept on the device for drawing them."""
         self._rows: list[_Row | None] = [None] * max_rows
         self._vocab_size = vocab_size
         self._provider = provider_named(device)
@@ -55,7 +56,8 @@ class Sampler:
         self._argmax = self._provider.pick("argmax", torch.float32)
         self._mask_tokens = self._provider.pick("mask_tokens", torch.float32)
         self._draw_kernel = self._provider.find("draw", torch.float32)
-        self.tables = SamplingTables(max_rows, vocab_size, self._provider) if self._provider.records_graphs else None
+        has_tables = generates and self._provider.records_graphs
+        self.tables = SamplingTables(max_rows, vocab_size, self._provider) if has_tables else None
         # Rows that need more than an argmax; a step with none of them is not examined row by row.
         self._adjusted: set[int] = set()  # logits are changed by penalties, biases or bans, not those of ``tables``
         self._drawing: set[int] = set()  # not greedy

@@ -203,7 +203,8 @@ class Worker:
 
     def init_cache(self, num_pages: list[int], max_rows: int, max_len: int, num_state_slots: int = 0) -> None:
         self.runner.init_cache(num_pages, max_rows, max_len, num_state_slots)
-        self.sampler = Sampler(max_rows, self._vocab_size, self._provider.name)
+        generates = self.runner.traits.generates
+        self.sampler = Sampler(max_rows, self._vocab_size, self._provider.name, generates)
         if self.runner.records_graphs:
             self._record_graphs(max_rows)
 

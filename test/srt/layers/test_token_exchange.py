@@ -81,7 +81,7 @@ def test_sums_are_those_of_one_rank(counts: list[int], top_k: int, backend: str,
 
 
 def test_a_token_is_sent_once_to_each_rank_of_its_experts() -> None:
-    """Of two tokens one goes to the first rank alone, with two experts there, and one to all."""
+    """The first rank has two tokens: one has two experts on it and none elsewhere, the other goes to all ranks."""
     torch.manual_seed(0)
     whole, tokens = experts(torch.float32), [torch.randn(2, HIDDEN), torch.randn(1, HIDDEN), torch.randn(1, HIDDEN)]
     ids = [torch.tensor([[0, 3, 1], [11, 5, 2]]), torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]])]

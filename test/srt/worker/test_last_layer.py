@@ -104,7 +104,7 @@ def test_a_layer_whose_states_go_on_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_list_of_attention_alone_is_not_taken_for_layers(tmp_path: Path) -> None:
-    """Of transformers' own models, whose other modules the engine knows nothing about."""
+    """Transformers' own models have such a list; the engine knows nothing of their other modules."""
     core = Core(model_path=make_tiny("LlamaForCausalLM", tmp_path), model_impl="transformers")
     assert last_layer_of(core) is None
 
