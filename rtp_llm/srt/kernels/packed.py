@@ -59,6 +59,10 @@ class PackedWeight(Packed):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 -> [T, K]: rows of the weight, in float32, or in the dtype of an unquantized weight."""
 
+    def rows_in(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As ``rows``, in this dtype."""
+        return self.rows(ids).to(dtype)
+
     @property
     @abstractmethod
     def num_rows(self) -> int:

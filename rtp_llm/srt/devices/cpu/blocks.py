@@ -60,7 +60,7 @@ def _function(name: str) -> Kernel:
     output = (POINTER, INT, POINTER, INT64, INT)  # bias, bias_is_float, out, out_stride, out_is_float
     types = {
         "pack_blocks": (INT, POINTER, INT64, INT64, POINTER),
-        "rows_blocks": (INT, POINTER, POINTER, INT64, INT64, INT64, POINTER),
+        "rows_blocks": (INT, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT),
         "gemm_blocks": (INT, *rows, POINTER, INT64, INT64, *output, INT),  # and the gate
         "grouped_gemm_blocks": (INT, *rows, POINTER, INT64, POINTER, INT64, INT64, *output),
     }
@@ -95,11 +95,16 @@ class BlockPanels(PanelWeight):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int64 -> [..., K] float32, as ``dequantize_blocks`` gives it."""
+        return self.rows_in(ids, torch.float32)
+
+    def rows_in(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in DTYPES:
+            return super().rows_in(ids, dtype)
         ids = ids.contiguous()
-        out = torch.empty(*ids.shape, self._padded, dtype=torch.float32)
+        out = torch.empty(*ids.shape, self._padded, dtype=dtype)
         if not _function("rows_blocks")(
             self.number, self.packed.data_ptr(), ids.data_ptr(), ids.numel(), self.shape[0], self._padded,
-            out.data_ptr(),
+            out.data_ptr(), dtype == torch.float32,
         ):  # fmt: skip
             refuse_ids(ids, self.shape[0])
         return out[..., : self.shape[1]]

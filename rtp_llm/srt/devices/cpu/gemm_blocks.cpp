@@ -113,17 +113,21 @@ KERNEL int pack_blocks(int number, const uint8_t* blocks, int64_t N, int64_t K, 
     return 1;
 }
 
-// Rows `ids` of the weight -> [count, K].
+// Rows `ids` of the weight -> [count, K] of float32 or bfloat16.
 KERNEL int rows_blocks(int number, const uint8_t* packed, const int64_t* ids, int64_t count, int64_t N, int64_t K,
-                       float* out) {
+                       void* out, int out_is_float) {
     const BlockType* type = type_numbered(number);
     if (!type) return 0;
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= N) return 0;
     const int64_t blocks = K / type->inputs;
 #pragma omp parallel for schedule(static) if (count > most_rows(PREPARE_ALONE))
-    for (int64_t i = 0; i < count; i++)
-        type->row(packed + ids[i] / PANEL * blocks * type->bytes * PANEL, int(ids[i] % PANEL), blocks, out + i * K);
+    for (int64_t i = 0; i < count; i++) {
+        float* row = out_is_float ? static_cast<float*>(out) + i * K : scratch<float, 6>(K);
+        type->row(packed + ids[i] / PANEL * blocks * type->bytes * PANEL, int(ids[i] % PANEL), blocks, row);
+        if (!out_is_float)
+            for (int64_t k = 0; k < K; k++) static_cast<bf16*>(out)[i * K + k] = from_float<bf16>(row[k]);
+    }
     return 1;
 }
 

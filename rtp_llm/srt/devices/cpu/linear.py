@@ -227,8 +227,13 @@ class Int8Panels(PanelWeight):
     def tensors(self) -> list[torch.Tensor]:
         return [self.packed, self.scales, self.totals]
 
-    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[...] int64 -> [..., K], weights times scales."""
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] int64 -> [..., K] float32, weights times scales."""
+        return self.rows_in(ids, torch.float32)
+
+    def rows_in(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return super().rows_in(ids, dtype)
         ids = ids.contiguous()
         out = torch.empty(*ids.shape, self.shape[1], dtype=dtype)
         if not _function("rows_int8")(

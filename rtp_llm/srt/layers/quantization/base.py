@@ -202,7 +202,7 @@ class EmbeddingMethodBase(QuantizeMethodBase, ABC):
 
     def embedding(self, layer: PackedLayer, row_ids: torch.Tensor) -> torch.Tensor:
         """[T] indices of this rank's rows -> [T, embedding_dim]."""
-        return layer.packed.rows(row_ids).to(layer.params_dtype)
+        return layer.packed.rows_in(row_ids, layer.params_dtype)
 
     def logits(self, layer: PackedLayer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``apply`` with a result in float32."""

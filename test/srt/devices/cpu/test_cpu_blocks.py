@@ -94,6 +94,8 @@ def test_rows_have_the_bits_of_the_plain_values(isa: str, block_type: str) -> No
     is_number = ~expected.isnan()
     assert torch.equal(rows.isnan(), expected.isnan())
     assert torch.equal(rows[is_number].view(torch.int32), expected[is_number].view(torch.int32))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(packed.rows_in(ids, dtype)[is_number], expected[is_number].to(dtype))
     for wrong in (-1, 101):
         with pytest.raises(IndexError, match=r"ids must be in \[0, 101\)"):
             packed.rows(torch.tensor([0, wrong]))

@@ -229,7 +229,7 @@ def test_int8_rows_of_a_table(isa, generator):
     ids = torch.randint(0, 50, (7,))
     packed = linear.Int8Panels(weight, scales)
     assert torch.equal(packed.rows(ids), weight[ids].float() * scales[ids, None])
-    assert torch.equal(packed.rows(ids, torch.bfloat16), (weight[ids].float() * scales[ids, None]).bfloat16())
+    assert torch.equal(packed.rows_in(ids, torch.bfloat16), (weight[ids].float() * scales[ids, None]).bfloat16())
 
 
 def test_wrong_inputs_are_refused():
