@@ -217,9 +217,11 @@ def _warn_of_cache(problem: str) -> None:
 
 
 def _key(name: str, target: str) -> str:
-    """Return a hash of sources, flags, compiler, processor and torch."""
-    command = _command(name, target, Path("x"))
-    return digest_of(name, (*command, _compiler_version(), torch.__version__, *sorted(cpu_flags())), SOURCES)
+    """Return a hash of sources, flags, compiler, processor and torch. Where sources and torch lie does not count: a
+    library finds OpenMP, which is loaded, by its name. So copies of the package share what they compile."""
+    command = _command(name, target, Path("x"), Path())
+    names = [Path(word).name if word in openmp_libraries() else word for word in command]
+    return digest_of(name, (*names, _compiler_version(), torch.__version__, *sorted(cpu_flags())), SOURCES)
 
 
 @functools.cache
@@ -230,13 +232,13 @@ def _compiler_version() -> str:
     return subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
 
 
-def _command(name: str, target: str, output: Path) -> list[str]:
+def _command(name: str, target: str, output: Path, sources: Path) -> list[str]:
     """Clang's regions run in its own OpenMP library, so that torch's must not answer for the number of a thread."""
     asked = shlex.split(os.environ.get("CXX", ""))
     libraries = () if "clang" in _compiler_version() else openmp_libraries()
     return [
         str(compiler()), *asked[1:], "-shared", *arguments(target, welcome_flags(name, target, cpu_flags())),
-        "-I", str(SOURCES), str(SOURCES / f"{name}.cpp"), *libraries, "-o", str(output),
+        "-I", str(sources), str(sources / f"{name}.cpp"), *libraries, "-o", str(output),
     ]  # fmt: skip
 
 
@@ -255,7 +257,7 @@ def _compile(name: str, target: str, path: Path) -> None:
     started = time.monotonic()
     made = path.with_suffix(".new")
     made.unlink(missing_ok=True)
-    command = _command(name, target, made)
+    command = _command(name, target, made, SOURCES)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S)
         if done.returncode:

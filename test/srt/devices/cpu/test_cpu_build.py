@@ -101,6 +101,15 @@ def test_another_source_is_another_kernel(cache, monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_copies_of_the_sources_share_a_kernel(cache, monkeypatch, tmp_path):
+    build.load("probe")
+    monkeypatch.setattr(build, "SOURCES", shutil.copytree(build.SOURCES, tmp_path / "sources"))
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
+    build.load.cache_clear()
+    build.load("probe")
+
+
+@needs_compiler
 @pytest.mark.parametrize("part", ["attention.cpp", "attention_wide.h", "attention_arguments.h", "common.h"])
 def test_every_file_that_a_kernel_includes_counts(part, monkeypatch, tmp_path):
     sources = shutil.copytree(build.SOURCES, tmp_path / "sources")
