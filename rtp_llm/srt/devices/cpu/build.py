@@ -31,6 +31,7 @@ from rtp_llm.srt.devices.cpu.kernel_files import (
     COMPILED,
     COMPILER_TIMEOUT_S,
     ISAS,
+    OPENMP,
     SOURCES,
     arguments,
     compiled_name,
@@ -42,6 +43,13 @@ from rtp_llm.srt.utils.private_files import problem_of_file, problem_of_folder
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
+
+# How clang is given OpenMP: by its own library, or, Apple's clang, by Homebrew's.
+HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
+OPENMP_OF_CLANG = (
+    OPENMP,
+    *(("-Xpreprocessor", *OPENMP, f"-I{place}/include", f"-L{place}/lib", "-lomp") for place in HOMEBREW),
+)
 
 # What nearly every model needs, those first that take the compiler longest. Products depend on the weights.
 USUAL = ("attention", "elementwise", "sampling", "replay")
@@ -232,12 +240,37 @@ def _compiler_version() -> str:
     return subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30).stdout
 
 
+def _is_clang() -> bool:
+    return "clang" in _compiler_version()
+
+
+@functools.cache
+def _openmp() -> tuple[str, ...]:
+    """Return the compiler's flags for OpenMP; none, with a warning, if it has none: kernels then use one thread."""
+    if not _is_clang():
+        return OPENMP
+    asked = shlex.split(os.environ.get("CXX", ""))
+    with ScratchFolder() as folder:
+        source = folder / "threads.cpp"
+        source.write_text('#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n')
+        for flags in OPENMP_OF_CLANG:
+            command = [str(compiler()), *asked[1:], "-shared", "-fPIC", str(source), *flags, "-o", f"{folder}/threads"]
+            if subprocess.run(command, capture_output=True, timeout=COMPILER_TIMEOUT_S).returncode == 0:
+                return flags
+    logger.warning(
+        "%s has no OpenMP, so that CPU kernels compute on one thread. Install it (macOS: brew install libomp; Debian: "
+        "apt-get install libomp-dev), or name another C++ compiler in CXX.",
+        compiler(),
+    )
+    return ()
+
+
 def _command(name: str, target: str, output: Path, sources: Path) -> list[str]:
     """Clang's regions run in its own OpenMP library, so that torch's must not answer for the number of a thread."""
     asked = shlex.split(os.environ.get("CXX", ""))
-    libraries = () if "clang" in _compiler_version() else openmp_libraries()
+    libraries = () if _is_clang() else openmp_libraries()
     return [
-        str(compiler()), *asked[1:], "-shared", *arguments(target, welcome_flags(name, target, cpu_flags())),
+        str(compiler()), *asked[1:], "-shared", *arguments(target, welcome_flags(name, target, cpu_flags()), _openmp()),
         "-I", str(sources), str(sources / f"{name}.cpp"), *libraries, "-o", str(output),
     ]  # fmt: skip
 

@@ -4,7 +4,14 @@
 // and __ARM_FEATURE_DOTPROD and __ARM_FEATURE_BF16_VECTOR_ARITHMETIC on AArch64, where vectors are NEON's anyway. All code below is correct for each of them; the vectors are GCC's vector extensions, which Clang has, too.
 #pragma once
 
+#if defined(_OPENMP)
 #include <omp.h>
+#else  // a compiler without OpenMP ignores its pragmas: there is one thread
+static inline int omp_get_max_threads() { return 1; }
+static inline int omp_get_num_threads() { return 1; }
+static inline int omp_get_thread_num() { return 0; }
+static inline void omp_set_num_threads(int) {}
+#endif
 
 #include <cmath>
 #include <cstddef>

@@ -18,12 +18,12 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wno-psabi",
     "-Werror=return-type",
 )
+OPENMP = ("-fopenmp",)
 PORTABLE = "portable"
 COMPILER_TIMEOUT_S = 300
 
@@ -59,9 +59,9 @@ def welcome_flags(name: str, target: str, cpu_flags: Iterable[str]) -> tuple[str
     return tuple(flag for flag in WELCOME if flag in cpu_flags and f"__{flag.upper()}__" in text)
 
 
-def arguments(target: str, welcome: Iterable[str]) -> list[str]:
-    """Return the compiler's arguments for an instruction set, without files."""
-    return [*FLAGS, *ISAS[target][1], *(f"-m{flag}" for flag in welcome)]
+def arguments(target: str, welcome: Iterable[str], openmp: Sequence[str] = OPENMP) -> list[str]:
+    """Return the compiler's arguments for an instruction set, without files. ``openmp``: those that give it threads."""
+    return [*FLAGS, *openmp, *ISAS[target][1], *(f"-m{flag}" for flag in welcome)]
 
 
 def source_files(file: str, sources: Path = SOURCES) -> list[str]:

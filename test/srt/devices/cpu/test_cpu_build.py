@@ -71,6 +71,42 @@ def test_there_is_one_pool_of_threads():
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def plain_clang(cache, monkeypatch, tmp_path):
+    """A compiler that says it is clang, and that knows no OpenMP, as Apple's; here it is the machine's own."""
+    script = tmp_path / "clang++"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--version*) echo "clang version 99.0"; exit;; esac\n'
+        'case "$*" in *-fopenmp*) echo "unsupported option \'-fopenmp\'" >&2; exit 1;; esac\n'
+        f'exec {build.compiler()} "$@"\n'
+    )
+    script.chmod(0o755)
+    cached = build.compiler, build._compiler_version, build._openmp
+    monkeypatch.setenv("CXX", str(script))
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_makes_kernels_of_one_thread(plain_clang, caplog):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        probe = build.load("probe")
+        assert probe.num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert "has no OpenMP, so that CPU kernels compute on one thread" in caplog.text
+    x = torch.randn(101)
+    y = torch.empty_like(x)
+    probe.exponentials(pointer(x), pointer(y), ctypes.c_int64(len(x)))
+    torch.testing.assert_close(y, x.exp())
+
+
 @needs_compiler
 def test_what_was_compiled_is_kept(cache, monkeypatch):
     """For this user alone, whatever the umask."""
