@@ -182,6 +182,7 @@ def run(folder: Path, command: Sequence[str]) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_the_example(tiny_checkpoint: str, tmp_path: Path) -> None:
     """The probabilities of what it says are those of transformers' logits with roots in place of positive ones."""
     port = free_port()

@@ -57,7 +57,7 @@ def call(operation: schemathesis.APIOperation, mode: GenerationMode, count: int)
 
 
 def test_some_requests(server: InProcess) -> None:
-    attack(server, 300)
+    attack(server, 150)
     assert httpx.get(f"{server.url}/health_generate", timeout=60).status_code == 200
 
 

@@ -51,9 +51,10 @@ def check_draws(logits: torch.Tensor, params: list[SamplingParams]) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 1000, 5003, 40001])
 @pytest.mark.parametrize("spread", [0.02, 2.0, 15.0])
 def test_draws_are_those_of_plain_torch(isa: str, vocab_size: int, spread: float) -> None:
-    params = [random_params() for _ in range(24)]
-    check_draws(torch.randn(24, vocab_size) * spread, params)
-    check_draws((torch.randn(24, vocab_size) * spread).bfloat16().float(), params)  # full of equal logits
+    count = 24 if vocab_size < 10000 else 8
+    params = [random_params() for _ in range(count)]
+    check_draws(torch.randn(count, vocab_size) * spread, params)
+    check_draws((torch.randn(count, vocab_size) * spread).bfloat16().float(), params)  # full of equal logits
 
 
 def test_draws_from_what_a_mask_left(isa: str) -> None:

@@ -43,8 +43,15 @@ def total_of(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype"),
+    [
+        (2, torch.float16),
+        (3, torch.float32),
+        pytest.param(2, torch.float32, marks=pytest.mark.slow),
+        pytest.param(3, torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_sums(num_ranks: int, dtype: torch.dtype) -> None:
     """In float32, in the order of ranks: of several shapes one after the other, in the same places."""
     ranks = Ranks(num_ranks)

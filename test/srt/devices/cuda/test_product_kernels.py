@@ -59,9 +59,19 @@ def sizes(form: str) -> tuple[int, int, int]:
     return (70, 384, 128) if form.endswith("-block") else (70, 352, 32)
 
 
+def quick_if(is_quick: bool, *values: Any) -> Any:
+    return pytest.param(*values, marks=[] if is_quick else [pytest.mark.slow])
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("form", [*FORMS, *FP8_ROWS])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        quick_if(dtype == torch.float32 or form in ("int4-zeros", "fp8-rows"), form, dtype)
+        for form in (*FORMS, *FP8_ROWS)
+        for dtype in (torch.float32, torch.float16)
+    ],
+)
 def test_quantized_products(form: str, dtype: torch.dtype) -> None:
     outputs, inputs, group_size = sizes(form)
     ours, plain = weights(form, outputs, inputs, group_size)
@@ -127,8 +137,11 @@ def test_which_weights_in_fp8_multiply_rows_in_fp8() -> None:
         assert form(True, 128) is ours.TritonCodes
 
 
+QUICK_EXPERTS = ("dense", "int8", "int4-zeros", "table", "fp8-block", "fp8-rows-block")
+
+
 @interpreted
-@pytest.mark.parametrize("form", ["dense", *FORMS, *FP8_ROWS])
+@pytest.mark.parametrize("form", [quick_if(form in QUICK_EXPERTS, form) for form in ("dense", *FORMS, *FP8_ROWS)])
 def test_experts(form: str) -> None:
     ours_module, (outputs, inputs, group_size) = module("packed"), sizes(form)
     if form == "dense":
@@ -163,8 +176,15 @@ def test_experts_of_several_forms_are_not_alike() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("is_sigmoid", [False, True])
+@pytest.mark.parametrize(
+    ("is_sigmoid", "dtype"),
+    [
+        (False, torch.float32),
+        (True, torch.float16),
+        quick_if(False, False, torch.float16),
+        quick_if(False, True, torch.float32),
+    ],
+)
 def test_routing(is_sigmoid: bool, dtype: torch.dtype) -> None:
     for num_experts, top_k, groups, best_groups in [(1, 1, 1, 1), (12, 3, 1, 1), (60, 4, 6, 2), (40, 9, 5, 5)]:
         logits = torch.stack([torch.randperm(num_experts) for _ in range(5)]).to(dtype) / 7 - 2  # no two equal

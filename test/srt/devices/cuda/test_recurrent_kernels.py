@@ -15,6 +15,7 @@ from triton_process import compiled, interpreted
 
 PREFILL = rows_of([5, 1, 19, 16], [0, 2, 3, 0], [1, 2, 3, 5])  # from no state, from its own and from another's
 DECODE = rows_of([1, 1, 1], [2, 5, 1], [2, 5, 1])
+SLOW_IN_FLOAT16 = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 MODULES = {
     "causal_conv1d": "conv", "gated_delta_rule": "delta", "delta_gates": "delta", "linear_attention": "scans",
     "ssd": "scans", "selective_scan": "scans", "linear_recurrence": "scans",
@@ -58,7 +59,7 @@ def delta_inputs(rows: Any, by_channel: bool, dtype: torch.dtype, key_heads: int
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", SLOW_IN_FLOAT16)
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_the_delta_rule(by_channel: bool, dtype: torch.dtype) -> None:
     for rows in (PREFILL, DECODE):
@@ -102,7 +103,7 @@ def test_linear_attention(dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", SLOW_IN_FLOAT16)
 def test_state_space_duals(dtype: torch.dtype) -> None:
     for rows in (PREFILL, DECODE):
         x, dt = inputs(rows, 4, 40, dtype=dtype), inputs(rows, 4, dtype=dtype)
@@ -113,7 +114,7 @@ def test_state_space_duals(dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", SLOW_IN_FLOAT16)
 def test_selective_scans(dtype: torch.dtype) -> None:
     for rows in (PREFILL, DECODE):
         x, dt, (b, c) = inputs(rows, 70, dtype=dtype), inputs(rows, 70, dtype=dtype), inputs(rows, 2, 5).unbind(1)
