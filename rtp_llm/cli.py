@@ -92,6 +92,8 @@ def _with_profile(argv: Sequence[str]) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error) in (KeyError, IndexError, AssertionError):  # says what was looked for, but not by whom
+        return f"{' '.join([f'{type(error).__name__}:', *lines])} (--log-level debug shows where)"
     return " ".join(lines) if lines else type(error).__name__
 
 

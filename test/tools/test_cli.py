@@ -89,6 +89,14 @@ def test_errors_are_one_line(fake: type[FakeEngine], capsys: pytest.CaptureFixtu
         main([*GENERATE, "--log-level", "debug"])
 
 
+def test_an_error_that_names_a_key_alone_says_its_kind(
+    fake: type[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.error = KeyError("ntk")
+    assert main(GENERATE) == 2
+    assert capsys.readouterr().err == "rtp-llm: error: KeyError: 'ntk' (--log-level debug shows where)\n"
+
+
 def test_an_aborted_request_is_an_error(fake: type[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
     fake.finish_reason = {"type": "abort", "message": "logits are not numbers"}
     assert main(GENERATE) == 2

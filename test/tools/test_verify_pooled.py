@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 
 from rtp_llm import cli
 from rtp_llm.srt.configs.server_args import ServerArgs
@@ -57,6 +58,28 @@ def test_right_models_agree(architecture: str, config: dict[str, object], tasks:
     report = run(make_tiny(architecture, tmp_path, **config))
     assert report.agrees and report.first is None and not report.left_out, report
     assert {result.task for result in report.results} == tasks
+
+
+def test_both_sides_read_the_configuration_in_todays_spelling(tmp_path: Path) -> None:
+    """GTE's first checkpoints have NTK-aware scaling, of which transformers knows nothing."""
+    config_file = Path(make_tiny("GteForSequenceClassification", tmp_path, num_labels=1), "config.json")
+    config = json.loads(config_file.read_text())
+    del config["rope_parameters"]
+    config |= {"model_type": "new", "architectures": ["NewForSequenceClassification"], "rope_theta": 500.0}
+    config_file.write_text(json.dumps(config | {"rope_scaling": {"type": "ntk", "factor": 2.0}}))
+    report = run(str(tmp_path))
+    assert report.agrees and {result.task for result in report.results} == {"classify", "score"}, report
+
+
+def test_why_transformers_cannot_make_a_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks_for_ntk(*_: object, **__: object) -> None:
+        raise KeyError("ntk")
+
+    model_dir = make_tiny("BertModel", tmp_path)
+    monkeypatch.setattr(transformers.BertModel, "from_pretrained", looks_for_ntk)
+    message = "nothing to compare BertModel.* with: BertModel of transformers cannot be made of .*: KeyError: 'ntk'"
+    with pytest.raises(VerifyError, match=message):
+        run(model_dir)
 
 
 @pytest.mark.parametrize(("broken", "module"), [("Broken", "bert.encoder.layer.1.intermediate"), ("BrokenHead", None)])

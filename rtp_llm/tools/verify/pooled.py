@@ -4,6 +4,7 @@ Both sides compute each prompt at once, and ours gives numbers before the last f
 module that differs is named, as for decoders; what may be wrong in it is not searched for.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import transformers
 from torch import nn
 
 from rtp_llm.srt.checkpoint import read_model_config, read_tokenizer
+from rtp_llm.srt.configs.hf_config import CONFIG_ERRORS
 from rtp_llm.srt.configs.model_config import ModelConfig
 from rtp_llm.srt.configs.server_args import ServerArgs
 from rtp_llm.srt.device.choice import choose_torch_device
@@ -24,7 +26,7 @@ from rtp_llm.srt.layers.splade import Splade
 from rtp_llm.srt.model_traits import ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError
 from rtp_llm.srt.models.pooled import pooled_class
-from rtp_llm.srt.models.registry import ModelImportError, UnknownArchitectureError
+from rtp_llm.srt.models.registry import ModelImportError, UnknownArchitectureError, reason
 from rtp_llm.srt.models.weight_loading import WeightLoadError
 from rtp_llm.tools.verify.locate import (
     LOGITS_TOLERANCE,
@@ -129,9 +131,18 @@ class TheirEncoder:
         names = ", ".join(config.architectures)
         if not known:
             raise VerifyError(f"there is nothing to compare {names} with: transformers has no class of that name")
-        model, info = getattr(transformers, known[0]).from_pretrained(
-            config.model_path, dtype=getattr(torch, config.dtype), output_loading_info=True
-        )
+        model_class, settings = getattr(transformers, known[0]), copy.deepcopy(config.hf_config)
+        # As the engine reads it: with overrides, and in today's spelling. One of a model file's own is not for them.
+        options = {"config": settings} if isinstance(settings, model_class.config_class) else {}
+        try:
+            model, info = model_class.from_pretrained(
+                config.model_path, dtype=getattr(torch, config.dtype), output_loading_info=True, **options
+            )
+        except CONFIG_ERRORS as error:
+            raise VerifyError(
+                f"there is nothing to compare {names} with: {known[0]} of transformers cannot be made of "
+                f"{config.model_path}: {reason(error)}"
+            ) from error
         for kind in ("missing_keys", "mismatched_keys"):
             if wrong := sorted(str(key) for key in info[kind] if not UNREAD.search(str(key))):
                 raise VerifyError(

@@ -165,9 +165,8 @@ class TheirModel:
         try:
             reference = TransformersModel(config.model_path, config.dtype, args.device, args.trust_remote_code)
         except (ValueError, KeyError, AttributeError, ImportError) as error:
-            raise VerifyError(
-                f"there is nothing to compare {', '.join(config.architectures)} with: {str(error).strip()}"
-            ) from error
+            cause = reason(error) if isinstance(error, KeyError) else str(error).strip()  # its text is the key alone
+            raise VerifyError(f"there is nothing to compare {', '.join(config.architectures)} with: {cause}") from error
         self.model = reference.model
 
     @torch.inference_mode()
