@@ -107,6 +107,12 @@ class ServerArgs:
         "it has one.",
         choices=QUANTIZATIONS,
     )
+    packed_cache: bool = option(
+        False,
+        help="On a CPU, keep the weights as kernels read them, quantized and packed, in ~/.cache/rtp_llm/packed, and "
+        "read them from there at later starts of the same checkpoint with the same options. RTP_LLM_PACKED_CACHE names "
+        "another folder.",
+    )
     json_model_override_args: str = option(
         "{}",
         help="JSON object whose entries replace those of the model's config.json.",

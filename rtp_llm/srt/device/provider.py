@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from rtp_llm.srt.device.graphs import GraphCapture
+from rtp_llm.srt.device.packed_files import PackedFiles
 from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
 from rtp_llm.srt.utils.stopwatch import Stopwatch
@@ -166,6 +167,14 @@ class DeviceProvider(ABC):
     @abstractmethod
     def group_experts(self, experts: Sequence[PackedWeight]) -> PackedExperts:
         """Make one weight of those of a layer's experts, whatever their form, without copying them."""
+
+    @abstractmethod
+    def packed_files(self) -> PackedFiles | None:
+        """Return how packed weights are kept in files; None: here nothing is packed for kernels, as the log says.
+
+        Raises:
+            ValueError: weights of this device are not kept in files.
+        """
 
     @abstractmethod
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:

@@ -5,8 +5,9 @@ The forms here are plain tensors with the products of ``reference.py``. A device
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,20 @@ class Packed(ABC):
     @abstractmethod
     def tensors(self) -> Sequence[torch.Tensor]:
         """Return the tensors that it consists of."""
+
+    def contents(self) -> dict[str, Any]:
+        """Return what ``of_contents`` makes its equal of: tensors, packed weights, plain values, sequences of these."""
+        if is_dataclass(self):
+            return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
+
+    @classmethod
+    def of_contents(cls, contents: Mapping[str, Any]) -> Self:
+        """Make one of what ``contents`` returned, without packing anything."""
+        made = object.__new__(cls)
+        for name, value in contents.items():
+            object.__setattr__(made, name, value)  # of frozen ones, too
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +90,23 @@ class PackedExperts(Packed):
     @abstractmethod
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Compute ``reference.grouped_linear``: rows of x are sorted by expert."""
+
+
+class ExpertsOfWeights(PackedExperts):
+    """Experts that are multiplied by the addresses of their own weights, which stay where they are."""
+
+    def __init__(self, experts: Sequence[PackedWeight]) -> None:
+        self.experts = experts
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for expert in self.experts for tensor in expert.tensors()]
+
+    def contents(self) -> dict[str, Any]:
+        return {"experts": self.experts}
+
+    @classmethod
+    def of_contents(cls, contents: Mapping[str, Any]) -> Self:
+        return cls(contents["experts"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from rtp_llm.srt.layers.quantization.base import (
     QuantizationConfig,
     QuantizationError,
     QuantizedModel,
+    hides_parameters,
     process_weights,
 )
 from rtp_llm.srt.layers.quantization.methods import PackedExpertsMethod, PackedLinearMethod
@@ -29,6 +30,8 @@ from rtp_llm.srt.model_traits import FinishesLoad, ModelTraits
 from rtp_llm.srt.models.building import ModelBuildError, build_model, built_as
 from rtp_llm.srt.models.dummy_weights import fill_with_dummy_weights
 from rtp_llm.srt.models.gguf_weights import gguf_weights
+from rtp_llm.srt.models.loaded_state import BuiltModel
+from rtp_llm.srt.models.packed_cache import Entry, entry_of
 from rtp_llm.srt.models.pooled import pooled_class, set_pooling
 from rtp_llm.srt.models.quantization_settings import quantization_settings
 from rtp_llm.srt.models.registry import ModelRegistry, UnknownArchitectureError, reason
@@ -54,6 +57,7 @@ def load_model(
     model_impl: str = "auto",
     quantization: str | None = None,
     cut: Cut | None = None,
+    packed_cache: bool = False,
 ) -> nn.Module:
     """Build the model of ``model_config`` on ``device``, in its dtype, and load its weights from a local directory.
 
@@ -61,7 +65,7 @@ def load_model(
     ``model_impl``: ``rtp_llm`` takes registered classes, ``transformers`` that library's own, ``auto`` the latter if
     no class is registered. ``quantization``: a scheme of ``layers.quantization.registry``; None: the checkpoint's own.
     ``cut`` is called with the built model, may take modules out, and returns their names: what a checkpoint has of them
-    is not needed.
+    is not needed. ``packed_cache``: read packed weights that an earlier call has kept, or keep them (packed_cache.py).
 
     Raises:
         UnknownArchitectureError, ModelImportError: no model class (see registry.py), nor one of transformers that can
@@ -73,7 +77,7 @@ def load_model(
     """
     settings = quantization_settings(model_config)
     scheme = scheme_name(quantization, settings)
-    source = _Source(model_config, model_path, load_format, device, progress, scheme, settings, cut)
+    source = _Source(model_config, model_path, load_format, device, progress, scheme, settings, cut, packed_cache)
     if model_impl == "transformers":
         return _load(_fallback(model_config), source)
     try:
@@ -136,6 +140,7 @@ class _Source:
     scheme: str | None
     settings: Mapping[str, Any]
     cut: Cut | None = None
+    packed_cache: bool = False
 
 
 def _fallback(model_config: ModelConfig) -> type[nn.Module]:
@@ -179,23 +184,73 @@ def _load(model_class: type[nn.Module], source: _Source) -> nn.Module:
             "weights of a GGUF file are read into models of this engine only: leave out --model-impl transformers"
         )
     of_layers = _of_layers(quant_config, source)
-    files = [] if is_dummy else find_weight_files(source.model_path, source.load_format)
     with built_as(model_config.dtype, source.device), share_ropes(), torch.no_grad():
         built_for().expect_weights(source.scheme)
-        model = build_model(model_class, model_config, of_layers)
-        absent = [] if source.cut is None else source.cut(model)
         if is_dummy:
+            if source.packed_cache:
+                logger.warning("packed_cache: dummy weights are not kept")
+            model, _ = _built(model_class, of_layers, source)
             fill_with_dummy_weights(model)
+            _process(model, model_config)
         else:
-            weights = _read(files, model, source)
-            if quant_config:
-                weights = quant_config.translate(weights, torch.get_default_dtype(), torch.get_default_device())
-            load_weights(model, weights, model_config.num_layers, quant_config, absent)
+            model = _with_weights(model_class, quant_config, of_layers, source)
         _finish(model, model_config)
         set_pooling(model, model_config, is_dummy)
     if of_layers is not None:
         _log_quantization(model, of_layers)
     return model.eval().requires_grad_(False)
+
+
+def _built(
+    model_class: type[nn.Module], of_layers: QuantizationConfig | None, source: _Source
+) -> tuple[nn.Module, Sequence[str]]:
+    """Return the model without weights, and the names of modules that are not in it."""
+    model = build_model(model_class, source.model_config, of_layers)
+    return model, [] if source.cut is None else source.cut(model)
+
+
+def _with_weights(
+    model_class: type[nn.Module],
+    quant_config: QuantizationConfig | None,
+    of_layers: QuantizationConfig | None,
+    source: _Source,
+) -> nn.Module:
+    """Return the model with packed weights, of the cache or of the checkpoint's files."""
+    config = source.model_config
+    files = find_weight_files(source.model_path, source.load_format)
+    model, absent = _built(model_class, of_layers, source)
+    entry = _entry(model, files, source)
+    if entry is not None and entry.is_there():
+        if entry.restore(model, source.progress):
+            return model
+        model, absent = _built(model_class, of_layers, source)
+    before = None if entry is None else BuiltModel(model)
+    weights = _read(files, model, source)
+    if quant_config:
+        weights = quant_config.translate(weights, torch.get_default_dtype(), torch.get_default_device())
+    load_weights(model, weights, config.num_layers, quant_config, absent)
+    _process(model, config)
+    if entry is not None and before is not None:
+        entry.keep(before)
+    return model
+
+
+def _entry(model: nn.Module, files: list[Path], source: _Source) -> Entry | None:
+    """Return the model's place in the cache; None: it has none, as the log says."""
+    if not source.packed_cache:
+        return None
+    packed_files = built_for().packed_files()
+    why = None
+    if packed_files is None:
+        why = "there are no CPU kernels"
+    elif ModelTraits.of(model).load_weights is not None:
+        why = f"{type(model).__name__} has its own load_weights"
+    elif hides_parameters():
+        why = "its parameters are hidden"
+    if packed_files is None or why is not None:
+        logger.warning("packed_cache: this model's packed weights are not kept: %s", why)
+        return None
+    return entry_of(model, source.model_config, files, (source.scheme, source.settings), packed_files)
 
 
 def _read(files: list[Path], model: nn.Module, source: _Source) -> Weights:
@@ -245,12 +300,15 @@ def _quant_config(model_class: type[nn.Module], source: _Source) -> Quantization
     return quantization_config(source.scheme, model)
 
 
-def _finish(model: nn.Module, model_config: ModelConfig) -> None:
+def _process(model: nn.Module, model_config: ModelConfig) -> None:
     for name, module in model.named_modules():
         try:
             process_weights(module)
         except ValueError as error:
             raise WeightLoadError(f"{name} of {model_config.model_path} cannot be used: {error}") from error
+
+
+def _finish(model: nn.Module, model_config: ModelConfig) -> None:
     for module in model.modules():
         if isinstance(module, FinishesLoad):
             try:

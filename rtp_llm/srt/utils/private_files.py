@@ -1,4 +1,4 @@
-"""Checks that only this user can have written a file, made before code is loaded from it."""
+"""Checks that only this user can have written a file, made before code or weights are loaded from it."""
 
 import os
 import stat
@@ -26,6 +26,19 @@ def problem_of_folder(folder: Path) -> str | None:
         if (problem := _problem(place, info, owners)) and not (sticky and info.st_uid in owners):
             return problem
     return None
+
+
+def prepared_folder(folder: Path) -> tuple[Path, str | None]:
+    """Create a folder for this user alone if it is missing; return it resolved, and why it cannot be used, if so."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        resolved = folder.resolve(strict=True)
+    except OSError as error:
+        return folder, f"{folder}: {error.strerror}"
+    problem = problem_of_folder(resolved)
+    if problem is None and not os.access(resolved, os.W_OK | os.X_OK):
+        problem = f"{resolved} cannot be written to"
+    return resolved, problem
 
 
 def problem_of_file(path: Path) -> str | None:

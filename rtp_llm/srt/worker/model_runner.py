@@ -82,6 +82,7 @@ class ModelRunner:
             model_impl=server_args.model_impl,
             quantization=server_args.quantization,
             cut=partial(self._cut, server_args) if get_pp_group().world_size > 1 else None,
+            packed_cache=server_args.packed_cache,
         )
         if self.stage is None:
             self._note_what_is_kept(server_args, self.model)

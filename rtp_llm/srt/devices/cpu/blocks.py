@@ -11,7 +11,7 @@ from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 from rtp_llm.srt.devices.cpu.linear import PANEL, PanelWeight, refuse_ids
 from rtp_llm.srt.kernels.blocks import BLOCK_TYPES
-from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
+from rtp_llm.srt.kernels.packed import ExpertsOfWeights, PackedWeight
 from rtp_llm.srt.models.mapped_pages import release
 
 BYTES_AT_ONCE = 1 << 24  # of a file that are packed, and then need not stay in memory
@@ -156,11 +156,13 @@ def _fit_float16(scales: torch.Tensor) -> bool:
     return not bool(((scales.half().float() - scales).abs() > largest / 1024 + NOTHING).any())
 
 
-class BlockExperts(PackedExperts):
+class BlockExperts(ExpertsOfWeights):
     """The experts' own weights, all of one shape and type, multiplied in one call."""
 
+    experts: Sequence[BlockPanels]
+
     def __init__(self, experts: Sequence[BlockPanels]) -> None:
-        self.experts = experts
+        super().__init__(experts)
         self._pointers = torch.tensor([expert.packed.data_ptr() for expert in experts], dtype=torch.int64)
 
     @staticmethod
@@ -190,6 +192,3 @@ class BlockExperts(PackedExperts):
         ):  # fmt: skip
             raise ValueError(f"groups have {rows_per_expert.tolist()} rows, but x has {len(x)}")
         return out
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for expert in self.experts for tensor in expert.tensors()]

@@ -39,7 +39,7 @@ from rtp_llm.srt.devices.cpu.kernel_files import (
     welcome_flags,
 )
 from rtp_llm.srt.platform import cpu_flags, num_cpus
-from rtp_llm.srt.utils.private_files import problem_of_file, problem_of_folder
+from rtp_llm.srt.utils.private_files import prepared_folder, problem_of_file
 from rtp_llm.srt.utils.scratch import ScratchFolder
 
 logger = logging.getLogger(__name__)
@@ -191,23 +191,17 @@ def _open(path: Path) -> ctypes.CDLL:
         raise KernelBuildError(f"the compiled CPU kernel {path} does not load: {error}") from error
 
 
-def cache_folder() -> Path:
-    asked = os.environ.get("RTP_LLM_KERNEL_CACHE")
+def cache_folder(variable: str = "RTP_LLM_KERNEL_CACHE", name: str = "kernels") -> Path:
+    """Return the folder that an environment variable names, else one of this user's cache."""
+    asked = os.environ.get(variable)
     if asked:
         return Path(asked)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtp_llm" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtp_llm" / name
 
 
 def _sound_cache() -> Path | None:
     """Return the cache's folder, created if needed; None, with a warning, if it cannot be used."""
-    try:
-        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = cache_folder().resolve(strict=True)
-        problem = problem_of_folder(folder)
-        if problem is None and not os.access(folder, os.W_OK | os.X_OK):
-            problem = f"{folder} cannot be written to"
-    except OSError as error:
-        problem = f"{cache_folder()}: {error.strerror}"
+    folder, problem = prepared_folder(cache_folder())
     if problem is None:
         return folder
     _warn_of_cache(problem)
@@ -230,6 +224,12 @@ def _key(name: str, target: str) -> str:
     command = _command(name, target, Path("x"), Path())
     names = [Path(word).name if word in openmp_libraries() else word for word in command]
     return digest_of(name, (*names, _compiler_version(), torch.__version__, *sorted(cpu_flags())), SOURCES)
+
+
+def library_id(name: str) -> str:
+    """Return a name of the library that ``load`` gives: another one as soon as anything that it depends on changes."""
+    carried = _carried(name, isa())
+    return carried.name if carried else f"{name}-{isa()}-{_key(name, isa())}"
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 import enum
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,13 @@ class CodePanels(PanelWeight):
 
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for tensor in (self.packed, self.scales, self.table) if tensor is not None]
+
+    def contents(self) -> dict[str, Any]:
+        return {**super().contents(), "kind": int(self.kind)}
+
+    @classmethod
+    def of_contents(cls, contents: Mapping[str, Any]) -> Self:
+        return super().of_contents({**contents, "kind": Codes(contents["kind"])})
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] int64 -> [..., K] float32."""

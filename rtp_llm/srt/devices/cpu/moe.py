@@ -10,7 +10,7 @@ from rtp_llm.srt.devices.cpu import memory
 from rtp_llm.srt.devices.cpu.binding import INT, INT64, POINTER, Kernel, address, bind
 from rtp_llm.srt.devices.cpu.linear import PANEL, Int8Panels, pack_bfloat16, pack_float16
 from rtp_llm.srt.kernels import reference
-from rtp_llm.srt.kernels.packed import PackedExperts, PackedWeight
+from rtp_llm.srt.kernels.packed import ExpertsOfWeights, PackedExperts, PackedWeight
 
 DTYPES = (torch.bfloat16, torch.float32)  # of rows that int8 multiplies, and of its biases
 HALVES = {torch.bfloat16: "bf16", torch.float16: "f16"}  # of experts that are not quantized, with names of kernels
@@ -70,11 +70,13 @@ class ExpertPanels(PackedExperts):
         return out
 
 
-class Int8Experts(PackedExperts):
+class Int8Experts(ExpertsOfWeights):
     """The experts' own weights, all of one shape, multiplied in one call."""
 
+    experts: Sequence[Int8Panels]
+
     def __init__(self, experts: Sequence[Int8Panels]) -> None:
-        self.experts = experts
+        super().__init__(experts)
         pointers = [[tensor.data_ptr() for tensor in expert.tensors()] for expert in experts]
         self._packed, self._scales, self._totals = torch.tensor(pointers).t().contiguous()
 
@@ -83,9 +85,6 @@ class Int8Experts(PackedExperts):
         """Whether a call can multiply these."""
         panels = [expert for expert in experts if isinstance(expert, Int8Panels)]
         return len(panels) == len(experts) and len({one.shape for one in panels}) == 1
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for expert in self.experts for tensor in expert.tensors()]
 
     def apply(self, x: torch.Tensor, rows_per_expert: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype == torch.float16:

@@ -8,10 +8,11 @@ from importlib import import_module
 
 import torch
 
+from rtp_llm.srt.device.packed_files import PackedFiles
 from rtp_llm.srt.device.provider import Kernel
-from rtp_llm.srt.devices.cpu import codes, exchange, linear, moe, threads
+from rtp_llm.srt.devices.cpu import codes, exchange, linear, memory, moe, threads
 from rtp_llm.srt.devices.cpu.blocks import NUMBERS, BlockExperts, BlockPanels, int4_panels
-from rtp_llm.srt.devices.cpu.build import compile_ahead, kernels_work
+from rtp_llm.srt.devices.cpu.build import cache_folder, compile_ahead, isa, kernels_work, library_id
 from rtp_llm.srt.devices.cpu.memory import Arena, take_in_background
 from rtp_llm.srt.devices.cpu.timing import timed_kernels
 from rtp_llm.srt.devices.reference.provider import ReferenceProvider
@@ -81,6 +82,9 @@ LIBRARIES_OF_WEIGHTS = {  # quantization scheme -> kernel files of its products
     "modelopt": ("gemm_codes",),
     "bitsandbytes": ("gemm_codes",),
 }
+PACKING = (  # kernel files that quantize and pack
+    "gemm", "gemm_int8", "gemm_f16", "gemm_f32", "gemm_blocks", "gemm_codes", "quantizing",
+)  # fmt: skip
 CACHE_TAKEN_AT_START_BYTES = 1 << 30
 
 
@@ -183,6 +187,12 @@ class CpuProvider(ReferenceProvider):
         if _takes_codes(weight, 2 * weight.shape[1], group_size):
             return codes.CodePanels(codes.Codes.TABLE, reference.unpack_int4(weight), scales, group_size, table)
         return super().pack_table(weight, table, scales, group_size)
+
+    def packed_files(self) -> PackedFiles | None:
+        if not kernels_work():
+            return None
+        folder = cache_folder("RTP_LLM_PACKED_CACHE", "packed")
+        return PackedFiles(folder, isa(), tuple(map(library_id, PACKING)), memory.weights.empty)
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return timed_kernels(watch)

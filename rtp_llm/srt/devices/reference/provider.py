@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from rtp_llm.srt.device.graphs import GraphCapture
+from rtp_llm.srt.device.packed_files import PackedFiles
 from rtp_llm.srt.device.provider import DeviceProvider, Kernel
 from rtp_llm.srt.distributed.parallel_state import RankGroup
 from rtp_llm.srt.kernels import packed, recurrent, reference
@@ -103,6 +104,12 @@ class ReferenceProvider(DeviceProvider):
 
     def group_experts(self, experts: Sequence[packed.PackedWeight]) -> packed.PackedExperts:
         return packed.OneByOne(experts)
+
+    def packed_files(self) -> PackedFiles | None:
+        raise ValueError(
+            f"packed_cache keeps weights that are packed for a CPU's kernels, and the device {self.name!r} has none: "
+            "leave it out"
+        )
 
     def timed_kernels(self, watch: Stopwatch) -> AbstractContextManager[None]:
         return nullcontext()
