@@ -205,6 +205,16 @@ INLINE void ahead_of(const uint8_t* block, int run) {
     for (int at = 0; at < RUN_BYTES; at += 64) __builtin_prefetch(block + run * RUN_BYTES + AHEAD + at, 0, 2);
 }
 
+// Adds a value here, not later with all others: GCC would keep what it has to add in memory until then.
+template <class V>
+INLINE void keep_in_order(V& sum) {
+#if defined(__AVX2__)
+    asm("" : "+x"(sum));
+#elif defined(__aarch64__)
+    asm("" : "+w"(sum));
+#endif
+}
+
 constexpr int SINGLE_TOGETHER = VECS < 4 ? VECS : 4;  // registers of outputs, of a single row
 
 // products[v][part] += bytes of weights, from register `first` on, times those of a row. Weights are read in the order in
@@ -214,11 +224,13 @@ INLINE void add_products_of_row(const uint8_t* block, int run, int first, const 
                                 ivec (&products)[SINGLE_TOGETHER][RunScales<T>::PARTS]) {
     constexpr int V = SINGLE_TOGETHER, HALF = UNITS / RunScales<T>::HALVES, FIT = units_that_fit<T>(HALF);
     constexpr int EACH = UNITS / RunScales<T>::PARTS;
+    constexpr bool IN_TURN = !HAVE_DOT && FIT == UNITS && T::LARGEST == 15;  // halves of a byte: one is read for both
 #pragma GCC unroll 8
     for (int begin = 0; begin < UNITS; begin += FIT) {
         svec pairs_of[V];
 #pragma GCC unroll 8
-        for (int u = begin; u < begin + FIT; u++)
+        for (int i = begin; i < begin + FIT; i++) {
+            const int u = IN_TURN ? i % 2 * (UNITS / 2) + i / 2 : i;
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
                 const ivec unit = unit_of<T>(block, run, u, first + v);
@@ -226,11 +238,16 @@ INLINE void add_products_of_row(const uint8_t* block, int run, int first, const 
                     products[v][u / EACH] = add_bytes(products[v][u / EACH], unit, x.unit(u));
                 } else {
                     const svec added = pairs<T::SIGNED>(unit, T::SIGNED ? magnitudes_of(unit) : unit, x.unit(u));
-                    pairs_of[v] = u == begin ? added : pairs_of[v] + added;
+                    pairs_of[v] = i == begin ? added : pairs_of[v] + added;
+                    keep_in_order(pairs_of[v]);
                 }
             }
+        }
         if constexpr (!HAVE_DOT)
-            for (int v = 0; v < V; v++) products[v][begin / EACH] += scales[v].sum_of(pairs_of[v], begin / HALF);
+            for (int v = 0; v < V; v++) {
+                products[v][begin / EACH] += scales[v].sum_of(pairs_of[v], begin / HALF);
+                keep_in_order(products[v][begin / EACH]);
+            }
     }
 }
 
