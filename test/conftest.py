@@ -22,7 +22,9 @@ LONG_GROUPS = (
     "test/srt/devices/cpu/test_attention.py", "tensor-parallel", "hostile", "test/srt/layers/test_layers_models.py",
     "test/srt/models/test_bfloat16.py", "test/srt/engine/test_engine_core.py", "test/srt/models/test_engine_random.py",
     "test/srt/models/test_cpu_graph.py", "test/srt/server/test_supervisor.py", "test/srt/server/test_demo_model.py",
-    "test/tools/test_gpu_check.py", "test/srt/models/test_generation_models.py",
+    "test/tools/test_gpu_check.py", "test/srt/models/test_generation_models.py", "test/tools/test_verify.py",
+    "test/srt/devices/cuda/test_product_kernels.py", "test/srt/devices/cuda/test_attention_kernels.py",
+    "test/tools/test_one_batch.py", "test/tools/test_cli_chat.py", "test/tools/test_bench_serving.py",
 )  # fmt: skip
 
 
