@@ -19,7 +19,7 @@ class NoImageError(ValueError):
 
 
 class ImageWriter:
-    """Describes packed weights one after the other. A tensor that comes twice is kept once."""
+    """Describes packed weights on the host, one after the other. A tensor that comes twice is kept once."""
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
@@ -31,7 +31,7 @@ class ImageWriter:
         """Describe a packed weight, or a part of one.
 
         Raises:
-            NoImageError: a part is not a contiguous tensor on the host, a packed weight, a plain value or a sequence.
+            NoImageError: a part is not a contiguous tensor, a packed weight, a plain value or a sequence.
         """
         if isinstance(value, Packed):
             contents = {name: self.described(part) for name, part in value.contents().items()}
@@ -49,10 +49,9 @@ class ImageWriter:
         raise NoImageError(f"a part of a packed weight is of {type(value)}")
 
     def _number(self, tensor: torch.Tensor) -> int:
-        if type(tensor) is not torch.Tensor or not tensor.is_cpu or not tensor.is_contiguous():
+        if type(tensor) is not torch.Tensor or not tensor.is_contiguous():
             raise NoImageError(
-                f"a packed weight has a {type(tensor).__name__} {list(tensor.shape)} of strides {tensor.stride()} on "
-                f"{tensor.device}"
+                f"a packed weight has a {type(tensor).__name__} {list(tensor.shape)} of strides {tensor.stride()}"
             )
         key = tensor.data_ptr(), tensor.dtype, tensor.shape
         if key not in self._numbers:
