@@ -131,16 +131,16 @@ def from_cache(monkeypatch: pytest.MonkeyPatch, folder: Path | str, *args: Any, 
         ("LlamaForCausalLM", "bfloat16", None),
         ("LlamaForCausalLM", "bfloat16", "int8"),
         ("LlamaForCausalLM", "bfloat16", "int4"),
-        ("LlamaForCausalLM", "bfloat16", "fp8"),
-        ("LlamaForCausalLM", "float16", None),
-        ("LlamaForCausalLM", "float32", None),
-        ("LlamaForCausalLM", "float32", "int8"),
-        ("LlamaForCausalLM", "float32", "int4"),
-        ("Qwen3MoeForCausalLM", "bfloat16", None),
+        pytest.param("LlamaForCausalLM", "bfloat16", "fp8", marks=pytest.mark.slow),
+        pytest.param("LlamaForCausalLM", "float16", None, marks=pytest.mark.slow),
+        pytest.param("LlamaForCausalLM", "float32", None, marks=pytest.mark.slow),
+        pytest.param("LlamaForCausalLM", "float32", "int8", marks=pytest.mark.slow),
+        pytest.param("LlamaForCausalLM", "float32", "int4", marks=pytest.mark.slow),
+        pytest.param("Qwen3MoeForCausalLM", "bfloat16", None, marks=pytest.mark.slow),
         ("Qwen3MoeForCausalLM", "bfloat16", "int8"),
-        ("Qwen3MoeForCausalLM", "bfloat16", "int4"),
+        pytest.param("Qwen3MoeForCausalLM", "bfloat16", "int4", marks=pytest.mark.slow),
         ("Qwen3MoeForCausalLM", "float32", "fp8"),
-        ("DeepseekV3ForCausalLM", "bfloat16", None),
+        pytest.param("DeepseekV3ForCausalLM", "bfloat16", None, marks=pytest.mark.slow),
         ("DeepseekV3ForCausalLM", "float32", "int8"),
     ],
 )
@@ -156,8 +156,17 @@ def test_a_hit_equals_a_miss(
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("LlamaForCausalLM", "Q4_0"),
+        ("Qwen3MoeForCausalLM", "Q8_0"),
+        pytest.param("LlamaForCausalLM", "Q8_0", marks=pytest.mark.slow),
+        pytest.param("LlamaForCausalLM", "F16", marks=pytest.mark.slow),
+        pytest.param("Qwen3MoeForCausalLM", "Q4_0", marks=pytest.mark.slow),
+        pytest.param("Qwen3MoeForCausalLM", "F16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_gguf(
     architecture: str, kind: str, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,7 +429,7 @@ def test_models_that_load_themselves_are_not_kept(
         def load_weights(self, weights: Any) -> Any:
             return AutoWeightsLoader(self).load_weights(weights)
 
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", LoadsItself)
+    monkeypatch.setitem(ModelRegistry.models.layers[0], "LlamaForCausalLM", LoadsItself)
     load(checkpoint)
     assert "not kept: LoadsItself has its own load_weights" in log.text
     assert not cache.exists()
@@ -443,7 +452,7 @@ def test_models_whose_loaders_set_more_are_not_kept(
 
             norm.weight.weight_loader = count
 
-    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", Counts)
+    monkeypatch.setitem(ModelRegistry.models.layers[0], "LlamaForCausalLM", Counts)
     load(checkpoint)
     assert "not kept: loading also sets times of model.norm (RMSNorm)" in log.text
     assert not list(cache.iterdir())
