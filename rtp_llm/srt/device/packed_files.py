@@ -9,7 +9,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PackedFiles:
-    """
+    """Where a device's packed weights are kept, and what their bytes depend on.
+
     Attributes:
         folder: where they are kept.
         layout: names the order in which numbers lie.

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -35,24 +34,12 @@ from rtp_llm.srt.worker.layout import cache_layout, own_part, sees_whole_prompts
 from rtp_llm.srt.worker.model_output import check_output, encoded_output
 from rtp_llm.srt.worker.pooling import RowPooling
 from rtp_llm.srt.worker.replayable import NotReplayable
+from rtp_llm.srt.worker.row_state import RowState
 from rtp_llm.srt.worker.states import RowStates
 from rtp_llm.srt.worker.step_graphs import DecodeStep, HostRows
 from rtp_llm.srt.worker.step_recorder import StepRecorder
 
 _NO_ID = np.zeros(1, dtype=np.int64)  # in the place of a token that was drawn
-
-
-@dataclass(slots=True)
-class RowState:
-    """A row's admission. ``ids`` are the tokens that the host knew then or has told of since, int64."""
-
-    admission: Admission
-    ids: np.ndarray
-    media: MultimodalInputs | None = None
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.admission.prompt_ids)
 
 
 class ModelRunner:
@@ -439,23 +426,8 @@ class ModelRunner:
     def _logprob_rows(self, work: list[RowWork], offsets: list[int]) -> list[LogprobRow]:
         if not self._rows_with_logprobs:
             return []
-        wanted = [self._logprob_row(b, w, offset) for b, (w, offset) in enumerate(zip(work, offsets, strict=True))]
+        wanted = [
+            self._rows[w.row].logprob_row(batch_index, w, offset, self._provider)
+            for batch_index, (w, offset) in enumerate(zip(work, offsets, strict=True))
+        ]
         return [row for row in wanted if row is not None]
-
-    def _logprob_row(self, batch_index: int, work: RowWork, offset: int) -> LogprobRow | None:
-        """Prompt logprobs wanted from this work: those of the prompt tokens that follow ``[start, end)``."""
-        state = self._rows[work.row]
-        admission, asked = state.admission, state.admission.spec.logprobs
-        if admission.logprob_from is None or asked is None:
-            return None
-        first = max(work.start, admission.logprob_from)
-        last = min(work.start + work.num_tokens, state.prompt_len - 1)
-        if first >= last:
-            return None
-        columns = (
-            np.arange(offset + first - work.start, offset + last - work.start),
-            state.ids[first + 1 : last + 1],
-            np.array(asked.token_ids_logprob, dtype=np.int64),
-        )
-        token_rows, targets, token_ids = self._provider.to_device_together(columns)
-        return LogprobRow(batch_index, token_rows, targets, asked.top_logprobs_num, token_ids)
