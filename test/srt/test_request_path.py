@@ -31,7 +31,8 @@ READERS = {
     "scheduler/policy.py": {"priority"},
     "engine/executor.py": {"media"},  # files of media live until the step that names them is done
     "engine/ray_executor.py": {"media"},  # which other machines get, too
-    "worker/model_runner.py": {"media", "logprobs", "top_logprobs_num", "token_ids_logprob"},
+    "worker/model_runner.py": {"media"},
+    "worker/row_state.py": {"logprobs", "top_logprobs_num", "token_ids_logprob"},
     "worker/pooling.py": {"pooling"},
     "worker/worker.py": {"pooling"},
     "worker/sampler.py": {
