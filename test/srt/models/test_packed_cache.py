@@ -5,8 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +31,7 @@ from rtp_llm.srt.models.loader import load_model
 from rtp_llm.srt.models.registry import ModelRegistry
 from rtp_llm.srt.utils.checked_file import FIRST_SECTION
 from tiny_models import make_tiny
+from warm_python import WarmPython
 
 SIZES: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
@@ -105,9 +104,7 @@ def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def assert_same(first: nn.Module, second: nn.Module) -> None:
     for (name, ours), (other, theirs) in zip(state_of(first), state_of(second), strict=True):
         assert name == other and ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert bytes(ours.contiguous().view(-1).view(torch.uint8)) == bytes(
-            theirs.contiguous().view(-1).view(torch.uint8)
-        )
+        assert torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (ours, theirs)))
     for layer, other_layer in zip(first.modules(), second.modules(), strict=True):
         assert type(layer) is type(other_layer)
         if isinstance(layer, LinearBase):
@@ -131,16 +128,16 @@ def from_cache(monkeypatch: pytest.MonkeyPatch, folder: Path | str, *args: Any, 
         ("LlamaForCausalLM", "bfloat16", None),
         ("LlamaForCausalLM", "bfloat16", "int8"),
         ("LlamaForCausalLM", "bfloat16", "int4"),
-        pytest.param("LlamaForCausalLM", "bfloat16", "fp8", marks=pytest.mark.slow),
-        pytest.param("LlamaForCausalLM", "float16", None, marks=pytest.mark.slow),
-        pytest.param("LlamaForCausalLM", "float32", None, marks=pytest.mark.slow),
-        pytest.param("LlamaForCausalLM", "float32", "int8", marks=pytest.mark.slow),
-        pytest.param("LlamaForCausalLM", "float32", "int4", marks=pytest.mark.slow),
-        pytest.param("Qwen3MoeForCausalLM", "bfloat16", None, marks=pytest.mark.slow),
+        ("LlamaForCausalLM", "bfloat16", "fp8"),
+        ("LlamaForCausalLM", "float16", None),
+        ("LlamaForCausalLM", "float32", None),
+        ("LlamaForCausalLM", "float32", "int8"),
+        ("LlamaForCausalLM", "float32", "int4"),
+        ("Qwen3MoeForCausalLM", "bfloat16", None),
         ("Qwen3MoeForCausalLM", "bfloat16", "int8"),
-        pytest.param("Qwen3MoeForCausalLM", "bfloat16", "int4", marks=pytest.mark.slow),
+        ("Qwen3MoeForCausalLM", "bfloat16", "int4"),
         ("Qwen3MoeForCausalLM", "float32", "fp8"),
-        pytest.param("DeepseekV3ForCausalLM", "bfloat16", None, marks=pytest.mark.slow),
+        ("DeepseekV3ForCausalLM", "bfloat16", None),
         ("DeepseekV3ForCausalLM", "float32", "int8"),
     ],
 )
@@ -161,10 +158,10 @@ def test_a_hit_equals_a_miss(
     [
         ("LlamaForCausalLM", "Q4_0"),
         ("Qwen3MoeForCausalLM", "Q8_0"),
-        pytest.param("LlamaForCausalLM", "Q8_0", marks=pytest.mark.slow),
-        pytest.param("LlamaForCausalLM", "F16", marks=pytest.mark.slow),
-        pytest.param("Qwen3MoeForCausalLM", "Q4_0", marks=pytest.mark.slow),
-        pytest.param("Qwen3MoeForCausalLM", "F16", marks=pytest.mark.slow),
+        ("LlamaForCausalLM", "Q8_0"),
+        ("LlamaForCausalLM", "F16"),
+        ("Qwen3MoeForCausalLM", "Q4_0"),
+        ("Qwen3MoeForCausalLM", "F16"),
     ],
 )
 def test_a_gguf(
@@ -412,8 +409,10 @@ for _ in range(3):
 """
 
 
-def test_two_at_once(checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two = [subprocess.Popen([sys.executable, "-c", LOADING, str(checkpoint)]) for _ in range(2)]
+def test_two_at_once(checkpoint: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "loading.py"
+    script.write_text(LOADING)
+    two = [WarmPython([str(script), str(checkpoint)], tmp_path, os.environ, out=1, err=2) for _ in range(2)]
     assert [process.wait(timeout=240) for process in two] == [0, 0]
     assert [path.suffix for path in cache.iterdir()] == [".packed"]
     plain = load(checkpoint, quantization="int8", packed_cache=False)
