@@ -22,7 +22,7 @@ class AttentionBackend(ABC):
 
     Attributes:
         reads_shared_prefixes: it uses ``batch.shared_prefixes``; otherwise the scheduler does not look for any.
-        replays: decode steps can be recorded (worker/step_recorder.py). Then only ``plan`` may read host lists of the
+        replays: steps can be recorded (worker/step_recorder.py). Then only ``plan`` may read host lists of the
             batch, ``forward`` makes the same calls in all steps of the same shapes, and ``step_tensors`` lists what
             differs.
     """

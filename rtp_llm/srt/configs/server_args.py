@@ -265,8 +265,8 @@ class ServerArgs:
     )
     disable_cpu_graph: bool = option(
         False,
-        help="Run the Python code of the layers in each decode step, instead of recording the step once and "
-        "replaying it.",
+        help="Run the Python code of the layers in each step, instead of recording decode steps and small steps of "
+        "prompts once and replaying them.",
     )
     disable_cuda_graph: bool = option(
         False,

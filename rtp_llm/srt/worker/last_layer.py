@@ -25,6 +25,7 @@ from rtp_llm.srt.layers.radix_attention import RadixAttention
 from rtp_llm.srt.model_traits import KeepsCache, KeepsState, PreparesForward
 from rtp_llm.srt.models.stages import layers_of
 from rtp_llm.srt.worker.columns import mode_of
+from rtp_llm.srt.worker.replayable import Unknown, batch_tensors, hide
 
 logger = logging.getLogger(__name__)
 
@@ -181,9 +182,21 @@ def _described(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+@dataclass(frozen=True, slots=True)
+class SecondCall:
+    """What a step's second call computes: the wanted tokens of ``batch``, as the batch ``narrow``."""
+
+    wanted: WantedTokens
+    batch: ForwardBatch
+    narrow: ForwardBatch
+
+
 class LastLayer:
-    """Stands in place of the ``forward`` of a model's last layer. Steps in which all tokens are wanted, and those that
-    are watched by hooks within the layer, are computed as before.
+    """Stands in place of the ``forward`` of a model's last layer. Steps in which all tokens are wanted, those that are
+    watched by hooks within the layer, and those that nothing prepared, are computed as before.
+
+    It is prepared for a step as modules are (ReplaysForward), after them, so that a recorded step reads nothing of the
+    host's.
 
     Attributes:
         is_on: whether steps may be computed so; False from the first one on whose arguments have another form.
@@ -192,6 +205,7 @@ class LastLayer:
     def __init__(self, layer: nn.Module, backend: AttentionBackend) -> None:
         """``backend``: which plans each step. It writes keys and values; another like it computes the wanted tokens."""
         self.is_on = True
+        self._second: SecondCall | None = None  # of the step that was prepared last; None: all tokens are computed once
         self._forward: Callable[..., Any] = layer.forward
         self._modules = list(layer.modules())
         self._step_modules = [module for module in self._modules if isinstance(module, PreparesForward)]
@@ -216,24 +230,35 @@ class LastLayer:
             return None
         return cls(last, backend)
 
+    def prepare_for_forward(self, batch: ForwardBatch) -> None:
+        """Find the tokens of the second call, and plan their attention."""
+        self._second = None
+        if self.is_on and batch.forward_mode.is_extend() and not self._is_watched():
+            wanted = WantedTokens.of(batch)
+            if wanted is not None:
+                self._second = SecondCall(wanted, batch, wanted.batch_of(batch, self._reading))
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        """Tensors that ``prepare_for_forward`` made."""
+        if self._second is None:
+            return []
+        return [self._second.wanted.tokens, *batch_tensors(self._second.narrow), *self._reading.step_tensors()]
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, ForwardBatch)), None)
-        if batch is None or not self.is_on or not batch.forward_mode.is_extend() or self._is_watched():
+        second = self._second
+        if second is None or not self.is_on or not any(value is second.batch for value in (*args, *kwargs.values())):
             return self._forward(*args, **kwargs)
-        wanted = WantedTokens.of(batch)
-        if wanted is None:
-            return self._forward(*args, **kwargs)
+        if isinstance(second.batch.seq_lens_cpu, Unknown):  # the step is being recorded
+            hide(second.narrow)
         try:
-            return self._run_wanted(wanted, batch, args, kwargs)
+            return self._run_wanted(second, args, kwargs)
         except UnknownForm as error:
             self.is_on = False
             logger.info("the last layer is computed for all tokens of a prompt: %s", error)
             return self._forward(*args, **kwargs)
 
-    def _run_wanted(
-        self, wanted: WantedTokens, batch: ForwardBatch, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        narrow = wanted.batch_of(batch, self._reading)
+    def _run_wanted(self, second: SecondCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wanted, batch, narrow = second.wanted, second.batch, second.narrow
         narrow_args = [wanted.argument(value, batch, narrow) for value in args]
         narrow_kwargs = {name: wanted.argument(value, batch, narrow) for name, value in kwargs.items()}
         writing = replace(batch, attn_backend=self._writing)

@@ -77,7 +77,8 @@ class ModelRunner:
         self.layout = own_part(self._whole_layout, self.model)
         self.row_pooling = RowPooling(self.traits.poolers, self._provider)
         self.attn_backend = attn_backend
-        self._step_modules = [module for module in self.model.modules() if isinstance(module, PreparesForward)]
+        self._modules = list(self.model.modules())
+        self._step_modules: list[PreparesForward] = [x for x in self._modules if isinstance(x, PreparesForward)]
         self._takes_mrope = takes_mrope_positions(self.model)
         self.embedding_cache = EmbeddingCache(server_args.mm_embedding_cache_size_mb << 20)
         self._forward = self._entry_point()
@@ -85,6 +86,8 @@ class ModelRunner:
         has_last_layer = (self.stage is None or self.stage.is_last) and not self._is_one_of_several
         narrows = self._provider.narrows_last_layer and has_last_layer
         self.last_layer = LastLayer.of(self.model, attn_backend) if narrows else None
+        if self.last_layer is not None:
+            self._step_modules.append(self.last_layer)
         self.recorder: StepRecorder | None = None
         can_replay = attn_backend.replays and self.traits.replays_steps
         if can_replay and not server_args.disable_cpu_graph and get_world().shape.size == 1:
@@ -162,8 +165,11 @@ class ModelRunner:
                 f"the model takes {max_positions} tokens at most, but requests may be of {max_len}; set "
                 f"--context-length to {max_positions} or less"
             )
-        pads = self.records_graphs or self._is_one_of_several or bool(self.recorder is not None and self.recorder.sizes)
-        self._dummy_row, num_rows = max_rows, max_rows + pads
+        recorder, self._dummy_row = self.recorder, max_rows
+        pads = self.records_graphs or self._is_one_of_several or bool(recorder is not None and recorder.sizes)
+        if recorder is not None and recorder.pads_prompts and self.layout.groups and self.layout.states is None:
+            pads, recorder.dummy_row = True, max_rows
+        num_rows = max_rows + pads
         self.kv_pool = KVPool(self.layout.groups, [count + pads for count in num_pages], self.device)
         self._page_tables = [
             torch.zeros(num_rows, -(-max_len // group.page_size) + 1, dtype=torch.int32, device=self._torch_device)
@@ -259,7 +265,7 @@ class ModelRunner:
 
     def _computed(self, batch: ForwardBatch) -> LogitsProcessorOutput | None:
         """Return the model's output for the batch; None on stages of a pipeline that are not the last."""
-        recorder = self.recorder
+        recorder = None if batch.forward_mode.is_extend() and self._is_watched() else self.recorder
         whole = batch if recorder is None else recorder.with_dummies(batch)
         for module in self._step_modules:
             module.prepare_for_forward(whole)
@@ -275,6 +281,10 @@ class ModelRunner:
         if whole is not batch and batch.pooled_tokens is not None:
             return output.first_pooled(len(batch.pooled_tokens))
         return output
+
+    def _is_watched(self) -> bool:
+        """Whether hooks are called with what modules take or make, as a replayed step would not."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
 
     def _num_dummies(self, work: list[RowWork]) -> int:
         """Number of rows to add up to the next size that decode steps are recorded for; else 0, or 1 to no rows."""

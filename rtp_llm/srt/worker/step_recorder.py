@@ -1,4 +1,4 @@
-"""The port for step recorders, which record a decode step once and replay it without the Python of its layers."""
+"""The port for step recorders, which record a step once and replay it without the Python of its layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ Forward = Callable[[ForwardBatch], LogitsProcessorOutput]
 
 
 class StepRecorder(ABC):
-    """Records and replays decode steps. The runner makes one, after the model is loaded, of the class that the device
-    names (``DeviceProvider.step_recorder``).
+    """Records and replays steps: decodes and small prompts. The runner makes one, after the model is loaded, of the
+    class that the device names (``DeviceProvider.step_recorder``).
 
     The modules' ``prepare_for_forward`` and the back end's ``plan`` have been called before ``run``. Their
     ``step_tensors()`` list the tensors that these made for the step; the step's other inputs are the batch's tensors
@@ -24,9 +24,13 @@ class StepRecorder(ABC):
             the next of them. None: batches of any size are recorded as they are.
         as_recorded: for a profile: called with the name and the function of a kernel or torch operation, returns the
             function that a replay calls in its place.
+        pads_prompts: prompts may get dummy tokens: the runner then has a row and a page that no request owns.
+        dummy_row: that row; None: there is none.
     """
 
     sizes: Sequence[int] = ()
+    pads_prompts = False
+    dummy_row: int | None = None
     as_recorded: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
@@ -34,8 +38,9 @@ class StepRecorder(ABC):
         self._forward, self._attn_backend, self._step_modules = forward, attn_backend, step_modules
 
     def with_dummies(self, batch: ForwardBatch) -> ForwardBatch:
-        """Return a batch of whole inputs with dummy rows and tokens after its own, up to a size that steps are recorded
-        for; as it is by default. Called before the step is planned; dummies' hidden states are dropped."""
+        """Return a batch of prompts or whole inputs with dummy rows and tokens after its own, up to a size that steps
+        are recorded for; as it is by default. Called before the step is planned; dummies' hidden states are dropped,
+        and they are never sampled."""
         return batch
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Replayed decode steps: the answers are those of running the layers each time, for every architecture."""
+"""Replayed steps: the answers are those of running the layers each time, for every architecture."""
 
 import logging
 import re
@@ -130,6 +130,84 @@ def test_small_steps_of_encoders(architecture: str, options: dict[str, Any], tmp
         if not disabled:
             assert sum(not isinstance(graph, int) for graph in graphs._graphs.values()) == 2
     assert outputs[0] == outputs[1]
+
+
+PROMPTS = (40, 68, 67, 64, 40, 40, 66, 40, 68, 40, 65, 67, 40, 68)  # 40 and, with dummies, 68 come often enough
+
+
+def prompt_answers(model_dir: str, vocab_size: int, **options: Any) -> tuple[list[Any], int]:
+    """Ids and logprobs of prompts one after the other, half of them with a prefix in the cache; and how many kinds of
+    steps with prompts were recorded."""
+    texts = random_prompts(vocab_size, tuple(length - 20 for length in PROMPTS))
+    start = random_prompts(vocab_size, (20,), seed=1)[0]
+    params = {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True}
+    options = {"dtype": "bfloat16", "context_length": 96, "max_total_tokens": 2000} | options
+    with Engine(model_path=model_dir, device="cpu", skip_tokenizer_init=True, inline=True, **options) as engine:
+        results = [
+            engine.generate(input_ids=start + text, sampling_params=params, return_logprob=True)
+            for text in (*texts, *texts, *(text[::-1] for text in texts))
+        ]
+        recorder = engine._runner.core.executor.worker.runner.recorder
+    graphs = {} if recorder is None else recorder._graphs
+    recorded = sum(key[0].is_extend() and not isinstance(graph, int) for key, graph in graphs.items())
+    return [(r["output_ids"], r["meta_info"]["output_token_logprobs"]) for r in results], recorded
+
+
+@pytest.mark.parametrize(
+    ("architecture", "are_recorded"),
+    [
+        ("LlamaForCausalLM", True),
+        ("MixtralForCausalLM", True),
+        ("GptOssForCausalLM", True),
+        ("DeepseekV3ForCausalLM", True),
+        ("Gemma2ForCausalLM", True),
+        ("GPT2LMHeadModel", True),
+        ("Phi3ForCausalLM", True),
+        ("Qwen3NextForCausalLM", False),  # states
+    ],
+)
+def test_steps_with_prompts(architecture: str, are_recorded: bool, tmp_path: Path) -> None:
+    model_dir = make_tiny(architecture, tmp_path)
+    vocab_size = AutoConfig.from_pretrained(model_dir).vocab_size
+    replayed, recorded = prompt_answers(model_dir, vocab_size)
+    assert (replayed, 0) == prompt_answers(model_dir, vocab_size, disable_cpu_graph=True)
+    assert (recorded >= 2) == are_recorded
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_cache_dtype": "int8"}, {"dtype": "float32"}, {"quantization": "int4"}], ids=str
+)
+def test_steps_with_prompts_and_options(options: dict[str, Any]) -> None:
+    name = "llama-default"
+    replayed, recorded = prompt_answers(tiny_model(name), TINY_MODELS[name].vocab_size, **options)
+    assert recorded >= 2
+    assert (replayed, 0) == prompt_answers(
+        tiny_model(name), TINY_MODELS[name].vocab_size, disable_cpu_graph=True, **options
+    )
+
+
+def test_rotations_by_the_length_of_a_prompt_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    """Steps of decoding rows are, all the same."""
+    name = "llama-dynamic-mlp-bias"
+    with caplog.at_level(logging.INFO, "rtp_llm.srt.devices.cpu.graphs"):
+        replayed, _ = prompt_answers(tiny_model(name), TINY_MODELS[name].vocab_size)
+    assert "steps with prompts are not replayed: a host list, prompt_lens_cpu, is read" in caplog.text
+    assert replayed == prompt_answers(tiny_model(name), TINY_MODELS[name].vocab_size, disable_cpu_graph=True)[0]
+    assert answers(name)[1] == 5
+
+
+def test_hooks_see_every_prompt() -> None:
+    """A replayed step would call none."""
+    name, seen = "llama-default", []
+    prompts = random_prompts(TINY_MODELS[name].vocab_size, (40,) * 8)
+    with Engine(tiny_model(name), inline=True, dtype="float32", skip_tokenizer_init=True) as engine:
+        model = engine._runner.core.executor.worker.runner.model
+        for ids in prompts[:6]:
+            engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 1})
+        model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        for ids in prompts[6:]:
+            engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 1})
+    assert seen == [40, 40]
 
 
 @pytest.mark.parametrize("disabled", [False, True])

@@ -162,7 +162,7 @@ def test_other_forms_are_computed_for_all_tokens(odd: str, narrowed: list[int]) 
         layers = runner.model.model.layers
         del layers[-1].forward  # that of its class again
         layers[-1] = Odd(layers[-1], is_flat=odd == "result")
-        runner.last_layer = LastLayer(layers[-1], runner.attn_backend)
+        runner.last_layer = runner._step_modules[-1] = LastLayer(layers[-1], runner.attn_backend)
         if odd == "argument":
             layers[-1] = TakesMore(layers[-1], lambda states: {"more": states[:, 0]})
         else:

@@ -1,4 +1,5 @@
 """Sizes of an encoder's steps: dummies after the inputs, so that few sizes occur, and each often enough to be recorded.
+prompt_sizes.py has those of steps with prompts.
 
 Inputs of unequal lengths make a step of as many tokens as they happen to have. Up to a thirty-second more of them lets
 it be a step of a size that was recorded before, whose replay saves more than the dummies cost.
@@ -25,7 +26,7 @@ def with_dummies(batch: ForwardBatch) -> ForwardBatch:
     num_tokens, pooled = batch.num_tokens, batch.pooled_tokens
     if num_tokens < LEAST_TOKENS or pooled is None or batch.mrope_positions is not None:
         return batch
-    multiple = 1 << (num_tokens.bit_length() - 6)
+    multiple = multiple_of(num_tokens)
     rows = _up(batch.batch_size + (num_tokens % multiple > 0), ROWS) - batch.batch_size
     if not rows:
         return batch
@@ -51,6 +52,11 @@ def with_dummies(batch: ForwardBatch) -> ForwardBatch:
         token_types=None if batch.token_types is None else pad(batch.token_types, (0, tokens)),
         pooled_tokens=torch.arange(num_tokens + tokens) if len(pooled) == num_tokens else pooled,
     )
+
+
+def multiple_of(num_tokens: int) -> int:
+    """Return the number of which numbers of tokens about as large are multiples: at most a thirty-second of them."""
+    return 1 << max(0, num_tokens.bit_length() - 6)
 
 
 def rounded_width(longest: int) -> int:

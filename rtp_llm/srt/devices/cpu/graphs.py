@@ -1,5 +1,5 @@
 """The step recorder for CPUs: a decode step is recorded once for each number of rows, then replayed; likewise a small
-step of an encoder, such as a single query, for its numbers of tokens and rows.
+step of prompts, or of an encoder, such as a single query, for its numbers of tokens and rows.
 
 The Python of a step's layers (views, checks, allocations, some ten calls per layer) is the same in every step, and
 takes longer than the kernels of a small batch. A recording runs the model normally and notes the calls of kernels and
@@ -7,7 +7,7 @@ torch operations with their addresses; a replay makes only these calls, like a C
 from C (call_list.py).
 
 The conditions are those of CUDA graphs: a model's work must depend only on shapes, not on values. A model that reads
-tensors or a batch's host lists while it is recorded runs without recordings.
+tensors or a batch's host lists while a kind of step is recorded runs such steps without recordings.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rtp_llm.srt.attention.base import AttentionBackend
-from rtp_llm.srt.devices.cpu import encoder_sizes
+from rtp_llm.srt.devices.cpu import encoder_sizes, prompt_sizes
 from rtp_llm.srt.devices.cpu.binding import noted_calls
 from rtp_llm.srt.devices.cpu.call_list import Call, listed
 from rtp_llm.srt.devices.cpu.memory import Reused, give_back_results
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # in larger batches, Python takes a small part of a step
 MAX_ENCODED_TOKENS = 1024  # likewise, of an encoder's whole inputs
+MAX_PROMPT_TOKENS = 512  # likewise, of steps with prompts
+MAX_PROMPT_ROWS = 4  # of such steps: with more, hardly one is like another
 MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as requests come and go
 # A kind of batch is recorded when it occurs for this time. A recording costs as much as two to four replays save: so
 # rare kinds cost little, and frequent ones lose little.
@@ -54,29 +56,40 @@ RECORD_AT = 4
 class CpuGraphs(StepRecorder):
     """Runs the batches that it ``takes``: the first few of a kind normally, then one recorded, all others replayed.
 
-    A kind is a number of rows, of an encoder also of tokens and of the longest row's. Decoding rows are not padded.
+    A kind is a number of rows, of prompts also of tokens, of an encoder also of the longest row's. Decoding rows are
+    not padded.
     """
+
+    pads_prompts = True
 
     def __init__(self, forward: Forward, attn_backend: AttentionBackend, step_modules: Sequence[Any]) -> None:
         super().__init__(forward, attn_backend, step_modules)
         self._graphs: OrderedDict[Any, CpuGraph | int] = OrderedDict()  # an int: how often that kind has occurred
         self._memory = Reused()  # shared by all graphs: one runs at a time, and its output is valid until the next
         unknown = [type(m).__name__ for m in step_modules if not isinstance(m, ReplaysForward)]
-        self._works = not unknown
+        self._works = {"decode": not unknown, "prompt": not unknown, "encoder": not unknown}
         if unknown:
             logger.info("steps are not replayed: %s has no step_tensors()", unknown[0])
 
     def with_dummies(self, batch: ForwardBatch) -> ForwardBatch:
         if batch.forward_mode == ForwardMode.DECODE or not self.takes(batch):
             return batch
-        return encoder_sizes.with_dummies(batch)
+        if _encodes(batch):
+            return encoder_sizes.with_dummies(batch)
+        return batch if self.dummy_row is None else prompt_sizes.with_dummies(batch, self.dummy_row)
 
     def takes(self, batch: ForwardBatch) -> bool:
-        if not self._works or batch.batch_size > MAX_ROWS:
+        kind = _kind(batch)
+        if not self._works[kind] or batch.batch_size > MAX_ROWS:
             return False
-        if batch.forward_mode != ForwardMode.DECODE:
-            return _encodes(batch) and batch.num_tokens <= MAX_ENCODED_TOKENS
-        if batch.prompt_logprobs or batch.visible_ends is not None or len(batch.sample_rows) != batch.batch_size:
+        if kind == "encoder":
+            return batch.num_tokens <= MAX_ENCODED_TOKENS
+        if batch.prompt_logprobs or batch.visible_ends is not None:
+            return False
+        if kind == "prompt":
+            is_small = batch.num_tokens <= MAX_PROMPT_TOKENS and batch.batch_size <= MAX_PROMPT_ROWS
+            return is_small and batch.mm_inputs is None and batch.state_pool is None
+        if len(batch.sample_rows) != batch.batch_size:
             return False
         # A prompt's last token may be a placeholder of media.
         starts = zip(batch.extend_prefix_lens_cpu, batch.prompt_lens_cpu, strict=True)
@@ -84,7 +97,7 @@ class CpuGraphs(StepRecorder):
 
     def run(self, batch: ForwardBatch) -> LogitsProcessorOutput:
         tensors = [*batch_tensors(batch), *self._planned()]
-        key = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+        key = batch.forward_mode, *((tensor.dtype, tensor.shape) for tensor in tensors)
         graph = self._graphs.pop(key, 0)
         if isinstance(graph, int):
             if graph + 1 < RECORD_AT:
@@ -95,10 +108,11 @@ class CpuGraphs(StepRecorder):
             try:
                 graph = self._record(batch)
             except Exception as error:  # a model's own error occurs again when it runs normally
+                steps = "steps with prompts" if _kind(batch) == "prompt" else "steps"
                 if isinstance(error, NotReplayable):
-                    logger.info("steps are not replayed: %s", error)
+                    logger.info("%s are not replayed: %s", steps, error)
                 else:
-                    logger.warning("steps are not replayed: recording one failed", exc_info=True)
+                    logger.warning("%s are not replayed: recording one failed", steps, exc_info=True)
                 for put_back in states:  # layers before the one that failed have gone on by a token
                     put_back()
                 return self._give_up(batch)
@@ -114,8 +128,8 @@ class CpuGraphs(StepRecorder):
             self._graphs.popitem(last=False)
 
     def _give_up(self, batch: ForwardBatch) -> LogitsProcessorOutput:
-        self._works = False
-        self._graphs.clear()
+        """Run the model, from now on for all steps of this kind."""
+        self._works[_kind(batch)] = False
         for module in self._step_modules:
             module.prepare_for_forward(batch)
         self._attn_backend.plan(batch)
@@ -232,6 +246,13 @@ class Recording(TorchDispatchMode):
     def _lent(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Let the memory of tensors be reused for later ones, although a call has them: kernels have addresses only."""
         return tree_map(lambda x: self._memory.lent(x) if isinstance(x, torch.Tensor) else x, arguments)
+
+
+def _kind(batch: ForwardBatch) -> str:
+    """Return "decode", "prompt" (some row computes several tokens), or "encoder"."""
+    if batch.forward_mode == ForwardMode.DECODE:
+        return "decode"
+    return "encoder" if _encodes(batch) else "prompt"
 
 
 def _encodes(batch: ForwardBatch) -> bool:
