@@ -88,15 +88,16 @@ class ImportReader(ast.NodeVisitor):
             self.module_of[alias.asname or alias.name] = f"{base}.{alias.name}"
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        first, _, rest = ast.unparse(node.value).partition(".")
-        package = ".".join(filter(None, (self.module_of.get(first, ""), rest)))
-        if node.attr in lazy_homes(package):
-            self.add(node.lineno, lazy_homes(package)[node.attr])
+        if node.attr in lazy_names():
+            first, _, rest = ast.unparse(node.value).partition(".")
+            package = ".".join(filter(None, (self.module_of.get(first, ""), rest)))
+            if node.attr in lazy_homes(package):
+                self.add(node.lineno, lazy_homes(package)[node.attr])
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
         """``import_module("rtp_llm.x")`` and ``__import__("rtp_llm.x")`` are imports as well."""
-        name = ast.unparse(node.func).rpartition(".")[2]
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
             self.add(node.lineno, str(node.args[0].value))
         self.generic_visit(node)
@@ -115,12 +116,19 @@ def home_of(base: str, name: str) -> str:
 
 @cache
 def lazy_homes(package: str) -> dict[str, str]:
-    if package not in MODULES:
+    text = MODULES[package].read_text() if package in MODULES else ""
+    if "_HOMES" not in text:
         return {}
-    for statement in ast.parse(MODULES[package].read_text()).body:
+    for statement in ast.parse(text).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_HOMES":
             return ast.literal_eval(statement.value)
     return {}
+
+
+@cache
+def lazy_names() -> set[str]:
+    """What any package imports lazily."""
+    return {name for module, file in MODULES.items() if file.name == "__init__.py" for name in lazy_homes(module)}
 
 
 @cache
