@@ -13,6 +13,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def instruction_sets() -> list[Any]:
         bool(MISSING), reason=f"needs {' and '.join(MISSING)}: g++-aarch64-linux-gnu, qemu-user"
     )
     return [*own, *(pytest.param(PREFIX + name, marks=[pytest.mark.slow, missing]) for name in SETS)]
+
+
+def compile_quickly(sets: Iterable[str], config: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run without slow tests, compile for those of these sets that engines here do not use in less time."""
+    if config.option.markexpr == "not slow":
+        for name in sets:
+            needed, flags = build.ISAS[name]
+            if name != build.isa():
+                monkeypatch.setitem(build.ISAS, name, (needed, (*flags, "-O2")))
 
 
 def use(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

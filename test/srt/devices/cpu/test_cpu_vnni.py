@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from emulated import compile_quickly
 from rtp_llm.srt.devices.cpu import blocks, build, linear
 from rtp_llm.srt.devices.cpu.blocks import LAYOUTS, BlockPanels
 from rtp_llm.srt.devices.cpu.linear import Int8Panels, PanelWeight
@@ -23,9 +24,10 @@ def use(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     build.compiler() is None or not cpu_flags() >= {"avx512_vnni", "avx512vl"},
     reason="there is no compiler, or no AVX-512 with VNNI",
 )
-def test_products_are_those_of_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_those_of_avx2(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setitem(build.ISAS, "avx2_vnni", ((), FLAGS))
+    compile_quickly(("avx2", "avx2_vnni"), request.config, monkeypatch)
     use(monkeypatch, "avx2")
     weights: dict[str, PanelWeight] = {
         "int8": Int8Panels(torch.randint(-128, 128, (70, 300), dtype=torch.int8), torch.rand(70))
