@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 MAX_ROWS = 256  # in larger batches, Python takes a small part of a step
 MAX_ENCODED_TOKENS = 1024  # likewise, of an encoder's whole inputs
 MAX_PROMPT_TOKENS = 512  # likewise, of steps with prompts
-MAX_PROMPT_ROWS = 4  # of such steps: with more, hardly one is like another
+MAX_PROMPT_ROWS = 4  # of such steps, dummies' included: with more, hardly one is like another
 MAX_GRAPHS = 256  # a tenth of a megabyte each; batches have many sizes as requests come and go
 # A kind of batch is recorded when it occurs for this time. A recording costs as much as two to four replays save: so
 # rare kinds cost little, and frequent ones lose little.
@@ -76,7 +76,9 @@ class CpuGraphs(StepRecorder):
             return batch
         if _encodes(batch):
             return encoder_sizes.with_dummies(batch)
-        return batch if self.dummy_row is None else prompt_sizes.with_dummies(batch, self.dummy_row)
+        if self.dummy_row is None or batch.batch_size == MAX_PROMPT_ROWS:
+            return batch
+        return prompt_sizes.with_dummies(batch, self.dummy_row)
 
     def takes(self, batch: ForwardBatch) -> bool:
         kind = _kind(batch)
