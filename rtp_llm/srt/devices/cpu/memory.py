@@ -11,7 +11,10 @@ import mmap
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -24,6 +27,8 @@ HUGE_PAGE_BYTES = 2 << 20
 LEAST_REUSED_BYTES = 128 << 10
 KEPT_BYTES = 512 << 20  # of results; above it, unused pieces are given back to the system
 MADV_POPULATE_WRITE = 23  # since Linux 5.14
+WATCHED_S = 0.02  # how long to see whether threads compute
+IDLE_SHARE = 0.1  # of a processor, that idle threads use at most
 
 
 class Arena:
@@ -157,12 +162,16 @@ def give_back_results() -> None:
 
 
 def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:
-    """Make the system provide memory for the first ``num_bytes`` of the tensors, an equal share of each, so that steps
-    need not wait for it. Contents stay. The thread runs on idle processors only: steps have priority. Where the
-    system does not support this, memory is provided at the first write, as usual."""
+    """Make the system provide memory for the first ``num_bytes`` of the tensors, an equal share of each and their
+    beginnings first, so that steps need not wait for it. Contents stay. It is taken only while the process's other threads are idle: a thread of a
+    kernel that wants the processor waits for a whole piece, some milliseconds, and its team for it. Where the system
+    does not support this, memory is provided at the first write, as usual."""
     share = min(1.0, num_bytes / max(1, sum(tensor.nbytes for tensor in tensors)))
-    pieces = [piece for tensor in tensors for piece in _pieces(tensor.data_ptr(), int(tensor.nbytes * share))]
-    thread = threading.Thread(target=_take, args=(pieces, list(tensors)), name="cache memory", daemon=True)
+    of_tensors = [_pieces(tensor.data_ptr(), int(tensor.nbytes * share)) for tensor in tensors]
+    pieces = [piece for together in zip_longest(*of_tensors) for piece in together if piece is not None]
+    freed = threading.Event()
+    watched = [weakref.ref(tensor, lambda _: freed.set()) for tensor in tensors]
+    thread = threading.Thread(target=_take, args=(pieces, freed, watched), name="cache memory", daemon=True)
     thread.start()
     return thread
 
@@ -176,15 +185,35 @@ def _pieces(address: int, num_bytes: int) -> list[tuple[int, int]]:
     return [(at, size) for at, size in pieces if size]
 
 
-def _take(pieces: list[tuple[int, int]], tensors: list[torch.Tensor]) -> None:
-    """Populate the pieces. ``tensors`` is only kept alive: torch must not be called here, since the thread may be
-    stopped at any point when the process ends."""
+def _take(pieces: list[tuple[int, int]], freed: threading.Event, watched: object) -> None:
+    """Populate the pieces, until ``freed``, which ``watched`` sets as long as it is there. Torch must not be called
+    here, since the thread may be stopped at any point when the process ends. Nor need it be: a piece whose memory has
+    been freed meanwhile cannot be populated, and one of other memory keeps its contents."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     if madvise is None:
         return
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    with contextlib.suppress(OSError):  # not permitted: then it competes with steps
+    with contextlib.suppress(OSError):  # not permitted: then it competes with other processes
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread
+    others = _OtherThreads()
     for at, size in pieces:
-        if madvise(at, size, MADV_POPULATE_WRITE) != 0:  # an older Linux, or no memory left
+        while not others.are_idle() and not freed.is_set():
+            time.sleep(WATCHED_S)
+        if freed.is_set() or madvise(at, size, MADV_POPULATE_WRITE) != 0:  # an older Linux, or no memory left
             return
+
+
+class _OtherThreads:
+    """The threads of this process but the caller's."""
+
+    def __init__(self) -> None:
+        self._at, self._computed_s = time.monotonic(), self._compute_s()
+
+    def are_idle(self) -> bool:
+        """Whether they have hardly computed since this was asked last."""
+        at, computed_s = self._at, self._computed_s
+        self._at, self._computed_s = time.monotonic(), self._compute_s()
+        return self._computed_s - computed_s < IDLE_SHARE * (self._at - at)
+
+    def _compute_s(self) -> float:
+        return time.process_time() - time.thread_time()

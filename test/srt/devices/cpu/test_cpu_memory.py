@@ -1,9 +1,12 @@
 """The memory of packed weights."""
 
+import math
 import mmap
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,49 @@ def test_memory_is_taken_and_keeps_what_it_contains():
     taken = resident_bytes() - before
     assert 40 << 20 <= taken <= 56 << 20 or not populates()
     assert tensors[1][1000:2000].eq(7).all() and not tensors[1][2000:].any() and not tensors[0].any()
+
+
+class BusyClock:
+    """The module ``time`` in a process whose other threads compute for ``busy_s``."""
+
+    def __init__(self, busy_s: float, on_sleep: Callable[[], None] = lambda: None) -> None:
+        self.busy_s, self.on_sleep, self.now, self.sleeps = busy_s, on_sleep, 0.0, 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return min(self.now, self.busy_s)
+
+    def thread_time(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.on_sleep()
+        self.now, self.sleeps = self.now + seconds, self.sleeps + 1
+        time.sleep(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is not taken elsewhere")
+def test_memory_is_taken_once_other_threads_are_idle(monkeypatch: pytest.MonkeyPatch):
+    tensor, resident = Arena().empty(memory.PIECE_BYTES, dtype=torch.uint8), []
+    clock = BusyClock(3 * memory.WATCHED_S, lambda: resident.append(resident_bytes()))
+    monkeypatch.setattr(memory, "time", clock)
+    take_in_background([tensor], tensor.nbytes).join()
+    assert clock.sleeps == 4  # one more than it is busy
+    assert all(seen - resident[0] < memory.PIECE_BYTES // 2 for seen in resident)
+    assert resident_bytes() - resident[0] >= memory.PIECE_BYTES // 2 or not populates()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is not taken elsewhere")
+def test_memory_that_is_not_taken_yet_can_be_freed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "time", BusyClock(math.inf))
+    before, tensor = mapped_bytes(), Arena().empty(BLOCK_BYTES, dtype=torch.uint8)
+    thread = take_in_background([tensor], tensor.nbytes)
+    assert thread.is_alive()
+    del tensor
+    thread.join(30)
+    assert not thread.is_alive() and mapped_bytes() - before < BLOCK_BYTES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is not taken elsewhere")
