@@ -15,10 +15,10 @@ import functools
 import logging
 import os
 import queue
-import re
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -154,7 +154,7 @@ def _open_carried(name: str, target: str) -> ctypes.CDLL | None:
     path = _carried(name, target)
     if path is None:
         return None
-    for library in openmp_libraries():
+    if (library := openmp_library()) is not None:
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # loaded already: from now on others find its functions, too
     try:
         return ctypes.CDLL(str(path))
@@ -222,7 +222,7 @@ def _key(name: str, target: str) -> str:
     """Return a hash of sources, flags, compiler, processor and torch. Where sources and torch lie does not count: a
     library finds OpenMP, which is loaded, by its name. So copies of the package share what they compile."""
     command = _command(name, target, Path("x"), Path())
-    names = [Path(word).name if word in openmp_libraries() else word for word in command]
+    names = [Path(word).name if word == openmp_library() else word for word in command]
     return digest_of(name, (*names, _compiler_version(), torch.__version__, *sorted(cpu_flags())), SOURCES)
 
 
@@ -268,21 +268,36 @@ def _openmp() -> tuple[str, ...]:
 def _command(name: str, target: str, output: Path, sources: Path) -> list[str]:
     """Clang's regions run in its own OpenMP library, so that torch's must not answer for the number of a thread."""
     asked = shlex.split(os.environ.get("CXX", ""))
-    libraries = () if _is_clang() else openmp_libraries()
+    library = None if _is_clang() else openmp_library()
     return [
         str(compiler()), *asked[1:], "-shared", *arguments(target, welcome_flags(name, target, cpu_flags()), _openmp()),
-        "-I", str(sources), str(sources / f"{name}.cpp"), *libraries, "-o", str(output),
+        "-I", str(sources), str(sources / f"{name}.cpp"), *([library] if library else ()),
+        "-o", str(output),
     ]  # fmt: skip
 
 
+class _Place(ctypes.Structure):
+    """``Dl_info`` of dladdr."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
 @functools.cache
-def openmp_libraries() -> tuple[str, ...]:
-    """Return the OpenMP libraries that torch has loaded into this process."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return ()  # not Linux: the compiler's own choice
-    return tuple(sorted(set(re.findall(r"(/\S*lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\d]*)$", maps, re.MULTILINE))))
+def openmp_library() -> str | None:
+    """Return the OpenMP library whose functions torch finds. Other packages may have loaded libraries of their own, in
+    the same process, whose threads are others. None: the compiler's own choice."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(torch._C.__file__), "omp_get_max_threads", None)
+    place, dladdr = _Place(), ctypes.CDLL(None).dladdr
+    dladdr.argtypes = ctypes.c_void_p, ctypes.POINTER(_Place)
+    found = function is not None and dladdr(ctypes.cast(function, ctypes.c_void_p), place)
+    return os.fsdecode(place.file) if found else None
 
 
 def _compile(name: str, target: str, path: Path) -> None:

@@ -163,9 +163,9 @@ def give_back_results() -> None:
 
 def take_in_background(tensors: Sequence[torch.Tensor], num_bytes: int) -> threading.Thread:
     """Make the system provide memory for the first ``num_bytes`` of the tensors, an equal share of each and their
-    beginnings first, so that steps need not wait for it. Contents stay. It is taken only while the process's other threads are idle: a thread of a
-    kernel that wants the processor waits for a whole piece, some milliseconds, and its team for it. Where the system
-    does not support this, memory is provided at the first write, as usual."""
+    beginnings first, so that steps need not wait for it. Contents stay. It is taken only while the process's other
+    threads are idle: a thread of a kernel that wants the processor waits for a whole piece, some milliseconds, and its
+    team for it. Where the system does not support this, memory is provided at the first write, as usual."""
     share = min(1.0, num_bytes / max(1, sum(tensor.nbytes for tensor in tensors)))
     of_tensors = [_pieces(tensor.data_ptr(), int(tensor.nbytes * share)) for tensor in tensors]
     pieces = [piece for together in zip_longest(*of_tensors) for piece in together if piece is not None]

@@ -71,6 +71,30 @@ def test_there_is_one_pool_of_threads():
         torch.set_num_threads(before)
 
 
+OTHER_OPENMP = """
+import ctypes, shutil, sys
+from rtp_llm.srt.devices.cpu import build
+if "with" in sys.argv:
+    other = shutil.copy(build.openmp_library(), sys.argv[1])
+    build.openmp_library.cache_clear()
+    ctypes.CDLL(other, ctypes.RTLD_GLOBAL)
+    assert "libgomp-other" in open("/proc/self/maps").read()
+print(build.openmp_library(), build.library_id("probe"))
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(build.openmp_library() is None, reason="torch has no OpenMP library of its own")
+def test_kernels_use_the_threads_of_torch_whatever_else_is_loaded(tmp_path: Path):
+    """Another package's copy of OpenMP, such as scikit-learn's, neither serves kernels nor makes other ones of them."""
+
+    def run(*args: str) -> str:
+        command = [sys.executable, "-c", OTHER_OPENMP, str(tmp_path / "libgomp-other.so.1"), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+
+    assert run() == run("with")
+
+
 @pytest.fixture
 def plain_clang(cache, monkeypatch, tmp_path):
     """A compiler that says it is clang, and that knows no OpenMP, as Apple's; here it is the machine's own."""
