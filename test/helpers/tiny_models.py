@@ -296,6 +296,8 @@ _WANTED = {
     "Lfm2ForCausalLM": _CONVOLUTIONS,
     "Lfm2MoeForCausalLM": _CONVOLUTIONS,
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16},
+    # transformers applies a least step to whole prompts, and not to single tokens
+    "NemotronHForCausalLM": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 4, "time_step_min": 1e-9},
 }
 _TWIN_CHARACTERS = [chr(code) for code in [*range(0x21, 0x7F), 0x0120, 0x010A]]  # as bytes are written: space, newline
 
