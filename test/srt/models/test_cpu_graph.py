@@ -1,8 +1,9 @@
 """Replayed steps: the answers are those of running the layers each time, for every architecture."""
 
 import logging
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,61 @@ def test_steps_with_prompts_and_options(options: dict[str, Any]) -> None:
     assert (replayed, 0) == prompt_answers(
         tiny_model(name), TINY_MODELS[name].vocab_size, disable_cpu_graph=True, **options
     )
+
+
+def random_rounds(draw: random.Random, vocab_size: int) -> list[tuple[list[list[int]], list[dict[str, Any]]]]:
+    """Calls of one to five prompts, of few lengths, a third of which begin alike, and what each draws by."""
+    start = [draw.randrange(vocab_size - 1) for _ in range(40)]
+    lengths, rounds = (40, 97, 98, 99, 150), []
+    for _ in range(36):
+        prompts, params = [], []
+        for _ in range(draw.choice([1, 1, 1, 2, 5])):
+            ids = [draw.randrange(vocab_size - 1) for _ in range(draw.choice(lengths))]
+            prompts.append(start[: draw.choice([0, 0, 40])] + ids)
+            kinds: list[dict[str, Any]] = [{"temperature": 0}, {"seed": draw.randrange(99), "frequency_penalty": 0.5}]
+            params.append({**draw.choice(kinds), "max_new_tokens": draw.choice([1, 3, 6]), "ignore_eos": True})
+        rounds.append((prompts, params))
+    return rounds
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-default", {"page_size": 16}),
+        ("qwen3-mixed-window7-tied", {"kv_cache_dtype": "int8"}),
+        ("mistral-window16-yarn", {"quantization": "int4"}),
+    ],
+)
+def test_random_requests(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks beside decoding rows, cached beginnings, and a cache too small for all: some wait or restart.
+    Few recordings are kept, so that the memory of those before is used again."""
+    monkeypatch.setattr(cpu_graph, "RECORD_AT", 2)
+    monkeypatch.setattr(cpu_graph, "MAX_GRAPHS", 12)
+    tokens_replayed, replay = [], cpu_graph.CpuGraph.replay
+
+    def noted(graph: cpu_graph.CpuGraph, tensors: Sequence[torch.Tensor]) -> LogitsProcessorOutput:
+        tokens_replayed.append(len(tensors[0]))  # the batch's input_ids
+        return replay(graph, tensors)
+
+    monkeypatch.setattr(cpu_graph.CpuGraph, "replay", noted)
+    rounds = random_rounds(random.Random(0), TINY_MODELS[name].vocab_size)
+    small: dict[str, Any] = {
+        "context_length": 200,
+        "max_total_tokens": 320,
+        "max_running_requests": 4,
+        "chunked_prefill_size": 100,
+    }
+    options = small | {"dtype": "bfloat16", "device": "cpu", "skip_tokenizer_init": True, "inline": True} | options
+    answers = []
+    for disabled in (False, True):
+        with Engine(model_path=tiny_model(name), disable_cpu_graph=disabled, **options) as engine:
+            results = [
+                engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+                for prompts, params in rounds
+            ]
+        answers.append([(r["output_ids"], r["meta_info"]["output_token_logprobs"]) for some in results for r in some])
+    assert sum(num_tokens > 4 for num_tokens in tokens_replayed) >= 8  # there are at most four decoding rows
+    assert answers[0] == answers[1]
 
 
 def test_rotations_by_the_length_of_a_prompt_are_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
